@@ -35,10 +35,11 @@ sys.path[:] = [
 from edgetune_devices import boards
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.doctor import instructions
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.quantization import repacked_types
-from edgetune_runtime.sizing.calibration import Measured, figures_of, measure
+from edgetune_runtime.sizing.calibration import MeasuredSpeed, figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import Needs, needed_mb, needs_of_bundle
+from edgetune_runtime.sizing.needs import needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
 from edgetune_runtime.threads.machine import disturbance, peak_mb
 
@@ -135,7 +136,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
             bundle = bundle_of(options.work, quantization, 4)
             needs = needs_of_bundle(bundle, context_length=context, engine=engine)
             found = _worker(options, "speed", bundle, engine, context)
-            short, long = (_median([Measured(**one) for one in turns]) for turns in found["measured"])
+            short, long = (_median([MeasuredSpeed(**one) for one in turns]) for turns in found["measured"])
             calibrations = {OWN: figures_of(needs, short, options.threads)}
             if other is None:
                 other = calibrations[OWN]
@@ -151,7 +152,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     return {"busy": busy, "rows": rows}
 
 
-def _median(found: Sequence[Measured]) -> Measured:
+def _median(found: Sequence[MeasuredSpeed]) -> MeasuredSpeed:
     """The median of each speed."""
     speeds = ("decode", "prefill", "adapter_decode", "long_decode")
     taken = {name: [getattr(one, name) for one in found] for name in speeds}
@@ -179,6 +180,7 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
         vocabulary=1,
         kv_values_per_token=model["kv_values_per_token"],
         context_length=row.get("tokens", 128),
+        engine="gguf",
     )
     figures = boards.load(row["board"]).speed
     return prefill_speed(needs, figures) if row.get("prefill") else speed_of(needs, figures).decode
@@ -188,7 +190,7 @@ def peak(options: argparse.Namespace) -> dict[str, float]:
     """Peak resident memory of this process after prompts for the base and for the adapters."""
     from edgetune_runtime import Runtime
     from edgetune_runtime.inference.measuring import loaded_bundle
-    from edgetune_runtime.inference.opening_options import CACHE_MB
+    from edgetune_runtime.states.cache import CACHE_MB
 
     with Runtime.open(
         options.bundle,

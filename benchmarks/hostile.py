@@ -45,7 +45,7 @@ from benchmarks.machine import this_machine
 OTHER_WAIT_S = 5.0
 """The longest wait of another client for a short answer."""
 REQUEST_S = 10.0
-"""The longest time of a request whose limit is 5 s."""
+"""The longest time of a request whose limit is 4 s."""
 GROWTH_MB = 150.0
 """Growth of the server's memory at its peak, with its helper processes."""
 LOG_BYTES = 100_000

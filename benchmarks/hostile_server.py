@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 OPTIONS = (
-    "--max-request-s", "5", "--max-client-s", "3", "--max-connections", "64", "--max-waiting", "8",
+    "--max-request-s", "4", "--max-client-s", "3", "--max-connections", "64", "--max-waiting", "8",
     "--max-grace-s", "1", "--contexts", "2", "--cache-mb", "64",
 )  # fmt: skip
-"""Short limits, so that an attack that they end takes seconds. Many prompts fill the cache of states, to its limit."""
+"""Short limits, so that an attack that they end takes seconds. Many prompts fill the cache of states, to its limit.
+
+While long answers hold all contexts, another client waits for the limit of a
+request: the target must leave room for it.
+"""
 MEMORY_MB = 4000
 """Address space of the server: what asks for more aborts it, and not another process of this machine."""
 ANSWER_S = 30.0

@@ -28,7 +28,7 @@ sys.path[:] = [str(ROOT), str(ROOT / "tests"), *(place for place in sys.path if 
 
 from arm64.board import SHARED, Board
 from arm64.rootfs import missing, prepare
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import read_manifest
 
 from edgetune.delivery.kit.make import make_kit

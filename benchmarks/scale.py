@@ -37,8 +37,8 @@ sys.path[:] = [
 
 import numpy as np
 import numpy.typing as npt
-from edgetune_export.backends.gguf.convert import find_converter
 from edgetune_export.backends.onnx.tokenizer import write_tokenizer
+from edgetune_export.base_file.convert import find_converter
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from safetensors.numpy import save_file

@@ -11,14 +11,13 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.backends.gguf.convert import convert_folder
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.convert import convert_folder
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
@@ -27,7 +26,6 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.wording import first_of, nearest
 
-from edgetune import task_types
 from edgetune.digests import key_of
 
 from .folder_header import predict_header
@@ -92,8 +90,8 @@ class Base:
 class BaseSource:
     """A base before the build changes it: its name in the recipe, its file or folder, and what is read of it.
 
-    `header` is that of the file, predicted for a folder, and None for an encoder. `trained_context_length` is in
-    tokens.
+    `header` is that of the file, predicted for a folder, and `shape` has its sizes; both are None for an encoder.
+    `trained_context_length` is in tokens.
     """
 
     name: str
@@ -102,11 +100,7 @@ class BaseSource:
     trained_context_length: int
     is_folder: bool = True
     header: GgufHeader | None = None
-
-    @cached_property
-    def shape(self) -> BaseShape | None:
-        """The sizes in the header; IncompatibleError if layers lack a module or differ in their heads."""
-        return None if self.header is None else BaseShape.of_header(self.header)
+    shape: BaseShape | None = None
 
 
 def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
@@ -115,7 +109,7 @@ def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
     None if it must be downloaded first, unless `download`. Raises the errors of `resolve` that can be found without
     conversion, and IncompatibleError for a target that does not support the base.
     """
-    if not (download or _is_gguf(recipe.base) or is_at_hand(recipe.base, recipe.folder)):
+    if not (download or is_gguf(recipe.base) or is_at_hand(recipe.base, recipe.folder)):
         return None
     return _source(recipe.base, recipe.folder, recipe.targets)
 
@@ -150,15 +144,6 @@ def make(
         assert source.header is not None
         return Base(name, path, fingerprint, source.header)
     return _base(name, _requantized(path, fingerprint, quantization, work, progress), quantization)
-
-
-def quantization_of(recipe: Recipe) -> str | None:
-    """The quantization of the recipe's base if no board chooses one.
-
-    None for a GGUF file that ships unchanged, and for an encoder.
-    """
-    ships_unchanged = _is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
-    return recipe.quantization or (None if ships_unchanged else DEFAULT)
 
 
 def trained_context_length(header: GgufHeader) -> int:
@@ -217,7 +202,8 @@ def _refuse_encoder(name: str, folder: Path) -> None:
         raise IncompatibleError(message, "set task: text-classification in the recipe, or choose another base")
 
 
-def _is_gguf(name: str) -> bool:
+def is_gguf(name: str) -> bool:
+    """Whether the base `name` is a GGUF file."""
     return name in ALIASES or name.endswith(".gguf")
 
 
@@ -237,14 +223,15 @@ def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASE
 
 
 def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
-    """The base `name` and its header; errors as in `find`, `architectures.of` and `check_base`."""
+    """The base `name` and its header; errors as in `architectures.of`, `check_base` and `BaseShape.of_header`."""
     _refuse_encoder(name, folder)
     path = locate(name, folder)
     header = predict_header(path) if path.is_dir() else read_header(path)
     architectures.of(header, name).check_formats(targets)
     if not path.is_dir():
         check_base(header, path)
-    return BaseSource(name, path, header.architecture, trained_context_length(header), path.is_dir(), header)
+    length, shape = trained_context_length(header), BaseShape.of_header(header)
+    return BaseSource(name, path, header.architecture, length, path.is_dir(), header, shape)
 
 
 def _base(name: str, path: Path, quantization: str | None = None) -> Base:

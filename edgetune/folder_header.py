@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.architectures.layout import name_map
-from edgetune_export.backends.gguf.convert import check_folder
+from edgetune_export.base_file.convert import check_folder
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.architectures.layout import base_rows, name_map
-from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 

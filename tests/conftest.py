@@ -20,8 +20,7 @@ import pytest
 from filelock import FileLock
 
 if TYPE_CHECKING:
-    from edgetune_export.backends.base import Source
-    from edgetune_export.backends.onnx.encoder import EncoderSource
+    from edgetune_export.backends.base import EncoderSource, Source
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For models this small, a second thread makes things slower, and 30 times slower if other processes need the cores.
@@ -102,7 +101,7 @@ def _forking(module: ModuleType) -> Iterator[None]:
 @pytest.fixture
 def forked_converter() -> Iterator[None]:
     """Let a test convert folders with forks.py; test_bases.py and test_convert.py start the converter as users do."""
-    from edgetune_export.backends.gguf import convert as converter  # noqa: PLC0415 - only where a test needs a base
+    from edgetune_export.base_file import convert as converter  # noqa: PLC0415 - only where a test needs a base
 
     with _forking(converter):
         yield
@@ -111,7 +110,7 @@ def forked_converter() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def convert() -> Callable[[Path, Path], None]:
     """`convert(folder, out)`: write the f16 GGUF of a Hugging Face folder."""
-    from edgetune_export.backends.gguf import convert as converter  # noqa: PLC0415 - as above
+    from edgetune_export.base_file import convert as converter  # noqa: PLC0415 - as above
 
     def call(folder: Path, out: Path) -> None:
         with _forking(converter):
@@ -237,8 +236,8 @@ def encoder_source(
     tiny_encoder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], EncoderSource]:
     """`encoder_source(arch)`: the tiny encoder in float32. It is exported, which takes seconds, once."""
-    from edgetune_export.backends.base import OnnxOptions  # noqa: PLC0415 - as above
-    from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415
+    from edgetune_export.backends.base import EncoderSource  # noqa: PLC0415 - as above
+    from edgetune_export.backends.onnx.options import OnnxOptions  # noqa: PLC0415
     from tiny import FINGERPRINT, load_encoder  # noqa: PLC0415
 
     @cache
@@ -247,6 +246,8 @@ def encoder_source(
         work = tmp_path_factory.mktemp(f"encoder-{arch}")
         path = folder / "model.safetensors"
         model = load_encoder(folder)
-        return EncoderSource(path, FINGERPRINT, model, work, OnnxOptions("fp32"), trained_context_length=64)
+        return EncoderSource(
+            path, FINGERPRINT, model, work, {"onnx": OnnxOptions(weights="fp32")}, trained_context_length=64
+        )
 
     return make

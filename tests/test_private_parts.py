@@ -209,6 +209,7 @@ def test_llama_cpp_functions_take_the_arguments_that_are_given() -> None:
         "llama_state_seq_get_data": 4,
         "llama_state_seq_set_data": 4,
         "llama_memory_seq_cp": 5,
+        "llama_model_init_from_user": 4,
         "llama_memory_seq_rm": 4,
         "llama_set_abort_callback": 3,
         "llama_token_to_piece": 6,
@@ -231,6 +232,23 @@ def test_the_ggml_library_beside_llama_cpp_converts_rows() -> None:
         "ggml_fp16_to_fp32_row",
     )
     assert [name for name in functions if not hasattr(ggml, name)] == []
+
+
+def test_ggml_has_the_functions_and_the_tensors_that_models_with_slots_are_made_of() -> None:
+    from edgetune_runtime.engines.gguf.slots.native import Tensor, ggml, matrix_product  # noqa: PLC0415 - heavy
+
+    # A tensor in a context has a header of 32 bytes.
+    assert ctypes.sizeof(Tensor) + 32 == ggml().ggml_tensor_overhead()
+    with matrix_product(2, 64, 3) as (weight, product):
+        assert (weight.contents.type, list(weight.contents.ne), list(weight.contents.nb)) == (
+            2,
+            [64, 3, 1, 1],
+            [18, 36, 108, 108],
+        )
+        assert list(product.contents.src[:2]) == [ctypes.addressof(weight.contents), product.contents.src[1]]
+        assert (weight.contents.buffer, weight.contents.data, weight.contents.extra) == (None, None, None)
+        ggml().ggml_set_name(weight, b"named")
+        assert weight.contents.name == b"named"
 
 
 def test_uvicorn_has_the_parts_of_its_server_and_of_its_h11_protocol_that_are_overridden() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
-from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.formats.gguf_file import read_header
 
 

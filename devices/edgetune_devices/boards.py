@@ -1,4 +1,4 @@
-"""Read boards: cores, memory and speed, each with its source. Standard library only.
+"""Reads boards: cores, memory and speed, each with its source. Standard library only.
 
 A board is one file, `boards/NAME.toml`; to add a board, add a file. A board that is sold with several sizes of memory
 lists them, and `NAME-4gb` is the one with 4 GiB.
@@ -100,8 +100,8 @@ class Board:
     def sizes(self) -> list[Board]:
         """The board of a file with each size of memory that it is sold with, called like pi-4-2gb."""
         system_mib = self.ram_mib - self.ram_free_mib
-        held = (size for size in self.ram_sizes_mib if size > system_mib or size in self.ram_free_by_size_mib)
-        return [self._with_size(size) for size in held]
+        usable = (size for size in self.ram_sizes_mib if size > system_mib or size in self.ram_free_by_size_mib)
+        return [self._with_size(size) for size in usable]
 
     def _with_size(self, ram_mib: int) -> Board:
         title, _, rest = self.title.partition(f"{self.ram_mib // 1024} GB")
@@ -125,9 +125,9 @@ def load(name: str) -> Board:
         return read(FOLDER / f"{name}.toml")
     sized = _SIZED.fullmatch(name)
     if sized and sized["name"] in names():
-        found = next((size for size in load(sized["name"]).sizes() if size.name == name), None)
-        if found is not None:
-            return found
+        board = next((size for size in load(sized["name"]).sizes() if size.name == name), None)
+        if board is not None:
+            return board
     sizes = "; boards with several sizes of memory are also called like pi-4-2gb"
     raise NotFoundError(f"no board {name!r}{_hint(name)}", f"choose one of: {', '.join(names())}{sizes}")
 
@@ -173,11 +173,11 @@ _NUMBERS = (
 
 
 def _problems(raw: Mapping[str, Any]) -> list[str]:
-    known = {f.name for f in fields(Board)} - {"name"}
-    needed = {f.name for f in fields(Board) if f.default is f.default_factory is MISSING} - {"name"}
-    problems = [f"{key} is missing" for key in sorted(needed - raw.keys())]
-    for key in sorted(raw.keys() - known):
-        near = nearest(key, known)
+    keys = {f.name for f in fields(Board)} - {"name"}
+    required = {f.name for f in fields(Board) if f.default is f.default_factory is MISSING} - {"name"}
+    problems = [f"{key} is missing" for key in sorted(required - raw.keys())]
+    for key in sorted(raw.keys() - keys):
+        near = nearest(key, keys)
         problems.append(f"unknown key {key!r}" + (f" (did you mean {near!r}?)" if near else ""))
     if problems:
         return problems

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from edgetune_runtime import engines
+from edgetune_runtime.engines.needs import MB, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import COSTS, MB, Needs, kept_mb
+from edgetune_runtime.sizing.needs import kept_mb
 from edgetune_runtime.sizing.options import kv_types, with_kv
 from edgetune_runtime.sizing.speed import speed_of
 
@@ -39,14 +41,7 @@ class Change:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        return {
-            "what": self.what,
-            "cost": self.cost,
-            "saves_mb": round(self.saves_mb, 1),
-            "needed_mb": round(self.needed_mb, 1),
-            "adapter_tokens_per_s": None if self.adapter_tokens_per_s is None else round(self.adapter_tokens_per_s, 1),
-            "fits": self.fits,
-        }
+        return {key: round(value, 1) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 def changes_for(
@@ -64,25 +59,25 @@ def changes_for(
     bundle has files for. `limit_mb` is a limit below what the board has free; `figures` are the board's by engine, the
     same for all if None. Empty if it fits as it is.
     """
-    figures = dict.fromkeys(COSTS, board.speed) if figures is None else figures
-    whole, board = board, board if limit_mb is None else board.limited(limit_mb)
-    found: list[Change] = []
+    figures = dict.fromkeys(engines.names_with_needs(), board.speed) if figures is None else figures
+    unlimited, board = board, board if limit_mb is None else board.limited(limit_mb)
+    changes: list[Change] = []
     first = needs
     before = kept_mb(needs, repacks=board.repacks)
     if before <= board.free_mb:
-        return found
+        return changes
     for step in (_engine(other), _states, _kv, _context, _quantization(header), _adapters):
         for what, cost, changed in step(needs, board):
             after = kept_mb(changed, repacks=board.repacks)
             if after >= before:
                 continue
             fits = after <= board.free_mb
-            found.append(Change(what, cost, before - after, after, _speed(changed, figures), fits))
+            changes.append(Change(what, cost, before - after, after, _speed(changed, figures), fits))
             needs, before = changed, after
             if fits:
-                return found
-    found.extend(_more_memory(first, whole, limit_mb, figures))
-    return found
+                return changes
+    changes.extend(_more_memory(first, unlimited, limit_mb, figures))
+    return changes
 
 
 def _speed(needs: Needs, figures: Mapping[str, SpeedFigures]) -> float | None:
@@ -115,7 +110,7 @@ def _engine(other: Needs | None) -> Callable[[Needs, Board], Step]:
 def _states(needs: Needs, _board: Board) -> Step:
     if needs.state_bytes > _STATES_MB * MB:
         cost = "switching to an adapter that was not used last computes its prompt again"
-        changed = replace(needs, states_limit_bytes=_STATES_MB * MB)
+        changed = replace(needs, cache_mb=_STATES_MB)
         yield f"limit saved states: --cache-mb {_STATES_MB}", cost, changed
 
 
@@ -194,5 +189,5 @@ def _more_memory(
 
 
 def _whole_mib(mb: float) -> int:
-    """The least number of MB, 10^6 bytes, whose whole MiB, 2^20 bytes, are as many MB as these or more."""
+    """MB (10^6 bytes), rounded up so that at least `mb` are left when the limit is cut to whole MiB (2^20 bytes)."""
     return math.ceil(math.ceil(mb * 1e6 / 2**20) * 2**20 / 1e6)

@@ -13,8 +13,8 @@ from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.sizing.calibration import figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
+from edgetune_runtime.sizing.machine_speed import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.needs import needs_of_bundle
-from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.threads.machine import disturbance, free_mb, usable_cores
 
 from . import boards

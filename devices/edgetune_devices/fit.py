@@ -10,24 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
-from edgetune_runtime.sizing.needs import AdapterSize, Item, Needs, items_of, kv_values_per_token, needs_of_bundle
+from edgetune_runtime.sizing.needs import Item, items_of, needs_of_bundle
 from edgetune_runtime.sizing.speed import speed_of
 
 from .boards import Board
 from .changes import SHORTEST_CONTEXT, longest_context
-from .needs import estimate_needs, needs_of_header
+from .needs import needs_of_header
 
 __all__ = [
+    "MB",
     "AdapterSize",
     "BoardChoice",
     "Fit",
-    "Item",
     "Needs",
     "choose",
-    "estimate_needs",
     "fit",
     "kv_values_per_token",
     "needs_of_bundle",
@@ -36,7 +37,6 @@ __all__ = [
     "table",
 ]
 
-MB = 10**6
 USABLE_TOKENS_PER_S = 5.0
 """About reading speed; a quantization that decodes slower is chosen only if no smaller one is faster."""
 CONTEXT_LENGTHS = (1024, 512, 256)
@@ -95,6 +95,7 @@ class Fit:
 class BoardChoice:
     """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words."""
 
+    board: Board
     quantization: str | None
     threads: int
     context_length: int
@@ -164,22 +165,22 @@ def choose(
                 merged_quantization=merged_quantization,
                 engine=engine,
             )
-            found = fit(needs, board)
-            if found.fits:
-                fitting.append((candidate, length, found))
+            predicted = fit(needs, board)
+            if predicted.fits:
+                fitting.append((candidate, length, predicted))
         if fitting:
             break
     if not fitting:
         require_fit(needs, board)
     usable = [choice for choice in fitting if choice[2].adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
-    chosen, length, found = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
+    chosen, length, predicted = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
     what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
-        f"{what} is {why} on {board.name}: {found.kept_mb:.0f} of {found.available_mb:.0f} MB, "
-        f"about {found.adapter_tokens_per_s:.1f} tokens/s with an adapter"
+        f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
+        f"about {predicted.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(chosen, threads or board.cores, length, reason)
+    return BoardChoice(board, chosen, threads or board.cores, length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

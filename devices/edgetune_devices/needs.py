@@ -1,4 +1,4 @@
-"""The needs of a base after quantization, from a header or from sizes alone."""
+"""The needs of a base as its file is, or after quantization, from its header."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from edgetune_runtime.engines import gguf, onnx
+from edgetune_runtime.engines.gguf.needs import needs_of_sizes
+from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_sizes import data_start, number
 from edgetune_runtime.formats.quantization import (
     TENSOR_TYPES,
     Quantization,
@@ -15,9 +18,7 @@ from edgetune_runtime.formats.quantization import (
     quantization_named,
     quantization_of_merged,
 )
-from edgetune_runtime.sizing.needs import AdapterSize, Needs, needs_of_sizes, number
 
-_HEAD_WIDTH = 64
 # A scale in f32 for each block of 32 weights.
 _ONNX_SCALE_BITS = 1
 
@@ -41,11 +42,9 @@ def needs_of_header(
     width = number(header, "embedding_length")
     main_type = header.main_type if chosen is None else _row_type(chosen.most, width)
     sizes = _sizes(header, chosen, engine)
-    start = min((tensor.offset for tensor in header.tensors.values()), default=0)
     needs = needs_of_sizes(
         header,
         sizes,
-        start=start,
         context_length=context_length,
         engine=engine,
         main_type=main_type.name,
@@ -54,76 +53,42 @@ def needs_of_header(
     finer = quantization_of_merged(main_type, merged_quantization)
     merged_bytes = needs.base_bytes
     if finer is not None:
-        merged_bytes = start + sum(_sizes(header, quantization_named(finer), engine).values())
+        merged_bytes = data_start(header) + sum(_sizes(header, quantization_named(finer), engine).values())
     return replace(needs, adapters=dict(adapters or {}), merged=dict.fromkeys(merged, merged_bytes))
 
 
-def estimate_needs(
-    *,
-    parameters: int,
-    bits_per_weight: float,
-    layers: int,
-    kv_values_per_token: int,
-    context_length: int,
-    adapter_bytes: int = 0,
-    adapter_modules: int = 0,
-    vocabulary: int = 49152,
-) -> Needs:
-    """The needs of a base without a header; widths are guessed from the numbers of parameters and layers.
-
-    Assumes that the embedding is tied to the output head.
-    """
-    # A transformer layer of width w has about 12 w^2 parameters if its feed-forward part is 3 w wide.
-    width = math.isqrt(parameters // (12 * layers))
-    size = math.ceil(parameters * bits_per_weight / 8)
-    return Needs(
-        base_bytes=size,
-        read_bytes=size,
-        read_parameters=parameters,
-        head_parameters=vocabulary * width,
-        layers=layers,
-        heads=math.ceil(width / _HEAD_WIDTH),
-        embedding_length=width,
-        feed_forward_length=3 * width,
-        vocabulary=vocabulary,
-        kv_values_per_token=kv_values_per_token,
-        context_length=context_length,
-        adapters={"adapters": AdapterSize(adapter_bytes, adapter_modules)} if adapter_bytes else {},
-    )
-
-
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:
-    """Bytes of each tensor in the engine's format."""
-    if engine == onnx.NAME:
-        return {name: _onnx_bytes(tensor, header, quantization) for name, tensor in header.tensors.items()}
-    return {name: _tensor_bytes(tensor, header, quantization) for name, tensor in header.tensors.items()}
+    """Bytes of each tensor in the engine's format; vectors are float32 in a quantized base and in ONNX."""
+    sizes = {}
+    for name, tensor in header.tensors.items():
+        if engine != onnx.NAME and quantization is None:
+            sizes[name] = tensor.nbytes
+        elif len(tensor.shape) < 2:
+            sizes[name] = math.prod(tensor.shape) * 4
+        elif engine == onnx.NAME:
+            sizes[name] = _onnx_bytes(tensor, header, quantization)
+        else:
+            assert quantization is not None
+            sizes[name] = _quantized_bytes(tensor, header, quantization)
+    return sizes
 
 
 def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
-    """Bytes of the tensor in ONNX Runtime: 4 or 8 bits and a scale per block, or float32."""
-    count = math.prod(tensor.shape)
-    if len(tensor.shape) < 2:
-        return count * 4
+    """Bytes of the matrix in ONNX Runtime: 4 or 8 bits and a scale per block, or float32."""
     kind = tensor.type
     if quantization is not None:
-        head = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
-        kind = TENSOR_TYPES[quantization.head if tensor.name == head else quantization.most]
+        kind = TENSOR_TYPES[quantization.head if tensor.name == header.output_tensor else quantization.most]
         if tensor.shape[0] % kind.block:
             kind = TENSOR_TYPES[kind.narrow or "f16"]
     bits = kind.onnx_bits or 8
-    return math.ceil(count * (bits if bits == 32 else bits + _ONNX_SCALE_BITS) / 8)
+    return math.ceil(math.prod(tensor.shape) * (bits if bits == 32 else bits + _ONNX_SCALE_BITS) / 8)
 
 
-def _tensor_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
-    """Bytes of the tensor; half of the value and down projections get another type, so each counts with the mean."""
-    if quantization is None:
-        return tensor.nbytes
-    if len(tensor.shape) < 2:
-        return math.prod(tensor.shape) * 4
+def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization) -> int:
+    """Bytes of the matrix; half of the value and down projections get another type, so each counts with the mean."""
     columns = tensor.shape[0]
     rows = math.prod(tensor.shape[1:])
-    head_name = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
-    if tensor.name == head_name:
+    if tensor.name == header.output_tensor:
         return rows * _row_bytes(quantization.head, columns)
     if tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
         return rows * (_row_bytes(quantization.most, columns) + _row_bytes(quantization.some, columns)) // 2

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export import architectures, backends
-from edgetune_export.backends.base import OnnxOptions
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION, Manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
@@ -150,13 +149,13 @@ def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
     """The settings of the bundle; the first training rows of each task are for calibration."""
     recipe = prepared.plan.recipe
     rows = [row.tokens for item in prepared.adapters for row in item.job.train[:CALIBRATION_ROWS]]
-    calibration = tuple(map(tuple, rows)) if recipe.onnx.method == "gptq" else ()
     return BundleSpec(
         recipe.name,
         recipe.context_length,
         recipe.threads,
         recipe.targets,
-        OnnxOptions(recipe.onnx.weights, recipe.onnx.method, calibration),
+        recipe.format_options,
+        rows,
         merged_quantization=recipe.merged_quantization,
         ships_states=recipe.states == "ship" and builder.keeps_states,
         warms=recipe.states == "start" and builder.keeps_states,

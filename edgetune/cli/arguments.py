@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,66 +15,36 @@ from edgetune_runtime.errors import UsageError
 if TYPE_CHECKING:
     from edgetune.progress import OnProgress
 
-# Titles of the option groups in --help.
-RECIPE_PANEL = "Recipe overrides"
-BASE_PANEL = "Base"
-DATA_PANEL = "Data"
-ENGINE_PANEL = "Engine"
-OUTPUT_PANEL = "Output"
+# Options by the groups in --help.
+recipe_option = partial(typer.Option, rich_help_panel="Recipe overrides")
+base_option = partial(typer.Option, rich_help_panel="Base")
+data_option = partial(typer.Option, rich_help_panel="Data")
+engine_option = partial(typer.Option, rich_help_panel="Engine")
+output_option = partial(typer.Option, rich_help_panel="Output")
 
 BOARD = "The board: see `edgetune devices list`; or a board file, such as one of `edgetune devices detect`."
 
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Set a key of the recipe, such as training.epochs=1; repeatable.",
-        rich_help_panel=RECIPE_PANEL,
-    ),
+    recipe_option("--set", metavar="KEY=VALUE", help="Set a key of the recipe, such as training.epochs=1; repeatable."),
 ]
-AsJson = Annotated[
-    bool,
-    typer.Option(
-        "--json", help="Print one JSON object as the last line of standard output.", rich_help_panel=OUTPUT_PANEL
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress.", rich_help_panel=OUTPUT_PANEL)]
-Out = Annotated[
-    Path | None,
-    typer.Option(metavar="OUT", help="The bundle's folder (default: build/NAME).", rich_help_panel=OUTPUT_PANEL),
-]
-Engine = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="gguf or onnx (default: the bundle's first format).", rich_help_panel=ENGINE_PANEL
-    ),
-]
+AsJson = Annotated[bool, output_option("--json", help="Print JSON as the last line of standard output.")]
+Quiet = Annotated[bool, output_option("--quiet", help="Print no progress.")]
+Out = Annotated[Path | None, output_option(metavar="OUT", help="The bundle's folder (default: build/NAME).")]
+Engine = Annotated[str | None, engine_option(metavar="NAME", help="gguf or onnx (default: the bundle's first format).")]
 ContextLength = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", min=1, help="Context length in tokens (default: the bundle's).", rich_help_panel=ENGINE_PANEL
-    ),
+    int | None, engine_option(metavar="N", min=1, help="Context length in tokens (default: the bundle's).")
 ]
 Kv = Annotated[
     str | None,
-    typer.Option(
-        metavar="TYPE",
-        help="Data type of keys and values, as for `edgetune-run`: q8_0 halves them.",
-        rich_help_panel=ENGINE_PANEL,
-    ),
+    engine_option(metavar="TYPE", help="Data type of keys and values, as for `edgetune-run`: q8_0 halves them."),
 ]
 CacheMb = Annotated[
-    float | None,
-    typer.Option(
-        metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`.", rich_help_panel=ENGINE_PANEL
-    ),
+    float | None, engine_option(metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`.")
 ]
-Targets = Annotated[
-    str | None,
-    typer.Option(metavar="A,B", help="Formats to write, such as gguf,onnx.", rich_help_panel=RECIPE_PANEL),
-]
+Targets = Annotated[str | None, recipe_option(metavar="A,B", help="Formats to write, such as gguf,onnx.")]
 
 
 def shown_unless(quiet: bool) -> OnProgress | None:
@@ -114,6 +85,6 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     return pairs
 
 
-def print_json(values: Mapping[str, Any]) -> None:
+def print_json(values: Mapping[str, Any] | Sequence[Any]) -> None:
     """Print the values as one line of JSON."""
     print(json.dumps(values, ensure_ascii=False))

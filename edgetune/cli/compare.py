@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,26 +12,24 @@ from edgetune_runtime.errors import UsageError
 import edgetune
 
 from .arguments import (
-    DATA_PANEL,
-    ENGINE_PANEL,
-    OUTPUT_PANEL,
     AsJson,
     Quiet,
     RecipePath,
     Settings,
     Targets,
+    data_option,
+    engine_option,
     names_of,
+    output_option,
     print_json,
     settings_of,
     shown_unless,
     targets_of,
 )
+from .tables import print_table
 
 if TYPE_CHECKING:
     from edgetune.comparison.columns import Column
-
-# Width for the widest table, in characters, without a terminal.
-WIDTH = 140
 
 
 def compare(
@@ -40,29 +37,16 @@ def compare(
     *,
     task: Annotated[str, typer.Option(metavar="NAME", help="The recipe's adapter to compare the methods on.")],
     methods: Annotated[str, typer.Option(metavar="A,B", help="Methods, separated by commas.")],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for trials, tables and plots.", rich_help_panel=OUTPUT_PANEL)
-    ],
+    out: Annotated[Path, output_option(metavar="DIR", help="Folder for trials, tables and plots.")],
     ranks: Annotated[str | None, typer.Option(metavar="4,16", help="Ranks to try for methods with a rank.")] = None,
     targets: Targets = None,
     settings: Settings = None,
     data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Rows to score on (default: the task's validation rows).",
-            rich_help_panel=DATA_PANEL,
-        ),
+        str | None, data_option(metavar="FILE", help="Rows to score on (default: the task's validation rows).")
     ] = None,
-    rows: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.", rich_help_panel=DATA_PANEL),
-    ] = 100,
+    rows: Annotated[int, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
     engine: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.", rich_help_panel=ENGINE_PANEL
-        ),
+        str, engine_option(metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.")
     ] = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -126,24 +110,12 @@ def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
 
 
 def _print_table(columns: Sequence[Column], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich import box  # noqa: PLC0415 - help needs no rich
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    """Print the rows; a shorter one says at its end why the trial has no figures, and is a line below the table."""
+    from edgetune.comparison.columns import TEXT_COLUMNS  # noqa: PLC0415 - help needs none of it
 
-    from edgetune.comparison.columns import TEXT_COLUMNS  # noqa: PLC0415
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for column in columns:
-        table.add_column(column.title, justify="left" if column.title in TEXT_COLUMNS else "right")
-    reasons = []
-    for row in rows:
-        if len(row) == len(columns):
-            table.add_row(*row)
-        else:
-            reasons.append(row)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
-    console.print(table)
-    for row in reasons:
-        print(f"{', '.join(row[:-1])}: {row[-1]}")
+    cells = list(rows)
+    whole = [row for row in cells if len(row) == len(columns)]
+    print_table([column.title for column in columns], whole, texts=TEXT_COLUMNS)
+    reasons = [f"{', '.join(row[:-1])}: {row[-1]}\n" for row in cells if len(row) != len(columns)]
     if reasons:
-        print()
+        print("".join(reasons))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import AsJson, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
+from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
 
 if TYPE_CHECKING:
     from edgetune.delivery.board.opening import Opening
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from edgetune.delivery.kit.make import AssembledKit
     from edgetune.progress import Progress
 
-# Titles of the option groups in --help.
-FLEET_PANEL = "Several boards"
-BOARD_PANEL = "On the board"
+# Options by the groups in --help.
+fleet_option = partial(typer.Option, rich_help_panel="Several boards")
+board_option = partial(typer.Option, rich_help_panel="On the board")
 
 
-def deploy_bundle(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+def deploy(
+    bundle: BundlePath,
     host: Annotated[
         str | None, typer.Argument(metavar="USER@HOST[:PORT]", help="The board, as ssh knows it.", show_default=False)
     ] = None,
@@ -34,45 +34,32 @@ def deploy_bundle(
     lists: Annotated[bool, typer.Option("--list", help="List the versions on the board.")] = False,
     wait_healthy: Annotated[
         bool,
-        typer.Option(
-            "--wait-healthy",
-            help="Fail if the board has no unit (an install waits until its unit answers).",
-            rich_help_panel=BOARD_PANEL,
-        ),
+        board_option("--wait-healthy", help="Fail if the board has no unit (an install waits until its unit answers)."),
     ] = False,
     service: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Run `edgetune-run serve` as the systemd unit NAME.", rich_help_panel=BOARD_PANEL
-        ),
+        str | None, board_option(metavar="NAME", help="Run `edgetune-run serve` as the systemd unit NAME.")
     ] = None,
     listen: Annotated[
         str | None,
-        typer.Option(
+        board_option(
             metavar="IP",
             help="With --service: address that the unit listens on (default: the board's own); 0.0.0.0 for all, with "
             "a key.",
-            rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
-    port: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="With --service: its port (default: 8080).", rich_help_panel=BOARD_PANEL),
-    ] = None,
+    port: Annotated[int | None, board_option(metavar="N", help="With --service: its port (default: 8080).")] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(
+        board_option(
             metavar="DIR",
             help="Folder on the board (default: ~/.local/share/edgetune/NAME; for root /opt/edgetune/NAME).",
-            rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
     board: Annotated[
         str | None,
-        typer.Option(
+        board_option(
             metavar="NAME",
             help="The board: see `edgetune devices list`, or a board file (default: what it says of itself).",
-            rich_help_panel=BOARD_PANEL,
         ),
     ] = None,
     engine: Engine = None,
@@ -80,12 +67,9 @@ def deploy_bundle(
     kv: Kv = None,
     cache_mb: CacheMb = None,
     inventory: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Boards, one USER@HOST[:PORT] per line.", rich_help_panel=FLEET_PANEL),
+        Path | None, fleet_option(metavar="FILE", help="Boards, one USER@HOST[:PORT] per line.")
     ] = None,
-    parallel: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Boards at a time.", rich_help_panel=FLEET_PANEL)
-    ] = 8,
+    parallel: Annotated[int, fleet_option(metavar="N", min=1, help="Boards at a time.")] = 8,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -99,14 +83,7 @@ def deploy_bundle(
     from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
 
     from edgetune.delivery.board.opening import Opening  # noqa: PLC0415
-    from edgetune.delivery.deploy.deploy import (  # noqa: PLC0415
-        DeployOptions,
-        UnitOptions,
-        Where,
-        deploy,
-        list_versions,
-        roll_back,
-    )
+    from edgetune.delivery.deploy import deploy as actions  # noqa: PLC0415
     from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
     from edgetune.progress import Progress  # noqa: PLC0415
 
@@ -120,20 +97,20 @@ def deploy_bundle(
         raise UsageError("--listen and --port are those of a unit", "add --service NAME")
     if board is not None:
         boards.find(board)
-    where = Where(read_manifest(bundle).name, prefix)
+    where = actions.Where(read_manifest(bundle).name, prefix)
     targets = [parse_target(host)] if host is not None else read_inventory(inventory or Path())
     act: Callable[[Target], Outcome]
     if goes_back:
-        act = partial(roll_back, where=where)
+        act = partial(actions.roll_back, where=where)
     elif lists:
-        act = partial(list_versions, where=where)
+        act = partial(actions.list_versions, where=where)
     else:
         assemble = _assembler(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
-        unit = None if service is None else UnitOptions(service, listen, port)
-        options = DeployOptions(board, unit, waits_healthy=wait_healthy)
-        act = partial(deploy, where=where, assemble=assemble, options=options, progress=progress)
+        unit = None if service is None else actions.UnitOptions(service, listen, port)
+        options = actions.DeployOptions(board, unit, waits_healthy=wait_healthy)
+        act = partial(actions.deploy, where=where, assemble=assemble, options=options, progress=progress)
     if host is not None:
         outcome = act(targets[0])
         if as_json:
@@ -146,7 +123,7 @@ def deploy_bundle(
 
 def _assembler(bundle: Path, engine: str | None, opening: Opening, progress: Progress) -> Assemble:
     """Makes the kit of a board and a Python once, also if several boards ask for it at the same time."""
-    from edgetune_runtime.decoding.once import SingleFlightCache  # noqa: PLC0415 - help needs none of it
+    from edgetune_runtime.decoding.single_flight import SingleFlightCache  # noqa: PLC0415 - help needs none of it
 
     from edgetune.delivery.kit.make import assemble, needs_with  # noqa: PLC0415
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -11,23 +10,22 @@ from typing import Annotated, Any
 
 import typer
 from edgetune_devices import boards, changes, detect, fit
+from edgetune_runtime import engines
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import COSTS
 from edgetune_runtime.sizing.options import with_options
-from edgetune_runtime.wording import printable
 
 from edgetune import task_types
 
-from .arguments import BOARD, CacheMb, ContextLength, Engine, Kv
+from .arguments import BOARD, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
+from .tables import print_columns
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 RamMib = Annotated[
     int | None,
     typer.Option("--ram-mib", metavar="N", min=1, help="The board's memory in MiB (default: the listed one)."),
@@ -37,15 +35,15 @@ RamMib = Annotated[
 @app.command("list")
 def list_boards(*, as_json: AsJson = False) -> None:
     """List the boards. A board with several sizes of memory is also called like pi-4-2gb."""
-    found = [boards.load(name) for name in boards.names()]
+    listed = [boards.load(name) for name in boards.names()]
     if as_json:
-        _print_json([_summary(board) for board in found])
+        print_json([_summary(board) for board in listed])
         return
     rows = [
         (b.name, b.title, f"{b.ram_free_mib} of {b.ram_mib} MiB", f"{b.bandwidth_gb_per_s:g} GB/s", _sizes(b))
-        for b in found
+        for b in listed
     ]
-    _print_columns(rows)
+    print_columns(rows)
 
 
 @app.command()
@@ -58,7 +56,7 @@ def show(
     """Show all figures of a board, and where they come from."""
     board = _board(name, ram_mib)
     if as_json:
-        _print_json(asdict(board))
+        print_json(asdict(board))
         return
     figures = asdict(board)
     sources = figures.pop("sources")
@@ -66,9 +64,9 @@ def show(
     free = board.ram_free_by_size_mib
     figures["ram_free_by_size_mib"] = ", ".join(f"{free[size]} of {size}" for size in free) or "as for ram_mib"
     figures["ram_sizes_mib"] = ", ".join(map(str, board.ram_sizes_mib)) or "one size"
-    _print_columns([(key, str(value)) for key, value in figures.items()])
-    typer.echo("\nsources")
-    _print_columns(list(sources.items()))
+    print_columns([(key, str(value)) for key, value in figures.items()])
+    print("\nsources")
+    print_columns(list(sources.items()))
 
 
 @app.command("fit")
@@ -93,8 +91,9 @@ def fit_target(
     as_json: AsJson = False,
 ) -> None:
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
-    if engine is not None and engine not in COSTS:
-        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(COSTS)}")
+    with_needs = engines.names_with_needs()
+    if engine is not None and engine not in with_needs:
+        raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(with_needs)}")
     board = _board(device, ram_mib)
     needs, header, other = _needs(target, context_length, engine)
     needs = with_options(needs, kv=kv, cache_mb=cache_mb, serves=serve)
@@ -106,12 +105,12 @@ def fit_target(
     result = fit.fit(needs, board if limit_mb is None else board.limited(limit_mb))
     proposed = changes.changes_for(needs, board, header=header, other=other, limit_mb=limit_mb, figures=figures)
     if as_json:
-        _print_json(result.to_json() | {"changes": [change.to_json() for change in proposed]})
+        print_json(result.to_json() | {"changes": [change.to_json() for change in proposed]})
         return
-    _print_columns(fit.table(result))
+    print_columns(fit.table(result))
     if proposed:
-        typer.echo("\nto change, the cheapest first; each with those above it")
-        _print_columns([_row(change) for change in proposed])
+        print("\nto change, the cheapest first; each with those above it")
+        print_columns([_row(change) for change in proposed])
 
 
 @app.command("detect")
@@ -131,11 +130,11 @@ def detect_board(
         raise UsageError(f"{out} is not a .toml file", "give a name that ends in .toml; it is the name of the board")
     text = detect.board_file(bundle, engine)
     if out is None:
-        typer.echo(text, nl=False)
+        print(text, end="")
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    typer.echo(f"wrote {out}; use it with: edgetune devices fit TARGET --device {out}")
+    print(f"wrote {out}; use it with: edgetune devices fit TARGET --device {out}")
 
 
 def _calibrated(path: Path, needs: fit.Needs, other: fit.Needs | None) -> Mapping[str, SpeedFigures]:
@@ -164,7 +163,7 @@ def _needs(target: Path, context_length: int | None, engine: str | None) -> Targ
         file = manifest.base.files.get(gguf.NAME)
         header = None if file is None else read_header(resolve(bundle, file))
         needs = fit.needs_of_bundle(bundle, context_length=context_length, engine=engine)
-        others = [name for name in manifest.base.files if name in COSTS and name != needs.engine]
+        others = [name for name in manifest.base.files if name in engines.names_with_needs() and name != needs.engine]
         other = fit.needs_of_bundle(bundle, context_length=context_length, engine=others[0]) if others else None
         return needs, header, other
     if target.suffix == ".gguf":
@@ -198,7 +197,7 @@ def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None)
         raise IncompatibleError(message, f"choose one of: {', '.join(recipe.targets)}; or add it to targets")
     known = plan.recipe, plan.adapters, header, plan.base.quantization
     needs = bundle_needs(*known, engine)
-    others = [name for name in recipe.targets if name in COSTS and name != needs.engine]
+    others = [name for name in recipe.targets if name in engines.names_with_needs() and name != needs.engine]
     return needs, header, bundle_needs(*known, others[0]) if others else None
 
 
@@ -226,14 +225,3 @@ def _row(change: changes.Change) -> tuple[str, ...]:
         "fits" if change.fits else "",
         f"({change.cost})",
     )
-
-
-def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False))
-
-
-def _print_columns(rows: list[Any]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
-        typer.echo(printable(line).rstrip())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,51 +9,24 @@ from edgetune_runtime.wording import printable
 
 import edgetune
 
-from .arguments import DATA_PANEL, ENGINE_PANEL, OUTPUT_PANEL, AsJson, Quiet, print_json, shown_unless
+from .arguments import AsJson, BundlePath, Engine, Kv, Quiet, data_option, output_option, print_json, shown_unless
 
 MAX_SHOWN = 300
 
 
 def evaluate(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
     data: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Rows in the form of the training data: .jsonl, .csv or a hub id.",
-            rich_help_panel=DATA_PANEL,
-        ),
+        str, data_option(metavar="FILE", help="Rows in the form of the training data: .jsonl, .csv or a hub id.")
     ],
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the base without one).")
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Score at most N rows, spread evenly.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    show: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Show up to N wrong answers; not with --json.", rich_help_panel=OUTPUT_PANEL
-        ),
-    ] = 3,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Run the bundle with gguf or onnx (default: its first format).",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
-    kv: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Type of the KV cache: f16 (default) or q8_0; only with gguf.",
-            rich_help_panel=ENGINE_PANEL,
-        ),
-    ] = None,
+    limit: Annotated[int | None, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = None,
+    show: Annotated[int, output_option(min=0, metavar="N", help="Show up to N wrong answers; not with --json.")] = 3,
+    engine: Engine = None,
+    kv: Kv = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

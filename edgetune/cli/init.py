@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import UsageError
 
-from .arguments import BASE_PANEL, DATA_PANEL, OUTPUT_PANEL
+from .arguments import base_option, data_option, output_option
 
 if TYPE_CHECKING:
     from edgetune.progress import Progress
@@ -24,18 +24,10 @@ def init(
     ] = None,
     *,
     data: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="Your rows, a .jsonl, .csv or .tsv file per task.", rich_help_panel=DATA_PANEL
-        ),
+        list[Path] | None, data_option(metavar="FILE", help="Your rows, a .jsonl, .csv or .tsv file per task.")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="BASE", help="The base model (default: smollm2-135m).", rich_help_panel=BASE_PANEL),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the recipe if there is one.", rich_help_panel=OUTPUT_PANEL)
-    ] = False,
+    base: Annotated[str | None, base_option(metavar="BASE", help="The base model (default: smollm2-135m).")] = None,
+    force: Annotated[bool, output_option("--force", help="Replace the recipe if there is one.")] = False,
 ) -> None:
     """Write a recipe for your data, with the reason for each setting.
 

@@ -7,36 +7,28 @@ from typing import Annotated
 
 import typer
 
+from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
+
 from .arguments import (
     BOARD,
-    OUTPUT_PANEL,
     AsJson,
+    BundlePath,
     CacheMb,
     ContextLength,
     Engine,
     Kv,
     Quiet,
+    output_option,
     print_json,
 )
 
-# The Python of current Raspberry Pi OS.
-_PYTHON = "3.13"
-
 
 def kit(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
     board: Annotated[str, typer.Option(metavar="NAME", help=BOARD)],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.", rich_help_panel=OUTPUT_PANEL
-        ),
-    ],
-    python: Annotated[
-        str,
-        typer.Option(metavar="VERSION", help="The board's Python."),
-    ] = _PYTHON,
+    out: Annotated[Path, output_option(metavar="KIT", help="The kit's folder, or a tar file if it ends in .tar.")],
+    python: Annotated[str, typer.Option(metavar="VERSION", help="The board's Python.")] = SYSTEM_PYTHON,
     engine: Engine = None,
     context_length: ContextLength = None,
     kv: Kv = None,

@@ -23,38 +23,36 @@ from edgetune_runtime.interrupts import end_on_interrupt
 import edgetune
 from edgetune.failure import PROGRAM, drop_output, fail
 
-from . import compare as compare_cli
-from . import deploy as deploy_cli
-from . import devices as devices_cli
-from . import evaluate as evaluate_cli
-from . import init as init_cli
-from . import kit as kit_cli
-from . import plan as plan_cli
-from . import report as report_cli
-from . import wheel as wheel_cli
+from . import devices
 from .arguments import (
-    BASE_PANEL,
-    OUTPUT_PANEL,
-    RECIPE_PANEL,
     AsJson,
     Out,
     Quiet,
     Settings,
     Targets,
+    base_option,
+    output_option,
     pairs_of,
     print_json,
+    recipe_option,
     settings_of,
     shown_unless,
     targets_of,
 )
+from .compare import compare
+from .deploy import deploy
+from .evaluate import evaluate
 from .grouped_help import GroupedCommand, GroupedGroup
+from .init import init, recipe_to_build
+from .kit import kit
+from .methods import methods
+from .plan import plan, validate
+from .report import report
+from .tables import print_table
+from .wheel import wheel
 
 # Set by the script of --install-completion when a shell asks for completions.
 COMPLETION_VARIABLE = "_EDGETUNE_COMPLETE"
-# Titles of the command groups in --help.
-RECIPE_COMMANDS = "Recipe commands"
-BUNDLE_COMMANDS = "Bundle commands"
-MEASUREMENT_COMMANDS = "Measurement commands"
 # Title, path in an adapter's figures, and format of each column of a build's table.
 COLUMNS = (
     ("train loss", "train_loss", "{:.3f}"),
@@ -75,19 +73,11 @@ app = typer.Typer(
 
 Converter = Annotated[
     Path | None,
-    typer.Option(
-        metavar="PATH",
-        help="A llama.cpp checkout to convert the base with (default: downloaded with pip).",
-        rich_help_panel=BASE_PANEL,
-    ),
+    base_option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: downloaded with pip)."),
 ]
 Quantization = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME",
-        help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0).",
-        rich_help_panel=BASE_PANEL,
-    ),
+    base_option(metavar="NAME", help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0)."),
 ]
 
 
@@ -138,7 +128,6 @@ def _root(
     """Options of all commands; `main` removes --debug before parsing."""
 
 
-@app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def build(
     recipe: Annotated[
         list[Path],
@@ -148,22 +137,12 @@ def build(
     out: Out = None,
     as_json: AsJson = False,
     settings: Settings = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Override the recipe's base.", rich_help_panel=BASE_PANEL)
-    ] = None,
+    base: Annotated[str | None, base_option(metavar="BASE", help="Override the recipe's base.")] = None,
     quantization: Quantization = None,
-    device: Annotated[
-        str | None,
-        typer.Option(metavar="BOARD", help="The board that the bundle must fit on.", rich_help_panel=RECIPE_PANEL),
-    ] = None,
+    device: Annotated[str | None, recipe_option(metavar="BOARD", help="The board that the bundle must fit on.")] = None,
     targets: Targets = None,
-    epochs: Annotated[
-        float | None,
-        typer.Option(metavar="N", help="Epochs, for all adapters.", rich_help_panel=RECIPE_PANEL),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed, for all adapters.", rich_help_panel=RECIPE_PANEL)
-    ] = None,
+    epochs: Annotated[float | None, recipe_option(metavar="N", help="Epochs, for all adapters.")] = None,
+    seed: Annotated[int | None, recipe_option(metavar="N", help="Seed, for all adapters.")] = None,
     converter: Converter = None,
     quiet: Quiet = False,
 ) -> None:
@@ -181,7 +160,7 @@ def build(
     if targets is not None:
         overrides["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
-    path = init_cli.recipe_to_build(recipe, out, base, Progress(quiet=quiet))
+    path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
     loaded = _load(path, overrides | settings_of(settings), training)
     result = edgetune.build(loaded, out, shown_unless(quiet), converter=converter)
     if result.figures:
@@ -190,21 +169,16 @@ def build(
             _print_next(path, loaded, result)
 
 
-@app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)
 def export(
     *,
-    base: Annotated[
-        str,
-        typer.Option(metavar="BASE", help="The base that the adapters were trained on.", rich_help_panel=BASE_PANEL),
-    ],
+    base: Annotated[str, base_option(metavar="BASE", help="The base that the adapters were trained on.")],
     adapters: Annotated[
         list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder saved by PEFT; repeatable.")
     ],
-    out: Annotated[Path, typer.Option(metavar="OUT", help="The bundle's folder.", rich_help_panel=OUTPUT_PANEL)],
+    out: Annotated[Path, output_option(metavar="OUT", help="The bundle's folder.")],
     quantization: Quantization = None,
     systems: Annotated[
-        list[str] | None,
-        typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable."),
+        list[str] | None, typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Merge each adapter into a full model.")] = False,
     targets: Targets = None,
@@ -234,39 +208,11 @@ def export(
     _print_build(result.to_json(), as_json=as_json)
 
 
-@app.command("methods", cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
-def list_methods(*, as_json: AsJson = False) -> None:
-    """List the tuning methods.
-
-    Shows each method's shape in each format (low_rank, prefix, tensors or merged; - means not supported) and when to
-    use it. --json adds the options.
-    """
-    from .methods import describe, names, table  # noqa: PLC0415 - numpy and the formats
-
-    if as_json:
-        print_json({name: describe(name) for name in names()})
-        return
-    print("\n".join(table()))
-
-
-@app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)
 def schema() -> None:
     """Print the JSON schema of recipes for editors."""
     from edgetune.recipe.model import json_schema  # noqa: PLC0415 - help needs no pydantic
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
-
-
-app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(init_cli.init)
-app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(plan_cli.validate)
-app.command(cls=GroupedCommand, rich_help_panel=RECIPE_COMMANDS)(plan_cli.plan)
-app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(evaluate_cli.evaluate)
-app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(report_cli.report)
-app.command("deploy", cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(deploy_cli.deploy_bundle)
-app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(kit_cli.kit)
-app.command(cls=GroupedCommand, rich_help_panel=BUNDLE_COMMANDS)(wheel_cli.wheel)
-app.command(cls=GroupedCommand, rich_help_panel=MEASUREMENT_COMMANDS)(compare_cli.compare)
-app.add_typer(devices_cli.app, name="devices", rich_help_panel=MEASUREMENT_COMMANDS)
 
 
 def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> edgetune.Recipe:
@@ -298,19 +244,11 @@ def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    from rich import box  # noqa: PLC0415 - help needs no rich
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    table.add_column("adapter")
-    for title, _, _ in COLUMNS:
-        table.add_column(title, justify="right")
-    for name, figures in result["adapters"].items():
-        values = {**figures, "mb": figures["bytes"] / 1e6}
-        table.add_row(name, *(_cell(values, path, form) for _, path, form in COLUMNS))
-    # Without a terminal the width must fit all columns.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    rows = [
+        [name, *(_cell({**figures, "mb": figures["bytes"] / 1e6}, path, form) for _, path, form in COLUMNS)]
+        for name, figures in result["adapters"].items()
+    ]
+    print_table(["adapter", *(title for title, _, _ in COLUMNS)], rows, texts=["adapter"])
     print(result["bundle"])
 
 
@@ -327,3 +265,15 @@ def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON valu
     for key in path.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return "-" if values is None else form.format(values)
+
+
+# By the titles of the groups in --help.
+COMMANDS = {
+    "Recipe commands": (init, validate, plan, methods, schema),
+    "Bundle commands": (build, export, report, deploy, kit, wheel),
+    "Measurement commands": (evaluate, compare),
+}
+for _title, _commands in COMMANDS.items():
+    for _command in _commands:
+        app.command(cls=GroupedCommand, rich_help_panel=_title)(_command)
+app.add_typer(devices.app, name="devices", rich_help_panel="Measurement commands")

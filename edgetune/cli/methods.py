@@ -8,26 +8,41 @@ from typing import Any
 from edgetune_export import backends
 from edgetune_runtime.errors import IncompatibleError
 
-from edgetune import methods
-from edgetune.methods import Method
-from edgetune.recipe.problems import other_names
-from edgetune.targets import shapes_in
+from .arguments import AsJson, print_json
+from .tables import print_columns
 
 
-def names() -> list[str]:
-    """The names of all methods."""
-    return methods.names()
+def methods(*, as_json: AsJson = False) -> None:
+    """List the tuning methods.
+
+    Shows each method's shape in each format (low_rank, prefix, tensors or merged; - means not supported) and when to
+    use it. --json adds the options.
+    """
+    from edgetune.methods import names  # noqa: PLC0415 - help needs none of it
+
+    described = {name: _described(name) for name in names()}
+    if as_json:
+        print_json(described)
+        return
+    rows = [
+        (name, *(shape or "-" for shape in figures["backends"].values()), figures["about"])
+        for name, figures in described.items()
+    ]
+    print_columns([("method", *backends.names(), ""), *rows])
 
 
-def describe(name: str) -> dict[str, Any]:
+def _described(name: str) -> dict[str, Any]:
     """A method as JSON values: description, shapes, shape in each backend (null: not supported) and options."""
-    method = methods.load(name)
+    from edgetune.methods import load  # noqa: PLC0415 - as above
+    from edgetune.recipe.problems import other_names  # noqa: PLC0415
+
+    method = load(name)
     defaults = method.options()
     schema = method.options.model_json_schema(by_alias=False)["properties"]
     return {
         "about": inspect.cleandoc(type(method).__doc__ or "").splitlines()[0],
         "shapes": list(method.shapes(defaults)),
-        "backends": {target: _shape(name, method, target) for target in backends.names()},
+        "backends": {target: _shape_in(target, name) for target in backends.names()},
         "options": {
             key: {
                 "default": value,
@@ -39,18 +54,11 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def table() -> list[str]:
-    """One line per method: its name, its shape in each backend, and its description."""
-    lines = [("method", *backends.names(), "")]
-    for name in names():
-        found = describe(name)
-        lines.append((name, *(found["backends"][target] or "-" for target in backends.names()), found["about"]))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(backends.names()) + 1)]
-    return ["  ".join([*map(str.ljust, line, widths), line[-1]]).rstrip() for line in lines]
+def _shape_in(target: str, name: str) -> str | None:
+    from edgetune.methods import load  # noqa: PLC0415 - as above
+    from edgetune.targets import shapes_in  # noqa: PLC0415
 
-
-def _shape(name: str, method: Method[Any], target: str) -> str | None:
     try:
-        return shapes_in((target,), name, method.options())[target]
+        return shapes_in((target,), name, load(name).options())[target]
     except IncompatibleError:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,18 +10,20 @@ import typer
 from edgetune_runtime.wording import printable
 
 from .arguments import AsJson, Out, RecipePath, Settings, print_json, settings_of
+from .tables import print_table
 
 if TYPE_CHECKING:
     from edgetune.planning.records import AdapterPlan, BuildPlan
 
-# Width for the table of adapters, in characters, without a terminal.
-WIDTH = 140
+# Titles of the table of adapters: those of texts, and all.
+TEXTS = ("adapter", "method", "modules", "shape", "MB", "metric", "answers")
+TITLES = (*TEXTS[:5], "trained", "rows", "longest", "steps", *TEXTS[5:])
 
-Trial = Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")]
+TrialFlag = Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")]
 
 
 def validate(
-    recipe: RecipePath, *, out: Out = None, trial: Trial = False, settings: Settings = None, as_json: AsJson = False
+    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
 ) -> None:
     """Check a recipe, its base and its data.
 
@@ -40,7 +41,7 @@ def validate(
 
 
 def plan(
-    recipe: RecipePath, *, out: Out = None, trial: Trial = False, settings: Settings = None, as_json: AsJson = False
+    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
 ) -> None:
     """Show what a build will do: its base, adapters and files, the memory and disk it needs, the speed on the board.
 
@@ -53,7 +54,7 @@ def plan(
         return
     for label, text in (*_summary(made, figures), *_bundle_lines(made)):
         print(printable(f"{label:<14}{text}"))
-    _print_adapters(made)
+    print_table(TITLES, map(_cells, made.adapters.values()), texts=TEXTS)
 
 
 def _planned(
@@ -104,23 +105,6 @@ def _bundle_lines(made: BuildPlan) -> Iterator[tuple[str, str]]:
     for fit in () if made.board is None else made.board.fits:
         speed = f"{fit.adapter_tokens_per_s:.1f} tokens/s with an adapter, {fit.decode_tokens_per_s:.1f} without"
         yield f"on {fit.engine}", f"{fit.kept_mb:.0f} of {fit.available_mb:.0f} MB, {speed}"
-
-
-def _print_adapters(made: BuildPlan) -> None:
-    from rich import box  # noqa: PLC0415 - help needs no rich
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for title in ("adapter", "method", "modules", "shape", "MB"):
-        table.add_column(title)
-    for title in ("trained", "rows", "longest", "steps"):
-        table.add_column(title, justify="right")
-    for title in ("metric", "answers"):
-        table.add_column(title)
-    for adapter in made.adapters.values():
-        table.add_row(*map(printable, _cells(adapter)))
-    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
 def _cells(adapter: AdapterPlan) -> list[str]:

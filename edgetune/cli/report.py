@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import DATA_PANEL, OUTPUT_PANEL, Quiet, pairs_of
+from .arguments import BundlePath, Quiet, data_option, output_option, pairs_of
 from .evaluate import shortened
 
 if TYPE_CHECKING:
@@ -25,27 +25,16 @@ SHOWN_ANSWERS = 3
 
 
 def report(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")],
+    bundle: BundlePath,
     *,
-    out: Annotated[
-        Path, typer.Option(metavar="FILE", help="The HTML file to write.", rich_help_panel=OUTPUT_PANEL)
-    ] = Path("report.html"),
+    out: Annotated[Path, output_option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
     recipe: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RECIPE", help="The bundle's recipe: answer validation rows of it.", rich_help_panel=DATA_PANEL
-        ),
+        Path | None, data_option(metavar="RECIPE", help="The bundle's recipe: answer validation rows of it.")
     ] = None,
     data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE", help="Rows for an adapter to answer instead; repeatable.", rich_help_panel=DATA_PANEL
-        ),
+        list[str] | None, data_option(metavar="NAME=FILE", help="Rows for an adapter to answer instead; repeatable.")
     ] = None,
-    limit: Annotated[
-        int,
-        typer.Option(min=1, metavar="N", help="Answer at most N rows per adapter.", rich_help_panel=DATA_PANEL),
-    ] = 40,
+    limit: Annotated[int, data_option(min=1, metavar="N", help="Answer at most N rows per adapter.")] = 40,
     scores: Annotated[
         list[str] | None,
         typer.Option(

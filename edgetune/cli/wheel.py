@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import OUTPUT_PANEL, Quiet
+from .arguments import Quiet, output_option
 
 
 def wheel(
@@ -18,11 +18,8 @@ def wheel(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Copy the wheel to this folder (default: print its path in the cache folder).",
-            rich_help_panel=OUTPUT_PANEL,
+        output_option(
+            "--out", metavar="DIR", help="Copy the wheel to this folder (default: print its path in the cache folder)."
         ),
     ] = None,
     quiet: Quiet = False,
@@ -32,7 +29,7 @@ def wheel(
     Compiles the installed version on this machine, for Debian 12 or newer, with a CPU backend for each generation of
     processors; llama.cpp picks the fastest that the board supports. Keeps the wheel in the cache folder.
     """
-    from edgetune.delivery.wheel import llama_wheel  # noqa: PLC0415 - help needs none of it
+    from edgetune.delivery.wheel.build import llama_wheel  # noqa: PLC0415 - help needs none of it
     from edgetune.progress import Progress  # noqa: PLC0415
 
     built = llama_wheel(platform, progress=Progress(quiet=quiet))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .figures import EngineFigures, TrainingFigures, TrialResult, megabytes
+from .figures import EngineFigures, TrialResult, megabytes
 
 NONE = "-"
 """Shown for a missing figure."""
@@ -74,7 +74,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
             f"{training.peak_memory_mb:.0f}",
             f"{training.val_loss:.3f}",
             f"{training.best_step}/{training.steps}",
-            _overfit(training),
+            _number(training.overfit_step, "{}"),
             _number(outcome.torch_score),
         )
 
@@ -92,16 +92,16 @@ def engine_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
 def placement_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
     """A row for each placement that was tried for a trial with `target_modules: auto`."""
     for outcome in outcomes:
-        found = outcome.placement
-        for tried in found["tried"] if found else ():
-            modules, r = tried["target_modules"], tried["r"]
+        placement = outcome.placement
+        for candidate in placement["tried"] if placement else ():
+            modules, r = candidate["target_modules"], candidate["r"]
             yield (
                 outcome.name,
                 modules if isinstance(modules, str) else ", ".join(modules),
                 str(r),
-                f"{tried['cost'] * 100:.1f}",
-                _number(tried["val_loss"]),
-                "yes" if found and (found["target_modules"], found["r"]) == (modules, r) else "",
+                f"{candidate['cost'] * 100:.1f}",
+                _number(candidate["val_loss"]),
+                "yes" if placement and (placement["target_modules"], placement["r"]) == (modules, r) else "",
             )
 
 
@@ -147,10 +147,6 @@ def _on_engine(figures: EngineFigures) -> tuple[str, ...]:
         ),
         f"{figures.kl:.1e}",
     )
-
-
-def _overfit(training: TrainingFigures) -> str:
-    return NONE if training.overfit_step is None else str(training.overfit_step)
 
 
 def _number(value: float | None, form: str = "{:.3f}") -> str:

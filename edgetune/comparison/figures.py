@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgetune_runtime.formats.atomic import replacing
+from pydantic import TypeAdapter
 
 LOWER_IS_BETTER = ("perplexity",)
 """Metrics for which lower is better."""
@@ -105,13 +106,8 @@ class TrialResult:
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> TrialResult:
-        """The result from the values of `to_json`; TypeError or KeyError for other values."""
-        training, board = values["training"], values["board"]
-        if training is not None:
-            training = TrainingFigures(**{**training, "history": tuple(map(tuple, training["history"]))})
-        engines = {name: EngineFigures(**figures) for name, figures in values["engines"].items()}
-        board = None if board is None else BoardFit(**board)
-        return cls(**{**values, "training": training, "engines": engines, "board": board})
+        """The result from the values of `to_json`; ValueError for other values."""
+        return TypeAdapter(cls).validate_python(values)
 
 
 def read_outcome(folder: Path, key: str) -> TrialResult | None:
@@ -119,7 +115,7 @@ def read_outcome(folder: Path, key: str) -> TrialResult | None:
     try:
         values = json.loads((folder / OUTCOME_FILE).read_text(encoding="utf-8"))
         return TrialResult.of_json(values["outcome"]) if values["key"] == key else None
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

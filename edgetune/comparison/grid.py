@@ -134,10 +134,10 @@ def _check_lists(request: Request) -> None:
 
 
 def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fingerprint: str) -> Trial:
-    common, own = _split(request)
-    mine = own.get(method, {})
-    training = {key: value for key, value in mine.items() if key.startswith("training.")}
-    options = {key: value for key, value in mine.items() if key not in training}
+    common, by_method = _split(request)
+    settings = by_method.get(method, {})
+    training = {key: value for key, value in settings.items() if key.startswith("training.")}
+    options = {key: value for key, value in settings.items() if key not in training}
     prefix = f"adapters.{request.task}"
     overrides = {
         **common,
@@ -174,30 +174,31 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
 def _split(request: Request) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The settings of all trials, and those of each method."""
     common: dict[str, Any] = {} if request.targets is None else {"targets": list(request.targets)}
-    own: dict[str, dict[str, Any]] = {}
+    by_method: dict[str, dict[str, Any]] = {}
     for key, value in request.settings.items():
         method, dot, rest = key.partition(".")
         if dot and method in methods.names():
-            own.setdefault(method, {})[rest] = value
+            by_method.setdefault(method, {})[rest] = value
         else:
             common[key] = value
-    unused = next((method for method in own if method not in request.methods), None)
+    unused = next((method for method in by_method if method not in request.methods), None)
     if unused is not None:
         raise UsageError(f"--set: {unused} is not in --methods", f"add it there, or remove --set {unused}.…")
-    return common, own
+    return common, by_method
 
 
-def _options(recipe: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
-    """The method's entry in the recipe, at the rank.
+def _options(spec: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
+    """The method's options at the rank, as a recipe has them.
 
-    Options that the recipe sets apply to its own method, and to methods with the same rank and alpha options and
-    defaults, so that trials differ only in the method. Alpha is scaled with the rank, so that updates keep their scale.
+    Options that `spec`, the recipe's own, sets apply to its method, and to methods with the same rank and alpha options
+    and defaults, so that trials differ only in the method. Alpha is scaled with the rank, so that updates keep their
+    scale.
     """
-    fields, own = methods.load(method).options.model_fields, type(recipe.options).model_fields
+    fields, spec_fields = methods.load(method).options.model_fields, type(spec.options).model_fields
     options: dict[str, Any] = {"name": method}
-    if method == recipe.name or _scales_alike(fields, own):
-        given = recipe.options.model_dump(mode="json", include=recipe.options.model_fields_set)
-        options |= {key: value for key, value in given.items() if key in fields}
+    if method == spec.name or _scales_alike(fields, spec_fields):
+        set_options = spec.options.model_dump(mode="json", include=spec.options.model_fields_set)
+        options |= {key: value for key, value in set_options.items() if key in fields}
     key = _rank_key(fields)
     if rank is not None and key is not None:
         # A mean rank applies at the end of training and does not change what alpha is divided by.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Merged
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import AdapterEntry, Manifest, read_manifest
@@ -24,6 +24,7 @@ from filelock import FileLock
 from edgetune import bases, methods
 from edgetune.evaluation import Evaluation, score
 from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedAdapter
 from edgetune.tasks.data import TaskRow
 
@@ -72,10 +73,10 @@ class BundleMeasurement:
             partial(Runtime.open, self.bundle, engine=target, disk_mb=0, preflight=False), lambda _: None
         )
         shape, speed = self.entry.shapes[target], timed["decode_tokens_per_s"]
-        own, is_merged = speed["adapters"][self.task], shape == Merged.shape
+        decode_speed, is_merged = speed["adapters"][self.task], shape == Merged.shape
         slow, busy = _load_in(timed)
         if is_merged:
-            merged = MergedSpeed(own, slow, busy)
+            merged = MergedSpeed(decode_speed, slow, busy)
         return EngineFigures(
             shape=shape,
             bytes=round(timed["adapter_mb"] * 1e6),
@@ -83,7 +84,7 @@ class BundleMeasurement:
             standard_error=standard_error(scored.metric, scored.score, [row.score for row in scored.details]),
             kl=self.entry.parity[target]["kl"],
             base_tokens_per_s=speed["base"],
-            tokens_per_s=None if is_merged else own,
+            tokens_per_s=None if is_merged else decode_speed,
             merged_tokens_per_s=None if merged is None else merged.tokens_per_s,
             switch_us=timed["switch_us"] and timed["switch_us"]["p50"],
             first_token_ms=timed["ttft_ms"] and timed["ttft_ms"]["after_switch"],
@@ -103,8 +104,7 @@ class TorchMeasurement:
     base: bases.Base
     trained: TrainedAdapter
     work: Path
-    onnx: OnnxOptions
-    merged_quantization: str | None
+    recipe: Recipe
 
     @cached_property
     def checkpoint(self) -> methods.Checkpoint:
@@ -143,9 +143,12 @@ class TorchMeasurement:
         try:
             folded = self.method.fold(self.checkpoint, Merged.shape)
             assert isinstance(folded, Merged)
-            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, self.onnx)
-            with _alone_in(self.work):
-                backend.write_merged(folded, source_of_merged(source, self.merged_quantization), out)
+            options = self.recipe.format_options
+            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, options)
+            # Trials that run at the same time share the folder.
+            self.work.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.work / "lock"):
+                backend.write_merged(folded, source_of_merged(source, self.recipe.merged_quantization), out)
             return self._speed(target, out)
         finally:
             shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)
@@ -154,18 +157,10 @@ class TorchMeasurement:
         manifest = replace(self.measured.manifest, adapters={})
         make = engines.load(target)
         engine = make(model, context_length=manifest.context_length, threads=manifest.threads)
-        found = bench.measure(lambda: runtime_around(engine, self.measured.bundle, manifest, target), lambda _: None)
-        return MergedSpeed(float(found["decode_tokens_per_s"]["base"]), *_load_in(found))
+        timed = bench.measure(lambda: runtime_around(engine, self.measured.bundle, manifest, target), lambda _: None)
+        return MergedSpeed(float(timed["decode_tokens_per_s"]["base"]), *_load_in(timed))
 
 
 def _load_in(timed: Mapping[str, Any]) -> tuple[bool, str | None]:
     """Whether the machine was busy during `bench.measure`, and the reason if it is known."""
     return bool(timed.get("slow", False)), timed.get("busy")
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Lock `folder` against trials that run at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        yield

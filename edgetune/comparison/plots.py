@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,8 @@ DPI = 120
 # Markers of the formats, sorted by name, and of any other.
 MARKERS = "os^v"
 OTHER_MARKER = "D"
-# Directions to try for a label, best first, and distances in points.
-_DIRECTIONS = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))
-_DISTANCES = (7, 14, 22, 32, 44, 58)
+LEGEND_ROWS = 20
+"""Entries of a legend in one column, as many as fit the height."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Point:
+    """The score of a trial in one format, at the value `x` of the other axis."""
+
     x: float
-    y: float
-    error: float
-    label: str
+    figures: EngineFigures
+    target: str
     color: Any
-    marker: str
     is_hollow: bool = False
 
 
@@ -49,45 +49,42 @@ def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     if not done:
         return []
-    marked = any(figures.slow for outcome in done for figures in outcome.engines.values())
     speeds = "Score on the device against decoding speed, with unmerged and merged adapters"
-    drawn = (
+    busy = f"; {BUSY} timed on a busy machine" if any(map(_was_slow, done)) else ""
+    drawn: tuple[tuple[str, Callable[[Sequence[TrialResult]], Figure], str], ...] = (
         ("score-size.png", _sizes, "Score on the device against the size of the adapter on disk"),
-        ("score-speed.png", _speeds, speeds + (f"; {BUSY} timed on a busy machine" if marked else "")),
+        ("score-speed.png", _speeds, speeds + busy),
         ("loss.png", _losses, "Validation loss during training; a ring marks the checkpoint that ships"),
     )
     pictures = []
     for name, draw, caption in drawn:
-        figure = draw(done)
-        figure.savefig(out / name)
+        draw(done).savefig(out / name)
         pictures.append(Picture(out / name, caption))
     return pictures
 
 
 def _sizes(done: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(done[0].metric)
-    points = [
-        _Point(figures.bytes / 1e6, figures.score, figures.standard_error, label, color, _marker(target))
-        for label, color, target, figures in _each(done)
-    ]
+    points = [_Point(figures.bytes / 1e6, figures, target, color) for target, figures, color in _each(done)]
     axes.set(xlabel="adapter on disk (MB)", xscale="log")
     _plain_ticks(axes.xaxis, [point.x for point in points])
-    _draw(figure, axes, points)
+    _draw(axes, points)
+    _add_legend(axes, [outcome.name for outcome in done])
     return figure
 
 
 def _speeds(done: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(done[0].metric)
-    points = []
-    for label, color, target, of in _each(done):
-        for speed, is_hollow in ((of.tokens_per_s, False), (of.merged_tokens_per_s, True)):
-            if speed is not None:
-                name = label if not is_hollow or of.tokens_per_s is None else ""
-                name += BUSY if name and of.slow else ""
-                points.append(_Point(speed, of.score, of.standard_error, name, color, _marker(target), is_hollow))
+    points = [
+        _Point(speed, figures, target, color, is_hollow)
+        for target, figures, color in _each(done)
+        for speed, is_hollow in ((figures.tokens_per_s, False), (figures.merged_tokens_per_s, True))
+        if speed is not None
+    ]
     axes.set(xlabel="decoding (tokens/s); hollow: merged into the base")
     axes.set_xlim(0, max(point.x for point in points) * 1.12)
-    _draw(figure, axes, points)
+    _draw(axes, points)
+    _add_legend(axes, [outcome.name + (BUSY if _was_slow(outcome) else "") for outcome in done])
     return figure
 
 
@@ -96,7 +93,7 @@ def _losses(done: Sequence[TrialResult]) -> Figure:
     for outcome, color in zip(done, _colors(len(done)), strict=True):
         assert outcome.training is not None
         epochs, _, losses = zip(*outcome.training.history, strict=True)
-        axes.plot(epochs, losses, "o-", color=color, markersize=3.5, label=outcome.name)
+        axes.plot(epochs, losses, "o-", color=color, markersize=3.5)
         best = min(outcome.training.history, key=lambda point: point[2])
         axes.plot([best[0]], [best[2]], "o", color=color, markersize=9, fillstyle="none")
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)")
@@ -104,8 +101,12 @@ def _losses(done: Sequence[TrialResult]) -> Figure:
     if low > 0 and high > 10 * max(low, 1e-9):
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis, [low, high])
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _add_legend(axes, [outcome.name for outcome in done])
     return figure
+
+
+def _was_slow(outcome: TrialResult) -> bool:
+    return any(figures.slow for figures in outcome.engines.values())
 
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:  # noqa: ANN401 - matplotlib has no types
@@ -119,11 +120,9 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:  # noqa: ANN401 - 
 
 
 def _figure(metric: str) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import
 
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     if metric:
@@ -131,97 +130,41 @@ def _figure(metric: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, Any, str, EngineFigures]]:
-    """Label, colour, engine and figures of each point."""
+def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, EngineFigures, Any]]:
+    """Format, figures and colour of each trial in each format."""
     for outcome, color in zip(done, _colors(len(done)), strict=True):
         for target, figures in outcome.engines.items():
-            yield outcome.name, color, target, figures
+            yield target, figures, color
 
 
 def _colors(count: int) -> list[Any]:
-    from matplotlib import colormaps  # noqa: PLC0415 - slow to import
+    from matplotlib import color_sequences, colormaps  # noqa: PLC0415 - slow to import
 
-    palette = colormaps["tab10" if count <= 10 else "tab20"]
-    return [palette(number % palette.N) for number in range(count)]
-
-
-def _marker(target: str) -> str:
-    return _markers().get(target, OTHER_MARKER)
+    if count > 20:
+        return [colormaps["turbo"](number / (count - 1)) for number in range(count)]
+    return list(color_sequences["tab10" if count <= 10 else "tab20"][:count])
 
 
-def _markers() -> dict[str, str]:
-    return dict(zip(backends.names(), MARKERS, strict=False))
-
-
-def _draw(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Draw points with their standard errors, their labels, and a legend of the engines."""
+def _draw(axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - matplotlib has no types
+    """Draw points with their standard errors, and a marker of each format for the legend."""
+    markers = dict(zip(backends.names(), MARKERS, strict=False))
     for point in points:
+        marker, score, error = (
+            markers.get(point.target, OTHER_MARKER),
+            point.figures.score,
+            point.figures.standard_error,
+        )
         face = "white" if point.is_hollow else point.color
-        axes.errorbar(point.x, point.y, point.error, color=point.color, alpha=0.35, capsize=3, zorder=1)
-        axes.plot(point.x, point.y, point.marker, color=point.color, markerfacecolor=face, markersize=8, zorder=3)
-    for target, marker in _markers().items():
-        if any(point.marker == marker for point in points):
-            axes.plot([], [], marker, color="tab:gray", label=target)
+        axes.errorbar(point.x, score, error, color=point.color, alpha=0.35, capsize=3, zorder=1)
+        axes.plot(point.x, score, marker, color=point.color, markerfacecolor=face, markersize=8, zorder=3)
+    for target in sorted({point.target for point in points}):
+        axes.plot([], [], markers.get(target, OTHER_MARKER), color="tab:gray", label=target)
     axes.margins(x=0.12, y=0.15)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(MARKERS), frameon=False)
-    figure.draw_without_rendering()
-    # Fix the layout: labels are placed around what is drawn so far.
-    figure.set_layout_engine("none")
-    _label(figure, axes, points)
 
 
-def _label(figure: Figure, axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - as above
-    """Place each point's label at the nearest position where it overlaps neither a label nor a point."""
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    from matplotlib.transforms import Bbox  # noqa: PLC0415 - slow to import
-
-    centres = [axes.transData.transform((point.x, point.y)) for point in points]
-    taken = [Bbox.from_extents(x - 7, y - 7, x + 7, y + 7) for x, y in centres]
-    for point in points:
-        if point.label:
-            taken.append(_place(axes, point, taken, renderer))
-
-
-def _place(axes: Any, point: _Point, taken: Sequence[Any], renderer: Any) -> Any:  # noqa: ANN401 - as above
-    text = axes.annotate(
-        point.label,
-        (point.x, point.y),
-        xytext=(0, 0),
-        textcoords="offset points",
-        color=point.color,
-        fontsize=9,
-        arrowprops={"arrowstyle": "-", "color": point.color, "alpha": 0.5, "shrinkB": 4},
-    )
-    best, least = None, float("inf")
-    for distance in _DISTANCES:
-        for across, up in _DIRECTIONS:
-            _move(text, across * distance, up * distance)
-            box = _extent(text, renderer)
-            covered = sum(box.overlaps(other) for other in taken) + 3 * (not _is_inside(box, axes))
-            if covered < least:
-                best, least = (across * distance, up * distance), covered
-            if not covered:
-                text.arrow_patch.set_visible(distance > _DISTANCES[1])
-                return box
-    assert best is not None
-    _move(text, *best)
-    return _extent(text, renderer)
-
-
-def _extent(text: Any, renderer: Any) -> Any:  # noqa: ANN401 - as above
-    from matplotlib.text import Text  # noqa: PLC0415 - slow to import
-
-    # The extent of an annotation would include its line to the point.
-    text.update_positions(renderer)
-    return Text.get_window_extent(text, renderer)
-
-
-def _move(text: Any, across: float, up: float) -> None:  # noqa: ANN401 - as above
-    text.set_position((across, up))
-    text.set_ha("left" if across > 0 else "right" if across < 0 else "center")
-    text.set_va("bottom" if up > 0 else "top" if up < 0 else "center")
-
-
-def _is_inside(box: Any, axes: Any) -> bool:  # noqa: ANN401 - as above
-    area = axes.bbox
-    return bool(area.x0 <= box.x0 and box.x1 <= area.x1 and area.y0 <= box.y0 and box.y1 <= area.y1)
+def _add_legend(axes: Any, names: Sequence[str]) -> None:  # noqa: ANN401 - as above
+    """Add a legend beside the plot, with a line in the colour of each trial."""
+    for name, color in zip(names, _colors(len(names)), strict=True):
+        axes.plot([], [], color=color, linewidth=4, label=name)
+    columns = math.ceil(len(axes.get_legend_handles_labels()[0]) / LEGEND_ROWS)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), ncols=columns, frameon=False)

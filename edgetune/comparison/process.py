@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.processes.child_process import ProcessResult
 
 from edgetune.progress import Progress
 
@@ -97,6 +98,5 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def _ended(code: int) -> str:
-    what = f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
     hint = ", probably because the system ran out of memory" if code == -signal.SIGKILL else ""
-    return f"{what}{hint}; see {LOG_FILE} in its folder"
+    return f"it {ProcessResult(code, b'', b'').how}{hint}; see {LOG_FILE} in its folder"

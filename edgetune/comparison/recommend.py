@@ -48,11 +48,11 @@ def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
     ]
     if not candidates:
         return None
-    best = max(candidates, key=lambda found: (found.goodness, -found.figures.bytes))
+    best = max(candidates, key=lambda candidate: (candidate.goodness, -candidate.figures.bytes))
     undecided = _undecided(candidates, best)
-    least = best.goodness - best.figures.standard_error
-    enough = candidates if undecided else [found for found in candidates if found.goodness >= least]
-    chosen = min(enough, key=lambda found: (found.figures.bytes, -found.goodness))
+    lowest = best.goodness - best.figures.standard_error
+    eligible = candidates if undecided else [candidate for candidate in candidates if candidate.goodness >= lowest]
+    chosen = min(eligible, key=lambda candidate: (candidate.figures.bytes, -candidate.goodness))
     board = _board(done, fitting)
     reason = _smallest(chosen, board) if undecided else _reason(chosen, best, board)
     return Recommendation(chosen.outcome.name, chosen.target, reason, undecided)
@@ -60,15 +60,15 @@ def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
 
 def _undecided(candidates: Sequence[_Candidate], best: _Candidate) -> str:
     """Why the scores do not decide between the trials, and what would help; empty if they do."""
-    names = {found.outcome.name for found in candidates}
+    names = {candidate.outcome.name for candidate in candidates}
     metric, rows = best.outcome.metric, best.outcome.rows
     trials = "the trial" if len(names) == 1 else f"all {len(names)} trials"
-    if all(found.figures.score == 0 for found in candidates):
+    if all(candidate.figures.score == 0 for candidate in candidates):
         remedy = f"train longer or on more rows, and check in the answers that {metric} is the right metric"
         return f"{trials} scored 0; {remedy}"
     if len(names) == 1:
         return ""
-    worst = min(candidates, key=lambda found: found.goodness)
+    worst = min(candidates, key=lambda candidate: candidate.goodness)
     # A score of 1 has a standard error of 0 for any number of rows.
     error = max(best.figures.standard_error, worst.figures.standard_error)
     apart = best.goodness - worst.goodness
@@ -94,16 +94,16 @@ def _board(done: Sequence[TrialResult], fitting: Sequence[TrialResult]) -> str:
 
 def _reason(chosen: _Candidate, best: _Candidate, board: str) -> str:
     metric, size = chosen.outcome.metric, f"{megabytes(chosen.figures.bytes)} MB"
-    own, top = f"{chosen.figures.score:.4g}", f"{best.figures.score:.4g}"
+    score, best_score = f"{chosen.figures.score:.4g}", f"{best.figures.score:.4g}"
     if chosen == best:
         fits, note = (board, "") if board.startswith(" that") else ("", board)
         return (
-            f"{chosen.outcome.name} in {chosen.target} has the best {metric} ({own}) on the device's engine, and no "
+            f"{chosen.outcome.name} in {chosen.target} has the best {metric} ({score}) on the device's engine, and no "
             f"adapter smaller than its {size}{fits} is within one standard error "
             f"({best.figures.standard_error:.2g}){note}"
         )
     return (
         f"{chosen.outcome.name} in {chosen.target} is the smallest adapter ({size}){board} whose {metric} on the "
-        f"device's engine ({own}) is within one standard error ({best.figures.standard_error:.2g}) of the best "
-        f"({top}, {best.outcome.name} in {best.target})"
+        f"device's engine ({score}) is within one standard error ({best.figures.standard_error:.2g}) of the best "
+        f"({best_score}, {best.outcome.name} in {best.target})"
     )

@@ -12,6 +12,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
+from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -37,18 +38,18 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
     """
     recipe, trials = _prepared(request, progress)
     todo = [trial for trial in trials if not trial.is_refused]
-    found = {trial.name: outcome for trial in todo if (outcome := read_outcome(Path(trial.folder), trial.key))}
-    for name in found:
+    outcomes = {trial.name: outcome for trial in todo if (outcome := read_outcome(Path(trial.folder), trial.key))}
+    for name in outcomes:
         progress.say(f"{name} is already finished")
     try:
-        for outcome in run([trial for trial in todo if trial.name not in found], progress):
-            found[outcome.name] = outcome
+        for outcome in run([trial for trial in todo if trial.name not in outcomes], progress):
+            outcomes[outcome.name] = outcome
             progress.say(f"{outcome.name}: {summary(outcome)}")
     except KeyboardInterrupt as error:
-        message = f"comparison stopped with {len(found)} of {len(todo)} trials finished"
+        message = f"comparison stopped with {len(outcomes)} of {len(todo)} trials finished"
         raise CancelledError(message, "run the same command to resume") from error
     refused = {trial.name: _refused(trial) for trial in trials if trial.is_refused}
-    comparison = _compared(request.task, recipe.base, [(found | refused)[trial.name] for trial in trials])
+    comparison = _compared(request.task, recipe.base, [(outcomes | refused)[trial.name] for trial in trials])
     write(comparison, request.out)
     shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
     _check_any(comparison.outcomes)
@@ -90,7 +91,7 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
     source = bases.find(recipe, download=True)
     assert source is not None
-    quantization = bases.quantization_of(recipe)
+    quantization = quantization_of(recipe)
     if recipe.device is not None and quantization is not None:
         quantization = plan_bundle(recipe, source, shapes_of(recipe)).base.quantization
         # All trials get the same base, and a folder is converted once.

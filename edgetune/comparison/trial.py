@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_export.backends.base import OnnxOptions
 from edgetune_runtime.errors import IncompatibleError
 
 from edgetune.bases import Base
@@ -45,10 +44,8 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)
-    # The method of rounding does not affect speed, and gptq would need rows.
-    onnx = OnnxOptions(recipe.onnx.weights)
-    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, onnx, recipe.merged_quantization)
-    of_torch = torch.score([row.answer for row in first.details])
+    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, recipe)
+    in_torch = torch.score([row.answer for row in first.details])
     merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(
         name=trial.name,
@@ -58,7 +55,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         training=_training(built.figures[trial.task], work / "train" / trial.task / "log.jsonl"),
         metric=first.metric,
         rows=first.rows,
-        torch_score=of_torch.score,
+        torch_score=in_torch.score,
         engines={t: measured.on_engine(t, evaluation, merged[t]) for t, evaluation in scored.items()},
         refused=trial.refused,
         board=_board(recipe, bundle),
@@ -78,8 +75,8 @@ def _share_base(work: Path, shared: Path) -> None:
 def _training(figures: Mapping[str, Any], log: Path) -> TrainingFigures:
     points = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     history = tuple((point["epoch"], point["train_loss"], point["val_loss"]) for point in points)
-    kept = {key: figures[key] for key in TrainingFigures.__dataclass_fields__ if key != "history"}
-    return TrainingFigures(**kept, history=history)
+    costs = {key: figures[key] for key in TrainingFigures.__dataclass_fields__ if key != "history"}
+    return TrainingFigures(**costs, history=history)
 
 
 def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:
@@ -90,8 +87,8 @@ def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:
         needs = fit.needs_of_bundle(bundle)
     except IncompatibleError:
         return None
-    found = fit.fit(needs, boards.load(recipe.device))
-    return BoardFit(found.device, found.fits, found.needed_mb, found.available_mb)
+    predicted = fit.fit(needs, boards.load(recipe.device))
+    return BoardFit(predicted.device, predicted.fits, predicted.needed_mb, predicted.available_mb)
 
 
 def main(folder: Path) -> int:

@@ -11,9 +11,19 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.registry import Registry
 from edgetune_runtime.wording import suggestion
 
-from .common.base import Checkpoint, Method, MethodOptions
+from .common.base import Checkpoint, Method, MethodOptions, TrainedModules
 
-__all__ = ["Checkpoint", "Method", "MethodOptions", "load", "names", "of_folder", "shape_for", "unknown"]
+__all__ = [
+    "Checkpoint",
+    "Method",
+    "MethodOptions",
+    "TrainedModules",
+    "load",
+    "names",
+    "of_folder",
+    "shape_for",
+    "unknown",
+]
 
 _FILES = Registry(__name__, "method", shared=("common",))
 _VARIANTS = {"rslora": "lora", "loraplus": "lora", "olora": "pissa"}
@@ -36,8 +46,8 @@ def load(name: str) -> Method[Any]:
     if error is not None:
         raise error
     module = _FILES.load(_VARIANTS.get(name, name))
-    methods: list[Method[Any]] = [module.METHOD, *getattr(module, "VARIANTS", ())]
-    return next(method for method in methods if method.name == name)
+    variants: Sequence[Method[Any]] = getattr(module, "VARIANTS", ())
+    return next((method for method in variants if method.variant == name), module.METHOD)
 
 
 def of_folder(folder: Path) -> Method[Any]:

@@ -10,13 +10,12 @@ from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
 from .common.base import trainable
-from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+from .common.peft import TargetOptions, WeightMethod, array
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import AdaLoraConfig, PeftModel
-    from transformers import PreTrainedModel
+    from edgetune_export.architectures.shape import SizedModule
+    from peft import PeftModel
 
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -49,26 +48,19 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         """The initial rank, which some modules may keep."""
         return max(options.init_r, options.target_r)
 
-    def trained_parameters(self, base: BaseShape, options: AdaLoraOptions) -> int:
+    def trained_in(self, module: SizedModule, options: AdaLoraOptions) -> int:
         """Both factors and the values between them."""
-        return sum((m.values_per_rank + 1) * self.shipped_rank(options) for m in self.trained_modules(base, options))
+        return (module.values_per_rank + 1) * self.shipped_rank(options)
 
-    def config(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> AdaLoraConfig:
-        """PEFT's configuration."""
-        from peft import AdaLoraConfig  # noqa: PLC0415 - torch only when training
-
-        return AdaLoraConfig(
-            task_type=task_type(base),
-            target_r=options.target_r,
-            init_r=max(options.init_r, options.target_r),
-            lora_alpha=options.lora_alpha,
-            tinit=int(options.tinit * steps),
-            tfinal=int(options.tfinal * steps),
-            deltaT=max(1, steps // 50),
-            total_step=steps,
-            orth_reg_weight=options.orth_reg_weight,
-            target_modules=peft_targets(options.target_modules),
-        )
+    def settings(self, options: AdaLoraOptions, steps: int) -> Mapping[str, Any]:
+        """The initial rank, and the phases in steps."""
+        return {
+            "init_r": self.shipped_rank(options),
+            "tinit": int(options.tinit * steps),
+            "tfinal": int(options.tfinal * steps),
+            "deltaT": max(1, steps // 50),
+            "total_step": steps,
+        }
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write PEFT's folder with all ranks, pruned ones as zeros, because PEFT scales a reduced rank differently."""
@@ -81,7 +73,7 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         """The orthogonality penalty (equation 4 of the paper), which PEFT's own forward pass adds too."""
         import torch  # noqa: PLC0415 - torch only when training
 
-        weight = model.peft_config["default"].orth_reg_weight
+        weight = _config(model).orth_reg_weight
         distances = []
         for name, factor in trainable(model):
             if "lora_A" in name or "lora_B" in name:

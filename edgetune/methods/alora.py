@@ -22,7 +22,7 @@ from .lora import Lora, LoraOptions
 
 if TYPE_CHECKING:
     from edgetune_runtime.engines.base import Tokenizer
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from edgetune.objectives.base import Objective
@@ -43,7 +43,7 @@ class AloraOptions(LoraOptions):
     )
 
 
-class Alora(Lora):
+class Alora(Lora[AloraOptions]):
     """LoRA that reuses the base's KV cache of the prompt: use it to switch in the middle of a conversation."""
 
     options = AloraOptions
@@ -54,13 +54,12 @@ class Alora(Lora):
         """A LoRA with invocation tokens."""
         return config.get("peft_type") == self.peft_type and bool(config.get("alora_invocation_tokens"))
 
-    def shapes(self, options: LoraOptions) -> tuple[str, ...]:
+    def shapes(self, options: AloraOptions) -> tuple[str, ...]:
         """Low-rank only; a merged model would act before the invocation tokens too."""
         return (LowRank.shape,)
 
-    def prepared(self, options: LoraOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> LoraOptions:
+    def prepared(self, options: AloraOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> AloraOptions:
         """The options with the invocation's tokens. Raises UsageError if a row has nothing to learn after them."""
-        assert isinstance(options, AloraOptions)
         tokens = _tokens(options, tokenizer)
         unfit = sum(not any(row.learned[start_of(row.tokens, tokens) + 1 :]) for row in rows)
         if unfit:
@@ -69,11 +68,10 @@ class Alora(Lora):
             raise UsageError(f"{unfit} of {len(rows)} rows have nothing to learn after the invocation {shown}", remedy)
         return options.model_copy(update={"invocation_tokens": tokens})
 
-    def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
+    def attach(self, base: PreTrainedModel, options: AloraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError as lora does, and if there is no invocation."""
         from .common.activated import gate  # noqa: PLC0415 - torch only when training
 
-        assert isinstance(options, AloraOptions)
         if not options.invocation_tokens or not base.can_generate():
             message = "alora needs invocation tokens and a decoder as its base"
             raise UsageError(message, "set invocation_tokens, or use method lora for an encoder")
@@ -83,18 +81,14 @@ class Alora(Lora):
         gate(model)
         return model
 
-    def config(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> LoraConfig:
-        """PEFT's configuration."""
-        assert isinstance(options, AloraOptions)
-        config = super().config(base, options, steps)
-        config.alora_invocation_tokens = list(options.invocation_tokens)
-        return config
+    def settings(self, options: AloraOptions, steps: int) -> Mapping[str, Any]:
+        """The invocation."""
+        return {"alora_invocation_tokens": list(options.invocation_tokens)}
 
-    def objective(self, options: LoraOptions) -> Objective[Any]:
+    def objective(self, options: AloraOptions) -> Objective[Any]:
         """The next token, after the invocation."""
         from .common.activated import ActivatedNextToken  # noqa: PLC0415 - torch only when training
 
-        assert isinstance(options, AloraOptions)
         return ActivatedNextToken(options.invocation_tokens)
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:

@@ -22,11 +22,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from .common.base import Checkpoint, Method, MethodOptions, dense_parameters
+from .common.base import Checkpoint, Method, MethodOptions, TrainedModules, dense_parameters
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape
     from transformers import PreTrainedModel
 
     from .common.bottleneck import Bottlenecked
@@ -70,11 +69,11 @@ class BottleneckMethod(Method[BottleneckOptions]):
         """The networks' weights; they cannot be expressed as a change of the base's weights."""
         return (Tensors.shape,)
 
-    def trained_parameters(self, base: BaseShape, options: BottleneckOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: BottleneckOptions) -> int:
         """Both layers of each network, with their biases."""
-        size = _size(base.hidden, options)
-        network = dense_parameters(base.hidden, size) + dense_parameters(size, base.hidden)
-        return base.layers * len(_PLACES[options.kind]) * network
+        size = _size(trained.base.hidden, options)
+        network = dense_parameters(trained.base.hidden, size) + dense_parameters(size, trained.base.hidden)
+        return trained.base.layers * len(_PLACES[options.kind]) * network
 
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
         """Hook bottlenecks, which add 0 at first, onto `base`. Raises UsageError if it has no such blocks."""

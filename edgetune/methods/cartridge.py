@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import NotFoundError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.prompt import BeginOptions, CacheMethod
+from .common.base import rate_factor
+from .common.prompt import CacheMethod, InitializedOptions
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
-    from peft import CartridgeConfig, PeftModel
-    from transformers import PreTrainedModel
+    from peft import PeftModel
 
     from edgetune.objectives.base import Objective
     from edgetune.objectives.example import Example
 
+    from .common.base import TrainedModules
 
-class CartridgeOptions(BeginOptions):
+
+class CartridgeOptions(InitializedOptions):
     """Options of cartridges, named as in PEFT."""
 
     document: str | None = Field(
@@ -74,19 +73,9 @@ class Cartridge(CacheMethod[CartridgeOptions]):
     options = CartridgeOptions
     peft_type = "CARTRIDGE"
 
-    def trained_parameters(self, base: BaseShape, options: CartridgeOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: CartridgeOptions) -> int:
         """The keys and values of the tokens that are not frozen."""
-        return (options.num_virtual_tokens - options.num_frozen_tokens) * base.kv_values_per_token
-
-    def config(self, base: PreTrainedModel, options: CartridgeOptions) -> CartridgeConfig:
-        """PEFT's configuration."""
-        from peft import CartridgeConfig  # noqa: PLC0415 - torch only when training
-
-        return CartridgeConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=options.num_virtual_tokens,
-            num_frozen_tokens=options.num_frozen_tokens,
-        )
+        return (options.num_virtual_tokens - options.num_frozen_tokens) * trained.base.kv_values_per_token
 
     def prepared(self, options: CartridgeOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> CartridgeOptions:
         """The options with the document's tokens. Raises NotFoundError if it is missing, UsageError if it is short."""
@@ -104,13 +93,13 @@ class Cartridge(CacheMethod[CartridgeOptions]):
         """Distillation from the base with the document in its context."""
         if not options.document_tokens:
             return super().objective(options)
-        from edgetune.methods.common.distill import Distill  # noqa: PLC0415 - torch only when training
+        from .common.distill import Distill  # noqa: PLC0415 - torch only when training
 
         return Distill(options.document_tokens)
 
-    def begin(self, peft: PeftModel, options: CartridgeOptions) -> None:
+    def initialize(self, peft: PeftModel, options: CartridgeOptions) -> None:
         """Initialize from the KV cache of the document's first tokens."""
-        self.begin_as(peft, options.init_tokens, options.num_virtual_tokens)
+        self.initialize_from(peft, options.init_tokens, options.num_virtual_tokens)
 
 
 def _text(path: str) -> str:

@@ -6,20 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .common.dense import DenseMethod, DenseOptions
-from .common.peft import Alpha, Dropout, Rank, lora_config
+from .common.peft import LowRankOptions
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
+    from edgetune_export.architectures.shape import SizedModule
 
 
-class DoraOptions(DenseOptions):
+class DoraOptions(LowRankOptions, DenseOptions):
     """Options of DoRA, named as in PEFT."""
-
-    r: Rank = 16
-    lora_alpha: Alpha = 32
-    lora_dropout: Dropout = 0.0
 
 
 class Dora(DenseMethod):
@@ -32,13 +26,13 @@ class Dora(DenseMethod):
         """A LoRA with use_dora."""
         return super().wrote(config) and bool(config.get("use_dora"))
 
-    def trained_parameters(self, base: BaseShape, options: DoraOptions) -> int:
+    def trained_in(self, module: SizedModule, options: DoraOptions) -> int:
         """Both factors, and the magnitude of each output."""
-        return sum(options.r * m.values_per_rank + m.rows for m in self.trained_modules(base, options))
+        return options.r * module.values_per_rank + module.rows
 
-    def config(self, base: PreTrainedModel, options: DoraOptions, steps: int) -> LoraConfig:
-        """PEFT's configuration."""
-        return lora_config(base, options, use_dora=True)
+    def settings(self, options: DoraOptions, steps: int) -> Mapping[str, Any]:
+        """PEFT's name of DoRA."""
+        return {"use_dora": True}
 
 
 METHOD = Dora()

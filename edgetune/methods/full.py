@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING
 from edgetune_export.adapters.shapes import Floats, Folded, Merged
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.base import Checkpoint, Method, MethodOptions, O, trainable
+from .common.base import Checkpoint, Method, MethodOptions, O, TrainedModules, rate_factor, trainable
 from .common.peft import array, no_grad
 
 if TYPE_CHECKING:
@@ -40,9 +38,9 @@ class OwnWeights(Method[O]):
         """A full model."""
         return ("merged",)
 
-    def trained_parameters(self, base: BaseShape, options: O) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """All parameters of the base."""
-        return base.parameters
+        return trained.base.parameters
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """Those of the layers that gradients reach."""

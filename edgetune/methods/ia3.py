@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Floats, Folded, Merged, Scaling, Tensors
 from pydantic import Field
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.base import Checkpoint, trainable
+from .common.base import Checkpoint, rate_factor, trainable
 from .common.peft import (
     ALL_LINEAR,
     PeftMethod,
@@ -29,15 +27,13 @@ from .common.peft import (
     merged_weights,
     no_grad,
     peft_model,
-    peft_targets,
-    task_type,
     tuned_layers,
 )
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import IA3Config, PeftModel
+    from edgetune_export.architectures.shape import SizedModule
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -69,23 +65,14 @@ class Ia3(PeftMethod[Ia3Options]):
         check_targets(base, options.feedforward_modules)
         return super().attach(base, options, steps)
 
-    def trained_parameters(self, base: BaseShape, options: Ia3Options) -> int:
-        """A factor per input of feed-forward modules, and per output of others."""
-        return sum(
-            module.columns if is_target(module.name, options.feedforward_modules) else module.rows
-            for module in self.trained_modules(base, options)
-        )
+    def trained_in(self, module: SizedModule, options: Ia3Options) -> int:
+        """A factor per input of a feed-forward module, and per output of another."""
+        return module.columns if is_target(module.name, options.feedforward_modules) else module.rows
 
-    def config(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> IA3Config:
-        """PEFT's configuration."""
-        from peft import IA3Config  # noqa: PLC0415 - torch only when training
-
-        targets = peft_targets(options.target_modules)
-        # PEFT refuses names that are not targets.
-        feedforward = [
-            name for name in as_names(options.feedforward_modules) if targets == ALL_LINEAR or name in targets
-        ]
-        return IA3Config(task_type=task_type(base), target_modules=targets, feedforward_modules=feedforward)
+    def settings(self, options: Ia3Options, steps: int) -> Mapping[str, Any]:
+        """The feed-forward modules; PEFT refuses names that are not targets."""
+        names, targets = as_names(options.feedforward_modules), as_names(options.target_modules)
+        return {"feedforward_modules": [name for name in names if ALL_LINEAR in targets or name in targets]}
 
     def parameter_groups(
         self, model: torch.nn.Module, options: Ia3Options, learning_rate: float

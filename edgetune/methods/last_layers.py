@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import UsageError
 from pydantic import Field, PositiveInt
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.base import MethodOptions
+from .common.base import MethodOptions, TrainedModules, rate_factor
 from .full import OwnWeights
 
 if TYPE_CHECKING:
@@ -36,8 +34,9 @@ class LastLayers(OwnWeights[LastLayersOptions]):
         """The last layers."""
         return min(options.layers, base.layers)
 
-    def trained_parameters(self, base: BaseShape, options: LastLayersOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: LastLayersOptions) -> int:
         """Those of the last layers and the final norm."""
+        base = trained.base
         return sum(base.parameters_by_layer[-self.trained_layers(base, options) :]) + base.hidden
 
     def chosen(self, base: PreTrainedModel, options: LastLayersOptions) -> set[str]:

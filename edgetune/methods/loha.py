@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
-from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+from .common.peft import TargetOptions, WeightMethod, array
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import LoHaConfig
-    from transformers import PreTrainedModel
+    from edgetune_export.architectures.shape import SizedModule
 
 
 class LoHaOptions(TargetOptions):
@@ -32,20 +30,9 @@ class LoHa(WeightMethod[LoHaOptions]):
         """r², the rank of the element-wise product."""
         return options.r**2
 
-    def trained_parameters(self, base: BaseShape, options: LoHaOptions) -> int:
+    def trained_in(self, module: SizedModule, options: LoHaOptions) -> int:
         """The factors of both matrices."""
-        return sum(2 * options.r * module.values_per_rank for module in self.trained_modules(base, options))
-
-    def config(self, base: PreTrainedModel, options: LoHaOptions, steps: int) -> LoHaConfig:
-        """PEFT's configuration."""
-        from peft import LoHaConfig  # noqa: PLC0415 - torch only when training
-
-        return LoHaConfig(
-            task_type=task_type(base),
-            r=options.r,
-            alpha=options.alpha,
-            target_modules=peft_targets(options.target_modules),
-        )
+        return 2 * options.r * module.values_per_rank
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
         """(B1·A1)∘(B2·A2) as one product: row-wise Kronecker product of B1 and B2, column-wise of A1 and A2."""

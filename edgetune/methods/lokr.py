@@ -9,13 +9,11 @@ from edgetune_export.adapters.shapes import Delta
 from edgetune_runtime.errors import IncompatibleError
 from pydantic import AliasChoices, Field, PositiveInt
 
-from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+from .common.peft import TargetOptions, WeightMethod, array
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape, SizedModule
-    from peft import LoKrConfig
-    from transformers import PreTrainedModel
+    from edgetune_export.architectures.shape import SizedModule
 
 
 class LoKrOptions(TargetOptions):
@@ -36,21 +34,13 @@ class LoKr(WeightMethod[LoKrOptions]):
         """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
 
-    def trained_parameters(self, base: BaseShape, options: LoKrOptions) -> int:
-        """The smaller factor, and the larger one as a product if that has fewer numbers."""
-        return sum(_values(module, options) for module in self.trained_modules(base, options))
-
-    def config(self, base: PreTrainedModel, options: LoKrOptions, steps: int) -> LoKrConfig:
-        """PEFT's configuration."""
-        from peft import LoKrConfig  # noqa: PLC0415 - torch only when training
-
-        return LoKrConfig(
-            task_type=task_type(base),
-            r=options.r,
-            alpha=options.alpha,
-            decompose_factor=options.decompose_factor,
-            target_modules=peft_targets(options.target_modules),
-        )
+    def trained_in(self, module: SizedModule, options: LoKrOptions) -> int:
+        """The smaller factor, and the larger one as a product if that has fewer numbers, as PEFT makes them."""
+        sizes = (module.rows, module.columns)
+        small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in sizes)
+        rows, columns = module.rows // small_rows, module.columns // small_columns
+        large = options.r * (rows + columns) if options.r < max(rows, columns) / 2 else rows * columns
+        return small_rows * small_columns + large
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
         """(B1·A1)⊗(B2·A2) = (B1⊗B2)·(A1⊗A2). Raises IncompatibleError if that has full rank."""
@@ -63,14 +53,6 @@ class LoKr(WeightMethod[LoKrOptions]):
             raise IncompatibleError(message, "lower r or decompose_factor, or set merged: true")
         (name,) = layer.active_adapters
         return Delta(array(a), array(b * layer.scaling[name]))
-
-
-def _values(module: SizedModule, options: LoKrOptions) -> int:
-    """Numbers in a module's two factors, which are as large as PEFT makes them."""
-    small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in (module.rows, module.columns))
-    rows, columns = module.rows // small_rows, module.columns // small_columns
-    large = options.r * (rows + columns) if options.r < max(rows, columns) / 2 else rows * columns
-    return small_rows * small_columns + large
 
 
 def _smaller(size: int, most: int) -> int:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import UsageError
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from .common.base import trainable, with_defaults
+from .common.base import TrainedModules, trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import ALL_LINEAR, AUTO, Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
+from .common.peft import ALL_LINEAR, AUTO, LowRankOptions, check_targets
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import BaseShape, SizedModule
-    from peft import LoraConfig, PeftModel
+    from edgetune_export.architectures.shape import SizedModule
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -37,7 +37,7 @@ def _share(value: object) -> object:
 Share = Annotated[float, BeforeValidator(_share, json_schema_input_type=float | str), Field(ge=0, le=1)]
 
 
-class LoraOptions(TargetOptions):
+class LoraOptions(LowRankOptions):
     """Options of LoRA, named as in PEFT; `rank`, `alpha` and `dropout` are accepted too."""
 
     target_modules: str | tuple[str, ...] = Field(
@@ -48,9 +48,6 @@ class LoraOptions(TargetOptions):
     max_decode_overhead: Share = Field(
         0.1, description="Share of decode speed that the adapter may cost, such as 10% or 0.1; used by auto only."
     )
-    r: Rank = 16
-    lora_alpha: Alpha = 32
-    lora_dropout: Dropout = 0.0
     use_rslora: bool = Field(
         False, description="Scale by alpha / sqrt(r) instead of alpha / r, which is more stable for high ranks."
     )
@@ -82,7 +79,10 @@ class LoraOptions(TargetOptions):
         return self.model_copy(update={"target_modules": target_modules, "r": r, "lora_alpha": alpha})
 
 
-class Lora(LoraCheckpoint[LoraOptions]):
+L = TypeVar("L", bound=LoraOptions)
+
+
+class Lora(LoraCheckpoint[L]):
     """A low-rank product B·A beside each weight matrix: use it first; exact in both formats, fastest to switch."""
 
     options = LoraOptions
@@ -93,7 +93,7 @@ class Lora(LoraCheckpoint[LoraOptions]):
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
 
-    def shipped_ranks(self, modules: Sequence[SizedModule], options: LoraOptions) -> list[int]:
+    def shipped_ranks(self, modules: Sequence[SizedModule], options: L) -> list[int]:
         """That of the first pattern that matches a module, else `r`."""
         names = [module.name for module in modules]
         matched = matching([of_key(pattern) for pattern in options.rank_pattern], names, "rank_pattern")
@@ -102,30 +102,16 @@ class Lora(LoraCheckpoint[LoraOptions]):
             ranks |= dict.fromkeys(found or (), rank)
         return list(ranks.values())
 
-    def trained_parameters(self, base: BaseShape, options: LoraOptions) -> int:
-        """Both factors of each module."""
-        modules = self.trained_modules(base, options)
-        ranks = self.shipped_ranks(modules, options)
-        return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
+    def trained_parameters(self, trained: TrainedModules, options: L) -> int:
+        """Both factors of each module, with its own rank."""
+        return trained.low_rank_values
 
-    def attach(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> PeftModel:
+    def attach(self, base: PreTrainedModel, options: L, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""
         _check_patterns(check_targets(base, options.target_modules), options)
         return super().attach(base, options, steps)
 
-    def config(self, base: PreTrainedModel, options: LoraOptions, steps: int) -> LoraConfig:
-        """PEFT's configuration."""
-        return lora_config(
-            base,
-            options,
-            use_rslora=options.use_rslora,
-            rank_pattern=dict(options.rank_pattern),
-            alpha_pattern=dict(options.alpha_pattern),
-        )
-
-    def parameter_groups(
-        self, model: torch.nn.Module, options: LoraOptions, learning_rate: float
-    ) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: torch.nn.Module, options: L, learning_rate: float) -> list[dict[str, Any]]:
         """A at the learning rate, B at `loraplus_lr_ratio` times it (LoRA+, section 4)."""
         named, rate = trainable(model), learning_rate * options.learning_rate_factor
         return [
@@ -145,23 +131,19 @@ def _check_patterns(adapted: set[str], options: LoraOptions) -> None:
                 raise UsageError(f"{key} {pattern!r} matches no adapted module", remedy)
 
 
-class RsLora(Lora):
+class RsLora(Lora[LoraOptions]):
     """LoRA whose update keeps its size at high ranks: use it for ranks of 32 and more."""
 
     variant = "rslora"
     options = with_defaults(LoraOptions, use_rslora=True, lora_alpha=8)
-    # Its checkpoints are loaded as lora.
-    peft_type = ""
 
 
-class LoraPlus(Lora):
+class LoraPlus(Lora[LoraOptions]):
     """LoRA that learns in fewer steps: use it when you can afford few epochs only."""
 
     variant = "loraplus"
     options = with_defaults(LoraOptions, loraplus_lr_ratio=16.0, learning_rate_factor=0.2)
-    # Its checkpoints are loaded as lora.
-    peft_type = ""
 
 
-METHOD = Lora()
+METHOD = Lora[LoraOptions]()
 VARIANTS = (RsLora(), LoraPlus())

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, PositiveInt
 
-from edgetune.methods.common.base import rate_factor
-
+from .common.base import rate_factor
 from .common.dense import DenseMethod, DenseOptions
-from .common.peft import peft_targets, task_type
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import OFTConfig
-    from transformers import PreTrainedModel
+    from edgetune_export.architectures.shape import SizedModule
 
 
 class OftOptions(DenseOptions):
@@ -31,20 +28,13 @@ class Oft(DenseMethod):
     options = OftOptions
     peft_type = "OFT"
 
-    def trained_parameters(self, base: BaseShape, options: OftOptions) -> int:
+    def trained_in(self, module: SizedModule, options: OftOptions) -> int:
         """A skew-symmetric matrix per block."""
-        return sum(_rotations(module.columns, options.oft_block_size) for module in self.trained_modules(base, options))
+        return _rotations(module.columns, options.oft_block_size)
 
-    def config(self, base: PreTrainedModel, options: OftOptions, steps: int) -> OFTConfig:
-        """PEFT's configuration."""
-        from peft import OFTConfig  # noqa: PLC0415 - torch only when training
-
-        return OFTConfig(
-            task_type=task_type(base),
-            r=0,
-            oft_block_size=options.oft_block_size,
-            target_modules=peft_targets(options.target_modules),
-        )
+    def settings(self, options: OftOptions, steps: int) -> Mapping[str, Any]:
+        """No number of blocks, because their size is an option."""
+        return {"r": 0}
 
 
 @cache

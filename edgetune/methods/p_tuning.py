@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, PositiveInt
 
-from .common.base import dense_parameters
+from .common.base import TrainedModules, dense_parameters
 from .common.prompt import PromptOptions, TokenMethod
-
-if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import PromptEncoderConfig
-    from transformers import PreTrainedModel
 
 
 class PTuningOptions(PromptOptions):
@@ -34,10 +29,10 @@ class PTuning(TokenMethod[PTuningOptions]):
     options = PTuningOptions
     peft_type = "P_TUNING"
 
-    def trained_parameters(self, base: BaseShape, options: PTuningOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: PTuningOptions) -> int:
         """The embeddings, and the network that changes them."""
-        width, size = base.hidden, options.encoder_hidden_size or base.hidden
-        embeddings = super().trained_parameters(base, options)
+        width, size = trained.base.hidden, options.encoder_hidden_size or trained.base.hidden
+        embeddings = super().trained_parameters(trained, options)
         if options.encoder_reparameterization_type == "MLP":
             layers = ((width, size), (size, size), (size, width))
             return embeddings + sum(dense_parameters(*layer) for layer in layers)
@@ -45,19 +40,6 @@ class PTuning(TokenMethod[PTuningOptions]):
         inputs = (width, *[2 * size] * (options.encoder_num_layers - 1))
         lstm = sum(2 * 4 * (dense_parameters(count, size) + dense_parameters(size, size)) for count in inputs)
         return embeddings + lstm + dense_parameters(2 * size, 2 * size) + dense_parameters(2 * size, width)
-
-    def config(self, base: PreTrainedModel, options: PTuningOptions) -> PromptEncoderConfig:
-        """PEFT's configuration."""
-        from peft import PromptEncoderConfig  # noqa: PLC0415 - torch only when training
-
-        return PromptEncoderConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=options.num_virtual_tokens,
-            encoder_reparameterization_type=options.encoder_reparameterization_type,
-            encoder_hidden_size=options.encoder_hidden_size,
-            encoder_num_layers=options.encoder_num_layers,
-            encoder_dropout=options.encoder_dropout,
-        )
 
 
 METHOD = PTuning()

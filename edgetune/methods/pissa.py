@@ -9,26 +9,25 @@ made by PEFT's own conversion.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .common.base import rate_factor
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import Alpha, Dropout, Rank, TargetOptions, check_targets, lora_config
+from .common.peft import Alpha, LowRankOptions, Rank
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
-class InitializedOptions(TargetOptions):
+class InitializedOptions(LowRankOptions):
     """Options of a LoRA that is initialized from the base's weights. In the bundle it has twice the rank."""
 
     r: Rank = 8
     lora_alpha: Alpha = 8
-    lora_dropout: Dropout = 0.0
     learning_rate_factor: float = rate_factor(0.2)
 
 
@@ -46,13 +45,8 @@ class Pissa(LoraCheckpoint[InitializedOptions]):
         """The rank of the trained update plus that of its initialization."""
         return 2 * options.r
 
-    def trained_parameters(self, base: BaseShape, options: InitializedOptions) -> int:
-        """Both factors of each module."""
-        return sum(options.r * module.values_per_rank for module in self.trained_modules(base, options))
-
     def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
         """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""
-        check_targets(base, options.target_modules)
         model = super().attach(base, options, steps)
         model.start = TemporaryDirectory(prefix="edgetune-")
         config = model.peft_config["default"]
@@ -62,9 +56,9 @@ class Pissa(LoraCheckpoint[InitializedOptions]):
         config.init_lora_weights = self.start
         return model
 
-    def config(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> LoraConfig:
-        """PEFT's configuration."""
-        return lora_config(base, options, init_lora_weights=self.start)
+    def settings(self, options: InitializedOptions, steps: int) -> Mapping[str, Any]:
+        """The initialization."""
+        return {"init_lora_weights": self.start}
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write a LoRA of twice the rank for the original base."""

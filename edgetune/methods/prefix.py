@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from edgetune.methods.common.base import dense_parameters, rate_factor
-
-from .common.prompt import BeginOptions, CacheMethod
+from .common.base import TrainedModules, dense_parameters, rate_factor
+from .common.prompt import CacheMethod, InitializedOptions
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import PeftModel, PrefixTuningConfig
-    from transformers import PreTrainedModel
+    from peft import PeftModel
 
 
-class PrefixOptions(BeginOptions):
+class PrefixOptions(InitializedOptions):
     """Options of prefix tuning, named as in PEFT."""
 
     prefix_projection: bool = Field(
@@ -46,30 +44,22 @@ class Prefix(CacheMethod[PrefixOptions]):
     options = PrefixOptions
     peft_type = "PREFIX_TUNING"
 
-    def trained_parameters(self, base: BaseShape, options: PrefixOptions) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: PrefixOptions) -> int:
         """The keys and values, or an embedding per virtual token and the network that generates them."""
         if not options.prefix_projection:
-            return super().trained_parameters(base, options)
-        size = options.encoder_hidden_size or base.keys
-        network = dense_parameters(base.keys, size) + dense_parameters(size, base.kv_values_per_token)
-        return options.num_virtual_tokens * base.keys + network
+            return super().trained_parameters(trained, options)
+        size = options.encoder_hidden_size or trained.base.keys
+        network = dense_parameters(trained.base.keys, size) + dense_parameters(size, trained.base.kv_values_per_token)
+        return options.num_virtual_tokens * trained.base.keys + network
 
-    def config(self, base: PreTrainedModel, options: PrefixOptions) -> PrefixTuningConfig:
-        """PEFT's configuration."""
-        from peft import PrefixTuningConfig  # noqa: PLC0415 - torch only when training
+    def settings(self, options: PrefixOptions) -> Mapping[str, Any]:
+        """PEFT's own initialization; `initialize` sets states."""
+        return {"init_weights": "zero" if options.init_weights == "zero" else None}
 
-        return PrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=options.num_virtual_tokens,
-            prefix_projection=options.prefix_projection,
-            encoder_hidden_size=options.encoder_hidden_size,
-            init_weights="zero" if options.init_weights == "zero" else None,
-        )
-
-    def begin(self, peft: PeftModel, options: PrefixOptions) -> None:
+    def initialize(self, peft: PeftModel, options: PrefixOptions) -> None:
         """Initialize from the base's KV cache of tokens; with random values, training takes far longer."""
         if options.init_weights == "states" and not options.prefix_projection:
-            self.begin_as(peft, options.init_tokens, options.num_virtual_tokens)
+            self.initialize_from(peft, options.init_tokens, options.num_virtual_tokens)
 
 
 METHOD = Prefix()

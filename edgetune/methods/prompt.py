@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AliasChoices, Field
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.prompt import BeginOptions, TokenMethod
+from .common.base import rate_factor
+from .common.prompt import InitializedOptions, TokenMethod
 
 if TYPE_CHECKING:
-    from peft import PeftModel, PromptTuningConfig
-    from transformers import PreTrainedModel
+    from peft import PeftModel
 
 
-class PromptTuningOptions(BeginOptions):
+class PromptTuningOptions(InitializedOptions):
     """Options of prompt tuning, named as in PEFT."""
 
     init_text: str | None = Field(
@@ -36,17 +35,11 @@ class Prompt(TokenMethod[PromptTuningOptions]):
     options = PromptTuningOptions
     peft_type = "PROMPT_TUNING"
 
-    def config(self, base: PreTrainedModel, options: PromptTuningOptions) -> PromptTuningConfig:
-        """PEFT's configuration; PEFT's TEXT needs a tokenizer on disk, so `begin` sets the text."""
-        from peft import PromptTuningConfig  # noqa: PLC0415 - torch only when training
+    def settings(self, options: PromptTuningOptions) -> Mapping[str, Any]:
+        """Another initialization than TEXT, for which PEFT needs a tokenizer on disk: `initialize` sets the text."""
+        return {"prompt_tuning_init": "RANDOM" if options.prompt_tuning_init == "RANDOM" else "SAMPLE_VOCAB"}
 
-        return PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=options.num_virtual_tokens,
-            prompt_tuning_init="RANDOM" if options.prompt_tuning_init == "RANDOM" else "SAMPLE_VOCAB",
-        )
-
-    def begin(self, peft: PeftModel, options: PromptTuningOptions) -> None:
+    def initialize(self, peft: PeftModel, options: PromptTuningOptions) -> None:
         """Initialize from the embeddings of a text's tokens."""
         from .common.prompt_model import repeated  # noqa: PLC0415 - torch only when training
 

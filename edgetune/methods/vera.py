@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Delta
 from pydantic import AliasChoices, Field, PositiveInt
 
-from edgetune.methods.common.base import rate_factor
-
-from .common.peft import TargetOptions, WeightMethod, array, peft_targets, task_type
+from .common.base import rate_factor
+from .common.peft import TargetOptions, WeightMethod, array
 
 if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import BaseShape
-    from peft import VeraConfig
-    from transformers import PreTrainedModel
+    from edgetune_export.architectures.shape import SizedModule
 
 
 class VeraOptions(TargetOptions):
@@ -43,22 +40,9 @@ class Vera(WeightMethod[VeraOptions]):
         """The rank of the shared matrices."""
         return options.r
 
-    def trained_parameters(self, base: BaseShape, options: VeraOptions) -> int:
-        """Two vectors per module."""
-        return sum(module.rows + options.r for module in self.trained_modules(base, options))
-
-    def config(self, base: PreTrainedModel, options: VeraOptions, steps: int) -> VeraConfig:
-        """PEFT's configuration."""
-        from peft import VeraConfig  # noqa: PLC0415 - torch only when training
-
-        return VeraConfig(
-            task_type=task_type(base),
-            r=options.r,
-            d_initial=options.d_initial,
-            vera_dropout=options.vera_dropout,
-            projection_prng_key=options.projection_prng_key,
-            target_modules=peft_targets(options.target_modules),
-        )
+    def trained_in(self, module: SizedModule, options: VeraOptions) -> int:
+        """Two vectors."""
+        return module.rows + options.r
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
         """diag(b)·B · diag(d)·A, with B and A cut to the module's size."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from edgetune_devices import fit
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.backends.format import OptionsByFormat
+from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.sizing.needs import COSTS
 
 from edgetune import methods
-from edgetune.methods import Method, MethodOptions
+from edgetune.methods import MethodOptions
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
 
@@ -38,60 +38,52 @@ def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: Bas
         drafts=spec.draft,
         golden=spec.golden,
     )
-    return with_options(planned, spec.method.options, base, recipe.onnx.weights)
+    return with_options(planned, spec.method.options, base, recipe.format_options)
 
 
-def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape | None, weights: str) -> AdapterPlan:
-    """The plan with other options, such as chosen modules, and the sizes that follow from them.
-
-    `weights` are those of the recipe's `onnx`.
-    """
+def with_options(
+    planned: AdapterPlan, options: MethodOptions, base: BaseShape | None, format_options: OptionsByFormat
+) -> AdapterPlan:
+    """The plan with other options of the method, such as chosen modules, and the sizes that follow from them."""
     method = methods.load(planned.method)
     targets = options.target_modules if isinstance(options, TargetOptions) else None
     planned = replace(planned, options=options, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
-    modules, shapes = method.trained_modules(base, options), planned.shapes
-    adapter_shapes = [shape for shape in dict.fromkeys(shapes.values()) if shape != "merged"]
-    values = {shape: shipped_values(method, options, shape, base) for shape in adapter_shapes}
+    trained, shapes = method.trained(base, options), planned.shapes
+    parameters = method.trained_parameters(trained, options)
+    values = {
+        "low_rank": trained.low_rank_values,
+        "tensors": parameters,
+        "prefix": method.prefix_tokens(options) * base.kv_values_per_token,
+    }
     sizes = {}
     for target, shape in shapes.items():
         written = backends.format_of(target)
         if shape == "merged":
-            sizes[target] = int(written.merged_bytes(base.parameters, weights))
+            sizes[target] = int(written.merged_bytes(base.parameters, format_options))
         else:
             sizes[target] = int(written.adapter_bytes(values[shape], planned.dtypes[target], shape))
     # In an engine whose format is not exported, the shape of the first one counts.
-    in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in COSTS}
+    in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in engines.names_with_needs()}
     return replace(
         planned,
-        modules=len(modules),
-        rank=max(method.shipped_ranks(modules, options), default=0),
-        trainable_parameters=method.trained_parameters(base, options),
+        trained=trained,
+        rank=max(trained.ranks, default=0),
+        trainable_parameters=parameters,
         bytes_by_format=sizes,
         memory={
-            engine: size_in_memory(values[shape], shape, len(modules), engine, dtype=planned.dtypes[gguf.NAME])
+            engine: size_in_memory(values[shape], shape, len(trained.modules), engine, dtype=planned.dtypes[gguf.NAME])
             for engine, shape in in_engine.items()
             if shape != "merged"
         },
     )
 
 
-def shipped_values(method: Method[Any], options: MethodOptions, shape: str, base: BaseShape) -> int:
-    """Numbers in the adapter's file, folded into a `shape` other than merged."""
-    if shape == "prefix":
-        return method.prefix_tokens(options) * base.kv_values_per_token
-    if shape == "tensors":
-        return method.trained_parameters(base, options)
-    modules = method.trained_modules(base, options)
-    ranks = method.shipped_ranks(modules, options)
-    return sum(rank * module.values_per_rank for rank, module in zip(ranks, modules, strict=True))
-
-
 def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> fit.AdapterSize:
     """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
+    cost = engines.load_needs(engine).COST
     if shape == "prefix":
-        return fit.AdapterSize(values * COSTS[engine].kv_bytes, 0, is_prefix=True)
-    # In other engines than llama.cpp, the factors are f32 in memory, whatever their file has.
-    size = backends.format_of(engine).adapter_bytes(values, dtype if engine == gguf.NAME else "f32", shape)
+        return fit.AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
+    size = backends.format_of(engine).adapter_bytes(values, "f32" if cost.f32_adapters else dtype, shape)
     return fit.AdapterSize(int(size), modules if shape == "low_rank" else 0)

@@ -1,68 +1,96 @@
-"""Predicts what a recipe's bundle needs on a board, and chooses settings for the board."""
+"""Plans the base, chooses settings for the recipe's board, and predicts what the bundle needs there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune_devices import boards, fit
+from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.sizing.needs import COSTS
+from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 
-from edgetune.bases import BaseSource
+from edgetune import task_types
+from edgetune.bases import BaseSource, is_gguf
 from edgetune.recipe.model import Recipe
 
-from .records import AdapterPlan, BoardPlan, BuildPlan
+from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 
 Adapters = Mapping[str, AdapterPlan]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe with the settings for its base and its board, the size of the base's GGUF file, and the prediction.
-
-    `quantization` None: the base's file ships unchanged.
-    """
+    """The recipe with the settings for its base and its board, the plan of the base, and the prediction."""
 
     recipe: Recipe
-    quantization: str | None
-    gguf_bytes: int | None = None
+    base: BasePlan
     board: BoardPlan | None = None
 
 
-def choose_settings(
-    recipe: Recipe, adapters: Adapters, source: BaseSource | None, quantization: str | None
-) -> Settings:
+def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | None) -> Settings:
     """Choose the settings that the recipe leaves unset: for its board if it sets one, within what the base supports.
 
-    `quantization` is that of the base if no board chooses one. Raises IncompatibleError if the bundle cannot fit on the
-    board, so a build fails before training.
+    Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training.
     """
+    quantization = quantization_of(recipe)
     if source is None:
-        return Settings(recipe, quantization)
+        return Settings(recipe, _plan_base(recipe, source, quantization))
     choice = None
     if recipe.device is not None and source.header is not None:
-        choice = _choose(recipe, adapters, source.header, quantization)
+        choice = _choose(recipe, adapters, source.header, requantize=quantization is not None)
         chosen = {"threads": choice.threads, "context_length": choice.context_length}
-        recipe = recipe.model_copy(update={**chosen, "quantization": choice.quantization})
         quantization = choice.quantization
+        recipe = recipe.model_copy(update={**chosen, "quantization": quantization})
     # The default may be more than the base supports.
     length = min(recipe.context_length, source.trained_context_length)
     recipe = recipe.model_copy(update={"context_length": length})
+    base = _plan_base(recipe, source, quantization)
     if source.header is None:
-        return Settings(recipe, quantization)
-    engines = dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in COSTS)))
-    needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in engines}
-    size = needs[gguf.NAME].base_bytes
+        return Settings(recipe, base)
+    with_needs = engines.names_with_needs()
+    counted = dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in with_needs)))
+    needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
+    base = replace(base, gguf_bytes=needs[gguf.NAME].base_bytes)
     if choice is None:
-        return Settings(recipe, quantization, size)
-    board = boards.load(str(recipe.device))
-    fits = [fit.fit(needs[target], board) for target in recipe.targets if target in needs]
-    return Settings(recipe, quantization, size, BoardPlan(board.name, choice.reason, tuple(fits)))
+        return Settings(recipe, base)
+    fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
+    return Settings(recipe, base, BoardPlan(choice.board.name, choice.reason, fits))
 
 
-def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, quantization: str | None) -> fit.BoardChoice:
+def quantization_of(recipe: Recipe) -> str | None:
+    """The quantization of the base if no board chooses one; None if its file ships unchanged, and for an encoder."""
+    ships_unchanged = is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
+    return recipe.quantization or (None if ships_unchanged else DEFAULT)
+
+
+def _plan_base(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> BasePlan:
+    steps = _steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else [])
+    base = BasePlan(recipe.base, quantization, tuple(steps))
+    if source is None:
+        return base
+    return replace(
+        base,
+        architecture=source.architecture,
+        trained_context_length=source.trained_context_length,
+        parameters=None if source.header is None else source.header.parameters,
+    )
+
+
+def _steps(source: BaseSource | None, quantization: str | None) -> list[str]:
+    """What the build does with the base before training."""
+    steps = [] if source is not None else ["download"]
+    if quantization is None:
+        return steps
+    if source is not None and not source.is_folder:
+        return [*steps, f"requantize to {quantization}"]
+    if quantization in FLOATS:
+        return [*steps, f"convert to GGUF {quantization}"]
+    return [*steps, "convert to GGUF", f"quantize to {quantization}"]
+
+
+def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice:
     engine = _engine(recipe)
     sizes, merged = _sizes(adapters, engine)
     return fit.choose(
@@ -75,7 +103,7 @@ def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, quantization
         quantization=recipe.quantization,
         context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
         threads=recipe.threads,
-        requantize=quantization is not None,
+        requantize=requantize,
     )
 
 
@@ -108,7 +136,7 @@ def check_fit(plan: BuildPlan, header: GgufHeader) -> None:
 
 def _engine(recipe: Recipe) -> str:
     """The engine that opens the bundle by default; for one of an unknown format, sizes are those of GGUF."""
-    return recipe.targets[0] if recipe.targets[0] in COSTS else gguf.NAME
+    return recipe.targets[0] if recipe.targets[0] in engines.names_with_needs() else gguf.NAME
 
 
 def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:

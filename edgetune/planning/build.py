@@ -7,16 +7,15 @@ from dataclasses import replace
 
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import FLOATS
 
-from edgetune.bases import BaseSource, quantization_of
+from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, Texts
 
 from .adapters import plan_adapter
-from .board import Settings, choose_settings
+from .board import choose_settings
 from .needs import plan_rows, report
-from .records import BasePlan, BuildPlan, Room
+from .records import BuildPlan, Room
 
 Shapes = Mapping[str, Mapping[str, str]]
 """The shape of each adapter in each format."""
@@ -32,8 +31,8 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> Bu
         _check_lengths(recipe, source.trained_context_length)
     base = None if source is None else source.shape
     adapters = {name: plan_adapter(recipe, name, shapes[name], base) for name in recipe.adapters}
-    settings = choose_settings(recipe, adapters, source, quantization_of(recipe))
-    return BuildPlan(settings.recipe, source, _plan_base(settings, source), adapters, settings.board)
+    settings = choose_settings(recipe, adapters, source)
+    return BuildPlan(settings.recipe, source, settings.base, adapters, settings.board)
 
 
 def plan_data(
@@ -72,30 +71,3 @@ def _check_lengths(recipe: Recipe, trained: int) -> None:
     if recipe.domain is not None and recipe.domain.window is not None and recipe.domain.window > trained:
         message = f"domain.window is {recipe.domain.window}, but {recipe.base!r} was trained for {trained} tokens"
         raise UsageError(message, f"set it to at most {trained}")
-
-
-def _plan_base(settings: Settings, source: BaseSource | None) -> BasePlan:
-    recipe, quantization = settings.recipe, settings.quantization
-    steps = _steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else [])
-    base = BasePlan(recipe.base, quantization, tuple(steps))
-    if source is None:
-        return base
-    return replace(
-        base,
-        architecture=source.architecture,
-        trained_context_length=source.trained_context_length,
-        parameters=None if source.header is None else source.header.parameters,
-        gguf_bytes=settings.gguf_bytes,
-    )
-
-
-def _steps(source: BaseSource | None, quantization: str | None) -> list[str]:
-    """What the build does with the base before training."""
-    steps = [] if source is not None else ["download"]
-    if quantization is None:
-        return steps
-    if source is not None and not source.is_folder:
-        return [*steps, f"requantize to {quantization}"]
-    if quantization in FLOATS:
-        return [*steps, f"convert to GGUF {quantization}"]
-    return [*steps, "convert to GGUF", f"quantize to {quantization}"]

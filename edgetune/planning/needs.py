@@ -39,9 +39,10 @@ def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     """What the build needs, whose adapters have `rows`; a high estimate."""
     recipe, parameters = plan.recipe, base.parameters
     whole_mb, base_mb = parameters * _FLOAT / 1e6, (plan.base.gguf_bytes or 0) / 1e6
-    formats, weights = {target: backends.format_of(target) for target in recipe.targets}, recipe.onnx.weights
+    formats = {target: backends.format_of(target) for target in recipe.targets}
+    options = recipe.format_options
     by_target = [
-        found.base_bytes(base_mb * 1e6, parameters, weights) / 1e6
+        found.base_bytes(base_mb * 1e6, parameters, options) / 1e6
         + sum(adapter.bytes_by_format.get(target, 0) for adapter in plan.adapters.values()) / 1e6
         for target, found in formats.items()
     ]
@@ -52,7 +53,7 @@ def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     staged = bundle - base_mb * any(found.links_base for found in formats.values())
     at_a_time = (saved_states_mb(max(trained, default=0)), staged + bundle)
     min_mb, training_mb = _training_mb(plan, base)
-    export_mb = max(found.export_mb(base_mb * 1e6, parameters, weights) for found in formats.values())
+    export_mb = max(found.export_mb(base_mb * 1e6, parameters, options) for found in formats.values())
     return BuildNeeds(
         parameters=parameters,
         weights_mb=whole_mb,
@@ -147,13 +148,13 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
     recipe = plan.recipe
     needs = []
     for adapter in plan.adapters.values():
-        if adapter.rows is None or not adapter.rows.train:
+        if adapter.rows is None or not adapter.rows.train or adapter.trained is None:
             continue
         needs.append(
             training_need(
-                base,
                 methods.load(adapter.method),
                 adapter.options,
+                adapter.trained,
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
                 batch_tokens=math.ceil(adapter.rows.mean_tokens * adapter.training.batch_size),
                 precision=_precision(adapter.training),
@@ -164,7 +165,8 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
         method = recipe.domain.method
         sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
         kind = methods.load(method.name)
-        needs.append(training_need(base, kind, method.options, **sizes, precision=_precision(training)))
+        trained = kind.trained(base, method.options)
+        needs.append(training_need(kind, method.options, trained, **sizes, precision=_precision(training)))
     min_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
     limit_mb = recipe.training.memory_mb
     return min_mb, most_mb if limit_mb is None else max(min_mb, min(most_mb, limit_mb))

@@ -12,13 +12,13 @@ from edgetune_devices.fit import AdapterSize, Fit
 from edgetune_runtime.decoding.output import OutputSpec
 
 from edgetune.bases import BaseSource
-from edgetune.methods import MethodOptions
+from edgetune.methods import MethodOptions, TrainedModules
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.tasks.task import Task, Texts
 
 # What the recipe has of an adapter, and what `BoardPlan` sums up.
-_LEFT_OUT = ("name", "options", "training", "memory")
+_LEFT_OUT = ("name", "options", "trained", "training", "memory")
 # What the manifest has in the entry of an adapter.
 _IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output")
 
@@ -60,11 +60,11 @@ class AdapterPlan:
     """What is decided about an adapter before it is trained; `shapes` and `dtypes` are by format.
 
     `target_modules` is None for a method that does not tune linear modules; with `auto` the build chooses them and a
-    rank of at most `rank`, the highest one in the files. `modules` counts them over all layers. `memory` is by engine,
-    without those where it is a merged model. `drafts` and `golden`: ship a draft table, and a golden answer.
+    rank of at most `rank`, the highest one in the files. `memory` is by engine, without those where it is a merged
+    model. `drafts` and `golden`: ship a draft table, and a golden answer.
 
-    Without the base's header, `trainable_parameters` is None and all sizes are missing; without the data, `rows` is
-    None, and `metric`, `labels` and `output` lack what the rows decide.
+    Without the base's header, `trained` and `trainable_parameters` are None and all sizes are missing; without the
+    data, `rows` is None, and `metric`, `labels` and `output` lack what the rows decide.
     """
 
     name: str
@@ -74,7 +74,7 @@ class AdapterPlan:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
     rank: int = 0
-    modules: int = 0
+    trained: TrainedModules | None = None
     trainable_parameters: int | None = None
     bytes_by_format: Mapping[str, int] = field(default_factory=dict)
     memory: Mapping[str, AdapterSize] = field(default_factory=dict)
@@ -96,6 +96,7 @@ class AdapterPlan:
         return {
             **values,
             "target_modules": list(modules) if isinstance(modules, tuple) else modules,
+            "modules": 0 if self.trained is None else len(self.trained.modules),
             "labels": list(self.labels),
             "output": None if self.output is None else self.output.kind,
             "rows": None if self.rows is None else asdict(self.rows),

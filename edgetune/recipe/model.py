@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from edgetune_export import backends
+from edgetune_export.backends.format import OptionsByFormat
+from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
@@ -31,7 +33,6 @@ from .parts import (
     DomainSpec,
     MethodSpec,
     Name,
-    OnnxSpec,
     RecipePart,
     Target,
     TaskName,
@@ -67,7 +68,7 @@ class Recipe(RecipePart):
     """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call.
     start: on the device, when `edgetune-run serve` starts. ship: by the build, which adds them to the bundle; they work
     with this version of the engine only. A state of SmolLM2 takes 23 kB per token, twice that in ONNX."""
-    onnx: OnnxSpec = OnnxSpec()
+    onnx: OnnxOptions = OnnxOptions()
     """How the ONNX graph stores the base's weights."""
     device: str | None = None
     """The board that the bundle must fit; `edgetune devices list` shows the names."""
@@ -118,6 +119,11 @@ class Recipe(RecipePart):
         """The bundle's folder if the command line names none."""
         return Path("build") / self.name
 
+    @property
+    def format_options(self) -> OptionsByFormat:
+        """The options of the formats, by their names."""
+        return {"onnx": self.onnx}
+
     @model_validator(mode="before")
     @classmethod
     def _targets_of_task(cls, values: object) -> object:
@@ -152,7 +158,7 @@ class Recipe(RecipePart):
 
     @field_validator("onnx")
     @classmethod
-    def _weights_of_task(cls, onnx: OnnxSpec, info: ValidationInfo) -> OnnxSpec:
+    def _weights_of_task(cls, onnx: OnnxOptions, info: ValidationInfo) -> OnnxOptions:
         refused = task_types.load(_task_of(info)).refused_weights
         if onnx.weights in refused:
             raise ValueError(refused[onnx.weights])

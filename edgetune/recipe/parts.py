@@ -1,4 +1,4 @@
-"""The nested sections of a recipe: data, method, training, adapters, domain and ONNX weights.
+"""The nested sections of a recipe: data, method, training, adapters and domain.
 
 The text under a field describes its key. The JSON schema and docs/recipe.md are generated from these texts.
 """
@@ -349,17 +349,6 @@ class DomainSpec(RecipePart):
         if method.is_auto:
             raise ValueError("target_modules: auto does not work here, because the result is merged; name the modules")
         return method
-
-
-class OnnxSpec(RecipePart):
-    """How the ONNX graph stores the weights of the GGUF base."""
-
-    weights: Literal["auto", "fp32", "int8", "int4"] = "auto"
-    """auto: keep q4_0 and q8_0 blocks and floats as they are, requantize other types to 8 bits. int8: as auto, but
-    quantize floats to 8 bits too. fp32: dequantize everything. int4: requantize everything to 4 bits by `method`."""
-    method: Literal["rtn", "k_quant", "gptq"] = "rtn"
-    """Quantization algorithm for int4, as named by ONNX Runtime; rtn rounds to nearest, and gptq uses rows of the tasks
-    for calibration."""
 
 
 def _method_schemas() -> list[dict[str, Any]]:

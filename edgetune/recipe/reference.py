@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from edgetune_export import backends
+from edgetune_export.backends.format import FormatOptions
+from edgetune_export.backends.onnx.options import OnnxOptions
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -19,7 +21,7 @@ from edgetune import methods
 
 from .model import Recipe
 from .output import OutputOption
-from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, OnnxSpec, Target, TextSpec, TrainingSpec
+from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, Target, TextSpec, TrainingSpec
 from .problems import other_names
 
 INTRODUCTION = """\
@@ -40,7 +42,7 @@ a base that is not downloaded yet, the plan has what is known without it, and th
 `--trial` trains ten steps of the first adapter and estimates the time of all trainings; a build reports the same
 estimate after its first ten steps.
 
-This page is generated from the descriptions in `edgetune/recipe/` and `edgetune/methods/`.
+This page is generated from the descriptions in `edgetune/recipe/`, `edgetune/methods/` and `edgetune_export/backends/`.
 """
 WORDS: dict[object, str] = {
     str: "string",
@@ -65,7 +67,7 @@ def reference() -> str:
         ("`training`, `adapters.NAME.training` and `domain.training`", TrainingSpec),
         ("`domain`", DomainSpec),
         ("`domain.data`", TextSpec),
-        ("`onnx`", OnnxSpec),
+        ("`onnx`", OnnxOptions),
     ]
     sections = [_section(title, model) for title, model in parts]
     for name in methods.names():
@@ -96,7 +98,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, TrainingSpec | OnnxSpec):
+    if isinstance(value, TrainingSpec | FormatOptions):
         return "see below"
     if isinstance(value, MethodSpec):
         return f"`{value.name}`"

@@ -19,7 +19,7 @@ from .exported import B, BundleSpec, ExportedFormat, Figures, ParityReport, Prep
 if TYPE_CHECKING:
     import torch
     from edgetune_export.adapters.shapes import Folded
-    from edgetune_export.backends.base import OnnxOptions, Source
+    from edgetune_export.backends.base import Source
     from edgetune_runtime.bundle import BaseEntry
     from transformers import PreTrainedModel
 
@@ -79,7 +79,7 @@ class Builder(ABC, Generic[B]):
         return self.load_torch(base, torch.float32)
 
     @abstractmethod
-    def source(self, base: B, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
+    def source(self, base: B, model: PreTrainedModel, work: Path, spec: BundleSpec) -> Source:
         """The base for backends; `model` is the base in float32."""
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:

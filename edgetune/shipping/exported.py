@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from edgetune_export import backends
-from edgetune_export.backends.base import OnnxOptions
+from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime.decoding.drafts import DraftTable
 
 from edgetune import methods
@@ -50,13 +50,17 @@ B = TypeVar("B", bound=BuildBase)
 
 @dataclass(frozen=True)
 class BundleSpec:
-    """The bundle to write: its name, its defaults, its formats, and the recipe and the plan that it stores."""
+    """The bundle to write: its name, its defaults, its formats, and the recipe and the plan that it stores.
+
+    `calibration` are token rows of the tasks, which a format may quantize the base with.
+    """
 
     name: str
     context_length: int
     threads: int | None = None
     targets: tuple[str, ...] = (backends.DEFAULT,)
-    onnx: OnnxOptions = field(default_factory=OnnxOptions)
+    format_options: OptionsByFormat = field(default_factory=dict)
+    calibration: Sequence[Sequence[int]] = ()
     merged_quantization: str | None = None
     ships_states: bool = False
     warms: bool = False

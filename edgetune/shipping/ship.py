@@ -61,7 +61,7 @@ def ship(
     # Training has just freed the base; do not keep it in memory while the next copy loads.
     _give_back(base)
     model = builder.load_for_export(base, spec, work / "intermediate", progress)
-    source = builder.source(base, model, work / "intermediate", spec.onnx)
+    source = builder.source(base, model, work / "intermediate", spec)
     stage = _Stage(work, source, adapters, builder, spec, progress)
     exports = []
     for target in spec.targets:

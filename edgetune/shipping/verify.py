@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from edgetune_export import architectures
+from edgetune_export import architectures, backends
 from edgetune_export.adapters.shapes import Floats, Merged
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
 from edgetune_export.parity import TrainedLogits as Model
@@ -105,6 +105,7 @@ def _adapter_parity(
         dtype=adapter.plan.dtypes[export.backend],
         merged=adapter.plan.shapes[export.backend] == Merged.shape,
         error=written.error,
+        requantized_kl=backends.format_of(export.backend).requantized_kl,
     )
     return parity
 
@@ -175,7 +176,7 @@ def _base_parity(
     engine.activate({})
     parity = compare(plain, engine, _base_rows(adapters))
     progress.say(f"  {export.backend} base after switching back: {_said(parity)}")
-    check(parity, None, export.weight_type)
+    check(parity, None, export.weight_type, requantized_kl=backends.format_of(export.backend).requantized_kl)
     return parity
 
 

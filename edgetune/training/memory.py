@@ -11,13 +11,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.errors import UsageError
 
 from edgetune.objectives.base import LOGITS_PER_CHUNK
 
 if TYPE_CHECKING:
-    from edgetune.methods import Method, MethodOptions
+    from edgetune.methods import Method, MethodOptions, TrainedModules
 
     from .checkpointing import LayerCost
 
@@ -116,37 +115,36 @@ class TrainingNeed:
 
 
 def training_need(
-    shape: BaseShape,
     method: Method[Any],
     options: MethodOptions,
+    trained: TrainedModules,
     *,
     longest_row: int,
     batch_tokens: int,
     precision: str,
 ) -> TrainingNeed:
-    """Predict the memory for training `method` on the base, for a longest row of `longest_row` tokens and steps of
-    `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. Loading the base may temporarily need more."""
-    cost = predicted(shape, method, options, precision)
-    trained = method.trained_parameters(shape, options)
-    added = _FLOAT_BYTES * trained if method.adds_parameters else 0
+    """Predict the memory for training `method` on the base of these modules, for a longest row of `longest_row` tokens
+    and steps of `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. Loading the base may temporarily need more."""
+    cost, shape = predicted(method, options, trained, precision), trained.base
+    parameters = method.trained_parameters(trained, options)
+    added = _FLOAT_BYTES * parameters if method.adds_parameters else 0
     packed = _PACKED_BYTES * shape.linear_weights if precision == "int8" else 0
     weights = shape.parameters * _width(method, precision) + packed
-    fixed = IMPORTS_MB + (weights + added) / _MB + state_mb(trained)
+    fixed = IMPORTS_MB + (weights + added) / _MB + state_mb(parameters)
     longest = longest_row + method.prefix_tokens(options)
     least = cost.pass_mb(longest, cost.most_checkpointed)
     whole = max(longest, min(batch_tokens, MOST_TOKENS))
     return TrainingNeed(fixed + least, fixed + replace(cost, lost=_LOST_KEEPING).pass_mb(whole))
 
 
-def predicted(shape: BaseShape, method: Method[Any], options: MethodOptions, precision: str) -> PassCost:
+def predicted(method: Method[Any], options: MethodOptions, trained: TrainedModules, precision: str) -> PassCost:
     """Predict what a pass of the method keeps: the inputs of a layer's norms, attention and activation function, and
     those of the modules whose weights are trained."""
-    width = _width(method, precision)
-    trained = method.trained_modules(shape, options)
+    shape, width = trained.base, _width(method, precision)
     attention, gated = 2 * shape.queries + 2 * shape.keys, 3 * shape.intermediate
     # Modules of one product have the same inputs.
-    inputs = sum({module.product: module.columns for module in trained}.values())
-    ranks = len(trained) * int(getattr(options, "r", 0))
+    inputs = sum({module.product: module.columns for module in trained.modules}.values())
+    ranks = len(trained.modules) * int(getattr(options, "r", 0))
     # Norms compute in float32 whatever the base's dtype, and keep a second input if their weight is trained.
     norms = 4 * shape.norms * (1 if method.adds_parameters else 2)
     layers = method.trained_layers(shape, options)

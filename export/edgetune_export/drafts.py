@@ -1,7 +1,7 @@
-"""Training answers in, draft table out: the n-grams that a runtime drafts answers of the task by.
+"""Makes a task's draft table from its training answers: the n-grams that a runtime drafts its answers from.
 
-Of all n-grams those are kept that save most steps: that occur at least twice, are likely enough to be worth verifying,
-and say something else than the shorter context that a lookup would fall back to.
+The n-grams that save most steps are kept: they occur at least twice, are likely enough to be worth verifying, and
+predict another token than the shorter context that a lookup would fall back to, or the same one more confidently.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from edgetune_runtime.decoding.batch_cost import BatchCost
 from edgetune_runtime.decoding.drafts import END, LONGEST_CONTEXT, LONGEST_DRAFT, Drafter, DraftTable, context_keys
 
-MOST_ENTRIES = 24_000
+MAX_ENTRIES = 24_000
 """13 bytes each: 312 kB."""
 
-_LEAST_COUNT = 2
-_LEAST_SHARE = 0.3
+_MIN_COUNT = 2
+_MIN_SHARE = 0.3
 _REDUNDANT = 0.1
-"""A longer context that expects the same token, by so much more probably at most, is left out."""
+"""A longer context that predicts the same token is left out if its probability is higher by at most this."""
 _PRIOR = 1.0
 
 
@@ -37,19 +37,19 @@ def table_of(rows: Sequence[Row], is_end: Callable[[int], bool], tokenizer_sha25
     shorter: dict[int, int | None] = {}
     ends = {token for row in rows for token in row.tokens[row.prompt_length :] if is_end(token)}
     for row in rows:
-        for place in range(row.prompt_length, len(row.tokens)):
-            token = row.tokens[place]
+        for position in range(row.prompt_length, len(row.tokens)):
+            token = row.tokens[position]
             before: int | None = None
-            for key in context_keys(row.tokens[max(0, place - LONGEST_CONTEXT) : place]):
+            for key in context_keys(row.tokens[max(0, position - LONGEST_CONTEXT) : position]):
                 counts[key][END if token in ends else token] += 1
                 shorter[key], before = before, key
             if token in ends:
                 break
-    best = {key: _best(found) for key, found in counts.items()}
+    best = {key: _best(counter) for key, counter in counts.items()}
     kept = _pruned(best, shorter)
     empty = DraftTable(tokenizer_sha256, (), (), ())
     entries = {key: (token, share) for key, (token, share, _) in kept.items()}
-    return DraftTable.of(entries, _copied(rows, empty), tokenizer_sha256)
+    return DraftTable.of(entries, _copy_rates(rows, empty), tokenizer_sha256)
 
 
 def tokens_per_step(table: DraftTable, rows: Iterable[Row], cost: BatchCost) -> float:
@@ -58,44 +58,44 @@ def tokens_per_step(table: DraftTable, rows: Iterable[Row], cost: BatchCost) -> 
     for row in rows:
         drafter = Drafter(table, list(row.tokens[: row.prompt_length]))
         answer = list(row.tokens[row.prompt_length :])
-        place = 0
-        while place < len(answer):
-            drafter.add(answer[place : place + 1])
+        position = 0
+        while position < len(answer):
+            drafter.add(answer[position : position + 1])
             draft, chances = drafter.propose(LONGEST_DRAFT)
             count = cost.worthwhile(chances)
-            accepted = _common(draft[:count], answer[place + 1 :])
+            accepted = _common_length(draft[:count], answer[position + 1 :])
             drafter.learn(chances[:count], accepted)
             drafter.add(draft[:accepted])
-            steps, tokens, place = steps + 1, tokens + 1 + accepted, place + 1 + accepted
+            steps, tokens, position = steps + 1, tokens + 1 + accepted, position + 1 + accepted
     return tokens / steps if steps else 1.0
 
 
-def _best(found: Counter[int]) -> tuple[int, float, int]:
+def _best(counter: Counter[int]) -> tuple[int, float, int]:
     """The most frequent token, its share, and how often it occurred."""
-    token, count = found.most_common(1)[0]
-    return token, count / (found.total() + _PRIOR), count
+    token, count = counter.most_common(1)[0]
+    return token, count / (counter.total() + _PRIOR), count
 
 
 def _pruned(
     best: Mapping[int, tuple[int, float, int]], shorter: Mapping[int, int | None]
 ) -> dict[int, tuple[int, float, int]]:
-    """The entries worth keeping, at most `MOST_ENTRIES`, the most frequent ones."""
+    """The entries worth keeping, at most `MAX_ENTRIES`, the most frequent ones."""
     kept: dict[int, tuple[int, float, int]] = {}
     for key, (token, share, count) in best.items():
         fallback = shorter[key]
-        if count < _LEAST_COUNT:
+        if count < _MIN_COUNT:
             continue
-        says_more = fallback is None or best[fallback][0] != token or share > best[fallback][1] + _REDUNDANT
-        # What is unlikely is kept where it takes back a shorter context's more confident guess.
-        corrects = fallback is not None and best[fallback][1] >= _LEAST_SHARE
-        if says_more and (share >= _LEAST_SHARE or corrects):
+        adds_information = fallback is None or best[fallback][0] != token or share > best[fallback][1] + _REDUNDANT
+        # An unlikely token is kept where it overrides a shorter context's more confident guess.
+        corrects = fallback is not None and best[fallback][1] >= _MIN_SHARE
+        if adds_information and (share >= _MIN_SHARE or corrects):
             kept[key] = (token, share, count)
-    frequent = sorted(kept, key=lambda key: kept[key][2], reverse=True)[:MOST_ENTRIES]
+    frequent = sorted(kept, key=lambda key: kept[key][2], reverse=True)[:MAX_ENTRIES]
     return {key: kept[key] for key in frequent}
 
 
-def _copied(rows: Sequence[Row], empty: DraftTable) -> list[float]:
-    """How often the token behind a repetition of 1, 2, ... tokens is the next one."""
+def _copy_rates(rows: Sequence[Row], empty: DraftTable) -> list[float]:
+    """How often the token after a repetition of 1, 2, … tokens is the next one."""
     seen, right = [0] * LONGEST_CONTEXT, [0] * LONGEST_CONTEXT
     for row in rows:
         drafter = Drafter(empty, list(row.tokens[: row.prompt_length]))
@@ -108,6 +108,6 @@ def _copied(rows: Sequence[Row], empty: DraftTable) -> list[float]:
     return [hits / (count + _PRIOR) for hits, count in zip(right, seen, strict=True)]
 
 
-def _common(draft: Sequence[int], answer: Sequence[int]) -> int:
+def _common_length(draft: Sequence[int], answer: Sequence[int]) -> int:
     pairs = zip(draft, answer, strict=False)
     return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(draft), len(answer)))

@@ -41,12 +41,12 @@ def entries(value: object) -> Iterator[tuple[str, Any]]:
     """All keys of a JSON value with what they have, also of the objects within it."""
     pending = [value]
     while pending:
-        found = pending.pop()
-        if isinstance(found, dict):
-            yield from found.items()
-            pending += found.values()
-        elif isinstance(found, list):
-            pending += found
+        item = pending.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
 
 
 def _refuse_code(path: Path, settings: object) -> None:

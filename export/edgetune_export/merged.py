@@ -8,7 +8,7 @@ from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.quantization import quantization_of_merged
 
 from edgetune_export.backends.base import Source
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 
 
 def source_of_merged(source: Source, requested: str | None = None) -> Source:

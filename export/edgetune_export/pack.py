@@ -57,11 +57,11 @@ def check_destination(out: Path) -> None:
     if not existing and not any(out.iterdir()):
         return
     try:
-        known = {*read_manifest(out).files, MANIFEST_NAME}
+        listed = {*read_manifest(out).files, MANIFEST_NAME}
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
         raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error
-    foreign = sorted(existing - known)
+    foreign = sorted(existing - listed)
     if foreign:
         message = f"{out} contains files that are not part of the bundle, such as {foreign[0]}"
         raise UsageError(message, "move them away or choose another --out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,13 +51,6 @@ TOLERANCE_KL = {kind.name: kind.kl for kind in TENSOR_TYPES.values() if kind.kl 
 """Largest accepted mean KL of an adapter, by the main type of its base and the type of its file; the larger applies."""
 TOLERANCE_KL_MERGED = {kind.name: kind.merged_kl for kind in TENSOR_TYPES.values() if kind.merged_kl is not None}
 """Largest accepted mean KL of merged models by main type; their adapted weights are requantized to the base's types."""
-
-INT4 = "int4"
-TOLERANCE_KL_INT4 = 0.5
-"""Largest accepted mean KL if the base was requantized to 4 bits after training.
-
-That changes it as much as a weak adapter does.
-"""
 
 EXACT = 1e-5
 """A low-rank adapter counts as exact if it leaves out less than this share of the trained change."""
@@ -127,17 +120,26 @@ def greedy_agreement(trained: TrainedLogits, engine: Decoder, prompts: Sequence[
 
 
 def check(
-    parity: Parity, name: str | None, weight_type: str, *, dtype: str = "f16", merged: bool = False, error: float = 0.0
+    parity: Parity,
+    name: str | None,
+    weight_type: str,
+    *,
+    dtype: str = "f16",
+    merged: bool = False,
+    error: float = 0.0,
+    requantized_kl: Mapping[str, float] | None = None,
 ) -> None:
     """VerificationError unless the adapter `name`, or the plain base for None, is within the tolerance of its base.
 
-    `weight_type` is what `Backend.weight_type` returns; `dtype` is that of the adapter's file. The loosest tolerance
-    applies to types that were not measured. `error` is the share of the trained change that a truncated adapter leaves
-    out; it gets a tolerance of at least TOLERANCE_KL_TRUNCATED.
+    `weight_type` is what `Backend.weight_type` returns, and `requantized_kl` the format's tolerances for types of its
+    own; `dtype` is that of the adapter's file. The loosest tolerance applies to types that were not measured. `error`
+    is the share of the trained change that a truncated adapter leaves out; it gets a tolerance of at least
+    TOLERANCE_KL_TRUNCATED.
     """
     table = TOLERANCE_KL_MERGED if merged else TOLERANCE_KL
     loosest = max(table.values())
-    limit = TOLERANCE_KL_INT4 if weight_type == INT4 else table.get(weight_type, loosest)
+    requantized_kl = requantized_kl or {}
+    limit = {**table, **requantized_kl}.get(weight_type, loosest)
     if error > EXACT:
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
@@ -149,7 +151,7 @@ def check(
             f"{what} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
             f"expected at most {limit:.2g} on a {weight_type} base ({parity.top1:.0%} of top tokens agree)"
         )
-        coarse = merged or weight_type == INT4
+        coarse = merged or weight_type in requantized_kl
         remedy = "use a base quantization with more bits" if coarse else "report this as a bug, with the recipe"
         raise VerificationError(message, remedy)
 

@@ -91,42 +91,32 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
-    "AdapterEntry": "bundle",
-    "Adapters": "inference.loaded",
-    "Answer": "inference.generation",
-    "AnswerOptions": "inference.options",
-    "AsyncRuntime": "inference.asynchronous",
-    "AsyncSession": "inference.asynchronous",
-    "AsyncStream": "inference.async_stream",
-    "BaseEntry": "bundle",
-    "Carry": "inference.session",
-    "Classification": "inference.scoring",
-    "Embedding": "serving.classifier",
-    "Event": "events",
-    "FileEntry": "bundle",
-    "GoldenAnswer": "bundle",
-    "Manifest": "bundle",
-    "Message": "text.chat",
-    "NegativeLogLikelihood": "inference.scoring",
-    "OutputSpec": "decoding.output",
-    "Prompt": "text.chat",
-    "Runtime": "inference.runtime",
-    "RuntimeOptions": "inference.opening_options",
-    "Sampling": "text.sampling",
-    "SamplingOptions": "inference.options",
-    "Session": "inference.session",
-    "Stream": "inference.generation",
-    "Timings": "inference.generation",
-    "TokenLogprob": "decoding.logprobs",
-    "ToolCall": "tools.calls",
-    "Tools": "tools.definitions",
+    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest",
+    "decoding.logprobs": "TokenLogprob",
+    "decoding.output": "OutputSpec",
+    "events": "Event",
+    "inference.async_stream": "AsyncStream",
+    "inference.asynchronous": "AsyncRuntime AsyncSession",
+    "inference.generation": "Answer Stream Timings",
+    "inference.loaded": "Adapters",
+    "inference.opening_options": "RuntimeOptions",
+    "inference.options": "AnswerOptions SamplingOptions",
+    "inference.runtime": "Runtime",
+    "inference.scoring": "Classification NegativeLogLikelihood",
+    "inference.session": "Carry Session",
+    "serving.classifier": "Embedding",
+    "text.chat": "Message Prompt",
+    "text.sampling": "Sampling",
+    "tools.calls": "ToolCall",
+    "tools.definitions": "Tools",
 }
+_MODULES = {name: module for module, names in _LAZY.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -70,6 +70,11 @@ class BaseEntry:
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     domain: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_decoder(self) -> bool:
+        """Whether the base generates text; an encoder has no keys and values."""
+        return self.kv_values_per_token > 0
+
 
 @dataclass(frozen=True)
 class GoldenAnswer:

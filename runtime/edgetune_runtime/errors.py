@@ -13,6 +13,9 @@ EdgetuneError                1
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from .wording import printable
 
 
@@ -79,3 +82,16 @@ class CancelledError(EdgetuneError):
     """The user interrupted the work."""
 
     exit_code = 130
+
+
+@contextmanager
+def importing(what: str, install: str) -> Iterator[None]:
+    """Turn an ImportError in the block into an IncompatibleError: `what` (such as "serving needs") and the library.
+
+    `install` is what pip installs for it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        message = f"{what} {error.name}, which is not installed"
+        raise IncompatibleError(message, f"run: pip install {install}") from error

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, changes, fit
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import Needs, kept_mb
+from edgetune_runtime.sizing.needs import kept_mb
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.sizing.speed import speed_of
 
@@ -70,7 +71,7 @@ def test_keys_and_values_in_8_bits_are_proposed_only_where_llama_cpp_has_them(he
 
 def test_each_change_adds_to_those_before_it_until_the_board_fits(header: GgufHeader) -> None:
     needs = _needs(header)
-    short = replace(needs, states_limit_bytes=16_000_000, kv="q8_0", context_length=1000)
+    short = replace(needs, cache_mb=16, kv="q8_0", context_length=1000)
     found = changes.changes_for(needs, _with_free_mb(kept_mb(short, repacks=())))
     assert [change.what.split(":")[0] for change in found] == [
         "limit saved states",

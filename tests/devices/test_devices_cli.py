@@ -14,7 +14,7 @@ from edgetune_runtime.sizing.figures import SpeedFigures
 from recipes import adapter_of, make_recipe, write_recipe
 from typer.testing import CliRunner
 
-from edgetune.bases import BaseSource, quantization_of
+from edgetune.bases import BaseSource
 from edgetune.cli.devices import app
 from edgetune.planning.adapters import plan_adapter
 from edgetune.planning.board import Settings, bundle_needs, choose_settings
@@ -127,7 +127,7 @@ def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.
 
 def _settings(recipe: Recipe, header: GgufHeader) -> Settings:
     source = BaseSource("base", Path("base"), "llama", 512, is_folder=True, header=header)
-    return choose_settings(recipe, _planned(recipe, header), source, quantization_of(recipe))
+    return choose_settings(recipe, _planned(recipe, header), source)
 
 
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(
@@ -149,10 +149,10 @@ def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[
     header = read_header(tiny_gguf("llama"))
     assert _settings(make_recipe(tmp_path, "base"), header).board is None
     free = _settings(make_recipe(tmp_path, "base", device="pi-4", threads=None), header)
-    assert (free.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
+    assert (free.base.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
     written = {"quantization": "q4_0", "context_length": 64, "threads": 2}
     bound = _settings(make_recipe(tmp_path, "base", device="pi-4", **written), header)
-    assert (bound.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
+    assert (bound.base.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
 
 
 def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

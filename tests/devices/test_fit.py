@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.inference.opening_options import OpeningOptions
-from edgetune_runtime.sizing.needs import CACHE_BYTES, needed_mb, needs_of_file
+from edgetune_runtime.sizing.needs import needed_mb
 from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
@@ -167,7 +166,7 @@ def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, tm
     run = [sys.executable, "-c", MEASURE, str(path), weights]
     measured = subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout
     repacks = repacked_types(instructions()) if weights == "repacked" else ()
-    needs = needs_of_file(read_header(path), context_length=512)
+    needs = fit.needs_of_header(read_header(path), context_length=512)
     assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
 
 
@@ -200,23 +199,8 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
 
 
-def test_the_figures_of_the_runtime_are_its_own_defaults() -> None:
+def test_a_batch_of_llama_cpp_is_one_chunk() -> None:
     assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
-    assert inspect.signature(OpeningOptions).parameters["cache_mb"].default * 1e6 == CACHE_BYTES
-
-
-def test_a_rough_estimate_is_near_that_from_the_header() -> None:
-    exact = fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q8_0")
-    rough = fit.estimate_needs(
-        parameters=494_000_000,
-        bits_per_weight=8.5,
-        layers=24,
-        kv_values_per_token=fit.kv_values_per_token(QWEN_0_5B),
-        context_length=1024,
-        vocabulary=151936,
-    )
-    board = boards.load("pi-4")
-    assert fit.fit(rough, board).needed_mb == pytest.approx(fit.fit(exact, board).needed_mb, rel=0.1)
 
 
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:

@@ -48,7 +48,10 @@ def test_the_method_is_found_trains_and_folds(
     trained = work.method.attach(base, work.options, 1)
     assert all("lora_B" in name for name, p in trained.named_parameters() if p.requires_grad)
     shape = BaseShape.of_header(tiny_base("llama").header)
-    assert work.method.trained_parameters(shape, work.options) == result.trainable_parameters
+    assert (
+        work.method.trained_parameters(work.method.trained(shape, work.options), work.options)
+        == result.trainable_parameters
+    )
 
 
 def test_the_format_is_found_and_writes_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

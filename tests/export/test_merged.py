@@ -9,7 +9,7 @@ import pytest
 from edgetune_export.adapters.shapes import Merged
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
-from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_gguf
+from edgetune_export.base_file.quantize import dequantize_rows, quantize_gguf
 from edgetune_export.merged import source_of_merged
 from edgetune_runtime.formats.gguf_file import read_header
 

@@ -39,7 +39,7 @@ adapters:
 def make_seeds(folder: Path) -> Path:
     """Write all files to `folder`, which must not exist, from a tiny base made for it."""
     import torch  # noqa: PLC0415 - seconds, which `make fuzz` with seeds that are there does not need
-    from edgetune_export.backends.gguf.convert import convert_folder  # noqa: PLC0415
+    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415
 
     from edgetune.bases import Base, load_torch  # noqa: PLC0415

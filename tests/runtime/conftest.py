@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from edgetune_export.adapters.fold import merge
-from edgetune_export.backends.base import Source
+from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_export.backends.gguf.backend import write_merged
-from edgetune_export.backends.onnx.encoder import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header

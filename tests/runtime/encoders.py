@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from edgetune_export.adapters.shapes import Delta, Head, LowRank
-from edgetune_export.backends.onnx.encoder import EncoderSource, write_adapter, write_base
+from edgetune_export.backends.base import EncoderSource
+from edgetune_export.backends.onnx.encoder import write_adapter, write_base
 from edgetune_export.pack import pack
 from edgetune_runtime.bundle import CLASSIFICATION, AdapterEntry, BaseEntry, Manifest, sha256_of
 from tiny import FINGERPRINT

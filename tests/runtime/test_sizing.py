@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import Runtime
+from edgetune_runtime import Runtime, engines
+from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.sizing.bundle_check import check_bundle
 from edgetune_runtime.sizing.calibration import (
     Calibration,
-    Measured,
+    MeasuredSpeed,
     figures_of,
     measure,
     read_calibration,
     write_calibration,
 )
 from edgetune_runtime.sizing.figures import SpeedFigures
-from edgetune_runtime.sizing.needs import AdapterSize, items_of, kept_mb, needed_mb, needs_of_bundle
+from edgetune_runtime.sizing.machine_speed import arithmetic, read_bandwidth
+from edgetune_runtime.sizing.needs import items_of, kept_mb, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.options import kv_types, with_kv, with_options
-from edgetune_runtime.sizing.raw import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
-from edgetune_runtime.sizing.trial import try_bundle
 from runtime.bundles import MODULES, Adapter, add_onnx, change_manifest, low_rank, write_bundle
 
 FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0, 4.0)
@@ -37,6 +38,10 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
     bundle = write_bundle(tmp_path_factory.mktemp("sizing") / "bundle", source.path, adapters)
     add_onnx(bundle, source, adapters)
     return bundle
+
+
+def test_memory_is_predicted_for_each_engine_and_shared_modules_are_no_engines() -> None:
+    assert engines.names() == engines.names_with_needs() == ["gguf", "onnx"]
 
 
 def test_the_first_format_of_a_bundle_is_counted_unless_another_is_named(both: Path) -> None:
@@ -127,7 +132,7 @@ def test_adapters_that_are_mapped_can_be_dropped_up_to_the_one_in_use(both: Path
 @pytest.mark.parametrize("adapter_decode", [80.0, 120.0])
 def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: float) -> None:
     needs = replace(needs_of_bundle(both), adapters={"one": AdapterSize(20_000, modules=14)})
-    measured = Measured(decode=100.0, prefill=1000.0, tokens=64, adapter="one", adapter_decode=adapter_decode)
+    measured = MeasuredSpeed(decode=100.0, prefill=1000.0, tokens=64, adapter="one", adapter_decode=adapter_decode)
     figures = figures_of(needs, measured, 1)
     seconds = token_seconds(needs, figures, measured.tokens)
     assert 1 / seconds == pytest.approx(100.0, rel=0.01)
@@ -139,7 +144,7 @@ def test_figures_predict_the_speeds_they_come_from(both: Path, adapter_decode: f
 @pytest.mark.parametrize("long_decode", [50.0, 99.0, 110.0])
 def test_two_contexts_show_what_attention_costs(both: Path, long_decode: float) -> None:
     needs = needs_of_bundle(both)
-    measured = Measured(100.0, 1000.0, 64, None, None, long_tokens=1000, long_decode=long_decode)
+    measured = MeasuredSpeed(100.0, 1000.0, 64, None, None, long_tokens=1000, long_decode=long_decode)
     figures = figures_of(needs, measured, 1)
     assert 1 / token_seconds(needs, figures, 64) == pytest.approx(100.0, rel=0.01)
     assert 1 / token_seconds(needs, figures, 1000) == pytest.approx(min(100.0, long_decode), rel=0.02)
@@ -202,19 +207,18 @@ def test_raw_measurements_are_those_of_a_computer() -> None:
     assert 0.05 < arithmetic(1) < 100_000
 
 
-def test_a_trial_reports_prediction_and_measurement(both: Path) -> None:
+def test_the_check_of_a_bundle_reports_prediction_and_measurement(both: Path) -> None:
     needs = needs_of_bundle(both)
-    trial = try_bundle(
-        lambda: Runtime.open(both, disk_mb=0, threads=1), needs, known=Calibration(FIGURES, needs.weights), repacks=()
-    )
-    assert trial.figures is not None and trial.problems == []
-    assert trial.found["predicted_tokens_per_s"].keys() == trial.found["measured_tokens_per_s"].keys()
-    assert trial.found["measured_tokens_per_s"]["decode"] > 0
+    calibration = Calibration(FIGURES, needs.weights)
+    check = check_bundle(lambda: Runtime.open(both, disk_mb=0, threads=1), needs, calibration=calibration, repacks=())
+    assert check.figures is not None and check.problems == []
+    assert check.report["predicted_tokens_per_s"].keys() == check.report["measured_tokens_per_s"].keys()
+    assert check.report["measured_tokens_per_s"]["decode"] > 0
 
 
-def test_a_trial_reports_why_a_bundle_is_refused(both: Path) -> None:
+def test_the_check_of_a_bundle_reports_why_it_is_refused(both: Path) -> None:
     needs = needs_of_bundle(both)
-    trial = try_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, known=None, repacks=())
-    assert trial.figures is None
-    assert trial.problems == [f"refused: {trial.found['refused']}"]
-    assert "f64" in trial.found["refused"]
+    check = check_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, calibration=None, repacks=())
+    assert check.figures is None
+    assert check.problems == [f"refused: {check.report['refused']}"]
+    assert "f64" in check.report["refused"]

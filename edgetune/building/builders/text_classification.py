@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune_export import backends
 from edgetune_export.adapters.shapes import Folded, Head, LowRank
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
@@ -20,7 +21,14 @@ from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.builder import Builder
-from edgetune.shipping.exported import ExportedFormat, ParityReport, Prepared, PreparedAdapter, TrainedAdapter
+from edgetune.shipping.exported import (
+    BundleSpec,
+    ExportedFormat,
+    ParityReport,
+    Prepared,
+    PreparedAdapter,
+    TrainedAdapter,
+)
 from edgetune.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -83,12 +91,10 @@ class TextClassification(Builder[EncoderBase]):
         """Load the weights of the base's folder."""
         return encoder.load_torch(base, dtype)
 
-    def source(self, base: EncoderBase, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
+    def source(self, base: EncoderBase, model: PreTrainedModel, work: Path, spec: BundleSpec) -> EncoderSource:
         """The base's weights file for backends; its tokenizer is in the same folder."""
-        from edgetune_export.backends.onnx.encoder import EncoderSource  # noqa: PLC0415 - torch
-
-        trained = base.trained_context_length
-        return EncoderSource(base.path, base.fingerprint, model, work, onnx, trained_context_length=trained)
+        length, options = base.trained_context_length, spec.format_options
+        return EncoderSource(base.path, base.fingerprint, model, work, options, trained_context_length=length)
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
         """Fold the adapter, and add its head."""
@@ -106,7 +112,7 @@ class TextClassification(Builder[EncoderBase]):
             name=Path(base.name).name,
             fingerprint=base.fingerprint,
             architecture=base.architecture,
-            quantization="f32" if source.onnx.weights == "fp32" else "int8",
+            quantization=backends.load(next(iter(files)), self.task).weight_type(source),
             parameters=sum(parameter.numel() for parameter in source.model.parameters()),
             trained_context_length=base.trained_context_length,
             layers=base.layers,

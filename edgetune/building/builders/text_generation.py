@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetune_devices.fit import kv_values_per_token
 from edgetune_export import backends
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
 from edgetune_runtime.threads import machine
@@ -100,9 +100,10 @@ class TextGeneration(Builder[Base]):
 
         return bases.load_torch(base, torch.float32, mapped=_file_to_map(base, spec, folder, progress))
 
-    def source(self, base: Base, model: PreTrainedModel, work: Path, onnx: OnnxOptions) -> Source:
+    def source(self, base: Base, model: PreTrainedModel, work: Path, spec: BundleSpec) -> Source:
         """The base's file for backends."""
-        return Source(base.path, base.fingerprint, model, work, onnx, base.quantization)
+        formats = spec.format_options, spec.calibration
+        return Source(base.path, base.fingerprint, model, work, *formats, base.quantization)
 
     def base_entry(self, base: Base, source: Source, files: Mapping[str, str]) -> BaseEntry:
         """The base's entry in the manifest, from the header of its file."""
@@ -143,7 +144,7 @@ class TextGeneration(Builder[Base]):
 def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
     weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
-    sizes = base.path.stat().st_size, base.header.parameters, spec.onnx.weights
+    sizes = base.path.stat().st_size, base.header.parameters, spec.format_options
     needed_mb = weights_mb + max(backends.format_of(target).export_mb(*sizes) for target in spec.targets)
     if free_mb is None or free_mb >= needed_mb:
         return None

@@ -114,7 +114,7 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
     choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
-    planned = with_options(item.plan, chosen, BaseShape.of_header(base.header), recipe.onnx.weights)
+    planned = with_options(item.plan, chosen, BaseShape.of_header(base.header), recipe.format_options)
     key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})

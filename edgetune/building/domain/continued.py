@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Floats, Merged
-from edgetune_export.backends.base import OnnxOptions, Source
-from edgetune_export.backends.gguf import backend as gguf
-from edgetune_export.backends.gguf.quantize import quantize_rows
+from edgetune_export.backends.base import Source
+from edgetune_export.base_file.merge import write_merged
+from edgetune_export.base_file.quantize import quantize_rows
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import Engine, log_total
@@ -121,8 +121,8 @@ class _Stage:
     @property
     def key(self) -> str:
         """Identifies everything that the figures depend on."""
-        state = [self.job.key, self.recipe.targets, self.recipe.onnx.model_dump(mode="json")]
-        return key_of(state)
+        stored = self.recipe.model_dump(mode="json", include={*self.recipe.format_options})
+        return key_of([self.job.key, self.recipe.targets, stored])
 
     def base(self, figures: Mapping[str, Any]) -> Base:
         """The continued base with its figures, for the rest of the build."""
@@ -170,17 +170,17 @@ class _Stage:
         self.path.parent.mkdir(parents=True)
         folded = self.job.method.fold(checkpoint, Merged.shape)
         assert isinstance(folded, Merged)
-        gguf.write_merged(folded, Source(self.source.path, self.source.fingerprint, checkpoint.base), self.path)
+        write_merged(folded, self.source.path, self.path)
 
     def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
         """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""
         length = max(len(window.tokens) for window in self.job.validation)
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
-        onnx = OnnxOptions(self.recipe.onnx.weights, self.recipe.onnx.method, rows)
         found: dict[str, float] = {}
         for target in self.recipe.targets:
             with TemporaryDirectory(dir=self.folder) as name:
-                source = Source(base.path, base.fingerprint, model, Path(name) / "work", onnx)
+                work, options = Path(name) / "work", self.recipe.format_options
+                source = Source(base.path, base.fingerprint, model, work, options, rows)
                 path = backends.load(target).write_base(source, Path(name), ())
                 made = engines.load(target)
                 with closing(made(path, context_length=length)) as engine:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from edgetune_export.backends.onnx.encoder import mean_pooled
+from edgetune_export.pooling import mean_pooled
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderTokenizer
 from edgetune_runtime.errors import UsageError
 from safetensors.torch import load_file, save_file

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.backends.onnx.encoder import mean_pooled
 from edgetune_export.parity import divergence
+from edgetune_export.pooling import mean_pooled
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.base import LabelEngine

@@ -23,7 +23,7 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures.base import LINEAR_MODULES
 from edgetune_export.architectures.shape import BaseShape, SizedModule
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import Source
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine
 from edgetune_runtime.formats.atomic import replacing
@@ -131,7 +131,7 @@ def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | N
 def _predicted(placement: Placement, plan: AdapterPlan, base: BaseShape, header: GgufHeader, recipe: Recipe) -> float:
     assert recipe.device is not None and isinstance(plan.options, LoraOptions)
     options = plan.options.placed(placement.target_modules, placement.r)
-    placed = with_options(plan, options, base, recipe.onnx.weights)
+    placed = with_options(plan, options, base, recipe.format_options)
     predicted = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device))
     return 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
 
@@ -145,12 +145,12 @@ class _Bench:
     def __init__(self, base: Base, recipe: Recipe, plan: AdapterPlan, folder: Path) -> None:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
         self.dtype = plan.dtypes[self.target]
-        # The method of rounding does not change the speed.
-        self.onnx = OnnxOptions(recipe.onnx.weights)
+        self._format_options = recipe.format_options
         self._shape = BaseShape.of_header(base.header)
         self._backend = backends.load(self.target)
         self._engine = engines.load(self.target)
-        state = [base.fingerprint, self.target, self.threads, self.dtype, self.onnx.weights]
+        stored = recipe.model_dump(mode="json", include={*recipe.format_options})
+        state = [base.fingerprint, self.target, self.threads, self.dtype, stored]
         digest = key_of(state)
         self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
         self._spread_file = folder / f"spread-{digest[:12]}.json"
@@ -206,7 +206,7 @@ class _Bench:
         import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
 
         model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
-        return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self.onnx)
+        return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self._format_options)
 
     def _open(self, path: Path) -> Engine:
         length = len(_BEFORE) + _TIMED + 1

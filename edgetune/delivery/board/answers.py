@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import CLASSIFICATION, GoldenAnswer, Manifest, read_manifest
+from edgetune_runtime.bundle import GoldenAnswer, Manifest, read_manifest
 from edgetune_runtime.errors import VerificationError
 
 _READY_S = 5.0
@@ -74,7 +74,7 @@ def check(url: str, key: str | None, asked: Sequence[Question]) -> None:
 
 
 def _question(manifest: Manifest, name: str, golden: GoldenAnswer) -> Question:
-    if manifest.task == CLASSIFICATION:
+    if not manifest.base.is_decoder:
         # The API has no labels: it gives the vectors that the adapter's head reads.
         text = golden.prompt if isinstance(golden.prompt, str) else golden.prompt[-1]["content"]
         return Question(name, "/v1/embeddings", {"model": name, "input": text})

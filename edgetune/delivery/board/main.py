@@ -21,7 +21,9 @@ from . import check, install, service, systemd, uninstall, versions
 from .kit import KIT_NAME, parse_kit, read_kit
 
 PROGRAM = "edgetune-board"
-_PORT = 8080
+"""Its name in front of messages."""
+ROOT_FOLDER, USER_FOLDER = "/opt/edgetune", ".local/share"
+"""Where the bundles of root are installed, and, in their home, those of others without XDG_DATA_HOME."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
     text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
     command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.HERE})")
-    command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {_PORT})")
+    command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {service.PORT})")
     text = "of `edgetune deploy`: list the files that are missing, and read them from standard input"
     command.add_argument("--receive", metavar="VERSION", help=text)
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    text = "where versions are installed (default: ~/.local/share/edgetune/NAME; for root /opt/edgetune/NAME)"
+    text = f"where versions are installed (default: ~/{USER_FOLDER}/edgetune/NAME; for root {ROOT_FOLDER}/NAME)"
     command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
     command.add_argument("--json", action="store_true", help="write JSON to standard output")
     command.set_defaults(run=run)
@@ -173,8 +175,8 @@ def _uninstall(options: argparse.Namespace) -> None:
 def default_prefix(name: str) -> Path:
     """The prefix of the bundle with this name."""
     if os.geteuid() == 0:
-        return Path("/opt/edgetune", name)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", "edgetune", name)
+        return Path(ROOT_FOLDER, name)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / USER_FOLDER, "edgetune", name)
 
 
 def _prefix(options: argparse.Namespace) -> Path:

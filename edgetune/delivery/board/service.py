@@ -23,6 +23,8 @@ from .versions import Say
 SETTINGS_NAME = "service.json"
 KEYS_NAME = "keys"
 HERE = "127.0.0.1"
+PORT = 8080
+"""Where a unit listens unless the kit or an option says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _READY_S, _WARM_S = 180.0, 1800.0
 """Seconds until a unit that does not answer has failed, and until one has that computes the states of its prompts."""

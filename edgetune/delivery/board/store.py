@@ -60,6 +60,13 @@ class Store:
             temporary.chmod(0o444)
         flush_to_disk(self.folder)
 
+    def complete(self, sha256: str) -> None:
+        """Give a received part, which must be whole, the name of its file."""
+        part = self.part(sha256)
+        part.chmod(0o444)
+        part.rename(self.path(sha256))
+        flush_to_disk(self.folder)
+
     def discard(self, files: Iterable[KitFile]) -> None:
         """Delete these files."""
         for file in files:

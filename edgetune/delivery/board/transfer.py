@@ -15,7 +15,7 @@ from typing import IO
 
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
+from edgetune_runtime.formats.atomic import raising_out_of_space
 
 from . import venv
 from .errors import UnreachableError
@@ -81,9 +81,7 @@ def receive(store: Store, digest: str, size: int, source: IO[bytes]) -> None:
         if sha256_of(part) != digest:
             part.unlink()
             raise VerificationError(f"the bytes that arrived for {digest[:12]} are damaged", "run the deploy again")
-        part.chmod(0o444)
-        part.rename(store.path(digest))
-        flush_to_disk(store.folder)
+        store.complete(digest)
 
 
 def _bytes_of(store: Store, digest: str, size: int) -> int | None:
@@ -91,8 +89,7 @@ def _bytes_of(store: Store, digest: str, size: int) -> int | None:
     whole, part = store.path(digest), store.part(digest)
     if not whole.exists() and part.exists() and part.stat().st_size >= size:
         # The board stopped between the last byte and the new name.
-        part.chmod(0o444)
-        part.rename(whole)
+        store.complete(digest)
     if whole.exists():
         if sha256_of(whole) == digest:
             return size

@@ -16,8 +16,11 @@ from typing import Any, TypeVar
 
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
+from edgetune.delivery.board import store
 from edgetune.delivery.board.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
 from edgetune.delivery.board.transfer import LACKING
+from edgetune.delivery.board.uninstall import INCOMING
+from edgetune.delivery.board.versions import CURRENT
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress
@@ -79,10 +82,20 @@ class DeployOptions:
 
 
 @dataclass(frozen=True)
-class Deployed:
-    """What a deploy did on one board, and what the user should know of its unit."""
+class Outcome:
+    """What an action did on one board; its text is one line."""
 
     target: Target
+
+    def to_json(self) -> dict[str, Any]:
+        """The board and the figures as JSON values."""
+        return {"host": str(self.target)} | {name: value for name, value in vars(self).items() if name != "target"}
+
+
+@dataclass(frozen=True)
+class Deployed(Outcome):
+    """What a deploy did, and what the user should know of its unit."""
+
     version: str
     changed: bool
     sent_bytes: int
@@ -96,45 +109,26 @@ class Deployed:
     def _sent(self) -> str:
         return f"{self.sent_bytes / _MB:.1f} MB sent in {self.seconds:.1f} s" if self.sent_bytes else "nothing sent"
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures as JSON values."""
-        figures: dict[str, Any] = {"version": self.version, "changed": self.changed, "sent_bytes": self.sent_bytes}
-        figures |= {"seconds": round(self.seconds, 3), "warnings": list(self.warnings)}
-        return {"host": str(self.target), **figures}
-
 
 @dataclass(frozen=True)
-class RolledBack:
+class RolledBack(Outcome):
     """The version that a board went back to."""
 
-    target: Target
     version: str
 
     def __str__(self) -> str:
         return f"{self.target}: version {self.version} is the current one again"
 
-    def to_json(self) -> dict[str, Any]:
-        """The version as JSON values."""
-        return {"host": str(self.target), "version": self.version}
-
 
 @dataclass(frozen=True)
-class Versions:
+class Versions(Outcome):
     """The versions on a board: `version`, `state` (current, previous or empty), `bundle`, `engines` of each."""
 
-    target: Target
     versions: Sequence[Mapping[str, Any]]
 
     def __str__(self) -> str:
         versions = (f"{item['version']} {item['state']}".rstrip() for item in self.versions)
         return f"{self.target}: {', '.join(versions)}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The versions as JSON values."""
-        return {"host": str(self.target), "versions": list(self.versions)}
-
-
-Outcome = Deployed | RolledBack | Versions
 
 
 class _Program:
@@ -149,11 +143,11 @@ class _Program:
 
     def ask(self, name: str, *words: str, parse: Callable[[Any], T], limit_s: float = SHORT_S) -> T:
         """The JSON that a command prints in its last line, checked; a login shell may print others before."""
-        text = self.connection.run([*self.command(name, *words), "--json"], limit_s=limit_s)
-        return self.parsed(text.rpartition("\n")[2], parse)
+        return self.parsed(self.connection.run([*self.command(name, *words), "--json"], limit_s=limit_s), parse)
 
-    def parsed(self, line: str, parse: Callable[[Any], T]) -> T:
-        """The JSON in a line of the board program, checked; EdgetuneError if it is of another form."""
+    def parsed(self, text: str, parse: Callable[[Any], T]) -> T:
+        """The JSON in the last line of an output, checked; EdgetuneError if it is of another form."""
+        line = text.rpartition("\n")[2]
         try:
             return parse(json.loads(line))
         except (ValueError, RecursionError) as error:
@@ -179,13 +173,14 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
         made = assemble(board, facts.python)
         program = _send_program(connection, facts, made)
         sending = _Sending(program, made, progress)
-        incoming = f"{facts.prefix}/incoming"
+        incoming = f"{facts.prefix}/{INCOMING}"
         sent = sum(_put(connection, made.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
         words = ["--receive", made.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
         command = program.command("install", incoming, *words)
         text = connection.converse(command, LACKING, sending.files, limit_s=_LONG_S)
-        _, changed, warnings = program.parsed(text.rpartition("\n")[2], replies.installed)
-        return Deployed(target, made.kit.version, changed, sent + sending.sent_bytes, sending.seconds, warnings)
+        _, changed, warnings = program.parsed(text, replies.installed)
+        sent += sending.sent_bytes
+        return Deployed(target, made.kit.version, changed, sent, round(sending.seconds, 3), warnings)
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:
@@ -205,12 +200,12 @@ def _installed(connection: Connection, where: Where) -> _Program:
     if facts.current is None:
         message = f"{connection.target}: {where.name} is not installed in {facts.prefix}"
         raise NotFoundError(message, "deploy it first, or give its --prefix")
-    return _Program(connection, f"{facts.prefix}/current/board.pyz", facts.prefix)
+    return _Program(connection, f"{facts.prefix}/{CURRENT}/{PROGRAM_NAME}", facts.prefix)
 
 
 def _send_program(connection: Connection, facts: BoardFacts, made: AssembledKit) -> _Program:
     """Put the board program into the store by its digest, where it is never written to again."""
-    path = f"{facts.prefix}/files/{made.program.sha256}"
+    path = f"{facts.prefix}/{store.FOLDER}/{made.program.sha256}"
     try:
         _put(connection, made.contents[PROGRAM_NAME], path)
     except EdgetuneError as error:

@@ -10,26 +10,28 @@ from dataclasses import dataclass
 from edgetune_devices import boards
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
+from edgetune.delivery.board import versions
+from edgetune.delivery.board.kit import ID_LENGTH
+from edgetune.delivery.board.main import ROOT_FOLDER, USER_FOLDER
 from edgetune.delivery.board.service import SETTINGS_NAME
 from edgetune.delivery.kit.target_python import target_python
+from edgetune.delivery.wheel.platforms import OLDEST_PYTHON, PLATFORMS
 
 from .ssh import Connection
 
-OLDEST_PYTHON = (3, 11)
-MACHINES = ("aarch64", "x86_64")
 # Read by sh on its standard input: a login shell of another kind would not understand it.
 _SCRIPT = """\
 name={name}
 prefix={prefix}
-test -n "$prefix" || if test "$(id -u)" = 0; then prefix=/opt/edgetune/$name; else
-    prefix=${{XDG_DATA_HOME:-$HOME/.local/share}}/edgetune/$name; fi
+test -n "$prefix" || if test "$(id -u)" = 0; then prefix={root}/$name; else
+    prefix=${{XDG_DATA_HOME:-$HOME/{user}}}/edgetune/$name; fi
 echo "prefix=$prefix"
 echo "machine=$(uname -m)"
 echo "bits=$(getconf LONG_BIT)"
 echo "memory=$(grep MemTotal: /proc/meminfo)"
 echo "model=$(tr -d '\\000' 2>/dev/null </proc/device-tree/model)"
 echo "python=$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)"
-echo "current=$(readlink "$prefix/current")"
+echo "current=$(readlink "$prefix/{current}")"
 echo "unit=$(test -f "$prefix/{settings}" && echo yes)"
 """
 # The board's own name, as in /proc/device-tree/model, and the board whose kit it gets.
@@ -49,7 +51,7 @@ _FORMS = {
     "memory": r"MemTotal:\s{1,40}\d{1,12} kB",
     "model": r".{0,200}",
     "python": r"(\d{1,2}\.\d{1,3})?",
-    "current": r"(versions/[0-9a-f]{16})?",
+    "current": rf"({versions.FOLDER}/[0-9a-f]{{{ID_LENGTH}}})?",
     "unit": r"(yes)?",
 }
 """The forms of a board's answers; a hostile one may print anything."""
@@ -114,14 +116,21 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
 
     IncompatibleError for a 32-bit system, another processor, and a Python that is missing or too old.
     """
-    script = _SCRIPT.format(prefix=shlex.quote(prefix or ""), name=shlex.quote(name), settings=SETTINGS_NAME)
+    script = _SCRIPT.format(
+        prefix=shlex.quote(prefix or ""),
+        name=shlex.quote(name),
+        root=ROOT_FOLDER,
+        user=USER_FOLDER,
+        current=versions.CURRENT,
+        settings=SETTINGS_NAME,
+    )
     text = connection.run(["sh", "-s"], [script.encode()])
     facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
     _check(connection, facts)
     return BoardFacts(
         prefix=facts["prefix"],
         machine=facts["machine"],
-        ram_mib=_memory_mib(facts["memory"]),
+        ram_mib=int(facts["memory"].split()[1]) // 1024,
         model=facts["model"],
         python=facts["python"],
         current=facts["current"].rpartition("/")[2] or None,
@@ -135,17 +144,12 @@ def _check(connection: Connection, facts: Mapping[str, str]) -> None:
     if missing:
         message = f"{where}: the board did not say its {', '.join(missing)}"
         raise IncompatibleError(message, "deploy needs Linux with sh, getconf and python3")
-    if facts["machine"] not in MACHINES or facts["bits"] == "32":
+    if f"linux-{facts['machine']}" not in PLATFORMS or facts["bits"] == "32":
         message = f"{where}: the system is {facts['bits']}-bit on {facts['machine']}"
         raise IncompatibleError(message, "install a 64-bit system (Raspberry Pi OS 64-bit) on a 64-bit board")
     oldest = ".".join(map(str, OLDEST_PYTHON))
     remedy = f"install {oldest} or newer, with Debian 12 or later: apt install python3 python3-venv"
     if not facts["python"]:
         raise IncompatibleError(f"{where}: the board has no python3", remedy)
-    if tuple(int(part) for part in re.findall(r"\d+", facts["python"])) < OLDEST_PYTHON:
+    if tuple(map(int, facts["python"].split("."))) < OLDEST_PYTHON:
         raise IncompatibleError(f"{where}: the board has Python {facts['python']}", remedy)
-
-
-def _memory_mib(line: str) -> int:
-    """The size in a line of /proc/meminfo."""
-    return int(line.split()[1]) // 1024

@@ -14,14 +14,13 @@ from edgetune_runtime.errors import EdgetuneError, VerificationError
 from edgetune_runtime.wording import printable
 
 from edgetune.delivery.board.errors import UnreachableError
+from edgetune.delivery.board.main import PROGRAM
 
 from .limited import LimitedProcess
 from .target import Target
 
 SHORT_S = 120.0
 """Seconds for a command that has little to do."""
-# What the board program puts before its errors.
-_PROGRAM = "edgetune-board: "
 # ssh's own exit code, when it cannot connect or lost the connection.
 _SSH_FAILED = 255
 _MOST_PROBLEM_BYTES = 10_000
@@ -158,7 +157,7 @@ class Connection:
         if code:
             # Lines before the error say what the command was doing.
             last = (text.splitlines() or [f"a command ended with exit code {code}"])[-1]
-            raise _class_of(code)(f"{self.target}: {last.removeprefix(_PROGRAM)}")
+            raise _class_of(code)(f"{self.target}: {last.removeprefix(f'{PROGRAM}: ')}")
         return _printable(out)
 
     def _lost(self, text: str) -> EdgetuneError:

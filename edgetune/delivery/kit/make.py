@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_runtime import __version__
+from edgetune_runtime import __version__, engines
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.sizing.needs import COSTS, SERVER_MB, Needs, needs_of_bundle
+from edgetune_runtime.sizing.needs import SERVER_MB, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 
 from edgetune import task_types
@@ -32,6 +33,7 @@ from edgetune.delivery.board.kit import (
     wheels_id,
 )
 from edgetune.delivery.board.opening import DEFAULTS, Opening
+from edgetune.delivery.board.service import PORT
 from edgetune.delivery.wheel.build import cache_folder, llama_wheel
 from edgetune.progress import Progress
 
@@ -41,7 +43,6 @@ from .runtime_wheel import runtime_wheel
 from .target_python import TargetPython, target_python
 from .wheels import LLAMA, Wheel, collect, require_wheel_of
 
-_PORT = 8080
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
 
@@ -179,7 +180,7 @@ def with_description(
         },
         "wheels": wheels_id(target.python, files),
         "bundle": next(file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"),
-        "service": {"port": _PORT, "memory_max_mb": memory_max_mb},
+        "service": {"port": PORT, "memory_max_mb": memory_max_mb},
         "files": [asdict(file) for file in files],
     }
     text = json.dumps(raw, indent=1, sort_keys=True) + "\n"
@@ -197,7 +198,8 @@ def _memory_mb(
     needs = needs_with(bundle, engine, opening)
     if needs is None:
         # There is no prediction: twice the files leaves room for activations and caches.
-        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + COSTS[engine].runtime_mb
+        runtime_mb = engines.load_needs(engine).COST.runtime_mb
+        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + runtime_mb
         return guessed_mb, guessed_mb
     words = " ".join([str(bundle), "--device", device, "--engine", engine, *opening.words()])
     fitting = fit.require_fit(needs, board, f"see what to change: edgetune devices fit {words}")

@@ -9,6 +9,7 @@ import edgetune_runtime
 
 from edgetune import delivery
 from edgetune.delivery import board
+from edgetune.delivery.wheel.platforms import OLDEST_PYTHON
 from edgetune.delivery.wheel.wheel_file import zip_bytes
 from edgetune.templates import environment_of
 
@@ -44,4 +45,4 @@ def board_program() -> bytes:
 def install_script(target: TargetPython) -> bytes:
     """The script install.sh, which finds a Python for the kit's wheels and runs board.pyz with it."""
     template = environment_of(Path(__file__).parent, autoescape=False).get_template(_INSTALL)
-    return template.render(target=target).encode()
+    return template.render(target=target, oldest=OLDEST_PYTHON).encode()

@@ -10,10 +10,8 @@ from edgetune_devices.boards import Board
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from packaging.tags import Tag, compatible_tags, cpython_tags
 
-from edgetune.delivery.wheel.platforms import GLIBC
+from edgetune.delivery.wheel.platforms import GLIBC, OLDEST_PYTHON, SYSTEM_PYTHON
 
-SYSTEM_PYTHON = "3.13"
-"""The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
 _OLDEST_GLIBC_MINOR = 17
 # Every 64-bit ARM processor has the first; numpy's wheels for x86-64 need the second (x86-64-v2).
 _INSTRUCTIONS = {
@@ -88,6 +86,7 @@ def target_python(board: Board, python: str) -> TargetPython:
     is_x86 = any(name.startswith("x86-64") for name in board.instruction_sets)
     if not re.fullmatch(r"3\.\d{1,2}", python):
         raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}")
-    if int(python.partition(".")[2]) < 11:
-        raise UsageError(f"--python {python}: edgetune-runtime needs Python 3.11 or newer", f"use {SYSTEM_PYTHON}")
+    if tuple(map(int, python.split("."))) < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        raise UsageError(f"--python {python}: edgetune-runtime needs Python {oldest} or newer", f"use {SYSTEM_PYTHON}")
     return TargetPython("x86_64" if is_x86 else "aarch64", python)

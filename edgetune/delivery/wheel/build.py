@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
-from edgetune_export.backends.gguf.source import download_source
+from edgetune_export.base_file.llama_cpp_source import download_source
 from edgetune_runtime.formats.atomic import replacing
 from filelock import FileLock
 

@@ -1,4 +1,4 @@
-"""The platforms that a wheel can be built for, and what the compiler and pip call them."""
+"""The platforms that wheels are made for: C library, Python, and what the compiler and pip call them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from edgetune_runtime.wording import suggestion
 
 GLIBC = (2, 36)
 """The C library of Debian 12 and of the Raspberry Pi OS on it; newer systems run what was built for it."""
+
+SYSTEM_PYTHON = "3.13"
+"""The Python of Raspberry Pi OS that is based on Debian 13; older systems have 3.11."""
+OLDEST_PYTHON = (3, 11)
+"""The oldest that edgetune-runtime supports."""
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ class ActivatedNextToken(NextToken):
 
     def learned(self, row: Example) -> int:
         """Number of learned tokens that are predicted from a token on which the adapter acts."""
-        return sum(self._behind(row).learned)
+        return sum(self._after_invocation(row).learned)
 
     def batch(self, rows: Sequence[Example]) -> Activated:
         """The rows packed one after another; they share no token on which the adapter acts in any of them."""
         starts = [start_of(row.tokens, self.invocation) for row in rows]
         shared = min(shared_length(rows), *starts)
-        packed = pack([self._behind(row) for row in rows], shared)
+        packed = pack([self._after_invocation(row) for row in rows], shared)
         active = [False] * shared
         for row, start in zip(rows, starts, strict=True):
             active += [position >= start for position in range(shared, len(row.tokens))]
@@ -53,7 +53,7 @@ class ActivatedNextToken(NextToken):
         model.packed_gate.active = batch.active
         return super().loss(forward, model, batch)
 
-    def _behind(self, row: Example) -> Example:
+    def _after_invocation(self, row: Example) -> Example:
         """The row without the loss before the invocation, which training the adapter cannot change."""
         start = start_of(row.tokens, self.invocation)
         return replace(row, learned=tuple(on and i > start for i, on in enumerate(row.learned)))

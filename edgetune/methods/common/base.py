@@ -63,11 +63,26 @@ class Checkpoint:
     scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class TrainedModules:
+    """The linear modules of `base` that keep their inputs in training, each with the highest rank that it ships."""
+
+    base: BaseShape
+    modules: Sequence[SizedModule]
+    ranks: Sequence[int]
+
+    @property
+    def low_rank_values(self) -> int:
+        """Numbers in the low-rank factors of all modules."""
+        return sum(rank * module.values_per_rank for rank, module in zip(self.ranks, self.modules, strict=True))
+
+
 class Method(ABC, Generic[O]):
     """A tuning method. The first line of a subclass's docstring says what it does and when to use it, and is printed by
     `edgetune methods`. The module cites the paper.
 
-    `peft_type`: the type that PEFT writes into adapter_config.json. `trains_base`: training changes the base's own
+    `peft_type`: the type that PEFT writes into adapter_config.json; folders from elsewhere with this type belong to the
+    class that sets it, and not to its subclasses. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
     `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
     `variant`: the name of a method that is another one with other defaults, in the file of that one.
@@ -91,7 +106,7 @@ class Method(ABC, Generic[O]):
         """The shapes it can be folded into, best first."""
 
     @abstractmethod
-    def trained_parameters(self, base: BaseShape, options: O) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """How many parameters training changes, exactly; with modules still to be chosen, the most."""
 
     @abstractmethod
@@ -128,7 +143,7 @@ class Method(ABC, Generic[O]):
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """Whether this method loads a folder with this adapter_config.json, which may come from elsewhere."""
-        return config.get("peft_type") == self.peft_type and self.peft_type != ""
+        return "peft_type" in vars(type(self)) and config.get("peft_type") == self.peft_type
 
     def objective(self, options: O) -> Objective[Any]:
         """The objective of training."""
@@ -143,6 +158,11 @@ class Method(ABC, Generic[O]):
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """The linear modules that keep their inputs in training, because what is trained reads them."""
         return []
+
+    def trained(self, base: BaseShape, options: O) -> TrainedModules:
+        """The trained modules with their ranks."""
+        modules = self.trained_modules(base, options)
+        return TrainedModules(base, modules, self.shipped_ranks(modules, options))
 
     def trained_layers(self, base: BaseShape, options: O) -> int:
         """Number of last layers that gradients reach; the layers before them keep nothing in training."""

@@ -19,7 +19,7 @@ from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import packed_logits
 from edgetune.objectives.packing import ATTENTION, PackedRows, pack
 
-from .prompt_model import States, behind_states, states_of
+from .prompt_model import States, after_states, states_of
 
 # The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
@@ -97,7 +97,7 @@ class Distill:
                 self._states = _read(base, self.document[: most - 1])
             keys, values = (state[:, :, : most - len(row.tokens)] for state in self._states)
             logits = packed_logits(
-                lambda **inputs: behind_states(base, (keys, values), **inputs), pack([row]).to(base.device)
+                lambda **inputs: after_states(base, (keys, values), **inputs), pack([row]).to(base.device)
             ).float()
             tokens = logits.topk(min(_TOP, logits.shape[1] - 1)).indices
             self._lessons[row] = Lesson(tokens.int().cpu(), _log_probabilities(logits, tokens).cpu())

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Folded
 
-from .base import Checkpoint, O
-from .peft import PeftMethod, module_weight
+from .base import Checkpoint
+from .peft import LowRankOptions, PeftMethod, module_weight
+
+if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import SizedModule
+
+L = TypeVar("L", bound=LowRankOptions)
 
 
-class LoraCheckpoint(PeftMethod[O]):
+class LoraCheckpoint(PeftMethod[L]):
     """A method whose checkpoint is a plain LoRA."""
 
+    peft_type = "LORA"
     takes_scale = True
     takes_encoders = True
 
-    def shapes(self, options: O) -> tuple[str, ...]:
+    def shapes(self, options: L) -> tuple[str, ...]:
         """Low-rank, which is exact, or merged."""
         return ("low_rank", "merged")
+
+    def trained_in(self, module: SizedModule, options: L) -> int:
+        """Both factors."""
+        return options.r * module.values_per_rank
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """Read the folder, which may come from elsewhere; see `fold_peft` for what is refused."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,20 +18,18 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import nearest
 from pydantic import AliasChoices, Field, PositiveInt
 
-from .base import Checkpoint, Method, MethodOptions, O
+from .base import Checkpoint, Method, MethodOptions, O, TrainedModules
 from .peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
     from edgetune_export.architectures.shape import BaseShape, SizedModule
-    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 """Modules that the build chooses."""
-_ADAPTER = "default"
-
 
 Rank = Annotated[PositiveInt, Field(validation_alias=AliasChoices("r", "rank"), description="Rank of the update.")]
 """The option `r`."""
@@ -63,8 +62,16 @@ class TargetOptions(MethodOptions):
     )
 
 
+class LowRankOptions(TargetOptions):
+    """Options of methods that train a LoRA, named as in PEFT."""
+
+    r: Rank = 16
+    lora_alpha: Alpha = 32
+    lora_dropout: Dropout = 0.0
+
+
 class PeftMethod(Method[O]):
-    """A PEFT method that changes linear modules; `config` selects which method."""
+    """A PEFT method that changes linear modules, which `peft_type` selects."""
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """The target modules."""
@@ -72,9 +79,17 @@ class PeftMethod(Method[O]):
         modules = (*base.modules, base.output_layer)
         return [module for module in modules if is_target(module.name, options.target_modules)]
 
+    def trained_parameters(self, trained: TrainedModules, options: O) -> int:
+        """Those of all target modules."""
+        return sum(self.trained_in(module, options) for module in trained.modules)
+
     @abstractmethod
-    def config(self, base: PreTrainedModel, options: O, steps: int) -> PeftConfig:
-        """PEFT's configuration for a training of `steps` steps."""
+    def trained_in(self, module: SizedModule, options: O) -> int:
+        """How many parameters of a target module training changes."""
+
+    def settings(self, options: O, steps: int) -> Mapping[str, Any]:
+        """PEFT's settings, for a training of `steps` steps, that are not options with the same name."""
+        return {}
 
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> PeftModel:
         """Add PEFT's trainable parts in float32 to `base`."""
@@ -82,7 +97,7 @@ class PeftMethod(Method[O]):
 
         if isinstance(options, TargetOptions):
             check_targets(base, options.target_modules)
-        return get_peft_model(base, self.config(base, options, steps))
+        return get_peft_model(base, peft_config(self.peft_type, base, options, self.settings(options, steps)))
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write PEFT's folder."""
@@ -223,23 +238,19 @@ def as_names(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
     return (target_modules,) if isinstance(target_modules, str) else target_modules
 
 
-def lora_config(base: PreTrainedModel, options: Any, **more: Any) -> LoraConfig:  # noqa: ANN401 - PEFT's own arguments
-    """PEFT's LoraConfig from the options that all LoRA variants share, with `more` arguments."""
-    from peft import LoraConfig  # noqa: PLC0415 - torch only when training
+def peft_config(
+    peft_type: str, base: PreTrainedModel, options: MethodOptions, settings: Mapping[str, Any]
+) -> PeftConfig:
+    """PEFT's configuration of a method: the options that PEFT has too, which have the same names, and `settings`."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: PLC0415 - torch only when training
 
-    return LoraConfig(
-        task_type=task_type(base),
-        r=options.r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules=peft_targets(options.target_modules),
-        **more,
-    )
-
-
-def task_type(base: PreTrainedModel) -> str | None:
-    """CAUSAL_LM for a decoder; None for an encoder, which lacks methods that PEFT calls for CAUSAL_LM."""
-    return "CAUSAL_LM" if base.can_generate() else None
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+    values = options.model_dump(include={field.name for field in fields(config_class)})
+    if isinstance(options, TargetOptions):
+        values["target_modules"] = peft_targets(options.target_modules)
+    # An encoder lacks methods that PEFT calls for CAUSAL_LM.
+    task_type = "CAUSAL_LM" if base.can_generate() else None
+    return config_class(**{"task_type": task_type, **values, **settings})
 
 
 def is_target(module: str, target_modules: str | tuple[str, ...]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,16 +12,15 @@ from edgetune_export.adapters.shapes import Folded, Prefix
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from .base import Checkpoint, Method, MethodOptions
-from .peft import array, load_peft, no_grad
+from .base import Checkpoint, Method, MethodOptions, TrainedModules
+from .peft import array, load_peft, no_grad, peft_config
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from edgetune_export.architectures.shape import BaseShape
     from edgetune_runtime.engines.base import Tokenizer
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from edgetune.objectives.example import Example
@@ -35,7 +34,7 @@ class PromptOptions(MethodOptions):
     num_virtual_tokens: PositiveInt = Field(20, description="Number of virtual tokens, which use up context.")
 
 
-class BeginOptions(PromptOptions):
+class InitializedOptions(PromptOptions):
     """Options of the methods that are initialized from a text."""
 
     init_text: str | None = Field(
@@ -60,12 +59,12 @@ class PromptMethod(Method[P]):
         """The number of virtual tokens."""
         return options.num_virtual_tokens
 
-    @abstractmethod
-    def config(self, base: PreTrainedModel, options: P) -> PeftConfig:
-        """PEFT's configuration."""
+    def settings(self, options: P) -> Mapping[str, Any]:
+        """PEFT's settings that are not options with the same name."""
+        return {}
 
     @abstractmethod
-    def behind(self, peft: PeftModel) -> PrefixedModel:
+    def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with the virtual tokens, for packed rows."""
 
     @abstractmethod
@@ -74,13 +73,13 @@ class PromptMethod(Method[P]):
 
     def prepared(self, options: P, tokenizer: Tokenizer, rows: Sequence[Example]) -> P:
         """The options with the tokens for the initialization."""
-        if not isinstance(options, BeginOptions) or options.init_tokens:
+        if not isinstance(options, InitializedOptions) or options.init_tokens:
             return options
         of_rows = chain.from_iterable(row.tokens for row in rows)
         tokens = tokenizer.tokenize(options.init_text) if options.init_text else of_rows
         return options.model_copy(update={"init_tokens": tuple(islice(tokens, options.num_virtual_tokens))})
 
-    def begin(self, peft: PeftModel, options: P) -> None:
+    def initialize(self, peft: PeftModel, options: P) -> None:
         """Set initial values other than PEFT's."""
 
     def attach(self, base: PreTrainedModel, options: P, steps: int) -> PrefixedModel:
@@ -91,9 +90,9 @@ class PromptMethod(Method[P]):
         if options.num_virtual_tokens >= room:
             message = f"num_virtual_tokens is {options.num_virtual_tokens}, but the base has {room} positions"
             raise UsageError(message, f"give fewer than {room}")
-        peft = get_peft_model(base, self.config(base, options))
-        self.begin(peft, options)
-        return self.behind(peft)
+        peft = get_peft_model(base, peft_config(self.peft_type, base, options, self.settings(options)))
+        self.initialize(peft, options)
+        return self.prefixed(peft)
 
     def save(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - PEFT carries no types
         """Write PEFT's folder; if a network generates the virtual tokens, only its output is saved."""
@@ -121,17 +120,17 @@ class PromptMethod(Method[P]):
 class CacheMethod(PromptMethod[P]):
     """A method that trains the keys and values of every layer."""
 
-    def trained_parameters(self, base: BaseShape, options: P) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: P) -> int:
         """The keys and values of each virtual token."""
-        return options.num_virtual_tokens * base.kv_values_per_token
+        return options.num_virtual_tokens * trained.base.kv_values_per_token
 
-    def behind(self, peft: PeftModel) -> PrefixedModel:
+    def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these keys and values as its cache."""
         from .prompt_model import CachePrefixedModel  # noqa: PLC0415 - torch only when training
 
         return CachePrefixedModel(peft)
 
-    def begin_as(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
+    def initialize_from(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
         """Initialize from the base's KV cache of `tokens`, repeated as needed; of random tokens if empty."""
         from .prompt_model import join_states, random_tokens, repeated, states_of  # noqa: PLC0415 - torch only when training
 
@@ -149,11 +148,11 @@ class CacheMethod(PromptMethod[P]):
 class TokenMethod(PromptMethod[P]):
     """A method that trains the embeddings of the virtual tokens."""
 
-    def trained_parameters(self, base: BaseShape, options: P) -> int:
+    def trained_parameters(self, trained: TrainedModules, options: P) -> int:
         """An embedding per virtual token."""
-        return options.num_virtual_tokens * base.hidden
+        return options.num_virtual_tokens * trained.base.hidden
 
-    def behind(self, peft: PeftModel) -> PrefixedModel:
+    def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these embeddings before the sequence."""
         from .prompt_model import TokenPrefixedModel  # noqa: PLC0415 - torch only when training
 

@@ -45,9 +45,9 @@ class CachePrefixedModel(PrefixedModel):
     """A base with trained keys and values in every layer."""
 
     def forward(self, **inputs: Any) -> Any:  # noqa: ANN401 - transformers' output
-        """See `behind_states`."""
+        """See `after_states`."""
         base = self.peft.get_base_model()
-        return behind_states(base, split_states(self.positions(), base.config), **inputs)
+        return after_states(base, split_states(self.positions(), base.config), **inputs)
 
 
 class TokenPrefixedModel(PrefixedModel):
@@ -65,11 +65,11 @@ class TokenPrefixedModel(PrefixedModel):
         """Logits at `logits_to_keep`, counted from the first given token."""
         base = self.peft.get_base_model()
         soft, given = self.positions(), base.get_input_embeddings()(input_ids)
-        behind = packed.after_tokens(len(soft))
+        shifted = packed.after_tokens(len(soft))
         return base(
             inputs_embeds=torch.cat([soft[None].to(given.dtype), given], 1),
-            position_ids=behind.positions,
-            packed=behind,
+            position_ids=shifted.positions,
+            packed=shifted,
             logits_to_keep=logits_to_keep + len(soft),
             **inputs,
         )
@@ -90,7 +90,7 @@ class GivenTokensModel(torch.nn.Module):
             return self.peft(input_ids=input_ids, logits_to_keep=input_ids.shape[1])
 
 
-class _Before(DynamicCache):  # type: ignore[misc]  # transformers carries no types for it
+class _FixedCache(DynamicCache):  # type: ignore[misc]  # transformers carries no types for it
     """A cache that does not grow, so that a layer with activation checkpointing can run twice."""
 
     def update(
@@ -101,7 +101,7 @@ class _Before(DynamicCache):  # type: ignore[misc]  # transformers carries no ty
         return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
 
 
-def behind_states(
+def after_states(
     base: PreTrainedModel,
     states: States,
     *,
@@ -111,10 +111,10 @@ def behind_states(
     **inputs: Any,  # noqa: ANN401 - further arguments of the base
 ) -> Any:  # noqa: ANN401 - transformers' output
     """The base on packed rows, each after the given keys and values, which get gradients."""
-    behind = packed.after_cache(states[0].shape[2])
+    shifted = packed.after_cache(states[0].shape[2])
     # Layers with a sliding window keep all of them too; the window applies to each row's own distances.
-    cache = _Before([(k[None].to(base.dtype), v[None].to(base.dtype)) for k, v in zip(*states, strict=True)])
-    return base(input_ids=input_ids, position_ids=behind.positions, packed=behind, cache=cache, **inputs)
+    cache = _FixedCache([(k[None].to(base.dtype), v[None].to(base.dtype)) for k, v in zip(*states, strict=True)])
+    return base(input_ids=input_ids, position_ids=shifted.positions, packed=shifted, cache=cache, **inputs)
 
 
 def states_of(base: PreTrainedModel, **inputs: Any) -> States:  # noqa: ANN401 - arguments of the base

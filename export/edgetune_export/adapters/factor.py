@@ -24,9 +24,9 @@ def truncated(name: str, method: str, changes: Mapping[str, Callable[[], Floats]
         u, values, v = np.linalg.svd(compute(), full_matrices=False)
         energy = np.square(values, dtype=np.float64)
         # The energy lost when the first n values are kept, for n = 0, 1, …
-        left = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-        rank = int(np.argmax(left <= max_error**2 * left[0]))
-        lost, total = lost + left[rank], total + left[0]
+        lost_energy = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
+        rank = int(np.argmax(lost_energy <= max_error**2 * lost_energy[0]))
+        lost, total = lost + lost_energy[rank], total + lost_energy[0]
         if rank:
             root = np.sqrt(values[:rank])
             modules[module] = Delta(

@@ -167,11 +167,11 @@ def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str])
             pattern = {}
         for expression, value in pattern.items():
             number(f"{key}.{expression}", value, kind)
-        found = matching([of_key(expression) for expression in pattern], modules, f"{key} in {path}")
-        wrong = (expression for expression, names in zip(pattern, found, strict=True) if names is None)
+        matches = matching([of_key(expression) for expression in pattern], modules, f"{key} in {path}")
+        wrong = (expression for expression, names in zip(pattern, matches, strict=True) if names is None)
         problems += [f"{key}.{expression} is not a regular expression" for expression in wrong]
         # Like PEFT's get_pattern_key: the first match wins.
-        by_module = zip(reversed(pattern.values()), reversed(found), strict=True)
+        by_module = zip(reversed(pattern.values()), reversed(matches), strict=True)
         values[key] = {name: value for value, names in by_module for name in names or ()}
     _raise_all(VerificationError, f"{path} is damaged", problems, _SAVE_AGAIN)
     rslora = bool(config.get("use_rslora"))
@@ -209,8 +209,8 @@ def _read_tensors(folder: Path) -> dict[str, Floats]:
 def _decode(key: str, value: Mapping[str, Any], path: Path) -> Floats:
     dtype = _DTYPES.get(value["dtype"])
     if dtype is None:
-        known = ", ".join(_DTYPES)
-        raise IncompatibleError(f"{path}: {key} has dtype {value['dtype']}", f"save the adapter in one of: {known}")
+        supported = ", ".join(_DTYPES)
+        raise IncompatibleError(f"{path}: {key} has dtype {value['dtype']}", f"save the adapter in one of: {supported}")
     values = np.frombuffer(value["data"], dtype).reshape(value["shape"])
     if value["dtype"] == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)

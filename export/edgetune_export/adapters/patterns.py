@@ -14,15 +14,15 @@ LIMIT_S = 5.0
 _PROGRAM = """
 import json, re, sys
 expressions, names, method = json.load(sys.stdin)
-found = []
+matches = []
 for expression in expressions:
     try:
         match = getattr(re.compile(expression), method)
     except (re.error, RecursionError, OverflowError):
-        found.append(None)
+        matches.append(None)
     else:
-        found.append([number for number, name in enumerate(names) if match(name)])
-json.dump(found, sys.stdout)
+        matches.append([number for number, name in enumerate(names) if match(name)])
+json.dump(matches, sys.stdout)
 """
 
 
@@ -47,5 +47,5 @@ def matching(
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         message = f"matching the regular expressions of {what} takes more than {LIMIT_S:.0f} s"
         raise IncompatibleError(message, "write module names in their place") from error
-    found: list[list[int] | None] = json.loads(done.stdout)
-    return [None if numbers is None else {names[number] for number in numbers} for numbers in found]
+    matches: list[list[int] | None] = json.loads(done.stdout)
+    return [None if numbers is None else {names[number] for number in numbers} for numbers in matches]

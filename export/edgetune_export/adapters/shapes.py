@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Activation = Literal["relu", "silu", "gelu"]
-ACTIVATIONS: tuple[Activation, ...] = ("relu", "silu", "gelu")
 
 
 @dataclass(frozen=True)

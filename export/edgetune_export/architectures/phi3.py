@@ -34,8 +34,8 @@ class _Phi3(Architecture):
             raise self._unsupported()
         trained = metadata.get("phi3.rope.scaling.original_context_length", metadata["phi3.context_length"])
         padding = metadata.get("tokenizer.ggml.padding_token_id")
-        own = {"original_max_position_embeddings": trained, "pad_token_id": padding}
-        return {**super().config_entries(header), **own}
+        entries = {"original_max_position_embeddings": trained, "pad_token_id": padding}
+        return {**super().config_entries(header), **entries}
 
     def _unsupported(self) -> IncompatibleError:
         message = "the base is a Phi with scaled or partial rotary embeddings, which are not supported"

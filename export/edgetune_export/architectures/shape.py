@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
-from edgetune_runtime.sizing.needs import kv_values_per_token, number
+from edgetune_runtime.formats.gguf_sizes import kv_values_per_token, number
 
 from . import of
 from .base import OUTPUT_LAYER
@@ -109,8 +109,7 @@ def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
         for module in table:
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
             sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"))
-    head = "output.weight" if "output.weight" in header.tensors else "token_embd.weight"
-    return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, head))}
+    return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, header.output_tensor))}
 
 
 def _size(header: GgufHeader, tensor: str) -> tuple[int, int]:

@@ -17,8 +17,8 @@ class _SmolLM3(Architecture):
         """GGUF files store neither layers without rotary embedding nor sliding windows; llama.cpp assumes defaults."""
         layers = int(config.get("num_hidden_layers") or 0)
         usual = [int(self.rotates(layer)) for layer in range(layers)]
-        given = config.get("no_rope_layers")
-        if (given or usual)[:layers] != usual or config.get("use_sliding_window"):
+        no_rope = config.get("no_rope_layers")
+        if (no_rope or usual)[:layers] != usual or config.get("use_sliding_window"):
             message = "the base has a sliding window or other no_rope_layers than SmolLM3-3B, unsupported by llama.cpp"
             raise IncompatibleError(message, "use a base with the layers of SmolLM3-3B")
 

@@ -1,4 +1,4 @@
-"""One folder per format, named after it: FORMAT in the package has its facts, and names the module that writes it."""
+"""The formats, one folder each: FORMAT in it has the facts of the format, and names the modules that write it."""
 
 from __future__ import annotations
 

@@ -9,35 +9,37 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgetune_export.adapters.shapes import Adapter, Merged
 
+from .format import OptionsByFormat
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class OnnxOptions:
-    """The recipe's `onnx`: `weights` are `auto`, `fp32`, `int8`, or `int4` rounded by `method`.
-
-    `calibration` holds token rows of the tasks, which the method gptq needs.
-    """
-
-    weights: str = "auto"
-    method: str = "rtn"
-    calibration: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Source:
     """The base of a build: its GGUF file with its sha256, its weights in torch, and a folder for intermediate files.
 
-    `quantization` is what the file was quantized to, None if it is used unchanged.
+    `options` are those of the formats, and `calibration` token rows of the tasks to quantize with, none if only the
+    speed matters. `quantization` is what the file was quantized to, None if it is used unchanged.
     """
 
     path: Path
     fingerprint: str
     model: PreTrainedModel | None = None
     work: Path = Path()
-    onnx: OnnxOptions = field(default_factory=OnnxOptions)
+    options: OptionsByFormat = field(default_factory=dict)
+    calibration: Sequence[Sequence[int]] = ()
     quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class EncoderSource(Source):
+    """The encoder of a build: `path` is its weights file, in the folder of its tokenizer; `model` is in float32.
+
+    `trained_context_length` is its longest text in tokens.
+    """
+
+    trained_context_length: int = field(kw_only=True)
 
 
 class Backend(Protocol):
@@ -64,9 +66,9 @@ class Backend(Protocol):
         """Write the base to `out` with the merged model's parameters instead of its own."""
 
     def weight_type(self, source: Source) -> str:
-        """The tensor type whose tolerance `parity.check` applies: the one with the most bytes in the base's GGUF file.
+        """The type whose tolerance the parity check applies: the one with the most bytes in the base's GGUF file.
 
-        If this format stores it otherwise, what it becomes: f32, q8_0 for floats rounded to 8 bits, or INT4.
+        If this format stores it otherwise, what it becomes: another tensor type, or one of `Format.requantized_kl`.
         """
 
     def values_by_type(self, file: Path) -> dict[str, int]:

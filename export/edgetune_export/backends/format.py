@@ -7,11 +7,22 @@ from dataclasses import dataclass, field
 
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
+from pydantic import BaseModel, ConfigDict
 
 PROCESS_MB = 700.0
 """Resident memory (10^6 bytes) of Python with torch, transformers and the engines, without weights: measured with
 builds of 135M and 506M parameters."""
 _FLOAT = 4
+
+
+class FormatOptions(BaseModel):
+    """Base class of a format's options, which are a section of the recipe; the text under a field describes its key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+OptionsByFormat = Mapping[str, FormatOptions]
+"""The options of the formats that have any, by their names."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,8 @@ class Format:
     for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
     unchanged. `base_factor` and `adapter_factor` (of low-rank adapters) are file sizes relative to GGUF files with
     the same numbers.
-    `process_mb` is the memory of a process that writes the format, without weights.
+    `process_mb` is the memory of a process that writes the format, without weights. `requantized_kl` has the types that
+    the format may requantize a base to after training, with the largest accepted mean KL.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
@@ -32,26 +44,28 @@ class Format:
     base_factor: float = 1.0
     adapter_factor: float = 1.0
     process_mb: float = PROCESS_MB
+    requantized_kl: Mapping[str, float] = field(default_factory=dict)
 
-    def base_bytes(self, gguf_bytes: float, parameters: int, weights: str) -> float:
-        """Approximate size of a base whose GGUF file has `gguf_bytes` bytes; for `weights` see `OnnxOptions`."""
-        return parameters * _FLOAT if self._is_float(weights) else gguf_bytes * self.base_factor
+    def writes_floats(self, options: OptionsByFormat) -> bool:
+        """Whether the options ask for weights in float32, whatever the base's GGUF file has."""
+        return False
 
-    def merged_bytes(self, parameters: int, weights: str) -> float:
+    def base_bytes(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+        """Approximate size of a base whose GGUF file has `gguf_bytes` bytes."""
+        return parameters * _FLOAT if self.writes_floats(options) else gguf_bytes * self.base_factor
+
+    def merged_bytes(self, parameters: int, options: OptionsByFormat) -> float:
         """Approximate size in bytes of a merged model, whose weights have 8 bits."""
-        return parameters * (_FLOAT if self._is_float(weights) else TENSOR_TYPES["q8_0"].bytes_per_value)
+        return parameters * (_FLOAT if self.writes_floats(options) else TENSOR_TYPES["q8_0"].bytes_per_value)
 
     def adapter_bytes(self, values: int, dtype: str, shape: str) -> float:
         """Approximate size in bytes of an adapter of a shape other than merged, with so many numbers."""
         factor = self.adapter_factor if shape == "low_rank" else 1.0
         return values * TENSOR_TYPES[dtype].bytes_per_value * factor
 
-    def export_mb(self, gguf_bytes: float, parameters: int, weights: str) -> float:
+    def export_mb(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
         """Approximate memory in MB of exporting and checking a base, without its weights in float32.
 
         The engine of the check has the file in memory and a copy of it, repacked for the processor.
         """
-        return self.process_mb + 2 * self.base_bytes(gguf_bytes, parameters, weights) / 1e6
-
-    def _is_float(self, weights: str) -> bool:
-        return weights == "fp32" and not self.links_base
+        return self.process_mb + 2 * self.base_bytes(gguf_bytes, parameters, options) / 1e6

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import GENERATION, Manifest, read_manifest
+from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.wording import printable
@@ -70,7 +70,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> None:
-    """`doctor`: examine the machine, and try the bundle if one is given."""
+    """`doctor`: examine the machine, and check the bundle if one is given."""
     from edgetune_runtime.doctor import examine  # noqa: PLC0415 - as above
 
     if options.bundle is None and (options.calibrate or options.calibration):
@@ -80,7 +80,7 @@ def doctor(options: argparse.Namespace) -> None:
     manifest = None if options.bundle is None else read_manifest(options.bundle)
     report = examine(manifest)
     if manifest is not None:
-        _try(options, manifest, report)
+        _check(options, manifest, report)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
         return
@@ -96,15 +96,15 @@ def _require_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}", "give a file in a folder that you may write to")
 
 
-def _try(options: argparse.Namespace, manifest: Manifest, report: dict[str, Any]) -> None:
-    """Add to `report` what a trial of the bundle finds, and store what it measures."""
+def _check(options: argparse.Namespace, manifest: Manifest, report: dict[str, Any]) -> None:
+    """Add the check of the bundle to `report`, and store the calibration."""
+    from edgetune_runtime.sizing.bundle_check import check_bundle  # noqa: PLC0415 - as above
     from edgetune_runtime.sizing.calibration import read_calibration, write_calibration  # noqa: PLC0415
     from edgetune_runtime.sizing.needs import needs_of_bundle  # noqa: PLC0415
     from edgetune_runtime.sizing.options import with_options  # noqa: PLC0415
-    from edgetune_runtime.sizing.trial import try_bundle  # noqa: PLC0415
 
     needs = None
-    if manifest.task == GENERATION:
+    if manifest.base.is_decoder:
         try:
             needs = needs_of_bundle(options.bundle, context_length=options.context_length, engine=options.engine)
             needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
@@ -118,16 +118,16 @@ def _try(options: argparse.Namespace, manifest: Manifest, report: dict[str, Any]
     if options.calibration is not None and needs is not None:
         calibration = read_calibration(options.calibration, needs)
     repacks = frozenset() if options.repack is False else repacked_types(report["instructions"])
-    trial = try_bundle(lambda: open_runtime(options, disk_mb=0), needs, known=calibration, repacks=repacks)
-    report["bundle"] |= trial.found
-    report["problems"] += trial.problems
+    check = check_bundle(lambda: open_runtime(options, disk_mb=0), needs, calibration=calibration, repacks=repacks)
+    report["bundle"] |= check.report
+    report["problems"] += check.problems
     if options.calibrate is None:
         return
-    if trial.figures is None or needs is None:
-        reason = trial.found.get("refused") or "it is not a bundle for text generation"
+    if check.figures is None or needs is None:
+        reason = check.report.get("refused") or "it is not a bundle for text generation"
         raise IncompatibleError(f"nothing to calibrate with: {reason}", "give a bundle that runs here")
-    machine = {"processor": report["processor"], "board": report["board"], "threads": trial.found["threads"]}
-    write_calibration(options.calibrate, needs, trial.figures, machine)
+    machine = {"processor": report["processor"], "board": report["board"], "threads": check.report["threads"]}
+    write_calibration(options.calibrate, needs, check.figures, machine)
     report["calibration"] = str(options.calibrate)
 
 

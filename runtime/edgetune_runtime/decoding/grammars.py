@@ -8,11 +8,11 @@ from typing import Any
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.limits import no_limits
 
+from .child_compiler import may_be_expensive
 from .constraint import Constraint
 from .library import compile_grammar, refusal
-from .once import SingleFlightCache
 from .output import OutputSpec
-from .trial import may_be_expensive
+from .single_flight import SingleFlightCache
 from .vocabulary import GrammarVocabulary
 
 _KEPT, _KEPT_EXPENSIVE = 16, 2

@@ -7,17 +7,16 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.limits import no_limits
 
-from .trial import TOO_EXPENSIVE, reason_against
+from .child_compiler import TOO_EXPENSIVE, reason_against
 
 DEAD_END = "NoExtensionBias"
 """In llguidance's error where no token of the vocabulary fits, and the answer may not end."""
 UNKNOWN_TOKEN = "unknown special token"
 """In llguidance's error for a control token that the vocabulary does not have."""
 
-_INSTALL = 'run: pip install "edgetune-runtime[structured]"'
 _SIMPLIFY = "simplify it, or bound its repetitions"
 _REMEDIES = {
     "Unimplemented keys": "leave these keywords out of the schema",
@@ -46,11 +45,8 @@ _NOISE = (
 @cache
 def library() -> Any:  # noqa: ANN401 - an optional module
     """The llguidance module; IncompatibleError that says what to install when it is missing."""
-    try:
+    with importing("output constraints need", '"edgetune-runtime[structured]"'):
         import llguidance  # noqa: PLC0415 - optional
-    except ImportError as error:
-        message = "output constraints need llguidance, which is not installed"
-        raise IncompatibleError(message, _INSTALL) from error
     return llguidance
 
 

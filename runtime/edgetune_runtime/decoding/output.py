@@ -102,7 +102,7 @@ class OutputSpec:
         unknown = [key for key in stored if key not in {*KINDS, "spacing"}]
         if unknown:
             raise UsageError(f"output has no key {unknown[0]!r}", suggestion(unknown[0], (*KINDS, "spacing")))
-        return _checked(**stored)
+        return spec_of(**stored)
 
 
 def spec_of(
@@ -120,7 +120,27 @@ def spec_of(
     may have whitespace, see SPACINGS; a fixed spacing forces more tokens, but has to be that of the training data.
     UsageError, in one line, for none or several of them, and what is too large.
     """
-    return _checked(schema=schema, choices=choices, regex=regex, grammar=grammar, spacing=spacing)
+    forms = {"schema": schema, "choices": choices, "regex": regex, "grammar": grammar}
+    kinds = [kind for kind, value in forms.items() if value is not None]
+    if len(kinds) != 1:
+        names = " and ".join(kinds) or "nothing"
+        raise UsageError(f"{names} is given for the output", f"give exactly one of {', '.join(KINDS)}")
+    (kind,) = kinds
+    value: Any = forms[kind]
+    if spacing not in SPACINGS:
+        raise UsageError(f"spacing is {spacing!r}", f"choose one of: {', '.join(SPACINGS)}")
+    if spacing != "any" and kind != "schema":
+        raise UsageError(f"spacing {spacing!r} is given for a {kind}", "give it for a schema only")
+    if kind == "schema":
+        model = value if hasattr(value, "model_json_schema") else None
+        return OutputSpec(kind, _schema_text(value), spacing, model)
+    if kind == "choices":
+        return OutputSpec(kind, _choices_text(value))
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{kind} is {value!r}", "give a text that is not empty")
+    if kind == "grammar":
+        _check_lark(value)
+    return OutputSpec(kind, value)
 
 
 def output_of(**given: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
@@ -131,34 +151,10 @@ def output_of(**given: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
     """
     spec = spec_of(**given)
     error = compile_grammar(byte_tokenizer(), spec.grammar)[1]
-    # Which control tokens there are is known with a base only.
+    # Only a base has control tokens.
     if error and UNKNOWN_TOKEN not in error:
         raise refusal(spec.kind, spec.text, error)
     return spec
-
-
-def _checked(*, spacing: object = "any", **given: object) -> OutputSpec:
-    """The spec of the one form that is given, its shape checked, not compiled."""
-    kinds = [kind for kind, value in given.items() if value is not None]
-    if len(kinds) != 1:
-        names = " and ".join(kinds) or "nothing"
-        raise UsageError(f"{names} is given for the output", f"give exactly one of {', '.join(KINDS)}")
-    (kind,) = kinds
-    value = given[kind]
-    if spacing not in SPACINGS:
-        raise UsageError(f"spacing is {spacing!r}", f"choose one of: {', '.join(SPACINGS)}")
-    if spacing != "any" and kind != "schema":
-        raise UsageError(f"spacing {spacing!r} is given for a {kind}", "give it for a schema only")
-    if kind == "schema":
-        model = value if hasattr(value, "model_json_schema") else None
-        return OutputSpec(kind, _schema_text(value), str(spacing), model)
-    if kind == "choices":
-        return OutputSpec(kind, _choices_text(value))
-    if not isinstance(value, str) or not value.strip():
-        raise UsageError(f"{kind} is {value!r}", "give a text that is not empty")
-    if kind == "grammar":
-        _check_lark(value)
-    return OutputSpec(kind, value)
 
 
 def _schema_text(value: Any) -> str:  # noqa: ANN401 - it is checked here

@@ -1,11 +1,13 @@
 """The engines: one folder per format, whose ENGINES maps each task to the module that defines the class as ENGINE.
 
-KV_TYPES of a folder that generates text lists the data types that keys and values can have, the default first.
+KV_TYPES of a folder that generates text lists the data types that keys and values can have, the default first. Its
+module `needs` predicts memory (see `EngineNeeds`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast, overload
 
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import IncompatibleError, UsageError
@@ -13,13 +15,24 @@ from edgetune_runtime.registry import Registry
 
 if TYPE_CHECKING:
     from .base import EngineClass, LabelEngineClass
+    from .needs import EngineNeeds
 
-_ENGINES = Registry(__name__, "engine", shared=("base",))
+_ENGINES = Registry(__name__, "engine", shared=("base", "needs", "piecewise"))
 
 
 def names() -> list[str]:
     """The names of all engines, from the folders of this package."""
     return _ENGINES.names()
+
+
+def names_with_needs() -> list[str]:
+    """The names of the engines whose memory and speed can be predicted."""
+    return [name for name in names() if find_spec(f"{__name__}.{name}.needs") is not None]
+
+
+def load_needs(name: str) -> EngineNeeds:
+    """What predicts the memory of an engine; the name is one of `names_with_needs`."""
+    return cast("EngineNeeds", _ENGINES.load(name, "needs"))
 
 
 def check_name(name: str) -> None:

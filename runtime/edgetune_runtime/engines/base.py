@@ -159,7 +159,8 @@ class Engine(Protocol):
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed.
 
-        Common prefixes are computed once. The last call that changed the sequence must have been a decode.
+        Common prefixes are computed once. UsageError if a continuation does not fit in the context, or if the last call
+        that changed the sequence was not a decode.
         """
 
     def save_state(self) -> memoryview:

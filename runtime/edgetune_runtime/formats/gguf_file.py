@@ -92,6 +92,11 @@ class GgufHeader:
         return main_type(self.values_by_type)
 
     @property
+    def output_tensor(self) -> str:
+        """The name of the output layer's matrix, which is the token embedding if they are tied."""
+        return "output.weight" if "output.weight" in self.tensors else "token_embd.weight"
+
+    @property
     def output_share(self) -> float:
         """The share of the output matrix in the values that a decode step reads; 0 without a vocabulary."""
         counts = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items()}

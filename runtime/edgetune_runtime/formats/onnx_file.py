@@ -109,8 +109,6 @@ def check_adapter_arrays(
     Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph,
     with up to three problems.
     """
-    if not arrays:
-        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
     slot_names = {module + suffix for module in slots for suffix in SLOT_SUFFIXES}
     foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slot_names]
     damaged: list[str] = []
@@ -125,6 +123,13 @@ def check_adapter_arrays(
         if pair[0].ndim == pair[1].ndim == 2 and (pair[0].shape[0], pair[1].shape[1]) != widths:
             actual = f"{pair[0].shape} and {pair[1].shape}"
             foreign.append(f"{module!r} has shapes {actual}, but the graph's widths are {widths}")
+    refuse_adapter(name, arrays, damaged, foreign)
+
+
+def refuse_adapter(name: str, arrays: Mapping[str, object], damaged: list[str], foreign: list[str]) -> None:
+    """Raise VerificationError for no arrays or damaged ones, IncompatibleError for those of another graph."""
+    if not arrays:
+        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
     if damaged:
         raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
     if foreign:
@@ -132,10 +137,17 @@ def check_adapter_arrays(
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
-def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> list[str]:
-    """The problems of a module's two matrices that do not depend on the graph."""
+def value_problem(array: NDArray[np.generic]) -> str | None:
+    """What is wrong with the values of an adapter's array, if anything."""
     import numpy as np  # noqa: PLC0415 - reading a graph does not need it
 
+    if array.dtype not in (np.float32, np.float16):
+        return f"is stored as {array.dtype}, not as float32 or float16"
+    return None if np.isfinite(array).all() else "has values that are not finite"
+
+
+def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> list[str]:
+    """The problems of a module's two matrices that do not depend on the graph."""
     problems = []
     if a.ndim != 2 or b.ndim != 2:
         problems.append(f"{module!r} has shapes {a.shape} and {b.shape}, which are not matrices")
@@ -143,12 +155,8 @@ def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic])
         problems.append(f"{module!r} has rank {a.shape[1]} in A and {b.shape[0]} in B")
     elif a.shape[1] == 0:
         problems.append(f"{module!r} has rank 0")
-    for suffix, array in zip("AB", (a, b), strict=True):
-        if array.dtype not in (np.float32, np.float16):
-            problems.append(f"{module!r} stores lora_{suffix} as {array.dtype}, not as float32 or float16")
-        elif not np.isfinite(array).all():
-            problems.append(f"{module!r} has values in lora_{suffix} that are not finite")
-    return problems
+    named = {suffix: value_problem(array) for suffix, array in (("A", a), ("B", b))}
+    return problems + [f"lora_{suffix} of {module!r} {problem}" for suffix, problem in named.items() if problem]
 
 
 def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
-from .onnx_file import OnnxHeader
+from .onnx_file import OnnxHeader, value_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,17 +47,14 @@ def check_prefix_arrays(
     Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph.
     `name` is the adapter's name in errors.
     """
-    import numpy as np  # noqa: PLC0415 - reading a graph does not need it
-
     tokens = {array.shape[2] if array.ndim == 4 else 0 for array in arrays.values()}
     if len(tokens) != 1 or 0 in tokens:
         message = f"adapter {name!r} has no tensors, or tensors that do not have the same number of tokens"
         raise VerificationError(message, COPY_FILE_AGAIN)
     _check_names(arrays, inputs, name)
     for key, array in arrays.items():
-        if array.dtype not in (np.float32, np.float16) or not np.isfinite(array).all():
-            message = f"adapter {name!r} has {key!r} of type {array.dtype}, or with values that are not finite"
-            raise VerificationError(message, COPY_FILE_AGAIN)
+        if problem := value_problem(array):
+            raise VerificationError(f"adapter {name!r} is damaged: {key!r} {problem}", COPY_FILE_AGAIN)
         if (array.shape[0], array.shape[1], array.shape[3]) != (1, inputs[key], head_size):
             expected = f"{inputs[key]} heads of {head_size}"
             message = f"adapter {name!r} has {key!r} of shape {array.shape}, the graph has {expected}"

@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
-from .onnx_file import OnnxHeader
+from .onnx_file import OnnxHeader, refuse_adapter, value_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,8 +68,6 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
     Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph,
     with up to three problems.
     """
-    if not arrays:
-        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
     foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slots]
     damaged: list[str] = []
     for slot, parts in _grouped(key for key in arrays if key in slots).items():
@@ -80,11 +78,7 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
             if any(width is not None and size != width for size, width in misfits):
                 shape = tuple("rank" if width is None else width for width in slots[key])
                 foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph needs {shape}")
-    if damaged:
-        raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
-    if foreign:
-        message = f"adapter {name!r} does not fit the graph: {first_of(foreign)}"
-        raise IncompatibleError(message, "use the base that the adapter was trained on")
+    refuse_adapter(name, arrays, damaged, foreign)
 
 
 def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
@@ -139,8 +133,6 @@ def _contradictions(
     arrays: Mapping[str, NDArray[np.generic]], slot: str, parts: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
     """The problems of a slot's arrays that do not depend on the graph."""
-    import numpy as np  # noqa: PLC0415 - as above
-
     missing = [f"{slot!r} has no {part[1:]}" for part in parts if slot + part not in arrays]
     if missing:
         return missing
@@ -151,10 +143,8 @@ def _contradictions(
             problems.append(f"{slot + part!r} has shape {array.shape} instead of {len(dimensions)} dimensions")
             continue
         ranks |= {size for size, dimension in zip(array.shape, dimensions, strict=True) if dimension == "rank"}
-        if array.dtype not in (np.float32, np.float16):
-            problems.append(f"{slot + part!r} is stored as {array.dtype}, not as float32 or float16")
-        elif not np.isfinite(array).all():
-            problems.append(f"{slot + part!r} has values that are not finite")
+        if problem := value_problem(array):
+            problems.append(f"{slot + part!r} {problem}")
     if len(ranks) > 1:
         problems.append(f"{slot!r} has different ranks: {' and '.join(map(str, sorted(ranks)))}")
     elif 0 in ranks:

@@ -139,15 +139,15 @@ class _StreamThread:
             with self._open(self._cancel) as stream:
                 for piece in stream:
                     self._room.acquire()
-                    if self._abandoned or not self._tell(self._pieces.put_nowait, piece):
+                    if self._abandoned or not self._call_in_loop(self._pieces.put_nowait, piece):
                         break
                 if not self._abandoned:
                     self.answer = stream.answer
         except BaseException as error:
             self._error = error
-        self._tell(self._finish)
+        self._call_in_loop(self._finish)
 
-    def _tell(self, function: Callable[..., None], *arguments: str) -> bool:
+    def _call_in_loop(self, function: Callable[..., None], *arguments: str) -> bool:
         """Call a function in the event loop; False if the loop was closed meanwhile."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)

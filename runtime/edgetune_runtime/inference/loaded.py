@@ -119,7 +119,7 @@ class LoadedBundle:
         own = self._system_of(first)
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        output = self._outputs.get(first) if form.is_adapters and first is not None else form.output
+        output = self._outputs.get(first) if form.uses_adapter_output and first is not None else form.output
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
@@ -235,16 +235,16 @@ class LoadedBundle:
         begin = time.perf_counter()
         assert isinstance(self._running, Pool)
         base = self._running.first.shared
-        made = open_merged(self.bundle, self.manifest, file, self.options, base=base, make_room=make_room)
+        pool = open_merged(self.bundle, self.manifest, file, self.options, base=base, make_room=make_room)
         with self._running.tokenizer() as tokenizer:
-            if _described(made.first.engine.tokenizer) != _described(tokenizer):
-                made.close()
+            if _described(pool.first.engine.tokenizer) != _described(tokenizer):
+                pool.close()
                 message = f"merged adapter {name!r} has another vocabulary or chat template than the base"
                 raise IncompatibleError(message, "build the bundle again")
         elapsed_s = time.perf_counter() - begin
         _LOG.info("loaded merged adapter %r in %.2f s", name, elapsed_s)
         self.options.emit(Event("loaded", name, seconds=elapsed_s))
-        return made
+        return pool
 
     @contextmanager
     def _pools(self) -> Iterator[list[Pool]]:

@@ -15,13 +15,13 @@ from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.events import Emit, Event, safely
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
+from edgetune_runtime.states.cache import CACHE_MB
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.threads.priority import NORMAL
 from edgetune_runtime.wording import suggestion
 
 _LOG = logging.getLogger(__name__)
 
-CACHE_MB = 128
 DISK_MB = 512
 DISK_MB_PER_DAY = 512
 MAX_WAITING = 64
@@ -151,13 +151,11 @@ def decide(manifest: Manifest, **options: Unpack[RuntimeOptions]) -> OpeningOpti
     threads = threads_for(requested)
     if requested is not None and threads < requested:
         _LOG.warning("threads=%d, but only %d cores are available", requested, threads)
-    # An encoder's base has no keys and values.
-    has_cache = manifest.base.kv_values_per_token > 0
     decided: dict[str, Any] = {
         "engine": engine,
         "threads": threads,
         "context_length": options.get("context_length") or manifest.context_length,
-        "kv": engines.check_kv(engine, options.get("kv")) if has_cache else None,
+        "kv": engines.check_kv(engine, options.get("kv")) if manifest.base.is_decoder else None,
     }
     return OpeningOptions(**{**options, **decided})
 

@@ -80,8 +80,8 @@ class AnswerForm:
     think: bool | None = None
 
     @property
-    def is_adapters(self) -> bool:
-        """Whether an answer may be what the adapter says."""
+    def uses_adapter_output(self) -> bool:
+        """Whether the output constraint of the adapter, if it has one, applies."""
         return self.output is None and self.tools is None and not self.unconstrained
 
 

@@ -54,19 +54,19 @@ def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> 
         if _marker_path(options.cache_folder, digest).exists():
             return
     begin = time.perf_counter()
-    ended = _run_child(bundle, manifest, options)
-    if ended is None:
+    result = _run_child(bundle, manifest, options)
+    if result is None:
         return
-    report = _last_values(ended.output)
+    report = _last_values(result.output)
     if isinstance(report.get(ERROR), dict):
         raise _error(report[ERROR])
     if STEP not in report:
         # Nothing of the bundle was read yet.
-        _LOG.warning("cannot check %s in a child process: it %s (%s)", bundle, ended.how, ended.last_line)
+        _LOG.warning("cannot check %s in a child process: it %s (%s)", bundle, result.how, result.last_line)
         return
-    if ended.code or ended.timeout_s is not None or DONE not in report:
-        reason = f" ({ended.last_line})" if ended.last_line else ""
-        message = f"bundle {bundle} cannot be opened safely: while {report[STEP]}, a child process {ended.how}{reason}"
+    if result.code or result.timeout_s is not None or DONE not in report:
+        reason = f" ({result.last_line})" if result.last_line else ""
+        message = f"bundle {bundle} cannot be opened safely: while {report[STEP]}, a child process {result.how}{reason}"
         raise VerificationError(message, _REMEDY)
     _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
     try:

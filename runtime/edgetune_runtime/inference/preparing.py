@@ -8,11 +8,11 @@ import threading
 from array import array
 from collections.abc import Callable, Sequence
 
+from edgetune_runtime.decoding.child_compiler import TOO_EXPENSIVE
 from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.grammars import Grammars
-from edgetune_runtime.decoding.once import SingleFlightCache
 from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.decoding.trial import TOO_EXPENSIVE
+from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.cache import common_prefix

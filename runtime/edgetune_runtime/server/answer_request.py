@@ -23,7 +23,8 @@ class AnswerRequest:
     """What a client asks for, whichever API it speaks.
 
     `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`,
-    `raw` among them. `finish` makes of a whole answer what is sent; its text is then not sent in pieces.
+    `raw` among them. `streams`: answers are sent in pieces, with at most `max_calls` tool calls each. `finish` makes of
+    a whole answer what is sent; its text is then not sent in pieces.
     """
 
     model: str
@@ -31,5 +32,7 @@ class AnswerRequest:
     prompts: Sequence[Prompt]
     options: dict[str, Any] = field(default_factory=dict)
     count: int = 1
+    streams: bool = False
+    max_calls: int | None = None
     finish: Callable[[Answer], Answer] | None = None
     arrived: float = field(default_factory=lambda: ARRIVED.get(time.monotonic()))

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
@@ -135,7 +135,7 @@ class Answering:
             answer = request.finish(answer)
             if answer.content:
                 yield Piece(index, answer.content)
-        yield Piece(index, "", answer)
+        yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():

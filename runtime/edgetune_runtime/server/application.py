@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeVar
 
 from starlette.applications import Starlette
@@ -14,29 +15,25 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from edgetune_runtime import __version__
-from edgetune_runtime.errors import EdgetuneError
 
-from . import (
-    ollama_answers,
-    ollama_requests,
-    openai_answers,
-    openai_requests,
-    page,
-    responses_answers,
-    responses_requests,
-)
+from . import ollama_answers, ollama_requests, openai_answers, openai_requests, page
 from .answering import Answering
 from .connection import BodyReader, until_disconnect
-from .counted import MetricsMiddleware
 from .guard import Guard
 from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
-from .problems import RequestError, body_of, error_response, json_response
+from .metrics_middleware import MetricsMiddleware
+from .ollama_answers import OllamaReply
+from .openai_answers import ChatShape, CompletionShape, OpenAIReply
+from .problems import RequestError, error_response, json_response
+from .responses_answers import ResponsesReply
+from .responses_requests import responses_request
 from .settings import Access, ServerLimits
-from .streaming import EVENTS, NDJSON, LineResponse
+from .streaming import NDJSON, LineResponse, line
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[Response]]
+Reply = OpenAIReply | OllamaReply | ResponsesReply
 
 
 def application(answering: Answering, access: Access) -> ASGIApp:
@@ -79,15 +76,30 @@ class _Api:
         """What `parse` makes of the body, with the models of the bundle and `limits`."""
         return await self._bodies.read(request, lambda body: parse(body, self._models, *limits))
 
+    def _answers(self, parse: Callable[..., T], reply_to: Callable[[T], Reply]) -> Endpoint:
+        """Answers the request that `parse` makes of a body, as `reply_to` writes it."""
+
+        async def endpoint(request: Request) -> Response:
+            reply = reply_to(await self._read(request, parse, self._limits))
+            if not reply.request.prompts:
+                return json_response(reply.whole([]))
+            if reply.request.streams:
+                return LineResponse(reply.lines(self._answering), reply.media_type)
+            answers = await until_disconnect(request.receive, self._answering.answers(reply.request))
+            return json_response(reply.whole(answers))
+
+        return endpoint
+
 
 class _OpenAI(_Api):
     def routes(self) -> list[Route]:
+        chat, text = partial(OpenAIReply, shape=ChatShape()), partial(OpenAIReply, shape=CompletionShape())
         return [
             Route("/v1/models", self._list),
             Route("/v1/models/{model}", self._show),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._complete, methods=["POST"]),
-            Route("/v1/responses", self._respond, methods=["POST"]),
+            Route("/v1/chat/completions", self._answers(openai_requests.chat_request, chat), methods=["POST"]),
+            Route("/v1/completions", self._answers(openai_requests.completion_request, text), methods=["POST"]),
+            Route("/v1/responses", self._answers(responses_request, ResponsesReply), methods=["POST"]),
             Route("/v1/embeddings", self._embed, methods=["POST"]),
         ]
 
@@ -98,52 +110,23 @@ class _OpenAI(_Api):
         info = self._models.info(request.path_params["model"])
         return json_response(openai_answers.model_object(self._models, info))
 
-    async def _chat(self, request: Request) -> Response:
-        parsed = await self._read(request, openai_requests.chat_request, self._limits)
-        return await self._answer(
-            request, openai_answers.OpenAIReply(parsed, openai_answers.ChatShape(parsed.max_calls))
-        )
-
-    async def _complete(self, request: Request) -> Response:
-        parsed = await self._read(request, openai_requests.completion_request, self._limits)
-        return await self._answer(request, openai_answers.OpenAIReply(parsed, openai_answers.CompletionShape()))
-
-    async def _respond(self, request: Request) -> Response:
-        parsed = await self._read(request, responses_requests.responses_request, self._limits)
-        reply = responses_answers.ResponsesReply(parsed)
-        if parsed.chat.streams:
-            return self._stream(request, reply.events(self._answering))
-        (answer,) = await until_disconnect(request.receive, self._answering.answers(parsed.chat.answer_request))
-        return json_response(reply.whole(answer))
-
     async def _embed(self, request: Request) -> Response:
         model, texts, as_base64 = await self._read(request, openai_requests.embedding_request)
         vectors, tokens = await until_disconnect(request.receive, self._answering.embeddings(texts))
         return json_response(openai_answers.embedding_list(model, vectors, tokens, as_base64=as_base64))
 
-    async def _answer(self, request: Request, reply: openai_answers.OpenAIReply) -> Response:
-        if reply.request.streams:
-            return self._stream(request, reply.events(self._answering))
-        answers = await until_disconnect(request.receive, self._answering.answers(reply.request.answer_request))
-        return json_response(reply.whole(answers))
-
-    def _stream(self, request: Request, events: AsyncGenerator[bytes, None]) -> Response:
-        def error_event(error: EdgetuneError) -> bytes:
-            return openai_answers.event(body_of(error, request.url.path))
-
-        return LineResponse(events, EVENTS, error_event)
-
 
 class _Ollama(_Api):
     def routes(self) -> list[Route]:
+        chat, text = partial(OllamaReply, is_chat=True), partial(OllamaReply, is_chat=False)
         return [
             Route("/api/version", self._version),
             Route("/api/tags", self._list),
             Route("/api/ps", self._loaded),
             Route("/api/show", self._show, methods=["POST"]),
             Route("/api/pull", self._pull, methods=["POST"]),
-            Route("/api/chat", self._chat, methods=["POST"]),
-            Route("/api/generate", self._generate, methods=["POST"]),
+            Route("/api/chat", self._answers(ollama_requests.chat_request, chat), methods=["POST"]),
+            Route("/api/generate", self._answers(ollama_requests.generate_request, text), methods=["POST"]),
             Route("/api/embed", self._embed, methods=["POST"]),
             Route("/api/embeddings", self._embed_one, methods=["POST"]),
         ]
@@ -168,16 +151,8 @@ class _Ollama(_Api):
         self._models.adapters(ollama_requests.model_name(body))
         if body.get("stream") is False:
             return json_response({"status": "success"})
-        lines = [ollama_answers.line({"status": status}) for status in ("pulling manifest", "success")]
+        lines = [line({"status": status}) for status in ("pulling manifest", "success")]
         return Response(b"".join(lines), media_type=NDJSON)
-
-    async def _chat(self, request: Request) -> Response:
-        parsed = await self._read(request, ollama_requests.chat_request, self._limits)
-        return await self._answer(request, ollama_answers.OllamaReply(parsed, is_chat=True))
-
-    async def _generate(self, request: Request) -> Response:
-        parsed = await self._read(request, ollama_requests.generate_request, self._limits)
-        return await self._answer(request, ollama_answers.OllamaReply(parsed, is_chat=False))
 
     async def _embed(self, request: Request) -> Response:
         model, texts = await self._read(request, ollama_requests.embed_request)
@@ -188,18 +163,6 @@ class _Ollama(_Api):
         text = await self._read(request, ollama_requests.old_embed_request)
         (vector,), _ = await until_disconnect(request.receive, self._answering.embeddings([text]))
         return json_response({"embedding": vector})
-
-    async def _answer(self, request: Request, reply: ollama_answers.OllamaReply) -> Response:
-        if reply.request.is_empty:
-            return json_response(reply.empty())
-        if reply.request.streams:
-
-            def error_line(error: EdgetuneError) -> bytes:
-                return ollama_answers.line(body_of(error, request.url.path))
-
-            return LineResponse(reply.lines(self._answering), NDJSON, error_line)
-        (answer,) = await until_disconnect(request.receive, self._answering.answers(reply.request.answer_request))
-        return json_response(reply.whole(answer))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

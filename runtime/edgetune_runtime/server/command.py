@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.errors import NotFoundError, UsageError, importing
 
 from .settings import Access, ServerLimits
 
@@ -75,14 +75,11 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
 
     Raises UsageError for a host that others can reach without a key, or a port in use, before the bundle is opened.
     """
-    try:
+    with importing("serving needs", '"edgetune-runtime[server]"'):
         from .binding import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
-        from .counted import LOG  # noqa: PLC0415
+        from .metrics_middleware import LOG  # noqa: PLC0415
         from .rewriting import Rewriter  # noqa: PLC0415
         from .serve import Serving, serve  # noqa: PLC0415
-    except ImportError as error:
-        message = f"serving needs {error.name}, which is not installed"
-        raise IncompatibleError(message, 'run: pip install "edgetune-runtime[server]"') from error
     if options.log_requests:
         LOG.setLevel(logging.INFO)
     limits = _limits(options)

@@ -6,11 +6,13 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
 from .problems import RequestError
+
+T = TypeVar("T")
 
 _DEEPEST = 128
 """Levels of objects and lists; code that walks them calls itself for each."""
@@ -49,10 +51,7 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         """A string."""
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, str):
-            self.refuse(name, "a string")
-        return value
+        return self._typed(name, str, "a string")
 
     def needed_text(self, name: str) -> str:
         """A string that must be there and not be empty."""
@@ -63,12 +62,8 @@ class Fields:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """True or false."""
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.refuse(name, "true or false")
-        return value
+        value = self._typed(name, bool, "true or false")
+        return default if value is None else value
 
     def integer(self, name: str) -> int | None:
         """A whole number of 64 bits; 3.0 counts as one, as clients in JavaScript send it."""
@@ -104,21 +99,15 @@ class Fields:
 
     def mapping(self, name: str) -> Fields | None:
         """A JSON object."""
-        value = self.values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            self.refuse(name, "a JSON object")
-        return Fields(value, self._path_of(name))
+        value = self._typed(name, dict, "a JSON object")
+        return None if value is None else Fields(value, self._path_of(name))
 
     def objects(self, name: str) -> list[Fields]:
         """A list of JSON objects; empty if it is missing."""
-        value = self.values.get(name)
-        if value is None:
-            return []
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        items = self._typed(name, list, "a list of JSON objects") or []
+        if not all(isinstance(item, dict) for item in items):
             self.refuse(name, "a list of JSON objects")
-        return [Fields(item, f"{self._path_of(name)}[{place}]") for place, item in enumerate(value)]
+        return [Fields(item, f"{self._path_of(name)}[{place}]") for place, item in enumerate(items)]
 
     def choice(self, name: str, choices: Sequence[str]) -> str | None:
         """One of these strings."""
@@ -139,6 +128,12 @@ class Fields:
         path, value = self._path_of(name), self.values.get(name)
         actual = "missing" if value is None else _shortened(value)
         raise RequestError(f"{path} is {actual}", f"give {expected}", param=path)
+
+    def _typed(self, name: str, kind: type[T], expected: str) -> T | None:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, kind):
+            self.refuse(name, expected)
+        return value
 
     def _path_of(self, name: str) -> str:
         return f"{self._path}.{name}" if self._path else name

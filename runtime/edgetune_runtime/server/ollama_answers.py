@@ -7,9 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, ClassVar
 
-from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.generation import Answer
@@ -17,8 +16,8 @@ from edgetune_runtime.inference.generation import Answer
 from .answering import Answering
 from .models import ModelInfo, Models
 from .ollama_requests import OllamaRequest
-from .openai_answers import finish_reason
-from .problems import dump
+from .openai_answers import finish_reason, logprob
+from .streaming import NDJSON, line
 
 VERSION = "0.12.11"
 """The version of Ollama whose API this is; clients refuse one that is too old for what they need."""
@@ -29,22 +28,22 @@ _FOREVER = "2999-12-31T23:59:59Z"
 class OllamaReply:
     """What all lines of one reply have in common; `is_chat` says whether it is one of /api/chat or /api/generate."""
 
+    media_type: ClassVar[str] = NDJSON
     request: OllamaRequest
     is_chat: bool
     begun: int = field(default_factory=time.monotonic_ns)
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        """The reply to a request that is not streamed."""
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The reply to a request that is not streamed, or that only loads or unloads a model."""
+        if not answers:
+            reason = "unload" if self.request.unloads else "load"
+            return self._head() | self._text("") | {"done": True, "done_reason": reason}
+        (answer,) = answers
         return self._head() | self._text(answer.content, _calls(answer)) | self._end(answer)
-
-    def empty(self) -> dict[str, Any]:
-        """The reply to a request without a prompt, by which clients load and unload a model."""
-        reason = "unload" if self.request.unloads else "load"
-        return self._head() | self._text("") | {"done": True, "done_reason": reason}
 
     async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, a JSON object per line."""
-        async with aclosing(answering.pieces(self.request.answer_request)) as pieces:
+        async with aclosing(answering.pieces(self.request)) as pieces:
             async for piece in pieces:
                 if piece.answer is None:
                     yield line(self._head() | self._text(piece.text) | {"done": False})
@@ -54,7 +53,7 @@ class OllamaReply:
                     yield line(self._head() | self._text("") | self._end(piece.answer))
 
     def _head(self) -> dict[str, Any]:
-        return {"model": self.request.answer_request.model, "created_at": _time(datetime.now(UTC))}
+        return {"model": self.request.model, "created_at": _time(datetime.now(UTC))}
 
     def _text(self, text: str, calls: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
         if not self.is_chat:
@@ -80,11 +79,6 @@ class OllamaReply:
         }
 
 
-def line(body: object) -> bytes:
-    """A line of a streamed reply."""
-    return dump(body) + b"\n"
-
-
 def model_list(models: Models) -> dict[str, Any]:
     """The reply to /api/tags."""
     return {"models": [_listed(models, info) | _modified(models) for info in models.listed.values()]}
@@ -107,7 +101,6 @@ def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[st
         f"{base.architecture}.block_count": base.layers,
         f"{base.architecture}.context_length": context_length,
     }
-    generates = models.manifest.task == GENERATION
     return {
         "modelfile": "",
         "parameters": "",
@@ -115,7 +108,7 @@ def model_facts(models: Models, info: ModelInfo, context_length: int) -> dict[st
         "system": (adapter.system if adapter else None) or "",
         "details": _details(models, info),
         "model_info": facts,
-        "capabilities": ["completion", "tools"] if generates else ["embedding"],
+        "capabilities": ["completion", "tools"] if base.is_decoder else ["embedding"],
         **_modified(models),
     }
 
@@ -150,8 +143,7 @@ def _calls(answer: Answer) -> list[dict[str, Any]]:
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    own = {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
-    return own | ({"top_logprobs": list(map(_logprob, token.top))} if token.top else {})
+    return logprob(token) | ({"top_logprobs": list(map(logprob, token.top))} if token.top else {})
 
 
 def _time(moment: datetime) -> str:

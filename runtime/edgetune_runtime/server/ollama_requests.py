@@ -7,39 +7,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .answer_options import ANY_OBJECT, logprob_options, sampling_options, texts_to_embed, tool_options
 from .answer_request import AnswerRequest
 from .fields import Fields
 from .messages import messages_of
 from .models import Models
-from .openai_requests import ANY_OBJECT
 from .problems import RequestError
 from .settings import ServerLimits
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repeat_penalty")
 _DURATION = re.compile(r"[-+]?(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+|[-+]?0")
 
 
 @dataclass(frozen=True)
-class OllamaRequest:
-    """A request for an answer, and whether it is streamed. Without a prompt, it only loads or unloads the model."""
+class OllamaRequest(AnswerRequest):
+    """A request for an answer; without a prompt, it only loads the model, or unloads it if `unloads`."""
 
-    answer_request: AnswerRequest
-    streams: bool = True
     unloads: bool = False
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to answer."""
-        return not self.answer_request.prompts
 
 
 def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OllamaRequest:
     """A body of /api/chat."""
     fields = Fields(body)
     messages = messages_of(fields)
-    tools = [tool.values for tool in fields.objects("tools")]
-    more = {"tools": tools} if tools else {}
-    return _request(fields, models, limits, [messages] if messages else [], more)
+    return _request(fields, models, limits, [messages] if messages else [], tool_options(fields))
 
 
 def generate_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OllamaRequest:
@@ -57,11 +47,7 @@ def generate_request(body: Mapping[str, Any], models: Models, limits: ServerLimi
 
 def embed_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str]]:
     """The model and the texts in a body of /api/embed."""
-    fields = Fields(body)
-    model = fields.needed_text("model")
-    models.info(model)
-    fields.forbid({"dimensions": None})
-    return model, fields.texts("input")
+    return texts_to_embed(Fields(body), models)
 
 
 def old_embed_request(body: Mapping[str, Any], models: Models) -> str:
@@ -85,32 +71,18 @@ def _request(
     has_adapters = options.values.get("adapters") is not None
     source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
     model, adapters = models.adapters_of(source)
-    answer_options = _options(options, limits) | _format(fields) | _think(fields, model) | more
-    if fields.flag("logprobs"):
-        answer_options["logprobs"] = fields.integer("top_logprobs") or 0
-    keep_alive = _seconds(fields)
-    return OllamaRequest(
-        AnswerRequest(model, adapters, prompts, answer_options),
-        streams=fields.flag("stream", default=True),
-        unloads=keep_alive == 0,
-    )
+    answer_options = _options(options, limits) | _format(fields) | _think(fields, model)
+    answer_options |= logprob_options(fields) | more
+    streams = fields.flag("stream", default=True)
+    return OllamaRequest(model, adapters, prompts, answer_options, streams=streams, unloads=_seconds(fields) == 0)
 
 
-def _options(options: Fields, limits: ServerLimits) -> dict[str, Any]:
+def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
     """The options that apply here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
-    answer_options: dict[str, Any] = {name: value for name in _NUMBERS if (value := options.number(name)) is not None}
-    if (top_k := options.integer("top_k")) is not None:
-        answer_options["top_k"] = top_k
-    # A negative seed means a random one.
-    if (seed := options.integer("seed")) is not None and seed >= 0:
-        answer_options["seed"] = seed
-    if stop := options.texts("stop"):
-        answer_options["stop"] = stop
-    requested = options.integer("num_predict")
-    # Negative numbers mean no limit.
-    bounded = requested if requested is not None and requested >= 0 else limits.answer_tokens
-    answer_options["max_tokens"] = min(bounded, limits.answer_tokens)
-    return answer_options
+    max_tokens = fields.integer("num_predict")
+    # Negative numbers mean no limit, and a random seed.
+    options = sampling_options(fields, limits, None if max_tokens is not None and max_tokens < 0 else max_tokens)
+    return {name: value for name, value in options.items() if name != "seed" or value >= 0}
 
 
 def _format(fields: Fields) -> dict[str, Any]:

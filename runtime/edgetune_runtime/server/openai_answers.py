@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.inference.generation import Answer
@@ -20,7 +20,7 @@ from edgetune_runtime.tools.calls import ToolCall
 from .answering import Answering, Piece
 from .models import ModelInfo, Models
 from .openai_requests import OpenAIRequest
-from .problems import dump
+from .streaming import EVENTS, event
 
 _FINISH = {"end": "stop", "stop": "stop"}
 """Other reasons (the length, the deadline, a dead end of the output constraint) leave an incomplete answer."""
@@ -28,9 +28,8 @@ _FINISH = {"end": "stop", "stop": "stop"}
 
 @dataclass(frozen=True)
 class ChatShape:
-    """The shape of /v1/chat/completions, with at most `max_calls` tool calls per answer."""
+    """The shape of /v1/chat/completions."""
 
-    max_calls: int | None = None
     object: str = "chat.completion"
     chunk: str = "chat.completion.chunk"
     prefix: str = "chatcmpl-"
@@ -38,8 +37,8 @@ class ChatShape:
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """A whole answer."""
         message: dict[str, Any] = {"role": "assistant", "content": answer.content, "refusal": None}
-        if calls := self._calls(answer):
-            message |= {"content": answer.content or None, "tool_calls": calls}
+        if answer.tool_calls:
+            message |= {"content": answer.content or None, "tool_calls": list(map(_call, answer.tool_calls))}
         return {"index": index, "message": message, **self._end(answer)}
 
     def begin(self, index: int) -> list[dict[str, Any]]:
@@ -52,7 +51,7 @@ class ChatShape:
 
     def end(self, index: int, answer: Answer) -> list[dict[str, Any]]:
         """The parts after the last piece: the calls, then why the answer ended."""
-        calls = [{"index": number, **call} for number, call in enumerate(self._calls(answer))]
+        calls = [{"index": number, **_call(call)} for number, call in enumerate(answer.tool_calls)]
         parts = [_delta(index, {"tool_calls": [call]}) for call in calls]
         return [*parts, _delta(index, {}) | self._end(answer)]
 
@@ -60,14 +59,10 @@ class ChatShape:
         logprobs = None
         if answer.logprobs is not None:
             content = [
-                _logprob(token) | {"top_logprobs": [_logprob(other) for other in token.top]}
-                for token in answer.logprobs
+                logprob(token) | {"top_logprobs": [logprob(other) for other in token.top]} for token in answer.logprobs
             ]
             logprobs = {"content": content, "refusal": None}
         return {"logprobs": logprobs, "finish_reason": "tool_calls" if answer.tool_calls else finish_reason(answer)}
-
-    def _calls(self, answer: Answer) -> list[dict[str, Any]]:
-        return [_call(call) for call in answer.tool_calls[: self.max_calls]]
 
 
 @dataclass(frozen=True)
@@ -114,6 +109,7 @@ Shape = ChatShape | CompletionShape
 class OpenAIReply:
     """What all parts of one reply have in common."""
 
+    media_type: ClassVar[str] = EVENTS
     request: OpenAIRequest
     shape: Shape
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -124,11 +120,11 @@ class OpenAIReply:
         choices = [self.shape.choice(index, answer) for index, answer in enumerate(answers)]
         return self._head(self.shape.object) | {"choices": choices, **self._facts(answers)}
 
-    async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
+    async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The reply to a streamed request, as server-sent events."""
         answers: list[Answer] = []
         begun = -1
-        async with aclosing(answering.pieces(self.request.answer_request)) as pieces:
+        async with aclosing(answering.pieces(self.request)) as pieces:
             async for piece in pieces:
                 if piece.index > begun:
                     begun = piece.index
@@ -149,7 +145,7 @@ class OpenAIReply:
 
         The answers to one prompt count its tokens once.
         """
-        count = self.request.answer_request.count
+        count = self.request.count
         prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
         reused = sum(answer.timings.reused_tokens for answer in answers[::count])
         made = sum(answer.tokens for answer in answers)
@@ -166,12 +162,7 @@ class OpenAIReply:
 
     def _head(self, kind: str) -> dict[str, Any]:
         identity = f"{self.shape.prefix}{self.id}"
-        return {"id": identity, "object": kind, "created": self.created, "model": self.request.answer_request.model}
-
-
-def event(body: object) -> bytes:
-    """A server-sent event."""
-    return b"data: %b\n\n" % dump(body)
+        return {"id": identity, "object": kind, "created": self.created, "model": self.request.model}
 
 
 def model_list(models: Models) -> dict[str, Any]:
@@ -216,7 +207,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments_of(call)}}
 
 
-def _logprob(token: TokenLogprob) -> dict[str, Any]:
+def logprob(token: TokenLogprob) -> dict[str, Any]:
+    """A token with its log probability."""
     return {"token": token.text, "logprob": token.logprob, "bytes": list(token.bytes)}
 
 

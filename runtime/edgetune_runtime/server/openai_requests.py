@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .answer_options import ANY_OBJECT, logprob_options, sampling_options, texts_to_embed, tool_options
 from .answer_request import AnswerRequest
 from .fields import Fields
 from .messages import messages_of
@@ -13,22 +14,16 @@ from .models import Models
 from .problems import RequestError
 from .settings import ServerLimits
 
-ANY_OBJECT: Mapping[str, Any] = {"type": "object", "additionalProperties": True}
-"""The schema of `json_object`."""
-
-_SAMPLING = ("temperature", "top_p", "min_p", "repeat_penalty")
 _CHOICES = 'auto, none, required, or {"type": "function", "function": {"name": NAME}}'
 _UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "audio": None, "modalities": ["text"]}
 
 
 @dataclass(frozen=True)
-class OpenAIRequest:
-    """A request for answers, and how they are sent: streamed, with usage, and with at most `max_calls` tool calls."""
+class OpenAIRequest(AnswerRequest):
+    """A request whose streamed reply may have the usage; the reply to /v1/responses repeats the members `repeated`."""
 
-    answer_request: AnswerRequest
-    streams: bool = False
     includes_usage: bool = False
-    max_calls: int | None = None
+    repeated: Mapping[str, Any] = field(default_factory=dict)
 
 
 def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
@@ -38,9 +33,7 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) 
     messages = messages_of(fields)
     if not messages:
         fields.refuse("messages", "at least one message")
-    options = _options(fields, limits) | _response_format(fields) | _tools(fields)
-    if fields.flag("logprobs"):
-        options["logprobs"] = fields.integer("top_logprobs") or 0
+    options = _options(fields, limits) | _response_format(fields) | _tools(fields) | logprob_options(fields)
     if fields.text("reasoning_effort") == "none":
         options["think"] = False
     request = _request(fields, models, limits, [messages], options)
@@ -63,10 +56,7 @@ def completion_request(body: Mapping[str, Any], models: Models, limits: ServerLi
 def embedding_request(body: Mapping[str, Any], models: Models) -> tuple[str, list[str], bool]:
     """The model and the texts in a body of /v1/embeddings, and whether it asks for vectors in base64."""
     fields = Fields(body)
-    model = fields.needed_text("model")
-    models.info(model)
-    fields.forbid({"dimensions": None})
-    texts = fields.texts("input")
+    model, texts = texts_to_embed(fields, models)
     if not texts:
         fields.refuse("input", "a string or a list of strings")
     # OpenAI's own client asks for base64.
@@ -82,29 +72,18 @@ def _request(
         fields.refuse("n", f"1 to {limits.answers // len(prompts)}")
     model, adapters = models.adapters_of(fields)
     stream_options = fields.mapping("stream_options")
-    return OpenAIRequest(
-        AnswerRequest(model, adapters, prompts, options, count),
-        streams=fields.flag("stream"),
-        includes_usage=stream_options is not None and stream_options.flag("include_usage"),
-    )
+    includes_usage = stream_options is not None and stream_options.flag("include_usage")
+    streams = fields.flag("stream")
+    return OpenAIRequest(model, adapters, prompts, options, count, streams, includes_usage=includes_usage)
 
 
 def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
-    options: dict[str, Any] = {name: value for name in _SAMPLING if (value := fields.number(name)) is not None}
-    for name in ("top_k", "seed"):
-        if (number := fields.integer(name)) is not None:
-            options[name] = number
-    if stop := fields.texts("stop"):
-        options["stop"] = stop
     max_tokens = fields.integer("max_completion_tokens")
-    max_tokens = fields.integer("max_tokens") if max_tokens is None else max_tokens
-    options["max_tokens"] = limits.answer_tokens if max_tokens is None else min(max_tokens, limits.answer_tokens)
-    return options
+    return sampling_options(fields, limits, fields.integer("max_tokens") if max_tokens is None else max_tokens)
 
 
 def _tools(fields: Fields) -> dict[str, Any]:
-    tools = [tool.values for tool in fields.objects("tools")]
-    options: dict[str, Any] = {"tools": tools} if tools else {}
+    options = tool_options(fields)
     choice = fields.values.get("tool_choice")
     if isinstance(choice, dict):
         function = Fields(choice, "tool_choice").mapping("function")

@@ -147,8 +147,8 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
                 return
             connections, connection = self._counted
             cycle = self.cycle
-            is_asked = cycle is not None and not cycle.response_complete and not cycle.more_body
-            if is_asked and self._stalled is None:
+            is_answering = cycle is not None and not cycle.response_complete and not cycle.more_body
+            if is_answering and self._stalled is None:
                 connections.answer(connection)
             else:
                 connections.wait(connection)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 from edgetune_runtime.inference.generation import Answer
 
 from .answering import Answering
 from .openai_answers import arguments_of, finish_reason
+from .openai_requests import OpenAIRequest
 from .problems import dump
-from .responses_requests import ResponsesRequest
+from .streaming import EVENTS
 
 Item = dict[str, Any]
 
@@ -24,13 +25,15 @@ Item = dict[str, Any]
 class ResponsesReply:
     """What all events of one response have in common."""
 
-    request: ResponsesRequest
+    media_type: ClassVar[str] = EVENTS
+    request: OpenAIRequest
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     numbers: Iterator[int] = field(default_factory=count)
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The response to a request that is not streamed."""
+        (answer,) = answers
         is_cut = finish_reason(answer) == "length"
         status = "incomplete" if is_cut else "completed"
         calls = self._calls(answer)
@@ -51,10 +54,10 @@ class ResponsesReply:
             "timings": asdict(answer.timings),
         }
 
-    async def events(self, answering: Answering) -> AsyncGenerator[bytes, None]:
+    async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:
         """The response to a streamed request, as server-sent events."""
         has_begun = has_text = False
-        async with aclosing(answering.pieces(self.request.chat.answer_request)) as pieces:
+        async with aclosing(answering.pieces(self.request)) as pieces:
             async for piece in pieces:
                 # Not before the first piece, so that an error until then has its status.
                 if not has_begun:
@@ -67,7 +70,7 @@ class ResponsesReply:
                         yield self._begin()
                     yield self._part("output_text.delta", delta=piece.text, logprobs=[])
                 else:
-                    for event in self._ends(self.whole(piece.answer), has_text=has_text):
+                    for event in self._ends(self.whole([piece.answer]), has_text=has_text):
                         yield event
 
     def _ends(self, whole: dict[str, Any], *, has_text: bool) -> Iterator[bytes]:
@@ -118,7 +121,7 @@ class ResponsesReply:
             "object": "response",
             "created_at": self.created,
             "status": status,
-            "model": self.request.chat.answer_request.model,
+            "model": self.request.model,
             "output": [],
             "error": None,
             "incomplete_details": None,
@@ -144,7 +147,7 @@ class ResponsesReply:
                 "name": call.name,
                 "arguments": arguments_of(call),
             }
-            for number, call in enumerate(answer.tool_calls[: self.request.chat.max_calls])
+            for number, call in enumerate(answer.tool_calls)
         ]
 
 

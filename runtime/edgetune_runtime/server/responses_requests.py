@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from .fields import Fields
@@ -26,15 +26,7 @@ _ITEMS = ("message", "function_call", "function_call_output")
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "temperature", "top_p")
 
 
-@dataclass(frozen=True)
-class ResponsesRequest:
-    """The request, and the members of its body that the response repeats."""
-
-    chat: OpenAIRequest
-    repeated: Mapping[str, Any]
-
-
-def responses_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> ResponsesRequest:
+def responses_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
     """A body of /v1/responses."""
     fields = Fields(body)
     fields.forbid(_UNSUPPORTED)
@@ -47,7 +39,7 @@ def responses_request(body: Mapping[str, Any], models: Models, limits: ServerLim
     repeated = {name: body.get(name) for name in _ECHOED}
     repeated |= {"tools": body.get("tools") or [], "tool_choice": body.get("tool_choice") or "auto"}
     repeated |= {"parallel_tool_calls": parallel, "text": body.get("text") or {"format": {"type": "text"}}}
-    return ResponsesRequest(chat_request(chat, models, limits), repeated)
+    return replace(chat_request(chat, models, limits), repeated=repeated)
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:

@@ -99,17 +99,17 @@ class Rewriter:
         # A chat has one prompt, which is its messages.
         messages: Any = request.prompts[0]
         with self._errors("read this chat"):
-            made = await asyncio.to_thread(self.function, messages, tools)
-        if made.schema is not None:
-            options["schema"] = made.schema
+            rewritten = await asyncio.to_thread(self.function, messages, tools)
+        if rewritten.schema is not None:
+            options["schema"] = rewritten.schema
 
         def finish(answer: Answer) -> Answer:
             with self._errors("make a reply of the answer"):
-                reply = made.reply(answer.text)
+                reply = rewritten.reply(answer.text)
                 calls = [ToolCall(call["name"], dict(call["arguments"]), uuid.uuid4().hex[:9]) for call in reply.calls]
                 return replace(answer, content=reply.text, tool_calls=tuple(calls))
 
-        return replace(request, adapters=made.adapter, prompts=[made.prompt], options=options, finish=finish)
+        return replace(request, adapters=rewritten.adapter, prompts=[rewritten.prompt], options=options, finish=finish)
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,6 @@ from .application import application
 from .listening import Server
 from .rewriting import Rewriter
 from .settings import Access, ServerLimits
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from edgetune_runtime.errors import EdgetuneError
-
 from .connection import until_disconnect
-from .problems import error_response, failure
+from .problems import body_of, dump, error_response, failure
 
 EVENTS = "text/event-stream"
 NDJSON = "application/x-ndjson"
@@ -19,16 +17,21 @@ NDJSON = "application/x-ndjson"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+def event(body: object) -> bytes:
+    """A server-sent event."""
+    return b"data: %b\n\n" % dump(body)
+
+
+def line(body: object) -> bytes:
+    """A line of NDJSON."""
+    return dump(body) + b"\n"
+
+
 class LineResponse(Response):
-    """Sends lines as they are made, and closes their generator as soon as the client disconnects.
+    """Sends events or lines as they are made, and closes their generator as soon as the client disconnects."""
 
-    `error_line` is the last line after an error in the middle; an error before the first line is an error response.
-    """
-
-    def __init__(
-        self, lines: AsyncGenerator[bytes, None], media_type: str, error_line: Callable[[EdgetuneError], bytes]
-    ) -> None:
-        self._lines, self._error_line = lines, error_line
+    def __init__(self, lines: AsyncGenerator[bytes, None], media_type: str) -> None:
+        self._lines = lines
         self.status_code, self.media_type, self.background = 200, media_type, None
         self.init_headers(_HEADERS)
 
@@ -39,16 +42,17 @@ class LineResponse(Response):
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._lines) as lines:
             try:
-                line = await anext(lines)
+                part = await anext(lines)
             except Exception as error:
                 await error_response(failure(error), scope["path"])(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": part, "more_body": True})
             try:
-                async for line in lines:
-                    await send({"type": "http.response.body", "body": line, "more_body": True})
+                async for part in lines:
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
             except Exception as error:
-                line = self._error_line(failure(error))
-                await send({"type": "http.response.body", "body": line, "more_body": True})
+                body = body_of(failure(error), scope["path"])
+                last = event(body) if self.media_type == EVENTS else line(body)
+                await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -109,8 +109,8 @@ class Governor:
     ) -> T:
         """Wait for a turn and compute one step, again if it stalls.
 
-        `check` stops it by raising, which leaves the sequence unchanged. A step of kind `even` decodes, and costs as
-        much as `tokens` single-token steps; `uneven` ones prefill prompts.
+        `check` stops it by raising, which leaves the sequence unchanged. A step that decodes costs as much as `tokens`
+        single-token steps.
         """
         while True:
             self._divide()
@@ -159,8 +159,8 @@ class Governor:
             self._count.halve()
         _LOG.debug("a step of %d threads lacked cores, restarting it with fewer", turn.threads)
 
-    def _record(self, turn: Turn, tokens: float, took: tuple[float, float], usage: AnswerUsage, kind: Kind) -> None:
-        wall_s, cpu_s = took
+    def _record(self, turn: Turn, tokens: float, times_s: tuple[float, float], usage: AnswerUsage, kind: Kind) -> None:
+        wall_s, cpu_s = times_s
         with self._lock:
             if turn.is_shared:
                 usage.all.add(tokens, wall_s, cpu_s, turn.threads)

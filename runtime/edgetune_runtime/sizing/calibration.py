@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -18,8 +19,7 @@ from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.states.batches import CHUNK
 
 from .figures import SpeedFigures
-from .needs import Needs
-from .raw import read_bandwidth
+from .machine_speed import read_bandwidth
 
 STEPS = 8
 ROUNDS = 3
@@ -27,12 +27,12 @@ ROUNDS = 3
 KIND = "edgetune-calibration"
 _LONGEST, _LONGEST_S = 8 * CHUNK, 4
 """A longer prompt shows what attention costs: at most so many tokens, and as many as take so many seconds per round."""
-_LEAST_LAYER_US = 1.0
-_LEAST_MODULE_US = 0.1
+_MIN_LAYER_US = 1.0
+_MIN_MODULE_US = 0.1
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSpeed:
     """Median decode and prefill speed of a bundle's base, and decode speed with an adapter, in tokens/s.
 
     `tokens` is the number of tokens before the decoded ones, `adapter` the adapter's name, if there is one.
@@ -56,7 +56,7 @@ class Calibration:
     weights: str
 
     def caution(self, needs: Needs) -> str | None:
-        """What to know before a prediction for other weights; None for those that were measured."""
+        """A warning for predictions of other weights than those that were measured, else None."""
         if self.weights == needs.weights:
             return None
         return (
@@ -65,14 +65,14 @@ class Calibration:
         )
 
 
-def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
+def measure(runtime: Runtime, tokens: int = CHUNK) -> MeasuredSpeed:
     """Measure prefill of so many tokens, and some steps of the base and of the largest adapter.
 
     Takes two seconds or three, and at most twelve more for the base after a longer prompt.
     """
     base, _ = loaded_bundle(runtime).context()
-    most = base.engine.capacity({}) - STEPS - 1
-    tokens, name = min(tokens, most), _slowest(runtime)
+    capacity = base.engine.capacity({}) - STEPS - 1
+    tokens, name = min(tokens, capacity), _largest_adapter(runtime)
     prefills_s: list[float] = []
     steps_s: list[float] = []
     long_s: list[float] = []
@@ -82,23 +82,23 @@ def measure(runtime: Runtime, tokens: int = CHUNK) -> Measured:
         prefills_s.append(prefill_s)
         steps_s += times
         # The first round decides for all.
-        longer = min(most, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
-        if longer >= 2 * tokens:
-            long_s += _timed(runtime, None, longer)[1]
+        long_tokens = min(capacity, _LONGEST, int(tokens / prefills_s[0] * _LONGEST_S))
+        if long_tokens >= 2 * tokens:
+            long_s += _timed(runtime, None, long_tokens)[1]
         if name is not None:
             adapter_s += _timed(runtime, name, tokens)[1]
-    return Measured(
+    return MeasuredSpeed(
         decode=1 / statistics.median(steps_s),
         prefill=tokens / statistics.median(prefills_s),
         tokens=tokens + STEPS // 2,
         adapter=name,
         adapter_decode=1 / statistics.median(adapter_s) if adapter_s else None,
-        long_tokens=longer + STEPS // 2,
+        long_tokens=long_tokens + STEPS // 2,
         long_decode=1 / statistics.median(long_s) if long_s else None,
     )
 
 
-def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
+def figures_of(needs: Needs, measured: MeasuredSpeed, threads: int) -> SpeedFigures:
     """The figures with which `speed_of` predicts what was measured; the bandwidth is measured on `threads` threads."""
     bandwidth = read_bandwidth(threads)
     body = max(needs.read_parameters - needs.head_parameters, 1)
@@ -110,19 +110,19 @@ def figures_of(needs: Needs, measured: Measured, threads: int) -> SpeedFigures:
     computing = 2 * needs.read_parameters / (compute * 1e9)
     # The layers take what is left after reading or computing. Where nothing is left, a step was faster than the
     # measurements of either allow, so it shows what the machine can do.
-    layer_us = max(_LEAST_LAYER_US, (seconds - max(reading, computing)) * 1e6 / needs.layers)
+    layer_us = max(_MIN_LAYER_US, (seconds - max(reading, computing)) * 1e6 / needs.layers)
     left = max(seconds - needs.layers * layer_us / 1e6, seconds / 2)
     bandwidth *= max(1.0, reading / left)
     compute *= max(1.0, computing / left)
-    module_us = _LEAST_MODULE_US
+    module_us = _MIN_MODULE_US
     if measured.adapter is not None and measured.adapter_decode is not None:
         size = needs.adapters[measured.adapter]
         extra = 1 / measured.adapter_decode - 1 / measured.decode - size.file_bytes / (bandwidth * 1e9)
-        module_us = max(_LEAST_MODULE_US, extra * 1e6 / max(size.modules, 1))
+        module_us = max(_MIN_MODULE_US, extra * 1e6 / max(size.modules, 1))
     return SpeedFigures(bandwidth, compute, layer_us, module_us, kv_bandwidth)
 
 
-def _kv_bandwidth(needs: Needs, measured: Measured, bandwidth: float) -> float:
+def _kv_bandwidth(needs: Needs, measured: MeasuredSpeed, bandwidth: float) -> float:
     """The rate at which attention reads keys and values, at most the memory's; the same if nothing shows less."""
     if measured.long_decode is None:
         return bandwidth
@@ -153,12 +153,12 @@ def read_calibration(path: Path, needs: Needs) -> Calibration:
     NotFoundError if there are none for the engine, UsageError for a file of another kind.
     """
     engines, engine = _read(path)["engines"], needs.engine
-    found = engines.get(engine)
-    if not found:
+    by_weights = engines.get(engine)
+    if not by_weights:
         remedy = f"measure them on the board: edgetune-run doctor BUNDLE --engine {engine} --calibrate {path.name}"
         raise NotFoundError(f"{path} has no figures for {engine}, only for {', '.join(engines) or 'none'}", remedy)
-    weights = needs.weights if needs.weights in found else next(iter(found))
-    return Calibration(SpeedFigures(**found[weights]), weights)
+    weights = needs.weights if needs.weights in by_weights else next(iter(by_weights))
+    return Calibration(SpeedFigures(**by_weights[weights]), weights)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -170,13 +170,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no JSON: {error}", "give a file of doctor --calibrate") from error
     engines = document.get("engines") if isinstance(document, dict) and document.get("kind") == KIND else None
     is_whole = isinstance(engines, dict) and all(
-        isinstance(found, dict) and all(_is_figures(figures) for figures in found.values())
-        for found in engines.values()
+        isinstance(by_weights, dict) and all(map(_is_figures, by_weights.values())) for by_weights in engines.values()
     )
     if not is_whole:
         raise UsageError(f"{path} is not a file of doctor --calibrate", "measure again on the board")
-    whole: dict[str, Any] = document
-    return whole
+    return cast("dict[str, Any]", document)
 
 
 def _is_figures(value: object) -> bool:
@@ -192,7 +190,7 @@ def _prompt(tokens: int) -> list[int]:
     return [3 + number % 97 for number in range(tokens)]
 
 
-def _slowest(runtime: Runtime) -> str | None:
+def _largest_adapter(runtime: Runtime) -> str | None:
     """The adapter that changes most modules, merged models and prefixes apart."""
     entries = runtime.manifest.adapters.values()
     names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) == "low_rank"]

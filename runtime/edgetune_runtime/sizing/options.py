@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
-
-from .needs import MB, Needs
 
 
 def with_options(needs: Needs, *, kv: str | None = None, cache_mb: float | None = None, serves: bool = False) -> Needs:
@@ -15,8 +14,7 @@ def with_options(needs: Needs, *, kv: str | None = None, cache_mb: float | None 
 
     Raises what `with_kv` raises.
     """
-    limit = needs.states_limit_bytes if cache_mb is None else int(cache_mb * MB)
-    changed = replace(needs, states_limit_bytes=limit, serves=serves)
+    changed = replace(needs, cache_mb=needs.cache_mb if cache_mb is None else cache_mb, serves=serves)
     return changed if kv is None else with_kv(changed, kv)
 
 

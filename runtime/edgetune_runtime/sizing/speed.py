@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edgetune_runtime.engines.needs import AdapterSize, Needs
+
 from .figures import SpeedFigures
-from .needs import AdapterSize, Needs
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ Slot = tuple[str, str, tuple[Active, ...], tuple[int, ...]]
 
 _LOG = logging.getLogger(__name__)
 
+CACHE_MB = 128
+"""Memory limit of saved states by default, in MB (10^6 bytes)."""
+
 CALLS = ""
 """Owner of the states of calls without a session: the last state of each set of adapters."""
 PROMPTS = "prompts"
@@ -86,14 +89,14 @@ def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]
     if key.base != other.base:
         return 0
     shared = common_prefix(tokens, others)
-    for mine, theirs in zip_longest(key.spans, other.spans):
-        if mine != theirs:
-            return min(shared, *(span[0] for span in (mine, theirs) if span is not None))
+    for span, other_span in zip_longest(key.spans, other.spans):
+        if span != other_span:
+            return min(shared, *(each[0] for each in (span, other_span) if each is not None))
     return shared
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The length of the common prefix of two token sequences."""
+def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
+    """The length of the common prefix of two sequences of tokens, or of characters."""
     for position, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return position

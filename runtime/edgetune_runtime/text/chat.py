@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError, importing
 from edgetune_runtime.limits import no_limits
 
 if TYPE_CHECKING:
@@ -176,11 +176,8 @@ def _answered(result: Message, waiting: Sequence[dict[str, Any]]) -> dict[str, A
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Template:
-    try:
+    with importing("chat templates need", "jinja2"):
         from .templates import compiled  # noqa: PLC0415 - see render
-    except ImportError as error:
-        message = "chat templates need jinja2, which is not installed"
-        raise IncompatibleError(message, "run: pip install jinja2") from error
     try:
         return compiled(template)
     except Exception as error:  # Python's parser has errors of its own

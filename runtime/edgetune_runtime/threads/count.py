@@ -59,7 +59,7 @@ class Usage:
 
 
 @dataclass
-class _Trial:
+class _ThreadTrial:
     """A trial of another number of threads: the number before, its seconds per token, and the ratio to reach."""
 
     before: int
@@ -90,7 +90,7 @@ class ThreadCount:
         self._first_hold_s, self._longest_hold_s = first_hold_s, longest_hold_s
         self._window = Usage()
         self._kind: Kind = PREFILL
-        self._trial: _Trial | None = None
+        self._trial: _ThreadTrial | None = None
         self._best_s: dict[Kind, float] = {}
         self._recent_s: dict[Kind, float] = {}
         self._hold_s = self._down_hold_s = first_hold_s
@@ -145,8 +145,8 @@ class ThreadCount:
             self._end_trial(self._trial, window)
         elif self.threads > 1 and window.share < FULL_SHARE:
             if now >= self._down_at:
-                had = int(window.share * self.threads + 0.2)
-                self._start_trial(max(1, min(had, self.threads - 1)), window, gain=1.0)
+                received = int(window.share * self.threads + 0.2)
+                self._start_trial(max(1, min(received, self.threads - 1)), window, gain=1.0)
                 self._up_at = now + self._hold_s
         elif self.threads < self.limit and (now >= self._blind_at or (now >= self._up_at and self._is_core_free())):
             self._blind_at = now + _BLIND_HOLDS * self._longest_hold_s
@@ -156,10 +156,10 @@ class ThreadCount:
 
     def _start_trial(self, threads: int, window: Usage, gain: float) -> None:
         """Change the number of threads, as a trial if the steps decode."""
-        self._trial = _Trial(self.threads, window.token_s, gain) if self._kind == DECODE else None
+        self._trial = _ThreadTrial(self.threads, window.token_s, gain) if self._kind == DECODE else None
         self.threads = threads
 
-    def _end_trial(self, trial: _Trial, window: Usage) -> None:
+    def _end_trial(self, trial: _ThreadTrial, window: Usage) -> None:
         """Keep the new number of threads if it was faster per token; else go back, and wait longer before a retry."""
         is_more, self._trial, self._window = self.threads > trial.before, None, Usage()
         if window.token_s <= trial.gain * trial.token_s:
@@ -190,10 +190,10 @@ class ThreadCount:
 
 def _others() -> int | None:
     """The smallest of up to three samples of other running threads, 1 ms apart, to leave out short-lived ones."""
-    least = others_running()
+    fewest = others_running()
     for _ in range(2):
-        if not least:
+        if not fewest:
             break
         time.sleep(0.001)
-        least = min(least, others_running() or 0)
-    return least
+        fewest = min(fewest, others_running() or 0)
+    return fewest

@@ -152,11 +152,11 @@ def disturbance(root: Path = ROOT) -> str | None:
 
     Samples for a tenth of a second, during which this process must not compute.
     """
-    looks = []
+    samples = []
     for _ in range(_SAMPLES):
-        looks.append(others_running(root) or 0)
+        samples.append(others_running(root) or 0)
         time.sleep(_SAMPLE_S)
-    running = sorted(looks)[_SAMPLES // 2]
+    running = sorted(samples)[_SAMPLES // 2]
     threads = f"{running} other running thread{'s' if running > 1 else ''} on {os.cpu_count() or 1} cores"
     reasons = [threads if running else None, throttling(root)]
     return "; ".join(reason for reason in reasons if reason) or None

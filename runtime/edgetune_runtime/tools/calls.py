@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.text.stream import TextStream
 
-from .formats import CallFormat, Hole
+from .formats import CallFormat, Placeholder
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
 _DECODER = json.JSONDecoder()
@@ -77,7 +77,7 @@ class CallReader:
 
     def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:
         """The call at this place, and where it ends."""
-        values: dict[Hole, Any] = {Hole.ID: uuid.uuid4().hex[:9]}
+        values: dict[Placeholder, Any] = {Placeholder.ID: uuid.uuid4().hex[:9]}
         for part in self.form.parts:
             if isinstance(part, str):
                 end = _after(text, at, part)
@@ -86,9 +86,9 @@ class CallReader:
             if end is None:
                 return None
             at = end
-        if self.names is not None and values[Hole.NAME] not in self.names:
+        if self.names is not None and values[Placeholder.NAME] not in self.names:
             return None
-        return ToolCall(values[Hole.NAME], values[Hole.ARGUMENTS], values[Hole.ID]), at
+        return ToolCall(values[Placeholder.NAME], values[Placeholder.ARGUMENTS], values[Placeholder.ID]), at
 
 
 class ContentStream:
@@ -138,8 +138,8 @@ def _after(text: str, at: int, literal: str) -> int | None:
     return at + len(literal) if text.startswith(literal, at) else None
 
 
-def _value(text: str, at: int, hole: Hole) -> tuple[Any, int | None]:
-    if hole is not Hole.ARGUMENTS:
+def _value(text: str, at: int, placeholder: Placeholder) -> tuple[Any, int | None]:
+    if placeholder is not Placeholder.ARGUMENTS:
         match = _WORD.match(text, at)
         return (match[0], match.end()) if match else (None, None)
     try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.decoding.schema import closed
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.wording import suggestion
 
 MODES = ("auto", "none", "required")
@@ -150,11 +150,8 @@ def _naming(name: str) -> Iterator[None]:
 
 def _of_function(function: Callable[..., Any]) -> dict[str, Any]:
     """The definition of a Python function: its name, docstring, and the schema of its parameters' type hints."""
-    try:
+    with importing("functions as tools need", "pydantic, or give definitions"):
         from pydantic import PydanticUserError, TypeAdapter  # noqa: PLC0415 - optional
-    except ImportError as error:
-        message = "functions as tools need pydantic, which is not installed"
-        raise IncompatibleError(message, "run: pip install pydantic, or give definitions") from error
     name = getattr(function, "__name__", type(function).__name__)
     try:
         adapter: Any = TypeAdapter

@@ -11,13 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.text.chat import Message, render
 
 SEPARATORS = {"spaced": (", ", ": "), "compact": (",", ":")}
 """What stands between the items and after the keys of JSON, as `decoding.output.SPACINGS` names it."""
 
 
-class Hole(Enum):
+class Placeholder(Enum):
     """A part of a call that differs from call to call."""
 
     NAME = "name"
@@ -25,7 +26,7 @@ class Hole(Enum):
     ID = "id"
 
 
-Part = str | Hole
+Part = str | Placeholder
 
 _MARKER = re.compile(r"\s*(<[^<>\s]{1,60}>|\[[A-Z_]{2,60}\])")
 _NAMES = ("edgetune_probe", "edgetune_other")
@@ -106,7 +107,7 @@ class TemplateTools:
     format: CallFormat
 
 
-_CALL: tuple[Part, ...] = (Hole.NAME, '", "arguments": ', Hole.ARGUMENTS)
+_CALL: tuple[Part, ...] = (Placeholder.NAME, '", "arguments": ', Placeholder.ARGUMENTS)
 HERMES = CallFormat('<tool_call>\n{"name": "', _CALL, '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>")
 """The format of Hermes and Qwen, also for templates that do not know tools."""
 _MENTIONED = {
@@ -187,15 +188,10 @@ class _Probe:
         before, answer, after = plain.rpartition(_ANSWER)
         if not text or not answer:
             return ""
-        start = shared(text, before)
+        start = common_prefix(text, before)
         rest = text[start:]
-        tail = shared(rest[::-1], after[::-1])
+        tail = common_prefix(rest[::-1], after[::-1])
         return rest[: len(rest) - tail]
-
-
-def shared(one: str, other: str) -> int:
-    """The length of the common prefix of two texts."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _call_of(number: int) -> dict[str, Any]:
@@ -204,17 +200,21 @@ def _call_of(number: int) -> dict[str, Any]:
 
 def _cut(body: str, number: int, arguments: str) -> tuple[str, tuple[Part, ...], str] | None:
     """What is before a probe's call, its parts, and what is after it; None if name or arguments are missing."""
-    values = {Hole.NAME: _NAMES[number], Hole.ARGUMENTS: arguments, Hole.ID: _IDS[number]}
-    name = body.find(values[Hole.NAME])
+    values = {Placeholder.NAME: _NAMES[number], Placeholder.ARGUMENTS: arguments, Placeholder.ID: _IDS[number]}
+    name = body.find(values[Placeholder.NAME])
     # With two calls, the arguments of the second are those after its name.
-    places = {Hole.NAME: name, Hole.ARGUMENTS: body.find(arguments, name), Hole.ID: body.find(values[Hole.ID])}
-    if places[Hole.NAME] < 0 or places[Hole.ARGUMENTS] < 0:
+    places = {
+        Placeholder.NAME: name,
+        Placeholder.ARGUMENTS: body.find(arguments, name),
+        Placeholder.ID: body.find(values[Placeholder.ID]),
+    }
+    if places[Placeholder.NAME] < 0 or places[Placeholder.ARGUMENTS] < 0:
         return None
-    ordered = sorted((place, hole.value) for hole, place in places.items() if place >= 0)
+    ordered = sorted((place, placeholder.value) for placeholder, place in places.items() if place >= 0)
     parts: list[Part] = []
     start = at = ordered[0][0]
     for place, value in ordered:
-        hole = Hole(value)
-        parts += [body[at:place], hole] if place > at else [hole]
-        at = place + len(values[hole])
+        placeholder = Placeholder(value)
+        parts += [body[at:place], placeholder] if place > at else [placeholder]
+        at = place + len(values[placeholder])
     return body[:start], tuple(parts), body[at:]

@@ -11,9 +11,10 @@ from edgetune_runtime.decoding.output import SPACINGS, OutputSpec
 from edgetune_runtime.decoding.schema import closed
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.states.cache import common_prefix
 
 from .definitions import Tool, ToolSet
-from .formats import CallFormat, Hole, shared
+from .formats import CallFormat, Placeholder
 
 _NAMED = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
 _ID = "/[A-Za-z0-9]{9}/"
@@ -125,7 +126,7 @@ class _Writer:
         if form.between is None or not many:
             return [f"calls: call {self._literal(form.end)}", *rules]
         # What the text between calls and that after the last have in common decides nothing.
-        same = shared(form.between, form.end)
+        same = common_prefix(form.between, form.end)
         common, between, end = map(self._literal, (form.end[:same], form.between[same:], form.end[same:]))
         return [f"calls: call {common} ({between} call {common})* {end}", *rules]
 
@@ -133,11 +134,11 @@ class _Writer:
         texts: list[str] = []
         rules = []
         for part in self._form.parts:
-            if part is Hole.NAME:
+            if part is Placeholder.NAME:
                 texts.append(self._literal(tool.name))
-            elif part is Hole.ID:
+            elif part is Placeholder.ID:
                 texts.append(_ID)
-            elif part is Hole.ARGUMENTS:
+            elif part is Placeholder.ARGUMENTS:
                 texts.append(f"{name}_arguments")
                 rules.append(_json(f"{name}_arguments", tool.schema, self._form.spacing))
             else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from edgetune_runtime.bundle import Manifest, read_manifest
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.server.binding import bind, can_be_reached
 
 if TYPE_CHECKING:
@@ -43,11 +43,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
 
     Raises UsageError for a wrong URI, a host that others can reach without --no-api-key, or a port in use.
     """
-    try:
+    with importing("the Wyoming service needs", '"edgetune-runtime[wyoming]"'):
         from .service import WyomingService, serve  # noqa: PLC0415 - only `wyoming` needs the extra
-    except ImportError as error:
-        message = f"the Wyoming service needs {error.name}, which is not installed"
-        raise IncompatibleError(message, 'run: pip install "edgetune-runtime[wyoming]"') from error
     adapter = _adapter(options.adapter, read_manifest(options.bundle))
     host, port = _address(options.uri)
     if can_be_reached(host) and not options.no_api_key:

@@ -160,23 +160,23 @@ class Client:
         elif Ping.is_type(event.type):
             await self._send(Pong(text=Ping.from_event(event).text).event())
 
-    async def _answer(self, asked: Transcript) -> None:
+    async def _answer(self, transcript: Transcript) -> None:
         """Send the answer piece by piece, then whole, for clients that do not read pieces."""
         service = self._service
         try:
             async with service.runtime.stream(
-                asked.text, adapter=service.adapter, max_tokens=service.max_tokens, deadline_s=service.deadline_s
+                transcript.text, adapter=service.adapter, max_tokens=service.max_tokens, deadline_s=service.deadline_s
             ) as stream:
-                await self._send(HandledStart(context=asked.context).event())
+                await self._send(HandledStart(context=transcript.context).event())
                 async for piece in stream:
                     await self._send(HandledChunk(text=piece).event())
                 answer = stream.answer
             assert answer is not None
-            await self._send(Handled(text=answer.text, context=asked.context).event())
+            await self._send(Handled(text=answer.text, context=transcript.context).event())
             await self._send(HandledStop().event())
         except EdgetuneError as error:
             _LOG.warning("a transcript was not answered: %s", error)
-            await self._send(NotHandled(text=str(error), context=asked.context).event())
+            await self._send(NotHandled(text=str(error), context=transcript.context).event())
 
     async def _send(self, event: Event) -> None:
         async with asyncio.timeout(self._service.limits.client_s):

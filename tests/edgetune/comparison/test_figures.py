@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from matplotlib.text import Annotation
+from matplotlib.figure import Figure
 
 from edgetune.bases import Base, load_torch
 from edgetune.comparison import plots
@@ -172,8 +172,8 @@ def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation()
 
 def test_the_plot_of_speeds_marks_what_was_timed_on_a_busy_machine(tmp_path: Path) -> None:
     outcomes = [outcome("calm", gguf=engine(0.9, 10)), outcome("busy", gguf=replace(engine(0.8, 10), slow=True))]
-    texts = [text.get_text() for text in plots._speeds(outcomes).axes[0].texts if isinstance(text, Annotation)]
-    assert texts == ["calm", "busy*"]
+    assert _legend(plots._speeds(outcomes)) == ["gguf", "calm", "busy*"]
+    assert _legend(plots._sizes(outcomes)) == ["gguf", "calm", "busy"]
     captions = [picture.caption for picture in plots.plots(outcomes, tmp_path)]
     assert [caption for caption in captions if "busy machine" in caption] == [captions[1]]
     assert not any("busy machine" in picture.caption for picture in plots.plots(outcomes[:1], tmp_path))
@@ -221,15 +221,25 @@ def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
     assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
 
 
-def test_labels_of_a_plot_cover_no_other_label(tmp_path: Path) -> None:
-    crowd = [outcome(f"method-r{n}", gguf=engine(0.9 + n / 500, 1_000_000 * (n + 1))) for n in range(9)]
+@pytest.mark.parametrize("trials", [9, 15, 32])
+def test_each_trial_has_a_colour_in_a_legend_that_covers_no_point(trials: int, tmp_path: Path) -> None:
+    crowd = [outcome(f"method-r{n}", gguf=engine(0.9 + n / 500, 1_000_000 * (n + 1))) for n in range(trials)]
     figure = plots._sizes(crowd)
     figure.savefig(tmp_path / "sizes.png")
-    renderer: Any = figure.canvas
-    texts = [text for text in figure.axes[0].texts if isinstance(text, Annotation)]
-    boxes = [plots._extent(text, renderer.get_renderer()) for text in texts]
-    assert len(boxes) == 9
-    assert not [(a, b) for a in range(9) for b in range(a) if boxes[a].overlaps(boxes[b])]
+    assert _legend(figure) == ["gguf", *(one.name for one in crowd)]
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len({line.get_color() for line in legend.get_lines()}) == trials + 1
+    box = legend.get_window_extent()
+    assert not box.overlaps(axes.bbox)
+    assert box.x1 <= figure.bbox.x1 and box.y0 >= figure.bbox.y0 and box.y1 <= figure.bbox.y1
+
+
+def _legend(figure: Figure) -> list[str]:
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from typing import Any
 import gguf
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.backends.onnx.encoder import EncoderSource
+from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError

@@ -14,7 +14,7 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
-from edgetune_export.backends.onnx.encoder import EncoderSource
+from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import VerificationError

@@ -203,7 +203,7 @@ def check_count(name: str, options: dict[str, Any], arch: str, base: Base) -> No
         tuned = method.attach(make_model(arch, shape.vocabulary), chosen, 10)
     counted = sum(p.numel() for _, p in trainable(tuned))
     method.detach(tuned)
-    assert method.trained_parameters(shape, chosen) == counted
+    assert method.trained_parameters(method.trained(shape, chosen), chosen) == counted
 
 
 @pytest.mark.parametrize(("name", "options"), COUNTED)

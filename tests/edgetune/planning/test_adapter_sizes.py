@@ -16,7 +16,7 @@ from tiny import FINGERPRINT, make_model
 
 from edgetune import methods
 from edgetune.methods import Method, MethodOptions
-from edgetune.planning.adapters import shipped_values, size_in_memory
+from edgetune.planning.adapters import size_in_memory
 
 
 def lora(**options: Any) -> tuple[Method[Any], MethodOptions]:  # noqa: ANN401 - options of the method
@@ -24,9 +24,15 @@ def lora(**options: Any) -> tuple[Method[Any], MethodOptions]:  # noqa: ANN401 -
     return method, method.options.model_validate(options)
 
 
+def low_rank_values(base: BaseShape, **options: Any) -> int:  # noqa: ANN401 - options of the method
+    method, chosen = lora(**options)
+    return method.trained(base, chosen).low_rank_values
+
+
 def size_of(method: Method[Any], options: MethodOptions, shape: str, base: BaseShape, engine: str) -> AdapterSize:
-    modules = len(method.trained_modules(base, options))
-    return size_in_memory(shipped_values(method, options, shape, base), shape, modules, engine, dtype="f16")
+    trained = method.trained(base, options)
+    values = {"low_rank": trained.low_rank_values, "prefix": method.prefix_tokens(options) * base.kv_values_per_token}
+    return size_in_memory(values[shape], shape, len(trained.modules), engine, dtype="f16")
 
 
 @pytest.mark.parametrize(
@@ -65,17 +71,17 @@ def test_a_single_target_module_may_be_written_as_text(tiny_gguf: Callable[[str]
 
 def test_modules_still_to_be_chosen_count_as_all_but_the_output_layer(tiny_gguf: Callable[[str], Path]) -> None:
     shape = BaseShape.of_header(read_header(tiny_gguf("llama")))
-    auto, every = (lora(target_modules=targets) for targets in ("auto", "all-linear"))
-    assert shipped_values(*auto, "low_rank", shape) == shipped_values(*every, "low_rank", shape)
-    with_head = lora(target_modules=("lm_head", "q_proj"))
-    assert shipped_values(*with_head, "low_rank", shape) > shipped_values(
-        *lora(target_modules="q_proj"), "low_rank", shape
+    auto, every, head, without = (
+        low_rank_values(shape, target_modules=targets)
+        for targets in ("auto", "all-linear", ("lm_head", "q_proj"), "q_proj")
     )
+    assert auto == every
+    assert head > without
 
 
 def test_each_engine_holds_an_adapter_in_its_own_types(tiny_gguf: Callable[[str], Path]) -> None:
     shape = BaseShape.of_header(read_header(tiny_gguf("llama")))
-    values = shipped_values(*lora(), "low_rank", shape)
+    values = low_rank_values(shape)
     in_gguf, in_onnx = (size_of(*lora(), "low_rank", shape, name) for name in ("gguf", "onnx"))
     assert (in_gguf.file_bytes, in_onnx.file_bytes) == (
         2 * values,

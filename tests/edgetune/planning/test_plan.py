@@ -50,7 +50,7 @@ def test_a_plan_without_data_has_shapes_and_sizes_by_format(tiny_gguf: Callable[
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {"name": "lora", "r": 4}, targets=["gguf", "onnx"])
     (tmp_path / "rows.jsonl").unlink()
     adapter = bundle_of(recipe).adapters["command"]
-    assert (adapter.rank, adapter.modules, adapter.rows) == (4, 14, None)
+    assert (adapter.rank, adapter.to_json()["modules"], adapter.rows) == (4, 14, None)
     assert adapter.shapes == {"gguf": "low_rank", "onnx": "low_rank"}
     assert 0 < adapter.bytes_by_format["gguf"] < adapter.bytes_by_format["onnx"]
 
@@ -61,7 +61,7 @@ def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_p
     auto, options = plan.adapters["command"], methods.load("lora").options(r=2, target_modules=("o_proj",))
     chosen = with_options(auto, options, plan.source.shape, "auto")
     assert (auto.target_modules, auto.rank, chosen.target_modules, chosen.rank) == ("auto", 8, ("o_proj",), 2)
-    assert chosen.modules == 2 and 20 * chosen.bytes_by_format["gguf"] < auto.bytes_by_format["gguf"]
+    assert chosen.to_json()["modules"] == 2 and 20 * chosen.bytes_by_format["gguf"] < auto.bytes_by_format["gguf"]
     completed = plan.with_adapters({"command": chosen})
     assert completed.recipe.adapters["command"].method.options == options
 

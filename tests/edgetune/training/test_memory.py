@@ -129,7 +129,7 @@ def test_what_a_pass_keeps_is_predicted_by_the_shape(method: str, options: dict[
     batch = NEXT_TOKEN.batch([row])
     found = layer_cost(lambda: NEXT_TOKEN.loss(tuned, tuned, batch), layers_of(base))
     tokens = 100 + kind.prefix_tokens(chosen) * (method == "prompt")
-    told = predicted(SHAPE, kind, chosen, "fp32")
+    told = predicted(kind, chosen, kind.trained(SHAPE, chosen), "fp32")
     assert found.kept / tokens == pytest.approx(told.per_token / 2, rel=0.15)
     assert found.input / tokens == told.input_per_token
 
@@ -155,7 +155,8 @@ def test_the_linear_modules_are_those_of_the_model(arch: str, tiny_base: Callabl
 def test_a_need_grows_with_rows_and_with_what_is_trained() -> None:
     def need(method: str, row: int, batch: int) -> tuple[float, float]:
         kind = methods.load(method)
-        found = training_need(SHAPE, kind, kind.options(), longest_row=row, batch_tokens=batch, precision="fp32")
+        trained = kind.trained(SHAPE, kind.options())
+        found = training_need(kind, kind.options(), trained, longest_row=row, batch_tokens=batch, precision="fp32")
         return found.least_mb, found.planned_mb
 
     short, long, full = need("lora", 100, 800), need("lora", 500, 4000), need("full", 100, 800)
@@ -165,9 +166,10 @@ def test_a_need_grows_with_rows_and_with_what_is_trained() -> None:
 
 
 def test_int8_takes_two_bytes_more_for_each_weight_of_the_layers() -> None:
-    kind = methods.load("lora")
+    kind, options = methods.load("lora"), methods.load("lora").options()
+    trained = kind.trained(SHAPE, options)
     sizes = {"longest_row": 100, "batch_tokens": 800}
-    fp32, int8 = (training_need(SHAPE, kind, kind.options(), **sizes, precision=p) for p in ("fp32", "int8"))
+    fp32, int8 = (training_need(kind, options, trained, **sizes, precision=p) for p in ("fp32", "int8"))
     weights = 2 * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
     assert int8.least_mb - fp32.least_mb == pytest.approx(2 * weights / 1e6)
     assert int8.planned_mb - fp32.planned_mb == pytest.approx(2 * weights / 1e6)

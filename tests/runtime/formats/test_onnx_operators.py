@@ -5,7 +5,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from edgetune_export.backends.onnx.encoder import EncoderSource
+from edgetune_export.backends.base import EncoderSource
 from edgetune_export.backends.onnx.encoder import write_base as write_encoder
 from edgetune_runtime import VerificationError
 from edgetune_runtime.formats.onnx_file import read_onnx

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf.engine import GgufEngine

@@ -13,7 +13,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.options import split_options
 from edgetune_runtime.tools.calls import CallReader
-from edgetune_runtime.tools.formats import HERMES, CallFormat, Hole
+from edgetune_runtime.tools.formats import HERMES, CallFormat, Placeholder
 from jsonschema import validate
 from runtime.bundles import change_manifest
 from runtime.tools.templates import CONTROLS, FAMILIES
@@ -40,7 +40,7 @@ AREA = {
     "required": ["area"],
     "additionalProperties": False,
 }
-LLAMA3_FORM = CallFormat('{"name": "', (Hole.NAME, '", "parameters": ', Hole.ARGUMENTS), None, "}")
+LLAMA3_FORM = CallFormat('{"name": "', (Placeholder.NAME, '", "parameters": ', Placeholder.ARGUMENTS), None, "}")
 HOT: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 200}
 TEMPLATES = {**FAMILIES, "plain": CHAT_TEMPLATE}
 

@@ -6,15 +6,12 @@ rows of q and k in another order than the Hugging Face model, B's rows are reord
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.atomic import replacing, require_space
 from edgetune_runtime.formats.gguf_file import INVOCATION_TOKENS, GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.wording import first_of
@@ -23,11 +20,12 @@ from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
 from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.base import Source
+from edgetune_export.base_file import merge
+from edgetune_export.base_file.quantize import quantize_rows
 
 from . import FORMAT
 from .prefix import write_prefix
-from .quantize import quantize_rows
-from .rounding import rounded
+from .writer import adapter_file
 
 SHAPES = ("low_rank", "prefix", "merged")
 ADAPTER_FILE = "adapter.gguf"
@@ -35,14 +33,6 @@ MODEL_FILE = "model.gguf"
 PACKAGES = ("llama-cpp-python",)
 
 _F16_MAX = float(np.finfo(np.float16).max)
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """A delta with the base tensor that it changes, rows in the base's order."""
-
-    tensor: TensorInfo
-    delta: Delta
 
 
 def write_base(source: Source, folder: Path, _adapters: Sequence[Adapter]) -> Path:
@@ -69,30 +59,17 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
     if not isinstance(adapter, LowRank):
         raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "choose another target")
     placed = _place(adapter, header)
-    alpha = max(item.delta.rank for item in placed)
-    with replacing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, header.architecture)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(adapter.name)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        writer.add_string("edgetune.base_fingerprint", base_fingerprint)
-        writer.add_string("edgetune.method", adapter.method)
+    alpha = max(delta.rank for _, delta in placed)
+    with adapter_file(adapter, header, out, kind="lora", alpha=alpha, base_fingerprint=base_fingerprint) as writer:
         if adapter.invocation:
             # llama.cpp refuses the signed numbers that add_array would write.
             tokens, kinds = list(adapter.invocation), gguf.GGUFValueType
             writer.add_key_value(INVOCATION_TOKENS, tokens, kinds.ARRAY, sub_type=kinds.UINT32)
-        for item in placed:
+        for tensor, delta in placed:
             # llama.cpp multiplies by alpha / rank, and alpha is one number for the whole file.
-            b = item.delta.b * np.float32(item.delta.rank / alpha)
-            _add_tensor(writer, f"{item.tensor.name}.lora_a", item.delta.a, dtype)
-            _add_tensor(writer, f"{item.tensor.name}.lora_b", b, dtype)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+            b = delta.b * np.float32(delta.rank / alpha)
+            _add_tensor(writer, f"{tensor.name}.lora_a", delta.a, dtype)
+            _add_tensor(writer, f"{tensor.name}.lora_b", b, dtype)
 
 
 def weight_type(source: Source) -> str:
@@ -106,61 +83,20 @@ def values_by_type(file: Path) -> dict[str, int]:
 
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
-    """Write a copy of the base with the merged parameters: same header, same type and offset of each tensor.
+    """Write a copy of the base with the merged parameters; see `merge.write_merged`."""
+    merge.write_merged(merged, source.path, out)
 
-    Only these parameters are rounded, by `rounded`. Raises IncompatibleError if one does not fit the base or if a
-    tensor's type cannot be written, OutOfSpaceError if the disk is full.
+
+def _place(adapter: LowRank, header: GgufHeader) -> list[tuple[TensorInfo, Delta]]:
+    """The base's tensor of each module, and its delta with rows in the base's order.
+
+    IncompatibleError lists the modules that do not fit.
     """
-    base = source.path
-    header = read_header(base)
-    if not merged.parameters:
-        raise IncompatibleError(f"adapter {merged.name!r} changes no module", "train it with target modules")
-    placed = _place_parameters(merged, header)
-    with replacing(out) as temporary:
-        require_space(out, base.stat().st_size)
-        shutil.copyfile(base, temporary)
-        with temporary.open("r+b") as file:
-            for tensor, compute in placed:
-                values = _stored(compute(), tensor, header).reshape(-1, tensor.shape[0])
-                file.seek(tensor.offset)
-                held = file.read(tensor.nbytes)
-                file.seek(tensor.offset)
-                file.write(rounded(held, tensor, values))
-
-
-def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorInfo, Callable[[], Floats]]]:
-    """The base's tensor of each parameter; IncompatibleError lists the parameters that have none."""
-    names = name_map(header)
-    placed, problems = [], []
-    for parameter, compute in merged.parameters.items():
-        module, _, kind = parameter.rpartition(".")
-        tensor = header.tensors.get(f"{names.get_name(module)}.{kind}")
-        if tensor is None:
-            problems.append(f"the base has no tensor for {parameter}")
-        else:
-            placed.append((tensor, compute))
-    _refuse(merged.name, problems)
-    return placed
-
-
-def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
-    """A parameter as the file stores it: rows in the base's order, norms with the architecture's offset."""
-    if values.shape[::-1] != tensor.shape:
-        message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
-        raise IncompatibleError(message, "give the base that the model was trained from")
-    if tensor.name.endswith("norm.weight"):
-        return values + np.float32(architectures.of(header).norm_offset)
-    order = base_rows(tensor, header)
-    return values if order is None else values[order]
-
-
-def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
-    """Find the base tensor of each module and check that it fits; IncompatibleError lists the modules that do not."""
     architectures.of(header)
     if not adapter.modules:
         raise IncompatibleError(f"adapter {adapter.name!r} changes no module", "train it with target modules")
     names = name_map(header)
-    placed: list[_Placed] = []
+    placed: list[tuple[TensorInfo, Delta]] = []
     problems: list[str] = []
     for module, delta in adapter.modules.items():
         tensor = header.tensors.get(f"{names.get_name(module)}.weight")
@@ -168,15 +104,12 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[_Placed]:
         if problem or tensor is None:
             problems.append(problem)
         else:
-            placed.append(_Placed(tensor, _in_base_order(delta, tensor, header)))
-    _refuse(adapter.name, problems)
-    return placed
-
-
-def _refuse(name: str, problems: Sequence[str]) -> None:
+            order = base_rows(tensor, header)
+            placed.append((tensor, delta if order is None else Delta(delta.a, delta.b[order])))
     if problems:
-        message = f"adapter {name!r} does not fit this base: {first_of(problems)}"
+        message = f"adapter {adapter.name!r} does not fit this base: {first_of(problems)}"
         raise IncompatibleError(message, "give the base that the adapter was trained on")
+    return placed
 
 
 def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
@@ -189,11 +122,6 @@ def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
     if (rows, columns) == (delta.b.shape[0], delta.a.shape[1]):
         return ""
     return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
-
-
-def _in_base_order(delta: Delta, tensor: TensorInfo, header: GgufHeader) -> Delta:
-    order = base_rows(tensor, header)
-    return delta if order is None else Delta(delta.a, delta.b[order])
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, dtype: str) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.formats.gguf_file import CacheShape, cache_shape, prefix_tensor, read_header
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Prefix
+
+from .writer import adapter_file
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
 
@@ -33,31 +33,19 @@ def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fing
     header = read_header(base)
     check_prefix_fits(prefix, cache_shape(header))
     keys = _interleaved(prefix.keys) if architectures.of(header).interleaves_rows else prefix.keys
-    with replacing(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, header.architecture)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_name(prefix.name)
-        writer.add_string(gguf.Keys.Adapter.TYPE, prefix.shape)
-        writer.add_string("edgetune.base_fingerprint", base_fingerprint)
-        writer.add_string("edgetune.method", prefix.method)
+    with adapter_file(prefix, header, out, kind=prefix.shape, base_fingerprint=base_fingerprint) as writer:
         for layer in range(len(keys)):
             for which, heads in (("k", keys[layer]), ("v", prefix.values[layer])):
                 rows = np.ascontiguousarray(heads.swapaxes(0, 1), DTYPES[dtype])
                 writer.add_tensor(prefix_tensor(layer, which), rows)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
 
 
 def check_prefix_fits(prefix: Prefix, shape: CacheShape) -> None:
     """IncompatibleError if the base's keys and values have another shape, VerificationError if any overflows f16."""
     for what, array, size in (("keys", prefix.keys, shape.key_size), ("values", prefix.values, shape.value_size)):
-        wanted = (shape.layers, shape.heads, prefix.tokens, size)
-        if array.shape != wanted or not prefix.tokens:
-            message = f"prefix {prefix.name!r} has {what} of shape {array.shape}, but the base needs {wanted}"
+        needed = (shape.layers, shape.heads, prefix.tokens, size)
+        if array.shape != needed or not prefix.tokens:
+            message = f"prefix {prefix.name!r} has {what} of shape {array.shape}, but the base needs {needed}"
             raise IncompatibleError(message, "use the base that the prefix was trained on")
         largest = float(np.abs(array).max())
         if not largest <= _F16_MAX:

@@ -2,9 +2,18 @@
 
 from edgetune_runtime.bundle import CLASSIFICATION, GENERATION
 
-from edgetune_export.backends.format import Format
+from edgetune_export.backends.format import Format, OptionsByFormat
 
-FORMAT = Format(
+from .options import OnnxOptions
+
+
+class _Onnx(Format):
+    def writes_floats(self, options: OptionsByFormat) -> bool:
+        """With `weights: fp32`."""
+        return OnnxOptions.of(options).weights == "fp32"
+
+
+FORMAT = _Onnx(
     # onnxruntime-genai needs f32 adapters for a float32 graph.
     adapter_dtypes=("f32", "f16"),
     dtype_key="onnx_dtype",
@@ -14,4 +23,6 @@ FORMAT = Format(
     adapter_factor=1.25,
     # Includes the process that builds the graph.
     process_mb=1250.0,
+    # With `weights: int4`: it changes the base as much as a weak adapter does.
+    requantized_kl={"int4": 0.5},
 )

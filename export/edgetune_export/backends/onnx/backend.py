@@ -20,13 +20,13 @@ from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Adapter, LowRank, Merged, Tensors
 from edgetune_export.architectures import Architecture
 from edgetune_export.backends.base import Source
-from edgetune_export.backends.gguf import backend as gguf
-from edgetune_export.parity import INT4
+from edgetune_export.base_file import merge
 
 from . import slots as onnx_slots
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, add_logits_start, load_structure, put_ends, put_vectors, put_weights, run_builder, save_model
+from .graph import GRAPH, add_logits_start, load_structure, put_vectors, put_weights, run_builder, save_model
+from .options import OnnxOptions
 from .prefix import prefix_tensors
 from .tensors import add_tensor_slots, fill_tensors
 from .tokenizer import end_tokens, write_tokenizer
@@ -70,22 +70,23 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32"
 
 
 def write_merged(merged: Merged, source: Source, out: Path) -> None:
-    """Write a full model with the merged parameters, which are rounded to the base's types; see the GGUF backend."""
-    whole = source.work / f"{merged.name}.gguf"
-    gguf.write_merged(merged, source, whole)
-    _write_model(source, whole, out, (), merged)
-    whole.unlink()
+    """Write a full model with the merged parameters, rounded as in the merged GGUF file."""
+    gguf_file = source.work / f"{merged.name}.gguf"
+    merge.write_merged(merged, source.path, gguf_file)
+    _write_model(source, gguf_file, out, (), merged)
+    gguf_file.unlink()
 
 
 def weight_type(source: Source) -> str:
-    """The main type of the GGUF base, or what the graph has instead: f32, q8_0 for floats as int8, or INT4."""
+    """The main type of the GGUF base, or what the graph has instead: f32, q8_0 for floats as int8, or int4."""
     base = read_header(source.path).main_type
-    if source.onnx.weights == "fp32":
+    weights = OnnxOptions.of(source.options).weights
+    if weights == "fp32":
         return "f32"
-    if source.onnx.weights == "int4" and base.onnx_bits != 4:
-        return INT4
+    if weights == "int4" and base.onnx_bits != 4:
+        return weights
     if base.is_float:
-        return "q8_0" if source.onnx.weights == "int8" else "f32"
+        return "q8_0" if weights == "int8" else "f32"
     return base.name
 
 
@@ -105,13 +106,14 @@ def _write_model(
         vectors = {name: parameter.numpy(force=True) for name, parameter in _vectors(source).items()}
         changed = {name: compute() for name, compute in merged.parameters.items() if name in vectors}
         put_vectors(model.graph, base, {**vectors, **changed})
-    weights = source.onnx.weights
-    put_weights(model, file, "fp32" if weights == "int4" else weights)
-    put_ends(model, file, "int8" if weights == "int4" else weights)
-    if weights == "int4":
+    options = OnnxOptions.of(source.options)
+    if options.weights != "int4":
+        put_weights(model, file, layers=options.weights, vocabulary=options.weights)
+    else:
+        put_weights(model, file, layers="fp32", vocabulary="int8")
         from .quantize import requantize  # noqa: PLC0415 - it sets up logging for the whole process
 
-        model = requantize(model, source.onnx, config["model"]["decoder"]["head_size"])
+        model = requantize(model, options, source.calibration, config["model"]["decoder"]["head_size"])
     header = read_header(file)
     add_logits_start(model.graph)
     # Before the low-rank slots, so that they act on the outputs of these.

@@ -15,7 +15,6 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,15 @@ from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.wording import first_of
-from transformers import PreTrainedModel
 
 from edgetune_export.adapters.shapes import Floats, LowRank, Merged
-from edgetune_export.backends.base import Source
+from edgetune_export.backends.base import EncoderSource
+from edgetune_export.pooling import Pooled
 
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, Matrix, Projection, optional_input, replace_gather, replace_product, save_model
+from .graph import GRAPH, Matrix, Projection, named_node, optional_input, replace_gather, replace_product, save_model
+from .options import OnnxOptions
 from .slots import METADATA, add_slot, fill, slots_of
 from .weights import BLOCK, pack_floats
 
@@ -48,35 +48,6 @@ _OPSET = 23
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NAMES = ("input_ids", "attention_mask")
 _TOKENIZER = "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class EncoderSource(Source):
-    """The encoder of a build: `path` is its weights file, in the folder of its tokenizer; `model` is in float32.
-
-    `trained_context_length` is its longest text in tokens. The graph without slots is exported once per build, to
-    `work`.
-    """
-
-    trained_context_length: int = field(kw_only=True)
-
-
-class _Pooled(torch.nn.Module):
-    """The encoder with mean pooling of its last layer."""
-
-    def __init__(self, encoder: PreTrainedModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        last = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return mean_pooled(last, attention_mask)
-
-
-def mean_pooled(last: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean [rows, hidden] of the vectors [rows, tokens, hidden] where the mask [rows, tokens] is 1."""
-    weights = mask.unsqueeze(-1).to(last.dtype)
-    return (last * weights).sum(1) / weights.sum(1)
 
 
 def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank]) -> Path:
@@ -131,16 +102,16 @@ def write_merged(merged: Merged, _source: EncoderSource, _out: Path) -> None:
 
 def weight_type(source: EncoderSource) -> str:
     """The type of the graph's matrices: int8, or f32 if they are not quantized."""
-    return "f32" if source.onnx.weights == "fp32" else "int8"
+    return "f32" if OnnxOptions.of(source.options).weights == "fp32" else "int8"
 
 
 def _structure(source: EncoderSource) -> Path:
-    """The graph of the encoder with its pooling, for any batch and length."""
+    """The graph of the encoder with its pooling, for any batch and length, exported once per build."""
     out = source.work / "structure.onnx"
     if out.exists():
         return out
     assert source.model is not None
-    wrapped = _Pooled(source.model).eval()
+    wrapped = Pooled(source.model).eval()
     # Two rows of different lengths: the exporter treats a dimension of 1 as fixed.
     tokens, mask = torch.full((2, 6), 1), torch.ones((2, 6), dtype=torch.int64)
     mask[1, 4:] = 0
@@ -214,9 +185,8 @@ def _add_head(graph: ir.Graph, hidden: int) -> None:
     weight = optional_input(graph, HEAD_WEIGHT, np.zeros((hidden, 0), np.float32), [hidden, "labels"])
     bias = optional_input(graph, HEAD_BIAS, np.zeros(0, np.float32), ["labels"])
     pooled = graph.outputs[0]
-    product = ir.node("MatMul", [pooled, weight], name="classifier/MatMul")
-    product.outputs[0].name = "classifier/MatMul/output_0"
-    added = ir.node("Add", [product.outputs[0], bias], name="classifier/Add")
+    product = named_node("MatMul", [pooled, weight], "classifier/MatMul")
+    added = named_node("Add", [product.outputs[0], bias], "classifier/Add")
     logits = added.outputs[0]
     logits.name, logits.type, logits.shape = LOGITS, ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "labels"])
     graph.extend([product, added])

@@ -22,7 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
-from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows
 
 from .weights import BLOCK, PackedWeights, pack, pack_floats, packed_bits, reorder, stack
 
@@ -114,7 +114,7 @@ def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
         if match:
             layer, block, product = f"model.{match['layer']}", match["block"], match["product"]
             # The builder leaves some modules apart, whose names are those in transformers.
-            parts = fused.get(whole := f"{_BLOCKS[block]}.{product}", [whole])
+            parts = fused.get(module := f"{_BLOCKS[block]}.{product}", [module])
             found.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
         elif name == HEAD:
             found.append(Projection(node, "lm_head", ("lm_head",)))
@@ -142,16 +142,24 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
     return model
 
 
-def put_weights(model: ir.Model, base: Path, weights: str) -> None:
-    """Replace the graph's products by MatMulNBits with the weights of the GGUF `base`.
+def put_weights(model: ir.Model, base: Path, layers: str, vocabulary: str) -> None:
+    """Replace the graph's products by MatMulNBits with the weights of the GGUF `base`, its embedding by a
+    GatherBlockQuantized.
 
+    `layers` says how the matrices of the layers are stored, `vocabulary` those of the embedding and the output layer:
     `auto` keeps the base's blocks if the operator supports them, converts other blocks to 8 bits and keeps floats;
     `int8` also converts floats to 8 bits; `fp32` dequantizes everything.
     """
-    source = _Source(base, weights)
-    for projection in projections(model.graph, source.header):
+    reader = _MatrixReader(base, layers)
+    for projection in projections(model.graph, reader.header):
         if projection.node.name != HEAD:
-            replace_product(model.graph, projection.node, source.of(projection.modules))
+            replace_product(model.graph, projection.node, reader.of(projection.modules))
+    reader = _MatrixReader(base, vocabulary)
+    for node in list(model.graph):
+        if node.name == HEAD:
+            replace_product(model.graph, node, reader.of(("lm_head",)))
+        elif node.name == EMBEDDING:
+            replace_gather(model.graph, node, reader.of(("model.embed_tokens",)), "model.embed_tokens.weight")
 
 
 def _modules_by_product(base: GgufHeader) -> dict[str, list[str]]:
@@ -167,7 +175,7 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
 
     Raises IncompatibleError if the graph has no place for one of them.
     """
-    left, norm_offset = set(vectors), architectures.of(base).norm_offset
+    unplaced, norm_offset = set(vectors), architectures.of(base).norm_offset
     fused = {product: modules for product, modules in _modules_by_product(base).items() if len(modules) > 1}
     for initial in graph.initializers.values():
         name = initial.name or ""
@@ -175,26 +183,16 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
             name = pattern.sub(replacement, name)
         product = next((product for product in fused if f".{product}." in name), None)
         parts = [name] if product is None else [name.replace(product, module) for module in fused[product]]
-        if left.isdisjoint(parts):
+        if unplaced.isdisjoint(parts):
             continue
         values = np.concatenate([vectors[part] for part in parts]) + (norm_offset if "norm." in name else 0)
         initial.const_value = ir.Tensor(values.astype(np.float32), name=initial.name)
-        left.difference_update(parts)
-    if left:
-        raise IncompatibleError(f"the ONNX graph has no place for {min(left)}", "build for gguf")
+        unplaced.difference_update(parts)
+    if unplaced:
+        raise IncompatibleError(f"the ONNX graph has no place for {min(unplaced)}", "build for gguf")
 
 
-def put_ends(model: ir.Model, base: Path, weights: str) -> None:
-    """Like `put_weights`, for the embedding (GatherBlockQuantized) and the output layer (MatMulNBits)."""
-    source = _Source(base, weights)
-    for node in list(model.graph):
-        if node.name == HEAD:
-            replace_product(model.graph, node, source.of(("lm_head",)))
-        elif node.name == EMBEDDING:
-            replace_gather(model.graph, node, source.of(("model.embed_tokens",)), "model.embed_tokens.weight")
-
-
-class _Source:
+class _MatrixReader:
     """Reads matrices from the base's file by their Hugging Face names."""
 
     def __init__(self, base: Path, weights: str) -> None:
@@ -250,10 +248,19 @@ def add_logits_start(graph: ir.Graph) -> None:
     start = optional_input(graph, LOGITS_START, np.zeros(1, np.int64), [1])
     ends = initializer(graph, "logits_end", np.array([np.iinfo(np.int64).max], np.int64))
     axes = initializer(graph, "logits_axis", np.array([1], np.int64))
-    rows = ir.node("Slice", [head.inputs[0], start, ends, axes], name="/lm_head/Slice")
-    rows.outputs[0].name = "/lm_head/Slice/output_0"
+    rows = named_node("Slice", [head.inputs[0], start, ends, axes], "/lm_head/Slice")
     head.replace_input_with(0, rows.outputs[0])
     graph.insert_before(head, rows)
+
+
+def named_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Value | None = None) -> ir.Node:
+    """A node with an output named after it, with the type and shape of `like`."""
+    node = ir.node(op_type, inputs, name=name)
+    output = node.outputs[0]
+    output.name = f"{name}/output_0"
+    if like is not None:
+        output.type, output.shape = like.type, like.shape
+    return node
 
 
 def optional_input(
@@ -316,20 +323,11 @@ def replace_product(graph: ir.Graph, node: ir.Node, weights: Matrix) -> None:
     if weights.bits is None:
         weight.const_value = _lazy(lambda: weights.floats().T, (weights.columns, weights.rows), weight.name)
         return
-    stem = (weight.name or "").removesuffix(".weight")
-    attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
-    blocks = (weights.rows, weights.columns // BLOCK)
-    data = _lazy(
-        lambda: weights.packed().data,
-        (*blocks, BLOCK * weights.bits // 8),
-        f"{stem}.weight_q{weights.bits}",
-        ir.DataType.UINT8,
-    )
-    scales = _lazy(lambda: weights.packed().scales, blocks, f"{stem}.weight_scales")
-    values = [_register(graph, data), _register(graph, scales)]
+    name = f"{(weight.name or '').removesuffix('.weight')}.weight"
+    data, scales = _blocks(graph, weights, name, (weights.columns // BLOCK, BLOCK * weights.bits // 8))
     # accuracy_level 4 rounds activations to 8 bits, which the fast kernels need.
-    graph.opset_imports[MICROSOFT] = 1
-    _replace(graph, node, "MatMulNBits", [node.inputs[0], *values], {**attributes, "accuracy_level": 4})
+    attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
+    _replace(graph, node, "MatMulNBits", [node.inputs[0], data, scales], {**attributes, "accuracy_level": 4})
 
 
 def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -> None:
@@ -338,17 +336,17 @@ def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -
         table = _lazy(weights.floats, (weights.rows, weights.columns), f"{name}_rows")
         node.replace_input_with(0, _register(graph, table))
         return
+    data, scales = _blocks(graph, weights, name, (weights.columns * weights.bits // 8,))
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": weights.bits}
-    data = _lazy(
-        lambda: weights.packed().data.reshape(weights.rows, -1),
-        (weights.rows, weights.columns * weights.bits // 8),
-        f"{name}_q{weights.bits}",
-        ir.DataType.UINT8,
-    )
+    _replace(graph, node, "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
+
+
+def _blocks(graph: ir.Graph, weights: Matrix, name: str, row_shape: tuple[int, ...]) -> tuple[ir.Value, ir.Value]:
+    """Initializers for quantized blocks, with `row_shape` for each row, and for their scales."""
+    shape, data_name = (weights.rows, *row_shape), f"{name}_q{weights.bits}"
+    data = _lazy(lambda: weights.packed().data.reshape(shape), shape, data_name, ir.DataType.UINT8)
     scales = _lazy(lambda: weights.packed().scales, (weights.rows, weights.columns // BLOCK), f"{name}_scales")
-    graph.opset_imports[MICROSOFT] = 1
-    values = [_register(graph, data), node.inputs[1], _register(graph, scales)]
-    _replace(graph, node, "GatherBlockQuantized", values, attributes)
+    return _register(graph, data), _register(graph, scales)
 
 
 def _lazy(
@@ -371,9 +369,6 @@ def _replace(
     graph: ir.Graph, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
 ) -> None:
     """Replace the node by another operator with the same name and output."""
+    graph.opset_imports[MICROSOFT] = 1
     made = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
-    old, new = node.outputs[0], made.outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    graph.insert_after(node, made)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from edgetune_runtime.errors import UsageError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization import CalibrationDataReader
 from onnxruntime.quantization.matmul_nbits_quantizer import (
@@ -23,21 +22,17 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from edgetune_export.backends.base import OnnxOptions
-
 from .graph import HEAD
+from .options import OnnxOptions
 from .weights import BLOCK
 
-METHODS = ("rtn", "k_quant", "gptq")
 
-
-def requantize(model: ir.Model, options: OnnxOptions, head_size: int) -> ir.Model:
+def requantize(model: ir.Model, options: OnnxOptions, calibration: Sequence[Sequence[int]], head_size: int) -> ir.Model:
     """The graph with all products except the output layer in 4 bits per weight, in blocks of 32.
 
-    `head_size` is the size of a key; calibration starts with an empty KV cache. UsageError for an unknown method.
+    `head_size` is the size of a key; calibration starts with an empty KV cache. gptq without rows for calibration
+    rounds to nearest, as only the speed of the graph matters then.
     """
-    if options.method not in METHODS:
-        raise UsageError(f"no method {options.method!r}", f"choose one of: {', '.join(METHODS)}")
     # Matrices that were replaced are still listed, without values.
     RemoveUnusedNodesPass()(model)
     quantizer = _Quantizer(
@@ -45,7 +40,7 @@ def requantize(model: ir.Model, options: OnnxOptions, head_size: int) -> ir.Mode
         block_size=BLOCK,
         accuracy_level=4,
         nodes_to_exclude=[HEAD],
-        algo_config=_config(model, options, head_size),
+        algo_config=_config(model, options, calibration, head_size),
     )
     # It draws progress bars on standard output, where a caller may expect JSON.
     with redirect_stdout(io.StringIO()):
@@ -61,12 +56,12 @@ class _Quantizer(MatMulNBitsQuantizer):  # type: ignore[misc]
         return {**super()._generate_q4_node_config(), HEAD: "fp32"}
 
 
-def _config(model: ir.Model, options: OnnxOptions, head_size: int) -> Any:  # noqa: ANN401 - the library's classes share no public type
-    if options.method == "rtn":
-        return DefaultWeightOnlyQuantConfig(block_size=BLOCK, accuracy_level=4)
+def _config(model: ir.Model, options: OnnxOptions, calibration: Sequence[Sequence[int]], head_size: int) -> Any:  # noqa: ANN401 - the library's classes share no public type
     if options.method == "k_quant":
         return KQuantWeightOnlyQuantConfig()
-    return GPTQWeightOnlyQuantConfig(_Rows(model, options.calibration, head_size), block_size=BLOCK)
+    if options.method == "gptq" and calibration:
+        return GPTQWeightOnlyQuantConfig(_Rows(model, calibration, head_size), block_size=BLOCK)
+    return DefaultWeightOnlyQuantConfig(block_size=BLOCK, accuracy_level=4)
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from edgetune_runtime.wording import first_of
 from edgetune_export.adapters.shapes import Delta, Floats, LowRank
 from edgetune_export.architectures.shape import linear_modules
 
-from .graph import Projection, optional_input, projections
+from .graph import Projection, named_node, optional_input, projections
 
 METADATA = "edgetune.slots"
 """Metadata key of the graph: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
@@ -60,12 +60,9 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
 
     IncompatibleError lists modules without a slot or with another size.
     """
-    known = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
-    problems = [_misfit(module, delta, known) for module, delta in adapter.modules.items()]
-    problems = [problem for problem in problems if problem]
-    if problems:
-        message = f"adapter {adapter.name!r} does not fit the graph: {first_of(problems)}"
-        raise IncompatibleError(message, "export the base and its adapters together")
+    sizes = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
+    problems = [_misfit(module, delta, sizes) for module, delta in adapter.modules.items()]
+    refuse_misfits(adapter.name, [problem for problem in problems if problem])
     tensors: dict[str, Floats] = {}
     for slot, parts in slots.items():
         deltas = [(delta, start) for delta, start in _placed(adapter, parts) if delta is not None]
@@ -90,10 +87,17 @@ def _block_diagonal(deltas: Sequence[tuple[Delta, int]], outputs: int) -> Floats
     return b
 
 
-def _misfit(module: str, delta: Delta, known: Mapping[str, tuple[int, int]]) -> str:
-    if module not in known:
+def refuse_misfits(name: str, problems: Sequence[str]) -> None:
+    """IncompatibleError if there are problems of the adapter `name` with the graph."""
+    if problems:
+        message = f"adapter {name!r} does not fit the graph: {first_of(problems)}"
+        raise IncompatibleError(message, "export the base and its adapters together")
+
+
+def _misfit(module: str, delta: Delta, sizes: Mapping[str, tuple[int, int]]) -> str:
+    if module not in sizes:
         return f"no slot for {module}"
-    rows, columns = known[module]
+    rows, columns = sizes[module]
     if (rows, columns) != (delta.b.shape[0], delta.a.shape[1]):
         return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
     return ""
@@ -123,12 +127,9 @@ def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value
     rank = f"{name}.rank"
     a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
     b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
-    down = ir.node("MatMul", [read, a], name=f"{name}/lora_A")
-    up = ir.node("MatMul", [down.outputs[0], b], name=f"{name}/lora_B")
-    added = ir.node("Add", [plain, up.outputs[0]], name=f"{name}/lora_Add")
-    for made in (down, up, added):
-        made.outputs[0].name = f"{made.name}/output_0"
-    added.outputs[0].type, added.outputs[0].shape = plain.type, plain.shape
+    down = named_node("MatMul", [read, a], f"{name}/lora_A")
+    up = named_node("MatMul", [down.outputs[0], b], f"{name}/lora_B")
+    added = named_node("Add", [plain, up.outputs[0]], f"{name}/lora_Add", like=plain)
     insert_after(graph, plain, [down, up, added])
 
 

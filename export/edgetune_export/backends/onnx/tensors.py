@@ -31,8 +31,8 @@ from edgetune_runtime.wording import first_of
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scaling, Tensors
 from edgetune_export.architectures.shape import linear_modules
 
-from .graph import Projection, optional_input, projections
-from .slots import insert_after, split_after
+from .graph import Projection, named_node, optional_input, projections
+from .slots import insert_after, refuse_misfits, split_after
 
 METADATA = "edgetune.scalings"
 """Metadata key of the graph: JSON of {input: [[module of the Hugging Face model, its number of factors], …]}."""
@@ -54,9 +54,9 @@ def add_tensor_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[Ten
     for adapter in adapters:
         for module, scaling in adapter.scalings.items():
             scaled[scaling.side].add(module)
-    known = _scale_inputs(model.graph, products, widths, scaled["input"])
-    known |= _scale_outputs(model.graph, products, widths, scaled["output"])
-    model.metadata_props[METADATA] = json.dumps(known)
+    inputs = _scale_inputs(model.graph, products, widths, scaled["input"])
+    inputs |= _scale_outputs(model.graph, products, widths, scaled["output"])
+    model.metadata_props[METADATA] = json.dumps(inputs)
 
 
 def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
@@ -65,17 +65,14 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
     IncompatibleError lists modules and blocks without a slot or with another size.
     """
     slots = tensor_slots_of(header)
-    inputs = json.loads(header.metadata.get(METADATA, "{}"))
-    problems = [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)]
-    if problems:
-        message = f"adapter {adapter.name!r} does not fit the graph: {first_of(problems)}"
-        raise IncompatibleError(message, "export the base and its adapters together")
+    inputs: Mapping[str, _Parts] = json.loads(header.metadata.get(METADATA, "{}"))
+    refuse_misfits(adapter.name, [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)])
     tensors: dict[str, Floats] = {}
     for name, parts in inputs.items():
-        own = {module: adapter.scalings[module].factors for module in _scaled_by(adapter.scalings, name, parts)}
-        if own:
-            factors = [own.get(module, np.ones(width, np.float32)) for module, width in parts]
-            tensors[name] = np.concatenate(factors)
+        scalings = {module: adapter.scalings[module] for module, _ in parts if module in adapter.scalings}
+        factors = {module: scaling.factors for module, scaling in scalings.items() if scaling.side == _side_of(name)}
+        if factors:
+            tensors[name] = np.concatenate([factors.get(module, np.ones(width, np.float32)) for module, width in parts])
     for block, bottleneck in adapter.bottlenecks.items():
         slot = _slot_of(block, bottleneck)
         tensors[slot + DOWN], tensors[slot + DOWN_BIAS] = bottleneck.down.T, bottleneck.down_bias
@@ -84,25 +81,21 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
     return tensors
 
 
-def _scaled_by(scalings: Mapping[str, Scaling], name: str, parts: _Parts) -> list[str]:
-    """The modules of an input of factors for which these scalings have factors."""
-    own = [module for module, _ in parts if module in scalings]
-    return [module for module in own if name.endswith(SCALINGS[scalings[module].side])]
+def _side_of(name: str) -> str:
+    """Whether an input of factors scales the outputs or the inputs of its modules."""
+    return next(side for side, suffix in SCALINGS.items() if name.endswith(suffix))
 
 
 def _misfits(scalings: Mapping[str, Scaling], inputs: Mapping[str, _Parts]) -> list[str]:
     """Problems with modules that have no input of factors, or another number of them."""
-    widths = {
-        module: dict(parts)[module]
-        for name, parts in ((name, [(module, width) for module, width in raw]) for name, raw in inputs.items())
-        for module in _scaled_by(scalings, name, parts)
-    }
+    widths = {(module, _side_of(name)): width for name, parts in inputs.items() for module, width in parts}
     problems = []
     for module, scaling in scalings.items():
-        if module not in widths:
+        width = widths.get((module, scaling.side))
+        if width is None:
             problems.append(f"no slot for the {scaling.side} of {module}")
-        elif scaling.factors.shape != (widths[module],):
-            problems.append(f"{module} has factors of shape {scaling.factors.shape}, the base needs {widths[module]}")
+        elif scaling.factors.shape != (width,):
+            problems.append(f"{module} has factors of shape {scaling.factors.shape}, the base needs {width}")
     return problems
 
 
@@ -119,40 +112,40 @@ def _scale_inputs(
     graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
 ) -> dict[str, _Parts]:
     """Multiply the inputs of these modules' products by factors, only for these products."""
-    own = [product for product in products if set(product.modules) & set(modules)]
+    scaled = [product for product in products if set(product.modules) & set(modules)]
     shared = sorted(
-        set(modules) & {module for product in own if len(product.modules) > 1 for module in product.modules}
+        set(modules) & {module for product in scaled if len(product.modules) > 1 for module in product.modules}
     )
     if shared:
         message = f"ONNX cannot scale the inputs of {first_of(shared, separator=', ')}: other modules share the product"
         raise IncompatibleError(message, "scale the outputs, or merge the adapter (merged: true)")
-    known: dict[str, _Parts] = {}
-    for product in own:
+    inputs: dict[str, _Parts] = {}
+    for product in scaled:
         name, width = product.name + SCALINGS["input"], widths[product.modules[0]][0]
         value = product.node.inputs[0]
         assert value is not None
         factors = optional_input(graph, name, np.ones(width, np.float32), [width])
-        node = _node("Mul", [value, factors], f"{name}/Mul", like=value)
+        node = named_node("Mul", [value, factors], f"{name}/Mul", like=value)
         graph.insert_before(product.node, node)
         product.node.replace_input_with(0, node.outputs[0])
-        known[name] = [(product.modules[0], width)]
-    return known
+        inputs[name] = [(product.modules[0], width)]
+    return inputs
 
 
 def _scale_outputs(
     graph: ir.Graph, products: Sequence[Projection], widths: Mapping[str, tuple[int, ...]], modules: Collection[str]
 ) -> dict[str, _Parts]:
     """Multiply the outputs of these modules' products by factors."""
-    known: dict[str, _Parts] = {}
+    inputs: dict[str, _Parts] = {}
     for product in products:
         for stem, value, own in _outputs(product):
             if set(own) & set(modules):
                 name, parts = stem + SCALINGS["output"], [(module, widths[module][1]) for module in own]
                 width = sum(width for _, width in parts)
                 factors = optional_input(graph, name, np.ones(width, np.float32), [width])
-                insert_after(graph, value, [_node("Mul", [value, factors], f"{name}/Mul", like=value)])
-                known[name] = parts
-    return known
+                insert_after(graph, value, [named_node("Mul", [value, factors], f"{name}/Mul", like=value)])
+                inputs[name] = parts
+    return inputs
 
 
 def _outputs(product: Projection) -> list[tuple[str, ir.Value, tuple[str, ...]]]:
@@ -181,7 +174,7 @@ def _add_bottlenecks(
     for adapter in adapters:
         for block, own in adapter.bottlenecks.items():
             kinds.setdefault(block, {})[own.activation, own.reads] = None
-    for block, wanted in kinds.items():
+    for block, variants in kinds.items():
         own_products = [product for product in products if product.modules[0].rpartition(".")[0] == block]
         if not own_products:
             continue
@@ -191,11 +184,11 @@ def _add_bottlenecks(
         entry = first.node.inputs[0]
         assert entry is not None
         nodes, total = [], value
-        for activation, reads in wanted:
+        for activation, reads in variants:
             slot = bottleneck_slot(block, activation, reads)
             read, columns = (entry, widths[first.modules[0]][0]) if reads == "input" else (value, widths[output][1])
             nodes += _network(graph, slot, activation, read, (columns, widths[output][1]))
-            nodes.append(_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
+            nodes.append(named_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
             total = nodes[-1].outputs[0]
         insert_after(graph, value, nodes)
 
@@ -211,28 +204,19 @@ def _network(
     down_bias = optional_input(graph, slot + DOWN_BIAS, np.zeros(0, np.float32), [rank])
     up = optional_input(graph, slot + UP, np.zeros((0, rows), np.float32), [rank, rows])
     up_bias = optional_input(graph, slot + UP_BIAS, np.zeros(rows, np.float32), [rows])
-    nodes = [_node("MatMul", [read, down], f"{slot}/down")]
-    nodes.append(_node("Add", [nodes[-1].outputs[0], down_bias], f"{slot}/down_Add"))
+    nodes = [named_node("MatMul", [read, down], f"{slot}/down")]
+    nodes.append(named_node("Add", [nodes[-1].outputs[0], down_bias], f"{slot}/down_Add"))
     nodes += _activation(activation, nodes[-1].outputs[0], slot)
-    nodes.append(_node("MatMul", [nodes[-1].outputs[0], up], f"{slot}/up"))
-    nodes.append(_node("Add", [nodes[-1].outputs[0], up_bias], f"{slot}/up_Add"))
+    nodes.append(named_node("MatMul", [nodes[-1].outputs[0], up], f"{slot}/up"))
+    nodes.append(named_node("Add", [nodes[-1].outputs[0], up_bias], f"{slot}/up_Add"))
     return nodes
 
 
 def _activation(activation: Activation, value: ir.Value, slot: str) -> list[ir.Node]:
     if activation == "relu":
-        return [_node("Relu", [value], f"{slot}/Relu")]
+        return [named_node("Relu", [value], f"{slot}/Relu")]
     if activation == "gelu":
-        return [_node("Gelu", [value], f"{slot}/Gelu")]
+        return [named_node("Gelu", [value], f"{slot}/Gelu")]
     # ONNX has a SiLU operator only from operator set 24 on.
-    gate = _node("Sigmoid", [value], f"{slot}/Sigmoid")
-    return [gate, _node("Mul", [value, gate.outputs[0]], f"{slot}/Mul")]
-
-
-def _node(op_type: str, inputs: Sequence[ir.Value], name: str, like: ir.Value | None = None) -> ir.Node:
-    """A node with an output named after it, with the type and shape of `like`."""
-    node = ir.node(op_type, inputs, name=name)
-    node.outputs[0].name = f"{name}/output_0"
-    if like is not None:
-        node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
-    return node
+    gate = named_node("Sigmoid", [value], f"{slot}/Sigmoid")
+    return [gate, named_node("Mul", [value, gate.outputs[0]], f"{slot}/Mul")]

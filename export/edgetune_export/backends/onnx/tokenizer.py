@@ -1,7 +1,7 @@
 """Writes a GGUF base's tokenizer as `tokenizer.json` with its config, for runtimes without llama.cpp.
 
 The tokens' text, type and score come from llama.cpp itself, which corrects metadata of some files. Texts get the same
-token ids as in llama.cpp with these exceptions, which `differences` finds in given texts:
+token ids as in llama.cpp with these exceptions, of which a build warns if a task's texts have any:
 - Code points new in Unicode 16: the tables of Oniguruma (in tokenizers) have them, those of llama.cpp do not.
 - Overlapping special tokens in a text: here the first one matches, in llama.cpp the longest one.
 - Special tokens that strip the white space after them (Phi-3): Unicode white space here, ASCII in llama.cpp.
@@ -23,7 +23,7 @@ from typing import Any
 
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import Vocabulary, library, load_model
-from edgetune_runtime.engines.onnx.tokenizers import SPACE, JsonTokenizer, byte_character
+from edgetune_runtime.engines.onnx.tokenizers import SPACE, byte_character
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_base import check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
@@ -82,14 +82,8 @@ def write_tokenizer(base: Path, folder: Path) -> None:
 def end_tokens(base: Path) -> list[int]:
     """All tokens at which llama.cpp ends a generation, the end-of-turn token first."""
     with closing(GgufTokenizer(base)) as tokenizer:
-        found = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
-        return sorted(found, key=lambda token: token != tokenizer.end_token)
-
-
-def differences(base: Path, folder: Path, texts: Sequence[str]) -> list[str]:
-    """The texts for which the tokenizer in `folder` gives different tokens than the base's own."""
-    with closing(GgufTokenizer(base)) as ours, closing(JsonTokenizer(folder, end_tokens(base))) as written:
-        return [text for text in texts if ours.tokenize(text) != written.tokenize(text)]
+        ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
+        return sorted(ends, key=lambda token: token != tokenizer.end_token)
 
 
 @contextmanager
@@ -131,10 +125,10 @@ def _check_kind(header: GgufHeader) -> None:
 
 def _splits(header: GgufHeader) -> tuple[str, ...]:
     pre = header.metadata.get("tokenizer.ggml.pre", "")
-    found = next((patterns for names, patterns in _SPLITS.items() if pre in names), None)
-    if found is None:
+    patterns = next((splits for names, splits in _SPLITS.items() if pre in names), None)
+    if patterns is None:
         raise IncompatibleError(f"ONNX bundles do not support the pre-tokenizer {pre!r}", _REMEDY)
-    return found
+    return patterns
 
 
 def _tokens(vocabulary: Vocabulary, pointer: Any) -> list[_Token]:  # noqa: ANN401 - a bare pointer
@@ -205,19 +199,19 @@ def _ids(tokens: Sequence[_Token]) -> dict[str, int]:
 
 def _add_specials(tokenizer: Tokenizer, tokens: Sequence[_Token]) -> None:
     """Add the tokens that llama.cpp matches before all others: control, unknown and user-defined ones."""
-    for wanted, add in ((True, tokenizer.add_special_tokens), (False, tokenizer.add_tokens)):
-        found = [
+    for is_special, add in ((True, tokenizer.add_special_tokens), (False, tokenizer.add_tokens)):
+        added = [
             AddedToken(
                 token.text,
                 normalized=False,
-                special=wanted,
+                special=is_special,
                 lstrip=bool(token.attributes & _LSTRIP),
                 rstrip=bool(token.attributes & _RSTRIP),
             )
             for token in tokens
-            if token.attributes & (_SPECIAL | _USER_DEFINED) and bool(token.attributes & _SPECIAL) == wanted
+            if token.attributes & (_SPECIAL | _USER_DEFINED) and bool(token.attributes & _SPECIAL) == is_special
         ]
-        add(found)
+        add(added)
 
 
 def _add_bos(tokenizer: Tokenizer, text: str, token: int) -> None:

@@ -31,25 +31,25 @@ def _in_graph(graph: ir.Graph) -> dict[str, int]:
         tensor = value.const_value
         if tensor is None or name in scales:
             continue
-        place = (tensor.location, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else name
+        data = (tensor.location, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else name
         if name in bits:
-            counted[place] = f"int{bits[name]}", tensor.nbytes * 8 // bits[name]
+            counted[data] = f"int{bits[name]}", tensor.nbytes * 8 // bits[name]
         elif tensor.dtype in _FLOATS:
-            counted[place] = _FLOATS[tensor.dtype], tensor.size
+            counted[data] = _FLOATS[tensor.dtype], tensor.size
     return _sums(counted.values())
 
 
 def _quantized_data(graph: ir.Graph) -> tuple[dict[str, int], set[str]]:
     """Bits per value of each quantized initializer, and the names of the scales and zero points."""
     bits: dict[str, int] = {}
-    others: set[str] = set()
+    scales: set[str] = set()
     for node in graph:
         if node.op_type in _DATA:
             data = node.inputs[_DATA[node.op_type]]
             assert data is not None
             bits[data.name or ""] = node.attributes.get_int("bits", 4)
-            others.update(value.name or "" for value in node.inputs[_SCALES:] if value is not None)
-    return bits, others
+            scales.update(value.name or "" for value in node.inputs[_SCALES:] if value is not None)
+    return bits, scales
 
 
 def _in_adapter(file: Path) -> dict[str, int]:

@@ -16,28 +16,32 @@ import numpy.typing as npt
 from edgetune_runtime.formats.gguf_file import TensorInfo
 
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.backends.gguf.quantize import dequantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows
 
 BLOCK = 32
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Weights of `rows` outputs: `data` uint8 [rows, blocks, 32 · bits / 8], `scales` float32 [rows, blocks].
+    """Weights of `rows` outputs: `data` uint8 [rows, blocks, 32 · bits / 8], `scales` float32 [rows, blocks]."""
 
-    `exact`: every number is the same as in the base.
-    """
-
-    bits: int
     data: npt.NDArray[np.uint8]
     scales: Floats
-    columns: int
-    exact: bool
 
     @property
     def rows(self) -> int:
         """Number of outputs."""
         return int(self.data.shape[0])
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return int(self.data.shape[1]) * BLOCK
+
+    @property
+    def bits(self) -> int:
+        """Bits per weight: 4 or 8."""
+        return int(self.data.shape[2]) * 8 // BLOCK
 
 
 def packed_bits(tensor: TensorInfo) -> int | None:
@@ -56,14 +60,14 @@ def pack(data: bytes, tensor: TensorInfo) -> PackedWeights | None:
     if tensor.type.name == "q4_0":
         scales, levels = _split_scale(blocks)
         # GGUF pairs weight i with i + 16 in a byte, MatMulNBits pairs neighbours.
-        return PackedWeights(4, _join_nibbles(_gguf_nibbles(levels)), scales, columns, exact=True)
+        return PackedWeights(_join_nibbles(_gguf_nibbles(levels)), scales)
     if tensor.type.name == "q5_0":
         scales, rest = _split_scale(blocks)
         high = np.unpackbits(rest[..., :4], axis=-1, bitorder="little")
         fives = _gguf_nibbles(rest[..., 4:]) | (high << 4)
-        return PackedWeights(8, (fives + 128 - 16).astype(np.uint8), scales, columns, exact=True)
+        return PackedWeights((fives + 128 - 16).astype(np.uint8), scales)
     scales, signed = _split_scale(blocks)
-    return PackedWeights(8, signed ^ np.uint8(128), scales, columns, exact=True)
+    return PackedWeights(signed ^ np.uint8(128), scales)
 
 
 def pack_floats(values: Floats) -> PackedWeights:
@@ -73,7 +77,7 @@ def pack_floats(values: Floats) -> PackedWeights:
     scales = np.abs(blocks).max(-1) / np.float32(127)
     divisors = np.where(scales > 0, scales, np.float32(1))[..., None]
     levels = np.rint(blocks / divisors).astype(np.int16) + 128
-    return PackedWeights(8, levels.astype(np.uint8), scales.astype(np.float32), columns, exact=False)
+    return PackedWeights(levels.astype(np.uint8), scales.astype(np.float32))
 
 
 def widen(packed: PackedWeights) -> PackedWeights:
@@ -81,7 +85,7 @@ def widen(packed: PackedWeights) -> PackedWeights:
     if packed.bits == 8:
         return packed
     levels = np.stack([packed.data & 15, packed.data >> 4], -1).reshape(packed.rows, -1, BLOCK)
-    return PackedWeights(8, levels + np.uint8(128 - 8), packed.scales, packed.columns, packed.exact)
+    return PackedWeights(levels + np.uint8(128 - 8), packed.scales)
 
 
 def reorder(packed: PackedWeights, order: npt.NDArray[np.intp] | None) -> PackedWeights:
@@ -90,22 +94,14 @@ def reorder(packed: PackedWeights, order: npt.NDArray[np.intp] | None) -> Packed
         return packed
     data, scales = np.empty_like(packed.data), np.empty_like(packed.scales)
     data[order], scales[order] = packed.data, packed.scales
-    return PackedWeights(packed.bits, data, scales, packed.columns, packed.exact)
+    return PackedWeights(data, scales)
 
 
 def stack(parts: Sequence[PackedWeights]) -> PackedWeights:
     """Stack the rows of matrices with the same input, in the most bits of any."""
     if len({part.bits for part in parts}) > 1:
         parts = [widen(part) for part in parts]
-    data, scales = np.concatenate([p.data for p in parts]), np.concatenate([p.scales for p in parts])
-    return PackedWeights(parts[0].bits, data, scales, parts[0].columns, all(part.exact for part in parts))
-
-
-def unpack(packed: PackedWeights) -> Floats:
-    """The numbers that the operator computes with, float32 [rows, columns]."""
-    wide = widen(packed)
-    levels = wide.data.astype(np.float32) - np.float32(128)
-    return np.asarray((levels * wide.scales[..., None]).reshape(wide.rows, -1), np.float32)
+    return PackedWeights(np.concatenate([p.data for p in parts]), np.concatenate([p.scales for p in parts]))
 
 
 def _split_scale(blocks: npt.NDArray[np.uint8]) -> tuple[Floats, npt.NDArray[np.uint8]]:

@@ -157,11 +157,7 @@ class GgufEngine:
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
     ) -> None:
-        """Check and load an adapter file; does nothing if the name is already loaded.
-
-        Loading a prefix drops the sequence. VerificationError for a damaged file, IncompatibleError for an adapter of
-        another base or with other invocation tokens.
-        """
+        """See `Engine`; VerificationError for a damaged file."""
         if name in self._loaded:
             return
         header = read_header(path)
@@ -184,10 +180,7 @@ class GgufEngine:
         self._adapters[name] = adapter
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters with their scales; `{}` is the plain base.
-
-        Keeps the sequence, unless the prefix changes. UsageError for two prefixes or a scaled prefix.
-        """
+        """See `Engine`."""
         key = tuple(adapters.items())
         choice = self._choices.get(key)
         if choice is None:
@@ -235,7 +228,7 @@ class GgufEngine:
         self._stop.set()
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
+        """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         with self._undoing_if_stopped():
             for part in _parts(tokens, self._batch):
@@ -245,10 +238,7 @@ class GgufEngine:
         return self._last
 
     def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
-        """Append tokens; logits after each of the `last` ones (default: all), shape [last, vocab].
-
-        UsageError when the tokens do not fit in the context.
-        """
+        """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         first = len(tokens) - (len(tokens) if last is None else last)
         logits = np.empty((len(tokens) - first, self.tokenizer.vocab_size), np.float32)
@@ -264,11 +254,7 @@ class GgufEngine:
         return logits
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed.
-
-        The continuations form a prefix tree, decoded as branches of the sequence, so that common prefixes are decoded
-        once. UsageError when the last call was not a decode, or when a continuation does not fit in the context.
-        """
+        """See `Engine`; the continuations form a prefix tree, decoded as branches of the sequence."""
         if self._last is None:
             raise UsageError("there are no logits to score continuations with", "decode at least one token first")
         ordered = sorted({tuple(tokens) for tokens in continuations})

@@ -52,7 +52,7 @@ def library_folder(llama_cpp: ModuleType) -> Path:
     return Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(str(llama_cpp.__file__)).parent / "lib")
 
 
-def _registry(llama_cpp: ModuleType) -> ctypes.CDLL:
+def registry(llama_cpp: ModuleType) -> ctypes.CDLL:
     """The library through which the functions of llama.cpp's own backend registry are found."""
     # Wheels contain libggml under several names, and each name that is opened is a copy with a registry of its own.
     # Only Windows does not look for a function in the libraries that a library needs.
@@ -64,7 +64,7 @@ def load_backends(llama_cpp: ModuleType) -> None:
 
     IncompatibleError if none fits the processor.
     """
-    ggml = _registry(llama_cpp)
+    ggml = registry(llama_cpp)
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     if ggml.ggml_backend_reg_count() > 0:
         return
@@ -77,7 +77,7 @@ def load_backends(llama_cpp: ModuleType) -> None:
 
 def cpu_backend(llama_cpp: ModuleType) -> CpuBackend:
     """The CPU backend that is loaded."""
-    ggml = _registry(llama_cpp)
+    ggml = registry(llama_cpp)
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
     backend = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"CPU"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, VerificationError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
 from edgetune_runtime.text.controls import ControlTokens
@@ -163,14 +163,15 @@ class Vocabulary(PiecewiseTokenizer):
         llama = library()
         self._model = model
         self._vocab = llama.llama_model_get_vocab(model)
-        self.vocab_size: int = llama.llama_vocab_n_tokens(self._vocab)
-        self._bos: int = llama.llama_vocab_bos(self._vocab)
+        self.vocab_size = llama.llama_vocab_n_tokens(self._vocab)
+        bos: int = llama.llama_vocab_bos(self._vocab)
         self._eos: int = llama.llama_vocab_eos(self._vocab)
-        self.bos = self._text(self._bos)
+        self.bos = self._text(bos)
         self.eos = self._text(self._eos)
         template = llama.llama_model_chat_template(model, None)
         self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
-        self._adds_bos = self._bos >= 0 and bool(llama.llama_vocab_get_add_bos(self._vocab))
+        self._added_bos = [bos] if bos >= 0 and llama.llama_vocab_get_add_bos(self._vocab) else []
+        self._newline = llama.llama_vocab_nl(self._vocab)
         spm = llama.llama_vocab_type(self._vocab) == _SPM_VOCABULARY
         self._adds_space = spm and self.piece(self._raw("a")[0]).startswith(b" ")
         self._end_token: int | None = None
@@ -194,18 +195,10 @@ class Vocabulary(PiecewiseTokenizer):
     @cached_property
     def controls(self) -> ControlTokens:
         """The control tokens."""
-        self._check(0)
+        self._check()
         attributes = library().llama_vocab_get_attr
         tokens = (token for token in range(self.vocab_size) if attributes(self._vocab, token) & _UNKNOWN_OR_CONTROL)
         return ControlTokens(map(self._text, tokens))
-
-    def _tokenize(self, text: str, *, continues: bool) -> list[int]:
-        if continues:
-            return self._after_newline(text) if self._adds_space else self._raw(text)
-        tokens = self._raw(text)
-        if self._adds_bos and tokens[:1] != [self._bos]:
-            tokens.insert(0, self._bos)
-        return tokens
 
     def piece(self, token: int) -> bytes:
         """The bytes of `token`; empty for control tokens."""
@@ -221,7 +214,7 @@ class Vocabulary(PiecewiseTokenizer):
 
     def pieces(self) -> list[bytes]:
         """The bytes of every token, as `piece` gives them."""
-        self._check(0)
+        self._check()
         convert, vocab, size = library().llama_token_to_piece, self._vocab, 256
         # A buffer per token would take most of the time.
         buffer = ctypes.create_string_buffer(size)
@@ -238,13 +231,9 @@ class Vocabulary(PiecewiseTokenizer):
 
     def ends(self) -> list[int]:
         """All tokens that generation ends with, in order."""
-        self._check(0)
+        self._check()
         is_end, vocab = library().llama_vocab_is_eog, self._vocab
         return [token for token in range(self.vocab_size) if is_end(vocab, token)]
-
-    def close(self) -> None:
-        """Refuse all further calls, because the model is about to be freed."""
-        self.vocab_size = 0
 
     def _after_answer(self) -> list[int]:
         """The tokens that the chat template adds after an assistant's answer; none if it cannot render one."""
@@ -259,7 +248,7 @@ class Vocabulary(PiecewiseTokenizer):
         return self._raw(text.rpartition(answer)[2])
 
     def _raw(self, text: str) -> list[int]:
-        self._check(0)
+        self._check()
         data = text.encode("utf-8", "replace")
         size = len(data) + 8
         while True:
@@ -269,20 +258,6 @@ class Vocabulary(PiecewiseTokenizer):
                 return tokens[:count]
             size = -count
 
-    def _after_newline(self, text: str) -> list[int]:
-        # llama.cpp always adds a space before the first word, but not after a newline.
-        newline: int = library().llama_vocab_nl(self._vocab)
-        tokens = self._raw("\n" + text)
-        return tokens[tokens.index(newline) + 1 :] if newline in tokens else self._raw(text)
-
     def _text(self, token: int) -> str:
         text = library().llama_vocab_get_text(self._vocab, token) if token >= 0 else None
         return text.decode("utf-8", "replace") if text else ""
-
-    def _check(self, token: int) -> None:
-        # llama.cpp throws C++ exceptions through ctypes, which kill the process.
-        if self.vocab_size == 0:
-            raise UsageError("the tokenizer is closed", "open its file again")
-        if not 0 <= token < self.vocab_size:
-            message = f"no token {token} in a vocabulary of {self.vocab_size}"
-            raise UsageError(message, "use the tokenizer of this base")

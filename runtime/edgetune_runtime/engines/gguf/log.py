@@ -10,8 +10,12 @@ LOG = logging.getLogger("edgetune_runtime.llama_cpp")
 _DEBUG, _INFORMATION, _ERROR, _CONTINUED = 1, 2, 4, 5
 # Levels of ggml.h. llama.cpp logs a hundred info lines per model, so they become debug messages.
 _LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
-# Expected for each tensor of an adapter when the base is repacked.
-_NO_WARNING = "cannot use buft 'CPU_REPACK', fallback to CPU"
+_EXPECTED = (
+    # For each tensor of an adapter when the base is repacked.
+    "cannot use buft 'CPU_REPACK', fallback to CPU",
+    # For a model with slots, whose last layer of the KV cache is smaller.
+    "FA is not enabled - padding V cache to",
+)
 
 
 class LlamaLog:
@@ -61,5 +65,5 @@ class LlamaLog:
         if self._level == _ERROR:
             self._errors.append(line)
         if line:
-            is_expected = bool(self.stopping) or line.endswith(_NO_WARNING)
+            is_expected = bool(self.stopping) or any(text in line for text in _EXPECTED)
             LOG.log(logging.DEBUG if is_expected else _LEVELS.get(self._level, logging.DEBUG), "%s", line)

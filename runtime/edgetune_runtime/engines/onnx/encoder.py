@@ -91,11 +91,7 @@ class EncoderEngine:
         return parts, header.metadata.get("edgetune.base_fingerprint")
 
     def load_adapter(self, name: str, path: Path, fingerprint: str | None = None, labels: int | None = None) -> None:
-        """Check the adapter file against slots and head, load it and keep it; one already loaded is left as it is.
-
-        `labels` is how many labels its head must have. VerificationError for a damaged file, IncompatibleError for one
-        of another base.
-        """
+        """See `LabelEngine`."""
         if name in self._adapters:
             return
         arrays, version = adapter_arrays(path, name)
@@ -109,7 +105,7 @@ class EncoderEngine:
         }
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
-        """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""
+        """See `LabelEngine`."""
         text, remedy = text_of(prompt), "shorten the prompt, or open the bundle with a larger context_length"
         if len(text) > self.context_length * _MAX_CHARACTERS:
             message = f"the prompt has {len(text)} characters, and the context holds {self.context_length} tokens"

@@ -152,11 +152,7 @@ class OnnxEngine:
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
     ) -> None:
-        """Check and load an adapter file; does nothing if the name is already loaded.
-
-        These files do not contain invocation tokens. VerificationError for a damaged file, IncompatibleError for an
-        adapter of another base.
-        """
+        """See `Engine`; these files do not contain invocation tokens. VerificationError for a damaged file."""
         if name in self._loaded:
             return
         arrays, version = adapter_arrays(path, name)
@@ -176,10 +172,7 @@ class OnnxEngine:
         self._binding_of({name: 1.0})
 
     def activate(self, adapters: Mapping[str, float]) -> None:
-        """Switch to exactly these loaded adapters with their scales; `{}` is the plain base.
-
-        Keeps the sequence, unless the prefix changes. UsageError for two prefixes or a scaled prefix.
-        """
+        """See `Engine`."""
         check_scales(adapters, self._loaded)
         prefix = prefix_among(adapters, self._prefixes)
         self._binding = self._binding_of({name: scale for name, scale in adapters.items() if name in self._adapters})
@@ -209,7 +202,7 @@ class OnnxEngine:
         self._options.terminate = True
 
     def decode(self, tokens: Sequence[int]) -> Logits:
-        """Append tokens; logits after the last, shape [vocab]. UsageError when they do not fit in the context."""
+        """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
         row = np.empty((1, self._vocab_size), np.float32)
         with self._undoing_if_stopped():
@@ -219,10 +212,7 @@ class OnnxEngine:
         return self._last
 
     def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
-        """Append tokens; logits after each of the `last` ones (default: all), shape [last, vocab].
-
-        UsageError when the tokens do not fit in the context.
-        """
+        """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
         with self._undoing_if_stopped():
             logits = self._run_all(tokens, last)
@@ -230,11 +220,7 @@ class OnnxEngine:
         return logits
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed.
-
-        The continuations are scored in sorted order, so that common prefixes are computed once. UsageError when the
-        last call was not a decode, or when a continuation does not fit in the context.
-        """
+        """See `Engine`; the continuations are scored in sorted order, so that common prefixes are computed once."""
         if self._last is None:
             raise UsageError("there are no logits to score continuations with", "decode at least one token first")
         start, last = self._length, self._last

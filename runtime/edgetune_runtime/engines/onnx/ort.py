@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError, importing
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 OLDEST = (1, 31)
@@ -26,7 +26,7 @@ _INFORMATION, _WARNING, _FATAL = 1, 2, 4
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 """The levels for onnxruntime's severities 0 to 4. It logs 70 info lines per session, so they become debug messages."""
 
-_INSTALL = 'run: pip install --upgrade "edgetune-runtime[onnx]"'
+_INSTALL = '--upgrade "edgetune-runtime[onnx]"'
 
 
 @cache
@@ -37,14 +37,13 @@ def library() -> Any:  # noqa: ANN401 - a module without types
     imported; here it is, unless the user has set it.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
+    with importing("ONNX bundles need", _INSTALL):
         import onnxruntime  # noqa: PLC0415 - heavy and optional
-    except ImportError as error:
-        raise IncompatibleError("ONNX bundles need onnxruntime, which is not installed", _INSTALL) from error
     version = onnxruntime.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        raise IncompatibleError(f"onnxruntime {version} is too old, {oldest} or newer is needed", _INSTALL)
+        message = f"onnxruntime {version} is too old, {oldest} or newer is needed"
+        raise IncompatibleError(message, f"run: pip install {_INSTALL}")
     if _has_callback(onnxruntime):
         onnxruntime.set_default_logger_callback(_log, _WARNING)
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import NotFoundError, VerificationError, importing
 from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
@@ -26,7 +26,6 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 _PRINTABLE = frozenset([*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)])
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _SHORT = 10_000
-_INSTALL = 'run: pip install "edgetune-runtime[onnx]"'
 
 
 class JsonTokenizer(PiecewiseTokenizer):
@@ -39,7 +38,7 @@ class JsonTokenizer(PiecewiseTokenizer):
     def __init__(self, folder: Path, end_tokens: Sequence[int]) -> None:
         self._tokenizer = load_tokenizer(folder / "tokenizer.json")
         config = _config(folder / "tokenizer_config.json")
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.vocab_size = self._tokenizer.get_vocab_size()
         for token in end_tokens:
             if not 0 <= token < self.vocab_size:
                 message = f"end token {token} is not in the vocabulary of {self.vocab_size} in {folder}"
@@ -50,7 +49,7 @@ class JsonTokenizer(PiecewiseTokenizer):
         self.eos: str = config["eos_token"] or ""
         self.chat_template: str | None = config.get("chat_template")
         bos = self._tokenizer.token_to_id(self.bos)
-        self._added_bos: list[int] = [bos] if config["add_bos_token"] and bos is not None else []
+        self._added_bos = [bos] if config["add_bos_token"] and bos is not None else []
         added = self._tokenizer.get_added_tokens_decoder()
         self._added = {token: b"" if entry.special else entry.content.encode() for token, entry in added.items()}
         self._added |= dict.fromkeys(config["unused_tokens"], b"")
@@ -71,12 +70,6 @@ class JsonTokenizer(PiecewiseTokenizer):
         """The end-of-turn token, or the end-of-text token if there is none; -1 if there is neither."""
         return self._end_token
 
-    def _tokenize(self, text: str, *, continues: bool) -> list[int]:
-        if continues:
-            return self._after_newline(text) if self._adds_space else self._raw(text)
-        tokens = self._raw(text)
-        return tokens if tokens[:1] == self._added_bos else self._added_bos + tokens
-
     def piece(self, token: int) -> bytes:
         """The bytes of `token`; empty for control tokens."""
         self._check(token)
@@ -87,7 +80,7 @@ class JsonTokenizer(PiecewiseTokenizer):
 
     def pieces(self) -> list[bytes]:
         """The bytes of every token, as `piece` gives them."""
-        self._check(0)
+        self._check()
         pieces = [b""] * self.vocab_size
         for text, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
             pieces[token] = self._decoded(text)
@@ -102,32 +95,16 @@ class JsonTokenizer(PiecewiseTokenizer):
 
     def ends(self) -> list[int]:
         """All tokens that generation ends with, in order."""
-        self._check(0)
+        self._check()
         return sorted(self._ends)
-
-    def close(self) -> None:
-        """Refuse all further calls."""
-        self.vocab_size = 0
 
     def _decoded(self, text: str) -> bytes:
         """The bytes of a token, from its text in the vocabulary."""
         return _sentencepiece_bytes(text) if self._sentencepiece else _byte_level_bytes(text)
 
     def _raw(self, text: str) -> list[int]:
-        self._check(0)
+        self._check()
         return encode(self._tokenizer, text, adds_special_tokens=False)
-
-    def _after_newline(self, text: str) -> list[int]:
-        # The tokenizer always adds a space before the first word, but not after a newline.
-        tokens = self._raw("\n" + text)
-        return tokens[tokens.index(self._newline) + 1 :] if self._newline in tokens else self._raw(text)
-
-    def _check(self, token: int) -> None:
-        if self.vocab_size == 0:
-            raise UsageError("the tokenizer is closed", "open its folder again")
-        if not 0 <= token < self.vocab_size:
-            message = f"no token {token} in a vocabulary of {self.vocab_size}"
-            raise UsageError(message, "use the tokenizer of this base")
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str, *, adds_special_tokens: bool) -> list[int]:
@@ -150,10 +127,8 @@ def byte_character(byte: int) -> str:
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Load a `tokenizer.json` so that it neither pads nor truncates; same errors as `JsonTokenizer`."""
-    try:
+    with importing("ONNX bundles need", '"edgetune-runtime[onnx]"'):
         from tokenizers import Tokenizer  # noqa: PLC0415 - optional
-    except ImportError as error:
-        raise IncompatibleError("ONNX bundles need tokenizers, which is not installed", _INSTALL) from error
     text = _read(path)
     check_tokenizer(text, path)
     with panics_as_errors(f"{path} is not a tokenizer"):

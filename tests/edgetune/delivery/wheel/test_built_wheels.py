@@ -19,9 +19,8 @@ import platformdirs
 import pytest
 from runtime.bundles import Adapter, low_rank, write_bundle
 
-from edgetune.delivery.wheel import PLATFORMS
 from edgetune.delivery.wheel.archive import LIBRARIES, wheel_name
-from edgetune.delivery.wheel.platforms import GLIBC
+from edgetune.delivery.wheel.platforms import GLIBC, PLATFORMS
 
 # Before a test gives edgetune another cache folder.
 WHEELS = Path(platformdirs.user_cache_dir("edgetune")) / "wheels"

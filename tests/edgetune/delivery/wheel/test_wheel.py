@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
-from edgetune.delivery.wheel import PLATFORMS, archive, llama_wheel, toolchain
+from edgetune.delivery.wheel import archive, toolchain
 from edgetune.delivery.wheel.archive import wheel_name, write_wheel
+from edgetune.delivery.wheel.build import llama_wheel
+from edgetune.delivery.wheel.platforms import PLATFORMS
 from edgetune.delivery.wheel.toolchain import Toolchain, find_toolchain
 from edgetune.progress import Progress
 

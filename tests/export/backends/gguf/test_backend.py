@@ -11,7 +11,7 @@ from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Delta, LowRank, Merged
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.backend import write_adapter, write_merged
-from edgetune_export.backends.gguf.quantize import quantize_gguf
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError

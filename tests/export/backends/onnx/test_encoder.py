@@ -13,8 +13,10 @@ import pytest
 import torch
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Delta, Head, LowRank
-from edgetune_export.backends.base import OnnxOptions
-from edgetune_export.backends.onnx.encoder import EncoderSource, mean_pooled, write_adapter, write_base
+from edgetune_export.backends.base import EncoderSource
+from edgetune_export.backends.onnx.encoder import weight_type, write_adapter, write_base
+from edgetune_export.backends.onnx.options import OnnxOptions
+from edgetune_export.pooling import mean_pooled
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import read_onnx, slots_of
@@ -65,7 +67,7 @@ def changing(*modules: str) -> LowRank:
 
 
 def in_int8(source: EncoderSource) -> EncoderSource:
-    return replace(source, onnx=OnnxOptions("int8"))
+    return replace(source, options={"onnx": OnnxOptions(weights="int8")})
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_int8_takes_less_than_half_the_bytes(encoder_source: Source, tmp_path: P
     source = encoder_source("bert")
     sizes = []
     for held in (source, in_int8(source)):
-        graph = write_base(held, tmp_path / held.onnx.weights, ())
+        graph = write_base(held, tmp_path / weight_type(held), ())
         sizes.append(graph.with_name("model.onnx.data").stat().st_size)
     assert sizes[1] < 0.5 * sizes[0]
 

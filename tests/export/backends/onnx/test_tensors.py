@@ -14,8 +14,9 @@ import pytest
 import torch
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Delta, LowRank, Scaling, Tensors
-from edgetune_export.backends.base import OnnxOptions, Source
+from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx.backend import write_adapter, write_base
+from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_export.parity import compare
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError
@@ -145,7 +146,7 @@ def made(
     @cache
     def make(arch: str, slots: bool = True, weights: str = "auto") -> Path:
         adapters = [fold_peft(tune(arch).folder, "lora"), *adapters_for(LAYERS[arch]).values()] if slots else []
-        source = replace(tiny_source(arch), onnx=OnnxOptions(weights))
+        source = replace(tiny_source(arch), options={"onnx": OnnxOptions(weights=weights)})
         return write_base(source, tmp_path_factory.mktemp("made"), adapters)
 
     return make
@@ -240,9 +241,9 @@ def test_a_graph_has_the_slots_that_its_adapters_need_and_no_others(
     }
 
 
-@pytest.mark.parametrize("options", [OnnxOptions(), OnnxOptions("int4")])
+@pytest.mark.parametrize("options", [OnnxOptions(), OnnxOptions(weights="int4")])
 def test_factors_act_behind_a_bias(options: OnnxOptions, tiny_source: Callable[[str], Source], tmp_path: Path) -> None:
-    base = write_base(replace(tiny_source("qwen2"), onnx=options), tmp_path, [ia3(1)])
+    base = write_base(replace(tiny_source("qwen2"), options={"onnx": options}), tmp_path, [ia3(1)])
     (node,) = [n for n in onnx.load(base).graph.node if "model.layers.0.attn.qkv_proj.output_scaling" in n.input]
     assert node.input[0] == "/model/layers.0/attn/qkv_proj/Add/output_0"
 

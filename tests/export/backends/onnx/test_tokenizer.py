@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from edgetune_export.backends.onnx.tokenizer import differences, end_tokens, write_tokenizer
+from edgetune_export.backends.onnx.tokenizer import end_tokens, write_tokenizer
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
 from edgetune_runtime.errors import IncompatibleError, VerificationError
@@ -47,6 +47,12 @@ SPACES = [" ", "  ", "     ", "\n", "\n\n\n", "\r\n", "\t", "\v", "\u0085", "\u0
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cn", "Cs")), max_size=8)
 TEXTS = st.lists(st.sampled_from([*MARKERS, *WORDS, *SIGNS, *SPACES]) | ANY_TEXT, max_size=14).map("".join)
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def differences(base: Path, folder: Path, texts: Sequence[str]) -> list[str]:
+    """The texts for which the tokenizer in `folder` gives different tokens than the base's own."""
+    with closing(GgufTokenizer(base)) as ours, closing(JsonTokenizer(folder, end_tokens(base))) as written:
+        return [text for text in texts if ours.tokenize(text) != written.tokenize(text)]
 
 
 def _smollm2() -> Path:

@@ -53,7 +53,7 @@ def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(wide_gguf: Ca
 
 
 def test_repacked_weights_give_the_same_answers_and_have_their_own_states(tiny_gguf: Gguf, tmp_path: Path) -> None:
-    from edgetune_export.backends.gguf.quantize import quantize_gguf  # noqa: PLC0415 - as above
+    from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - as above
 
     base, tokens = tmp_path / "q4_0.gguf", list(range(20, 60))
     quantize_gguf(tiny_gguf("llama"), base, "q4_0")
@@ -69,7 +69,7 @@ def test_repacked_weights_give_the_same_answers_and_have_their_own_states(tiny_g
 
 
 def test_weights_are_repacked_where_that_is_faster(tiny_gguf: Gguf, tmp_path: Path) -> None:
-    from edgetune_export.backends.gguf.quantize import quantize_gguf  # noqa: PLC0415 - as above
+    from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - as above
 
     has_code = any(name in library().llama_print_system_info() for name in (b"AVX2 = 1", b"DOTPROD = 1"))
     for quantization, gains in (("q4_0", has_code), ("q8_0", False)):

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edgetune_export.backends.base import EncoderSource
 from edgetune_export.backends.onnx.adapter import write_tensors
-from edgetune_export.backends.onnx.encoder import EncoderSource, write_base
+from edgetune_export.backends.onnx.encoder import write_base
 from edgetune_export.pack import pack
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError, engines
 from edgetune_runtime.bundle import CLASSIFICATION, read_manifest

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_gguf, quantize_rows
+from edgetune_export.base_file.quantize import dequantize_rows, quantize_gguf, quantize_rows
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, TENSOR_TYPES

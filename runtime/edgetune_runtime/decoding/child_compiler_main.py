@@ -1,4 +1,4 @@
-"""The program that `trial` starts: compiles one grammar within limits, and writes llguidance's error, if any."""
+"""The program that `child_compiler` starts: compiles a grammar within limits, and writes llguidance's error, if any."""
 
 from __future__ import annotations
 

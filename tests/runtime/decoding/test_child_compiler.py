@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import UsageError
-from edgetune_runtime.decoding import trial
+from edgetune_runtime.decoding import child_compiler
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.limits import Stopped
 
@@ -37,9 +37,9 @@ def test_an_expensive_schema_is_refused_in_the_child_process(schema: dict[str, A
 
 def test_a_refusal_is_remembered() -> None:
     grammar = spec_of(schema=DEAR[0]).grammar
-    assert trial.reason_against(grammar)
+    assert child_compiler.reason_against(grammar)
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    assert trial.reason_against(grammar)
+    assert child_compiler.reason_against(grammar)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime == children
 
 
@@ -53,7 +53,7 @@ def test_a_refusal_is_remembered() -> None:
 )
 def test_a_schema_that_may_be_expensive_is_compiled_after_its_trial(schema: dict[str, Any], text: str) -> None:
     spec = output_of(schema=schema)
-    assert trial.may_be_expensive(spec.grammar)
+    assert child_compiler.may_be_expensive(spec.grammar)
     assert spec.accepts(text)
 
 
@@ -73,16 +73,16 @@ def test_a_call_that_must_stop_ends_its_trial_and_others_make_it_again() -> None
 
     def try_to_the_end() -> None:
         started.wait()
-        reasons.append(trial.reason_against(grammar))
+        reasons.append(child_compiler.reason_against(grammar))
 
     reasons: list[str] = []
     begin = time.monotonic()
     other = threading.Thread(target=try_to_the_end)
     other.start()
     with pytest.raises(Stopped):
-        trial.reason_against(grammar, stop)
+        child_compiler.reason_against(grammar, stop)
     other.join()
-    assert trial.TOO_EXPENSIVE in reasons[0]
+    assert child_compiler.TOO_EXPENSIVE in reasons[0]
 
 
 def test_references_in_reverse_order_are_checked_in_linear_time() -> None:

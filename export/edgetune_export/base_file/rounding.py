@@ -14,7 +14,7 @@ from .quantize import quantize_rows
 
 _Q8_0 = TENSOR_TYPES["q8_0"]
 _BLOCK = np.dtype([("step", "<f2"), ("steps", "i1", _Q8_0.block)])
-_MOST_STEPS = 127
+_MAX_STEPS = 127
 _SMALL = 0.5
 """Mean change, in quantization steps, below which rounding to nearest undoes more than it keeps."""
 
@@ -34,15 +34,15 @@ def rounded(data: bytes, tensor: TensorInfo, values: Floats) -> bytes:
         return nearest
     blocks = np.frombuffer(data, _BLOCK).copy()
     with np.errstate(divide="ignore", invalid="ignore"):
-        places = values.reshape(-1, _Q8_0.block) / blocks["step"].astype(np.float32)[:, None]
-    on_grid = np.isfinite(places).all(axis=1)
-    change = np.abs(places - blocks["steps"])[on_grid]
+        in_steps = values.reshape(-1, _Q8_0.block) / blocks["step"].astype(np.float32)[:, None]
+    on_grid = np.isfinite(in_steps).all(axis=1)
+    change = np.abs(in_steps - blocks["steps"])[on_grid]
     if not change.size or change.mean() >= _SMALL:
         return nearest
-    odds = np.random.default_rng(zlib.crc32(tensor.name.encode())).random(places.shape, np.float32)
-    chosen = np.floor(np.where(on_grid[:, None], places, 0) + odds).clip(-_MOST_STEPS, _MOST_STEPS)
+    noise = np.random.default_rng(zlib.crc32(tensor.name.encode())).random(in_steps.shape, np.float32)
+    chosen = np.floor(np.where(on_grid[:, None], in_steps, 0) + noise).clip(-_MAX_STEPS, _MAX_STEPS)
     blocks["steps"] = chosen.astype(np.int8)
     # Blocks with values outside the range of their step need another step.
-    others = ~on_grid | (np.abs(places - chosen) >= 1).any(axis=1)
-    blocks[others] = np.frombuffer(nearest, _BLOCK)[others]
+    outside = ~on_grid | (np.abs(in_steps - chosen) >= 1).any(axis=1)
+    blocks[outside] = np.frombuffer(nearest, _BLOCK)[outside]
     return blocks.tobytes()

@@ -12,7 +12,7 @@ from pathlib import Path
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.processes.child_process import has_python, run
 
-from .once import SingleFlightCache
+from .single_flight import SingleFlightCache
 
 MAX_CPU_S = 2
 MAX_MB = 64
@@ -23,7 +23,7 @@ _CHEAP_CHARACTERS = 8192
 _MAY_BE_EXPENSIVE = ("multipleOf", "allOf", "attern")
 """llguidance limits its automata by states, but not what it does to see whether parts that must all hold exclude each
 other, or to count in numbers: the integers of `multipleOf: 999983` take 7 s and 400 MB."""
-_PROGRAM = Path(__file__).with_name("trial_child.py")
+_PROGRAM = Path(__file__).with_name("child_compiler_main.py")
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from edgetune_export import architectures
-from edgetune_export.backends.gguf import run_converter, source
-from edgetune_export.backends.gguf.convert import SCRIPT, check_folder, convert_folder, find_converter
+from edgetune_export.base_file import llama_cpp_source, run_converter
+from edgetune_export.base_file.convert import SCRIPT, check_folder, convert_folder, find_converter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from tiny import ARCHITECTURES
@@ -88,7 +88,7 @@ def test_a_given_converter_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(source.SDIST_SHA256, VERSION, raising=False)
+    monkeypatch.delitem(llama_cpp_source.SDIST_SHA256, VERSION, raising=False)
     put_sdist(index)
     script = find_converter()
     assert script.read_text(encoding="utf-8") == "print('converter')\n"
@@ -103,7 +103,7 @@ def test_the_converter_is_fetched_once_and_kept(index: Path, monkeypatch: pytest
 def test_modules_in_the_working_folder_are_not_run(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(source.SDIST_SHA256, VERSION, raising=False)
+    monkeypatch.delitem(llama_cpp_source.SDIST_SHA256, VERSION, raising=False)
     put_sdist(index)
     work = tmp_path / "work"
     work.mkdir()
@@ -124,7 +124,7 @@ def test_modules_in_the_working_folder_are_not_run(
 def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
     given: str, known: str, error: type[EdgetuneError], message: str, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(source.SDIST_SHA256, VERSION, known)
+    monkeypatch.setitem(llama_cpp_source.SDIST_SHA256, VERSION, known)
     if given != "nothing":
         put_sdist(index, SCRIPT if "without" in given else "")
     assert_refused(error, message, find_converter)

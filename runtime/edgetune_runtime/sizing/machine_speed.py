@@ -11,7 +11,7 @@ import numpy as np
 from edgetune_runtime.threads.machine import free_mb, usable_cores
 
 _SECONDS = 0.3
-_MOST_BYTES, _LEAST_BYTES = 256_000_000, 16_000_000
+_MAX_BYTES, _MIN_BYTES = 256_000_000, 16_000_000
 _SIDE = 384
 
 
@@ -22,7 +22,7 @@ def read_bandwidth(threads: int | None = None) -> float:
     """
     count = threads or usable_cores()
     free = free_mb()
-    total = _MOST_BYTES if free is None else max(_LEAST_BYTES, min(_MOST_BYTES, int(free * 1e6 / 8)))
+    total = _MAX_BYTES if free is None else max(_MIN_BYTES, min(_MAX_BYTES, int(free * 1e6 / 8)))
     blocks = np.array_split(np.ones(total // 4, np.float32), count)
     # A maximum needs no addition after addition, so that only the memory limits it.
     return total / _best_seconds([block.max for block in blocks]) / 1e9

@@ -1,0 +1,67 @@
+"""The memory that a base needs in llama.cpp, from its header."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.engines.needs import EngineCost, Needs
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
+
+from . import KV_TYPES, NAME
+from .engine import BRANCHES
+
+# Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
+COST = EngineCost(KV_TYPES, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, has_tensor_types=True)
+
+
+def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs:
+    """See `EngineNeeds`; IncompatibleError if the header lacks a size."""
+    header = read_header(path)
+    sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
+    return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
+
+
+def model_bytes(manifest: Manifest, file: str) -> int:
+    """See `EngineNeeds`."""
+    return manifest.files[file].bytes
+
+
+def needs_of_sizes(
+    header: GgufHeader,
+    sizes: Mapping[str, int],
+    *,
+    context_length: int,
+    engine: str = NAME,
+    main_type: str = "",
+    head_type: str = "",
+) -> Needs:
+    """The needs of a base with the shapes of `header` whose tensors have these sizes in bytes.
+
+    `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
+    """
+    counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
+    tied = "output.weight" not in header.tensors
+    looked_up = "" if tied else "token_embd.weight"
+    head = "token_embd.weight" if tied else "output.weight"
+    return Needs(
+        base_bytes=data_start(header) + sum(sizes.values()),
+        read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
+        read_parameters=sum(counts.values()) - counts.get(looked_up, 0),
+        head_parameters=counts.get(head, 0),
+        layers=number(header, "block_count"),
+        heads=number(header, "attention.head_count"),
+        embedding_length=number(header, "embedding_length"),
+        feed_forward_length=number(header, "feed_forward_length"),
+        vocabulary=vocabulary(header),
+        kv_values_per_token=kv_values_per_token(header),
+        context_length=context_length,
+        engine=engine,
+        head_bytes=sizes.get(head, 0) if tied else 0,
+        main_type=main_type,
+        head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
+        head_lengths=head_lengths(header),
+    )

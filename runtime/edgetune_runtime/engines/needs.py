@@ -1,0 +1,166 @@
+"""What determines the memory and the speed of a base with its adapters: its sizes, and the constants of its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
+from edgetune_runtime.states.batches import CHUNK
+from edgetune_runtime.states.cache import CACHE_MB
+
+from . import load_needs
+
+MB = 10**6
+_CONSTRAINT_MB, _CONSTRAINT_BYTES = 5.5, 340
+"""What constrained answers add: the library llguidance, and per token of the vocabulary its trie and slices."""
+
+
+@dataclass(frozen=True)
+class EngineCost:
+    """What an engine needs in addition to weights, keys and values; `kv_types`: the types of these, the default first.
+
+    `runtime_mb` is the resident memory of Python, the libraries and the runtime, after a few answers; of it,
+    `libraries_mb` are mapped files, which the system can drop and read again.
+    `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights
+    that were rearranged. `scores_bytes` is per head and token of context in a batch, in addition to the mask.
+    `has_tensor_types`: weights have GGUF's tensor types. `f32_adapters`: adapters are f32 in memory, mapped from files
+    that have only f32; without it, they are as in their files.
+    """
+
+    kv_types: tuple[str, ...]
+    runtime_mb: float
+    libraries_mb: float
+    vocabulary_bytes: int
+    logits_rows: int
+    scores_bytes: int
+    maps_embedding: bool = False
+    has_tensor_types: bool = False
+    f32_adapters: bool = False
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of a number in keys and values of the default type."""
+        return int(TENSOR_TYPES[self.kv_types[0]].bytes_per_value)
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """Bytes of an adapter in memory, the modules that it changes, and whether it `is_mapped` from its file.
+
+    A prefix needs keys and values in the engine's default data type.
+    """
+
+    file_bytes: int
+    modules: int
+    is_mapped: bool = False
+    is_prefix: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Sizes that determine the memory and the speed of a base with its adapters in an engine.
+
+    `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
+    output head. `kv_values_per_token` are held in the data type `kv`, None for the engine's default. `head_lengths` are
+    those of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the
+    embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
+    are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
+    all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar. Saved states have up
+    to `cache_mb`.
+    """
+
+    base_bytes: int
+    read_bytes: int
+    read_parameters: int
+    head_parameters: int
+    layers: int
+    heads: int
+    embedding_length: int
+    feed_forward_length: int
+    vocabulary: int
+    kv_values_per_token: int
+    context_length: int
+    engine: str
+    adapters: Mapping[str, AdapterSize] = field(default_factory=dict)
+    merged: Mapping[str, int] = field(default_factory=dict)
+    head_bytes: int = 0
+    main_type: str = ""
+    head_type: str = ""
+    draft_bytes: int = 0
+    constrained: bool = False
+    cache_mb: float = CACHE_MB
+    serves: bool = False
+    kv: str | None = None
+    head_lengths: tuple[int, ...] = ()
+
+    @property
+    def cost(self) -> EngineCost:
+        """The constants of the engine."""
+        return load_needs(self.engine).COST
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the keys and values that one token adds."""
+        return int(self.kv_values_per_token * TENSOR_TYPES[self.kv or self.cost.kv_types[0]].bytes_per_value)
+
+    @property
+    def weights(self) -> str:
+        """The tensor type of most weights; where weights have none, their bits without the scales of blocks."""
+        if self.cost.has_tensor_types:
+            return self.main_type
+        bits = 8 * (self.read_bytes - self.head_bytes) / max(self.read_parameters - self.head_parameters, 1)
+        return f"{min((4, 8, 16, 32), key=lambda width: abs(width - bits))}-bit"
+
+    @property
+    def engine_bytes(self) -> int:
+        """Memory of one loaded model in addition to its weights: keys and values, computing, vocabulary."""
+        return self.kv_bytes_per_token * self.context_length + self.compute_bytes + self.vocabulary_bytes
+
+    @property
+    def compute_bytes(self) -> int:
+        """Activations and attention scores of a batch, and logits; the factors of activations were fitted."""
+        activations = CHUNK * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
+        scores = self.scores_bytes_per_token * self.context_length
+        return int(activations) + scores + self.cost.logits_rows * 4 * self.vocabulary
+
+    @property
+    def scores_bytes_per_token(self) -> int:
+        """Bytes per token of context in a batch: attention scores and a mask."""
+        scores = self.heads * self.cost.scores_bytes
+        return CHUNK * (scores + 4) if scores else 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Saved states of the base and each adapter, half a context long, as many as the limit allows."""
+        states = len(self.adapters) + 1 if self.adapters else 0
+        size = self.kv_bytes_per_token * self.context_length // 2
+        return min(states, int(self.cache_mb * MB) // max(size, 1)) * size
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Memory of the tokenizer's tables."""
+        return self.vocabulary * self.cost.vocabulary_bytes
+
+    @property
+    def constraint_bytes(self) -> int:
+        """Memory of the vocabulary that constraints are looked up in, and of their library."""
+        return int(_CONSTRAINT_MB * MB) + _CONSTRAINT_BYTES * self.vocabulary if self.constrained else 0
+
+
+class EngineNeeds(Protocol):
+    """The module `needs` of an engine's folder. An engine without one runs, but its memory is not predicted.
+
+    The constants were measured on x86-64 Linux; benchmarks/fit.py compares predictions with measurements.
+    """
+
+    COST: EngineCost
+
+    def needs_of_base(self, path: Path, manifest: Manifest, context_length: int) -> Needs:
+        """The needs of the base at `path`, from its header or the files beside it; weights are not read."""
+
+    def model_bytes(self, manifest: Manifest, file: str) -> int:
+        """Bytes of all files of the model `file` of a bundle."""

@@ -1,0 +1,57 @@
+"""Sizes of a language model, from the header of its GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError
+
+from .gguf_file import GgufHeader
+
+
+def number(header: GgufHeader, key: str, *, total: bool = False) -> int:
+    """An integer of the architecture; of a number per layer, the largest, or with `total` the sum over all layers.
+
+    IncompatibleError if the header has no such number.
+    """
+    value = _metadata(header, key)
+    if isinstance(value, Sequence):
+        return sum(map(int, value)) if total else max(map(int, value))
+    return int(value) * (number(header, "block_count") if total else 1)
+
+
+def kv_values_per_token(header: GgufHeader) -> int:
+    """Numbers in the keys and values that one token adds, over all layers.
+
+    Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
+    """
+    return number(header, "attention.head_count_kv", total=True) * sum(head_lengths(header))
+
+
+def head_lengths(header: GgufHeader) -> tuple[int, int]:
+    """The numbers in a key and in a value of one head."""
+    default = number(header, "embedding_length") // number(header, "attention.head_count")
+    key, value = (header.metadata.get(f"{header.architecture}.attention.{n}_length", default) for n in ("key", "value"))
+    return int(key), int(value)
+
+
+def vocabulary(header: GgufHeader) -> int:
+    """The number of tokens; 0 if the header has neither tokens nor an embedding."""
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None:
+        return len(tokens)
+    embedding = header.tensors.get("token_embd.weight")
+    return embedding.shape[1] if embedding is not None else 0
+
+
+def data_start(header: GgufHeader) -> int:
+    """Bytes of the file before its weights."""
+    return min((tensor.offset for tensor in header.tensors.values()), default=0)
+
+
+def _metadata(header: GgufHeader, key: str) -> Any:  # noqa: ANN401 - a number, or one per layer
+    full = f"{header.architecture}.{key}"
+    if full not in header.metadata:
+        raise IncompatibleError(f"the base's header has no {full}", "give a GGUF file of a language model")
+    return header.metadata[full]
