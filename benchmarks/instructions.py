@@ -31,7 +31,7 @@ from arm64.rootfs import missing, prepare
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import read_manifest
 
-from edgetune.delivery.kit.make import make_kit
+from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.progress import Progress
 
 CPUS = {"cortex-a72": "Pi 4", "cortex-a76": "Pi 5"}
@@ -119,7 +119,7 @@ class Decoding:
 def install(bundle: Path, board: Board) -> str:
     """Install the bundle's kit on the board; returns the path of its Python there."""
     kit = board.shared / "kit"
-    make_kit(bundle, "pi-4", kit, python="3.13", engine="gguf", progress=Progress(quiet=True))
+    make_kit(bundle, "pi-4", kit, KitOptions("3.13", "gguf"), Progress(quiet=True))
     board.run("sh", f"{SHARED}/kit/install.sh", "--prefix", f"{SHARED}/edgetune", cpu="cortex-a72")
     return f"{SHARED}/edgetune/current/venv/bin/python"
 

@@ -104,9 +104,9 @@ def llama_requirement(arguments: Iterable[str]) -> str | None:
     """The requirement on llama-cpp-python of a local project `FOLDER[extras]` among the arguments, if there is one."""
     for argument in arguments:
         file = Path(argument.partition("[")[0], "pyproject.toml")
-        found = re.search('"(llama-cpp-python[^"]*)"', file.read_text(encoding="utf-8")) if file.is_file() else None
-        if found:
-            return found[1]
+        match = re.search('"(llama-cpp-python[^"]*)"', file.read_text(encoding="utf-8")) if file.is_file() else None
+        if match:
+            return match[1]
     return None
 
 

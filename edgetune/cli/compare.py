@@ -84,7 +84,7 @@ def _ranks(joined: str | None) -> list[int]:
 
 
 def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
-    from edgetune.comparison.columns import (  # noqa: PLC0415 - help needs none of it
+    from edgetune.comparison.columns import (
         ON_ENGINE,
         PLACEMENTS,
         TRAINING,
@@ -111,7 +111,7 @@ def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
 
 def _print_table(columns: Sequence[Column], rows: Iterable[tuple[str, ...]]) -> None:
     """Print the rows; a shorter one says at its end why the trial has no figures, and is a line below the table."""
-    from edgetune.comparison.columns import TEXT_COLUMNS  # noqa: PLC0415 - help needs none of it
+    from edgetune.comparison.columns import TEXT_COLUMNS
 
     cells = list(rows)
     whole = [row for row in cells if len(row) == len(columns)]

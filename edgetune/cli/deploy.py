@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +13,8 @@ from edgetune_runtime.errors import EdgetuneError, UsageError
 from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
 
 if TYPE_CHECKING:
-    from edgetune.delivery.board.opening import Opening
-    from edgetune.delivery.deploy.deploy import Assemble, Outcome
+    from edgetune.delivery.deploy.deploy import Outcome
     from edgetune.delivery.deploy.target import Target
-    from edgetune.delivery.kit.make import AssembledKit
-    from edgetune.progress import Progress
 
 # Options by the groups in --help.
 fleet_option = partial(typer.Option, rich_help_panel="Several boards")
@@ -79,13 +76,15 @@ def deploy(
     right; the version before stays for --rollback. Uses your ssh configuration, agent and known hosts; never asks for a
     password.
     """
-    from edgetune_devices import boards  # noqa: PLC0415 - help needs none of it
-    from edgetune_runtime.bundle import read_manifest  # noqa: PLC0415
+    from edgetune_devices import boards
+    from edgetune_runtime.bundle import read_manifest
 
-    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415
-    from edgetune.delivery.deploy import deploy as actions  # noqa: PLC0415
-    from edgetune.delivery.deploy.target import parse_target, read_inventory  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
+    from edgetune.delivery.board.opening import Opening
+    from edgetune.delivery.deploy import deploy as actions
+    from edgetune.delivery.deploy.fleet import Failed, on_each
+    from edgetune.delivery.deploy.target import parse_target, read_inventory
+    from edgetune.delivery.kit.make import KitOptions, assembler
+    from edgetune.progress import Progress
 
     if (host is None) == (inventory is None):
         raise UsageError("give one board, or several with --inventory", "see edgetune deploy --help")
@@ -105,54 +104,27 @@ def deploy(
     elif lists:
         act = partial(actions.list_versions, where=where)
     else:
-        assemble = _assembler(bundle, engine, Opening(context_length, kv, cache_mb), Progress(quiet=quiet))
+        kit_options = KitOptions(engine=engine, opening=Opening(context_length, kv, cache_mb))
+        assemble = assembler(bundle, kit_options, Progress(quiet=quiet))
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else actions.UnitOptions(service, listen, port)
         options = actions.DeployOptions(board, unit, waits_healthy=wait_healthy)
         act = partial(actions.deploy, where=where, assemble=assemble, options=options, progress=progress)
     if host is not None:
-        outcome = act(targets[0])
-        if as_json:
-            print_json(outcome.to_json())
-        else:
-            print(outcome)
+        _print(act(targets[0]), as_json=as_json)
         return
-    _run_on_all(targets, parallel, act, as_json=as_json)
-
-
-def _assembler(bundle: Path, engine: str | None, opening: Opening, progress: Progress) -> Assemble:
-    """Makes the kit of a board and a Python once, also if several boards ask for it at the same time."""
-    from edgetune_runtime.decoding.single_flight import SingleFlightCache  # noqa: PLC0415 - help needs none of it
-
-    from edgetune.delivery.kit.make import assemble, needs_with  # noqa: PLC0415
-
-    if opening.kv is not None:
-        needs_with(bundle, engine, opening)  # fails, before a board is asked, if the bundle cannot have them
-    kits = SingleFlightCache["AssembledKit"](keep=64)
-
-    def kit_for(board: str, python: str) -> AssembledKit:
-        make = partial(assemble, bundle, board, python=python, engine=engine, opening=opening, progress=progress)
-        return kits.get((board, python), make)
-
-    return kit_for
-
-
-def _run_on_all(targets: Sequence[Target], parallel: int, act: Callable[[Target], Outcome], *, as_json: bool) -> None:
-    """Print a line per board as it ends, and the failures at the end; EdgetuneError if there are any."""
-    from edgetune.delivery.deploy.fleet import on_each  # noqa: PLC0415 - help needs none of it
-
-    failures: list[str] = []
-    for target, outcome in on_each(targets, parallel, act):
-        if not isinstance(outcome, Exception):
-            shown, figures = str(outcome), outcome.to_json()
-        else:
-            text = str(outcome).removeprefix(f"{target}: ")
-            failures.append(f"{target}: {text}")
-            shown, figures = f"{target}: failed", {"host": str(target), "error": text}
-        if as_json:
-            print_json(figures)
-        else:
-            print(shown, flush=True)
+    failures = []
+    for outcome in on_each(targets, parallel, act):
+        _print(outcome, as_json=as_json)
+        if isinstance(outcome, Failed):
+            failures.append(f"{outcome.target}: {outcome.error}")
     if failures:
         raise EdgetuneError("\n".join([f"{len(failures)} of {len(targets)} boards failed", *failures]))
+
+
+def _print(outcome: Outcome, *, as_json: bool) -> None:
+    if as_json:
+        print_json(outcome.to_json())
+    else:
+        print(outcome, flush=True)

@@ -11,15 +11,10 @@ from typing import Annotated, Any
 import typer
 from edgetune_devices import boards, changes, detect, fit
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
-from edgetune_runtime.engines import gguf
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.options import with_options
-
-from edgetune import task_types
 
 from .arguments import BOARD, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
 from .tables import print_columns
@@ -91,19 +86,20 @@ def fit_target(
     as_json: AsJson = False,
 ) -> None:
     """Predict the memory and the speed of a bundle or recipe on a board, and what to change if it does not fit."""
+    from edgetune.building.fit_target import read_target
+
     with_needs = engines.names_with_needs()
     if engine is not None and engine not in with_needs:
         raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(with_needs)}")
     board = _board(device, ram_mib)
-    needs, header, other = _needs(target, context_length, engine)
-    needs = with_options(needs, kv=kv, cache_mb=cache_mb, serves=serve)
-    if other is not None:
-        other = with_options(other, cache_mb=cache_mb, serves=serve)
+    read = read_target(target, context_length, engine)
+    needs = with_options(read.needs, kv=kv, cache_mb=cache_mb, serves=serve)
+    other = None if read.other is None else with_options(read.other, cache_mb=cache_mb, serves=serve)
     figures = None if calibration is None else _calibrated(calibration, needs, other)
     if figures is not None:
         board = replace(board, **asdict(figures[needs.engine]))
     result = fit.fit(needs, board if limit_mb is None else board.limited(limit_mb))
-    proposed = changes.changes_for(needs, board, header=header, other=other, limit_mb=limit_mb, figures=figures)
+    proposed = changes.changes_for(needs, board, header=read.header, other=other, limit_mb=limit_mb, figures=figures)
     if as_json:
         print_json(result.to_json() | {"changes": [change.to_json() for change in proposed]})
         return
@@ -147,58 +143,6 @@ def _calibrated(path: Path, needs: fit.Needs, other: fit.Needs | None) -> Mappin
         with suppress(NotFoundError):
             figures[other.engine] = read_calibration(path, other).figures
     return figures
-
-
-Target = tuple[fit.Needs, GgufHeader | None, fit.Needs | None]
-"""The needs of a target, the header of its base if it has a GGUF one, and the needs in another engine if it has one."""
-
-
-def _needs(target: Path, context_length: int | None, engine: str | None) -> Target:
-    if not target.exists():
-        raise NotFoundError(f"no bundle, recipe or GGUF file {target}", "check the path")
-    if target.is_dir() or target.name == MANIFEST_NAME:
-        bundle = target if target.is_dir() else target.parent
-        manifest = read_manifest(bundle)
-        task_types.load(manifest.task).check_offers("fit", target)
-        file = manifest.base.files.get(gguf.NAME)
-        header = None if file is None else read_header(resolve(bundle, file))
-        needs = fit.needs_of_bundle(bundle, context_length=context_length, engine=engine)
-        others = [name for name in manifest.base.files if name in engines.names_with_needs() and name != needs.engine]
-        other = fit.needs_of_bundle(bundle, context_length=context_length, engine=others[0]) if others else None
-        return needs, header, other
-    if target.suffix == ".gguf":
-        header = read_header(target)
-        length = context_length or fit.CONTEXT_LENGTHS[0]
-        return fit.needs_of_header(header, context_length=length, engine=engine or gguf.NAME), header, None
-    if target.suffix in (".yaml", ".yml"):
-        return _needs_of_recipe(target, context_length, engine)
-    raise UsageError(
-        f"{target} is not a bundle, recipe or GGUF file", "give a bundle's folder, a .yaml or a .gguf file"
-    )
-
-
-def _needs_of_recipe(path: Path, context_length: int | None, engine: str | None) -> Target:
-    from edgetune.building import builders  # noqa: PLC0415 - the other commands need neither recipes nor bases
-    from edgetune.planning.board import bundle_needs  # noqa: PLC0415 - as above
-    from edgetune.planning.build import plan_bundle  # noqa: PLC0415 - as above
-    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
-
-    recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
-    task_types.load(recipe.task).check_offers("fit", path)
-    builder = builders.load(recipe.task)
-    # The settings for the recipe's own board may be others.
-    plan = plan_bundle(recipe.model_copy(update={"device": None}), builder.find(recipe), builder.shapes(recipe))
-    header = None if plan.source is None else plan.source.header
-    if header is None:
-        message = f"the size of base {recipe.base!r} is not known before it is downloaded"
-        raise NotFoundError(message, "build the recipe, or give a .gguf file or a local folder as the base")
-    if engine is not None and engine not in recipe.targets:
-        message = f"recipe {path} has no target {engine}"
-        raise IncompatibleError(message, f"choose one of: {', '.join(recipe.targets)}; or add it to targets")
-    known = plan.recipe, plan.adapters, header, plan.base.quantization
-    needs = bundle_needs(*known, engine)
-    others = [name for name in recipe.targets if name in engines.names_with_needs() and name != needs.engine]
-    return needs, header, bundle_needs(*known, others[0]) if others else None
 
 
 def _board(name: str, ram_mib: int | None) -> boards.Board:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from edgetune_runtime.wording import printable
+from edgetune_runtime.wording import shortened
 
 import edgetune
 
 from .arguments import AsJson, BundlePath, Engine, Kv, Quiet, data_option, output_option, print_json, shown_unless
-
-MAX_SHOWN = 300
 
 
 def evaluate(
@@ -50,9 +48,3 @@ def _print_evaluation(result: edgetune.Evaluation, show: int) -> None:
         print(f"\n{row.where}: score {row.score:.2f}")
         for name, text in (("prompt", row.prompt), ("expected", row.reference), ("answered", row.answer)):
             print(f"  {name:<10}{shortened(text)}")
-
-
-def shortened(text: str) -> str:
-    """A text in one line of at most `MAX_SHOWN` characters."""
-    line = printable(" ".join(text.split()))
-    return line if len(line) <= MAX_SHOWN else f"{line[: MAX_SHOWN - 1]}…"

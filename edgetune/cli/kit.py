@@ -45,20 +45,12 @@ def kit(
     On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. The
     board opens the bundle with --context-length, --kv and --cache-mb, which make one fit that does not otherwise.
     """
-    from edgetune.delivery.board.opening import Opening  # noqa: PLC0415 - help needs none of it
-    from edgetune.delivery.kit.make import make_kit  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
+    from edgetune.delivery.board.opening import Opening
+    from edgetune.delivery.kit.make import KitOptions, make_kit
+    from edgetune.progress import Progress
 
-    result = make_kit(
-        bundle,
-        board,
-        out,
-        python=python,
-        engine=engine,
-        opening=Opening(context_length, kv, cache_mb),
-        wheel=wheel,
-        progress=Progress(quiet=quiet),
-    )
+    options = KitOptions(python, engine, Opening(context_length, kv, cache_mb), wheel)
+    result = make_kit(bundle, board, out, options, Progress(quiet=quiet))
     figures = {"path": str(out), **result.to_json()}
     if as_json:
         print_json(figures)

@@ -18,7 +18,7 @@ def methods(*, as_json: AsJson = False) -> None:
     Shows each method's shape in each format (low_rank, prefix, tensors or merged; - means not supported) and when to
     use it. --json adds the options.
     """
-    from edgetune.methods import names  # noqa: PLC0415 - help needs none of it
+    from edgetune.methods import names
 
     described = {name: _described(name) for name in names()}
     if as_json:
@@ -33,8 +33,8 @@ def methods(*, as_json: AsJson = False) -> None:
 
 def _described(name: str) -> dict[str, Any]:
     """A method as JSON values: description, shapes, shape in each backend (null: not supported) and options."""
-    from edgetune.methods import load  # noqa: PLC0415 - as above
-    from edgetune.recipe.problems import other_names  # noqa: PLC0415
+    from edgetune.methods import load
+    from edgetune.recipe.problems import other_names
 
     method = load(name)
     defaults = method.options()
@@ -55,8 +55,8 @@ def _described(name: str) -> dict[str, Any]:
 
 
 def _shape_in(target: str, name: str) -> str | None:
-    from edgetune.methods import load  # noqa: PLC0415 - as above
-    from edgetune.targets import shapes_in  # noqa: PLC0415
+    from edgetune.methods import load
+    from edgetune.targets import shapes_in
 
     try:
         return shapes_in((target,), name, load(name).options())[target]

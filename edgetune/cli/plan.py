@@ -30,13 +30,13 @@ def validate(
     Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
     the bundle fits on the board, and that this machine has enough memory and disk to build it.
     """
-    made, figures = _planned(recipe, out, settings, trial=trial, quiet=as_json)
+    build_plan, figures = _planned(recipe, out, settings, trial=trial, quiet=as_json)
     if as_json:
         print_json(figures)
         return
-    for label, text in _summary(made, figures):
+    for label, text in _summary(build_plan, figures):
         print(printable(f"{label:<14}{text}"))
-    for name, adapter in made.adapters.items():
+    for name, adapter in build_plan.adapters.items():
         print(printable(f"{'adapter':<14}{name}: {_data_of(adapter)}"))
 
 
@@ -48,61 +48,60 @@ def plan(
     Makes the checks of `validate`, downloads nothing and trains nothing. A build follows this plan and stores it in the
     bundle's manifest.
     """
-    made, figures = _planned(recipe, out, settings, trial=trial, quiet=as_json)
+    build_plan, figures = _planned(recipe, out, settings, trial=trial, quiet=as_json)
     if as_json:
         print_json(figures)
         return
-    for label, text in (*_summary(made, figures), *_bundle_lines(made)):
+    for label, text in (*_summary(build_plan, figures), *_bundle_lines(build_plan)):
         print(printable(f"{label:<14}{text}"))
-    print_table(TITLES, map(_cells, made.adapters.values()), texts=TEXTS)
+    print_table(TITLES, map(_cells, build_plan.adapters.values()), texts=TEXTS)
 
 
 def _planned(
     recipe: Path, out: Path | None, settings: list[str] | None, *, trial: bool, quiet: bool
 ) -> tuple[BuildPlan, dict[str, Any]]:
     """The plan, and its JSON values, with those of a trial."""
-    from edgetune.building.builders.plan import plan_build  # noqa: PLC0415 - help needs none of it
-    from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
+    from edgetune.building.builders.plan import plan_build
+    from edgetune.recipe.model import Recipe
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
     planned = plan_build(loaded, out)
     figures = planned.plan.to_json()
     if trial:
-        from edgetune.progress import Progress  # noqa: PLC0415 - as above
-
-        from . import trial as time_trial  # noqa: PLC0415 - torch
+        from edgetune.building import trial as time_trial
+        from edgetune.progress import Progress
 
         figures["trial"] = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=quiet))
     return planned.plan, figures
 
 
-def _summary(made: BuildPlan, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    base = made.base
-    yield "name", made.recipe.name
+def _summary(build_plan: BuildPlan, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    base = build_plan.base
+    yield "name", build_plan.recipe.name
     yield "base", base.name
-    if made.source is None:
+    if build_plan.source is None:
         yield "architecture", "not known before the base is downloaded; nor are sizes, memory, disk and board"
     else:
         yield "architecture", base.architecture or "-"
-    yield "board", made.recipe.device or "-" if made.board is None else made.board.reason
-    yield "needs", "-" if made.needs is None else made.needs.summary
-    if made.domain is not None:
-        yield "domain", made.domain
+    yield "board", build_plan.recipe.device or "-" if build_plan.board is None else build_plan.board.reason
+    yield "needs", "-" if build_plan.needs is None else build_plan.needs.summary
+    if build_plan.domain is not None:
+        yield "domain", build_plan.domain
     if "trial" in figures:
         yield "trial", figures["trial"]["summary"]
-    for warning in () if made.needs is None else made.needs.warnings:
+    for warning in () if build_plan.needs is None else build_plan.needs.warnings:
         yield "warning", warning
 
 
-def _bundle_lines(made: BuildPlan) -> Iterator[tuple[str, str]]:
-    recipe, base = made.recipe, made.base
+def _bundle_lines(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
+    recipe, base = build_plan.recipe, build_plan.base
     yield "formats", ", ".join(recipe.targets)
     yield "context", f"{recipe.context_length} tokens"
     yield "threads", "one per core, at most 8" if recipe.threads is None else str(recipe.threads)
     size = "" if base.gguf_bytes is None else f"; {base.gguf_bytes / 1e6:,.0f} MB as GGUF"
     parameters = "" if base.parameters is None else f"; {base.parameters / 1e6:,.1f}M parameters"
     yield "weights", f"{', '.join(base.steps) or 'as they are'}{parameters}{size}"
-    for fit in () if made.board is None else made.board.fits:
+    for fit in () if build_plan.board is None else build_plan.board.fits:
         speed = f"{fit.adapter_tokens_per_s:.1f} tokens/s with an adapter, {fit.decode_tokens_per_s:.1f} without"
         yield f"on {fit.engine}", f"{fit.kept_mb:.0f} of {fit.available_mb:.0f} MB, {speed}"
 

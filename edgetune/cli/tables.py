@@ -13,9 +13,9 @@ WIDTH = 140
 
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, texts: Collection[str]) -> None:
     """Print rows below their titles; the columns in `texts` are aligned to the left, numbers to the right."""
-    from rich import box  # noqa: PLC0415 - help needs no rich
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False)
     for title in titles:

@@ -41,7 +41,7 @@ def unknown(name: str) -> UsageError | None:
 
 
 def load(name: str) -> Method[Any]:
-    """The method called `name`. Raises UsageError, which suggests known names, if there is none."""
+    """The method called `name`. Raises UsageError, which suggests a similar name, if there is none."""
     error = unknown(name)
     if error is not None:
         raise error

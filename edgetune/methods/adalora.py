@@ -48,11 +48,11 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         """The initial rank, which some modules may keep."""
         return max(options.init_r, options.target_r)
 
-    def trained_in(self, module: SizedModule, options: AdaLoraOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: AdaLoraOptions) -> int:
         """Both factors and the values between them."""
         return (module.values_per_rank + 1) * self.shipped_rank(options)
 
-    def settings(self, options: AdaLoraOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: AdaLoraOptions, steps: int) -> Mapping[str, Any]:
         """The initial rank, and the phases in steps."""
         return {
             "init_r": self.shipped_rank(options),
@@ -71,7 +71,7 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
 
     def penalty(self, model: PeftModel) -> torch.Tensor | float:
         """The orthogonality penalty (equation 4 of the paper), which PEFT's own forward pass adds too."""
-        import torch  # noqa: PLC0415 - torch only when training
+        import torch
 
         weight = _config(model).orth_reg_weight
         distances = []

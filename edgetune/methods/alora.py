@@ -70,7 +70,7 @@ class Alora(Lora[AloraOptions]):
 
     def attach(self, base: PreTrainedModel, options: AloraOptions, steps: int) -> PeftModel:
         """Add LoRA modules in float32 to `base`. Raises UsageError as lora does, and if there is no invocation."""
-        from .common.activated import gate  # noqa: PLC0415 - torch only when training
+        from .common.activated import gate
 
         if not options.invocation_tokens or not base.can_generate():
             message = "alora needs invocation tokens and a decoder as its base"
@@ -81,13 +81,13 @@ class Alora(Lora[AloraOptions]):
         gate(model)
         return model
 
-    def settings(self, options: AloraOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: AloraOptions, steps: int) -> Mapping[str, Any]:
         """The invocation."""
         return {"alora_invocation_tokens": list(options.invocation_tokens)}
 
     def objective(self, options: AloraOptions) -> Objective[Any]:
         """The next token, after the invocation."""
-        from .common.activated import ActivatedNextToken  # noqa: PLC0415 - torch only when training
+        from .common.activated import ActivatedNextToken
 
         return ActivatedNextToken(options.invocation_tokens)
 

@@ -77,7 +77,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
 
     def attach(self, base: PreTrainedModel, options: BottleneckOptions, steps: int) -> Bottlenecked:
         """Hook bottlenecks, which add 0 at first, onto `base`. Raises UsageError if it has no such blocks."""
-        from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training
+        from .common.bottleneck import Bottlenecked, BottleneckModule
 
         width = base.config.hidden_size
         size = _size(width, options)
@@ -101,7 +101,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[Bottlenecked]:
         """The folder's bottlenecks, times the scale, on the base."""
-        from .common.bottleneck import Bottlenecked, BottleneckModule  # noqa: PLC0415 - torch only when training or checking
+        from .common.bottleneck import Bottlenecked, BottleneckModule
 
         options, bottlenecks = _read(checkpoint.folder)
         _check_fit(checkpoint, bottlenecks)

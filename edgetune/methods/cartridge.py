@@ -93,7 +93,7 @@ class Cartridge(CacheMethod[CartridgeOptions]):
         """Distillation from the base with the document in its context."""
         if not options.document_tokens:
             return super().objective(options)
-        from .common.distill import Distill  # noqa: PLC0415 - torch only when training
+        from .common.distill import Distill
 
         return Distill(options.document_tokens)
 

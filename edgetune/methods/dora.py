@@ -26,11 +26,11 @@ class Dora(DenseMethod):
         """A LoRA with use_dora."""
         return super().wrote(config) and bool(config.get("use_dora"))
 
-    def trained_in(self, module: SizedModule, options: DoraOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: DoraOptions) -> int:
         """Both factors, and the magnitude of each output."""
         return options.r * module.values_per_rank + module.rows
 
-    def settings(self, options: DoraOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: DoraOptions, steps: int) -> Mapping[str, Any]:
         """PEFT's name of DoRA."""
         return {"use_dora": True}
 

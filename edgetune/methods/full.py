@@ -61,7 +61,7 @@ class OwnWeights(Method[O]):
 
     def save(self, model: torch.nn.Module, folder: Path) -> None:
         """Write the trained parameters as safetensors."""
-        from safetensors.torch import save_file  # noqa: PLC0415 - torch only when training
+        from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model)}
@@ -96,7 +96,7 @@ class OwnWeights(Method[O]):
 
 def _names(checkpoint: Checkpoint) -> list[str]:
     """The names of the trained parameters. Raises IncompatibleError if the base lacks one."""
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+    from safetensors import SafetensorError, safe_open
 
     path = checkpoint.folder / WEIGHTS
     try:
@@ -111,7 +111,7 @@ def _names(checkpoint: Checkpoint) -> list[str]:
 
 
 def _tensor(folder: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open  # noqa: PLC0415 - as above
+    from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.shapes import Floats, Folded, Merged, Scaling, Tensors
 from pydantic import Field
 
-from .common.base import Checkpoint, rate_factor, trainable
+from .common.base import Checkpoint, rate_factor
 from .common.peft import (
     ALL_LINEAR,
     PeftMethod,
@@ -24,6 +23,7 @@ from .common.peft import (
     as_names,
     check_targets,
     is_target,
+    merged_parameter,
     merged_weights,
     no_grad,
     peft_model,
@@ -65,11 +65,11 @@ class Ia3(PeftMethod[Ia3Options]):
         check_targets(base, options.feedforward_modules)
         return super().attach(base, options, steps)
 
-    def trained_in(self, module: SizedModule, options: Ia3Options) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: Ia3Options) -> int:
         """A factor per input of a feed-forward module, and per output of another."""
         return module.columns if is_target(module.name, options.feedforward_modules) else module.rows
 
-    def settings(self, options: Ia3Options, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: Ia3Options, steps: int) -> Mapping[str, Any]:
         """The feed-forward modules; PEFT refuses names that are not targets."""
         names, targets = as_names(options.feedforward_modules), as_names(options.target_modules)
         return {"feedforward_modules": [name for name in names if ALL_LINEAR in targets or name in targets]}
@@ -78,8 +78,8 @@ class Ia3(PeftMethod[Ia3Options]):
         self, model: torch.nn.Module, options: Ia3Options, learning_rate: float
     ) -> list[dict[str, Any]]:
         """All factors, without weight decay: that would pull them to 0, but the neutral factor is 1."""
-        factors = [p for _, p in trainable(model)]
-        return [{"params": factors, "lr": learning_rate * options.learning_rate_factor, "weight_decay": 0.0}]
+        groups = super().parameter_groups(model, options, learning_rate)
+        return [{**group, "weight_decay": 0.0} for group in groups]
 
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[PeftModel]:
@@ -113,16 +113,10 @@ def _factors(layer: Any) -> torch.Tensor:  # noqa: ANN401 - PEFT carries no type
 def _merged_biases(layers: Mapping[str, Any]) -> dict[str, Callable[[], Floats]]:
     """The biases, which a factor on a module's outputs changes too."""
     return {
-        f"{name}.bias": partial(_merged_bias, layer)
+        f"{name}.bias": partial(merged_parameter, layer, "bias")
         for name, layer in layers.items()
         if layer.get_base_layer().bias is not None and not layer.is_feedforward
     }
-
-
-def _merged_bias(layer: Any) -> Floats:  # noqa: ANN401 - as above
-    copy = deepcopy(layer)
-    copy.merge()
-    return array(copy.get_base_layer().bias)
 
 
 METHOD = Ia3()

@@ -30,7 +30,7 @@ class LoHa(WeightMethod[LoHaOptions]):
         """r², the rank of the element-wise product."""
         return options.r**2
 
-    def trained_in(self, module: SizedModule, options: LoHaOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: LoHaOptions) -> int:
         """The factors of both matrices."""
         return 2 * options.r * module.values_per_rank
 

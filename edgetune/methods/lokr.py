@@ -34,7 +34,7 @@ class LoKr(WeightMethod[LoKrOptions]):
         """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
 
-    def trained_in(self, module: SizedModule, options: LoKrOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: LoKrOptions) -> int:
         """The smaller factor, and the larger one as a product if that has fewer numbers, as PEFT makes them."""
         sizes = (module.rows, module.columns)
         small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in sizes)
@@ -44,7 +44,7 @@ class LoKr(WeightMethod[LoKrOptions]):
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
         """(B1·A1)⊗(B2·A2) = (B1⊗B2)·(A1⊗A2). Raises IncompatibleError if that has full rank."""
-        import torch  # noqa: PLC0415 - torch only when exporting
+        import torch
 
         (b1, a1), (b2, a2) = _pair(layer, "w1"), _pair(layer, "w2")
         b, a = torch.kron(b1, b2.contiguous()), torch.kron(a1, a2.contiguous())
@@ -64,7 +64,7 @@ def _smaller(size: int, most: int) -> int:
 
 def _pair(layer: Any, which: str) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401 - as above
     """One Kronecker factor as a product of two matrices; if stored as one matrix, the other is the identity."""
-    import torch  # noqa: PLC0415 - as above
+    import torch
 
     (name,) = layer.active_adapters
     whole = getattr(layer, f"lokr_{which}")

@@ -98,8 +98,8 @@ class Lora(LoraCheckpoint[L]):
         names = [module.name for module in modules]
         matched = matching([of_key(pattern) for pattern in options.rank_pattern], names, "rank_pattern")
         ranks = dict.fromkeys(names, options.r)
-        for rank, found in reversed([*zip(options.rank_pattern.values(), matched, strict=True)]):
-            ranks |= dict.fromkeys(found or (), rank)
+        for rank, adapted in reversed([*zip(options.rank_pattern.values(), matched, strict=True)]):
+            ranks |= dict.fromkeys(adapted or (), rank)
         return list(ranks.values())
 
     def trained_parameters(self, trained: TrainedModules, options: L) -> int:

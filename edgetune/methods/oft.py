@@ -28,11 +28,11 @@ class Oft(DenseMethod):
     options = OftOptions
     peft_type = "OFT"
 
-    def trained_in(self, module: SizedModule, options: OftOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: OftOptions) -> int:
         """A skew-symmetric matrix per block."""
         return _rotations(module.columns, options.oft_block_size)
 
-    def settings(self, options: OftOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: OftOptions, steps: int) -> Mapping[str, Any]:
         """No number of blocks, because their size is an option."""
         return {"r": 0}
 

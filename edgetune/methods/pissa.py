@@ -56,7 +56,7 @@ class Pissa(LoraCheckpoint[InitializedOptions]):
         config.init_lora_weights = self.start
         return model
 
-    def settings(self, options: InitializedOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: InitializedOptions, steps: int) -> Mapping[str, Any]:
         """The initialization."""
         return {"init_lora_weights": self.start}
 

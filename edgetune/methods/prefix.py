@@ -52,7 +52,7 @@ class Prefix(CacheMethod[PrefixOptions]):
         network = dense_parameters(trained.base.keys, size) + dense_parameters(size, trained.base.kv_values_per_token)
         return options.num_virtual_tokens * trained.base.keys + network
 
-    def settings(self, options: PrefixOptions) -> Mapping[str, Any]:
+    def peft_settings(self, options: PrefixOptions) -> Mapping[str, Any]:
         """PEFT's own initialization; `initialize` sets states."""
         return {"init_weights": "zero" if options.init_weights == "zero" else None}
 

@@ -35,13 +35,13 @@ class Prompt(TokenMethod[PromptTuningOptions]):
     options = PromptTuningOptions
     peft_type = "PROMPT_TUNING"
 
-    def settings(self, options: PromptTuningOptions) -> Mapping[str, Any]:
+    def peft_settings(self, options: PromptTuningOptions) -> Mapping[str, Any]:
         """Another initialization than TEXT, for which PEFT needs a tokenizer on disk: `initialize` sets the text."""
         return {"prompt_tuning_init": "RANDOM" if options.prompt_tuning_init == "RANDOM" else "SAMPLE_VOCAB"}
 
     def initialize(self, peft: PeftModel, options: PromptTuningOptions) -> None:
         """Initialize from the embeddings of a text's tokens."""
-        from .common.prompt_model import repeated  # noqa: PLC0415 - torch only when training
+        from .common.prompt_model import repeated
 
         if options.prompt_tuning_init == "TEXT" and options.init_tokens:
             embed = peft.get_base_model().get_input_embeddings()

@@ -40,7 +40,7 @@ class Vera(WeightMethod[VeraOptions]):
         """The rank of the shared matrices."""
         return options.r
 
-    def trained_in(self, module: SizedModule, options: VeraOptions) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: VeraOptions) -> int:
         """Two vectors."""
         return module.rows + options.r
 

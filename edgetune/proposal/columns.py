@@ -138,7 +138,7 @@ def _columns_of(values: Sequence[Mapping[str, Any]]) -> list[_Column]:
         for name, value in row.items():
             if value not in (None, "") and not (isinstance(value, str) and not value.strip()):
                 filled.setdefault(str(name), []).append(value)
-    return [_Column(name, found, len(values)) for name, found in filled.items() if len(found) * 2 >= len(values)]
+    return [_Column(name, cells, len(values)) for name, cells in filled.items() if len(cells) * 2 >= len(values)]
 
 
 def _holds_messages(path: Path, column: _Column) -> bool:

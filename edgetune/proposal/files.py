@@ -86,19 +86,19 @@ def read_sample(path: Path) -> Sample:
     """The entries in the first `SAMPLE_BYTES` of a file; the errors of `data.entries`, and UsageError without any."""
     if not path.is_file() and not path.is_dir():
         raise NotFoundError(f"no data file {path}", "check the path")
-    found: list[tuple[str, Any]] = []
+    sampled: list[tuple[str, Any]] = []
     size = path.stat().st_size
     is_whole = size <= SAMPLE_BYTES
     try:
         for entry in entries(str(path), SAMPLE_BYTES):
-            found.append(entry)
+            sampled.append(entry)
     except UsageError:
-        # A quoted field of a table may go on after the sample; the rows before it are known.
-        if is_whole or not found:
+        # A quoted field of a table may go on after the sample; the rows before it are whole.
+        if is_whole or not sampled:
             raise
-    if not found:
+    if not sampled:
         raise UsageError(f"{path} has no rows", "add at least two rows")
-    return Sample(found, len(found) if is_whole else round(len(found) * size / SAMPLE_BYTES), is_whole)
+    return Sample(sampled, len(sampled) if is_whole else round(len(sampled) * size / SAMPLE_BYTES), is_whole)
 
 
 def _name_and_role(path: Path) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def recipe_for(
     be used, and what `bases.find` does for the base.
     """
     folder = path.parent
-    tasks = [_task(found, folder) for found in tasks_of([Path(file) for file in files])]
+    tasks = [_task(task_files, folder) for task_files in tasks_of([Path(file) for file in files])]
     is_path = base not in bases.ALIASES and Path(base).exists()
     choices = [
         Choice("name", name or default_name(files)),
@@ -105,8 +105,8 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
     choices += settings_of(files.name, sample, form, rows, held_out=files.validation is None)
     if files.validation is not None:
         labels = next((choice.value for choice in choices if choice.key == "labels"), None)
-        known = labels if isinstance(labels, list) else None
-        rows_of(str(files.validation), read_sample(files.validation).entries, columns, labels=known)
+        labels = labels if isinstance(labels, list) else None
+        rows_of(str(files.validation), read_sample(files.validation).entries, columns, labels=labels)
     return _ProposedTask(files, rows, [choice.under(f"adapters.{files.name}") for choice in choices])
 
 

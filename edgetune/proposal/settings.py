@@ -88,10 +88,10 @@ def _held_out_reason(rows: int, share: float) -> str:
 
 def _common_system(rows: Sequence[TaskRow]) -> str | None:
     """The system message that all rows have; None if they differ or have none."""
-    found = {
+    prompts = {
         row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else None for row in rows
     }
-    return found.pop() if len(found) == 1 else None
+    return prompts.pop() if len(prompts) == 1 else None
 
 
 def _prompt(noun: str, metric: str) -> str:

@@ -1,1 +1,1 @@
-"""A bundle in; a page about how it was trained, checked and fits on boards out, and a model card."""
+"""The report of a bundle (`edgetune report`): training, answers, parity, boards; and its model card."""

@@ -22,7 +22,7 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Answer:
-    """A row's prompt, the answer, and the expected answer, "" where none is known."""
+    """A row's prompt, the answer, and the expected answer, "" if there is none."""
 
     prompt: str
     text: str
@@ -136,15 +136,15 @@ def fits_of(bundle: Path, manifest: Manifest) -> list[Fit]:
 
 def scores_of(files: Iterable[tuple[str, Path]]) -> dict[str, Score]:
     """The scores in files that `edgetune evaluate --json` wrote, by adapter; UsageError for any other file."""
-    found = {}
+    scores = {}
     for name, path in files:
         try:
             raw = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
-            found[name] = Score(str(raw["metric"]), float(raw["score"]), int(raw["rows"]))
+            scores[name] = Score(str(raw["metric"]), float(raw["score"]), int(raw["rows"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
             message = f"{path} is not the output of edgetune evaluate --json: {error}"
             raise UsageError(message, "write one with: edgetune evaluate BUNDLE … --json > FILE") from error
-    return found
+    return scores
 
 
 def _base_mb(bundle: Path, manifest: Manifest, format_: str) -> float:

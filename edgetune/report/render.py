@@ -1,4 +1,4 @@
-"""Facts of a bundle in; its report as one HTML page, or its model card in Markdown, out."""
+"""Renders the facts of a bundle as an HTML report or as a model card in Markdown."""
 
 from __future__ import annotations
 

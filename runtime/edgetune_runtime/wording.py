@@ -20,6 +20,12 @@ def printable(text: str) -> str:
     return _CONTROL.sub(" ", text)
 
 
+def shortened(text: str, max_characters: int = 300) -> str:
+    """`text` in one line of at most this length."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= max_characters else f"{line[: max_characters - 1]}…"
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` is probably a misspelling of."""
     near = difflib.get_close_matches(name, list(names), n=1)

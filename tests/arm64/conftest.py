@@ -13,7 +13,7 @@ from arm64.rootfs import missing, prepare
 from edgetune_export.backends.base import Source
 from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
 
-from edgetune.delivery.kit.make import make_kit
+from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.progress import Progress
 
 BUNDLE = Path(__file__).parents[2] / "build/smart-home"
@@ -54,7 +54,7 @@ def installed(board: Board, bundle: Path) -> Callable[[str], str]:
     @cache
     def install(engine: str) -> str:
         kit = board.shared / f"{engine}-kit"
-        make_kit(bundle, "pi-4", kit, python="3.13", engine=engine, progress=Progress())
+        make_kit(bundle, "pi-4", kit, KitOptions("3.13", engine), Progress())
         prefix = f"{SHARED}/{engine}"
         board.run("sh", f"{SHARED}/{kit.name}/install.sh", "--prefix", prefix, cpu=INSTALLER_CPU)
         shutil.rmtree(kit)

@@ -20,7 +20,7 @@ from sshd import Sshd, cut_in_the_middle, running
 from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.target import parse_target
-from edgetune.delivery.kit.make import AssembledKit, assemble
+from edgetune.delivery.kit.make import AssembledKit, KitOptions, assemble
 from edgetune.progress import Progress
 
 CPU = "cortex-a72"
@@ -70,7 +70,7 @@ def test_a_deploy_that_was_cut_resumes_and_a_wrong_answer_is_refused(
     prefix = board.shared / f"deployed-{engine}"
 
     def make(name: str, python: str) -> AssembledKit:
-        return assemble(own_bundle, name, python=python, engine=engine, progress=Progress())
+        return assemble(own_bundle, name, KitOptions(python, engine), Progress())
 
     def send() -> Deployed:
         return deploy(target, where, make, DeployOptions("pi-4"), Progress())

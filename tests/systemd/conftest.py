@@ -13,7 +13,7 @@ from edgetune_runtime.inference.golden import ask
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 
-from edgetune.delivery.kit.make import make_kit
+from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.progress import Progress
 
 
@@ -44,6 +44,6 @@ def machine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         pytest.exit(f"a booted system needs {'; and '.join(lacking)}", returncode=5)
     shared = tmp_path_factory.mktemp("shared")
     shared.chmod(0o755)
-    make_kit(bundle, "laptop", shared / "kit", python="3.13", engine="onnx", progress=Progress())
+    make_kit(bundle, "laptop", shared / "kit", KitOptions("3.13", "onnx"), Progress())
     with booted(prepare(), shared) as found:
         yield found

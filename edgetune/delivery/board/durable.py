@@ -16,7 +16,7 @@ LOCK_NAME = "lock"
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
-    """Replace a file atomically, on disk when this returns. Writes nothing if it has this text; whether it wrote."""
+    """Replace a file atomically, on disk when this returns, unless it has this text; returns whether it was written."""
     if path.is_file() and path.read_bytes() == text.encode():
         return False
     with replacing(path) as temporary:

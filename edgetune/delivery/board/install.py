@@ -68,7 +68,7 @@ def rollback(prefix: Path, *, say: Say) -> str:
 def _activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
     before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
     unit = unit or old_unit
-    changed = before != kit.version or (unit is not None and unit.of(kit) != old_unit)
+    changed = before != kit.version or (unit is not None and unit.started_with(kit) != old_unit)
     if changed and unit is not None:
         unit.require_own(prefix)
     # A switch before may have been cut off.
@@ -127,7 +127,7 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
     except BaseException:
         _go_back(prefix, links, unit if is_new else None, old_unit, say)
         raise
-    service.remember(prefix, unit.of(kit))
+    service.remember(prefix, unit.started_with(kit))
 
 
 def _links_before(prefix: Path, kit: Kit, old_unit: Unit | None) -> Mapping[str, str | None]:

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "run `edgetune-run serve` as a systemd unit: of the system for root, of the user for others"
     command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
     text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
-    command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.HERE})")
+    command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.LOOPBACK})")
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {service.PORT})")
     text = "of `edgetune deploy`: list the files that are missing, and read them from standard input"
     command.add_argument("--receive", metavar="VERSION", help=text)
@@ -110,7 +110,9 @@ def _install(options: argparse.Namespace) -> None:
         raise UsageError("--host and --port are those of a unit", "add --service")
     if options.service is not None:
         port = kit.service["port"] if options.port is None else options.port
-        unit = service.unit_from_options(options.service or f"edgetune-{kit.name}", options.host or service.HERE, port)
+        unit = service.unit_from_options(
+            options.service or f"edgetune-{kit.name}", options.host or service.LOOPBACK, port
+        )
     changed = install.install(options.kit, prefix, unit=unit, say=_say, receives=options.receive is not None)
     warnings = [] if unit is None else _unit_warnings(unit)
     if options.json:

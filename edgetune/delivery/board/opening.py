@@ -20,13 +20,13 @@ class Opening:
     cache_mb: float | None = None
 
     @property
-    def given(self) -> Mapping[str, Any]:
-        """The options that are not the default, as JSON values."""
+    def changes(self) -> Mapping[str, Any]:
+        """The options that differ from the defaults, as JSON values."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def words(self) -> list[str]:
         """The options on a command line of `edgetune-run`."""
-        return [word for name, value in self.given.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
+        return [word for name, value in self.changes.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
 
 
 DEFAULTS = Opening()

@@ -22,7 +22,7 @@ from .versions import Say
 
 SETTINGS_NAME = "service.json"
 KEYS_NAME = "keys"
-HERE = "127.0.0.1"
+LOOPBACK = "127.0.0.1"
 PORT = 8080
 """Where a unit listens unless the kit or an option says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -93,7 +93,7 @@ class Unit:
     name: str
     port: int
     user: bool
-    host: str = HERE
+    host: str = LOOPBACK
     version: str = ""
 
     @property
@@ -101,7 +101,7 @@ class Unit:
         """The server's address for this machine."""
         address = ipaddress.ip_address(self.host)
         if address.is_unspecified:
-            return f"http://{'[::1]' if address.version == 6 else HERE}:{self.port}"
+            return f"http://{'[::1]' if address.version == 6 else LOOPBACK}:{self.port}"
         return f"http://{f'[{address}]' if address.version == 6 else address}:{self.port}"
 
     @property
@@ -109,7 +109,7 @@ class Unit:
         """Whether other machines can reach the server."""
         return not ipaddress.ip_address(self.host).is_loopback
 
-    def of(self, kit: Kit) -> Unit:
+    def started_with(self, kit: Kit) -> Unit:
         """The same unit after a start with this version."""
         return replace(self, version=kit.version)
 

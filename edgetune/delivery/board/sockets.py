@@ -12,7 +12,7 @@ from pathlib import Path
 from edgetune_runtime.errors import UsageError
 
 _ENDING_S = 5.0
-"""Seconds that a program which is just ending has to give the port back."""
+"""For a program that is about to end to free its port."""
 _LISTENING = "0A"
 """State of a socket in Linux' include/net/tcp_states.h."""
 

@@ -64,7 +64,7 @@ def have(store: Store, sizes: Mapping[str, int]) -> dict[str, int]:
 def receive(store: Store, digest: str, size: int, source: IO[bytes]) -> None:
     """Append the rest of a file from `source` to its part; then check the digest and give it its name.
 
-    Reads no byte more than that. Raises UnreachableError if the bytes end or stop before, and keeps the part;
+    Reads no further. Raises UnreachableError if the bytes end or stop before, and keeps the part;
     VerificationError if the digest is wrong, and deletes it; OutOfSpaceError if the disk is full.
     """
     store.folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ ROLLING_BACK = ".rollback"
 LINKS = (CURRENT, PREVIOUS, KEPT, ROLLING_BACK)
 RUN_SCRIPT = "bin/edgetune-run"
 Say = Callable[[str], None]
-"""Tells the user a line."""
+"""Prints a line for the user."""
 _VENV = "venv"
 # The link is resolved once, so that a switch in the middle of a start mixes no versions.
 _SCRIPT = """\
@@ -127,7 +127,7 @@ def switch(prefix: Path, version: str) -> None:
 
 def restore(prefix: Path, links: Mapping[str, str | None]) -> None:
     """Point `current` and `previous` to the versions that they pointed to before a switch."""
-    # In this order, so that the version before is known in between as well.
+    # In this order, so that `previous` returns the version before at any time.
     for link in (CURRENT, PREVIOUS):
         _point(prefix, link, links[link])
 
@@ -138,7 +138,7 @@ def begin_rollback(prefix: Path, version: str) -> None:
 
 
 def settle(prefix: Path) -> None:
-    """Bring the links in order after a switch that has ended or was cut off."""
+    """Remove the traces of a switch that has ended or was cut off."""
     _point(prefix, PREVIOUS, previous(prefix))
     for link in (KEPT, ROLLING_BACK):
         _point(prefix, link, None)
@@ -188,7 +188,7 @@ def _point(prefix: Path, link: str, version: str | None) -> None:
 
 def _discard_others(root: Path, kept: set[str]) -> None:
     for folder in [path for path in root.iterdir() if path.name not in kept]:
-        # Renamed first: what is left if the deletion is interrupted must not pass for a whole folder.
+        # Renamed first: an interrupted deletion must not leave what looks like a whole folder.
         hidden = folder if folder.name.startswith(".") else folder.rename(_hidden(folder))
         if hidden.is_dir():
             shutil.rmtree(hidden)

@@ -38,7 +38,7 @@ _MB = 10**6
 _CHUNK_BYTES = 1 << 18
 _LONG_S = 7200.0
 """More than the board program itself waits for packages, golden answers and a unit that computes its states."""
-# Read by sh, whatever the login shell is. The name of the unfinished file is of its own for each sender.
+# Read by sh, whatever the login shell is. Each sender has its own unfinished file.
 # What root sends must be readable for the unit's account, whatever root's umask is.
 _PUT = (
     '[ "$(id -u)" != 0 ] || umask 022; '
@@ -170,17 +170,17 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
             raise NotFoundError(f"{target}: no unit is installed in {facts.prefix}", "add --service NAME")
         board = facts.board_name(options.board)
         progress.say(f"{target}: {facts.ram_mib} MiB of memory, so the kit is the one for {board}")
-        made = assemble(board, facts.python)
-        program = _send_program(connection, facts, made)
-        sending = _Sending(program, made, progress)
+        assembled = assemble(board, facts.python)
+        program = _send_program(connection, facts, assembled)
+        sending = _Sending(program, assembled, progress)
         incoming = f"{facts.prefix}/{INCOMING}"
-        sent = sum(_put(connection, made.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
-        words = ["--receive", made.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
+        sent = sum(_put(connection, assembled.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
+        words = ["--receive", assembled.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
         command = program.command("install", incoming, *words)
         text = connection.converse(command, LACKING, sending.files, limit_s=_LONG_S)
         _, changed, warnings = program.parsed(text, replies.installed)
         sent += sending.sent_bytes
-        return Deployed(target, made.kit.version, changed, sent, round(sending.seconds, 3), warnings)
+        return Deployed(target, assembled.kit.version, changed, sent, round(sending.seconds, 3), warnings)
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:
@@ -203,11 +203,11 @@ def _installed(connection: Connection, where: Where) -> _Program:
     return _Program(connection, f"{facts.prefix}/{CURRENT}/{PROGRAM_NAME}", facts.prefix)
 
 
-def _send_program(connection: Connection, facts: BoardFacts, made: AssembledKit) -> _Program:
+def _send_program(connection: Connection, facts: BoardFacts, assembled: AssembledKit) -> _Program:
     """Put the board program into the store by its digest, where it is never written to again."""
-    path = f"{facts.prefix}/{store.FOLDER}/{made.program.sha256}"
+    path = f"{facts.prefix}/{store.FOLDER}/{assembled.program.sha256}"
     try:
-        _put(connection, made.contents[PROGRAM_NAME], path)
+        _put(connection, assembled.contents[PROGRAM_NAME], path)
     except EdgetuneError as error:
         if type(error) is not EdgetuneError:
             raise
@@ -228,14 +228,14 @@ def _put(connection: Connection, source: Path | bytes, remote: str) -> int:
 class _Sending:
     """Sends the files of a kit that a board lacks; `sent_bytes` and `seconds` are those of the transfer."""
 
-    def __init__(self, program: _Program, made: AssembledKit, progress: Progress) -> None:
-        self._program, self._made, self._progress = program, made, progress
+    def __init__(self, program: _Program, assembled: AssembledKit, progress: Progress) -> None:
+        self._program, self._assembled, self._progress = program, assembled, progress
         self._target = program.connection.target
         self.sent_bytes, self.seconds = 0, 0.0
 
     def files(self, lacking: str) -> Iterator[bytes]:
         """The rest of each file, in the order of the board's list."""
-        kit = self._made.kit
+        kit = self._assembled.kit
         files = {file.sha256: file for file in kit.files}
         sizes = {digest: file.bytes for digest, file in files.items()}
         offsets = self._program.parsed(lacking, partial(replies.missing, sizes=sizes))
@@ -255,7 +255,7 @@ class _Sending:
         self._progress.say(f"{self._target}: installing version {kit.version}{packages}")
 
     def _rest_of(self, file: KitFile, offset: int) -> Iterator[bytes]:
-        with output.opened(self._made.contents[file.path]) as source:
+        with output.opened(self._assembled.contents[file.path]) as source:
             source.seek(offset)
             while data := source.read(_CHUNK_BYTES):
                 yield data

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
+from .deploy import Outcome
 from .target import Target
 
-T = TypeVar("T")
+
+@dataclass(frozen=True)
+class Failed(Outcome):
+    """The error of an action on one board, without the board's name."""
+
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.target}: failed"
 
 
-def on_each(
-    targets: Sequence[Target], parallel: int, act: Callable[[Target], T]
-) -> Iterator[tuple[Target, T | Exception]]:
-    """What `act` returns or raises for each board, in the order in which they end; at most `parallel` at a time."""
+def on_each(targets: Sequence[Target], parallel: int, act: Callable[[Target], Outcome]) -> Iterator[Outcome]:
+    """The outcome of `act` on each board, in the order in which they end; at most `parallel` at a time."""
     with ThreadPoolExecutor(parallel) as pool:
-        started: dict[Future[T], Target] = {pool.submit(act, target): target for target in targets}
+        started = {pool.submit(act, target): target for target in targets}
         try:
             for done in as_completed(started):
-                try:
-                    yield started[done], done.result()
-                except Exception as error:
-                    yield started[done], error
+                target, error = started[done], done.exception()
+                text = str(error).removeprefix(f"{target}: ")
+                yield done.result() if error is None else Failed(target, text)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -13,7 +13,7 @@ MOST_BYTES = 10**6
 _CHUNK_BYTES = 1 << 16
 _LOOK_EVERY_S = 0.2
 _REST_S = 5.0
-"""For what is still on its way when the process ends."""
+"""For output that is still in the pipes when the process ends."""
 
 
 class LimitedProcess:
@@ -26,7 +26,7 @@ class LimitedProcess:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe)
         self.exceeded = ""
-        """What it did too much of, if it was killed for it."""
+        """The limit that it was killed for exceeding, as a phrase; or nothing."""
         self._limit_s = limit_s
         self._deadline = time.monotonic() + limit_s
         self._printed = threading.Condition()

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__, engines
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
@@ -35,6 +36,7 @@ from edgetune.delivery.board.kit import (
 from edgetune.delivery.board.opening import DEFAULTS, Opening
 from edgetune.delivery.board.service import PORT
 from edgetune.delivery.wheel.build import cache_folder, llama_wheel
+from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
 from edgetune.progress import Progress
 
 from . import output, rehearsal, sbom
@@ -45,6 +47,19 @@ from .wheels import LLAMA, Wheel, collect, require_wheel_of
 
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
+
+
+@dataclass(frozen=True)
+class KitOptions:
+    """What a kit is made for: the board's Python, the engine, and how the board opens the bundle.
+
+    `engine` is the bundle's first format if None; `wheel` one of llama-cpp-python to use instead of building it.
+    """
+
+    python: str = SYSTEM_PYTHON
+    engine: str | None = None
+    opening: Opening = DEFAULTS
+    wheel: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -69,52 +84,31 @@ class AssembledKit:
         }
 
 
-def make_kit(
-    bundle: Path,
-    board: str,
-    out: Path,
-    *,
-    python: str,
-    progress: Progress,
-    engine: str | None = None,
-    opening: Opening = DEFAULTS,
-    wheel: Path | None = None,
-) -> AssembledKit:
+def make_kit(bundle: Path, board: str, out: Path, options: KitOptions, progress: Progress) -> AssembledKit:
     """Write the kit of a bundle for a board to `out`, a folder, or a tar file if it ends in .tar.
 
     Raises UsageError if `out` is something else, and what `assemble` raises.
     """
     output.check_destination(out)
-    made = assemble(bundle, board, python=python, progress=progress, engine=engine, opening=opening, wheel=wheel)
-    output.write(made.contents, out, f"{made.kit.name}-{made.kit.board}")
-    return made
+    assembled = assemble(bundle, board, options, progress)
+    output.write(assembled.contents, out, f"{assembled.kit.name}-{assembled.kit.board}")
+    return assembled
 
 
-def assemble(
-    bundle: Path,
-    board: str,
-    *,
-    python: str,
-    progress: Progress,
-    engine: str | None = None,
-    opening: Opening = DEFAULTS,
-    wheel: Path | None = None,
-) -> AssembledKit:
+def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) -> AssembledKit:
     """The kit of a bundle for a board; its large files stay in the bundle and in the cache of wheels.
 
-    `board` is the name of a board or the path of a board file. `python` is the board's Python, such as 3.13.
-    `engine` is the bundle's first format if None, `opening` how the board opens the bundle. `wheel` is a wheel of
-    llama-cpp-python to use instead of building one. Raises NotFoundError for an unknown board, IncompatibleError if the
-    bundle does not fit on the board, if the board does not run Linux or `wheel` does not run there, or if there are no
-    wheels for its Python, VerificationError if a file of the bundle is damaged or an adapter answers differently with
-    `opening`, UnreachableError if wheels cannot be downloaded.
+    `board` is the name of a board or the path of a board file. Raises NotFoundError for an unknown board,
+    IncompatibleError if the bundle does not fit on the board, if the board does not run Linux or `options.wheel` does
+    not run there, or if there are no wheels for its Python, VerificationError if a file of the bundle is damaged or an
+    adapter answers differently with `options.opening`, UnreachableError if wheels cannot be downloaded.
     """
     facts = boards.find(board)
-    target = target_python(facts, python)
-    if wheel is not None:
-        require_wheel_of(LLAMA, wheel, target)
-    manifest = read_manifest(bundle)
-    engine = _engine(manifest, engine)
+    target = target_python(facts, options.python)
+    if options.wheel is not None:
+        require_wheel_of(LLAMA, options.wheel, target)
+    manifest, opening = read_manifest(bundle), options.opening
+    engine = _engine(manifest, options.engine)
     needed_mb, kept_mb = _memory_mb(bundle, manifest, engine, facts, opening=opening, device=board)
     limit_mb = min(math.ceil((needed_mb + SERVER_MB) * _HEADROOM), int(facts.free_mb))
     progress.say(f"checking the files of {manifest.name}")
@@ -124,7 +118,7 @@ def assemble(
     with tempfile.TemporaryDirectory() as folder:
         runtime = Path(folder, runtime_name)
         runtime.write_bytes(runtime_data)
-        llama = [wheel or llama_wheel(target.platform, progress=progress)] if engine == gguf.NAME else []
+        llama = [options.wheel or llama_wheel(target.platform, progress=progress)] if engine == gguf.NAME else []
         extras = [engine, "server", *task_types.load(manifest.task).runtime_extras]
         cache = cache_folder() / f"{target.platform}-{target.python}"
         wheels = collect(extras, target, [runtime, *llama], cache, progress)
@@ -145,6 +139,21 @@ def assemble(
             ram_mb=math.ceil(kept_mb),
             memory_max_mb=limit_mb,
         )
+
+
+def assembler(bundle: Path, options: KitOptions, progress: Progress) -> Callable[[str, str], AssembledKit]:
+    """`assemble` for a board and its Python, once for each, also if several boards ask for it at the same time.
+
+    UsageError if the bundle has no keys and values of the type in `options`.
+    """
+    if options.opening.kv is not None:
+        needs_with(bundle, options.engine, options.opening)
+    kits = SingleFlightCache[AssembledKit](keep=64)
+
+    def kit_for(board: str, python: str) -> AssembledKit:
+        return kits.get((board, python), lambda: assemble(bundle, board, replace(options, python=python), progress))
+
+    return kit_for
 
 
 def with_description(
@@ -171,7 +180,7 @@ def with_description(
         "machine": target.machine,
         "python": target.python,
         "engines": [engine],
-        "opening": opening.given,
+        "opening": opening.changes,
         "needs": {
             "instructions": list(target.instructions),
             "glibc": f"2.{max(wheel.glibc_minor for wheel in wheels)}",

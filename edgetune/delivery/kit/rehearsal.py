@@ -22,7 +22,7 @@ def require_golden(bundle: Path, engine: str, opening: Opening, progress: Progre
     options = " ".join(opening.words())
     progress.say(f"asking for golden answers with {options}")
     try:
-        with Runtime.open(bundle, engine=engine, verify=False, disk_mb=0, contexts=1, **opening.given) as runtime:
+        with Runtime.open(bundle, engine=engine, verify=False, disk_mb=0, contexts=1, **opening.changes) as runtime:
             different = [f"{name}: {answer}" for name, answer in compare(runtime) if answer.is_different]
     except PromptTooLongError as error:
         message = f"with {options} a golden prompt does not fit: {error.message}"

@@ -83,7 +83,7 @@ class PackedGate:
 
 def gate(model: PeftModel) -> None:
     """Make the layers of `model` use the active tokens of its `packed_gate`."""
-    from peft.tuners.lora import LoraLayer  # noqa: PLC0415 - slow to import
+    from peft.tuners.lora import LoraLayer
 
     model.packed_gate = PackedGate()
     for module in model.modules():

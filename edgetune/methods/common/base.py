@@ -147,7 +147,7 @@ class Method(ABC, Generic[O]):
 
     def objective(self, options: O) -> Objective[Any]:
         """The objective of training."""
-        from edgetune.objectives.next_token import NEXT_TOKEN  # noqa: PLC0415 - torch only when training
+        from edgetune.objectives.next_token import NEXT_TOKEN
 
         return NEXT_TOKEN
 

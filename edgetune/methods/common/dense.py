@@ -10,7 +10,7 @@ from edgetune_export.adapters.shapes import Floats, Folded, Merged
 from pydantic import Field
 
 from .base import Checkpoint
-from .peft import PeftMethod, TargetOptions, base_weight, merged_weight, merged_weights, peft_model, tuned_layers
+from .peft import PeftMethod, TargetOptions, base_weight, merged_parameter, merged_weights, peft_model, tuned_layers
 
 GUESSED_RANK = 64
 
@@ -50,4 +50,4 @@ class DenseMethod(PeftMethod[Any]):
 
 
 def _change(layer: Any) -> Floats:  # noqa: ANN401 - PEFT carries no types
-    return merged_weight(layer) - base_weight(layer)
+    return merged_parameter(layer) - base_weight(layer)

@@ -28,7 +28,7 @@ class LoraCheckpoint(PeftMethod[L]):
         """Low-rank, which is exact, or merged."""
         return ("low_rank", "merged")
 
-    def trained_in(self, module: SizedModule, options: L) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: L) -> int:
         """Both factors."""
         return options.r * module.values_per_rank
 

@@ -81,23 +81,23 @@ class PeftMethod(Method[O]):
 
     def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """Those of all target modules."""
-        return sum(self.trained_in(module, options) for module in trained.modules)
+        return sum(self.trained_parameters_in(module, options) for module in trained.modules)
 
     @abstractmethod
-    def trained_in(self, module: SizedModule, options: O) -> int:
+    def trained_parameters_in(self, module: SizedModule, options: O) -> int:
         """How many parameters of a target module training changes."""
 
-    def settings(self, options: O, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: O, steps: int) -> Mapping[str, Any]:
         """PEFT's settings, for a training of `steps` steps, that are not options with the same name."""
         return {}
 
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> PeftModel:
         """Add PEFT's trainable parts in float32 to `base`."""
-        from peft import get_peft_model  # noqa: PLC0415 - torch only when training
+        from peft import get_peft_model
 
         if isinstance(options, TargetOptions):
             check_targets(base, options.target_modules)
-        return get_peft_model(base, peft_config(self.peft_type, base, options, self.settings(options, steps)))
+        return get_peft_model(base, peft_config(self.peft_type, base, options, self.peft_settings(options, steps)))
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write PEFT's folder."""
@@ -159,7 +159,7 @@ def load_peft(checkpoint: Checkpoint) -> PeftModel:
 
     Raises IncompatibleError if PEFT cannot load it, and what `check_peft_folder` raises.
     """
-    from peft import PeftModel  # noqa: PLC0415 - slow to import
+    from peft import PeftModel
 
     check_peft_folder(checkpoint.folder, checkpoint.base)
     try:
@@ -182,7 +182,7 @@ def scale_layer(layer: Any, scale: float) -> None:  # noqa: ANN401 - as above
 
 def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
     """The layers that PEFT changes, with their names in the base."""
-    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - slow to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and hasattr(module, "merge"):
@@ -191,15 +191,15 @@ def tuned_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
 
 def merged_weights(layers: dict[str, Any]) -> dict[str, Callable[[], Floats]]:
     """The merged weights of each layer, computed on demand, even after the layers were removed from the base."""
-    return {f"{name}.weight": partial(merged_weight, layer) for name, layer in layers.items()}
+    return {f"{name}.weight": partial(merged_parameter, layer) for name, layer in layers.items()}
 
 
-def merged_weight(layer: Any) -> Floats:  # noqa: ANN401 - as above
-    """A layer's weights [rows, columns] with its update merged in; the layer itself is not changed."""
+def merged_parameter(layer: Any, name: str = "weight") -> Floats:  # noqa: ANN401 - as above
+    """A layer's weights [rows, columns], or its bias, with the update merged in; the layer itself is not changed."""
     copy = deepcopy(layer)
     with no_grad():
         copy.merge()
-    return array(copy.get_base_layer().weight)
+    return array(getattr(copy.get_base_layer(), name))
 
 
 def module_weight(base: PreTrainedModel, module: str) -> Floats:
@@ -223,7 +223,7 @@ def array(tensor: torch.Tensor) -> Floats:
 
 def no_grad() -> Any:  # noqa: ANN401 - a context of torch's
     """torch.no_grad(), with torch imported on demand."""
-    import torch  # noqa: PLC0415 - torch only when training or exporting
+    import torch
 
     return torch.no_grad()
 
@@ -242,7 +242,7 @@ def peft_config(
     peft_type: str, base: PreTrainedModel, options: MethodOptions, settings: Mapping[str, Any]
 ) -> PeftConfig:
     """PEFT's configuration of a method: the options that PEFT has too, which have the same names, and `settings`."""
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: PLC0415 - torch only when training
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     values = options.model_dump(include={field.name for field in fields(config_class)})

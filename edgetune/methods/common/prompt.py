@@ -59,7 +59,7 @@ class PromptMethod(Method[P]):
         """The number of virtual tokens."""
         return options.num_virtual_tokens
 
-    def settings(self, options: P) -> Mapping[str, Any]:
+    def peft_settings(self, options: P) -> Mapping[str, Any]:
         """PEFT's settings that are not options with the same name."""
         return {}
 
@@ -84,13 +84,13 @@ class PromptMethod(Method[P]):
 
     def attach(self, base: PreTrainedModel, options: P, steps: int) -> PrefixedModel:
         """The base with trainable virtual tokens in float32. Raises UsageError if they do not fit in its context."""
-        from peft import get_peft_model  # noqa: PLC0415 - torch only when training
+        from peft import get_peft_model
 
         room = base.config.max_position_embeddings
         if options.num_virtual_tokens >= room:
             message = f"num_virtual_tokens is {options.num_virtual_tokens}, but the base has {room} positions"
             raise UsageError(message, f"give fewer than {room}")
-        peft = get_peft_model(base, peft_config(self.peft_type, base, options, self.settings(options)))
+        peft = get_peft_model(base, peft_config(self.peft_type, base, options, self.peft_settings(options)))
         self.initialize(peft, options)
         return self.prefixed(peft)
 
@@ -105,7 +105,7 @@ class PromptMethod(Method[P]):
     @contextmanager
     def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
         """PEFT's model of the checkpoint on the base."""
-        from .prompt_model import GivenTokensModel  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import GivenTokensModel
 
         yield GivenTokensModel(_unscaled(checkpoint))
 
@@ -126,13 +126,13 @@ class CacheMethod(PromptMethod[P]):
 
     def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these keys and values as its cache."""
-        from .prompt_model import CachePrefixedModel  # noqa: PLC0415 - torch only when training
+        from .prompt_model import CachePrefixedModel
 
         return CachePrefixedModel(peft)
 
     def initialize_from(self, peft: PeftModel, tokens: Sequence[int], length: int) -> None:
         """Initialize from the base's KV cache of `tokens`, repeated as needed; of random tokens if empty."""
-        from .prompt_model import join_states, random_tokens, repeated, states_of  # noqa: PLC0415 - torch only when training
+        from .prompt_model import join_states, random_tokens, repeated, states_of
 
         base = peft.get_base_model()
         states = states_of(base, input_ids=repeated(tokens or random_tokens(base, length), length).to(base.device))
@@ -140,7 +140,7 @@ class CacheMethod(PromptMethod[P]):
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The trained keys and values."""
-        from .prompt_model import split_states  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import split_states
 
         return split_states(saved, base.config)
 
@@ -154,13 +154,13 @@ class TokenMethod(PromptMethod[P]):
 
     def prefixed(self, peft: PeftModel) -> PrefixedModel:
         """The base with these embeddings before the sequence."""
-        from .prompt_model import TokenPrefixedModel  # noqa: PLC0415 - torch only when training
+        from .prompt_model import TokenPrefixedModel
 
         return TokenPrefixedModel(peft)
 
     def states(self, base: PreTrainedModel, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that the base computes from the embeddings."""
-        from .prompt_model import states_of  # noqa: PLC0415 - torch only when exporting
+        from .prompt_model import states_of
 
         return states_of(base, inputs_embeds=saved[None].to(base.dtype))
 

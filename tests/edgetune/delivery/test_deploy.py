@@ -407,7 +407,7 @@ def test_waiting_for_a_unit_needs_one(board: Board, bundle: Path) -> None:
 def run(board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """`run(*arguments)` of `edgetune deploy`: exit code, standard output, standard error."""
 
-    def assemble(bundle: Path, _board: str, **_options: object) -> AssembledKit:
+    def assemble(bundle: Path, _board: str, *_options: object) -> AssembledKit:
         return board.maker.assembled(contents(bundle), with_fields())
 
     monkeypatch.setattr("edgetune.delivery.kit.make.assemble", assemble)

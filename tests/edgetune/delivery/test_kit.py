@@ -37,7 +37,7 @@ from edgetune.cli.main import main
 from edgetune.delivery.board.kit import read_kit
 from edgetune.delivery.board.opening import Opening
 from edgetune.delivery.kit import output, rehearsal, sbom
-from edgetune.delivery.kit.make import make_kit
+from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.target_python import TargetPython, target_python
@@ -253,7 +253,7 @@ def test_a_wrong_request_is_one_line(
     (llama,) = wheelhouse.glob("llama_cpp_python-*")
     options = {"board": BOARD, "python": PYTHON, "wheel": llama, **changes}
     with pytest.raises(error, match=told):
-        make_kit(home, options.pop("board"), tmp_path / "kit", progress=QUIET, **options)
+        make_kit(home, options.pop("board"), tmp_path / "kit", KitOptions(**options), QUIET)
     assert not (tmp_path / "kit").exists()
 
 
@@ -270,7 +270,7 @@ def test_a_wheel_that_the_board_cannot_use_is_one_line(
 ) -> None:
     wheel = repack(name, tmp_path, tag)
     with pytest.raises(IncompatibleError, match=told) as error:
-        make_kit(home, BOARD, tmp_path / "kit", python=PYTHON, wheel=wheel, progress=QUIET)
+        make_kit(home, BOARD, tmp_path / "kit", KitOptions(PYTHON, wheel=wheel), QUIET)
     assert "\n" not in str(error.value)
 
 

