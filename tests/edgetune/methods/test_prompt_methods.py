@@ -16,7 +16,7 @@ from recipes import adapter_of, make_recipe
 from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
-from trainings import Stopping
+from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of
 from transformers import DynamicCache, PreTrainedModel
 
 from edgetune import methods
@@ -27,14 +27,9 @@ from edgetune.methods.common.prompt_model import GivenTokensModel, split_states
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import ATTENTION
-from edgetune.progress import Progress
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
 
-QUIET = Progress(quiet=True)
-VOCABULARY = 384
-HEADER = (10, 11, 12)
 METHODS: dict[str, dict[str, Any]] = {
     "prefix": {},
     "prefix of a network": {"name": "prefix", "prefix_projection": True},
@@ -128,25 +123,9 @@ def test_packed_rows_have_the_loss_of_pefts_own_forward(case: str, arch: str, ro
             assert a.abs().max() > 0
 
 
-def answer(number: int) -> Example:
-    """A question whose answer follows from its number."""
-    tokens = (*HEADER, 30 + number, 13, 130 + number, 131 + number, 2)
-    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
-
-
 def job(case: str, method_options: dict[str, Any] | None = None, **training: object) -> TrainingJob[Example]:
-    options = {"max_steps": 30, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
     method, prepared = method_of(case, **(method_options or {}))
-    return TrainingJob(
-        name="reply",
-        method=method,
-        options=prepared,
-        training=TrainingSpec.model_validate({**options, **training}),
-        train=[answer(number) for number in range(24)],
-        validation=[answer(number) for number in range(0, 24, 3)],
-        key="abc",
-        objective=method.objective(prepared),
-    )
+    return job_of(method, prepared, SHORT, **{"max_steps": 30, "learning_rate": 1e-2, "patience": 3, **training})
 
 
 def checkpoint_of(done: TrainingJob[Example], base: PreTrainedModel, folder: Path, scale: float = 1.0) -> Checkpoint:
@@ -259,7 +238,7 @@ def test_a_cartridge_keeps_its_frozen_tokens(document: str, base_of: BaseOf, tmp
 
 
 def test_a_document_longer_than_the_context_is_read_as_far_as_it_fits(base_of: BaseOf) -> None:
-    base, row = base_of("llama"), answer(3)
+    base, row = base_of("llama"), SHORT[3]
     base.set_attn_implementation(ATTENTION)
     text = [60 + number * number % 97 for number in range(700)]
     long, cut = Distill(text)._lesson(base, row), Distill(text[: 512 - len(row.tokens)])._lesson(base, row)

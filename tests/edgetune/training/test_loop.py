@@ -13,20 +13,14 @@ from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from trainings import Stopping
+from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of, short_answer
 from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.objectives.example import Example
-from edgetune.progress import Progress
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.training import memory
 from edgetune.training.job import TrainingJob, finished
 from edgetune.training.loop import train
-
-QUIET = Progress(quiet=True)
-VOCABULARY = 384
-HEADER = (10, 11, 12)
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +34,20 @@ def run(base: PreTrainedModel, tmp_path: Path) -> Callable[..., Any]:
     return lambda job, folder="run", progress=QUIET: train(base, job, tmp_path / folder, progress)
 
 
-def answer(number: int, shift: int = 0) -> Example:
-    """A question whose answer follows from its number: `shift` makes another rule."""
-    tokens = (*HEADER, 30 + number, 13, 130 + (number + shift) % 40, 131 + (number + shift) % 40, 2)
-    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
-
-
 def job(
     method: dict[str, Any] | None = None,
     validation: Sequence[Example] | None = None,
     rows: int = 24,
     **training: object,
 ) -> TrainingJob:
-    options = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
     lora = methods.load("lora")
-    return TrainingJob(
-        name="reply",
-        method=lora,
-        options=lora.options.model_validate({"r": 4, **(method or {})}),
-        training=TrainingSpec.model_validate({**options, **training}),
-        train=[answer(number) for number in range(rows)],
-        validation=[answer(number) for number in range(0, 24, 3)] if validation is None else validation,
-        key="abc",
-    )
+    options = lora.options.model_validate({"r": 4, **(method or {})})
+    return job_of(lora, options, SHORT[:rows], validation, **{"learning_rate": 1e-2, "patience": 3, **training})
 
 
 OVERFITTING = job(
-    rows=4, validation=[answer(n, shift=7) for n in range(8)], max_steps=40, evals=20, batch_size=4, patience=None,
-    seed=1,
+    rows=4, validation=[short_answer(n, shift=7) for n in range(8)], max_steps=40, evals=20, batch_size=4,
+    patience=None, seed=1,
 )  # fmt: skip
 
 
