@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A worker takes up to 2 GB of memory; tests compute with one thread each.
 WORKERS ?= 2
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 BUNDLE := build/smart-home
 DATA := examples/smart-home/data
 

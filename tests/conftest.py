@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import forks
 import pytest
 from filelock import FileLock
 
@@ -58,6 +61,18 @@ def _states(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGETUNE_CACHE", str(tmp_path / "states-of-prompts"))
 
 
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB, or of the size in its parameter; skips where this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '2m')}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
     """`once(name, make)`: the file or folder that `make(path)` writes, made once for all workers of pytest-xdist."""
@@ -75,12 +90,43 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
     return call
 
 
+@contextmanager
+def _forking(module: ModuleType) -> Iterator[None]:
+    """Let a module start its programs with forks.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "subprocess", forks)
+        yield
+
+
+@pytest.fixture
+def forked_converter() -> Iterator[None]:
+    """Let a test convert folders with forks.py; test_bases.py and test_convert.py start the converter as users do."""
+    from edgetune_export.base_file import convert as converter  # noqa: PLC0415 - only where a test needs a base
+
+    with _forking(converter):
+        yield
+
+
+@pytest.fixture(scope="session")
+def convert() -> Callable[[Path, Path], None]:
+    """`convert(folder, out)`: write the f16 GGUF of a Hugging Face folder."""
+    from edgetune_export.base_file import convert as converter  # noqa: PLC0415 - as above
+
+    def call(folder: Path, out: Path) -> None:
+        with _forking(converter):
+            converter.convert_folder(folder, out, dtype="f16")
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def kept_graphs(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
-    """Keep each graph of onnxruntime-genai's builder, which takes 4 s to start, for the next base that is the same."""
-    from edgetune_export.backends.onnx import backend  # noqa: PLC0415 - only where a test needs a base
+    """Keep each graph of onnxruntime-genai's builder for the next base that is the same."""
+    from edgetune_export.backends.onnx import backend, graph  # noqa: PLC0415 - as above
 
-    build = backend.run_builder
+    def build(folder: Path, out: Path) -> None:
+        with _forking(graph):
+            graph.run_builder(folder, out)
 
     def run_builder(folder: Path, out: Path) -> None:
         digests = [sha256(path.read_bytes()).digest() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -123,32 +169,34 @@ def tiny_folder(kept_graphs: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def tiny_gguf(
-    tiny_folder: Callable[[str], Path], once: Callable[[str, Callable[[Path], object]], Path]
+    tiny_folder: Callable[[str], Path],
+    convert: Callable[[Path, Path], None],
+    once: Callable[[str, Callable[[Path], object]], Path],
 ) -> Callable[[str], Path]:
     """`tiny_gguf(arch)`: the f16 GGUF of the same base."""
-    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415 - as above
 
     @cache
-    def convert(arch: str) -> Path:
+    def make(arch: str) -> Path:
         folder = tiny_folder(arch)
-        # Starting the converter takes 4 s.
-        kept = once(f"{arch}.gguf", partial(convert_folder, folder, dtype="f16"))
-        return Path(shutil.copy(kept, folder.with_suffix(".gguf")))
+        return Path(shutil.copy(once(f"{arch}.gguf", partial(convert, folder)), folder.with_suffix(".gguf")))
 
-    return convert
+    return make
 
 
 @pytest.fixture(scope="session")
-def wide_gguf(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def wide_gguf(
+    tiny_folder: Callable[[str], Path],
+    convert: Callable[[Path, Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[int], Path]:
     """`wide_gguf(width)`: the f16 GGUF of a tiny LLaMA of this width; a head has a quarter of it."""
-    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415 - as above
     from tiny import make_folder  # noqa: PLC0415 - as above
 
     @cache
     def make(width: int) -> Path:
         folder = tmp_path_factory.mktemp("wide")
         made = make_folder("llama", folder / "wide", tiny_folder("llama") / "tokenizer.model", hidden_size=width)
-        convert_folder(made, folder / "wide.gguf", dtype="f16")
+        convert(made, folder / "wide.gguf")
         return folder / "wide.gguf"
 
     return make

@@ -13,7 +13,6 @@ import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -23,6 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -129,13 +129,6 @@ def run_go(text: str) -> None:
     imports = "\n".join(f'\t"{paths.get(name, name)}"' for name in packages)
     Path("main.go").write_text(GO.format(imports=imports, text=text), encoding="utf-8")
     run_outside(["go", "run", "main.go"])
-
-
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
 
 
 def run_script(arguments: list[str]) -> int:

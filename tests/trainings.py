@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,34 @@ def answer(number: int) -> Example:
     return Example(tokens, (False,) * prompt + (True,) * 3, prompt)
 
 
+def short_answer(number: int, shift: int = 0) -> Example:
+    """A row of eight tokens whose answer follows from its number; `shift` makes another rule."""
+    tokens = (*HEADER, 30 + number, 13, 130 + (number + shift) % 40, 131 + (number + shift) % 40, 2)
+    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
+
+
+SHORT = [short_answer(number) for number in range(24)]
+
+
 def job(method: str, options: dict[str, Any] | None = None, **training: object) -> TrainingJob[Example]:
-    """A training of 24 rows by `method`."""
+    """A training of 24 rows of two lengths by `method`."""
     kind = methods.load(method)
-    chosen = kind.options.model_validate(options or {})
-    given = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "precision": "fp32", "patience": None}
     rows = [answer(number) for number in range(24)]
+    return job_of(kind, kind.options.model_validate(options or {}), rows, **training)
+
+
+def job_of(
+    method: methods.Method[Any],
+    options: Any,  # noqa: ANN401 - those of the method
+    rows: Sequence[Example],
+    validation: Sequence[Example] | None = None,
+    **training: object,
+) -> TrainingJob[Example]:
+    """A training with prepared options; without `validation`, every third row is one of it too."""
+    given = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "precision": "fp32", "patience": None}
     schedule = TrainingSpec.model_validate({**given, **training})
-    return TrainingJob("reply", kind, chosen, schedule, rows, rows[::3], "abc", kind.objective(chosen))
+    held_out = list(rows[::3] if validation is None else validation)
+    return TrainingJob("reply", method, options, schedule, list(rows), held_out, "abc", method.objective(options))
 
 
 def learn(base: PreTrainedModel, work: TrainingJob[Example], folder: Path) -> TrainResult:
@@ -103,6 +123,11 @@ def stopped_and_resumed(base: PreTrainedModel, work: TrainingJob[Example], folde
     with pytest.raises(CancelledError):
         train(base, work, folder, Stopping(step))
     return train(base, work, folder, QUIET)
+
+
+def modified(folder: Path) -> dict[str, int]:
+    """When each file below a folder was last written, in ns."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:  # noqa: ANN401 - with or without PEFT around it

@@ -42,7 +42,7 @@ def host_answers(bundle: Path, engine: str, tokens: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("cpu", "variant"), (BOARDS | OTHERS).items())
-def test_doctor_tells_the_processor_and_the_variant_made_for_it(
+def test_doctor_reports_the_processor_and_the_library_built_for_it(
     cpu: str, variant: str, board: Board, installed: Callable[[str], str]
 ) -> None:
     doctor = json.loads(board.run(f"{installed('gguf')}/bin/edgetune-run", "doctor", "--json", cpu=cpu))

@@ -36,7 +36,7 @@ def test_a_better_board_is_faster_and_leaves_more_memory() -> None:
         assert slower.layer_us > faster.layer_us
 
 
-def test_an_unknown_board_names_the_nearest_and_all_there_are() -> None:
+def test_the_error_about_an_unknown_board_names_the_nearest_and_lists_all() -> None:
     with pytest.raises(NotFoundError, match=r"no board 'pi5' \(did you mean 'pi-5'\?\); choose one of: .*pi-4, pi-5"):
         boards.load("pi5")
     with pytest.raises(NotFoundError, match=r"no board 'pi-4-3gb' \(did you mean 'pi-4-.gb'\?\)"):

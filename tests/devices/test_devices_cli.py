@@ -11,6 +11,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundEr
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
+from recipes import adapter_of, make_recipe, write_recipe
 from typer.testing import CliRunner
 
 from edgetune.bases import BaseSource
@@ -103,24 +104,16 @@ def test_a_wrong_argument_is_one_clear_error(
         _run(*arguments)
 
 
-def _recipe(folder: Path, extra: str = "", adapter: str = "", base: str = "base") -> Recipe:
-    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
-    text = f"name: home\nbase: {base}\n{extra}adapters:\n  intent:\n    data: {{train: rows.jsonl}}\n{adapter}"
-    path = folder / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    return Recipe.from_file(path)
-
-
 def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
     tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    _recipe(tmp_path, base=str(tiny_folder("llama")))
-    figures = json.loads(_run("fit", tmp_path / "recipe.yaml", "--device", "pi-4", "--json"))
+    recipe = write_recipe(tmp_path, tiny_folder("llama"))
+    figures = json.loads(_run("fit", recipe, "--device", "pi-4", "--json"))
     needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=1024, quantization="q8_0")
     weights = next(item["mb"] for item in figures["items"] if item["name"] == "base weights")
     assert weights == pytest.approx(needs.base_bytes / 1e6, abs=0.1)
     with pytest.raises(IncompatibleError, match=r"recipe\.yaml has no target onnx; choose one of: gguf"):
-        _run("fit", tmp_path / "recipe.yaml", "--device", "pi-4", "--engine", "onnx")
+        _run("fit", recipe, "--device", "pi-4", "--engine", "onnx")
 
 
 def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
@@ -141,26 +134,28 @@ def test_needs_of_a_recipe_follow_its_methods_and_quantization(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     header = read_header(tiny_gguf("llama"))
-    written = "quantization: q8_0\n"
-    small = _needs(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 4}\n"), header, "q8_0")
-    large = _needs(_recipe(tmp_path, written, adapter="    method: {name: lora, r: 8}\n"), header, None)
-    assert large.adapters["intent"].file_bytes == 2 * small.adapters["intent"].file_bytes
+    rank_4, rank_8 = (
+        make_recipe(tmp_path, "base", {"command": adapter_of({"name": "lora", "r": r})}, quantization="q8_0")
+        for r in (4, 8)
+    )
+    small, large = _needs(rank_4, header, "q8_0"), _needs(rank_8, header, None)
+    assert large.adapters["command"].file_bytes == 2 * small.adapters["command"].file_bytes
     assert large.base_bytes > small.base_bytes
-    merged = _needs(_recipe(tmp_path, adapter="    merged: true\n"), header, None)
-    assert merged.merged == {"intent": merged.base_bytes} and not merged.adapters
+    merged = _needs(make_recipe(tmp_path, "base", {"command": adapter_of(merged=True)}), header, None)
+    assert merged.merged == {"command": merged.base_bytes} and not merged.adapters
 
 
 def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     header = read_header(tiny_gguf("llama"))
-    assert _settings(_recipe(tmp_path), header).board is None
-    free = _settings(_recipe(tmp_path, "device: pi-4\n"), header)
+    assert _settings(make_recipe(tmp_path, "base"), header).board is None
+    free = _settings(make_recipe(tmp_path, "base", device="pi-4", threads=None), header)
     assert (free.base.quantization, free.recipe.context_length, free.recipe.threads) == ("q8_0", 512, 4)
-    written = "device: pi-4\nquantization: q4_0\ncontext_length: 64\nthreads: 2\n"
-    bound = _settings(_recipe(tmp_path, written), header)
+    written = {"quantization": "q4_0", "context_length": 64, "threads": 2}
+    bound = _settings(make_recipe(tmp_path, "base", device="pi-4", **written), header)
     assert (bound.base.quantization, bound.recipe.context_length, bound.recipe.threads) == ("q4_0", 64, 2)
 
 
 def test_a_recipe_that_cannot_fit_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, "device: pi-zero-2w\ncontext_length: 2000000\n")
+    recipe = make_recipe(tmp_path, "base", device="pi-zero-2w", context_length=2_000_000)
     with pytest.raises(IncompatibleError, match=r"pi-zero-2w leaves 305 MB; .*; set context_length to"):
         _settings(recipe, read_header(tiny_gguf("llama")))

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
+from recipes import LIGHTS, adapter_of, values_of, write_recipe, write_rows
 
 import edgetune
 from edgetune.work_folder import locked
@@ -47,7 +48,6 @@ print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sy
 edgetune.Recipe, edgetune.Build, edgetune.ProgressEvent, edgetune.build, edgetune.EdgetuneError
 print("torch" in sys.modules)
 """
-ROWS = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
 
 
 def shown(name: str) -> str:
@@ -59,11 +59,8 @@ def shown(name: str) -> str:
     return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
 
-def recipe_of(base: Path, train: object = ROWS, **training: object) -> dict[str, Any]:
-    options = {"max_steps": 6, "evals": 2, "batch_size": 4, "precision": "fp32", **training}
-    method = {"name": "lora", "r": 4, "lora_alpha": 8}
-    adapters = {"reply": {"data": {"train": train, "held_out": 0.2}, "method": method}}
-    return {"name": "home", "base": base, "threads": 1, "training": options, "adapters": adapters}
+def recipe_of(base: Path, train: object = LIGHTS, **training: object) -> dict[str, Any]:
+    return values_of(base, {"reply": adapter_of(train=train)}, training)
 
 
 class Recorder:
@@ -131,7 +128,7 @@ def test_a_build_of_rows_in_memory_has_a_bundle_figures_and_losses(built: tuple[
     assert data["train"].startswith("10 rows from memory, sha256 ")
     with build.open(disk_mb=0) as runtime:
         assert isinstance(runtime, Runtime)
-        assert runtime.generate(ROWS[0]["prompt"], adapter="reply", max_tokens=3).text
+        assert runtime.generate(LIGHTS[0]["prompt"], adapter="reply", max_tokens=3).text
 
 
 def test_events_have_steps_messages_and_losses(built: tuple[edgetune.Build, Recorder]) -> None:
@@ -146,19 +143,17 @@ def test_events_have_steps_messages_and_losses(built: tuple[edgetune.Build, Reco
 def test_rows_from_a_file_give_the_same_training_as_rows_in_memory(
     built: tuple[edgetune.Build, Recorder], tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe_of(tiny_gguf("llama"), "rows.jsonl"), default=str))
-    events = Recorder()
-    again = edgetune.build(tmp_path / "recipe.yaml", built[0].bundle, on_progress=events)
+    recipe, events = write_recipe(tmp_path, tiny_gguf("llama"), {"reply": adapter_of()}), Recorder()
+    again = edgetune.build(recipe, built[0].bundle, on_progress=events)
     assert not events.steps
     assert again.losses == built[0].losses
 
 
 def test_evaluate_scores_rows_of_each_kind(built: tuple[edgetune.Build, Recorder], tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+    file = write_rows(tmp_path / "rows.jsonl", LIGHTS)
     scores = [
         edgetune.evaluate(built[0].bundle, data, "reply", limit=3, on_progress=Recorder())
-        for data in (ROWS, iter(ROWS), pd.DataFrame(ROWS), tmp_path / "rows.jsonl", str(tmp_path / "rows.jsonl"))
+        for data in (LIGHTS, iter(LIGHTS), pd.DataFrame(LIGHTS), file, str(file))
     ]
     assert {(score.score, score.metric, score.rows) for score in scores} == {(scores[0].score, "exact", 3)}
     assert [row.where for row in scores[0].details] == ["data row 1", "data row 4", "data row 7"]
@@ -194,7 +189,7 @@ edgetune.build(json.loads(recipe), out, on_progress)
 
 def test_after_the_process_died_the_next_build_resumes(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tiny_gguf("llama"))
-    arguments = [json.dumps(recipe, default=str), str(tmp_path / "home")]
+    arguments = [json.dumps(recipe), str(tmp_path / "home")]
     died = subprocess.run([sys.executable, "-c", DIES, *arguments], capture_output=True, text=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr
     resumed = Recorder()
@@ -240,7 +235,9 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
 
 def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     events, recipe = Recorder(), recipe_of(tiny_gguf("llama"), max_steps=2, evals=1)
-    result = edgetune.compare(recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=ROWS[:2], on_progress=events)
+    result = edgetune.compare(
+        recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=LIGHTS[:2], on_progress=events
+    )
     assert [(outcome.name, outcome.status) for outcome in result.outcomes] == [("lora-r2", "done")]
     assert result.rows == 2
     assert any(event.message.startswith("trial 1 of 1: lora-r2") for event in events.events)

@@ -23,8 +23,6 @@ from edgetune import bases
 from edgetune.bases import Base, load_torch
 from edgetune.progress import Progress
 
-READ_BY_TRANSFORMERS = [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
-
 
 @pytest.fixture
 def resolve(tmp_path: Path) -> Callable[..., Base]:
@@ -87,7 +85,7 @@ def test_an_alias_names_the_package_that_is_missing(
         ("./nowhere/model", "no base './nowhere/model'"),
     ],
 )
-def test_an_unknown_base_is_refused_with_what_there_is(name: str, message: str, resolve: Callable[..., Base]) -> None:
+def test_the_error_about_an_unknown_base_lists_the_bases(name: str, message: str, resolve: Callable[..., Base]) -> None:
     assert_refused(NotFoundError, message, lambda: resolve(name))
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -9,10 +8,10 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.measuring import loaded_bundle
-from runtime.bundles import Adapter, low_rank, write_bundle
+from recipes import write_rows
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.evaluation import Evaluation, evaluate
 from edgetune.progress import Progress
@@ -42,10 +41,9 @@ def bundle_with(plain_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
 
     def make(metric: str, columns: dict[str, Any] | None = None) -> Path:
         bundle = shutil.copytree(plain_bundle, tmp_path / metric)
-        manifest = json.loads((bundle / MANIFEST_NAME).read_text())
-        manifest["adapters"]["task"]["metric"] = metric
-        manifest["recipe"] = {"adapters": {"task": {"data": {"columns": columns}}}}
-        (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+        recipe = {"adapters": {"task": {"data": {"columns": columns}}}}
+        change_manifest(bundle, lambda raw: raw["adapters"]["task"].update(metric=metric))
+        change_manifest(bundle, lambda raw: raw.update(recipe=recipe))
         return bundle
 
     return make
@@ -55,12 +53,7 @@ def bundle_with(plain_bundle: Path, tmp_path: Path) -> Callable[..., Path]:
 def write(tmp_path: Path) -> Callable[..., Path]:
     """`write(*rows)`: a JSONL file of these rows."""
 
-    def make(*rows: dict[str, Any]) -> Path:
-        path = tmp_path / "rows.jsonl"
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        return path
-
-    return make
+    return lambda *rows: write_rows(tmp_path / "rows.jsonl", rows)
 
 
 def score(bundle: Path, data: Path, adapter: str | None = "task", limit: int | None = None) -> Evaluation:
@@ -195,7 +188,7 @@ def test_rows_that_do_not_fit_are_counted_and_not_scored(
         ("exakt", {"prompt": "play", "completion": "on"}, VerificationError, "unknown metric 'exakt'"),
     ],
 )
-def test_what_cannot_be_scored_is_one_clear_error(
+def test_rows_that_cannot_be_scored_are_one_error(
     bundle_with: Callable[..., Path],
     write: Callable[..., Path],
     metric: str,
@@ -214,7 +207,9 @@ def test_an_unknown_adapter_and_missing_data_are_named(plain_bundle: Path, tmp_p
         score(plain_bundle, tmp_path / "rows.jsonl")
 
 
-def test_a_damaged_recipe_in_the_manifest_is_told(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
+def test_a_damaged_recipe_in_the_manifest_is_an_error(
+    bundle_with: Callable[..., Path], write: Callable[..., Path]
+) -> None:
     with pytest.raises(VerificationError, match="has invalid columns"):
         score(bundle_with("exact", {"prompt": 3}), write({"prompt": "play", "completion": "on"}))
 

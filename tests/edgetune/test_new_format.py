@@ -9,10 +9,10 @@ import pytest
 from edgetune_export import backends
 from edgetune_runtime import Runtime, engines
 from edgetune_runtime.bundle import read_manifest
+from recipes import adapter_of, make_recipe
+from trainings import QUIET
 
 from edgetune.building.pipeline import build
-from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe
 
 FORMAT = """
 from edgetune_export.backends.format import Format
@@ -75,19 +75,9 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_format_in_a_folder_of_its_own_is_built_checked_and_run(
     toy: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    rows = "".join(f'{{"prompt": "turn on the light {n}", "completion": "reply on"}}\n' for n in range(8))
-    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    adapter = {"data": {"train": "rows.jsonl", "held_out": 0.25}, "method": {"name": "lora", "r": 4}}
-    values = {
-        "name": "home",
-        "base": str(tiny_gguf("llama")),
-        "targets": ["gguf", toy],
-        "training": {"max_steps": 2, "batch_size": 4, "precision": "fp32"},
-        "adapters": {"plain": adapter, "whole": {**adapter, "merged": True}},
-    }
-    recipe = Recipe.model_validate(values, context={"folder": tmp_path})
-
-    assert build(recipe, tmp_path / "home", progress=Progress(quiet=True)) is not None
+    adapters = {"plain": adapter_of(), "whole": adapter_of(merged=True)}
+    keys = {"targets": ["gguf", toy], "training": {"max_steps": 2}}
+    build(make_recipe(tmp_path, tiny_gguf("llama"), adapters, **keys), tmp_path / "home", progress=QUIET)
 
     manifest = read_manifest(tmp_path / "home")
     assert manifest.base.files[toy] == "base/base.toy"

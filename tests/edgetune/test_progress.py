@@ -39,7 +39,7 @@ def test_text_appears_as_it_is(text: str, capsys: pytest.CaptureFixture[str], cl
     assert capsys.readouterr().err == f"{text}\n{text}: 1/2 {text}, 10 s left\n"
 
 
-def test_a_running_step_says_a_line_each_ten_seconds(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+def test_a_running_step_prints_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     with Progress().step("training reply", 100) as step:
         for _ in range(50):
             clock.now += 1
@@ -57,7 +57,7 @@ def test_the_time_left_leaves_out_what_an_earlier_run_did(capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines()[-1] == "training reply: 80/100 loss 0.5, 40 s left"
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
+def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str], clock: Clock) -> None:
     shown = Progress(quiet=True)
     shown.say("loading the base")
     with shown.step("training reply", 3) as step:

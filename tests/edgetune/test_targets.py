@@ -1,23 +1,19 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 from edgetune_runtime.errors import IncompatibleError
+from recipes import adapter_of, make_recipe
 
 from edgetune import methods
 from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_in, shapes_of
 
 
-def recipe_of(folder: Path, method: str, **spec: object) -> Recipe:
-    """A recipe whose one adapter is tuned by `method`."""
-    values = {"name": "tiny", "base": "base.gguf", "targets": spec.pop("targets", ["gguf"])}
-    values["adapters"] = {"lights": {"data": {"train": "rows.jsonl"}, "method": method, **spec}}
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return Recipe.from_file(path)
+def recipe_of(folder: Path, method: str, targets: Sequence[str] = ("gguf",), **adapter: object) -> Recipe:
+    return make_recipe(folder, "base.gguf", {"lights": adapter_of(method, **adapter)}, targets=targets)
 
 
 def shapes(method: str, *, merged: bool = False) -> dict[str, str]:
@@ -42,7 +38,7 @@ def test_a_merged_adapter_is_a_whole_model_in_each_format() -> None:
     assert shapes("lora", merged=True) == {"gguf": "merged", "onnx": "merged"}
 
 
-def test_a_pair_that_cannot_be_expressed_is_refused_with_the_adapter_and_a_way_out(tmp_path: Path) -> None:
+def test_a_method_that_a_target_does_not_support_is_refused_with_the_adapter_and_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="adapter 'lights': ") as refused:
         shapes_of(recipe_of(tmp_path, "bottleneck"))
     assert "gguf" in refused.value.message

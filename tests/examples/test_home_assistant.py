@@ -20,7 +20,8 @@ from assist.pick import is_question, pick
 from assist.prompt import Request, rewrite
 from assist.words import alike, share_said, spoken
 from edgetune_runtime import Runtime
-from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.decoding.library import byte_tokenizer, library
+from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
 from generator import replies
@@ -28,6 +29,7 @@ from generator.homes import invent, load_home
 from generator.rows import normal, rows
 from generator.speech import in_words
 from generator.templates import is_held_out, sentences
+from recipes import write_rows
 from runtime.server.conftest import started
 
 from edgetune.cli.main import main as edgetune
@@ -68,7 +70,7 @@ def homes() -> list[Home]:
 @pytest.mark.parametrize("number", range(7))
 def test_a_row_is_what_the_request_of_home_assistant_becomes_and_its_answer_fits_the_schema(number: int) -> None:
     home = homes()[number]
-    for row in islice(rows(f"rows {number}", home, 1.0, training=True), 60):
+    for place, row in enumerate(islice(rows(f"rows {number}", home, 1.0, training=True), 60)):
         *lines, sentence = row["prompt"].split("\n")
         if any(line.startswith("before: ") for line in lines):
             continue
@@ -76,7 +78,11 @@ def test_a_row_is_what_the_request_of_home_assistant_becomes_and_its_answer_fits
         tools = tools if "no timers" not in lines else [*tools, {"function": {"name": "HassCancelAllTimers"}}]
         request = ask(home, sentence.removeprefix("> "), tools=tools)
         assert request.prompt == row["prompt"]
-        assert output_of(schema=request.schema).accepts(row["completion"]), row
+        if place == 0:
+            assert output_of(schema=request.schema).accepts(row["completion"]), row
+        # Like `accepts`, but for the process that compiles each schema within limits first.
+        matcher = library().LLMatcher(byte_tokenizer(), spec_of(schema=request.schema).grammar)
+        assert matcher.consume_tokens(list(row["completion"].encode())) and matcher.is_accepting(), row
 
 
 def test_rows_name_only_devices_and_areas_that_the_prompt_has() -> None:
@@ -95,11 +101,16 @@ def test_the_answers_of_all_rows_fit_the_schema_of_the_adapter() -> None:
 
 @pytest.mark.slow
 def test_every_tool_and_every_kind_of_answer_is_in_the_rows() -> None:
-    found: set[str] = set()
-    for row in islice(rows("tools", load_home(EXAMPLE / "home.yaml"), 0.3, training=True), 2500):
+    missing = {*TOOLS, "ask", "missing", "talk"}
+    made = rows("tools", load_home(EXAMPLE / "home.yaml"), 0.3, training=True)
+    for row in islice(made, 2500):
         answer = json.loads(row["completion"])
-        found |= {call["call"] for call in answer} if isinstance(answer, list) else set(answer)
-    assert found == {*TOOLS, "ask", "missing", "talk"}
+        kinds = {call["call"] for call in answer} if isinstance(answer, list) else set(answer)
+        assert kinds <= {*TOOLS, "ask", "missing", "talk"}
+        missing -= kinds
+        if not missing:
+            break
+    assert not missing
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_gives_others() -> None:
@@ -274,7 +285,7 @@ def test_results_are_read_as_older_and_newer_versions_of_home_assistant_send_the
         assert said in request.prompt.split("\n")[0]
 
 
-def test_without_tools_an_answer_says_what_to_set_in_place_of_calls() -> None:
+def test_without_tools_the_answer_names_the_setting_to_change() -> None:
     request = rewrite([{"role": "user", "content": "what time is it"}])
     assert request.prompt == "> what time is it"
     reply = request.reply('[{"call": "GetDateTime"}]')
@@ -306,7 +317,7 @@ def test_a_bundle_from_generated_rows_answers_tasks(
         {"task_id": text, "category": "light", "text": text, "system": system_of(Home(LAMPS)), "tools": ALL_TOOLS}
         for text in ("desk lamp on", "is the front door locked")
     ]
-    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    write_rows(tmp_path / "tasks.jsonl", tasks)
     monkeypatch.chdir(tmp_path)
     run("generate.py", "--rows", "40", "--exclude", "tasks.jsonl", "--out", "rows", monkeypatch=monkeypatch)
     quick = [

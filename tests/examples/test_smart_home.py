@@ -20,6 +20,7 @@ from types import ModuleType
 import paho.mqtt.client as mqtt
 import pytest
 from examples.conftest import EXAMPLES, ORDERS
+from ports import free_port
 
 # Debian installs it where only root's PATH has it.
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
@@ -28,12 +29,6 @@ SMART_HOME = EXAMPLES / "smart-home"
 LAMP, BLIND, TIMER = ORDERS
 WAIT_S = 30
 """How long a test waits for something before it fails."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -216,7 +211,7 @@ def mqtt_app(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         {"service": "x", "area": None},
     ],
 )
-def test_what_the_model_invents_reaches_no_other_topic(mqtt_app: ModuleType, call: dict[str, object]) -> None:
+def test_invented_areas_and_services_reach_no_other_topic(mqtt_app: ModuleType, call: dict[str, object]) -> None:
     assert mqtt_app.Broker("home").publish_order(call) == "failed: not understood"
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 from edgetune_runtime import Runtime
 from examples.conftest import EXAMPLES
+from recipes import write_rows
 
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
@@ -62,9 +63,9 @@ def bundles(
 ) -> tuple[Path, Path]:
     """Both recipes on tiny bases. The encoder knows few words, so it learns the messages of TOPICS instead."""
     folder = tmp_path_factory.mktemp("triage")
-    topics = [{"text": text, "label": label} for text, label in TOPICS.items()]
-    (folder / "topics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in topics), encoding="utf-8")
-    data = f"adapters.topic.data={{train: {folder}/topics.jsonl, validation: {folder}/topics.jsonl}}"
+    rows = [{"text": text, "label": label} for text, label in TOPICS.items()]
+    topics = write_rows(folder / "topics.jsonl", rows)
+    data = f"adapters.topic.data={{train: {topics}, validation: {topics}}}"
     learned = (
         "context_length=64",
         data,
@@ -78,7 +79,7 @@ def bundles(
 
 def build_tiny(name: str, folder: Path, base: Path, *settings: str) -> None:
     """Build NAME.yaml with the command of the README and these settings."""
-    settings = (f"base={base}", "training.precision=fp32", *settings)
+    settings = (f"base={base}", "threads=1", "training.precision=fp32", *settings)
     changes = [word for setting in settings for word in ("--set", setting)]
     assert main(["build", str(TRIAGE / f"{name}.yaml"), "--out", str(folder / name), *changes]) == 0
 

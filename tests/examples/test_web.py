@@ -124,7 +124,7 @@ def test_a_call_that_cannot_wait_gets_503_and_the_next_one_an_answer(served: tup
     ("adapter", "prompt", "status"),
     [("nobody", PROMPT, 404), ("reply", "lamp " * 1000, 400), ("reply", "x" * 200_000, 413)],
 )
-def test_what_cannot_be_answered_gets_a_status(
+def test_an_invalid_request_gets_an_http_status(
     served: tuple[str, Runtime], adapter: str, prompt: str, status: int
 ) -> None:
     url, _ = served

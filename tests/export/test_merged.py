@@ -50,7 +50,9 @@ def test_merged_models_have_8_bits_at_least_unless_others_are_requested(
     assert (found.path == source.path) == (merged == held)
 
 
-def test_8_bits_hold_what_4_bits_lose(source_in: Callable[[str], Source], tmp_path: Path) -> None:
+def test_a_merged_model_in_8_bits_is_closer_to_the_trained_weights_than_in_4(
+    source_in: Callable[[str], Source], tmp_path: Path
+) -> None:
     source = source_in("q4_0")
     assert source.model is not None
     name = "model.layers.0.mlp.down_proj"

@@ -124,13 +124,14 @@ def encoder_bundle(encoder_source: Callable[[str], EncoderSource], tmp_path_fact
 
 
 @pytest.fixture(scope="session")
-def tools_bundle(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tools_bundle(
+    tiny_folder: Callable[[str], Path], convert: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A bundle whose adapter `one` has a long system prompt, in both formats.
 
     Its vocabulary has the control tokens that begin calls, and its context has room for tools.
     """
     import torch  # noqa: PLC0415 - torch only where a test needs a base
-    from edgetune_export.base_file.convert import convert_folder  # noqa: PLC0415
     from tiny import make_folder, make_tokenizer  # noqa: PLC0415
 
     from edgetune.bases import Base, load_torch  # noqa: PLC0415
@@ -141,7 +142,7 @@ def tools_bundle(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Te
     # With few words of English, each letter is a token.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": TOOLS_CONTEXT}))
     path = folder.with_suffix(".gguf")
-    convert_folder(folder, path, dtype="f16")
+    convert(folder, path)
     base = Base("llama", path, sha256_of(path), read_header(path))
     source = Source(path, base.fingerprint, load_torch(base, torch.float32), root / "work")
     adapters = {"one": Adapter(low_rank(path, seed=1), system=LONG_PROMPTS[0])}

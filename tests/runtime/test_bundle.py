@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from edgetune_runtime.bundle import (
     unchanged,
     verify_files,
 )
+from runtime.bundles import change_manifest
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -27,13 +27,6 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
-def rewrite(bundle: Path, change: Change) -> None:
-    path = bundle / MANIFEST_NAME
-    raw = json.loads(path.read_text())
-    change(raw)
-    path.write_text(json.dumps(raw))
-
-
 def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert manifest.to_json() == (bundle / MANIFEST_NAME).read_text()
@@ -41,26 +34,30 @@ def test_a_manifest_reads_back_as_it_was_written(bundle: Path) -> None:
     assert manifest.adapter("tone").labels == ("red", "green", "warm red", "warm")
 
 
-def test_an_unknown_adapter_names_those_there_are(bundle: Path) -> None:
+def test_the_error_about_an_unknown_adapter_lists_the_adapters(bundle: Path) -> None:
     with pytest.raises(NotFoundError, match=r"'tome'.*command, tone, whole"):
         read_manifest(bundle).adapter("tome")
 
 
 def test_keys_of_a_later_version_are_left_out(copy: Path) -> None:
-    rewrite(copy, lambda raw: (raw.update(later=1), raw["base"].update(later=1), raw["adapters"]["tone"].update(x=1)))
+    change_manifest(
+        copy, lambda raw: (raw.update(later=1), raw["base"].update(later=1), raw["adapters"]["tone"].update(x=1))
+    )
     assert isinstance(read_manifest(copy), Manifest)
 
 
 def test_keys_that_an_earlier_version_lacks_have_defaults(copy: Path) -> None:
-    rewrite(copy, lambda raw: (raw["base"].pop("values_by_type"), raw["adapters"]["tone"].pop("values_by_type")))
+    change_manifest(
+        copy, lambda raw: (raw["base"].pop("values_by_type"), raw["adapters"]["tone"].pop("values_by_type"))
+    )
     assert read_manifest(copy).base.values_by_type == read_manifest(copy).adapter("tone").values_by_type == {}
 
 
 def test_bytes_of_keys_and_values_in_an_earlier_manifest_are_read_as_values_of_two_bytes(copy: Path) -> None:
     values = read_manifest(copy).base.kv_values_per_token
-    rewrite(copy, lambda raw: raw["base"].update(kv_bytes_per_token=2 * raw["base"].pop("kv_values_per_token")))
+    change_manifest(copy, lambda raw: raw["base"].update(kv_bytes_per_token=2 * raw["base"].pop("kv_values_per_token")))
     assert read_manifest(copy).base.kv_values_per_token == values > 0
-    rewrite(copy, lambda raw: raw["base"].pop("kv_bytes_per_token"))
+    change_manifest(copy, lambda raw: raw["base"].pop("kv_bytes_per_token"))
     with pytest.raises(VerificationError, match="kv_values_per_token"):
         read_manifest(copy)
 
@@ -73,7 +70,7 @@ def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"schema": 2}', '{"schema": "2"}', "[" * 100_000, "\ud800"])
-def test_what_is_no_manifest_is_damaged(text: str, tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_damaged(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(VerificationError, match="manifest"):
         read_manifest(tmp_path)
@@ -83,7 +80,7 @@ def test_what_is_no_manifest_is_damaged(text: str, tmp_path: Path) -> None:
     ("schema", "remedy"), [(SCHEMA_VERSION + 1, "update edgetune-runtime"), (1, "build the bundle again")]
 )
 def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, copy: Path) -> None:
-    rewrite(copy, lambda raw: raw.update(schema=schema))
+    change_manifest(copy, lambda raw: raw.update(schema=schema))
     with pytest.raises(VerificationError, match=rf"has schema {schema}, this runtime reads {SCHEMA_VERSION}; {remedy}"):
         read_manifest(copy)
 
@@ -119,14 +116,14 @@ def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, cop
     ],
 )
 def test_a_manifest_with_a_wrong_part_is_damaged(change: Change, copy: Path) -> None:
-    rewrite(copy, change)
+    change_manifest(copy, change)
     with pytest.raises(VerificationError) as caught:
         read_manifest(copy)
     assert str(caught.value).isprintable()
 
 
 def test_an_adapter_of_another_base_is_incompatible(copy: Path) -> None:
-    rewrite(copy, lambda raw: raw["adapters"]["tone"].update(base_fingerprint="0" * 64))
+    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(base_fingerprint="0" * 64))
     with pytest.raises(IncompatibleError, match="'tone'"):
         read_manifest(copy)
 

@@ -17,6 +17,7 @@ import pytest
 from edgetune_runtime import Runtime, __version__
 from edgetune_runtime.cli import main
 from edgetune_runtime.inference.measuring import loaded_bundle
+from runtime.bundles import change_manifest
 from runtime.conftest import LABELS
 
 PROMPT = "turn on the light"
@@ -39,7 +40,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def test_info_tells_the_manifest(run: Run, bundle: Path) -> None:
+def test_info_prints_the_manifest(run: Run, bundle: Path) -> None:
     code, out, _ = run("info", bundle, "--json")
     assert (code, out) == (0, (bundle / "manifest.json").read_text())
     code, out, err = run("info", bundle, "--verify")
@@ -64,13 +65,11 @@ def test_info_shows_how_the_bundle_would_be_opened(run: Run, bundle: Path) -> No
 
 def test_nothing_in_a_manifest_controls_the_terminal(run: Run, bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    raw = json.loads((copy / "manifest.json").read_text())
-    raw["base"] |= {"quantization": "\x1b[2J", "values_by_type": {"gguf": {"\x1b]0;title\x07": 1}}}
-    (copy / "manifest.json").write_text(json.dumps(raw))
+    escapes = {"quantization": "\x1b[2J", "values_by_type": {"gguf": {"\x1b]0;title\x07": 1}}}
+    change_manifest(copy, lambda raw: raw["base"].update(escapes))
     code, out, err = run("info", copy)
     assert (code, err) == (0, "") and all(line.isprintable() for line in out.splitlines())
-    raw["name"] = "\x1b[2J"
-    (copy / "manifest.json").write_text(json.dumps(raw))
+    change_manifest(copy, lambda raw: raw.update(name="\x1b[2J"))
     code, out, err = run("info", copy)
     assert (code, out) == (4, "") and err.removesuffix("\n").isprintable()
 
@@ -143,7 +142,7 @@ def test_a_prompt_may_come_from_standard_input(
     assert run("generate", bundle, "--prompt", "-", "--max-tokens", 4)[1] == f"{answer.text}\n"
 
 
-def test_classify_tells_labels_from_the_likeliest_down(run: Run, bundle: Path, runtime: Runtime) -> None:
+def test_classify_sorts_labels_by_probability(run: Run, bundle: Path, runtime: Runtime) -> None:
     label, scores = runtime.classify(PROMPT, adapter="tone")
     code, out, _ = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--json")
     assert code == 0
@@ -180,7 +179,7 @@ def test_chat_keeps_a_history_for_each_adapter(run: Run, bundle: Path, monkeypat
     assert first == tone == anew < min(tone_again, base_again)
 
 
-def test_chat_goes_on_after_a_mistake(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_continues_after_an_error(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["/use tome", "/nothing", "/use", "stop " * 300, "/help", PROMPT]
     code, out, err = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--adapter", "tone")
     assert (code, out.count("\n")) == (0, 1)
@@ -307,7 +306,7 @@ def test_reading_a_manifest_needs_no_engine_and_no_numpy(bundle: Path) -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("bundle")
 
 
-def test_doctor_tells_the_machine_and_its_problems(run: Run, bundle: Path) -> None:
+def test_doctor_reports_the_machine_and_its_problems(run: Run, bundle: Path) -> None:
     code, out, err = run("doctor", bundle, "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
@@ -351,7 +350,7 @@ def test_doctor_calibrates_nothing_that_is_refused(run: Run, bundle: Path, tmp_p
     assert (code, err) == (2, f"edgetune-run: cannot write {tmp_path}; give a file in a folder that you may write to\n")
 
 
-def test_doctor_says_what_would_be_refused(run: Run, bundle: Path, tmp_path: Path) -> None:
+def test_doctor_reports_what_opening_would_refuse(run: Run, bundle: Path, tmp_path: Path) -> None:
     broken = tmp_path / "bundle"
     shutil.copytree(bundle, broken)
     with next((broken / "base").glob("*.gguf")).open("r+b") as file:

@@ -216,7 +216,7 @@ def test_the_check_of_a_bundle_reports_prediction_and_measurement(both: Path) ->
     assert check.report["measured_tokens_per_s"]["decode"] > 0
 
 
-def test_the_check_of_a_bundle_says_why_it_is_refused(both: Path) -> None:
+def test_the_check_of_a_bundle_reports_why_it_is_refused(both: Path) -> None:
     needs = needs_of_bundle(both)
     check = check_bundle(lambda: Runtime.open(both, engine="gguf", kv="f64"), needs, calibration=None, repacks=())
     assert check.figures is None

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
+from recipes import adapter_of, lights, make_recipe, write_rows
 from tiny import make_folder, make_tokenizer
-from trainings import Listening, build_in_two_processes
+from trainings import QUIET, Listening, modified
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
@@ -25,17 +26,11 @@ from edgetune.building.builders.plan import plan_build
 from edgetune.building.decoder.prepare import make_base
 from edgetune.building.pipeline import build, export_trained
 from edgetune.building.result import Build
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
 
-QUIET = Progress(quiet=True)
-QUESTIONS = [f"turn on the light {number}" for number in range(10)]
-DATA = {
-    "plain.jsonl": [{"prompt": question, "completion": "reply on"} for question in QUESTIONS],
-    "scaled.jsonl": [{"prompt": question, "completion": "set red"} for question in QUESTIONS],
-    "whole.jsonl": [{"prompt": question, "completion": "close the blind"} for question in QUESTIONS],
-}
+QUESTION = "turn on the light 0"
+COMPLETIONS = {"plain": "reply on", "scaled": "set red", "whole": "close the blind"}
 ADAPTERS: dict[str, Any] = {
     "plain": {"system": "play", "method": {"name": "lora", "r": 4, "lora_alpha": 32}},
     "scaled": {
@@ -63,18 +58,9 @@ class Built:
 
 
 def recipe_of(folder: Path, base: Path, names: tuple[str, ...] = ("plain", "scaled"), **keys: object) -> Recipe:
-    for name, rows in DATA.items():
-        if not (folder / name).exists():
-            (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    adapters = {name: {**ADAPTERS[name], "data": {"train": f"{name}.jsonl", "held_out": 0.2}} for name in names}
-    training = {"max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
-    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
-
-
-def modified(folder: Path) -> Mapping[str, int]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+    data = {f"{name}.jsonl": lights(completions=(COMPLETIONS[name],)) for name in names}
+    adapters = {name: adapter_of(train=f"{name}.jsonl", **ADAPTERS[name]) for name in names}
+    return make_recipe(folder, base, adapters, data=data, **keys)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +93,10 @@ def save_random_adapter(model: Path, out: Path) -> Path:
 def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
     with Runtime.open(built.bundle) as runtime:
         assert runtime.adapters == ["plain", "scaled", "whole"]
-        answers = [
-            runtime.generate(QUESTIONS[0], adapter=name, max_tokens=8).text for name in (None, *runtime.adapters)
-        ]
+        answers = [runtime.generate(QUESTION, adapter=name, max_tokens=8).text for name in (None, *runtime.adapters)]
         assert len(set(answers)) == 4
         # And back: nothing of the others is left.
-        assert runtime.generate(QUESTIONS[0], max_tokens=8).text == answers[0]
+        assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
 
 
 def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
@@ -130,11 +114,11 @@ def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
             fixed = {name: loaded_bundle(runtime).call("?", name).job for name in (None, *runtime.adapters)}
             assert len(states) == sum(job.is_worth_a_state for job in fixed.values()) > 0
             for name, job in fixed.items():
-                answer = runtime.generate(QUESTIONS[0], adapter=name, max_tokens=1)
+                answer = runtime.generate(QUESTION, adapter=name, max_tokens=1)
                 assert answer.timings.reused_tokens == (job.fixed if job.is_worth_a_state else 0)
 
 
-def test_the_figures_tell_training_and_parity(built: Built) -> None:
+def test_the_figures_have_training_and_parity(built: Built) -> None:
     told = built.result.to_json()
     assert json.loads(json.dumps(told)) == told
     assert (told["bundle"], list(told["adapters"])) == (str(built.bundle), ["plain", "scaled", "whole"])
@@ -146,7 +130,7 @@ def test_the_figures_tell_training_and_parity(built: Built) -> None:
         assert Path(figures["plot"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_manifest_says_what_is_in_the_bundle(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+def test_the_manifest_describes_base_and_adapters(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     adapters, plan = built.manifest.adapters, built.manifest.plan
     assert {name: item["target_modules"] for name, item in plan["adapters"].items()}["plain"] == "all-linear"
     assert plan["adapters"]["plain"]["trainable_parameters"] == adapters["plain"].training["trainable_parameters"]
@@ -185,7 +169,7 @@ def test_a_second_build_trains_nothing(built: Built, tiny_gguf: Callable[[str], 
     assert again == built.result
 
 
-def test_a_build_goes_on_and_trains_only_what_is_new(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_resumed_build_trains_only_new_or_changed_adapters(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     out, training = tmp_path / "home", tmp_path / "home.work/train"
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     with pytest.raises(KeyboardInterrupt):
@@ -197,8 +181,7 @@ def test_a_build_goes_on_and_trains_only_what_is_new(tmp_path: Path, tiny_gguf: 
     assert modified(training / "plain") == first
     second = modified(training / "scaled")
 
-    rows = [{"prompt": question, "completion": "stop"} for question in QUESTIONS]
-    (tmp_path / "scaled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_rows(tmp_path / "scaled.jsonl", lights(completions=("stop",)))
     build(recipe, out, progress=QUIET)
     assert modified(training / "plain") == first
     assert modified(training / "scaled")["result.json"] > second["result.json"]
@@ -240,11 +223,12 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
     assert answers[0] == answers[1]
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
     tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
 ) -> None:
     recipe, work, listening = (
-        recipe_of(tmp_path, tiny_folder("llama"), device=slow_board()),
+        recipe_of(tmp_path, tiny_folder("llama"), device=slow_board(), threads=None),
         tmp_path / "w",
         Listening(),
     )
@@ -267,16 +251,6 @@ def test_a_folder_that_its_board_cannot_hold_is_refused_before_it_is_converted(
     assert not (tmp_path / "home.work").exists()
 
 
-def test_two_processes_train_and_the_first_one_ships(
-    tmp_path: Path, built: Built, tiny_gguf: Callable[[str], Path]
-) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("plain",), context_length=256)
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
-    figures = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["adapters"]["plain"]
-    assert figures["val_loss"] == pytest.approx(built.result.figures["plain"]["val_loss"], rel=1e-3)
-    assert read_manifest(tmp_path / "home").adapters["plain"].parity["gguf"]["kl"] < 1e-4
-
-
 def test_more_context_than_the_base_takes_is_refused_before_training(
     tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
@@ -289,8 +263,7 @@ def test_more_context_than_the_base_takes_is_refused_before_training(
 def test_rows_that_are_too_long_are_left_out_and_told(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("scaled",), context_length=96)
     long = {"prompt": "turn on the light " * 40, "completion": "set red"}
-    rows = [*DATA["scaled.jsonl"], long]
-    (tmp_path / "scaled.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_rows(tmp_path / "scaled.jsonl", [*lights(), long])
     listening = Listening(stop_at="loading the base")
     with pytest.raises(KeyboardInterrupt):
         build(recipe, tmp_path / "home", progress=listening)
@@ -351,10 +324,7 @@ def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
     tiny_base: Callable[[str], Base], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_base("llama").path, ("plain",))
-    rows = [
-        {"prompt": question, "completion": {"set": "red", "to": number}} for number, question in enumerate(QUESTIONS)
-    ]
-    (tmp_path / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    write_rows(tmp_path / "plain.jsonl", lights(completions=[{"set": "red", "to": number} for number in range(10)]))
     plain = recipe.adapters["plain"].model_copy(update={"output": OutputOption.model_validate("auto")})
     built = build(recipe.model_copy(update={"adapters": {"plain": plain}}), tmp_path / "home", progress=QUIET)
     assert built.figures["plain"]["draft_tokens_per_step"] > 1.1
@@ -363,6 +333,6 @@ def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
     assert entry.output is not None
     assert entry.output["schema"]["properties"] == {"set": {"enum": ["red"]}, "to": {"type": "integer"}}
     with Runtime.open(tmp_path / "home") as runtime:
-        answer = runtime.generate(QUESTIONS[0], adapter="plain", max_tokens=60)
+        answer = runtime.generate(QUESTION, adapter="plain", max_tokens=60)
         assert answer.text.startswith('{"set": "red", "to": ')
         assert answer.timings.forced > 0

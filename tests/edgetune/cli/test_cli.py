@@ -8,25 +8,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import MANIFEST_NAME
-from runtime.bundles import Adapter, low_rank, write_bundle
+from recipes import lights, write_rows
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
 from edgetune.recipe.model import TEMPLATE, json_schema
 
 EDGETUNE = [sys.executable, "-m", "edgetune"]
-ROWS = [{"prompt": f"turn on the light {number}", "completion": "on"} for number in range(9)]
+ROWS = lights(9, ("on",))
 LABELED = [{"text": row["prompt"], "label": ("red", "warm")[number % 2]} for number, row in enumerate(ROWS)]
 RECIPE = """\
 name: home
 base: {base}
 context_length: 96
+threads: 1
 training: {{max_steps: 4, evals: 2, batch_size: 4}}
 adapters:
   reply:
@@ -65,16 +65,10 @@ def recipe(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> Path:
 def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with one adapter, `tone`, that chooses among two labels."""
     base = tiny_gguf("llama")
-    made = write_bundle(
-        tmp_path_factory.mktemp("cli") / "home", base, {"tone": Adapter(low_rank(base, seed=1), labels=("red", "warm"))}
-    )
-    text = (made / MANIFEST_NAME).read_text(encoding="utf-8")
-    (made / MANIFEST_NAME).write_text(text.replace('"metric": "exact"', '"metric": "label"'), encoding="utf-8")
+    adapters = {"tone": Adapter(low_rank(base, seed=1), labels=("red", "warm"))}
+    made = write_bundle(tmp_path_factory.mktemp("cli") / "home", base, adapters)
+    change_manifest(made, lambda raw: raw["adapters"]["tone"].update(metric="label"))
     return made
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +80,6 @@ def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder / "home", done.stdout, done.stderr
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB, less than the base takes; skips where this user cannot mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs root to mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def write_recipe(folder: Path, base: Path) -> Path:
@@ -238,7 +220,7 @@ def test_schema_prints_the_recipes_schema(run: Run) -> None:
     assert (code, json.loads(out)) == (0, json_schema())
 
 
-def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
+def test_validate_prints_base_board_and_rows(run: Run, recipe: Path) -> None:
     code, out, err = run("validate", recipe, "--set", "device=pi-4", "--json")
     found = json.loads(out)
     assert (code, err) == (0, "")
@@ -253,10 +235,11 @@ def test_validate_tells_base_board_and_rows(run: Run, recipe: Path) -> None:
 
 
 def test_plan_shows_what_a_build_will_do(run: Run, recipe: Path) -> None:
-    code, out, err = run("plan", recipe, "--set", "device=pi-4", "--json")
+    board = ("--set", "device=pi-4", "--set", "threads=null", "--json")
+    code, out, err = run("plan", recipe, *board)
     found = json.loads(out)
     assert (code, err) == (0, "")
-    assert found == json.loads(run("validate", recipe, "--set", "device=pi-4", "--json")[1]) | {"needs": found["needs"]}
+    assert found == json.loads(run("validate", recipe, *board)[1]) | {"needs": found["needs"]}
     assert (found["threads"], found["context_length"], found["formats"]) == (4, 96, ["gguf"])
     assert (found["base"]["steps"], found["base"]["quantization"]) == ([], None)
     (fit,) = found["board"]["fits"]
@@ -293,7 +276,7 @@ def test_an_error_cannot_control_the_terminal(run: Run, tmp_path: Path) -> None:
     assert "title" in err and err.removesuffix("\n").isprintable()
 
 
-def test_validate_tells_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
+def test_validate_reports_the_problems_of_all_adapters_at_once(run: Run, recipe: Path) -> None:
     (recipe.parent / "reply.jsonl").unlink()
     write_rows(recipe.parent / "tone.jsonl", [*LABELED, {"text": "stop", "label": "wram"}])
     code, out, err = run("validate", recipe)
@@ -345,7 +328,7 @@ def test_debug_may_stand_anywhere_and_shows_the_traceback(run: Run, tmp_path: Pa
         assert err.splitlines()[-1].startswith("edgetune: no recipe ")
 
 
-def test_a_full_disk_is_told_in_one_line() -> None:
+def test_a_full_disk_is_a_one_line_error() -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run([*EDGETUNE, "schema"], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (
@@ -530,6 +513,8 @@ def test_a_bit_flipped_in_a_known_base_is_found(run: Run, recipe: Path, monkeypa
     assert_is_one_error(result, 4, "is not the file that base 'smollm2-135m' refers to")
 
 
+# Less than the base takes.
+@pytest.mark.parametrize("small_disk", ["400k"], indirect=True)
 def test_a_build_on_a_full_disk_ends_in_one_line(run: Run, recipe: Path, small_disk: Path) -> None:
     assert_is_one_error(run("build", recipe, "--out", small_disk / "home", "--quiet"), 6, "free some space")
     assert not (small_disk / "home").exists()

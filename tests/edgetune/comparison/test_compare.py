@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
+from recipes import adapter_of, lights, write_recipe
+from trainings import QUIET
 
 from edgetune.cli.main import main
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
@@ -23,7 +25,10 @@ from edgetune.comparison.process import failed, run_here
 from edgetune.comparison.sweep import Comparison, compare
 from edgetune.progress import Progress
 
-QUIET = Progress(quiet=True)
+TASKS = dict.fromkeys(
+    ("lights", "other"),
+    adapter_of({"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}),
+)
 SETTINGS = {"rslora.target_modules": "nothing_like_it"}
 
 
@@ -38,32 +43,11 @@ class Compared:
         return next(outcome for outcome in self.result.outcomes if outcome.name == name)
 
 
-def write_recipe(folder: Path, base: Path, **keys: object) -> Path:
-    rows = [{"prompt": f"turn on the light {n}", "completion": ("reply on", "set red")[n % 2]} for n in range(20)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    task = {
-        "data": {"train": "rows.jsonl", "held_out": 0.2},
-        "method": {"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-    }
-    training = {"max_steps": 4, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
-    recipe = {
-        "name": "home",
-        "base": str(base),
-        "targets": ["gguf", "onnx"],
-        "training": training,
-        "adapters": {"lights": task, "other": task},
-        **keys,
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(recipe), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def request_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Request]:
     """`request_of(**keys)`: lora at rank 2 on the tiny llama, or what the keys say."""
-    folder = tmp_path_factory.mktemp("compare")
-    recipe = write_recipe(folder, tiny_gguf("llama"))
+    folder, data = tmp_path_factory.mktemp("compare"), {"rows.jsonl": lights(20, ("reply on", "set red"))}
+    recipe = write_recipe(folder, tiny_gguf("llama"), TASKS, data=data, targets=["gguf", "onnx"])
     whole = Request(recipe, "lights", ("lora",), folder / "out", ranks=(2,), rows=3)
     return lambda **keys: replace(whole, **keys)
 
@@ -243,7 +227,7 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
         ({"settings": {"dora.r": "2"}}, "--set: dora is not in --methods; add it there, or remove --set dora.…"),
     ],
 )
-def test_a_wrong_request_is_told_before_anything_is_done(
+def test_an_invalid_request_is_refused_before_any_work(
     request_of: Callable[..., Request], tmp_path: Path, keys: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UsageError) as raised:
@@ -252,7 +236,9 @@ def test_a_wrong_request_is_told_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_data_and_a_wrong_folder_are_told_first(request_of: Callable[..., Request], tmp_path: Path) -> None:
+def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file is not a folder; choose another --out"):
         compare(request_of(out=tmp_path / "file"), no_run, QUIET)
@@ -260,6 +246,7 @@ def test_wrong_data_and_a_wrong_folder_are_told_first(request_of: Callable[..., 
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_converted_once(
     tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -270,7 +257,7 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
             given.append(trial.one_task.quantization)
             yield failed(trial, "for the test")
 
-    recipe = write_recipe(tmp_path, tiny_folder("llama"), device=slow_board(), targets=["gguf"])
+    recipe = write_recipe(tmp_path, tiny_folder("llama"), TASKS, device=slow_board())
     request = Request(recipe, "lights", ("lora", "full"), tmp_path / "out", ranks=(2,), rows=3)
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
         compare(request, run, QUIET)
@@ -279,7 +266,7 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
     assert base.name.endswith("-q4_0.gguf")
 
 
-def test_an_interrupt_says_what_is_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
+def test_an_interrupt_reports_how_many_trials_are_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         yield failed(trials[0], "for the test")
         raise KeyboardInterrupt

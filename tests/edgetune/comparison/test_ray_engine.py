@@ -1,19 +1,17 @@
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import IncompatibleError
+from recipes import adapter_of, write_recipe
+from trainings import QUIET
 
 from edgetune.comparison.figures import read_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
 from edgetune.comparison.ray_engine import run_on_ray
-from edgetune.progress import Progress
-
-QUIET = Progress(quiet=True)
 
 
 @pytest.fixture
@@ -28,17 +26,10 @@ def two_workers() -> Iterator[None]:
 @pytest.fixture
 def trials(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> list[Trial]:
     """lora, and an rslora that fails."""
-    rows = [{"prompt": f"turn on the light {n}", "completion": "reply on"} for n in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    recipe = {
-        "name": "home",
-        "base": str(tiny_gguf("llama")),
-        "training": {"max_steps": 2, "evals": 1, "precision": "fp32"},
-        "adapters": {"lights": {"data": {"train": "rows.jsonl", "held_out": 0.3}}},
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    training = {"max_steps": 2, "evals": 1}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), {"lights": adapter_of()}, training=training)
     settings = {"rslora.target_modules": "nothing_like_it"}
-    request = Request(tmp_path / "recipe.yaml", "lights", ("lora", "rslora"), tmp_path / "out", (2,), None, settings)
+    request = Request(recipe, "lights", ("lora", "rslora"), tmp_path / "out", (2,), None, settings)
     return trials_of(request, recipe_of(request), "ab")
 
 

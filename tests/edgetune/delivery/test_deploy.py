@@ -234,7 +234,7 @@ def test_a_board_that_is_not_enough_gets_no_file(
         ("python3", "", "the board has no python3; install 3.11 or newer"),
     ],
 )
-def test_a_system_that_is_not_enough_is_named(
+def test_a_board_with_too_old_a_system_is_refused_with_the_reason(
     board: Board, bundle: Path, program: str, text: str, problem: str
 ) -> None:
     stub = board.sshd.board_programs / program

@@ -20,6 +20,7 @@ from threading import Thread
 
 import pytest
 from kits import SYSTEMCTL, KitMaker, ask, with_fields
+from ports import free_port
 
 from edgetune.delivery.board import check, golden, main, service, sockets, versions
 from edgetune.delivery.board.kit import Kit, read_kit
@@ -63,7 +64,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "units"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(service, "_READY_S", 5.0)
+    monkeypatch.setattr(service, "_READY_S", 3.0)
     monkeypatch.setattr(sockets, "_ENDING_S", 1.0)
     yield folder
     with suppress(FileNotFoundError, ProcessLookupError):
@@ -72,9 +73,7 @@ def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        found: int = taken.getsockname()[1]
-        return found
+    return free_port()
 
 
 def run(*words: object) -> int:

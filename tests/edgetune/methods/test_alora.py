@@ -159,7 +159,7 @@ def test_the_folder_is_pefts_and_folds_with_its_invocation(tmp_path: Path) -> No
     assert ALORA.shapes(ALORA.options()) == ("low_rank",)
 
 
-def test_a_training_learns_and_a_stopped_one_goes_on(tmp_path: Path) -> None:
+def test_a_training_learns_and_a_stopped_one_resumes(tmp_path: Path) -> None:
     base = make_model("llama", VOCABULARY)
     # Rows of the trainings ask after 13.
     work = job("alora", {"r": 4, "invocation_tokens": [13], "lora_dropout": 0.1}, max_steps=40, learning_rate=1e-2)
@@ -243,7 +243,7 @@ def _containing(text: str, tokenizer: GgufTokenizer) -> Example:
         ({"target_modules": ["q_porj"]}, "the base has no module 'q_porj'"),
     ],
 )
-def test_what_cannot_be_gated_is_refused(options: dict[str, Any], problem: str) -> None:
+def test_alora_is_refused_where_it_cannot_be_gated(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         attached("llama", **options)
 

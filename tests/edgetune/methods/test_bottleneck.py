@@ -78,7 +78,9 @@ def assert_refused(error: type[EdgetuneError], problem: str, checkpoint: Checkpo
 
 @pytest.mark.parametrize("arch", FEW)
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: options["kind"])
-def test_folder_and_fold_say_what_was_trained(arch: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_saved_folder_and_folded_adapter_compute_what_was_trained(
+    arch: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     model = attach(arch, options)
     trained = logits_of(model, TOKENS)
     checkpoint = checkpoint_of(model, tmp_path, arch)
@@ -154,7 +156,7 @@ def test_packed_rows_see_what_single_rows_see() -> None:
 
 
 @pytest.mark.parametrize("options", KINDS, ids=lambda options: options["kind"])
-def test_a_training_learns_and_a_stopped_one_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_training_learns_and_a_stopped_one_resumes(options: dict[str, Any], tmp_path: Path) -> None:
     base, work = make_model("llama", VOCABULARY), job("bottleneck", options, max_steps=40, learning_rate=1e-2)
     result = learn(base, work, tmp_path / "whole")
     assert result.val_loss < 0.75 * result.history[0].val_loss

@@ -23,20 +23,18 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from tiny import ARCHITECTURES, make_model
+from trainings import HEADER, QUIET, SHORT, job_of
 
 from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.example import Example
-from edgetune.progress import Progress
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.shipping.verify import logits_of
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train
 
 BACKENDS: dict[str, Any] = {"gguf": gguf, "onnx": onnx}
 ENGINES: dict[str, Any] = {"gguf": GgufEngine, "onnx": OnnxEngine}
-HEADER = (10, 11, 12)
 ROWS = [[*HEADER, 30 + number, 13, 130 + number, 131 + number, 40, 41, 2] for number in range(3)]
 # The base is f16: what lies beside it is exact, a merged model is rounded to f16 once more.
 CLOSE = {"low_rank": 1e-4, "tensors": 1e-4, "prefix": 1e-3, "merged": 1e-3}
@@ -96,19 +94,10 @@ class Tuned:
     result: TrainResult
 
 
-def example(number: int) -> Example:
-    tokens = (*HEADER, 30 + number, 13, 130 + number % 40, 131 + number % 40, 2)
-    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
-
-
-def job_of(name: str, options: dict[str, Any], **training: Any) -> TrainingJob[Example]:  # noqa: ANN401 - fields of Training
+def job(name: str, options: dict[str, Any], **training: object) -> TrainingJob[Example]:
     """A few steps of a method on a few rows."""
-    method = methods.load(name)
-    chosen = method.options.model_validate(options)
-    values = {"max_steps": 6, "evals": 2, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "patience": None}
-    rows = [example(number) for number in range(24)]
-    objective = method.objective(chosen)
-    return TrainingJob(name, method, chosen, TrainingSpec(**(values | training)), rows, rows[::3], name, objective)
+    method, values = methods.load(name), {"max_steps": 6, "evals": 2, "learning_rate": 1e-2, **training}
+    return job_of(method, method.options.model_validate(options), SHORT, **values)
 
 
 @pytest.fixture(scope="module")
@@ -129,34 +118,32 @@ def tuned(
 
     @cache
     def make(name: str, arch: str, options: tuple[tuple[str, Any], ...]) -> Tuned:
-        folder, job = tmp_path_factory.mktemp(name), job_of(name, dict(options))
-        result = train(bases.load_torch(tiny_base(arch), torch.float32), job, folder, Progress(quiet=True))
+        folder, work = tmp_path_factory.mktemp(name), job(name, dict(options))
+        result = train(bases.load_torch(tiny_base(arch), torch.float32), work, folder, QUIET)
         model = tiny_source(arch).model
         assert model is not None
-        return Tuned(job.method, methods.Checkpoint(name, folder / "adapter", model, job.options), result)
+        return Tuned(work.method, methods.Checkpoint(name, folder / "adapter", model, work.options), result)
 
     return lambda name, arch="llama", **options: make(name, arch, tuple(options.items()))
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_method_trains_in_bf16(name: str, base: Base, tmp_path: Path) -> None:
-    job = job_of(name, TABLE[name][1], precision="bf16", max_steps=2, evals=1)
-    result = train(bases.load_torch(base, torch.bfloat16), job, tmp_path, Progress(quiet=True))
+    work = job(name, TABLE[name][1], precision="bf16", max_steps=2, evals=1)
+    result = train(bases.load_torch(base, torch.bfloat16), work, tmp_path, QUIET)
     assert result.precision == "bf16"
     assert 0 < result.val_loss < 20
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_every_method_that_leaves_the_base_alone_trains_in_int8(name: str, base: Base, tmp_path: Path) -> None:
-    job, model = (
-        job_of(name, TABLE[name][1], precision="int8", max_steps=2, evals=1),
-        bases.load_torch(base, torch.float32),
-    )
-    if job.method.trains_base:
+    work = job(name, TABLE[name][1], precision="int8", max_steps=2, evals=1)
+    model = bases.load_torch(base, torch.float32)
+    if work.method.trains_base:
         with pytest.raises(UsageError, match=f"{name} trains the base's own weights"):
-            train(model, job, tmp_path, Progress(quiet=True))
+            train(model, work, tmp_path, QUIET)
         return
-    result = train(model, job, tmp_path, Progress(quiet=True))
+    result = train(model, work, tmp_path, QUIET)
     assert result.precision == "int8"
     assert 0 < result.val_loss < 20
 
@@ -223,7 +210,7 @@ def test_methods_know_how_many_parameters_they_train_on_every_architecture(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TABLE)
-def test_what_runs_is_what_was_trained(
+def test_each_engine_computes_what_was_trained(
     name: str, backend: str, tuned: Callable[..., Tuned], source: Source, tmp_path: Path
 ) -> None:
     shapes, options = TABLE[name]
@@ -307,7 +294,7 @@ def test_the_checkpoint_is_the_best_of_the_training_and_leaves_the_base_alone(
     assert min(first.val_loss, last.val_loss) == pytest.approx(trained.result.val_loss)
     losses = []
     with trained.method.loaded(trained.checkpoint) as model:
-        for row in [example(number) for number in range(0, 24, 3)]:
+        for row in SHORT[::3]:
             log_p = torch.from_numpy(logits_of(model)(list(row.tokens))).log_softmax(-1)
             losses += [-float(log_p[i - 1, row.tokens[i]]) for i in range(5, 8)]
     assert sum(losses) / len(losses) == pytest.approx(trained.result.val_loss, rel=1e-3)

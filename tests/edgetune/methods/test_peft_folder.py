@@ -75,7 +75,7 @@ def test_a_regular_expression_that_never_ends_is_refused(
 
 
 @pytest.mark.parametrize("config", [{"rank_pattern": {"(": 4}}, {"target_modules": "("}])
-def test_what_is_no_regular_expression_is_named(config: dict[str, Any], tmp_path: Path, base: PreTrainedModel) -> None:
+def test_an_invalid_regular_expression_is_named(config: dict[str, Any], tmp_path: Path, base: PreTrainedModel) -> None:
     refused(saved(tmp_path, base, **config), VerificationError, "is not a regular expression")
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,10 +12,11 @@ import torch
 from edgetune_export.adapters.shapes import Prefix
 from edgetune_runtime.errors import CancelledError, IncompatibleError, NotFoundError, UsageError
 from pydantic import ValidationError
+from recipes import adapter_of, make_recipe
 from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
-from trainings import Stopping
+from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of
 from transformers import DynamicCache, PreTrainedModel
 
 from edgetune import methods
@@ -27,15 +27,9 @@ from edgetune.methods.common.prompt_model import GivenTokensModel, split_states
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import ATTENTION
-from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
 
-QUIET = Progress(quiet=True)
-VOCABULARY = 384
-HEADER = (10, 11, 12)
 METHODS: dict[str, dict[str, Any]] = {
     "prefix": {},
     "prefix of a network": {"name": "prefix", "prefix_projection": True},
@@ -129,25 +123,9 @@ def test_packed_rows_have_the_loss_of_pefts_own_forward(case: str, arch: str, ro
             assert a.abs().max() > 0
 
 
-def answer(number: int) -> Example:
-    """A question whose answer follows from its number."""
-    tokens = (*HEADER, 30 + number, 13, 130 + number, 131 + number, 2)
-    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
-
-
 def job(case: str, method_options: dict[str, Any] | None = None, **training: object) -> TrainingJob[Example]:
-    options = {"max_steps": 30, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
     method, prepared = method_of(case, **(method_options or {}))
-    return TrainingJob(
-        name="reply",
-        method=method,
-        options=prepared,
-        training=TrainingSpec.model_validate({**options, **training}),
-        train=[answer(number) for number in range(24)],
-        validation=[answer(number) for number in range(0, 24, 3)],
-        key="abc",
-        objective=method.objective(prepared),
-    )
+    return job_of(method, prepared, SHORT, **{"max_steps": 30, "learning_rate": 1e-2, "patience": 3, **training})
 
 
 def checkpoint_of(done: TrainingJob[Example], base: PreTrainedModel, folder: Path, scale: float = 1.0) -> Checkpoint:
@@ -183,7 +161,7 @@ def test_a_training_learns_and_leaves_the_base_as_it_was(case: str, base_of: Bas
 
 
 @pytest.mark.parametrize("case", ["prefix", "p_tuning", "cartridge"])
-def test_an_interrupted_run_goes_on_to_the_same_positions(case: str, base_of: BaseOf, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes_to_the_same_positions(case: str, base_of: BaseOf, tmp_path: Path) -> None:
     base, asked = base_of("llama"), job(case, max_steps=4)
     train(base, asked, tmp_path / "whole", QUIET)
     with pytest.raises(CancelledError):
@@ -202,7 +180,9 @@ def test_bf16_trains_float32_positions(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("case", METHODS)
-def test_the_folded_prefix_says_what_the_checkpoint_says(case: str, arch: str, base_of: BaseOf, tmp_path: Path) -> None:
+def test_the_folded_prefix_computes_what_the_checkpoint_does(
+    case: str, arch: str, base_of: BaseOf, tmp_path: Path
+) -> None:
     base, (method, options) = base_of(arch), method_of(case)
     with attached(case, base) as model, torch.no_grad():
         for _, parameter in trainable(model):
@@ -258,7 +238,7 @@ def test_a_cartridge_keeps_its_frozen_tokens(document: str, base_of: BaseOf, tmp
 
 
 def test_a_document_longer_than_the_context_is_read_as_far_as_it_fits(base_of: BaseOf) -> None:
-    base, row = base_of("llama"), answer(3)
+    base, row = base_of("llama"), SHORT[3]
     base.set_attn_implementation(ATTENTION)
     text = [60 + number * number % 97 for number in range(700)]
     long, cut = Distill(text)._lesson(base, row), Distill(text[: 512 - len(row.tokens)])._lesson(base, row)
@@ -290,7 +270,7 @@ def test_a_prefix_begins_as_asked(init: str, largest: float, base_of: BaseOf) ->
         assert model.positions().std().item() == pytest.approx(largest, abs=0.1)
 
 
-def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseOf) -> None:
+def test_a_prefix_encoder_has_a_lower_default_learning_rate(base_of: BaseOf) -> None:
     def rate(**options: object) -> float:
         method, prepared = method_of("prefix", **options)
         with attached("prefix", base_of("llama"), **options) as model:
@@ -302,7 +282,9 @@ def test_a_network_behind_a_prefix_learns_more_slowly_unless_told(base_of: BaseO
     assert rate(prefix_projection=True, learning_rate_factor=3) == pytest.approx(3e-3)
 
 
-def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, tmp_path: Path) -> None:
+def test_impossible_options_of_prompt_methods_are_one_line_errors(
+    base_of: BaseOf, document: str, tmp_path: Path
+) -> None:
     base = base_of("llama")
     with pytest.raises(
         UsageError, match="num_virtual_tokens is 512, but the base has 512 positions; give fewer than 512"
@@ -323,11 +305,9 @@ def test_what_cannot_be_is_refused_in_one_line(base_of: BaseOf, document: str, t
         done.method.fold(checkpoint_of(done, base_of("gemma3"), tmp_path), "prefix")
 
 
-def test_a_document_lies_beside_the_recipe(document: str, tmp_path: Path) -> None:
+def test_the_path_of_a_document_is_relative_to_the_recipe(document: str, tmp_path: Path) -> None:
     method = {"name": "cartridge", "document": "document.txt"}
-    recipe = {"name": "x", "base": "b.gguf", "adapters": {"a": {"data": {"train": "rows.jsonl"}, "method": method}}}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    read = Recipe.from_file(tmp_path / "recipe.yaml")
+    read = make_recipe(tmp_path, "b.gguf", {"a": adapter_of(method)})
     assert read.adapters["a"].method.options.model_dump()["document"] == document
     prepared = method_of("cartridge", document=document)[1]
     assert prepared.document_tokens == tuple(map(ord, DOCUMENT))

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
+from recipes import adapter_of, make_recipe
 from tiny import ARCHITECTURES
+from trainings import QUIET, Listening
 
 from edgetune import bases
 from edgetune.building.builders.plan import plan_build
@@ -18,7 +20,6 @@ from edgetune.building.pipeline import build
 from edgetune.folder_header import predict_header
 from edgetune.planning import needs as build_needs
 from edgetune.planning.records import BuildNeeds, NeedsReport, Room
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
 NEEDS = BuildNeeds(
@@ -34,15 +35,6 @@ NEEDS = BuildNeeds(
     extra_formats_mb=900,
 )
 PLENTY = Room(Path("/data"), 64000.0, 500000.0)
-
-
-def recipe_of(folder: Path, base: Path, method: object = "lora", **keys: object) -> Recipe:
-    rows = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
-    training = {"max_steps": 4, "evals": 2, "batch_size": 4, "precision": "fp32"}
-    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
 
 
 def needs_of(recipe: Recipe) -> BuildNeeds:
@@ -66,12 +58,12 @@ def test_a_format_that_cannot_hold_the_architecture_is_refused(
     tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     for base in (tiny_folder("olmo2"), tiny_gguf("olmo2")):
-        assert bases.find(recipe_of(tmp_path, base)) is not None
+        assert bases.find(make_recipe(tmp_path, base)) is not None
         with pytest.raises(IncompatibleError, match=r"onnx does not support .* .olmo2.: .*; remove that"):
-            bases.find(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
+            bases.find(make_recipe(tmp_path, base, targets=["gguf", "onnx"]))
 
 
-def test_a_damaged_folder_is_told(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_damaged_safetensors_file_is_an_error(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = (tiny_folder("llama") / "config.json").read_text(encoding="utf-8")
     (tmp_path / "config.json").write_text(config, encoding="utf-8")
     for content in (b"", b"short", (1 << 60).to_bytes(8, "little") + b"{}", bytes([2, *bytes(7)]) + b"[]"):
@@ -84,7 +76,7 @@ def test_the_needs_of_a_folder_are_those_of_its_file(
     tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     keys: dict[str, Any] = {"quantization": "q8_0", "targets": ["gguf", "onnx"]}
-    of_folder, of_file = (needs_of(recipe_of(tmp_path, base("llama"), **keys)) for base in (tiny_folder, tiny_gguf))
+    of_folder, of_file = (needs_of(make_recipe(tmp_path, base("llama"), **keys)) for base in (tiny_folder, tiny_gguf))
     # A file brings its tokenizer.
     assert of_folder == replace(
         of_file,
@@ -99,25 +91,26 @@ def test_the_needs_of_a_folder_are_those_of_its_file(
 
 def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
-    lora = needs_of(recipe_of(tmp_path, base))
+    lora = needs_of(make_recipe(tmp_path, base))
     assert lora.extra_formats_mb == 0
     assert lora.bundle_mb == pytest.approx(base.stat().st_size / 1e6, rel=0.5)
-    both = needs_of(recipe_of(tmp_path, base, targets=["gguf", "onnx"]))
+    both = needs_of(make_recipe(tmp_path, base, targets=["gguf", "onnx"]))
     assert both.bundle_mb == pytest.approx(lora.bundle_mb + both.extra_formats_mb)
     assert both.disk_mb > both.min_disk_mb > both.bundle_mb > lora.bundle_mb
     assert both.export_mb > lora.export_mb
-    full, last = (needs_of(recipe_of(tmp_path, base, {"name": name, **options})) for name, options in TRAINS_BASE)
+    full, last = (needs_of(make_recipe(tmp_path, base, {"command": adapter_of(method)})) for method in TRAINS_BASE)
     assert full.training_mb > last.training_mb > lora.weights_mb
     assert full.bundle_mb > base.stat().st_size / 1e6
-    assert needs_of(recipe_of(tmp_path, base, {"name": "lora", "target_modules": "auto"})) == lora
+    chosen_later = {"command": adapter_of({"name": "lora", "target_modules": "auto"})}
+    assert needs_of(make_recipe(tmp_path, base, chosen_later)) == lora
 
 
-TRAINS_BASE: list[tuple[str, dict[str, int]]] = [("full", {}), ("last_layers", {"layers": 1})]
+TRAINS_BASE = ("full", {"name": "last_layers", "layers": 1})
 
 
 def test_the_bundle_is_about_as_large_as_predicted(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
-    result = build(recipe, tmp_path / "home", progress=Progress(quiet=True))
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"))
+    result = build(recipe, tmp_path / "home", progress=QUIET)
     size = sum(path.stat().st_size for path in result.bundle.rglob("*") if path.is_file())
     assert needs_of(recipe).bundle_mb * 1e6 == pytest.approx(size, rel=0.2)
     left = sum(path.stat().st_size for path in tmp_path.glob("home.work/**/*") if path.is_file())
@@ -128,7 +121,7 @@ def test_the_bundle_is_about_as_large_as_predicted(tiny_gguf: Callable[[str], Pa
 
 
 def test_a_machine_with_room_for_all_gets_no_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"))
     assert build_needs.check(recipe, NEEDS, PLENTY) == []
     assert build_needs.check(recipe, NEEDS, replace(PLENTY, memory_mb=None)) == []
 
@@ -150,18 +143,18 @@ def test_a_machine_with_room_for_all_gets_no_warning(tiny_gguf: Callable[[str], 
         ),
     ],
 )
-def test_what_surely_cannot_be_built_is_refused_with_what_would_fit(
+def test_a_build_without_enough_memory_or_disk_is_refused_with_a_remedy(
     tiny_gguf: Callable[[str], Path], tmp_path: Path, room: dict[str, float], error: type[EdgetuneError], told: str
 ) -> None:
     base = tiny_gguf("llama")
-    recipe = recipe_of(tmp_path, base, targets=["gguf", "onnx"])
+    recipe = make_recipe(tmp_path, base, targets=["gguf", "onnx"])
     with pytest.raises(error) as raised:
         build_needs.check(recipe, NEEDS, replace(PLENTY, **room))
     assert str(raised.value) == told.replace("BASE", str(base))
 
 
-def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+def test_a_build_that_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"))
     disk, memory = build_needs.check(recipe, NEEDS, Room(Path("/data"), 8100.0, 5000.0))
     # The base's weights are mapped from disk too.
     assert disk == (
@@ -175,32 +168,28 @@ def test_what_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path], tmp_pat
     assert build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 50000.0)) == []
 
 
-def test_validate_tells_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    found = plan_build(recipe_of(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.to_json()["needs"]
+def test_validate_reports_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    found = plan_build(make_recipe(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.to_json()["needs"]
     for key in ("memory_mb", "training_mb", "export_mb", "disk_mb", "bundle_mb", "free_disk_mb"):
         assert isinstance(found[key], int) and found[key] > 0, key
     assert found["summary"].startswith("memory about ")
     assert json.loads(json.dumps(found)) == found
-    assert plan_build(recipe_of(tmp_path, Path("nobody/nothing"))).plan.needs is None
+    assert plan_build(make_recipe(tmp_path, Path("nobody/nothing"))).plan.needs is None
 
 
-def test_a_build_tells_its_needs_first(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    lines: list[str] = []
-
-    class Stopping(Progress):
-        def say(self, text: str) -> None:
-            lines.append(text)
-            raise KeyboardInterrupt
-
+def test_a_build_reports_its_needs_before_any_work(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    first_line = Listening(stop_at="")
     with pytest.raises(KeyboardInterrupt):
-        build(recipe_of(tmp_path, tiny_folder("llama")), tmp_path / "home", progress=Stopping(quiet=True))
-    assert lines[0].startswith("needs memory about ")
+        build(make_recipe(tmp_path, tiny_folder("llama")), tmp_path / "home", progress=first_line)
+    assert first_line.lines[0].startswith("needs memory about ")
     assert not (tmp_path / "home.work").exists()
 
 
 def test_the_memory_limit_of_the_recipe_counts(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base, long = tiny_gguf("llama"), {"batch_size": 4000, "max_steps": 4}
-    free, limited = (needs_of(recipe_of(tmp_path, base, training=long | limit)) for limit in ({}, {"memory_mb": 1_000}))
+    free, limited = (
+        needs_of(make_recipe(tmp_path, base, training=long | limit)) for limit in ({}, {"memory_mb": 1_000})
+    )
     assert free.training_mb > free.min_training_mb == limited.min_training_mb
     assert limited.training_mb == max(limited.min_training_mb, min(1_000, free.training_mb))
 
@@ -211,11 +200,11 @@ def test_numbers_are_rounded_up() -> None:
     assert math.isclose(NEEDS.memory_mb, 15000)
 
 
-def test_a_limit_that_training_does_not_fit_within_is_told_before_any_work(
+def test_a_memory_limit_below_the_least_for_training_is_refused_before_any_work(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def recipe(limit_mb: int) -> Recipe:
-        return recipe_of(tmp_path, tiny_gguf("llama"), training={"memory_mb": limit_mb})
+        return make_recipe(tmp_path, tiny_gguf("llama"), training={"memory_mb": limit_mb})
 
     told = "training takes at least about 8,000 MB; set it to 8,000 or more"
     assert build_needs.check(recipe(8000), NEEDS, PLENTY) == []

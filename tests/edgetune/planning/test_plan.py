@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import NotFoundError
+from recipes import adapter_of, lights, make_recipe
 
 from edgetune import methods
 from edgetune.building import builders
@@ -17,11 +18,8 @@ from edgetune.recipe.model import Recipe
 
 
 def recipe_of(folder: Path, base: Path | str, method: object = "lora", **keys: object) -> Recipe:
-    rows = [{"prompt": f"turn on the light {number}", "completion": f"reply {number % 2}"} for number in range(20)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    adapters = {"command": {"method": method, "output": "auto", "data": {"train": "rows.jsonl", "held_out": 0.2}}}
-    values = {"name": "home", "base": str(base), "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
+    data = {"rows.jsonl": lights(20, ("reply 0", "reply 1"))}
+    return make_recipe(folder, base, {"command": adapter_of(method, output="auto")}, data=data, **keys)
 
 
 def bundle_of(recipe: Recipe) -> BuildPlan:
@@ -33,7 +31,7 @@ def bundle_of(recipe: Recipe) -> BuildPlan:
     ("keys", "steps"),
     [({}, ["convert to GGUF", "quantize to q8_0"]), ({"quantization": "f16"}, ["convert to GGUF f16"])],
 )
-def test_a_plan_says_what_becomes_of_a_folder(
+def test_a_plan_lists_the_conversions_of_a_folder(
     tiny_folder: Callable[[str], Path], tmp_path: Path, keys: dict[str, str], steps: list[str]
 ) -> None:
     base = bundle_of(recipe_of(tmp_path, tiny_folder("llama"), **keys)).base
@@ -69,7 +67,9 @@ def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_p
 
 
 def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    planned = plan_build(recipe_of(tmp_path, tiny_gguf("llama"), training={"epochs": 2, "batch_size": 8}))
+    planned = plan_build(
+        recipe_of(tmp_path, tiny_gguf("llama"), training={"max_steps": None, "epochs": 2, "batch_size": 8})
+    )
     adapter = planned.plan.adapters["command"]
     assert adapter.output is not None and adapter.output.kind == "choices"
     assert adapter.rows is not None

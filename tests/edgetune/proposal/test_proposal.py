@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime.errors import NotFoundError, UsageError
+from recipes import write_rows
 
 from edgetune.api import plan
 from edgetune.proposal import files as data_files
@@ -40,12 +40,9 @@ def write(tmp_path: Path) -> Write:
 
     def make(name: str, content: str | bytes | Sequence[dict[str, Any]]) -> Path:
         path = tmp_path / name
+        if not isinstance(content, str | bytes):
+            return write_rows(path, content)
         path.parent.mkdir(exist_ok=True, parents=True)
-        if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-            if path.suffix == ".csv":
-                content = "\n".join([",".join(content[0]), *(",".join(map(str, row.values())) for row in content)])
-            else:
-                content = "\n".join(map(json.dumps, content))
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 

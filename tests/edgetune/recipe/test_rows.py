@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, values_of, write_rows
 
 from edgetune.recipe import rows as rows_module
 from edgetune.recipe.model import Recipe
@@ -26,9 +27,7 @@ FEATURES = datasets.Features(text=datasets.Value("string"), label=datasets.Class
 
 
 def recipe_of(train: object, **keys: object) -> Recipe:
-    return Recipe.from_dict(
-        {"name": "home", "base": "x.gguf", "adapters": {"intent": {"data": {"train": train}}}, **keys}
-    )
+    return Recipe.from_dict({**values_of("x.gguf", {"intent": adapter_of(train=train)}), **keys})
 
 
 def of_dataset() -> datasets.Dataset:
@@ -49,8 +48,7 @@ def of_dataset() -> datasets.Dataset:
     ids=["list", "mappings", "iterator", "generator", "pandas", "dataset", "iterable dataset"],
 )
 def test_rows_of_each_kind_read_like_those_of_a_file(make: Callable[[], object], tmp_path: Path) -> None:
-    path = tmp_path / "intent.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
+    path = write_rows(tmp_path / "intent.jsonl", ROWS)
     train = recipe_of(make()).adapters["intent"].data.train
     assert [(row.messages, row.completion) for row in read_rows(train)] == [
         (row.messages, row.completion) for row in read_rows(str(path))
@@ -134,7 +132,7 @@ def test_a_recipe_of_python_has_its_problems_in_one_error(values: dict[str, Any]
         recipe_of(ROWS, **values)
 
 
-def test_what_is_no_recipe_is_refused() -> None:
+def test_a_value_that_is_no_recipe_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"^5 is not a recipe; give a Recipe, the path of a recipe file, or a mapping$"
     ):

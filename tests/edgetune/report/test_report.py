@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -10,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from edgetune_devices import boards
-from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
-from runtime.bundles import Adapter, low_rank, write_bundle
+from edgetune_runtime.bundle import read_manifest
+from recipes import adapter_of, lights, write_recipe, write_rows
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
 from edgetune.report.facts import facts_of
@@ -52,12 +52,10 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     base = tiny_gguf("llama")
     adapters = {"task": Adapter(low_rank(base, seed=1), system=NAME), "other": Adapter(low_rank(base, seed=2))}
     path = write_bundle(tmp_path_factory.mktemp("report") / "home", base, adapters, context_length=64)
-    manifest = json.loads((path / MANIFEST_NAME).read_text())
-    manifest["adapters"]["task"]["training"] = TRAINING
-    manifest["adapters"]["task"]["parity"] = {"gguf": {"kl": 0.02, "top1": 0.975, "greedy": 9, "tokens": 80}}
-    manifest["versions"] = {"edgetune": "1.2"}
-    manifest["recipe"] = {"adapters": {"task": {"data": {"train": "rows.jsonl"}}}}
-    (path / MANIFEST_NAME).write_text(json.dumps(manifest))
+    parity = {"gguf": {"kl": 0.02, "top1": 0.975, "greedy": 9, "tokens": 80}}
+    recipe = {"adapters": {"task": {"data": {"train": "rows.jsonl"}}}}
+    change_manifest(path, lambda raw: raw["adapters"]["task"].update(training=TRAINING, parity=parity))
+    change_manifest(path, lambda raw: raw.update(versions={"edgetune": "1.2"}, recipe=recipe))
     return path
 
 
@@ -90,7 +88,7 @@ def test_a_score_is_shown_with_its_metric(bundle: Path, tmp_path: Path) -> None:
         ("task=", "", "is not the output of edgetune evaluate --json"),
     ],
 )
-def test_what_is_no_score_of_the_bundle_is_refused_in_one_line(
+def test_an_invalid_score_file_is_a_one_line_error(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, content: str, message: str
 ) -> None:
     (tmp_path / "score.json").write_text(content)
@@ -106,14 +104,11 @@ def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], 
     base = tiny_gguf("llama")
     labels = ("on", "off")
     bundle = write_bundle(tmp_path / "home", base, {"task": Adapter(low_rank(base, seed=1), labels=labels)})
-    manifest = json.loads((bundle / MANIFEST_NAME).read_text())
-    manifest["adapters"]["task"]["metric"] = "label"
-    (bundle / MANIFEST_NAME).write_text(json.dumps(manifest))
+    change_manifest(bundle, lambda raw: raw["adapters"]["task"].update(metric="label"))
     # One of the two answers is right, whichever the adapter gives.
-    rows = [{"text": "say <i>", "label": label} for label in labels]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "say <i>", "label": label} for label in labels])
     out = tmp_path / "page.html"
-    assert main(["report", str(bundle), "--data", f"task={tmp_path / 'rows.jsonl'}", "--out", str(out)]) == 0
+    assert main(["report", str(bundle), "--data", f"task={rows}", "--out", str(out)]) == 0
     page = Page(out.read_text(encoding="utf-8"))
     text = " ".join(page.text.split())
     assert "label 0.5 on 2 rows" in text
@@ -126,18 +121,10 @@ def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], 
 
 def test_the_recipe_gives_the_rows_that_the_build_held_out(bundle: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(bundle, tmp_path / "copied")
-    manifest = json.loads((copied / MANIFEST_NAME).read_text())
-    manifest["recipe"]["adapters"]["other"] = {
-        "data": {"train": "rows.jsonl", "held_out": 0.5},
-        "training": {"seed": 3},
-    }
-    (copied / MANIFEST_NAME).write_text(json.dumps(manifest))
-    rows = [{"prompt": f"p{number}", "completion": "on"} for number in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "name: home\nbase: b\nadapters: {other: {data: {train: rows.jsonl}}, more: {data: {train: none}}}"
-    )
+    other = adapter_of(held_out=0.5, training={"seed": 3})
+    change_manifest(copied, lambda raw: raw["recipe"]["adapters"].update(other=other))
+    adapters, rows = {"other": adapter_of(), "more": adapter_of(train="none")}, lights(6)
+    recipe = write_recipe(tmp_path, "b", adapters, data={"rows.jsonl": rows})
     out = tmp_path / "page.html"
     assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0
     _, held_out = split(read_rows(str(tmp_path / "rows.jsonl")), 0.5, 3)
@@ -155,9 +142,8 @@ def test_a_curve_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) 
 
 def test_a_golden_answer_is_shown_where_no_row_is_answered(bundle: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(bundle, tmp_path / "copied")
-    manifest = json.loads((copied / MANIFEST_NAME).read_text())
-    manifest["adapters"]["task"]["golden"] = {"gguf": {"prompt": "hi <u>", "answer": "hello <u>", "max_tokens": 4}}
-    (copied / MANIFEST_NAME).write_text(json.dumps(manifest))
+    golden = {"gguf": {"prompt": "hi <u>", "answer": "hello <u>", "max_tokens": 4}}
+    change_manifest(copied, lambda raw: raw["adapters"]["task"].update(golden=golden))
     out = tmp_path / "page.html"
     assert main(["report", str(copied), "--out", str(out)]) == 0
     page = Page(out.read_text(encoding="utf-8"))

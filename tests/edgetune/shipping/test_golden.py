@@ -12,13 +12,13 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.inference.measuring import loaded_bundle
+from recipes import adapter_of, make_recipe
+from runtime.bundles import change_manifest
+from trainings import QUIET
 
 from edgetune.building.pipeline import build
-from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe
 from edgetune.shipping.golden import MAX_TOKENS
 
-QUIET = Progress(quiet=True)
 QUESTIONS = [f"turn on the light {number}" for number in range(10)]
 SECRET = "nobody else reads the number"
 COLORS = ("red", "warm", "blue")
@@ -50,29 +50,15 @@ MORE: dict[str, dict[str, Any]] = {
 def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle in both formats with an adapter per form of rows, one of them merged and one without golden answers."""
     folder = tmp_path_factory.mktemp("golden")
-    for name, rows in ROWS.items():
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    method = {"name": "lora", "r": 2, "lora_alpha": 32}
     adapters = {
-        name: {
-            "data": {"train": f"{name}.jsonl", "held_out": 0.3},
-            "method": {"name": "lora", "r": 2, "lora_alpha": 32},
-            "draft": False,
-            **MORE.get(name, {}),
-        }
+        name: adapter_of(method, train=f"{name}.jsonl", held_out=0.3, draft=False, **MORE.get(name, {}))
         for name in ROWS
     }
-    values = {
-        "name": "home",
-        "base": str(tiny_gguf("llama")),
-        "targets": ["gguf", "onnx"],
-        "training": {"max_steps": 6, "evals": 1, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"},
-        "threads": 1,
-        "states": "start",
-        "adapters": adapters,
-    }
-    recipe = Recipe.model_validate(values, context={"folder": folder})
-    assert build(recipe, folder / "home", progress=QUIET) is not None
-    return folder / "home"
+    data = {f"{name}.jsonl": rows for name, rows in ROWS.items()}
+    keys = {"targets": ["gguf", "onnx"], "training": {"evals": 1}, "states": "start"}
+    recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data=data, **keys)
+    return build(recipe, folder / "home", progress=QUIET).bundle
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +129,12 @@ def test_states_start_has_a_server_compute_them(manifest: Manifest) -> None:
     assert not [name for name in manifest.files if name.startswith("states/")]
 
 
-def test_another_adapter_in_the_place_of_one_is_found(
+def test_check_finds_an_adapter_that_was_swapped_for_another(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "home"))
     # All digests are right.
-    raw = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-    raw["adapters"]["whole"]["files"]["gguf"] = raw["base"]["files"]["gguf"]
-    (copy / "manifest.json").write_text(json.dumps(raw), encoding="utf-8")
+    change_manifest(copy, lambda raw: raw["adapters"]["whole"]["files"].update(gguf=raw["base"]["files"]["gguf"]))
     assert main(["check", str(copy), "--json"]) == 4
     out, err = capsys.readouterr()
     told = json.loads(out)

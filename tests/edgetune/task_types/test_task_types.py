@@ -57,7 +57,7 @@ def test_a_task_is_found_by_its_files(tagging: str) -> None:
     assert builders.load(tagging).task == tagging
 
 
-def test_what_a_task_does_not_offer_is_told_with_a_remedy(tagging: str) -> None:
+def test_a_command_that_a_task_does_not_support_is_refused_with_a_remedy(tagging: str) -> None:
     found = task_types.load(tagging)
     assert found.offers("trial") and not found.offers("fit")
     found.check_offers("trial", "--trial")
@@ -65,7 +65,7 @@ def test_what_a_task_does_not_offer_is_told_with_a_remedy(tagging: str) -> None:
         found.check_offers("fit", "home")
 
 
-def test_an_unknown_task_is_told_with_those_there_are() -> None:
+def test_the_error_about_an_unknown_task_lists_the_tasks() -> None:
     for load in (task_types.load, builders.load):
         with pytest.raises(UsageError, match="no task 'text-generatoin'; did you mean 'text-generation'"):
             load("text-generatoin")

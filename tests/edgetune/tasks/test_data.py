@@ -49,7 +49,7 @@ def problems_of(source: str, columns: Columns | None = None, labels: list[str] |
     return str(caught.value).replace(f"{source}:", "").splitlines()
 
 
-def test_each_row_tells_its_own_form(write: Write) -> None:
+def test_the_form_of_each_row_is_recognized(write: Write) -> None:
     conversation = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "hi"},

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, make_recipe
 from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
@@ -20,12 +20,8 @@ from edgetune.training.loop import train
 
 def recipe_of(folder: Path, base: Path, **keys: object) -> Recipe:
     rows = [{"text": f"turn on the light {number}", "label": ("on", "off")[number % 2]} for number in range(40)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    method = {"name": "lora", "target_modules": "all-linear"}
-    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
-    training = {"batch_size": 4, "precision": "fp32"}
-    values = {"name": "home", "base": str(base), "training": training, "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
+    adapters = {"command": adapter_of({"name": "lora", "target_modules": "all-linear"})}
+    return make_recipe(folder, base, adapters, data={"rows.jsonl": rows}, training={"max_steps": None}, **keys)
 
 
 def told(steps: int, left: float, later: float, *, tokens: int = 100, seconds: float = 0.5) -> list[str]:
@@ -37,7 +33,7 @@ def told(steps: int, left: float, later: float, *, tokens: int = 100, seconds: f
     return [line for line in lines if line is not None]
 
 
-def test_the_first_ten_steps_tell_the_time_left_once() -> None:
+def test_the_time_left_is_reported_once_after_ten_steps() -> None:
     assert told(TRIAL_STEPS - 1, 13_000, 0) == []
     assert told(40, 13_000, 0) == ["reply: about 1 min left at 200 tokens/s"]
     assert told(40, 13_000, 240_000) == [
@@ -45,14 +41,14 @@ def test_the_first_ten_steps_tell_the_time_left_once() -> None:
     ]
 
 
-def test_a_training_that_is_nearly_over_tells_nothing() -> None:
+def test_no_time_left_is_reported_near_the_end_of_a_training() -> None:
     assert told(10, 1000, 0) == []
     assert told(10, 1000, 24_000) == [
         "reply: about 0 s left at 200 tokens/s, 2 min including the training runs after it"
     ]
 
 
-def test_a_clock_that_stands_still_tells_nothing() -> None:
+def test_without_elapsed_time_no_time_left_is_reported() -> None:
     assert told(20, 13_000, 0, seconds=0) == []
 
 
@@ -72,7 +68,7 @@ def test_a_duration_is_rounded_up(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_training_says_how_long_it_takes(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+def test_a_training_reports_its_time_left(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
     progress = Listening()
     work = job("lora", max_steps=40, evals=1)
     train(load_torch(tiny_base("llama"), torch.float32), work, tmp_path, progress, later=1e9)
@@ -80,12 +76,12 @@ def test_a_training_says_how_long_it_takes(tiny_base: Callable[[str], Base], tmp
     assert re.fullmatch(r"reply: about .+ left at \d+ tokens/s, .* including the training runs after it", line)
 
 
-def test_a_trial_tells_speed_and_time_and_leaves_nothing(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_trial_reports_speed_and_time_and_leaves_no_files(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
     assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
     assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "rows.jsonl"}
 
 
 def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:

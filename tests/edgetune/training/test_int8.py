@@ -87,7 +87,7 @@ def test_the_largest_sums_do_not_saturate_on_avx2() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_rows_of_zeros_give_zeros_and_what_is_no_number_stays_none() -> None:
+def test_rows_of_zeros_give_zeros_and_nan_stays_nan() -> None:
     layer = torch.nn.Linear(8, 4, bias=False).requires_grad_(False)
     layer.weight[1] = 0.0
     rows = torch.ones(3, 8)
@@ -165,7 +165,7 @@ def test_a_model_without_known_layers_is_refused() -> None:
         pass
 
 
-def test_a_training_in_int8_learns_and_comes_out_the_same_again(tmp_path: Path) -> None:
+def test_a_training_in_int8_learns_and_is_reproducible(tmp_path: Path) -> None:
     base = make_model("llama", VOCABULARY)
     work = job("lora", {"r": 4}, precision="int8", max_steps=40, learning_rate=1e-2)
     result = learn(base, work, tmp_path / "first")

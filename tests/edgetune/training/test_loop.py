@@ -13,20 +13,14 @@ from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from trainings import Stopping
+from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of, short_answer
 from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.objectives.example import Example
-from edgetune.progress import Progress
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.training import memory
 from edgetune.training.job import TrainingJob, finished
 from edgetune.training.loop import train
-
-QUIET = Progress(quiet=True)
-VOCABULARY = 384
-HEADER = (10, 11, 12)
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +34,20 @@ def run(base: PreTrainedModel, tmp_path: Path) -> Callable[..., Any]:
     return lambda job, folder="run", progress=QUIET: train(base, job, tmp_path / folder, progress)
 
 
-def answer(number: int, shift: int = 0) -> Example:
-    """A question whose answer follows from its number: `shift` makes another rule."""
-    tokens = (*HEADER, 30 + number, 13, 130 + (number + shift) % 40, 131 + (number + shift) % 40, 2)
-    return Example(tokens, (False,) * 5 + (True,) * 3, 5)
-
-
 def job(
     method: dict[str, Any] | None = None,
     validation: Sequence[Example] | None = None,
     rows: int = 24,
     **training: object,
 ) -> TrainingJob:
-    options = {"max_steps": 12, "epochs": 100, "evals": 3, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32"}
     lora = methods.load("lora")
-    return TrainingJob(
-        name="reply",
-        method=lora,
-        options=lora.options.model_validate({"r": 4, **(method or {})}),
-        training=TrainingSpec.model_validate({**options, **training}),
-        train=[answer(number) for number in range(rows)],
-        validation=[answer(number) for number in range(0, 24, 3)] if validation is None else validation,
-        key="abc",
-    )
+    options = lora.options.model_validate({"r": 4, **(method or {})})
+    return job_of(lora, options, SHORT[:rows], validation, **{"learning_rate": 1e-2, "patience": 3, **training})
 
 
 OVERFITTING = job(
-    rows=4, validation=[answer(n, shift=7) for n in range(8)], max_steps=40, evals=20, batch_size=4, patience=None,
-    seed=1,
+    rows=4, validation=[short_answer(n, shift=7) for n in range(8)], max_steps=40, evals=20, batch_size=4,
+    patience=None, seed=1,
 )  # fmt: skip
 
 
@@ -93,7 +73,7 @@ def loss_of(model: Any, rows: Sequence[Example]) -> float:  # noqa: ANN401 - wit
     return cross_entropy(logits, torch.tensor([row.tokens[5:] for row in rows]).flatten()).item()
 
 
-def test_a_training_learns_its_task_and_tells_its_figures(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_training_learns_its_task_and_returns_its_figures(run: Callable[..., Any], tmp_path: Path) -> None:
     result = run(job(max_steps=40))
     losses = [point.val_loss for point in result.history]
     assert losses[-1] == result.val_loss < 0.7 * losses[0]
@@ -171,7 +151,7 @@ def assert_as_in_one_go(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [1, 9, 12])
-def test_an_interrupted_run_goes_on_to_the_same_weights(
+def test_an_interrupted_training_resumes_to_the_same_weights(
     step: int, run: Callable[..., Any], tmp_path: Path, whole: Path
 ) -> None:
     with pytest.raises(CancelledError, match=f"training reply stopped at step {step}; run the same command to resume"):
@@ -182,7 +162,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
-def test_a_killed_run_goes_on_from_its_last_validation(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
+def test_a_killed_training_resumes_from_its_last_validation(
+    run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
     with pytest.raises(RuntimeError):
         run(RESUMED, progress=Stopping(8, RuntimeError))
     assert state_of(tmp_path / "run")["step"] == 6
@@ -264,7 +246,7 @@ def test_a_damaged_state_starts_the_run_anew(
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
-def test_a_state_of_another_key_is_not_taken_up(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
+def test_a_training_state_with_another_key_is_ignored(run: Callable[..., Any], tmp_path: Path, whole: Path) -> None:
     other = job(learning_rate=5e-2)
     with pytest.raises(CancelledError):
         run(TrainingJob(**{**vars(other), "key": "other"}), progress=Stopping(5, KeyboardInterrupt))

@@ -96,7 +96,7 @@ def test_without_a_limit_the_smallest_passes_are_tried_where_memory_is_short() -
     assert (found.tokens, found.checkpointed) == (500, 9)
 
 
-def test_what_is_kept_whatever_the_tokens_is_told_from_rows_of_two_lengths() -> None:
+def test_memory_per_token_and_constant_memory_follow_from_two_lengths() -> None:
     cost = measured((10, LayerCost(1300, 40)), (100, LayerCost(4000, 400)), layers=3, vocabulary=384)
     assert (cost.per_token, cost.constant, cost.input_per_token) == (90, 3000, 4)
     alike = measured((10, LayerCost(1300, 40)), (10, LayerCost(1300, 40)), layers=3, vocabulary=384)
@@ -184,7 +184,7 @@ def test_a_saved_state_has_the_size_that_is_predicted(tmp_path: Path) -> None:
     assert 2 * file.stat().st_size == pytest.approx(saved_states_mb(trained) * 1e6, rel=0.05)
 
 
-def test_a_training_keeps_to_its_limit_and_says_so(tmp_path: Path) -> None:
+def test_a_training_stays_within_its_memory_limit_and_reports_it(tmp_path: Path) -> None:
     base = make_model("llama", 384)
     with pytest.raises(UsageError, match=r"training.memory_mb is 5, but training reply needs at least") as error:
         train(base, job("lora", max_steps=1, memory_mb=5), tmp_path, Listening())

@@ -1,27 +1,20 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, make_recipe
+from trainings import QUIET
 
 from edgetune import methods
 from edgetune.building.builders.plan import plan_build
 from edgetune.building.pipeline import build
-from edgetune.progress import Progress
-from edgetune.recipe.model import Recipe
 from edgetune.training.precision import require_int8
 
-
-def recipe_of(folder: Path, base: Path, method: object, **keys: object) -> Recipe:
-    rows = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl"}}}
-    values = {"name": "home", "base": str(base), "training": {"precision": "int8"}, "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
+INT8 = {"precision": "int8"}
 
 
 @pytest.mark.parametrize(
@@ -44,13 +37,13 @@ def test_int8_is_taken_on_x86(machine: str) -> None:
     require_int8(methods.load("lora"), "cpu", machine=machine)
 
 
-def test_validate_and_build_refuse_it_for_what_trains_the_base(
+def test_validate_and_build_refuse_int8_for_methods_that_train_the_base(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), "full")
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter_of("full")}, training=INT8)
     tell: list[Callable[[], Any]] = [
         lambda: plan_build(recipe),
-        lambda: build(recipe, tmp_path / "out", progress=Progress(quiet=True)),
+        lambda: build(recipe, tmp_path / "out", progress=QUIET),
     ]
     for run in tell:
         with pytest.raises(UsageError) as error:
@@ -63,8 +56,8 @@ def test_validate_and_build_refuse_it_for_what_trains_the_base(
 def test_a_domain_has_a_precision_of_its_own(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("turn on the light in the hall\n" * 400, encoding="utf-8")
     domain = {"data": {"train": "text.txt"}}
-    keys = {"quantization": "q8_0", "context_length": 64}
+    base, keys = tiny_gguf("llama"), {"quantization": "q8_0", "context_length": 64, "training": INT8}
     with pytest.raises(UsageError, match=r"^domain.training.precision is int8, but full trains the base's own"):
-        plan_build(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=domain, **keys))
+        plan_build(make_recipe(tmp_path, base, domain=domain, **keys))
     own = {**domain, "training": {"precision": "fp32"}}
-    assert plan_build(recipe_of(tmp_path, tiny_gguf("llama"), "lora", domain=own, **keys)).plan.needs is not None
+    assert plan_build(make_recipe(tmp_path, base, domain=own, **keys)).plan.needs is not None

@@ -20,7 +20,7 @@ def torch_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def test_a_training_that_lacks_cores_goes_on_with_fewer_threads(torch_threads: int) -> None:
+def test_a_training_that_lacks_cores_continues_with_fewer_threads(torch_threads: int) -> None:
     threads = StepThreads(is_cpu=True)
     found = []
     for _ in range(2):

@@ -30,7 +30,7 @@ def test_an_architecture_is_found_by_its_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bloom", "mistral", "base"])
-def test_others_are_refused_by_name_with_those_there_are(name: str) -> None:
+def test_the_error_about_another_architecture_lists_the_supported_ones(name: str) -> None:
     message = rf"architecture '{name}' of base 'x' is not supported; .*: {', '.join(architectures.names())}"
     with pytest.raises(IncompatibleError, match=message):
         architectures.of(header_of(name), "x")

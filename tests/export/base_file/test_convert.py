@@ -121,7 +121,7 @@ def test_modules_in_the_working_folder_are_not_run(
         ("sdist without the script", "", VerificationError, f"has no {SCRIPT}"),
     ],
 )
-def test_a_converter_that_cannot_be_had_is_an_error_and_leaves_nothing(
+def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
     given: str, known: str, error: type[EdgetuneError], message: str, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(llama_cpp_source.SDIST_SHA256, VERSION, known)
@@ -229,7 +229,7 @@ def test_the_converter_runs_no_code_of_a_folder(
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_supported_folders_are_told_by_their_gguf_architecture(
+def test_a_folder_and_its_file_have_the_same_architecture(
     arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
 ) -> None:
     header = read_header(tiny_gguf(arch))

@@ -26,7 +26,7 @@ def test_a_draft_is_cut_where_a_token_costs_least(chances: list[float], count: i
     assert COST.worthwhile(chances) == count
 
 
-def test_logits_of_a_large_vocabulary_make_drafts_dearer_but_not_certain_tokens() -> None:
+def test_a_large_vocabulary_raises_the_cost_of_drafts_but_not_of_forced_tokens() -> None:
     large = BatchCost({2: 1.5, 4: 2.0, 8: 3.0}, {2: 2.0, 4: 4.0}, excess=0.5)
     assert large.of(4) == COST.of(4)
     assert large.of(4, drafted=3) == pytest.approx(2.0 + 0.5 * 3.0)

@@ -25,7 +25,7 @@ DEAR: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("schema", DEAR, ids=str)
-def test_a_form_that_is_too_dear_is_refused_without_its_cost_here(schema: dict[str, Any]) -> None:
+def test_an_expensive_schema_is_refused_in_the_child_process(schema: dict[str, Any]) -> None:
     begin = resource.getrusage(resource.RUSAGE_SELF)
     with pytest.raises(UsageError, match="takes too long or too much memory: more than 2 s or 64 MB; simplify it"):
         output_of(schema=schema)
@@ -51,7 +51,7 @@ def test_a_refusal_is_remembered() -> None:
         ({"enum": [f"value {n}" for n in range(2000)]}, '"value 1999"'),
     ],
 )
-def test_what_only_might_be_dear_is_compiled_here_after_its_trial(schema: dict[str, Any], text: str) -> None:
+def test_a_schema_that_may_be_expensive_is_compiled_after_its_trial(schema: dict[str, Any], text: str) -> None:
     spec = output_of(schema=schema)
     assert child_compiler.may_be_expensive(spec.grammar)
     assert spec.accepts(text)

@@ -195,7 +195,7 @@ def test_drafts_are_valid_up_to_the_first_token_that_does_not_fit(base: Opened) 
     assert constraint.tokens == []
 
 
-def test_a_token_that_does_not_fit_is_refused_and_the_answer_goes_on(tiny: Opened) -> None:
+def test_a_token_outside_the_constraint_is_refused_and_the_answer_continues(tiny: Opened) -> None:
     tokenizer, grammars = tiny
     constraint = grammars.constraint(COMMAND)
     good = tokenizer.tokenize('{"service": "light.off"}', continues=True)
@@ -248,7 +248,7 @@ def go_on(constraint: Constraint, ends: list[int], random: np.random.Generator, 
 
 
 @pytest.mark.parametrize("regex", [r"((a{1,1000}){1,1000}){1,1000}", r"(a?){5000}a{5000}"])
-def test_a_regex_that_explodes_is_an_error_and_the_base_goes_on(regex: str, tiny: Opened) -> None:
+def test_an_exploding_regex_is_an_error_and_the_next_call_works(regex: str, tiny: Opened) -> None:
     tokenizer, grammars = tiny
     ends = tokenizer.ends()
     random = np.random.default_rng(0)
@@ -271,7 +271,7 @@ def test_answers_go_on_when_the_automaton_that_they_share_is_full(tiny: Opened) 
         assert len(constraint.tokens) == 2000
 
 
-def test_what_the_base_has_no_tokens_for_is_refused(tiny: Opened) -> None:
+def test_a_control_token_that_the_base_lacks_is_refused(tiny: Opened) -> None:
     _, grammars = tiny
     with pytest.raises(UsageError, match=r"unknown special token: \"<\|tool_call\|>\".*; name a control token"):
         grammars.constraint(output_of(grammar='start: <|tool_call|> "a"'))

@@ -202,7 +202,7 @@ def test_drafts_change_no_constrained_answer_and_no_log_probability(
                     assert [one.logprob, *(each.logprob for each in one.top)] == pytest.approx(row, abs=5e-3)
 
 
-def test_a_known_answer_takes_few_steps(drafting: Path, engine: str) -> None:
+def test_drafts_shorten_an_answer_that_was_given_before(drafting: Path, engine: str) -> None:
     with Runtime.open(drafting, engine=engine, disk_mb=0) as runtime:
         timings = runtime.generate(PROMPTS[0], adapter="one", max_tokens=40).timings
     assert timings.accepted > 20
@@ -221,7 +221,7 @@ def test_a_stop_text_within_a_draft_ends_the_answer_there(drafting: Path, engine
         assert len(call.pool.first.tokens) <= len(call.job.tokens) + found.tokens
 
 
-def test_a_session_goes_on_after_drafted_answers(drafting: Path, engine: str) -> None:
+def test_a_session_continues_after_drafted_answers(drafting: Path, engine: str) -> None:
     answers = []
     for drafts in (True, False):
         opened = Runtime.open(drafting, engine=engine, disk_mb=0, drafts=drafts)

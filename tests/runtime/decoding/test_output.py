@@ -81,7 +81,7 @@ def fits(spec: OutputSpec, text: str) -> bool:
         ({"grammar": "start: %json " + json.dumps(chained(1000))}, "grammar has 1001 references; give at most 200"),
     ],
 )
-def test_what_cannot_be_used_is_told_in_one_line(given: dict[str, Any], told: str) -> None:
+def test_an_unusable_constraint_is_a_one_line_error(given: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told) as raised:
         output_of(**given)
     assert "\n" not in str(raised.value)
@@ -146,7 +146,7 @@ def test_answers_are_parsed_by_the_form_that_was_given() -> None:
 
 
 @pytest.mark.parametrize("text", ['{"a": 1', "", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"])
-def test_an_answer_that_does_not_parse_is_told_in_one_line(text: str) -> None:
+def test_an_answer_that_does_not_parse_is_a_one_line_error(text: str) -> None:
     with pytest.raises(VerificationError, match=r"does not parse: .*; give a higher max_tokens") as raised:
         output_of(schema=PAIR).parse(text)
     assert "\n" not in str(raised.value)
@@ -162,14 +162,14 @@ def test_an_answer_that_does_not_parse_is_told_in_one_line(text: str) -> None:
         {"grammar": 'start: "a"'},
     ],
 )
-def test_what_a_manifest_stores_gives_the_same_form_again(given: dict[str, Any]) -> None:
+def test_a_constraint_is_the_same_after_it_was_stored_in_a_manifest(given: dict[str, Any]) -> None:
     spec = output_of(**given)
     assert spec.to_json() == given
     again = OutputSpec.from_json(json.loads(json.dumps(spec.to_json())))
     assert (again, again.digest, again.grammar) == (spec, spec.digest, spec.grammar)
 
 
-def test_the_digest_tells_forms_apart_and_stays_the_same() -> None:
+def test_digests_of_constraints_differ_and_are_stable() -> None:
     swapped = {**PAIR, "properties": dict(reversed(PAIR["properties"].items()))}
     specs = [output_of(schema=PAIR), output_of(schema=swapped), output_of(schema=PAIR, spacing="compact")]
     specs += [output_of(regex="a"), output_of(choices=["a"])]
@@ -186,7 +186,7 @@ def test_the_digest_tells_forms_apart_and_stays_the_same() -> None:
         ({"choices": {}}, "choices are {}"),
     ],
 )
-def test_a_stored_form_that_is_none_is_refused(stored: dict[str, Any], told: str) -> None:
+def test_an_invalid_constraint_in_a_manifest_is_refused(stored: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
         OutputSpec.from_json(stored)
 

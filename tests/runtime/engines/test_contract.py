@@ -302,7 +302,7 @@ def test_a_token_outside_the_vocabulary_is_refused(llama: Engine, token: int) ->
     llama.decode([5])
 
 
-def test_a_character_of_several_tokens_comes_out_whole(llama: Engine) -> None:
+def test_a_character_of_several_tokens_is_streamed_whole(llama: Engine) -> None:
     tokens = llama.tokenizer.tokenize("23 °C 🙂 ok", continues=True)
     assert len(llama.tokenizer.tokenize("🙂", continues=True)) >= 4
     assert b"".join(map(llama.tokenizer.piece, tokens)).decode() == "23 °C 🙂 ok"

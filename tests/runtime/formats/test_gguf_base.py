@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from edgetune_export import architectures
@@ -116,9 +117,25 @@ def test_a_base_that_no_converter_writes_is_refused(name: str, llama: Path, tmp_
     assert "\n" not in str(raised.value)
 
 
-def test_a_byte_level_vocabulary_with_the_wrong_model_or_merges_is_refused(
-    tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def byte_level(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with the first 400 tokens of a byte-level vocabulary: all bytes, and some of their merges."""
+    whole = tiny_gguf("olmo2")
+    embeddings = {tensor.name: tensor.data for tensor in gguf.GGUFReader(whole).tensors if len(tensor.data) > 10_000}
+
+    def cut(fields: Fields) -> None:
+        for key in (TOKENS, "tokenizer.ggml.token_type"):
+            items(key, lambda values: values[:400])(fields)
+        items("tokenizer.ggml.merges", lambda merges: merges[:50])(fields)
+        fields["olmo2.vocab_size"] = (400, UINT32, None)
+
+    path = tmp_path_factory.mktemp("byte-level") / "base.gguf"
+    rewritten(whole, path, cut, {name: values[:400] for name, values in embeddings.items()})
+    check_base(read_header(path), path)
+    return path
+
+
+def test_a_byte_level_vocabulary_with_the_wrong_model_or_merges_is_refused(byte_level: Path, tmp_path: Path) -> None:
     changes: list[tuple[Change, str]] = [
         (setting("tokenizer.ggml.model", "llama", STRING), "no token for byte 0x00"),
         (setting("tokenizer.ggml.pre", "whitespace", STRING), "pre-tokenizer"),
@@ -126,7 +143,7 @@ def test_a_byte_level_vocabulary_with_the_wrong_model_or_merges_is_refused(
         (setting("tokenizer.ggml.merges", 1, UINT32), "no list of texts"),
     ]
     for change, told in changes:
-        path = rewritten(tiny_gguf("olmo2"), tmp_path / "base.gguf", change)
+        path = rewritten(byte_level, tmp_path / "base.gguf", change)
         with pytest.raises(VerificationError, match=told):
             check_base(read_header(path), path)
 

@@ -51,7 +51,7 @@ def tensor_bytes(name: bytes = b"t", shape: tuple[int, ...] = (4,), kind: int = 
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_a_header_says_what_ggufs_own_reader_says(tiny_gguf: Gguf, arch: str) -> None:
+def test_a_header_matches_that_of_the_gguf_package(tiny_gguf: Gguf, arch: str) -> None:
     header, expected = read_header(tiny_gguf(arch)), gguf.GGUFReader(tiny_gguf(arch))
     assert header.architecture == arch
     assert header.metadata["tokenizer.ggml.tokens"] == tuple(expected.fields["tokenizer.ggml.tokens"].contents())

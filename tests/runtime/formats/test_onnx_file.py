@@ -127,7 +127,7 @@ def exported(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return folder / "model.onnx"
 
 
-def test_a_header_says_what_onnx_says_of_a_graph_with_everything(tmp_path: Path) -> None:
+def test_a_header_matches_that_of_the_onnx_package_for_a_graph_with_every_field(tmp_path: Path) -> None:
     model = rich_model()
     header = read_onnx(saved(model, tmp_path))
     assert_agrees(header, model)
@@ -136,7 +136,7 @@ def test_a_header_says_what_onnx_says_of_a_graph_with_everything(tmp_path: Path)
     assert header.external_files == ()
 
 
-def test_a_header_says_what_onnx_says_of_an_exported_graph(exported: Path) -> None:
+def test_a_header_matches_that_of_the_onnx_package_for_an_exported_graph(exported: Path) -> None:
     model = onnx.load(exported, load_external_data=False)
     header = read_onnx(exported)
     assert_agrees(header, model)

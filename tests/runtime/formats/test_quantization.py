@@ -39,7 +39,7 @@ def test_quantizations_are_made_of_known_types_and_come_best_first() -> None:
     assert bits == sorted(bits, reverse=True)
 
 
-def test_an_unknown_quantization_lists_those_there_are() -> None:
+def test_the_error_about_an_unknown_quantization_lists_the_quantizations() -> None:
     with pytest.raises(UsageError, match=r"no quantization 'q9'; choose one of: f32, .*, q8_0, .*, q3_k_m"):
         quantization_named("q9")
 
@@ -63,7 +63,7 @@ def test_merged_models_have_8_bits_at_least(base: str, requested: str | None, me
     assert quantization_of_merged(TENSOR_TYPES[base], requested) == merged
 
 
-def test_a_quantization_is_told_with_the_type_that_it_gave() -> None:
+def test_a_quantization_is_described_with_its_most_common_type() -> None:
     assert describe("q8_0", {"q8_0": 100, "f32": 1}) == "q8_0"
     assert describe("q4_k_m", {"q5_0": 100, "q8_0": 10, "f32": 1}) == "q4_k_m (mostly q5_0)"
     assert describe(None, {"q4_1": 100, "f32": 1}) == "q4_1"

@@ -52,7 +52,7 @@ def change(folder: Path, key: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), OTHERS)
-def test_what_no_exporter_writes_is_refused(folder: Path, key: str, value: object) -> None:
+def test_tokenizer_settings_that_no_exporter_writes_are_refused(folder: Path, key: str, value: object) -> None:
     change(folder, key, value)
     with pytest.raises(VerificationError, match="not a tokenizer that is known here") as raised:
         JsonTokenizer(folder, [])
@@ -60,7 +60,7 @@ def test_what_no_exporter_writes_is_refused(folder: Path, key: str, value: objec
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"model": 1, "model": 2}', ""])
-def test_what_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(VerificationError):
         check_tokenizer(text, tmp_path)
 

@@ -14,7 +14,7 @@ def events_of(events: list[Event], kind: str) -> list[str]:
     return [event.name for event in events if event.kind == kind]
 
 
-def test_an_app_is_told_of_loading_and_of_each_switch(bundle: Path) -> None:
+def test_an_app_gets_events_of_loading_and_of_each_switch(bundle: Path) -> None:
     events: list[Event] = []
     with Runtime.open(bundle, disk_mb=0, contexts=1, on_event=events.append) as runtime:
         name = runtime.manifest.name
@@ -28,7 +28,7 @@ def test_an_app_is_told_of_loading_and_of_each_switch(bundle: Path) -> None:
     assert all(0 < event.seconds < 10 for event in events)
 
 
-def test_an_app_is_told_of_states_that_are_warmed_and_evicted(bundle: Path) -> None:
+def test_an_app_gets_events_of_states_that_are_warmed_and_evicted(bundle: Path) -> None:
     events: list[Event] = []
     with Runtime.open(bundle, disk_mb=0, contexts=1, on_event=events.append) as runtime:
         tokens = runtime.warm()

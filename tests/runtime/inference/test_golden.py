@@ -117,7 +117,7 @@ def test_the_label_of_an_encoder_is_compared(encoder_bundle: Path, checked: Chec
     assert (code, out) == (4, f"place\tsame\npower\texpected {other!r}, got {label!r}\n")
 
 
-def test_a_bundle_without_golden_answers_says_so(bundle: Path, checked: Checked) -> None:
+def test_a_bundle_without_golden_answers_is_reported_as_one(bundle: Path, checked: Checked) -> None:
     code, out, err = checked(bundle)
     assert (code, out.splitlines()[0]) == (3, "command\tno golden answer")
     assert err.startswith("edgetune-run: the files are intact, but bundle 'home' has no golden answer for gguf; build")

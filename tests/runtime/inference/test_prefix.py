@@ -143,7 +143,7 @@ def test_the_prefix_takes_its_share_of_the_context(engine: Any) -> None:  # noqa
         engine.score([[7]])
 
 
-def test_two_prefixes_or_a_scaled_one_are_refused_and_change_nothing(engine: Any) -> None:  # noqa: ANN401 - as above
+def test_two_prefixes_or_a_scaled_one_are_refused_and_leave_the_sequence(engine: Any) -> None:  # noqa: ANN401 - as above
     before = run(engine, {"prefix": 1.0})
     for adapters, message in (({"prefix": 1.0, "long": 1.0}, "both prefixes"), ({"prefix": 0.5}, "cannot be scaled")):
         with pytest.raises(UsageError, match=message):
@@ -190,7 +190,9 @@ def greedy(runtime: Runtime, prompt: str, adapters: Adapters) -> list[int]:
 
 
 @pytest.mark.parametrize(("arch", "backend"), [case for case in CASES if case[0] in ("llama", "gemma3")])
-def test_switching_gives_what_a_fresh_runtime_gives(arch: str, backend: str, bundle_of: Callable[[str], Path]) -> None:
+def test_switching_gives_the_answers_of_a_fresh_runtime(
+    arch: str, backend: str, bundle_of: Callable[[str], Path]
+) -> None:
     def opened() -> Runtime:
         return Runtime.open(bundle_of(arch), engine=backend, context_length=160)
 

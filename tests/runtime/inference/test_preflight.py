@@ -226,7 +226,7 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(
     assert "it is checked at each start" in caplog.text
 
 
-def test_a_process_that_cannot_start_a_python_goes_on_with_one_warning(
+def test_without_a_python_to_start_the_preflight_is_skipped_with_one_warning(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)

@@ -96,7 +96,7 @@ def test_a_cancelled_call_does_not_compile(opened: Runtime) -> None:
         assert session.history == []
 
 
-def test_a_dear_form_keeps_no_other_call_waiting(opened: Runtime) -> None:
+def test_compiling_an_expensive_schema_blocks_no_other_call(opened: Runtime) -> None:
     def ask() -> None:
         with pytest.raises(UsageError, match="too much memory"):
             opened.generate(

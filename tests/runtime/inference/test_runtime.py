@@ -172,7 +172,7 @@ def test_a_stream_gives_the_text_that_generate_gives(runtime: Runtime) -> None:
     assert (stream.answer.text, stream.answer.tokens) == (answer.text, answer.tokens)
 
 
-def test_timings_say_what_happened(runtime: Runtime) -> None:
+def test_timings_have_switch_first_token_and_speed(runtime: Runtime) -> None:
     timings = runtime.generate(PROMPT, adapter="command", max_tokens=9).timings
     assert 0 < timings.switch_us < timings.ttft_ms * 1e3
     assert timings.tokens_per_s > 0
@@ -272,7 +272,7 @@ def test_a_text_of_one_token_has_no_perplexity(runtime: Runtime) -> None:
         runtime.perplexity("")
 
 
-def test_a_prompt_longer_than_the_context_is_told_with_both_lengths(runtime: Runtime) -> None:
+def test_the_error_about_a_long_prompt_has_its_length_and_that_of_the_context(runtime: Runtime) -> None:
     with pytest.raises(UsageError, match=r"prompt has \d{3} tokens.* 256"):
         runtime.generate("turn on the lamp " * 100)
     assert runtime.generate(PROMPT, max_tokens=2).tokens == 2
@@ -419,7 +419,7 @@ def test_a_context_that_the_memory_cannot_hold_is_refused_before_linux_kills(cop
         Runtime.open(copy)
 
 
-def test_an_unknown_engine_is_told_with_the_nearest_one(bundle: Path) -> None:
+def test_the_error_about_an_unknown_engine_names_the_nearest_one(bundle: Path) -> None:
     with pytest.raises(UsageError, match="no engine 'onxx'; did you mean 'onnx'"):
         Runtime.open(bundle, engine="onxx")
 

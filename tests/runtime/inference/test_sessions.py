@@ -130,7 +130,7 @@ def test_a_session_whose_context_another_call_takes_keeps_to_its_own_conversatio
             assert pool.saved(again._owner) == replace(own, ends=())
 
 
-def test_a_session_goes_on_in_another_process(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_saved_session_continues_in_another_process(runtime: Runtime, tmp_path: Path) -> None:
     with runtime.session("one") as session:
         session.send(MESSAGES[0], max_tokens=4)
         session.save(tmp_path / "saved")
@@ -144,7 +144,7 @@ def test_a_session_goes_on_in_another_process(runtime: Runtime, tmp_path: Path) 
         assert answer.timings.reused_tokens == expected.timings.reused_tokens > 0
 
 
-def test_a_session_of_one_engine_goes_on_in_the_other_without_its_state(
+def test_a_session_continues_in_the_other_engine_without_its_state(
     prompted_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     bundle = prompted_of("llama")
@@ -157,7 +157,7 @@ def test_a_session_of_one_engine_goes_on_in_the_other_without_its_state(
         assert again.send(MESSAGES[1], max_tokens=4).timings.reused_tokens == 0
 
 
-def test_a_carrying_session_goes_on_carrying(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_loaded_session_keeps_carrying_states_to_the_next_adapter(runtime: Runtime, tmp_path: Path) -> None:
     with runtime.session("one") as session:
         session.send(MESSAGES[0], max_tokens=4)
         session.use("two", carry="reuse")
@@ -215,7 +215,7 @@ def test_an_answer_cut_short_is_not_in_the_history(runtime: Runtime) -> None:
         assert len(session.history) == 2
 
 
-def test_what_cannot_be_used_leaves_the_session_as_it_was(runtime: Runtime) -> None:
+def test_a_refused_switch_leaves_the_session_unchanged(runtime: Runtime) -> None:
     with runtime.session("one") as session:
         with pytest.raises(NotFoundError, match="three"):
             session.use("three")

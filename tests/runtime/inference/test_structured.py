@@ -107,7 +107,7 @@ def test_an_answer_that_is_too_long_for_its_form_does_not_parse(opened: Runtime)
         ({"schema": {"enum": []}}, "enum"),
     ],
 )
-def test_a_form_that_cannot_be_is_one_line_and_the_runtime_goes_on(
+def test_an_invalid_constraint_is_a_one_line_error_and_the_next_call_works(
     opened: Runtime, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message) as raised:
@@ -116,7 +116,7 @@ def test_a_form_that_cannot_be_is_one_line_and_the_runtime_goes_on(
     assert opened.generate("play", max_tokens=2).tokens
 
 
-def test_an_adapters_own_form_holds_unless_the_answer_is_free(formed: Path) -> None:
+def test_an_adapters_constraint_applies_unless_the_call_is_unconstrained(formed: Path) -> None:
     with Runtime.open(formed, disk_mb=0) as runtime:
         held = runtime.generate("play", adapter="one", max_tokens=120)
         assert set(held.parsed) >= {"service", "entities"}

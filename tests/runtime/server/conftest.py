@@ -17,6 +17,7 @@ from edgetune_runtime.server.binding import bind, url_of
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.serve import Serving, serve
 from edgetune_runtime.server.settings import Access, ServerLimits
+from openai import OpenAI
 
 
 @dataclass
@@ -104,3 +105,10 @@ def start(bundle: Path) -> Iterator[Start]:
 def server(start: Start) -> Running:
     """A server with default settings for the bundle of the LLaMA base."""
     return start()
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[OpenAI]:
+    """A client of the server's OpenAI API."""
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        yield client

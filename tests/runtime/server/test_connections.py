@@ -169,7 +169,7 @@ def test_a_body_that_arrives_slowly_makes_room(start: Start) -> None:
         assert post(server).status_code == 200
 
 
-def test_connections_that_are_answered_are_kept_and_health_is_still_told(start: Start) -> None:
+def test_active_connections_are_kept_and_health_checks_answered(start: Start) -> None:
     server = start(**LONG, limits=ServerLimits(connections=1))
     with streaming(server) as lines, idle(server, 30):
         assert httpx.get(f"{server.url}/healthz", timeout=5).json() == {"status": "ok"}
@@ -192,7 +192,7 @@ def test_the_limit_of_open_files_is_raised_or_lowers_that_of_connections(monkeyp
     assert connections_within_files(256) == 32
 
 
-def test_a_listener_without_a_free_file_closes_the_next_connection_and_goes_on() -> None:
+def test_without_free_file_descriptors_the_server_closes_the_connection_and_continues() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with bind(HERE, 0) as listening, ExitStack() as stack:
         listening.setblocking(False)

@@ -93,7 +93,7 @@ def test_every_temperature_above_0_gives_an_answer(value: str, server: Running) 
     ],
     ids=["half", "half in a name", "half in a text", "half in UTF-8", "129 levels", "901 levels", "a deep schema"],
 )
-def test_what_cannot_be_repeated_is_refused(member: bytes, server: Running) -> None:
+def test_values_that_json_cannot_repeat_are_refused(member: bytes, server: Running) -> None:
     data = b'{"model": "command", "input": "play", "max_output_tokens": 2, %b}' % member
     response = server.client.post("/v1/responses", content=data)
     assert response.status_code == 400
@@ -152,7 +152,7 @@ def test_a_host_with_a_port_or_a_zone_is_one(host: str, server: Running) -> None
         (b"G\xc3\xa9T /healthz HTTP/1.1\r\nHost: localhost\r\n", 400),
     ],
 )
-def test_a_head_that_can_be_read_in_two_ways_is_refused(head: bytes, status: int, server: Running) -> None:
+def test_an_ambiguous_request_head_is_refused(head: bytes, status: int, server: Running) -> None:
     assert ask(server, head + b"\r\n").startswith(b"HTTP/1.1 %d " % status)
     assert server.client.get("/healthz").status_code == 200
 
@@ -164,7 +164,7 @@ def test_what_follows_a_request_of_uncertain_length_is_not_answered(server: Runn
     assert b"connection: close" in received.lower()
 
 
-def test_what_is_no_http_after_an_answer_ends_the_connection_without_a_traceback(
+def test_invalid_http_after_an_answer_closes_the_connection_without_a_traceback(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start(access=Access(keys=("k" * 20,)))

@@ -54,7 +54,7 @@ def other_waits_s(server: Running, **more: object) -> tuple[httpx.Response, floa
     ],
     ids=["schema", "tool", "control tokens", "digits", "parts", "messages", "tools", "stop"],
 )
-def test_what_is_too_dear_is_refused_and_nobody_else_waits(
+def test_an_expensive_schema_is_refused_and_blocks_no_other_request(
     start: Start, tools_bundle: Path, more: dict[str, Any], told: str
 ) -> None:
     server = start(tools_bundle, limits=ServerLimits(request_s=10), contexts=2)

@@ -58,7 +58,7 @@ def wait_until_idle(server: Running, limit_s: float = 10) -> None:
         (b"{}", "messages is missing"),
     ],
 )
-def test_a_body_that_is_no_request_is_refused_in_one_line(data: bytes, message: str, server: Running) -> None:
+def test_a_malformed_request_body_is_refused_in_one_line(data: bytes, message: str, server: Running) -> None:
     response = server.client.post("/v1/chat/completions", content=data)
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
@@ -102,7 +102,7 @@ def test_an_answer_has_no_more_tokens_than_the_server_allows(start: Start) -> No
         assert usage["completion_tokens"] == min(most or 5, 5)
 
 
-def test_one_more_than_may_wait_is_told_to_come_back(start: Start) -> None:
+def test_a_request_beyond_the_limit_of_waiting_ones_gets_retry_after(start: Start) -> None:
     server = start(**LONG, limits=ServerLimits(waiting=1))
     with streaming(server), ThreadPoolExecutor(1) as other:
         waits = other.submit(post, server)
@@ -116,7 +116,7 @@ def test_one_more_than_may_wait_is_told_to_come_back(start: Start) -> None:
     assert waits.result().status_code == 200
 
 
-def test_an_answer_that_takes_too_long_ends_with_what_there_is(start: Start) -> None:
+def test_an_answer_that_takes_too_long_ends_with_its_tokens_so_far(start: Start) -> None:
     server = start(**LONG, limits=ServerLimits(request_s=0.3))
     with streaming(server) as lines:
         text = "".join(lines)

@@ -195,7 +195,7 @@ def test_options_change_the_answer(server: Running, client: ollama.Client) -> No
         ({"stream": "yes"}, 400, "stream is"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_one_line(
+def test_an_invalid_request_is_a_one_line_error(
     more: dict[str, Any], status: int, message: str, server: Running
 ) -> None:
     response = server.client.post("/api/chat", json={"model": "command", "messages": MESSAGES, **more})

@@ -115,7 +115,7 @@ def test_a_title_is_asked_for_in_one_piece(server: Running, webui: OpenWebUI) ->
     assert reply["message"]["content"] == server.runtime.generate(PROMPT, max_tokens=8).text
 
 
-def test_a_conversation_goes_on_after_a_call(tools_bundle: Path, start: Start) -> None:
+def test_a_conversation_continues_after_a_tool_call(tools_bundle: Path, start: Start) -> None:
     webui = OpenWebUI(start(tools_bundle, access=Access(keys=(KEY,), hosts=(HOST,))))
     call = {"index": 0, "id": "call_1", "function": {"name": "lamp", "arguments": {"area": "hall"}}}
     function = {"name": "lamp", "description": "Switch a lamp", "parameters": {"type": "object", "properties": {}}}

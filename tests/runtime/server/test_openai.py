@@ -16,12 +16,6 @@ PROMPT = "turn on the light"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 
 
-@pytest.fixture
-def client(server: Running):  # noqa: ANN201 - an OpenAI client, closed afterwards
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
 def test_models_are_the_base_and_its_adapters_with_their_parent(client: OpenAI) -> None:
     found = {model.id: model.parent for model in client.models.list()}
     assert found == {"home": None, "command": "home", "tone": "home", "whole": "home"}
@@ -112,7 +106,7 @@ def test_several_adapters_answer_with_their_scales_by_name_or_by_an_extra_member
         ({"messages": [{"role": "user", "content": "play " * 400}]}, "the context allows"),
     ],
 )
-def test_what_cannot_be_answered_is_refused_in_the_clients_own_errors(
+def test_an_invalid_request_raises_the_clients_own_error(
     extra: dict[str, object], message: str, client: OpenAI
 ) -> None:
     arguments = {"model": "command", "messages": MESSAGES, **extra}

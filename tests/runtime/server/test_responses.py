@@ -34,12 +34,6 @@ class Color(BaseModel):
 
 
 @pytest.fixture
-def client(server: Running) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture
 def tools_client(start: Start, tools_bundle: Path) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{start(tools_bundle, contexts=1).url}/v1", api_key="-", max_retries=0) as client:
         yield client
@@ -196,7 +190,7 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
     ],
 )
 @pytest.mark.parametrize("streams", [False, True])
-def test_what_cannot_be_answered_is_refused_in_one_line(
+def test_an_invalid_request_is_a_one_line_error(
     streams: bool, more: dict[str, Any], message: str, client: OpenAI
 ) -> None:
     arguments: dict[str, Any] = {"model": "command", "input": PROMPT, "stream": streams, **more}

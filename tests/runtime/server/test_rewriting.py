@@ -69,12 +69,6 @@ def server(bundle: Path, folder: Path) -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture
-def client(server: Running) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        yield client
-
-
 def test_a_chat_is_answered_by_the_adapter_with_the_rewritten_prompt(server: Running, client: OpenAI) -> None:
     answer = client.chat.completions.create(model="short", messages=said("play music"), max_tokens=8)
     own = server.runtime.generate("play music in the hall", adapter="command", max_tokens=8)

@@ -39,9 +39,7 @@ def serving(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_it_prints_one_line_when_it_is_ready_and_ends_well_when_it_is_told_to(
-    sent: signal.Signals, bundle: Path
-) -> None:
+def test_the_server_prints_one_line_when_ready_and_exits_with_0_on_a_signal(sent: signal.Signals, bundle: Path) -> None:
     with serving(bundle, "--contexts", 1) as (process, url):
         assert httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=30).status_code == 200
         process.send_signal(sent)
@@ -115,7 +113,7 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
         (["--engine", "onnx"], "onnx"),
     ],
 )
-def test_what_cannot_be_served_is_refused_in_one_line(
+def test_invalid_serve_arguments_are_one_line_errors(
     arguments: list[str],
     message: str,
     bundle: Path,

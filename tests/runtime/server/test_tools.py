@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ HOT: dict[str, Any] = {"temperature": 1.5, "seed": 1, "max_tokens": 200}
 @pytest.fixture
 def server(start: Start, tools_bundle: Path) -> Running:
     return start(tools_bundle, contexts=1)
-
-
-@pytest.fixture
-def client(server: Running) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-        yield client
 
 
 def lamp_choice(name: str) -> Any:  # noqa: ANN401 - one of the client's many types

@@ -71,7 +71,7 @@ def test_contexts_beside_the_first_of_each_model_are_as_many_as_the_limit_says(
     assert session.send("play", max_tokens=2).timings.reused_tokens > 16
 
 
-def test_a_context_that_cannot_be_made_is_waited_for_and_said_once(
+def test_calls_wait_for_another_context_when_one_cannot_be_made_with_one_warning(
     merged_bundle: Path,
     threads: ThreadPoolExecutor,
     monkeypatch: pytest.MonkeyPatch,
@@ -115,9 +115,7 @@ def test_merged_models_that_no_call_uses_are_closed_when_the_next_one_does_not_f
     stream.close()
 
 
-def test_a_session_on_a_merged_model_goes_on_after_the_model_was_closed(
-    open_: Callable[..., Runtime], tmp_path: Path
-) -> None:
+def test_a_session_continues_after_its_merged_model_was_evicted(open_: Callable[..., Runtime], tmp_path: Path) -> None:
     runtime = open_(contexts=1, merged_mb=0)
     with runtime.session("whole") as session, open_(contexts=1).session("whole") as alone:
         for message in (PROMPT, "play"):
@@ -168,7 +166,7 @@ def test_a_call_waits_for_a_stream_that_other_threads_go_on_with(
     assert reading.result(MOST_S) == expected
 
 
-def test_a_thread_that_would_wait_for_its_own_stream_is_told_so(open_: Callable[..., Runtime]) -> None:
+def test_a_call_that_would_wait_for_its_own_threads_stream_is_an_error(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=1)
     stream = _begun(runtime, None)
     begin = time.monotonic()

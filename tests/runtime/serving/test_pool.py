@@ -32,7 +32,7 @@ def open_(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) ->
         runtime.close()
 
 
-def test_streams_of_one_thread_run_side_by_side_and_say_what_each_alone_says(open_: Callable[..., Runtime]) -> None:
+def test_two_streams_of_one_thread_give_the_answers_of_each_alone(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=2)
     alone = {name: runtime.generate(PROMPT, adapter=name, max_tokens=8).text for name in ("one", "two")}
     streams = {name: runtime.stream(PROMPT, adapter=name, max_tokens=8) for name in ("one", "two")}
@@ -88,7 +88,7 @@ def test_calls_compute_at_the_same_time_where_threads_can_be_divided(
     assert turns.is_idle
 
 
-def test_more_calls_than_may_wait_are_told_so(open_: Callable[..., Runtime]) -> None:
+def test_calls_beyond_the_limit_of_waiting_ones_are_refused(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=1, max_waiting=0)
     stream = runtime.stream(PROMPT, max_tokens=50)
     next(stream)
@@ -121,7 +121,7 @@ def test_a_deadline_holds_while_a_call_waits_in_its_prompt_and_between_tokens(op
         runtime.generate(PROMPT, deadline_s=0)
 
 
-def test_a_cancelled_call_ends_with_what_there_is_and_frees_its_context(open_: Callable[..., Runtime]) -> None:
+def test_a_cancelled_call_returns_its_tokens_so_far_and_frees_its_context(open_: Callable[..., Runtime]) -> None:
     runtime, cancel = open_(contexts=1), threading.Event()
     expected = runtime.generate(PROMPT, adapter="one", max_tokens=200)
     stream = runtime.stream(PROMPT, adapter="one", cancel=cancel, max_tokens=200)

@@ -42,7 +42,7 @@ def test_an_adapter_acts_from_the_last_place_of_its_tokens_on() -> None:
     assert found == [*joined, ((0, scales),), ((0, others),), ((0, others),)]
 
 
-def test_what_is_carried_stands_and_the_own_adapters_act_behind_it() -> None:
+def test_spans_of_carried_tokens_are_kept_before_those_of_the_new_adapters() -> None:
     earlier = ((0, {"a": 1.0}), (4, {"b": 1.0}))
     assert join_spans(earlier, 6, ((0, {"c": 1.0}),)) == (*earlier, (6, {"c": 1.0}))
     assert join_spans(earlier, 3, ((0, {}), (9, {"c": 1.0}))) == ((0, {"a": 1.0}), (3, {}), (9, {"c": 1.0}))
@@ -149,7 +149,7 @@ def test_logits_are_those_of_peft(
 
 
 @pytest.mark.parametrize("backend", ["gguf", "onnx"])
-def test_the_base_and_the_activated_adapter_share_what_lies_before(
+def test_the_base_and_the_activated_adapter_share_the_state_before_the_invocation(
     backend: str, context_of: Callable[..., Context]
 ) -> None:
     context, row = context_of("llama", backend), ROWS["in the middle"]

@@ -30,7 +30,7 @@ def test_a_key_ignores_order_and_adapters_of_scale_zero() -> None:
     assert key("base", {"a": 1, "b": 0.5, "c": 0}) == key("base", {"b": 0.5, "a": 1.0})
 
 
-def test_a_key_tells_bases_adapters_and_scales_apart() -> None:
+def test_keys_of_states_differ_by_base_adapter_and_scale() -> None:
     keys = {
         key("base", {}),
         key("other", {}),
@@ -150,7 +150,7 @@ def test_an_owner_sees_its_own_states_and_fixed_prompts_alone() -> None:
     assert (cache.best(ADAPTED, [1, 2, 3], "one")[1], cache.last("one", "base")) == (2, None)
 
 
-def test_what_calls_leave_goes_before_prompts_and_sessions() -> None:
+def test_states_of_calls_are_evicted_before_those_of_prompts_and_sessions() -> None:
     cache = StateCache(30e-6)
     cache.put(saved(ADAPTED, [1], size(10)), PROMPTS)
     cache.put(saved(ADAPTED, [1, 2], size(10)), "session")
@@ -163,7 +163,7 @@ def test_what_calls_leave_goes_before_prompts_and_sessions() -> None:
     assert (cache.bytes, cache.last("", "base")) == (30, None)
 
 
-def test_what_others_left_is_reused_up_to_where_its_batches_ended_at_the_same_places() -> None:
+def test_states_of_other_owners_are_reused_up_to_a_common_batch_boundary() -> None:
     tokens = list(range(1, 9))
     for owner in (CALLS, PROMPTS, "session"):
         cache = StateCache(1)

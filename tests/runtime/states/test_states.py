@@ -93,7 +93,7 @@ def test_switching_computes_the_message_alone(engine: str, open_: Callable[..., 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_warm_makes_what_lacks_and_says_how_long_it_is(
+def test_warm_computes_missing_states_and_returns_their_lengths(
     engine: str, open_: Callable[..., Runtime], tmp_path: Path
 ) -> None:
     with open_(engine) as runtime:

@@ -100,7 +100,9 @@ def make_sparse(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_pipe, make_link, make_sparse])
-def test_what_is_no_regular_file_of_its_size_is_deleted(store: StateStore, make: Callable[[Path], None]) -> None:
+def test_entries_of_the_store_that_are_no_files_of_their_size_are_deleted(
+    store: StateStore, make: Callable[[Path], None]
+) -> None:
     store.save(identity("one"), STATE, "home", 7)
     path = store.path_of(identity("one"))
     path.rename(path.with_suffix(".copy"))

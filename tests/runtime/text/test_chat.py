@@ -133,7 +133,7 @@ def test_results_without_an_id_belong_to_the_calls_before() -> None:
         ({"role": "assistant", "tool_calls": [call("[1]")]}, r"message 2 calls 'f' with arguments '\[1\]'; give"),
     ],
 )
-def test_the_number_of_a_message_that_cannot_be_is_told(message: dict[str, object], told: str) -> None:
+def test_the_error_about_an_invalid_message_has_its_number(message: dict[str, object], told: str) -> None:
     with pytest.raises(UsageError, match=told) as raised:
         messages_for([{"role": "user", "content": "hi"}, message], None)
     assert "\n" not in str(raised.value)

@@ -69,7 +69,7 @@ def test_sampling_leaves_the_logits_as_they_are() -> None:
     assert np.array_equal(logits, LOGITS)
 
 
-def test_all_wrong_values_are_told_at_once() -> None:
+def test_all_wrong_values_are_in_one_error() -> None:
     with pytest.raises(UsageError) as caught:
         Sampling(temperature=-1, top_k=-1, top_p=0, min_p=2, repeat_penalty=0, seed=-1, stop=("",), max_tokens=0)
     named = ["temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop", "max_tokens"]

@@ -21,7 +21,7 @@ def _write(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_a_system_that_tells_nothing_has_no_limits(tmp_path: Path) -> None:
+def test_a_system_without_cgroups_has_no_limits(tmp_path: Path) -> None:
     assert machine.cores_left(tmp_path) == CORES
     assert machine.usable_cores(tmp_path) == min(CORES, machine.MAX_THREADS)
     assert machine.cpu_quota(tmp_path) is machine.free_mb(tmp_path) is machine.others_running(tmp_path) is None
@@ -91,7 +91,7 @@ def test_slow_cores_do_not_count(tmp_path: Path) -> None:
     assert machine.usable_cores(foreign) == min(CORES, machine.MAX_THREADS)
 
 
-def test_what_spoils_a_measurement_is_told_in_one_line(tmp_path: Path) -> None:
+def test_load_and_throttling_are_named_in_one_line(tmp_path: Path) -> None:
     firmware = "sys/devices/platform/soc/soc:firmware/get_throttled"
     root = _write(tmp_path, {"proc/loadavg": "2.10 1.00 0.50 3/120 4711", firmware: "50005"})
     assert machine.others_running(root) == 2

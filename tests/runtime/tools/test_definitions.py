@@ -70,7 +70,7 @@ def test_no_tools_are_none() -> None:
         ([lambda x: x], None, "tool 1 has the name '<lambda>'"),
     ],
 )
-def test_what_cannot_be_a_tool_is_refused_in_one_line(tools: Any, choice: str | None, told: str) -> None:  # noqa: ANN401
+def test_an_invalid_tool_is_refused_in_one_line(tools: Any, choice: str | None, told: str) -> None:  # noqa: ANN401
     with pytest.raises(UsageError) as raised:
         check_schemas(tool_set(tools, choice))  # type: ignore[arg-type]
     assert told in str(raised.value)

@@ -153,7 +153,7 @@ def test_a_call_that_is_cut_off_is_no_call_and_no_error(opened: Runtime) -> None
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-def test_a_session_goes_on_after_the_result_of_a_call(family: str, templated: Callable[[str], Runtime]) -> None:
+def test_a_session_continues_after_the_result_of_a_tool_call(family: str, templated: Callable[[str], Runtime]) -> None:
     runtime = templated(TEMPLATES[family])
     with runtime.session("one") as session:
         answer = session.send("light", tools=TOOLS, tool_choice="set_light", **HOT)

@@ -118,7 +118,7 @@ def test_a_prompt_that_does_not_fit_is_not_handled_and_says_why(runtime: Runtime
         b'{"type": "transcript", "data": {"text": 7}}\n',
     ],
 )
-def test_what_is_no_event_ends_its_connection_and_no_other(runtime: Runtime, data: bytes) -> None:
+def test_invalid_events_close_only_their_own_connection(runtime: Runtime, data: bytes) -> None:
     async def ask(uri: str) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", int(uri.rpartition(":")[2]))
         writer.write(data)
@@ -205,7 +205,7 @@ def test_a_wrong_command_ends_in_one_line(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_the_command_says_where_it_listens_and_stops_when_told(bundle: Path, runtime: Runtime) -> None:
+def test_the_command_prints_its_address_and_stops_on_a_signal(bundle: Path, runtime: Runtime) -> None:
     command = [sys.executable, "-m", "edgetune_runtime", "wyoming", str(bundle), "--uri", "tcp://127.0.0.1:0", "--json"]
     with subprocess.Popen([*command, "--adapter", runtime.adapters[0]], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import IncompatibleError
+from recipes import adapter_of, make_recipe
 
 from edgetune.building import builders
 from edgetune.recipe.model import Recipe
 
 
 def recipe_of(folder: Path, method: str) -> Recipe:
-    """A recipe for an encoder whose one adapter is tuned by `method`."""
-    adapter = {"data": {"train": "rows.jsonl"}, "method": method}
-    values = {"name": "tiny", "task": "text-classification", "base": "encoder", "adapters": {"lights": adapter}}
-    return Recipe.model_validate(values, context={"folder": folder})
+    return make_recipe(folder, "encoder", {"lights": adapter_of(method)}, task="text-classification")
 
 
 def test_an_encoder_is_tuned_by_low_rank_methods_alone(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, NotFoundError, UsageError, VerificationError
+from recipes import LIGHTS, NAME, adapter_of, make_recipe, write_recipe
 from tiny import WORDS
-from trainings import Listening, Stopping, build_in_two_processes
+from trainings import QUIET, Listening, Stopping, build_in_two_processes, modified
 
 from edgetune.building.builders.plan import plan_build
 from edgetune.building.domain.continued import why_worse
@@ -25,18 +26,16 @@ from edgetune.building.domain.texts import Texts, split_windows, windows_of
 from edgetune.building.pipeline import build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
-QUIET = Progress(quiet=True)
 WINDOW = 32
-TRAINING = {"max_steps": 6, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
 DOMAIN: dict[str, Any] = {
     "data": {"train": "plays.txt", "validation": "more.jsonl"},
     "method": {"name": "last_layers", "layers": 2, "learning_rate_factor": 1},
     "window": WINDOW,
     "training": {"max_steps": 24, "evals": 4},
 }
+ADAPTERS = {"plain": adapter_of({"name": "lora", "r": 4})}
 
 
 def lines_of(seed: int, count: int) -> list[str]:
@@ -49,24 +48,8 @@ def lines_of(seed: int, count: int) -> list[str]:
 def recipe_of(folder: Path, base: Path | str, domain: Mapping[str, Any] | None = DOMAIN, **keys: object) -> Recipe:
     (folder / "plays.txt").write_text("\n".join(lines_of(0, 120)), encoding="utf-8")
     texts = [{"text": "\n".join(lines_of(seed, 10))} for seed in (1, 2)]
-    (folder / "more.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts), encoding="utf-8")
-    rows = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
-    (folder / "plain.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    adapter = {"data": {"train": "plain.jsonl", "held_out": 0.2}, "method": {"name": "lora", "r": 4}}
-    values = {
-        "name": "home",
-        "base": str(base),
-        "context_length": 256,
-        "training": TRAINING,
-        "adapters": {"plain": adapter},
-        **keys,
-    }
-    values |= {} if domain is None else {"domain": domain}
-    return Recipe.model_validate(values, context={"folder": folder})
-
-
-def modified(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    keys = {"context_length": 256, **keys, **({} if domain is None else {"domain": domain})}
+    return make_recipe(folder, base, ADAPTERS, data={"more.jsonl": texts, "rows.jsonl": LIGHTS}, **keys)
 
 
 @dataclass(frozen=True)
@@ -129,7 +112,7 @@ def test_the_bundle_ships_the_continued_base_and_adapters_made_for_it(built: Bui
     assert adapter.parity["gguf"]["kl"] <= TOLERANCE_KL["q8_0"]
 
 
-def test_the_figures_are_told_and_kept(built: Built) -> None:
+def test_the_figures_are_returned_and_in_the_manifest(built: Built) -> None:
     told = dict(built.result.to_json()["domain"])
     assert json.loads(json.dumps(told)) == told
     assert Path(told.pop("plot")).read_bytes().startswith(b"\x89PNG")
@@ -155,7 +138,7 @@ def test_the_figures_are_those_of_the_runtime_in_both_formats(tmp_path: Path, ti
         assert found["before"][engine] > 2 * found["after"][engine]
 
 
-def test_a_second_build_does_nothing_again(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_second_build_repeats_no_work(built: Built, tiny_gguf: Callable[[str], Path]) -> None:
     before = modified(built.stage)
     again = built_in(built.bundle.parent, recipe_of(built.bundle.parent, tiny_gguf("llama"), quantization="q8_0"))
     assert modified(built.stage) == before
@@ -171,7 +154,9 @@ def test_a_base_that_was_lost_is_written_again_without_training(built: Built, ti
     assert (built.stage / "result.json").stat().st_mtime_ns == trained
 
 
-def test_a_build_that_was_stopped_goes_on(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_stopped_build_resumes_to_the_same_base(
+    built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
     with pytest.raises(CancelledError, match="training domain stopped at step 13"):
         build(recipe, tmp_path / "home", progress=Stopping(13))
@@ -181,9 +166,8 @@ def test_a_build_that_was_stopped_goes_on(built: Built, tmp_path: Path, tiny_ggu
 
 def test_the_second_stage_alone_gives_the_same_adapters(built: Built, tmp_path: Path) -> None:
     base = built.bundle / built.manifest.base.files["gguf"]
-    recipe = recipe_of(tmp_path, "elsewhere.gguf", None).resolved()
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    command = ["build", str(tmp_path / "recipe.yaml"), "--base", str(base), "--out", str(tmp_path / "home"), "--quiet"]
+    recipe_of(tmp_path, "elsewhere.gguf", None)
+    command = ["build", str(tmp_path / NAME), "--base", str(base), "--out", str(tmp_path / "home"), "--quiet"]
     assert main(command) == 0
     entries = [read_manifest(bundle).adapters["plain"] for bundle in (tmp_path / "home", built.bundle)]
     assert entries[0].base_fingerprint == entries[1].base_fingerprint
@@ -199,7 +183,9 @@ def test_a_lora_is_merged_into_the_base(tmp_path: Path, tiny_gguf: Callable[[str
     assert found["lost_by_rounding"]["gguf"] == pytest.approx(0, abs=0.01)
 
 
-def test_a_base_that_got_worse_is_told(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_warning_names_the_format_in_which_continued_training_did_not_help(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
     # Text of another kind, and no look at the validation text in between.
     training = {"learning_rate": 0.3, "max_steps": 12, "evals": 1, "schedule": "constant"}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, "training": training})
@@ -272,7 +258,7 @@ def test_the_end_of_the_text_is_held_out(tokenizer: GgufTokenizer) -> None:
         ),
     ],
 )
-def test_what_cannot_be_learned_is_refused_in_one_line(
+def test_a_domain_without_enough_text_is_a_one_line_error(
     files: dict[str, str], domain: dict[str, Any], error: str, tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {**DOMAIN, **domain})
@@ -284,7 +270,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line(
     assert not (tmp_path / "home.work" / "train").exists()
 
 
-def test_adapters_whose_rows_do_not_fit_are_told_before_the_base_is_trained(
+def test_adapters_whose_rows_are_too_long_are_refused_before_the_base_is_trained(
     tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), context_length=16)
@@ -329,13 +315,10 @@ def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Pat
 def test_problems_of_the_key_have_their_line(
     domain: dict[str, Any], keys: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
-    adapters = {"plain": {"data": {"train": "plain.jsonl"}}}
-    values = {"name": "home", "base": "smollm2-135m", **keys, "adapters": adapters, "domain": {**DOMAIN, **domain}}
-    path = tmp_path / "recipe.yaml"
-    path.write_text("\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items()), encoding="utf-8")
+    path = write_recipe(tmp_path, "smollm2-135m", **keys, domain={**DOMAIN, **domain})
     with pytest.raises(UsageError) as caught:
         Recipe.from_file(path)
-    line = 1 + list(values).index("domain")
+    line = len(path.read_text(encoding="utf-8").splitlines())
     assert f"{path}:{line}: {problem}" in str(caught.value)
 
 
@@ -351,9 +334,13 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
     }  # fmt: skip
 
 
-def test_two_processes_continue_one_base(built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
-    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe.resolved(), "base": recipe.base}), encoding="utf-8")
-    told = build_in_two_processes(tmp_path / "recipe.yaml", tmp_path / "home")["domain"]
-    assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-2)
+def test_two_processes_train_the_base_and_the_adapter_of_one_bundle(
+    built: Built, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    recipe_of(tmp_path, tiny_gguf("llama"), quantization="q8_0")
+    figures = build_in_two_processes(tmp_path / NAME, tmp_path / "home")
+    told, adapter = figures["domain"], figures["adapters"]["plain"]
+    assert told["val_loss"] == pytest.approx(built.result.domain["val_loss"], rel=1e-3)
+    assert adapter["val_loss"] == pytest.approx(built.result.figures["plain"]["val_loss"], rel=1e-3)
+    assert adapter["parity"]["kl"] == pytest.approx(built.result.figures["plain"]["parity"]["kl"], abs=1e-4)
     assert read_manifest(tmp_path / "home").base.domain["perplexity"] == told["perplexity"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, make_recipe
 from trainings import Listening
 
 from edgetune.building.builders.plan import plan_build
@@ -18,10 +19,8 @@ SCHEMA = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required
 
 
 def recipe_of(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> Recipe:
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     (folder / "schema.json").write_text(json.dumps(SCHEMA), encoding="utf-8")
-    values = {"base": "smollm2-135m", "adapters": {"light": {"data": {"train": "rows.jsonl"}, "output": output}}}
-    return Recipe.model_validate({"name": "home", **values}, context={"folder": folder})
+    return make_recipe(folder, "smollm2-135m", {"light": adapter_of(output=output)}, data={"rows.jsonl": rows})
 
 
 def resolved(folder: Path, output: object, rows: list[dict[str, Any]] = ROWS) -> tuple[Any, list[str]]:
@@ -81,7 +80,7 @@ def test_a_given_constraint_is_checked_against_all_rows(
     ],
 )
 def test_an_output_that_cannot_be_is_refused_by_the_recipe(tmp_path: Path, output: Any, message: str) -> None:  # noqa: ANN401 - as above
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         resolved(tmp_path, output)
 
 

@@ -13,7 +13,8 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import UsageError
 from pydantic import ValidationError
-from trainings import Listening
+from recipes import LIGHTS, adapter_of, make_recipe
+from trainings import QUIET, Listening
 
 from edgetune import methods
 from edgetune.bases import Base
@@ -25,10 +26,6 @@ from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_of
-
-QUIET = Progress(quiet=True)
-ROWS = [{"prompt": f"turn on the light {number}", "completion": "reply on"} for number in range(10)]
-TRAINING = {"max_steps": 8, "evals": 2, "batch_size": 4, "learning_rate": 5e-3, "precision": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,8 @@ class Built:
 
 
 def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: object) -> Recipe:
-    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS), encoding="utf-8")
     method = {"name": "lora", "r": rank, "target_modules": "auto", "max_decode_overhead": budget}
-    adapters = {"command": {"method": method, "data": {"train": "rows.jsonl", "held_out": 0.2}}}
-    values = {"name": "home", "base": str(base), "training": TRAINING, "adapters": adapters, **keys}
-    return Recipe.model_validate(values, context={"folder": folder})
+    return make_recipe(folder, base, {"command": adapter_of(method)}, training={"max_steps": 8}, **keys)
 
 
 def planned(recipe: Recipe, base: Base) -> AdapterPlan:
@@ -82,14 +76,14 @@ def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None
     assert (chosen["max_decode_overhead"], chosen["steps"]) == (1.0, 4)
 
 
-def test_what_was_chosen_is_trained_and_runs(built: Built) -> None:
+def test_the_chosen_placement_is_trained_and_runs(built: Built) -> None:
     chosen, entry = built.figures["placement"], read_manifest(built.bundle).adapters["command"]
     names = (*ATTENTION, *MLP) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
     assert {module.rpartition(".")[2] for module in entry.ranks} == set(names)
     assert set(entry.ranks.values()) == {chosen["r"]}
     assert entry.training["placement"] == chosen
     with Runtime.open(built.bundle) as runtime:
-        question = ROWS[0]["prompt"]
+        question = LIGHTS[0]["prompt"]
         answers = {runtime.generate(question, adapter=name, max_tokens=8).text for name in (None, "command")}
     assert len(answers) == 2
 
@@ -103,7 +97,7 @@ def test_the_bundles_recipe_names_what_was_chosen(built: Built) -> None:
     assert method["lora_alpha"] / method["r"] == 16
 
 
-def test_the_choice_is_told_in_a_table(built: Built) -> None:
+def test_the_build_prints_a_table_of_the_placements(built: Built) -> None:
     start = next(number for number, line in enumerate(built.lines) if "command: modules and rank for" in line)
     table = built.lines[start + 1 : start + 8]
     assert "measured here with gguf" in built.lines[start]
@@ -115,7 +109,7 @@ def test_the_choice_is_told_in_a_table(built: Built) -> None:
     assert [line.endswith("<- chosen") for line in table].count(True) == 1
 
 
-def test_a_build_that_goes_on_chooses_by_the_first_figures(built: Built) -> None:
+def test_a_resumed_build_keeps_the_placement_that_was_chosen(built: Built) -> None:
     work = built.bundle.with_name("home.work") / "placement"
     kept = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
     assert not (work / "bench").exists()
@@ -126,7 +120,7 @@ def test_a_build_that_goes_on_chooses_by_the_first_figures(built: Built) -> None
     assert not any(line.startswith(("measuring", "loading")) for line in progress.lines)
 
 
-def test_what_was_measured_before_a_kill_is_not_measured_again(
+def test_a_resumed_build_keeps_costs_that_were_measured(
     tiny_gguf: Callable[[str], Path], tiny_base: Callable[[str], Base], tmp_path: Path
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%")
@@ -141,7 +135,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
     assert set(costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
 
 
-def test_a_budget_of_nothing_is_refused_and_names_the_cheapest(
+def test_a_budget_that_no_placement_meets_is_refused_with_the_cheapest_one(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -220,33 +214,29 @@ def test_a_share_is_written_as_percentage_or_number(written: object, share: floa
 
 
 @pytest.mark.parametrize("written", ["ten%", "101%", -0.1, 10, "nan%", ""])
-def test_what_is_no_share_is_refused(written: object) -> None:
+def test_an_invalid_share_is_refused(written: object) -> None:
     with pytest.raises(ValidationError):
         methods.load("lora").options(max_decode_overhead=written)
 
 
 @pytest.mark.parametrize(
-    ("top", "adapter", "message"),
+    ("top", "adapter", "options", "message"),
     [
-        ("task: text-classification", "", "target_modules: auto does not work for an encoder"),
-        ("", "merged: true", "target_modules: auto does not work with merged: true; name the modules"),
-        ("", "", "target_modules: auto uses one rank for all modules; remove rank_pattern"),
+        ({"task": "text-classification"}, {}, {}, "target_modules: auto does not work for an encoder"),
+        ({}, {"merged": True}, {}, "target_modules: auto does not work with merged: true; name the modules"),
+        (
+            {},
+            {},
+            {"rank_pattern": {"q_proj": 2}},
+            "target_modules: auto uses one rank for all modules; remove rank_pattern",
+        ),
     ],
 )
-def test_auto_is_refused_where_it_means_nothing(top: str, adapter: str, message: str, tmp_path: Path) -> None:
-    pattern = ", rank_pattern: {q_proj: 2}" if not top and not adapter else ""
-    lines = [
-        "name: home",
-        "base: smollm2-135m",
-        top,
-        "adapters:",
-        "  command:",
-        "    data: {train: rows.jsonl}",
-        f"    method: {{name: lora, target_modules: auto, max_decode_overhead: 10%{pattern}}}",
-        f"    {adapter}",
-    ]
-    (tmp_path / "recipe.yaml").write_text("\n".join(lines), encoding="utf-8")
+def test_automatic_modules_are_refused_with_what_excludes_them(
+    top: dict[str, Any], adapter: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    method = {"name": "lora", "target_modules": "auto", "max_decode_overhead": "10%", **options}
     with pytest.raises(UsageError) as caught:
-        Recipe.from_file(tmp_path / "recipe.yaml")
+        make_recipe(tmp_path, "smollm2-135m", {"command": adapter_of(method, **adapter)}, **top)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

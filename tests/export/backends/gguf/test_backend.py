@@ -199,7 +199,7 @@ def test_an_adapter_without_modules_is_refused(tiny_gguf: Callable[[str], Path],
         write_merged(Merged("command", "lora", {}), Source(tiny_gguf("llama"), ""), tmp_path / "out")
 
 
-def test_a_parameter_that_the_base_lacks_or_holds_otherwise_is_named(
+def test_a_merged_parameter_with_no_tensor_or_another_shape_is_named(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     wrong = {"model.layers.9.mlp.up_proj.weight": "no tensor for", "model.norm.weight": "is .64,. in"}

@@ -29,6 +29,7 @@ from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
+from genai import greedy, greedy_in_genai
 from onnx import numpy_helper
 from pydantic import ValidationError
 from tiny import ARCHITECTURES, FEW
@@ -209,7 +210,7 @@ def test_empty_slots_change_no_bit(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("arch", FEW)
-def test_an_adapter_does_what_it_does_in_peft(
+def test_an_exported_adapter_computes_what_it_does_in_peft(
     arch: str,
     kind: str,
     made: Made,
@@ -286,7 +287,7 @@ def test_a_merged_model_answers_as_the_adapter(
     assert compare(tuned.plain, engine, rows).kl > 0.05
 
 
-def test_an_adapter_in_f16_takes_half_the_room_and_says_nearly_the_same(
+def test_an_adapter_in_f16_has_half_the_size_and_nearly_the_same_logits(
     made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], rows: list[list[int]], tmp_path: Path
 ) -> None:
     tuned, base = tune("llama"), made("llama")
@@ -322,18 +323,6 @@ def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.n
         np.testing.assert_allclose(part, whole[:, start:], atol=1e-5)
 
 
-def greedy(engine: OnnxEngine, prompt: list[int], adapters: dict[str, float], count: int) -> list[int]:
-    engine.activate(adapters)
-    engine.truncate(0)
-    tokens, logits = [], engine.decode(prompt)
-    while len(tokens) < count:
-        tokens.append(int(logits.argmax()))
-        if engine.tokenizer.is_end(tokens[-1]):
-            break
-        logits = engine.decode(tokens[-1:])
-    return tokens
-
-
 @pytest.mark.parametrize("arch", FEW)
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     arch: str, made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
@@ -349,22 +338,10 @@ def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     prompt = engine.tokenizer.tokenize("<|im_start|>user\nturn on the warm light in the kitchen<|im_end|>\n")
     assert tokenizer.encode("turn on the lamp").tolist() == engine.tokenizer.tokenize("turn on the lamp")
 
-    def answer(kind: str | None) -> list[int]:
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(prompt) + 12, do_sample=False)
-        generator = og.Generator(model, parameters)
-        if kind is not None:
-            generator.set_active_adapter(adapters, kind)
-        generator.append_tokens(np.array([prompt], np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        return list(generator.get_sequence(0)[len(prompt) :])
-
     texts = set()
     for kind in (None, *KINDS, None):
         ours = greedy(engine, prompt, {kind: 1.0} if kind else {}, 12)
-        # It keeps the token that ends a text to itself.
-        assert answer(kind) == [token for token in ours if not engine.tokenizer.is_end(token)], kind
+        assert greedy_in_genai(model, adapters, prompt, kind, 12) == ours, kind
         texts.add(tuple(ours))
     assert len(texts) == 1 + len(KINDS)
 
@@ -423,7 +400,9 @@ def test_an_unknown_method_is_refused() -> None:
         ("q4_1", "auto", "q4_1"),
     ],
 )
-def test_how_the_weights_are_rounded_is_told(held: str, weights: str, said: str, source_of: Sources) -> None:
+def test_the_weight_type_names_how_the_weights_are_rounded(
+    held: str, weights: str, said: str, source_of: Sources
+) -> None:
     assert weight_type(replace(source_of("llama", held), options={"onnx": OnnxOptions(weights=weights)})) == said
 
 

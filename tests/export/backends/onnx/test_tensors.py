@@ -20,6 +20,7 @@ from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_export.parity import compare
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError
+from genai import greedy, greedy_in_genai
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
@@ -270,7 +271,7 @@ def test_the_output_layer_takes_slots_too(
     np.testing.assert_allclose(decoded(engine, rows[0], {"ia3": 1.0, "lora": 1.0}), expected, atol=1e-4)
 
 
-def test_an_adapter_in_f16_says_nearly_the_same(
+def test_an_adapter_in_f16_gives_nearly_the_same_logits(
     made: Made,
     tiny_source: Callable[[str], Source],
     open_engine: Callable[..., OnnxEngine],
@@ -294,30 +295,10 @@ def test_onnxruntime_genai_gives_the_same_texts(
         adapters.load(str(tmp_path / name), name)
     prompt = engine.tokenizer.tokenize("<|im_start|>user\nturn on the warm light in the kitchen<|im_end|>\n")
 
-    def theirs(name: str | None) -> list[int]:
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(prompt) + 12, do_sample=False)
-        generator = og.Generator(model, parameters)
-        if name is not None:
-            generator.set_active_adapter(adapters, name)
-        generator.append_tokens(np.array([prompt], np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        return list(generator.get_sequence(0)[len(prompt) :])
-
-    def ours(name: str | None) -> list[int]:
-        engine.activate({name: 1.0} if name else {})
-        engine.truncate(0)
-        tokens, logits = [], engine.decode(prompt)
-        while len(tokens) < 12 and not engine.tokenizer.is_end(int(logits.argmax())):
-            tokens.append(int(logits.argmax()))
-            logits = engine.decode(tokens[-1:])
-        return tokens
-
-    texts = {name: ours(name) for name in (None, *known)}
+    texts = {name: greedy(engine, prompt, {name: 1.0} if name else {}, 12) for name in (None, *known)}
     assert len({tuple(text) for text in texts.values()}) == len(texts)
     for name in (None, *known, None):
-        assert theirs(name) == texts[name], name
+        assert greedy_in_genai(model, adapters, prompt, name, 12) == texts[name], name
 
 
 def test_inputs_of_modules_that_share_a_product_are_refused(

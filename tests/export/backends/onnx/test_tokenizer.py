@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import cache
 from pathlib import Path
 
@@ -68,20 +68,23 @@ def base(tiny_gguf: Gguf) -> Gguf:
 
 
 @pytest.fixture(scope="module")
-def pair(base: Gguf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Pair]]:
-    """`pair(name)`: the base's own tokenizer and the one that was written from it."""
-    opened: list[GgufTokenizer] = []
+def pair_of_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], Pair]]:
+    """`pair_of_file(path)`: the tokenizer of a GGUF file and the one that is written from it."""
+    with ExitStack() as stack:
 
-    @cache
-    def make(name: str) -> Pair:
-        path, folder = base(name), tmp_path_factory.mktemp(name)
-        write_tokenizer(path, folder)
-        opened.append(GgufTokenizer(path))
-        return opened[-1], JsonTokenizer(folder, end_tokens(path))
+        @cache
+        def make(path: Path) -> Pair:
+            folder = tmp_path_factory.mktemp("written")
+            write_tokenizer(path, folder)
+            return stack.enter_context(closing(GgufTokenizer(path))), JsonTokenizer(folder, end_tokens(path))
 
-    yield make
-    for tokenizer in opened:
-        tokenizer.close()
+        yield make
+
+
+@pytest.fixture(scope="module")
+def pair(base: Gguf, pair_of_file: Callable[[Path], Pair]) -> Callable[[str], Pair]:
+    """`pair(name)`: both tokenizers of a base."""
+    return lambda name: pair_of_file(base(name))
 
 
 def write_vocabulary(
@@ -144,23 +147,19 @@ def test_each_pre_tokenizer_splits_as_llama_cpp_does(
 
 
 @pytest.fixture(scope="module")
-def pair_of_pre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str | None], Pair]]:
+def pair_of_pre(
+    pair_of_file: Callable[[Path], Pair], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str | None], Pair]:
     """`pair_of_pre(pre)`: SmolLM2's vocabulary under another pre-tokenizer, twice as in `pair`."""
-    opened: list[GgufTokenizer] = []
 
     @cache
     def make(pre: str | None) -> Pair:
-        folder = tmp_path_factory.mktemp("pre")
         metadata = read_header(_smollm2()).metadata
         tokens, merges, kinds = (metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges", "token_type"))
-        path = write_vocabulary(folder / "base.gguf", tokens, merges, kinds=kinds, pre=pre)
-        write_tokenizer(path, folder)
-        opened.append(GgufTokenizer(path))
-        return opened[-1], JsonTokenizer(folder, end_tokens(path))
+        path = tmp_path_factory.mktemp("pre") / "base.gguf"
+        return pair_of_file(write_vocabulary(path, tokens, merges, kinds=kinds, pre=pre))
 
-    yield make
-    for tokenizer in opened:
-        tokenizer.close()
+    return make
 
 
 def test_tokens_that_llama_cpp_prints_as_nothing_or_as_they_are_stay_so(tmp_path: Path) -> None:

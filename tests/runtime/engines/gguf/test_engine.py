@@ -52,7 +52,7 @@ def test_keys_and_values_in_8_bits_halve_a_state_and_change_little(wide_gguf: Ca
             small.restore_state(whole.save_state())
 
 
-def test_repacked_weights_say_the_same_and_their_states_are_told_apart(tiny_gguf: Gguf, tmp_path: Path) -> None:
+def test_repacked_weights_give_the_same_answers_and_have_their_own_states(tiny_gguf: Gguf, tmp_path: Path) -> None:
     from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - as above
 
     base, tokens = tmp_path / "q4_0.gguf", list(range(20, 60))

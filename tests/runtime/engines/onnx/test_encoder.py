@@ -130,7 +130,7 @@ def test_texts_are_neither_cut_nor_padded_to_what_the_tokenizer_file_says(runtim
         ([{"role": "user"}], None, "place", "message 1 is"),
     ],
 )
-def test_what_cannot_be_classified_is_told(
+def test_classify_refuses_what_it_does_not_support(
     runtime: Runtime, prompt: object, labels: list[str] | None, adapter: object, message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):

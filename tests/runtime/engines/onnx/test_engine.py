@@ -117,7 +117,7 @@ def test_flipped_bits_of_an_adapter_without_digests_are_refused_or_harmless(
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 64, b"TAAD", bytes(range(256)) * 8])
-def test_what_is_no_adapter_is_refused(data: bytes, copy: Path) -> None:
+def test_a_damaged_onnx_adapter_is_refused(data: bytes, copy: Path) -> None:
     (copy / "adapters/tone/adapter.onnx_adapter").write_bytes(data)
     error = refused(copy, verify=False)
     assert isinstance(error, VerificationError)
@@ -225,7 +225,7 @@ def test_a_cut_off_graph_is_refused_even_without_digests(copy: Path) -> None:
         assert isinstance(refused(copy, verify=False), VerificationError)
 
 
-def test_a_sound_graph_that_onnxruntime_refuses_is_told_in_one_line(copy: Path) -> None:
+def test_a_valid_graph_that_onnxruntime_refuses_is_a_one_line_error(copy: Path) -> None:
     path = copy / "base/onnx/model.onnx"
     model = onnx.load(path, load_external_data=False)
     model.graph.node[5].op_type = "NoSuchOperator"
@@ -245,7 +245,7 @@ def another_onnxruntime() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("another_onnxruntime")
-def test_an_onnxruntime_that_is_too_old_is_told_with_the_oldest_that_works(
+def test_the_error_about_an_old_onnxruntime_names_the_oldest_supported_one(
     both_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(onnxruntime, "__version__", "1.20.1")
@@ -257,7 +257,7 @@ def test_an_onnxruntime_that_is_too_old_is_told_with_the_oldest_that_works(
 
 @pytest.mark.usefixtures("another_onnxruntime")
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
-def test_a_missing_library_is_told_with_what_to_install(
+def test_the_error_about_a_missing_library_names_what_to_install(
     package: str, both_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
