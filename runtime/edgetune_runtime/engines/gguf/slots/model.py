@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ def compose(
 
 def _metadata(path: Path, header: GgufHeader, layout: _Layout) -> Metadata:
     """The base's metadata, with those of the slots and the types of tensors that the base does not have."""
-    metadata = Metadata(os.fsencode(path))
+    metadata = Metadata(path)
     for key, value in header.metadata.items():
         if key.startswith("llama."):
             metadata.set(ARCHITECTURE + key.removeprefix("llama"), header.value_types[key], value)

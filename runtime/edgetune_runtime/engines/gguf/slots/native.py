@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.gguf.ggml import registry
 from edgetune_runtime.engines.gguf.llama import library
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 UINT32, INT32, FLOAT32, BOOL, STRING = 4, 5, 6, 7, 8
 """Types of values in GGUF files."""
@@ -90,10 +94,15 @@ def ggml() -> Any:  # noqa: ANN401 - a library of ctypes functions
 
 
 class Metadata:
-    """The metadata of the GGUF file at `path`, to be changed in memory; `close` frees it."""
+    """The metadata of the GGUF file at `path`, to be changed in memory; `close` frees it.
 
-    def __init__(self, path: bytes) -> None:
-        self.pointer = ggml().gguf_init_from_file(path, _GgufParameters(no_alloc=True))
+    VerificationError when ggml cannot read them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.pointer = ggml().gguf_init_from_file(os.fsencode(path), _GgufParameters(no_alloc=True))
+        if not self.pointer:
+            raise VerificationError(f"llama.cpp cannot read {path}", COPY_FILE_AGAIN)
 
     def set(self, key: str, kind: int, value: Any) -> None:  # noqa: ANN401 - of the type `kind`
         """Set a value of the type `kind`, one of those above; an INT32 is an array."""

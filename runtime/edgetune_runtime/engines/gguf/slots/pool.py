@@ -67,9 +67,10 @@ class SlotPool:
         with self._lock:
             check_scales({name: 1.0}, self._files)
             del self._files[name]
-            for slot in self._slots.values():
+            for slot in list(self._slots.values()):
                 if slot.adapters and name in dict(slot.adapters):
                     slot.adapters = None
+                    self._slots.move_to_end(slot.use.slot, last=False)
 
     @contextmanager
     def use(self, adapters: Mapping[str, float]) -> Iterator[SlotUse]:
@@ -110,9 +111,9 @@ class SlotPool:
             message = f"running calls use all {self._model.slots} slots for other adapters"
             raise BusyError(message, "wait until one has ended, or open the bundle with more slots")
         factors = self._factors(adapters)
-        slot.adapters = None
+        slot.adapters, slot.use = None, SlotUse(slot.use.slot, next(self._fillings))
         self._model.write(slot.use.slot, factors)
-        slot.adapters, slot.use = adapters, SlotUse(slot.use.slot, next(self._fillings))
+        slot.adapters = adapters
         return slot
 
     def _factors(self, adapters: _Set) -> Factors:

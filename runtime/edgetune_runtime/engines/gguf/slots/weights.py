@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 from .native import Tensor, ggml, repacking_buffer_for, weight_buffer
 
@@ -29,6 +32,9 @@ class BaseWeights:
     def __init__(self, path: Path, header: GgufHeader, tensors: Mapping[str, Tensor], repack: bool) -> None:
         self._header = header
         with path.open("rb") as file:
+            # A mapping that is too short would end the process at the first step.
+            if os.fstat(file.fileno()).st_size < max(part.offset + part.nbytes for part in header.tensors.values()):
+                raise VerificationError(f"{path} was changed while it was opened", COPY_FILE_AGAIN)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._private_map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._bytes: Bytes = np.frombuffer(self._map, np.uint8)

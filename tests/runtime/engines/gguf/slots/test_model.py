@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_runtime import IncompatibleError, UsageError
+from edgetune_runtime import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.engines.gguf.slots import compose
 from runtime.engines.gguf.slots.steps import OTHERS, TOKENS, checked, fill, plain, with_slots
 from runtime.gguf_files import rewritten
@@ -142,6 +142,14 @@ def test_numbers_of_slots_and_ranks_that_are_impossible_are_refused(base: Path) 
             compose(base, header, slots, rank)
     with pytest.raises(IncompatibleError, match="13 tokens that can choose a slot, and 14 slots need as many"):
         compose(base, header, 14, 8)
+
+
+def test_a_base_that_changes_while_it_is_opened_is_refused(base: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "base.gguf"
+    for size, match in ((base.stat().st_size - 1000, "was changed while it was opened"), (100, "cannot read")):
+        changed.write_bytes(base.read_bytes()[:size])
+        with pytest.raises(VerificationError, match=match):
+            compose(changed, checked(base), 2, 4)
 
 
 def test_a_closed_model_can_be_closed_again(base: Path) -> None:

@@ -154,6 +154,18 @@ def test_a_removed_adapter_runs_on_and_its_name_can_be_given_again(base: Path, a
         np.testing.assert_array_equal(steps.decode(TOKENS, 0, use.slot), found)
 
 
+def test_the_slot_of_a_removed_adapter_is_filled_first(base: Path, adapter_of: AdapterOf) -> None:
+    with pooled(base, adapter_of) as (pool, _):
+        with pool.use({"1": 1.0}) as first:
+            pass
+        with pool.use({"2": 1.0}) as second:
+            pass
+        pool.remove("2")
+        with pool.use({"3": 1.0}) as third:
+            assert third.slot == second.slot
+        assert pool.is_current(first)
+
+
 def refused(pool: SlotPool, path: Path, kind: type[EdgetuneError], match: str) -> None:
     pool.add("bad", path)
     with pytest.raises(kind, match=match), pool.use({"bad": 1.0}):
