@@ -21,7 +21,7 @@ plain base differ as much for the same reason. Random adapters change the logits
 
 
 def quantized(base: Path, quantization: str, folder: Path) -> Path:
-    from edgetune_export.backends.gguf.quantize import quantize_gguf  # noqa: PLC0415 - torch only where needed
+    from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - torch only where needed
 
     if not quantization:
         return base
