@@ -65,38 +65,38 @@ def _groups(manifest: Manifest, engine: str, rows: Mapping[str, Any]) -> Iterato
 
 def _golden(runtime: Runtime, name: str, rows: Sequence[TaskRow]) -> GoldenAnswer | None:
     """The answer with the largest margin to one of the rows; None if none of them fits in the context."""
-    found = []
-    for row in rows:
+    margin_of = _label_margin if runtime.manifest.adapter(name).labels else _token_margin
+    candidates = []
+    for question in map(_question, rows):
         with suppress(PromptTooLongError):
-            found.append(_answered(runtime, name, row))
+            candidates.append((*margin_of(runtime, name, question), question))
+    if not candidates:
+        return None
     # An empty answer shows little.
-    return max(found, key=lambda golden: (golden.answer != "", _margin_of(golden)), default=None)
+    _, margin, question = max(candidates, key=lambda candidate: candidate[:2])
+    answer = ask(runtime, name, question)
+    return replace(question, answer=answer, margin=round(margin, 3) if math.isfinite(margin) else None)
 
 
-def _margin_of(golden: GoldenAnswer) -> float:
-    return math.inf if golden.margin is None else golden.margin
-
-
-def _answered(runtime: Runtime, name: str, row: TaskRow) -> GoldenAnswer:
+def _question(row: TaskRow) -> GoldenAnswer:
+    """The row's prompt, without an answer."""
     prompt: str | tuple[dict[str, Any], ...]
     prompt = (row.text or "")[:_TEXT_CHARACTERS] if row.messages is None else tuple(map(dict, row.messages))
     tools = None if row.tools is None else tuple(row.tools.definitions)
-    question = GoldenAnswer(prompt, "", MAX_TOKENS, tools=tools)
-    margin = _label_margin if runtime.manifest.adapter(name).labels else _token_margin
-    found = margin(runtime, name, question)
-    return replace(
-        question, answer=ask(runtime, name, question), margin=round(found, 3) if math.isfinite(found) else None
-    )
+    return GoldenAnswer(prompt, "", MAX_TOKENS, tools=tools)
 
 
-def _label_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
-    """The lead of the most likely label over the second, in nats."""
+def _label_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> tuple[bool, float]:
+    """Whether there is an answer, and the lead of the most likely label over the second, in nats."""
     second, best = sorted(runtime.classify(question.prompt, adapter=name).probabilities.values())[-2:]
-    return math.log(best / second) if second else math.inf
+    return True, math.log(best / second) if second else math.inf
 
 
-def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
-    """The smallest lead of the best token over the second among those that the output constraint allows, in nats."""
+def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> tuple[bool, float]:
+    """Whether the answer has text, and the smallest lead of the best token over the second, in nats.
+
+    Only tokens that the output constraint allows count.
+    """
     options = {**options_of(question), "logprobs": 0}
     answer = runtime.generate(question.prompt, adapter=name, **options)
     tokens = [logprob.token for logprob in answer.logprobs or ()]
@@ -113,7 +113,7 @@ def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> float:
         smallest = min(smallest, _lead(row, call.constraint))
         if token is not None and call.constraint is not None:
             call.constraint.accept(token)
-    return smallest
+    return answer.text != "", smallest
 
 
 def _lead(row: Floats, constraint: Constraint | None) -> float:
