@@ -26,7 +26,7 @@ Figures = Mapping[str, float]
 """Parity by figure, such as `kl` and `top1`, as in the manifest."""
 
 # Validation rows per task from which the golden answer is chosen.
-GOLDEN_ROWS = 8
+GOLDEN_ROWS = 4
 
 
 class BuildBase(Protocol):
