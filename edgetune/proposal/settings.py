@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -105,7 +106,7 @@ def _training(rows: int) -> list[Choice]:
     epochs = max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
     batch = next(size for least, size in _BATCHES if rows >= least)
     few = f"{rows:,} rows need many passes" if epochs > _LEAST_EPOCHS else f"passes over {rows:,} rows"
-    steps = f"rows per step: {epochs * rows / batch:.0f} steps in all"
+    steps = f"rows per step: {epochs * math.ceil(rows / batch)} steps in all"
     return [
         Choice("training.epochs", epochs, f"{few}; training stops earlier when the validation loss rises"),
         Choice("training.batch_size", batch, steps),

@@ -163,6 +163,13 @@ def test_few_rows_get_more_epochs_smaller_steps_and_more_validation(write: Write
     ]  # fmt: skip
 
 
+def test_the_steps_in_the_reason_are_those_of_the_plan(write: Write, propose: Make, tmp_path: Path) -> None:
+    recipe = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, 43)))
+    rows = plan(recipe).adapters["t"].rows
+    assert rows is not None and rows.train % 4
+    assert f"rows per step: {rows.steps} steps in all" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+
+
 def test_the_context_fits_the_longest_row_within_the_base(write: Write, propose: Make) -> None:
     def context(text: str) -> int:
         rows = [*numbered({"prompt": "p {}", "completion": "c"}), {"prompt": text, "completion": "c"}]
