@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.wording import shortened
 
 from edgetune.progress import Progress
 
@@ -46,7 +47,7 @@ def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialRes
             try:
                 yield ray.get(ready)
             except ray.exceptions.RayError as error:
-                yield failed(trial, " ".join(str(error).split())[:300])
+                yield failed(trial, shortened(str(error)))
     finally:
         if started:
             ray.shutdown()

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.limits import no_limits
+from edgetune_runtime.wording import shortened
 
 from .child_compiler import TOO_EXPENSIVE, reason_against
 
@@ -80,19 +81,14 @@ def refusal(kind: str, value: str, message: str) -> UsageError:
     """UsageError that gives llguidance's reason against a schema, regex, ..., in one line, and a remedy."""
     reason = "no answer fits it" if DEAD_END in message else one_line(message)
     remedy = next((remedy for sign, remedy in _REMEDIES.items() if sign in message), f"correct the {kind}")
-    return UsageError(f"{kind} {shortened(' '.join(value.split()), 80)} cannot be used: {reason}", remedy)
+    return UsageError(f"{kind} {shortened(value, 80)} cannot be used: {reason}", remedy)
 
 
 def one_line(message: str) -> str:
     """llguidance's error without excerpts, in one line of at most 300 characters."""
     for noise in _NOISE:
         message = noise.sub("", message)
-    return shortened(" ".join(message.split()), 300)
-
-
-def shortened(text: str, length: int) -> str:
-    """The text, cut to `length` characters."""
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return shortened(message)
 
 
 @cache

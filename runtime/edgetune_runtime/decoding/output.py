@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any
 
 from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.wording import suggestion
+from edgetune_runtime.wording import shortened, suggestion
 
-from .library import UNKNOWN_TOKEN, byte_tokenizer, compile_grammar, library, one_line, refusal, shortened
+from .library import UNKNOWN_TOKEN, byte_tokenizer, compile_grammar, library, one_line, refusal
 from .schema import check, closed
 
 KINDS = ("schema", "choices", "regex", "grammar")

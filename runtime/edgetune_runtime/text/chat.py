@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, importing
 from edgetune_runtime.limits import no_limits
+from edgetune_runtime.wording import shortened
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -96,7 +97,7 @@ def render(
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(f"{error}".split())[:300] or type(error).__name__
+    return shortened(str(error)) or type(error).__name__
 
 
 def _message(number: int, message: object) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError, importing
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
 OLDEST = (1, 31)
 """The version that onnxruntime-genai, whose builder makes the graphs, needs. Older operators may lack 8-bit weights."""
@@ -62,7 +62,7 @@ def _log(severity: int, _category: str, _session: str, place: str, message: str)
 
 def graph_error(error: Exception) -> VerificationError:
     """The error for what onnxruntime raises while it computes a graph: RuntimeError, and classes of its own."""
-    reason = " ".join(str(error).split())[:300]
+    reason = shortened(str(error))
     return VerificationError(f"the graph of the base fails: {reason}", COPY_BUNDLE_AGAIN)
 
 
@@ -82,7 +82,7 @@ def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an Inferenc
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no other common base class
-        reason = " ".join(str(error).split())[:300]
+        reason = shortened(str(error))
         raise VerificationError(f"onnxruntime cannot load {path}: {reason}", "build the bundle again") from error
 
 

@@ -14,7 +14,7 @@ from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
 from edgetune_runtime.errors import NotFoundError, VerificationError, importing
 from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
 if TYPE_CHECKING:
     import tokenizers
@@ -147,7 +147,7 @@ def panics_as_errors(what: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise VerificationError(f"{what}: {' '.join(str(error).split())[:300]}", COPY_BUNDLE_AGAIN) from error
+        raise VerificationError(f"{what}: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
