@@ -6,6 +6,7 @@ module `needs` predicts memory (see `EngineNeeds`).
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast, overload
 
@@ -27,7 +28,12 @@ def names() -> list[str]:
 
 def names_with_needs() -> list[str]:
     """The names of the engines whose memory and speed can be predicted."""
-    return [name for name in names() if find_spec(f"{__name__}.{name}.needs") is not None]
+    return [name for name in names() if _has_needs(name)]
+
+
+@cache
+def _has_needs(name: str) -> bool:
+    return find_spec(f"{__name__}.{name}.needs") is not None
 
 
 def load_needs(name: str) -> EngineNeeds:
