@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
+    BatchSizes,
     Logits,
     StepStopped,
     check_context_length,
@@ -91,9 +92,12 @@ class OnnxEngine:
         batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
+        batching: BatchSizes | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         check_kv(NAME, kv)
+        if batching is not None:
+            raise IncompatibleError(f"engine {NAME!r} has no shared batches", "open the bundle without batching")
         self.context_length = context_length
         self._batch = batch
         header = read_onnx(path)
@@ -111,6 +115,10 @@ class OnnxEngine:
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._is_fork = False
         self._new_sequence()
+
+    @property
+    def batch(self) -> None:
+        """See `Engine`; there is none."""
 
     def fork(self) -> OnnxEngine:
         """Another engine with its own sequence, on the same session and adapters."""
