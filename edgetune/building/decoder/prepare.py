@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
 
@@ -105,16 +104,17 @@ def _continued(recipe: Recipe, texts: Texts, base: Base, work: Path, progress: P
 
 def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, progress: Progress) -> PreparedAdapter:
     """The same with modules and rank chosen, if the recipe has `target_modules: auto`."""
-    options, folder = item.job.options, work / "placement"
+    options, folder, trained = item.job.options, work / "placement", item.plan.trained
     if not isinstance(options, LoraOptions) or not options.is_auto:
         return item
+    assert trained is not None
     load = partial(bases.load_torch, base)
     trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
     recipe = plan.recipe
     choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
-    planned = with_options(item.plan, chosen, BaseShape.of_header(base.header), recipe.format_options)
+    planned = with_options(item.plan, chosen, trained.base, recipe.format_options)
     key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
