@@ -18,6 +18,7 @@ from edgetune.building.outputs.drafts import draft_of
 from edgetune.building.outputs.resolve import write_inferred
 from edgetune.building.placement import choose as placement
 from edgetune.digests import key_of
+from edgetune.methods import MethodOptions
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.adapters import with_options
@@ -81,7 +82,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         where = ", ".join(too_long.examples)
         progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
     rows = (*train, *validation)
-    planned = replace(planned, options=method.prepared(planned.options, tokenizer, rows))
+    planned = _with_options(planned, method.prepared(planned.options, tokenizer, rows), plan)
     job = TrainingJob(
         task.name,
         method,
@@ -104,27 +105,31 @@ def _continued(recipe: Recipe, texts: Texts, base: Base, work: Path, progress: P
 
 def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, progress: Progress) -> PreparedAdapter:
     """The same with modules and rank chosen, if the recipe has `target_modules: auto`."""
-    options, folder, trained = item.job.options, work / "placement", item.plan.trained
+    options, folder = item.job.options, work / "placement"
     if not isinstance(options, LoraOptions) or not options.is_auto:
         return item
-    assert trained is not None
     load = partial(bases.load_torch, base)
     trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
     recipe = plan.recipe
     choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
-    planned = with_options(item.plan, chosen, trained.base, recipe.format_options)
+    planned = _with_options(item.plan, chosen, plan)
     key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
+
+
+def _with_options(planned: AdapterPlan, options: MethodOptions, plan: BuildPlan) -> AdapterPlan:
+    assert planned.trained is not None
+    return with_options(planned, options, planned.trained.base, plan.recipe.format_options)
 
 
 def _with_draft(
     item: PreparedAdapter, base: Base, tokenizer: GgufTokenizer, target: str, progress: Progress
 ) -> PreparedAdapter:
     """The same with a draft table, if the recipe asks for one and it makes decoding faster."""
-    if not item.plan.drafts:
+    if not item.plan.spec.draft:
         return item
     digest = digest_of_tokenizer(base.header)
     table, worth = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)
