@@ -50,6 +50,7 @@ def build(
     on_progress: OnProgress | None = None,
     resume: bool = True,
     *,
+    into: str | Path | None = None,
     converter: str | Path | None = None,
 ) -> Build:
     """Train the adapters of a recipe, export them with their base, compare with the trained model, and pack a bundle.
@@ -58,6 +59,9 @@ def build(
     interrupted, or whose process died, resumes from there; with `resume=False` it starts again. `converter` is a
     llama.cpp checkout to convert the base with, by default one that pip downloads.
 
+    `into` takes the place of `out`: a bundle on the same base, to which the adapters of the recipe are added. Adapters
+    of the same names are replaced; the files of all others, and of the base, stay as they are.
+
     Raises KeyboardInterrupt for Ctrl-C, after the training was saved; EdgetuneError if the recipe, its base or its rows
     cannot be built, if another build uses `<out>.work`, and if an exported file does not match the trained model. `out`
     is then unchanged.
@@ -65,10 +69,14 @@ def build(
     from .building import pipeline  # noqa: PLC0415 - torch
 
     loaded = _recipe(recipe)
-    folder = loaded.default_out if out is None else Path(out)
+    if into is not None and out is not None:
+        raise UsageError("into and out are two bundles", "give one of them")
+    folder = Path(into or out or loaded.default_out)
     with _interruptible():
         progress, checkout = Progress(on_progress), None if converter is None else Path(converter)
-        return pipeline.build(loaded, folder, progress=progress, converter=checkout, resume=resume)
+        return pipeline.build(
+            loaded, folder, progress=progress, converter=checkout, resume=resume, into=into is not None
+        )
 
 
 def export(
