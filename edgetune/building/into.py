@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
-from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_runtime.bundle import Manifest, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from pydantic import ValidationError
@@ -47,7 +46,7 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
         # The bundle's recipe has other options for all adapters.
         training = TrainingSpec.model_validate(recipe.training.under(spec.training).model_dump())
         specs[name] = spec.model_copy(update={"training": training})
-    onnx = OnnxOptions.model_validate(settings.get("onnx", recipe.onnx))
+    onnx = type(recipe.onnx).model_validate(settings.get("onnx", recipe.onnx))
     typed = {"targets": tuple(settings["targets"]), "onnx": onnx, "adapters": specs}
     return recipe.model_copy(update=settings | typed)
 
