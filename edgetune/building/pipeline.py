@@ -35,6 +35,7 @@ from . import builders
 from .builders import Builder
 from .builders.plan import plan_build, with_download
 from .into import check_slots, others_of, with_settings
+from .on_cluster import train_on_cluster
 from .result import Build
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
@@ -56,12 +57,13 @@ def build(
     converter: Path | None = None,
     resume: bool = True,
     into: bool = False,
+    on_cluster: bool = False,
 ) -> Build:
     """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
 
-    A stopped build resumes, unless `resume` is False. With `into`, the adapters are added to the bundle `out`. With
-    several processes under a launcher, all train and the first one does the rest. Raises EdgetuneError, also if another
-    build uses `<out>.work`; `out` is then unchanged.
+    A stopped build resumes, unless `resume` is False. With `into`, the adapters are added to the bundle `out`; with
+    `on_cluster`, they are trained on a Ray cluster. With several processes under a launcher, all train and the first
+    one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
     """
     state = processes()
     if not state.is_main_process:
@@ -85,11 +87,17 @@ def build(
                 # Another build of the bundle may resume the trainings of its other adapters.
                 for folder in [work] if existing is None else [work / "train" / name for name in recipe.adapters]:
                     clear(folder)
-        return _built(planned, out, progress, converter, existing)
+        return _built(planned, out, progress, converter, existing, on_cluster=on_cluster)
 
 
 def _built(
-    planned: PlannedBuild, out: Path, progress: Progress, converter: Path | None, existing: ExistingBundle | None
+    planned: PlannedBuild,
+    out: Path,
+    progress: Progress,
+    converter: Path | None,
+    existing: ExistingBundle | None,
+    *,
+    on_cluster: bool,
 ) -> Build:
     builder, work = builders.load(planned.plan.recipe.task), work_folder(out)
     base = builder.base_to_train(planned, work, progress, converter)
@@ -97,6 +105,8 @@ def _built(
         existing.check_base(base.name, base.fingerprint)
     prepared = builder.prepare(planned, base, work, progress)
     items = {item.plan.name: item for item in prepared.adapters}
+    if on_cluster:
+        train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
     if not processes().is_main_process:

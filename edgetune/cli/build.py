@@ -20,6 +20,7 @@ from .arguments import (
     AsJson,
     Out,
     Quiet,
+    RunsOn,
     Settings,
     Targets,
     base_option,
@@ -76,6 +77,7 @@ def build(
     epochs: Annotated[float | None, recipe_option(metavar="N", help="Epochs, for all adapters.")] = None,
     seed: Annotated[int | None, recipe_option(metavar="N", help="Seed, for all adapters.")] = None,
     converter: Converter = None,
+    engine: RunsOn = "local",
     quiet: Quiet = False,
 ) -> None:
     """Train the adapters of a recipe and pack a bundle.
@@ -99,7 +101,7 @@ def build(
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
     loaded = _load(path, overrides | settings_of(settings), training)
-    result = edgetune.build(loaded, out, shown_unless(quiet), into=into, converter=converter)
+    result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)
     if result.figures:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
