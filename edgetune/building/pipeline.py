@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, DataSpec, MethodSpec
+from edgetune.shipping.existing import ExistingBundle
 from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from edgetune.shipping.ship import ship
 from edgetune.targets import shapes_in
@@ -34,6 +36,8 @@ from edgetune.work_folder import clear, locked, work_folder
 from . import builders
 from .builders import Builder
 from .builders.plan import plan_build, with_download
+from .into import check_slots, others_of, with_settings
+from .on_cluster import train_on_cluster
 from .result import Build
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
@@ -49,40 +53,69 @@ PROBES = (
 
 
 def build(
-    recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None, resume: bool = True
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress,
+    converter: Path | None = None,
+    resume: bool = True,
+    into: bool = False,
+    on_cluster: bool = False,
 ) -> Build:
     """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
 
-    A stopped build resumes, unless `resume` is False. With several processes under a launcher, all train and the first
+    A stopped build resumes, unless `resume` is False. With `into`, the adapters are added to the bundle `out`; with
+    `on_cluster`, they are trained on a Ray cluster. With several processes under a launcher, all train and the first
     one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
     """
     state = processes()
     if not state.is_main_process:
         progress = Progress(quiet=True)
+    existing, others = None, None
+    if into:
+        existing = ExistingBundle.read(out, recipe.adapters)
+        recipe, others = with_settings(recipe, existing), others_of(existing)
     check_destination(out)
-    planned = plan_build(recipe, out)
+    planned = plan_build(recipe, out, others)
     if planned.plan.source is None:
         with state.main_process_first():
-            planned = with_download(planned, recipe, out)
+            planned = with_download(planned, out)
+    if existing is not None:
+        check_slots(planned.plan, existing)
     _say_plan(planned.plan, progress)
     work = work_folder(out)
     with locked(work) if state.is_main_process else nullcontext():
         with state.main_process_first():
             if state.is_main_process and not resume:
-                clear(work)
-        return _built(planned, out, progress, converter)
+                # Another build of the bundle may resume the trainings of its other adapters.
+                for folder in [work] if existing is None else [work / "train" / name for name in recipe.adapters]:
+                    clear(folder)
+        return _built(planned, out, progress, converter, existing, on_cluster=on_cluster)
 
 
-def _built(planned: PlannedBuild, out: Path, progress: Progress, converter: Path | None) -> Build:
+def _built(
+    planned: PlannedBuild,
+    out: Path,
+    progress: Progress,
+    converter: Path | None,
+    existing: ExistingBundle | None,
+    *,
+    on_cluster: bool,
+) -> Build:
     builder, work = builders.load(planned.plan.recipe.task), work_folder(out)
-    prepared = builder.prepare(planned, work, progress, converter)
-    base, items = prepared.base, {item.plan.name: item for item in prepared.adapters}
+    base = builder.base_to_train(planned, work, progress, converter)
+    if existing is not None:
+        existing.check_base(base.name, base.fingerprint)
+    prepared = builder.prepare(planned, base, work, progress)
+    items = {item.plan.name: item for item in prepared.adapters}
+    if on_cluster:
+        train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
     if not processes().is_main_process:
         return Build(out)
     adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
-    spec = _spec_of(prepared, builder)
+    spec = replace(_spec_of(prepared, builder), existing=existing)
     manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
     figures = {
         name: {

@@ -46,7 +46,7 @@ def plan_data(
     `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
     `needs.check`.
     """
-    adapters = {
+    adapters = dict(plan.adapters) | {
         task.name: replace(
             plan.adapters[task.name],
             metric=task.metric,

@@ -225,9 +225,10 @@ class BuildPlan:
     needs: NeedsReport | None = None
 
     def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
-        """The plan with these adapters, and with the options of their methods in the recipe."""
-        specs = {name: adapter.spec for name, adapter in adapters.items()}
-        return replace(self, adapters=dict(adapters), recipe=self.recipe.model_copy(update={"adapters": specs}))
+        """The plan with these adapters in place of its own, and with the options of their methods in the recipe."""
+        adapters = {**self.adapters, **adapters}
+        specs = {name: adapters[name].spec for name in self.recipe.adapters}
+        return replace(self, adapters=adapters, recipe=self.recipe.model_copy(update={"adapters": specs}))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, with what is free on this machine."""

@@ -34,21 +34,27 @@ from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
 
-def prepare(planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Prepared[Base]:
-    """Everything before the training of the adapters; intermediate files are in `work`.
+def base_to_train(planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Base:
+    """The base of the adapters, after continued pretraining if there is any; intermediate files are in `work`.
 
     Errors show as early as possible: if the board cannot run the bundle, or rows cannot be learned.
     """
     plan = planned.plan
     with processes().main_process_first():
         base = make_base(plan, work, progress, converter)
-    for name, spec in plan.recipe.adapters.items():
-        if spec.output is not None and spec.output.is_auto:
-            write_inferred(name, plan.adapters[name].output, work / "output", progress)
-    if planned.texts is not None:
-        # Report errors in the adapters' rows before hours of training.
-        training_jobs(plan, planned.tasks, base, Progress(quiet=True))
-        base = _continued(plan.recipe, planned.texts, base, work, progress)
+    if planned.texts is None:
+        return base
+    # Report errors in the adapters' rows before hours of training.
+    training_jobs(plan, planned.tasks, base, Progress(quiet=True))
+    return _continued(plan.recipe, planned.texts, base, work, progress)
+
+
+def prepare(planned: PlannedBuild, base: Base, work: Path, progress: Progress) -> Prepared[Base]:
+    """Everything else before the training of the adapters; intermediate files are in `work`."""
+    plan = planned.plan
+    for task in planned.tasks:
+        if task.spec.output is not None and task.spec.output.is_auto:
+            write_inferred(task.name, plan.adapters[task.name].output, work / "output", progress)
     with closing(GgufTokenizer(base.path)) as tokenizer:
         adapters = [_job(plan, task, base, tokenizer, progress) for task in planned.tasks]
         adapters = [_with_draft(item, base, tokenizer, plan.recipe.targets[0], progress) for item in adapters]
