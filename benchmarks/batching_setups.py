@@ -124,6 +124,10 @@ SETUPS = {
         for engine in ("gguf", "onnx")
         for ending, options in SETTINGS.items()
     },
+    **{
+        f"edgetune gguf, batching{ending}": Setup(partial(edgetune, "gguf", {"batching": True, **options}), "gguf")
+        for ending, options in SETTINGS.items()
+    },
     "llama-server": Setup(llama_server, "gguf", "xllamacpp"),
     "onnxruntime-genai": Setup(genai, "onnx", "onnxruntime_genai"),
 }
