@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import ClassVar, Self, cast
 
 import numpy as np
 
-from edgetune_runtime.engines.base import Engine, Logits, check_continuations, check_tokens_fit, log_total
+from edgetune_runtime.engines.base import Engine, Logits, check_continuations, check_tokens_fit
 from edgetune_runtime.engines.gguf.costs import BATCH_COST, LOGITS_COST
 from edgetune_runtime.engines.gguf.state import check_state
+from edgetune_runtime.engines.scores import scores_in_order
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.states.cache import common_prefix
 
 from .pool import BASE
 from .sequences import OUTPUTS, Row, SlotSequences
@@ -144,28 +143,21 @@ class SlotEngine:
         return self._decode(tokens, len(tokens) if last is None else last, min(OUTPUTS, self._batch))
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """See `Engine`; the continuations are scored in sorted order, so that common prefixes are computed once."""
+        """See `Engine`."""
         if self._last is None:
             raise UsageError("there are no logits to score continuations with", "decode at least one token first")
         start, last = self._length, self._last
         check_continuations(continuations, start, self.context_length, self.tokenizer.vocab_size)
-        scores: dict[tuple[int, ...], float] = {}
-        # rows[i] has the logits after the first i tokens of `path`, and their log-sum-exp.
-        path: tuple[int, ...] = ()
-        rows = [(last, log_total(last))]
+
+        def logits_after(kept: int, tokens: Sequence[int]) -> Logits:
+            self.truncate(start + kept)
+            return self.decode_all(tokens)
+
         try:
-            for tokens in sorted({tuple(tokens) for tokens in continuations}):
-                shared = max(0, min(common_prefix(path, tokens), len(tokens) - 1))
-                path = tokens[:-1]
-                self.truncate(start + shared)
-                del rows[shared + 1 :]
-                if path[shared:]:
-                    rows += [(row, log_total(row)) for row in self.decode_all(path[shared:])]
-                scores[tokens] = math.fsum(float(rows[i][0][token]) - rows[i][1] for i, token in enumerate(tokens))
+            return scores_in_order(continuations, last, logits_after)
         finally:
             self.truncate(start)
             self._last = last
-        return [scores[tuple(tokens)] for tokens in continuations]
 
     def save_state(self) -> memoryview:
         """See `Engine`; the state does not depend on the slot."""
