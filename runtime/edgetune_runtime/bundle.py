@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
 
@@ -132,6 +133,14 @@ class AdapterEntry:
         return self.shapes.get(engine) == "merged"
 
 
+class NewAdapter(NamedTuple):
+    """An adapter to add: its entry, and the folder in which it has these files."""
+
+    entry: AdapterEntry
+    files: Mapping[str, FileEntry]
+    folder: Path
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
@@ -224,7 +233,26 @@ def unchanged(bundle: Path, names: Iterable[str]) -> Iterator[None]:
     yield
     for name, identity in before.items():
         if _identity(bundle / name) != identity:
-            raise VerificationError(f"{name} was changed while bundle {bundle} was opened", "open the bundle again")
+            raise VerificationError(f"{name} was changed while it was read from {bundle}", "open the bundle again")
+
+
+class VerifiedFiles:
+    """Remembers which files match their digests, until they are written to or replaced. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._identities: dict[tuple[Path, str], tuple[int, ...]] = {}
+
+    @contextmanager
+    def reading(self, bundle: Path, manifest: Manifest, name: str) -> Iterator[Path]:
+        """The path of a file that the block reads; VerificationError if it is not, or not to the end, as its digest."""
+        path, key = resolve(bundle, name), (bundle / name, manifest.files[name].sha256)
+        with unchanged(bundle, [name]):
+            identity = _identity(path)
+            if identity is None or self._identities.get(key) != identity:
+                verify_files(bundle, manifest, [name])
+            yield path
+        if identity is not None:
+            self._identities[key] = identity
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -234,6 +262,40 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def files_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
+    """The files of an adapter: those that it names, and all in the folders of its merged models."""
+    named = {*entry.files.values(), entry.draft}
+    folders = {PurePosixPath(file).parent for engine, file in entry.files.items() if entry.is_merged(engine)}
+    return [name for name in manifest.files if name in named or PurePosixPath(name).parent in folders]
+
+
+def without_adapter(manifest: Manifest, name: str) -> Manifest:
+    """The manifest without an adapter and without the files that only this adapter uses."""
+    gone = {*files_only_of(manifest, manifest.adapter(name))}
+    adapters = {other: entry for other, entry in manifest.adapters.items() if other != name}
+    files = {file: entry for file, entry in manifest.files.items() if file not in gone}
+    return replace(manifest, adapters=adapters, files=files)
+
+
+def files_beside(manifest: Manifest, file: str) -> list[str]:
+    """All files in the folder of a model and below it, which are all that the model can have."""
+    folder = "".join(file.rpartition("/")[:2])
+    return [name for name in manifest.files if name.startswith(folder)]
+
+
+def files_only_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
+    """The files of an adapter that nothing else in the bundle uses."""
+    others = [other for other in manifest.adapters.values() if other is not entry]
+    used = {file for other in others for file in (*other.files.values(), other.draft)} | {*manifest.base.files.values()}
+    folders = {PurePosixPath(file).parent for file in used if file is not None}
+    named = {*entry.files.values(), entry.draft}
+    return [
+        name
+        for name in files_of(manifest, entry)
+        if name not in used and (name in named or PurePosixPath(name).parent not in folders)
+    ]
 
 
 def resolve(bundle: Path, name: str) -> Path:
@@ -272,29 +334,48 @@ def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
     """Make a dataclass from the fields in `raw`; TypeError names a field that is missing or has the wrong type."""
     values = {}
-    for name, hint in get_type_hints(cls).items():
+    for name, fits in _checks(cls).items():
         if name in raw:
             value = raw[name]
-            if not _fits(value, hint):
+            if not fits(value):
                 raise TypeError(f"{name} cannot be {str(value)[:80]!r}")
             values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
 
-def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - type hints have no type
+@cache
+def _checks(cls: Callable[..., object]) -> Mapping[str, Callable[[Any], bool]]:
+    """For each field of a dataclass, whether a value has its type; made once, as a manifest may have 1,000 adapters."""
+    return {name: _check_of(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _check_of(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints have no type
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
-        return True
+        return lambda _: True
     if origin is UnionType:
-        return any(_fits(value, choice) for choice in arguments)
+        choices = [_check_of(choice) for choice in arguments]
+        return lambda value: any(fits(value) for fits in choices)
     if origin is Mapping:
-        keys, values = arguments
-        return isinstance(value, dict) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
+        keys, values = map(_check_of_all, arguments)
+        return lambda value: isinstance(value, dict) and keys(value) and values(value.values())
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+        items = _check_of_all(arguments[0])
+        return lambda value: isinstance(value, list | tuple) and items(value)
+    types = _types_of(hint)
+    return lambda value: type(value) in types
+
+
+def _check_of_all(hint: Any) -> Callable[[Iterable[Any]], bool]:  # noqa: ANN401 - as above
+    """Whether all values have a type, without a call per value where it is a plain one."""
+    if hint is Any or get_origin(hint) is not None:
+        fits = _check_of(hint)
+        return lambda values: all(map(fits, values))
+    return lambda values: _types_of(hint).issuperset(map(type, values))
+
+
+def _types_of(hint: type) -> frozenset[type]:
+    return frozenset({int, float} if hint is float else {hint})
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:
@@ -303,24 +384,28 @@ def _check_names(manifest: Manifest, path: Path) -> None:
     names = [manifest.name, base.name, base.architecture, *base.files, *manifest.files, *adapters]
     for adapter in adapters.values():
         names += [adapter.name, adapter.method, adapter.metric, *adapter.files]
-    for name in names:
-        if name != printable(name):
-            message = f"{path} has the name {name[:80]!r}, with characters that control a terminal"
-            raise VerificationError(message, "do not use this bundle")
+    text = "".join(names)
+    if text != printable(text):
+        name = next(name for name in names if name != printable(name))
+        message = f"{path} has the name {name[:80]!r}, with characters that control a terminal"
+        raise VerificationError(message, "do not use this bundle")
 
 
 def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
     named += [adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None]
-    for name in [*manifest.files, *named]:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+    for name in {*manifest.files, *named}:
+        if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise VerificationError(f"{path} names {name!r}, which is outside the bundle", "do not use this bundle")
+    for name in named:
         if name not in manifest.files:
             raise VerificationError(f"{path} has no digest for {name!r}", COPY_BUNDLE_AGAIN)
     if manifest.task not in TASKS:
         raise VerificationError(f"{path} has the unknown task {manifest.task!r}", "update edgetune-runtime")
-    for adapter in manifest.adapters.values():
+    for name, adapter in manifest.adapters.items():
+        if adapter.name != name:
+            message = f"{path} has adapter {adapter.name!r} under the name {name!r}"
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
         unknown = [shape for shape in adapter.shapes.values() if shape not in SHAPES]
         if unknown or adapter.shapes.keys() != adapter.files.keys():
             message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"

@@ -76,6 +76,15 @@ class MergedModels:
             for model in models.values():
                 self._release(model)
 
+    def remove(self, name: str) -> None:
+        """Close the model of an adapter that there is no more, once running calls do not use it."""
+        with self._changed:
+            while self._is_opening or (name in self._models and self._models[name].uses):
+                self._changed.wait(POLL_S)
+            model = self._models.pop(name, None)
+        if model is not None:
+            model.pool.close()
+
     def close(self) -> None:
         """Close all models after the calls of other threads end; no other is opened from now on."""
         with self._changed:

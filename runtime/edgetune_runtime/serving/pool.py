@@ -102,6 +102,22 @@ class Pool:
         """Check an adapter's file and load it."""
         self.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
 
+    def unload(self, name: str) -> None:
+        """Free an adapter that no call uses."""
+        self.first.engine.unload_adapter(name)
+
+    def drop_adapter(self, name: str) -> None:
+        """Drop all states of an adapter that was removed, in contexts, in the cache and on disk."""
+        for context in [context for context in self.contexts if context.depends_on(name)]:
+            context.acquire()
+            try:
+                # A call that held it until now may have other adapters.
+                if not context.closed and context.depends_on(name):
+                    context.reset()
+            finally:
+                context.release()
+        self.first.shared.forget_adapter(name)
+
     def drop_states(self, owner: str) -> None:
         """Drop the states of an owner, in contexts and in the cache; a closed pool has none."""
         if self._is_closed:
