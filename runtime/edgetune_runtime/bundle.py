@@ -28,7 +28,7 @@ SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
-_LONGEST_MANIFEST = 1 << 26
+LONGEST_MANIFEST = 1 << 26
 
 
 T = TypeVar("T")
@@ -183,8 +183,8 @@ def read_manifest(bundle: Path) -> Manifest:
     schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
     """
     path = bundle / MANIFEST_NAME
-    if path.exists() and (not path.is_file() or path.stat().st_size > _LONGEST_MANIFEST):
-        raise VerificationError(f"{path} is no regular file of up to {_LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
+    if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_MANIFEST):
+        raise VerificationError(f"{path} is no regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
