@@ -350,32 +350,41 @@ def _checks(cls: Callable[..., object]) -> Mapping[str, Callable[[Any], bool]]:
 
 
 def _check_of(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints have no type
+    types = _types_of(hint)
+    if types is not None:
+        return lambda value: type(value) in types
     origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return lambda _: True
-    if origin is UnionType:
-        choices = [_check_of(choice) for choice in arguments]
-        return lambda value: any(fits(value) for fits in choices)
     if origin is Mapping:
         keys, values = map(_check_of_all, arguments)
         return lambda value: isinstance(value, dict) and keys(value) and values(value.values())
     if origin is tuple:
         items = _check_of_all(arguments[0])
         return lambda value: isinstance(value, list | tuple) and items(value)
-    types = _types_of(hint)
-    return lambda value: type(value) in types
+    if origin is UnionType:
+        choices = [_check_of(choice) for choice in arguments]
+        return lambda value: any(fits(value) for fits in choices)
+    return lambda _: True
 
 
 def _check_of_all(hint: Any) -> Callable[[Iterable[Any]], bool]:  # noqa: ANN401 - as above
     """Whether all values have a type, without a call per value where it is a plain one."""
-    if hint is Any or get_origin(hint) is not None:
-        fits = _check_of(hint)
-        return lambda values: all(map(fits, values))
-    return lambda values: _types_of(hint).issuperset(map(type, values))
+    types = _types_of(hint)
+    if types is not None:
+        return lambda values: types.issuperset(map(type, values))
+    if hint is Any:
+        return lambda _: True
+    fits = _check_of(hint)
+    return lambda values: all(map(fits, values))
 
 
-def _types_of(hint: type) -> frozenset[type]:
-    return frozenset({int, float} if hint is float else {hint})
+def _types_of(hint: Any) -> frozenset[type] | None:  # noqa: ANN401 - as above
+    """The types that values may have, if they may have any value of these types."""
+    if hint is Any or get_origin(hint) not in (None, UnionType):
+        return None
+    if get_origin(hint) is None:
+        return frozenset({int, float} if hint is float else {hint})
+    choices = [_types_of(choice) for choice in get_args(hint)]
+    return None if None in choices else frozenset().union(*filter(None, choices))
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:

@@ -28,7 +28,8 @@ class EngineCost:
     `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights
     that were rearranged. `scores_bytes` is per head and token of context in a batch, in addition to the mask.
     `has_tensor_types`: weights have GGUF's tensor types. `f32_adapters`: adapters are f32 in memory, mapped from files
-    that have only f32; without it, they are as in their files.
+    that have only f32; without it, they are as in their files. `module_bytes` is per context and module that a loaded
+    adapter changes, beside the adapter itself.
     """
 
     kv_types: tuple[str, ...]
@@ -40,6 +41,7 @@ class EngineCost:
     maps_embedding: bool = False
     has_tensor_types: bool = False
     f32_adapters: bool = False
+    module_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:

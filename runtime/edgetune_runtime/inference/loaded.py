@@ -333,7 +333,8 @@ class LoadedBundle:
         draft = files[entry.draft].bytes if entry.draft is not None else 0
         if engine not in engines.names_with_needs():
             return files[entry.files[engine]].bytes + draft
-        return adapter_size(self.manifest, entry, engine).file_bytes + draft
+        size = adapter_size(self.manifest, entry, engine)
+        return size.file_bytes + draft + self.contexts * size.modules * engines.load_needs(engine).COST.module_bytes
 
     def _file_of(self, entry: AdapterEntry) -> str:
         return file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
