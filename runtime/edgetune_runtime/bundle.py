@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, first_of, printable
 
 from .errors import IncompatibleError, NotFoundError, VerificationError
+from .type_checks import type_check
 
 MANIFEST_NAME = "manifest.json"
 STATES_FOLDER = "states"
@@ -167,7 +167,7 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry:
         """The adapter called `name`; NotFoundError lists the adapters of the bundle."""
         if name not in self.adapters:
-            names = ", ".join(self.adapters) or "none"
+            names = first_of([*self.adapters], 20, ", ") or "none"
             raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {names}")
         return self.adapters[name]
 
@@ -346,45 +346,7 @@ def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
 @cache
 def _checks(cls: Callable[..., object]) -> Mapping[str, Callable[[Any], bool]]:
     """For each field of a dataclass, whether a value has its type; made once, as a manifest may have 1,000 adapters."""
-    return {name: _check_of(hint) for name, hint in get_type_hints(cls).items()}
-
-
-def _check_of(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints have no type
-    types = _types_of(hint)
-    if types is not None:
-        return lambda value: type(value) in types
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Mapping:
-        keys, values = map(_check_of_all, arguments)
-        return lambda value: isinstance(value, dict) and keys(value) and values(value.values())
-    if origin is tuple:
-        items = _check_of_all(arguments[0])
-        return lambda value: isinstance(value, list | tuple) and items(value)
-    if origin is UnionType:
-        choices = [_check_of(choice) for choice in arguments]
-        return lambda value: any(fits(value) for fits in choices)
-    return lambda _: True
-
-
-def _check_of_all(hint: Any) -> Callable[[Iterable[Any]], bool]:  # noqa: ANN401 - as above
-    """Whether all values have a type, without a call per value where it is a plain one."""
-    types = _types_of(hint)
-    if types is not None:
-        return lambda values: types.issuperset(map(type, values))
-    if hint is Any:
-        return lambda _: True
-    fits = _check_of(hint)
-    return lambda values: all(map(fits, values))
-
-
-def _types_of(hint: Any) -> frozenset[type] | None:  # noqa: ANN401 - as above
-    """The types that values may have, if they may have any value of these types."""
-    if hint is Any or get_origin(hint) not in (None, UnionType):
-        return None
-    if get_origin(hint) is None:
-        return frozenset({int, float} if hint is float else {hint})
-    choices = [_types_of(choice) for choice in get_args(hint)]
-    return None if None in choices else frozenset().union(*filter(None, choices))
+    return {name: type_check(hint) for name, hint in get_type_hints(cls).items()}
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:

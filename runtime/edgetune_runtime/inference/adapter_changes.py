@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from edgetune_runtime.bundle import Manifest, NewAdapter, files_of, read_manifest, verify_files, without_adapter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.wording import first_of
 
 from .loaded import LoadedBundle
 from .opening_options import file_of
@@ -30,7 +31,7 @@ class AdapterChanges(NamedTuple):
 def chosen_adapter(manifest: Manifest, folder: Path, name: str | None) -> NewAdapter:
     """The adapter of a bundle with this name, or its only one; UsageError if it has others too."""
     if name is None and len(manifest.adapters) != 1:
-        names = ", ".join(manifest.adapters) or "none"
+        names = first_of([*manifest.adapters], 20, ", ") or "none"
         raise UsageError(f"bundle {folder} has {len(manifest.adapters)} adapters", f"name one of: {names}")
     entry = manifest.adapter(name or next(iter(manifest.adapters)))
     return NewAdapter(entry, {file: manifest.files[file] for file in files_of(manifest, entry)}, folder)

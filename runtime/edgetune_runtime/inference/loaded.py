@@ -130,8 +130,11 @@ class LoadedBundle:
         state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer. A `raw` prompt
         is a text that is not rendered. Where `check` raises Stopped meanwhile, the call does nothing but say so.
         """
-        begin, (pool, active) = time.perf_counter(), self.pool(adapter)
-        entries, capacity = self._entries(self.scales(adapter)), self.capacity(active)
+        begin = time.perf_counter()
+        # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
+        entries = self._entries(self.scales(adapter))
+        pool, active = self.pool(adapter)
+        capacity = self.capacity(active)
         first = next(iter(entries.values()), None)
         own = None if first is None else first.system
         system = carried.system if carried is not None else own
@@ -172,8 +175,8 @@ class LoadedBundle:
     @contextmanager
     def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
         """Lease a context for tokens that are no call's, with these adapters loaded, and their scales."""
-        pool, active = self.pool(adapter)
         entries = self._entries(self.scales(adapter))
+        pool, active = self.pool(adapter)
         with self.adapters.lease(pool, PromptJob(tokens, pool.spans(active, tokens)), entries) as context:
             yield context, active
 
@@ -233,7 +236,9 @@ class LoadedBundle:
         it.
         """
         before = self.manifest
-        self.manifest = without_adapter(before, name)
+        others = without_adapter(before, name)
+        # Running calls may still read the adapter's files.
+        self.manifest = replace(others, files=before.files)
         try:
             self.adapters.remove(name)
         except UsageError:
@@ -244,6 +249,7 @@ class LoadedBundle:
             self._running.drop_adapter(name)
         for known in (self._merged_pools, self._outputs, self._drafts, self._folders):
             known.pop(name, None)
+        self.manifest = others
 
     def load(self, entry: AdapterEntry) -> None:
         """Load an adapter ahead of the calls that use it; a merged one is loaded by the first of them."""

@@ -163,9 +163,10 @@ class Runtime:
             what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
             raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
         if classifier is not None:
-            ((name, scale),) = scales.items()
+            (name,) = scales
             entry = self.manifest.adapter(name)
             with self._loaded.adapters.use({name: entry}, Holder()):
+                scale = self._loaded.scales(adapter)[name]
                 return most_likely(labels, classifier.scores(prompt, labels, entry, scale))
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
