@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +113,7 @@ class OnnxEngine:
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._is_fork = False
+        self._engines: WeakSet[OnnxEngine] = WeakSet()
         self._new_sequence()
 
     @property
@@ -134,8 +136,10 @@ class OnnxEngine:
         self._prefix: str | None = None
         self._begin = 0
         self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
+        self._binding = _Binding(None, {})
         self._length = 0
         self._last: Logits | None = None
+        self._engines.add(self)
         self.activate({})
 
     @property
@@ -174,8 +178,22 @@ class OnnxEngine:
         else:
             check_adapter_arrays(arrays, self._slots, name)
         self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
-        # Making a binding takes a millisecond or two, so make it before the first switch.
-        self._binding_of({name: 1.0})
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine`."""
+        self._adapters.pop(name, None)
+        self._prefixes.pop(name, None)
+        for engine in list(self._engines):
+            engine._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Drop the bindings of an adapter, and the sequence if the adapter is its prefix."""
+        for key in [key for key in list(self._bindings) if name in dict(key)]:
+            if self._bindings.pop(key, None) is self._binding:
+                self._binding = self._binding_of({})
+        if self._prefix == name:
+            self._prefix, self._last = None, None
+            self._begin = self._length = 0
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """See `Engine`."""

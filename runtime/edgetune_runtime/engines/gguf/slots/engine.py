@@ -36,6 +36,10 @@ class SlotBatch:
         """Let sequences have the adapter in a file with this checked header, if it fits in a slot."""
         self._sequences.add(name, path, adapter)
 
+    def remove(self, name: str) -> None:
+        """Forget an adapter that no call uses."""
+        self._sequences.remove(name)
+
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """See `Batch`."""
         return self._sequences.can_hold(adapters)
@@ -104,6 +108,10 @@ class SlotEngine:
     ) -> None:
         """See `Engine`."""
         self._first.load_adapter(name, path, fingerprint, invocation)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine`."""
+        self._first.unload_adapter(name)
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """See `Engine`; fills a slot if none has these adapters."""

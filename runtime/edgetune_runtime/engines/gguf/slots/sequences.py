@@ -102,6 +102,11 @@ class SlotSequences:
             self._ranks[name] = rank
             self.pool.add(name, path)
 
+    def remove(self, name: str) -> None:
+        """Forget an adapter that no call uses."""
+        if self._ranks.pop(name, None) is not None:
+            self.pool.remove(name)
+
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """Whether a slot can have the sum of these adapters."""
         active = [name for name, scale in adapters.items() if scale]
