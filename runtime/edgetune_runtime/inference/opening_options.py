@@ -66,8 +66,9 @@ class RuntimeOptions(TypedDict, total=False):
     malloc is not changed.
 
     With `drafts` (default: True), tokens are drafted from the adapter's draft table and from the prompt, and verified
-    several per step (speculative decoding). This changes no answer, except that rounding may decide a near tie
-    differently.
+    several per step (speculative decoding). With onnx, with llama.cpp's llamafile kernels (LLAMAFILE among the
+    features that `edgetune-run doctor` prints) and with k-quants, rounding may then decide a near tie between two
+    tokens differently; else this changes no answer.
 
     With `preflight` (default: True), a bundle that was not opened before on this machine is first opened in a child
     process, with limits of memory and time and, on Linux, without network: a crash of native code is then a
