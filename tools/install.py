@@ -42,6 +42,8 @@ LLAMA_SETTINGS = {
     "cmake.source-dir": "vendor/llama.cpp",
     "wheel.install-dir": "llama_cpp",
     "cmake.define.BUILD_SHARED_LIBS": "ON",
+    # See docs/explanation/decoding.md: with them, drafts change answers.
+    "cmake.define.GGML_LLAMAFILE": "OFF",
     "cmake.define.LLAMA_BUILD_COMMON": "OFF",
     "cmake.define.LLAMA_BUILD_APP": "OFF",
     "cmake.define.CMAKE_INSTALL_LIBDIR": "lib",

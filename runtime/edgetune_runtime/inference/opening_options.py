@@ -80,8 +80,9 @@ class RuntimeOptions(TypedDict, total=False):
     malloc is not changed.
 
     With `drafts` (default: True), tokens are drafted from the adapter's draft table and from the prompt, and verified
-    several per step (speculative decoding). This changes no answer, except that rounding may decide a near tie
-    differently.
+    several per step (speculative decoding). With onnx, with llama.cpp's llamafile kernels (LLAMAFILE among the
+    features that `edgetune-run doctor` prints) and with k-quants, rounding may then decide a near tie between two
+    tokens differently; else this changes no answer.
 
     With `learn_drafts` "memory" or "disk" (default: "off"), the last answer to each prompt is kept, up to 4 MB in all,
     and drafts the next answer to the same prompt. With "disk" they are also saved in `cache_folder`, about every hour
