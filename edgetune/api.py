@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
 """A recipe, its keys and values, or the path of a recipe file."""
 ENGINES = ("local", "ray")
-"""Where the trials of a comparison can run."""
+"""Where the trainings of a build and the trials of a comparison can run."""
 AnyRows = Any
 """A file, a hub id, or rows: a list or iterator of mappings, a pandas DataFrame or a datasets.Dataset."""
 
@@ -50,6 +50,8 @@ def build(
     on_progress: OnProgress | None = None,
     resume: bool = True,
     *,
+    into: str | Path | None = None,
+    engine: str = "local",
     converter: str | Path | None = None,
 ) -> Build:
     """Train the adapters of a recipe, export them with their base, compare with the trained model, and pack a bundle.
@@ -58,6 +60,12 @@ def build(
     interrupted, or whose process died, resumes from there; with `resume=False` it starts again. `converter` is a
     llama.cpp checkout to convert the base with, by default one that pip downloads.
 
+    `into` takes the place of `out`: a bundle on the same base, to which the adapters of the recipe are added. Adapters
+    of the same names are replaced; the files of all others, and of the base, stay as they are.
+
+    `engine` is where adapters are trained: local, or ray for a Ray cluster, whose nodes share the folders of the
+    recipe, its data and the bundle.
+
     Raises KeyboardInterrupt for Ctrl-C, after the training was saved; EdgetuneError if the recipe, its base or its rows
     cannot be built, if another build uses `<out>.work`, and if an exported file does not match the trained model. `out`
     is then unchanged.
@@ -65,10 +73,21 @@ def build(
     from .building import pipeline  # noqa: PLC0415 - torch
 
     loaded = _recipe(recipe)
-    folder = loaded.default_out if out is None else Path(out)
+    _check_engine(engine)
+    if into is not None and out is not None:
+        raise UsageError("into and out are two bundles", "give one of them")
+    folder = Path(into or out or loaded.default_out)
     with _interruptible():
         progress, checkout = Progress(on_progress), None if converter is None else Path(converter)
-        return pipeline.build(loaded, folder, progress=progress, converter=checkout, resume=resume)
+        return pipeline.build(
+            loaded,
+            folder,
+            progress=progress,
+            converter=checkout,
+            resume=resume,
+            into=into is not None,
+            on_cluster=engine == "ray",
+        )
 
 
 def export(
@@ -197,9 +216,13 @@ def _source(name: str, data: AnyRows) -> str | Rows:
     return os.fspath(data) if isinstance(data, str | os.PathLike) else Rows.of(name, data)
 
 
-def _runner(engine: str) -> Run:
+def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
+
+
+def _runner(engine: str) -> Run:
+    _check_engine(engine)
     if engine == "ray":
         from .comparison.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
 

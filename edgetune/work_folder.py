@@ -42,8 +42,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what an earlier build left in the folder."""
-    for path in folder.iterdir():
+    """Delete what an earlier build left in the folder, if it exists."""
+    for path in folder.glob("*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != _LOCK:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from edgetune_runtime.tools.prompts import prompt_tokens
 
 from edgetune import bases, methods
 from edgetune.bases import Base, trained_context_length
+from edgetune.planning.adapters import plan_export
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec, DataSpec, MethodSpec
+from edgetune.shipping.existing import ExistingBundle
 from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from edgetune.shipping.ship import ship
 from edgetune.targets import shapes_in
@@ -32,11 +36,14 @@ from edgetune.work_folder import clear, locked, work_folder
 from . import builders
 from .builders import Builder
 from .builders.plan import plan_build, with_download
+from .into import check_slots, others_of, with_settings
+from .on_cluster import train_on_cluster
 from .result import Build
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
 CALIBRATION_ROWS = 16
-# Prompts for the parity check of adapters trained elsewhere, which come without rows.
+# The data of adapters trained elsewhere, which come without rows: prompts for the parity check.
+BUILT_IN = "built-in"
 PROBES = (
     "Turn off the lamp in the hall, please.",
     "What is the weather like in Lisbon tomorrow morning?",
@@ -46,40 +53,69 @@ PROBES = (
 
 
 def build(
-    recipe: Recipe, out: Path, *, progress: Progress, converter: Path | None = None, resume: bool = True
+    recipe: Recipe,
+    out: Path,
+    *,
+    progress: Progress,
+    converter: Path | None = None,
+    resume: bool = True,
+    into: bool = False,
+    on_cluster: bool = False,
 ) -> Build:
     """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
 
-    A stopped build resumes, unless `resume` is False. With several processes under a launcher, all train and the first
+    A stopped build resumes, unless `resume` is False. With `into`, the adapters are added to the bundle `out`; with
+    `on_cluster`, they are trained on a Ray cluster. With several processes under a launcher, all train and the first
     one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
     """
     state = processes()
     if not state.is_main_process:
         progress = Progress(quiet=True)
+    existing, others = None, None
+    if into:
+        existing = ExistingBundle.read(out, recipe.adapters)
+        recipe, others = with_settings(recipe, existing), others_of(existing)
     check_destination(out)
-    planned = plan_build(recipe, out)
+    planned = plan_build(recipe, out, others)
     if planned.plan.source is None:
         with state.main_process_first():
-            planned = with_download(planned, recipe, out)
+            planned = with_download(planned, out)
+    if existing is not None:
+        check_slots(planned.plan, existing)
     _say_plan(planned.plan, progress)
     work = work_folder(out)
     with locked(work) if state.is_main_process else nullcontext():
         with state.main_process_first():
             if state.is_main_process and not resume:
-                clear(work)
-        return _built(planned, out, progress, converter)
+                # Another build of the bundle may resume the trainings of its other adapters.
+                for folder in [work] if existing is None else [work / "train" / name for name in recipe.adapters]:
+                    clear(folder)
+        return _built(planned, out, progress, converter, existing, on_cluster=on_cluster)
 
 
-def _built(planned: PlannedBuild, out: Path, progress: Progress, converter: Path | None) -> Build:
+def _built(
+    planned: PlannedBuild,
+    out: Path,
+    progress: Progress,
+    converter: Path | None,
+    existing: ExistingBundle | None,
+    *,
+    on_cluster: bool,
+) -> Build:
     builder, work = builders.load(planned.plan.recipe.task), work_folder(out)
-    prepared = builder.prepare(planned, work, progress, converter)
-    base, items = prepared.base, {item.plan.name: item for item in prepared.adapters}
+    base = builder.base_to_train(planned, work, progress, converter)
+    if existing is not None:
+        existing.check_base(base.name, base.fingerprint)
+    prepared = builder.prepare(planned, base, work, progress)
+    items = {item.plan.name: item for item in prepared.adapters}
+    if on_cluster:
+        train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
     if not processes().is_main_process:
         return Build(out)
     adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
-    spec = _spec_of(prepared, builder)
+    spec = replace(_spec_of(prepared, builder), existing=existing)
     manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
     figures = {
         name: {
@@ -166,18 +202,16 @@ def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
 
 def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | None, *, merged: bool) -> AdapterPlan:
     """The plan of an adapter that was trained elsewhere."""
-    method = methods.of_folder(folder)
-    options = method.options()
-    shapes = shapes_in(targets, method.name, options, merged=merged)
-    dtypes = {target: backends.format_of(target).adapter_dtypes[0] for target in targets}
-    return AdapterPlan(name, method.name, options, shapes, dtypes, system=system, merged=merged)
+    method, data = MethodSpec.model_validate(methods.of_folder(folder).name), DataSpec(train=BUILT_IN)
+    spec = AdapterSpec(data=data, method=method, system=system or None, merged=merged)
+    return plan_export(name, spec, shapes_in(targets, method.name, method.options, merged=merged))
 
 
 def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAdapter:
     """The adapter in a folder saved by PEFT, with built-in prompts for the parity check."""
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        rows = [prompt_tokens(tokenizer, messages_for(probe, plan.system)) for probe in PROBES]
-    asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]
+        rows = [prompt_tokens(tokenizer, messages_for(probe, plan.spec.system)) for probe in PROBES]
+    asked = [TaskRow(BUILT_IN, messages=tuple(messages_for(probe, None))) for probe in PROBES]
     return TrainedAdapter(plan, folder, rows, [len(row) for row in rows], golden_rows=asked)
 
 

@@ -31,7 +31,7 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     """
     task_types.load(recipe.task).check_offers("trial", "--trial")
     if planned.plan.source is None:
-        planned = with_download(planned, recipe, out)
+        planned = with_download(planned, out)
     builder, plan = builders.load(recipe.task), planned.plan
     work = work_folder(out)
     with locked(work):

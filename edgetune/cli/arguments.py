@@ -34,6 +34,9 @@ AsJson = Annotated[bool, output_option("--json", help="Print JSON as the last li
 Quiet = Annotated[bool, output_option("--quiet", help="Print no progress.")]
 Out = Annotated[Path | None, output_option(metavar="OUT", help="The bundle's folder (default: build/NAME).")]
 Engine = Annotated[str | None, engine_option(metavar="NAME", help="gguf or onnx (default: the bundle's first format).")]
+RunsOn = Annotated[
+    str, engine_option("--engine", metavar="NAME", help="Where to train: local, or ray for a Ray cluster.")
+]
 ContextLength = Annotated[
     int | None, engine_option(metavar="N", min=1, help="Context length in tokens (default: the bundle's).")
 ]

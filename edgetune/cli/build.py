@@ -20,6 +20,7 @@ from .arguments import (
     AsJson,
     Out,
     Quiet,
+    RunsOn,
     Settings,
     Targets,
     base_option,
@@ -63,6 +64,10 @@ def build(
     ],
     *,
     out: Out = None,
+    into: Annotated[
+        Path | None,
+        output_option(metavar="BUNDLE", help="Add the adapters to this bundle, or replace those of the same names."),
+    ] = None,
     as_json: AsJson = False,
     settings: Settings = None,
     base: Annotated[str | None, base_option(metavar="BASE", help="Override the recipe's base.")] = None,
@@ -72,6 +77,7 @@ def build(
     epochs: Annotated[float | None, recipe_option(metavar="N", help="Epochs, for all adapters.")] = None,
     seed: Annotated[int | None, recipe_option(metavar="N", help="Seed, for all adapters.")] = None,
     converter: Converter = None,
+    engine: RunsOn = "local",
     quiet: Quiet = False,
 ) -> None:
     """Train the adapters of a recipe and pack a bundle.
@@ -79,10 +85,14 @@ def build(
     Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
     build resumes where it stopped. For data files (.jsonl, .csv, .tsv), the recipe that `edgetune init --data` would
     write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
+    With --into, the base and the other adapters of the bundle stay as they are.
     """
     from edgetune.progress import Progress
+    from edgetune.proposal.files import is_data
     from edgetune.proposal.writing import recipe_to_build
 
+    if into is not None and any(map(is_data, recipe)):
+        raise UsageError("--into needs a recipe", "write one for these files with `edgetune init --data FILE`")
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.
     overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
@@ -91,7 +101,7 @@ def build(
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
     path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
     loaded = _load(path, overrides | settings_of(settings), training)
-    result = edgetune.build(loaded, out, shown_unless(quiet), converter=converter)
+    result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)
     if result.figures:
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):

@@ -15,10 +15,10 @@ from .arguments import (
     AsJson,
     Quiet,
     RecipePath,
+    RunsOn,
     Settings,
     Targets,
     data_option,
-    engine_option,
     names_of,
     output_option,
     print_json,
@@ -45,9 +45,7 @@ def compare(
         str | None, data_option(metavar="FILE", help="Rows to score on (default: the task's validation rows).")
     ] = None,
     rows: Annotated[int, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
-    engine: Annotated[
-        str, engine_option(metavar="NAME", help="Where trials run: local, or ray for a Ray cluster.")
-    ] = "local",
+    engine: RunsOn = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -18,6 +18,7 @@ from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.evaluation import spread
 from edgetune.failure import fail
+from edgetune.module_process import end_with_parent
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
@@ -26,7 +27,6 @@ from edgetune.tasks.task import read_task
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial
 from .measure import BundleMeasurement, TorchMeasurement
-from .process import end_with_parent
 
 
 def run(trial: Trial, progress: Progress) -> TrialResult:

@@ -41,6 +41,7 @@ from .parts import (
 )
 from .problems import Document, Loc, explain, override, read_document, value_at
 from .rows import plain_recipe
+from .task_files import FROM, with_task_files
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -82,7 +83,9 @@ class Recipe(RecipePart):
     domain: DomainSpec | None = None
     """Continued pretraining of the base on your own text, before the adapters are trained."""
     adapters: dict[Name, AdapterSpec] = Field(min_length=1)
-    """The tasks, one adapter each, by name (a-z, 0-9, _ and -)."""
+    """The tasks, one adapter each, by name (a-z, 0-9, _ and -). `from` adds the adapters of files: a pattern, such as
+    tasks/*.yaml, or a list of patterns. Such a file has the keys of one adapter; its name is that of the file, or the
+    key `name`, and its paths are relative to the file."""
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -215,6 +218,7 @@ def _task_of(info: ValidationInfo) -> str:
 
 
 def _validated(document: Document, folder: Path, settings: Mapping[str, Any]) -> Recipe:
+    document = with_task_files(document, folder)
     values = copy.deepcopy(document.values)
     problems = [problem for key, value in settings.items() if (problem := override(values, key, value, _model_at))]
     try:
@@ -233,6 +237,10 @@ def json_schema() -> dict[str, Any]:
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
+    adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
+    ((name, adapter),) = adapters["patternProperties"].items()
+    adapters["patternProperties"] = {name.replace("^", f"^(?!{FROM}$)", 1): adapter}
+    adapters["properties"] = {FROM: {"anyOf": [pattern, {"type": "array", "items": pattern}, adapter]}}
     return schema
 
 

@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
@@ -35,7 +36,7 @@ from edgetune.methods.lora import LoraOptions
 from edgetune.task_types import TaskType
 
 from .output import OutputOption
-from .problems import other_names, shown
+from .problems import FileMapping, other_names, shown
 from .rows import Rows
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -293,6 +294,20 @@ class AdapterSpec(RecipePart):
         if twice:
             raise ValueError(f"{', '.join(map(repr, twice))} appears twice; keep one")
         return labels
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _paths_from_its_file(
+        cls, value: object, read: ModelWrapValidatorHandler[AdapterSpec], info: ValidationInfo
+    ) -> AdapterSpec:
+        if not isinstance(value, FileMapping) or info.context is None:
+            return read(value)
+        outer = info.context["folder"]
+        info.context["folder"] = value.folder
+        try:
+            return read(value)
+        finally:
+            info.context["folder"] = outer
 
     @model_validator(mode="after")
     def _auto_stays_apart(self) -> AdapterSpec:

@@ -29,6 +29,8 @@ ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
 MAX_SHOWN = 60
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES, MOST_VALUES = 250_000, 50, 100, 100_000
 """Of a recipe."""
+NAME = "name"
+"""The key of an adapter's name in a file of its own."""
 RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
 """Former keys and what they are called now."""
 PLAIN = {
@@ -57,13 +59,25 @@ PLAIN = {
 }
 
 
+class FileMapping(dict[str, Any]):
+    """A mapping that is a file of its own, at whose folder its relative paths start."""
+
+    def __init__(self, values: Mapping[str, Any], folder: Path) -> None:
+        super().__init__(values)
+        self.folder = folder
+
+
 @dataclass(frozen=True)
 class Document:
-    """A recipe as plain values; for a YAML file, `lines` has the line of each key and list item, counted from 1."""
+    """A recipe as plain values; for a YAML file, `lines` has the line of each key and list item, counted from 1.
+
+    `parts` are the files that some of its values come from, by the path of the value.
+    """
 
     values: dict[str, Any]
     path: Path | None = None
     lines: Mapping[Loc, int] = field(default_factory=dict)
+    parts: Mapping[Loc, Document] = field(default_factory=dict)
 
     def line(self, loc: Loc) -> int:
         """The line of `loc`, or of its nearest parent that is in the file."""
@@ -75,9 +89,16 @@ class Document:
         """The beginning of a message about a line."""
         return "recipe: " if self.path is None else f"{self.path}:{line}: "
 
+    def part_of(self, loc: Loc) -> tuple[int, Document, Loc]:
+        """The file that `loc` is in, with its number, and the path of the value in that file."""
+        for number, (start, part) in enumerate(self.parts.items(), 1):
+            if loc[: len(start)] == start:
+                return number, part, loc[len(start) :]
+        return 0, self, loc
 
-def read_document(path: Path) -> Document:
-    """Read a YAML file that contains one mapping.
+
+def read_document(path: Path, what: str = "recipe") -> Document:
+    """Read a YAML file that contains one mapping, which messages call `what`.
 
     Raises NotFoundError if the file is missing, and UsageError with file and line if it is something else.
     """
@@ -102,8 +123,8 @@ def read_document(path: Path) -> Document:
     except RecursionError as error:
         raise UsageError(f"{path} is nested too deeply", "see the template of `edgetune init`") from error
     if not isinstance(root, dict):
-        what = "is empty" if root is None else "is not a mapping of keys to values"
-        raise UsageError(f"{path}:1: the recipe {what}", "see the template of `edgetune init`")
+        problem = "is empty" if root is None else "is not a mapping of keys to values"
+        raise UsageError(f"{path}:1: the {what} {problem}", "see the template of `edgetune init`")
     return Document(values, path, lines)
 
 
@@ -147,11 +168,15 @@ def explain(
     lines = []
     for loc, what in found.items():
         flag = next((key for key in flags if loc[: len(key)] == key), None)
-        line = 0 if flag is not None else document.line(loc)
-        place = flags[flag] if flag is not None else document.place(line)
-        name = "" if loc == flag else f"{'.'.join(map(str, loc))}: "
-        lines.append((line, f"{place}{name}{what}"))
-    return [text for _, text in sorted(lines, key=lambda line: line[0])]
+        if flag is not None:
+            name = "" if loc == flag else f"{'.'.join(map(str, loc))}: "
+            lines.append((0, 0, f"{flags[flag]}{name}{what}"))
+            continue
+        number, part, inside = document.part_of(loc)
+        line = part.line(inside or (NAME,))
+        name = f"{'.'.join(map(str, inside))}: " if inside else ""
+        lines.append((number, line, f"{part.place(line)}{name}{what}"))
+    return [text for *_, text in sorted(lines, key=lambda line: line[:2])]
 
 
 def _suggested_key(name: str, known: Sequence[str]) -> str:

@@ -59,9 +59,12 @@ class Builder(ABC, Generic[B]):
     def jobs(self, plan: BuildPlan, tasks: Sequence[Task], base: B, progress: Progress) -> list[PreparedAdapter]:
         """A training job per task, tokenized for the base; reports rows that are too long."""
 
-    def prepare(self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Prepared[B]:
-        """Everything before the training of the adapters; intermediate files are in `work`."""
-        base = self.make_base(planned.plan, work, progress, converter)
+    def base_to_train(self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> B:
+        """The base that the adapters are trained on; intermediate files are in `work`."""
+        return self.make_base(planned.plan, work, progress, converter)
+
+    def prepare(self, planned: PlannedBuild, base: B, work: Path, progress: Progress) -> Prepared[B]:
+        """Everything else before the training of the adapters; `base` is that of `base_to_train`."""
         return Prepared(base, planned.plan, self.jobs(planned.plan, planned.tasks, base, progress))
 
     @abstractmethod

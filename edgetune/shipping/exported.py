@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from edgetune.training.job import TrainingJob, TrainResult
 
+    from .existing import ExistingBundle
+
 Figures = Mapping[str, float]
 """Parity by figure, such as `kl` and `top1`, as in the manifest."""
 
@@ -52,7 +54,8 @@ B = TypeVar("B", bound=BuildBase)
 class BundleSpec:
     """The bundle to write: its name, its defaults, its formats, and the recipe and the plan that it stores.
 
-    `calibration` are token rows of the tasks, which a format may quantize the base with.
+    `calibration` are token rows of the tasks, which a format may quantize the base with. `existing` is the bundle that
+    the adapters are added to, if there is one.
     """
 
     name: str
@@ -66,6 +69,7 @@ class BundleSpec:
     warms: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
+    existing: ExistingBundle | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class PreparedAdapter:
             prompt_lengths=prompt_lengths,
             texts=texts,
             draft=self.draft,
-            golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.golden else (),
+            golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.spec.golden else (),
             training={**self.figures(result), "history": result.curve()},
         )
 
@@ -143,7 +147,7 @@ class TrainedAdapter:
 
     def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
         """The trained checkpoint with its base in float32."""
-        return methods.Checkpoint(self.name, self.folder, base, self.plan.options, self.plan.scale)
+        return methods.Checkpoint(self.name, self.folder, base, self.plan.options, self.plan.spec.scale)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ def ship(
     backends and pack. On an error nothing is written to `out`.
     """
     shutil.rmtree(work, ignore_errors=True)
+    existing = spec.existing
+    if existing is not None:
+        existing.stage(work)
     # Training has just freed the base; do not keep it in memory while the next copy loads.
     _give_back(base)
     model = builder.load_for_export(base, spec, work / "intermediate", progress)
@@ -75,7 +78,7 @@ def ship(
     stage.source = replace(source, model=None)
     del model, source
     _give_back(base)
-    between = builder.compare_formats(adapters, exports, progress)
+    between = builder.compare_formats(adapters, exports, progress) if existing is None else {}
     types = {export.backend: export.values_by_type for export in exports}
     manifest = manifest_of(
         spec,
@@ -84,6 +87,8 @@ def ship(
         stage.packages(),
         task=builder.task,
     )
+    if existing is not None:
+        manifest = existing.with_adapters(manifest)
     pack(work, out, manifest, partial(_complete, adapters=adapters, spec=spec, progress=progress))
     shutil.rmtree(work, ignore_errors=True)
     return read_manifest(out)
@@ -124,7 +129,10 @@ class _Stage:
         backend = self.backends[target]
         shapes = {adapter.name: adapter.plan.shapes[target] for adapter in self.adapters}
         beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
-        base = backend.write_base(self.source, self.work / "base", list(beside.values()))
+        if self.spec.existing is None:
+            base = backend.write_base(self.source, self.work / "base", list(beside.values()))
+        else:
+            base = self.work / self.spec.existing.manifest.base.files[target]
         written = {}
         for adapter in self.adapters:
             if shapes[adapter.name] == Merged.shape:
@@ -174,7 +182,7 @@ class _Stage:
         backend = self.backends[target]
         source = source_of_merged(self.source, self.spec.merged_quantization)
         weight_type = backend.weight_type(source)
-        if not adapter.plan.merged or source is not self.source:
+        if not adapter.plan.spec.merged or source is not self.source:
             what = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"
             self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
@@ -195,6 +203,8 @@ def _complete(
     bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter], spec: BundleSpec, progress: Progress
 ) -> Manifest:
     """Add what the runtime computes from a bundle's files (golden answers, states), and the model card."""
+    if spec.existing is not None:
+        spec.existing.check_unchanged(manifest)
     manifest = with_golden(bundle, manifest, adapters, progress)
     if spec.ships_states:
         _make_states(bundle, manifest.base.files, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,28 +15,33 @@ from edgetune.planning.build import plan_bundle, plan_data
 from edgetune.planning.needs import room_for
 from edgetune.planning.records import PlannedBuild
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
 from edgetune.tasks.task import Texts, read_task, read_texts
 from edgetune.training.precision import check_precision
 
 from . import load
 
 
-def plan_build(recipe: Recipe, out: Path | None = None) -> PlannedBuild:
+def plan_build(
+    recipe: Recipe, out: Path | None = None, others: Mapping[str, AdapterSpec] | None = None
+) -> PlannedBuild:
     """Read the header of the recipe's base and all rows of its data, and plan the build of the bundle `out`.
 
-    `out` is by default `recipe.default_out`. A base that must be downloaded first is planned as far as it is known
-    without it. Raises one error for all problems, with the exit code of the first.
+    `out` is by default `recipe.default_out`; `others` are adapters that are in it already. A base that
+    must be downloaded first is planned as far as it is known without it. Raises one error for all problems, with the
+    exit code of the first.
     """
     builder, problems = load(recipe.task), list[EdgetuneError]()
+    whole = recipe.model_copy(update={"adapters": {**(others or {}), **recipe.adapters}})
     source: BaseSource | None = None
     texts: Texts | None = None
     with _collected(problems):
         source = builder.find(recipe)
     with _collected(problems):
-        shapes = builder.shapes(recipe)
+        shapes = builder.shapes(whole)
     with _collected(problems):
         if not problems:
-            plan = plan_bundle(recipe, source, shapes)
+            plan = plan_bundle(whole, source, shapes)
     with _collected(problems):
         check_precision(recipe, _device)
     with _collected(problems):
@@ -51,9 +56,9 @@ def plan_build(recipe: Recipe, out: Path | None = None) -> PlannedBuild:
     return PlannedBuild(plan_data(plan, tasks, outputs, texts, room_for(out or recipe.default_out)), tasks, texts)
 
 
-def with_download(planned: PlannedBuild, recipe: Recipe, out: Path) -> PlannedBuild:
-    """The plan of `recipe` with its base, which is downloaded if necessary."""
-    adapters = planned.plan.adapters
+def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:
+    """The plan with the base, which is downloaded if necessary."""
+    recipe, adapters = planned.plan.recipe, planned.plan.adapters
     shapes = {name: adapter.shapes for name, adapter in adapters.items()}
     outputs = {name: adapter.output for name, adapter in adapters.items()}
     plan = plan_bundle(recipe, load(recipe.task).find(recipe, download=True), shapes)

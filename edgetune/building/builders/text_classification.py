@@ -25,7 +25,6 @@ from edgetune.shipping.exported import (
     BundleSpec,
     ExportedFormat,
     ParityReport,
-    Prepared,
     PreparedAdapter,
     TrainedAdapter,
 )
@@ -72,16 +71,16 @@ class TextClassification(Builder[EncoderBase]):
 
         return training_jobs(plan, tasks, base, progress)
 
-    def prepare(
+    def base_to_train(
         self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None
-    ) -> Prepared[EncoderBase]:
+    ) -> EncoderBase:
         """First raises UsageError for a task with fewer than two labels."""
         for task in planned.tasks:
             if len(task.labels) < 2:
                 labels = ", ".join(map(repr, task.labels)) or "none"
                 message = f"adapter {task.name!r} needs rows of at least 2 labels to tell apart, there is: {labels}"
                 raise UsageError(message, "give rows of text and label")
-        return super().prepare(planned, work, progress, converter)
+        return super().base_to_train(planned, work, progress, converter)
 
     def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
         """The adapter trained in `work`, with rows for the parity check."""

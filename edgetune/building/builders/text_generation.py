@@ -73,11 +73,17 @@ class TextGeneration(Builder[Base]):
 
         return training_jobs(plan, tasks, base, progress)
 
-    def prepare(self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Prepared[Base]:
-        """Also runs continued pretraining, makes draft tables, and chooses target modules."""
+    def base_to_train(self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Base:
+        """The base after continued pretraining, if the recipe has a domain."""
+        from edgetune.building.decoder.prepare import base_to_train  # noqa: PLC0415 - torch
+
+        return base_to_train(planned, work, progress, converter)
+
+    def prepare(self, planned: PlannedBuild, base: Base, work: Path, progress: Progress) -> Prepared[Base]:
+        """Also makes draft tables, and chooses target modules."""
         from edgetune.building.decoder.prepare import prepare  # noqa: PLC0415 - torch
 
-        return prepare(planned, work, progress, converter)
+        return prepare(planned, base, work, progress)
 
     def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
         """The adapter trained in `work`, with rows and texts for the parity check."""

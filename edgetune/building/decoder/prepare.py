@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
 
@@ -19,6 +18,7 @@ from edgetune.building.outputs.drafts import draft_of
 from edgetune.building.outputs.resolve import write_inferred
 from edgetune.building.placement import choose as placement
 from edgetune.digests import key_of
+from edgetune.methods import MethodOptions
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.adapters import with_options
@@ -34,21 +34,27 @@ from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
 
-def prepare(planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Prepared[Base]:
-    """Everything before the training of the adapters; intermediate files are in `work`.
+def base_to_train(planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Base:
+    """The base of the adapters, after continued pretraining if there is any; intermediate files are in `work`.
 
     Errors show as early as possible: if the board cannot run the bundle, or rows cannot be learned.
     """
     plan = planned.plan
     with processes().main_process_first():
         base = make_base(plan, work, progress, converter)
-    for name, spec in plan.recipe.adapters.items():
-        if spec.output is not None and spec.output.is_auto:
-            write_inferred(name, plan.adapters[name].output, work / "output", progress)
-    if planned.texts is not None:
-        # Report errors in the adapters' rows before hours of training.
-        training_jobs(plan, planned.tasks, base, Progress(quiet=True))
-        base = _continued(plan.recipe, planned.texts, base, work, progress)
+    if planned.texts is None:
+        return base
+    # Report errors in the adapters' rows before hours of training.
+    training_jobs(plan, planned.tasks, base, Progress(quiet=True))
+    return _continued(plan.recipe, planned.texts, base, work, progress)
+
+
+def prepare(planned: PlannedBuild, base: Base, work: Path, progress: Progress) -> Prepared[Base]:
+    """Everything else before the training of the adapters; intermediate files are in `work`."""
+    plan = planned.plan
+    for task in planned.tasks:
+        if task.spec.output is not None and task.spec.output.is_auto:
+            write_inferred(task.name, plan.adapters[task.name].output, work / "output", progress)
     with closing(GgufTokenizer(base.path)) as tokenizer:
         adapters = [_job(plan, task, base, tokenizer, progress) for task in planned.tasks]
         adapters = [_with_draft(item, base, tokenizer, plan.recipe.targets[0], progress) for item in adapters]
@@ -82,7 +88,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         where = ", ".join(too_long.examples)
         progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
     rows = (*train, *validation)
-    planned = replace(planned, options=method.prepared(planned.options, tokenizer, rows))
+    planned = _with_options(planned, method.prepared(planned.options, tokenizer, rows), plan)
     job = TrainingJob(
         task.name,
         method,
@@ -114,17 +120,22 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
     choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
-    planned = with_options(item.plan, chosen, BaseShape.of_header(base.header), recipe.format_options)
+    planned = _with_options(item.plan, chosen, plan)
     key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
+
+
+def _with_options(planned: AdapterPlan, options: MethodOptions, plan: BuildPlan) -> AdapterPlan:
+    assert planned.trained is not None
+    return with_options(planned, options, planned.trained.base, plan.recipe.format_options)
 
 
 def _with_draft(
     item: PreparedAdapter, base: Base, tokenizer: GgufTokenizer, target: str, progress: Progress
 ) -> PreparedAdapter:
     """The same with a draft table, if the recipe asks for one and it makes decoding faster."""
-    if not item.plan.drafts:
+    if not item.plan.spec.draft:
         return item
     digest = digest_of_tokenizer(base.header)
     table, worth = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)

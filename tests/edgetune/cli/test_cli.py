@@ -438,6 +438,18 @@ def test_epochs_hold_for_adapters_that_set_their_own(run: Run, recipe: Path, tmp
     assert (code, json.loads(out)["adapters"]["tone"]["steps"]) == (0, 2)
 
 
+def test_into_adds_an_adapter_to_a_bundle(built: Built, run: Run, recipe: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(built[0], tmp_path / "home"))
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("  tone:", "  mood:"), encoding="utf-8")
+    code, out, _ = run("build", recipe, "--into", home, "--quiet", "--json")
+    assert (code, json.loads(out)["bundle"], list(json.loads(out)["adapters"])) == (0, str(home), ["reply", "mood"])
+    assert run("build", recipe, "--into", home, "--out", tmp_path / "other")[0] == 2
+    assert_is_one_error(
+        run("build", tmp_path / "tone.jsonl", "--into", home), 2, "--into needs a recipe; write one for"
+    )
+    assert_is_one_error(run("build", recipe, "--into", tmp_path / "none"), 3, "none is not a bundle")
+
+
 def test_export_bundles_peft_folders_without_training(
     built: Built, run: Run, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -291,7 +291,7 @@ def test_ctrl_c_ends_the_trial_that_runs_and_the_command(request_of: Callable[..
 
 
 def test_a_trial_ends_when_its_parent_is_gone() -> None:
-    trial = "import time; from edgetune.comparison.process import end_with_parent; end_with_parent(); time.sleep(60)"
+    trial = "import time; from edgetune.module_process import end_with_parent; end_with_parent(); time.sleep(60)"
     ended = subprocess.run([sys.executable, "-c", trial], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     assert ended.returncode == -signal.SIGINT
     assert b"KeyboardInterrupt" in ended.stderr

@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 import struct
 from collections import ChainMap, OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from weakref import WeakSet
 
 import numpy as np
 
 from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
+    BatchSizes,
     Logits,
     StepStopped,
     check_context_length,
@@ -44,6 +44,7 @@ from edgetune_runtime.threads.machine import threads_for
 
 from . import NAME
 from .arrays import Arrays, sum_of_adapters
+from .batch import OnnxBatch
 from .config import read_config
 from .ort import graph_error, library, open_session, run_binding, run_options
 from .rows import Binding, Rows, RowStep
@@ -82,6 +83,7 @@ class OnnxEngine:
         batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
+        batching: BatchSizes | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         check_kv(NAME, kv)
@@ -103,20 +105,29 @@ class OnnxEngine:
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._is_fork = False
-        self._shared_rows: WeakSet[Rows] = WeakSet()
-        self._new_sequence(1)
+        self.batch: OnnxBatch | None = None
+        if batching is not None:
+            self.batch = OnnxBatch(self, self._new_rows(batching.sequences))
+        self._new_sequence(self._new_rows(1), 0)
 
-    def fork(self, streams: int = 1) -> OnnxEngine:
-        """See `Engine`: another engine with its own sequence, on the same session and adapters."""
+    def fork(self) -> OnnxEngine:
+        """Another engine with its own sequence, on the same session and adapters."""
+        return self.in_row(self._new_rows(1), 0)
+
+    def in_row(self, rows: Rows, row: int) -> OnnxEngine:
+        """Another engine, with its sequence in a row of several."""
         other = copy(self)
-        other._is_fork = True
-        other._new_sequence(streams)
+        other._is_fork, other.batch = True, None
+        other._new_sequence(rows, row)
         return other
 
-    def _new_sequence(self, streams: int) -> None:
-        """Make or find the buffers of a sequence, and the bindings that point to them."""
-        self._rows, self._row = self._take_row(streams)
-        self._buffers = self._rows.buffers(self._row)
+    def _new_rows(self, count: int) -> Rows:
+        return Rows(self._session, count, self.context_length, self._head_size)
+
+    def _new_sequence(self, rows: Rows, row: int) -> None:
+        """Begin a sequence in a row, with bindings that point to its buffers."""
+        self._rows, self._row = rows, row
+        self._buffers = rows.buffers(row)
         self._mask = np.ones(self.context_length, np.int64)
         self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
         self._options = run_options()
@@ -126,17 +137,6 @@ class OnnxEngine:
         self._length = 0
         self._last: Logits | None = None
         self.activate({})
-
-    def _take_row(self, streams: int) -> tuple[Rows, int]:
-        """A row without a sequence among the rows of so many streams."""
-        for rows in self._shared_rows:
-            if rows.count == streams and (row := rows.take()) is not None:
-                return rows, row
-        rows = Rows(self._session, streams, self.context_length, self._head_size)
-        self._shared_rows.add(rows)
-        row = rows.take()
-        assert row is not None
-        return rows, row
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -225,16 +225,18 @@ class OnnxEngine:
         self._last = logits[-1].copy()
         return logits
 
-    def step_key(self, tokens: int) -> Hashable | None:
-        """See `Engine`: neighbours in a batch have one token each, as GroupQueryAttention allows no more."""
-        stacks = tokens == 1 < self._rows.count and not any(map(is_tensor, self._binding.tensors))
-        return self._rows if stacks else None
+    def can_stack(self, adapters: Mapping[str, float]) -> bool:
+        """Whether a sequence with these loaded adapters can share steps: if they have no scaling and no bottleneck."""
+        return not any(is_tensor(slot) for name in adapters for slot in self._adapters.get(name, ()))
 
-    def decode_together(self, steps: Sequence[tuple[OnnxEngine, Sequence[int]]]) -> list[Logits]:
-        """See `Engine`; sequences that are not next to each other are decoded in several steps."""
-        for engine, tokens in steps:
-            check_tokens_fit(tokens, engine._length, self.context_length, self._vocab_size)
-        rows = [RowStep(engine._row, token, engine._length, engine._binding.tensors) for engine, (token,) in steps]
+    def decode_together(self, steps: Sequence[tuple[OnnxEngine, int]]) -> list[Logits]:
+        """Append a token to each of these sequences, whose rows are in the same buffers; logits after it, [1, vocab].
+
+        An exception leaves all sequences as they were.
+        """
+        for engine, token in steps:
+            check_tokens_fit([token], engine._length, self.context_length, self._vocab_size)
+        rows = [RowStep(engine._row, token, engine._length, engine._binding.tensors) for engine, token in steps]
         self._options.terminate = False
         logits = self._rows.decode(rows, self._vocab_size, self._options)
         for engine, _ in steps:
@@ -299,6 +301,8 @@ class OnnxEngine:
         if not self._is_fork:
             self.tokenizer.close()
         self._rows.release(self._row)
+        del self._rows
+        self.batch = None
         self._length, self._last = 0, None
         # A binding keeps the session, and with it the mapped weights.
         self._bindings.clear()

@@ -2,7 +2,8 @@
 
 Each row of such a step has its own adapter: low-rank factors are stacked to [rows, in, rank] and [rows, rank, out],
 with zeros where an adapter has a lower rank, and the products of the graph become batched ones. A batched product
-computes each row as a step of that sequence alone does, so the results are the same bit for bit.
+computes each row as a step of that sequence alone does. So do the products with the base's weights on processors with
+AVX-512, but not on those with AVX2 only.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Rows:
         self.count = count
         self._session = session
         self._buffers = _buffers(session, count, context_length, head_size)
-        self._free = list(range(count))
+        self._free = set(range(count))
         self._stack = _Stack(count)
         self._bindings: dict[tuple[int, int, bool], Binding] = {}
         self._lock = Lock()
@@ -63,16 +64,19 @@ class Rows:
     def take(self) -> int | None:
         """The first row without a sequence; None if there is none."""
         with self._lock:
-            return self._free.pop(0) if self._free else None
+            row = min(self._free, default=None)
+            if row is not None:
+                self._free.remove(row)
+            return row
 
     def release(self, row: int) -> None:
-        """Give a row back; the last one frees everything."""
+        """Give a row back; the last one also frees what was made for common steps."""
         with self._lock:
-            self._free = sorted([*self._free, row])
+            self._free.add(row)
             if len(self._free) == self.count:
                 # A binding keeps the session, and with it the mapped weights.
-                self._session, self._bindings, self._buffers, self._free = None, {}, {}, []
-                self._stack = _Stack(0)
+                self._bindings.clear()
+                self._stack = _Stack(self.count)
 
     def buffers(self, row: int) -> Buffers:
         """The buffers [heads, context, head size] of a row."""

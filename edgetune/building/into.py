@@ -1,0 +1,127 @@
+"""Fits a recipe to the bundle that its adapters are added to: the bundle's settings, and checks before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from edgetune_export import backends
+from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_runtime.bundle import Manifest, sha256_of
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from pydantic import ValidationError
+
+from edgetune import bases
+from edgetune.planning.records import AdapterPlan, BuildPlan
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec, TrainingSpec
+from edgetune.shipping.existing import ExistingBundle
+
+# Settings of a recipe that a bundle has once for all its adapters, besides those that its manifest has elsewhere.
+_SETTINGS = ("merged_quantization", "states", "onnx", "device")
+
+
+def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
+    """The recipe with the settings of the bundle; its adapters keep their training options.
+
+    UsageError for each setting of the recipe that is another one, and for a domain.
+    """
+    settings, own = _settings_of(existing.manifest), recipe.model_dump(mode="json")
+    problems = [
+        f"{key} is {_shown(own[key])}, but {existing.folder} has {_shown(value)}; remove it from the recipe"
+        for key, value in settings.items()
+        if key in recipe.model_fields_set and own[key] is not None and _ordered(own[key]) != _ordered(value)
+    ]
+    if recipe.domain is not None:
+        remedy = f"{existing.base_remedy}leave out domain"
+        problems.append(f"domain would train the base of {existing.folder} again; {remedy}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    if _is_shipped(recipe, existing.manifest):
+        settings["quantization"] = None
+    specs = {}
+    for name, spec in recipe.adapters.items():
+        # The bundle's recipe has other options for all adapters.
+        training = TrainingSpec.model_validate(recipe.training.under(spec.training).model_dump())
+        specs[name] = spec.model_copy(update={"training": training})
+    onnx = type(recipe.onnx).model_validate(settings.get("onnx", recipe.onnx))
+    typed = {"targets": tuple(settings["targets"]), "onnx": onnx, "adapters": specs}
+    return recipe.model_copy(update=settings | typed)
+
+
+def others_of(existing: ExistingBundle) -> dict[str, AdapterSpec]:
+    """What the bundle's recipe has of the adapters that stay; adapters trained elsewhere are not in it."""
+    stored = existing.manifest.recipe.get("adapters", {})
+    try:
+        return {
+            name: AdapterSpec.model_validate(stored[name])
+            for name in existing.manifest.adapters
+            if name in stored and name not in existing.added
+        }
+    except ValidationError as error:
+        message = f"{existing.folder} has a recipe that this version cannot read: {error.errors()[0]['msg']}"
+        raise VerificationError(message, "build all adapters again") from error
+
+
+def check_slots(plan: BuildPlan, existing: ExistingBundle) -> None:
+    """IncompatibleError for a low-rank adapter that a base in the bundle has no place for, found before its training.
+
+    A graph has inputs only for the modules of the adapters that it was written for.
+    """
+    with TemporaryDirectory() as folder:
+        for name in existing.added:
+            adapter = plan.adapters[name]
+            if adapter.trained is None or plan.recipe.adapters[name].method.is_auto:
+                continue
+            for target, shape in adapter.shapes.items():
+                if shape == LowRank.shape:
+                    _write_empty(adapter, target, existing, Path(folder))
+
+
+def _write_empty(adapter: AdapterPlan, target: str, existing: ExistingBundle, folder: Path) -> None:
+    """Write an adapter of the planned modules that changes nothing."""
+    assert adapter.trained is not None
+    modules = {
+        module.name: Delta(np.zeros((1, module.columns), np.float32), np.zeros((module.rows, 1), np.float32))
+        for module in adapter.trained.modules
+    }
+    manifest = existing.manifest
+    backend = backends.load(target, manifest.task)
+    base = existing.folder / manifest.base.files[target]
+    out, dtype = folder / backend.ADAPTER_FILE, adapter.dtypes[target]
+    empty = LowRank(adapter.name, adapter.method, modules)
+    try:
+        backend.write_adapter(empty, base, out, dtype=dtype, base_fingerprint=manifest.base.fingerprint)
+    except IncompatibleError as error:
+        remedy = "choose target_modules of the bundle's adapters, or build all adapters together with --out"
+        raise IncompatibleError(f"{existing.folder}: {error.message}", remedy) from error
+
+
+def _settings_of(manifest: Manifest) -> dict[str, Any]:
+    """What the bundle has of a recipe's settings, as JSON values."""
+    base = manifest.base
+    return {
+        "task": manifest.task,
+        "targets": list(base.files),
+        "quantization": base.quantization if base.is_decoder else None,
+        "context_length": manifest.context_length,
+        "threads": manifest.threads,
+        **{key: manifest.recipe[key] for key in _SETTINGS if key in manifest.recipe},
+    }
+
+
+def _is_shipped(recipe: Recipe, manifest: Manifest) -> bool:
+    """Whether the recipe's base is the file that the bundle was made from, quantized already."""
+    if not bases.is_gguf(recipe.base):
+        return False
+    return sha256_of(bases.locate(recipe.base, recipe.folder)) == manifest.base.fingerprint
+
+
+def _ordered(value: Any) -> Any:  # noqa: ANN401 - JSON values
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401 - JSON values
+    return f"[{', '.join(value)}]" if isinstance(value, list) else "none" if value is None else str(value)

@@ -1,0 +1,82 @@
+"""Trains the adapters of a build on a Ray cluster, each as a task in the work folder, which all nodes share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import EdgetuneError
+
+from edgetune.cluster import ClusterTask, connected
+from edgetune.planning.records import BuildPlan
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.saved import save_recipe
+from edgetune.shipping.exported import BuildBase, Prepared
+from edgetune.training.job import finished
+
+MODULE = "edgetune.building.node"
+"""The module that trains an adapter in the folder of its request."""
+REQUEST_FILE = "request.json"
+
+
+@dataclass(frozen=True)
+class AdapterRequest:
+    """An adapter to train on a node: the recipe's file, the work folder, and the key of the training job.
+
+    The key shows whether the node reads the same base and rows as the head.
+    """
+
+    recipe: str
+    name: str
+    work: str
+    key: str
+
+    def write(self, folder: Path) -> Path:
+        """Write the request into its folder; returns the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REQUEST_FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        return folder
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterRequest:
+        """The request in a folder."""
+        return cls(**json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8")))
+
+
+def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) -> None:
+    """Train the adapters that are not trained yet; the result of each is in `work`, as of a training on this machine.
+
+    Raises IncompatibleError if no node can train one, and EdgetuneError with a line for each training that failed,
+    after the others have ended.
+    """
+    jobs = [item.job for item in prepared.adapters]
+    left = [job for job in jobs if finished(work / "train" / job.name, job.key) is None]
+    if not left:
+        return
+    folder = work.absolute() / "cluster"
+    recipe = save_recipe(_recipe_of_nodes(prepared.plan, prepared.base, work), folder)
+    failures = []
+    with connected() as cluster:
+        cpus, gpus = (1, 1) if cluster.has_gpus else (cluster.cpus_each(len(left)), 0)
+        needs = prepared.plan.needs
+        memory_mb = 0.0 if needs is None else needs.needs.training_mb
+        tasks = []
+        for job in left:
+            request = AdapterRequest(str(recipe.absolute()), job.name, str(work.absolute()), job.key)
+            tasks.append(ClusterTask(job.name, MODULE, request.write(folder / job.name), cpus, gpus, memory_mb))
+        reserved = "1 GPU" if gpus else f"{cpus} cores"
+        progress.say(f"training {len(tasks)} adapters on the cluster, each with {reserved}")
+        for name, reason in cluster.run(tasks, progress):
+            progress.say(f"{name}: {reason or 'trained'}")
+            failures += [f"adapter {name!r} was not trained: {reason}"] if reason else []
+    if failures:
+        raise EdgetuneError("\n".join(failures))
+
+
+def _recipe_of_nodes(plan: BuildPlan, base: BuildBase, work: Path) -> Recipe:
+    """The recipe with everything that was chosen, and with the base that was made in the work folder."""
+    made = {"base": str(base.path.absolute()), "quantization": None, "domain": None}
+    return plan.recipe.model_copy(update=made if base.path.is_relative_to(work) else {})

@@ -1,0 +1,72 @@
+"""Adapters by pattern: reads the files that `adapters: {from: tasks/*.yaml}` names, one adapter each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import UsageError
+
+from .problems import NAME, Document, FileMapping, Loc, Plain, read_document, shown
+
+FROM = "from"
+"""The key of the patterns among the adapters."""
+
+
+def with_task_files(document: Document, folder: Path) -> Document:
+    """The recipe with the adapters of the files that it names by patterns, which are relative to `folder`.
+
+    Raises UsageError with all problems, one per line: patterns that match nothing, files that are not one mapping, and
+    names that are used twice.
+    """
+    adapters = document.values.get("adapters")
+    if not isinstance(adapters, dict) or FROM not in adapters or isinstance(adapters[FROM], dict):
+        return document
+    place = document.place(document.line(("adapters", FROM)))
+    files, problems = _matching(adapters[FROM], folder, place)
+    found: dict[str, Any] = {name: spec for name, spec in adapters.items() if name != FROM}
+    parts: dict[Loc, Document] = {}
+    for path in files:
+        try:
+            part = read_document(path, "adapter")
+        except UsageError as error:
+            problems.append(str(error))
+            continue
+        name = part.values.pop(NAME, path.stem)
+        line = part.place(part.line((NAME,)))
+        if not isinstance(name, str):
+            problems.append(f"{line}name: {shown(name)} is not a string; put it in quotes")
+        elif name in found:
+            other = parts[loc].path if (loc := ("adapters", name)) in parts else document.path or "the recipe"
+            problems.append(f"{line}{other} has an adapter {name!r} too; set another name")
+        else:
+            found[name], parts["adapters", name] = FileMapping(part.values, path.parent), part
+    if problems:
+        raise UsageError("\n".join(problems))
+    return replace(document, values={**document.values, "adapters": found}, parts=parts)
+
+
+def _matching(patterns: Plain, folder: Path, place: str) -> tuple[list[Path], list[str]]:
+    """The files that match, by pattern and then by name, each once; and the problems of the patterns."""
+    texts = patterns if isinstance(patterns, list) else [patterns]
+    files, problems = dict[Path, None](), []
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            problems.append(f"{place}adapters.from: {shown(text)} is not a pattern; write one such as tasks/*.yaml")
+            continue
+        matching = dict.fromkeys(_files(text, folder))
+        if not matching:
+            problems.append(f"{place}adapters.from: no file matches {shown(text)}; patterns are relative to the recipe")
+        files |= matching
+    return list(files), problems
+
+
+def _files(pattern: str, folder: Path) -> Iterator[Path]:
+    path = Path(pattern).expanduser()
+    root, relative = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (folder, path)
+    try:
+        yield from sorted(found for found in root.glob(str(relative)) if found.is_file())
+    except (ValueError, RuntimeError):  # no pattern, or a loop of links
+        return

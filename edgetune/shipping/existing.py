@@ -1,0 +1,96 @@
+"""An existing bundle that a build adds adapters to: its files that stay, and the manifest with the new adapters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_export.pack import check_destination
+from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+
+# What a plan predicts for the adapters together.
+_OF_ALL_ADAPTERS = ("board", "needs")
+
+
+@dataclass(frozen=True)
+class ExistingBundle:
+    """The bundle in `folder` with its manifest before the build, which adds or replaces the adapters `added`."""
+
+    folder: Path
+    manifest: Manifest
+    added: frozenset[str]
+
+    @classmethod
+    def read(cls, folder: Path, added: Iterable[str]) -> ExistingBundle:
+        """Read a bundle and check its files.
+
+        Raises NotFoundError if there is none, VerificationError if a file is damaged, UsageError if the folder has
+        files of someone else.
+        """
+        manifest = read_manifest(folder)
+        check_destination(folder)
+        verify_files(folder, manifest)
+        return cls(folder, manifest, frozenset(added))
+
+    @property
+    def kept_files(self) -> list[str]:
+        """The files that stay: the base, and the other adapters. Shipped states are computed again."""
+        replaced = tuple(f"adapters/{name}/" for name in self.added)
+        return [
+            name for name in self.manifest.files
+            if name.startswith(("base/", "adapters/")) and not name.startswith(replaced)
+        ]  # fmt: skip
+
+    def check_base(self, name: str, fingerprint: str) -> None:
+        """IncompatibleError if the base `name` of a build is not the bundle's."""
+        expected = self.manifest.base.fingerprint
+        if fingerprint == expected:
+            return
+        message = f"base {name!r} has sha256 {fingerprint[:12]}…, that of {self.folder} {expected[:12]}…"
+        raise IncompatibleError(message, f"{self.base_remedy}build another bundle with --out")
+
+    @property
+    def base_remedy(self) -> str:
+        """How a recipe names the base of the bundle; empty if it has no file that a recipe can name."""
+        file = next((name for name in self.manifest.base.files.values() if name.endswith(".gguf")), None)
+        return "" if file is None else f"set base: {self.folder / file}, or "
+
+    def stage(self, work: Path) -> None:
+        """Put the files that stay into `work`, as links where the file system has them."""
+        for name in self.kept_files:
+            target = work / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(self.folder / name, target)
+            except OSError:
+                shutil.copyfile(self.folder / name, target)
+
+    def with_adapters(self, new: Manifest) -> Manifest:
+        """The manifest `new` of the adapters that were added, with the base and the other adapters of this bundle."""
+        old = self.manifest
+        return replace(
+            new,
+            name=old.name,
+            base=old.base,
+            adapters={**old.adapters, **new.adapters},
+            recipe=self._joined(old.recipe, new.recipe),
+            plan={**self._joined(old.plan, new.plan), **{key: new.plan[key] for key in _OF_ALL_ADAPTERS}},
+        )
+
+    def _joined(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        """The recipe or the plan of the bundle, with the adapters that were added; `new` where it has none."""
+        kept = {name: item for name, item in old.get("adapters", {}).items() if name in self.manifest.adapters}
+        added = {name: item for name, item in new["adapters"].items() if name in self.added}
+        return {**new, **old, "adapters": {**kept, **added}}
+
+    def check_unchanged(self, packed: Manifest) -> None:
+        """VerificationError if a file that stays is another one in `packed`, or the bundle was changed meanwhile."""
+        before = {name: self.manifest.files[name] for name in self.kept_files}
+        if read_manifest(self.folder) != self.manifest or any(packed.files[name] != before[name] for name in before):
+            message = f"{self.folder} was changed while adapters were built for it"
+            raise VerificationError(message, "run the same command again")

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import read_manifest, sha256_of, verify_files
+from edgetune_runtime.errors import EdgetuneError, VerificationError
+from edgetune_runtime.inference import golden
+from recipes import adapter_of, lights, make_recipe
+from trainings import QUIET, Listening, modified
+
+from edgetune.building.pipeline import build, export_trained
+from edgetune.recipe.model import Recipe
+
+LORA = {"name": "lora", "r": 4, "target_modules": ["q_proj", "down_proj"]}
+COMPLETIONS = {"plain": "reply on", "scaled": "set red", "blinds": "close the blind"}
+SETTINGS: dict[str, Any] = {"quantization": "q4_0", "targets": ["gguf", "onnx"], "context_length": 128}
+
+
+def recipe_of(folder: Path, base: Path, *names: str, adapter: Mapping[str, Any] | None = None, **keys: Any) -> Recipe:  # noqa: ANN401 - of the recipe
+    """A recipe of these adapters, each with rows of its own; `adapter` has changes to all of them."""
+    data = {f"{name}.jsonl": lights(completions=(COMPLETIONS[name],)) for name in names}
+    adapters = {name: adapter_of(**{"method": LORA, "train": f"{name}.jsonl", **(adapter or {})}) for name in names}
+    return make_recipe(folder, base, adapters, data=data, **keys)
+
+
+def digests(bundle: Path, *parts: str) -> dict[str, str]:
+    """The sha256 of the files whose paths in the bundle begin with one of `parts`."""
+    files = [path for path in bundle.rglob("*") if path.is_file()]
+    names = {path.relative_to(bundle).as_posix(): path for path in files}
+    return {name: sha256_of(path) for name, path in names.items() if name.startswith(parts)}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of two adapters in two formats, with its work folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    build(recipe_of(folder, tiny_gguf("llama"), "plain", "scaled", **SETTINGS), folder / "home", progress=QUIET)
+    return folder / "home"
+
+
+@pytest.fixture
+def home(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    for name in ("home", "home.work"):
+        shutil.copytree(whole.with_name(name), tmp_path / name)
+    return tmp_path / "home"
+
+
+def test_an_adapter_is_added_and_one_replaced_and_the_others_stay_byte_for_byte(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before, kept = read_manifest(home), digests(home, "base/", "adapters/plain/")
+    recipe = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", "scaled", adapter={"scale": 0.5}, name="more")
+    listening = Listening()
+    built = build(recipe, home, progress=listening, into=True)
+    manifest = read_manifest(home)
+    verify_files(home, manifest)
+    assert list(built.figures) == ["blinds", "scaled"]
+    assert not any(line.startswith(("quantizing", "writing base", "plain")) for line in listening.lines)
+    assert digests(home, "base/", "adapters/plain/") == kept
+    assert (manifest.name, manifest.base, manifest.context_length) == ("home", before.base, 128)
+    assert manifest.adapters["plain"] == before.adapters["plain"]
+    assert list(manifest.adapters) == ["plain", "scaled", "blinds"]
+    assert {name: entry.scale for name, entry in manifest.adapters.items()} == {
+        "plain": 1,
+        "scaled": 0.5,
+        "blinds": 0.5,
+    }
+    assert all(set(entry.golden) == {"gguf", "onnx"} for entry in manifest.adapters.values())
+    assert "blinds" in (home / "README.md").read_text(encoding="utf-8")
+    for engine in ("gguf", "onnx"):
+        with Runtime.open(home, engine=engine) as runtime:
+            assert not any(comparison.is_different for _, comparison in golden.compare(runtime))
+
+
+def test_the_recipe_and_the_plan_in_the_manifest_are_those_of_all_adapters(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before = read_manifest(home)
+    more = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", training={"max_steps": 4})
+    build(more, home, progress=QUIET, into=True)
+    manifest = read_manifest(home)
+    adapters = manifest.recipe["adapters"]
+    assert {key: value for key, value in manifest.recipe.items() if key != "adapters"} == {
+        key: value for key, value in before.recipe.items() if key != "adapters"
+    }
+    assert list(adapters) == ["plain", "scaled", "blinds"]
+    assert (adapters["blinds"]["training"]["max_steps"], manifest.recipe["training"]["max_steps"]) == (4, 6)
+    assert Recipe.model_validate(json.loads(json.dumps(manifest.recipe))).resolved() == manifest.recipe
+    plans = manifest.plan["adapters"]
+    assert {name: plan["rows"]["train"] for name, plan in plans.items()} == {"plain": 8, "scaled": 8, "blinds": 8}
+    assert plans["plain"] == before.plan["adapters"]["plain"]
+    assert manifest.plan["needs"]["bundle_mb"] >= before.plan["needs"]["bundle_mb"]
+
+
+def test_an_interrupted_build_leaves_the_bundle_and_resumes(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before = modified(home)
+    recipe = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", "scaled")
+    for stop in ("blinds: validation loss", "writing onnx", "storing a golden answer"):
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, home, progress=Listening(stop_at=stop), into=True)
+        assert modified(home) == before
+    trained = modified(home.with_name("home.work") / "train")
+    build(recipe, home, progress=QUIET, into=True)
+    assert modified(home.with_name("home.work") / "train") == trained
+    assert list(read_manifest(home).adapters) == ["plain", "scaled", "blinds"]
+
+
+def test_the_base_in_the_bundle_is_enough(home: Path, tmp_path: Path) -> None:
+    shutil.rmtree(home.with_name("home.work"))
+    base = home / read_manifest(home).base.files["gguf"]
+    listening = Listening()
+    build(recipe_of(tmp_path / "more", base, "blinds"), home, progress=listening, into=True)
+    assert not any(line.startswith("quantizing") for line in listening.lines)
+    assert read_manifest(home).base.quantization == read_manifest(home).recipe["quantization"] == "q4_0"
+
+
+def test_all_adapters_count_for_the_board(home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    manifest = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
+    manifest["recipe"]["device"] = "pi-5"
+    (home / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    build(recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds"), home, progress=QUIET, into=True)
+    for fit in read_manifest(home).plan["board"]["fits"]:
+        names = [item["name"] for item in fit["items"]]
+        assert {"adapter plain", "adapter scaled", "adapter blinds"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": "q8_0"}, "quantization is q8_0, but {home} has q4_0; remove it from the recipe"),
+        ({"targets": ["gguf"]}, "targets is [gguf], but {home} has [gguf, onnx]; remove it from the recipe"),
+        ({"context_length": 64}, "context_length is 64, but {home} has 128; remove it from the recipe"),
+        ({"device": "pi-5"}, "device is pi-5, but {home} has none; remove it from the recipe"),
+        (
+            {"domain": {"data": {"train": "a.txt"}}},
+            "domain would train the base of {home} again; set base: {home}/base/llama.q4_0.gguf, or leave out domain",
+        ),
+        ({"base": "qwen3"}, "has sha256 "),
+        (
+            {"adapter": {"method": {"name": "lora", "target_modules": ["o_proj"]}}},
+            "no slot for model.layers.0.self_attn.o_proj",
+        ),
+    ],
+)
+def test_another_setting_is_one_line_before_any_training(
+    changes: dict[str, Any], message: str, home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    before, keys = modified(home), dict(changes)
+    recipe = recipe_of(tmp_path / "more", tiny_gguf(keys.pop("base", "llama")), "blinds", **keys)
+    with pytest.raises(EdgetuneError) as error:
+        build(recipe, home, progress=QUIET, into=True)
+    assert message.format(home=home) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert modified(home) == before
+    assert not (home.with_name("home.work") / "train" / "blinds").exists()
+
+
+def test_a_damaged_bundle_gets_no_new_digests(home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    file = home / read_manifest(home).adapters["plain"].files["gguf"]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(VerificationError, match=r"adapters/plain/adapter\.gguf does not match its digest"):
+        build(recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds"), home, progress=QUIET, into=True)
+
+
+def test_a_bundle_that_changes_during_the_build_is_left_alone(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    class Changing(Listening):
+        def say(self, text: str) -> None:
+            if text == "writing gguf":
+                manifest = (home / "manifest.json").read_text(encoding="utf-8")
+                (home / "manifest.json").write_text(
+                    manifest.replace('"created": "2', '"created": "3'), encoding="utf-8"
+                )
+
+    with pytest.raises(VerificationError, match="home was changed while adapters were built for it; run the same"):
+        build(recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds"), home, progress=Changing(), into=True)
+    assert list(read_manifest(home).adapters) == ["plain", "scaled"]
+
+
+def test_states_are_shipped_for_all_adapters_again(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"adapter": {"system": "play"}, "quantization": "q8_0"}
+    first = recipe_of(tmp_path / "data", tiny_gguf("llama"), "plain", states="ship", **keys)
+    build(first, tmp_path / "home", progress=QUIET)
+    before = len(digests(tmp_path / "home", "states/"))
+    build(
+        recipe_of(tmp_path / "data", tiny_gguf("llama"), "blinds", **keys), tmp_path / "home", progress=QUIET, into=True
+    )
+    verify_files(tmp_path / "home", read_manifest(tmp_path / "home"))
+    assert len(digests(tmp_path / "home", "states/")) == before + 1 > 1
+
+
+def test_an_adapter_joins_those_that_were_trained_elsewhere(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, out = home.with_name("home.work") / "train" / "plain" / "adapter", tmp_path / "exported"
+    export_trained(str(tiny_gguf("llama")), {"theirs": folder}, out, progress=QUIET)
+    recipe = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", threads=None)
+    build(recipe, out, progress=QUIET, into=True)
+    manifest = read_manifest(out)
+    verify_files(out, manifest)
+    assert (list(manifest.adapters), list(manifest.recipe["adapters"])) == (["theirs", "blinds"], ["blinds"])

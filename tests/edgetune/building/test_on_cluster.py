@@ -1,0 +1,213 @@
+"""Builds on a real Ray cluster of this machine: a head without cores, and nodes that can be killed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError
+from recipes import adapter_of, lights, make_recipe
+from trainings import QUIET, Listening, modified
+
+from edgetune.building.pipeline import build
+from edgetune.recipe.model import Recipe
+
+LORA = {"name": "lora", "r": 2}
+NAMES = ("blinds", "lamps")
+# Of a training, but not of its result.
+MEASURED = ("seconds", "tokens_per_s", "peak_memory_mb")
+STORE_BYTES = 80 * 2**20
+
+
+class LocalCluster:
+    """A cluster whose nodes are processes of this machine; this process is connected to its head."""
+
+    def __init__(self, ray: Any) -> None:  # noqa: ANN401 - ray carries no types
+        from ray.cluster_utils import Cluster  # noqa: PLC0415 - an extra
+
+        self.ray = ray
+        self.cluster = Cluster(initialize_head=True, head_node_args=self._sizes(0))
+        ray.init(address=self.cluster.address, log_to_driver=False)
+
+    def add(self, cpus: int = 1, **options: Any) -> Any:  # noqa: ANN401 - as above
+        return self.cluster.add_node(**self._sizes(cpus), **options)
+
+    def occupy(self, node: Any) -> Any:  # noqa: ANN401 - as above
+        """Keep the only core of a node busy; the result can be cancelled."""
+        remote = self.ray.remote(time.sleep).options(num_cpus=1, label_selector={"ray.io/node-id": node.node_id})
+        busy = remote.remote(3600)
+        while self.ray.available_resources().get("CPU", 0) == self.ray.cluster_resources()["CPU"]:
+            time.sleep(0.05)
+        return busy
+
+    def kill(self, node: Any) -> None:  # noqa: ANN401 - as above
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    @contextmanager
+    def node_without(self, folder: Path) -> Iterator[None]:
+        """A node that sees an empty folder there; skips where this user cannot mount one."""
+        start = "from ray.scripts.scripts import main; main()"
+        ray = [sys.executable, "-c", start, "start", "--address", self.cluster.address, "--block", "--num-cpus", "1"]
+        hiding = f"mount -t tmpfs none {folder} && exec {shlex.join(ray)} --object-store-memory {STORE_BYTES}"
+        if os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+            pytest.skip("needs root to hide a folder from a node")
+        before = len(self.ray.nodes())
+        with subprocess.Popen(["unshare", "-m", "sh", "-c", hiding], start_new_session=True) as process:
+            try:
+                while len(self.ray.nodes()) == before:
+                    assert process.poll() is None
+                    time.sleep(0.1)
+                yield
+            finally:
+                os.killpg(process.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        self.ray.shutdown()
+        self.cluster.shutdown()
+
+    def _sizes(self, cpus: int) -> dict[str, Any]:
+        return {"num_cpus": cpus, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    made = LocalCluster(pytest.importorskip("ray"))
+    yield made
+    made.close()
+
+
+def recipe_of(folder: Path, base: Path, names: tuple[str, ...] = NAMES, **keys: Any) -> Recipe:  # noqa: ANN401 - of the recipe
+    data = {f"{name}.jsonl": lights(completions=(f"turn the {name} on",)) for name in names}
+    adapters = {name: adapter_of(LORA, train=f"{name}.jsonl") for name in names}
+    return make_recipe(folder, base, adapters, data=data, **keys)
+
+
+def results(bundle: Path) -> list[AdapterEntry]:
+    """What the manifest of a bundle says of its adapters, without what was measured in training."""
+    entries = read_manifest(bundle).adapters.values()
+    return [
+        replace(entry, training={key: value for key, value in entry.training.items() if key not in MEASURED})
+        for entry in entries
+    ]
+
+
+def weights(bundle: Path) -> dict[str, str]:
+    """The sha256 of the files of the base and the adapters."""
+    files = [path for part in ("base", "adapters") for path in (bundle / part).rglob("*") if path.is_file()]
+    return {path.relative_to(bundle).as_posix(): sha256_of(path) for path in files}
+
+
+def test_the_bundle_is_that_of_a_local_build(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        cluster.add()
+    recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0"), Listening()
+    built = build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
+    assert "training 2 adapters on the cluster, each with 1 cores" in listening.lines
+    assert not any("loading the base" in line for line in listening.lines)
+    local = build(recipe, tmp_path / "local", progress=QUIET)
+    assert weights(tmp_path / "home") == weights(tmp_path / "local")
+    assert results(tmp_path / "home") == results(tmp_path / "local")
+    assert built.losses == local.losses
+    verify_files(tmp_path / "home", read_manifest(tmp_path / "home"))
+    # What is trained already needs no cluster.
+    cluster.close()
+    before = modified(tmp_path / "home.work/train")
+    build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    assert modified(tmp_path / "home.work/train") == before
+
+
+def test_a_training_goes_on_elsewhere_when_its_node_dies(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The node has saved its training at a validation when it is killed; the other node goes on from there."""
+    training = {"max_steps": 300, "epochs": 1000, "evals": 30, "patience": None}
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
+    first, second = cluster.add(), cluster.add()
+    busy = cluster.occupy(second)
+
+    def kill_when_saved() -> None:
+        while not (tmp_path / "home.work/train/lamps/state.pt").exists():
+            time.sleep(0.02)
+        cluster.kill(first)
+        cluster.ray.cancel(busy)
+
+    killing = threading.Thread(target=kill_when_saved)
+    killing.start()
+    listening = Listening()
+    build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
+    killing.join()
+    assert "lamps: its node died; it goes on elsewhere" in listening.lines
+    build(recipe, tmp_path / "local", progress=QUIET)
+    assert weights(tmp_path / "home") == weights(tmp_path / "local")
+    assert results(tmp_path / "home") == results(tmp_path / "local")
+
+
+def test_a_node_of_another_version_is_left_out(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other/edgetune-0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: edgetune\nVersion: 0.1\n", encoding="utf-8")
+    cluster.add(env_vars={"PYTHONPATH": f"{other.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
+    what = rf"is left out: it has edgetune 0\.1; run there: pip install edgetune=={version('edgetune')}"
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    with pytest.raises(IncompatibleError, match=rf"^no node of the cluster can run \w+: node \S+ \(\w+\) {what}$"):
+        build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+
+
+def test_a_node_without_the_data_is_left_out(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path / "data", tiny_gguf("llama"))
+    listening = Listening()
+    with cluster.node_without(tmp_path / "data"):
+        with pytest.raises(IncompatibleError) as error:
+            build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+        assert f"no data file {tmp_path}/data/" in str(error.value)
+        cluster.add()
+        build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
+    (line,) = [line for line in listening.lines if "is left out" in line]
+    assert f"no data file {tmp_path}/data/" in line
+    assert list(read_manifest(tmp_path / "home").adapters) == list(NAMES)
+
+
+def test_a_training_that_fails_is_named_and_the_others_are_kept(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cluster.add()
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    training = recipe.training.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    failing = recipe.adapters["lamps"].model_copy(update={"training": training})
+    broken = recipe.model_copy(update={"adapters": {**recipe.adapters, "lamps": failing}})
+    with pytest.raises(
+        EdgetuneError, match=r"^adapter 'lamps' was not trained: the loss is \w+ at step \d; lower train"
+    ):
+        build(broken, tmp_path / "home", progress=QUIET, on_cluster=True)
+    before = modified(tmp_path / "home.work/train/blinds")
+    build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    assert modified(tmp_path / "home.work/train/blinds") == before
+
+
+def test_a_gpu_is_reserved_where_there_are_some(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cluster.add(2, num_gpus=1)
+    listening = Listening()
+    build(recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1]), tmp_path / "home", progress=listening, on_cluster=True)
+    assert "training 1 adapters on the cluster, each with 1 GPU" in listening.lines
