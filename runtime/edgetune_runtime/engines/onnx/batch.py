@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, Self, cast
 
 import numpy as np
 
@@ -14,14 +14,27 @@ from edgetune_runtime.errors import UsageError
 
 from .rows import Rows
 
-if TYPE_CHECKING:
-    from .engine import OnnxEngine
+
+class RowEngine(Engine, Protocol):
+    """An engine whose sequence can be in a row of several."""
+
+    def can_stack(self, adapters: Mapping[str, float]) -> bool:
+        """Whether a sequence with these loaded adapters can share steps."""
+
+    def in_row(self, rows: Rows, row: int) -> Self:
+        """Another engine, with its sequence in this row."""
+
+    def decode_together(self, steps: Sequence[tuple[Self, int]]) -> list[Logits]:
+        """Append a token to each of these sequences, whose rows are in the same buffers; logits after it, [1, vocab].
+
+        An exception leaves all sequences as they were.
+        """
 
 
 class OnnxBatch:
     """The sequences beside the engine `first`, in these rows; see `Batch`."""
 
-    def __init__(self, first: OnnxEngine, rows: Rows) -> None:
+    def __init__(self, first: RowEngine, rows: Rows) -> None:
         self._first, self._rows = first, rows
 
     @cached_property
@@ -35,7 +48,7 @@ class OnnxBatch:
             alone = [engine.decode([token]) for engine, token in steps]
             return all(self._equals(alone[:count], steps[:count]) for count in range(2, len(steps) + 1))
 
-    def _equals(self, alone: Sequence[Logits], steps: Sequence[tuple[OnnxEngine, int]]) -> bool:
+    def _equals(self, alone: Sequence[Logits], steps: Sequence[tuple[Engine, int]]) -> bool:
         """Whether these first tokens of sequences have the logits `alone` when they are computed together."""
         for engine, _ in steps:
             engine.truncate(0)
@@ -45,7 +58,7 @@ class OnnxBatch:
         """See `Batch`: prefixes too, but neither scalings nor bottlenecks."""
         return self._first.can_stack(adapters)
 
-    def sequence(self) -> OnnxEngine:
+    def sequence(self) -> RowEngine:
         """See `Batch`."""
         row = self._rows.take()
         if row is None:
@@ -58,5 +71,5 @@ class OnnxBatch:
 
     def decode(self, steps: Sequence[tuple[Engine, int]]) -> list[Logits]:
         """See `Batch`; sequences that are not next to each other are decoded in several steps."""
-        own = [(cast("OnnxEngine", engine), token) for engine, token in steps]
+        own = [(cast("RowEngine", engine), token) for engine, token in steps]
         return own[0][0].decode_together(own)

@@ -115,7 +115,7 @@ class OnnxEngine:
         return self.in_row(self._new_rows(1), 0)
 
     def in_row(self, rows: Rows, row: int) -> OnnxEngine:
-        """Another engine, with its sequence in a row of several."""
+        """See `RowEngine`."""
         other = copy(self)
         other._is_fork, other.batch = True, None
         other._new_sequence(rows, row)
@@ -226,14 +226,11 @@ class OnnxEngine:
         return logits
 
     def can_stack(self, adapters: Mapping[str, float]) -> bool:
-        """Whether a sequence with these loaded adapters can share steps: if they have no scaling and no bottleneck."""
+        """See `RowEngine`: if they have no scaling and no bottleneck."""
         return not any(is_tensor(slot) for name in adapters for slot in self._adapters.get(name, ()))
 
     def decode_together(self, steps: Sequence[tuple[OnnxEngine, int]]) -> list[Logits]:
-        """Append a token to each of these sequences, whose rows are in the same buffers; logits after it, [1, vocab].
-
-        An exception leaves all sequences as they were.
-        """
+        """See `RowEngine`."""
         for engine, token in steps:
             check_tokens_fit([token], engine._length, self.context_length, self._vocab_size)
         rows = [RowStep(engine._row, token, engine._length, engine._binding.tensors) for engine, token in steps]
