@@ -64,8 +64,8 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
     running = _load(make, path, options, threads, sizes)
     if running.batch is not None and options.exact and not running.batch.is_exact:
         running.close()
-        message = "shared batches would change last bits of answers, as the base is not quantized"
-        raise IncompatibleError(message, "open it without batching or with exact=False, or quantize the base")
+        message = "shared batches would change last bits of answers with this base on this processor"
+        raise IncompatibleError(message, "open it without batching or with exact=False; with gguf, quantize the base")
     store = None
     if options.disk_mb > 0:
         folder = Path(options.cache_folder or default_folder())

@@ -68,7 +68,7 @@ class RuntimeOptions(TypedDict, total=False):
 
     With `batching` (default: False), calls that run at the same time compute their tokens in one step, whatever their
     adapters: for several callers, mostly where memory limits the speed. It takes a LLaMA-like base with gguf; adapters
-    that are no low-rank ones run beside, as without it. Answers have other last bits than without it.
+    that are no low-rank ones run beside, as without it. With gguf, answers have other last bits than without it.
 
     With gguf, fewer threads than `threads` compute while other processes use the cores; this changes no answer.
     `priority` is the priority of the compute threads, on Linux: normal (the default), low (below the threads of normal
