@@ -202,10 +202,6 @@ class Batch(Protocol):
     One of them at a time may compute. The others may be used meanwhile, and wait.
     """
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether a token has the same logits, bit for bit, in a step of several sequences and in one of its own."""
-
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """Whether a sequence can have these loaded adapters with their scales."""
 

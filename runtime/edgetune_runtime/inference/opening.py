@@ -15,6 +15,7 @@ from typing import TypeVar
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import STATES_FOLDER, Manifest, files_beside, resolve, unchanged, verify_files
 from edgetune_runtime.engines.base import BatchSizes, Engine, EngineClass
+from edgetune_runtime.engines.trial import is_exact
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
@@ -62,7 +63,12 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
         return Classifier(_loaded(plain, threads), threads)
     sizes = _batch_sizes(manifest, options, needed_mb) if options.batching else None
     running = _load(make, path, options, threads, sizes)
-    if running.batch is not None and options.exact and not running.batch.is_exact:
+    if (
+        sizes is not None
+        and running.batch is not None
+        and options.exact
+        and not is_exact(running.batch, sizes.sequences)
+    ):
         running.close()
         message = "shared batches would change last bits of answers with this base on this processor"
         raise IncompatibleError(message, "open it without batching or with exact=False; with gguf, quantize the base")

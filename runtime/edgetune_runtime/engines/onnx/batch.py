@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
-from functools import cached_property
 from typing import Protocol, Self, cast
-
-import numpy as np
 
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError
@@ -36,23 +32,6 @@ class OnnxBatch:
 
     def __init__(self, first: RowEngine, rows: Rows) -> None:
         self._first, self._rows = first, rows
-
-    @cached_property
-    def is_exact(self) -> bool:
-        """See `Batch`; tried out, which takes a few steps, because it depends on onnxruntime's code for the processor.
-
-        Read it before there are sequences.
-        """
-        with ExitStack() as stack:
-            steps = [(stack.enter_context(closing(self.sequence())), token) for token in range(self._rows.count)]
-            alone = [engine.decode([token]) for engine, token in steps]
-            return all(self._equals(alone[:count], steps[:count]) for count in range(2, len(steps) + 1))
-
-    def _equals(self, alone: Sequence[Logits], steps: Sequence[tuple[Engine, int]]) -> bool:
-        """Whether these first tokens of sequences have the logits `alone` when they are computed together."""
-        for engine, _ in steps:
-            engine.truncate(0)
-        return all(map(np.array_equal, alone, np.concatenate(self.decode(steps))))
 
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """See `Batch`: prefixes too, but neither scalings nor bottlenecks."""

@@ -27,11 +27,6 @@ class SlotBatch:
     def __init__(self, first: Engine, sequences: SlotSequences, batch: int) -> None:
         self._first, self._sequences, self._batch = first, sequences, batch
 
-    @property
-    def is_exact(self) -> bool:
-        """See `Batch`; llama.cpp multiplies weights that are not quantized by other code with several tokens."""
-        return self._sequences.is_quantized
-
     def add(self, name: str, path: Path, adapter: GgufHeader) -> None:
         """Let sequences have the adapter in a file with this checked header, if it fits in a slot."""
         self._sequences.add(name, path, adapter)

@@ -21,7 +21,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from .model import MAX_SLOTS, compose
 from .pool import SlotPool
-from .requirements import control_tokens, is_quantized
+from .requirements import control_tokens
 
 OUTPUTS = 32
 """Tokens of a batch that can have logits. llama.cpp keeps a row of them for each."""
@@ -67,7 +67,6 @@ class SlotSequences:
         slots = min(sizes.adapters, len(self._never))
         self._model = compose(path, header, slots, sizes.rank, repack=repack)
         self.pool = SlotPool(self._model, header)
-        self.is_quantized = is_quantized(header)
         self._rank = sizes.rank
         self._ranks: dict[str, int] = {}
         llama = library()
