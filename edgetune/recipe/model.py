@@ -40,6 +40,7 @@ from .parts import (
     TrainingSpec,
 )
 from .problems import Document, Loc, explain, override, read_document, value_at
+from .routing import RouteSpec
 from .rows import plain_recipe
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -83,6 +84,8 @@ class Recipe(RecipePart):
     """Continued pretraining of the base on your own text, before the adapters are trained."""
     adapters: dict[Name, AdapterSpec] = Field(min_length=1)
     """The tasks, one adapter each, by name (a-z, 0-9, _ and -)."""
+    route: RouteSpec | None = None
+    """A router, which chooses the adapter of a prompt (`adapter="auto"`): true, or a mapping of options."""
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -182,6 +185,21 @@ class Recipe(RecipePart):
             raise ValueError("; ".join(problems))
         return adapters
 
+    @field_validator("route", mode="before")
+    @classmethod
+    def _with_defaults(cls, route: object) -> object:
+        return {True: {}, False: None}[route] if isinstance(route, bool) else route
+
+    @field_validator("route")
+    @classmethod
+    def _routes_adapters(cls, route: RouteSpec | None, info: ValidationInfo) -> RouteSpec | None:
+        if route is not None and "adapters" in info.data:
+            generates = _task_of(info) == GENERATION
+            problems = route.problems(str(info.data.get("name")), info.data["adapters"], generates=generates)
+            if problems:
+                raise ValueError("; ".join(problems))
+        return route
+
     @model_validator(mode="after")
     def _keep_folder(self, info: ValidationInfo) -> Recipe:
         self._folder = (info.context or {}).get("folder", Path())
@@ -232,6 +250,7 @@ def json_schema() -> dict[str, Any]:
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
+    schema["properties"]["route"]["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     return schema
 

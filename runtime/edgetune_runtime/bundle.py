@@ -27,6 +27,12 @@ SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
+AUTO = "auto"
+"""In place of an adapter's name: the adapter that the bundle's router chooses."""
+BASE, ERROR = "base", "error"
+"""What can answer a prompt of none of the router's tasks, besides an adapter."""
+GENERATE, CLASSIFY = "generate", "classify"
+"""The kinds of calls that a router tells apart."""
 _LONGEST_MANIFEST = 1 << 26
 
 
@@ -133,6 +139,33 @@ class AdapterEntry:
 
 
 @dataclass(frozen=True)
+class RoutedCall:
+    """How prompts of one kind of call are routed: to one of `adapters`, if it is likely enough.
+
+    A prompt is of none of their tasks if no task has the probability `threshold`. `right` is the share of the
+    validation rows of each adapter that it got, and `none_found` that of prompts of other tasks, and of none, that no
+    adapter got.
+    """
+
+    adapters: tuple[str, ...]
+    threshold: float
+    right: Mapping[str, float]
+    none_found: float
+
+
+@dataclass(frozen=True)
+class RouterEntry:
+    """The router of a bundle: its file, and for each kind of call (`generate`, `classify`) how prompts are routed.
+
+    `below` answers prompts of none of the tasks: `base`, an adapter, or `error`.
+    """
+
+    file: str
+    calls: Mapping[str, RoutedCall]
+    below: str = BASE
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
 
@@ -153,6 +186,7 @@ class Manifest:
     created: str = ""
     task: str = GENERATION
     warms: bool = False
+    router: RouterEntry | None = None
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:
@@ -259,7 +293,8 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
         # Manifests used to have the bytes of these values in f16.
         before = {"kv_values_per_token": entry["kv_bytes_per_token"] // 2} if "kv_bytes_per_token" in entry else {}
         base = _build(BaseEntry, {**before, **entry})
-        return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files})
+        router = None if raw.get("router") is None else _router(raw["router"])
+        return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
@@ -267,6 +302,11 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
 def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
     golden = {backend: _build(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
     return _build(AdapterEntry, {**raw, "golden": golden})
+
+
+def _router(raw: Mapping[str, Any]) -> RouterEntry:
+    calls = {call: _build(RoutedCall, value) for call, value in raw["calls"].items()}
+    return _build(RouterEntry, {**raw, "calls": calls})
 
 
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
@@ -312,6 +352,7 @@ def _check_names(manifest: Manifest, path: Path) -> None:
 def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
     named += [adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None]
+    named += [] if manifest.router is None else [manifest.router.file]
     for name in [*manifest.files, *named]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name:
@@ -328,3 +369,18 @@ def _check_references(manifest: Manifest, path: Path) -> None:
         if adapter.base_fingerprint != manifest.base.fingerprint:
             message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
             raise IncompatibleError(message, "build the bundle again")
+    if manifest.router is not None:
+        _check_router(manifest.router, manifest.adapters, path)
+
+
+def _check_router(router: RouterEntry, adapters: Mapping[str, AdapterEntry], path: Path) -> None:
+    """The router names adapters of the bundle, and leaves no doubt who answers."""
+    calls = router.calls.values()
+    problems = [f"the call {call!r}" for call in router.calls if call not in (GENERATE, CLASSIFY)]
+    problems += [f"the adapter {name!r}" for call in calls for name in call.adapters if name not in adapters]
+    problems += [f"the threshold {call.threshold}" for call in calls if not 0 < call.threshold < 1]
+    problems += [f"below: {router.below!r}"] if router.below not in (BASE, ERROR, *adapters) else []
+    problems += [f"an adapter called {name!r}" for name in (AUTO, BASE, ERROR) if name in adapters]
+    problems += [] if all(call.adapters for call in calls) else ["no adapters to choose from"]
+    if problems:
+        raise VerificationError(f"{path} has a router with {problems[0]}", "build the bundle again")

@@ -13,6 +13,7 @@ from edgetune_runtime.decoding.logprobs import LogprobRecord, TokenLogprob
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.limits import CallLimits, Stopped
+from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
 from edgetune_runtime.serving.merged import MergedPool
@@ -62,7 +63,8 @@ class Answer:
 
     `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
     token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
-    `logprobs` has one entry per token if requested; the end token is not part of the answer.
+    `logprobs` has one entry per token if requested; the end token is not part of the answer. `route` is the choice of
+    the router if the adapter was `auto`.
     """
 
     text: str
@@ -73,6 +75,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     content: str = ""
+    route: Route | None = None
 
     @property
     def message(self) -> dict[str, Any]:
@@ -108,6 +111,7 @@ class Call:
     constraint: Constraint | None = None
     reader: CallReader | None = None
     stopped: str = ""
+    route: Route | None = None
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,7 @@ def _generate(
     except Stopped as stopped:
         timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
         logprobs = None if record is None else ()
-        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs)
+        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs, route=call.route)
 
 
 class _Answering:
@@ -273,7 +277,7 @@ class _Answering:
         content, calls = (text, ()) if self._reader is None else self._reader.read(text)
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
-        return Answer(text, self._count, timings, self._reason, output, logprobs, tool_calls=calls, content=content)
+        return Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
 
     def _step(self) -> list[int]:
         """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""

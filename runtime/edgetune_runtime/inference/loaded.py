@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgetune_runtime.bundle import AdapterEntry, Manifest, resolve, unchanged, verify_files
+from edgetune_runtime.bundle import AUTO, GENERATE, AdapterEntry, Manifest, resolve, unchanged, verify_files
 from edgetune_runtime.decoding.drafts import DraftTable, read_table
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
+from edgetune_runtime.routing.router import Route, Router
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
@@ -35,7 +36,7 @@ from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 _LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
-"""An adapter by name, adapters with their scales, or None for the plain base."""
+"""An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
 
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
@@ -55,6 +56,7 @@ class LoadedBundle:
         self._drafts: dict[str, DraftTable] = {}
         self._outputs: dict[str, OutputSpec] = {}
         self._constraints = Constraints()
+        self.router = Router(bundle, manifest, verify=options.verify)
         self._is_closed = False
         self._fixed = FixedParts()
 
@@ -114,7 +116,9 @@ class LoadedBundle:
         state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer. A `raw` prompt
         is a text that is not rendered. Where `check` raises Stopped meanwhile, the call does nothing but say so.
         """
-        begin, (pool, active) = time.perf_counter(), self.pool(adapter)
+        begin = time.perf_counter()
+        adapter, route = self.routed(prompt, adapter, raw=raw)
+        pool, active = self.pool(adapter)
         first = next(iter(self.scales(adapter)), None)
         own = self._system_of(first)
         system = carried.system if carried is not None else own
@@ -142,14 +146,32 @@ class LoadedBundle:
                 reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:
             job, prepared_s = PromptJob((), ()), time.perf_counter() - begin
-            return Call(pool, job, system, prepared_s, output=output, stopped=stopped.reason)
+            return Call(pool, job, system, prepared_s, output=output, stopped=stopped.reason, route=route)
         spans, kept = pool.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
-        return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
+        return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader, route=route)
+
+    def is_routed(self, adapter: Adapters, call: str = GENERATE) -> bool:
+        """Whether the router chooses the adapter of each prompt; NotFoundError without a router for such calls."""
+        if adapter != AUTO or AUTO in self.manifest.adapters:
+            return False
+        self.router.check(call)
+        return True
+
+    def routed(
+        self, prompt: Prompt, adapter: Adapters, call: str = GENERATE, *, raw: bool = False
+    ) -> tuple[Adapters, Route | None]:
+        """The adapters that answer a prompt, and how the router chose if they are `auto`; errors of `Router.route`."""
+        if not self.is_routed(adapter, call):
+            return adapter, None
+        if raw:
+            raise UsageError("a raw prompt has no message to choose an adapter by", "name one, or leave raw out")
+        route = self.router.route(prompt, call)
+        return route.adapter, route
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.

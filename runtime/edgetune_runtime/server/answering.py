@@ -41,7 +41,9 @@ class Answering:
 
     def __init__(self, runtime: AsyncRuntime, limits: ServerLimits, rewriters: Sequence[Rewriter] = ()) -> None:
         self.runtime, self.limits = runtime, limits
-        self.models = Models(runtime.manifest, runtime.engine, [rewriter.name for rewriter in rewriters])
+        self.models = Models(
+            runtime.manifest, runtime.engine, runtime.runtime.route, [rewriter.name for rewriter in rewriters]
+        )
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
         self.queue = AnswerQueue(runtime.contexts, limits.waiting)
         self.metrics = Metrics(self.queue)
