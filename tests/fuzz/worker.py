@@ -25,6 +25,7 @@ LIBRARIES = {
     "state": ("llama_cpp",),
     "session": ("llama_cpp",),
     "draft": ("llama_cpp",),
+    "router": ("llama_cpp",),
     "onnx": ("onnxruntime", "tokenizers"),
     "tokenizer": ("onnxruntime", "tokenizers"),
     "recipe": ("edgetune.recipe.model",),

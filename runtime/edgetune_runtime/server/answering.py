@@ -41,9 +41,8 @@ class Answering:
 
     def __init__(self, runtime: AsyncRuntime, limits: ServerLimits, rewriters: Sequence[Rewriter] = ()) -> None:
         self.runtime, self.limits = runtime, limits
-        self.models = Models(
-            runtime.manifest, runtime.engine, runtime.runtime.route, [rewriter.name for rewriter in rewriters]
-        )
+        names = [rewriter.name for rewriter in rewriters]
+        self.models = Models(runtime.manifest, runtime.engine, names, runtime.runtime.route)
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
         self.queue = AnswerQueue(runtime.contexts, limits.waiting)
         self.metrics = Metrics(self.queue)

@@ -49,10 +49,14 @@ class Models:
     """
 
     def __init__(
-        self, manifest: Manifest, engine: str, route: Callable[[Prompt], Route], rewriters: Sequence[str] = ()
+        self,
+        manifest: Manifest,
+        engine: str,
+        rewriters: Sequence[str] = (),
+        route: Callable[[Prompt], Route] | None = None,
     ) -> None:
         self._route, router = route, manifest.router
-        self._routes = router is not None and GENERATE in router.calls
+        self._routes = route is not None and router is not None and GENERATE in router.calls
         self.manifest, self.engine, self._rewriters = manifest, engine, frozenset(rewriters)
         for name in rewriters:
             taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes else []))
@@ -123,6 +127,7 @@ class Models:
         if isinstance(prompts[0], str):
             message = f"model {AUTO!r} needs messages, as a raw prompt has none to choose by"
             raise RequestError(message, "use the chat route, or name a model", param="model")
+        assert self._route is not None
         route = self._route(prompts[0])
         return route.adapter or self.manifest.name, route.adapter, route
 

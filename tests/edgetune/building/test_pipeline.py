@@ -336,3 +336,21 @@ def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
         answer = runtime.generate(QUESTION, adapter="plain", max_tokens=60)
         assert answer.text.startswith('{"set": "red", "to": ')
         assert answer.timings.forced > 0
+
+
+def test_a_bundle_with_a_router_chooses_the_adapter(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    rooms = ("hall", "kitchen", "study", "attic", "garage", "bedroom", "cellar", "nursery", "bath", "garden")
+    rows = {
+        "lamps.jsonl": [{"prompt": f"turn on the lamp in the {room}", "completion": "on"} for room in rooms],
+        "songs.jsonl": [{"prompt": f"play a song in the {room}", "completion": "la"} for room in rooms],
+    }
+    adapters = {name: adapter_of(train=f"{name}.jsonl") for name in ("lamps", "songs")}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data=rows, route=True)
+    said: list[str] = []
+    result = build(recipe, tmp_path / "home", progress=Progress(listener=said.append))
+    assert any(line.startswith("router: generate chooses among lamps, songs: 100.0% of lamps") for line in said)
+    assert result.to_json()["router"]["calls"]["generate"]["right"] == {"lamps": 1.0, "songs": 1.0}
+    assert "The router" in (tmp_path / "home" / "README.md").read_text(encoding="utf-8")
+    with result.open() as runtime:
+        routes = [runtime.generate(text, adapter="auto", max_tokens=1).route for text in ("a lamp", "a song", "why")]
+    assert [route and route.adapter for route in routes] == ["lamps", "songs", None]
