@@ -346,11 +346,13 @@ def test_a_bundle_with_a_router_chooses_the_adapter(tmp_path: Path, tiny_gguf: C
     }
     adapters = {name: adapter_of(train=f"{name}.jsonl") for name in ("lamps", "songs")}
     recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data=rows, route=True)
-    said: list[str] = []
-    result = build(recipe, tmp_path / "home", progress=Progress(listener=said.append))
-    assert any(line.startswith("router: generate chooses among lamps, songs: 100.0% of lamps") for line in said)
+    listening = Listening()
+    result = build(recipe, tmp_path / "home", progress=listening)
+    said = "router: generate chooses among lamps, songs: 100.0% of lamps"
+    assert any(line.startswith(said) for line in listening.lines)
     assert result.to_json()["router"]["calls"]["generate"]["right"] == {"lamps": 1.0, "songs": 1.0}
     assert "The router" in (tmp_path / "home" / "README.md").read_text(encoding="utf-8")
     with result.open() as runtime:
-        routes = [runtime.generate(text, adapter="auto", max_tokens=1).route for text in ("a lamp", "a song", "why")]
+        prompts = ("turn on the lamp in the shed", "play a song in the shed", "why is the sky blue")
+        routes = [runtime.generate(prompt, adapter="auto", max_tokens=1).route for prompt in prompts]
     assert [route and route.adapter for route in routes] == ["lamps", "songs", None]
