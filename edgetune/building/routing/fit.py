@@ -76,14 +76,23 @@ def _minimized(
 
 def _matrices(rows: Sequence[Features], size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The features of prompts as a sparse matrix with a row per prompt, and its transpose."""
+    places = np.repeat(np.arange(len(rows)), [len(row.buckets) for row in rows])
+    buckets = np.concatenate([row.buckets for row in rows]).astype(np.int64)
+    values = np.concatenate([row.values for row in rows])
+    order = np.argsort(buckets, kind="stable")
+    shape = len(rows), size
+    return _sparse(places, buckets, values, shape), _sparse(buckets[order], places[order], values[order], shape[::-1])
+
+
+def _sparse(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.float32], shape: tuple[int, int]
+) -> torch.Tensor:
+    """A sparse matrix of values whose rows are in ascending order."""
     import torch  # noqa: PLC0415 - as above
 
-    places = np.repeat(np.arange(len(rows)), [len(row.buckets) for row in rows])
-    buckets = np.concatenate([row.buckets for row in rows])
-    values = torch.from_numpy(np.concatenate([row.values for row in rows]))
-    indices, shape = torch.from_numpy(np.stack([places, buckets])), (len(rows), size)
-    matrix = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True).coalesce()
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
     with warnings.catch_warnings():
-        # Torch calls this layout, which is 5 times as fast, a beta version.
+        # Torch calls this layout, which is the fastest one, a beta version.
         warnings.simplefilter("ignore", UserWarning)
-        return matrix.to_sparse_csr(), matrix.t().coalesce().to_sparse_csr()
+        starts_of, columns_of, values_of = map(torch.from_numpy, (starts, columns, values))
+        return torch.sparse_csr_tensor(starts_of, columns_of, values_of, shape, check_invariants=False)

@@ -34,8 +34,9 @@ def count_buckets(text: str, buckets: int) -> Counter[int]:
 def features(counts: Counter[int], rarities: NDArray[np.floating]) -> Features:
     """The features of a text with these counts; those of rare buckets have larger values."""
     buckets = np.fromiter(counts, np.int32, len(counts))
-    values = np.sqrt(np.fromiter(counts.values(), np.float32, len(counts))) * rarities[buckets].astype(np.float32)
-    return Features(buckets, values / np.float32(max(float(np.linalg.norm(values)), 1e-9)))
+    values = np.sqrt(np.fromiter(counts.values(), np.float32, len(counts))) * rarities[buckets]
+    length = max(float(np.linalg.norm(values)), 1e-9)
+    return Features(buckets, (values / length).astype(np.float32))
 
 
 def _parts(text: str) -> list[str]:

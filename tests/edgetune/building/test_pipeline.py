@@ -28,6 +28,8 @@ from edgetune.building.pipeline import build, export_trained
 from edgetune.building.result import Build
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
+from edgetune.report.facts import facts_of
+from edgetune.report.render import page
 
 QUESTION = "turn on the light 0"
 COMPLETIONS = {"plain": "reply on", "scaled": "set red", "whole": "close the blind"}
@@ -352,6 +354,7 @@ def test_a_bundle_with_a_router_chooses_the_adapter(tmp_path: Path, tiny_gguf: C
     assert any(line.startswith(said) for line in listening.lines)
     assert result.to_json()["router"]["calls"]["generate"]["right"] == {"lamps": 1.0, "songs": 1.0}
     assert "The router" in (tmp_path / "home" / "README.md").read_text(encoding="utf-8")
+    assert "the base answers" in page(facts_of(tmp_path / "home", read_manifest(tmp_path / "home")), [])
     with result.open() as runtime:
         prompts = ("turn on the lamp in the shed", "play a song in the shed", "why is the sky blue")
         routes = [runtime.generate(prompt, adapter="auto", max_tokens=1).route for prompt in prompts]

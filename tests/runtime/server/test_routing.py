@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ollama
 import pytest
-from edgetune_runtime.bundle import GENERATE, read_manifest
+from edgetune_runtime.bundle import BASE, ERROR, GENERATE, read_manifest
 from openai import BadRequestError, OpenAI
 from runtime.bundles import add_router, write_manifest
 from runtime.server.conftest import Running, Start
@@ -17,11 +17,15 @@ from runtime.server.conftest import Running, Start
 @pytest.fixture
 def routed(bundle: Path, tmp_path: Path, start: Start) -> Running:
     """A server of a bundle with a router."""
-    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+    return start(with_router(bundle, tmp_path / "home"))
+
+
+def with_router(bundle: Path, home: Path, below: str = BASE) -> Path:
+    shutil.copytree(bundle, home)
     manifest = read_manifest(home)
-    router = add_router(home, {GENERATE: {"command": "lamp", "whole": "music"}})
+    router = add_router(home, {GENERATE: {"command": "lamp", "whole": "music"}}, below)
     write_manifest(home, manifest.base, manifest.adapters, router=router)
-    return start(home)
+    return home
 
 
 def messages(text: str) -> list[dict[str, str]]:
@@ -47,6 +51,14 @@ def test_a_raw_prompt_is_refused(routed: Running) -> None:
     client = OpenAI(base_url=f"{routed.url}/v1", api_key="-", max_retries=0)
     with client, pytest.raises(BadRequestError, match="raw prompt"):
         client.completions.create(model="auto", prompt="the lamp")
+
+
+def test_a_prompt_of_no_task_is_refused_if_the_bundle_says_so(bundle: Path, tmp_path: Path, start: Start) -> None:
+    server = start(with_router(bundle, tmp_path / "home", ERROR))
+    body = {"model": "auto", "messages": messages("who is there")}
+    reply = server.client.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert "none of the tasks" in reply.json()["error"]["message"]
 
 
 def test_ollama_answers_name_the_model_that_answered(routed: Running) -> None:
