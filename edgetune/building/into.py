@@ -26,7 +26,7 @@ _SETTINGS = ("merged_quantization", "states", "onnx", "device")
 def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     """The recipe with the settings of the bundle; its adapters keep their training options.
 
-    UsageError for each setting of the recipe that is another one, and for a domain.
+    UsageError for each setting of the recipe that is another one, for a domain, and for a router.
     """
     settings, own = _settings_of(existing.manifest), recipe.model_dump(mode="json")
     problems = [
@@ -37,6 +37,8 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     if recipe.domain is not None:
         remedy = f"{existing.base_remedy}leave out domain"
         problems.append(f"domain would train the base of {existing.folder} again; {remedy}")
+    if recipe.route is not None:
+        problems.append(f"route would train a router without the other adapters of {existing.folder}; leave it out")
     if problems:
         raise UsageError("\n".join(problems))
     if _is_shipped(recipe, existing.manifest):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from .builders.plan import plan_build, with_download
 from .into import check_slots, others_of, with_settings
 from .on_cluster import train_on_cluster
 from .result import Build
+from .routing.train import train_router
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
 CALIBRATION_ROWS = 16
@@ -115,7 +116,7 @@ def _built(
     if not processes().is_main_process:
         return Build(out)
     adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
-    spec = replace(_spec_of(prepared, builder), existing=existing)
+    spec = replace(_spec_of(prepared, builder, progress), existing=existing)
     manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
     figures = {
         name: {
@@ -128,7 +129,8 @@ def _built(
     }
     losses = {name: result.history for name, result in results.items()}
     prompts = {task.name: task.sample_prompt for task in planned.tasks}
-    return Build(out, figures, losses, prepared.domain, base, adapters, prompts)
+    router = None if manifest.router is None else asdict(manifest.router)
+    return Build(out, figures, losses, prepared.domain, base, adapters, prompts, router=router)
 
 
 def export_trained(
@@ -181,7 +183,7 @@ def _say_plan(plan: BuildPlan, progress: Progress) -> None:
         progress.say(f"{plan.recipe.device}: {plan.board.reason}")
 
 
-def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
+def _spec_of(prepared: Prepared[Any], builder: Builder[Any], progress: Progress) -> BundleSpec:
     """The settings of the bundle; the first training rows of each task are for calibration."""
     recipe = prepared.plan.recipe
     rows = [row.tokens for item in prepared.adapters for row in item.job.train[:CALIBRATION_ROWS]]
@@ -195,6 +197,7 @@ def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
         merged_quantization=recipe.merged_quantization,
         ships_states=recipe.states == "ship" and builder.keeps_states,
         warms=recipe.states == "start" and builder.keeps_states,
+        router=train_router(recipe, [item.task for item in prepared.adapters], progress),
         recipe=recipe.resolved(),
         plan=prepared.plan.for_manifest(),
     )

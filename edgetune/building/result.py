@@ -20,7 +20,8 @@ class Build:
 
     `losses` has the training and validation loss of each adapter at each validation; an export has none. `base` and
     `trained` are what a build exported; `prompts` has a short prompt of each adapter's task. `seconds` is the time of
-    an export as a whole; a build has that of each adapter's training among its figures.
+    an export as a whole; a build has that of each adapter's training among its figures. `router` has the figures of the
+    router.
 
     If a launcher runs a build in several processes, the first one exports, and the others have no figures.
     """
@@ -33,6 +34,7 @@ class Build:
     trained: Mapping[str, TrainedAdapter] = field(default_factory=dict, repr=False)
     prompts: Mapping[str, str] = field(default_factory=dict, repr=False)
     seconds: float | None = None
+    router: Mapping[str, Any] | None = None
 
     def open(self, **options: Any) -> edgetune_runtime.Runtime:  # noqa: ANN401 - those of Runtime.open
         """Open the bundle with the runtime; the options are those of `edgetune_runtime.Runtime.open`."""
@@ -42,4 +44,5 @@ class Build:
         """What `--json` prints."""
         domain = {"domain": self.domain} if self.domain else {}
         whole = {} if self.seconds is None else {"seconds": self.seconds}
-        return {"bundle": str(self.bundle), **whole, **domain, "adapters": self.figures}
+        router = {} if self.router is None else {"router": self.router}
+        return {"bundle": str(self.bundle), **whole, **domain, **router, "adapters": self.figures}

@@ -87,6 +87,8 @@ def _summary(build_plan: BuildPlan, figures: dict[str, Any]) -> Iterator[tuple[s
     yield "needs", "-" if build_plan.needs is None else build_plan.needs.summary
     if build_plan.domain is not None:
         yield "domain", build_plan.domain
+    if build_plan.recipe.route is not None:
+        yield "router", build_plan.recipe.route.summary(build_plan.recipe.adapters)
     if "trial" in figures:
         yield "trial", figures["trial"]["summary"]
     for warning in () if build_plan.needs is None else build_plan.needs.warnings:

@@ -232,7 +232,7 @@ def _refusals(spec: MethodSpec, targets: Sequence[str]) -> dict[str, str]:
 
 
 def _one_task(recipe: Recipe, task: str) -> Recipe:
-    return recipe.model_copy(update={"adapters": {task: recipe.adapters[task]}})
+    return recipe.model_copy(update={"adapters": {task: recipe.adapters[task]}, "route": None})
 
 
 def _key(trial: Trial, fingerprint: str) -> str:

@@ -242,6 +242,7 @@ class BuildPlan:
             "threads": recipe.threads,
             "board": None if self.board is None else self.board.to_json(),
             "domain": self.domain,
+            "router": None if recipe.route is None else recipe.route.model_dump(mode="json"),
             "adapters": {name: adapter.to_json() for name, adapter in self.adapters.items()},
             "needs": None if self.needs is None else self.needs.to_json(),
         }

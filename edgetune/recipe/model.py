@@ -40,6 +40,7 @@ from .parts import (
     TrainingSpec,
 )
 from .problems import Document, Loc, explain, override, read_document, value_at
+from .routing import RouteSpec
 from .rows import plain_recipe
 from .task_files import FROM, with_task_files
 
@@ -86,6 +87,8 @@ class Recipe(RecipePart):
     """The tasks, one adapter each, by name (a-z, 0-9, _ and -). `from` adds the adapters of files: a pattern, such as
     tasks/*.yaml, or a list of patterns. Such a file has the keys of one adapter; its name is that of the file, or the
     key `name`, and its paths are relative to the file."""
+    route: RouteSpec | None = None
+    """A router, which chooses the adapter of a prompt (`adapter="auto"`): true, or a mapping of options."""
 
     _folder: Path = PrivateAttr(default=Path())
 
@@ -185,6 +188,21 @@ class Recipe(RecipePart):
             raise ValueError("; ".join(problems))
         return adapters
 
+    @field_validator("route", mode="before")
+    @classmethod
+    def _with_defaults(cls, route: object) -> object:
+        return {True: {}, False: None}[route] if isinstance(route, bool) else route
+
+    @field_validator("route")
+    @classmethod
+    def _routes_adapters(cls, route: RouteSpec | None, info: ValidationInfo) -> RouteSpec | None:
+        if route is not None and "adapters" in info.data:
+            generates = _task_of(info) == GENERATION
+            problems = route.problems(str(info.data.get("name")), info.data["adapters"], generates=generates)
+            if problems:
+                raise ValueError("; ".join(problems))
+        return route
+
     @model_validator(mode="after")
     def _keep_folder(self, info: ValidationInfo) -> Recipe:
         self._folder = (info.context or {}).get("folder", Path())
@@ -236,6 +254,7 @@ def json_schema() -> dict[str, Any]:
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
+    schema["properties"]["route"]["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

@@ -23,6 +23,7 @@ from .model import Recipe
 from .output import OutputOption
 from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, Target, TextSpec, TrainingSpec
 from .problems import other_names
+from .routing import RouteSpec
 
 INTRODUCTION = """\
 # Recipe reference
@@ -67,6 +68,7 @@ def reference() -> str:
         ("`training`, `adapters.NAME.training` and `domain.training`", TrainingSpec),
         ("`domain`", DomainSpec),
         ("`domain.data`", TextSpec),
+        ("`route`", RouteSpec),
         ("`onnx`", OnnxOptions),
     ]
     sections = [_section(title, model) for title, model in parts]

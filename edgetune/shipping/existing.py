@@ -71,13 +71,14 @@ class ExistingBundle:
                 shutil.copyfile(self.folder / name, target)
 
     def with_adapters(self, new: Manifest) -> Manifest:
-        """The manifest `new` of the adapters that were added, with the base and the other adapters of this bundle."""
+        """The manifest `new` of the added adapters, with the base, the router and the other adapters of this bundle."""
         old = self.manifest
         return replace(
             new,
             name=old.name,
             base=old.base,
             adapters={**old.adapters, **new.adapters},
+            router=old.router,
             recipe=self._joined(old.recipe, new.recipe),
             plan={**self._joined(old.plan, new.plan), **{key: new.plan[key] for key in _OF_ALL_ADAPTERS}},
         )

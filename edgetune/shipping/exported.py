@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from edgetune_export import backends
 from edgetune_export.backends.format import OptionsByFormat
+from edgetune_runtime.bundle import RoutedCall
 from edgetune_runtime.decoding.drafts import DraftTable
+from edgetune_runtime.routing.classifier import PromptClassifier
 
 from edgetune import methods
 from edgetune.planning.records import AdapterPlan, BuildPlan
@@ -51,6 +53,15 @@ B = TypeVar("B", bound=BuildBase)
 
 
 @dataclass(frozen=True)
+class TrainedRouter:
+    """A router: a classifier for each kind of call, and what the manifest says of it (see `RouterEntry`)."""
+
+    classifiers: Mapping[str, PromptClassifier]
+    calls: Mapping[str, RoutedCall]
+    below: str
+
+
+@dataclass(frozen=True)
 class BundleSpec:
     """The bundle to write: its name, its defaults, its formats, and the recipe and the plan that it stores.
 
@@ -67,6 +78,7 @@ class BundleSpec:
     merged_quantization: str | None = None
     ships_states: bool = False
     warms: bool = False
+    router: TrainedRouter | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     plan: Mapping[str, Any] = field(default_factory=dict)
     existing: ExistingBundle | None = None

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgetune_export.adapters.shapes import Adapter, LowRank
-from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest
+from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest, RouterEntry
 
 from .exported import BundleSpec, ExportedFormat, ParityReport, TrainedAdapter
 
@@ -22,6 +22,7 @@ def manifest_of(
     packages: Iterable[str],
     *,
     task: str,
+    router: RouterEntry | None = None,
 ) -> Manifest:
     """The manifest of a bundle, with the versions of `packages` and of the packages of every build."""
     return Manifest(
@@ -36,6 +37,7 @@ def manifest_of(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         task=task,
         warms=spec.warms,
+        router=router,
         plan=spec.plan,
     )
 

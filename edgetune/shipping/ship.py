@@ -20,8 +20,9 @@ from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest, read_manifest
+from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest, RouterEntry, read_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
+from edgetune_runtime.routing.classifier import ROUTER_FILE, write_classifiers
 
 from edgetune.progress import Progress
 from edgetune.report.facts import facts_of
@@ -86,6 +87,7 @@ def ship(
         stage.entries(exports, parity),
         stage.packages(),
         task=builder.task,
+        router=stage.router(),
     )
     if existing is not None:
         manifest = existing.with_adapters(manifest)
@@ -158,6 +160,15 @@ class _Stage:
         path = self._folder(adapter) / DRAFT_FILE
         write_table(path, adapter.draft)
         return path
+
+    def router(self) -> RouterEntry | None:
+        """The manifest entry of the router, whose file this writes."""
+        trained = self.spec.router
+        if trained is None:
+            return None
+        path = self.work / "adapters" / ROUTER_FILE
+        write_classifiers(path, trained.classifiers)
+        return RouterEntry(self.name_of(path), trained.calls, trained.below)
 
     def name_of(self, path: Path) -> str:
         """The name of a staged file in the bundle."""

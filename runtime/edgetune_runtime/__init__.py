@@ -23,7 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest
+    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
     from .events import Event
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .inference.runtime import Runtime
     from .inference.scoring import Classification, NegativeLogLikelihood
     from .inference.session import Carry, Session
+    from .routing.router import Route
     from .serving.classifier import Embedding
     from .text.chat import Message, Prompt
     from .text.sampling import Sampling
@@ -73,6 +74,9 @@ __all__ = [
     "OutputSpec",
     "Prompt",
     "PromptTooLongError",
+    "Route",
+    "RoutedCall",
+    "RouterEntry",
     "Runtime",
     "RuntimeOptions",
     "Sampling",
@@ -93,7 +97,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
-    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest",
+    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry",
     "decoding.logprobs": "TokenLogprob",
     "decoding.output": "OutputSpec",
     "events": "Event",
@@ -107,6 +111,7 @@ _LAZY = {
     "inference.runtime": "Runtime",
     "inference.scoring": "Classification NegativeLogLikelihood",
     "inference.session": "Carry Session",
+    "routing.router": "Route",
     "serving.classifier": "Embedding",
     "text.chat": "Message Prompt",
     "text.sampling": "Sampling",

@@ -29,6 +29,12 @@ GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
 LONGEST_MANIFEST = 1 << 26
+AUTO = "auto"
+"""In place of an adapter's name: the adapter that the bundle's router chooses."""
+BASE, ERROR = "base", "error"
+"""What can answer a prompt of none of the router's tasks, besides an adapter."""
+GENERATE, CLASSIFY = "generate", "classify"
+"""The kinds of calls that a router tells apart."""
 
 
 T = TypeVar("T")
@@ -142,6 +148,33 @@ class NewAdapter(NamedTuple):
 
 
 @dataclass(frozen=True)
+class RoutedCall:
+    """How prompts of one kind of call are routed: to one of `adapters`, if it is likely enough.
+
+    A prompt is of none of their tasks if no task has the probability `threshold`. `right` is the share of the
+    validation rows of each adapter that it got, and `none_found` that of prompts of other tasks, and of none, that no
+    adapter got.
+    """
+
+    adapters: tuple[str, ...]
+    threshold: float
+    right: Mapping[str, float]
+    none_found: float
+
+
+@dataclass(frozen=True)
+class RouterEntry:
+    """The router of a bundle: its file, and for each kind of call (`generate`, `classify`) how prompts are routed.
+
+    `below` answers prompts of none of the tasks: `base`, an adapter, or `error`.
+    """
+
+    file: str
+    calls: Mapping[str, RoutedCall]
+    below: str = BASE
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
 
@@ -162,6 +195,7 @@ class Manifest:
     created: str = ""
     task: str = GENERATION
     warms: bool = False
+    router: RouterEntry | None = None
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:
@@ -272,11 +306,13 @@ def files_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
 
 
 def without_adapter(manifest: Manifest, name: str) -> Manifest:
-    """The manifest without an adapter and without the files that only this adapter uses."""
-    gone = {*files_only_of(manifest, manifest.adapter(name))}
+    """The manifest without an adapter, without the files that only it uses, and without a router that chooses it."""
+    gone, router = {*files_only_of(manifest, manifest.adapter(name))}, manifest.router
+    if router is not None and (name == router.below or any(name in call.adapters for call in router.calls.values())):
+        gone, router = {*gone, router.file}, None
     adapters = {other: entry for other, entry in manifest.adapters.items() if other != name}
     files = {file: entry for file, entry in manifest.files.items() if file not in gone}
-    return replace(manifest, adapters=adapters, files=files)
+    return replace(manifest, adapters=adapters, files=files, router=router)
 
 
 def files_beside(manifest: Manifest, file: str) -> list[str]:
@@ -321,7 +357,8 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
         # Manifests used to have the bytes of these values in f16.
         before = {"kv_values_per_token": entry["kv_bytes_per_token"] // 2} if "kv_bytes_per_token" in entry else {}
         base = _build(BaseEntry, {**before, **entry})
-        return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files})
+        router = None if raw.get("router") is None else _router(raw["router"])
+        return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
@@ -329,6 +366,11 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
 def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
     golden = {backend: _build(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
     return _build(AdapterEntry, {**raw, "golden": golden})
+
+
+def _router(raw: Mapping[str, Any]) -> RouterEntry:
+    calls = {call: _build(RoutedCall, value) for call, value in raw["calls"].items()}
+    return _build(RouterEntry, {**raw, "calls": calls})
 
 
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
@@ -365,6 +407,7 @@ def _check_names(manifest: Manifest, path: Path) -> None:
 def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
     named += [adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None]
+    named += [] if manifest.router is None else [manifest.router.file]
     for name in {*manifest.files, *named}:
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise VerificationError(f"{path} names {name!r}, which is outside the bundle", "do not use this bundle")
@@ -384,3 +427,18 @@ def _check_references(manifest: Manifest, path: Path) -> None:
         if adapter.base_fingerprint != manifest.base.fingerprint:
             message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
             raise IncompatibleError(message, "build the bundle again")
+    if manifest.router is not None:
+        _check_router(manifest.router, manifest.adapters, path)
+
+
+def _check_router(router: RouterEntry, adapters: Mapping[str, AdapterEntry], path: Path) -> None:
+    """The router names adapters of the bundle, and leaves no doubt who answers."""
+    calls = router.calls.values()
+    problems = [f"the call {call!r}" for call in router.calls if call not in (GENERATE, CLASSIFY)]
+    problems += [f"the adapter {name!r}" for call in calls for name in call.adapters if name not in adapters]
+    problems += [f"the threshold {call.threshold}" for call in calls if not 0 < call.threshold < 1]
+    problems += [f"below: {router.below!r}"] if router.below not in (BASE, ERROR, *adapters) else []
+    problems += [f"an adapter called {name!r}" for name in (AUTO, BASE, ERROR) if name in adapters]
+    problems += [] if all(call.adapters for call in calls) else ["no adapters to choose from"]
+    if problems:
+        raise VerificationError(f"{path} has a router with {problems[0]}", "build the bundle again")

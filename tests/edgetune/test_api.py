@@ -32,7 +32,7 @@ SIGNATURES = {
     "Build.open": "(self, **options)",
 }
 FIELDS = {
-    "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds"],
+    "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds", "router"],
     "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs"],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle import AUTO, MANIFEST_NAME
 from edgetune_runtime.cli.main import make_parser
+from edgetune_runtime.routing.classifier import ROUTER_FILE
 
 from . import fragments
 from .forms.gguf_file import GgufForm, read
@@ -221,6 +222,7 @@ KINDS = {
     "tokenizer-config": _bundle_kind(ONNX, f"{_GRAPH}/tokenizer_config.json", Json(), LORA),
     "onnx-config": _bundle_kind(ONNX, f"{_GRAPH}/genai_config.json", Json(), LORA),
     "draft": _bundle_kind(ADAPTERS, f"adapters/{LORA}/draft.bin", Checked(), LORA),
+    "router": _bundle_kind(ADAPTERS, f"adapters/{ROUTER_FILE}", Checked(), AUTO),
     "state": Kind(STATES, Checked(), _state, _only_state),
     "past-answers": Kind(STATES, Checked(), _past_answers, _only_past_answers),
     "session": Kind(SESSION, Checked(), _session),

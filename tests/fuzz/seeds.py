@@ -12,11 +12,11 @@ from edgetune_export.adapters.shapes import Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.prefix import write_prefix
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of
+from edgetune_runtime.bundle import GENERATE, AdapterEntry, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_file import cache_shape, read_header
 from kits import KitMaker
-from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle, write_manifest
+from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 
 from .names import ADAPTERS, KIT, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
 
@@ -73,7 +73,7 @@ def write_seeds(folder: Path, source: Source, model: Path) -> Path:
 
 
 def _add_parts(bundle: Path, source: Source) -> None:
-    """Give the bundle an adapter that is a prefix, and the LoRA a draft table."""
+    """Give the bundle an adapter that is a prefix, and the LoRA a draft table; and a router of both."""
     manifest = read_manifest(bundle)
     base = bundle / manifest.base.files["gguf"]
     file = f"adapters/{PREFIX}/prefix.gguf"
@@ -86,7 +86,8 @@ def _add_parts(bundle: Path, source: Source) -> None:
     prefix = AdapterEntry(
         PREFIX, "prefix", {"gguf": "prefix"}, {"gguf": file}, manifest.base.fingerprint, prefix_tokens=3
     )
-    write_manifest(bundle, manifest.base, {LORA: lora, PREFIX: prefix})
+    router = add_router(bundle, {GENERATE: {LORA: "light", PREFIX: "heat"}})
+    write_manifest(bundle, manifest.base, {LORA: lora, PREFIX: prefix}, router=router)
 
 
 def _prefix(base: Path) -> Prefix:

@@ -26,6 +26,7 @@ LIBRARIES = {
     "past": ("llama_cpp",),
     "session": ("llama_cpp",),
     "draft": ("llama_cpp",),
+    "router": ("llama_cpp",),
     "onnx": ("onnxruntime", "tokenizers"),
     "tokenizer": ("onnxruntime", "tokenizers"),
     "recipe": ("edgetune.recipe.model",),

@@ -16,15 +16,20 @@ from edgetune_export.architectures.layout import base_rows, name_map
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx import backend as onnx
 from edgetune_runtime.bundle import (
+    BASE,
     MANIFEST_NAME,
     AdapterEntry,
     BaseEntry,
     FileEntry,
     Manifest,
+    RoutedCall,
+    RouterEntry,
     read_manifest,
     sha256_of,
 )
 from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
+from edgetune_runtime.routing.classifier import ROUTER_FILE, PromptClassifier, write_classifiers
+from edgetune_runtime.routing.features import count_buckets
 
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -190,3 +195,18 @@ def change_manifest(copy: Path, change: Callable[[dict[str, Any]], object]) -> N
     raw = json.loads((copy / MANIFEST_NAME).read_text())
     change(raw)
     (copy / MANIFEST_NAME).write_text(json.dumps(raw))
+
+
+def add_router(bundle: Path, words: Mapping[str, Mapping[str, str]], below: str = BASE) -> RouterEntry:
+    """Write a router that knows one word of each adapter, per kind of call; returns its entry for the manifest."""
+    classifiers = {call: _classifier_of(tuple(one.values())) for call, one in words.items()}
+    write_classifiers(bundle / "adapters" / ROUTER_FILE, classifiers)
+    calls = {call: RoutedCall(tuple(one), 0.5, dict.fromkeys(one, 1.0), 1.0) for call, one in words.items()}
+    return RouterEntry(f"adapters/{ROUTER_FILE}", calls, below)
+
+
+def _classifier_of(words: Sequence[str], buckets: int = 1 << 14) -> PromptClassifier:
+    weights = np.zeros((buckets, len(words)), np.float16)
+    for column, word in enumerate(words):
+        weights[list(count_buckets(word, buckets)), column] = 20
+    return PromptClassifier(np.ones(buckets, np.float16), weights, np.full(len(words), -4, np.float32))

@@ -11,6 +11,7 @@ from edgetune_runtime.errors import EdgetuneError
 
 from edgetune.bases import BaseSource
 from edgetune.building.outputs.resolve import output_of_task
+from edgetune.building.routing.prompts import prompts_of
 from edgetune.planning.build import plan_bundle, plan_data
 from edgetune.planning.needs import room_for
 from edgetune.planning.records import PlannedBuild
@@ -51,6 +52,8 @@ def plan_build(
         with _collected(problems):
             tasks.append(read_task(name, recipe))
             outputs[name] = output_of_task(tasks[-1])
+            if recipe.route is not None and name in (recipe.route.adapters or recipe.adapters):
+                prompts_of(tasks[-1])
     if problems:
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
     return PlannedBuild(plan_data(plan, tasks, outputs, texts, room_for(out or recipe.default_out)), tasks, texts)

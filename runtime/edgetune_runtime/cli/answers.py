@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
+from edgetune_runtime.bundle import AUTO, CLASSIFY, ERROR, Manifest, RouterEntry, read_manifest, verify_files
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.confinement import MAX_S, confine, limits_of
@@ -39,8 +39,19 @@ def info(options: argparse.Namespace) -> None:
     for entry in manifest.adapters.values():
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
         lines.append(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
+    lines += [] if manifest.router is None else _router_lines(manifest.router)
     lines.append(f"opening   {_described(manifest, opening)}")
     print("\n".join(map(printable, lines)))
+
+
+def _router_lines(router: RouterEntry) -> list[str]:
+    """How `--adapter auto` chooses."""
+    other = "refused" if router.below == ERROR else f"answered by {router.below}"
+    return [
+        f"router    {call} chooses among {', '.join(routed.adapters)}; other prompts (below {routed.threshold:g}, "
+        f"{routed.none_found:.0%} are found) are {other}"
+        for call, routed in router.calls.items()
+    ]
 
 
 def _described(manifest: Manifest, opening: OpeningOptions) -> str:
@@ -69,9 +80,13 @@ def classify(options: argparse.Namespace) -> None:
     prompt = prompt_of(options)
     labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
     with open_runtime(options) as runtime:
-        label, probabilities = runtime.classify(prompt, labels, adapter=adapter_choice(runtime, options.adapter))
+        adapter, fields = adapter_choice(runtime, options.adapter), dict[str, Any]()
+        if adapter == AUTO and AUTO not in runtime.adapters:
+            route = runtime.route(prompt, CLASSIFY)
+            adapter, fields["route"] = route.adapter, asdict(route)
+        label, probabilities = runtime.classify(prompt, labels, adapter=adapter)
     if options.json:
-        print(json.dumps({"label": label, "scores": probabilities}, ensure_ascii=False))
+        print(json.dumps({"label": label, "scores": probabilities, **fields}, ensure_ascii=False))
         return
     for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
         print(f"{printable(name)}\t{probabilities[name]:.4f}")

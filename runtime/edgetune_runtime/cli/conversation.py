@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from edgetune_runtime.bundle import AUTO
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.states.cache import name_of
 
@@ -119,6 +120,8 @@ def _fields_of(answer: Answer) -> dict[str, Any]:
         fields.setdefault("parsed", None)
     if answer.logprobs is not None:
         fields["logprobs"] = [_logprob_fields(one) for one in answer.logprobs]
+    if answer.route is not None:
+        fields["route"] = asdict(answer.route)
     fields["tool_calls"] = [_call_fields(call) for call in answer.tool_calls]
     if answer.tool_calls:
         fields["content"] = answer.content
@@ -131,7 +134,9 @@ def _logprob_fields(one: TokenLogprob) -> dict[str, Any]:
 
 
 def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, float] | None:
-    """The adapters of `--adapter` or `/use`: None, a single name, or a mapping of names to scales."""
+    """The adapters of `--adapter` or `/use`: None, a single name, `auto`, or a mapping of names to scales."""
+    if list(choices) == [AUTO]:
+        return AUTO
     scales: dict[str, float] = {}
     for choice in choices:
         name, equals, scale = choice.partition("=")

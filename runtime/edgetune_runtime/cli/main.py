@@ -117,7 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (generate, classify):
         command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
     for command in (generate, classify, chat):
-        text = "answer with this adapter at SCALE (default: the bundle's); may be repeated; omit it for the plain base"
+        text = "answer with this adapter at SCALE (default: the bundle's), or with the router's choice (auto); may be "
+        text += "repeated; omit it for the plain base"
         command.add_argument("--adapter", action="append", default=[], metavar="NAME[=SCALE]", help=text)
     text = "with --json: print each token's log-probability, and those of the N likeliest tokens at its place (0 to 20)"
     generate.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="N", help=text)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
-from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.bundle import GENERATE, Manifest
+from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.text.chat import Message, Prompt
 from edgetune_runtime.tools.definitions import Tools
@@ -90,6 +91,10 @@ class AsyncRuntime:
             return self.runtime.stream(prompt, adapter=adapter, raw=raw, **answer_options)
 
         return _stream(self._threads, open_stream, options)
+
+    async def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
+        """The adapter that `auto` means for a prompt; see `Runtime.route`."""
+        return await asyncio.to_thread(self.runtime.route, prompt, call)
 
     def session(self, adapter: Adapters = None) -> AsyncSession:
         """Start a conversation with these adapters; see `Runtime.session`."""

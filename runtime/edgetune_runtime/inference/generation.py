@@ -15,6 +15,7 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswer
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.limits import CallLimits, Stopped
+from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.adapters import Entries, LoadedAdapters
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
@@ -67,7 +68,8 @@ class Answer:
 
     `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
     token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
-    `logprobs` has one entry per token if requested; the end token is not part of the answer.
+    `logprobs` has one entry per token if requested; the end token is not part of the answer. `route` is the choice of
+    the router if the adapter was `auto`.
     """
 
     text: str
@@ -78,6 +80,7 @@ class Answer:
     logprobs: tuple[TokenLogprob, ...] | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     content: str = ""
+    route: Route | None = None
 
     @property
     def message(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Call:
     reader: CallReader | None = None
     past: PastAnswer | None = None
     stopped: str = ""
+    route: Route | None = None
 
     def lease(self, job: PromptJob | None = None) -> AbstractContextManager[Context]:
         """A context for the call's job, or another one, with its adapters loaded; see `LoadedAdapters.lease`."""
@@ -213,7 +217,7 @@ def _generate(
     except Stopped as stopped:
         timings = Timings(0.0, 0.0, 0.0, len(job.tokens), 0, call.carried)
         logprobs = None if record is None else ()
-        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs)
+        outcome.answer = Answer("", 0, timings, stopped.reason, call.output, logprobs, route=call.route)
 
 
 class _Answering:
@@ -289,7 +293,7 @@ class _Answering:
         content, calls = (text, ()) if self._reader is None else self._reader.read(text)
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
-        return Answer(text, self._count, timings, self._reason, output, logprobs, tool_calls=calls, content=content)
+        return Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
 
     def _step(self) -> list[int]:
         """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""

@@ -13,7 +13,16 @@ from functools import partial
 from pathlib import Path
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import AdapterEntry, Manifest, NewAdapter, VerifiedFiles, resolve, without_adapter
+from edgetune_runtime.bundle import (
+    AUTO,
+    GENERATE,
+    AdapterEntry,
+    Manifest,
+    NewAdapter,
+    VerifiedFiles,
+    resolve,
+    without_adapter,
+)
 from edgetune_runtime.decoding.drafts import DraftTable, read_table
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
@@ -22,6 +31,7 @@ from edgetune_runtime.engines.needs import adapter_size
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
+from edgetune_runtime.routing.router import Route, Router
 from edgetune_runtime.serving.adapters import AdapterLoader, LoadedAdapters
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
@@ -44,7 +54,7 @@ from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 _LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
-"""An adapter by name, adapters with their scales, or None for the plain base."""
+"""An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
 
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
@@ -71,6 +81,7 @@ class LoadedBundle:
         self._folders: dict[str, Path] = {}
         self._verified = VerifiedFiles()
         self._constraints = Constraints()
+        self.router = Router(bundle, manifest, verify=options.verify)
         self._is_closed = False
         self._fixed = FixedParts()
         self._past = self._past_answers()
@@ -134,6 +145,7 @@ class LoadedBundle:
         is a text that is not rendered. Where `check` raises Stopped meanwhile, the call does nothing but say so.
         """
         begin = time.perf_counter()
+        adapter, route = self.routed(prompt, adapter, raw=raw)
         # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
         entries = self._entries(self.scales(adapter))
         pool, active = self.pool(adapter)
@@ -165,7 +177,17 @@ class LoadedBundle:
                 reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:
             job, prepared_s = PromptJob((), ()), time.perf_counter() - begin
-            return Call(pool, job, system, prepared_s, self.adapters, entries, output=output, stopped=stopped.reason)
+            return Call(
+                pool,
+                job,
+                system,
+                prepared_s,
+                self.adapters,
+                entries,
+                output=output,
+                stopped=stopped.reason,
+                route=route,
+            )
         spans, kept = pool.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
@@ -176,9 +198,8 @@ class LoadedBundle:
             past = self._past.of((None if first is None else first.name, spans), tokens)
         drafts = None if first is None or first.draft is None else partial(self._draft_of, first)
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
-        return Call(
-            pool, job, system, prepared_s, self.adapters, entries, kept, drafts, output, constraint, reader, past
-        )
+        call = Call(pool, job, system, prepared_s, self.adapters, entries, kept, drafts, output, constraint, reader)
+        return replace(call, past=past, route=route)
 
     @contextmanager
     def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
@@ -196,6 +217,24 @@ class LoadedBundle:
         tokens = {name: self.manifest.adapter(name).prefix_tokens for name in adapters if self._is_prefix(name)}
         prefix = prefix_among(adapters, tokens)
         return self.options.context_length - (tokens[prefix] if prefix else 0)
+
+    def is_routed(self, adapter: Adapters, call: str = GENERATE) -> bool:
+        """Whether the router chooses the adapter of each prompt; NotFoundError without a router for such calls."""
+        if adapter != AUTO or AUTO in self.manifest.adapters:
+            return False
+        self.router.check(call)
+        return True
+
+    def routed(
+        self, prompt: Prompt, adapter: Adapters, call: str = GENERATE, *, raw: bool = False
+    ) -> tuple[Adapters, Route | None]:
+        """The adapters that answer a prompt, and how the router chose if they are `auto`; errors of `Router.route`."""
+        if not self.is_routed(adapter, call):
+            return adapter, None
+        if raw:
+            raise UsageError("a raw prompt has no message to choose an adapter by", "name one, or leave raw out")
+        route = self.router.route(prompt, call)
+        return route.adapter, route
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
@@ -261,6 +300,7 @@ class LoadedBundle:
             # Which of the answers are the adapter's is not known any more.
             self._past.clear()
         self.manifest = others
+        self.router = Router(self.bundle, others, verify=self.options.verify)
 
     def load(self, entry: AdapterEntry) -> None:
         """Load an adapter ahead of the calls that use it; a merged one is loaded by the first of them."""

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack
 
-from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest, read_manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
+from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.states.cache import name_of
@@ -108,6 +109,9 @@ class Runtime:
         begin with one, and its output constraint unless the options give another; see `AnswerOptions`. With `raw`, the
         prompt is a text that the answer continues, without the chat template and the system prompt.
 
+        With `adapter="auto"` the bundle's router chooses by the last message of the user; see `route`. `Answer.route`
+        has its choice.
+
         Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or an
         output constraint that cannot be used, BusyError when too many calls are already waiting.
         """
@@ -131,9 +135,18 @@ class Runtime:
         call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Outcome()
         return Stream(generate(call, outcome, limits, **others), outcome)
 
+    def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
+        """The adapter that `adapter="auto"` means for a prompt in `generate`, or in `classify`. Runs no model.
+
+        Adapters with labels are for `classify`. `generate` chooses among the others, and among those with labels whose
+        prompts differ from theirs.
+
+        Raises NotFoundError for a bundle without a router, UsageError for a prompt of no task if the recipe says so.
+        """
+        return self._loaded.router.route(prompt, call)
+
     def session(self, adapter: Adapters = None) -> Session:
         """Start a conversation with these adapters; see `Session`."""
-        self._loaded.pool(adapter)
         return Session(self._loaded, adapter)
 
     def load_session(self, path: str | Path) -> Session:
@@ -152,6 +165,7 @@ class Runtime:
         All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
         only the labels of its one adapter; the probabilities are normalized over the given labels.
         """
+        adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
         if classifier is not None and len(scales) != 1:
             message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"

@@ -36,14 +36,17 @@ class Session:
         session.send("how many orders came in today?")
 
     An answer is the one that a newly opened runtime gives to the whole history with the current adapters; only the
-    tokens without a cached state are computed. An answer cut short by a deadline or cancellation is not added to the
-    history. Not thread-safe.
+    tokens without a cached state are computed. With `auto`, the router chooses the adapter of each message. An answer
+    cut short by a deadline or cancellation is not added to the history. Not thread-safe.
     """
 
     def __init__(self, loaded: LoadedBundle, adapter: Adapters, history: Sequence[Message] = ()) -> None:
         self.adapter = adapter
         self.history: list[Message] = [dict(message) for message in history]
         self._loaded = loaded
+        self._answering = self._until_routed(adapter)
+        # An unknown adapter is refused now.
+        self._pool()
         self._owner = uuid.uuid4().hex
         self._last: CarriedState | None = None
         self._carries = False
@@ -64,6 +67,8 @@ class Session:
             messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
         )
         outcome = Outcome()
+        if call.route is not None:
+            self._answering = call.route.adapter
         return Stream(self._recorded(messages, call, generate(call, outcome, limits, **others), outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
@@ -72,15 +77,19 @@ class Session:
         With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
         exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
         system prompt. This is immediate, but the answers are not those that the new adapters alone would give.
-        `Answer.timings.carried_tokens` counts the tokens carried over.
+        `Answer.timings.carried_tokens` counts the tokens carried over. Not for `auto`.
         """
         if carry not in ("recompute", "reuse"):
             raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
-        pool, _ = self._loaded.pool(adapter)
+        answering = self._until_routed(adapter)
+        pool, _ = self._loaded.pool(answering)
+        if carry == "reuse" and answering != adapter:
+            message = f"a state cannot be carried over to {adapter!r}, which is another adapter for each message"
+            raise IncompatibleError(message, 'use carry="recompute"')
         if carry == "reuse" and pool is not self._pool():
             message = "the state of one model cannot be reused by another, and a merged adapter is a full model"
             raise IncompatibleError(message, 'use carry="recompute"')
-        self.adapter = adapter
+        self.adapter, self._answering = adapter, answering
         self._carries = carry == "reuse"
 
     def save(self, path: str | Path) -> None:
@@ -152,7 +161,11 @@ class Session:
             self._last = CarriedState(outcome.tokens, call.job.spans, call.system)
 
     def _pool(self) -> Pool | MergedPool:
-        return self._loaded.pool(self.adapter)[0]
+        return self._loaded.pool(self._answering)[0]
+
+    def _until_routed(self, adapter: Adapters) -> Adapters:
+        """The adapters that answer; for `auto` the base, until the router has chosen."""
+        return None if self._loaded.is_routed(adapter) else adapter
 
 
 def _carried_of(values: Mapping[str, Any] | None) -> CarriedState | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgetune_runtime.inference.generation import Answer
 from edgetune_runtime.inference.loaded import Adapters
+from edgetune_runtime.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
 
 ARRIVED: ContextVar[float] = ContextVar("ARRIVED")
@@ -22,9 +23,10 @@ CLIENT: ContextVar[str] = ContextVar("CLIENT", default="")
 class AnswerRequest:
     """What a client asks for, whichever API it speaks.
 
-    `model` is the name that it used. `prompts` each get `count` answers. `options` are those of `Runtime.generate`,
-    `raw` among them. `streams`: answers are sent in pieces, with at most `max_calls` tool calls each. `finish` makes of
-    a whole answer what is sent; its text is then not sent in pieces.
+    `model` is the name that it used; for `auto` that of the model that the router chose, and `route` is its choice.
+    `prompts` each get `count` answers. `options` are those of `Runtime.generate`, `raw` among them. `streams`: answers
+    are sent in pieces, with at most `max_calls` tool calls each. `finish` makes of a whole answer what is sent; its
+    text is then not sent in pieces.
     """
 
     model: str
@@ -35,4 +37,5 @@ class AnswerRequest:
     streams: bool = False
     max_calls: int | None = None
     finish: Callable[[Answer], Answer] | None = None
+    route: Route | None = None
     arrived: float = field(default_factory=lambda: ARRIVED.get(time.monotonic()))

@@ -161,7 +161,7 @@ class Answering:
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
 
     def _models(self) -> Models:
-        return Models(self.runtime.manifest, self.runtime.engine, self._rewriter_names)
+        return Models(self.runtime.manifest, self.runtime.engine, self._rewriter_names, self.runtime.runtime.route)
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():

@@ -1,24 +1,26 @@
-"""Maps model names to the base, an adapter, combined adapters (`A:0.7+B:0.3`) or a rewriter."""
+"""Maps model names to the base, an adapter, combined adapters (`A:0.7+B:0.3`), a rewriter or the router's choice."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.bundle import AUTO, GENERATE, Manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.loaded import Adapters
+from edgetune_runtime.routing.router import Route
+from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.wording import first_of
 
 from .fields import Fields
 from .problems import RequestError
 
-Kind = Literal["base", "adapter", "several", "rewriter"]
-"""What a model answers with; `several` are combined adapters."""
+Kind = Literal["base", "adapter", "several", "rewriter", "router"]
+"""What a model answers with; `several` are combined adapters, `router` the adapter that it chooses."""
 
 _LATEST = ":latest"
 
@@ -42,18 +44,30 @@ class ModelInfo:
 class Models:
     """The models of a bundle, as its files for one engine; and those of rewriters, which are listed as the base is.
 
+    `route` chooses the adapter of a prompt for the model `auto`, which a bundle with a router has.
+
     Raises UsageError if a rewriter has the name of another model.
     """
 
-    def __init__(self, manifest: Manifest, engine: str, rewriters: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: str,
+        rewriters: Sequence[str] = (),
+        route: Callable[[Prompt], Route] | None = None,
+    ) -> None:
+        self._route, router = route, manifest.router
+        self._routes = route is not None and router is not None and GENERATE in router.calls
         self.manifest, self.engine, self._rewriters = manifest, engine, frozenset(rewriters)
         for name in rewriters:
-            if name == manifest.name or name in manifest.adapters or rewriters.count(name) > 1:
+            taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes else []))
+            if name in taken or rewriters.count(name) > 1:
                 raise UsageError(f"--rewrite {name}=… has the name of another model", "choose a name of its own")
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
         infos = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
         infos += [self._info("adapter", name, file) for name, file in files.items() if file is not None]
+        infos += [self._info("router", AUTO, router.file)] if router is not None and self._routes else []
         infos += [self._info("rewriter", name, manifest.base.files[engine]) for name in rewriters]
         self.listed: Mapping[str, ModelInfo] = {info.name: info for info in infos}
 
@@ -79,21 +93,24 @@ class Models:
         digest = hashlib.sha256(text.encode()).hexdigest()
         return ModelInfo("several", plain_name, self.manifest.name, digest, sum(part.bytes for part in parts))
 
-    def adapters_of(self, fields: Fields) -> tuple[str, Adapters]:
-        """The model's name in a request and its adapters, which a member `adapters` may give instead."""
+    def choice_of(self, fields: Fields, prompts: Sequence[Prompt]) -> tuple[str, Adapters, Route | None]:
+        """The model's name in a request, its adapters, which a member `adapters` may give instead, and the route.
+
+        For `auto` the name is that of the model that the router chose for the prompt.
+        """
         name = fields.needed_text("model")
         chosen = self.adapters(name)
         if fields.values.get("adapters") is None:
-            return name, chosen
+            return self._routed(prompts) if chosen == AUTO and self._routes else (name, chosen, None)
         if chosen is not None:
             message = f"adapters are given, and model {name!r} is an adapter"
             raise RequestError(message, f"give model {self.manifest.name!r}, or no adapters", param="adapters")
-        return name, self._given(fields)
+        return name, self._given(fields), None
 
     def adapters(self, name: str) -> Adapters:
         """The adapters of a model name; RequestError (404) if there is no such model."""
         plain_name = base_name(name)
-        if plain_name in self.manifest.adapters:
+        if plain_name in self.manifest.adapters or (plain_name == AUTO and self._routes):
             return plain_name
         if plain_name == self.manifest.name or plain_name in self._rewriters:
             return None
@@ -104,6 +121,16 @@ class Models:
                 raise self._unknown(name)
             scales[adapter] = self._scale(scale, name) if colon else self.manifest.adapters[adapter].scale
         return scales
+
+    def _routed(self, prompts: Sequence[Prompt]) -> tuple[str, Adapters, Route | None]:
+        if not prompts:
+            return AUTO, None, None
+        if isinstance(prompts[0], str):
+            message = f"model {AUTO!r} needs messages, as a raw prompt has none to choose by"
+            raise RequestError(message, "use the chat route, or name a model", param="model")
+        assert self._route is not None
+        route = self._route(prompts[0])
+        return route.adapter or self.manifest.name, route.adapter, route
 
     def _given(self, fields: Fields) -> Adapters:
         value = fields.values["adapters"]

@@ -69,11 +69,12 @@ def _request(
     # Clients of Ollama can add their own members only to the options.
     has_adapters = options.values.get("adapters") is not None
     source = Fields({**fields.values, "adapters": options.values["adapters"]}) if has_adapters else fields
-    model, adapters = models.adapters_of(source)
+    model, adapters, route = models.choice_of(source, prompts)
     answer_options = _options(options, limits) | _format(fields) | _think(fields, model)
     answer_options |= logprob_options(fields) | more
     streams = fields.flag("stream", default=True)
-    return OllamaRequest(model, adapters, prompts, answer_options, streams=streams, unloads=_seconds(fields) == 0)
+    unloads = _seconds(fields) == 0
+    return OllamaRequest(model, adapters, prompts, answer_options, streams=streams, route=route, unloads=unloads)
 
 
 def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.inference.generation import Answer
 from edgetune_runtime.tools.calls import ToolCall
 
+from .answer_request import AnswerRequest
 from .answering import Answering, Piece
 from .models import ModelInfo, Models
 from .openai_requests import OpenAIRequest
@@ -155,7 +156,7 @@ class OpenAIReply:
             "total_tokens": prompt + made,
             "prompt_tokens_details": {"cached_tokens": reused},
         }
-        return {"usage": usage, "timings": asdict(answers[-1].timings)}
+        return {"usage": usage, "timings": asdict(answers[-1].timings), **route_of(self.request)}
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         return event(self._head(self.shape.chunk) | {"choices": [choice]})
@@ -163,6 +164,11 @@ class OpenAIReply:
     def _head(self, kind: str) -> dict[str, Any]:
         identity = f"{self.shape.prefix}{self.id}"
         return {"id": identity, "object": kind, "created": self.created, "model": self.request.model}
+
+
+def route_of(request: AnswerRequest) -> dict[str, Any]:
+    """The choice of the router for a request to `auto`, which the APIs do not have either."""
+    return {} if request.route is None else {"route": asdict(request.route)}
 
 
 def model_list(models: Models) -> dict[str, Any]:

@@ -69,11 +69,11 @@ def _request(
     count = 1 if count is None else count
     if not 0 < count * len(prompts) <= limits.answers:
         fields.refuse("n", f"1 to {limits.answers // len(prompts)}")
-    model, adapters = models.adapters_of(fields)
+    model, adapters, route = models.choice_of(fields, prompts)
     stream_options = fields.mapping("stream_options")
     includes_usage = stream_options is not None and stream_options.flag("include_usage")
     streams = fields.flag("stream")
-    return OpenAIRequest(model, adapters, prompts, options, count, streams, includes_usage=includes_usage)
+    return OpenAIRequest(model, adapters, prompts, options, count, streams, route=route, includes_usage=includes_usage)
 
 
 def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:

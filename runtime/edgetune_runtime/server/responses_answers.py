@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from edgetune_runtime.inference.generation import Answer
 
 from .answering import Answering
-from .openai_answers import arguments_of, finish_reason
+from .openai_answers import arguments_of, finish_reason, route_of
 from .openai_requests import OpenAIRequest
 from .problems import dump
 from .streaming import EVENTS
@@ -52,6 +52,7 @@ class ResponsesReply:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "usage": usage,
             "timings": asdict(answer.timings),
+            **route_of(self.request),
         }
 
     async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:

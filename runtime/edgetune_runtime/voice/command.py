@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle import AUTO, Manifest, read_manifest
 from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.server.binding import bind, can_be_reached
 
@@ -28,7 +28,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--uri", default="tcp://127.0.0.1:10500", metavar="URI", help=text)
     text = "let everyone who can reach the service use it; needed for other machines, as the protocol has no keys"
     group.add_argument("--no-api-key", action="store_true", help=text)
-    text = "adapter that answers (default: the only one of the bundle)"
+    text = "adapter that answers, or auto for the one that the router chooses (default: the only one of the bundle)"
     group.add_argument("--adapter", metavar="NAME", help=text)
     text = "languages that it understands, comma-separated (default: %(default)s)"
     group.add_argument("--languages", default="en", metavar="A,B", help=text)
@@ -62,6 +62,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
 
 
 def _adapter(name: str | None, manifest: Manifest) -> str | None:
+    if name == AUTO and manifest.router is not None:
+        return name
     if name is not None:
         return manifest.adapter(name).name
     if len(manifest.adapters) > 1:

@@ -28,6 +28,8 @@ from edgetune.building.pipeline import build, export_trained
 from edgetune.building.result import Build
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
+from edgetune.report.facts import facts_of
+from edgetune.report.render import page
 
 QUESTION = "turn on the light 0"
 COMPLETIONS = {"plain": "reply on", "scaled": "set red", "whole": "close the blind"}
@@ -336,3 +338,24 @@ def test_a_bundle_has_the_output_constraint_and_the_draft_table_of_its_task(
         answer = runtime.generate(QUESTION, adapter="plain", max_tokens=60)
         assert answer.text.startswith('{"set": "red", "to": ')
         assert answer.timings.forced > 0
+
+
+def test_a_bundle_with_a_router_chooses_the_adapter(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    rooms = ("hall", "kitchen", "study", "attic", "garage", "bedroom", "cellar", "nursery", "bath", "garden")
+    rows = {
+        "lamps.jsonl": [{"prompt": f"turn on the lamp in the {room}", "completion": "on"} for room in rooms],
+        "songs.jsonl": [{"prompt": f"play a song in the {room}", "completion": "la"} for room in rooms],
+    }
+    adapters = {name: adapter_of(train=f"{name}.jsonl") for name in ("lamps", "songs")}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data=rows, route=True)
+    listening = Listening()
+    result = build(recipe, tmp_path / "home", progress=listening)
+    said = "router: generate chooses among lamps, songs: 100.0% of lamps"
+    assert any(line.startswith(said) for line in listening.lines)
+    assert result.to_json()["router"]["calls"]["generate"]["right"] == {"lamps": 1.0, "songs": 1.0}
+    assert "The router" in (tmp_path / "home" / "README.md").read_text(encoding="utf-8")
+    assert "the base answers" in page(facts_of(tmp_path / "home", read_manifest(tmp_path / "home")), [])
+    with result.open() as runtime:
+        prompts = ("turn on the lamp in the shed", "play a song in the shed", "why is the sky blue")
+        routes = [runtime.generate(prompt, adapter="auto", max_tokens=1).route for prompt in prompts]
+    assert [route and route.adapter for route in routes] == ["lamps", "songs", None]

@@ -16,6 +16,7 @@ from edgetune import methods
 from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
 from edgetune.recipe.parts import is_hub_id
 from edgetune.recipe.reference import reference
+from edgetune.recipe.routing import RouteSpec
 from edgetune.tasks.data import read_rows
 
 GOOD = """\
@@ -34,6 +35,8 @@ adapters:
 """
 
 Write = Callable[[str], Path]
+
+DATA = "{data: {train: a.jsonl}}"
 
 
 @pytest.fixture
@@ -322,3 +325,42 @@ def test_the_schema_names_every_key_method_and_board() -> None:
 def test_the_reference_in_the_docs_is_up_to_date() -> None:
     written = Path(__file__).parents[3] / "docs" / "recipe.md"
     assert written.read_text(encoding="utf-8") == reference(), "run: make docs/recipe.md"
+
+
+@pytest.mark.parametrize(
+    ("route", "problem"),
+    [
+        ("{threshold: 1.5}", "route.threshold: 1.5 must be less than 1"),
+        ("{threshold: 0}", "route.threshold: 0 must be greater than 0"),
+        ("{below: spam}", "route: below is 'spam'; choose one of: base, error, a, b"),
+        ("{adapters: [a, c]}", "route: no adapter 'c'; choose one of: a, b"),
+        ("{adapters: [a]}", "route: a router needs 2 adapters to choose from, not 1; add one, or remove route"),
+        ("{adaptors: [a, b]}", "route.adaptors: unknown key; did you mean 'adapters'?"),
+    ],
+)
+def test_a_wrong_route_is_refused_in_one_line(write: Write, route: str, problem: str) -> None:
+    path = write(f"name: home\nbase: b.gguf\nroute: {route}\nadapters: {{a: {DATA}, b: {DATA}}}\n")
+    assert problems_of(path) == [f"3: {problem}"]
+
+
+@pytest.mark.parametrize("name", ["auto", "base", "error"])
+def test_names_with_another_meaning_are_refused_only_with_route(write: Write, name: str) -> None:
+    text = f"name: home\nbase: b.gguf\nadapters: {{{name}: {DATA}, b: {DATA}}}\nroute: "
+    assert Recipe.from_file(write(f"{text}false\n")).route is None
+    problem = f"4: route: '{name}' cannot be a name here, as it has another meaning with route; choose another"
+    assert problems_of(write(f"{text}true\n")) == [problem]
+
+
+def test_route_true_has_all_defaults_and_is_read_again(write: Write) -> None:
+    path = write(f"name: home\nbase: b.gguf\nadapters: {{a: {DATA}, b: {DATA}}}\nroute: true\n")
+    recipe = Recipe.from_file(path)
+    assert recipe.route == RouteSpec()
+    assert Recipe.from_dict(recipe.resolved()).route == RouteSpec()
+    changed = Recipe.from_file(path, {"route": {}, "route.below": "b"})
+    assert changed.route == RouteSpec(below="b")
+
+
+def test_a_bundle_that_only_classifies_has_no_base_to_answer(write: Write) -> None:
+    text = "name: home\ntask: text-classification\nbase: b\nadapters: {a: D, b: D}\nroute: {below: base}\n"
+    problem = "5: route: below is 'base'; choose one of: error, a, b"
+    assert problems_of(write(text.replace("D", DATA))) == [problem]

@@ -1,0 +1,1 @@
+"""Makes the router of a bundle from the prompts of its tasks."""

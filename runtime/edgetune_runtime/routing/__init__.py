@@ -1,0 +1,1 @@
+"""The router of a bundle, which chooses the adapter for a prompt."""

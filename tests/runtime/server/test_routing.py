@@ -1,0 +1,76 @@
+"""The model `auto` of a bundle with a router, in both APIs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import ollama
+import pytest
+from edgetune_runtime.bundle import BASE, ERROR, GENERATE, read_manifest
+from openai import BadRequestError, OpenAI
+from runtime.bundles import add_router, write_manifest
+from runtime.server.conftest import Running, Start
+
+
+@pytest.fixture
+def routed(bundle: Path, tmp_path: Path, start: Start) -> Running:
+    """A server of a bundle with a router."""
+    return start(with_router(bundle, tmp_path / "home"))
+
+
+def with_router(bundle: Path, home: Path, below: str = BASE) -> Path:
+    shutil.copytree(bundle, home)
+    manifest = read_manifest(home)
+    router = add_router(home, {GENERATE: {"command": "lamp", "whole": "music"}}, below)
+    write_manifest(home, manifest.base, manifest.adapters, router=router)
+    return home
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(("text", "model"), [("the lamp", "command"), ("music", "whole"), ("who is there", "home")])
+def test_openai_answers_name_the_model_that_answered(text: str, model: str, routed: Running) -> None:
+    with OpenAI(base_url=f"{routed.url}/v1", api_key="-", max_retries=0) as client:
+        answer = client.chat.completions.create(model="auto", messages=messages(text), max_tokens=3)
+        assert answer.model == model
+        assert answer.model_extra is not None
+        assert answer.model_extra["route"]["is_known"] == (model != "home")
+        named = client.chat.completions.create(model=model, messages=messages(text), max_tokens=3)
+        assert named.choices[0].message.content == answer.choices[0].message.content
+        parts = list(client.chat.completions.create(model="auto", messages=messages(text), max_tokens=3, stream=True))
+        assert {part.model for part in parts} == {model}
+        response = client.responses.create(model="auto", input=text, max_output_tokens=3)
+        assert response.model == model
+
+
+def test_a_raw_prompt_is_refused(routed: Running) -> None:
+    client = OpenAI(base_url=f"{routed.url}/v1", api_key="-", max_retries=0)
+    with client, pytest.raises(BadRequestError, match="raw prompt"):
+        client.completions.create(model="auto", prompt="the lamp")
+
+
+def test_a_prompt_of_no_task_is_refused_if_the_bundle_says_so(bundle: Path, tmp_path: Path, start: Start) -> None:
+    server = start(with_router(bundle, tmp_path / "home", ERROR))
+    body = {"model": "auto", "messages": messages("who is there")}
+    reply = server.client.post("/v1/chat/completions", json=body)
+    assert reply.status_code == 400
+    assert "none of the tasks" in reply.json()["error"]["message"]
+
+
+def test_ollama_answers_name_the_model_that_answered(routed: Running) -> None:
+    with ollama.Client(routed.url) as client:
+        assert "auto:latest" in [model.model for model in client.list().models]
+        assert client.show("auto").details is not None
+        parts = list(client.chat("auto:latest", messages("the lamp"), stream=True))
+        assert {part.model for part in parts} == {"command"}
+    last = routed.client.post("/api/generate", json={"model": "auto", "prompt": "music"}).text.splitlines()[-1]
+    assert json.loads(last)["route"]["adapter"] == "whole"
+    assert routed.client.post("/api/generate", json={"model": "auto"}).json()["done_reason"] == "load"
+
+
+def test_a_bundle_without_a_router_has_no_model_auto(server: Running) -> None:
+    assert server.client.post("/api/show", json={"model": "auto"}).status_code == 404
