@@ -41,5 +41,5 @@ class Build:
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         domain = {"domain": self.domain} if self.domain else {}
-        whole = {} if self.seconds is None else {"seconds": self.seconds}
-        return {"bundle": str(self.bundle), **whole, **domain, "adapters": self.figures}
+        seconds = {} if self.seconds is None else {"seconds": self.seconds}
+        return {"bundle": str(self.bundle), **seconds, **domain, "adapters": self.figures}
