@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from edgetune_runtime.engines import gguf, onnx
+from edgetune_runtime.engines import gguf, load_needs
 from edgetune_runtime.engines.gguf.needs import needs_of_sizes
 from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
@@ -59,13 +59,13 @@ def needs_of_header(
 
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:
     """Bytes of each tensor in the engine's format; vectors are float32 in a quantized base and in ONNX."""
-    sizes = {}
+    sizes, keeps_types = {}, load_needs(engine).COST.has_tensor_types
     for name, tensor in header.tensors.items():
-        if engine != onnx.NAME and quantization is None:
+        if keeps_types and quantization is None:
             sizes[name] = tensor.nbytes
         elif len(tensor.shape) < 2:
             sizes[name] = math.prod(tensor.shape) * 4
-        elif engine == onnx.NAME:
+        elif not keeps_types:
             sizes[name] = _onnx_bytes(tensor, header, quantization)
         else:
             assert quantization is not None

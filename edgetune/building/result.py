@@ -43,6 +43,6 @@ class Build:
     def to_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         domain = {"domain": self.domain} if self.domain else {}
-        whole = {} if self.seconds is None else {"seconds": self.seconds}
+        seconds = {} if self.seconds is None else {"seconds": self.seconds}
         router = {} if self.router is None else {"router": self.router}
-        return {"bundle": str(self.bundle), **whole, **domain, **router, "adapters": self.figures}
+        return {"bundle": str(self.bundle), **seconds, **domain, **router, "adapters": self.figures}

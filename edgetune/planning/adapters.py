@@ -52,11 +52,11 @@ def with_options(
     }
     sizes = {}
     for target, shape in shapes.items():
-        written = backends.format_of(target)
+        file_format = backends.format_of(target)
         if shape == "merged":
-            sizes[target] = int(written.merged_bytes(base.parameters, format_options))
+            sizes[target] = int(file_format.merged_bytes(base.parameters, format_options))
         else:
-            sizes[target] = int(written.adapter_bytes(values[shape], planned.dtypes[target], shape))
+            sizes[target] = int(file_format.adapter_bytes(values[shape], planned.dtypes[target], shape))
     # In an engine whose format is not exported, the shape of the first one counts.
     in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in engines.names_with_needs()}
     return replace(

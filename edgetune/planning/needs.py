@@ -23,7 +23,7 @@ from edgetune.work_folder import work_folder
 
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
-_FLOAT = 4
+_FLOAT_BYTES = 4
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
@@ -38,32 +38,34 @@ def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
 def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     """What the build needs, whose adapters have `rows`; a high estimate."""
     recipe, parameters = plan.recipe, base.parameters
-    whole_mb, base_mb = parameters * _FLOAT / 1e6, (plan.base.gguf_bytes or 0) / 1e6
+    weights_mb, base_mb = parameters * _FLOAT_BYTES / 1e6, (plan.base.gguf_bytes or 0) / 1e6
     formats = {target: backends.format_of(target) for target in recipe.targets}
     options = recipe.format_options
     by_target = [
-        found.base_bytes(base_mb * 1e6, parameters, options) / 1e6
+        file_format.base_bytes(base_mb * 1e6, parameters, options) / 1e6
         + sum(adapter.bytes_by_format.get(target, 0) for adapter in plan.adapters.values()) / 1e6
-        for target, found in formats.items()
+        for target, file_format in formats.items()
     ]
     trained = [adapter.trainable_parameters or 0 for adapter in plan.adapters.values()]
     # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
-    kept = base_mb * ((plan.base.quantization is not None) + (recipe.domain is not None)) + sum(trained) * _FLOAT / 1e6
-    bundle = sum(by_target)
-    staged = bundle - base_mb * any(found.links_base for found in formats.values())
-    at_a_time = (saved_states_mb(max(trained, default=0)), staged + bundle)
+    copies = (plan.base.quantization is not None) + (recipe.domain is not None)
+    work_mb = copies * base_mb + sum(trained) * _FLOAT_BYTES / 1e6
+    bundle_mb = sum(by_target)
+    staged_mb = bundle_mb - base_mb * any(item.links_base for item in formats.values())
+    # Not at the same time: training has ended before the bundle is staged.
+    temporary_mb = max(saved_states_mb(max(trained, default=0)), staged_mb + bundle_mb)
     min_mb, training_mb = _training_mb(plan, base)
-    export_mb = max(found.export_mb(base_mb * 1e6, parameters, options) for found in formats.values())
+    export_mb = max(item.export_mb(base_mb * 1e6, parameters, options) for item in formats.values())
     return BuildNeeds(
         parameters=parameters,
-        weights_mb=whole_mb,
+        weights_mb=weights_mb,
         training_mb=training_mb,
         min_training_mb=min_mb,
-        export_mb=whole_mb + export_mb,
+        export_mb=weights_mb + export_mb,
         min_export_mb=export_mb,
-        bundle_mb=bundle,
-        disk_mb=kept + max(at_a_time),
-        min_disk_mb=staged + bundle,
+        bundle_mb=bundle_mb,
+        disk_mb=work_mb + temporary_mb,
+        min_disk_mb=staged_mb + bundle_mb,
         extra_formats_mb=sum(by_target[1:]),
     )
 
@@ -131,16 +133,17 @@ def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:
 
 
 def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
-    less = ""
-    if len(recipe.targets) > 1:
-        less = f", or build targets: [{recipe.targets[0]}] alone, whose bundle is {mb(needs.extra_formats_mb)} smaller"
-    return f"free {mb(math.ceil(missing_mb))} or choose another --out{less}"
+    remedy = f"free {mb(math.ceil(missing_mb))} or choose another --out"
+    if len(recipe.targets) == 1:
+        return remedy
+    smaller = f"whose bundle is {mb(needs.extra_formats_mb)} smaller"
+    return f"{remedy}, or build targets: [{recipe.targets[0]}] alone, {smaller}"
 
 
 def _memory_remedy(free_mb: float) -> str:
-    most = (free_mb - PROCESS_MB) * 1e6 / _FLOAT / 1e6
-    fits = f", or choose a base of at most {most:,.0f}M parameters" if most >= 1 else ""
-    return f"close other programs{fits}"
+    max_millions = (free_mb - PROCESS_MB) / _FLOAT_BYTES
+    smaller = f", or choose a base of at most {max_millions:,.0f}M parameters" if max_millions >= 1 else ""
+    return f"close other programs{smaller}"
 
 
 def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
@@ -164,12 +167,12 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
         window, training = recipe.domain.window or recipe.context_length, recipe.training.under(recipe.domain.training)
         method = recipe.domain.method
         sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
-        kind = methods.load(method.name)
-        trained = kind.trained(base, method.options)
-        needs.append(training_need(kind, method.options, trained, **sizes, precision=_precision(training)))
-    min_mb, most_mb = max(need.least_mb for need in needs), max(need.planned_mb for need in needs)
+        loaded = methods.load(method.name)
+        trained = loaded.trained(base, method.options)
+        needs.append(training_need(loaded, method.options, trained, **sizes, precision=_precision(training)))
+    min_mb, max_mb = max(need.min_mb for need in needs), max(need.max_mb for need in needs)
     limit_mb = recipe.training.memory_mb
-    return min_mb, most_mb if limit_mb is None else max(min_mb, min(most_mb, limit_mb))
+    return min_mb, max_mb if limit_mb is None else max(min_mb, min(max_mb, limit_mb))
 
 
 def _precision(training: TrainingSpec) -> str:

@@ -188,11 +188,11 @@ class NeedsReport:
         """What is needed and what is free, in one line."""
         needs, room = self.needs, self.room
         free = "" if room.memory_mb is None else f" ({mb(room.memory_mb)} free)"
-        less = ""
+        smallest = ""
         if needs.min_training_mb < needs.training_mb:
-            less = f" ({mb(needs.min_training_mb)} with the smallest forward passes)"
+            smallest = f" ({mb(needs.min_training_mb)} with the smallest forward passes)"
         return (
-            f"memory about {mb(needs.training_mb)} for training{less} and {mb(needs.export_mb)} for export{free}; "
+            f"memory about {mb(needs.training_mb)} for training{smallest} and {mb(needs.export_mb)} for export{free}; "
             f"disk up to {mb(needs.disk_mb)}, the bundle {mb(needs.bundle_mb)} of it ({mb(room.disk_mb)} free)"
         )
 

@@ -108,10 +108,10 @@ class PassPlan:
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """Peak memory of a training process: `least_mb` with the smallest passes, `planned_mb` without a memory limit."""
+    """Peak memory of a training process: `min_mb` with the smallest passes, `max_mb` without a memory limit."""
 
-    least_mb: float
-    planned_mb: float
+    min_mb: float
+    max_mb: float
 
 
 def training_need(

@@ -138,9 +138,9 @@ def _with_draft(
     if not item.plan.spec.draft:
         return item
     digest = digest_of_tokenizer(base.header)
-    table, worth = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)
-    progress.say(f"{item.plan.name}: drafts give {worth:.1f} tokens per step on the validation rows")
-    return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(worth, 2)})
+    table, tokens_per_step = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)
+    progress.say(f"{item.plan.name}: drafts give {tokens_per_step:.1f} tokens per step on the validation rows")
+    return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(tokens_per_step, 2)})
 
 
 def _key(planned: AdapterPlan, training: TrainingSpec, base: Base, examples: Sequence[Example]) -> str:

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,7 +56,7 @@ MEASURED_TOKENS = 65536
 # Windows of the training text used for calibration by quantization methods that need it.
 CALIBRATION_WINDOWS = 16
 # Nats per token above which the exponential overflows.
-_MOST_NATS = 700.0
+_MAX_NATS = 700.0
 # Tokens per call of an engine when measuring.
 _ROWS = 64
 
@@ -79,7 +79,7 @@ def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all
     progress.say(f"{NAME}: {len(job.train)} windows for training, {len(job.validation)} for validation")
     stage = _Stage(recipe, base, job, train_all([job])[NAME], work / NAME, progress)
     with processes().main_process_first():
-        figures = stage.known() or stage.make()
+        figures = stage.finished() or stage.make()
     return stage.base(figures)
 
 
@@ -129,12 +129,12 @@ class _Stage:
         made = sha256_of(self.path), read_header(self.path)
         return Base(self.source.name, self.path, *made, self.source.quantization, figures)
 
-    def known(self) -> dict[str, Any] | None:
+    def finished(self) -> dict[str, Any] | None:
         """The figures of a continued base that is already written, else None."""
         try:
-            known = json.loads((self.folder / "figures.json").read_text(encoding="utf-8"))
-            is_whole = known["key"] == self.key and known["sha256"] == sha256_of(self.path)
-            return dict(known["figures"]) if is_whole else None
+            stored = json.loads((self.folder / "figures.json").read_text(encoding="utf-8"))
+            is_whole = stored["key"] == self.key and stored["sha256"] == sha256_of(self.path)
+            return dict(stored["figures"]) if is_whole else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -154,14 +154,14 @@ class _Stage:
         figures = {
             "method": self.job.method.name,
             "base_fingerprint": self.source.fingerprint,
-            **{key: value for key, value in asdict(self.result).items() if key != "history"},
+            **self.result.figures(),
             "perplexity": {"before": before, "trained": trained, "after": after},
             "lost_by_rounding": {target: value / trained - 1 for target, value in after.items()},
             "measured_tokens": sum(len(window.tokens) - 1 for window in self.job.validation),
         }
         with replacing(self.folder / "figures.json") as path:
-            known = {"key": self.key, "sha256": made.fingerprint, "figures": figures}
-            path.write_text(json.dumps(known, indent=2), encoding="utf-8")
+            stored = {"key": self.key, "sha256": made.fingerprint, "figures": figures}
+            path.write_text(json.dumps(stored, indent=2), encoding="utf-8")
         return figures
 
     def _write(self, checkpoint: methods.Checkpoint) -> None:
@@ -176,16 +176,16 @@ class _Stage:
         """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""
         length = max(len(window.tokens) for window in self.job.validation)
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
-        found: dict[str, float] = {}
+        perplexities: dict[str, float] = {}
         for target in self.recipe.targets:
             with TemporaryDirectory(dir=self.folder) as name:
                 work, options = Path(name) / "work", self.recipe.format_options
                 source = Source(base.path, base.fingerprint, model, work, options, rows)
                 path = backends.load(target).write_base(source, Path(name), ())
-                made = engines.load(target)
-                with closing(made(path, context_length=length)) as engine:
-                    found[target] = _perplexity(_rows_of(engine), self.job.validation)
-        return found
+                engine_class = engines.load(target)
+                with closing(engine_class(path, context_length=length)) as engine:
+                    perplexities[target] = _perplexity(_rows_of(engine), self.job.validation)
+        return perplexities
 
     def _require_finite(self, after: Mapping[str, float]) -> None:
         for target, value in after.items():
@@ -218,7 +218,7 @@ def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
         for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
     )
     mean = nats / sum(len(window.tokens) - 1 for window in windows)
-    return math.exp(mean) if mean < _MOST_NATS else math.inf
+    return math.exp(mean) if mean < _MAX_NATS else math.inf
 
 
 def _rows_of(engine: Engine) -> Rows:

@@ -79,10 +79,10 @@ def make(source: BaseSource) -> EncoderBase:
     """The encoder with the digest and the sizes of its weights; VerificationError if a file is damaged."""
     name, folder = source.name, source.path
     fingerprint = sha256_of(folder / WEIGHTS)
-    known = bases.ENCODERS.get(name)
-    if known is not None and known.sha256 != fingerprint:
+    packaged = bases.ENCODERS.get(name)
+    if packaged is not None and packaged.sha256 != fingerprint:
         message = f"{folder / WEIGHTS} is not the file that base {name!r} stands for"
-        raise VerificationError(message, f"install {known.package} again, or give a folder")
+        raise VerificationError(message, f"install {packaged.package} again, or give a folder")
     hidden_size, layers = _sizes(folder)
     return EncoderBase(
         name, folder, fingerprint, source.architecture, hidden_size, layers, source.trained_context_length
@@ -133,10 +133,10 @@ def _checked(name: str, folder: Path) -> str:
 
 
 def _no_encoder(name: str, why: str) -> IncompatibleError:
-    known = ", ".join(bases.ENCODER_TYPES)
+    types = ", ".join(bases.ENCODER_TYPES)
     message = f"base {name!r} is no encoder for task: text-classification: {why}"
     return IncompatibleError(
-        message, f"give {', '.join(bases.ENCODERS)}, a folder or hub id of {known}, or leave task out"
+        message, f"give {', '.join(bases.ENCODERS)}, a folder or hub id of {types}, or leave task out"
     )
 
 

@@ -56,17 +56,17 @@ def tokenize_labelled(
     Raises UsageError for rows other than text and label, and if no row fits.
     """
     numbers = {label: number for number, label in enumerate(labels)}
-    found, too_long = [], []
+    examples, too_long = [], []
     for row in rows:
         tokens = tokenizer.tokenize(labelled_text(row))
         if len(tokens) <= max_tokens:
-            found.append(Labelled(tuple(tokens), numbers[row.completion or ""]))
+            examples.append(Labelled(tuple(tokens), numbers[row.completion or ""]))
         else:
             too_long.append(row.where)
-    if too_long and not found:
+    if too_long and not examples:
         message = f"all {len(rows)} rows are longer than {max_tokens} tokens"
         raise UsageError(message, "raise context_length, or shorten the rows")
-    return found, TooLong(len(too_long), tuple(too_long[:3]))
+    return examples, TooLong(len(too_long), tuple(too_long[:3]))
 
 
 class Classify:

@@ -61,13 +61,13 @@ def verify(
     """
     longest = max(len(row) for task in tasks for row in task.probes)
     bases: dict[str, Figures] = {}
-    found: dict[str, dict[str, Figures]] = {}
+    by_format: dict[str, dict[str, Figures]] = {}
     for export in exports:
         rounded = export.weight_type != "f32"
         with _engine(export, longest) as engine:
-            found[export.backend] = _compare_tasks(model, tasks, export, engine, progress, rounded=rounded)
+            by_format[export.backend] = _compare_tasks(model, tasks, export, engine, progress, rounded=rounded)
             bases[export.backend] = _compare_base(model, tasks, engine, progress, rounded=rounded)
-    return ParityReport(bases, found)
+    return ParityReport(bases, by_format)
 
 
 @contextmanager
@@ -89,20 +89,20 @@ def _compare_tasks(
 ) -> dict[str, Figures]:
     """The agreement of each task; also checks that a switch to the others and back does not change its answers."""
     first: dict[str, list[Floats]] = {}
-    found: dict[str, Figures] = {}
+    agreements: dict[str, Figures] = {}
     for task in tasks:
         engine.load_adapter(task.name, export.adapters[task.name].file)
         first[task.name] = _answers(engine, task)
         agreement = _agreement(_trained(model, task), first[task.name])
-        progress.say(f"  {task.name}: {_said(agreement)}")
+        progress.say(f"  {task.name}: {_summary(agreement)}")
         _check(agreement, task, rounded=rounded or task.plan.dtypes[export.backend] != "f32")
-        found[task.name] = asdict(agreement)
+        agreements[task.name] = asdict(agreement)
     for task in tasks:
         again = zip(first[task.name], _answers(engine, task), strict=True)
         if not all(np.array_equal(before, after) for before, after in again):
             message = f"task {task.name!r} answers otherwise after a switch to other tasks and back"
             raise VerificationError(message, "report this as a bug, with the recipe")
-    return found
+    return agreements
 
 
 def _answers(engine: LabelEngine, task: TrainedAdapter) -> list[Floats]:
@@ -132,10 +132,10 @@ def _compare_base(
     pairs = list(zip(_rows(rows, pooled), map(engine.pooled, rows), strict=True))
     difference = max(float(np.abs(a - b).max()) for a, b in pairs)
     cosine = min(float(a @ b / np.sqrt((a @ a) * (b @ b))) for a, b in pairs)
-    said = f"largest difference {difference:.1e}, cosine {cosine:.4f}"
-    progress.say(f"  base after switching back: {said}")
+    summary = f"largest difference {difference:.1e}, cosine {cosine:.4f}"
+    progress.say(f"  base after switching back: {summary}")
     if not (cosine >= TOLERANCE_COSINE if rounded else difference <= TOLERANCE):
-        message = f"the exported base does not match the trained one: {said} of the pooled layer"
+        message = f"the exported base does not match the trained one: {summary} of the pooled layer"
         raise VerificationError(message, "report this as a bug, with the recipe")
     return {"difference": difference, "cosine": cosine, "rows": len(rows)}
 
@@ -147,16 +147,16 @@ def _rows(rows: Sequence[Sequence[int]], compute: Callable[[torch.Tensor, torch.
         return [compute(tokens, torch.ones_like(tokens))[0].float().numpy() for tokens in inputs]
 
 
-def _agreement(expected: Sequence[Floats], found: Sequence[Floats]) -> Agreement:
-    one, other = np.stack(expected), np.stack(found)
-    if one.shape != other.shape:
-        message = f"the trained head has {one.shape[1]} labels, the exported one {other.shape[1]}"
+def _agreement(trained: Sequence[Floats], exported: Sequence[Floats]) -> Agreement:
+    expected, actual = np.stack(trained), np.stack(exported)
+    if expected.shape != actual.shape:
+        message = f"the trained head has {expected.shape[1]} labels, the exported one {actual.shape[1]}"
         raise VerificationError(message, "report this as a bug, with the recipe")
     return Agreement(
-        kl=float(divergence(one, other).mean()),
-        top1=float((one.argmax(-1) == other.argmax(-1)).mean()),
-        difference=float(np.abs(one - other).max()),
-        rows=len(one),
+        kl=float(divergence(expected, actual).mean()),
+        top1=float((expected.argmax(-1) == actual.argmax(-1)).mean()),
+        difference=float(np.abs(expected - actual).max()),
+        rows=len(expected),
     )
 
 
@@ -165,11 +165,11 @@ def _check(agreement: Agreement, task: TrainedAdapter, *, rounded: bool) -> None
     if not (agreement.kl <= TOLERANCE_KL if rounded else agreement.difference <= TOLERANCE):
         limit = f"a mean KL of {TOLERANCE_KL}" if rounded else f"a difference of {TOLERANCE}"
         message = (
-            f"task {task.name!r} does not match the trained model: {_said(agreement)}; at most {limit} is expected"
+            f"task {task.name!r} does not match the trained model: {_summary(agreement)}; at most {limit} is expected"
         )
         raise VerificationError(message, "write onnx: {weights: fp32}" if rounded else "report this as a bug")
 
 
-def _said(agreement: Agreement) -> str:
+def _summary(agreement: Agreement) -> str:
     figures = f"mean KL {agreement.kl:.1e}, {agreement.top1:.1%} of labels agree"
     return f"{figures}, largest difference {agreement.difference:.1e}"

@@ -12,7 +12,7 @@ from edgetune_runtime.engines.base import Tokenizer
 
 from edgetune.objectives.example import Example
 
-_LEAST_TOKENS_PER_STEP = 1.1
+_MIN_TOKENS_PER_STEP = 1.1
 """A table that gives less is not shipped."""
 
 
@@ -27,8 +27,8 @@ def draft_of(
     if not rows:
         return None, 1.0
     table = table_of(rows, tokenizer.is_end, digest)
-    worth = tokens_per_step(table, held_out or rows, BatchCost(engines.load(target).BATCH_COST))
-    return (table if worth >= _LEAST_TOKENS_PER_STEP else None), worth
+    predicted = tokens_per_step(table, held_out or rows, BatchCost(engines.load(target).BATCH_COST))
+    return (table if predicted >= _MIN_TOKENS_PER_STEP else None), predicted
 
 
 def _rows(examples: Sequence[Example]) -> list[Row]:

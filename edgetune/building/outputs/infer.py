@@ -15,8 +15,8 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 
-_MOST_CHOICES = 50
-_LEAST_REPEATS = 5
+_MAX_CHOICES = 50
+_MIN_REPEATS = 5
 """Occurrences per distinct value before a list of values counts as complete."""
 _SPACINGS = {"spaced": None, "compact": (",", ":")}
 
@@ -42,7 +42,7 @@ def _json_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
 
 def _is_complete(values: Counter[str]) -> bool:
     """Whether these are probably all values that occur."""
-    is_few = 0 < len(values) <= _MOST_CHOICES and values.total() >= _LEAST_REPEATS * len(values)
+    is_few = 0 < len(values) <= _MAX_CHOICES and values.total() >= _MIN_REPEATS * len(values)
     return is_few and "" not in values and min(values.values()) > 1
 
 

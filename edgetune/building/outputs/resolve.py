@@ -28,16 +28,16 @@ def output_of_task(task: Task) -> OutputSpec | None:
     return option.spec or infer([row.completion or "" for row in _answered(task)])
 
 
-def write_inferred(name: str, found: OutputSpec | None, folder: Path, progress: Progress) -> None:
+def write_inferred(name: str, output: OutputSpec | None, folder: Path, progress: Progress) -> None:
     """Report what `auto` inferred for a task, and write it to `folder/NAME.json`."""
-    if found is None:
+    if output is None:
         progress.say(f"{name}: output: auto finds no structure in the completions, so answers are free text")
         return
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    stored = found.to_json()
-    path.write_text(json.dumps(stored["schema"] if found.kind == "schema" else stored, indent=2), encoding="utf-8")
-    progress.say(f"{name}: answers are constrained by the {found.kind} inferred from the rows, see {path}")
+    stored = output.to_json()
+    path.write_text(json.dumps(stored["schema"] if output.kind == "schema" else stored, indent=2), encoding="utf-8")
+    progress.say(f"{name}: answers are constrained by the {output.kind} inferred from the rows, see {path}")
 
 
 def _check_rows(task: Task, spec: OutputSpec | None) -> None:

@@ -171,8 +171,8 @@ def _percent(share: float) -> str:
 
 def _steps(job: TrainingJob[Example]) -> int:
     whole = Schedule(len(job.train), job.training).steps
-    least, most = _STEPS
-    return min(whole, max(least, min(most, round(whole * _SHARE))))
+    min_steps, max_steps = _STEPS
+    return min(whole, max(min_steps, min(max_steps, round(whole * _SHARE))))
 
 
 def _name(job: TrainingJob[Example], placement: Placement) -> str:

@@ -62,7 +62,7 @@ _TIMED = 4
 _SECONDS = 2.0
 _ROUNDS = (3, 30)
 # An interquartile range of the rounds above this means that other processes disturbed the measurement.
-_MOST_SPREAD = 0.1
+_MAX_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Placement:
     @property
     def title(self) -> str:
         """The modules as text."""
-        known = {ATTENTION: "attention", MLP: "MLP"}
+        titles = {ATTENTION: "attention", MLP: "MLP"}
         names = self.target_modules
-        return names if isinstance(names, str) else known.get(names, ", ".join(names))
+        return names if isinstance(names, str) else titles.get(names, ", ".join(names))
 
     @property
     def key(self) -> str:
@@ -109,22 +109,22 @@ def costs(
     if recipe.device is not None:
         return {placement: _predicted(placement, plan, base.header, recipe) for placement in candidates}
     bench = _Bench(base, recipe, plan, folder)
-    known = bench.read()
-    missing = [placement for placement in candidates if placement.key not in known]
+    measured = bench.read()
+    missing = [placement for placement in candidates if placement.key not in measured]
     if missing:
         progress.say(f"measuring the decode overhead of adapters with {bench.target}")
         with progress.step("placements", len(missing)) as step, bench.plain() as plain:
             for modules, group in groupby(missing, lambda placement: placement.target_modules):
-                known |= bench.measure(plain, modules, list(group))
-                bench.write(known)
+                measured |= bench.measure(plain, modules, list(group))
+                bench.write(measured)
                 step.update("", step.done + sum(placement.target_modules == modules for placement in missing))
-    return {placement: known[placement.key] for placement in candidates}
+    return {placement: measured[placement.key] for placement in candidates}
 
 
 def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | None:
     """Why the costs measured in `folder` are unreliable, as text; None if the machine was quiet."""
     spread = 0.0 if recipe.device is not None else _Bench(base, recipe, plan, folder).spread
-    return f"costs varied by {spread:.0%}" if spread > _MOST_SPREAD else None
+    return f"costs varied by {spread:.0%}" if spread > _MAX_SPREAD else None
 
 
 def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, recipe: Recipe) -> float:
@@ -160,9 +160,9 @@ class _Bench:
         """The costs measured so far, by placement key."""
         return _read(self._file)
 
-    def write(self, known: Mapping[str, float]) -> None:
+    def write(self, costs_by_key: Mapping[str, float]) -> None:
         """Write the costs and the spread."""
-        for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, known)):
+        for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, costs_by_key)):
             with replacing(file) as path:
                 path.write_text(json.dumps(values), encoding="utf-8")
 
@@ -185,7 +185,7 @@ class _Bench:
         adapters = {placement.key: _random(modules, placement) for placement in group}
         folder = self._folder / "adapted"
         path = self._backend.write_base(self._source, folder, list(adapters.values()))
-        found: dict[str, float] = {}
+        costs_by_key: dict[str, float] = {}
         with closing(self._open(path)) as engine:
             for key, adapter in adapters.items():
                 out = folder / f"{key}.adapter"
@@ -195,11 +195,11 @@ class _Bench:
                 engine.load_adapter(key, out)
                 engine.activate({key: 1.0})
                 lost = _rounds(plain, engine)
-                found[key] = max(0.0, statistics.median(lost))
+                costs_by_key[key] = max(0.0, statistics.median(lost))
                 lower, _, upper = statistics.quantiles(lost, n=4)
                 self.spread = max(self.spread, upper - lower)
         shutil.rmtree(folder)
-        return found
+        return costs_by_key
 
     @cached_property
     def _source(self) -> Source:
@@ -234,10 +234,10 @@ def _random(modules: Sequence[SizedModule], placement: Placement) -> LowRank:
 
 def _rounds(plain: Engine, adapted: Engine) -> list[float]:
     """The share of the plain engine's speed that the adapted one loses, per round of both."""
-    least, most = _ROUNDS
+    min_rounds, max_rounds = _ROUNDS
     begin = time.monotonic()
     lost: list[float] = []
-    while len(lost) < least or (len(lost) < most and time.monotonic() - begin < _SECONDS):
+    while len(lost) < min_rounds or (len(lost) < max_rounds and time.monotonic() - begin < _SECONDS):
         # Other processes slow down both engines of a round.
         lost.append(1 - _token_s(plain) / _token_s(adapted))
     return lost

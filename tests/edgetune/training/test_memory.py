@@ -157,7 +157,7 @@ def test_a_need_grows_with_rows_and_with_what_is_trained() -> None:
         kind = methods.load(method)
         trained = kind.trained(SHAPE, kind.options())
         found = training_need(kind, kind.options(), trained, longest_row=row, batch_tokens=batch, precision="fp32")
-        return found.least_mb, found.planned_mb
+        return found.min_mb, found.max_mb
 
     short, long, full = need("lora", 100, 800), need("lora", 500, 4000), need("full", 100, 800)
     assert short < long
@@ -171,8 +171,8 @@ def test_int8_takes_two_bytes_more_for_each_weight_of_the_layers() -> None:
     sizes = {"longest_row": 100, "batch_tokens": 800}
     fp32, int8 = (training_need(kind, options, trained, **sizes, precision=p) for p in ("fp32", "int8"))
     weights = 2 * (2 * 192 * 192 + 2 * 192 * 64 + 3 * 192 * 512)
-    assert int8.least_mb - fp32.least_mb == pytest.approx(2 * weights / 1e6)
-    assert int8.planned_mb - fp32.planned_mb == pytest.approx(2 * weights / 1e6)
+    assert int8.min_mb - fp32.min_mb == pytest.approx(2 * weights / 1e6)
+    assert int8.max_mb - fp32.max_mb == pytest.approx(2 * weights / 1e6)
 
 
 def test_a_saved_state_has_the_size_that_is_predicted(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Delta, LowRank, Merged
@@ -181,14 +182,22 @@ def test_an_adapted_output_layer_works_where_the_base_has_one(
     assert compare(tuned.plain, engine, rows).kl > 0.05
 
 
-def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
-    base = tmp_path / "base.gguf"
-    writer = gguf.GGUFWriter(base, "bloom")
-    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((64, 64), np.float16))
+def write_one_matrix(
+    out: Path, arch: str, values: npt.NDArray[Any], kind: gguf.GGMLQuantizationType | None = None
+) -> Path:
+    """A GGUF file with one layer that has one matrix."""
+    writer = gguf.GGUFWriter(out, arch)
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.ffn_up.weight", values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return out
+
+
+def test_an_unsupported_architecture_is_refused_by_name(tmp_path: Path) -> None:
+    base = write_one_matrix(tmp_path / "base.gguf", "bloom", np.zeros((64, 64), np.float16))
     adapter = LowRank("command", "lora", {"model.layers.0.mlp.up_proj": ones(4, 64, 64)})
     with pytest.raises(IncompatibleError, match=r"'bloom'.*gemma3, .*llama, .*qwen2, qwen3"):
         write_adapter(adapter, base, tmp_path / "out", base_fingerprint=FINGERPRINT)
@@ -261,15 +270,8 @@ def test_merging_into_a_quantized_base_is_the_adapter_but_for_rounding(
 
 
 def test_a_type_that_needs_an_importance_matrix_is_refused(tmp_path: Path) -> None:
-    base = tmp_path / "base.gguf"
-    writer = gguf.GGUFWriter(base, "llama")
-    writer.add_block_count(1)
     kind = gguf.GGMLQuantizationType.IQ2_XXS
-    writer.add_tensor("blk.0.ffn_up.weight", np.zeros((4, 66), np.uint8), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    base = write_one_matrix(tmp_path / "base.gguf", "llama", np.zeros((4, 66), np.uint8), kind)
     adapter = LowRank("command", "lora", {"model.layers.0.mlp.up_proj": ones(2, 4, 256)})
     with pytest.raises(IncompatibleError, match="iq2_xxs"):
         write_merged(merge(adapter, weights_in(base)), Source(base, ""), tmp_path / "out")
