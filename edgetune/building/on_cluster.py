@@ -67,8 +67,8 @@ def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) ->
         for job in left:
             request = AdapterRequest(str(recipe.absolute()), job.name, str(work.absolute()), job.key)
             tasks.append(ClusterTask(job.name, MODULE, request.write(folder / job.name), cpus, gpus, memory_mb))
-        reserved = "1 GPU" if gpus else f"{cpus} cores"
-        progress.say(f"training {len(tasks)} adapters on the cluster, each with {reserved}")
+        reserved = f"GPUs for each: {gpus}" if gpus else f"cores for each: {cpus}"
+        progress.say(f"training {len(tasks)} adapters on the cluster; {reserved}")
         for name, reason in cluster.run(tasks, progress):
             progress.say(f"{name}: {reason or 'trained'}")
             failures += [f"adapter {name!r} was not trained: {reason}"] if reason else []
