@@ -138,7 +138,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """The node has saved its training at a validation when it is killed; the other node goes on from there."""
-    training = {"max_steps": 300, "epochs": 1000, "evals": 30, "patience": None}
+    training = {"max_steps": 120, "epochs": 1000, "evals": 12, "patience": None}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
     first, second = cluster.add(), cluster.add()
     busy = cluster.occupy(second)
