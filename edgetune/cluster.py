@@ -128,7 +128,8 @@ class Cluster:
                 self._check_nodes(running.values())
         finally:
             for reference in running:
-                self._ray.cancel(reference)
+                # Nothing else ends a worker that waits for its module, which then saves and ends too.
+                self._ray.cancel(reference, force=True)
 
     def _submit(self, task: ClusterTask) -> Any:  # noqa: ANN401 - a reference of ray
         largest = max((node["Resources"].get("memory", 0) for node in self._able(task)), default=0)

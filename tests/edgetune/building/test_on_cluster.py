@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError
+from filelock import FileLock
 from recipes import adapter_of, lights, make_recipe
 from trainings import QUIET, Listening, modified
 
@@ -158,6 +159,26 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     build(recipe, tmp_path / "local", progress=QUIET)
     assert weights(tmp_path / "home") == weights(tmp_path / "local")
     assert results(tmp_path / "home") == results(tmp_path / "local")
+
+
+def test_an_interrupted_training_is_saved_and_its_process_ends(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    training = {"max_steps": 5000, "epochs": 10_000, "evals": 500, "patience": None}
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
+    cluster.add()
+    state = tmp_path / "home.work/train/lamps/state.pt"
+
+    def interrupt_when_saved() -> None:
+        while not state.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_saved).start()
+    with pytest.raises(CancelledError, match="training on the cluster stopped; run the same command to resume"):
+        build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
+        assert state.exists() and not (tmp_path / "home").exists()
 
 
 def test_a_node_of_another_version_is_left_out(
