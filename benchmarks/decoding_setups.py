@@ -19,7 +19,7 @@ from edgetune_runtime.decoding.output import KINDS, OutputSpec
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import Message, messages_for, render
 
-from benchmarks.libraries import complete, genai_adapters, genai_generator, llama_server_params, open_llama
+from benchmarks.libraries import complete, genai_adapters, genai_generator, llama_server_params, open_genai, open_llama
 
 MOST_TOKENS = 160
 CONTEXT = 1024
@@ -176,18 +176,9 @@ def genai(*, constrained: bool = False) -> Setup:
     """onnxruntime-genai with the same files; `constrained` by its guidance."""
 
     def open_place(place: Place) -> Answering:
-        import onnxruntime_genai
-
-        config = json.loads((place.base.parent / "genai_config.json").read_text(encoding="utf-8"))
-        session = {**config["model"]["decoder"]["session_options"], "intra_op_num_threads": place.threads}
-        settings = onnxruntime_genai.Config(str(place.base.parent))
-        settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        model = onnxruntime_genai.Model(settings)
-        tokenizer = onnxruntime_genai.Tokenizer(model)
+        model, tokenizer, template = open_genai(place.base.parent, place.threads)
         adapters = genai_adapters(model, {place.adapter: place.adapter_file})
         guidance = {"json_schema": place.spec.text} if constrained and place.spec else {}
-        template_file = place.base.parent / "chat_template.jinja"
-        template = template_file.read_text(encoding="utf-8") if template_file.exists() else None
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()

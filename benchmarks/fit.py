@@ -185,7 +185,7 @@ def _predicted(row: dict[str, Any], model: dict[str, Any]) -> float:
         engine="gguf",
     )
     figures = boards.load(row["board"]).speed
-    return prefill_speed(needs, figures) if row.get("prefill") else speed_of(needs, figures).decode
+    return prefill_speed(needs, figures) if row.get("prefill") else speed_of(needs, figures).decode_tokens_per_s
 
 
 def measured_peak_mb(bundle: Path, engine: str, context: int, threads: int) -> float:

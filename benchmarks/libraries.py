@@ -5,6 +5,7 @@ Each function imports only its own library.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,18 @@ def complete(server: Any, **asked: object) -> list[tuple[str, float]]:  # noqa: 
 
     server.handle_completions({"temperature": 0.0, "stream": True, **asked}, receive)
     return pieces
+
+
+def open_genai(folder: Path, threads: int) -> tuple[Any, Any, str | None]:
+    """Model, tokenizer and chat template of onnxruntime-genai for an exported base, with so many threads."""
+    import onnxruntime_genai as og
+
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    session = {**config["model"]["decoder"]["session_options"], "intra_op_num_threads": threads}
+    settings = og.Config(str(folder))
+    settings.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+    model, template = og.Model(settings), folder / "chat_template.jinja"
+    return model, og.Tokenizer(model), template.read_text(encoding="utf-8") if template.exists() else None
 
 
 def genai_generator(model: Any, context: int, **guidance: str) -> Any:  # noqa: ANN401 - the library's own

@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True)
 class Ask:
-    """One request: an adapter's name and a prompt."""
+    """One request: an adapter's name, empty for the base, and a prompt."""
 
     adapter: str
     prompt: str
@@ -61,12 +61,12 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back: the text, or the error, and the seconds to the first piece and to the end."""
+    """What came back: the text or the error, and the seconds from the request to the end and to each streamed piece."""
 
     text: str
-    error: str
-    first_s: float
     whole_s: float
+    pieces_s: Sequence[float] = ()
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,6 @@ def measure(
     replies, warm_mb = asyncio.run(_load(target, asks, at_once))
     seconds = time.perf_counter() - begin
     good = [reply for reply in replies if not reply.error]
-    streamed = [reply.first_s * 1e3 for reply in good if reply.first_s]
-    whole = [reply.whole_s * 1e3 for reply in good]
     return {
         "errors": len(replies) - len(good),
         "first_error": next((reply.error for reply in replies if reply.error), ""),
@@ -150,10 +148,20 @@ def measure(
         ),
         "requests_per_s": round(len(replies) / seconds, 2),
         "tokens_per_s": round(sum(len(tokenize(reply.text)) for reply in good) / seconds, 1),
-        "ttft_ms": _spread(streamed),
-        "answer_ms": _spread(whole),
+        **latencies(good),
         "rss_mb": {"after_100": round(warm_mb, 1), "end": round(status_mb(target.pid, "VmRSS"), 1)},
     }
+
+
+def latencies(replies: Sequence[Reply]) -> dict[str, dict[str, float]]:
+    """The times in ms to the first token, between tokens, of which one step can give several, and of whole answers."""
+    streamed = [reply.pieces_s for reply in replies if reply.pieces_s]
+    times_s = {
+        "ttft_ms": [pieces[0] for pieces in streamed],
+        "between_ms": [after - before for pieces in streamed for before, after in pairwise(pieces)],
+        "answer_ms": [reply.whole_s for reply in replies],
+    }
+    return {name: _spread([value * 1e3 for value in values]) for name, values in times_s.items()}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -181,24 +189,24 @@ async def _load(target: Target, asks: Sequence[Ask], at_once: int) -> tuple[list
 
 
 async def _ask(client: httpx.AsyncClient, target: Target, ask: Ask, *, streams: bool) -> Reply:
-    begin, first_s, text = time.perf_counter(), 0.0, ""
+    begin, text, pieces_s = time.perf_counter(), "", list[float]()
     body = target.body(ask, streams)
     try:
         if not streams:
             reply = await client.post(target.path, json=body)
             reply.raise_for_status()
-            return Reply(target.whole(reply.json()), "", 0.0, time.perf_counter() - begin)
+            return Reply(target.whole(reply.json()), time.perf_counter() - begin)
         async with client.stream("POST", target.path, json=body) as streamed:
             streamed.raise_for_status()
             async for line in streamed.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
-                piece = target.piece(json.loads(line.removeprefix("data: ")))
-                first_s = first_s or (time.perf_counter() - begin if piece else 0.0)
-                text += piece
-        return Reply(text, "", first_s, time.perf_counter() - begin)
+                if piece := target.piece(json.loads(line.removeprefix("data: "))):
+                    pieces_s.append(time.perf_counter() - begin)
+                    text += piece
+        return Reply(text, time.perf_counter() - begin, pieces_s)
     except (httpx.HTTPError, KeyError, ValueError) as error:
-        return Reply("", f"{type(error).__name__}: {error}", 0.0, time.perf_counter() - begin)
+        return Reply("", time.perf_counter() - begin, error=f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -281,6 +289,7 @@ def table(result: Result) -> str:
         "requests/s": "{requests_per_s:.1f}",
         "tokens/s": "{tokens_per_s:.0f}",
         "TTFT p50 / p99, ms": "{ttft_ms[p50]:.0f} / {ttft_ms[p99]:.0f}",
+        "between tokens": "{between_ms[p50]:.0f} / {between_ms[p99]:.0f}",
         "answer p50 / p99": "{answer_ms[p50]:.0f} / {answer_ms[p99]:.0f}",
         "RSS, MB": "{rss_mb[after_100]:.0f} / {rss_mb[end]:.0f}",
     }

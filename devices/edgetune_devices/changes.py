@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from .needs import needs_of_header
 
 SHORTEST_CONTEXT = 256
 """A shorter context is not proposed: little more than a system prompt fits in it."""
+BOARD_QUANTIZATIONS = tuple(item.name for item in QUANTIZATIONS.values() if item.on_boards)
+"""The quantizations to choose from for a board, the largest first."""
 _STATES_MB = 16
 _SMALL_KV = "q8_0"
 
@@ -81,19 +84,16 @@ def changes_for(
 
 
 def _speed(needs: Needs, figures: Mapping[str, SpeedFigures]) -> float | None:
-    return speed_of(needs, figures[needs.engine]).adapter if needs.engine in figures else None
+    return speed_of(needs, figures[needs.engine]).adapter_tokens_per_s if needs.engine in figures else None
 
 
 def longest_context(needs: Needs, board: Board) -> int:
     """The longest context that fits, in tokens, at most that of `needs`; 0 if none does."""
-    low, high = 0, needs.context_length
-    while low < high:
-        middle = (low + high + 1) // 2
-        if kept_mb(replace(needs, context_length=middle), repacks=board.repacks) <= board.free_mb:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+
+    def kept(tokens: int) -> float:
+        return kept_mb(replace(needs, context_length=tokens), repacks=board.repacks)
+
+    return bisect(range(1, needs.context_length + 1), board.free_mb, key=kept)
 
 
 Step = Iterator[tuple[str, str, Needs]]
@@ -133,7 +133,7 @@ def _quantization(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
             return
         for changed, name in _requantized(needs, header):
             is_enough = kept_mb(changed, repacks=board.repacks) <= board.free_mb
-            if is_enough or name == _BOARD_QUANTIZATIONS[-1]:
+            if is_enough or name == BOARD_QUANTIZATIONS[-1]:
                 yield f"build with quantization: {name}", "some quality; trains the adapters again", changed
                 return
 
@@ -141,12 +141,11 @@ def _quantization(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
 
 
 _WEIGHTS = ("base_bytes", "read_bytes", "head_bytes", "main_type", "head_type")
-_BOARD_QUANTIZATIONS: Sequence[str] = [item.name for item in QUANTIZATIONS.values() if item.on_boards]
 
 
 def _requantized(needs: Needs, header: GgufHeader) -> Iterator[tuple[Needs, str]]:
     """The needs in each smaller quantization that boards use, the largest first."""
-    for name in _BOARD_QUANTIZATIONS:
+    for name in BOARD_QUANTIZATIONS:
         other = needs_of_header(header, context_length=needs.context_length, quantization=name, engine=needs.engine)
         if other.base_bytes < needs.base_bytes:
             weights = {key: getattr(other, key) for key in _WEIGHTS}
@@ -183,7 +182,7 @@ def _more_memory(
             is_same = other.family == board.family
             named = other.name if is_listed or not is_same else f"--ram-mib {other.ram_mib}"
             what = f"use a board with more memory: {named}" + (f", and {limit}" if limit else "")
-            speed = _speed(needs, figures) if is_same else speed_of(needs, other.speed).adapter
+            speed = _speed(needs, figures) if is_same else speed_of(needs, other.speed).adapter_tokens_per_s
             yield Change(what, "another board, no other change", 0.0, needed, speed, fits=True)
             return
 

@@ -6,18 +6,17 @@ An MB is 10^6 bytes. docs/boards.md compares predictions with measurements.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
-from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.sizing.needs import Item, items_of, needs_of_bundle
-from edgetune_runtime.sizing.speed import speed_of
+from edgetune_runtime.sizing.speed import Speed, speed_of
 
 from .boards import Board
-from .changes import SHORTEST_CONTEXT, longest_context
+from .changes import BOARD_QUANTIZATIONS, SHORTEST_CONTEXT, longest_context
 from .needs import needs_of_header
 
 __all__ = [
@@ -45,15 +44,13 @@ NeedsOf = Callable[[str | None, int], Needs]
 
 @dataclass(frozen=True)
 class Fit:
-    """The prediction for a board. `adapter_tokens_per_s` is decode speed with the slowest adapter active."""
+    """The prediction for a board."""
 
     device: str
     engine: str
-    items: tuple[Item, ...]
+    items: Sequence[Item]
     available_mb: float
-    decode_tokens_per_s: float
-    adapter_tokens_per_s: float
-    prefill_tokens_per_s: float
+    speed: Speed
 
     @property
     def needed_mb(self) -> float:
@@ -85,9 +82,7 @@ class Fit:
             "needed_mb": round(self.needed_mb, 1),
             "kept_mb": round(self.kept_mb, 1),
             "available_mb": round(self.available_mb, 1),
-            "decode_tokens_per_s": round(self.decode_tokens_per_s, 1),
-            "adapter_tokens_per_s": round(self.adapter_tokens_per_s, 1),
-            "prefill_tokens_per_s": round(self.prefill_tokens_per_s, 1),
+            **{name: round(tokens_per_s, 1) for name, tokens_per_s in asdict(self.speed).items()},
         }
 
 
@@ -103,16 +98,8 @@ class BoardChoice:
 
 def fit(needs: Needs, board: Board) -> Fit:
     """Compare the memory needed with the memory free on the board, and predict the speed there."""
-    speed = speed_of(needs, board.speed)
-    return Fit(
-        device=board.name,
-        engine=needs.engine,
-        items=tuple(items_of(needs, repacks=board.repacks)),
-        available_mb=board.free_mb,
-        decode_tokens_per_s=speed.decode,
-        adapter_tokens_per_s=speed.adapter,
-        prefill_tokens_per_s=speed.prefill,
-    )
+    items = items_of(needs, repacks=board.repacks)
+    return Fit(board.name, needs.engine, items, board.free_mb, speed_of(needs, board.speed))
 
 
 def require_fit(needs: Needs, board: Board, remedy: str | None = None) -> Fit:
@@ -144,27 +131,26 @@ def choose(
     Given values are kept; with `requantize=False` the base ships unchanged. Chooses the best quantization that fits and
     decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits. IncompatibleError if none fits.
     """
-    candidates: Sequence[str | None] = [quantization]
-    if quantization is None and requantize:
-        candidates = [item.name for item in QUANTIZATIONS.values() if item.on_boards]
+    quantizations = BOARD_QUANTIZATIONS if quantization is None and requantize else (quantization,)
     fitting: list[tuple[str | None, int, Fit]] = []
     for length in (context_length,) if context_length else CONTEXT_LENGTHS:
-        for candidate in candidates:
-            needs = needs_of(candidate, length)
+        for name in quantizations:
+            needs = needs_of(name, length)
             predicted = fit(needs, board)
             if predicted.fits:
-                fitting.append((candidate, length, predicted))
+                fitting.append((name, length, predicted))
         if fitting:
             break
     if not fitting:
         require_fit(needs, board)
-    usable = [choice for choice in fitting if choice[2].adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
-    chosen, length, predicted = usable[0] if usable else max(fitting, key=lambda choice: choice[2].adapter_tokens_per_s)
+    usable = [choice for choice in fitting if choice[2].speed.adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
+    fastest = max(fitting, key=lambda choice: choice[2].speed.adapter_tokens_per_s)
+    chosen, length, predicted = usable[0] if usable else fastest
     what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
         f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
-        f"about {predicted.adapter_tokens_per_s:.1f} tokens/s with an adapter"
+        f"about {predicted.speed.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
     return BoardChoice(board, chosen, length, reason)
 
@@ -178,9 +164,9 @@ def table(result: Fit) -> list[tuple[str, str]]:
         ("needed at least", f"{result.kept_mb:.1f} MB, after the system dropped mapped files"),
         (f"left by {result.device}", f"{result.available_mb:.0f} MB"),
         ("fits", "yes" if result.fits else "no"),
-        ("decode, base", f"{result.decode_tokens_per_s:.1f} tokens/s"),
-        ("decode, slowest adapter", f"{result.adapter_tokens_per_s:.1f} tokens/s"),
-        ("prefill, base", f"{result.prefill_tokens_per_s:.0f} tokens/s"),
+        ("decode, base", f"{result.speed.decode_tokens_per_s:.1f} tokens/s"),
+        ("decode, slowest adapter", f"{result.speed.adapter_tokens_per_s:.1f} tokens/s"),
+        ("prefill, base", f"{result.speed.prefill_tokens_per_s:.0f} tokens/s"),
     ]
 
 

@@ -19,9 +19,11 @@ from edgetune_runtime.tools.prompts import prompt_tokens
 
 from edgetune import bases, methods
 from edgetune.bases import Base, trained_context_length
+from edgetune.planning.adapters import plan_export
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec, DataSpec, MethodSpec
 from edgetune.shipping.existing import ExistingBundle
 from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from edgetune.shipping.ship import ship
@@ -40,7 +42,8 @@ from .result import Build
 
 # Training rows per task for calibration, if the ONNX rounding method uses calibration.
 CALIBRATION_ROWS = 16
-# Prompts for the parity check of adapters trained elsewhere, which come without rows.
+# The data of adapters trained elsewhere, which come without rows: prompts for the parity check.
+BUILT_IN = "built-in"
 PROBES = (
     "Turn off the lamp in the hall, please.",
     "What is the weather like in Lisbon tomorrow morning?",
@@ -199,18 +202,16 @@ def _spec_of(prepared: Prepared[Any], builder: Builder[Any]) -> BundleSpec:
 
 def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | None, *, merged: bool) -> AdapterPlan:
     """The plan of an adapter that was trained elsewhere."""
-    method = methods.of_folder(folder)
-    options = method.options()
-    shapes = shapes_in(targets, method.name, options, merged=merged)
-    dtypes = {target: backends.format_of(target).adapter_dtypes[0] for target in targets}
-    return AdapterPlan(name, method.name, options, shapes, dtypes, system=system, merged=merged)
+    method, data = MethodSpec.model_validate(methods.of_folder(folder).name), DataSpec(train=BUILT_IN)
+    spec = AdapterSpec(data=data, method=method, system=system or None, merged=merged)
+    return plan_export(name, spec, shapes_in(targets, method.name, method.options, merged=merged))
 
 
 def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAdapter:
     """The adapter in a folder saved by PEFT, with built-in prompts for the parity check."""
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        rows = [prompt_tokens(tokenizer, messages_for(probe, plan.system)) for probe in PROBES]
-    asked = [TaskRow("built-in", messages=tuple(messages_for(probe, None))) for probe in PROBES]
+        rows = [prompt_tokens(tokenizer, messages_for(probe, plan.spec.system)) for probe in PROBES]
+    asked = [TaskRow(BUILT_IN, messages=tuple(messages_for(probe, None))) for probe in PROBES]
     return TrainedAdapter(plan, folder, rows, [len(row) for row in rows], golden_rows=asked)
 
 

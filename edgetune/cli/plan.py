@@ -102,7 +102,8 @@ def _bundle_lines(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
     parameters = "" if base.parameters is None else f"; {base.parameters / 1e6:,.1f}M parameters"
     yield "weights", f"{', '.join(base.steps) or 'as they are'}{parameters}{size}"
     for fit in () if build_plan.board is None else build_plan.board.fits:
-        speed = f"{fit.adapter_tokens_per_s:.1f} tokens/s with an adapter, {fit.decode_tokens_per_s:.1f} without"
+        with_adapter, without = fit.speed.adapter_tokens_per_s, fit.speed.decode_tokens_per_s
+        speed = f"{with_adapter:.1f} tokens/s with an adapter, {without:.1f} without"
         yield f"on {fit.engine}", f"{fit.kept_mb:.0f} of {fit.available_mb:.0f} MB, {speed}"
 
 

@@ -16,29 +16,21 @@ from edgetune import methods
 from edgetune.methods import MethodOptions
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
 
 from .records import AdapterPlan
 
 
 def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: BaseShape | None) -> AdapterPlan:
     """The plan of one adapter of the recipe, without its data."""
-    spec = recipe.adapters[name]
+    planned = plan_export(name, recipe.adapters[name], shapes)
+    return with_options(planned, planned.options, base, recipe.format_options)
+
+
+def plan_export(name: str, spec: AdapterSpec, shapes: Mapping[str, str]) -> AdapterPlan:
+    """The plan of an adapter without its sizes, which an adapter that is only exported needs no plan of."""
     dtypes = {target: getattr(spec, backends.format_of(target).dtype_key) for target in backends.names()}
-    planned = AdapterPlan(
-        name=name,
-        method=spec.method.name,
-        options=spec.method.options,
-        shapes=shapes,
-        dtypes=dtypes,
-        scale=spec.scale,
-        system=spec.system,
-        merged=spec.merged,
-        metric=spec.metric,
-        labels=spec.labels or (),
-        drafts=spec.draft,
-        golden=spec.golden,
-    )
-    return with_options(planned, spec.method.options, base, recipe.format_options)
+    return AdapterPlan(name, spec, shapes, dtypes)
 
 
 def with_options(
@@ -47,7 +39,8 @@ def with_options(
     """The plan with other options of the method, such as chosen modules, and the sizes that follow from them."""
     method = methods.load(planned.method)
     targets = options.target_modules if isinstance(options, TargetOptions) else None
-    planned = replace(planned, options=options, target_modules=targets, rank=getattr(options, "r", 0))
+    spec = planned.spec.model_copy(update={"method": planned.spec.method.model_copy(update={"options": options})})
+    planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
     trained, shapes = method.trained(base, options), planned.shapes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import engines
@@ -20,43 +19,33 @@ from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 Adapters = Mapping[str, AdapterPlan]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The recipe with the settings for its base and its board, the plan of the base, and the prediction."""
-
-    recipe: Recipe
-    base: BasePlan
-    board: BoardPlan | None = None
-
-
-def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | None) -> Settings:
-    """Choose the settings that the recipe leaves unset: for its board if it sets one, within what the base supports.
+def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | None) -> BuildPlan:
+    """The plan with the settings that the recipe leaves unset: for its board if it sets one, within the base's limits.
 
     Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training.
     """
     quantization = quantization_of(recipe)
     if source is None:
-        return Settings(recipe, _plan_base(recipe, source, quantization))
+        return BuildPlan(recipe, source, _plan_base(recipe, source, quantization), adapters)
     choice = None
     if recipe.device is not None and source.header is not None:
         choice = _choose(recipe, adapters, source.header, requantize=quantization is not None)
-        chosen = {"threads": recipe.threads or choice.board.cores, "context_length": choice.context_length}
-        quantization = choice.quantization
-        recipe = recipe.model_copy(update={**chosen, "quantization": quantization})
+        quantization, threads = choice.quantization, recipe.threads or choice.board.cores
+        recipe = recipe.model_copy(
+            update={"quantization": quantization, "threads": threads, "context_length": choice.context_length}
+        )
     # The default may be more than the base supports.
     length = min(recipe.context_length, source.trained_context_length)
     recipe = recipe.model_copy(update={"context_length": length})
-    base = _plan_base(recipe, source, quantization)
     if source.header is None:
-        return Settings(recipe, base)
-    with_needs = engines.names_with_needs()
-    counted = dict.fromkeys((gguf.NAME, *(target for target in recipe.targets if target in with_needs)))
+        return BuildPlan(recipe, source, _plan_base(recipe, source, quantization), adapters)
+    counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs())
     needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
-    base = replace(base, gguf_bytes=needs[gguf.NAME].base_bytes)
+    base = _plan_base(recipe, source, quantization, needs[gguf.NAME].base_bytes)
     if choice is None:
-        return Settings(recipe, base)
+        return BuildPlan(recipe, source, base, adapters)
     fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
-    return Settings(recipe, base, BoardPlan(choice.board.name, choice.reason, fits))
+    return BuildPlan(recipe, source, base, adapters, BoardPlan(choice.board.name, choice.reason, fits))
 
 
 def quantization_of(recipe: Recipe) -> str | None:
@@ -65,17 +54,15 @@ def quantization_of(recipe: Recipe) -> str | None:
     return recipe.quantization or (None if ships_unchanged else DEFAULT)
 
 
-def _plan_base(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> BasePlan:
-    steps = _steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else [])
-    base = BasePlan(recipe.base, quantization, tuple(steps))
+def _plan_base(
+    recipe: Recipe, source: BaseSource | None, quantization: str | None, gguf_bytes: int | None = None
+) -> BasePlan:
+    steps = tuple(_steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else []))
     if source is None:
-        return base
-    return replace(
-        base,
-        architecture=source.architecture,
-        trained_context_length=source.trained_context_length,
-        parameters=None if source.header is None else source.header.parameters,
-    )
+        return BasePlan(recipe.base, quantization, steps)
+    parameters = None if source.header is None else source.header.parameters
+    length = source.trained_context_length
+    return BasePlan(recipe.base, quantization, steps, source.architecture, length, parameters, gguf_bytes)
 
 
 def _steps(source: BaseSource | None, quantization: str | None) -> list[str]:

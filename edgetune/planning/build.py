@@ -31,8 +31,7 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> Bu
         _check_lengths(recipe, source.trained_context_length)
     base = None if source is None else source.shape
     adapters = {name: plan_adapter(recipe, name, shapes[name], base) for name in recipe.adapters}
-    settings = choose_settings(recipe, adapters, source)
-    return BuildPlan(settings.recipe, source, settings.base, adapters, settings.board)
+    return choose_settings(recipe, adapters, source)
 
 
 def plan_data(

@@ -14,11 +14,11 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions, TrainedModules
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.parts import AdapterSpec, TrainingSpec
 from edgetune.tasks.task import Task, Texts
 
 # What the recipe has of an adapter, and what `BoardPlan` sums up.
-_LEFT_OUT = ("name", "options", "trained", "training", "memory")
+_LEFT_OUT = ("name", "spec", "trained", "training", "memory")
 # What the manifest has in the entry of an adapter.
 _IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output")
 
@@ -59,17 +59,16 @@ class RowsPlan:
 class AdapterPlan:
     """What is decided about an adapter before it is trained; `shapes` and `dtypes` are by format.
 
-    `target_modules` is None for a method that does not tune linear modules; with `auto` the build chooses them and a
-    rank of at most `rank`, the highest one in the files. `memory` is by engine, without those where it is a merged
-    model. `drafts` and `golden`: ship a draft table, and a golden answer.
+    `spec` is its section of the recipe, in which the build completes the options of the method. `target_modules` is
+    None for a method that does not tune linear modules; with `auto` the build chooses them and a rank of at most
+    `rank`, the highest one in the files. `memory` is by engine, without those where it is a merged model.
 
-    Without the base's header, `trained` and `trainable_parameters` are None and all sizes are missing; without the
-    data, `rows` is None, and `metric`, `labels` and `output` lack what the rows decide.
+    Without the base's header, `trained` and `trainable_parameters` are None and all sizes are missing. The rows decide
+    `metric`, `labels`, `output` and `rows`.
     """
 
     name: str
-    method: str
-    options: MethodOptions
+    spec: AdapterSpec
     shapes: Mapping[str, str] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
@@ -78,23 +77,34 @@ class AdapterPlan:
     trainable_parameters: int | None = None
     bytes_by_format: Mapping[str, int] = field(default_factory=dict)
     memory: Mapping[str, AdapterSize] = field(default_factory=dict)
-    scale: float = 1.0
-    system: str | None = None
-    merged: bool = False
     metric: str = "exact"
     labels: tuple[str, ...] = ()
     output: OutputSpec | None = None
-    drafts: bool = False
-    golden: bool = True
     training: TrainingSpec = field(default_factory=TrainingSpec)
     rows: RowsPlan | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self.spec.method.name
+
+    @property
+    def options(self) -> MethodOptions:
+        """The options of the method."""
+        return self.spec.method.options
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, without the name, and without the options, which the recipe has."""
         values = {key: getattr(self, key) for key in self.__dataclass_fields__ if key not in _LEFT_OUT}
-        modules = self.target_modules
+        spec, modules = self.spec, self.target_modules
         return {
+            "method": self.method,
             **values,
+            "scale": spec.scale,
+            "system": spec.system,
+            "merged": spec.merged,
+            "drafts": spec.draft,
+            "golden": spec.golden,
             "target_modules": list(modules) if isinstance(modules, tuple) else modules,
             "modules": 0 if self.trained is None else len(self.trained.modules),
             "labels": list(self.labels),
@@ -217,10 +227,7 @@ class BuildPlan:
     def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
         """The plan with these adapters in place of its own, and with the options of their methods in the recipe."""
         adapters = {**self.adapters, **adapters}
-        specs = {
-            name: spec.model_copy(update={"method": spec.method.model_copy(update={"options": adapters[name].options})})
-            for name, spec in self.recipe.adapters.items()
-        }
+        specs = {name: adapters[name].spec for name in self.recipe.adapters}
         return replace(self, adapters=adapters, recipe=self.recipe.model_copy(update={"adapters": specs}))
 
     def to_json(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class PreparedAdapter:
             prompt_lengths=prompt_lengths,
             texts=texts,
             draft=self.draft,
-            golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.golden else (),
+            golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.spec.golden else (),
             training={**self.figures(result), "history": result.curve()},
         )
 
@@ -147,7 +147,7 @@ class TrainedAdapter:
 
     def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
         """The trained checkpoint with its base in float32."""
-        return methods.Checkpoint(self.name, self.folder, base, self.plan.options, self.plan.scale)
+        return methods.Checkpoint(self.name, self.folder, base, self.plan.options, self.plan.spec.scale)
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ class _Stage:
         backend = self.backends[target]
         source = source_of_merged(self.source, self.spec.merged_quantization)
         weight_type = backend.weight_type(source)
-        if not adapter.plan.merged or source is not self.source:
+        if not adapter.plan.spec.merged or source is not self.source:
             what = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"
             self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE

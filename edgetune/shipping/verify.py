@@ -181,7 +181,7 @@ def _base_parity(
 
 
 def _parity(trained: Model, adapter: TrainedAdapter, export: ExportedFormat, engine: Engine) -> Parity:
-    written, active = export.adapters[adapter.name], {adapter.name: adapter.plan.scale}
+    written, active = export.adapters[adapter.name], {adapter.name: adapter.plan.spec.scale}
     if adapter.plan.shapes[export.backend] == Merged.shape:
         with _engine(export.backend, written.file, engine.context_length) as merged:
             return _compare(trained, adapter, merged, engine.context_length)

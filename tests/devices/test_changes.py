@@ -138,4 +138,6 @@ def test_each_engine_has_the_speed_that_was_measured_with_it(header: GgufHeader)
     slow, fast = (SpeedFigures(speed, 100, 10, 10, speed) for speed in (1.0, 10.0))
     for figures, known in (({"onnx": slow, "gguf": fast}, True), ({"onnx": slow}, False)):
         (change,) = changes.changes_for(onnx, board, other=gguf, figures=figures)
-        assert change.adapter_tokens_per_s == (pytest.approx(speed_of(gguf, fast).adapter) if known else None)
+        assert change.adapter_tokens_per_s == (
+            pytest.approx(speed_of(gguf, fast).adapter_tokens_per_s) if known else None
+        )

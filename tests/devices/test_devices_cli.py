@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from edgetune.bases import BaseSource
 from edgetune.cli.devices import app
 from edgetune.planning.adapters import plan_adapter
-from edgetune.planning.board import Settings, bundle_needs, choose_settings
-from edgetune.planning.records import AdapterPlan
+from edgetune.planning.board import bundle_needs, choose_settings
+from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.recipe.model import Recipe
 from edgetune.targets import shapes_of
 
@@ -125,7 +125,7 @@ def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.
     return bundle_needs(recipe, _planned(recipe, header), header, quantization)
 
 
-def _settings(recipe: Recipe, header: GgufHeader) -> Settings:
+def _settings(recipe: Recipe, header: GgufHeader) -> BuildPlan:
     source = BaseSource("base", Path("base"), "llama", 512, is_folder=True, header=header)
     return choose_settings(recipe, _planned(recipe, header), source)
 

@@ -137,13 +137,13 @@ def test_decode_prediction_is_near_published_figures(
     board: str, header: GgufHeader, quantization: str, published: float, margin: float
 ) -> None:
     needs = fit.needs_of_header(header, context_length=256, quantization=quantization)
-    assert fit.fit(needs, boards.load(board)).decode_tokens_per_s == pytest.approx(published, rel=margin)
+    assert fit.fit(needs, boards.load(board)).speed.decode_tokens_per_s == pytest.approx(published, rel=margin)
 
 
 @pytest.mark.parametrize(("header", "published"), [(QWEN_0_5B, 27.5), (LLAMA_1B, 11.4)])
 def test_prefill_prediction_is_near_published_figures(header: GgufHeader, published: float) -> None:
     needs = fit.needs_of_header(header, context_length=512, quantization="q4_0")
-    assert fit.fit(needs, boards.load("pi-4")).prefill_tokens_per_s == pytest.approx(published, rel=0.15)
+    assert fit.fit(needs, boards.load("pi-4")).speed.prefill_tokens_per_s == pytest.approx(published, rel=0.15)
 
 
 MEASURE = """
@@ -196,8 +196,8 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
     states_mb = 2 * 256 * 2 * fit.kv_values_per_token(header) / fit.MB
     assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
-    assert result.decode_tokens_per_s == plain.decode_tokens_per_s
-    assert result.adapter_tokens_per_s / plain.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
+    assert result.speed.decode_tokens_per_s == plain.speed.decode_tokens_per_s
+    assert result.speed.adapter_tokens_per_s / plain.speed.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
 
 
 def test_a_batch_of_llama_cpp_is_one_chunk() -> None:

@@ -117,6 +117,21 @@ def _only_state(states: Path) -> bytes:
     return state.read_bytes()
 
 
+def _past_answers(folder: Path) -> Open:
+    (file,) = (folder / STATES).glob("past-answers/*.bin")
+
+    def open_changed(data: bytes) -> None:
+        _replace(file, data)
+        _answer(folder / ADAPTERS, LORA, cache_folder=folder / STATES, learn_drafts="disk")
+
+    return open_changed
+
+
+def _only_past_answers(states: Path) -> bytes:
+    (file,) = states.glob("past-answers/*.bin")
+    return file.read_bytes()
+
+
 def _session(folder: Path) -> Open:
     file = folder / SESSION
 
@@ -207,6 +222,7 @@ KINDS = {
     "onnx-config": _bundle_kind(ONNX, f"{_GRAPH}/genai_config.json", Json(), LORA),
     "draft": _bundle_kind(ADAPTERS, f"adapters/{LORA}/draft.bin", Checked(), LORA),
     "state": Kind(STATES, Checked(), _state, _only_state),
+    "past-answers": Kind(STATES, Checked(), _past_answers, _only_past_answers),
     "session": Kind(SESSION, Checked(), _session),
     "manifest": Kind(f"{ADAPTERS}/{MANIFEST_NAME}", Json(), _manifest),
     "template": Kind(f"{PLAIN}/base/model.gguf", Text(fragments.TEMPLATE), _template, _template_of),

@@ -23,6 +23,7 @@ LIBRARIES = {
     "template": ("llama_cpp",),
     "manifest": ("llama_cpp",),
     "state": ("llama_cpp",),
+    "past": ("llama_cpp",),
     "session": ("llama_cpp",),
     "draft": ("llama_cpp",),
     "onnx": ("onnxruntime", "tokenizers"),

@@ -155,7 +155,7 @@ def test_a_longer_context_and_an_adapter_are_slower(both: Path) -> None:
     needs = needs_of_bundle(both)
     assert token_seconds(needs, FIGURES, 100) > token_seconds(needs, FIGURES, 0)
     speed = speed_of(needs, FIGURES)
-    assert speed.adapter < speed.decode < speed.prefill * 1000
+    assert speed.adapter_tokens_per_s < speed.decode_tokens_per_s < speed.prefill_tokens_per_s * 1000
 
 
 def test_a_calibration_keeps_the_figures_of_each_engine_and_weights_of_the_same_machine(

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
 
@@ -19,6 +18,7 @@ from edgetune.building.outputs.drafts import draft_of
 from edgetune.building.outputs.resolve import write_inferred
 from edgetune.building.placement import choose as placement
 from edgetune.digests import key_of
+from edgetune.methods import MethodOptions
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.adapters import with_options
@@ -88,7 +88,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         where = ", ".join(too_long.examples)
         progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
     rows = (*train, *validation)
-    planned = replace(planned, options=method.prepared(planned.options, tokenizer, rows))
+    planned = _with_options(planned, method.prepared(planned.options, tokenizer, rows), plan)
     job = TrainingJob(
         task.name,
         method,
@@ -120,17 +120,22 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
     choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
-    planned = with_options(item.plan, chosen, BaseShape.of_header(base.header), recipe.format_options)
+    planned = _with_options(item.plan, chosen, plan)
     key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
+
+
+def _with_options(planned: AdapterPlan, options: MethodOptions, plan: BuildPlan) -> AdapterPlan:
+    assert planned.trained is not None
+    return with_options(planned, options, planned.trained.base, plan.recipe.format_options)
 
 
 def _with_draft(
     item: PreparedAdapter, base: Base, tokenizer: GgufTokenizer, target: str, progress: Progress
 ) -> PreparedAdapter:
     """The same with a draft table, if the recipe asks for one and it makes decoding faster."""
-    if not item.plan.drafts:
+    if not item.plan.spec.draft:
         return item
     digest = digest_of_tokenizer(base.header)
     table, worth = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)

@@ -106,7 +106,7 @@ def _compare_tasks(
 
 
 def _answers(engine: LabelEngine, task: TrainedAdapter) -> list[Floats]:
-    return [engine.logits(row, task.name, task.plan.scale) for row in task.probes]
+    return [engine.logits(row, task.name, task.plan.spec.scale) for row in task.probes]
 
 
 def _trained(model: PreTrainedModel, task: TrainedAdapter) -> list[Floats]:

@@ -22,7 +22,7 @@ from edgetune_devices import boards, fit
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures.base import LINEAR_MODULES
-from edgetune_export.architectures.shape import BaseShape, SizedModule
+from edgetune_export.architectures.shape import SizedModule
 from edgetune_export.backends.base import Source
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine
@@ -107,8 +107,7 @@ def costs(
     target runs random adapters and the plain base in turn; the figures are kept in `folder`.
     """
     if recipe.device is not None:
-        shape = BaseShape.of_header(base.header)
-        return {placement: _predicted(placement, plan, shape, base.header, recipe) for placement in candidates}
+        return {placement: _predicted(placement, plan, base.header, recipe) for placement in candidates}
     bench = _Bench(base, recipe, plan, folder)
     known = bench.read()
     missing = [placement for placement in candidates if placement.key not in known]
@@ -128,12 +127,12 @@ def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | N
     return f"costs varied by {spread:.0%}" if spread > _MOST_SPREAD else None
 
 
-def _predicted(placement: Placement, plan: AdapterPlan, base: BaseShape, header: GgufHeader, recipe: Recipe) -> float:
-    assert recipe.device is not None and isinstance(plan.options, LoraOptions)
+def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, recipe: Recipe) -> float:
+    assert recipe.device is not None and isinstance(plan.options, LoraOptions) and plan.trained is not None
     options = plan.options.placed(placement.target_modules, placement.r)
-    placed = with_options(plan, options, base, recipe.format_options)
-    predicted = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device))
-    return 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
+    placed = with_options(plan, options, plan.trained.base, recipe.format_options)
+    speed = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device)).speed
+    return 1 - speed.adapter_tokens_per_s / speed.decode_tokens_per_s
 
 
 class _Bench:
@@ -146,7 +145,8 @@ class _Bench:
         self.base, self.target, self.threads = base, recipe.targets[0], recipe.threads
         self.dtype = plan.dtypes[self.target]
         self._format_options = recipe.format_options
-        self._shape = BaseShape.of_header(base.header)
+        assert plan.trained is not None
+        self._modules = plan.trained.base.modules
         self._backend = backends.load(self.target)
         self._engine = engines.load(self.target)
         stored = recipe.model_dump(mode="json", include={*recipe.format_options})
@@ -181,7 +181,7 @@ class _Bench:
         self, plain: Engine, target_modules: str | tuple[str, ...], group: Sequence[Placement]
     ) -> dict[str, float]:
         """The cost of placements on the same modules, by key, on a base written for these modules."""
-        modules = [module for module in self._shape.modules if is_target(module.name, target_modules)]
+        modules = [module for module in self._modules if is_target(module.name, target_modules)]
         adapters = {placement.key: _random(modules, placement) for placement in group}
         folder = self._folder / "adapted"
         path = self._backend.write_base(self._source, folder, list(adapters.values()))

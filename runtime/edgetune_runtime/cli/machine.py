@@ -38,12 +38,15 @@ def list_states(options: argparse.Namespace) -> None:
 
 
 def clear_states(options: argparse.Namespace) -> None:
-    """`cache clear`: delete the states on disk."""
+    """`cache clear`: delete the states and past answers on disk."""
+    from edgetune_runtime.decoding.past_answers import clear_all  # noqa: PLC0415 - as above
     from edgetune_runtime.states.store import StateStore, default_folder  # noqa: PLC0415 - as above
 
     store = StateStore(options.cache_folder or default_folder(), 0)
-    count = store.clear()
-    print(json.dumps({"deleted": count}) if options.json else f"deleted {count} states in {store.folder}")
+    count, answers = store.clear(), clear_all(store.folder)
+    found = {"deleted": count, "past_answers": answers}
+    text = f"deleted {count} states, and the past answers of {answers} bundles, in {store.folder}"
+    print(json.dumps(found) if options.json else text)
 
 
 def bench(options: argparse.Namespace) -> None:

@@ -149,12 +149,12 @@ def _common(command: argparse.ArgumentParser, run: Callable[[argparse.Namespace]
 
 
 def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
-    text = "list or delete the prompt states saved on disk"
+    text = "list the prompt states saved on disk, or delete them and past answers"
     cache = commands.add_parser("cache", help=text, description=f"{text[0].upper()}{text[1:]}.")
     actions = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, run, what in (
         ("ls", machine.list_states, "list states, most recently used first"),
-        ("clear", machine.clear_states, "delete all states"),
+        ("clear", machine.clear_states, "delete all states and past answers"),
     ):
         command = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         add_cache_folder(_common(command, run))

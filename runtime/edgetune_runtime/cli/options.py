@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.inference.opening_options import RuntimeOptions
+from edgetune_runtime.inference.opening_options import LEARN_DRAFTS, OFF, RuntimeOptions
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=text)
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
+    text = "keep the last answer to each prompt as a draft of the next one: off (default), in memory, or also on disk"
+    group.add_argument("--learn-drafts", choices=LEARN_DRAFTS, default=OFF, help=text)
     text = "do not open a new bundle in a child process first, which turns a crash into an error"
     group.add_argument("--no-preflight", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
@@ -114,6 +116,7 @@ def opening_options(options: argparse.Namespace) -> RuntimeOptions:
         "cache_folder": options.cache_folder,
         "map_large_blocks": True,
         "drafts": not options.no_drafts,
+        "learn_drafts": options.learn_drafts,
         "preflight": not options.no_preflight,
     }
     if options.cache_mb is not None:

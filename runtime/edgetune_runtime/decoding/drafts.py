@@ -1,4 +1,4 @@
-"""Drafts the next tokens from n-grams of the task's training answers and from the prompt.
+"""Drafts the next tokens from the last answer to a prompt, n-grams of the task's training answers, and the prompt.
 
 Drafting needs no model. The engine verifies a draft in one batch, so a wrong draft costs time and changes no answer:
 speculative decoding (Leviathan et al., 2211.17192) with prompt lookup (Saxena, 2023).
@@ -21,6 +21,8 @@ KIND = "edgetune_draft"
 LONGEST_CONTEXT = 6
 """Tokens in the longest context of an n-gram."""
 LONGEST_DRAFT = 8
+LONGEST_REPETITION = 15
+"""Tokens of the longest draft from the last answer to the same prompt."""
 END = (1 << 32) - 1
 """In a table: the answer ends here."""
 
@@ -30,6 +32,8 @@ _PRIME = 0x9E3779B97F4A7C15
 _ENTRY_BYTES = 8 + 4 + 1
 _PRIOR = 2.0
 """Tokens counted as expected and accepted before an answer has verified any draft."""
+_REPEATED = 0.98
+"""The probability that an answer goes on as the last one to the same prompt, which it equals so far."""
 _MAX_POSITIONS = 8
 """Latest positions of a token that are searched."""
 
@@ -62,6 +66,10 @@ class DraftTable:
         keys = sorted(entries)
         tokens, shares = [entries[key][0] for key in keys], [round(255 * entries[key][1]) for key in keys]
         return cls(tokenizer_sha256, keys, tokens, shares, tuple(copied))
+
+
+EMPTY = DraftTable("", (), (), ())
+"""Drafts nothing."""
 
 
 def context_keys(context: Sequence[int]) -> Iterator[int]:
@@ -106,17 +114,27 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
 
 @dataclass
 class Drafter:
-    """Drafts for one answer. `tokens` are the prompt's and the answer's so far; `add` appends to them."""
+    """Drafts for one answer. `tokens` are the prompt's and the answer's so far; `add` appends to them.
+
+    `last` is the last answer to the same prompt, if it is known.
+    """
 
     table: DraftTable
     tokens: list[int] = field(default_factory=list)
+    last: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Index the prompt."""
+        self._prompt_length = len(self.tokens)
         self._positions: dict[int, list[int]] = {}
         self._hits, self._drafted = 0.0, 0.0
         prompt, self.tokens = self.tokens, []
         self.add(prompt)
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens of the answer so far."""
+        return self.tokens[self._prompt_length :]
 
     def add(self, tokens: Sequence[int]) -> None:
         """Append tokens of the prompt or the answer."""
@@ -126,6 +144,9 @@ class Drafter:
 
     def propose(self, limit: int) -> tuple[list[int], list[float]]:
         """A draft of at most `limit` tokens, and for each the probability that it and all before it are right."""
+        if self.last and self.answer == self.last[: len(self.answer)]:
+            rest = self.last[len(self.answer) :][: min(limit, LONGEST_REPETITION)]
+            return list(rest), [self._trust * _REPEATED**count for count in range(1, len(rest) + 1)]
         context, draft, chances = self.tokens[-LONGEST_CONTEXT:], list[int](), list[float]()
         place, chance = self._match(context), self._trust
         for _ in range(min(limit, LONGEST_DRAFT)):

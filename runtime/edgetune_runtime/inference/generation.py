@@ -11,6 +11,7 @@ from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.drafts import Drafter, DraftTable
 from edgetune_runtime.decoding.logprobs import LogprobRecord, TokenLogprob
 from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.decoding.past_answers import PastAnswer
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.serving.context import Context
@@ -22,6 +23,8 @@ from edgetune_runtime.text.sampling import REPEAT_WINDOW, Sampler, Sampling, sam
 from edgetune_runtime.text.stream import TextStream
 from edgetune_runtime.tools.calls import CallReader, ToolCall
 
+_WHOLE = ("end", "stop", "length")
+"""Reasons to stop that the next answer to the prompt will have too."""
 _MAX_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
@@ -107,6 +110,7 @@ class Call:
     output: OutputSpec | None = None
     constraint: Constraint | None = None
     reader: CallReader | None = None
+    past: PastAnswer | None = None
     stopped: str = ""
 
 
@@ -232,7 +236,8 @@ class _Answering:
         # To continue, the last token must fit too.
         self._max_tokens = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
         if self._call.drafts is not None:
-            self._drafter = Drafter(self._call.drafts, list(job.tokens))
+            last = () if self._call.past is None else self._call.past.tokens
+            self._drafter = Drafter(self._call.drafts, list(job.tokens), last)
         chosen = self._choose(self._start.logits[None], [])
         self._first_s, self._after_first = time.perf_counter() - tick, len(chosen) - 1
         while True:
@@ -247,6 +252,8 @@ class _Answering:
                 break
             self._rest_s += time.perf_counter() - tick
             self._after_first += len(chosen)
+        if self._drafter is not None and self._call.past is not None and self._reason in _WHOLE:
+            self._call.past.keep(self._drafter.answer[: self._count])
         # Tokens computed beyond the end are not part of the answer.
         context.truncate(len(job.tokens) + self._count)
         yield from self._push(self._text.finish())
@@ -354,7 +361,7 @@ class _Answering:
 
     def _draft(self) -> tuple[list[int], list[float]]:
         """Drafted tokens that are worth verifying in the next step, and their probabilities."""
-        if self._drafter is None:
+        if self._drafter is None or not self._context.drafts_pay:
             return [], []
         # A step gives one token more than its draft.
         draft, chances = self._drafter.propose(self._max_tokens - self._count - len(self._held) - 1)

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import AdapterEntry, Manifest, resolve, unchanged, verify_files
-from edgetune_runtime.decoding.drafts import DraftTable, read_table
+from edgetune_runtime.decoding.drafts import EMPTY, DraftTable, read_table
 from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.events import Event
@@ -23,12 +24,13 @@ from edgetune_runtime.serving.merged import MakeRoom, MergedModels, MergedPool
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import join_spans
 from edgetune_runtime.states.cache import CALLS, common_prefix
+from edgetune_runtime.states.store import default_folder
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.wording import CLOSED
 
 from .generation import Call, CarriedState
 from .opening import open_merged
-from .opening_options import OpeningOptions, file_of
+from .opening_options import DISK, OFF, OpeningOptions, file_of
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 
@@ -57,6 +59,7 @@ class LoadedBundle:
         self._constraints = Constraints()
         self._is_closed = False
         self._fixed = FixedParts()
+        self._past = self._past_answers()
 
     @property
     def classifier(self) -> Classifier | None:
@@ -148,8 +151,11 @@ class LoadedBundle:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
         drafts = self._drafts.get(first) if first is not None else None
+        past = self._past.of((first, spans), tokens) if self._past is not None else None
+        if past is not None:
+            drafts = drafts or EMPTY
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
-        return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader)
+        return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader, past)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
@@ -197,8 +203,10 @@ class LoadedBundle:
             self._running.load(entry, path, fingerprint)
 
     def clear(self) -> None:
-        """Drop all sequences and cached states, except those on disk."""
+        """Drop all sequences and cached states, except those on disk, and all past answers."""
         self._check_open()
+        if self._past is not None:
+            self._past.clear()
         with self._pools() as pools:
             for pool in pools:
                 pool.clear()
@@ -216,11 +224,23 @@ class LoadedBundle:
             self._running.places.close()
         self._merged.close()
         self._running.close()
+        if self._past is not None:
+            self._past.save()
         if isinstance(self._running, Pool):
             shared = self._running.first.shared
             shared.cache.clear()
             if shared.threads is not None:
                 shared.threads.close()
+
+    def _past_answers(self) -> PastAnswers | None:
+        learns, path = self.options.learn_drafts, None
+        if learns == OFF or not isinstance(self._running, Pool):
+            return None
+        if learns == DISK:
+            folder = Path(self.options.cache_folder or default_folder())
+            path = path_of(folder, self.manifest.name, self.manifest.base.fingerprint)
+        with self._running.tokenizer() as tokenizer:
+            return PastAnswers(tokenizer.vocab_size, path)
 
     def _check_open(self) -> None:
         if self._is_closed:

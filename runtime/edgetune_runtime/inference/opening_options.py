@@ -25,6 +25,8 @@ _LOG = logging.getLogger(__name__)
 DISK_MB = 512
 DISK_MB_PER_DAY = 512
 MAX_WAITING = 64
+OFF, MEMORY, DISK = "off", "memory", "disk"
+LEARN_DRAFTS = (OFF, MEMORY, DISK)
 
 
 class RuntimeOptions(TypedDict, total=False):
@@ -56,6 +58,10 @@ class RuntimeOptions(TypedDict, total=False):
     there is no memory for one of them after all, a warning is logged, and calls wait for those that there are. Up to
     `max_waiting` more calls wait (64); the next one raises BusyError.
 
+    With `batching` (default: False), calls that run at the same time compute their tokens in one step, whatever their
+    adapters: for several callers, mostly where memory limits the speed. It takes a LLaMA-like base with gguf; adapters
+    that are no low-rank ones run beside, as without it. Answers have other last bits than without it.
+
     With gguf, fewer threads than `threads` compute while other processes use the cores; this changes no answer.
     `priority` is the priority of the compute threads, on Linux: normal (the default), low (below the threads of normal
     processes) or idle (only on cores that are otherwise idle).
@@ -68,6 +74,11 @@ class RuntimeOptions(TypedDict, total=False):
     With `drafts` (default: True), tokens are drafted from the adapter's draft table and from the prompt, and verified
     several per step (speculative decoding). This changes no answer, except that rounding may decide a near tie
     differently.
+
+    With `learn_drafts` "memory" or "disk" (default: "off"), the last answer to each prompt is kept, up to 4 MB in all,
+    and drafts the next answer to the same prompt. With "disk" they are also saved in `cache_folder`, about every hour
+    and by `close`, in a file that only this user can read: it has the answers' tokens and digests of the prompts.
+    `clear_cache` forgets them. A near tie may then be decided differently when a prompt comes again.
 
     With `preflight` (default: True), a bundle that was not opened before on this machine is first opened in a child
     process, with limits of memory and time and, on Linux, without network: a crash of native code is then a
@@ -91,9 +102,11 @@ class RuntimeOptions(TypedDict, total=False):
     cache_folder: str | Path | None
     contexts: int | None
     max_waiting: int
+    batching: bool
     priority: str
     map_large_blocks: bool
     drafts: bool
+    learn_drafts: str
     merged_mb: float | None
     preflight: bool
     on_event: Callable[[Event], None] | None
@@ -120,9 +133,11 @@ class OpeningOptions:
     cache_folder: str | Path | None = None
     contexts: int | None = None
     max_waiting: int = MAX_WAITING
+    batching: bool = False
     priority: str = NORMAL
     map_large_blocks: bool = False
     drafts: bool = True
+    learn_drafts: str = OFF
     merged_mb: float | None = None
     preflight: bool = True
     on_event: Callable[[Event], None] | None = None
@@ -142,7 +157,7 @@ def decide(manifest: Manifest, **options: Unpack[RuntimeOptions]) -> OpeningOpti
     unknown = next((name for name in options if name not in names), None)
     if unknown is not None:
         raise UsageError(f"Runtime.open has no option {unknown!r}", suggestion(unknown, names))
-    _check_numbers(manifest, options)
+    _check_values(manifest, options)
     engine = options.get("engine") or next(iter(manifest.base.files), gguf.NAME)
     engines.check_name(engine)
     file_of(manifest.base.files, engine, "the base")
@@ -176,11 +191,16 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
     return files[engine]
 
 
-def _check_numbers(manifest: Manifest, options: RuntimeOptions) -> None:
+def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
     trained, length = manifest.base.trained_context_length, options.get("context_length")
     if length is not None and not 2 <= length <= trained:
         remedy = f"give 2 to {trained}, the context length that the base was trained for"
         raise UsageError(f"context_length is {length}", remedy)
+    learn_drafts = options.get("learn_drafts", OFF)
+    if learn_drafts not in LEARN_DRAFTS:
+        raise UsageError(f"learn_drafts is {learn_drafts!r}", f"give one of: {', '.join(LEARN_DRAFTS)}")
+    if learn_drafts != OFF and not options.get("drafts", True):
+        raise UsageError(f"learn_drafts is {learn_drafts!r}, and drafts is False", "leave out one of them")
     merged_mb = options.get("merged_mb")
     if merged_mb is not None and not merged_mb >= 0:
         raise UsageError(f"merged_mb is {merged_mb}", "give a number of at least 0")

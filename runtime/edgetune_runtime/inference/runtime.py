@@ -229,7 +229,10 @@ class Runtime:
         return tokens
 
     def clear_cache(self) -> None:
-        """Drop all sequences and cached states, except those on disk: the next call starts with a cold cache."""
+        """Drop all sequences and cached states, except those on disk, so that the next call starts with a cold cache.
+
+        Past answers are forgotten, on disk too; see `learn_drafts`.
+        """
         self._loaded.clear()
 
     def close(self) -> None:

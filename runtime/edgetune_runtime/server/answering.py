@@ -54,12 +54,15 @@ class Answering:
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
         index = 0
-        async with self.queue.place(self._seconds_left(request), CLIENT.get()):
+        # A request that waits outlasts the answers that came with it, and has time for its own.
+        end_s, more_s = request.arrived + self.limits.request_s, self.limits.request_s / 4
+        async with self.queue.place(_seconds_until(end_s) + more_s, CLIENT.get()):
+            end_s = max(end_s, time.monotonic() + more_s)
             if rewriter := self._rewriters.get(base_name(request.model)):
                 request = await rewriter.rewrite(request)
             for prompt in request.prompts:
                 for number in range(request.count):
-                    async with aclosing(self._answer(request, prompt, number, index)) as pieces:
+                    async with aclosing(self._answer(request, prompt, number, index, end_s)) as pieces:
                         async for piece in pieces:
                             yield piece
                     index += 1
@@ -109,9 +112,13 @@ class Answering:
         self._end.set()
 
     async def _answer(
-        self, request: AnswerRequest, prompt: Prompt, number: int, index: int
+        self, request: AnswerRequest, prompt: Prompt, number: int, index: int, end_s: float
     ) -> AsyncGenerator[Piece, None]:
-        options = {**request.options, "cancel": self._end, "deadline_s": self._seconds_left(request)}
+        options = {
+            **request.options,
+            "cancel": self._end,
+            "deadline_s": _seconds_until(end_s),
+        }
         if number and options.get("seed") is not None:
             # Answers with one seed would be the same.
             options["seed"] += number
@@ -144,8 +151,9 @@ class Answering:
             # Not 503: clients would send the same texts again.
             raise RequestError(progress, "send fewer texts per request", status=413, param="input")
 
-    def _seconds_left(self, request: AnswerRequest) -> float:
-        return max(request.arrived + self.limits.request_s - time.monotonic(), 1e-3)
+
+def _seconds_until(end_s: float) -> float:
+    return max(end_s - time.monotonic(), 1e-3)
 
 
 def _normalized(values: Sequence[float]) -> list[float]:

@@ -26,7 +26,7 @@ _LIMITS = {
     "answer_tokens": "most tokens of an answer",
     "answers": "most answers to one request (n)",
     "waiting": "most requests that wait for others; more get status 503",
-    "request_s": "most seconds for a request, waiting included",
+    "request_s": "most seconds for a request, waiting included; one that had to wait has a quarter more",
     "client_s": "seconds after which a client is dropped that sends no request or does not read its answer",
     "connections": "most open connections",
     "connections_per_address": "most open connections from one IP address, apart from this machine's",
@@ -63,6 +63,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--log-requests", action="store_true", help=text)
     text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
     group.add_argument("--contexts", type=int, metavar="N", help=text)
+    text = "compute the tokens of answers side by side in one step, whatever their adapters (gguf, LLaMA-like bases)"
+    group.add_argument("--batching", action="store_true", help=text)
     limits = command.add_argument_group("limits")
     for field in fields(ServerLimits):
         flag, kind = f"--max-{field.name.replace('_', '-')}", type(field.default)
@@ -88,7 +90,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         message = f"others can reach {options.host}, and no key is set"
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
     rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
-    with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
+    opening = {"contexts": options.contexts, "batching": options.batching}
+    with bind(options.host, options.port) as listening, open_bundle(**opening) as runtime:
         url = url_of(listening)
 
         def ready(_: Callable[[], None]) -> None:

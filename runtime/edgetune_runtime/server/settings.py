@@ -16,9 +16,10 @@ class ServerLimits:
 
     A request body has at most `body_bytes`, an answer at most `answer_tokens` tokens, and one request asks for at most
     `answers` answers. Up to `waiting` requests wait for others. A request takes at most `request_s` seconds, waiting
-    included. A client that sends or reads nothing for `client_s` seconds while it should is disconnected. At most
-    `connections` are open at once, `connections_per_address` of them from one address. A stopping server gives running
-    answers `grace_s` seconds.
+    included; it waits for a quarter longer, and if it had to wait, it has at least a quarter for its answers. A client
+    that sends or reads nothing for `client_s` seconds while it should is disconnected. At most `connections` are open
+    at once, `connections_per_address` of them from one address. A stopping server gives running answers `grace_s`
+    seconds.
     """
 
     body_bytes: int = 2_000_000

@@ -31,8 +31,7 @@ class Item:
 
 def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
     """The parts of the memory needed; `repacks` are the processor's `repacked_types`, none if the file is mapped."""
-    has_main = needs.main_type in repacks and TENSOR_TYPES[needs.main_type].repacked
-    twice = needs.cost.maps_embedding or (has_main and needs.head_type in repacks)
+    repacked = {needs.main_type, needs.head_type} <= {*repacks} and TENSOR_TYPES[needs.main_type].repacked
     # One adapter is in use, and each token reads it.
     unused = sorted((size.file_bytes, name) for name, size in needs.adapters.items() if size.is_mapped)[:-1]
     droppable_mb = {
@@ -42,7 +41,7 @@ def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
     }
     parts = [
         ("base weights", needs.base_bytes),
-        (_EMBEDDING, needs.head_bytes if twice else 0),
+        (_EMBEDDING, needs.head_bytes if repacked or needs.cost.maps_embedding else 0),
         *((f"adapter {name}", size.file_bytes) for name, size in needs.adapters.items()),
         *((f"merged model {name}", size + needs.engine_bytes) for name, size in needs.merged.items()),
         (f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length),

@@ -13,9 +13,9 @@ from .figures import SpeedFigures
 class Speed:
     """Predicted tokens/s: decode with the base, decode with the slowest adapter, and prefill with the base."""
 
-    decode: float
-    adapter: float
-    prefill: float
+    decode_tokens_per_s: float
+    adapter_tokens_per_s: float
+    prefill_tokens_per_s: float
 
 
 def speed_of(needs: Needs, figures: SpeedFigures) -> Speed:

@@ -64,6 +64,20 @@ def test_wrong_drafts_make_an_answer_trust_them_less(table: DraftTable) -> None:
     assert drafter.propose(8)[1] == pytest.approx(before)
 
 
+def test_the_last_answer_is_drafted_until_this_one_differs(table: DraftTable) -> None:
+    drafter = Drafter(table, [1, 100, 5], [40, *range(50, 70)])
+    drafter.add([40])
+    draft, chances = drafter.propose(99)
+    assert draft == list(range(50, 65))
+    assert chances == pytest.approx([0.98**n for n in range(1, 16)])
+    assert drafter.propose(3)[0] == [50, 51, 52]
+    drafter.add(range(50, 70))
+    assert drafter.propose(99) == ([], [])
+    other = Drafter(table, [1, 100, 5], [40, 41])
+    other.add([20])
+    assert other.propose(8)[0] == [21, 100, 22]
+
+
 def test_a_table_survives_its_file(table: DraftTable, tmp_path: Path) -> None:
     write_table(tmp_path / "draft.bin", table)
     found = read_table(tmp_path / "draft.bin", TOKENIZER)
@@ -155,11 +169,12 @@ def test_a_series_of_calls_gives_the_answers_that_it_gives_without_drafts(
         assert (found.text, found.tokens, found.stop_reason) == (expected.text, expected.tokens, expected.stop_reason)
 
 
-@pytest.fixture(scope="module")
-def both(drafting: Path, engine: str) -> Iterator[tuple[Runtime, Runtime]]:
-    """A runtime with drafts, and one without."""
+@pytest.fixture(scope="module", params=["off", "memory"])
+def both(drafting: Path, engine: str, request: pytest.FixtureRequest) -> Iterator[tuple[Runtime, Runtime]]:
+    """A runtime with drafts, that may learn them, and one without."""
     options: dict[str, Any] = {"engine": engine, "disk_mb": 0}
-    with Runtime.open(drafting, **options) as fast, Runtime.open(drafting, **options, drafts=False) as plain:
+    fast = Runtime.open(drafting, **options, learn_drafts=request.param)
+    with fast, Runtime.open(drafting, **options, drafts=False) as plain:
         yield fast, plain
 
 

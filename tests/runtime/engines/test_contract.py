@@ -1,4 +1,7 @@
-"""What both engines of text generation do alike: logits, adapters, scores, sequences, states and refusals."""
+"""What the engines of text generation do alike: logits, adapters, scores, sequences, states and refusals.
+
+A sequence of a batch in slots, which only a LLaMA can have, is one of them.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import NotFoundError, Runtime, UsageError, VerificationError
+from edgetune_runtime.engines.base import BatchSizes
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.slots.engine import SlotEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from runtime.conftest import LABELS
 
-Engine = GgufEngine | OnnxEngine
+Engine = GgufEngine | OnnxEngine | SlotEngine
 Open = Callable[..., Engine]
 Files = Callable[[str, str], dict[str, Path]]
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
-ENGINES: dict[str, type[Engine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
+ENGINES: dict[str, type[GgufEngine] | type[OnnxEngine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
+FILES = {"gguf": "gguf", "onnx": "onnx", "slots": "gguf"}
+SEQUENCES = BatchSizes(sequences=3, adapters=4, rank=32)
 CONTEXT = 200
 TEXT = "turn on the warm light in the kitchen and close the blind"
-CLOSE: dict[type[Engine], float] = {GgufEngine: 0.03, OnnxEngine: 1e-4}
+CLOSE: dict[type[Engine], float] = {GgufEngine: 0.03, OnnxEngine: 1e-4, SlotEngine: 0.03}
 """How much logits of one token differ with the batch it is in: llama.cpp keeps keys and values in 16 bits (up to 0.01),
 onnxruntime takes sums in another order (up to 1e-5)."""
 
@@ -31,23 +38,29 @@ def open_(files_of: Files) -> Iterator[Open]:
     with ExitStack() as stack:
 
         def make(backend: str, arch: str = "llama", **options: int) -> Engine:
-            files = files_of(backend, arch)
-            made = ENGINES[backend](files["base"], **{"context_length": CONTEXT, "threads": 1, **options})
+            is_slots, files = backend == "slots", files_of(FILES[backend], arch)
+            given = {
+                "context_length": CONTEXT,
+                "threads": 1,
+                **({"batching": SEQUENCES} if is_slots else {}),
+                **options,
+            }
+            made = ENGINES[FILES[backend]](files["base"], **given)
             stack.enter_context(closing(made))
             for name in ("first", "second", "both"):
                 made.load_adapter(name, files[name])
-            return made
+            return stack.enter_context(closing(made.batch.sequence())) if is_slots else made
 
         yield make
 
 
-@pytest.fixture(params=[(backend, arch) for arch in FEW for backend in ENGINES], ids="-".join)
+@pytest.fixture(params=[*((backend, arch) for arch in FEW for backend in ENGINES), ("slots", "llama")], ids="-".join)
 def engine(request: pytest.FixtureRequest, open_: Open) -> Engine:
     """Each engine with each architecture."""
     return open_(*request.param)
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=FILES)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -121,7 +134,7 @@ def test_many_adapters_at_once_add_up(
     llama: Engine, backend: str, files_of: Callable[[str, str], dict[str, Path]]
 ) -> None:
     for number in range(16):
-        llama.load_adapter(f"copy{number}", files_of(backend, "llama")["wide"])
+        llama.load_adapter(f"copy{number}", files_of(FILES[backend], "llama")["wide"])
     tokens = llama.tokenizer.tokenize(TEXT)
     many = fresh(llama, {f"copy{number}": 1 / 16 for number in range(16)}, tokens)
     assert many == close_to(fresh(llama, {"copy0": 1}, tokens), llama)
@@ -132,7 +145,7 @@ def test_a_name_loaded_twice_is_left_as_it_is(
 ) -> None:
     tokens = llama.tokenizer.tokenize(TEXT)
     before = fresh(llama, {"first": 1}, tokens)
-    llama.load_adapter("first", files_of(backend, "llama")["second"])
+    llama.load_adapter("first", files_of(FILES[backend], "llama")["second"])
     assert np.array_equal(before, fresh(llama, {"first": 1}, tokens))
 
 
@@ -266,6 +279,7 @@ def test_a_state_longer_than_the_context_is_refused(llama: Engine, backend: str,
         open_(backend, context_length=32).restore_state(llama.save_state())
 
 
+@pytest.mark.parametrize("backend", ENGINES)
 def test_a_context_shorter_than_the_sliding_window_is_enough(backend: str, open_: Open) -> None:
     # The window of the Gemma base is 16.
     short, long = (open_(backend, "gemma3", context_length=length) for length in (8, CONTEXT))

@@ -125,6 +125,17 @@ def test_an_answer_that_takes_too_long_ends_with_its_tokens_so_far(start: Start)
     assert text.count('"content"') < 8 * 480
 
 
+def test_a_request_that_waits_outlasts_the_answers_that_came_with_it(start: Start) -> None:
+    server = start(**LONG, limits=ServerLimits(request_s=1.5))
+    with streaming(server) as lines, ThreadPoolExecutor(1) as other:
+        waits = other.submit(post, server)
+        text = "".join(lines)
+    assert '"finish_reason":"length"' in text
+    # Both ends were within milliseconds of each other, and the one that waited has time for a token.
+    assert waits.result().status_code == 200
+    assert waits.result().json()["usage"]["completion_tokens"] > 0
+
+
 def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait_or_arrive(start: Start) -> None:
     server = start(**LONG, limits=ServerLimits(grace_s=30))
     expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=490).text

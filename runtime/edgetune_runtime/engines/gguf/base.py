@@ -34,13 +34,16 @@ class GgufTokenizer(Vocabulary):
 
 
 class GgufBase:
-    """A loaded GGUF base and its adapters, shared by the engines on it and freed with the last of them."""
+    """A loaded GGUF base and its adapters, shared by the engines on it and freed with the last of them.
 
-    def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
+    `repacks` is whether its weights are to be repacked; those of a `small` one are mapped nevertheless.
+    """
+
+    def __init__(self, path: Path, context_length: int, repack: bool | None, *, small: bool = False) -> None:
         self.header = read_header(path)
         check_base(self.header, path)
-        self.repacked = _can_repack(self.header) if repack is None else repack
-        self.model = load_model(path, vocabulary_only=False, repack=self.repacked)
+        self.repacks = _can_repack(self.header) if repack is None else repack
+        self.model = load_model(path, vocabulary_only=False, repack=self.repacks and not small)
         self.adapters: dict[str, Any] = {}
         self.prefixes: dict[str, PrefixState] = {}
         self.loaded: Mapping[str, Any] = ChainMap(self.adapters, self.prefixes)

@@ -7,7 +7,6 @@ mask is the filled length. Each set of active adapters has its own binding, and 
 
 from __future__ import annotations
 
-import math
 import struct
 from collections import ChainMap, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
+    BatchSizes,
     Logits,
     StepStopped,
     check_context_length,
@@ -30,9 +30,9 @@ from edgetune_runtime.engines.base import (
     check_prefix_fits,
     check_scales,
     check_tokens_fit,
-    log_total,
     prefix_among,
 )
+from edgetune_runtime.engines.scores import scores_in_order
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
@@ -40,7 +40,6 @@ from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, tensor_slots_of
 from edgetune_runtime.states.batches import CHUNK
-from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.threads.machine import threads_for
 
 from . import NAME
@@ -91,9 +90,12 @@ class OnnxEngine:
         batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
+        batching: BatchSizes | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         check_kv(NAME, kv)
+        if batching is not None:
+            raise IncompatibleError(f"engine {NAME!r} has no shared batches", "open the bundle without batching")
         self.context_length = context_length
         self._batch = batch
         header = read_onnx(path)
@@ -111,6 +113,10 @@ class OnnxEngine:
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._is_fork = False
         self._new_sequence()
+
+    @property
+    def batch(self) -> None:
+        """See `Engine`; there is none."""
 
     def fork(self) -> OnnxEngine:
         """Another engine with its own sequence, on the same session and adapters."""
@@ -220,27 +226,20 @@ class OnnxEngine:
         return logits
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
-        """See `Engine`; the continuations are scored in sorted order, so that common prefixes are computed once."""
+        """See `Engine`."""
         if self._last is None:
             raise UsageError("there are no logits to score continuations with", "decode at least one token first")
         start, last = self._length, self._last
         check_continuations(continuations, start, self.context_length, self._vocab_size)
-        scores: dict[tuple[int, ...], float] = {}
-        # rows[i] has the logits after the first i tokens of `path`, and their log-sum-exp.
-        path: tuple[int, ...] = ()
-        rows = [(last, log_total(last))]
+
+        def logits_after(kept: int, tokens: Sequence[int]) -> Logits:
+            self._length = start + kept
+            return self._run_all(tokens)
+
         try:
-            for tokens in sorted({tuple(tokens) for tokens in continuations}):
-                shared = max(0, min(common_prefix(path, tokens), len(tokens) - 1))
-                path = tokens[:-1]
-                self._length = start + shared
-                del rows[shared + 1 :]
-                if path[shared:]:
-                    rows += [(row, log_total(row)) for row in self._run_all(path[shared:])]
-                scores[tokens] = math.fsum(float(rows[i][0][token]) - rows[i][1] for i, token in enumerate(tokens))
+            return scores_in_order(continuations, last, logits_after)
         finally:
             self._length, self._last = start, last
-        return [scores[tuple(tokens)] for tokens in continuations]
 
     def save_state(self) -> memoryview:
         """The keys and values of the sequence, for `restore_state` on the same base with the same prefix."""

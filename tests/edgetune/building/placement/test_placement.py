@@ -161,7 +161,7 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     rank_8 = 8 * (64 + 32)
     size = fit.AdapterSize(2 * 2 * rank_8, 2)
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
-    assert cost["v_proj-r8"] == 1 - predicted.adapter_tokens_per_s / predicted.decode_tokens_per_s
+    assert cost["v_proj-r8"] == 1 - predicted.speed.adapter_tokens_per_s / predicted.speed.decode_tokens_per_s
     assert progress.lines == []
     assert not (tmp_path / "none").exists()
 

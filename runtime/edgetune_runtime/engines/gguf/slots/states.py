@@ -34,7 +34,7 @@ class _Router(NamedTuple):
     is_transposed: bool
 
 
-def in_slot(state: bytes | memoryview, slot: int) -> bytearray:
+def in_slot(state: bytes | bytearray | memoryview, slot: int) -> bytearray:
     """A copy of a state that `check_state` accepts, which goes on with the adapter in `slot`, as one of sequence 0.
 
     The keys and values of its tokens stay those of the adapter that they were computed with. With slot 0, the state of

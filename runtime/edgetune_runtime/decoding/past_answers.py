@@ -1,0 +1,158 @@
+"""Keeps the last answer to each prompt, as the draft of the next one: in memory, and in a file if it may.
+
+SuffixDecoding (Oliaro et al., 2411.04975) grows a tree of past answers. Requests of a home come again word for word,
+and then the whole last answer is a longer draft than what a tree is sure of (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from edgetune_runtime.errors import OutOfSpaceError
+from edgetune_runtime.formats.checked_file import read_checked, write_checked
+
+KIND = "edgetune_past_answers"
+MAX_BYTES = 4_000_000
+"""Of all answers in memory: those of about 13,000 short answers."""
+
+_FOLDER = "past-answers"
+_KEY_BYTES = 16
+_ENTRY_BYTES = 250
+"""Of an answer without its tokens: its key, and its place in the dictionary."""
+_SAVE_EVERY_S = 3600.0
+"""Rarely, as each time the whole file is written."""
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PastAnswer:
+    """The tokens of the last answer to a call's prompt, none if there is none, and the place to keep the next one."""
+
+    answers: PastAnswers
+    key: bytes
+    tokens: Sequence[int]
+
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Keep these tokens in place of the last answer's."""
+        if tokens:
+            self.answers.put(self.key, tokens)
+
+
+class PastAnswers:
+    """Past answers up to `MAX_BYTES`, the least recently given dropped first. Thread-safe.
+
+    With a `path` they are read from that file, and written to it about every hour and by `save`. A damaged file counts
+    as empty, and one that cannot be written is skipped with a warning. Prompts are kept as digests.
+    """
+
+    def __init__(self, vocab_size: int, path: Path | None = None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._answers: dict[bytes, array[int]] = {}
+        self._bytes, self._is_saved, self._saved_s = 0, True, time.monotonic()
+        if path is not None:
+            for key, tokens in _read(path, vocab_size):
+                self._put(key, tokens)
+
+    def of(self, adapters: object, tokens: Sequence[int]) -> PastAnswer:
+        """The last answer to a prompt; `adapters` are those of the call, as something whose repr identifies them."""
+        key = hashlib.blake2b(repr((adapters, *tokens)).encode(), digest_size=_KEY_BYTES).digest()
+        with self._lock:
+            return PastAnswer(self, key, list(self._answers.get(key, ())))
+
+    def put(self, key: bytes, tokens: Sequence[int]) -> None:
+        """Keep an answer, dropping others where there are too many."""
+        with self._lock:
+            self._is_saved &= self._answers.get(key) == array("I", tokens)
+            self._put(key, array("I", tokens))
+        if time.monotonic() - self._saved_s > _SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file if there is one, and an answer is new."""
+        with self._lock:
+            self._saved_s = time.monotonic()
+            if self._path is None or self._is_saved:
+                return
+            about = {"answers": [[key.hex(), len(tokens)] for key, tokens in self._answers.items()]}
+            data = array("I")
+            for tokens in self._answers.values():
+                data.extend(tokens)
+            try:
+                for folder in (self._path.parents[1], self._path.parent):
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_checked(self._path, KIND, about, memoryview(data).cast("B"))
+                self._is_saved = True
+            except (OSError, OutOfSpaceError) as error:
+                _LOG.warning("cannot save past answers: %s", error)
+
+    def clear(self) -> None:
+        """Forget all answers, in the file too."""
+        with self._lock:
+            self._answers.clear()
+            self._bytes, self._is_saved = 0, True
+            if self._path is not None:
+                _delete(self._path)
+
+    def _put(self, key: bytes, tokens: array[int]) -> None:
+        self._drop(key)
+        self._answers[key] = tokens
+        self._bytes += _size(tokens)
+        while self._bytes > MAX_BYTES:
+            self._drop(next(iter(self._answers)))
+
+    def _drop(self, key: bytes) -> None:
+        if key in self._answers:
+            self._bytes -= _size(self._answers.pop(key))
+
+
+def _read(path: Path, vocab_size: int) -> list[tuple[bytes, array[int]]]:
+    """The answers in the file; none if it is damaged, or has tokens that the base does not have."""
+    stored, tokens = read_checked(path, KIND, max_bytes=MAX_BYTES, follows_links=False), array("I")
+    try:
+        if stored is None:
+            raise ValueError("its bytes are not those that were written")
+        tokens.frombytes(stored.data)
+        entries = [(bytes.fromhex(key), int(length)) for key, length in stored.about["answers"]]
+        lengths = [length for _, length in entries]
+        if min(lengths) < 1 or sum(lengths) != len(tokens) or max(tokens) >= vocab_size:
+            raise ValueError(f"it has {len(tokens)} tokens for answers of {sum(lengths)}")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if path.exists():
+            _LOG.warning("ignored the past answers in %s: %s", path, error)
+        return []
+    rest = iter(tokens)
+    return [(key, array("I", islice(rest, length))) for key, length in entries]
+
+
+def path_of(cache_folder: Path, name: str, fingerprint: str) -> Path:
+    """The file of the bundle with this name and base."""
+    digest = hashlib.sha256(f"{fingerprint} {name}".encode()).hexdigest()[:40]
+    return cache_folder / _FOLDER / f"{digest}.bin"
+
+
+def clear_all(cache_folder: Path) -> int:
+    """Delete the past answers of all bundles; returns the number of files."""
+    return sum(map(_delete, (cache_folder / _FOLDER).glob("*.bin")))
+
+
+def _delete(file: Path) -> bool:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        _LOG.warning("cannot delete past answers: %s", error)
+        return False
+    return True
+
+
+def _size(tokens: Sequence[int]) -> int:
+    return _ENTRY_BYTES + 4 * len(tokens)
