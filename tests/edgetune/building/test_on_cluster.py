@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError
 from filelock import FileLock
@@ -138,16 +139,23 @@ def test_the_bundle_is_that_of_a_local_build(
 def test_a_training_goes_on_elsewhere_when_its_node_dies(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The node has saved its training at a validation when it is killed; the other node goes on from there."""
+    """The node has saved its training at a validation when it is killed; the other node goes on from there, as the
+    time that it has taken so far shows."""
     training = {"max_steps": 120, "epochs": 1000, "evals": 12, "patience": None}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
     first, second = cluster.add(), cluster.add()
     busy = cluster.occupy(second)
 
+    saved = tmp_path / "home.work/train/lamps/state.pt"
+
     def kill_when_saved() -> None:
-        while not (tmp_path / "home.work/train/lamps/state.pt").exists():
+        while not saved.exists():
             time.sleep(0.02)
         cluster.kill(first)
+        with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
+            state = torch.load(saved, weights_only=True)
+            state["state"]["seconds"] += 1e6
+            torch.save(state, saved)
         cluster.ray.cancel(busy, force=True)
 
     killing = threading.Thread(target=kill_when_saved)
@@ -156,6 +164,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
     killing.join()
     assert "lamps: its node died; it goes on elsewhere" in listening.lines
+    assert read_manifest(tmp_path / "home").adapters["lamps"].training["seconds"] > 1e6
     build(recipe, tmp_path / "local", progress=QUIET)
     assert weights(tmp_path / "home") == weights(tmp_path / "local")
     assert results(tmp_path / "home") == results(tmp_path / "local")
