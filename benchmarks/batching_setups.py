@@ -120,12 +120,9 @@ def genai(place: Place) -> Answering:
 
 SETUPS = {
     **{
-        f"edgetune {engine}{ending}": Setup(partial(edgetune, engine, options), engine)
+        f"edgetune {engine}{batching}{ending}": Setup(partial(edgetune, engine, {**batched, **options}), engine)
+        for batching, batched in (("", {}), (", batching", {"batching": True}))
         for engine in ("gguf", "onnx")
-        for ending, options in SETTINGS.items()
-    },
-    **{
-        f"edgetune gguf, batching{ending}": Setup(partial(edgetune, "gguf", {"batching": True, **options}), "gguf")
         for ending, options in SETTINGS.items()
     },
     "llama-server": Setup(llama_server, "gguf", "xllamacpp"),

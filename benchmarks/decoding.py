@@ -29,10 +29,9 @@ from typing import Any
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.decoding.output import OutputSpec
 
-from benchmarks.decoding_setups import MARGINS, PLAIN, SETUPS, Place, Prompt, Timed
+from benchmarks.decoding_setups import MARGINS, PLAIN, SETUPS, Place, Prompt, Timed, prompt_of
 from edgetune.building.outputs.infer import infer
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
 
 NAMES = [name for name in SETUPS if name != MARGINS]
@@ -90,7 +89,7 @@ def _adapter(bundle: Path, task: Task, engine: str, options: argparse.Namespace)
     """The figures of each setup, from `rounds` processes each."""
     spec = _constraint(bundle, task)
     place = Place(bundle, engine, task.name, spec, options.threads)
-    prompts = [_prompt_of(row) for row in task.validation[: options.rows + 1]]
+    prompts = [prompt_of(row) for row in task.validation[: options.rows + 1]]
     runs: dict[str, Callable[[], list[Timed]]] = {
         name: partial(in_own_process, measure, name, place, prompts)
         for name in options.only
@@ -116,12 +115,6 @@ def _constraint(bundle: Path, task: Task) -> OutputSpec | None:
     if stored is not None:
         return OutputSpec.from_json(stored)
     return infer([row.completion or "" for row in task.train])
-
-
-def _prompt_of(row: TaskRow) -> Prompt:
-    if row.messages is not None:
-        return [dict(message) for message in row.messages]
-    return [{"role": "user", "content": row.text or ""}]
 
 
 def table(result: Result) -> str:

@@ -20,12 +20,20 @@ from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import Message, messages_for, render
 
 from benchmarks.libraries import complete, genai_adapters, genai_generator, llama_server_params, open_genai, open_llama
+from edgetune.tasks.data import TaskRow
 
 MOST_TOKENS = 160
 CONTEXT = 1024
 PLAIN, MARGINS = "adapter", "margins"
 
 Prompt = list[Message]
+
+
+def prompt_of(row: TaskRow) -> Prompt:
+    """The row's chat messages."""
+    if row.messages is not None:
+        return [dict(message) for message in row.messages]
+    return [{"role": "user", "content": row.text or ""}]
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Edgetune:
         begin = time.perf_counter()
         call = self.loaded.call(request.message, self.folder.name(request.adapter))
         assert (call.job.tokens, call.job.fixed) == (request.prompt, request.fixed)
-        with call.pool.lease(call.job) as context:
+        with call.lease() as context:
             start = context.run(call.job)
 
             def steps() -> Iterator[int]:

@@ -122,15 +122,11 @@ def convert() -> Callable[[Path, Path], None]:
 @pytest.fixture(scope="session")
 def kept_graphs(once: Callable[[str, Callable[[Path], object]], Path]) -> Iterator[None]:
     """Keep each graph of onnxruntime-genai's builder for the next base that is the same."""
-    from edgetune_export.backends.onnx import backend, graph  # noqa: PLC0415 - as above
-
-    def build(folder: Path, out: Path) -> None:
-        with _forking(graph):
-            graph.run_builder(folder, out)
+    from edgetune_export.backends.onnx import backend, structure  # noqa: PLC0415 - as above
 
     def run_builder(folder: Path, out: Path) -> None:
         digests = [sha256(path.read_bytes()).digest() for path in sorted(folder.rglob("*")) if path.is_file()]
-        kept = once(sha256(b"".join(digests)).hexdigest(), partial(build, folder))
+        kept = once(sha256(b"".join(digests)).hexdigest(), partial(structure.run_builder, folder))
         shutil.copytree(kept, out, dirs_exist_ok=True)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,6 @@
 """Runs Python programs as forks of a process that has imported torch and transformers, in place of `subprocess.run`.
 
-As programs, llama.cpp's converter and the builder of ONNX graphs take 3 and 4 s, nearly all of it for imports.
+As a program, llama.cpp's converter takes 3 s, nearly all of it for imports.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 DEVNULL = subprocess.DEVNULL
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["transformers.models.auto", "onnxruntime_genai.models.builder", "accelerate"])
+_FORKS.set_forkserver_preload(["transformers.models.auto"])
 
 
 def run(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, **_: object
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -P FILE …` or `python -P -m MODULE …`; standard output is not kept."""
+    """Run `python -P FILE …`; standard output is not kept."""
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder, "stderr")
         process = _FORKS.Process(target=_main, args=(list(command[2:]), dict(env or {}), said))
@@ -37,9 +37,5 @@ def _main(words: list[str], variables: Mapping[str, str], said: Path) -> None:
     with said.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -42,6 +43,8 @@ LLAMA_SETTINGS = {
     "cmake.source-dir": "vendor/llama.cpp",
     "wheel.install-dir": "llama_cpp",
     "cmake.define.BUILD_SHARED_LIBS": "ON",
+    # See docs/explanation/decoding.md: with them, drafts change answers.
+    "cmake.define.GGML_LLAMAFILE": "OFF",
     "cmake.define.LLAMA_BUILD_COMMON": "OFF",
     "cmake.define.LLAMA_BUILD_APP": "OFF",
     "cmake.define.CMAKE_INSTALL_LIBDIR": "lib",
@@ -116,6 +119,14 @@ def elapsed(start_s: float) -> str:
     return f"{minutes:3d}:{seconds:02d}"
 
 
+def own_cache() -> list[str]:
+    """The option of pip for a cache that has only wheels of these settings, which pip's cache does not tell apart."""
+    found = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=False)
+    digest = zlib.crc32(repr(sorted(LLAMA_SETTINGS.items())).encode())
+    # Without a cache, pip says so and fails.
+    return [f"--cache-dir={found.stdout.strip()}/edgetune-{digest:08x}"] if found.returncode == 0 else []
+
+
 def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequence[str]) -> int:
     """Install llama-cpp-python, and beside its compiler the wheels that the arguments need; returns pip's exit code."""
     settings = [f"--config-settings={name}={value}" for name, value in LLAMA_SETTINGS.items()]
@@ -123,7 +134,7 @@ def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequen
     beside = log.with_suffix(".downloads.log")
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        compiling = stack.enter_context(Pip(log, *INSTALL, "--no-deps", *settings, requirement))
+        compiling = stack.enter_context(Pip(log, *INSTALL, "--no-deps", *own_cache(), *settings, requirement))
         pips = [compiling]
         while (code := compiling.wait(REPORT_EVERY_S)) is None:
             if len(pips) == 1 and compiling.step.startswith("compiling"):

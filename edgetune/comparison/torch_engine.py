@@ -74,6 +74,9 @@ class TorchEngine:
     ) -> None:
         """Does nothing: the trained weights are in the model."""
 
+    def unload_adapter(self, name: str) -> None:
+        """Does nothing, as `load_adapter`."""
+
     def activate(self, adapters: Mapping[str, float]) -> None:
         """Does nothing: the trained weights are always active."""
 

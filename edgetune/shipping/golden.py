@@ -104,7 +104,7 @@ def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> tuple[
     call = loaded_bundle(runtime).call(question.prompt, name, form=form, raw=options["raw"])
     has_ended = answer.stop_reason == "end"
     smallest = math.inf
-    with call.pool.lease(call.job) as context:
+    with call.lease() as context:
         rows = [context.run(call.job).logits]
         # If the answer was cut, the last token was not computed and may not fit.
         computed = tokens if has_ended else tokens[:-1]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
     from .events import Event
+    from .inference.adapter_changes import AdapterChanges
     from .inference.async_stream import AsyncStream
     from .inference.asynchronous import AsyncRuntime, AsyncSession
     from .inference.generation import Answer, Stream, Timings
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterChanges",
     "AdapterEntry",
     "Adapters",
     "Answer",
@@ -95,6 +97,7 @@ _LAZY = {
     "decoding.logprobs": "TokenLogprob",
     "decoding.output": "OutputSpec",
     "events": "Event",
+    "inference.adapter_changes": "AdapterChanges",
     "inference.async_stream": "AsyncStream",
     "inference.asynchronous": "AsyncRuntime AsyncSession",
     "inference.generation": "Answer Stream Timings",

@@ -10,14 +10,15 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, first_of, printable
 
 from .errors import IncompatibleError, NotFoundError, VerificationError
+from .type_checks import type_check
 
 MANIFEST_NAME = "manifest.json"
 STATES_FOLDER = "states"
@@ -27,7 +28,7 @@ SHAPES = ("low_rank", "prefix", "tensors", "merged")
 GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
-_LONGEST_MANIFEST = 1 << 26
+LONGEST_MANIFEST = 1 << 26
 
 
 T = TypeVar("T")
@@ -132,6 +133,14 @@ class AdapterEntry:
         return self.shapes.get(engine) == "merged"
 
 
+class NewAdapter(NamedTuple):
+    """An adapter to add: its entry, and the folder in which it has these files."""
+
+    entry: AdapterEntry
+    files: Mapping[str, FileEntry]
+    folder: Path
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json. `context_length` (tokens) and `threads` are the defaults of `Runtime.open`.
@@ -158,7 +167,7 @@ class Manifest:
     def adapter(self, name: str) -> AdapterEntry:
         """The adapter called `name`; NotFoundError lists the adapters of the bundle."""
         if name not in self.adapters:
-            names = ", ".join(self.adapters) or "none"
+            names = first_of([*self.adapters], 20, ", ") or "none"
             raise NotFoundError(f"no adapter {name!r} in bundle {self.name!r}", f"choose one of: {names}")
         return self.adapters[name]
 
@@ -174,8 +183,8 @@ def read_manifest(bundle: Path) -> Manifest:
     schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
     """
     path = bundle / MANIFEST_NAME
-    if path.exists() and (not path.is_file() or path.stat().st_size > _LONGEST_MANIFEST):
-        raise VerificationError(f"{path} is no regular file of up to {_LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
+    if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_MANIFEST):
+        raise VerificationError(f"{path} is no regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -224,7 +233,26 @@ def unchanged(bundle: Path, names: Iterable[str]) -> Iterator[None]:
     yield
     for name, identity in before.items():
         if _identity(bundle / name) != identity:
-            raise VerificationError(f"{name} was changed while bundle {bundle} was opened", "open the bundle again")
+            raise VerificationError(f"{name} was changed while it was read from {bundle}", "open the bundle again")
+
+
+class VerifiedFiles:
+    """Remembers which files match their digests, until they are written to or replaced. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._identities: dict[tuple[Path, str], tuple[int, ...]] = {}
+
+    @contextmanager
+    def reading(self, bundle: Path, manifest: Manifest, name: str) -> Iterator[Path]:
+        """The path of a file that the block reads; VerificationError if it is not, or not to the end, as its digest."""
+        path, key = resolve(bundle, name), (bundle / name, manifest.files[name].sha256)
+        with unchanged(bundle, [name]):
+            identity = _identity(path)
+            if identity is None or self._identities.get(key) != identity:
+                verify_files(bundle, manifest, [name])
+            yield path
+        if identity is not None:
+            self._identities[key] = identity
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -234,6 +262,40 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def files_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
+    """The files of an adapter: those that it names, and all in the folders of its merged models."""
+    named = {*entry.files.values(), entry.draft}
+    folders = {PurePosixPath(file).parent for engine, file in entry.files.items() if entry.is_merged(engine)}
+    return [name for name in manifest.files if name in named or PurePosixPath(name).parent in folders]
+
+
+def without_adapter(manifest: Manifest, name: str) -> Manifest:
+    """The manifest without an adapter and without the files that only this adapter uses."""
+    gone = {*files_only_of(manifest, manifest.adapter(name))}
+    adapters = {other: entry for other, entry in manifest.adapters.items() if other != name}
+    files = {file: entry for file, entry in manifest.files.items() if file not in gone}
+    return replace(manifest, adapters=adapters, files=files)
+
+
+def files_beside(manifest: Manifest, file: str) -> list[str]:
+    """All files in the folder of a model and below it, which are all that the model can have."""
+    folder = "".join(file.rpartition("/")[:2])
+    return [name for name in manifest.files if name.startswith(folder)]
+
+
+def files_only_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
+    """The files of an adapter that nothing else in the bundle uses."""
+    others = [other for other in manifest.adapters.values() if other is not entry]
+    used = {file for other in others for file in (*other.files.values(), other.draft)} | {*manifest.base.files.values()}
+    folders = {PurePosixPath(file).parent for file in used if file is not None}
+    named = {*entry.files.values(), entry.draft}
+    return [
+        name
+        for name in files_of(manifest, entry)
+        if name not in used and (name in named or PurePosixPath(name).parent not in folders)
+    ]
 
 
 def resolve(bundle: Path, name: str) -> Path:
@@ -272,29 +334,19 @@ def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
 def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
     """Make a dataclass from the fields in `raw`; TypeError names a field that is missing or has the wrong type."""
     values = {}
-    for name, hint in get_type_hints(cls).items():
+    for name, fits in _checks(cls).items():
         if name in raw:
             value = raw[name]
-            if not _fits(value, hint):
+            if not fits(value):
                 raise TypeError(f"{name} cannot be {str(value)[:80]!r}")
             values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
 
-def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401 - type hints have no type
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is UnionType:
-        return any(_fits(value, choice) for choice in arguments)
-    if origin is Mapping:
-        keys, values = arguments
-        return isinstance(value, dict) and all(_fits(k, keys) and _fits(v, values) for k, v in value.items())
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, arguments[0]) for item in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+@cache
+def _checks(cls: Callable[..., object]) -> Mapping[str, Callable[[Any], bool]]:
+    """For each field of a dataclass, whether a value has its type; made once, as a manifest may have 1,000 adapters."""
+    return {name: type_check(hint) for name, hint in get_type_hints(cls).items()}
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:
@@ -303,24 +355,28 @@ def _check_names(manifest: Manifest, path: Path) -> None:
     names = [manifest.name, base.name, base.architecture, *base.files, *manifest.files, *adapters]
     for adapter in adapters.values():
         names += [adapter.name, adapter.method, adapter.metric, *adapter.files]
-    for name in names:
-        if name != printable(name):
-            message = f"{path} has the name {name[:80]!r}, with characters that control a terminal"
-            raise VerificationError(message, "do not use this bundle")
+    text = "".join(names)
+    if text != printable(text):
+        name = next(name for name in names if name != printable(name))
+        message = f"{path} has the name {name[:80]!r}, with characters that control a terminal"
+        raise VerificationError(message, "do not use this bundle")
 
 
 def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
     named += [adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None]
-    for name in [*manifest.files, *named]:
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+    for name in {*manifest.files, *named}:
+        if name.startswith("/") or ".." in name.split("/") or "\\" in name:
             raise VerificationError(f"{path} names {name!r}, which is outside the bundle", "do not use this bundle")
+    for name in named:
         if name not in manifest.files:
             raise VerificationError(f"{path} has no digest for {name!r}", COPY_BUNDLE_AGAIN)
     if manifest.task not in TASKS:
         raise VerificationError(f"{path} has the unknown task {manifest.task!r}", "update edgetune-runtime")
-    for adapter in manifest.adapters.values():
+    for name, adapter in manifest.adapters.items():
+        if adapter.name != name:
+            message = f"{path} has adapter {adapter.name!r} under the name {name!r}"
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
         unknown = [shape for shape in adapter.shapes.values() if shape not in SHAPES]
         if unknown or adapter.shapes.keys() != adapter.files.keys():
             message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"

@@ -21,7 +21,7 @@ TIE = 0.05
 
 def greedy(call: Call) -> list[Logits]:
     """The logits that a call's greedy answer is chosen from, those after the whole answer included."""
-    with call.pool.lease(call.job) as context:
+    with call.lease() as context:
         rows = [context.run(call.job).logits]
         while len(rows) < STEPS and not context.engine.tokenizer.is_end(token := int(rows[-1].argmax())):
             rows.append(context.extend([token])[0].copy())

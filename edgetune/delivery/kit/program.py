@@ -16,7 +16,7 @@ from edgetune.templates import environment_of
 from .target_python import TargetPython
 
 RUNTIME_MODULES = (
-    "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "wording",
+    "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "type_checks", "wording",
 )  # fmt: skip
 """The modules of the runtime that the program uses; they import nothing but the standard library and each other."""
 _MAIN = """\

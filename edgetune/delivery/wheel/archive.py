@@ -10,7 +10,7 @@ from .wheel_file import wheel_bytes
 PACKAGE = "llama_cpp"
 LIBRARIES = f"{PACKAGE}/lib"
 """Where the wheel has its libraries, and where llama_cpp looks for them."""
-BUILD = 1
+BUILD = 2
 """The wheel's build number; a change of the flags or of the layout needs the next one."""
 
 

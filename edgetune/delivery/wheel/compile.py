@@ -16,8 +16,9 @@ from edgetune.progress import Progress, Step
 from .platforms import Platform
 from .toolchain import Toolchain
 
-# Of edgetune's wheel and no other: without OpenMP, whose library a board may lack, and without image input, the
-# examples and the server.
+# Of edgetune's wheel and no other: without OpenMP, whose library a board may lack, without image input, the examples
+# and the server, and without llamafile's matrix products. Those are for two rows or more and round otherwise than the
+# ones for a single row, so drafts would change answers.
 _OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "CMAKE_SYSTEM_NAME": "Linux",
@@ -26,7 +27,7 @@ _OPTIONS = {
     "GGML_CPU_ALL_VARIANTS": "ON",
     "GGML_NATIVE": "OFF",
     "GGML_OPENMP": "OFF",
-    "GGML_LLAMAFILE": "ON",
+    "GGML_LLAMAFILE": "OFF",
     "GGML_CCACHE": "OFF",
     "LLAMA_BUILD_COMMON": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",

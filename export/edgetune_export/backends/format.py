@@ -32,9 +32,8 @@ class Format:
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
     for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
     unchanged. `base_factor` and `adapter_factor` (of low-rank adapters) are file sizes relative to GGUF files with
-    the same numbers.
-    `process_mb` is the memory of a process that writes the format, without weights. `requantized_kl` has the types that
-    the format may requantize a base to after training, with the largest accepted mean KL.
+    the same numbers. `requantized_kl` has the types that the format may requantize a base to after training, with the
+    largest accepted mean KL.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
@@ -43,7 +42,6 @@ class Format:
     links_base: bool = False
     base_factor: float = 1.0
     adapter_factor: float = 1.0
-    process_mb: float = PROCESS_MB
     requantized_kl: Mapping[str, float] = field(default_factory=dict)
 
     def writes_floats(self, options: OptionsByFormat) -> bool:
@@ -68,4 +66,4 @@ class Format:
 
         The engine of the check has the file in memory and a copy of it, repacked for the processor.
         """
-        return self.process_mb + 2 * self.base_bytes(gguf_bytes, parameters, options) / 1e6
+        return PROCESS_MB + 2 * self.base_bytes(gguf_bytes, parameters, options) / 1e6

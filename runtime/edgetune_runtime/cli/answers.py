@@ -90,6 +90,9 @@ def check(options: argparse.Namespace) -> None:
     from edgetune_runtime.inference.golden import report  # noqa: PLC0415 - see open_runtime, and it starts threads
 
     with open_runtime(options, **more) as runtime:
+        if not options.no_verify:
+            # Opening reads only the files that it needs.
+            verify_files(options.bundle, runtime.manifest)
         report(runtime, as_json=options.json)
 
 

@@ -151,7 +151,7 @@ def _state_restore(runtime: Runtime, names: list[str | None]) -> tuple[float | N
         return None, None
     call = max(jobs, key=lambda call: call.job.fixed)
     fixed = replace(call.job, tokens=call.job.tokens[: call.job.fixed], fixed=0)
-    with call.pool.lease(fixed) as context:
+    with call.lease(fixed) as context:
         context.run(fixed)
         state = context.engine.save_state()
         times_ms = []
@@ -173,7 +173,9 @@ def _bytes_of(runtime: Runtime, entry: AdapterEntry) -> int:
 
 def _switches(runtime: Runtime, names: list[str]) -> dict[str, float]:
     context, _ = loaded_bundle(runtime).context()
-    active: list[Mapping[str, float]] = [{}, *(loaded_bundle(runtime).context(name)[1] for name in names)]
+    scales = {name: loaded_bundle(runtime).context(name)[1] for name in names}
+    loaded = loaded_bundle(runtime).adapters.names
+    active: list[Mapping[str, float]] = [{}, *(scales[name] for name in names if name in loaded)]
     with context.hold():
         times = sorted(_timed_us(context.engine, adapters) for adapters in islice(cycle(active), SWITCHES))
         # The context does not know that its engine was switched.

@@ -9,14 +9,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.wording import printable
 
 from .options import open_runtime
+
+if TYPE_CHECKING:
+    from edgetune_runtime.inference.runtime import Runtime
 
 
 def list_states(options: argparse.Namespace) -> None:
@@ -121,7 +124,13 @@ def _check(options: argparse.Namespace, manifest: Manifest, report: dict[str, An
     if options.calibration is not None and needs is not None:
         calibration = read_calibration(options.calibration, needs)
     repacks = frozenset() if options.repack is False else repacked_types(report["instructions"])
-    check = check_bundle(lambda: open_runtime(options, disk_mb=0), needs, calibration=calibration, repacks=repacks)
+
+    def opened() -> Runtime:
+        if not options.no_verify:
+            verify_files(options.bundle, manifest)
+        return open_runtime(options, disk_mb=0)
+
+    check = check_bundle(opened, needs, calibration=calibration, repacks=repacks)
     report["bundle"] |= check.report
     report["problems"] += check.problems
     if options.calibrate is None:

@@ -20,7 +20,7 @@ from edgetune_runtime.server import command as server
 from edgetune_runtime.voice import command as wyoming
 from edgetune_runtime.wording import printable
 
-from . import answers, machine
+from . import adapters, answers, machine
 from .conversation import PROGRAM
 from .log_lines import LineFormatter, RateFilter
 from .options import add_cache_folder, add_form, add_opening, add_sampling, add_tools, open_runtime
@@ -113,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     _common(doctor, machine.doctor)
     _add_cache(commands)
+    adding = _add_adapters(commands)
     for command in (generate, classify):
         command.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads standard input")
     for command in (generate, classify, chat):
@@ -128,7 +129,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
-    for command in (info, generate, classify, chat, bench, check, warm, serve, voice, doctor):
+    for command in (info, generate, classify, chat, bench, check, warm, serve, voice, doctor, adding):
         add_opening(command)
     return parser
 
@@ -158,6 +159,23 @@ def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
     ):
         command = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
         add_cache_folder(_common(command, run))
+
+
+def _add_adapters(commands: argparse._SubParsersAction[_Parser]) -> argparse.ArgumentParser:
+    """Returns the parser of `adapters add`, which opens the bundle to check the adapter."""
+    text = "list the adapters of a bundle, add or remove one"
+    group = commands.add_parser("adapters", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    actions = group.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _command(actions, "ls", adapters.list_adapters, "list adapters with their methods, shapes and sizes")
+    text = "check an adapter of another bundle on the same base, and copy it into this bundle"
+    adding = _command(actions, "add", adapters.add, text)
+    text = "a bundle with the adapter; its base may be left out"
+    adding.add_argument("source", type=Path, metavar="SOURCE", help=text)
+    text = "the adapter to add, if the bundle has several"
+    adding.add_argument("--adapter", metavar="NAME", help=text)
+    removing = _command(actions, "remove", adapters.remove, "remove an adapter and its files")
+    removing.add_argument("name", metavar="NAME", help="the adapter to remove")
+    return adding
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -7,10 +7,10 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.inference.opening_options import LEARN_DRAFTS, OFF, RuntimeOptions
+from edgetune_runtime.inference.opening_options import ALL, LEARN_DRAFTS, OFF, RuntimeOptions
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ SAMPLING = {
     "seed": (int, "random seed, to get the same answer again"),
     "max_tokens": (int, "maximum length of the answer in tokens"),
 }
+_SIZES = ("adapters_mb", "cache_mb", "disk_mb_per_day")
 
 
 def add_cache_folder(group: argparse._ActionsContainer) -> None:
@@ -76,6 +77,10 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
     text = "priority of the compute threads: normal, or low or idle to let other processes run first (Linux only)"
     group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
+    text = "memory for adapters in MB; those that were not used for longest are dropped (default: 256)"
+    group.add_argument("--adapters-mb", type=float, metavar="N", help=text)
+    text = "load this adapter at the start and keep it in memory, or all; may be repeated"
+    group.add_argument("--preload", action="append", default=[], metavar="NAME", help=text)
     text = "memory for prompt states in MB (default: 128)"
     group.add_argument("--cache-mb", type=float, metavar="N", help=text)
     add_cache_folder(group)
@@ -102,10 +107,11 @@ def open_runtime(options: argparse.Namespace, **more: Unpack[RuntimeOptions]) ->
 
 def opening_options(options: argparse.Namespace) -> RuntimeOptions:
     """The options of `Runtime.open` on the command line; UsageError for a size that is none."""
-    for flag, value in (("--cache-mb", options.cache_mb), ("--disk-mb-per-day", options.disk_mb_per_day)):
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f"{flag} is {value:g}", "give 0 or more")
-    opening: RuntimeOptions = {
+    sizes = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
+    for name, value in sizes.items():
+        if not 0 <= value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} is {value:g}", "give 0 or more")
+    opening = {
         "engine": options.engine,
         "threads": options.threads,
         "context_length": options.context_length,
@@ -118,12 +124,9 @@ def opening_options(options: argparse.Namespace) -> RuntimeOptions:
         "drafts": not options.no_drafts,
         "learn_drafts": options.learn_drafts,
         "preflight": not options.no_preflight,
+        "preload": ALL if options.preload == [ALL] else options.preload,
     }
-    if options.cache_mb is not None:
-        opening["cache_mb"] = options.cache_mb
-    if options.disk_mb_per_day is not None:
-        opening["disk_mb_per_day"] = options.disk_mb_per_day
-    return opening
+    return cast("RuntimeOptions", opening | sizes)
 
 
 def prompt_of(options: argparse.Namespace) -> str:

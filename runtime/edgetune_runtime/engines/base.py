@@ -135,9 +135,15 @@ class Engine(Protocol):
     ) -> None:
         """Check and load an adapter file; does nothing if the name is already loaded.
 
-        Loading a prefix drops the sequence. IncompatibleError when the file is for another base than the one with
-        `fingerprint`, if given, or has other invocation tokens than `invocation`. The engine does not look for these
-        tokens: the caller activates the adapter at the right position (see `states.activation`).
+        Other engines on the same base may compute meanwhile. IncompatibleError when the file is for another base than
+        the one with `fingerprint`, if given, or has other invocation tokens than `invocation`. The engine does not look
+        for these tokens: the caller activates the adapter at the right position (see `states.activation`).
+        """
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter, or do nothing if it is not loaded; no engine on the same base may compute with it.
+
+        Engines that have it active must activate others before their next step. Others may compute meanwhile.
         """
 
     def activate(self, adapters: Mapping[str, float]) -> None:
@@ -196,10 +202,6 @@ class Batch(Protocol):
     One of them at a time may compute. The others may be used meanwhile, and wait.
     """
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether a token has the same logits, bit for bit, in a step of several sequences and in one of its own."""
-
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """Whether a sequence can have these loaded adapters with their scales."""
 
@@ -235,6 +237,9 @@ class LabelEngine(Protocol):
         `labels` is the number of labels that it must have. VerificationError for a damaged file, IncompatibleError for
         one of another base than that with `fingerprint`, if given.
         """
+
+    def unload_adapter(self, name: str) -> None:
+        """Free an adapter once the passes that use it have ended; does nothing if it is not loaded."""
 
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """Token ids of the prompt's text; UsageError when it does not fit in the context or is a conversation."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.bundle import AdapterEntry, Manifest
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.states.cache import CACHE_MB
@@ -28,7 +28,8 @@ class EngineCost:
     `vocabulary_bytes` is per token of the vocabulary. `maps_embedding`: the embedding stays mapped beside the weights
     that were rearranged. `scores_bytes` is per head and token of context in a batch, in addition to the mask.
     `has_tensor_types`: weights have GGUF's tensor types. `f32_adapters`: adapters are f32 in memory, mapped from files
-    that have only f32; without it, they are as in their files.
+    that have only f32; without it, they are as in their files. `module_bytes` is per context and module that a loaded
+    adapter changes, beside the adapter itself.
     """
 
     kv_types: tuple[str, ...]
@@ -40,6 +41,7 @@ class EngineCost:
     maps_embedding: bool = False
     has_tensor_types: bool = False
     f32_adapters: bool = False
+    module_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -58,6 +60,16 @@ class AdapterSize:
     modules: int
     is_mapped: bool = False
     is_prefix: bool = False
+
+
+def adapter_size(manifest: Manifest, entry: AdapterEntry, engine: str) -> AdapterSize:
+    """The size of an adapter that is not merged in an engine with needs; 0 bytes without a file for it."""
+    file_bytes = manifest.files[entry.files[engine]].bytes if engine in entry.files else 0
+    types = entry.values_by_type.get(engine, {}) if load_needs(engine).COST.f32_adapters else {}
+    # Values in float16 are copied.
+    in_memory = 4 * sum(types.values()) if types else file_bytes
+    is_prefix = entry.shapes.get(engine) == "prefix"
+    return AdapterSize(in_memory, len(entry.ranks), is_mapped=[*types] == ["f32"], is_prefix=is_prefix)
 
 
 @dataclass(frozen=True)

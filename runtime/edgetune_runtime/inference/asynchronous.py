@@ -13,6 +13,7 @@ from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.text.chat import Message, Prompt
 from edgetune_runtime.tools.definitions import Tools
 
+from .adapter_changes import AdapterChanges
 from .async_stream import AsyncStream, StreamThreads
 from .generation import Answer, Stream
 from .loaded import Adapters
@@ -119,6 +120,18 @@ class AsyncRuntime:
     async def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
         """Compute the missing states of fixed prompts; see `Runtime.warm`. It is not ended early."""
         return await asyncio.to_thread(self.runtime.warm, adapters, tools=tools)
+
+    async def add_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Add an adapter of another bundle on the same base; see `Runtime.add_adapter`."""
+        return await asyncio.to_thread(self.runtime.add_adapter, path, name)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Remove an adapter, after running calls; see `Runtime.remove_adapter`."""
+        await asyncio.to_thread(self.runtime.remove_adapter, name)
+
+    async def reload_adapters(self) -> AdapterChanges:
+        """Make the adapters those of the bundle on disk; see `Runtime.reload_adapters`."""
+        return await asyncio.to_thread(self.runtime.reload_adapters)
 
     async def clear_cache(self) -> None:
         """Drop all sequences and cached states, except those on disk, after running calls."""

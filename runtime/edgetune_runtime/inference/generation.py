@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from edgetune_runtime.decoding.constraint import Constraint
-from edgetune_runtime.decoding.drafts import Drafter, DraftTable
+from edgetune_runtime.decoding.drafts import EMPTY, Drafter, DraftTable
 from edgetune_runtime.decoding.logprobs import LogprobRecord, TokenLogprob
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswer
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.limits import CallLimits, Stopped
+from edgetune_runtime.serving.adapters import Entries, LoadedAdapters
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
 from edgetune_runtime.serving.merged import MergedPool
@@ -98,20 +100,27 @@ class Answer:
 class Call:
     """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over.
 
-    `stopped` is why it had to stop before it was prepared, if it had to; the job is then empty.
+    `entries` are its adapters, which are loaded in `adapters`; `drafts` reads the first one's draft table. `stopped` is
+    why it had to stop before it was prepared, if it had to; the job is then empty.
     """
 
     pool: Pool | MergedPool
     job: PromptJob
     system: str | None
     prepared_s: float
+    adapters: LoadedAdapters
+    entries: Entries
     carried: int = 0
-    drafts: DraftTable | None = None
+    drafts: Callable[[], DraftTable | None] | None = None
     output: OutputSpec | None = None
     constraint: Constraint | None = None
     reader: CallReader | None = None
     past: PastAnswer | None = None
     stopped: str = ""
+
+    def lease(self, job: PromptJob | None = None) -> AbstractContextManager[Context]:
+        """A context for the call's job, or another one, with its adapters loaded; see `LoadedAdapters.lease`."""
+        return self.adapters.lease(self.pool, self.job if job is None else job, self.entries)
 
 
 @dataclass(frozen=True)
@@ -194,7 +203,7 @@ def _generate(
     try:
         if call.stopped:
             raise Stopped(call.stopped)
-        with call.pool.lease(job) as context:
+        with call.lease(job) as context:
             answering = _Answering(call, context, sampling, limits, record)
             for piece in answering.pieces(job):
                 context.suspend()
@@ -235,9 +244,9 @@ class _Answering:
         self._start = context.run(job)
         # To continue, the last token must fit too.
         self._max_tokens = min(self._sampling.max_tokens, context.max_tokens - len(job.tokens) + 1)
-        if self._call.drafts is not None:
-            last = () if self._call.past is None else self._call.past.tokens
-            self._drafter = Drafter(self._call.drafts, list(job.tokens), last)
+        drafts, past = None if self._call.drafts is None else self._call.drafts(), self._call.past
+        if drafts is not None or past is not None:
+            self._drafter = Drafter(drafts or EMPTY, list(job.tokens), () if past is None else past.tokens)
         chosen = self._choose(self._start.logits[None], [])
         self._first_s, self._after_first = time.perf_counter() - tick, len(chosen) - 1
         while True:

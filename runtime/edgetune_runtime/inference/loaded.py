@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from edgetune_runtime.bundle import AdapterEntry, Manifest, resolve, unchanged, verify_files
-from edgetune_runtime.decoding.drafts import EMPTY, DraftTable, read_table
+from edgetune_runtime import engines
+from edgetune_runtime.bundle import AdapterEntry, Manifest, NewAdapter, VerifiedFiles, resolve, without_adapter
+from edgetune_runtime.decoding.drafts import DraftTable, read_table
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
-from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.engines.base import Tokenizer, prefix_among
+from edgetune_runtime.engines.needs import adapter_size
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
+from edgetune_runtime.serving.adapters import AdapterLoader, LoadedAdapters
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
 from edgetune_runtime.serving.merged import MakeRoom, MergedModels, MergedPool
+from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import join_spans
 from edgetune_runtime.states.cache import CALLS, common_prefix
@@ -30,7 +37,7 @@ from edgetune_runtime.wording import CLOSED
 
 from .generation import Call, CarriedState
 from .opening import open_merged
-from .opening_options import DISK, OFF, OpeningOptions, file_of
+from .opening_options import ALL, DISK, OFF, OpeningOptions, file_of
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 
@@ -50,12 +57,19 @@ class LoadedBundle:
         self.bundle = bundle
         self.manifest = manifest
         self.options = options
+        self.adapters = LoadedAdapters(
+            AdapterLoader(self._load, self._unload, self._bytes_of), lambda: self.manifest.adapters, options.adapters_mb
+        )
+        self.changing = threading.Lock()
+        """Held by whoever changes which adapters there are."""
         self._running = running
         self._process = os.getpid()
         self._merged = MergedModels(self._open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}
-        self._drafts: dict[str, DraftTable] = {}
-        self._outputs: dict[str, OutputSpec] = {}
+        self._drafts: dict[str, tuple[AdapterEntry, DraftTable]] = {}
+        self._outputs: dict[str, tuple[AdapterEntry, OutputSpec]] = {}
+        self._folders: dict[str, Path] = {}
+        self._verified = VerifiedFiles()
         self._constraints = Constraints()
         self._is_closed = False
         self._fixed = FixedParts()
@@ -81,10 +95,12 @@ class LoadedBundle:
     def context(self, adapter: Adapters = None) -> tuple[Context, dict[str, float]]:
         """The context that runs a call with these adapters, and their scales. For measurements, inside `Context.hold`.
 
-        UsageError for a text-classification bundle.
+        The adapters are loaded, and stay so until others need their memory. UsageError for a text-classification
+        bundle.
         """
         pool, active = self.pool(adapter)
-        return pool.first, active
+        with self.adapters.use(self._entries(active), Holder()):
+            return pool.first, active
 
     def pool(self, adapter: Adapters) -> tuple[Pool | MergedPool, dict[str, float]]:
         """The pool that runs a call with these adapters, and their scales; same errors as `context`."""
@@ -98,7 +114,7 @@ class LoadedBundle:
         if len(scales) > 1 or scales[merged[0]] != 1:
             message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
             raise IncompatibleError(message, "use it alone with scale 1")
-        return self._merged_pools[merged[0]], {}
+        return self._merged_pools.setdefault(merged[0], MergedPool(merged[0], self._running, self._merged)), {}
 
     def call(
         self,
@@ -117,23 +133,27 @@ class LoadedBundle:
         state, and the system prompt of `carried` replaces the adapter's. `form` constrains the answer. A `raw` prompt
         is a text that is not rendered. Where `check` raises Stopped meanwhile, the call does nothing but say so.
         """
-        begin, (pool, active) = time.perf_counter(), self.pool(adapter)
-        first = next(iter(self.scales(adapter)), None)
-        own = self._system_of(first)
+        begin = time.perf_counter()
+        # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
+        entries = self._entries(self.scales(adapter))
+        pool, active = self.pool(adapter)
+        capacity = self.capacity(active)
+        first = next(iter(entries.values()), None)
+        own = None if first is None else first.system
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        output = self._outputs.get(first) if form.uses_adapter_output and first is not None else form.output
+        output = self._output_of(first) if form.uses_adapter_output and first is not None else form.output
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
                     tokens, fixed, comes_with_call = (
-                        raw_tokens(tokenizer, prompt, form, pool.capacity(active)),
+                        raw_tokens(tokenizer, prompt, form, capacity),
                         0,
                         False,
                     )
                 else:
                     messages = messages_for(prompt, system)
-                    tokens = chat_tokens(tokenizer, messages, form, check, pool.capacity(active))
+                    tokens = chat_tokens(tokenizer, messages, form, check, capacity)
                     system_text = _system_in(messages)
                     comes_with_call = system_text != own or form.tools is not None or form.think is not None
                     # Other adapters computed the beginning of a session that was carried over.
@@ -145,17 +165,37 @@ class LoadedBundle:
                 reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:
             job, prepared_s = PromptJob((), ()), time.perf_counter() - begin
-            return Call(pool, job, system, prepared_s, output=output, stopped=stopped.reason)
+            return Call(pool, job, system, prepared_s, self.adapters, entries, output=output, stopped=stopped.reason)
         spans, kept = pool.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
-        drafts = self._drafts.get(first) if first is not None else None
-        past = self._past.of((first, spans), tokens) if self._past is not None else None
-        if past is not None:
-            drafts = drafts or EMPTY
+            entries = self._entries({name for _, others in carried.spans for name in others}) | entries
+        past = None
+        if self._past is not None:
+            past = self._past.of((None if first is None else first.name, spans), tokens)
+        drafts = None if first is None or first.draft is None else partial(self._draft_of, first)
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
-        return Call(pool, job, system, prepared_s, kept, drafts, output, constraint, reader, past)
+        return Call(
+            pool, job, system, prepared_s, self.adapters, entries, kept, drafts, output, constraint, reader, past
+        )
+
+    @contextmanager
+    def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
+        """Lease a context for tokens that are no call's, with these adapters loaded, and their scales."""
+        entries = self._entries(self.scales(adapter))
+        pool, active = self.pool(adapter)
+        with self.adapters.lease(pool, PromptJob(tokens, pool.spans(active, tokens)), entries) as context:
+            yield context, active
+
+    def capacity(self, adapters: Mapping[str, float]) -> int:
+        """The number of tokens that fit in a context with these adapters, prompt and answer together.
+
+        Loads none of them. UsageError for two prefixes, or a scaled one.
+        """
+        tokens = {name: self.manifest.adapter(name).prefix_tokens for name in adapters if self._is_prefix(name)}
+        prefix = prefix_among(adapters, tokens)
+        return self.options.context_length - (tokens[prefix] if prefix else 0)
 
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
@@ -182,25 +222,54 @@ class LoadedBundle:
                 raise UsageError(f"adapter {name!r} has scale {scale!r}", remedy)
         return {name: float(scale) for name, scale in adapter.items()}
 
+    def preload(self) -> None:
+        """Load the adapters that the options name, and keep them in memory."""
+        adapters = self.manifest.adapters
+        names = list(adapters) if self.options.preload == ALL else self.options.preload
+        self.adapters.pin({name: adapters[name] for name in names})
+
+    def add(self, new: NewAdapter) -> None:
+        """Add an adapter; the caller holds `changing`."""
+        entry, files, self._folders[new.entry.name] = new.entry, new.files, new.folder
+        if isinstance(self._running, Pool):
+            digest = files[self._file_of(entry)].sha256
+            self._running.first.shared.know_adapter(entry.name, digest, entry.invocation)
+        adapters = {**self.manifest.adapters, entry.name: entry}
+        self.manifest = replace(self.manifest, adapters=adapters, files={**self.manifest.files, **files})
+
+    def drop(self, name: str) -> None:
+        """Remove an adapter and all that is known of it, once running calls do not use it; the caller holds `changing`.
+
+        Other calls get NotFoundError from now on. UsageError, and the adapter stays, if only streams of this thread use
+        it.
+        """
+        before = self.manifest
+        others = without_adapter(before, name)
+        # Running calls may still read the adapter's files.
+        self.manifest = replace(others, files=before.files)
+        try:
+            self.adapters.remove(name)
+        except UsageError:
+            self.manifest = before
+            raise
+        self._merged.remove(name)
+        if isinstance(self._running, Pool):
+            self._running.drop_adapter(name)
+        for known in (self._merged_pools, self._outputs, self._drafts, self._folders):
+            known.pop(name, None)
+        if self._past is not None:
+            # Which of the answers are the adapter's is not known any more.
+            self._past.clear()
+        self.manifest = others
+
     def load(self, entry: AdapterEntry) -> None:
-        """Check an adapter and load it; a merged one is loaded on first use."""
-        if entry.output is not None:
-            self._outputs[entry.name] = _output_of(entry)
-        if self.options.drafts and entry.draft is not None:
-            if self.options.verify:
-                verify_files(self.bundle, self.manifest, [entry.draft])
-            path = resolve(self.bundle, entry.draft)
-            self._drafts[entry.name] = read_table(path, self.manifest.base.tokenizer_sha256)
-        if entry.is_merged(self.options.engine):
-            if isinstance(self._running, Pool):
-                self._merged_pools[entry.name] = MergedPool(entry.name, self._running, self._merged)
-            return
-        file = file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
-        path, fingerprint = resolve(self.bundle, file), self.manifest.base.fingerprint
-        with unchanged(self.bundle, [file] if self.options.verify else ()):
-            if self.options.verify:
-                verify_files(self.bundle, self.manifest, [file])
-            self._running.load(entry, path, fingerprint)
+        """Load an adapter ahead of the calls that use it; a merged one is loaded by the first of them."""
+        with self.adapters.use({entry.name: entry}, Holder()):
+            pass
+
+    def own_adapters(self) -> list[str]:
+        """The adapters that are in the bundle's own folder."""
+        return [name for name in self.manifest.adapters if self._folder_of(name) == self.bundle]
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk, and all past answers."""
@@ -220,6 +289,11 @@ class LoadedBundle:
     def close(self) -> None:
         """Free the base and adapters after the calls of other threads end; a second call does nothing."""
         self._is_closed = True
+        self.adapters.close()
+        with self.changing:
+            self._close()
+
+    def _close(self) -> None:
         if isinstance(self._running, Pool):
             self._running.places.close()
         self._merged.close()
@@ -246,16 +320,82 @@ class LoadedBundle:
         if self._is_closed:
             raise UsageError(*CLOSED)
 
-    def _system_of(self, first: str | None) -> str | None:
-        return self.manifest.adapter(first).system if first is not None else None
+    def _is_merged(self, entry: AdapterEntry) -> bool:
+        return entry.is_merged(self.options.engine)
+
+    def _is_prefix(self, name: str) -> bool:
+        return self.manifest.adapter(name).shapes.get(self.options.engine) == "prefix"
+
+    def _entries(self, names: Iterable[str]) -> dict[str, AdapterEntry]:
+        return {name: self.manifest.adapter(name) for name in names}
+
+    def _folder_of(self, name: str) -> Path:
+        return self._folders.get(name, self.bundle)
+
+    def _reading(self, entry: AdapterEntry, file: str) -> AbstractContextManager[Path]:
+        """The path of an adapter's file for a block that reads it, checked unless the options say otherwise."""
+        folder = self._folder_of(entry.name)
+        if not self.options.verify:
+            return nullcontext(resolve(folder, file))
+        return self._verified.reading(folder, self.manifest, file)
+
+    def _load(self, entry: AdapterEntry) -> None:
+        """Check an adapter and load it; a merged one has a model of its own, and torch's are in the model."""
+        if self._is_merged(entry) or not entry.files:
+            return
+        begin = time.perf_counter()
+        with self._reading(entry, self._file_of(entry)) as path:
+            self._running.load(entry, path, self.manifest.base.fingerprint)
+        elapsed_s = time.perf_counter() - begin
+        _LOG.debug("loaded adapter %r in %.1f ms", entry.name, elapsed_s * 1e3)
+        self.options.emit(Event("loaded", entry.name, seconds=elapsed_s, bytes=self._bytes_of(entry)))
+
+    def _unload(self, name: str) -> None:
+        self._running.unload(name)
+        self._drafts.pop(name, None)
+        _LOG.debug("dropped adapter %r from memory", name)
+
+    def _bytes_of(self, entry: AdapterEntry) -> int:
+        """The memory that an adapter takes with its draft table; none where its model is one of its own."""
+        engine = self.options.engine
+        if self._is_merged(entry) or engine not in entry.files:
+            return 0
+        files = self.manifest.files
+        draft = files[entry.draft].bytes if entry.draft is not None else 0
+        if engine not in engines.names_with_needs():
+            return files[entry.files[engine]].bytes + draft
+        size = adapter_size(self.manifest, entry, engine)
+        return size.file_bytes + draft + self.contexts * size.modules * engines.load_needs(engine).COST.module_bytes
+
+    def _file_of(self, entry: AdapterEntry) -> str:
+        return file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
+
+    def _output_of(self, entry: AdapterEntry) -> OutputSpec | None:
+        if entry.output is None:
+            return None
+        known = self._outputs.get(entry.name)
+        # An adapter of this name may have been replaced.
+        if known is None or known[0] is not entry:
+            known = self._outputs[entry.name] = (entry, _output_of(entry))
+        return known[1]
+
+    def _draft_of(self, entry: AdapterEntry) -> DraftTable | None:
+        if not self.options.drafts or entry.draft is None:
+            return None
+        known = self._drafts.get(entry.name)
+        if known is None or known[0] is not entry:
+            with self._reading(entry, entry.draft) as path:
+                table = read_table(path, self.manifest.base.tokenizer_sha256)
+            known = self._drafts[entry.name] = (entry, table)
+        return known[1]
 
     def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         entry = self.manifest.adapter(name)
-        file = file_of(entry.files, self.options.engine, f"adapter {name!r}")
         begin = time.perf_counter()
         assert isinstance(self._running, Pool)
-        base = self._running.first.shared
-        pool = open_merged(self.bundle, self.manifest, file, self.options, base=base, make_room=make_room)
+        base, folder = self._running.first.shared, self._folder_of(name)
+        file = self._file_of(entry)
+        pool = open_merged(folder, self.manifest, file, self.options, base=base, make_room=make_room)
         with self._running.tokenizer() as tokenizer:
             if _described(pool.first.engine.tokenizer) != _described(tokenizer):
                 pool.close()

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import STATES_FOLDER, Manifest, resolve, unchanged, verify_files
+from edgetune_runtime.bundle import STATES_FOLDER, Manifest, files_beside, resolve, unchanged, verify_files
 from edgetune_runtime.engines.base import BatchSizes, Engine, EngineClass
+from edgetune_runtime.engines.trial import is_exact
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
@@ -42,7 +43,7 @@ _SHARE_OF_FREE = 0.25
 
 def open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Pool | Classifier:
     """Check and load the base; errors as those of `Runtime.open`."""
-    with unchanged(bundle, manifest.files if options.verify else ()):
+    with unchanged(bundle, files_beside(manifest, manifest.base.files[options.engine]) if options.verify else ()):
         return _open_base(bundle, manifest, options)
 
 
@@ -62,10 +63,15 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
         return Classifier(_loaded(plain, threads), threads)
     sizes = _batch_sizes(manifest, options, needed_mb) if options.batching else None
     running = _load(make, path, options, threads, sizes)
-    if running.batch is not None and options.exact and not running.batch.is_exact:
+    if (
+        sizes is not None
+        and running.batch is not None
+        and options.exact
+        and not is_exact(running.batch, sizes.sequences)
+    ):
         running.close()
-        message = "shared batches would change last bits of answers, as the base is not quantized"
-        raise IncompatibleError(message, "open it without batching or with exact=False, or quantize the base")
+        message = "shared batches would change last bits of answers with this base on this processor"
+        raise IncompatibleError(message, "open it without batching or with exact=False; with gguf, quantize the base")
     store = None
     if options.disk_mb > 0:
         folder = Path(options.cache_folder or default_folder())
@@ -101,7 +107,7 @@ def open_merged(
 
     `make_room` is called with the MB of its weights and of one context before it is loaded. Errors as `open_base`.
     """
-    with unchanged(bundle, manifest.files if options.verify else ()):
+    with unchanged(bundle, files_beside(manifest, file) if options.verify else ()):
         path, parts, _ = _checked(bundle, manifest, file, options)
         needed_mb = context_mb(manifest, options)
         make_room(sum(part.stat().st_size for part in parts) / 1e6 + needed_mb)
@@ -181,10 +187,12 @@ def _prompts(
         for name, entry in manifest.adapters.items()
         if options.engine in entry.files
     }
-    shipped = [name for name in manifest.files if name.startswith(f"{STATES_FOLDER}/")]
-    if shipped and options.verify:
-        verify_files(bundle, manifest, shipped)
-    shipped_store = StateStore(bundle / STATES_FOLDER, 0) if shipped else None
+    shipped_store = None
+    if any(name.startswith(f"{STATES_FOLDER}/") for name in manifest.files):
+        verify = (
+            (lambda path: verify_files(bundle, manifest, [f"{STATES_FOLDER}/{path.name}"])) if options.verify else None
+        )
+        shipped_store = StateStore(bundle / STATES_FOLDER, 0, verify=verify)
     return PromptStates(running.signatures, manifest.name, digests, store, shipped_store)
 
 

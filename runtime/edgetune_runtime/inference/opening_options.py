@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,9 @@ DISK_MB_PER_DAY = 512
 MAX_WAITING = 64
 OFF, MEMORY, DISK = "off", "memory", "disk"
 LEARN_DRAFTS = (OFF, MEMORY, DISK)
+ADAPTERS_MB = 256
+ALL = "all"
+"""In `preload`: all adapters."""
 
 
 class RuntimeOptions(TypedDict, total=False):
@@ -38,6 +41,11 @@ class RuntimeOptions(TypedDict, total=False):
     this processor, instead of mapping the file, which processes can share; by default it does so where it has code for
     it (q4_0, q4_K, iq4_nl; not on a Pi 4). onnxruntime always repacks. `verify` (default: True) compares digests before
     anything is loaded; without it, only the structure of the files is checked.
+
+    An adapter's files are checked and read when it is first used. Up to `adapters_mb` of memory (10^6 bytes, default:
+    256) is used for adapters that are not merged. When the next one does not fit, those that no call uses are dropped,
+    the least recently used first, and read again by the next call that needs them; a call waits where others use too
+    many. `preload` lists adapters to load at opening and to keep in memory, or is "all".
 
     A merged adapter is a full model, which is checked and mapped on first use. Up to `merged_mb` of memory is used for
     such models, each with one context; by default what is free. When the next one does not fit, those that no call uses
@@ -60,7 +68,7 @@ class RuntimeOptions(TypedDict, total=False):
 
     With `batching` (default: False), calls that run at the same time compute their tokens in one step, whatever their
     adapters: for several callers, mostly where memory limits the speed. It takes a LLaMA-like base with gguf; adapters
-    that are no low-rank ones run beside, as without it. Answers have other last bits than without it.
+    that are no low-rank ones run beside, as without it. With gguf, answers have other last bits than without it.
 
     With gguf, fewer threads than `threads` compute while other processes use the cores; this changes no answer.
     `priority` is the priority of the compute threads, on Linux: normal (the default), low (below the threads of normal
@@ -72,8 +80,9 @@ class RuntimeOptions(TypedDict, total=False):
     malloc is not changed.
 
     With `drafts` (default: True), tokens are drafted from the adapter's draft table and from the prompt, and verified
-    several per step (speculative decoding). This changes no answer, except that rounding may decide a near tie
-    differently.
+    several per step (speculative decoding). With onnx, with llama.cpp's llamafile kernels (LLAMAFILE among the
+    features that `edgetune-run doctor` prints) and with k-quants, rounding may then decide a near tie between two
+    tokens differently; else this changes no answer.
 
     With `learn_drafts` "memory" or "disk" (default: "off"), the last answer to each prompt is kept, up to 4 MB in all,
     and drafts the next answer to the same prompt. With "disk" they are also saved in `cache_folder`, about every hour
@@ -107,6 +116,8 @@ class RuntimeOptions(TypedDict, total=False):
     map_large_blocks: bool
     drafts: bool
     learn_drafts: str
+    adapters_mb: float
+    preload: Sequence[str]
     merged_mb: float | None
     preflight: bool
     on_event: Callable[[Event], None] | None
@@ -138,6 +149,8 @@ class OpeningOptions:
     map_large_blocks: bool = False
     drafts: bool = True
     learn_drafts: str = OFF
+    adapters_mb: float = ADAPTERS_MB
+    preload: Sequence[str] = ()
     merged_mb: float | None = None
     preflight: bool = True
     on_event: Callable[[Event], None] | None = None
@@ -161,6 +174,7 @@ def decide(manifest: Manifest, **options: Unpack[RuntimeOptions]) -> OpeningOpti
     engine = options.get("engine") or next(iter(manifest.base.files), gguf.NAME)
     engines.check_name(engine)
     file_of(manifest.base.files, engine, "the base")
+    _check_preload(manifest, options.get("preload", ()))
     requested = options.get("threads")
     requested = manifest.threads if requested is None else requested
     threads = threads_for(requested)
@@ -191,6 +205,15 @@ def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
     return files[engine]
 
 
+def _check_preload(manifest: Manifest, preload: Sequence[str]) -> None:
+    if preload == ALL:
+        return
+    if isinstance(preload, str):
+        raise UsageError(f"preload is {preload!r}", f"give a list of adapters, or {ALL!r}")
+    for name in preload:
+        manifest.adapter(name)
+
+
 def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
     trained, length = manifest.base.trained_context_length, options.get("context_length")
     if length is not None and not 2 <= length <= trained:
@@ -201,9 +224,9 @@ def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
         raise UsageError(f"learn_drafts is {learn_drafts!r}", f"give one of: {', '.join(LEARN_DRAFTS)}")
     if learn_drafts != OFF and not options.get("drafts", True):
         raise UsageError(f"learn_drafts is {learn_drafts!r}, and drafts is False", "leave out one of them")
-    merged_mb = options.get("merged_mb")
-    if merged_mb is not None and not merged_mb >= 0:
-        raise UsageError(f"merged_mb is {merged_mb}", "give a number of at least 0")
+    for name, size_mb in (("merged_mb", options.get("merged_mb")), ("adapters_mb", options.get("adapters_mb"))):
+        if size_mb is not None and not size_mb >= 0:
+            raise UsageError(f"{name} is {size_mb}", "give a number of at least 0")
     contexts, max_waiting = options.get("contexts"), options.get("max_waiting", MAX_WAITING)
     if (contexts is not None and contexts < 1) or max_waiting < 0:
         message = f"contexts is {contexts} and max_waiting is {max_waiting}"

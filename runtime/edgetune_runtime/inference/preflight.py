@@ -9,13 +9,14 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import engines, errors
-from edgetune_runtime.bundle import Manifest, resolve
+from edgetune_runtime.bundle import AdapterEntry, Manifest, NewAdapter, files_beside, files_of
 from edgetune_runtime.errors import EdgetuneError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.processes.child_process import ProcessResult, has_python, run
@@ -31,7 +32,9 @@ STEP, ERROR, DONE = "step", "error", "done"
 """Keys of the lines that the child writes, each a JSON object."""
 OPTIONS = ("engine", "threads", "context_length", "kv", "repack", "verify", "priority")
 """Options of opening that the child is given."""
-_MAX_REMEMBERED = 64
+_MAX_REMEMBERED = 1024
+_MAX_OF_KIND = 8
+"""Adapters of one kind that are tried: native code reads them alike, and a bundle may have a thousand."""
 _CHARACTERS = 2000
 # Files of the app's own folder must not replace modules, so the child has this process' path, and no other.
 _START = f"import sys; sys.path[:] = sys.argv[1:]; from {__package__}.preflight_child import main; main()"
@@ -40,21 +43,22 @@ _REMEDY = "free some memory if it is short, or do not use this bundle"
 _LOG = logging.getLogger(__name__)
 
 
-def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions) -> None:
+def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions, added: NewAdapter | None = None) -> None:
     """Open the bundle in a child process, unless it is remembered in the cache folder that it passed; remember it.
 
-    Raises the error of opening it, and VerificationError if the child crashes, hangs, or exceeds its limits. Logs a
-    warning, and does nothing, if this process cannot start a Python.
+    With `added`, this adapter is added there, and no other is tried. Raises the error of opening it, and
+    VerificationError if the child crashes, hangs, or exceeds its limits. Logs a warning, and does nothing, if this
+    process cannot start a Python.
     """
     if os.environ.get(VARIABLE) == "0":
         return
-    digest = _digest_of(bundle, manifest, options)
+    digest = _digest_of(bundle, manifest, options, added)
     # An account without a home has no cache folder; the folder of another one cannot be read.
     with suppress(RuntimeError, OSError):
         if _marker_path(options.cache_folder, digest).exists():
             return
     begin = time.perf_counter()
-    result = _run_child(bundle, manifest, options)
+    result = _run_child(bundle, manifest, options, added)
     if result is None:
         return
     report = _last_values(result.output)
@@ -83,21 +87,45 @@ def _marker_path(cache_folder: str | Path | None, digest: str) -> Path:
     return Path(cache_folder or default_folder()) / FOLDER / digest
 
 
-def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions) -> str:
+def tried(manifest: Manifest, engine: str) -> list[AdapterEntry]:
+    """The adapters to compute with: all merged ones, and some of each shape with the same ranks and types."""
+    counts: Counter[object] = Counter()
+    chosen = []
+    for entry in manifest.adapters.values():
+        ranks, types = set(entry.ranks.values()), entry.values_by_type.get(engine, {})
+        kind = (entry.shapes.get(engine), tuple(sorted(ranks)), tuple(sorted(types)))
+        counts[kind] += 1
+        if engine in entry.files and (entry.is_merged(engine) or counts[kind] <= _MAX_OF_KIND):
+            chosen.append(entry)
+    return chosen
+
+
+def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions, added: NewAdapter | None) -> str:
     """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
     # Not imported, because the package imports everything.
     own = sys.modules[__name__.partition(".")[0]].__version__
     versions = (own, engines.load(options.engine, manifest.task).library_version(), platform.machine())
     opening = (options.engine, options.context_length, options.kv, options.repack)
-    identity: list[object] = [versions, opening, manifest.to_json()]
+    paths = {
+        bundle / name: manifest.files[name] for name in files_beside(manifest, manifest.base.files[options.engine])
+    }
+    entries = tried(manifest, options.engine) if added is None else [added.entry]
+    for entry in entries if added is None else ():
+        paths |= {bundle / name: manifest.files[name] for name in files_of(manifest, entry)}
+    if added is not None:
+        paths |= {added.folder / name: file for name, file in added.files.items()}
+    identity: list[object] = [versions, opening, asdict(manifest.base), [asdict(entry) for entry in entries]]
+    identity += [file.sha256 for file in paths.values()]
     if not options.verify:
         # Then the files may be others than those of the manifest.
-        states = [resolve(bundle, name).stat() for name in manifest.files if resolve(bundle, name).exists()]
+        states = [path.stat() for path in paths if path.exists()]
         identity += [(state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns) for state in states]
     return hashlib.sha256(json.dumps(identity, default=int).encode()).hexdigest()
 
 
-def _run_child(bundle: Path, manifest: Manifest, options: OpeningOptions) -> ProcessResult | None:
+def _run_child(
+    bundle: Path, manifest: Manifest, options: OpeningOptions, added: NewAdapter | None
+) -> ProcessResult | None:
     """How the child ended; None, with a warning in the log, if there is none."""
     if not has_python():
         return None
@@ -107,6 +135,7 @@ def _run_child(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Pro
         "engines": list(engines.__path__),
         "limits": asdict(limits),
         "options": {name: getattr(options, name) for name in OPTIONS},
+        "added": None if added is None else (str(added.folder.absolute()), added.entry.name),
     }
     command = [sys.executable, "-I", "-B", "-c", _START, *sys.path]
     try:

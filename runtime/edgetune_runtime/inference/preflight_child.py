@@ -1,8 +1,9 @@
-"""The child process of `preflight`: opens a bundle, computes with the base and each adapter, and writes how it went."""
+"""The child process of `preflight`: opens a bundle, computes with the base and adapters, and writes how it went."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from edgetune_runtime import engines, errors
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.processes.confinement import ProcessLimits, confine
 
-from .preflight import DONE, ERROR, STEP
+from .preflight import DONE, ERROR, STEP, tried
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -37,36 +38,41 @@ def main() -> NoReturn:
     def write(key: str, value: object) -> None:
         print(json.dumps({key: value}), file=lines, flush=True)
 
-    _open(request["bundle"], request["options"], write)
+    _open(request["bundle"], request["options"], request["added"], write)
     # Without the end of Python and of the libraries, which takes time and may fail by itself.
     os._exit(0)
 
 
-def _open(bundle: str, options: Mapping[str, Any], write: Write) -> None:
+def _open(bundle: str, options: Mapping[str, Any], added: tuple[str, str] | None, write: Write) -> None:
     # After `confine`: libraries start threads.
     from .runtime import Runtime  # noqa: PLC0415
 
     def opened() -> Runtime:
-        return Runtime.open(bundle, **options, contexts=1, cache_mb=0, disk_mb=0, preflight=False)
+        return Runtime.open(bundle, **options, contexts=1, cache_mb=0, disk_mb=0, adapters_mb=math.inf, preflight=False)
 
     write(STEP, "opening it")
     try:
-        runtime = opened()
+        with opened() as runtime:
+            if added is None:
+                _compute(runtime, None, write)
+                entries = tried(runtime.manifest, runtime.engine)
+            else:
+                # The bundle may have one of this name, which it replaces.
+                if added[1] in runtime.adapters:
+                    runtime.remove_adapter(added[1])
+                entries = [runtime.manifest.adapter(runtime.add_adapter(*added))]
+            for entry in entries:
+                if added is not None or not entry.is_merged(runtime.engine):
+                    _compute(runtime, entry.name, write)
     except EdgetuneError as error:
         name = next(kind.__name__ for kind in type(error).__mro__ if hasattr(errors, kind.__name__))
         write(ERROR, {"name": name, "message": error.message, "remedy": error.remedy})
         return
-    adapters = runtime.manifest.adapters.values()
-    merged = [entry.name for entry in adapters if entry.is_merged(runtime.engine)]
-    with runtime:
-        _compute(runtime, None, write)
-        for name in runtime.adapters:
-            if name not in merged:
-                _compute(runtime, name, write)
-    for name in merged:
-        # One at a time, as each is a full model.
-        with opened() as runtime:
-            _compute(runtime, name, write)
+    for entry in entries if added is None else ():
+        if entry.is_merged(options["engine"]):
+            # One at a time, as each is a full model.
+            with opened() as runtime:
+                _compute(runtime, entry.name, write)
     write(DONE, True)
 
 

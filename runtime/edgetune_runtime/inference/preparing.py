@@ -26,7 +26,7 @@ from .options import AnswerForm
 
 _PROBES = ("A", "7", "\n", "é", "(")
 """Messages without a common prefix: the common prefix of their prompts is the fixed part."""
-_MAX_FIXED = 256
+_MAX_FIXED = 1024
 """Fixed parts that are remembered; apps may give other tools with each call."""
 
 Check = Callable[[], None]

@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack
 
-from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.serving.classifier import Embedding
-from edgetune_runtime.serving.jobs import PromptJob
+from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
+from .adapter_changes import AdapterChanges, add_adapter, reload_adapters, remove_adapter
 from .generation import Answer, Outcome, Stream, generate
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base
@@ -36,15 +37,15 @@ class Runtime:
 
     def __init__(self, loaded: LoadedBundle) -> None:
         self.bundle = loaded.bundle
-        self.manifest = loaded.manifest
         self._loaded = loaded
 
     @classmethod
     def open(cls, path: str | Path, **options: Unpack[RuntimeOptions]) -> Self:
-        """Open a bundle: check its files, map the base and load the adapters; see `RuntimeOptions`.
+        """Open a bundle: check the base's files and map it; see `RuntimeOptions`.
 
-        Raises NotFoundError for missing files, VerificationError for damaged files, IncompatibleError for adapters of
-        another base or a missing engine, UsageError for invalid options.
+        The files of an adapter are checked and read when it is first used, unless `preload` names it. Raises
+        NotFoundError for missing files and unknown adapters, VerificationError for damaged files, IncompatibleError for
+        adapters of another base or a missing engine, UsageError for invalid options.
         """
         begin = time.perf_counter()
         bundle = Path(path)
@@ -54,8 +55,7 @@ class Runtime:
             require_opens(bundle, manifest, decided)
         loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, decided), decided)
         try:
-            for entry in manifest.adapters.values():
-                loaded.load(entry)
+            loaded.preload()
         except BaseException:
             loaded.close()
             raise
@@ -63,6 +63,11 @@ class Runtime:
         _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, decided.engine, count, elapsed_s)
         decided.emit(Event("loaded", manifest.name, seconds=elapsed_s))
         return cls(loaded)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest, with the adapters that there are now."""
+        return self._loaded.manifest
 
     @property
     def engine(self) -> str:
@@ -86,7 +91,7 @@ class Runtime:
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the bundle's adapters."""
+        """Names of the adapters."""
         return list(self.manifest.adapters)
 
     def generate(
@@ -158,10 +163,13 @@ class Runtime:
             what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
             raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
         if classifier is not None:
-            ((name, scale),) = scales.items()
-            return most_likely(labels, classifier.scores(prompt, labels, self.manifest.adapter(name), scale))
+            (name,) = scales
+            entry = self.manifest.adapter(name)
+            with self._loaded.adapters.use({name: entry}, Holder()):
+                scale = self._loaded.scales(adapter)[name]
+                return most_likely(labels, classifier.scores(prompt, labels, entry, scale))
         call = self._loaded.call(prompt, adapter)
-        with call.pool.lease(call.job) as context:
+        with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             context.run(call.job)
@@ -189,13 +197,13 @@ class Runtime:
         A text longer than the context is split into windows that overlap by one token.
         """
         pool, adapters = self._loaded.pool(adapter)
-        capacity = pool.capacity(adapters)
+        capacity = self._loaded.capacity(adapters)
         with pool.tokenizer() as tokenizer:
             tokens = tokenizer.tokenize(text)
         if len(tokens) < 2:
             raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")
         starts = range(0, len(tokens) - 1, capacity - 1)
-        with pool.lease(PromptJob(tokens[:1], pool.spans(adapters, tokens[:1]))) as context:
+        with self._loaded.lease(adapter, tokens[:1]) as (context, adapters):
             total = math.fsum(window_loss(context, adapters, tokens[start : start + capacity]) for start in starts)
         return NegativeLogLikelihood(total, len(tokens) - 1)
 
@@ -220,13 +228,43 @@ class Runtime:
                 begin = time.perf_counter()
                 # Saved now, also the state of tools, which come with calls.
                 job = replace(call.job, comes_with_call=False, is_warmed=True)
-                with call.pool.lease(job) as context:
+                with call.lease(job) as context:
                     reused = context.run(job).reused
                 name, count, elapsed_s = name_of(choice), call.job.fixed, time.perf_counter() - begin
                 _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", name, count, reused, elapsed_s * 1e3)
                 self._loaded.options.emit(Event("warmed", name, seconds=elapsed_s, tokens=count))
                 tokens[name] = count
         return tokens
+
+    def add_adapter(self, path: str | Path, name: str | None = None) -> str:
+        """Add an adapter of another bundle on the same base, and load it; returns its name.
+
+        Of the bundle at `path`, which may lack its base, the manifest and the adapter's own files are read, now and
+        whenever the adapter is loaded again; `name` is needed if the bundle has several adapters. The files are checked
+        as those of a bundle that is opened, also in a child process with `preflight`, while other calls go on. Nothing
+        is written: `edgetune-run adapters add` puts an adapter into a bundle.
+
+        Raises UsageError if there is an adapter of this name, IncompatibleError for one of another base, without a file
+        for the engine or larger than `adapters_mb`, and what `open` raises for damaged files.
+        """
+        return add_adapter(self._loaded, Path(path), name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Remove an adapter with its states, draft table and output constraint, in memory and in the cache folder.
+
+        Calls that run with it end normally, and this one waits for them; later ones, and those that still wait for a
+        context, raise NotFoundError. NotFoundError for an unknown name, UsageError, which changes nothing, if only
+        streams that this thread read last use it.
+        """
+        remove_adapter(self._loaded, name)
+
+    def reload_adapters(self) -> AdapterChanges:
+        """Make the adapters those of the bundle on disk, which another process may have changed.
+
+        New ones are checked as by `add_adapter`; one that is refused leaves what there is. Adapters that were added
+        from other bundles stay. IncompatibleError if the base has changed, and the errors of reading a manifest.
+        """
+        return reload_adapters(self._loaded)
 
     def clear_cache(self) -> None:
         """Drop all sequences and cached states, except those on disk, so that the next call starts with a cold cache.

@@ -41,8 +41,9 @@ class Answering:
 
     def __init__(self, runtime: AsyncRuntime, limits: ServerLimits, rewriters: Sequence[Rewriter] = ()) -> None:
         self.runtime, self.limits = runtime, limits
-        self.models = Models(runtime.manifest, runtime.engine, [rewriter.name for rewriter in rewriters])
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
+        self._rewriter_names = [rewriter.name for rewriter in rewriters]
+        self.models = self._models()
         self.queue = AnswerQueue(runtime.contexts, limits.waiting)
         self.metrics = Metrics(self.queue)
         self.is_warming = False
@@ -103,6 +104,21 @@ class Answering:
         finally:
             self.is_warming = False
 
+    async def reload(self) -> None:
+        """Take over the adapters of the bundle on disk; a warning says what is wrong with one, or with the bundle."""
+        try:
+            changes = await self.runtime.reload_adapters()
+            self.models = self._models()
+        except EdgetuneError as error:
+            _LOG.warning("cannot reload the adapters of %s: %s", self.runtime.runtime.bundle, error)
+            return
+        for name, reason in changes.refused.items():
+            _LOG.warning("did not load adapter %r: %s", name, reason)
+        for name in changes.removed:
+            self.metrics.forget(name)
+        counts = (len(changes.added), len(changes.replaced), len(changes.removed))
+        _LOG.info("reloaded the adapters: %d added, %d replaced, %d removed", *counts)
+
     def stop(self) -> None:
         """Refuse the requests that wait and all later ones."""
         self.queue.stop()
@@ -143,6 +159,9 @@ class Answering:
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
+
+    def _models(self) -> Models:
+        return Models(self.runtime.manifest, self.runtime.engine, self._rewriter_names)
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():

@@ -23,6 +23,7 @@ from .guard import Guard
 from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
 from .metrics_middleware import MetricsMiddleware
+from .models import Models
 from .ollama_answers import OllamaReply
 from .openai_answers import ChatShape, CompletionShape, OpenAIReply
 from .problems import RequestError, error_response, json_response
@@ -69,8 +70,13 @@ class _Api:
     """The routes of one API."""
 
     def __init__(self, answering: Answering, bodies: BodyReader) -> None:
-        self._answering, self._models, self._limits = answering, answering.models, answering.limits
+        self._answering, self._limits = answering, answering.limits
         self._bodies = bodies
+
+    @property
+    def _models(self) -> Models:
+        """The models that there are now."""
+        return self._answering.models
 
     async def _read(self, request: Request, parse: Callable[..., T], *limits: ServerLimits) -> T:
         """What `parse` makes of the body, with the models of the bundle and `limits`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 
 import uvicorn
@@ -26,7 +27,8 @@ class Server(uvicorn.Server):
 
     `ready` is called when it accepts requests, and `stopping` when it begins to stop: it still accepts requests,
     which should be refused from then on, until nothing `is_busy` or the grace time is over. Then `ending` is called,
-    which should end the answers that still run.
+    which should end the answers that still run. `reload` is awaited at each SIGHUP, unless standard input is a
+    terminal, whose end is such a signal too.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Server(uvicorn.Server):
         limits: ServerLimits,
         *,
         ready: Callable[[], None],
+        reload: Callable[[], Coroutine[None, None, None]],
         stopping: Callable[[], None],
         is_busy: Callable[[], bool],
         ending: Callable[[], None],
@@ -54,7 +57,8 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._grace_s, self._ready, self._stopping, self._ending = limits.grace_s, ready, stopping, ending
-        self._is_busy = is_busy
+        self._is_busy, self._reload = is_busy, reload
+        self._reloading: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
 
@@ -66,10 +70,14 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Stop: running answers have the grace time, all others are refused. A second call does not wait for them."""
+        self._call(self._stop)
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Call a function in the event loop, from any thread."""
         if self._loop is not None:
             # The loop is closed once the server has stopped.
             with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stop)
+                self._loop.call_soon_threadsafe(function)
 
     def _stop(self) -> None:
         if self._draining is not None:
@@ -87,13 +95,22 @@ class Server(uvicorn.Server):
             self._ending()
         self.should_exit = True
 
+    def _begin_reload(self) -> None:
+        assert self._loop is not None
+        task = self._loop.create_task(self._reload())
+        # The loop keeps no reference to it.
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Stop at SIGTERM and SIGINT, as uvicorn does, but without raising them again at the end."""
+        """Stop at SIGTERM and SIGINT, as uvicorn does, but without raising them again at the end; reload at SIGHUP."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {each: signal.signal(each, lambda *_: self.stop()) for each in (signal.SIGTERM, signal.SIGINT)}
+        if hasattr(signal, "SIGHUP") and not sys.stdin.isatty():
+            before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: self._call(self._begin_reload))
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client import (
@@ -25,8 +26,12 @@ _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SWITCH_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
+_MAX_ADAPTERS = 100
+"""Each adapter has 35 lines, and writing the text keeps other requests waiting."""
+
+
 class Metrics:
-    """The counters of one server. `adapter` is an adapter's name, `base`, or `several`."""
+    """The counters of one server. `adapter` is an adapter's name, `base`, `several`, or `other` after 100 adapters."""
 
     def __init__(self, queue: AnswerQueue) -> None:
         self._registry = registry = CollectorRegistry()
@@ -39,8 +44,13 @@ class Metrics:
         waiting = Gauge("edgetune_requests_waiting", "Requests that wait for others", registry=registry)
         waiting.set_function(lambda: queue.waiting)
 
+        self._adapters: set[str] = set()
+        self._by_adapter: list[Counter | Histogram] = []
+
         def by_adapter(name: str, text: str) -> Counter:
-            return Counter(name, text, ["adapter"], registry=registry)
+            counter = Counter(name, text, ["adapter"], registry=registry)
+            self._by_adapter.append(counter)
+            return counter
 
         self._prompt_tokens = by_adapter("edgetune_prompt_tokens", "Tokens of prompts")
         self._reused_tokens = by_adapter("edgetune_prompt_tokens_reused", "Tokens of prompts from cached states")
@@ -54,6 +64,7 @@ class Metrics:
         self._ttft = Histogram("edgetune_ttft_seconds", text, ["adapter"], buckets=_TTFT_S, registry=registry)
         text = "Time to switch to the adapters of an answer"
         self._switch = Histogram("edgetune_switch_seconds", text, ["adapter"], buckets=_SWITCH_S, registry=registry)
+        self._by_adapter += [self._ttft, self._switch]
 
     def count_request(self, route: str, status: int) -> None:
         """Count a finished request."""
@@ -61,11 +72,11 @@ class Metrics:
 
     def count_first_piece(self, adapters: Adapters, arrived: float) -> None:
         """Count the time since a request arrived (`time.monotonic`)."""
-        self._ttft.labels(_label(adapters)).observe(time.monotonic() - arrived)
+        self._ttft.labels(self._label(adapters)).observe(time.monotonic() - arrived)
 
     def count_answer(self, adapters: Adapters, answer: Answer) -> None:
         """Count a finished answer."""
-        label, timings = _label(adapters), answer.timings
+        label, timings = self._label(adapters), answer.timings
         self._prompt_tokens.labels(label).inc(timings.prompt_tokens)
         self._reused_tokens.labels(label).inc(timings.reused_tokens)
         self._answer_tokens.labels(label).inc(answer.tokens)
@@ -79,8 +90,20 @@ class Metrics:
         """All figures now."""
         return generate_latest(self._registry)
 
+    def forget(self, adapter: str) -> None:
+        """Leave out an adapter that was removed."""
+        self._adapters.discard(adapter)
+        for metric in self._by_adapter:
+            # It is there only if the adapter has answered.
+            with suppress(KeyError):
+                metric.remove(adapter)
 
-def _label(adapters: Adapters) -> str:
-    if adapters is None or isinstance(adapters, str):
-        return adapters or "base"
-    return next(iter(adapters), "base") if len(adapters) < 2 else "several"
+    def _label(self, adapters: Adapters) -> str:
+        if adapters is not None and not isinstance(adapters, str):
+            adapters = next(iter(adapters), None) if len(adapters) < 2 else "several"
+        if adapters is None or adapters == "several":
+            return adapters or "base"
+        if adapters not in self._adapters and len(self._adapters) >= _MAX_ADAPTERS:
+            return "other"
+        self._adapters.add(adapters)
+        return adapters

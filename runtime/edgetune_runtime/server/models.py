@@ -12,6 +12,7 @@ from typing import Literal
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.loaded import Adapters
+from edgetune_runtime.wording import first_of
 
 from .fields import Fields
 from .problems import RequestError
@@ -113,7 +114,7 @@ class Models:
             scale_by_name = dict.fromkeys(fields.texts("adapters"))
         for name in scale_by_name:
             if name not in self.manifest.adapters:
-                names = ", ".join(self.manifest.adapters) or "none"
+                names = first_of([*self.manifest.adapters], 20, ", ") or "none"
                 raise RequestError(f"no adapter {name!r}", f"choose from: {names}", status=404, param="adapters")
         return {
             name: self.manifest.adapters[name].scale if scale is None else scale
@@ -130,7 +131,7 @@ class Models:
         return scale
 
     def _unknown(self, name: str) -> RequestError:
-        remedy = f"choose one of: {', '.join(self.listed)}"
+        remedy = f"choose one of: {first_of([*self.listed], 20, ', ')}"
         return RequestError(f"model {name!r} not found", remedy, status=404, param="model", code="model_not_found")
 
     def _info(self, kind: Kind, name: str, file: str) -> ModelInfo:

@@ -48,6 +48,7 @@ async def _serve(
         application(answering, serving.access),
         serving.limits,
         ready=lambda: ready(server.stop),
+        reload=answering.reload,
         stopping=answering.stop,
         is_busy=lambda: answering.queue.running > 0,
         ending=answering.end,

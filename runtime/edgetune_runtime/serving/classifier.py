@@ -35,6 +35,10 @@ class Classifier:
         """Check the adapter's file, which must have a head for its labels, and load it."""
         self.engine.load_adapter(entry.name, path, fingerprint, len(entry.labels))
 
+    def unload(self, name: str) -> None:
+        """Free an adapter that no call uses."""
+        self.engine.unload_adapter(name)
+
     def scores(self, prompt: Prompt, labels: Sequence[str], entry: AdapterEntry, scale: float) -> list[float]:
         """The logit of each label from the adapter's head; UsageError for an unknown label."""
         unknown = [label for label in labels if label not in entry.labels]

@@ -219,6 +219,10 @@ class Context:
         self._key, self._fixed, self.owner = None, 0, CALLS
         self.engine.truncate(0)
 
+    def depends_on(self, adapter: str) -> bool:
+        """Whether an adapter computed a part of the current sequence."""
+        return self._key is not None and any(adapter in dict(active) for _, active in self._key.spans)
+
     def fork(self, batch: Batch | None = None) -> Context:
         """Another context with its own sequence, on the same loaded base, or in a batch on it."""
         return Context(self.engine.fork() if batch is None else batch.sequence(), self.shared, batch)

@@ -9,7 +9,7 @@ from edgetune_runtime.engines.base import Batch, Logits
 from edgetune_runtime.events import Emit, ignore
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.serving.governor import Governor
-from edgetune_runtime.states.activation import Invocations, Spans
+from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import CALLS, StateCache
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
 from edgetune_runtime.states.sightings import Sightings
@@ -59,17 +59,17 @@ class SharedResources:
 
     The models of one runtime share the cached states, the places, and the turns of their governors.
 
-    `invocations` are the tokens that activate some of the adapters. With `exact`, a call reuses the states of others
-    only where computing them would give the same bits; a session always reuses all of its own state. Steps run on
-    `threads` if given, else on the caller's thread. `emit` receives switches. Contexts in a `batch`, for the adapters
-    that it can hold, compute their steps with `steps`.
+    `invocations` are the tokens that activate some of the adapters, which may come and go. With `exact`, a call reuses
+    the states of others only where computing them would give the same bits; a session always reuses all of its own
+    state. Steps run on `threads` if given, else on the caller's thread. `emit` receives switches. Contexts in a
+    `batch`, for the adapters that it can hold, compute their steps with `steps`.
     """
 
     base: str
     kv_bytes_per_token: int
     cache: StateCache
     governor: Governor
-    invocations: Invocations = field(default_factory=dict)
+    invocations: dict[str, Sequence[int]] = field(default_factory=dict)
     prompts: PromptStates | None = None
     sightings: Sightings = field(default_factory=Sightings)
     places: Places = field(default_factory=Places)
@@ -78,3 +78,17 @@ class SharedResources:
     emit: Emit = ignore
     batch: Batch | None = None
     steps: SharedSteps | None = None
+
+    def know_adapter(self, name: str, digest: str, invocation: Sequence[int]) -> None:
+        """Have states of a new adapter, whose file has this digest."""
+        if invocation:
+            self.invocations[name] = invocation
+        if self.prompts is not None:
+            self.prompts.adapters[name] = digest
+
+    def forget_adapter(self, name: str) -> None:
+        """Drop all cached states that an adapter computed, also on disk."""
+        self.cache.drop_adapter(name)
+        self.invocations.pop(name, None)
+        if self.prompts is not None:
+            self.prompts.forget_adapter(name)

@@ -19,6 +19,7 @@ from edgetune_runtime.wording import CLOSED
 
 from .context import Context
 from .jobs import PromptJob
+from .places import Holder, Places
 from .pool import Pool
 from .turns import POLL_S
 
@@ -75,6 +76,15 @@ class MergedModels:
         finally:
             for model in models.values():
                 self._release(model)
+
+    def remove(self, name: str) -> None:
+        """Close the model of an adapter that there is no more, once running calls do not use it."""
+        with self._changed:
+            while self._is_opening or (name in self._models and self._models[name].uses):
+                self._changed.wait(POLL_S)
+            model = self._models.pop(name, None)
+        if model is not None:
+            model.pool.close()
 
     def close(self) -> None:
         """Close all models after the calls of other threads end; no other is opened from now on."""
@@ -156,14 +166,15 @@ class MergedPool:
         with self._models.use(self._name) as pool:
             return pool.first
 
+    @property
+    def places(self) -> Places:
+        """Those of all models."""
+        return self._base.places
+
     @contextmanager
-    def lease(self, job: PromptJob) -> Iterator[Context]:
-        """As `Pool.lease`, on the model, which is opened if it is not."""
-        with (
-            self._base.places.enter(job.check) as holder,
-            self._models.use(self._name, job.check) as pool,
-            pool.take(job, holder) as context,
-        ):
+    def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
+        """As `Pool.take`, on the model, which is opened if it is not."""
+        with self._models.use(self._name, job.check) as pool, pool.take(job, holder) as context:
             yield context
 
     @contextmanager

@@ -41,19 +41,13 @@ class Pool:
         return [context for context in self._contexts if not context.closed]
 
     @contextmanager
-    def lease(self, job: PromptJob) -> Iterator[Context]:
-        """Lease the free context with the longest reusable prefix; wait if none is free, until `job.check` raises.
-
-        Same errors as `Places.enter`: so a thread that has a stream open may wait for the streams of others, but not
-        for its own. Any thread may read a stream: its own are those that it read last, and that no other
-        thread has read for `PATIENCE_S` since.
-        """
-        with self.places.enter(job.check) as holder, self.take(job, holder) as context:
-            yield context
-
-    @contextmanager
     def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
-        """The rest of `lease`, for a call that has a place."""
+        """Lease the free context with the longest reusable prefix to the holder of a place, until `job.check` raises.
+
+        It waits if none is free. Same errors as `Places.enter`: so a thread that has a stream open may wait for the
+        streams of others, but not for its own. Any thread may read a stream: its own are those that it read last, and
+        that no other thread has read for `PATIENCE_S` since.
+        """
         context = self._acquire(job, holder)
         try:
             yield context
@@ -101,6 +95,22 @@ class Pool:
     def load(self, entry: AdapterEntry, path: Path, fingerprint: str) -> None:
         """Check an adapter's file and load it."""
         self.first.engine.load_adapter(entry.name, path, fingerprint, entry.invocation)
+
+    def unload(self, name: str) -> None:
+        """Free an adapter that no call uses."""
+        self.first.engine.unload_adapter(name)
+
+    def drop_adapter(self, name: str) -> None:
+        """Drop all states of an adapter that was removed, in contexts, in the cache and on disk."""
+        for context in [context for context in self.contexts if context.depends_on(name)]:
+            context.acquire()
+            try:
+                # A call that held it until now may have other adapters.
+                if not context.closed and context.depends_on(name):
+                    context.reset()
+            finally:
+                context.release()
+        self.first.shared.forget_adapter(name)
 
     def drop_states(self, owner: str) -> None:
         """Drop the states of an owner, in contexts and in the cache; a closed pool has none."""

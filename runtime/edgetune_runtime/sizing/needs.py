@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import Manifest, read_manifest, resolve
-from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
+from edgetune_runtime.engines.needs import MB, AdapterSize, Needs, adapter_size
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
@@ -88,19 +88,14 @@ def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: 
 
 def _with_adapters(base: Needs, manifest: Manifest) -> Needs:
     """The needs of a base with the adapters of its bundle."""
-    engine, cost = base.engine, base.cost
+    engine = base.engine
     adapters: dict[str, AdapterSize] = {}
     merged: dict[str, int] = {}
     for name, entry in manifest.adapters.items():
         if entry.is_merged(engine):
             merged[name] = engines.load_needs(engine).model_bytes(manifest, entry.files[engine])
             continue
-        file_bytes = manifest.files[entry.files[engine]].bytes if engine in entry.files else 0
-        types = entry.values_by_type.get(engine, {}) if cost.f32_adapters else {}
-        in_memory = 4 * sum(types.values()) if types else file_bytes
-        is_prefix = entry.shapes.get(engine) == "prefix"
-        # Values in float16 are copied.
-        adapters[name] = AdapterSize(in_memory, len(entry.ranks), is_mapped=[*types] == ["f32"], is_prefix=is_prefix)
+        adapters[name] = adapter_size(manifest, entry, engine)
     entries = manifest.adapters.values()
     return replace(
         base,

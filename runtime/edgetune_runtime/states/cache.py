@@ -88,11 +88,11 @@ def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]
     (key, tokens), (other, others) = state, prompt
     if key.base != other.base:
         return 0
-    shared = common_prefix(tokens, others)
     for span, other_span in zip_longest(key.spans, other.spans):
         if span != other_span:
-            return min(shared, *(each[0] for each in (span, other_span) if each is not None))
-    return shared
+            end = min(each[0] for each in (span, other_span) if each is not None)
+            return common_prefix(tokens[:end], others[:end])
+    return common_prefix(tokens, others)
 
 
 def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
@@ -185,6 +185,12 @@ class StateCache:
         """Drop all states of an owner."""
         with self._lock:
             for slot in [slot for slot in self._states if slot[0] == owner]:
+                self._drop(slot)
+
+    def drop_adapter(self, name: str) -> None:
+        """Drop all states that an adapter computed."""
+        with self._lock:
+            for slot in [slot for slot in self._states if any(name in dict(active) for active in slot[2])]:
                 self._drop(slot)
 
     def clear(self) -> None:

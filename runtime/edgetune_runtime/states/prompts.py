@@ -28,7 +28,7 @@ class PromptStates:
 
     signatures: tuple[str, ...]
     bundle: str
-    adapters: Mapping[str, str]
+    adapters: dict[str, str]
     store: StateStore | None = None
     shipped: StateStore | None = None
 
@@ -52,6 +52,12 @@ class PromptStates:
         """Delete a state that the engine refused."""
         if self.store is not None:
             self.store.drop(self.identity(key, tokens))
+
+    def forget_adapter(self, name: str) -> None:
+        """Delete the states that an adapter computed, which is removed."""
+        digest = self.adapters.pop(name, None)
+        if self.store is not None and digest is not None:
+            self.store.drop_adapter(digest)
 
     def identity(self, key: Key, tokens: Sequence[int], signature: str | None = None) -> Mapping[str, Any]:
         """Everything that determines the state, as JSON values; by default with the engine's own signature."""

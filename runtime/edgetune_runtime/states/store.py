@@ -10,12 +10,12 @@ import math
 import os
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import OutOfSpaceError
+from edgetune_runtime.errors import OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 
 from .daily import DailyBudget
@@ -62,11 +62,18 @@ class StateStore:
     With a budget of 0 it is read-only. Read and write errors are not raised, because a state can always be recomputed:
     an unreadable state counts as missing, and one that cannot be written is skipped.
 
-    Calls write up to `mb_per_day`: whoever sends other prompts again and again would wear out an SD card.
+    Calls write up to `mb_per_day`: whoever sends other prompts again and again would wear out an SD card. `verify`
+    raises VerificationError for a file that is not as it should be.
     """
 
-    def __init__(self, folder: Path, budget_mb: float, mb_per_day: float = math.inf) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        budget_mb: float,
+        mb_per_day: float = math.inf,
+        verify: Callable[[Path], None] | None = None,
+    ) -> None:
+        self.folder, self._verify = folder, verify
         self._budget = int(budget_mb * 1e6)
         self._daily = DailyBudget(folder, mb_per_day * 1e6)
 
@@ -77,9 +84,15 @@ class StateStore:
     def load(self, identity: Mapping[str, Any]) -> memoryview | None:
         """The state with exactly this identity, marked as recently used; a damaged file is deleted."""
         path = self.path_of(identity)
-        stored = read_checked(path, KIND, max_bytes=self._budget or math.inf, follows_links=False)
-        if stored is None and not os.path.lexists(path):
+        if not os.path.lexists(path):
             return None
+        try:
+            if self._verify is not None:
+                self._verify(path)
+        except VerificationError as error:
+            _LOG.warning("a saved state is not used: %s", error)
+            return None
+        stored = read_checked(path, KIND, max_bytes=self._budget or math.inf, follows_links=False)
         if stored is None or stored.about.get("identity") != json.loads(json.dumps(identity)):
             _LOG.warning("dropped a saved state that is damaged or does not match its file name: %s", path)
             self.drop(identity)
@@ -94,6 +107,14 @@ class StateStore:
         if self._budget:
             with contextlib.suppress(OSError):
                 self.path_of(identity).unlink(missing_ok=True)
+
+    def drop_adapter(self, digest: str) -> None:
+        """Delete the states that an adapter computed whose file has this digest; see `PromptStates.identity`."""
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            match read_about(path, KIND):
+                case {"identity": {"spans": list(spans)}} if digest in json.dumps(spans):
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
 
     def save(
         self, identity: Mapping[str, Any], state: memoryview, label: str, tokens: int, *, is_warmed: bool = False

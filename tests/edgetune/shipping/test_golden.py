@@ -106,7 +106,7 @@ def smallest_lead(runtime: Runtime, name: str, prompt: Any, *, raw: bool | None 
     """Greedy decoding, token by token: how close the second token ever came, in nats."""
     call = loaded_bundle(runtime).call(prompt, name, raw=isinstance(prompt, str) if raw is None else raw)
     smallest = math.inf
-    with call.pool.lease(call.job) as context:
+    with call.lease() as context:
         logits = context.run(call.job).logits
         for _ in range(MAX_TOKENS):
             token = int(logits.argmax())

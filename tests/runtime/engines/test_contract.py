@@ -6,6 +6,7 @@ A sequence of a batch in slots, which only a LLaMA can have, is one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -147,6 +148,45 @@ def test_a_name_loaded_twice_is_left_as_it_is(
     before = fresh(llama, {"first": 1}, tokens)
     llama.load_adapter("first", files_of(FILES[backend], "llama")["second"])
     assert np.array_equal(before, fresh(llama, {"first": 1}, tokens))
+
+
+def test_an_unloaded_adapter_is_not_found_and_its_name_can_be_loaded_again(
+    llama: Engine, backend: str, files_of: Callable[[str, str], dict[str, Path]]
+) -> None:
+    tokens = llama.tokenizer.tokenize(TEXT)
+    base, first, second = (fresh(llama, adapters, tokens) for adapters in ({}, {"first": 1}, {"second": 1}))
+    with closing(llama.fork()) as other:
+        assert np.array_equal(fresh(other, {"first": 1}, tokens), first)
+        llama.unload_adapter("first")
+        llama.unload_adapter("first")
+        for engine in (llama, other):
+            with pytest.raises(NotFoundError, match="'first' is not loaded"):
+                engine.activate({"first": 1})
+            assert np.array_equal(fresh(engine, {}, tokens), base)
+        llama.load_adapter("first", files_of(backend, "llama")["second"])
+        for engine in (llama, other):
+            assert np.array_equal(fresh(engine, {"first": 1}, tokens), second)
+
+
+def test_adapters_are_loaded_and_unloaded_while_other_engines_on_the_base_compute(
+    llama: Engine, backend: str, files_of: Callable[[str, str], dict[str, Path]]
+) -> None:
+    tokens = llama.tokenizer.tokenize(TEXT)[:8]
+    expected = {name: fresh(llama, {name: 1}, tokens) for name in ("first", "second")}
+    path = files_of(backend, "llama")["both"]
+
+    def compute(engine: Engine) -> bool:
+        runs = [(name, fresh(engine, {name: 1}, tokens)) for name in ("first", "second") * 40]
+        return all(np.array_equal(logits, expected[name]) for name, logits in runs)
+
+    with ExitStack() as stack, ThreadPoolExecutor(3) as threads:
+        forks = [stack.enter_context(closing(llama.fork())) for _ in range(3)]
+        computing = [threads.submit(compute, fork) for fork in forks]
+        while not all(run.done() for run in computing):
+            llama.load_adapter("more", path)
+            llama.activate({"more": 1})
+            llama.unload_adapter("more")
+        assert all(run.result() for run in computing)
 
 
 def test_decode_all_gives_the_logits_that_decode_gives_token_by_token(engine: Engine) -> None:

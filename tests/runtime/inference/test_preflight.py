@@ -209,13 +209,13 @@ def test_a_prompt_that_does_not_fit_is_an_error_of_calls_only(bundle: Path, tmp_
 def test_a_few_bundles_are_remembered(bundle: Path) -> None:
     folder = default_folder() / preflight.FOLDER
     folder.mkdir(parents=True)
-    for number in range(70):
-        (folder / f"{number:02}").touch()
-        os.utime(folder / f"{number:02}", (number, number))
+    for number in range(1030):
+        (folder / f"{number:04}").touch()
+        os.utime(folder / f"{number:04}", (number, number))
     open_and_close(bundle)
-    assert len(remembered()) == 64
-    assert not (folder / "06").exists()
-    assert (folder / "07").exists()
+    assert len(remembered()) == 1024
+    assert not (folder / "0006").exists()
+    assert (folder / "0007").exists()
 
 
 def test_a_cache_folder_that_cannot_be_written_is_a_warning(

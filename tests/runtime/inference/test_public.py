@@ -14,6 +14,7 @@ import edgetune_runtime
 import pytest
 
 NAMES = {
+    "AdapterChanges",
     "AdapterEntry",
     "Adapters",
     "Answer",
@@ -57,6 +58,7 @@ NAMES = {
 
 RUNTIME = {
     "adapters",
+    "add_adapter",
     "bundle",
     "classify",
     "clear_cache",
@@ -71,6 +73,8 @@ RUNTIME = {
     "negative_log_likelihood",
     "open",
     "perplexity",
+    "reload_adapters",
+    "remove_adapter",
     "session",
     "stream",
     "threads",

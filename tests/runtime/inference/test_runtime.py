@@ -361,7 +361,7 @@ def test_a_changed_file_is_refused_before_it_is_loaded(copy: Path, file: str) ->
     data[-1] ^= 1
     (copy / file).write_bytes(data)
     with pytest.raises(VerificationError, match=file):
-        Runtime.open(copy)
+        Runtime.open(copy, preload="all")
     with Runtime.open(copy, verify=False) as runtime:
         assert runtime.generate(PROMPT, max_tokens=1).tokens == 1
 
@@ -387,7 +387,7 @@ def test_an_adapter_file_made_for_another_base_is_refused(tiny_gguf: Callable[[s
     foreign = {"alien": Adapter(low_rank(base, 1), fingerprint="0" * 64)}
     path = write_bundle(tmp_path / "bundle", base, foreign)
     with pytest.raises(IncompatibleError, match="'alien' was made for another base"):
-        Runtime.open(path)
+        Runtime.open(path, preload=["alien"])
 
 
 def test_a_base_that_is_not_the_one_of_the_fingerprint_is_refused(copy: Path) -> None:

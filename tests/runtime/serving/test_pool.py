@@ -145,10 +145,9 @@ def test_a_cancelled_call_returns_its_tokens_so_far_and_frees_its_context(open_:
 
 def test_a_prompt_is_computed_in_chunks_between_which_others_have_their_turn(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=2)
-    long = loaded_bundle(runtime).call("play " * 110, "one").job
-    assert len(long.tokens) > CHUNK
+    call = loaded_bundle(runtime).call("play " * 110, "one")
+    assert len(call.job.tokens) > CHUNK
     order: list[str] = []
-    pool, _ = loaded_bundle(runtime).pool("one")
 
     def look() -> None:
         # Another call computes between two chunks of this one. The watch asks as well, while a chunk is computed.
@@ -160,7 +159,7 @@ def test_a_prompt_is_computed_in_chunks_between_which_others_have_their_turn(ope
                 other.submit(runtime.generate, "stop", adapter="two", max_tokens=1).result(60)
             order.append("other")
 
-    job = replace(long, check=look)
-    with pool.lease(job) as context:
+    job = replace(call.job, check=look)
+    with call.lease(job) as context:
         context.run(job)
     assert order[:4] == ["chunk", "chunk", "other", "chunk"] or order[:3] == ["chunk", "chunk", "other"]

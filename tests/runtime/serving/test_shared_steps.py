@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgetune_runtime import EdgetuneError, IncompatibleError, Runtime
 from edgetune_runtime.engines.gguf.slots.sequences import Row, SlotSequences
+from edgetune_runtime.engines.onnx.rows import Rows, RowStep
 from edgetune_runtime.inference.generation import Answer
 from runtime.fresh import ENGINES
 
@@ -55,6 +57,28 @@ def test_calls_with_different_adapters_share_steps_and_answer_as_alone(runtime: 
     assert max(sizes) > 1
     # Also in other sequences and slots, and beside others.
     assert together(runtime, numbers[::-1], callers=3) == alone[::-1]
+
+
+def test_calls_share_steps_in_onnx(prompted_for: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    decode = Rows.decode
+
+    def looking(rows: Rows, steps: Sequence[RowStep], vocab_size: int, options: object) -> object:
+        sizes.append(len(steps))
+        return decode(rows, steps, vocab_size, options)
+
+    options = {"engine": "onnx", "batching": True, "contexts": 4, "disk_mb": 0}
+    try:
+        runtime = Runtime.open(prompted_for("onnx"), **options)
+    except IncompatibleError as error:
+        # So it is where onnxruntime has no AVX-512 code.
+        assert "would change last bits" in str(error)
+        return
+    with runtime:
+        monkeypatch.setattr(Rows, "decode", looking)
+        alone = [answer(runtime, number).text for number in range(12)]
+        assert together(runtime, range(12)) == alone
+    assert max(sizes) > 1
 
 
 def test_a_call_that_ends_early_leaves_the_steps_of_others_as_they_were(runtime: Runtime) -> None:
@@ -111,18 +135,18 @@ def test_labels_are_scored_beside_others(runtime: Runtime) -> None:
             other.result()
 
 
-@pytest.mark.parametrize(
-    ("options", "problem"),
-    [
-        ({"engine": "onnx"}, "has no shared batches"),
-        ({"engine": "gguf"}, "as the base is not quantized"),
-    ],
-)
-def test_a_base_that_cannot_share_batches_is_refused(
-    options: dict[str, str], problem: str, prompted_for: Callable[[str], Path]
+def test_a_processor_on_which_rows_have_other_bits_is_refused_unless_calls_need_not_be_exact(
+    prompted_for: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(IncompatibleError, match=problem):
-        Runtime.open(prompted_for("gguf"), **options, batching=True, disk_mb=0)
+    decode = SlotSequences.decode
+
+    def rounding(sequences: SlotSequences, rows: Sequence[Row]) -> list[np.ndarray]:
+        return [logits * np.float32(1 + (len(rows) > 1) * 1e-6) for logits in decode(sequences, rows)]
+
+    monkeypatch.setattr(SlotSequences, "decode", rounding)
+    with pytest.raises(IncompatibleError, match="would change last bits of answers with this base"):
+        Runtime.open(prompted_for("batch"), **ENGINES["batch"], contexts=2, disk_mb=0)
+    Runtime.open(prompted_for("batch"), **ENGINES["batch"], contexts=2, disk_mb=0, exact=False).close()
 
 
 def test_another_architecture_is_refused_by_name(prompted_of: Callable[[str], Path]) -> None:

@@ -105,7 +105,8 @@ def context_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Conte
     runtimes: list[Runtime] = []
 
     def make(arch: str, backend: str, bundle: Path | None = None) -> Context:
-        runtimes.append(Runtime.open(bundle or bundle_of(arch), engine=backend, context_length=128, exact=False))
+        options = {"engine": backend, "context_length": 128, "exact": False, "preload": "all"}
+        runtimes.append(Runtime.open(bundle or bundle_of(arch), **options))
         return loaded_bundle(runtimes[-1]).context()[0]
 
     yield make
@@ -214,7 +215,7 @@ def test_a_file_whose_tokens_the_manifest_does_not_name_is_refused(bundle_of: Ca
     try:
         write_manifest(bundle, manifest.base, entries)
         with pytest.raises(IncompatibleError, match=r"has the invocation tokens \(7, 8, 9\), the manifest has \(\)"):
-            Runtime.open(bundle, engine="gguf")
+            Runtime.open(bundle, engine="gguf", preload="all")
     finally:
         write_manifest(bundle, manifest.base, manifest.adapters)
     with Runtime.open(bundle, engine="gguf") as runtime:

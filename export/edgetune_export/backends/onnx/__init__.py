@@ -12,6 +12,11 @@ class _Onnx(Format):
         """With `weights: fp32`."""
         return OnnxOptions.of(options).weights == "fp32"
 
+    def export_mb(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+        """With `weights: int4`, also a copy of the weights in float32, which is requantized."""
+        copy_mb = parameters * 4 / 1e6 if OnnxOptions.of(options).weights == "int4" else 0.0
+        return super().export_mb(gguf_bytes, parameters, options) + copy_mb
+
 
 FORMAT = _Onnx(
     # onnxruntime-genai needs f32 adapters for a float32 graph.
@@ -21,8 +26,6 @@ FORMAT = _Onnx(
     # Block scales are separate tensors, and q, k and v share an adapter slot: measured on builds of 135M and 506M.
     base_factor=1.15,
     adapter_factor=1.25,
-    # Includes the process that builds the graph.
-    process_mb=1250.0,
     # With `weights: int4`: it changes the base as much as a weak adapter does.
     requantized_kl={"int4": 0.5},
 )

@@ -25,9 +25,10 @@ from edgetune_export.base_file import merge
 from . import slots as onnx_slots
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, add_logits_start, load_structure, put_vectors, put_weights, run_builder, save_model
+from .graph import GRAPH, add_logits_start, load_structure, put_vectors, put_weights, save_model
 from .options import OnnxOptions
 from .prefix import prefix_tensors
+from .structure import run_builder
 from .tensors import add_tensor_slots, fill_tensors
 from .tokenizer import end_tokens, write_tokenizer
 

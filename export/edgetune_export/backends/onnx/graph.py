@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,24 +82,6 @@ class Matrix:
         values = self.read()
         assert isinstance(values, PackedWeights)
         return values
-
-
-def run_builder(folder: Path, out: Path) -> None:
-    """Run the builder to write the float32 graph of the Hugging Face folder to `out`, with fused q/k/v and gate/up.
-
-    `folder` need not have the model's matrices; the graph names them but has no values for them.
-    """
-    command = [sys.executable, "-P", "-m", "edgetune_export.backends.onnx.structure"]
-    # KV caches of the window's size would not allow shorter contexts, or dropping tokens.
-    options = ["--extra_options", "fuse_mlp_gate_up=true", "windowed_kv_cache=false", "hf_token=false"]
-    paths = ["-i", str(folder), "-o", str(out), "-c", str(out / "cache")]
-    # In a separate process, because the builder prints and does not free its memory.
-    result = subprocess.run(
-        [*command, *paths, "-p", "fp32", "-e", "cpu", *options], capture_output=True, text=True, check=False
-    )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise IncompatibleError(f"onnxruntime-genai's builder cannot export {folder.name}: {reason}", "build for gguf")
 
 
 def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import ChainMap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ from edgetune_runtime.engines.base import check_context_length
 from edgetune_runtime.formats.gguf_base import check_base, check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
+from .adapters import GgufAdapters
 from .llama import Vocabulary, library, load_model
-from .state import PrefixState
 
 _FEATURES = (b"AVX2 = 1", b"DOTPROD = 1")
 
@@ -44,9 +42,7 @@ class GgufBase:
         check_base(self.header, path)
         self.repacks = _can_repack(self.header) if repack is None else repack
         self.model = load_model(path, vocabulary_only=False, repack=self.repacks and not small)
-        self.adapters: dict[str, Any] = {}
-        self.prefixes: dict[str, PrefixState] = {}
-        self.loaded: Mapping[str, Any] = ChainMap(self.adapters, self.prefixes)
+        self.adapters = GgufAdapters(self.model)
         self._free = weakref.finalize(self, _free_base, self.adapters, self.model)
         check_context_length(context_length, library().llama_model_n_ctx_train(self.model))
         self.vocabulary = Vocabulary(self.model)
@@ -58,9 +54,6 @@ def _can_repack(header: GgufHeader) -> bool:
     return header.main_type.repacked and any(name in features for name in _FEATURES)
 
 
-def _free_base(adapters: dict[str, Any], model: Any) -> None:  # noqa: ANN401 - bare pointers
-    llama = library()
-    for adapter in adapters.values():
-        llama.llama_adapter_lora_free(adapter)
-    adapters.clear()
-    llama.llama_model_free(model)
+def _free_base(adapters: GgufAdapters, model: Any) -> None:  # noqa: ANN401 - a bare pointer
+    adapters.close()
+    library().llama_model_free(model)

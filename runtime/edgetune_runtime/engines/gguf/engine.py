@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
@@ -20,9 +18,7 @@ from edgetune_runtime.engines.base import (
     check_continuations,
     check_options,
     check_prefix_fits,
-    check_scales,
     check_tokens_fit,
-    prefix_among,
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
@@ -31,6 +27,7 @@ from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
 
 from . import NAME
+from .adapters import GgufAdapters
 from .base import GgufBase, GgufTokenizer
 from .costs import BATCH_COST, LOGITS_COST
 from .kv_cache import MAIN, KvCache
@@ -51,15 +48,6 @@ BRANCHES = 32
 _CONTEXT_FULL, _STOPPED = 1, 2
 _MEASURED_OUTPUT_SHARE = 0.21
 """That of SmolLM2-135M."""
-_MAX_CHOICES = 256
-
-
-class _Choice(NamedTuple):
-    """The arguments of llama.cpp's switch call for a set of adapters, and the prefix among them."""
-
-    prefix: str | None
-    pointers: Any
-    scales: Any
 
 
 class GgufEngine:
@@ -119,20 +107,19 @@ class GgufEngine:
 
     def _begin(self, base: GgufBase, context_length: int, threads: int, batch: int) -> None:
         self._base, self.context_length, self._threads = base, context_length, threads
-        self._adapters, self._prefixes, self._loaded = base.adapters, base.prefixes, base.loaded
-        self._prefix: str | None = None
+        self._adapters = base.adapters
+        self._prefix: PrefixState | None = None
         model, sequences, llama = base.model, BRANCHES + 1, library()
-        self._context = make_context(model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
-        self._free = weakref.finalize(self, llama.llama_free, self._context)
+        with self._adapters.in_first_step():
+            self._context = make_context(model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
+        self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
         self._stop = StopFlag(self._context)
         self._used_threads = threads
         self._cache = KvCache(self._context, model)
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
         self.tokenizer = base.vocabulary
-        # Looked up once: at a switch, the processor's caches are cold and each lookup counts.
-        self._switch = llama.llama_set_adapters_lora
-        self._choices: dict[tuple[tuple[str, float], ...], _Choice] = {}
+        self._is_switched = False
         self._length = 0
         self._last: Logits | None = None
 
@@ -177,7 +164,7 @@ class GgufEngine:
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()
     ) -> None:
         """See `Engine`; VerificationError for a damaged file."""
-        if name in self._loaded:
+        if name in self._adapters:
             return
         header = read_header(path)
         made_for = header.metadata.get("edgetune.base_fingerprint")
@@ -191,43 +178,32 @@ class GgufEngine:
             actual, expected = invocation_of(header, name), tuple(invocation)
             message = f"adapter {name!r} has the invocation tokens {actual}, the manifest has {expected}"
             raise IncompatibleError(message, "build the bundle again")
+        self._adapters.load_file(name, path)
         if self._slots is not None:
             self._slots.add(name, path, header)
-        last_errors()
-        adapter = library().llama_adapter_lora_init(self._base.model, os.fsencode(path))
-        if not adapter:
-            message = f"llama.cpp cannot load adapter {name!r}: {last_errors()}"
-            raise IncompatibleError(message, "export it again for this base")
-        self._adapters[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine`."""
+        if self._slots is not None:
+            self._slots.remove(name)
+        self._adapters.unload(name)
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """See `Engine`."""
-        key = tuple(adapters.items())
-        choice = self._choices.get(key)
-        if choice is None:
-            if len(self._choices) >= _MAX_CHOICES:
-                self._choices.clear()
-            choice = self._choices[key] = self._choice_of(adapters)
-        self._switch(self._context, choice.pointers, len(choice.scales), choice.scales)
-        if choice.prefix != self._prefix:
-            self._prefix = choice.prefix
+        prefix = self._adapters.switch(self._context, adapters)
+        self._is_switched = True
+        if prefix is not self._prefix:
+            self._prefix = prefix
             self._rewind()
-
-    def _choice_of(self, adapters: Mapping[str, float]) -> _Choice:
-        check_scales(adapters, self._loaded)
-        prefix = prefix_among(adapters, self._prefixes)
-        added = {name: scale for name, scale in adapters.items() if name not in self._prefixes}
-        pointers = (library().llama_adapter_lora_p_ctypes * len(added))(*(self._adapters[name] for name in added))
-        return _Choice(prefix, pointers, (ctypes.c_float * len(added))(*added.values()))
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
         """The longest sequence with these adapters: `context_length` minus the tokens of a prefix among them."""
-        prefix = prefix_among(adapters, self._prefixes)
-        return self.context_length - (self._prefixes[prefix].tokens if prefix else 0)
+        prefix = self._adapters.prefix_among(adapters)
+        return self.context_length - (prefix.tokens if prefix else 0)
 
     def truncate(self, keep: int) -> int:
         """Truncate the sequence to its first `keep` tokens; returns the new length (0 if it cannot be truncated)."""
-        start = self._prefixes[self._prefix].tokens if self._prefix else 0
+        start = self._prefix.tokens if self._prefix else 0
         end = min(start + max(keep, 0), self._length)
         if start < end == self._length:
             return end - start
@@ -318,17 +294,21 @@ class GgufEngine:
             # llama.cpp may rotate keys and values before it quantizes them, without reporting it.
             message = f"adapter {name!r} is a prefix, which works only with keys and values in f16, not {self._kv}"
             raise IncompatibleError(message, "open the bundle with kv f16")
+        # A context of its own, as others may compute on those that there are.
+        with self._adapters.in_first_step():
+            context = make_context(self._base.model, prefix.tokens, 1, batch=1, sequences=1, kv=self._kv)
         try:
-            self._cache.restore(prefix.data)
-            same = self._cache.save() == prefix.data
+            cache = KvCache(context, self._base.model)
+            cache.restore(prefix.data)
+            same = cache.save() == prefix.data
         except VerificationError:
             same = False
         finally:
-            self._rewind()
+            library().llama_free(context)
         if not same:
             message = f"the KV cache of this llama.cpp has another layout than adapter {name!r} needs"
             raise IncompatibleError(message, "install a version of llama-cpp-python that edgetune-runtime allows")
-        self._prefixes[name] = prefix
+        self._adapters.add_prefix(name, prefix)
 
     def _rewind(self) -> None:
         """Drop the sequence and restore the active prefix, if any."""
@@ -336,7 +316,7 @@ class GgufEngine:
         self._cache.drop(0)
         self._length = 0
         if self._prefix:
-            self._length = self._cache.restore(self._prefixes[self._prefix].data)
+            self._length = self._cache.restore(self._prefix.data)
 
     @contextmanager
     def _undoing_if_stopped(self) -> Iterator[None]:
@@ -369,7 +349,9 @@ class GgufEngine:
         """Decode one batch; a token that belongs to several sequences is computed once."""
         last_errors()
         self._stop.clear()
-        result = compute(lambda: decode_batch(self._context, tokens, positions, sequences, outputs))
+        with self._adapters.in_first_step() if self._is_switched else nullcontext():
+            result = compute(lambda: decode_batch(self._context, tokens, positions, sequences, outputs))
+        self._is_switched = False
         if result == _STOPPED:
             self._stop.clear()
             raise StepStopped
@@ -396,6 +378,11 @@ class GgufEngine:
                 self._submit([node[-1] for node in nodes], positions, sequences, [True] * len(nodes))
                 log_p |= tree.steps_after(nodes, self._view(len(nodes)))
         return tree.totals(log_p)
+
+
+def _free_context(adapters: GgufAdapters, context: Any) -> None:  # noqa: ANN401 - a bare pointer
+    adapters.forget(context)
+    library().llama_free(context)
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

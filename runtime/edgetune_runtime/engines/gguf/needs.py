@@ -14,8 +14,12 @@ from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_val
 from . import KV_TYPES, NAME
 from .engine import BRANCHES
 
+_MODULE_BYTES = 5600
+"""llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
 # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
-COST = EngineCost(KV_TYPES, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, has_tensor_types=True)
+COST = EngineCost(
+    KV_TYPES, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, has_tensor_types=True, module_bytes=_MODULE_BYTES
+)
 
 
 def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs:

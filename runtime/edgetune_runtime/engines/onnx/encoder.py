@@ -104,6 +104,10 @@ class EncoderEngine:
             key: np.ascontiguousarray(array, np.float32) for key, array in {**arrays, **head}.items()
         }
 
+    def unload_adapter(self, name: str) -> None:
+        """See `LabelEngine`."""
+        self._adapters.pop(name, None)
+
     def tokens_of(self, prompt: Prompt) -> list[int]:
         """See `LabelEngine`."""
         text, remedy = text_of(prompt), "shorten the prompt, or open the bundle with a larger context_length"

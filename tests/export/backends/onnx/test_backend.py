@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,9 +22,10 @@ from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures import known
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx.backend import values_by_type, weight_type, write_adapter, write_base, write_merged
-from edgetune_export.backends.onnx.graph import load_structure, run_builder
+from edgetune_export.backends.onnx.graph import load_structure
 from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_export.backends.onnx.slots import fill, slots_of
+from edgetune_export.backends.onnx.structure import run_builder
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
@@ -33,7 +37,7 @@ from genai import greedy, greedy_in_genai
 from onnx import numpy_helper
 from pydantic import ValidationError
 from tiny import ARCHITECTURES, FEW
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from weights import weights_in
 
 from edgetune.bases import Base, load_torch
@@ -421,6 +425,27 @@ def test_an_adapter_of_another_size_is_refused_by_name(rows: int, columns: int, 
     with pytest.raises(IncompatibleError, match=f"q_proj is {rows}x{columns} in the adapter, 64x64 in the base"):
         write_adapter(adapter, made("llama"), tmp_path / "out", base_fingerprint="0" * 64)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_builder_changes_nothing_in_this_process(
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    own = ModuleType("builders")
+    monkeypatch.setitem(sys.modules, "builders", own)
+    path, handlers = [*sys.path], [*logging.getLogger().handlers]
+    patched = ir.save, vars(AutoModelForCausalLM)["from_pretrained"]
+    for name in ("first", "second"):
+        run_builder(tiny_folder("llama"), tmp_path / name)
+    assert sys.modules["builders"] is own
+    assert not {"builder", "builders.base", "quantization"} & sys.modules.keys()
+    assert (sys.path, logging.getLogger().handlers) == (path, handlers)
+    assert (ir.save, vars(AutoModelForCausalLM)["from_pretrained"]) == patched
+    assert capfd.readouterr() == ("", "")
+    first, second = ((tmp_path / name / "model.onnx").read_bytes() for name in ("first", "second"))
+    assert first == second
 
 
 def test_an_architecture_that_the_builder_lacks_is_refused_in_one_line(

@@ -35,7 +35,7 @@ def bundle(encoder_bundle: Path) -> Path:
 
 @pytest.fixture
 def runtime(bundle: Path) -> Iterator[Runtime]:
-    with Runtime.open(bundle) as opened:
+    with Runtime.open(bundle, preload="all") as opened:
         yield opened
 
 
@@ -177,7 +177,7 @@ def test_a_changed_byte_is_found_before_anything_is_loaded(bundle: Path, tmp_pat
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     with pytest.raises(VerificationError, match="does not match its digest"):
-        Runtime.open(copy)
+        Runtime.open(copy, preload="all")
 
 
 def test_a_graph_of_other_weights_is_refused(
@@ -222,7 +222,7 @@ def test_a_damaged_task_file_is_refused_by_name(
         write_tensors(change(arrays), path, dtype="f32", base_fingerprint=FINGERPRINT)
 
     with pytest.raises(error, match=message):
-        Runtime.open(copy_with(bundle, tmp_path, damage))
+        Runtime.open(copy_with(bundle, tmp_path, damage), preload="all")
 
 
 def test_a_task_of_another_base_is_refused(bundle: Path, tmp_path: Path) -> None:

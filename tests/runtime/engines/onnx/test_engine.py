@@ -55,7 +55,7 @@ def copy(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
 
 def refused(bundle: Path, *, verify: bool = True) -> EdgetuneError:
     with pytest.raises(EdgetuneError) as caught:
-        Runtime.open(bundle, engine="onnx", verify=verify)
+        Runtime.open(bundle, engine="onnx", verify=verify, preload="all")
     assert "\n" not in str(caught.value)
     assert caught.value.__class__ is not EdgetuneError
     return caught.value
@@ -160,7 +160,7 @@ def test_an_adapter_that_contradicts_itself_or_the_graph_is_named(
     write_tensors(path, change(tensors), version)
     sign(copy)
     with pytest.raises(kind, match=f"adapter 'tone' .*{named}") as caught:
-        Runtime.open(copy, engine="onnx")
+        Runtime.open(copy, engine="onnx", preload=["tone"])
     assert "\n" not in str(caught.value)
 
 

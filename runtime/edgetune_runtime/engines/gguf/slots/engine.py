@@ -27,14 +27,13 @@ class SlotBatch:
     def __init__(self, first: Engine, sequences: SlotSequences, batch: int) -> None:
         self._first, self._sequences, self._batch = first, sequences, batch
 
-    @property
-    def is_exact(self) -> bool:
-        """See `Batch`; llama.cpp multiplies weights that are not quantized by other code with several tokens."""
-        return self._sequences.is_quantized
-
     def add(self, name: str, path: Path, adapter: GgufHeader) -> None:
         """Let sequences have the adapter in a file with this checked header, if it fits in a slot."""
         self._sequences.add(name, path, adapter)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter that no call uses."""
+        self._sequences.remove(name)
 
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """See `Batch`."""
@@ -104,6 +103,10 @@ class SlotEngine:
     ) -> None:
         """See `Engine`."""
         self._first.load_adapter(name, path, fingerprint, invocation)
+
+    def unload_adapter(self, name: str) -> None:
+        """See `Engine`."""
+        self._first.unload_adapter(name)
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """See `Engine`; fills a slot if none has these adapters."""

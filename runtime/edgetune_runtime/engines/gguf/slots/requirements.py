@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import FLOATS, TENSOR_TYPES
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from .native import BOOL, FLOAT32, STRING, UINT32
 
@@ -87,11 +87,6 @@ def _obstacles(base: GgufHeader, sizes: Sizes) -> Iterator[str]:
             yield f"the types of q, k and v in layer {layer} are {', '.join(kinds)}, and slots need one"
     if not control_tokens(base):
         yield "each of its tokens can be in a text, and slots need some that cannot"
-
-
-def is_quantized(base: GgufHeader) -> bool:
-    """Whether all matrices that are multiplied are quantized."""
-    return all(len(tensor.shape) < 2 or tensor.type.name not in FLOATS for tensor in base.tensors.values())
 
 
 def slot_bytes(base: GgufHeader, rank: int, dtype: str = "f16") -> int:

@@ -21,7 +21,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from .model import MAX_SLOTS, compose
 from .pool import SlotPool
-from .requirements import control_tokens, is_quantized
+from .requirements import control_tokens
 
 OUTPUTS = 32
 """Tokens of a batch that can have logits. llama.cpp keeps a row of them for each."""
@@ -67,7 +67,6 @@ class SlotSequences:
         slots = min(sizes.adapters, len(self._never))
         self._model = compose(path, header, slots, sizes.rank, repack=repack)
         self.pool = SlotPool(self._model, header)
-        self.is_quantized = is_quantized(header)
         self._rank = sizes.rank
         self._ranks: dict[str, int] = {}
         llama = library()
@@ -101,6 +100,11 @@ class SlotSequences:
         if factors and rank <= self._rank and all(map(self._model.can_change, changes)):
             self._ranks[name] = rank
             self.pool.add(name, path)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter that no call uses."""
+        if self._ranks.pop(name, None) is not None:
+            self.pool.remove(name)
 
     def can_hold(self, adapters: Mapping[str, float]) -> bool:
         """Whether a slot can have the sum of these adapters."""

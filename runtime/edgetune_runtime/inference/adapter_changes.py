@@ -1,0 +1,119 @@
+"""Adds adapters to a running bundle and removes them, with the checks that opening makes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from edgetune_runtime.bundle import Manifest, NewAdapter, files_of, read_manifest, verify_files, without_adapter
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.wording import first_of
+
+from .loaded import LoadedBundle
+from .opening_options import file_of
+from .preflight import require_opens
+
+_LOG = logging.getLogger(__name__)
+
+
+class AdapterChanges(NamedTuple):
+    """The names of adapters that were added, replaced and removed, and of those that could not be, with the reason."""
+
+    added: list[str]
+    replaced: list[str]
+    removed: list[str]
+    refused: dict[str, str]
+
+
+def chosen_adapter(manifest: Manifest, folder: Path, name: str | None) -> NewAdapter:
+    """The adapter of a bundle with this name, or its only one; UsageError if it has others too."""
+    if name is None and len(manifest.adapters) != 1:
+        names = first_of([*manifest.adapters], 20, ", ") or "none"
+        raise UsageError(f"bundle {folder} has {len(manifest.adapters)} adapters", f"name one of: {names}")
+    entry = manifest.adapter(name or next(iter(manifest.adapters)))
+    return NewAdapter(entry, {file: manifest.files[file] for file in files_of(manifest, entry)}, folder)
+
+
+def require_fits(new: NewAdapter, manifest: Manifest) -> None:
+    """Raise UsageError or IncompatibleError unless an adapter can be in the bundle with this manifest."""
+    name, base = new.entry.name, manifest.base
+    if name in manifest.adapters:
+        raise UsageError(f"bundle {manifest.name!r} has an adapter {name!r} already", "remove that one first")
+    if new.entry.base_fingerprint != base.fingerprint:
+        message = f"adapter {name!r} was made for another base than {base.name!r} of bundle {manifest.name!r}"
+        raise IncompatibleError(message, "build it for this base")
+    for file, entry in new.files.items():
+        if manifest.files.get(file, entry) != entry:
+            message = f"file {file} of adapter {name!r} has the name of another file in bundle {manifest.name!r}"
+            raise UsageError(message, "build the adapter under another name")
+
+
+def add_adapter(loaded: LoadedBundle, folder: Path, name: str | None) -> str:
+    """Add an adapter of the bundle in `folder`, check it and load it; see `Runtime.add_adapter`."""
+    new = chosen_adapter(read_manifest(folder), folder, name)
+    with loaded.changing:
+        _require_sound(loaded, new)
+        _add(loaded, new)
+    return new.entry.name
+
+
+def remove_adapter(loaded: LoadedBundle, name: str) -> None:
+    """Remove an adapter; see `Runtime.remove_adapter`."""
+    with loaded.changing:
+        loaded.drop(name)
+
+
+def reload_adapters(loaded: LoadedBundle) -> AdapterChanges:
+    """Make the adapters those of the bundle on disk; see `Runtime.reload_adapters`."""
+    with loaded.changing:
+        now, changes = read_manifest(loaded.bundle), AdapterChanges([], [], [], {})
+        if now.base != loaded.manifest.base:
+            raise IncompatibleError(f"bundle {loaded.bundle} has another base than before", "open it again")
+        for name in [name for name in loaded.own_adapters() if name not in now.adapters]:
+            loaded.drop(name)
+            changes.removed.append(name)
+        for new in _changed(loaded, now):
+            name, is_there = new.entry.name, new.entry.name in loaded.manifest.adapters
+            try:
+                _require_sound(loaded, new, replaces=is_there)
+                if is_there:
+                    loaded.drop(name)
+                _add(loaded, new)
+            except EdgetuneError as error:
+                changes.refused[name] = str(error)
+            else:
+                (changes.replaced if is_there else changes.added).append(name)
+    return changes
+
+
+def _changed(loaded: LoadedBundle, now: Manifest) -> Iterator[NewAdapter]:
+    """The adapters on disk that differ from those that there are."""
+    before = loaded.manifest
+    for name, entry in now.adapters.items():
+        files = files_of(now, entry)
+        if before.adapters.get(name) != entry or any(before.files.get(file) != now.files[file] for file in files):
+            yield NewAdapter(entry, {file: now.files[file] for file in files}, loaded.bundle)
+
+
+def _require_sound(loaded: LoadedBundle, new: NewAdapter, *, replaces: bool = False) -> None:
+    """Check an adapter as opening a bundle with it would."""
+    manifest, options = loaded.manifest, loaded.options
+    require_fits(new, without_adapter(manifest, new.entry.name) if replaces else manifest)
+    file_of(new.entry.files, options.engine, f"adapter {new.entry.name!r}")
+    if options.verify:
+        verify_files(new.folder, replace(manifest, files=new.files))
+    if options.preflight:
+        require_opens(loaded.bundle, manifest, options, added=new)
+
+
+def _add(loaded: LoadedBundle, new: NewAdapter) -> None:
+    loaded.add(new)
+    try:
+        loaded.load(new.entry)
+    except BaseException:
+        loaded.drop(new.entry.name)
+        raise
+    _LOG.info("added adapter %r from %s", new.entry.name, new.folder)

@@ -1,0 +1,148 @@
+"""Adds adapters to a bundle on disk and removes them: files first, then the manifest, whose rename decides."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from edgetune_runtime.bundle import (
+    LONGEST_MANIFEST,
+    MANIFEST_NAME,
+    STATES_FOLDER,
+    AdapterEntry,
+    Manifest,
+    NewAdapter,
+    read_manifest,
+    resolve,
+    verify_files,
+    without_adapter,
+)
+from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.formats.atomic import flush_to_disk, replacing, require_space
+from edgetune_runtime.formats.checked_file import read_about
+from edgetune_runtime.states.store import KIND
+
+from .adapter_changes import chosen_adapter, require_fits
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_MANIFEST_BYTES = 1 << 20
+
+
+def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[[str], object]) -> AdapterEntry:
+    """Copy an adapter of the bundle `source` into another bundle on the same base; returns its new entry.
+
+    `check` gets its name before anything is written, and raises what is wrong with it. Same errors as
+    `Runtime.add_adapter`, and BusyError while another process changes the bundle; the bundle is then unchanged.
+    """
+    with _locked(bundle):
+        manifest = read_manifest(bundle)
+        new = chosen_adapter(read_manifest(source), source, name)
+        paths = _paths_of(new, bundle, manifest)
+        entry = replace(
+            new.entry,
+            files={engine: paths[file] for engine, file in new.entry.files.items()},
+            draft=None if new.entry.draft is None else paths[new.entry.draft],
+        )
+        files = {paths[file]: about for file, about in new.files.items()}
+        require_fits(NewAdapter(entry, files, bundle), manifest)
+        verify_files(source, replace(manifest, files=new.files))
+        check(entry.name)
+        require_space(bundle / MANIFEST_NAME, _MANIFEST_BYTES + sum(about.bytes for about in files.values()))
+        adapters = {**manifest.adapters, entry.name: entry}
+        changed = replace(manifest, adapters=adapters, files={**manifest.files, **files})
+        try:
+            for file, path in paths.items():
+                with replacing(bundle / path) as temporary:
+                    shutil.copyfile(resolve(source, file), temporary)
+            # The source may have changed since it was checked.
+            verify_files(bundle, changed, files)
+            _write(bundle, changed)
+        except BaseException:
+            _delete(bundle, paths.values())
+            raise
+    return entry
+
+
+def remove_from_bundle(bundle: Path, name: str) -> None:
+    """Remove an adapter from a bundle on disk, with its states and all files that nothing else uses.
+
+    NotFoundError for an unknown name, BusyError while another process changes the bundle.
+    """
+    with _locked(bundle):
+        manifest = read_manifest(bundle)
+        changed = without_adapter(manifest, name)
+        states = _states_of(bundle, manifest, manifest.adapter(name))
+        changed = replace(changed, files={file: about for file, about in changed.files.items() if file not in states})
+        _write(bundle, changed)
+        _delete(bundle, manifest.files.keys() - changed.files.keys())
+
+
+def _paths_of(new: NewAdapter, bundle: Path, manifest: Manifest) -> dict[str, str]:
+    """Where each file of an adapter goes in the bundle: in a folder of its own."""
+    common = os.path.commonpath([PurePosixPath(file).parent for file in new.files])
+    name = new.entry.name
+    plain = name if _PLAIN_NAME.fullmatch(name) else next(iter(new.files.values())).sha256[:16]
+    used = {PurePosixPath(file).parts[1] for file in manifest.files if file.startswith("adapters/")}
+    # A running process may still read the files of an adapter that had the name before.
+    numbers = (f"{plain}-{number}" for number in range(2, sys.maxsize))
+    folder = next(each for each in (plain, *numbers) if each not in used and not (bundle / "adapters" / each).exists())
+    return {file: f"adapters/{folder}/{PurePosixPath(file).relative_to(common)}" for file in new.files}
+
+
+def _states_of(bundle: Path, manifest: Manifest, entry: AdapterEntry) -> set[str]:
+    """The states in the bundle that an adapter computed."""
+    digests = {manifest.files[file].sha256 for file in entry.files.values()}
+    states = set()
+    for name in manifest.files:
+        if name.startswith(f"{STATES_FOLDER}/"):
+            about = read_about(resolve(bundle, name), KIND) or {}
+            spans = json.dumps(about.get("identity", {}).get("spans"))
+            if any(digest in spans for digest in digests):
+                states.add(name)
+    return states
+
+
+def _write(bundle: Path, manifest: Manifest) -> None:
+    text = manifest.to_json().encode()
+    if len(text) > LONGEST_MANIFEST:
+        message = f"the manifest of {bundle} would have {len(text)} bytes, more than {LONGEST_MANIFEST}"
+        raise UsageError(message, "remove other adapters first, or use a second bundle")
+    with replacing(bundle / MANIFEST_NAME) as temporary:
+        temporary.write_bytes(text)
+    flush_to_disk(bundle)
+
+
+def _delete(bundle: Path, names: Iterable[str]) -> None:
+    """Delete files that the manifest does not name, and folders that are empty without them."""
+    for name in names:
+        (bundle / name).unlink(missing_ok=True)
+        for folder in (bundle / name).parents:
+            if folder == bundle or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+@contextmanager
+def _locked(bundle: Path) -> Iterator[None]:
+    """Keep other processes from changing the bundle; BusyError if one does. No lock on Windows."""
+    if sys.platform == "win32" or not bundle.is_dir():
+        yield
+        return
+    import fcntl  # noqa: PLC0415 - Windows has none
+
+    folder = os.open(bundle, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BusyError(f"another process changes bundle {bundle}", "try again when it is done") from error
+        yield
+    finally:
+        os.close(folder)

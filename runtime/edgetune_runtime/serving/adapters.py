@@ -1,0 +1,188 @@
+"""Loads adapters at their first use, and drops the least recently used ones when their memory is short."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.limits import no_limits
+from edgetune_runtime.wording import CLOSED
+
+from .context import Context
+from .jobs import PromptJob
+from .merged import MergedPool
+from .places import Holder, Patience
+from .pool import Pool
+from .turns import POLL_S
+
+Entries = Mapping[str, AdapterEntry]
+
+
+@dataclass
+class _Loaded:
+    bytes: int
+    is_pinned: bool = False
+    users: list[Holder] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AdapterLoader:
+    """How an adapter's files get into an engine and out of it, and the bytes that they take in memory."""
+
+    load: Callable[[AdapterEntry], None]
+    unload: Callable[[str], None]
+    bytes_of: Callable[[AdapterEntry], int]
+
+
+class LoadedAdapters:
+    """The adapters in an engine, of up to `limit_mb` (10^6 bytes) in total. Thread-safe.
+
+    `current` gives the adapters that there are: one that was removed or replaced since a call was prepared is refused.
+    No lock is held while an adapter is loaded; one is loaded at a time. Calls with adapters that are there do not wait.
+    """
+
+    def __init__(self, loader: AdapterLoader, current: Callable[[], Entries], limit_mb: float) -> None:
+        self._loader, self._current, self._limit_mb = loader, current, limit_mb
+        self._changed = threading.Condition()
+        # The least recently used first.
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()
+        self._is_changing = self._is_closed = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapters that are loaded, the least recently used first."""
+        with self._changed:
+            return list(self._loaded)
+
+    @contextmanager
+    def use(self, entries: Entries, holder: Holder, check: Callable[[], None] = no_limits) -> Iterator[None]:
+        """Load what is missing of these adapters, and keep them until the block ends.
+
+        Where adapters that other calls use leave no room, it waits for them, until `check` raises. NotFoundError for an
+        adapter that was removed, IncompatibleError for adapters that exceed the limit by themselves, UsageError when it
+        would wait for streams of this thread alone, and what loading raises.
+        """
+        self._acquire(entries, holder, check)
+        try:
+            yield
+        finally:
+            with self._changed:
+                for name in entries:
+                    self._loaded[name].users.remove(holder)
+                self._changed.notify_all()
+
+    @contextmanager
+    def lease(self, pool: Pool | MergedPool, job: PromptJob, entries: Entries) -> Iterator[Context]:
+        """Lease a context for a job with these adapters; errors as those of `Places.enter`, `use` and `Pool.take`."""
+        with (
+            pool.places.enter(job.check) as holder,
+            # Whether a batch can hold an adapter is known once it is loaded.
+            self.use(entries, holder, job.check),
+            pool.take(job, holder) as context,
+        ):
+            yield context
+
+    def pin(self, entries: Entries) -> None:
+        """Load adapters and never drop them for others; same errors as `use`."""
+        with self.use(entries, Holder()), self._changed:
+            for name in entries:
+                self._loaded[name].is_pinned = True
+
+    def remove(self, name: str) -> None:
+        """Unload an adapter that `current` has no more, once running calls do not use it.
+
+        UsageError if only streams of this thread use it.
+        """
+        patience = Patience()
+        with self._changed:
+            while self._is_changing or (name in self._loaded and self._loaded[name].users):
+                if not self._is_changing:
+                    patience.check(self._loaded[name].users)
+                self._changed.wait(POLL_S)
+            if self._loaded.pop(name, None) is None:
+                return
+            self._is_changing = True
+        self._change([name])
+
+    def close(self) -> None:
+        """Refuse all calls from now on, also those that wait."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _acquire(self, entries: Entries, holder: Holder, check: Callable[[], None]) -> None:
+        patience = Patience()
+        while True:
+            with self._changed:
+                self._check_current(entries)
+                missing = next((entry for name, entry in entries.items() if name not in self._loaded), None)
+                if missing is None:
+                    for name in entries:
+                        self._loaded.move_to_end(name)
+                        self._loaded[name].users.append(holder)
+                    return
+                self._check_size(entries)
+                victims = None if self._is_changing else self._victims(missing, entries)
+                if victims is None:
+                    if not self._is_changing:
+                        patience.check(user for loaded in self._loaded.values() for user in loaded.users)
+                    self._changed.wait(POLL_S)
+                else:
+                    self._is_changing = True
+                    for name in victims:
+                        del self._loaded[name]
+            if victims is None:
+                check()
+            else:
+                self._change(victims, missing)
+
+    def _change(self, victims: Sequence[str], entry: AdapterEntry | None = None) -> None:
+        """Unload adapters, then load one, while `_is_changing` keeps others from it."""
+        loaded: dict[str, _Loaded] = {}
+        try:
+            for name in victims:
+                self._loader.unload(name)
+            if entry is not None:
+                self._loader.load(entry)
+                loaded[entry.name] = _Loaded(self._loader.bytes_of(entry))
+        finally:
+            with self._changed:
+                self._is_changing = False
+                self._loaded.update(loaded)
+                self._changed.notify_all()
+
+    def _victims(self, missing: AdapterEntry, kept: Entries) -> list[str] | None:
+        """The adapters to drop for one that is missing beside those that are `kept`; None if there is no room yet."""
+        size = self._loader.bytes_of(missing)
+        excess = sum(loaded.bytes for loaded in self._loaded.values()) + size - self._limit_mb * 1e6
+        victims = []
+        for name, loaded in self._loaded.items():
+            if excess <= 0:
+                break
+            if not loaded.users and not loaded.is_pinned and name not in kept:
+                victims.append(name)
+                excess -= loaded.bytes
+        return victims if excess <= 0 else None
+
+    def _check_current(self, entries: Entries) -> None:
+        if self._is_closed:
+            raise UsageError(*CLOSED)
+        current = self._current()
+        for name, entry in entries.items():
+            if current.get(name) is not entry:
+                raise NotFoundError(f"adapter {name!r} was removed before the call began", "call again")
+
+    def _check_size(self, entries: Entries) -> None:
+        pinned = {name: loaded.bytes for name, loaded in self._loaded.items() if loaded.is_pinned}
+        sizes = pinned | {name: self._loader.bytes_of(entry) for name, entry in entries.items()}
+        total_mb = sum(sizes.values()) / 1e6
+        if total_mb > self._limit_mb:
+            beside = " beside those that are preloaded" if pinned.keys() - entries.keys() else ""
+            what = " and ".join(map(repr, entries))
+            message = f"adapters_mb is {self._limit_mb:g}, and {what}{beside} need {total_mb:.1f} MB"
+            raise IncompatibleError(message, "open the bundle with a larger adapters_mb")

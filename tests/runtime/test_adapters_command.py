@@ -1,0 +1,200 @@
+"""`edgetune-run adapters`: what it lists, writes and refuses, and that a running server takes it over."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from edgetune_export.backends.base import Source
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import read_manifest, verify_files
+from edgetune_runtime.cli import main
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.server.test_serve_command import serving
+
+PROMPT = "turn on the light"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main(["adapters", *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def home(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy of the bundle of both formats."""
+    return Path(shutil.copytree(both_of("llama"), tmp_path / "home"))
+
+
+@pytest.fixture
+def source(tiny_source: Callable[[str], Source], tmp_path: Path) -> Path:
+    """A bundle of the same base, without its files, with `new` and another `command`."""
+    base = tiny_source("llama")
+    adapters = {name: Adapter(low_rank(base.path, seed)) for seed, name in enumerate(("new", "command"), 40)}
+    bundle = write_bundle(tmp_path / "source", base.path, adapters)
+    add_onnx(bundle, base, adapters)
+    shutil.rmtree(bundle / "base")
+    return bundle
+
+
+def files_in(bundle: Path) -> set[str]:
+    return {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+
+
+def answer(bundle: Path, engine: str, adapter: str) -> str:
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+        return runtime.generate(PROMPT, adapter=adapter, max_tokens=6).text
+
+
+def test_ls_lists_adapters_with_their_sizes(run: Run, home: Path) -> None:
+    code, out, err = run("ls", home)
+    assert (code, err) == (0, "")
+    assert [line.split("\t")[:3] for line in out.splitlines()] == [
+        ["command", "lora", "low_rank"],
+        ["tone", "lora", "low_rank"],
+        ["whole", "lora", "merged"],
+    ]
+    assert "gguf 0.0 MB, onnx 0.0 MB" in out
+    rows = json.loads(run("ls", home, "--json")[1])
+    assert rows[0]["bytes"]["gguf"] == (home / "adapters/command/adapter.gguf").stat().st_size
+
+
+def test_an_adapter_is_added_with_its_files_and_removed_with_them(run: Run, home: Path, source: Path) -> None:
+    before, names = (home / "manifest.json").read_text(), files_in(home)
+    assert run("add", home, source, "--adapter", "new") == (0, f"added new to {home}\n", "")
+    manifest = read_manifest(home)
+    verify_files(home, manifest)
+    assert files_in(home) - names == {"adapters/new/adapter.gguf", "adapters/new/adapter.onnx_adapter"}
+    for engine in ("gguf", "onnx"):
+        assert answer(home, engine, "new") not in ("", answer(home, engine, "command"))
+    assert run("remove", home, "new", "--json") == (0, '{"removed": "new"}\n', "")
+    assert files_in(home) == names
+    assert json.loads((home / "manifest.json").read_text()) == json.loads(before)
+    assert not (home / "adapters/new").exists()
+
+
+def test_a_merged_adapter_moves_with_all_files_of_its_models(run: Run, home: Path, merged_bundle: Path) -> None:
+    expected = answer(merged_bundle, "onnx", "other")
+    assert run("add", home, merged_bundle, "--adapter", "other")[0] == 0
+    assert answer(home, "onnx", "other") == expected
+    assert run("remove", home, "other")[0] == 0
+    assert not (home / "adapters/other").exists()
+    verify_files(home, read_manifest(home))
+
+
+def test_a_name_that_is_free_again_gets_a_folder_of_its_own_while_old_files_are_there(
+    run: Run, home: Path, source: Path
+) -> None:
+    (home / "adapters/new").mkdir()
+    (home / "adapters/new/kept").write_text("of a process that was killed")
+    assert run("add", home, source, "--adapter", "new")[0] == 0
+    assert read_manifest(home).adapters["new"].files["gguf"] == "adapters/new-2/adapter.gguf"
+    assert (home / "adapters/new/kept").exists()
+
+
+def test_files_that_another_adapter_names_stay(run: Run, home: Path) -> None:
+    change_manifest(home, lambda raw: raw["adapters"].update(twin={**raw["adapters"]["command"], "name": "twin"}))
+    assert run("remove", home, "command")[0] == 0
+    verify_files(home, read_manifest(home))
+    assert answer(home, "gguf", "twin")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda home, source: None, "has 2 adapters; name one of: new, command"),
+        (lambda home, source: shutil.rmtree(source / "adapters/new"), "adapters/new/adapter.gguf is missing"),
+        (
+            lambda home, source: (source / "adapters/new/adapter.onnx_adapter").write_bytes(b"TORT"),
+            "adapters/new/adapter.onnx_adapter has 4 bytes",
+        ),
+        (lambda home, source: (source / "manifest.json").unlink(), "is not a bundle"),
+        (lambda home, source: change_manifest(source, foreign), "adapter 'new' was made for another base than 'tiny'"),
+        (lambda home, source: (home / "base/model.gguf").write_bytes(b"GGUF"), "base/model.gguf has 4 bytes"),
+    ],
+)
+def test_what_cannot_be_added_leaves_the_bundle_as_it_is(
+    change: Callable[[Path, Path], object], message: str, run: Run, home: Path, source: Path
+) -> None:
+    change(home, source)
+    names, manifest = files_in(home), (home / "manifest.json").read_bytes()
+    code, out, err = run("add", home, source, *([] if "2 adapters" in message else ["--adapter", "new"]))
+    assert code in (2, 3, 4, 5)
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert (files_in(home), (home / "manifest.json").read_bytes()) == (names, manifest)
+
+
+def foreign(raw: dict[str, dict]) -> None:
+    raw["base"]["fingerprint"] = "0" * 64
+    for adapter in raw["adapters"].values():
+        adapter["base_fingerprint"] = "0" * 64
+
+
+def test_a_name_that_is_there_and_one_that_is_not_are_refused(run: Run, home: Path, source: Path) -> None:
+    code, _, err = run("add", home, source, "--adapter", "command")
+    assert (code, "has an adapter 'command' already; remove that one first" in err) == (2, True)
+    code, _, err = run("remove", home, "none")
+    assert (code, "no adapter 'none' in bundle" in err) == (3, True)
+
+
+def test_one_process_at_a_time_changes_a_bundle(run: Run, home: Path, source: Path) -> None:
+    folder = os.open(home, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    code, _, err = run("add", home, source, "--adapter", "new")
+    assert (code, "another process changes bundle" in err) == (7, True)
+    os.close(folder)
+    assert run("add", home, source, "--adapter", "new")[0] == 0
+
+
+def test_a_running_server_takes_over_changes_at_a_hang_up(run: Run, home: Path, source: Path) -> None:
+    def ask(url: str, model: str) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
+        return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
+
+    def wait_for(url: str, names: set[str]) -> None:
+        end_s = time.monotonic() + 30
+        while {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} != names:
+            assert time.monotonic() < end_s
+            time.sleep(0.05)
+
+    with serving(home, "--contexts", 2) as (process, url):
+        before = ask(url, "command").json()["choices"]
+        assert ask(url, "new").status_code == 404
+        assert run("add", home, source, "--adapter", "new")[0] == 0
+        process.send_signal(signal.SIGHUP)
+        wait_for(url, {"home", "command", "tone", "whole", "new"})
+        assert ask(url, "new").status_code == 200
+        run("remove", home, "tone")
+        run("remove", home, "command")
+        run("add", home, source, "--adapter", "command")
+        process.send_signal(signal.SIGHUP)
+        wait_for(url, {"home", "command", "whole", "new"})
+        assert ask(url, "tone").status_code == 404
+        assert ask(url, "command").json()["choices"] != before
+        assert 'adapter="new"' in httpx.get(f"{url}/metrics").text
+        (home / "manifest.json").write_text("{")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert ask(url, "new").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "")
+    assert err.startswith(f"edgetune-run: WARNING: cannot reload the adapters of {home}: ")
+    assert err.count("\n") == 1
