@@ -219,6 +219,10 @@ def _source(name: str, data: AnyRows) -> str | Rows:
 def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
+    if engine == "ray":
+        from .cluster import load_ray  # noqa: PLC0415 - needs the extra ray
+
+        load_ray()
 
 
 def _runner(engine: str) -> Run:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ _MOST_DEATHS = 3
 # How often to check whether there is still a node for every task.
 _CHECK_S = 5.0
 _NODE_ID = "ray.io/node-id"
+_REMEDY = "add a node, or leave --engine out; what has ended is kept"
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,29 @@ class ClusterTask:
     memory_mb: float = 0.0
 
 
-@contextmanager
-def connected() -> Iterator[Cluster]:
-    """The cluster at RAY_ADDRESS, or a local one with this machine's cores; what still runs at the end is stopped.
-
-    Raises IncompatibleError with the extra to install if Ray is missing.
-    """
+def load_ray() -> Any:  # noqa: ANN401 - ray carries no types
+    """The module `ray`; IncompatibleError with the extra to install if it is missing."""
     try:
         import ray  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise IncompatibleError("--engine ray needs Ray", 'run: pip install "edgetune[ray]"') from error
+    return ray
+
+
+@contextmanager
+def connected() -> Iterator[Cluster]:
+    """The cluster at RAY_ADDRESS, or a local one with this machine's cores; what still runs at the end is stopped.
+
+    IncompatibleError if Ray is missing, or no cluster answers there.
+    """
+    ray = load_ray()
     started = not ray.is_initialized()
     if started:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        except ConnectionError as error:
+            message = f"no Ray cluster answers at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}"
+            raise IncompatibleError(message, "start it, or unset RAY_ADDRESS for a local one") from error
     try:
         yield Cluster(ray)
     finally:
@@ -116,7 +128,8 @@ class Cluster:
                 self._check_nodes(running.values())
         finally:
             for reference in running:
-                self._ray.cancel(reference)
+                # Nothing else ends a worker that waits for its module, which then saves and ends too.
+                self._ray.cancel(reference, force=True)
 
     def _submit(self, task: ClusterTask) -> Any:  # noqa: ANN401 - a reference of ray
         largest = max((node["Resources"].get("memory", 0) for node in self._able(task)), default=0)
@@ -143,7 +156,7 @@ class Cluster:
             if not self._able(task):
                 needs = f"{task.cpus} cores" + (f" and {task.gpus} GPU" if task.gpus else "")
                 why = "; ".join(self._left_out.values()) or f"none has {needs}"
-                raise IncompatibleError(f"no node of the cluster can run {task.name}: {why}")
+                raise IncompatibleError(f"no node of the cluster can run {task.name}: {why}", _REMEDY)
 
     def _able(self, task: ClusterTask) -> list[Any]:
         """The nodes that could run the task."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.errors import CancelledError, EdgetuneError
 
 from edgetune.cluster import ClusterTask, connected
 from edgetune.planning.records import BuildPlan
@@ -49,8 +49,8 @@ class AdapterRequest:
 def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) -> None:
     """Train the adapters that are not trained yet; the result of each is in `work`, as of a training on this machine.
 
-    Raises IncompatibleError if no node can train one, and EdgetuneError with a line for each training that failed,
-    after the others have ended.
+    Raises IncompatibleError if no node can train one, EdgetuneError with a line for each training that failed, after
+    the others have ended, and CancelledError when the user interrupts.
     """
     jobs = [item.job for item in prepared.adapters]
     left = [job for job in jobs if finished(work / "train" / job.name, job.key) is None]
@@ -67,11 +67,14 @@ def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) ->
         for job in left:
             request = AdapterRequest(str(recipe.absolute()), job.name, str(work.absolute()), job.key)
             tasks.append(ClusterTask(job.name, MODULE, request.write(folder / job.name), cpus, gpus, memory_mb))
-        reserved = "1 GPU" if gpus else f"{cpus} cores"
-        progress.say(f"training {len(tasks)} adapters on the cluster, each with {reserved}")
-        for name, reason in cluster.run(tasks, progress):
-            progress.say(f"{name}: {reason or 'trained'}")
-            failures += [f"adapter {name!r} was not trained: {reason}"] if reason else []
+        reserved = f"GPUs for each: {gpus}" if gpus else f"cores for each: {cpus}"
+        progress.say(f"training {len(tasks)} adapters on the cluster; {reserved}")
+        try:
+            for name, reason in cluster.run(tasks, progress):
+                progress.say(f"{name}: {reason or 'trained'}")
+                failures += [f"adapter {name!r} was not trained: {reason}"] if reason else []
+        except KeyboardInterrupt as error:
+            raise CancelledError("training on the cluster stopped", "run the same command to resume") from error
     if failures:
         raise EdgetuneError("\n".join(failures))
 

@@ -20,7 +20,7 @@ import edgetune
 from edgetune.work_folder import locked
 
 SIGNATURES = {
-    "build": "(recipe, out=None, on_progress=None, resume=True, *, into=None, converter=None)",
+    "build": "(recipe, out=None, on_progress=None, resume=True, *, into=None, engine='local', converter=None)",
     "compare": "(recipe, task, methods, out, *, ranks=(), targets=None, settings=None, data=None, rows=100, "
     "engine='local', on_progress=None)",
     "evaluate": "(bundle, data, adapter=None, *, limit=None, engine=None, kv=None, on_progress=None)",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from edgetune_runtime.bundle import AdapterEntry, read_manifest, sha256_of, verify_files
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError
+from filelock import FileLock
 from recipes import adapter_of, lights, make_recipe
 from trainings import QUIET, Listening, modified
 
@@ -47,8 +51,8 @@ class LocalCluster:
 
     def occupy(self, node: Any) -> Any:  # noqa: ANN401 - as above
         """Keep the only core of a node busy; the result can be cancelled."""
-        remote = self.ray.remote(time.sleep).options(num_cpus=1, label_selector={"ray.io/node-id": node.node_id})
-        busy = remote.remote(3600)
+        remote = self.ray.remote(lambda: time.sleep(3600))
+        busy = remote.options(num_cpus=1, max_retries=0, label_selector={"ray.io/node-id": node.node_id}).remote()
         while self.ray.available_resources().get("CPU", 0) == self.ray.cluster_resources()["CPU"]:
             time.sleep(0.05)
         return busy
@@ -118,7 +122,7 @@ def test_the_bundle_is_that_of_a_local_build(
         cluster.add()
     recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0"), Listening()
     built = build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
-    assert "training 2 adapters on the cluster, each with 1 cores" in listening.lines
+    assert "training 2 adapters on the cluster; cores for each: 1" in listening.lines
     assert not any("loading the base" in line for line in listening.lines)
     local = build(recipe, tmp_path / "local", progress=QUIET)
     assert weights(tmp_path / "home") == weights(tmp_path / "local")
@@ -135,17 +139,24 @@ def test_the_bundle_is_that_of_a_local_build(
 def test_a_training_goes_on_elsewhere_when_its_node_dies(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The node has saved its training at a validation when it is killed; the other node goes on from there."""
-    training = {"max_steps": 300, "epochs": 1000, "evals": 30, "patience": None}
+    """The node has saved its training at a validation when it is killed; the other node goes on from there, as the
+    time that it has taken so far shows."""
+    training = {"max_steps": 120, "epochs": 1000, "evals": 12, "patience": None}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
     first, second = cluster.add(), cluster.add()
     busy = cluster.occupy(second)
 
+    saved = tmp_path / "home.work/train/lamps/state.pt"
+
     def kill_when_saved() -> None:
-        while not (tmp_path / "home.work/train/lamps/state.pt").exists():
+        while not saved.exists():
             time.sleep(0.02)
         cluster.kill(first)
-        cluster.ray.cancel(busy)
+        with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
+            state = torch.load(saved, weights_only=True)
+            state["state"]["seconds"] += 1e6
+            torch.save(state, saved)
+        cluster.ray.cancel(busy, force=True)
 
     killing = threading.Thread(target=kill_when_saved)
     killing.start()
@@ -153,9 +164,30 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
     killing.join()
     assert "lamps: its node died; it goes on elsewhere" in listening.lines
+    assert read_manifest(tmp_path / "home").adapters["lamps"].training["seconds"] > 1e6
     build(recipe, tmp_path / "local", progress=QUIET)
     assert weights(tmp_path / "home") == weights(tmp_path / "local")
     assert results(tmp_path / "home") == results(tmp_path / "local")
+
+
+def test_an_interrupted_training_is_saved_and_its_process_ends(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    training = {"max_steps": 5000, "epochs": 10_000, "evals": 500, "patience": None}
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
+    cluster.add()
+    state = tmp_path / "home.work/train/lamps/state.pt"
+
+    def interrupt_when_saved() -> None:
+        while not state.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_when_saved).start()
+    with pytest.raises(CancelledError, match="training on the cluster stopped; run the same command to resume"):
+        build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
+        assert state.exists() and not (tmp_path / "home").exists()
 
 
 def test_a_node_of_another_version_is_left_out(
@@ -165,10 +197,11 @@ def test_a_node_of_another_version_is_left_out(
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: edgetune\nVersion: 0.1\n", encoding="utf-8")
     cluster.add(env_vars={"PYTHONPATH": f"{other.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"})
-    what = rf"is left out: it has edgetune 0\.1; run there: pip install edgetune=={version('edgetune')}"
-    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
-    with pytest.raises(IncompatibleError, match=rf"^no node of the cluster can run \w+: node \S+ \(\w+\) {what}$"):
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
+    with pytest.raises(IncompatibleError) as error:
         build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    what = rf"it has edgetune 0\.1; run there: pip install edgetune=={version('edgetune')}; add a node, or leave"
+    assert re.match(rf"no node of the cluster can run blinds: node \S+ \(\w+\) is left out: {what}", str(error.value))
 
 
 def test_a_node_without_the_data_is_left_out(
@@ -204,10 +237,14 @@ def test_a_training_that_fails_is_named_and_the_others_are_kept(
     assert modified(tmp_path / "home.work/train/blinds") == before
 
 
-def test_a_gpu_is_reserved_where_there_are_some(
+def test_the_command_finds_the_cluster_and_reserves_a_gpu_if_there_is_one(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     cluster.add(2, num_gpus=1)
-    listening = Listening()
-    build(recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1]), tmp_path / "home", progress=listening, on_cluster=True)
-    assert "training 1 adapters on the cluster, each with 1 GPU" in listening.lines
+    recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
+    command = [sys.executable, "-m", "edgetune", "build", "recipe.yaml", "--out", "home", "--engine", "ray", "--json"]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.cluster.address}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in done.stderr
+    assert list(json.loads(done.stdout)["adapters"]) == ["blinds"]

@@ -18,7 +18,7 @@ from edgetune.comparison.ray_engine import run_on_ray
 def two_workers() -> Iterator[None]:
     """A Ray of this machine with room for two trials."""
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
