@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
             yield
             return
         before = {each: signal.signal(each, lambda *_: self.stop()) for each in (signal.SIGTERM, signal.SIGINT)}
-        if hasattr(signal, "SIGHUP") and not sys.stdin.isatty():
+        if hasattr(signal, "SIGHUP") and not os.isatty(0):
             before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: self._call(self._begin_reload))
         try:
             yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import write_table
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.server.answer_queue import AnswerQueue
+from edgetune_runtime.server.metrics import Metrics
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Start
 from runtime.server.test_health import figures
@@ -60,3 +64,21 @@ def test_an_answer_without_drafts_counts_none(start: Start) -> None:
     body = {"model": "command", "messages": [{"role": "user", "content": KNOWN}], "max_tokens": 8}
     assert server.client.post("/v1/chat/completions", json=body).json()["timings"]["drafted"] == 0
     assert figures(server)["edgetune_draft_tokens_total adapter=command"] == 0
+
+
+def test_a_hundred_adapters_have_figures_of_their_own_until_they_are_removed() -> None:
+    metrics = Metrics(AnswerQueue(1, 0))
+    for number in range(102):
+        metrics.count_first_piece(f"task{number}", time.monotonic())
+    metrics.count_first_piece(None, time.monotonic())
+    metrics.count_first_piece({"task1": 1.0, "task2": 1.0}, time.monotonic())
+    assert adapters_in(metrics) == {*(f"task{number}" for number in range(100)), "other", "base", "several"}
+    metrics.forget("task7")
+    metrics.forget("task101")
+    metrics.count_first_piece("task101", time.monotonic())
+    assert adapters_in(metrics) >= {"task101", "other"}
+    assert "task7" not in adapters_in(metrics)
+
+
+def adapters_in(metrics: Metrics) -> set[str]:
+    return set(re.findall(r'edgetune_ttft_seconds_count\{adapter="(.*?)"\}', metrics.text().decode()))

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import STATES_FOLDER, read_manifest
 from edgetune_runtime.engines.gguf import engine as gguf
 from edgetune_runtime.engines.onnx import engine as onnx
+from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.store import StateStore
-from runtime.bundles import change_manifest
+from runtime.bundles import change_manifest, write_manifest
 from runtime.conftest import LONG_PROMPTS
 
 PROMPT = "turn on the light"
@@ -221,3 +223,37 @@ def test_malloc_maps_large_blocks_only_when_asked(
     if "no mallinfo2" in done.stderr:
         pytest.skip("an older glibc, or another C library")
     assert (done.returncode, done.stdout.strip()) == (0, mapped_blocks), done.stderr
+
+
+def test_states_of_the_bundle_are_checked_when_they_are_used_and_go_with_their_adapter(
+    prompted_of: Callable[[str], Path], open_: Callable[..., Runtime], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = Path(shutil.copytree(prompted_of("llama"), tmp_path / "home"))
+    with Runtime.open(home, cache_folder=home / STATES_FOLDER) as runtime:
+        tokens, expected = runtime.warm(), runtime.generate(PROMPT, adapter="one", max_tokens=6).text
+    manifest = read_manifest(home)
+    write_manifest(home, manifest.base, manifest.adapters)
+    with open_("gguf", bundle=home, disk_mb=0) as runtime:
+        answer = runtime.generate(PROMPT, adapter="one", max_tokens=6)
+    assert (answer.text, answer.timings.reused_tokens) == (expected, tokens["one"])
+    states = sorted((home / STATES_FOLDER).glob("*.kv"))
+    for path in states:
+        # Whole by its checksum, and yet not what the manifest says.
+        path.write_bytes(path.read_bytes().replace(b'"label":"', b'"label":"x', 1))
+    with open_("gguf", bundle=home, disk_mb=0) as runtime:
+        answer = runtime.generate(PROMPT, adapter="one", max_tokens=6)
+    assert (answer.text, answer.timings.reused_tokens) == (expected, 0)
+    assert "a saved state is not used: states/" in caplog.text
+    remove_from_bundle(home, "one")
+    assert len([path for path in states if path.exists()]) == len(states) - 1
+
+
+def test_states_in_the_cache_folder_go_with_an_adapter_that_is_removed(
+    open_: Callable[..., Runtime], tmp_path: Path
+) -> None:
+    with open_("gguf") as runtime:
+        runtime.warm()
+        before = files_of(tmp_path)
+        runtime.remove_adapter("one")
+        assert len(files_of(tmp_path)) == len(before) - 1
+        assert runtime.generate(PROMPT, adapter="two", max_tokens=1).timings.reused_tokens > 16
