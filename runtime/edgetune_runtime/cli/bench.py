@@ -35,7 +35,8 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
     once, digests included, and for a bundle that is new here the child process. `switch_us` is the time of the switch
     call alone, over at least 1,000 calls. `ttft_ms` is the median time to first token of a short message after each
     adapter's own system prompt: with a cold cache (`cold`), and after switching back to an adapter that was used before
-    (`after_switch`). `decode_tokens_per_s` is the median decode speed, token by token. `answer_ms` is the median time
+    (`after_switch`). `decode_tokens_per_s` is the median decode speed, token by token, and `share` that of an
+    adapter divided by that of the base right before. `answer_ms` is the median time
     of an answer of at most 64 tokens, with the adapter's output constraint and drafts, and `tokens_per_step` its mean
     number of tokens per step, per adapter. `rss_mb` is the resident memory of this process with all adapters except
     merged ones, `adapter_mb` the size of the adapters' files, both in 10^6 bytes. `state_mb` is the size of the largest
@@ -60,18 +61,19 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
         ttft_ms = _first_tokens(runtime, switched) if switched else None
         state_mb, state_restore_ms = _state_restore(runtime, [None, *switched])
         progress("decode speed")
-        speeds = {name: _decode_speed(runtime, name) for name in (None, *switched)}
+        base = _decode_speed(runtime, None)
+        pairs = {name: _decode_speeds(runtime, name) for name in switched}
         rss_mb = resident_mb()
-        speeds |= {name: _decode_speed(runtime, name) for name in merged}
+        pairs |= {name: _decode_speeds(runtime, name) for name in merged}
+        speeds = [base, *(speed for pair in pairs.values() for speed in pair)]
         progress("whole answers")
         answers = {entry.name: _answers(runtime, entry.name) for entry in entries}
-        base = speeds.pop(None)
         return {
             "engine": runtime.engine,
             "threads": runtime.threads,
             "context_length": runtime.context_length,
             "busy": busy,
-            "slow": any(speed.slow for speed in (base, *speeds.values())),
+            "slow": any(speed.slow for speed in speeds),
             "load_ms": load_ms,
             "switch_us": switch_us,
             "ttft_ms": ttft_ms,
@@ -79,7 +81,8 @@ def measure(open_runtime: Callable[[], Runtime], progress: Callable[[str], None]
             "state_restore_ms": state_restore_ms,
             "decode_tokens_per_s": {
                 "base": base.tokens_per_s,
-                "adapters": {name: speed.tokens_per_s for name, speed in speeds.items()},
+                "adapters": {name: speed.tokens_per_s for name, (_, speed) in pairs.items()},
+                "share": {name: speed.tokens_per_s / plain.tokens_per_s for name, (plain, speed) in pairs.items()},
             },
             "answer_ms": {name: answer.answer_ms for name, answer in answers.items()},
             "tokens_per_step": {name: answer.tokens_per_step for name, answer in answers.items()},
@@ -207,6 +210,11 @@ class _Speed(NamedTuple):
 
     tokens_per_s: float
     slow: bool
+
+
+def _decode_speeds(runtime: Runtime, name: str) -> tuple[_Speed, _Speed]:
+    """The base's decode speed and an adapter's, one right after the other."""
+    return _decode_speed(runtime, None), _decode_speed(runtime, name)
 
 
 def _decode_speed(runtime: Runtime, name: str | None) -> _Speed:
