@@ -71,9 +71,11 @@ class SharedSteps:
         while not step.is_done:
             try:
                 together = self._next(step)
-            except BaseException:
-                self._withdraw(step)
-                raise
+            except BaseException as error:
+                # While another thread computes it, its sequence is not unchanged; the next check raises again.
+                if self._withdraw(step) or not isinstance(error, Stopped):
+                    raise
+                continue
             if together:
                 self._compute(together)
         if step.error is not None:
@@ -109,11 +111,14 @@ class SharedSteps:
         self._waiting = [other for other in self._waiting if other not in together]
         return together
 
-    def _withdraw(self, step: Step) -> None:
+    def _withdraw(self, step: Step) -> bool:
+        """Take back a step; False if another thread computes it, or has."""
         with self._changed:
-            if step in self._waiting:
+            is_waiting = step in self._waiting
+            if is_waiting:
                 self._waiting.remove(step)
             self._changed.notify_all()
+        return is_waiting
 
     def _compute(self, steps: Sequence[Step]) -> None:
         first, begin_s = steps[0], time.monotonic()
