@@ -72,7 +72,7 @@ def reload_adapters(loaded: LoadedBundle) -> AdapterChanges:
         now, changes = read_manifest(loaded.bundle), AdapterChanges([], [], [], {})
         if now.base != loaded.manifest.base:
             raise IncompatibleError(f"bundle {loaded.bundle} has another base than before", "open it again")
-        for name in [name for name in loaded.own_adapters() if name not in now.adapters]:
+        for name in [name for name in loaded.files.own() if name not in now.adapters]:
             loaded.drop(name)
             changes.removed.append(name)
         for new in _changed(loaded, now):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 
 from edgetune_runtime.bundle import (
@@ -91,8 +92,8 @@ def _paths_of(new: NewAdapter, bundle: Path, manifest: Manifest) -> dict[str, st
     plain = name if _PLAIN_NAME.fullmatch(name) else next(iter(new.files.values())).sha256[:16]
     used = {PurePosixPath(file).parts[1] for file in manifest.files if file.startswith("adapters/")}
     # A running process may still read the files of an adapter that had the name before.
-    numbers = (f"{plain}-{number}" for number in range(2, sys.maxsize))
-    folder = next(each for each in (plain, *numbers) if each not in used and not (bundle / "adapters" / each).exists())
+    folders = chain([plain], (f"{plain}-{number}" for number in count(2)))
+    folder = next(each for each in folders if each not in used and not (bundle / "adapters" / each).exists())
     return {file: f"adapters/{folder}/{PurePosixPath(file).relative_to(common)}" for file in new.files}
 
 

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,12 @@ from edgetune_runtime.bundle import (
     AdapterEntry,
     Manifest,
     NewAdapter,
-    VerifiedFiles,
-    resolve,
     without_adapter,
 )
-from edgetune_runtime.decoding.drafts import DraftTable, read_table
-from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Tokenizer, prefix_among
 from edgetune_runtime.engines.needs import adapter_size
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.routing.router import Route, Router
@@ -45,9 +41,10 @@ from edgetune_runtime.states.store import default_folder
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.wording import CLOSED
 
+from .adapter_files import AdapterFiles
 from .generation import Call, CarriedState
 from .opening import open_merged
-from .opening_options import ALL, DISK, OFF, OpeningOptions, file_of
+from .opening_options import ALL, DISK, OFF, OpeningOptions
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
 
@@ -76,10 +73,7 @@ class LoadedBundle:
         self._process = os.getpid()
         self._merged = MergedModels(self._open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}
-        self._drafts: dict[str, tuple[AdapterEntry, DraftTable]] = {}
-        self._outputs: dict[str, tuple[AdapterEntry, OutputSpec]] = {}
-        self._folders: dict[str, Path] = {}
-        self._verified = VerifiedFiles()
+        self.files = AdapterFiles(bundle, lambda: self.manifest, options)
         self._constraints = Constraints()
         self.router = Router(bundle, manifest, verify=options.verify)
         self._is_closed = False
@@ -154,7 +148,7 @@ class LoadedBundle:
         own = None if first is None else first.system
         system = carried.system if carried is not None else own
         form = AnswerForm() if form is None else form
-        output = self._output_of(first) if form.uses_adapter_output and first is not None else form.output
+        output = self.files.output_of(first) if form.uses_adapter_output and first is not None else form.output
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
@@ -196,7 +190,7 @@ class LoadedBundle:
         past = None
         if self._past is not None:
             past = self._past.of((None if first is None else first.name, spans), tokens)
-        drafts = None if first is None or first.draft is None else partial(self._draft_of, first)
+        drafts = None if first is None or first.draft is None else partial(self.files.draft_of, first)
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
         call = Call(pool, job, system, prepared_s, self.adapters, entries, kept, drafts, output, constraint, reader)
         return replace(call, past=past, route=route)
@@ -269,9 +263,10 @@ class LoadedBundle:
 
     def add(self, new: NewAdapter) -> None:
         """Add an adapter; the caller holds `changing`."""
-        entry, files, self._folders[new.entry.name] = new.entry, new.files, new.folder
+        entry, files = new.entry, new.files
+        self.files.put(entry.name, new.folder)
         if isinstance(self._running, Pool):
-            digest = files[self._file_of(entry)].sha256
+            digest = files[self.files.weights_of(entry)].sha256
             self._running.first.shared.know_adapter(entry.name, digest, entry.invocation)
         adapters = {**self.manifest.adapters, entry.name: entry}
         self.manifest = replace(self.manifest, adapters=adapters, files={**self.manifest.files, **files})
@@ -294,8 +289,8 @@ class LoadedBundle:
         self._merged.remove(name)
         if isinstance(self._running, Pool):
             self._running.drop_adapter(name)
-        for known in (self._merged_pools, self._outputs, self._drafts, self._folders):
-            known.pop(name, None)
+        self._merged_pools.pop(name, None)
+        self.files.forget(name)
         if self._past is not None:
             # Which of the answers are the adapter's is not known any more.
             self._past.clear()
@@ -306,10 +301,6 @@ class LoadedBundle:
         """Load an adapter ahead of the calls that use it; a merged one is loaded by the first of them."""
         with self.adapters.use({entry.name: entry}, Holder()):
             pass
-
-    def own_adapters(self) -> list[str]:
-        """The adapters that are in the bundle's own folder."""
-        return [name for name in self.manifest.adapters if self._folder_of(name) == self.bundle]
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk, and all past answers."""
@@ -369,22 +360,12 @@ class LoadedBundle:
     def _entries(self, names: Iterable[str]) -> dict[str, AdapterEntry]:
         return {name: self.manifest.adapter(name) for name in names}
 
-    def _folder_of(self, name: str) -> Path:
-        return self._folders.get(name, self.bundle)
-
-    def _reading(self, entry: AdapterEntry, file: str) -> AbstractContextManager[Path]:
-        """The path of an adapter's file for a block that reads it, checked unless the options say otherwise."""
-        folder = self._folder_of(entry.name)
-        if not self.options.verify:
-            return nullcontext(resolve(folder, file))
-        return self._verified.reading(folder, self.manifest, file)
-
     def _load(self, entry: AdapterEntry) -> None:
         """Check an adapter and load it; a merged one has a model of its own, and torch's are in the model."""
         if self._is_merged(entry) or not entry.files:
             return
         begin = time.perf_counter()
-        with self._reading(entry, self._file_of(entry)) as path:
+        with self.files.reading(entry, self.files.weights_of(entry)) as path:
             self._running.load(entry, path, self.manifest.base.fingerprint)
         elapsed_s = time.perf_counter() - begin
         _LOG.debug("loaded adapter %r in %.1f ms", entry.name, elapsed_s * 1e3)
@@ -392,7 +373,7 @@ class LoadedBundle:
 
     def _unload(self, name: str) -> None:
         self._running.unload(name)
-        self._drafts.pop(name, None)
+        self.files.drop_draft(name)
         _LOG.debug("dropped adapter %r from memory", name)
 
     def _bytes_of(self, entry: AdapterEntry) -> int:
@@ -407,34 +388,12 @@ class LoadedBundle:
         size = adapter_size(self.manifest, entry, engine)
         return size.file_bytes + draft + self.contexts * size.modules * engines.load_needs(engine).COST.module_bytes
 
-    def _file_of(self, entry: AdapterEntry) -> str:
-        return file_of(entry.files, self.options.engine, f"adapter {entry.name!r}")
-
-    def _output_of(self, entry: AdapterEntry) -> OutputSpec | None:
-        if entry.output is None:
-            return None
-        known = self._outputs.get(entry.name)
-        # An adapter of this name may have been replaced.
-        if known is None or known[0] is not entry:
-            known = self._outputs[entry.name] = (entry, _output_of(entry))
-        return known[1]
-
-    def _draft_of(self, entry: AdapterEntry) -> DraftTable | None:
-        if not self.options.drafts or entry.draft is None:
-            return None
-        known = self._drafts.get(entry.name)
-        if known is None or known[0] is not entry:
-            with self._reading(entry, entry.draft) as path:
-                table = read_table(path, self.manifest.base.tokenizer_sha256)
-            known = self._drafts[entry.name] = (entry, table)
-        return known[1]
-
     def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         entry = self.manifest.adapter(name)
         begin = time.perf_counter()
         assert isinstance(self._running, Pool)
-        base, folder = self._running.first.shared, self._folder_of(name)
-        file = self._file_of(entry)
+        base, folder = self._running.first.shared, self.files.folder_of(name)
+        file = self.files.weights_of(entry)
         pool = open_merged(folder, self.manifest, file, self.options, base=base, make_room=make_room)
         with self._running.tokenizer() as tokenizer:
             if _described(pool.first.engine.tokenizer) != _described(tokenizer):
@@ -451,14 +410,6 @@ class LoadedBundle:
         """The pools of all models that are open."""
         with self._merged.use_opened() as models:
             yield [*([self._running] if isinstance(self._running, Pool) else []), *models.values()]
-
-
-def _output_of(entry: AdapterEntry) -> OutputSpec:
-    try:
-        return OutputSpec.from_json(entry.output or {})
-    except UsageError as error:
-        message = f"adapter {entry.name!r} has an invalid output: {error.message}"
-        raise VerificationError(message, "build the bundle again") from error
 
 
 def _described(tokenizer: Tokenizer) -> tuple[object, ...]:

@@ -1,0 +1,86 @@
+"""The files of a bundle's adapters: where they are, checked when they are read, and what was read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from edgetune_runtime.bundle import AdapterEntry, Manifest, VerifiedFiles, resolve
+from edgetune_runtime.decoding.drafts import DraftTable, read_table
+from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.errors import UsageError, VerificationError
+
+from .opening_options import OpeningOptions, file_of
+
+
+class AdapterFiles:
+    """The files of the adapters in `manifest`, in the folder `bundle` unless they were added from another one."""
+
+    def __init__(self, bundle: Path, manifest: Callable[[], Manifest], options: OpeningOptions) -> None:
+        self._bundle, self._manifest, self._options = bundle, manifest, options
+        self._folders: dict[str, Path] = {}
+        self._verified = VerifiedFiles()
+        # With the entry that each was read for: an adapter of the name may have been replaced.
+        self._drafts: dict[str, tuple[AdapterEntry, DraftTable]] = {}
+        self._outputs: dict[str, tuple[AdapterEntry, OutputSpec]] = {}
+
+    def put(self, name: str, folder: Path) -> None:
+        """From now on an adapter's files are in this folder."""
+        self._folders[name] = folder
+
+    def folder_of(self, name: str) -> Path:
+        """The folder in which an adapter's files are."""
+        return self._folders.get(name, self._bundle)
+
+    def own(self) -> list[str]:
+        """The adapters that are in the bundle's own folder."""
+        return [name for name in self._manifest().adapters if self.folder_of(name) == self._bundle]
+
+    def weights_of(self, entry: AdapterEntry) -> str:
+        """The name of an adapter's file for the engine; IncompatibleError without one."""
+        return file_of(entry.files, self._options.engine, f"adapter {entry.name!r}")
+
+    def reading(self, entry: AdapterEntry, file: str) -> AbstractContextManager[Path]:
+        """The path of an adapter's file for a block that reads it, checked unless the options say otherwise."""
+        folder = self.folder_of(entry.name)
+        if not self._options.verify:
+            return nullcontext(resolve(folder, file))
+        return self._verified.reading(folder, self._manifest(), file)
+
+    def output_of(self, entry: AdapterEntry) -> OutputSpec | None:
+        """An adapter's output constraint."""
+        if entry.output is None:
+            return None
+        known = self._outputs.get(entry.name)
+        if known is None or known[0] is not entry:
+            known = self._outputs[entry.name] = (entry, _output_of(entry))
+        return known[1]
+
+    def draft_of(self, entry: AdapterEntry) -> DraftTable | None:
+        """An adapter's draft table, unless the options say that there are no drafts."""
+        if not self._options.drafts or entry.draft is None:
+            return None
+        known = self._drafts.get(entry.name)
+        if known is None or known[0] is not entry:
+            with self.reading(entry, entry.draft) as path:
+                table = read_table(path, self._manifest().base.tokenizer_sha256)
+            known = self._drafts[entry.name] = (entry, table)
+        return known[1]
+
+    def drop_draft(self, name: str) -> None:
+        """Drop an adapter's draft table from memory."""
+        self._drafts.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Forget an adapter that was removed."""
+        for known in (self._folders, self._drafts, self._outputs):
+            known.pop(name, None)
+
+
+def _output_of(entry: AdapterEntry) -> OutputSpec:
+    try:
+        return OutputSpec.from_json(entry.output or {})
+    except UsageError as error:
+        message = f"adapter {entry.name!r} has an invalid output: {error.message}"
+        raise VerificationError(message, "build the bundle again") from error
