@@ -106,7 +106,7 @@ def test_help_and_version_are_on_standard_output(run: Run) -> None:
 
 def test_help_lists_options_by_group(run: Run) -> None:
     titles = [line for line in run("build", "--help")[1].splitlines() if line.endswith(":") and line[0] != " "]
-    assert titles == ["Arguments:", "Output:", "Recipe overrides:", "Base:", "Options:"]
+    assert titles == ["Arguments:", "Output:", "Recipe overrides:", "Base:", "Engine:", "Options:"]
     assert "Measurement commands:\n  evaluate" in run("--help")[1]
 
 
