@@ -25,7 +25,7 @@ Files = Callable[[str, str], dict[str, Path]]
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
 ENGINES: dict[str, type[GgufEngine] | type[OnnxEngine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
 FILES = {"gguf": "gguf", "onnx": "onnx", "slots": "gguf"}
-SEQUENCES = BatchSizes(sequences=3, adapters=4, rank=32)
+SEQUENCES = BatchSizes(sequences=5, adapters=6, rank=32)
 CONTEXT = 200
 TEXT = "turn on the warm light in the kitchen and close the blind"
 CLOSE: dict[type[Engine], float] = {GgufEngine: 0.03, OnnxEngine: 1e-4, SlotEngine: 0.03}
@@ -163,7 +163,7 @@ def test_an_unloaded_adapter_is_not_found_and_its_name_can_be_loaded_again(
             with pytest.raises(NotFoundError, match="'first' is not loaded"):
                 engine.activate({"first": 1})
             assert np.array_equal(fresh(engine, {}, tokens), base)
-        llama.load_adapter("first", files_of(backend, "llama")["second"])
+        llama.load_adapter("first", files_of(FILES[backend], "llama")["second"])
         for engine in (llama, other):
             assert np.array_equal(fresh(engine, {"first": 1}, tokens), second)
 
@@ -173,7 +173,7 @@ def test_adapters_are_loaded_and_unloaded_while_other_engines_on_the_base_comput
 ) -> None:
     tokens = llama.tokenizer.tokenize(TEXT)[:8]
     expected = {name: fresh(llama, {name: 1}, tokens) for name in ("first", "second")}
-    path = files_of(backend, "llama")["both"]
+    path = files_of(FILES[backend], "llama")["both"]
 
     def compute(engine: Engine) -> bool:
         runs = [(name, fresh(engine, {name: 1}, tokens)) for name in ("first", "second") * 40]

@@ -72,7 +72,7 @@ def test_an_answer_that_ended_before_its_first_token_does_not_parse(opened: Runt
 
 def test_a_pydantic_model_gives_its_objects(opened: Runtime) -> None:
     answers = []
-    for seed in range(8):
+    for seed in range(32):
         with opened.session("one") as session:
             answers.append(session.send("play", schema=Command, **HOT, seed=seed))
     whole = [answer for answer in answers if answer.stop_reason == "end"]
