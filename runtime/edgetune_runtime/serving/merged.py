@@ -183,10 +183,6 @@ class MergedPool:
         with self._base.tokenizer() as tokenizer:
             yield tokenizer
 
-    def capacity(self, adapters: Mapping[str, float]) -> int:
-        """As `Pool.capacity`."""
-        return self._base.capacity(adapters)
-
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """As `Pool.spans`."""
         return self._base.spans(adapters, tokens)

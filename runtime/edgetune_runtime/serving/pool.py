@@ -70,10 +70,6 @@ class Pool:
                 self._uses -= 1
                 self.places.gate.notify_all()
 
-    def capacity(self, adapters: Mapping[str, float]) -> int:
-        """The number of tokens that fit in a context with these adapters, prompt and answer together."""
-        return self.first.capacity(adapters)
-
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """The adapters that are active in each span of these tokens."""
         return self.first.spans(adapters, tokens)
