@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.harness.memory import family, proportional_mb
+from benchmarks.harness.memory import family_mb
 from benchmarks.harness.server import serving
 
 import http.client
@@ -183,7 +183,7 @@ class Server:
     @property
     def resident_mb(self) -> float:
         """Resident memory (PSS) in MB (10^6 bytes)."""
-        return sum(map(proportional_mb, family(self.process.pid)))
+        return family_mb(self.process.pid)
 
     @property
     def lives(self) -> bool:

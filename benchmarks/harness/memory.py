@@ -22,9 +22,18 @@ def status_mb(pid: int, key: str) -> float:
     return _figure_mb(Path(f"/proc/{pid}/status"), key)
 
 
-def proportional_mb(pid: int) -> float:
-    """Resident memory with a share of what it shares: a child shares all with its parent until it starts a program."""
-    return _figure_mb(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
+def family_mb(pid: int) -> float:
+    """Resident memory of the process and its descendants, each with its part of what they share."""
+    own = _command(pid)
+    # Until it starts a program, a child can have the memory of its parent itself (vfork), which counts once.
+    others = [member for member in family(pid) if member != pid and _command(member) != own]
+    return sum(_figure_mb(Path(f"/proc/{member}/smaps_rollup"), "Pss") for member in (pid, *others))
+
+
+def _command(pid: int) -> bytes:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def _figure_mb(file: Path, key: str) -> float:
