@@ -120,8 +120,7 @@ def genai(place: Place) -> Answering:
 
 SETUPS = {
     **{
-        f"edgetune {engine}{batching}{ending}": Setup(partial(edgetune, engine, {**batched, **options}), engine)
-        for batching, batched in (("", {}), (", batching", {"batching": True}))
+        f"edgetune {engine}{ending}": Setup(partial(edgetune, engine, options), engine)
         for engine in ("gguf", "onnx")
         for ending, options in SETTINGS.items()
     },

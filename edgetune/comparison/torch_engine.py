@@ -23,7 +23,6 @@ class TorchEngine:
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
-    batch = None
 
     def __init__(
         self,

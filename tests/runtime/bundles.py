@@ -121,7 +121,6 @@ def write_bundle(
         entries[name] = AdapterEntry(
             name, "lora", {"gguf": "low_rank"}, {"gguf": file}, fingerprint,
             scale=adapter.scale, system=adapter.system, labels=adapter.labels,
-            ranks={name: len(a) for name, (a, _) in adapter.pairs.items()},
         )  # fmt: skip
     for name, model in (merged or {}).items():
         file = f"adapters/{name}/model.gguf"

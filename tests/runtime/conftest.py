@@ -66,38 +66,15 @@ def prompted_of(
     @cache
     def make(arch: str) -> Path:
         source = tiny_source(arch)
-        adapters = prompted_adapters(source.path)
+        adapters = {
+            "one": Adapter(low_rank(source.path, seed=1), system=LONG_PROMPTS[0]),
+            "two": Adapter(low_rank(source.path, seed=2, rank=3), scale=0.5, system=LONG_PROMPTS[1]),
+        }
         bundle = write_bundle(tmp_path_factory.mktemp(f"{arch}-prompted") / "home", source.path, adapters)
         add_onnx(bundle, source, adapters)
         return bundle
 
     return make
-
-
-@pytest.fixture(scope="session")
-def prompted_for(
-    prompted_of: Callable[[str], Path], tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """`prompted_for(name)`: that bundle for one of `fresh.ENGINES`; a batch needs a quantized base."""
-    from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - torch only where needed
-
-    @cache
-    def make(name: str) -> Path:
-        if name != "batch":
-            return prompted_of("llama")
-        folder = tmp_path_factory.mktemp("batch")
-        quantize_gguf(tiny_gguf("llama"), folder / "base.gguf", "q8_0")
-        return write_bundle(folder / "home", folder / "base.gguf", prompted_adapters(folder / "base.gguf"))
-
-    return make
-
-
-def prompted_adapters(base: Path) -> dict[str, Adapter]:
-    """Two low-rank adapters with long system prompts."""
-    return {
-        "one": Adapter(low_rank(base, seed=1), system=LONG_PROMPTS[0]),
-        "two": Adapter(low_rank(base, seed=2, rank=3), scale=0.5, system=LONG_PROMPTS[1]),
-    }
 
 
 @pytest.fixture(scope="session")

@@ -28,20 +28,12 @@ def greedy(call: Call) -> list[Logits]:
     return rows
 
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "gguf": {"engine": "gguf"},
-    "onnx": {"engine": "onnx"},
-    "batch": {"engine": "gguf", "batching": True},
-}
-"""Options that open the bundle with each engine, and with sequences of one batch."""
-
-
 class Fresh:
     """What a runtime that knows nothing answers."""
 
     def __init__(self, bundle: Path, engine: str, choices: Sequence[Any]) -> None:
         self._choices = choices
-        self._runtime = Runtime.open(bundle, **ENGINES[engine], cache_mb=0, disk_mb=0, contexts=1)
+        self._runtime = Runtime.open(bundle, engine=engine, cache_mb=0, disk_mb=0, contexts=1)
         self._greedy = cache(self._greedy_of)
 
     def greedy(self, messages: Sequence[Message], choice: int) -> list[Logits]:

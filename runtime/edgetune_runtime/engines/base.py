@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, Self
 
@@ -16,15 +15,6 @@ from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.text.controls import ControlTokens
 
 Logits = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """The sequences of a batch, and the adapters that they can have at the same time, up to a rank."""
-
-    sequences: int
-    adapters: int
-    rank: int
 
 
 class StepStopped(Exception):  # noqa: N818 - not an error: the step was asked to stop
@@ -120,10 +110,6 @@ class Engine(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the base."""
 
-    @property
-    def batch(self) -> Batch | None:
-        """The sequences beside this one that decode together, if the engine was opened with `batching`."""
-
     def fork(self) -> Self:
         """Another engine with its own sequence, on the same loaded base and adapters; close it before this one.
 
@@ -196,28 +182,6 @@ class Engine(Protocol):
         """Free everything; a second call does nothing."""
 
 
-class Batch(Protocol):
-    """Sequences on one base that can compute their steps together, whatever their adapters.
-
-    One of them at a time may compute. The others may be used meanwhile, and wait.
-    """
-
-    def can_hold(self, adapters: Mapping[str, float]) -> bool:
-        """Whether a sequence can have these loaded adapters with their scales."""
-
-    def sequence(self) -> Engine:
-        """An engine for a new sequence; UsageError when all are in use."""
-
-    def can_join(self, engine: Engine) -> bool:
-        """Whether the next token of a sequence can be in a step with those of others."""
-
-    def decode(self, steps: Sequence[tuple[Engine, int]]) -> list[Logits]:
-        """Append a token to each of these sequences, in one step; logits after it, shape [1, vocab].
-
-        An exception leaves all sequences as they were.
-        """
-
-
 class LabelEngine(Protocol):
     """One base whose adapters have labels: an answer is one forward pass, without a sequence. Thread-safe.
 
@@ -272,12 +236,8 @@ class EngineClass(Protocol):
         threads: int | None = None,
         kv: str | None = None,
         repack: bool | None = None,
-        batching: BatchSizes | None = None,
     ) -> Engine:
-        """Load the base at `path`; `context_length` is in tokens; for `kv` and `repack` see `RuntimeOptions`.
-
-        `batching` makes a `Batch`. IncompatibleError if the base cannot have one.
-        """
+        """Load the base at `path`; `context_length` is in tokens; for `kv` and `repack` see `RuntimeOptions`."""
 
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
         """All files of the base at `path`, which has the digest `sha256` and is listed first; and the fingerprint."""

@@ -10,7 +10,7 @@ import math
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,13 +51,12 @@ class Value:
     """A graph's input, output or initializer: ONNX type number and shape.
 
     A symbolic dimension is its symbol, an unknown one is "". A value that is not a tensor has `elem_type` 0 and
-    shape (). `shape_at` is the position in the file of the tag before the shape, for inputs and outputs with one.
+    shape ().
     """
 
     name: str
     elem_type: int
     shape: tuple[int | str, ...]
-    shape_at: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,7 @@ class _Header:
         if any(len(dimension) > 1 for dimension in dimensions):
             raise self._damaged(f"has {info.get('name', '')[:80]!r} with a dimension that is both number and symbol")
         shape = tuple(_dimension(dimension) for dimension in dimensions)
-        return Value(info.get("name", ""), tensor.get("elem_type", 0), shape, tensor.get("shape_at"))
+        return Value(info.get("name", ""), tensor.get("elem_type", 0), shape)
 
     def _by_name(self, what: str, values: Iterator[Value]) -> dict[str, Value]:
         return self._unique(what, ((value.name, value) for value in values))

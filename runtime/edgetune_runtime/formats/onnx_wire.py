@@ -92,9 +92,6 @@ _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
 }
 """The messages of onnx.proto by field number: name and kind, with * if repeated. Of `data`, only the size is read."""
 
-SHAPE_TAG = 2 << 3 | 2
-"""The byte before the shape of a TensorType; the message has its position as `shape_at`."""
-
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _FIXED_SIZES = {_FIXED64: 8, _FIXED32: 4}
 _INTEGER_BITS = {"int32": 32, "int64": 64}
@@ -166,10 +163,6 @@ class _Decoder:
             self._count_field()
             if tag >> 3 in fields:
                 self._keep(message, fields[tag >> 3], wire, (start, stop), depth)
-                if kind == "TensorType" and tag == SHAPE_TAG:
-                    message["shape_at"] = position
-                    if self._data[position] != SHAPE_TAG:
-                        raise self._damaged(f"has a shape with a tag of several bytes at byte {position}")
             position = stop
         return message
 

@@ -374,7 +374,7 @@ class _Answering:
 
     def _draft(self) -> tuple[list[int], list[float]]:
         """Drafted tokens that are worth verifying in the next step, and their probabilities."""
-        if self._drafter is None or not self._context.drafts_pay:
+        if self._drafter is None:
             return [], []
         # A step gives one token more than its draft.
         draft, chances = self._drafter.propose(self._max_tokens - self._count - len(self._held) - 1)

@@ -14,8 +14,7 @@ from typing import TypeVar
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import STATES_FOLDER, Manifest, files_beside, resolve, unchanged, verify_files
-from edgetune_runtime.engines.base import BatchSizes, Engine, EngineClass
-from edgetune_runtime.engines.trial import is_exact
+from edgetune_runtime.engines.base import Engine, EngineClass
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
@@ -23,7 +22,6 @@ from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.serving.jobs import SharedResources
 from edgetune_runtime.serving.places import Places
 from edgetune_runtime.serving.pool import Pool
-from edgetune_runtime.serving.shared_steps import SharedSteps
 from edgetune_runtime.states.cache import StateCache
 from edgetune_runtime.states.prompts import PromptStates
 from edgetune_runtime.states.store import StateStore, default_folder
@@ -36,7 +34,7 @@ T = TypeVar("T")
 
 _M_MMAP_THRESHOLD = -3
 
-_MAX_CONTEXTS, _MAX_ADAPTERS = 4, 16
+_MAX_CONTEXTS = 4
 _SHARE_OF_FREE = 0.25
 """Share of the free memory that additional contexts may use."""
 
@@ -61,35 +59,23 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
     if not make.has_sequence:
         plain = partial(make, path, context_length=options.context_length, threads=options.threads)
         return Classifier(_loaded(plain, threads), threads)
-    sizes = _batch_sizes(manifest, options, needed_mb) if options.batching else None
-    running = _load(make, path, options, threads, sizes)
-    if (
-        sizes is not None
-        and running.batch is not None
-        and options.exact
-        and not is_exact(running.batch, sizes.sequences)
-    ):
-        running.close()
-        message = "shared batches would change last bits of answers with this base on this processor"
-        raise IncompatibleError(message, "open it without batching or with exact=False; with gguf, quantize the base")
+    running = _load(make, path, options, threads)
     store = None
     if options.disk_mb > 0:
         folder = Path(options.cache_folder or default_folder())
         store = StateStore(folder, options.disk_mb, options.disk_mb_per_day)
-    governor = Governor(running.threads, adjusts=running.adjusts_threads)
     shared = SharedResources(
         manifest.files[file].sha256,
         int(manifest.base.kv_values_per_token * running.kv_bytes),
         StateCache(options.cache_mb, options.emit),
-        governor,
+        Governor(running.threads, adjusts=running.adjusts_threads),
         {name: entry.invocation for name, entry in manifest.adapters.items() if entry.invocation},
         _prompts(bundle, manifest, running, options, store),
-        places=_places(options, needed_mb, sizes),
+        # What is free now, with the weights and the first context in memory.
+        places=Places(options.contexts or _contexts(needed_mb, free_mb()), options.max_waiting),
         exact=options.exact,
         threads=threads,
         emit=options.emit,
-        batch=running.batch,
-        steps=None if running.batch is None else SharedSteps(governor, threads),
     )
     return Pool(Context(running, shared))
 
@@ -115,9 +101,7 @@ def open_merged(
         running = _load(engines.load(options.engine), path, options, base.threads)
         store = None if base.prompts is None else base.prompts.store
         prompts, governor = _prompts(bundle, manifest, running, options, store), base.governor.beside()
-        shared = replace(
-            base, base=manifest.files[file].sha256, prompts=prompts, governor=governor, batch=None, steps=None
-        )
+        shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
         return Pool(Context(running, shared))
 
 
@@ -144,13 +128,7 @@ def _check_free(needed_mb: float, options: OpeningOptions) -> None:
         raise IncompatibleError(message, "open the bundle with a smaller context_length")
 
 
-def _load(
-    make: EngineClass,
-    path: Path,
-    options: OpeningOptions,
-    threads: ComputeThreads | None,
-    batching: BatchSizes | None = None,
-) -> Engine:
+def _load(make: EngineClass, path: Path, options: OpeningOptions, threads: ComputeThreads | None) -> Engine:
     load = partial(
         make,
         path,
@@ -158,7 +136,6 @@ def _load(
         threads=options.threads,
         kv=options.kv,
         repack=options.repack,
-        batching=batching,
     )
     return _loaded(load, threads)
 
@@ -194,22 +171,6 @@ def _prompts(
         )
         shipped_store = StateStore(bundle / STATES_FOLDER, 0, verify=verify)
     return PromptStates(running.signatures, manifest.name, digests, store, shipped_store)
-
-
-def _places(options: OpeningOptions, needed_mb: float, sizes: BatchSizes | None) -> Places:
-    """The places of calls: as many as a batch has sequences, or as contexts fit beside what is in memory now."""
-    if sizes is not None:
-        return Places(sizes.sequences, options.max_waiting, batched=True)
-    return Places(options.contexts or _contexts(needed_mb, free_mb()), options.max_waiting)
-
-
-def _batch_sizes(manifest: Manifest, options: OpeningOptions, needed_mb: float) -> BatchSizes:
-    """The sizes of a batch for the adapters of the bundle that may be in one."""
-    entries = [entry for entry in manifest.adapters.values() if entry.shapes.get(options.engine) == "low_rank"]
-    sequences = options.contexts or _contexts(needed_mb, free_mb())
-    # One more than sequences, which take the next adapters before they leave the last ones.
-    adapters = max(sequences + 1, min(len(entries), _MAX_ADAPTERS))
-    return BatchSizes(sequences, adapters, max((max(entry.ranks.values(), default=1) for entry in entries), default=1))
 
 
 def _contexts(needed_mb: float, free: float | None) -> int:

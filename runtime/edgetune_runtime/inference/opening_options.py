@@ -66,10 +66,6 @@ class RuntimeOptions(TypedDict, total=False):
     there is no memory for one of them after all, a warning is logged, and calls wait for those that there are. Up to
     `max_waiting` more calls wait (64); the next one raises BusyError.
 
-    With `batching` (default: False), calls that run at the same time compute their tokens in one step, whatever their
-    adapters: for several callers, mostly where memory limits the speed. It takes a LLaMA-like base with gguf; adapters
-    that are no low-rank ones run beside, as without it. With gguf, answers have other last bits than without it.
-
     With gguf, fewer threads than `threads` compute while other processes use the cores; this changes no answer.
     `priority` is the priority of the compute threads, on Linux: normal (the default), low (below the threads of normal
     processes) or idle (only on cores that are otherwise idle).
@@ -111,7 +107,6 @@ class RuntimeOptions(TypedDict, total=False):
     cache_folder: str | Path | None
     contexts: int | None
     max_waiting: int
-    batching: bool
     priority: str
     map_large_blocks: bool
     drafts: bool
@@ -144,7 +139,6 @@ class OpeningOptions:
     cache_folder: str | Path | None = None
     contexts: int | None = None
     max_waiting: int = MAX_WAITING
-    batching: bool = False
     priority: str = NORMAL
     map_large_blocks: bool = False
     drafts: bool = True

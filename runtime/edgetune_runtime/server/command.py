@@ -63,8 +63,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--log-requests", action="store_true", help=text)
     text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
     group.add_argument("--contexts", type=int, metavar="N", help=text)
-    text = "compute the tokens of answers side by side in one step, whatever their adapters (gguf, LLaMA-like bases)"
-    group.add_argument("--batching", action="store_true", help=text)
     limits = command.add_argument_group("limits")
     for field in fields(ServerLimits):
         flag, kind = f"--max-{field.name.replace('_', '-')}", type(field.default)
@@ -90,8 +88,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         message = f"others can reach {options.host}, and no key is set"
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
     rewriters = [Rewriter.load(spec, options.app_dir.resolve()) for spec in options.rewrite]
-    opening = {"contexts": options.contexts, "batching": options.batching}
-    with bind(options.host, options.port) as listening, open_bundle(**opening) as runtime:
+    with bind(options.host, options.port) as listening, open_bundle(contexts=options.contexts) as runtime:
         url = url_of(listening)
 
         def ready(_: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeVar
 
 from edgetune_runtime.decoding.batch_cost import BatchCost
-from edgetune_runtime.engines.base import Batch, Engine, Logits
+from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
@@ -25,7 +25,6 @@ from edgetune_runtime.wording import CLOSED
 
 from .jobs import PrefillResult, PromptJob, SharedResources
 from .places import Holder, Patience
-from .shared_steps import Step, Token
 from .turns import POLL_S
 
 T = TypeVar("T")
@@ -39,13 +38,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Context:
-    """An engine with its current sequence, and what it shares with other contexts. Use it only inside `hold`.
+    """An engine with its current sequence, and what it shares with other contexts. Use it only inside `hold`."""
 
-    Its sequence may be one of a `batch`.
-    """
-
-    def __init__(self, engine: Engine, shared: SharedResources, batch: Batch | None = None) -> None:
-        self.engine, self.batch = engine, batch
+    def __init__(self, engine: Engine, shared: SharedResources) -> None:
+        self.engine = engine
         self.batch_cost = BatchCost(engine.BATCH_COST, engine.LOGITS_COST, engine.logits_excess)
         self.shared = shared
         self.tokens: list[int] = []
@@ -156,16 +152,11 @@ class Context:
         decode = partial(self.engine.decode_all, tokens, last=last)
         with self._resetting():
             if len(tokens) <= _MAX_DECODED:
-                logits = self._decode_step(tokens, decode)
+                logits = self._step(self.batch_cost.of(len(tokens)), decode, kind=DECODE)
             else:
                 logits = self._step(len(tokens), decode)
             self.tokens.extend(tokens)
         return logits
-
-    @property
-    def drafts_pay(self) -> bool:
-        """Whether verifying drafts can be faster than sharing each step with the calls that run beside this one."""
-        return self.batch is None or self.shared.places.running < 2
 
     def truncate(self, count: int) -> None:
         """Truncate the sequence to `count` tokens, such as after a rejected draft."""
@@ -223,9 +214,9 @@ class Context:
         """Whether an adapter computed a part of the current sequence."""
         return self._key is not None and any(adapter in dict(active) for _, active in self._key.spans)
 
-    def fork(self, batch: Batch | None = None) -> Context:
-        """Another context with its own sequence, on the same loaded base, or in a batch on it."""
-        return Context(self.engine.fork() if batch is None else batch.sequence(), self.shared, batch)
+    def fork(self) -> Context:
+        """Another context with its own sequence, on the same loaded base."""
+        return Context(self.engine.fork(), self.shared)
 
     def reusable_tokens(self, job: PromptJob) -> int:
         """The length of the prefix of the current sequence that this job may reuse."""
@@ -255,18 +246,7 @@ class Context:
         if self.closed:
             raise UsageError(*CLOSED)
 
-    def _decode_step(self, tokens: Sequence[int], compute: Callable[[], Logits]) -> Logits:
-        cost, token = self.batch_cost.of, None
-        # Steps of several tokens have other last bits beside others than alone.
-        if self.batch is not None and len(tokens) == 1 and self.batch.can_join(self.engine):
-            token = Token(self.batch, tokens[0], cost)
-        return self._step(cost(len(tokens)), compute, kind=DECODE, token=token)
-
-    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL, token: Token | None = None) -> T:
-        if self.batch is not None and self.shared.steps is not None:
-            step = Step(self.engine, compute, tokens, self._check, self.usage, kind, token)
-            result: T = self.shared.steps.run(step)
-            return result
+    def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL) -> T:
         threads = self.shared.threads
         run = compute if threads is None else partial(threads.run, compute)
         return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, kind=kind)

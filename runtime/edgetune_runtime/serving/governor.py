@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -103,18 +103,18 @@ class Governor:
         tokens: float,
         compute: Callable[[], T],
         check: Callable[[], None],
-        *usages: AnswerUsage,
+        usage: AnswerUsage,
+        *,
         kind: Kind = PREFILL,
-        call: int | None = None,
     ) -> T:
         """Wait for a turn and compute one step, again if it stalls.
 
         `check` stops it by raising, which leaves the sequence unchanged. A step that decodes costs as much as `tokens`
-        single-token steps. It counts for `usages`, those of the answers in it. For `call` see `Turns`.
+        single-token steps.
         """
         while True:
             self._divide()
-            with self._turns.take(check, call=call) as turn:
+            with self._turns.take(check) as turn:
                 if self._adjusts:
                     engine.use_threads(turn.threads)
                 clock, stalled = Clock(self._turns, turn), threading.Event()
@@ -134,7 +134,7 @@ class Governor:
                     continue
                 finally:
                     self._used = time.monotonic()
-                self._record(turn, tokens, clock.read(), usages, kind)
+                self._record(turn, tokens, clock.read(), usage, kind)
                 return result
 
     def _divide(self) -> None:
@@ -159,21 +159,18 @@ class Governor:
             self._count.halve()
         _LOG.debug("a step of %d threads lacked cores, restarting it with fewer", turn.threads)
 
-    def _record(
-        self, turn: Turn, tokens: float, times_s: tuple[float, float], usages: Sequence[AnswerUsage], kind: Kind
-    ) -> None:
+    def _record(self, turn: Turn, tokens: float, times_s: tuple[float, float], usage: AnswerUsage, kind: Kind) -> None:
         wall_s, cpu_s = times_s
         with self._lock:
-            threads = turn.threads if turn.is_shared else self._count.limit
-            for usage in usages:
-                usage.all.add(tokens, wall_s, cpu_s, threads)
-                if kind == DECODE and not turn.is_shared:
-                    usage.decode.add(tokens, wall_s, cpu_s, threads)
             if turn.is_shared:
+                usage.all.add(tokens, wall_s, cpu_s, turn.threads)
                 # Only its share of the cores says something about all threads.
                 self._count.record(tokens, wall_s, cpu_s / turn.threads * self._count.threads, SHARED)
-            else:
-                self._count.record(tokens, wall_s, cpu_s, kind)
+                return
+            usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
+            if kind == DECODE:
+                usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
+            self._count.record(tokens, wall_s, cpu_s, kind)
 
 
 def _raises(check: Callable[[], None]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from edgetune_runtime.engines.base import Batch, Logits
+from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.events import Emit, ignore
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.serving.governor import Governor
@@ -16,7 +16,6 @@ from edgetune_runtime.states.sightings import Sightings
 from edgetune_runtime.threads.priority import ComputeThreads
 
 from .places import Places
-from .shared_steps import SharedSteps
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class SharedResources:
 
     `invocations` are the tokens that activate some of the adapters, which may come and go. With `exact`, a call reuses
     the states of others only where computing them would give the same bits; a session always reuses all of its own
-    state. Steps run on `threads` if given, else on the caller's thread. `emit` receives switches. Contexts in a
-    `batch`, for the adapters that it can hold, compute their steps with `steps`.
+    state. Steps run on `threads` if given, else on the caller's thread. `emit` receives switches.
     """
 
     base: str
@@ -76,8 +74,6 @@ class SharedResources:
     exact: bool = True
     threads: ComputeThreads | None = None
     emit: Emit = ignore
-    batch: Batch | None = None
-    steps: SharedSteps | None = None
 
     def know_adapter(self, name: str, digest: str, invocation: Sequence[int]) -> None:
         """Have states of a new adapter, whose file has this digest."""

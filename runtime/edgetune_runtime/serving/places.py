@@ -63,24 +63,17 @@ class Patience:
 class Places:
     """Lets up to `limit` calls run at the same time, whatever their models; up to `max_waiting` more wait.
 
-    Each model has a first context; `forks` are those beside them, up to `limit` - 1 in total, or to `limit` if calls
-    share a batch, in which no first context is. `gate` guards all of it, and who holds which context; it is held for
-    moments only.
+    Each model has a first context; `forks` are those beside them, up to `limit` - 1 in total. `gate` guards all of it,
+    and who holds which context; it is held for moments only.
     """
 
-    def __init__(self, limit: int = 1, max_waiting: int = 0, *, batched: bool = False) -> None:
+    def __init__(self, limit: int = 1, max_waiting: int = 0) -> None:
         self.gate = threading.Condition()
         self.limit = limit
-        self._firsts = 0 if batched else 1
         self.forks: list[Fork] = []
         self._max_waiting, self._waiting = max_waiting, 0
         self._running: set[Holder] = set()
         self._is_forking = self._is_closed = False
-
-    @property
-    def running(self) -> int:
-        """The number of calls that have a place."""
-        return len(self._running)
 
     @contextmanager
     def enter(self, check: Callable[[], None]) -> Iterator[Holder]:
@@ -107,7 +100,7 @@ class Places:
 
         For this, an idle one is freed if need be: that of another model, as a call takes those of its own.
         """
-        if self._is_forking or (len(self.forks) >= self.limit - self._firsts and not self._retire_idle()):
+        if self._is_forking or (len(self.forks) >= self.limit - 1 and not self._retire_idle()):
             return False
         self._is_forking = True
         return True
@@ -122,7 +115,7 @@ class Places:
         """Lower the limit to the contexts that there are, unless an idle one can be freed. Call it in the gate."""
         self._is_forking = False
         if not self._retire_idle():
-            self.limit = len(self.forks) + self._firsts
+            self.limit = len(self.forks) + 1
             _LOG.warning("from now on at most %d calls run at the same time: %s", self.limit, error)
         self.gate.notify_all()
 

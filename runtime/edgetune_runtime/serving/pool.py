@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import AdapterEntry
-from edgetune_runtime.engines.base import Batch, Tokenizer
+from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
@@ -146,12 +146,10 @@ class Pool:
     def _acquire(self, job: PromptJob, holder: Holder) -> Context:
         """A free context, held, or a new one. Calls that hold it for a moment make even a call with a place wait."""
         gate, patience = self.places.gate, Patience()
-        batch = self._batch_for(job)
         while True:
             with gate:
                 self._check_open()
-                self._contexts = self.contexts
-                contexts = [context for context in self._contexts if context.batch is batch]
+                contexts = self._contexts = self.contexts
                 free = [context for context in contexts if context.holder is None]
                 if free:
                     context = max(free, key=lambda context: context.reusable_tokens(job))
@@ -162,13 +160,13 @@ class Pool:
                     patience.check(context.holder for context in contexts if context.holder is not None)
                     gate.wait(POLL_S)
             if makes_one:
-                self._fork(batch)
+                self._fork()
             job.check()
 
-    def _fork(self, batch: Batch | None) -> None:
+    def _fork(self) -> None:
         """Make a context, without the gate; if there is no memory for it, calls wait for those that there are."""
         try:
-            fork = self.first.fork(batch)
+            fork = self.first.fork()
         except (EdgetuneError, MemoryError) as error:
             with self.places.gate:
                 self.places.fork_failed(error)
@@ -177,12 +175,6 @@ class Pool:
             self._contexts.append(fork)
             self.places.forked(fork)
             _LOG.debug("created context %d of its model", len(self._contexts))
-
-    def _batch_for(self, job: PromptJob) -> Batch | None:
-        """The batch that runs a job; None if the job needs a context of its own."""
-        batch = self.first.shared.batch
-        holds = batch is not None and all(batch.can_hold(dict(active)) for _, active in job.spans)
-        return batch if holds else None
 
     def _held(self, owner: str | None = None) -> Iterator[Context]:
         """The contexts, or those whose sequence is an owner's, each held while it is looked at."""

@@ -34,7 +34,7 @@ class Turns:
 
     A call alone gets all threads. Several, where `shares` allows it, compute at the same time with an equal part each:
     the threads of one step wait for each other hundreds of times, those of different calls never. Calls beyond the
-    number of threads wait until a step ends. A call is known by its thread, unless it gives a number.
+    number of threads wait until a step ends. A call is known by its thread.
     """
 
     def __init__(self, max_threads: int, *, shares: bool) -> None:
@@ -62,9 +62,9 @@ class Turns:
             self._alone, self._limit = alone, limit
 
     @contextmanager
-    def take(self, check: Callable[[], None] = lambda: None, *, call: int | None = None) -> Iterator[Turn]:
-        """Wait for the turn of `call`, unless `check` raises; pass it on when the block ends."""
-        waiter = _Waiter(threading.get_ident() if call is None else call)
+    def take(self, check: Callable[[], None] = lambda: None) -> Iterator[Turn]:
+        """Wait for this thread's turn, unless `check` raises; pass it on when the block ends."""
+        waiter = _Waiter(threading.get_ident())
         with self._lock:
             self._waiting.append(waiter)
             self._admit()

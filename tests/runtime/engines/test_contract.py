@@ -1,7 +1,4 @@
-"""What the engines of text generation do alike: logits, adapters, scores, sequences, states and refusals.
-
-A sequence of a batch in slots, which only a LLaMA can have, is one of them.
-"""
+"""What both engines of text generation do alike: logits, adapters, scores, sequences, states and refusals."""
 
 from __future__ import annotations
 
@@ -13,22 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import NotFoundError, Runtime, UsageError, VerificationError
-from edgetune_runtime.engines.base import BatchSizes
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.engines.gguf.slots.engine import SlotEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from runtime.conftest import LABELS
 
-Engine = GgufEngine | OnnxEngine | SlotEngine
+Engine = GgufEngine | OnnxEngine
 Open = Callable[..., Engine]
 Files = Callable[[str, str], dict[str, Path]]
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
-ENGINES: dict[str, type[GgufEngine] | type[OnnxEngine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
-FILES = {"gguf": "gguf", "onnx": "onnx", "slots": "gguf"}
-SEQUENCES = BatchSizes(sequences=5, adapters=6, rank=32)
+ENGINES: dict[str, type[Engine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
 CONTEXT = 200
 TEXT = "turn on the warm light in the kitchen and close the blind"
-CLOSE: dict[type[Engine], float] = {GgufEngine: 0.03, OnnxEngine: 1e-4, SlotEngine: 0.03}
+CLOSE: dict[type[Engine], float] = {GgufEngine: 0.03, OnnxEngine: 1e-4}
 """How much logits of one token differ with the batch it is in: llama.cpp keeps keys and values in 16 bits (up to 0.01),
 onnxruntime takes sums in another order (up to 1e-5)."""
 
@@ -39,29 +32,23 @@ def open_(files_of: Files) -> Iterator[Open]:
     with ExitStack() as stack:
 
         def make(backend: str, arch: str = "llama", **options: int) -> Engine:
-            is_slots, files = backend == "slots", files_of(FILES[backend], arch)
-            given = {
-                "context_length": CONTEXT,
-                "threads": 1,
-                **({"batching": SEQUENCES} if is_slots else {}),
-                **options,
-            }
-            made = ENGINES[FILES[backend]](files["base"], **given)
+            files = files_of(backend, arch)
+            made = ENGINES[backend](files["base"], **{"context_length": CONTEXT, "threads": 1, **options})
             stack.enter_context(closing(made))
             for name in ("first", "second", "both"):
                 made.load_adapter(name, files[name])
-            return stack.enter_context(closing(made.batch.sequence())) if is_slots else made
+            return made
 
         yield make
 
 
-@pytest.fixture(params=[*((backend, arch) for arch in FEW for backend in ENGINES), ("slots", "llama")], ids="-".join)
+@pytest.fixture(params=[(backend, arch) for arch in FEW for backend in ENGINES], ids="-".join)
 def engine(request: pytest.FixtureRequest, open_: Open) -> Engine:
     """Each engine with each architecture."""
     return open_(*request.param)
 
 
-@pytest.fixture(params=FILES)
+@pytest.fixture(params=ENGINES)
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -135,7 +122,7 @@ def test_many_adapters_at_once_add_up(
     llama: Engine, backend: str, files_of: Callable[[str, str], dict[str, Path]]
 ) -> None:
     for number in range(16):
-        llama.load_adapter(f"copy{number}", files_of(FILES[backend], "llama")["wide"])
+        llama.load_adapter(f"copy{number}", files_of(backend, "llama")["wide"])
     tokens = llama.tokenizer.tokenize(TEXT)
     many = fresh(llama, {f"copy{number}": 1 / 16 for number in range(16)}, tokens)
     assert many == close_to(fresh(llama, {"copy0": 1}, tokens), llama)
@@ -146,7 +133,7 @@ def test_a_name_loaded_twice_is_left_as_it_is(
 ) -> None:
     tokens = llama.tokenizer.tokenize(TEXT)
     before = fresh(llama, {"first": 1}, tokens)
-    llama.load_adapter("first", files_of(FILES[backend], "llama")["second"])
+    llama.load_adapter("first", files_of(backend, "llama")["second"])
     assert np.array_equal(before, fresh(llama, {"first": 1}, tokens))
 
 
@@ -163,7 +150,7 @@ def test_an_unloaded_adapter_is_not_found_and_its_name_can_be_loaded_again(
             with pytest.raises(NotFoundError, match="'first' is not loaded"):
                 engine.activate({"first": 1})
             assert np.array_equal(fresh(engine, {}, tokens), base)
-        llama.load_adapter("first", files_of(FILES[backend], "llama")["second"])
+        llama.load_adapter("first", files_of(backend, "llama")["second"])
         for engine in (llama, other):
             assert np.array_equal(fresh(engine, {"first": 1}, tokens), second)
 
@@ -173,7 +160,7 @@ def test_adapters_are_loaded_and_unloaded_while_other_engines_on_the_base_comput
 ) -> None:
     tokens = llama.tokenizer.tokenize(TEXT)[:8]
     expected = {name: fresh(llama, {name: 1}, tokens) for name in ("first", "second")}
-    path = files_of(FILES[backend], "llama")["both"]
+    path = files_of(backend, "llama")["both"]
 
     def compute(engine: Engine) -> bool:
         runs = [(name, fresh(engine, {name: 1}, tokens)) for name in ("first", "second") * 40]
@@ -319,7 +306,6 @@ def test_a_state_longer_than_the_context_is_refused(llama: Engine, backend: str,
         open_(backend, context_length=32).restore_state(llama.save_state())
 
 
-@pytest.mark.parametrize("backend", ENGINES)
 def test_a_context_shorter_than_the_sliding_window_is_enough(backend: str, open_: Open) -> None:
     # The window of the Gemma base is 16.
     short, long = (open_(backend, "gemma3", context_length=length) for length in (8, CONTEXT))

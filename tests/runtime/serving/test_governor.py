@@ -138,7 +138,7 @@ def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
     """An answer of single tokens that took so long each and had that share of two cores."""
     usage = AnswerUsage()
     for _ in range(8):
-        governor._record(Turn(2, is_shared=False), 1, (token_s, token_s * share * 2), [usage], DECODE)
+        governor._record(Turn(2, is_shared=False), 1, (token_s, token_s * share * 2), usage, DECODE)
     return usage
 
 
@@ -152,10 +152,10 @@ def test_an_answer_is_not_slow_because_others_share_the_cores() -> None:
     governor, usage = Governor(2, adjusts=False), AnswerUsage()
     _steps(governor, 0.02, share=1.0)
     for _ in range(8):
-        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.05), [usage], DECODE)
+        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.05), usage, DECODE)
     assert not governor.is_slow(usage)
     for _ in range(8):
-        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.02), [usage], DECODE)
+        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.02), usage, DECODE)
     assert governor.is_slow(usage), "another process had the core"
 
 
@@ -164,6 +164,6 @@ def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
     found = [governor.chunk(128)]
     for token_s in (0.001, 0.003, 0.1):
         took = 128 * token_s, 2 * 128 * token_s
-        governor._record(Turn(2, is_shared=False), 128, took, [AnswerUsage()], PREFILL)
+        governor._record(Turn(2, is_shared=False), 128, took, AnswerUsage(), PREFILL)
         found.append(governor.chunk(128))
     assert found == [128, 128, 64, 16]

@@ -11,32 +11,25 @@ import pytest
 from edgetune_runtime import BusyError, Runtime, UsageError
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.inference.measuring import loaded_bundle
-from edgetune_runtime.serving.context import Context
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
-from runtime.fresh import ENGINES
 
+ENGINES = ("gguf", "onnx")
 PROMPT = "turn on the light"
 
 
 @pytest.fixture(params=ENGINES)
-def open_(request: pytest.FixtureRequest, prompted_for: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
-    """Opens the bundle of long prompts with options, in each engine, and in a batch."""
+def open_(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
+    """Opens the bundle of long prompts with options, in each engine."""
     opened: list[Runtime] = []
 
     def make(**options: int) -> Runtime:
-        opened.append(Runtime.open(prompted_for(request.param), **ENGINES[request.param], disk_mb=0, **options))
+        opened.append(Runtime.open(prompted_of("llama"), engine=request.param, disk_mb=0, **options))
         return opened[-1]
 
     yield make
     for runtime in opened:
         runtime.close()
-
-
-def running_contexts(runtime: Runtime) -> list[Context]:
-    """The contexts that can run calls: with a batch, the first one is in none."""
-    pool = loaded_bundle(runtime).pool(None)[0]
-    return [context for context in pool.contexts if context.batch is pool.first.shared.batch]
 
 
 def test_two_streams_of_one_thread_give_the_answers_of_each_alone(open_: Callable[..., Runtime]) -> None:
@@ -48,7 +41,7 @@ def test_two_streams_of_one_thread_give_the_answers_of_each_alone(open_: Callabl
         for name, stream in streams.items():
             texts[name] += next(stream, "")
     assert texts == alone
-    assert len(running_contexts(runtime)) == 2
+    assert len(loaded_bundle(runtime).pool(None)[0].contexts) == 2
 
 
 def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., Runtime]) -> None:
@@ -65,11 +58,10 @@ def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., 
 
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(answer, jobs)) == [alone[place] for place in jobs]
-    assert len(running_contexts(runtime)) <= 3
+    assert len(loaded_bundle(runtime).pool(None)[0].contexts) <= 3
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
-@pytest.mark.parametrize("open_", ["gguf", "onnx"], indirect=True)
 def test_calls_compute_at_the_same_time_where_threads_can_be_divided(
     open_: Callable[..., Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:

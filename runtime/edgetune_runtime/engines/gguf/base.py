@@ -32,16 +32,13 @@ class GgufTokenizer(Vocabulary):
 
 
 class GgufBase:
-    """A loaded GGUF base and its adapters, shared by the engines on it and freed with the last of them.
+    """A loaded GGUF base and its adapters, shared by the engines on it and freed with the last of them."""
 
-    `repacks` is whether its weights are to be repacked; those of a `small` one are mapped nevertheless.
-    """
-
-    def __init__(self, path: Path, context_length: int, repack: bool | None, *, small: bool = False) -> None:
+    def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
         self.header = read_header(path)
         check_base(self.header, path)
         self.repacks = _can_repack(self.header) if repack is None else repack
-        self.model = load_model(path, vocabulary_only=False, repack=self.repacks and not small)
+        self.model = load_model(path, vocabulary_only=False, repack=self.repacks)
         self.adapters = GgufAdapters(self.model)
         self._free = weakref.finalize(self, _free_base, self.adapters, self.model)
         check_context_length(context_length, library().llama_model_n_ctx_train(self.model))

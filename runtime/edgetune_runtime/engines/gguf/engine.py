@@ -12,7 +12,6 @@ import numpy as np
 
 from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
-    BatchSizes,
     Logits,
     StepStopped,
     check_continuations,
@@ -29,11 +28,8 @@ from edgetune_runtime.threads.machine import usable_cores
 from . import NAME
 from .adapters import GgufAdapters
 from .base import GgufBase, GgufTokenizer
-from .costs import BATCH_COST, LOGITS_COST
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
-from .slots.engine import SlotBatch
-from .slots.sequences import SlotSequences
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups
@@ -59,8 +55,19 @@ class GgufEngine:
     """
 
     has_sequence: ClassVar[Literal[True]] = True
-    BATCH_COST: ClassVar[Mapping[int, float]] = BATCH_COST
-    LOGITS_COST: ClassVar[Mapping[int, float]] = LOGITS_COST
+    BATCH_COST: ClassVar[Mapping[int, float]] = {
+        2: 1.6,
+        3: 2.1,
+        4: 2.3,
+        5: 3.0,
+        6: 3.4,
+        7: 3.8,
+        8: 3.5,
+        12: 4.8,
+        16: 5.4,
+    }
+    # Measured on SmolLM2-135M and Gemma 3 270M, whose vocabulary has more than half of the parameters.
+    LOGITS_COST: ClassVar[Mapping[int, float]] = {2: 2.2, 3: 2.8, 4: 3.3, 6: 5.3, 8: 3.9, 12: 4.4, 16: 5.0}
     adjusts_threads = True
 
     def __init__(
@@ -72,36 +79,16 @@ class GgufEngine:
         batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
-        batching: BatchSizes | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         self._kv = check_kv(NAME, kv)
         self._is_fork = False
-        base = GgufBase(path, context_length, repack, small=batching is not None)
-        self._begin(base, context_length, threads or usable_cores(), batch)
-        self._slots: SlotBatch | None = None
-        if batching is not None:
-            sequences = SlotSequences(
-                path,
-                base.header,
-                batching,
-                context_length=context_length,
-                threads=self._threads,
-                batch=batch,
-                kv=self._kv,
-                repack=base.repacks,
-            )
-            self._slots = SlotBatch(self, sequences, self._batch)
-
-    @property
-    def batch(self) -> SlotBatch | None:
-        """See `Engine`; its sequences have their adapters in slots."""
-        return self._slots
+        self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
 
     def fork(self) -> GgufEngine:
         """Another engine with its own sequence, on the same base and adapters."""
         other = object.__new__(GgufEngine)
-        other._kv, other._is_fork, other._slots = self._kv, True, self._slots
+        other._kv, other._is_fork = self._kv, True
         other._begin(self._base, self.context_length, self._threads, self._batch)
         return other
 
@@ -140,13 +127,7 @@ class GgufEngine:
 
     @property
     def signatures(self) -> tuple[str, ...]:
-        """The library, its version, the weights' layout and the KV data type; then the same with the other layout.
-
-        With slots, all adapters of a batch have other last bits, and states another layer.
-        """
-        if self._slots is not None:
-            layout = "repacked" if self._base.repacks else "mapped"
-            return (f"{self.library_version()}, {layout}, {self._kv}, slots",)
+        """The library, its version, the weights' layout and the KV data type; then the same with the other layout."""
         layouts = ("repacked", "mapped") if self._base.repacks else ("mapped", "repacked")
         return tuple(f"{self.library_version()}, {layout}, {self._kv}" for layout in layouts)
 
@@ -179,13 +160,9 @@ class GgufEngine:
             message = f"adapter {name!r} has the invocation tokens {actual}, the manifest has {expected}"
             raise IncompatibleError(message, "build the bundle again")
         self._adapters.load_file(name, path)
-        if self._slots is not None:
-            self._slots.add(name, path, header)
 
     def unload_adapter(self, name: str) -> None:
         """See `Engine`."""
-        if self._slots is not None:
-            self._slots.remove(name)
         self._adapters.unload(name)
 
     def activate(self, adapters: Mapping[str, float]) -> None:
@@ -280,8 +257,6 @@ class GgufEngine:
         if self._free.alive:
             self._stop.clear()
             if not self._is_fork:
-                if self._slots is not None:
-                    self._slots.close()
                 self.tokenizer.close()
             self._free()
             # The base is freed with its last reference.

@@ -83,20 +83,13 @@ def make_context(
     batch: int,
     sequences: int,
     kv: str,
-    outputs: int | None = None,
-    unified: bool = True,
 ) -> Any:  # noqa: ANN401 - as above
-    """A context of `sequences` sequences, which share `context_length` cells if `unified`, else each has so many.
-
-    `outputs` is how many tokens of a batch can have logits, by default one per sequence. IncompatibleError if llama.cpp
-    cannot make it.
-    """
+    """A context for `context_length` tokens in `sequences` sequences; IncompatibleError if llama.cpp cannot make it."""
     llama = library()
     params = llama.llama_context_default_params()
-    params.n_ctx = context_length if unified else context_length * sequences
+    params.n_ctx = context_length
     params.n_batch = params.n_ubatch = batch
-    params.n_seq_max = sequences
-    params.n_outputs_max = outputs or sequences
+    params.n_seq_max = params.n_outputs_max = sequences
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = TENSOR_TYPES[kv].number
     # Flash attention takes a third more time than plain attention for a short message after a long state, but
@@ -104,8 +97,8 @@ def make_context(
     params.flash_attn_type = (
         llama.LLAMA_FLASH_ATTN_TYPE_DISABLED if kv == "f16" else llama.LLAMA_FLASH_ATTN_TYPE_ENABLED
     )
-    # Branches need one KV buffer for all sequences, to share the cells of the sequence that they start from.
-    params.kv_unified = unified
+    # One KV buffer for all sequences, so that branches share the cells of the sequence that they start from.
+    params.kv_unified = True
     # Keep all cells of sliding-window layers, so that the sequence can be truncated to an earlier position.
     params.swa_full = True
     params.offload_kqv = params.op_offload = False

@@ -12,15 +12,16 @@ from collections import ChainMap, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
-    BatchSizes,
     Logits,
     StepStopped,
     check_context_length,
@@ -31,10 +32,9 @@ from edgetune_runtime.engines.base import (
     check_tokens_fit,
     prefix_among,
 )
-from edgetune_runtime.engines.scores import scores_in_order
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
-from edgetune_runtime.formats.onnx_file import SLOT_SUFFIXES, check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, tensor_slots_of
@@ -43,10 +43,9 @@ from edgetune_runtime.threads.machine import threads_for
 
 from . import NAME
 from .arrays import Arrays, sum_of_adapters
-from .batch import OnnxBatch
 from .config import read_config
 from .ort import graph_error, library, open_session, run_binding, run_options
-from .rows import Binding, Rows, RowStep
+from .scores import scores_in_order
 from .tokenizers import JsonTokenizer
 
 _BINDINGS = 32
@@ -54,6 +53,15 @@ _BINDINGS = 32
 
 _STATE = struct.Struct("<4sII")
 _MAGIC = b"ETS2"
+
+
+@dataclass
+class _Binding:
+    """onnxruntime's binding, the adapter tensors that it points to, and the number of tokens of its input."""
+
+    io: Any
+    tensors: Arrays
+    count: int = 0
 
 
 class OnnxEngine:
@@ -82,7 +90,6 @@ class OnnxEngine:
         batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
-        batching: BatchSizes | None = None,
     ) -> None:
         check_options(context_length, threads, batch)
         check_kv(NAME, kv)
@@ -96,45 +103,32 @@ class OnnxEngine:
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
         self.threads = threads_for(threads)
-        factors = [value.shape_at for name, value in header.inputs.items() if name.endswith(SLOT_SUFFIXES)]
-        # A slot is declared as matrices; steps of several sequences pass a matrix per row.
-        self._session = open_session(path, self.threads, any_shape=[at for at in factors if at is not None])
+        self._session = open_session(path, self.threads)
         self._vocab_size = _last_dimension(self._session, "logits", path)
         self._adapters: dict[str, Arrays] = {}
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
         self._is_fork = False
         self._engines: WeakSet[OnnxEngine] = WeakSet()
-        self.batch: OnnxBatch | None = None
-        if batching is not None:
-            self.batch = OnnxBatch(self, self._new_rows(batching.sequences))
-        self._new_sequence(self._new_rows(1), 0)
+        self._new_sequence()
 
     def fork(self) -> OnnxEngine:
         """Another engine with its own sequence, on the same session and adapters."""
-        return self.in_row(self._new_rows(1), 0)
-
-    def in_row(self, rows: Rows, row: int) -> OnnxEngine:
-        """See `RowEngine`."""
         other = copy(self)
-        other._is_fork, other.batch = True, None
-        other._new_sequence(rows, row)
+        other._is_fork = True
+        other._new_sequence()
         return other
 
-    def _new_rows(self, count: int) -> Rows:
-        return Rows(self._session, count, self.context_length, self._head_size)
-
-    def _new_sequence(self, rows: Rows, row: int) -> None:
-        """Begin a sequence in a row, with bindings that point to its buffers."""
-        self._rows, self._row = rows, row
-        self._buffers = rows.buffers(row)
+    def _new_sequence(self) -> None:
+        """Make the buffers of a sequence, and the bindings that point to them."""
+        self._buffers = _buffers(self._session, self.context_length, self._head_size)
         self._mask = np.ones(self.context_length, np.int64)
         self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
         self._options = run_options()
         self._prefix: str | None = None
         self._begin = 0
-        self._bindings: OrderedDict[tuple[tuple[str, float], ...], Binding] = OrderedDict()
-        self._binding = Binding(None, {})
+        self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
+        self._binding = _Binding(None, {})
         self._length = 0
         self._last: Logits | None = None
         self._engines.add(self)
@@ -241,22 +235,6 @@ class OnnxEngine:
         self._last = logits[-1].copy()
         return logits
 
-    def can_stack(self, adapters: Mapping[str, float]) -> bool:
-        """See `RowEngine`: if they have no scaling and no bottleneck."""
-        return not any(is_tensor(slot) for name in adapters for slot in self._adapters.get(name, ()))
-
-    def decode_together(self, steps: Sequence[tuple[OnnxEngine, int]]) -> list[Logits]:
-        """See `RowEngine`."""
-        for engine, token in steps:
-            check_tokens_fit([token], engine._length, self.context_length, self._vocab_size)
-        rows = [RowStep(engine._row, token, engine._length, engine._binding.tensors) for engine, token in steps]
-        self._options.terminate = False
-        logits = self._rows.decode(rows, self._vocab_size, self._options)
-        for engine, _ in steps:
-            engine._length += 1
-            engine._last = logits[engine._row]
-        return [logits[engine._row][None] for engine, _ in steps]
-
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """See `Engine`."""
         if self._last is None:
@@ -306,13 +284,10 @@ class OnnxEngine:
             return
         if not self._is_fork:
             self.tokenizer.close()
-        self._rows.release(self._row)
-        del self._rows
-        self.batch = None
         self._length, self._last = 0, None
         # A binding keeps the session, and with it the mapped weights.
         self._bindings.clear()
-        self._binding = Binding(None, {})
+        self._binding = _Binding(None, {})
         self._adapters, self._prefixes, self._loaded = {}, {}, {}
         self._session = None
         self._buffers = {}
@@ -321,21 +296,32 @@ class OnnxEngine:
         """The length of a prefix in tokens; 0 without one."""
         return next(iter(self._prefixes[prefix].values())).shape[1] if prefix else 0
 
-    def _binding_of(self, adapters: Mapping[str, float]) -> Binding:
+    def _binding_of(self, adapters: Mapping[str, float]) -> _Binding:
         """The binding of a set of adapters, made on first use and kept in an LRU cache."""
         key = tuple(adapters.items())
         if key not in self._bindings:
             tensors = sum_of_adapters([(self._adapters[name], scale) for name, scale in key])
             try:
-                binding = self._rows.bind(slice(self._row, self._row + 1), tensors)
-                binding.io.bind_input("logits_start", "cpu", 0, np.int64, (1,), self._start.ctypes.data)
-                self._bindings[key] = binding
+                self._bindings[key] = _Binding(self._bind(tensors), tensors)
             except Exception as error:
                 raise graph_error(error) from error
             if len(self._bindings) > _BINDINGS:
                 self._bindings.popitem(last=False)
         self._bindings.move_to_end(key)
         return self._bindings[key]
+
+    def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
+        """A binding of the KV buffers and an adapter's tensors; other adapter slots keep their empty defaults."""
+        binding = self._session.io_binding()
+        for name, buffer in self._buffers.items():
+            shape = (1, *buffer.shape)
+            binding.bind_input(name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+            present = name.replace("past_key_values", "present")
+            binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        for name, tensor in tensors.items():
+            binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
+        binding.bind_input("logits_start", "cpu", 0, np.int64, (1,), self._start.ctypes.data)
+        return binding
 
     @contextmanager
     def _undoing_if_stopped(self) -> Iterator[None]:
@@ -364,7 +350,7 @@ class OnnxEngine:
         self._ids[:count] = tokens
         self._start[0] = count - len(out)
         total = self._length + count
-        # Binding takes longer than the smallest operators, so bind only what changed.
+        # _Binding takes longer than the smallest operators, so bind only what changed.
         if binding.count != count:
             binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
             binding.count = count
@@ -380,7 +366,16 @@ def model_version(fingerprint: str) -> int:
     return int(fingerprint[:7], 16)
 
 
-def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - an InferenceSession
+def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - an InferenceSession
+    """A buffer [heads, context, head size] for each input with past keys or values."""
+    inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    try:
+        return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
+    except (MemoryError, ValueError) as error:
+        raise VerificationError(f"the graph of the base has keys and values of no usable size: {error}") from error
+
+
+def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - as above
     size = next((value.shape[-1] for value in session.get_outputs() if value.name == name), None)
     if not isinstance(size, int):
         raise VerificationError(f"{path} has no {name} of a known size", "build the bundle again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,6 @@ _SPIN_US = 20
 The default is much longer, which is no faster on an idle machine. With as many busy processes as cores, this value is
 1.5 times as fast as the default. Not spinning at all costs a quarter of the speed on an idle machine.
 """
-
-_UNKNOWN_TAG = 15 << 3 | 2
-"""A field that protobuf skips in a type: it replaces the tag before a shape, which onnxruntime would insist on."""
 
 _LOG = logging.getLogger("edgetune_runtime.onnxruntime")
 _INFORMATION, _WARNING, _FATAL = 1, 2, 4
@@ -71,11 +67,8 @@ def graph_error(error: Exception) -> VerificationError:
     return VerificationError(f"the graph of the base fails: {reason}", COPY_BUNDLE_AGAIN)
 
 
-def open_session(path: Path, threads: int, any_shape: Collection[int] = ()) -> Any:  # noqa: ANN401 - an InferenceSession
-    """Load a graph that `read_onnx` has checked; VerificationError if onnxruntime refuses the graph.
-
-    The inputs whose shapes are at these positions of the file may then have any shape.
-    """
+def open_session(path: Path, threads: int) -> Any:  # noqa: ANN401 - an InferenceSession
+    """Load a graph that `read_onnx` has checked; VerificationError if onnxruntime refuses the graph."""
     ort = library()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -87,21 +80,11 @@ def open_session(path: Path, threads: int, any_shape: Collection[int] = ()) -> A
     # KleidiAI rounds a whole row of activations to 8 bits with one scale, not each 32 values as on x86, where bundles
     # are checked: as a Cortex-A76, the KL to exact activations was 3e-2, and 4e-3 without it.
     options.add_session_config_entry("mlas.disable_kleidiai", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        graph = _with_any_shape(path, any_shape) if any_shape else str(path)
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no other common base class
         reason = shortened(str(error))
         raise VerificationError(f"onnxruntime cannot load {path}: {reason}", "build the bundle again") from error
-
-
-def _with_any_shape(path: Path, positions: Collection[int]) -> bytes:
-    """The graph without the shapes at these positions."""
-    graph = bytearray(path.read_bytes())
-    for position in positions:
-        graph[position] = _UNKNOWN_TAG
-    return bytes(graph)
 
 
 def _severity(ort: Any) -> int:  # noqa: ANN401 - as above

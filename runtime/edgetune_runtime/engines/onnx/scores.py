@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from edgetune_runtime.engines.base import Logits, log_total
 from edgetune_runtime.states.cache import common_prefix
-
-from .base import Logits, log_total
 
 
 def scores_in_order(
