@@ -110,10 +110,12 @@ class LoadedAdapters:
         self._change([name])
 
     def close(self) -> None:
-        """Refuse all calls from now on, also those that wait."""
+        """Refuse all calls from now on, also those that wait, and wait until none loads an adapter."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+            while self._is_changing:
+                self._changed.wait()
 
     def _acquire(self, entries: Entries, holder: Holder, check: Callable[[], None]) -> None:
         patience = Patience()

@@ -137,6 +137,27 @@ def test_a_model_that_is_loaded_stops_no_call_with_other_adapters_and_does_not_o
     )
 
 
+def test_an_adapter_that_is_loaded_does_not_outlive_the_runtime(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor
+) -> None:
+    loading, go = threading.Event(), threading.Event()
+
+    def on_event(event: Event) -> None:
+        if event.name == "command":
+            loading.set()
+            go.wait(MOST_S)
+
+    runtime = open_(on_event=on_event)
+    call = threads.submit(runtime.generate, PROMPT, adapter="command", max_tokens=2)
+    assert loading.wait(MOST_S)
+    closing = threads.submit(runtime.close)
+    assert is_waiting(closing)
+    go.set()
+    closing.result(MOST_S)
+    with pytest.raises(UsageError, match="the runtime is closed"):
+        call.result(MOST_S)
+
+
 def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
     open_: Callable[..., Runtime], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
