@@ -47,6 +47,10 @@ Kv = Annotated[
 CacheMb = Annotated[
     float | None, engine_option(metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`.")
 ]
+AdaptersMb = Annotated[
+    float | None,
+    engine_option(metavar="N", min=0, help="Memory for loaded adapters, as for `edgetune-run`."),
+]
 Targets = Annotated[str | None, recipe_option(metavar="A,B", help="Formats to write, such as gguf,onnx.")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.options import with_options
 
-from .arguments import BOARD, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
+from .arguments import BOARD, AdaptersMb, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
 from .tables import print_columns
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
@@ -74,6 +75,7 @@ def fit_target(
     context_length: ContextLength = None,
     kv: Kv = None,
     cache_mb: CacheMb = None,
+    adapters_mb: AdaptersMb = None,
     serve: Annotated[bool, typer.Option("--serve", help="Also count the memory of `edgetune-run serve`.")] = False,
     limit_mb: Annotated[
         float | None,
@@ -93,8 +95,9 @@ def fit_target(
         raise UsageError(f"no engine {engine!r}", f"choose one of: {', '.join(with_needs)}")
     board = _board(device, ram_mib)
     read = read_target(target, context_length, engine)
-    needs = with_options(read.needs, kv=kv, cache_mb=cache_mb, serves=serve)
-    other = None if read.other is None else with_options(read.other, cache_mb=cache_mb, serves=serve)
+    with_limits = partial(with_options, cache_mb=cache_mb, adapters_mb=adapters_mb, serves=serve)
+    needs = with_limits(read.needs, kv=kv)
+    other = None if read.other is None else with_limits(read.other)
     figures = None if calibration is None else _calibrated(calibration, needs, other)
     if figures is not None:
         board = replace(board, **asdict(figures[needs.engine]))

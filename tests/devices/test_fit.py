@@ -21,6 +21,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
 from edgetune_runtime.sizing.needs import needed_mb
+from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.states.batches import CHUNK
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3")
@@ -198,6 +199,14 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
     assert result.speed.decode_tokens_per_s == plain.speed.decode_tokens_per_s
     assert result.speed.adapter_tokens_per_s / plain.speed.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
+
+
+def test_adapters_take_no_more_than_their_limit() -> None:
+    header = read_header(_smollm2())
+    many = {f"a{number}": fit.AdapterSize(1_000_000, 210) for number in range(300)}
+    needs = with_options(fit.needs_of_header(header, context_length=512, adapters=many), adapters_mb=40)
+    items = {item.name: item.mb for item in fit.fit(needs, boards.load("laptop")).items if "adapter" in item.name}
+    assert items == {"adapters in memory, of 300 MB": 40}
 
 
 def test_a_batch_of_llama_cpp_is_one_chunk() -> None:

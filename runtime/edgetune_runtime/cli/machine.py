@@ -113,7 +113,7 @@ def _check(options: argparse.Namespace, manifest: Manifest, report: dict[str, An
     if manifest.base.is_decoder:
         try:
             needs = needs_of_bundle(options.bundle, context_length=options.context_length, engine=options.engine)
-            needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb)
+            needs = with_options(needs, kv=options.kv, cache_mb=options.cache_mb, adapters_mb=options.adapters_mb)
         except EdgetuneError as error:
             if options.calibrate is not None:
                 raise

@@ -15,6 +15,8 @@ from edgetune_runtime.states.cache import CACHE_MB
 from . import load_needs
 
 MB = 10**6
+ADAPTERS_MB = 256
+"""Memory limit of loaded adapters by default, in MB."""
 _CONSTRAINT_MB, _CONSTRAINT_BYTES = 5.5, 340
 """What constrained answers add: the library llguidance, and per token of the vocabulary its trie and slices."""
 
@@ -82,7 +84,7 @@ class Needs:
     embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
     are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
     all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar. Saved states have up
-    to `cache_mb`.
+    to `cache_mb`, adapters in memory up to `adapters_mb`.
     """
 
     base_bytes: int
@@ -105,6 +107,7 @@ class Needs:
     draft_bytes: int = 0
     constrained: bool = False
     cache_mb: float = CACHE_MB
+    adapters_mb: float = ADAPTERS_MB
     serves: bool = False
     kv: str | None = None
     head_lengths: tuple[int, ...] = ()

@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import ADAPTERS_MB
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.events import Emit, Event, safely
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
@@ -27,7 +28,6 @@ DISK_MB_PER_DAY = 512
 MAX_WAITING = 64
 OFF, MEMORY, DISK = "off", "memory", "disk"
 LEARN_DRAFTS = (OFF, MEMORY, DISK)
-ADAPTERS_MB = 256
 ALL = "all"
 """In `preload`: all adapters."""
 

@@ -32,6 +32,10 @@ class Item:
 def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
     """The parts of the memory needed; `repacks` are the processor's `repacked_types`, none if the file is mapped."""
     repacked = {needs.main_type, needs.head_type} <= {*repacks} and TENSOR_TYPES[needs.main_type].repacked
+    adapters_mb = sum(size.file_bytes for size in needs.adapters.values()) / MB
+    adapters = [(f"adapter {name}", size.file_bytes) for name, size in needs.adapters.items()]
+    if adapters_mb > needs.adapters_mb:
+        adapters = [(f"adapters in memory, of {adapters_mb:.0f} MB", int(needs.adapters_mb * MB))]
     # One adapter is in use, and each token reads it.
     unused = sorted((size.file_bytes, name) for name, size in needs.adapters.items() if size.is_mapped)[:-1]
     droppable_mb = {
@@ -42,7 +46,7 @@ def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
     parts = [
         ("base weights", needs.base_bytes),
         (_EMBEDDING, needs.head_bytes if repacked or needs.cost.maps_embedding else 0),
-        *((f"adapter {name}", size.file_bytes) for name, size in needs.adapters.items()),
+        *adapters,
         *((f"merged model {name}", size + needs.engine_bytes) for name, size in needs.merged.items()),
         (f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length),
         ("saved states", needs.state_bytes),

@@ -9,12 +9,24 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 
-def with_options(needs: Needs, *, kv: str | None = None, cache_mb: float | None = None, serves: bool = False) -> Needs:
+def with_options(
+    needs: Needs,
+    *,
+    kv: str | None = None,
+    cache_mb: float | None = None,
+    adapters_mb: float | None = None,
+    serves: bool = False,
+) -> Needs:
     """The needs when a bundle is opened with these options, and served; None is the default of `Runtime.open`.
 
     Raises what `with_kv` raises.
     """
-    changed = replace(needs, cache_mb=needs.cache_mb if cache_mb is None else cache_mb, serves=serves)
+    changed = replace(
+        needs,
+        cache_mb=needs.cache_mb if cache_mb is None else cache_mb,
+        adapters_mb=needs.adapters_mb if adapters_mb is None else adapters_mb,
+        serves=serves,
+    )
     return changed if kv is None else with_kv(changed, kv)
 
 
