@@ -86,7 +86,7 @@ def model_list(models: Models) -> dict[str, Any]:
 
 
 def loaded_list(models: Models, context_length: int) -> dict[str, Any]:
-    """The reply to /api/ps: all models are loaded, and stay so."""
+    """The reply to /api/ps: all models, as an adapter that is not in memory is loaded within milliseconds."""
     loaded = {"expires_at": _FOREVER, "size_vram": 0, "context_length": context_length}
     return {"models": [_listed(models, info) | loaded for info in models.listed.values()]}
 
