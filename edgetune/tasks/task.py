@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
@@ -12,16 +13,25 @@ from edgetune_runtime.errors import UsageError
 from edgetune import task_types
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec, Columns, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
 from .data import TaskRow, read_rows, read_text, split
 from .metrics import metric_for
-from .tokenization import TooLong, tokenize_rows
+from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
+
+
+class Reader(Protocol):
+    """Reads the rows of a source, as `read_rows` does."""
+
+    def __call__(
+        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+    ) -> list[TaskRow]:
+        """The rows of `source`."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +54,22 @@ class Task:
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 
-    def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
-        """Tokenize into training and validation examples, without the rows of both that are too long."""
+    def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], tuple[str, ...]]:
+        """The training and the validation examples, and where the rows of both are that are too long and left out."""
 
-        def of(rows: Sequence[TaskRow]) -> tuple[list[Example], TooLong]:
+        def of(rows: Sequence[TaskRow]) -> tuple[list[Example], tuple[str, ...]]:
             loss_on = self.spec.data.loss_on
             return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
 
         (train, long_train), (validation, long_validation) = of(self.train), of(self.validation)
-        where = (*long_train.examples, *long_validation.examples)[:3]
-        return train, validation, TooLong(long_train.count + long_validation.count, where)
+        return train, validation, long_train + long_validation
 
 
-def read_task(name: str, recipe: Recipe) -> Task:
-    """Read the data of the recipe's adapter `name`; raises the errors of `read_rows` and `split`."""
+def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
+    """Read the data of the recipe's adapter `name`; raises the errors of `read_rows`, or of `read`, and of `split`."""
     spec = recipe.adapters[name]
     training = recipe.training.under(spec.training)
-    train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
+    train = read(spec.data.train, spec.data.columns, labels=spec.labels)
     metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, spec.labels)
     labels = spec.labels or ()
     if metric == "label" and not labels:
@@ -68,7 +77,7 @@ def read_task(name: str, recipe: Recipe) -> Task:
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
-        validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
+        validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
     return Task(name, spec, training, train, validation, labels, metric)
 
 
