@@ -1,4 +1,4 @@
-"""`edgetune data check`: problems with the rows of a recipe, on standard output and as a page."""
+"""`edgetune data check` and `preview`: problems with the rows of a recipe, and the copies that its training adds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.wording import printable, shortened
+from edgetune_runtime.wording import printable, shortened, suggestion
 
 from .arguments import (
     AsJson,
@@ -23,8 +23,10 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from edgetune.checking.findings import Finding, TaskCheck
+    from edgetune.tasks.data import TaskRow
+    from edgetune.tasks.task import Task
 
-app = typer.Typer(help="Check the rows of a recipe.", no_args_is_help=True)
+app = typer.Typer(help="Check the rows of a recipe, and show changed copies of them.", no_args_is_help=True)
 
 SHOWN = 3
 """Problems of each kind that are printed."""
@@ -88,6 +90,53 @@ def check(
         print(f"{out}: without {sum(left_out.values())} rows")
     if page is not None:
         print(page)
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    *,
+    adapter: Adapter = None,
+    rows: Annotated[int, data_option(min=1, metavar="N", help="Show the copies of N rows, spread evenly.")] = 5,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the changed copies of rows that `data.augment` adds to a training.
+
+    Prints rows with their copies and what was changed, as a build makes them. --json prints all.
+    """
+    from edgetune.recipe.model import Recipe
+    from edgetune.tasks.task import read_task
+
+    loaded = Recipe.from_file(recipe, settings_of(settings))
+    chosen = [name for name in loaded.adapters if adapter in (None, name)]
+    if not chosen:
+        raise UsageError(f"no adapter {adapter!r} in the recipe", suggestion(str(adapter), list(loaded.adapters)))
+    tasks = [read_task(name, loaded) for name in chosen if loaded.adapters[name].data.augment is not None]
+    if not tasks:
+        raise UsageError(f"the recipe has no data.augment for {', '.join(chosen)}", "add `augment: true` to its data")
+    if as_json:
+        print_json({task.name: [copied.to_json() for copied in task.copies] for task in tasks})
+        return
+    for task in tasks:
+        _print_copies(task, rows)
+
+
+def _print_copies(task: Task, count: int) -> None:
+    from edgetune.evaluation import spread
+
+    print(f"{task.name}: {len(task.copies)} rows are added to {len(task.train)}")
+    for source in spread(list({id(copied.source): copied.source for copied in task.copies}.values()), count):
+        print(printable(f"  {source.where}"))
+        print(f"    {_shown(source)}")
+        for copied in task.copies:
+            if copied.source is source:
+                print(f"    {_shown(copied.row)}  ({printable(', '.join(copied.changes))})")
+
+
+def _shown(row: TaskRow) -> str:
+    prompt = str(row.messages[-1]["content"]) if row.messages else row.text or ""
+    return f"{shortened(prompt, 100)!r} → {shortened(row.completion or '', 120)}"
 
 
 def _write_page(path: Path, name: str, checks: list[TaskCheck]) -> None:

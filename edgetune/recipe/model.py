@@ -28,15 +28,14 @@ from pydantic import (
 
 from edgetune import methods, task_types
 
+from .part import RecipePart, Text
 from .parts import (
     AdapterSpec,
     DomainSpec,
     MethodSpec,
     Name,
-    RecipePart,
     Target,
     TaskName,
-    Text,
     TrainingSpec,
 )
 from .problems import Document, Loc, explain, override, read_document, value_at

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Columns, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
+from .augmentation.copies import ChangedRow, copies_of
 from .data import TaskRow, read_rows, read_text, split
 from .metrics import metric_for
 from .tokenization import tokenize_rows
@@ -36,7 +38,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """The task of one adapter, with its data."""
+    """The task of one adapter, with its data; `copies` are changed copies of `train`, which are trained on too."""
 
     name: str
     spec: AdapterSpec
@@ -45,6 +47,12 @@ class Task:
     validation: Sequence[TaskRow]
     labels: tuple[str, ...]
     metric: Metric
+    copies: Sequence[ChangedRow] = ()
+
+    @property
+    def trained_rows(self) -> list[TaskRow]:
+        """The training rows and their changed copies."""
+        return [*self.train, *(copy.row for copy in self.copies)]
 
     @property
     def sample_prompt(self) -> str:
@@ -61,7 +69,7 @@ class Task:
             loss_on = self.spec.data.loss_on
             return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
 
-        (train, long_train), (validation, long_validation) = of(self.train), of(self.validation)
+        (train, long_train), (validation, long_validation) = of(self.trained_rows), of(self.validation)
         return train, validation, long_train + long_validation
 
 
@@ -78,7 +86,31 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
-    return Task(name, spec, training, train, validation, labels, metric)
+    task = Task(name, spec, training, train, validation, labels, metric)
+    return task if spec.data.augment is None else _augmented(task, recipe, read)
+
+
+def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
+    """The task with changed copies of its training rows; UsageError for options that do not fit the rows."""
+    options, output = task.spec.data.augment, task.spec.output
+    assert options is not None
+    others = []
+    if options.negatives is not None:
+        specs = [spec.data for name, spec in recipe.adapters.items() if name != task.name]
+        others = [row for data in specs for row in read(data.train, data.columns)]
+    spec = None if output is None else output.spec
+    try:
+        copies = copies_of(
+            task.train,
+            options,
+            schema=json.loads(spec.text) if spec is not None and spec.kind == "schema" else None,
+            validation=task.validation,
+            others=others,
+            seed=task.training.seed,
+        )
+    except UsageError as error:
+        raise UsageError(f"adapters.{task.name}.{error.message}", error.remedy) from error
+    return replace(task, copies=copies)
 
 
 @dataclass(frozen=True)

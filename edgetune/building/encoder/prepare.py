@@ -28,7 +28,7 @@ def training_jobs(
     tokenizer, length = EncoderTokenizer(base.folder / TOKENIZER), plan.recipe.context_length
     prepared = []
     for task in tasks:
-        train, long_train = tokenize_labelled(task.train, tokenizer, task.labels, length)
+        train, long_train = tokenize_labelled(task.trained_rows, tokenizer, task.labels, length)
         validation, long_validation = tokenize_labelled(task.validation, tokenizer, task.labels, length)
         too_long = long_train + long_validation
         if too_long:
