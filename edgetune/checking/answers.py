@@ -19,7 +19,7 @@ from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
 
 _USUAL, _ODD = 0.9, 0.05
 """Share of the answers that makes a form the usual one, and the highest share of an odd one."""
-_MISSPELLED = 0.8
+_MISSPELLED = 0.75
 """Least similarity of a misspelled field with the right one."""
 _FEW_ROWS, _MOST_KINDS = 5, 100
 

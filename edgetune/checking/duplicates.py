@@ -12,7 +12,7 @@ from edgetune.tasks.data import TaskRow
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Finding, SplitRow
 
-NEAR = 0.8
+NEAR = 0.75
 """Share of their trigrams that nearly the same prompts have in common."""
 _MOST_CHARACTERS = 2000
 """Of longer prompts, only these are compared."""

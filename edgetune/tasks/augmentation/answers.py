@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
-
-from edgetune_runtime.text.chat import Message
 
 from edgetune.tasks.data import TaskRow, said
 
@@ -76,12 +73,9 @@ class Answer:
         asked = with_prompt(row, prompt)
         if row.turn is None:
             return replace(asked, completion=json.dumps(value, **self.style))
-        turn: Message = copy.deepcopy(row.turn)
-        turn["tool_calls"] = [
-            {**call, "function": function} for call, function in zip(turn["tool_calls"], value, strict=True)
-        ]
+        made = [{**call, "function": own} for call, own in zip(row.turn["tool_calls"], value, strict=True)]
         calls = [(function["name"], function["arguments"]) for function in value]
-        return replace(asked, completion=said(turn["content"], calls), turn=turn)
+        return replace(asked, completion=said(row.turn["content"], calls), turn={**row.turn, "tool_calls": made})
 
 
 def prompt_of(row: TaskRow) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -21,6 +20,9 @@ from .values import SlottedRow, Values
 
 _TRIES = 3
 """How often a copy is tried that turns out like another row."""
+_MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
+"""What nobody says or types in haste."""
+_WORD = re.compile(r"\w+(?:[.:,]\d+)*")
 _NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
 
 
@@ -86,17 +88,19 @@ class _Maker:
         self._numbers: dict[str, list[str]] = {}
         for row in rows:
             for number in _shared_numbers(row):
-                self._numbers.setdefault(_form(number), []).append(number)
+                self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
         self._english = is_english([prompt_of(row) for row in rows])
         self._seen = {_key(row) for row in (*rows, *validation)}
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
-        """A copy of the row; None if every try gives a prompt that another row has."""
+        """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
         if not prompt_of(row):
             return None
         for attempt in range(_TRIES):
             made, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))
-            if changes and self._is_new(made):
+            if not changes:
+                return None
+            if self._is_new(made):
                 return ChangedRow(replace(made, where=f"{row.where}, copy {number}"), row, tuple(changes))
         return None
 
@@ -106,7 +110,7 @@ class _Maker:
         answer = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
         prompts = [*spec.prompts, *(prompt for row in others if (prompt := prompt_of(row)))]
         rng.shuffle(prompts)
-        made = []
+        made: list[ChangedRow] = []
         for prompt in prompts:
             source = rng.choice(self._rows)
             if len(made) >= spec.share * len(self._rows):
@@ -130,7 +134,7 @@ class _Maker:
             item = SlottedRow.of(row)
         if item is not None and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
             row, changes = mixed, [*changes, "order of clauses"]
-        if rng.random() < (self._spec.noise if changes else math.ceil(self._spec.noise)):
+        if rng.random() < self._spec.noise and not _MACHINE_TEXT.search(prompt_of(row)):
             prompt, kind = noisy(prompt_of(row), _kept(row), rng, english=self._english)
             if prompt not in ("", prompt_of(row)):
                 row, changes = with_prompt(row, prompt), [*changes, kind]
@@ -138,7 +142,8 @@ class _Maker:
 
     def _with_numbers(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
         """The row with other numbers, of the same form, in its prompt and its plain text."""
-        others = {number: rng.choice(self._numbers[_form(number)]) for number in _shared_numbers(row)}
+        prompt = prompt_of(row)
+        others = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in _shared_numbers(row)}
         others = {number: other for number, other in others.items() if number != other}
         if not others or len(set(others.values())) < len(others):
             return row, []
@@ -146,7 +151,7 @@ class _Maker:
         def changed(text: str) -> str:
             return _NUMBER.sub(lambda match: others.get(match[0], match[0]), text)
 
-        made = replace(with_prompt(row, changed(prompt_of(row))), completion=changed(row.completion or ""))
+        made = replace(with_prompt(row, changed(prompt)), completion=changed(row.completion or ""))
         return made, [f"{number} → {other}" for number, other in others.items()]
 
     def _is_new(self, row: TaskRow) -> bool:
@@ -169,14 +174,17 @@ def _shared_numbers(row: TaskRow) -> list[str]:
     return [number for number in _NUMBER.findall(prompt_of(row)) if number in _NUMBER.findall(row.completion)]
 
 
-def _form(number: str) -> str:
-    return re.sub(r"\d", "9", number)
+def _kind(number: str, prompt: str) -> str:
+    """The form of a number with the word after it in the prompt, or else the one before: `99 degrees`."""
+    before, _, after = prompt.partition(number)
+    words = re.match(r"\s*([^\W\d]+|[%°])", after) or re.search(r"([^\W\d]+)\W*$", before)
+    return re.sub(r"\d", "9", number) + (f" {words[1].lower()}" if words else "")
 
 
 def _kept(row: TaskRow) -> list[Mention]:
-    """What noise must not change: the texts that the answer has too, and in plain text the numbers."""
+    """What noise must not change: the texts of the prompt that the answer has too."""
     item = SlottedRow.of(row)
-    if item is None:
-        numbers = _shared_numbers(row)
-        return [Mention(m.start(), m.end()) for m in _NUMBER.finditer(prompt_of(row)) if m[0] in numbers]
-    return [mention for slot in item.slots if isinstance(slot.value, str) for mention in slot.mentions]
+    if item is not None:
+        return [mention for slot in item.slots if isinstance(slot.value, str) for mention in slot.mentions]
+    repeated = set(_WORD.findall(row.completion or ""))
+    return [Mention(m.start(), m.end()) for m in _WORD.finditer(prompt_of(row)) if m[0] in repeated]

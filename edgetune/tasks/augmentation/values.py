@@ -26,7 +26,7 @@ _ENOUGH = 3
 """Values that rows with the same unsaid fields have, from which on those of other rows are not used."""
 _EVIDENCE, _OFTEN_ALIKE, _MOSTLY_UNIQUE = 3, 0.7, 0.8
 """Pairs of rows that show a dependence; the share of all pairs above which being alike shows none; and the share of
-values that makes a field an id."""
+different values that makes a field an id."""
 _EXCHANGED = 0.8
 """How often a value is exchanged, where there is another one."""
 
@@ -142,7 +142,7 @@ def _other_texts(row: TaskRow) -> str:
     return "\n".join([*turns, row.tools.text if row.tools else ""])
 
 
-def _between(numbers: Sequence[float]) -> list[float]:
+def _between(numbers: Sequence[float]) -> list[int]:
     """Whole numbers between the smallest and the largest, in steps that all of them have in common."""
     if len(set(numbers)) < 2 or not all(isinstance(number, int) for number in numbers):
         return []
@@ -156,9 +156,9 @@ def _depends(field: str, other: str, records: Sequence[Mapping[str, Scalar]]) ->
     """Whether the values of two fields determine one another, as far as the records show."""
     both = [(record[field], record[other]) for record in records if field in record and other in record]
     one, two = Counter(a for a, _ in both), Counter(b for _, b in both)
-    if len(both) >= _EVIDENCE and len(two) >= _MOSTLY_UNIQUE * len(both):
-        return True
     alike, pairs = _pairs(Counter(both).values()), max(1, _pairs([len(both)]))
+    if len(both) >= _EVIDENCE and len(two) >= _MOSTLY_UNIQUE * len(both) and alike == _pairs(one.values()):
+        return True
     return any(
         _pairs(own.values()) >= _EVIDENCE
         and alike == _pairs(own.values())

@@ -112,7 +112,7 @@ def test_labels_that_the_recipe_does_not_list_are_named(tmp_path: Path) -> None:
     found = checked(tmp_path, [*rows, {"text": "is it late", "label": "tiem"}], labels=["weather", "time"])
     assert "'tiem' is not one of the labels" in found.of_kind("unusable")[0].note
     assert found.balance == {"time": {"train": 4, "validation": 1}, "weather": {"train": 4, "validation": 1}}
-    assert [finding.note for finding in found.of_kind("rare")][0].startswith("time: 4 training rows")
+    assert next(finding.note for finding in found.of_kind("rare")).startswith("time: 4 training rows")
 
 
 def test_answers_that_break_the_output_are_named(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
     assert {f.where[0].rpartition("home-")[2]: f.note for f in found.of_kind("misfit")} == {
         "train.jsonl:41": "is no JSON, as 43 of 44 answers are",
         "train.jsonl:42": "has the field aera, which no other answer has; area is meant?",
-        "train.jsonl:43": "area is a number, and a text in 42 answers",
+        "train.jsonl:43": "area is a number, and a text in 41 answers",
         "validation.jsonl:1": "has a form or a value that no training row has",
     }
 
@@ -154,7 +154,7 @@ def test_each_text_near_an_earlier_one_is_found(seed: int) -> None:
     texts = [" ".join(rng.choices(ROOMS, k=rng.randint(3, 6))) for _ in range(60)]
     texts += [text[:place] + rng.choice("abc") + text[place:] for text in texts for place in [rng.randrange(len(text))]]
     grams = [{text[i : i + 3] for i in range(len(text) - 2)} for text in texts]
-    found = dict((place, first) for first, place in near(texts))
+    found = {place: first for first, place in near(texts)}
     for place, own in enumerate(grams):
         earlier = [n for n in range(place) if n not in found and len(own & grams[n]) / len(own | grams[n]) >= NEAR]
         assert found.get(place) in earlier if earlier else place not in found

@@ -41,14 +41,14 @@ def rows_from(values: list[dict[str, Any]]) -> list[TaskRow]:
 
 
 def copied(
-    values: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     schema: dict[str, Any] | None = None,
     others: list[TaskRow] | None = None,
-    **options: Any,
+    **options: object,
 ) -> list[ChangedRow]:
     """The copies of these rows, without validation rows."""
     spec = AugmentSpec.model_validate(options)
-    return copies_of(rows_from(values), spec, schema=schema, validation=[], others=others or [], seed=0)
+    return copies_of(rows_from(rows), spec, schema=schema, validation=[], others=others or [], seed=0)
 
 
 def pairs(changed: list[ChangedRow]) -> list[tuple[str, Any]]:
@@ -64,15 +64,16 @@ def _value(text: str) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def test_values_are_exchanged_in_prompt_and_answer_alike() -> None:
-    made = pairs(copied(ORDERS, **QUIET))
-    assert len(made) > len(ORDERS)
+    rows = ORDERS[::3]
+    made = pairs(copied(rows, **QUIET))
+    assert len(made) > len(rows)
     for prompt, answer in made:
         area = answer["area"].replace("_", " ")
         assert area in ROOMS
         assert f"in the {area[0].upper()}{area[1:]}, please." in prompt, "in the case of the text before"
         device, state = answer["service"].split(".turn_")
         assert prompt.startswith(f"Turn {state} the {device} "), "the service is as it was"
-    assert not {prompt for prompt, _ in made} & {row["prompt"] for row in ORDERS}
+    assert not {prompt for prompt, _ in made} & {row["prompt"] for row in rows}
 
 
 def test_values_of_the_user_are_used_and_unknown_fields_refused() -> None:
@@ -147,15 +148,17 @@ def test_plurals_stay_plurals() -> None:
 
 
 def test_a_value_that_is_listed_elsewhere_is_exchanged_for_one_that_is_too() -> None:
-    def talk(known: str, room: str) -> dict[str, Any]:
+    def talk(known: str, prompt: str, room: str) -> dict[str, Any]:
         system = {"role": "system", "content": f"Rooms: {known}"}
-        turns = [system, {"role": "user", "content": f"light in the {room}"}]
+        turns = [system, {"role": "user", "content": f"{prompt} {room}"}]
         return {"messages": [*turns, {"role": "assistant", "content": json.dumps({"area": room})}]}
 
-    rows = [talk("hall, attic", "hall"), talk("hall, attic", "attic"), talk("den, study", "den"), talk("den", "den")]
+    rows = [talk("hall, attic", "light in the", "hall"), talk("hall, attic", "darken the", "attic")]
+    rows += [talk("den, study", "light in the", "den"), talk("study", "darken the", "study")]
     made = copied(rows, **QUIET)
-    assert {c.source.where for c in made} == {"row 1", "row 2"}, "study is in no answer, and the last room is alone"
-    assert {answer["area"] for _, answer in pairs(made)} == {"hall", "attic"}
+    assert {(c.source.where, answer["area"]) for c, (_, answer) in zip(made, pairs(made), strict=True)} == {
+        ("row 1", "attic"), ("row 2", "hall"), ("row 3", "study"),
+    }  # fmt: skip
 
 
 def calls_of(*rooms: str) -> dict[str, Any]:
@@ -261,7 +264,7 @@ def test_values_that_contradict_the_schema_are_refused(task: Callable[..., Task]
         "properties": {"service": {"type": "string"}, "area": {"type": "string", "maxLength": 11}},
     }
     made = task(augment={"values": {"area": ["much_too_long_a_name"]}}, output={"schema": schema})
-    with pytest.raises(UsageError, match="completions break the schema: .* copy .*much_too_long_a_name"):
+    with pytest.raises(UsageError, match=r"completions break the schema: .* copy .*much_too_long_a_name"):
         output_of_task(made)
 
 
