@@ -122,7 +122,7 @@ def _built(
         name: {
             **item.figures(results[name]),
             **_figures(manifest, name),
-            "rows_too_long": item.too_long.count,
+            "rows_too_long": len(item.too_long),
             "plot": str(work / "train" / name / "training.png"),
         }
         for name, item in items.items()

@@ -39,15 +39,15 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     jobs = [item.job for item in builder.jobs(plan, planned.tasks, base, progress)]
     with TemporaryDirectory() as folder:
         load = partial(builder.load_torch, base)
-        result = train_all([_short(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]
+        result = train_all([short_job(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]
     left = sum(tokens_left(job.train, job.validation[:VALIDATION_ROWS], job.training) for job in jobs)
     seconds = left / result.tokens_per_s
     summary = f"training takes about {duration(seconds)} at the {result.tokens_per_s:.0f} tokens/s of {jobs[0].name}"
     return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
 
 
-def _short(job: TrainingJob[Any]) -> TrainingJob[Any]:
-    """The first steps of a training."""
+def short_job(job: TrainingJob[Any]) -> TrainingJob[Any]:
+    """The first steps of a training, to measure its speed."""
     options = job.options
     if isinstance(options, LoraOptions) and options.is_auto:
         options = options.placed(ALL_LINEAR, options.r)

@@ -16,7 +16,7 @@ from edgetune_runtime.interrupts import end_on_interrupt
 
 from edgetune.failure import PROGRAM, drop_output, fail
 
-from . import devices
+from . import data, devices
 from .build import build, export
 from .compare import compare
 from .deploy import deploy
@@ -102,4 +102,5 @@ COMMANDS = {
 for _title, _commands in COMMANDS.items():
     for _command in _commands:
         app.command(cls=GroupedCommand, rich_help_panel=_title)(_command)
+app.add_typer(data.app, name="data", rich_help_panel="Recipe commands")
 app.add_typer(devices.app, name="devices", rich_help_panel="Measurement commands")

@@ -101,6 +101,13 @@ def read_sample(path: Path) -> Sample:
     return Sample(sampled, len(sampled) if is_whole else round(len(sampled) * size / SAMPLE_BYTES), is_whole)
 
 
+def test_file_of(train: Path) -> Path | None:
+    """The file with the test rows of a task, beside that with its training rows; None if there is none."""
+    name, _ = _name_and_role(train)
+    beside = sorted(path for path in train.parent.iterdir() if is_data(path) and path != train)
+    return next((path for path in beside if _name_and_role(path) == (name, "test")), None)
+
+
 def _name_and_role(path: Path) -> tuple[str, str]:
     match = _ROLE.fullmatch(path.stem)
     if match is None:

@@ -28,15 +28,14 @@ from pydantic import (
 
 from edgetune import methods, task_types
 
+from .part import RecipePart, Text
 from .parts import (
     AdapterSpec,
     DomainSpec,
     MethodSpec,
     Name,
-    RecipePart,
     Target,
     TaskName,
-    Text,
     TrainingSpec,
 )
 from .problems import Document, Loc, explain, override, read_document, value_at
@@ -254,7 +253,8 @@ def json_schema() -> dict[str, Any]:
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
-    schema["properties"]["route"]["anyOf"].append({"type": "boolean"})
+    for options in (schema["properties"]["route"], schema["$defs"]["DataSpec"]["properties"]["augment"]):
+        options["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

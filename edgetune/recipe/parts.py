@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from edgetune_export import backends
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PlainSerializer,
@@ -22,7 +20,6 @@ from pydantic import (
     SerializationInfo,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
-    StringConstraints,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -35,7 +32,9 @@ from edgetune import methods, task_types
 from edgetune.methods.lora import LoraOptions
 from edgetune.task_types import TaskType
 
+from .augment import AugmentSpec
 from .output import OutputOption
+from .part import RecipePart, Text
 from .problems import FileMapping, other_names, shown
 from .rows import Rows
 
@@ -51,7 +50,6 @@ def _check_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_check_name), Field(json_schema_extra={"pattern": f"^{NAME_PATTERN.pattern}$"})]
-Text = Annotated[str, StringConstraints(min_length=1)]
 if TYPE_CHECKING:
     TaskName = str
 else:
@@ -73,12 +71,6 @@ Target = Annotated[
 ]
 """The name of a format for which there is a backend."""
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
-
-
-class RecipePart(BaseModel):
-    """Base class of all recipe sections: frozen, no unknown keys, the text under a field is its description."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TrainingSpec(RecipePart):
@@ -212,6 +204,13 @@ class DataSpec(RecipePart):
     """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count in the loss: those of the completions, or all."""
+    augment: AugmentSpec | None = None
+    """Changed copies of the training rows: true, or a mapping of options."""
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _with_defaults(cls, augment: object) -> object:
+        return {True: {}, False: None}[augment] if isinstance(augment, bool) else augment
 
 
 class MethodSpec(RecipePart):

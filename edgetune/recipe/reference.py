@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods
 
+from .augment import AugmentSpec, NegativesSpec
 from .model import Recipe
 from .output import OutputOption
 from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, Target, TextSpec, TrainingSpec
@@ -50,6 +51,7 @@ WORDS: dict[object, str] = {
     int: "integer",
     float: "number",
     bool: "`true`, `false`",
+    Any: "any",
     type(None): "`null`",
     tuple: "list of ",
     dict: "mapping of names to ",
@@ -65,6 +67,8 @@ def reference() -> str:
         ("`adapters.NAME`", AdapterSpec),
         ("`adapters.NAME.data`", DataSpec),
         ("`adapters.NAME.data.columns`", Columns),
+        ("`adapters.NAME.data.augment`", AugmentSpec),
+        ("`adapters.NAME.data.augment.negatives`", NegativesSpec),
         ("`training`, `adapters.NAME.training` and `domain.training`", TrainingSpec),
         ("`domain`", DomainSpec),
         ("`domain.data`", TextSpec),

@@ -8,7 +8,8 @@ from edgetune_runtime.bundle import AUTO, BASE, ERROR
 from edgetune_runtime.wording import suggestion
 from pydantic import Field
 
-from .parts import Name, RecipePart, Text
+from .part import RecipePart, Text
+from .parts import Name
 
 
 class RouteSpec(RecipePart):

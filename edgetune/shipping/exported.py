@@ -17,7 +17,6 @@ from edgetune import methods
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
-from edgetune.tasks.tokenization import TooLong
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +85,7 @@ class BundleSpec:
 
 @dataclass(frozen=True)
 class PreparedAdapter:
-    """An adapter before its training: its plan and rows, its training job, and the rows left out of it.
+    """An adapter before its training: its plan and rows, its training job, and where the rows left out of it are.
 
     `draft` is its draft table, `choices` are figures of settings that the build has chosen.
     """
@@ -94,7 +93,7 @@ class PreparedAdapter:
     plan: AdapterPlan
     task: Task
     job: TrainingJob[Any]
-    too_long: TooLong
+    too_long: Sequence[str]
     draft: DraftTable | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
 

@@ -29,6 +29,7 @@ TASK_TYPE = TaskType(
             "is for task text-classification, and there are no predictions for encoders on boards",
             "run it on the board: edgetune-run classify",
         ),
+        "label_estimate": Refusal("does not work for task text-classification", "leave it out"),
         "trial": Refusal("does not work for task text-classification", "remove it"),
     },
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
@@ -12,21 +14,31 @@ from edgetune_runtime.errors import UsageError
 from edgetune import task_types
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec, Columns, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
+from .augmentation.copies import ChangedRow, copies_of
 from .data import TaskRow, read_rows, read_text, split
 from .metrics import metric_for
-from .tokenization import TooLong, tokenize_rows
+from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
 
 
+class Reader(Protocol):
+    """Reads the rows of a source, as `read_rows` does."""
+
+    def __call__(
+        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+    ) -> list[TaskRow]:
+        """The rows of `source`."""
+
+
 @dataclass(frozen=True)
 class Task:
-    """The task of one adapter, with its data."""
+    """The task of one adapter, with its data; `copies` are changed copies of `train`, which are trained on too."""
 
     name: str
     spec: AdapterSpec
@@ -35,6 +47,12 @@ class Task:
     validation: Sequence[TaskRow]
     labels: tuple[str, ...]
     metric: Metric
+    copies: Sequence[ChangedRow] = ()
+
+    @property
+    def trained_rows(self) -> list[TaskRow]:
+        """The training rows and their changed copies."""
+        return [*self.train, *(copy.row for copy in self.copies)]
 
     @property
     def sample_prompt(self) -> str:
@@ -44,23 +62,22 @@ class Task:
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 
-    def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
-        """Tokenize into training and validation examples, without the rows of both that are too long."""
+    def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], tuple[str, ...]]:
+        """The training and the validation examples, and where the rows of both are that are too long and left out."""
 
-        def of(rows: Sequence[TaskRow]) -> tuple[list[Example], TooLong]:
+        def of(rows: Sequence[TaskRow]) -> tuple[list[Example], tuple[str, ...]]:
             loss_on = self.spec.data.loss_on
             return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
 
-        (train, long_train), (validation, long_validation) = of(self.train), of(self.validation)
-        where = (*long_train.examples, *long_validation.examples)[:3]
-        return train, validation, TooLong(long_train.count + long_validation.count, where)
+        (train, long_train), (validation, long_validation) = of(self.trained_rows), of(self.validation)
+        return train, validation, long_train + long_validation
 
 
-def read_task(name: str, recipe: Recipe) -> Task:
-    """Read the data of the recipe's adapter `name`; raises the errors of `read_rows` and `split`."""
+def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
+    """Read the data of the recipe's adapter `name`; raises the errors of `read_rows`, or of `read`, and of `split`."""
     spec = recipe.adapters[name]
     training = recipe.training.under(spec.training)
-    train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
+    train = read(spec.data.train, spec.data.columns, labels=spec.labels)
     metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, spec.labels)
     labels = spec.labels or ()
     if metric == "label" and not labels:
@@ -68,8 +85,32 @@ def read_task(name: str, recipe: Recipe) -> Task:
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
-        validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
-    return Task(name, spec, training, train, validation, labels, metric)
+        validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
+    task = Task(name, spec, training, train, validation, labels, metric)
+    return task if spec.data.augment is None else _augmented(task, recipe, read)
+
+
+def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
+    """The task with changed copies of its training rows; UsageError for options that do not fit the rows."""
+    options, output = task.spec.data.augment, task.spec.output
+    assert options is not None
+    others = []
+    if options.negatives is not None:
+        specs = [spec.data for name, spec in recipe.adapters.items() if name != task.name]
+        others = [row for data in specs for row in read(data.train, data.columns)]
+    spec = None if output is None else output.spec
+    try:
+        copies = copies_of(
+            task.train,
+            options,
+            schema=json.loads(spec.text) if spec is not None and spec.kind == "schema" else None,
+            validation=task.validation,
+            others=others,
+            seed=task.training.seed,
+        )
+    except UsageError as error:
+        raise UsageError(f"adapters.{task.name}.{error.message}", error.remedy) from error
+    return replace(task, copies=copies)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Uses the runtime's tokenizer and chat template, so training and device see the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from edgetune_runtime.engines.base import Tokenizer
@@ -20,14 +19,6 @@ from edgetune.objectives.example import Example
 from .data import TaskRow
 
 
-@dataclass(frozen=True)
-class TooLong:
-    """Rows that do not fit in the context: their number, and where the first three are."""
-
-    count: int
-    examples: tuple[str, ...]
-
-
 def tokenize_rows(
     rows: Sequence[TaskRow],
     tokenizer: Tokenizer,
@@ -35,8 +26,8 @@ def tokenize_rows(
     system: str | None,
     loss_on: Literal["completion", "all"],
     max_tokens: int,
-) -> tuple[list[Example], TooLong]:
-    """Tokenize the rows that fit in `max_tokens`, in order; longer rows are counted, never truncated.
+) -> tuple[list[Example], tuple[str, ...]]:
+    """Tokenize the rows that fit in `max_tokens`, in order; also returns where the longer ones are, never truncated.
 
     Prompts are rendered and tokenized exactly as in the runtime, followed by the completion and the end-of-turn token.
     Raises UsageError if no row fits, or the chat template rejects a row.
@@ -52,7 +43,7 @@ def tokenize_rows(
     if too_long and not examples:
         message = f"all {len(rows)} rows are longer than {max_tokens} tokens; the shortest has {shortest}"
         raise UsageError(message, "raise context_length or shorten the rows")
-    return examples, TooLong(len(too_long), tuple(too_long[:3]))
+    return examples, tuple(too_long)
 
 
 def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
+from edgetune_runtime.wording import first_of
 
 from edgetune import bases, methods
 from edgetune.bases import Base
@@ -84,9 +85,8 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
     method = methods.load(planned.method)
     capacity = plan.recipe.context_length - method.prefix_tokens(planned.options)
     train, validation, too_long = task.tokenize(tokenizer, capacity)
-    if too_long.count:
-        where = ", ".join(too_long.examples)
-        progress.say(f"{task.name}: {too_long.count} rows are longer than {capacity} tokens: {where} …")
+    if too_long:
+        progress.say(f"{task.name}: {len(too_long)} rows are longer than {capacity} tokens: {first_of(too_long)}")
     rows = (*train, *validation)
     planned = _with_options(planned, method.prepared(planned.options, tokenizer, rows), plan)
     job = TrainingJob(

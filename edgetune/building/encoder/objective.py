@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from edgetune.tasks.data import TaskRow, labelled_text
-from edgetune.tasks.tokenization import TooLong
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,8 +49,8 @@ class Padded:
 
 def tokenize_labelled(
     rows: Sequence[TaskRow], tokenizer: EncoderTokenizer, labels: Sequence[str], max_tokens: int
-) -> tuple[list[Labelled], TooLong]:
-    """Tokenize the rows that fit in `max_tokens`, in order; longer rows are counted, never truncated.
+) -> tuple[list[Labelled], tuple[str, ...]]:
+    """Tokenize the rows that fit in `max_tokens`, in order; also returns where the longer ones are, never truncated.
 
     Raises UsageError for rows other than text and label, and if no row fits.
     """
@@ -66,7 +65,7 @@ def tokenize_labelled(
     if too_long and not examples:
         message = f"all {len(rows)} rows are longer than {max_tokens} tokens"
         raise UsageError(message, "raise context_length, or shorten the rows")
-    return examples, TooLong(len(too_long), tuple(too_long[:3]))
+    return examples, tuple(too_long)
 
 
 class Classify:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
+from edgetune_runtime.wording import first_of
 
 from edgetune import methods
 from edgetune.digests import key_of
@@ -14,7 +15,6 @@ from edgetune.progress import Progress
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.task import Task
-from edgetune.tasks.tokenization import TooLong
 from edgetune.training.job import TrainingJob
 
 from .base import TOKENIZER, EncoderBase
@@ -28,12 +28,11 @@ def training_jobs(
     tokenizer, length = EncoderTokenizer(base.folder / TOKENIZER), plan.recipe.context_length
     prepared = []
     for task in tasks:
-        train, long_train = tokenize_labelled(task.train, tokenizer, task.labels, length)
+        train, long_train = tokenize_labelled(task.trained_rows, tokenizer, task.labels, length)
         validation, long_validation = tokenize_labelled(task.validation, tokenizer, task.labels, length)
-        where = (*long_train.examples, *long_validation.examples)[:3]
-        too_long = TooLong(long_train.count + long_validation.count, where)
-        if too_long.count:
-            progress.say(f"{task.name}: {too_long.count} rows are longer than {length} tokens: {where[0]} …")
+        too_long = long_train + long_validation
+        if too_long:
+            progress.say(f"{task.name}: {len(too_long)} rows are longer than {length} tokens: {first_of(too_long)}")
         planned = plan.adapters[task.name]
         job = TrainingJob(
             task.name,

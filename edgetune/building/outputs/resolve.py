@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune_runtime.decoding.output import OutputSpec
@@ -25,7 +26,7 @@ def output_of_task(task: Task) -> OutputSpec | None:
     if option is None:
         return None
     _check_rows(task, option.spec)
-    return option.spec or infer([row.completion or "" for row in _answered(task)])
+    return option.spec or _inferred(task)
 
 
 def write_inferred(name: str, output: OutputSpec | None, folder: Path, progress: Progress) -> None:
@@ -40,8 +41,17 @@ def write_inferred(name: str, output: OutputSpec | None, folder: Path, progress:
     progress.say(f"{name}: answers are constrained by the {output.kind} inferred from the rows, see {path}")
 
 
+def _inferred(task: Task) -> OutputSpec | None:
+    """What all answers suggest. Copies of rows would make values look complete, so only those with new ones count."""
+    answers = [row.completion or "" for row in _answered((*task.train, *task.validation))]
+    output = infer(answers)
+    copied = [row.completion or "" for row in _answered([copy.row for copy in task.copies])]
+    new = [] if output is None else misfits(output, copied)
+    return infer([*answers, *(copied[place] for place in new)]) if new else output
+
+
 def _check_rows(task: Task, spec: OutputSpec | None) -> None:
-    rows = _answered(task)
+    rows = _answered((*task.trained_rows, *task.validation))
     calling = next((row for row in rows if row.tools is not None), None)
     if calling is not None:
         message = f"adapters.{task.name}.output: {calling.where} has tools, whose schemas constrain the answers"
@@ -57,5 +67,5 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
         raise UsageError(message, "correct these rows or the output")
 
 
-def _answered(task: Task) -> list[TaskRow]:
-    return [row for row in (*task.train, *task.validation) if row.completion is not None]
+def _answered(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    return [row for row in rows if row.completion is not None]

@@ -1,0 +1,1 @@
+"""Checks the rows of a recipe before a training (`edgetune data check`)."""

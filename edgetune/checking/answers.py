@@ -1,0 +1,191 @@
+"""Finds answers of another form than the output or the other answers, and counts the kinds of answers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from edgetune_runtime.decoding.output import OutputSpec, output_of
+
+from edgetune.building.outputs.infer import infer
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task
+
+from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
+
+_USUAL, _ODD = 0.9, 0.05
+"""Share of the answers that makes a form the usual one, and the highest share of an odd one."""
+_MISSPELLED = 0.75
+"""Least similarity of a misspelled field with the right one."""
+_FEW_ROWS, _MOST_KINDS = 5, 100
+
+
+def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
+    """The answers that break the recipe's output or the schema of a tool, or have another form than most others.
+
+    Without an output in the recipe, answers that are not trained on are compared with what the training rows suggest.
+    """
+    spec = None if task.spec.output is None else task.spec.output.spec
+    answered = [item for item in rows if item.row.completion is not None and item.row.tools is None]
+    for item in rows:
+        if item.row.turn is not None and (problem := _bad_call(item.row)):
+            yield Finding.of(MISFIT, [item], problem)
+    if spec is not None:
+        yield from _breaking(answered, spec, f"breaks the {spec.kind} of the recipe")
+    elif task.metric != "label":
+        yield from _odd(answered)
+
+
+def balance(rows: Sequence[SplitRow]) -> dict[str, dict[str, int]]:
+    """The rows of each kind of answer, by split; the most frequent kind first. Empty for answers without kinds.
+
+    The kind of an answer is its label, the functions that it calls, or the value of a field that has few values.
+    """
+    parsed = [_value(item.row) for item in rows]
+    field = _kind_field(parsed)
+    counted: dict[str, Counter[str]] = {}
+    for item, value in zip(rows, parsed, strict=True):
+        kind = _kind(item.row, value, field)
+        if kind is not None:
+            counted.setdefault(kind, Counter())[item.split] += 1
+    if not 1 < len(counted) <= _MOST_KINDS or len(counted) * 2 > len(rows):
+        return {}
+    return {kind: dict(counts) for kind, counts in sorted(counted.items(), key=lambda pair: -pair[1].total())}
+
+
+def rare(kinds: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
+    """The kinds of answers with few training rows."""
+    for kind, counts in kinds.items():
+        trained = counts.get(TRAIN, 0)
+        if trained < _FEW_ROWS:
+            others = ", ".join(f"{count} in {split}" for split, count in counts.items() if split != TRAIN)
+            yield Finding(RARE, (), note=f"{kind}: {trained} training rows{f', {others}' if others else ''}")
+
+
+def _breaking(rows: Sequence[SplitRow], spec: OutputSpec, note: str) -> Iterator[Finding]:
+    for item in rows:
+        if not spec.accepts(item.row.completion or ""):
+            yield Finding.of(MISFIT, [item], note)
+
+
+def _bad_call(row: TaskRow) -> str | None:
+    """Which function of the answer is called with arguments that its schema does not allow."""
+    assert row.turn is not None
+    assert row.tools is not None
+    schemas = {tool.name: json.dumps(tool.schema) for tool in row.tools.tools}
+    for call in row.turn["tool_calls"]:
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        if not _spec_of(schemas[name]).accepts(json.dumps(arguments, ensure_ascii=False)):
+            return f"the arguments of {name} break its schema, or come in another order"
+    return None
+
+
+@lru_cache(maxsize=256)
+def _spec_of(schema: str) -> OutputSpec:
+    return output_of(schema=schema)
+
+
+def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
+    """Answers that are no JSON among those that are, with unusual fields, or not like those of the training rows."""
+    parsed = [_value(item.row) for item in rows]
+    structured = [isinstance(value, dict | list) for value in parsed]
+    if sum(structured) < max(1, _USUAL * len(rows)):
+        return
+    odd: dict[int, str] = {
+        place: f"is no JSON, as {sum(structured)} of {len(rows)} answers are"
+        for place, fits in enumerate(structured)
+        if not fits
+    }
+    odd |= {place: note for place, note in _odd_fields(parsed) if place not in odd}
+    trained = [item.row.completion or "" for place, item in enumerate(rows) if item.split == TRAIN and place not in odd]
+    spec = infer(trained)
+    for place, item in enumerate(rows):
+        if (
+            place not in odd
+            and item.split != TRAIN
+            and spec is not None
+            and not spec.accepts(item.row.completion or "")
+        ):
+            odd[place] = "has a form or a value that no training row has"
+    for place in sorted(odd):
+        yield Finding.of(MISFIT, [rows[place]], odd[place])
+
+
+def _odd_fields(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
+    """Positions of values with a misspelled field, or with one of another type than it has nearly everywhere."""
+    seen: dict[str, Counter[str]] = {}
+    places: dict[tuple[str, str], list[int]] = {}
+    for place, value in enumerate(parsed):
+        for path, kind in sorted(set(_fields(value, ""))):
+            seen.setdefault(path, Counter())[kind] += 1
+            places.setdefault((path, kind), []).append(place)
+    few = max(1, int(_ODD * len(parsed)))
+    for path, kinds in seen.items():
+        usual, most = kinds.most_common(1)[0]
+        if kinds.total() == 1 and (meant := _meant(path, seen)):
+            yield places[path, usual][0], f"has the field {path}, which no other answer has; {meant} is meant?"
+        for kind, count in kinds.items():
+            if kind != usual and count <= few and most >= _USUAL * kinds.total():
+                yield from ((place, f"{path} is {kind}, and {usual} in {most} answers") for place in places[path, kind])
+
+
+def _meant(path: str, seen: Mapping[str, Counter[str]]) -> str | None:
+    """The field of several values that is spelled nearly like this one."""
+    parent, dot, name = path.rpartition(".")
+    siblings = {other.rpartition(".")[2]: other for other in seen if other.rpartition(".")[0] == parent}
+    common = [name for name, other in siblings.items() if seen[other].total() > 1]
+    near = difflib.get_close_matches(name, common, n=1, cutoff=_MISSPELLED)
+    return f"{parent}{dot}{near[0]}" if near else None
+
+
+def _fields(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """The path and the type of each field; null says nothing about a type."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            own = f"{path}.{key}" if path else str(key)
+            if inner is not None:
+                yield own, _TYPES[type(inner)]
+            yield from _fields(inner, own)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _fields(inner, f"{path}[]")
+
+
+_TYPES: dict[type, str] = {
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number",
+}  # fmt: skip
+
+
+def _value(row: TaskRow) -> Any:  # noqa: ANN401 - any JSON value
+    """The answer as JSON; None if it is no JSON."""
+    try:
+        return json.loads(row.completion or "")
+    except (ValueError, RecursionError):
+        return None
+
+
+def _kind_field(parsed: Sequence[object]) -> str | None:
+    """The field whose texts tell kinds of objects apart: the one in most of them, of these that with the fewest."""
+    objects = [value for value in parsed if isinstance(value, dict)]
+    texts: dict[str, list[str]] = {}
+    for value in objects:
+        for key, text in value.items():
+            if isinstance(text, str):
+                texts.setdefault(key, []).append(text)
+    fitting = {key: found for key, found in texts.items() if 1 < len(set(found)) <= len(found) / 2}
+    return min(fitting, key=lambda key: (-len(fitting[key]), len(set(fitting[key]))), default=None)
+
+
+def _kind(row: TaskRow, value: object, field: str | None) -> str | None:
+    if row.tools is not None:
+        called = [call["function"]["name"] for call in row.turn["tool_calls"]] if row.turn is not None else []
+        return " + ".join(called) or "no call"
+    if isinstance(value, dict):
+        return None if field is None else str(value.get(field, f"without {field}"))
+    if isinstance(value, list):
+        return f"list of {len(value)}"
+    return row.completion

@@ -1,0 +1,143 @@
+"""Checks the rows of a recipe's tasks: reads them with their faults, and collects what the checks find."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.wording import suggestion
+
+from edgetune import bases
+from edgetune.progress import Progress
+from edgetune.proposal.files import test_file_of
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import Columns
+from edgetune.recipe.rows import Rows
+from edgetune.tasks.data import TaskRow, entries, usable_rows
+from edgetune.tasks.task import Task, read_task
+from edgetune.tasks.tokenization import tokenize_rows
+
+from . import answers
+from .duplicates import duplicates
+from .findings import TEST, TOO_LONG, TRAIN, UNUSABLE, VALIDATION, WRONG, Finding, SplitRow, TaskCheck
+
+ONE_ANSWER = ("exact", "json", "label")
+"""Metrics of tasks whose prompts have only one right answer."""
+
+
+def check(
+    recipe: Recipe,
+    *,
+    adapter: str | None = None,
+    tests: Mapping[str, str] | None = None,
+    minutes: float | None = None,
+    progress: Progress,
+) -> list[TaskCheck]:
+    """Check the rows of the recipe's tasks, or only those of `adapter`.
+
+    `tests` are files of test rows by adapter; without one, NAME-test beside the training file is checked too. With
+    `minutes`, adapters are trained for about this long on each task to find wrong answers.
+
+    Raises UsageError for an unknown adapter, and if a file cannot be read or has no row that can be used.
+    """
+    tests = tests or {}
+    for name in [*tests, *([] if adapter is None else [adapter])]:
+        if name not in recipe.adapters:
+            raise UsageError(f"no adapter {name!r} in the recipe", suggestion(name, list(recipe.adapters)))
+    names = list(recipe.adapters) if adapter is None else [adapter]
+    return [_checked(name, recipe, tests.get(name), minutes, progress) for name in names]
+
+
+def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
+    reader = _LenientReader()
+    task = read_task(name, recipe, reader)
+    data = task.spec.data
+    sources: dict[str, str | Rows] = {TRAIN: data.train}
+    if data.validation is not None:
+        sources[VALIDATION] = data.validation
+    test = test or _test_beside(data.train, data.validation)
+    rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
+    if test is not None:
+        sources[TEST] = test
+        rows += [SplitRow(TEST, row) for row in reader(test, data.columns, labels=task.labels or None)]
+    tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
+    kinds = answers.balance(rows)
+    findings = [
+        *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
+        *answers.misfits(task, rows),
+        *_too_long(rows, tokens, recipe.context_length),
+        *duplicates(rows, has_one_answer=task.metric in ONE_ANSWER),
+        *answers.rare(kinds),
+    ]
+    found = TaskCheck(
+        name,
+        task.metric,
+        recipe.context_length,
+        {split: str(source) for split, source in sources.items()},
+        {split: sum(item.split == split for item in rows) for split in (TRAIN, VALIDATION, TEST)},
+        findings,
+        tokens,
+        is_estimated,
+        kinds,
+    )
+    return found if minutes is None else _with_estimate(found, task, recipe, minutes, progress)
+
+
+def _with_estimate(found: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:
+    from .folds import estimate  # noqa: PLC0415 - torch
+
+    judged = estimate(task, recipe, minutes, progress)
+    rows = {row.where: SplitRow(split, row) for split in (TRAIN, VALIDATION) for row in getattr(task, split)}
+    wrong = [
+        Finding.of(WRONG, [rows[row.where]], f"its least likely token has probability {row.likelihood:.2g}", row.own)
+        for row in judged.rows
+        if row.own is not None
+    ]
+    return replace(found, findings=[*wrong, *found.findings], estimate=judged)
+
+
+class _LenientReader:
+    """Reads rows as `read_rows` does, but collects the `problems` of bad ones: where, and the reason."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, str]] = []
+
+    def __call__(
+        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+    ) -> list[TaskRow]:
+        """The rows that can be used; UsageError if there are none."""
+        rows, problems = usable_rows(entries(source), columns, labels=labels)
+        if not rows:
+            reason = f": {problems[0][0]}: {problems[0][1]}" if problems else ""
+            raise UsageError(f"{source} has no rows that can be used{reason}", "correct it")
+        self.problems += problems
+        return rows
+
+
+def _test_beside(train: str | Rows, validation: str | Rows | None) -> str | None:
+    path = Path(str(train))
+    found = test_file_of(path) if isinstance(train, str) and path.is_file() else None
+    return None if found is None or str(found) == str(validation) else str(found)
+
+
+def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[int], bool]:
+    """The tokens of each row, and whether they are estimated because the base's file is not at hand."""
+    system, base = task.spec.system, None
+    with suppress(EdgetuneError):  # a base that is missing or does not fit is a problem of the build
+        base = bases.find(recipe)
+    if base is None or base.is_folder:
+        return [row.estimated_tokens(system) for row in rows], True
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
+    return [len(example.tokens) for example in examples], False
+
+
+def _too_long(rows: Sequence[SplitRow], tokens: Sequence[int], context_length: int) -> Iterator[Finding]:
+    for item, count in zip(rows, tokens, strict=True):
+        if count > context_length:
+            yield Finding.of(TOO_LONG, [item], f"{count} tokens, and the context has {context_length}")

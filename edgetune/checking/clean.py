@@ -1,0 +1,49 @@
+"""Writes the training rows of a task without those that a check found useless or harmful."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.atomic import replacing
+
+from edgetune.recipe.parts import DataSpec
+from edgetune.tasks.data import entries
+
+from .findings import REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
+
+
+def write_clean(found: TaskCheck, data: DataSpec, out: Path) -> Counter[str]:
+    """Write the rows of the training data to `out`, as JSON lines with the same columns.
+
+    Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
+    the first of those that repeat; returns how many, by the kind of the problem.
+    """
+    sources = [data.train, *([] if data.validation is None else [data.validation])]
+    if any(Path(str(source)).resolve() == out.resolve() for source in sources):
+        raise UsageError(f"{out} is a file of the recipe", "write the clean rows to another file")
+    left_out = _left_out(found, is_split_by_build=data.validation is None)
+    counted: Counter[str] = Counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for where, values in entries(data.train):
+            if where in left_out:
+                counted[left_out[where]] += 1
+            else:
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    return counted
+
+
+def _left_out(found: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
+    """Where the rows to leave out are, with the kind of the problem."""
+    places: dict[str, str] = {}
+    for finding in found.findings:
+        if finding.kind in (UNUSABLE, WRONG):
+            places |= dict.fromkeys(finding.where, finding.kind)
+        elif finding.kind == REPEAT:
+            places |= dict.fromkeys(finding.where[1:], REPEAT)
+        elif finding.kind == SHARED and (TEST in finding.note or not is_split_by_build):
+            places |= dict.fromkeys(finding.where, SHARED)
+    return places

@@ -1,0 +1,143 @@
+"""What a check of a task's rows found: problems with their rows, lengths, balance, and how likely the answers are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgetune.tasks.data import TaskRow
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+UNUSABLE, MISFIT, TOO_LONG, CONFLICT = "unusable", "misfit", "too_long", "conflict"
+REPEAT, NEAR_REPEAT, SHARED, NEAR_SHARED, RARE = "repeat", "near_repeat", "shared", "near_shared", "rare"
+WRONG = "wrong_label"
+
+KINDS = {
+    UNUSABLE: "rows that cannot be used",
+    MISFIT: "answers of another form than the output or the other answers",
+    TOO_LONG: "rows that do not fit in the context, and are left out of the training",
+    CONFLICT: "prompts with different answers",
+    WRONG: "answers that are probably wrong: without having seen them, the model is sure of another one",
+    SHARED: "prompts that are in several splits, so a score on them says little",
+    NEAR_SHARED: "rows of several splits with nearly the same prompt and the same answer",
+    REPEAT: "rows that repeat another one",
+    NEAR_REPEAT: "rows with nearly the same prompt and the same answer",
+    RARE: "kinds of answers with few rows",
+}
+"""The kinds of problems, the most serious first."""
+
+
+@dataclass(frozen=True)
+class SplitRow:
+    """A row and the split that it is in."""
+
+    split: str
+    row: TaskRow
+
+    @property
+    def prompt(self) -> str:
+        """Its last turn before the answer, or its text."""
+        return self.row.text or "" if self.row.messages is None else str(self.row.messages[-1]["content"])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem: where its rows are, with their prompts and answers, and what to know about it.
+
+    `own` is what the model answers instead.
+    """
+
+    kind: str
+    where: tuple[str, ...]
+    prompts: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    note: str = ""
+    own: str | None = None
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each prompt with its answer; those that are the same once."""
+        return list(dict.fromkeys(zip(self.prompts, self.answers, strict=True)))
+
+    @classmethod
+    def of(cls, kind: str, rows: Sequence[SplitRow], note: str = "", own: str | None = None) -> Finding:
+        """The finding about these rows."""
+        return cls(
+            kind,
+            tuple(item.row.where for item in rows),
+            tuple(item.prompt for item in rows),
+            tuple(item.row.completion or "" for item in rows),
+            note,
+            own,
+        )
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """How likely the answer of a row is to adapters that were not trained on it.
+
+    `likelihood` is the probability of its least likely token, `margin` that token's log probability (nats) below the
+    likeliest one's in its place. `own` is the model's answer where that is another one with at least the probability
+    that answers have on average.
+    """
+
+    where: str
+    likelihood: float
+    margin: float
+    own: str | None = None
+
+
+@dataclass(frozen=True)
+class LabelEstimate:
+    """All judged rows, the least likely answer first; `epochs` and `seconds` are those of the trainings."""
+
+    rows: Sequence[JudgedRow]
+    epochs: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """The check of one task.
+
+    `sources` names the data of each split, and `rows` counts its rows. `tokens` are the lengths of all rows, estimated
+    without the base's file. `balance` counts the rows of each kind of answer by split.
+    """
+
+    name: str
+    metric: str
+    context_length: int
+    sources: Mapping[str, str]
+    rows: Mapping[str, int]
+    findings: Sequence[Finding]
+    tokens: Sequence[int]
+    is_estimated: bool
+    balance: Mapping[str, Mapping[str, int]]
+    estimate: LabelEstimate | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many problems there are of each kind that was found, the most serious first."""
+        counted = Counter(finding.kind for finding in self.findings)
+        return {kind: counted[kind] for kind in KINDS if counted[kind]}
+
+    def of_kind(self, kind: str) -> list[Finding]:
+        """The problems of one kind."""
+        return [finding for finding in self.findings if finding.kind == kind]
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as JSON values; of the lengths, the shortest, the median and the longest."""
+        ordered = sorted(self.tokens)
+        lengths = {"shortest": ordered[0], "median": ordered[len(ordered) // 2], "longest": ordered[-1]}
+        return {
+            "metric": self.metric,
+            "sources": dict(self.sources),
+            "rows": dict(self.rows),
+            "counts": self.counts,
+            "tokens": {**lengths, "estimated": self.is_estimated},
+            "balance": {kind: dict(rows) for kind, rows in self.balance.items()},
+            "findings": [asdict(finding) for finding in self.findings],
+            "labels": None if self.estimate is None else asdict(self.estimate),
+        }

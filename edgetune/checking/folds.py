@@ -1,0 +1,123 @@
+"""Estimates which answers are wrong: adapters that were not trained on a row say how likely its answer is.
+
+This is the out-of-fold self-confidence of confident learning, with its threshold, the mean confidence (Northcutt et al.
+2021, arXiv:1911.00068). The confidence in an answer of several tokens is that in its least likely one.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import UsageError
+
+from edgetune import bases, methods, task_types
+from edgetune.bases import Base
+from edgetune.building import builders
+from edgetune.building.trial import short_job
+from edgetune.objectives.base import row_length
+from edgetune.planning.build import plan_bundle
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TrainingSpec
+from edgetune.shipping.exported import PreparedAdapter
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task
+from edgetune.training.job import TrainingJob
+from edgetune.training.jobs import train_all
+from edgetune.work_folder import locked, work_folder
+
+from .duplicates import prompt_key
+from .findings import TRAIN, JudgedRow, LabelEstimate, SplitRow
+from .judging import judge
+
+FOLDS = 4
+_TRAINING_SHARE = 0.75
+"""Share of the time for training; the rest is for validation, and for asking the adapters."""
+
+
+def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> LabelEstimate:
+    """Train adapters on parts of the rows for about `minutes`, and judge each row by one that has not seen it.
+
+    A converted or quantized base stays in the work folder of the recipe's build; nothing else is left. Raises
+    UsageError for rows without answers, for too few, and for a task without estimates, and what a build raises.
+    """
+    task_types.load(recipe.task).check_offers("label_estimate", "--minutes")
+    if task.metric == "perplexity":
+        raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", "leave out --minutes")
+    started = time.monotonic()
+    builder = builders.load(recipe.task)
+    plan = plan_bundle(recipe, builder.find(recipe, download=True), builder.shapes(recipe))
+    work = work_folder(recipe.default_out)
+    with locked(work):
+        base: Base = builder.make_base(plan, work, progress, None)
+
+    def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
+        part = replace(task, train=train, validation=validation, training=options)
+        return builder.jobs(plan, [part], base, Progress(quiet=True))[0]
+
+    rows = [*task.train, *task.validation]
+    whole = job_of(rows, rows[:1], task.training)
+    folds = folds_of([row for row in rows if row.where not in whole.too_long], task.training.seed)
+    with TemporaryDirectory() as folder:
+        train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
+        speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
+        options = _within(minutes, speed, whole.job)
+        progress.say(
+            f"{task.name}: {FOLDS} trainings of {options.epochs:.2g} epochs to estimate which answers are wrong"
+        )
+        jobs = [
+            replace(
+                job_of([row for other in folds if other is not fold for row in other], fold, options).job, name=str(n)
+            )
+            for n, fold in enumerate(folds, 1)
+        ]
+        train(jobs, progress=progress)
+        judged = list(_judged(folds, jobs, base, Path(folder), progress))
+    ranked = sorted(judged, key=lambda row: row.likelihood)
+    return LabelEstimate(ranked, options.epochs, time.monotonic() - started)
+
+
+def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
+    """The rows in FOLDS parts of about the same size; rows with the same prompt are in one. UsageError for too few."""
+    groups: dict[str, list[TaskRow]] = {}
+    for row in rows:
+        groups.setdefault(prompt_key(SplitRow(TRAIN, row)), []).append(row)
+    if len(groups) < 2 * FOLDS:
+        message = f"{len(groups)} different prompts are too few to tell which answers are wrong"
+        raise UsageError(message, f"leave out --minutes, or give at least {2 * FOLDS}, better some hundred")
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    folds: list[list[TaskRow]] = [[] for _ in range(FOLDS)]
+    for group in shuffled:
+        min(folds, key=len).extend(group)
+    return folds
+
+
+def _within(minutes: float, tokens_per_s: float, job: TrainingJob[Any]) -> TrainingSpec:
+    """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
+    tokens = minutes * 60 * _TRAINING_SHARE * tokens_per_s / FOLDS
+    epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
+    return job.training.model_copy(update={"epochs": min(job.training.epochs, tokens / epoch), "evals": 2})
+
+
+def _judged(
+    folds: Sequence[Sequence[TaskRow]], jobs: Sequence[TrainingJob[Any]], base: Base, folder: Path, progress: Progress
+) -> Iterator[JudgedRow]:
+    """Each row, judged by the adapter that was validated on its fold."""
+    model = bases.load_torch(base, torch.float32)
+    total = sum(map(len, folds))
+    with closing(GgufTokenizer(base.path)) as tokenizer, progress.step("asking the adapters", total) as step:
+        for fold, job in zip(folds, jobs, strict=True):
+            checkpoint = methods.Checkpoint(job.name, folder / job.name / "adapter", model, job.options)
+            with job.method.loaded(checkpoint) as tuned:
+                yield from judge(tuned, tokenizer, fold, job.validation, step)

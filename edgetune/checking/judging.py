@@ -1,0 +1,86 @@
+"""Judges the answers of rows with a model: how likely they are to it, and what it answers instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from edgetune_runtime.engines.base import Tokenizer
+
+from edgetune.objectives.example import Example
+from edgetune.progress import Step
+from edgetune.shipping.verify import LogitsOf, logits_of
+from edgetune.tasks.data import TaskRow
+
+from .findings import JudgedRow
+
+# The model's own answer may be this much longer than that of the row.
+_LENGTH_FACTOR, _EXTRA_TOKENS = 1.5, 16
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """How likely an answer is: as in `JudgedRow`; `place` is the first token in whose place another one is likelier,
+    and `other` the probability of that one, 0 if there is none."""
+
+    likelihood: float
+    margin: float
+    place: int = 0
+    other: float = 0.0
+
+
+def judge(
+    model: torch.nn.Module, tokenizer: Tokenizer, rows: Sequence[TaskRow], examples: Sequence[Example], step: Step
+) -> list[JudgedRow]:
+    """Judge the answers of the rows with a model that was not trained on them; `examples` are the rows' tokens."""
+    logits = logits_of(model)
+    found = []
+    for example in examples:
+        found.append(_likelihood(logits, example))
+        step.update()
+    # The threshold of confident learning.
+    usual = sum(item.likelihood for item in found) / len(found)
+    judged = []
+    for row, example, item in zip(rows, examples, found, strict=True):
+        own = None
+        if item.other >= usual:
+            answer = _own_answer(logits, example, item.place, tokenizer)
+            own = None if answer == row.completion else answer
+        judged.append(JudgedRow(row.where, item.likelihood, item.margin, own))
+    return judged
+
+
+def _likelihood(logits: LogitsOf, example: Example) -> _Likelihood:
+    answer = np.asarray(example.tokens[example.prompt_length :])
+    scores = logits(list(example.tokens))[example.prompt_length - 1 : -1].astype(np.float64)
+    scores -= np.logaddexp.reduce(scores, axis=1, keepdims=True)
+    given, best = scores[np.arange(len(answer)), answer], scores.max(axis=1)
+    margins = given - best
+    weakest = int(given.argmin())
+    differing = np.flatnonzero(margins < 0)
+    if not len(differing):
+        return _Likelihood(float(np.exp(given[weakest])), 0.0)
+    first = int(differing[0])
+    return _Likelihood(float(np.exp(given[weakest])), float(margins[weakest]), first, float(np.exp(best[first])))
+
+
+def _own_answer(logits: LogitsOf, example: Example, place: int, tokenizer: Tokenizer) -> str:
+    """The model's answer, which is that of the row before `place`.
+
+    The rest of the row's answer is a guess, so that one pass reads many tokens: after one other token, such as a value
+    in JSON, it is often right again.
+    """
+    start = example.prompt_length
+    known, guess = list(example.tokens[: start + place]), list(example.tokens[start + place :])
+    most = start + int(len(example.tokens[start:]) * _LENGTH_FACTOR) + _EXTRA_TOKENS
+    while len(known) < most:
+        read = logits([*known, *guess])[len(known) - 1 :].argmax(axis=1).tolist()
+        agreed = next((n for n, (own, other) in enumerate(zip(read, guess, strict=False)) if own != other), len(guess))
+        ended = next((n for n, token in enumerate(read[: agreed + 1]) if tokenizer.is_end(token)), None)
+        known += read[: agreed + 1 if ended is None else ended]
+        if ended is not None:
+            break
+        guess = guess[agreed + 1 :]
+    return b"".join(map(tokenizer.piece, known[start:])).decode(errors="replace").strip()

@@ -1,0 +1,174 @@
+"""`edgetune data check` and `preview`: problems with the rows of a recipe, and the copies that its training adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import printable, shortened, suggestion
+
+from .arguments import (
+    AsJson,
+    Quiet,
+    RecipePath,
+    Settings,
+    data_option,
+    output_option,
+    pairs_of,
+    print_json,
+    settings_of,
+)
+
+if TYPE_CHECKING:
+    from edgetune.checking.findings import Finding, TaskCheck
+    from edgetune.tasks.data import TaskRow
+    from edgetune.tasks.task import Task
+
+app = typer.Typer(help="Check the rows of a recipe, and show changed copies of them.", no_args_is_help=True)
+
+SHOWN = 3
+"""Problems of each kind that are printed."""
+
+Adapter = Annotated[str | None, data_option("--adapter", metavar="NAME", help="Only the rows of this adapter.")]
+
+
+@app.command()
+def check(
+    recipe: RecipePath,
+    *,
+    adapter: Adapter = None,
+    test: Annotated[
+        list[str] | None,
+        data_option(
+            "--test",
+            metavar="NAME=FILE",
+            help="Test rows of an adapter (default: NAME-test beside its training file); repeatable.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        data_option(metavar="N", min=0, help="Also train for N minutes per adapter to find wrong answers."),
+    ] = None,
+    out: Annotated[
+        Path | None, output_option(metavar="FILE", help="Write the training rows without the bad ones, as .jsonl.")
+    ] = None,
+    page: Annotated[
+        Path | None, output_option(metavar="FILE", help="Write an HTML page with pictures and the rows.")
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find rows that repeat, contradict each other, break the output, or have a wrong answer.
+
+    Compares the rows of all splits: those to train on, for validation, and kept apart for a test. With --minutes,
+    adapters are trained on parts of the rows, and rows are ranked by how unlikely their answers are to those that
+    have not seen them. --out leaves out rows that cannot be used, repeat, are in another file too, or probably have a
+    wrong answer.
+    """
+    from edgetune.checking.check import check as run
+    from edgetune.checking.clean import write_clean
+    from edgetune.progress import Progress
+    from edgetune.recipe.model import Recipe
+
+    loaded = Recipe.from_file(recipe, settings_of(settings))
+    if out is not None and adapter is None and len(loaded.adapters) > 1:
+        raise UsageError("--out is for the rows of one adapter", f"add --adapter {next(iter(loaded.adapters))}")
+    tests = pairs_of(test or (), "--test", "NAME=FILE")
+    checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
+    if page is not None:
+        _write_page(page, loaded.name, checks)
+    left_out = {} if out is None else write_clean(checks[0], loaded.adapters[checks[0].name].data, out)
+    if as_json:
+        print_json({found.name: found.to_json() for found in checks})
+        return
+    for found in checks:
+        _print_check(found)
+    if out is not None:
+        print(f"{out}: without {sum(left_out.values())} rows")
+    if page is not None:
+        print(page)
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    *,
+    adapter: Adapter = None,
+    rows: Annotated[int, data_option(min=1, metavar="N", help="Show the copies of N rows, spread evenly.")] = 5,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the changed copies of rows that `data.augment` adds to a training.
+
+    Prints rows with their copies and what was changed, as a build makes them. --json prints all.
+    """
+    from edgetune.recipe.model import Recipe
+    from edgetune.tasks.task import read_task
+
+    loaded = Recipe.from_file(recipe, settings_of(settings))
+    chosen = [name for name in loaded.adapters if adapter in (None, name)]
+    if not chosen:
+        raise UsageError(f"no adapter {adapter!r} in the recipe", suggestion(str(adapter), list(loaded.adapters)))
+    tasks = [read_task(name, loaded) for name in chosen if loaded.adapters[name].data.augment is not None]
+    if not tasks:
+        raise UsageError(f"the recipe has no data.augment for {', '.join(chosen)}", "add `augment: true` to its data")
+    if as_json:
+        print_json({task.name: [copied.to_json() for copied in task.copies] for task in tasks})
+        return
+    for task in tasks:
+        _print_copies(task, rows)
+
+
+def _print_copies(task: Task, count: int) -> None:
+    from edgetune.evaluation import spread
+
+    print(f"{task.name}: {len(task.copies)} rows are added to {len(task.train)}")
+    for source in spread(list({id(copied.source): copied.source for copied in task.copies}.values()), count):
+        print(printable(f"  {source.where}"))
+        print(f"    {_shown(source)}")
+        for copied in task.copies:
+            if copied.source is source:
+                print(f"    {_shown(copied.row)}  ({printable(', '.join(copied.changes))})")
+
+
+def _shown(row: TaskRow) -> str:
+    prompt = str(row.messages[-1]["content"]) if row.messages else row.text or ""
+    return f"{shortened(prompt, 100)!r} → {shortened(row.completion or '', 120)}"
+
+
+def _write_page(path: Path, name: str, checks: list[TaskCheck]) -> None:
+    from edgetune_runtime.formats.atomic import replacing
+
+    from edgetune.checking.page import page_of
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(page_of(name, checks), encoding="utf-8")
+
+
+def _print_check(found: TaskCheck) -> None:
+    from edgetune.checking.findings import KINDS
+
+    rows = ", ".join(f"{count} {split}" for split, count in found.rows.items() if count)
+    tokens = sorted(found.tokens)
+    about = "about " * found.is_estimated
+    lengths = f"{about}{tokens[0]} to {tokens[-1]} tokens, half of them at most {tokens[len(tokens) // 2]}"
+    print(printable(f"{found.name}: {rows} rows of {lengths}"))
+    for kind, count in found.counts.items():
+        print(f"  {count} {KINDS[kind]}")
+        for finding in found.of_kind(kind)[:SHOWN]:
+            print(f"    {_line(finding)}")
+
+
+def _line(finding: Finding) -> str:
+    places = ", ".join(Path(where).name for where in finding.where[:SHOWN])
+    more = len(finding.where) - SHOWN
+    parts = [f"{places} and {more} more" if more > 0 else places, finding.note]
+    if finding.prompts:
+        parts.append(f"{finding.prompts[0]!r} → {' | '.join(dict.fromkeys(finding.answers))}")
+    if finding.own is not None:
+        parts.append(f"the model: {finding.own}")
+    return shortened("; ".join(filter(None, parts)), 200)

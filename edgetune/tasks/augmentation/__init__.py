@@ -1,0 +1,1 @@
+"""Makes changed copies of training rows (the recipe key `data.augment`)."""

@@ -1,0 +1,64 @@
+"""Changes the order of the clauses of a prompt together with that of the answer's calls or items."""
+
+from __future__ import annotations
+
+import random
+import re
+
+from edgetune.tasks.data import TaskRow
+
+from .answers import prompt_of
+from .values import SlottedRow
+
+_BETWEEN = re.compile(r"(,? and (?:also )?|; |, )", re.IGNORECASE)
+_REFERRING = frozenset((
+    "it", "its", "them", "they", "there", "then", "that", "this", "these", "those", "same", "both", "one", "other",
+    "first", "after", "before", "afterwards", "finally",
+))  # fmt: skip
+"""Words that may refer to another clause, or to an order."""
+_INCOMPLETE = frozenset(["the", "a", "an", "my", "our", "in", "on", "at", "to", "of", "all"])
+"""Words with which a clause begins that goes on from the one before."""
+_SHORTEST = 2
+"""Words of a clause."""
+
+
+def reordered(item: SlottedRow, rng: random.Random) -> TaskRow | None:
+    """The row with its clauses in another order; None if its clauses and the parts of its answer are not plain pairs.
+
+    Each value must be in the clause of its part, and each part must have one.
+    """
+    prompt, parts = prompt_of(item.row), item.answer.parts
+    pieces = _BETWEEN.split(prompt)
+    clauses, between = pieces[::2], pieces[1::2]
+    if (
+        len(parts) < 2
+        or len(clauses) != len(parts)
+        or not _are_independent(prompt, clauses)
+        or not _are_pairs(item, pieces)
+    ):
+        return None
+    order = rng.sample(range(len(parts)), len(parts))
+    if order == sorted(order):
+        order = order[1:] + order[:1]
+    mixed = [clauses[order[0]]]
+    for text, place in zip(between, order[1:], strict=True):
+        mixed += [text, clauses[place]]
+    return item.answer.row(item.row, "".join(mixed), [parts[place] for place in order])
+
+
+def _are_independent(prompt: str, clauses: list[str]) -> bool:
+    words = [clause.lower().split() for clause in clauses]
+    refers = _REFERRING & set(re.findall(r"\w+", prompt.lower()))
+    return not refers and all(len(own) >= _SHORTEST and own[0] not in _INCOMPLETE for own in words)
+
+
+def _are_pairs(item: SlottedRow, pieces: list[str]) -> bool:
+    """Whether the clause of each part has its values, and only these."""
+    start, found = 0, []
+    for place, piece in enumerate(pieces):
+        end = start + len(piece)
+        inside = [slot for slot in item.slots if any(start <= m.start and m.end <= end for m in slot.mentions)]
+        if place % 2 == 0:
+            found.append({path[0] for slot in inside for path in slot.paths})
+        start = end
+    return found == [{place} for place in range(len(found))]

@@ -1,0 +1,190 @@
+"""Makes the changed copies of a task's training rows, the same ones for a seed."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgetune.recipe.augment import AugmentSpec, NegativesSpec
+from edgetune.tasks.data import TaskRow
+
+from .answers import prompt_of, with_prompt
+from .clauses import reordered
+from .noise import is_english, noisy
+from .slots import Mention
+from .values import SlottedRow, Values
+
+_TRIES = 3
+"""How often a copy is tried that turns out like another row."""
+_MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
+"""What nobody says or types in haste."""
+_WORD = re.compile(r"\w+(?:[.:,]\d+)*")
+_NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
+
+
+@dataclass(frozen=True)
+class ChangedRow:
+    """A row that was made of another one, `source`, and what was changed."""
+
+    row: TaskRow
+    source: TaskRow
+    changes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Where the source is, its prompt and answer, those of the row, and the changes, as JSON values."""
+        pairs = ((prompt_of(row), row.completion) for row in (self.source, self.row))
+        (old, old_answer), (new, new_answer) = pairs
+        return {
+            "source": self.source.where,
+            "prompt": [old, new],
+            "completion": [old_answer, new_answer],
+            "changes": list(self.changes),
+        }
+
+
+def copies_of(
+    rows: Sequence[TaskRow],
+    spec: AugmentSpec,
+    *,
+    schema: dict[str, Any] | None,
+    validation: Sequence[TaskRow],
+    others: Sequence[TaskRow],
+    seed: int,
+) -> list[ChangedRow]:
+    """Changed copies of training rows, and rows with prompts of `others`; no prompt is that of another row or of
+    `validation`.
+
+    `schema` is that of the recipe's output. Raises UsageError for values of fields that no answer has.
+    """
+    maker = _Maker(rows, spec, schema, validation)
+    made = [
+        changed
+        for place, row in enumerate(rows)
+        for number in range(1, spec.copies + 1)
+        if (changed := maker.copy(row, number, f"{seed}/{place}/{number}"))
+    ]
+    if spec.negatives is None:
+        return made
+    return made + maker.negatives(spec.negatives, others, random.Random(f"{seed}/negatives"))
+
+
+class _Maker:
+    """Makes copies of rows; remembers their prompts."""
+
+    def __init__(
+        self,
+        rows: Sequence[TaskRow],
+        spec: AugmentSpec,
+        schema: dict[str, Any] | None,
+        validation: Sequence[TaskRow],
+    ) -> None:
+        self._rows, self._spec = rows, spec
+        self._slotted = {id(row): item for row in rows if (item := SlottedRow.of(row)) is not None}
+        self._values = Values(list(self._slotted.values()), spec.values, schema)
+        self._numbers: dict[str, list[str]] = {}
+        for row in rows:
+            for number in _shared_numbers(row):
+                self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
+        self._english = is_english([prompt_of(row) for row in rows])
+        self._seen = {_key(row) for row in (*rows, *validation)}
+
+    def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
+        """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
+        if not prompt_of(row):
+            return None
+        for attempt in range(_TRIES):
+            made, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))
+            if not changes:
+                return None
+            if self._is_new(made):
+                return ChangedRow(replace(made, where=f"{row.where}, copy {number}"), row, tuple(changes))
+        return None
+
+    def negatives(self, spec: NegativesSpec, others: Sequence[TaskRow], rng: random.Random) -> list[ChangedRow]:
+        """Rows of the task with prompts of other tasks."""
+        completion = spec.completion
+        answer = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
+        prompts = [*spec.prompts, *(prompt for row in others if (prompt := prompt_of(row)))]
+        rng.shuffle(prompts)
+        made: list[ChangedRow] = []
+        for prompt in prompts:
+            source = rng.choice(self._rows)
+            if len(made) >= spec.share * len(self._rows):
+                break
+            if not source.messages:
+                continue
+            before = [turn for turn in source.messages[:1] if turn["role"] == "system"]
+            messages = (*before, {"role": "user", "content": prompt})
+            row = replace(source, messages=messages, completion=answer, turn=None, where=f"negative {len(made) + 1}")
+            if self._is_new(row):
+                made.append(ChangedRow(row, row, ("negative",)))
+        return made
+
+    def _changed(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
+        changes: list[str] = []
+        item = self._slotted.get(id(row))
+        if item is None:
+            row, changes = self._with_numbers(row, rng)
+        elif exchanged := self._values.exchanged(item, rng):
+            row, changes = exchanged
+            item = SlottedRow.of(row)
+        if item is not None and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
+            row, changes = mixed, [*changes, "order of clauses"]
+        if rng.random() < self._spec.noise and not _MACHINE_TEXT.search(prompt_of(row)):
+            prompt, kind = noisy(prompt_of(row), _kept(row), rng, english=self._english)
+            if prompt not in ("", prompt_of(row)):
+                row, changes = with_prompt(row, prompt), [*changes, kind]
+        return row, changes
+
+    def _with_numbers(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
+        """The row with other numbers, of the same form, in its prompt and its plain text."""
+        prompt = prompt_of(row)
+        others = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in _shared_numbers(row)}
+        others = {number: other for number, other in others.items() if number != other}
+        if not others or len(set(others.values())) < len(others):
+            return row, []
+
+        def changed(text: str) -> str:
+            return _NUMBER.sub(lambda match: others.get(match[0], match[0]), text)
+
+        made = replace(with_prompt(row, changed(prompt)), completion=changed(row.completion or ""))
+        return made, [f"{number} → {other}" for number, other in others.items()]
+
+    def _is_new(self, row: TaskRow) -> bool:
+        """Whether no other row has its prompt; remembers it."""
+        key = _key(row)
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+
+def _key(row: TaskRow) -> str:
+    return row.text or "" if row.messages is None else json.dumps([dict(turn) for turn in row.messages])
+
+
+def _shared_numbers(row: TaskRow) -> list[str]:
+    """The numbers that the prompt and an answer in plain text have, such as 10:00; none of a label."""
+    if not row.completion or SlottedRow.of(row) is not None:
+        return []
+    return [number for number in _NUMBER.findall(prompt_of(row)) if number in _NUMBER.findall(row.completion)]
+
+
+def _kind(number: str, prompt: str) -> str:
+    """The form of a number with the word after it in the prompt, or else the one before: `99 degrees`."""
+    before, _, after = prompt.partition(number)
+    words = re.match(r"\s*([^\W\d]+|[%°])", after) or re.search(r"([^\W\d]+)\W*$", before)
+    return re.sub(r"\d", "9", number) + (f" {words[1].lower()}" if words else "")
+
+
+def _kept(row: TaskRow) -> list[Mention]:
+    """What noise must not change: the texts of the prompt that the answer has too."""
+    item = SlottedRow.of(row)
+    if item is not None:
+        return [mention for slot in item.slots if isinstance(slot.value, str) for mention in slot.mentions]
+    repeated = set(_WORD.findall(row.completion or ""))
+    return [Mention(m.start(), m.end()) for m in _WORD.finditer(prompt_of(row)) if m[0] in repeated]

@@ -1,0 +1,99 @@
+"""Prompts as a speech recognizer writes them, and as people type in haste; what the answer repeats stays as it is."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+
+from .numbers import number_word
+from .slots import Mention
+
+_SOUNDS_ALIKE = (
+    ("to", "two", "too"), ("for", "four"), ("there", "their"), ("by", "buy"), ("right", "write"), ("hear", "here"),
+    ("know", "no"), ("one", "won"), ("our", "hour"), ("week", "weak"), ("weather", "whether"), ("son", "sun"),
+    ("blue", "blew"), ("whole", "hole"), ("mail", "male"), ("road", "rode"), ("sea", "see"), ("your", "you're"),
+)  # fmt: skip
+_ALIKE = {word: [other for other in group if other != word] for group in _SOUNDS_ALIKE for word in group}
+_FILLERS, _ARTICLES = ("um", "uh", "okay", "so"), ("the", "a", "an")
+_ENGLISH = frozenset((
+    "the", "is", "to", "and", "of", "please", "what", "my", "it", "for", "in", "on", "turn", "set", "how", "can", "you",
+))  # fmt: skip
+_NEIGHBOURS = dict(
+    pair
+    for line in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+    for place, letter in enumerate(line)
+    for pair in [(letter, line[max(0, place - 1) : place] + line[place + 1 : place + 2])]
+)
+_WORD_RATE = 0.15
+"""How often a word is replaced by one that sounds alike, an article is lost, or a filler is added."""
+_TOKEN = re.compile(r"\d+(?:[.:,]\d+)*|[\w'-]+|[^\w\s]")
+_TYPED_LETTERS = 4
+"""Only words of at least so many letters get a typo."""
+
+
+def is_english(prompts: Sequence[str]) -> bool:
+    """Whether at least half of the prompts have two of the most frequent words of English."""
+    return sum(len(_ENGLISH & set(prompt.lower().split())) >= 2 for prompt in prompts) * 2 >= len(prompts)
+
+
+def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: bool) -> tuple[str, str]:
+    """The prompt as if spoken or typed in haste, and which of it; `kept` is what stays."""
+    kind = rng.choice(("spoken", "spoken", "mistyped", "other case"))
+    if kind == "spoken":
+        return _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)), kind
+    if kind == "mistyped":
+        return _mistyped(prompt, kept, rng), kind
+    return _changed(prompt, kept, str.upper if rng.random() < _WORD_RATE else str.lower), kind
+
+
+def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str]) -> str:
+    """The prompt with each word, number and punctuation mark changed, except those in `kept`."""
+
+    def changed(match: re.Match[str]) -> str:
+        return match[0] if _is_kept(match, kept) else change(match[0])
+
+    return " ".join(_TOKEN.sub(changed, prompt).split())
+
+
+def _mistyped(prompt: str, kept: Sequence[Mention], rng: random.Random) -> str:
+    """The prompt with a typo in one word."""
+    words = [m for m in _TOKEN.finditer(prompt) if m[0].isalpha() and len(m[0]) >= _TYPED_LETTERS]
+    words = [match for match in words if not _is_kept(match, kept)]
+    if not words:
+        return prompt
+    match = rng.choice(words)
+    return prompt[: match.start()] + _typo(match[0], rng) + prompt[match.end() :]
+
+
+def _is_kept(match: re.Match[str], kept: Sequence[Mention]) -> bool:
+    return any(Mention(match.start(), match.end()).overlaps(mention) for mention in kept)
+
+
+def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
+    """A word as a speech recognizer writes it; "" for punctuation."""
+    if not word[0].isalnum():
+        return ""
+    word = word.lower()
+    if not english:
+        return word
+    if word.isdigit() and (said := number_word(int(word))) is not None:
+        return said.replace("-", " ")
+    return _misheard(word, rng) if rng.random() < _WORD_RATE else word
+
+
+def _misheard(word: str, rng: random.Random) -> str:
+    """A word that sounds alike, "" for an article, or the word, possibly after a filler."""
+    if word in _ARTICLES:
+        return ""
+    if word in _ALIKE:
+        return rng.choice(_ALIKE[word])
+    return f"{rng.choice(_FILLERS)} {word}" if rng.random() < _WORD_RATE else word
+
+
+def _typo(word: str, rng: random.Random) -> str:
+    """A word with two letters swapped, one left out, doubled, or replaced by its neighbour on the keyboard."""
+    place = rng.randrange(1, len(word) - 1)
+    before, letter, after = word[:place], word[place], word[place + 1 :]
+    swapped, near = after[0] + letter + after[1:], rng.choice(_NEIGHBOURS.get(letter.lower(), letter))
+    return before + rng.choice((swapped, after, letter * 2 + after, near + after))

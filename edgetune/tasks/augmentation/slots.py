@@ -1,0 +1,117 @@
+"""Finds values of an answer in its prompt, and writes other ones in their places."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .answers import Answer, FieldPath, Scalar
+from .numbers import number_word
+
+_SHORT = 3
+"""Words of at most so many letters, such as `on`, are values only if the prompt has them once."""
+
+
+@dataclass(frozen=True)
+class Mention:
+    """Where a prompt has a value; `is_plural`: with an s that the value does not have."""
+
+    start: int
+    end: int
+    is_plural: bool = False
+
+    def overlaps(self, other: Mention) -> bool:
+        """Whether both have a character in common."""
+        return self.start < other.end and other.start < self.end
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value of an answer that its prompt has too: its field, its paths in the answer, and its mentions."""
+
+    field: str
+    value: Scalar
+    paths: tuple[FieldPath, ...]
+    mentions: tuple[Mention, ...]
+
+
+def slots_of(prompt: str, answer: Answer) -> list[Slot]:
+    """The values of the answer that occur in the prompt as whole words, in order; not those that overlap others."""
+    paths: dict[tuple[str, Scalar], list[FieldPath]] = {}
+    for path, value in answer.scalars():
+        paths.setdefault((answer.field(path), value), []).append(path)
+    slots = [
+        Slot(field, value, tuple(places), mentions)
+        for (field, value), places in paths.items()
+        if (mentions := tuple(mentions_of(prompt, value)))
+    ]
+    return [slot for slot in slots if not any(_overlap(slot, other) for other in slots if other is not slot)]
+
+
+def mentions_of(text: str, value: Scalar) -> list[Mention]:
+    """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words."""
+    pattern = _text_pattern(value) if isinstance(value, str) else _number_pattern(value)
+    found = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
+    is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
+    return [] if is_short and len(found) > 1 else found
+
+
+def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]]) -> str:
+    """The prompt with another value in each slot, written as the one before: in its case, in words, in the plural."""
+    edits = [
+        (mention, _written(new, slot.value, prompt[mention.start : mention.end], is_plural=mention.is_plural))
+        for slot, new in changes
+        for mention in slot.mentions
+    ]
+    for mention, text in sorted(edits, key=lambda edit: -edit[0].start):
+        prompt = prompt[: mention.start] + text + prompt[mention.end :]
+    return prompt
+
+
+def spoken(value: str) -> str:
+    """A value as people say it: names of programs have _ for spaces."""
+    return value.replace("_", " ").strip()
+
+
+def _overlap(one: Slot, other: Slot) -> bool:
+    return any(a.overlaps(b) for a in one.mentions for b in other.mentions)
+
+
+def _text_pattern(value: str) -> re.Pattern[str] | None:
+    words = [re.escape(word) for word in spoken(value).split()]
+    if not words or (len(words) == 1 and len(spoken(value)) < 2 and not value.isdigit()):
+        return None
+    plural = "(?P<plural>(?:e?s)?)" if value[-1].isalpha() and not value.lower().endswith("s") else "(?P<plural>)"
+    said = r"[\s_-]+".join(words)
+    return re.compile(rf"{_NOT_INSIDE}{said}{plural}{_NOT_BEFORE}", re.IGNORECASE)
+
+
+def _number_pattern(value: float) -> re.Pattern[str]:
+    forms = [re.escape(f"{value:g}" if isinstance(value, float) else str(value))]
+    word = number_word(value)
+    if word is not None and value != 1:  # "one" is more often no number
+        forms.append(word.replace("-", "[ -]"))
+    return re.compile(rf"{_NOT_INSIDE}(?:{'|'.join(forms)}){_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
+
+
+# Not a part of another word, or of a time or a decimal number.
+_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,])", r"(?!\w)(?![.:,]\d)"
+
+
+def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:
+    if not isinstance(new, str):
+        word = None if text[0].isdigit() or text[0] == "-" else number_word(new)
+        return word or (f"{new:g}" if isinstance(new, float) else str(new))
+    if text == old:
+        return new
+    said = _plural(spoken(new)) if is_plural else spoken(new)
+    if said.islower() and text[0].isupper():
+        return said.upper() if text.isupper() and len(text) > 1 else said[0].upper() + said[1:]
+    return said
+
+
+def _plural(word: str) -> str:
+    if word.endswith("s"):
+        return word
+    return f"{word}{'es' if word.endswith(('x', 'ch', 'sh', 'z')) else 's'}"

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, make_recipe, write_recipe
+
+from edgetune.building.outputs.resolve import output_of_task
+from edgetune.cli.main import main
+from edgetune.planning.needs import plan_rows
+from edgetune.recipe.augment import AugmentSpec
+from edgetune.tasks.augmentation.copies import ChangedRow, copies_of
+from edgetune.tasks.augmentation.noise import noisy
+from edgetune.tasks.augmentation.numbers import number_word
+from edgetune.tasks.augmentation.slots import Mention, mentions_of
+from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.task import Task, read_task
+
+ROOMS = ("hall", "attic", "study", "den", "living room")
+DEVICES = ("lamp", "fan")
+ORDERS = [
+    {
+        "prompt": f"Turn {state} the {device} in the {room.title()}, please.",
+        "completion": {"service": f"{device}.turn_{state}", "area": room.replace(" ", "_")},
+    }
+    for state in ("on", "off")
+    for room in ROOMS
+    for device in DEVICES
+]
+QUIET = {"noise": 0}
+
+
+def rows_from(values: list[dict[str, Any]]) -> list[TaskRow]:
+    return rows_of("rows", [(f"row {number}", row) for number, row in enumerate(values, 1)])
+
+
+def copied(
+    rows: list[dict[str, Any]],
+    schema: dict[str, Any] | None = None,
+    others: list[TaskRow] | None = None,
+    **options: object,
+) -> list[ChangedRow]:
+    """The copies of these rows, without validation rows."""
+    spec = AugmentSpec.model_validate(options)
+    return copies_of(rows_from(rows), spec, schema=schema, validation=[], others=others or [], seed=0)
+
+
+def pairs(changed: list[ChangedRow]) -> list[tuple[str, Any]]:
+    """Prompt and answer of each copy; JSON as values."""
+    return [(str((c.row.messages or ())[-1]["content"]), _value(c.row.completion or "")) for c in changed]
+
+
+def _value(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def test_values_are_exchanged_in_prompt_and_answer_alike() -> None:
+    rows = ORDERS[::3]
+    made = pairs(copied(rows, **QUIET))
+    assert len(made) > len(rows)
+    for prompt, answer in made:
+        area = answer["area"].replace("_", " ")
+        assert area in ROOMS
+        assert f"in the {area[0].upper()}{area[1:]}, please." in prompt, "in the case of the text before"
+        device, state = answer["service"].split(".turn_")
+        assert prompt.startswith(f"Turn {state} the {device} "), "the service is as it was"
+    assert not {prompt for prompt, _ in made} & {row["prompt"] for row in rows}
+
+
+def test_values_of_the_user_are_used_and_unknown_fields_refused() -> None:
+    made = pairs(copied(ORDERS, values={"area": ["porch", "wine_cellar"]}, **QUIET))
+    assert any(answer["area"] == "wine_cellar" and "Wine cellar" in prompt for prompt, answer in made)
+    with pytest.raises(UsageError, match="the field 'aera', which no answer has; did you mean 'area'"):
+        copied(ORDERS, values={"aera": ["porch"]})
+
+
+def test_values_of_a_schema_are_used_and_others_are_not() -> None:
+    schema = {"type": "object", "properties": {"area": {"enum": ["hall", "garage"]}}}
+    rows = [row for row in ORDERS if row["completion"]["area"] == "hall"]
+    assert {answer["area"] for _, answer in pairs(copied(rows, schema, **QUIET))} == {"garage"}
+
+
+def test_a_field_that_depends_on_an_unsaid_one_stays() -> None:
+    ids = dict(zip(ROOMS, ("light.1", "light.2", "light.3", "light.4", "light.5"), strict=True))
+    rows = [
+        {"prompt": f"{verb} the {room}", "completion": {"do": do, "name": room, "id": ids[room]}}
+        for room in ROOMS
+        for verb, do in (("brighten", "on"), ("darken", "off"), ("light up", "on"))
+    ]
+    assert all(ids[answer["name"]] == answer["id"] for _, answer in pairs(copied(rows, **QUIET)))
+    assert copied(rows, **QUIET) == []
+
+
+def test_numbers_keep_their_form_and_their_steps() -> None:
+    rows = [
+        {"prompt": "set a timer of twenty minutes", "completion": {"minutes": 20}},
+        {"prompt": "a timer: 5 minutes", "completion": {"minutes": 5}},
+        {"prompt": "timer of 60 minutes at 20:60", "completion": {"minutes": 60}},
+    ]
+    made = pairs(copied(rows, copies=8, **QUIET))
+    assert {answer["minutes"] % 5 for _, answer in made} == {0}
+    assert all(5 <= answer["minutes"] <= 60 for _, answer in made)
+    for prompt, answer in made:
+        words = number_word(answer["minutes"]) if prompt.startswith("set") else str(answer["minutes"])
+        assert f"{words} minutes" in prompt
+        assert "20:60" in prompt or "at" not in prompt.split()
+
+
+def test_numbers_of_plain_answers_are_exchanged_for_others_of_their_form() -> None:
+    rows = [
+        {"prompt": f"mailbox opened, {hour}:00", "completion": f"If I may, the post came at {hour}:00 today, sir."}
+        for hour in (10, 11, 12)
+    ]
+    rows.append({"prompt": "window 7 is open", "completion": "If I may, window 7 is open, sir."})
+    for prompt, answer in pairs(copied(rows, copies=2, **QUIET)):
+        (hour,) = re.findall(r"\d+:00", prompt)
+        assert f"the post came at {hour} today" in answer
+
+
+def test_values_that_overlap_or_are_part_of_words_are_no_values() -> None:
+    rows = [
+        {"prompt": "living room", "completion": {"area": "living_room", "kind": "room"}},
+        {"prompt": "the hallway", "completion": {"area": "hall", "kind": "x"}},
+    ]
+    assert copied(rows, **QUIET) == []
+    assert mentions_of("On the porch, on the left", "on") == [], "a short word that is there twice"
+    assert mentions_of("all LAMPS in it", "lamp") == [Mention(4, 9, is_plural=True)]
+    assert mentions_of("at 17:29, 29.5 and 29", 29) == [Mention(19, 21)]
+
+
+def test_plurals_stay_plurals() -> None:
+    rows = [
+        {"prompt": f"turn {state} all {device}s", "completion": {"state": state, "device": device}}
+        for device in ("lamp", "fan", "switch")
+        for state in ("on", "off")
+    ]
+    for prompt, answer in pairs(copied([row for row in rows if "switchs" not in row["prompt"]] + rows[4:5], **QUIET)):
+        assert f"all {answer['device']}{'es' if answer['device'] == 'switch' else 's'}" in prompt
+
+
+def test_a_value_that_is_listed_elsewhere_is_exchanged_for_one_that_is_too() -> None:
+    def talk(known: str, prompt: str, room: str) -> dict[str, Any]:
+        system = {"role": "system", "content": f"Rooms: {known}"}
+        turns = [system, {"role": "user", "content": f"{prompt} {room}"}]
+        return {"messages": [*turns, {"role": "assistant", "content": json.dumps({"area": room})}]}
+
+    rows = [talk("hall, attic", "light in the", "hall"), talk("hall, attic", "darken the", "attic")]
+    rows += [talk("den, study", "light in the", "den"), talk("study", "darken the", "study")]
+    made = copied(rows, **QUIET)
+    assert {(c.source.where, answer["area"]) for c, (_, answer) in zip(made, pairs(made), strict=True)} == {
+        ("row 1", "attic"), ("row 2", "hall"), ("row 3", "study"),
+    }  # fmt: skip
+
+
+def calls_of(*rooms: str) -> dict[str, Any]:
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "light",
+            "parameters": {"type": "object", "properties": {"room": {"enum": list(ROOMS)}}, "required": ["room"]},
+        },
+    }
+    calls = [{"type": "function", "function": {"name": "light", "arguments": {"room": room}}} for room in rooms]
+    prompt = " and ".join(f"light the {room}" for room in rooms)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "tool_calls": calls}]
+    return {"messages": turns, "tools": [tool]}
+
+
+def test_arguments_of_calls_are_exchanged_and_calls_follow_their_clauses() -> None:
+    made = copied([calls_of("hall", "attic"), calls_of("den")], copies=6, **QUIET)
+    assert any("order of clauses" in c.changes for c in made)
+    for c in made:
+        assert c.row.turn is not None
+        rooms = [call["function"]["arguments"]["room"] for call in c.row.turn["tool_calls"]]
+        assert (c.row.messages or ())[-1]["content"] == " and ".join(f"light the {room}" for room in rooms)
+        assert [call["arguments"]["room"] for call in json.loads(c.row.completion or "")["tool_calls"]] == rooms
+        assert set(rooms) <= set(ROOMS)
+
+
+def test_clauses_that_refer_to_others_keep_their_order() -> None:
+    rows = [
+        {"prompt": prompt, "completion": [{"area": "hall"}, {"area": "den"}]}
+        for prompt in (
+            "light the hall and then the den",
+            "go to the hall and light it in the den",
+            "the hall and the den",
+        )
+    ]
+    assert not any("order of clauses" in c.changes for c in copied(rows, copies=9, **QUIET))
+
+
+def test_noise_leaves_the_values_of_the_answer_and_is_the_same_for_a_seed() -> None:
+    prompt = "Add the Song Cita Romántica to my 20 favourites, please!"
+    kept = [Mention(prompt.index("Cita"), prompt.index("Cita") + len("Cita Romántica"))]
+    made = {noisy(prompt, kept, random.Random(seed), english=True) for seed in range(60)}
+    assert {kind for _, kind in made} == {"spoken", "mistyped", "other case"}
+    assert all("Cita Romántica" in text for text, _ in made)
+    assert any("twenty favourites please" in text for text, kind in made if kind == "spoken")
+    assert "zwanzig" not in str(made)
+    assert noisy(prompt, kept, random.Random(3), english=True) == noisy(prompt, kept, random.Random(3), english=True)
+
+
+def test_rows_of_labels_get_noise_alone() -> None:
+    rows = [{"text": f"Is it going to rain at {hour} in the hall?", "label": "weather"} for hour in range(9)]
+    for c in copied(rows, copies=2):
+        assert c.row.completion == "weather"
+        assert len(c.changes) == 1
+    assert copied(rows, noise=0) == []
+
+
+def test_negatives_have_prompts_of_other_tasks_and_the_given_answer() -> None:
+    others = rows_from([{"text": f"other {number}", "label": "x"} for number in range(30)])
+    made = copied(
+        ORDERS, others=others, negatives={"completion": {"service": "none"}, "prompts": ["hello"], "share": 0.5}
+    )
+    negatives = [c for c in made if c.changes == ("negative",)]
+    assert len(negatives) == len(ORDERS) / 2
+    assert {c.row.completion for c in negatives} == {'{"service": "none"}'}
+    assert all(prompt.startswith(("other ", "hello")) for prompt, _ in pairs(negatives))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Callable[..., Task]:
+    """`task(augment, **keys)`: the task of ORDERS with this `data.augment`, and `keys` of its adapter."""
+
+    def make(augment: object, **keys: object) -> Task:
+        data = {"train": "rows.jsonl", "held_out": 0.2, "augment": augment}
+        adapter = {**adapter_of(**keys), "data": data}
+        recipe = make_recipe(tmp_path, "missing.gguf", {"home": adapter}, data={"rows.jsonl": ORDERS})
+        return read_task("home", recipe)
+
+    return make
+
+
+def test_copies_are_trained_on_and_validation_rows_stay(task: Callable[..., Task]) -> None:
+    plain, augmented = task(augment=False), task(augment=True)
+    assert (plain.train, plain.validation) == (augmented.train, augmented.validation)
+    assert plan_rows(augmented).train == len(augmented.trained_rows) > 2 * plan_rows(plain).train
+    prompts = {row.messages[-1]["content"] for row in augmented.validation if row.messages}
+    assert not prompts & {prompt for prompt, _ in pairs(list(augmented.copies))}
+    assert augmented == task(augment=True), "the same seed gives the same copies"
+
+
+def test_an_inferred_output_allows_new_values_and_no_copy_makes_values_look_complete(task: Callable[..., Task]) -> None:
+    plain = output_of_task(task(augment=False, output="auto"))
+    assert plain == output_of_task(task(augment={"copies": 9}, output="auto"))
+    wider = output_of_task(task(augment={"copies": 3, "values": {"area": ["porch"]}}, output="auto"))
+    assert wider is not None
+    assert wider.accepts('{"service": "lamp.turn_on", "area": "porch"}')
+
+
+def test_values_that_contradict_the_schema_are_refused(task: Callable[..., Task]) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"service": {"type": "string"}, "area": {"type": "string", "maxLength": 11}},
+    }
+    made = task(augment={"values": {"area": ["much_too_long_a_name"]}}, output={"schema": schema})
+    with pytest.raises(UsageError, match=r"completions break the schema: .* copy .*much_too_long_a_name"):
+        output_of_task(made)
+
+
+def test_the_preview_shows_rows_with_their_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"train": "rows.jsonl", "held_out": 0.2, "augment": {"copies": 2, "noise": 0}}
+    adapters = {"home": {"data": data}, "plain": adapter_of()}
+    recipe = str(write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": ORDERS}))
+    assert main(["data", "preview", recipe, "--rows", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"home: \d+ rows are added to 16", lines[0])
+    assert sum(line.startswith(f"  {tmp_path}") for line in lines) == 2
+    assert any(line.endswith(")") and "(area: " in line for line in lines)
+    assert main(["data", "preview", recipe, "--json"]) == 0
+    (copied_rows,) = json.loads(capsys.readouterr().out).values()
+    assert {"source", "prompt", "completion", "changes"} == copied_rows[0].keys()
+    assert main(["data", "preview", recipe, "--adapter", "plain"]) == 2
+    assert "no data.augment for plain; add `augment: true` to its data" in capsys.readouterr().err
