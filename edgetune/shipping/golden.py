@@ -88,7 +88,7 @@ def _question(row: TaskRow) -> GoldenAnswer:
 
 def _label_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> tuple[bool, float]:
     """Whether there is an answer, and the lead of the most likely label over the second, in nats."""
-    second, best = sorted(runtime.classify(question.prompt, adapter=name).probabilities.values())[-2:]
+    second, best = sorted(runtime.classify(question.prompt, adapter=name, exact=True).probabilities.values())[-2:]
     return True, math.log(best / second) if second else math.inf
 
 

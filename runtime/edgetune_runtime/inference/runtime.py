@@ -22,6 +22,7 @@ from edgetune_runtime.tools.definitions import Tools, tool_set
 
 from .adapter_changes import AdapterChanges, add_adapter, reload_adapters, remove_adapter
 from .generation import Answer, Outcome, Stream, generate
+from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base
 from .opening_options import RuntimeOptions, decide
@@ -158,12 +159,13 @@ class Runtime:
         return Session._load(self._loaded, Path(path))
 
     def classify(
-        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None, exact: bool = False
     ) -> Classification:
-        """The most likely of `labels` (default: the adapter's) as the answer, and the probability of each of them.
+        """The most likely of `labels` (default: the adapter's), and probabilities, normalized over these labels.
 
-        All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
-        only the labels of its one adapter; the probabilities are normalized over the given labels.
+        Labels are computed token by token, the most probable beginnings first, until no other label can be more likely.
+        Those that were not computed have no probability; `Classification.unseen` is the most that they can have. With
+        `exact`, all are computed. An encoder has only the labels of its one adapter, and always computes all.
         """
         adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
@@ -181,13 +183,12 @@ class Runtime:
             entry = self.manifest.adapter(name)
             with self._loaded.adapters.use({name: entry}, Holder()):
                 scale = self._loaded.scales(adapter)[name]
-                return most_likely(labels, classifier.scores(prompt, labels, entry, scale))
+                return most_likely(labels, LabelScores(classifier.scores(prompt, labels, entry, scale)))
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
-            endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
-            context.run(call.job)
-            scores = context.score(endings)
+            endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
+            scores = score_labels(context, context.run(call.job).logits, endings, exact=exact)
         return most_likely(labels, scores)
 
     def embed(self, text: str) -> Embedding:

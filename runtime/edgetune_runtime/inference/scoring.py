@@ -12,15 +12,25 @@ from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.text.sampling import softmax
 
+from .label_search import LabelScores
+
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
 class Classification(NamedTuple):
-    """The most likely label, and the probability of each label."""
+    """The most likely label, and the probability of each label that was computed.
+
+    If not all were, these are the lowest probabilities that they can have.
+    """
 
     label: str
     probabilities: dict[str, float]
+
+    @property
+    def unseen(self) -> float:
+        """The highest probability that the labels without one can have together."""
+        return max(0.0, 1.0 - math.fsum(self.probabilities.values()))
 
 
 class NegativeLogLikelihood(NamedTuple):
@@ -35,9 +45,12 @@ class NegativeLogLikelihood(NamedTuple):
         return math.exp(self.nats / self.tokens)
 
 
-def most_likely(labels: Sequence[str], scores: Sequence[float]) -> Classification:
-    """The label with the highest score (a log probability, up to a constant), and the probability of each."""
-    probabilities = dict(zip(labels, softmax(np.asarray(scores, np.float64)).tolist(), strict=True))
+def most_likely(labels: Sequence[str], scores: LabelScores) -> Classification:
+    """The label with the highest score, and the probability of each label with a score."""
+    known = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
+    shares = softmax(np.array([*known.values(), scores.unseen])).tolist()
+    # The last share is that of the others.
+    probabilities = dict(zip(known, shares, strict=False))
     return Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
 
 
