@@ -259,7 +259,8 @@ class AdapterSpec(RecipePart):
     system: Text | None = None
     """System prompt, added to each conversation that has none, in training and on the device."""
     labels: tuple[Text, ...] | None = None
-    """The possible answers of a classification task. null: taken from the training rows if the metric is label."""
+    """The possible answers of a classification task. null: those of the training rows, if these have a `label` or the
+    metric is label."""
     metric: Metric = "auto"
     """How answers are scored. auto: chosen by the form of the rows."""
     output: OutputOption | None = None

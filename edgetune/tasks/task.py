@@ -16,7 +16,7 @@ from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
 from .data import TaskRow, read_rows, read_text, split
-from .metrics import metric_for
+from .metrics import labels_in, metric_for
 from .tokenization import TooLong, tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
@@ -64,7 +64,7 @@ def read_task(name: str, recipe: Recipe) -> Task:
     metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, spec.labels)
     labels = spec.labels or ()
     if metric == "label" and not labels:
-        labels = tuple(sorted({row.completion for row in train if row.completion is not None}))
+        labels = labels_in(train)
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:

@@ -124,6 +124,8 @@ def test_the_base_alone_is_scored_by_the_metric_that_fits_the_rows(
 ) -> None:
     data = write({"prompt": "play", "completion": {"service": "media.play"}})
     assert score(plain_bundle, data, adapter=None).metric == "json"
+    labelled = score(plain_bundle, write(*({"text": text, "label": "on"} for text in PROMPTS)), adapter=None)
+    assert (labelled.metric, labelled.score) == ("label", 1.0)
 
 
 def test_the_trainings_columns_hold_for_the_data(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:

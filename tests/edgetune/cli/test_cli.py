@@ -228,6 +228,9 @@ def test_validate_prints_base_board_and_rows(run: Run, recipe: Path) -> None:
     assert "fits on pi-4" in found["board"]["reason"]
     data = {name: (plan["metric"], plan["rows"]["train"], plan["labels"]) for name, plan in found["adapters"].items()}
     assert data == {"reply": ("exact", 7, []), "tone": ("label", 8, ["red", "warm"])}
+    no_labels = ("--set", "adapters.tone.labels=null", "--set", "adapters.tone.metric=auto")
+    inferred = json.loads(run("validate", recipe, *no_labels, "--json")[1])
+    assert inferred["adapters"]["tone"] == found["adapters"]["tone"]
     assert found["needs"]["memory_mb"] > 0 and found["needs"]["disk_mb"] > 0
     lines = run("validate", recipe)[1].splitlines()
     assert any(line.startswith("needs         memory about ") for line in lines)

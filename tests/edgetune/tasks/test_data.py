@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_form_of_each_row_is_recognized(write: Write) -> None:
     assert read_rows(source) == [
         TaskRow(f"{source}:1", tuple(conversation[:2]), "hello"),
         row("turn on", "done", f"{source}:2"),
-        row("is it late", "time", f"{source}:3"),
+        replace(row("is it late", "time", f"{source}:3"), is_labelled=True),
         TaskRow(f"{source}:4", text="once upon a time"),
     ]
 
