@@ -254,7 +254,8 @@ def json_schema() -> dict[str, Any]:
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
-    schema["properties"]["route"]["anyOf"].append({"type": "boolean"})
+    for section, key in ((schema, "route"), (schema["$defs"]["AdapterSpec"], "out_of_scope")):
+        section["properties"][key]["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune import task_types
 from edgetune.objectives.example import Example
@@ -17,11 +18,14 @@ from edgetune.recipe.rows import Rows
 
 from .data import TaskRow, read_rows, read_text, split
 from .metrics import labels_in, metric_for
+from .negatives import negative_rows
 from .tokenization import TooLong, tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
+_NEGATIVE_PARTS = 4
+"""One of so many parts of the texts that are out of scope is for validation."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,40 @@ def read_task(name: str, recipe: Recipe) -> Task:
     """Read the data of the recipe's adapter `name`; raises the errors of `read_rows` and `split`."""
     spec = recipe.adapters[name]
     training = recipe.training.under(spec.training)
-    train = read_rows(spec.data.train, spec.data.columns, labels=spec.labels)
-    metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, spec.labels)
-    labels = spec.labels or ()
+    labels = _with_scope(spec, spec.labels or ())
+    train = read_rows(spec.data.train, spec.data.columns, labels=labels or None)
+    metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, labels)
     if metric == "label" and not labels:
-        labels = labels_in(train)
+        labels = _with_scope(spec, labels_in(train))
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
-    return Task(name, spec, training, train, validation, labels, metric)
+    task = Task(name, spec, training, train, validation, labels, metric)
+    return task if spec.out_of_scope is None else _with_negatives(task, recipe)
+
+
+def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels with the one of texts that are out of scope, if the adapter has any labels and asks for it."""
+    own = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
+    return tuple(dict.fromkeys((*labels, *own)))
+
+
+def _with_negatives(task: Task, recipe: Recipe) -> Task:
+    """With made rows that are out of scope, some of them for validation; UsageError for a task without labels."""
+    assert task.spec.out_of_scope is not None
+    if task.metric != "label":
+        message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
+        raise UsageError(message, "use rows of text and label, or remove out_of_scope")
+    others = {}
+    for name, spec in recipe.adapters.items():
+        # Rows that cannot be read are reported by their own task.
+        with suppress(EdgetuneError):
+            if name != task.name:
+                others[name] = read_rows(spec.data.train, spec.data.columns)
+    made = negative_rows(task.train, others, task.spec.out_of_scope.label, task.training.seed)
+    learned = [row for number, row in enumerate(made) if number % _NEGATIVE_PARTS]
+    return replace(task, train=[*task.train, *learned], validation=[*task.validation, *made[::_NEGATIVE_PARTS]])
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_the_score_is_the_mean_of_the_rows_by_the_adapters_metric(
 def test_label_accuracy_is_that_of_classify(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
     bundle = bundle_with("label")
     with Runtime.open(bundle) as runtime:
-        chosen = [runtime.classify(prompt, adapter="task")[0] for prompt in PROMPTS]
+        chosen = [runtime.classify(prompt, adapter="task").label for prompt in PROMPTS]
     wrong = next(label for label in LABELS if label != chosen[0])
     labels = [wrong, *chosen[1:]]
     data = write(*({"text": text, "label": label} for text, label in zip(PROMPTS, labels, strict=True)))

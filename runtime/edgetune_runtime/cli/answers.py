@@ -87,11 +87,13 @@ def classify(options: argparse.Namespace) -> None:
         choice = runtime.classify(prompt, labels, adapter=adapter, exact=options.exact)
     label, probabilities = choice
     if options.json:
-        fields = {"label": label, "scores": probabilities, "unseen": choice.unseen, **fields}
-        print(json.dumps(fields, ensure_ascii=False))
+        found = {"unseen": choice.unseen, "out_of_scope": choice.is_out_of_scope}
+        print(json.dumps({"label": label, "scores": probabilities, **found, **fields}, ensure_ascii=False))
         return
-    for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
-        print(f"{printable(name)}\t{probabilities[name]:.4f}")
+    # The label of texts that are out of scope comes first, whatever its own probability.
+    rows = {label: 0.0, **probabilities}
+    for name in sorted(rows, key=lambda name: (name == label, rows[name]), reverse=True):
+        print(f"{printable(name)}\t{rows[name]:.4f}")
 
 
 def chat(options: argparse.Namespace) -> None:

@@ -292,7 +292,7 @@ def test_validate_reports_the_problems_of_all_adapters_at_once(run: Run, recipe:
 def test_evaluate_prints_the_score_as_json(run: Run, bundle: Path, recipe: Path) -> None:
     data = recipe.parent / "tone.jsonl"
     with Runtime.open(bundle) as runtime:
-        right = [runtime.classify(row["text"], adapter="tone")[0] == row["label"] for row in LABELED]
+        right = [runtime.classify(row["text"], adapter="tone").label == row["label"] for row in LABELED]
     code, out, err = run("evaluate", bundle, "--adapter", "tone", "--data", data, "--json", "--quiet")
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert json.loads(out) == {"score": pytest.approx(sum(right) / 9), "metric": "label", "rows": 9, "too_long": 0}

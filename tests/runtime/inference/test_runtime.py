@@ -220,7 +220,7 @@ def test_classify_gives_probabilities_over_the_labels(runtime: Runtime) -> None:
     assert tuple(scores) == LABELS
     assert sum(scores.values()) == pytest.approx(1)
     assert scores[label] == max(scores.values())
-    some = runtime.classify(PROMPT, ["red", "green"], adapter="tone", exact=True)[1]
+    some = runtime.classify(PROMPT, ["red", "green"], adapter="tone", exact=True).probabilities
     assert some["red"] / some["green"] == pytest.approx(scores["red"] / scores["green"], rel=0.05)
 
 

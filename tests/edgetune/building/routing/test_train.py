@@ -13,7 +13,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.routing.classifier import probabilities
 from recipes import adapter_of, make_recipe
 
-from edgetune.building.routing.prompts import GENERAL_REQUESTS
+from edgetune.tasks.negatives import GENERAL_REQUESTS
 from edgetune.building.routing.train import train_router
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
