@@ -21,7 +21,17 @@ from edgetune import methods
 
 from .model import Recipe
 from .output import OutputOption
-from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, Target, TextSpec, TrainingSpec
+from .parts import (
+    AdapterSpec,
+    Columns,
+    DataSpec,
+    DomainSpec,
+    MethodSpec,
+    OutOfScopeSpec,
+    Target,
+    TextSpec,
+    TrainingSpec,
+)
 from .problems import other_names
 from .routing import RouteSpec
 
@@ -65,6 +75,7 @@ def reference() -> str:
         ("`adapters.NAME`", AdapterSpec),
         ("`adapters.NAME.data`", DataSpec),
         ("`adapters.NAME.data.columns`", Columns),
+        ("`adapters.NAME.out_of_scope`", OutOfScopeSpec),
         ("`training`, `adapters.NAME.training` and `domain.training`", TrainingSpec),
         ("`domain`", DomainSpec),
         ("`domain.data`", TextSpec),

@@ -48,6 +48,11 @@ class Task:
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 
+    def in_scope(self, rows: Sequence[TaskRow]) -> list[TaskRow]:
+        """The rows that have one of the task's own labels, or none."""
+        scope = self.spec.out_of_scope
+        return [row for row in rows if scope is None or row.completion != scope.label]
+
     def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], TooLong]:
         """Tokenize into training and validation examples, without the rows of both that are too long."""
 

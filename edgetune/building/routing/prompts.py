@@ -24,7 +24,8 @@ class TaskPrompts:
 
 def prompts_of(task: Task) -> TaskPrompts:
     """The prompts of a task's rows; UsageError for a row without one."""
-    return TaskPrompts(task.name, bool(task.labels), _texts(task, task.train), _texts(task, task.validation))
+    train, validation = (_texts(task, task.in_scope(rows)) for rows in (task.train, task.validation))
+    return TaskPrompts(task.name, bool(task.labels), train, validation)
 
 
 def _texts(task: Task, rows: Sequence[TaskRow]) -> list[str]:
