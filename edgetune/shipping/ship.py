@@ -32,8 +32,8 @@ from edgetune.training.allocator import give_back_freed_memory
 from .builder import Builder
 from .exported import B, BuildBase, BundleSpec, ExportedFormat, ParityReport, TrainedAdapter, WrittenAdapter
 from .golden import with_golden
-from .scope import with_scopes
 from .manifest import adapter_entry, manifest_of
+from .scope import with_scopes
 
 CARD_NAME = "README.md"
 """The model card, at the top of a bundle."""

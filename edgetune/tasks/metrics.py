@@ -18,8 +18,9 @@ LONG_ANSWER_WORDS = 3
 def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | None) -> Metric:
     """The metric to use: `metric` itself, or for "auto" the one that suits `rows`.
 
-    Label accuracy if there are labels, or if the rows have a label that occurs again, perplexity for rows of text, JSON equality if all completions are JSON objects,
-    ROUGE-L for completions of more than three words on average, otherwise exact match.
+    Label accuracy if there are labels, or if the rows have a label that occurs again; perplexity for rows of text; JSON
+    equality if all completions are JSON objects; ROUGE-L for completions of more than three words on average; otherwise
+    exact match.
     """
     if metric != "auto":
         return metric

@@ -100,7 +100,7 @@ def _with_negatives(task: Task, recipe: Recipe) -> Task:
         with suppress(EdgetuneError):
             if name != task.name:
                 others[name] = read_rows(spec.data.train, spec.data.columns)
-    made = negative_rows(task.train, others, task.spec.out_of_scope.label, task.training.seed)
+    made = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
     learned = [row for number, row in enumerate(made) if number % _NEGATIVE_PARTS]
     return replace(task, train=[*task.train, *learned], validation=[*task.validation, *made[::_NEGATIVE_PARTS]])
 

@@ -23,7 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry
+    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry, Scope
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
     from .events import Event
@@ -81,6 +81,7 @@ __all__ = [
     "RuntimeOptions",
     "Sampling",
     "SamplingOptions",
+    "Scope",
     "Session",
     "Stream",
     "Timings",
@@ -97,7 +98,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
-    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry",
+    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry Scope",
     "decoding.logprobs": "TokenLogprob",
     "decoding.output": "OutputSpec",
     "events": "Event",

@@ -31,12 +31,14 @@ def task_with(
 def test_a_task_gets_rows_that_none_of_its_labels_fits(tmp_path: Path) -> None:
     task = task_with(tmp_path, songs=SONGS)
     assert task.labels == (*COLORS, "out_of_scope")
-    learned, judged = ([row for row in rows if row.completion == "out_of_scope"] for rows in (task.train, task.validation))
-    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 12, 12, 8 + 4, 4)
+    learned, judged = (
+        [row for row in rows if row.completion == "out_of_scope"] for rows in (task.train, task.validation)
+    )
+    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 15, 15, 8 + 5, 5)
     texts = [row.messages[0]["content"] for row in (*learned, *judged) if row.messages]
-    assert len(set(texts)) == 16
+    assert len(set(texts)) == 20
     kinds = [len(set(texts) & {*known}) for known in (GENERAL_REQUESTS, [row["prompt"] for row in SONGS])]
-    assert kinds == [5, 5]
+    assert kinds == [7, 6]
     assert not set(texts) & {row["text"] for row in ROWS}
 
 

@@ -48,6 +48,7 @@ NAMES = {
     "RuntimeOptions",
     "Sampling",
     "SamplingOptions",
+    "Scope",
     "Session",
     "Stream",
     "Timings",
