@@ -65,7 +65,7 @@ def learn(
         return
     if chosen:
         print(asking.HELP, file=sys.stderr)
-        asked = asking.ask(chosen, input)
+        asked = asking.ask(chosen, _reply_to)
         entries = list({entry.id: entry for entry in (*entries, *asking.kept(asked, log[-1]))}.values())
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
     if as_json:
@@ -75,6 +75,12 @@ def learn(
     if result.worse:
         message = f"the new adapters are worse: {', '.join(result.worse)}"
         raise VerificationError(message, "look at the corrections; the bundle is as it was")
+
+
+def _reply_to(question: str) -> str:
+    """What the user types; standard output is for the result."""
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
 
 
 def _print(result: Learned) -> None:

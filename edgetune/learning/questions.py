@@ -25,12 +25,13 @@ def most_informative(entries: Sequence[LoggedAnswer], count: int) -> list[Logged
 
 
 def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator[LoggedAnswer]:
-    """The answers with what `read` returns to a question about each: the answers that the user corrects or confirms."""
+    """The answers that the user corrects or confirms, by the line that `read` returns to a question; "" ends it."""
     for number, entry in enumerate(entries, 1):
         sure = "" if entry.confidence is None else f" ({entry.confidence:.0%} sure)"
         head = f"\n{number} of {len(entries)}, {entry.adapter}{sure}\n  asked     {entry.messages[-1]['content']}"
-        reply = read(f"{head}\n  answered  {entry.answer}\nright? ").strip()
-        if reply == QUIT:
+        line = read(f"{head}\n  answered  {entry.answer}\nright? ")
+        reply = line.strip()
+        if not line or reply == QUIT:
             return
         if reply != SKIP:
             yield replace(entry, correction=reply or entry.answer)
