@@ -23,6 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .answer_log import AnswerLog
     from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry, Scope
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
@@ -51,6 +52,7 @@ __all__ = [
     "AdapterEntry",
     "Adapters",
     "Answer",
+    "AnswerLog",
     "AnswerOptions",
     "AsyncRuntime",
     "AsyncSession",
@@ -98,6 +100,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
+    "answer_log": "AnswerLog",
     "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry Scope",
     "decoding.logprobs": "TokenLogprob",
     "decoding.output": "OutputSpec",

@@ -18,6 +18,7 @@ NAMES = {
     "AdapterEntry",
     "Adapters",
     "Answer",
+    "AnswerLog",
     "AnswerOptions",
     "AsyncRuntime",
     "AsyncSession",
