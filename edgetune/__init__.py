@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgetune_runtime.errors import EdgetuneError
 
-    from .api import build, compare, evaluate, export, plan
+    from .api import build, compare, evaluate, export, learn, plan
     from .building.result import Build
     from .comparison.comparison import Comparison
     from .evaluation import Evaluation, ScoredRow
+    from .learning.change import Change
+    from .learning.learn import Learned
     from .planning.records import BuildPlan
     from .progress import ProgressEvent
     from .recipe.model import Recipe
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Build",
     "BuildPlan",
+    "Change",
     "Comparison",
     "EdgetuneError",
     "Evaluation",
+    "Learned",
     "Point",
     "ProgressEvent",
     "Recipe",
@@ -36,6 +40,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "learn",
     "plan",
 ]
 
@@ -43,9 +48,11 @@ __all__ = [
 _LAZY = {
     "Build": "edgetune.building.result",
     "BuildPlan": "edgetune.planning.records",
+    "Change": "edgetune.learning.change",
     "Comparison": "edgetune.comparison.comparison",
     "EdgetuneError": "edgetune_runtime.errors",
     "Evaluation": "edgetune.evaluation",
+    "Learned": "edgetune.learning.learn",
     "Point": "edgetune.training.job",
     "ProgressEvent": "edgetune.progress",
     "Recipe": "edgetune.recipe.model",
@@ -54,6 +61,7 @@ _LAZY = {
     "compare": "edgetune.api",
     "evaluate": "edgetune.api",
     "export": "edgetune.api",
+    "learn": "edgetune.api",
     "plan": "edgetune.api",
 }
 

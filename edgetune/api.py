@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .comparison.comparison import Comparison
     from .comparison.sweep import Run
     from .evaluation import Evaluation
+    from .learning.learn import Learned
     from .planning.records import BuildPlan
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
@@ -158,6 +159,32 @@ def evaluate(
     return evaluation.evaluate(
         Path(bundle), adapter, rows, limit=limit, engine=engine, kv=kv, progress=Progress(on_progress)
     )
+
+
+def learn(
+    bundle: str | Path,
+    log: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    into: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Learned:
+    """Train the adapters of a bundle again with the corrections in a log of its answers, and with the old rows.
+
+    `log` is the file of `edgetune-run serve --log-answers`, or of an `edgetune_runtime.AnswerLog`. `recipe` has the old
+    rows, by default the recipe beside the bundle. Old and new adapters answer the old validation rows and a quarter of
+    the corrections, which are not learned. If none got worse by more than one standard error, the new bundle takes the
+    place of the old one, or is `into`.
+
+    Raises EdgetuneError for the log of another bundle, too few corrections or some that are no answers of the task, and
+    what `build` raises.
+    """
+    from .learning import learn as learning  # noqa: PLC0415 - torch
+
+    folder, path = Path(bundle), None if recipe is None else Path(recipe)
+    entries = learning.read_logs(folder, [Path(log)])
+    with _interruptible():
+        return learning.learn(folder, entries, path, None if into is None else Path(into), Progress(on_progress))
 
 
 def compare(

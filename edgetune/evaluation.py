@@ -91,8 +91,8 @@ def evaluate(
 
     The columns are those from the adapter's training; a file with prompt and completion, or text and label, works too.
     At most `limit` rows are scored, spread evenly over the file, which may be sorted. Answers are greedy. With labels,
-    the answer is what `classify` chooses among the adapter's labels. `kv` is the type of the KV cache (see
-    `Runtime.open`).
+    the answer is what `classify` chooses among the adapter's labels, or for the base among those of the rows. `kv` is
+    the type of the KV cache (see `Runtime.open`).
 
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
@@ -108,6 +108,8 @@ def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progre
     entry = runtime.manifest.adapter(adapter) if adapter is not None else None
     labels = entry.labels if entry is not None else ()
     metric = metrics.metric_for(_metric(entry), rows, labels)
+    if metric == "label" and not labels:
+        labels = metrics.labels_in(rows)
     system = entry.system if entry is not None else None
     task = _Task(runtime, adapter, system, labels, metric)
     _check_rows(rows, metric)

@@ -24,6 +24,7 @@ from .evaluate import evaluate
 from .grouped_help import GroupedCommand, GroupedGroup
 from .init import init
 from .kit import kit
+from .learn import learn
 from .methods import methods
 from .plan import plan, validate
 from .report import report
@@ -96,7 +97,7 @@ def schema() -> None:
 # By the titles of the groups in --help.
 COMMANDS = {
     "Recipe commands": (init, validate, plan, methods, schema),
-    "Bundle commands": (build, export, report, deploy, kit, wheel),
+    "Bundle commands": (build, learn, export, report, deploy, kit, wheel),
     "Measurement commands": (evaluate, compare),
 }
 for _title, _commands in COMMANDS.items():

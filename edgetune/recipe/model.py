@@ -253,8 +253,13 @@ def json_schema() -> dict[str, Any]:
 
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     schema["properties"]["quantization"]["anyOf"][0]["enum"] = sorted(QUANTIZATIONS)
-    for options in (schema["properties"]["route"], schema["$defs"]["DataSpec"]["properties"]["augment"]):
-        options["anyOf"].append({"type": "boolean"})
+    definitions = schema["$defs"]
+    for section, key in (
+        (schema, "route"),
+        (definitions["DataSpec"], "augment"),
+        (definitions["AdapterSpec"], "out_of_scope"),
+    ):
+        section["properties"][key]["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

@@ -250,6 +250,16 @@ class MethodSpec(RecipePart):
         return {"title": "Method", "description": cls.__doc__, "oneOf": [{"enum": methods.names()}, *_method_schemas()]}
 
 
+class OutOfScopeSpec(RecipePart):
+    """How a classification task learns texts that none of its labels fits. `out_of_scope: true` has all defaults."""
+
+    label: Text = "out_of_scope"
+    """The label of such texts. Training rows may have it too, where you know what people ask."""
+    refused: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the validation rows that may get this label wrongly: a text gets it if the likeliest of the other labels
+    is less likely than for the rest of these rows."""
+
+
 class AdapterSpec(RecipePart):
     """One task: its data, and how its adapter is trained, exported and scored."""
 
@@ -258,7 +268,10 @@ class AdapterSpec(RecipePart):
     system: Text | None = None
     """System prompt, added to each conversation that has none, in training and on the device."""
     labels: tuple[Text, ...] | None = None
-    """The possible answers of a classification task. null: taken from the training rows if the metric is label."""
+    """The possible answers of a classification task. null: those of the training rows, if these have a `label` or the
+    metric is label."""
+    out_of_scope: OutOfScopeSpec | None = None
+    """A label for texts that none of the others fits: true, or a mapping of options. The build makes rows of it."""
     metric: Metric = "auto"
     """How answers are scored. auto: chosen by the form of the rows."""
     output: OutputOption | None = None
@@ -282,6 +295,11 @@ class AdapterSpec(RecipePart):
     """Number format of the adapter's .onnx_adapter file. f16 halves the file, but onnxruntime-genai loads f32 only."""
     training: OwnTraining = TrainingSpec()
     """Training options of this adapter; they override those of the recipe."""
+
+    @field_validator("out_of_scope", mode="before")
+    @classmethod
+    def _with_defaults(cls, out_of_scope: object) -> object:
+        return {True: {}, False: None}[out_of_scope] if isinstance(out_of_scope, bool) else out_of_scope
 
     @field_validator("labels")
     @classmethod

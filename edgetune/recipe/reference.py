@@ -22,7 +22,17 @@ from edgetune import methods
 from .augment import AugmentSpec, NegativesSpec
 from .model import Recipe
 from .output import OutputOption
-from .parts import AdapterSpec, Columns, DataSpec, DomainSpec, MethodSpec, Target, TextSpec, TrainingSpec
+from .parts import (
+    AdapterSpec,
+    Columns,
+    DataSpec,
+    DomainSpec,
+    MethodSpec,
+    OutOfScopeSpec,
+    Target,
+    TextSpec,
+    TrainingSpec,
+)
 from .problems import other_names
 from .routing import RouteSpec
 
@@ -69,6 +79,7 @@ def reference() -> str:
         ("`adapters.NAME.data.columns`", Columns),
         ("`adapters.NAME.data.augment`", AugmentSpec),
         ("`adapters.NAME.data.augment.negatives`", NegativesSpec),
+        ("`adapters.NAME.out_of_scope`", OutOfScopeSpec),
         ("`training`, `adapters.NAME.training` and `domain.training`", TrainingSpec),
         ("`domain`", DomainSpec),
         ("`domain.data`", TextSpec),

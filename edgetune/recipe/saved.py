@@ -10,6 +10,8 @@ from .model import Recipe
 from .parts import AdapterSpec, DomainSpec
 from .rows import Rows
 
+RECIPE = "recipe.json"
+
 
 def save_recipe(recipe: Recipe, folder: Path) -> Path:
     """Write `recipe.json`, from which `Recipe.from_file` makes the same recipe, with rows from memory in files beside.
@@ -33,7 +35,7 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
         if document is not None:
             part["method"]["document"] = save_source(document, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.json"
+    path = folder / RECIPE
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
     return path
 

@@ -32,7 +32,7 @@ def score_adapters(
     if recipe is not None:
         adapters = Recipe.from_file(recipe).adapters
         names = [name for name in adapters if name in manifest.adapters and name not in files]
-        loaded = Recipe.from_file(recipe, _split_of(manifest, names))
+        loaded = Recipe.from_file(recipe, split_of(manifest, names))
         tasks = [read_task(name, loaded) for name in names]
     scores = {}
     if tasks:
@@ -45,7 +45,7 @@ def score_adapters(
     return scores
 
 
-def _split_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
+def split_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     """The settings of the build that decide which rows it held out, as overrides of its recipe."""
     adapters = manifest.recipe.get("adapters", {})
     seed = manifest.recipe.get("training", {}).get("seed", 0)

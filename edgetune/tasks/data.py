@@ -25,6 +25,8 @@ MAX_ERRORS = 20
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+LABEL = "label"
+"""The column whose values are labels; elsewhere a few short answers may be texts to write."""
 FORMS = "messages, prompt and completion, text and label, or text"
 
 
@@ -39,6 +41,8 @@ class TaskRow:
     A prompt row has `messages`, without the assistant's last turn, and the text of that turn as `completion`; a text
     row has only `text`. `where` is the row's source, such as `file.jsonl:12`.
 
+    `is_labelled`: the completion is what the row calls its label.
+
     `tools` are those of the prompt. If the last turn calls some, it is `turn`, and `completion` is `said` of it: its
     text depends on the base's chat template.
     """
@@ -49,6 +53,7 @@ class TaskRow:
     text: str | None = None
     tools: ToolSet | None = None
     turn: Message | None = None
+    is_labelled: bool = False
 
     @property
     def characters(self) -> int:
@@ -271,8 +276,8 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
         row = _conversation(where, values["messages"], values.get("tools"))
     elif "prompt" in values or "completion" in values:
         row = _prompt_row(where, values, "prompt", "completion")
-    elif "label" in values:
-        row = _prompt_row(where, values, "text", "label")
+    elif LABEL in values:
+        row = _prompt_row(where, values, "text", LABEL)
     elif "text" in values:
         row = TaskRow(where, text=_text(values["text"], "text"))
     else:
@@ -300,7 +305,8 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
     _check_keys(values, [prompt, *([completion] if isinstance(completion, str) else completion)])
     message = {"role": "user", "content": _text(values[prompt], prompt)}
     answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
-    return TaskRow(where, (message,), _answer(answer, completion if isinstance(completion, str) else "completion"))
+    text = _answer(answer, completion if isinstance(completion, str) else "completion")
+    return TaskRow(where, (message,), text, is_labelled=completion == LABEL)
 
 
 def _check_keys(values: Mapping[str, Any], needed: Sequence[str]) -> None:

@@ -18,12 +18,13 @@ LONG_ANSWER_WORDS = 3
 def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | None) -> Metric:
     """The metric to use: `metric` itself, or for "auto" the one that suits `rows`.
 
-    Label accuracy if there are labels, perplexity for rows of text, JSON equality if all completions are JSON objects,
-    ROUGE-L for completions of more than three words on average, otherwise exact match.
+    Label accuracy if there are labels, or if the rows have a label that occurs again; perplexity for rows of text; JSON
+    equality if all completions are JSON objects; ROUGE-L for completions of more than three words on average; otherwise
+    exact match.
     """
     if metric != "auto":
         return metric
-    if labels:
+    if labels or _are_labelled(rows):
         return "label"
     completions = [row.completion for row in rows if row.completion is not None]
     if not completions:
@@ -32,6 +33,15 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
         return "json"
     words = sum(len(text.split()) for text in completions) / len(completions)
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
+
+
+def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:
+    """The labels of the rows, in alphabetical order."""
+    return tuple(sorted({row.completion for row in rows if row.completion is not None}))
+
+
+def _are_labelled(rows: Sequence[TaskRow]) -> bool:
+    return all(row.is_labelled for row in rows) and len(labels_in(rows)) < len(rows)
 
 
 def score(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune import task_types
 from edgetune.objectives.example import Example
@@ -19,12 +20,15 @@ from edgetune.recipe.rows import Rows
 
 from .augmentation.copies import ChangedRow, copies_of
 from .data import TaskRow, read_rows, read_text, split
-from .metrics import metric_for
+from .metrics import labels_in, metric_for
+from .negatives import negative_rows
 from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
+_NEGATIVE_PARTS = 4
+"""One of so many parts of the texts that are out of scope is for validation."""
 
 
 class Reader(Protocol):
@@ -62,6 +66,11 @@ class Task:
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 
+    def in_scope(self, rows: Sequence[TaskRow]) -> list[TaskRow]:
+        """The rows that have one of the task's own labels, or none."""
+        scope = self.spec.out_of_scope
+        return [row for row in rows if scope is None or row.completion != scope.label]
+
     def tokenize(self, tokenizer: Tokenizer, max_tokens: int) -> tuple[list[Example], list[Example], tuple[str, ...]]:
         """The training and the validation examples, and where the rows of both are that are too long and left out."""
 
@@ -77,17 +86,19 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     """Read the data of the recipe's adapter `name`; raises the errors of `read_rows`, or of `read`, and of `split`."""
     spec = recipe.adapters[name]
     training = recipe.training.under(spec.training)
-    train = read(spec.data.train, spec.data.columns, labels=spec.labels)
-    metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, spec.labels)
-    labels = spec.labels or ()
+    labels = _with_scope(spec, spec.labels or ())
+    train = read(spec.data.train, spec.data.columns, labels=labels or None)
+    metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, labels)
     if metric == "label" and not labels:
-        labels = tuple(sorted({row.completion for row in train if row.completion is not None}))
+        labels = _with_scope(spec, labels_in(train))
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
     task = Task(name, spec, training, train, validation, labels, metric)
-    return task if spec.data.augment is None else _augmented(task, recipe, read)
+    if spec.data.augment is not None:
+        task = _augmented(task, recipe, read)
+    return task if spec.out_of_scope is None else _with_negatives(task, recipe, read)
 
 
 def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
@@ -111,6 +122,29 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
     except UsageError as error:
         raise UsageError(f"adapters.{task.name}.{error.message}", error.remedy) from error
     return replace(task, copies=copies)
+
+
+def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels with the one of texts that are out of scope, if the adapter has any labels and asks for it."""
+    own = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
+    return tuple(dict.fromkeys((*labels, *own)))
+
+
+def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
+    """With made rows that are out of scope, some of them for validation; UsageError for a task without labels."""
+    assert task.spec.out_of_scope is not None
+    if task.metric != "label":
+        message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
+        raise UsageError(message, "use rows of text and label, or remove out_of_scope")
+    others = {}
+    for name, spec in recipe.adapters.items():
+        # Rows that cannot be read are reported by their own task.
+        with suppress(EdgetuneError):
+            if name != task.name:
+                others[name] = read(spec.data.train, spec.data.columns)
+    made = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
+    learned = [row for number, row in enumerate(made) if number % _NEGATIVE_PARTS]
+    return replace(task, train=[*task.train, *learned], validation=[*task.validation, *made[::_NEGATIVE_PARTS]])
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry
+    from .answer_log import AnswerLog
+    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry, Scope
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
     from .events import Event
@@ -51,6 +52,7 @@ __all__ = [
     "AdapterEntry",
     "Adapters",
     "Answer",
+    "AnswerLog",
     "AnswerOptions",
     "AsyncRuntime",
     "AsyncSession",
@@ -81,6 +83,7 @@ __all__ = [
     "RuntimeOptions",
     "Sampling",
     "SamplingOptions",
+    "Scope",
     "Session",
     "Stream",
     "Timings",
@@ -97,7 +100,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
-    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry",
+    "answer_log": "AnswerLog",
+    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry Scope",
     "decoding.logprobs": "TokenLogprob",
     "decoding.output": "OutputSpec",
     "events": "Event",

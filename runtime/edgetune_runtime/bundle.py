@@ -100,6 +100,21 @@ class GoldenAnswer:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """Which texts `classify` finds to be out of scope with an adapter's labels in one format.
+
+    These get `label`: because it is the likeliest, or because the likeliest one is less likely than `threshold`.
+    `refused` is the share of the validation rows with other labels that got it, and `found` that of texts which the
+    build made of none of them.
+    """
+
+    label: str
+    threshold: float
+    refused: float
+    found: float
+
+
+@dataclass(frozen=True)
 class AdapterEntry:
     """One adapter: its file and shape per backend, how it was trained, and how to run it.
 
@@ -110,7 +125,7 @@ class AdapterEntry:
     is that of a merged model, None for other shapes and if a merged model keeps the types of an unchanged base.
     `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
     is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
-    `golden` has a golden answer per backend, unless the recipe leaves it out.
+    `golden` has a golden answer per backend, unless the recipe leaves it out; `scope` is by backend too.
     """
 
     name: str
@@ -132,6 +147,7 @@ class AdapterEntry:
     values_by_type: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
+    scope: Mapping[str, Scope] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def is_merged(self, engine: str) -> bool:
@@ -365,7 +381,8 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
 
 def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
     golden = {backend: _build(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
-    return _build(AdapterEntry, {**raw, "golden": golden})
+    scope = {backend: _build(Scope, value) for backend, value in raw.get("scope", {}).items()}
+    return _build(AdapterEntry, {**raw, "golden": golden, "scope": scope})
 
 
 def _router(raw: Mapping[str, Any]) -> RouterEntry:

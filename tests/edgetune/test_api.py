@@ -26,6 +26,7 @@ SIGNATURES = {
     "evaluate": "(bundle, data, adapter=None, *, limit=None, engine=None, kv=None, on_progress=None)",
     "export": "(base, adapters, out, *, quantization=None, systems=None, merged=False, targets=('gguf',), "
     "converter=None, on_progress=None)",
+    "learn": "(bundle, log, *, recipe=None, into=None, on_progress=None)",
     "plan": "(recipe, out=None)",
     "Recipe.from_file": "(path, settings=None)",
     "Recipe.from_dict": "(values, folder='')",
@@ -34,8 +35,10 @@ SIGNATURES = {
 FIELDS = {
     "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds", "router"],
     "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs"],
+    "Change": ["before", "after", "error", "rows", "answers"],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],
+    "Learned": ["bundle", "changes", "learned"],
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],
     "ProgressEvent": ["message", "step", "done", "total", "train_loss", "val_loss"],
     "ScoredRow": ["where", "prompt", "reference", "answer", "score"],

@@ -85,7 +85,7 @@ def test_the_score_is_the_mean_of_the_rows_by_the_adapters_metric(
 def test_label_accuracy_is_that_of_classify(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
     bundle = bundle_with("label")
     with Runtime.open(bundle) as runtime:
-        chosen = [runtime.classify(prompt, adapter="task")[0] for prompt in PROMPTS]
+        chosen = [runtime.classify(prompt, adapter="task").label for prompt in PROMPTS]
     wrong = next(label for label in LABELS if label != chosen[0])
     labels = [wrong, *chosen[1:]]
     data = write(*({"text": text, "label": label} for text, label in zip(PROMPTS, labels, strict=True)))
@@ -98,7 +98,7 @@ def test_perplexity_of_texts_and_of_completions(bundle_with: Callable[..., Path]
     bundle = bundle_with("perplexity")
     with Runtime.open(bundle) as runtime:
         losses = [runtime.negative_log_likelihood(text, adapter="task") for text in TEXTS]
-        _, shares = runtime.classify("play", ["on", "off"], adapter="task")
+        _, shares = runtime.classify("play", ["on", "off"], adapter="task", exact=True)
     result = score(bundle, write(*({"text": text} for text in TEXTS)))
     expected = math.exp(sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses))
     assert (result.metric, result.score) == ("perplexity", pytest.approx(expected, rel=1e-4))
@@ -124,6 +124,8 @@ def test_the_base_alone_is_scored_by_the_metric_that_fits_the_rows(
 ) -> None:
     data = write({"prompt": "play", "completion": {"service": "media.play"}})
     assert score(plain_bundle, data, adapter=None).metric == "json"
+    labelled = score(plain_bundle, write(*({"text": text, "label": "on"} for text in PROMPTS)), adapter=None)
+    assert (labelled.metric, labelled.score) == ("label", 1.0)
 
 
 def test_the_trainings_columns_hold_for_the_data(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:

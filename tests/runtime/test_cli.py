@@ -143,18 +143,20 @@ def test_a_prompt_may_come_from_standard_input(
 
 
 def test_classify_sorts_labels_by_probability(run: Run, bundle: Path, runtime: Runtime) -> None:
-    label, scores = runtime.classify(PROMPT, adapter="tone")
-    code, out, _ = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--json")
+    label, scores = runtime.classify(PROMPT, adapter="tone", exact=True)
+    code, out, _ = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--exact", "--json")
     assert code == 0
-    assert json.loads(out) == {"label": label, "scores": pytest.approx(scores)}
-    lines = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone")[1].splitlines()
+    found = {"label": label, "scores": pytest.approx(scores), "unseen": pytest.approx(0), "out_of_scope": False}
+    assert json.loads(out) == found
+    lines = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--exact")[1].splitlines()
     rows = {name: float(score) for name, score in (line.split("\t") for line in lines)}
     assert next(iter(rows)) == label
     assert rows == pytest.approx(scores, abs=1e-3)
     assert list(rows.values()) == sorted(rows.values(), reverse=True)
     assert set(rows) == set(LABELS)
     named = json.loads(run("classify", bundle, "--prompt", PROMPT, "--labels", "on, off", "--json")[1])
-    assert set(named["scores"]) == {"on", "off"}
+    assert named["label"] in set(named["scores"]) <= {"on", "off"}
+    assert sum(named["scores"].values()) + named["unseen"] == pytest.approx(1)
 
 
 def chat(run: Run, monkeypatch: pytest.MonkeyPatch, text: str, *arguments: object) -> tuple[int, str, str]:

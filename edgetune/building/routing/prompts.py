@@ -1,21 +1,15 @@
-"""The prompts that a router learns from: those of the tasks, and those of none."""
+"""The prompts of tasks that a router learns from."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.routing.router import last_user_text
 
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
-
-GENERAL_REQUESTS = Path(__file__).with_name("general_requests.txt").read_text(encoding="utf-8").splitlines()
-"""What people ask an assistant, written for edgetune: prompts of no task."""
-_SHARE_SCRAMBLED, _SHORTEST_SCRAMBLED = 0.7, 4
 
 
 @dataclass(frozen=True)
@@ -30,17 +24,8 @@ class TaskPrompts:
 
 def prompts_of(task: Task) -> TaskPrompts:
     """The prompts of a task's rows; UsageError for a row without one."""
-    return TaskPrompts(task.name, bool(task.labels), _texts(task, task.train), _texts(task, task.validation))
-
-
-def scrambled(prompts: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """Prompts that keep the form and the short words of the tasks' ones: the letters of most others are shuffled."""
-
-    def word(text: str) -> str:
-        shuffles = len(text) >= _SHORTEST_SCRAMBLED and rng.random() < _SHARE_SCRAMBLED
-        return "".join(rng.sample(text, len(text))) if shuffles else text
-
-    return [" ".join(map(word, prompt.split(" "))) for prompt in rng.sample(prompts, min(count, len(prompts)))]
+    train, validation = (_texts(task, task.in_scope(rows)) for rows in (task.train, task.validation))
+    return TaskPrompts(task.name, bool(task.labels), train, validation)
 
 
 def _texts(task: Task, rows: Sequence[TaskRow]) -> list[str]:

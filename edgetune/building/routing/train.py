@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedRouter
+from edgetune.tasks.negatives import GENERAL_REQUESTS, scrambled
 from edgetune.tasks.task import Task
 
 from .fit import fit
-from .prompts import GENERAL_REQUESTS, TaskPrompts, prompts_of, scrambled
+from .prompts import TaskPrompts, prompts_of
 
 _MAX_PROMPTS, _MAX_PER_TASK = 20_000, 500
 _SCRAMBLED = 300

@@ -76,7 +76,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def classify(options: argparse.Namespace) -> None:
-    """`classify`: labels with their probabilities."""
+    """`classify`: the labels that were computed, with their probabilities."""
     prompt = prompt_of(options)
     labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
     with open_runtime(options) as runtime:
@@ -84,12 +84,16 @@ def classify(options: argparse.Namespace) -> None:
         if adapter == AUTO and AUTO not in runtime.adapters:
             route = runtime.route(prompt, CLASSIFY)
             adapter, fields["route"] = route.adapter, asdict(route)
-        label, probabilities = runtime.classify(prompt, labels, adapter=adapter)
+        choice = runtime.classify(prompt, labels, adapter=adapter, exact=options.exact)
+    label, probabilities = choice
     if options.json:
-        print(json.dumps({"label": label, "scores": probabilities, **fields}, ensure_ascii=False))
+        found = {"unseen": choice.unseen, "out_of_scope": choice.is_out_of_scope}
+        print(json.dumps({"label": label, "scores": probabilities, **found, **fields}, ensure_ascii=False))
         return
-    for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
-        print(f"{printable(name)}\t{probabilities[name]:.4f}")
+    # The label of texts that are out of scope comes first, whatever its own probability.
+    rows = {label: 0.0, **probabilities}
+    for name in sorted(rows, key=lambda name: (name == label, rows[name]), reverse=True):
+        print(f"{printable(name)}\t{rows[name]:.4f}")
 
 
 def chat(options: argparse.Namespace) -> None:

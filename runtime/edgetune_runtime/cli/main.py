@@ -123,6 +123,8 @@ def make_parser() -> argparse.ArgumentParser:
     text = "with --json: print each token's log-probability, and those of the N likeliest tokens at its place (0 to 20)"
     generate.add_argument("--logprobs", type=int, default=argparse.SUPPRESS, metavar="N", help=text)
     classify.add_argument("--labels", metavar="A,B,C", help="comma-separated labels (default: the adapter's)")
+    text = "compute the probabilities of all labels, not only of those that might be the most likely"
+    classify.add_argument("--exact", action="store_true", help=text)
     for command in (generate, chat):
         add_sampling(command)
     add_form(generate)

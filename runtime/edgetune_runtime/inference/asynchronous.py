@@ -105,10 +105,10 @@ class AsyncRuntime:
         return AsyncSession(await asyncio.to_thread(self.runtime.load_session, path), self._threads)
 
     async def classify(
-        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None, exact: bool = False
     ) -> Classification:
-        """The most likely label, and the probability of each; see `Runtime.classify`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.classify, prompt, labels, adapter=adapter)
+        """The most likely label, and probabilities; see `Runtime.classify`. It is not ended early."""
+        return await asyncio.to_thread(self.runtime.classify, prompt, labels, adapter=adapter, exact=exact)
 
     async def embed(self, text: str) -> Embedding:
         """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""

@@ -72,7 +72,9 @@ def report(runtime: Runtime, *, as_json: bool) -> None:
 def ask(runtime: Runtime, adapter: str, golden: GoldenAnswer) -> str:
     """The adapter's greedy answer to a golden prompt, or the most likely label if the adapter has labels."""
     if runtime.manifest.adapter(adapter).labels:
-        return runtime.classify(golden.prompt, adapter=adapter).label
+        # Also if it is too unlikely to be in scope.
+        chances = runtime.classify(golden.prompt, adapter=adapter).probabilities
+        return max(chances, key=chances.__getitem__)
     return runtime.generate(golden.prompt, adapter=adapter, **options_of(golden)).text
 
 

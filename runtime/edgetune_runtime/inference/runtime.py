@@ -22,6 +22,7 @@ from edgetune_runtime.tools.definitions import Tools, tool_set
 
 from .adapter_changes import AdapterChanges, add_adapter, reload_adapters, remove_adapter
 from .generation import Answer, Outcome, Stream, generate
+from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base
 from .opening_options import RuntimeOptions, decide
@@ -158,37 +159,42 @@ class Runtime:
         return Session._load(self._loaded, Path(path))
 
     def classify(
-        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None, exact: bool = False
     ) -> Classification:
-        """The most likely of `labels` (default: the adapter's) as the answer, and the probability of each of them.
+        """The most likely of `labels` (default: the adapter's), and probabilities, normalized over these labels.
 
-        All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
-        only the labels of its one adapter; the probabilities are normalized over the given labels.
+        Labels are computed token by token, the most probable beginnings first, until no other label can be more likely.
+        Those that were not computed have no probability; `Classification.unseen` is the most that they can have. With
+        `exact`, all are computed. An encoder has only the labels of its one adapter, and always computes all.
+
+        If the adapter has a label for texts that are out of scope and it is among `labels`, a text gets it too where
+        the most likely label is less likely than the build found labels of the task to be.
         """
         adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
         if classifier is not None and len(scales) != 1:
             message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
             raise UsageError(message, f"choose one of: {', '.join(self.adapters)}")
+        first = self.manifest.adapter(next(iter(scales))) if scales else None
         if labels is None:
-            first = next(iter(scales), None)
-            labels = self.manifest.adapter(first).labels if first else ()
+            labels = first.labels if first is not None else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
             what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
             raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
+        scope = None if first is None else first.scope.get(self.engine)
+        if scope is not None and scope.label not in labels:
+            scope = None
         if classifier is not None:
-            (name,) = scales
-            entry = self.manifest.adapter(name)
-            with self._loaded.adapters.use({name: entry}, Holder()):
-                scale = self._loaded.scales(adapter)[name]
-                return most_likely(labels, classifier.scores(prompt, labels, entry, scale))
+            assert first is not None
+            with self._loaded.adapters.use({first.name: first}, Holder()):
+                scale = self._loaded.scales(adapter)[first.name]
+                return most_likely(labels, LabelScores(classifier.scores(prompt, labels, first, scale)), scope)
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
-            endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
-            context.run(call.job)
-            scores = context.score(endings)
-        return most_likely(labels, scores)
+            endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
+            scores = score_labels(context, context.run(call.job).logits, endings, exact=exact)
+        return most_likely(labels, scores, scope)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from edgetune_runtime.bundle import Scope
 from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.text.sampling import softmax
+
+from .label_search import LabelScores
 
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-class Classification(NamedTuple):
-    """The most likely label, and the probability of each label."""
+@dataclass(frozen=True)
+class Classification:
+    """The most likely label, and the probability of each label that was computed; unpacks into these two.
+
+    If not all were, these are the lowest probabilities that they can have. `is_out_of_scope`: the label is the one that
+    the recipe has for texts that none of the others fits.
+    """
 
     label: str
     probabilities: dict[str, float]
+    is_out_of_scope: bool = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.label, self.probabilities))
+
+    @property
+    def unseen(self) -> float:
+        """The highest probability that the labels without one can have together."""
+        return max(0.0, 1.0 - math.fsum(self.probabilities.values()))
 
 
 class NegativeLogLikelihood(NamedTuple):
@@ -35,10 +53,16 @@ class NegativeLogLikelihood(NamedTuple):
         return math.exp(self.nats / self.tokens)
 
 
-def most_likely(labels: Sequence[str], scores: Sequence[float]) -> Classification:
-    """The label with the highest score (a log probability, up to a constant), and the probability of each."""
-    probabilities = dict(zip(labels, softmax(np.asarray(scores, np.float64)).tolist(), strict=True))
-    return Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
+def most_likely(labels: Sequence[str], scores: LabelScores, scope: Scope | None) -> Classification:
+    """The label with the highest score, or that of `scope`, and the probability of each label with a score."""
+    known = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
+    shares = softmax(np.array([*known.values(), scores.unseen])).tolist()
+    # The last share is that of the others.
+    probabilities = dict(zip(known, shares, strict=False))
+    label = max(probabilities, key=probabilities.__getitem__)
+    if scope is not None and (label == scope.label or probabilities[label] < scope.threshold):
+        return Classification(scope.label, probabilities, is_out_of_scope=True)
+    return Classification(label, probabilities)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

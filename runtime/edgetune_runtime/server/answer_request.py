@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class AnswerRequest:
     `model` is the name that it used; for `auto` that of the model that the router chose, and `route` is its choice.
     `prompts` each get `count` answers. `options` are those of `Runtime.generate`, `raw` among them. `streams`: answers
     are sent in pieces, with at most `max_calls` tool calls each. `finish` makes of a whole answer what is sent; its
-    text is then not sent in pieces.
+    text is then not sent in pieces. `id` is that of the reply, and of its answers in a log.
     """
 
     model: str
@@ -39,3 +40,4 @@ class AnswerRequest:
     finish: Callable[[Answer], Answer] | None = None
     route: Route | None = None
     arrived: float = field(default_factory=lambda: ARRIVED.get(time.monotonic()))
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
+from edgetune_runtime.answer_log import AnswerLog
 from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue
@@ -37,10 +41,16 @@ class Piece:
 
 
 class Answering:
-    """Answers requests with one runtime. `rewriters` add models of their own."""
+    """Answers requests with one runtime. `rewriters` add models of their own; answers are written to `log`, if any."""
 
-    def __init__(self, runtime: AsyncRuntime, limits: ServerLimits, rewriters: Sequence[Rewriter] = ()) -> None:
-        self.runtime, self.limits = runtime, limits
+    def __init__(
+        self,
+        runtime: AsyncRuntime,
+        limits: ServerLimits,
+        rewriters: Sequence[Rewriter] = (),
+        log: AnswerLog | None = None,
+    ) -> None:
+        self.runtime, self.limits, self.log = runtime, limits, log
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
         self._rewriter_names = [rewriter.name for rewriter in rewriters]
         self.models = self._models()
@@ -154,11 +164,20 @@ class Answering:
         if answer.stop_reason == "cancelled":
             raise BusyError("the server is stopping", "try again later")
         self.metrics.count_answer(request.adapters, answer)
+        await self._log(request, prompt, answer, index)
         if request.finish is not None:
             answer = request.finish(answer)
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
+
+    async def _log(self, request: AnswerRequest, prompt: Prompt, answer: Answer, index: int) -> None:
+        """Log an answer that a row can be made of: of one adapter, without the calls and the syntax of tools."""
+        name = adapter_name(request.adapters)
+        if self.log is None or name is None or request.options.get("tools") or request.options.get("raw"):
+            return
+        log = partial(self.log.answered, prompt, answer.text, adapter=name, answer_id=answer_id(request.id, index))
+        await asyncio.to_thread(log)
 
     def _models(self) -> Models:
         return Models(self.runtime.manifest, self.runtime.engine, self._rewriter_names, self.runtime.runtime.route)
@@ -169,6 +188,17 @@ class Answering:
         if time.monotonic() > end_s:
             # Not 503: clients would send the same texts again.
             raise RequestError(progress, "send fewer texts per request", status=413, param="input")
+
+
+def answer_id(request_id: str, index: int) -> str:
+    """The id of an answer to a request in a log."""
+    return f"{request_id}-{index}" if index else request_id
+
+
+def adapter_name(adapters: Adapters) -> str | None:
+    """The name of the only adapter; None for the base and for several."""
+    names = [adapters] if isinstance(adapters, str) else list(adapters or ())
+    return names[0] if len(names) == 1 else None
 
 
 def _seconds_until(end_s: float) -> float:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from edgetune_runtime import __version__
 
-from . import ollama_answers, ollama_requests, openai_answers, openai_requests, page
+from . import corrections, ollama_answers, ollama_requests, openai_answers, openai_requests, page
 from .answering import Answering
 from .connection import BodyReader, until_disconnect
 from .guard import Guard
@@ -40,7 +40,8 @@ Reply = OpenAIReply | OllamaReply | ResponsesReply
 def application(answering: Answering, access: Access) -> ASGIApp:
     """The application that answers with `answering` whoever `access` allows."""
     bodies = BodyReader(answering.limits)
-    routes = [*_common(answering), *_OpenAI(answering, bodies).routes(), *_Ollama(answering, bodies).routes()]
+    own = [*_common(answering), *corrections.routes(answering, bodies)]
+    routes = [*own, *_OpenAI(answering, bodies).routes(), *_Ollama(answering, bodies).routes()]
     return Starlette(
         routes=routes,
         middleware=[

@@ -13,11 +13,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune_runtime.answer_log import MAX_BYTES, AnswerLog
 from edgetune_runtime.errors import NotFoundError, UsageError, importing
 
 from .settings import Access, ServerLimits
 
 if TYPE_CHECKING:
+    from edgetune_runtime.bundle import Manifest
     from edgetune_runtime.inference.runtime import Runtime
 
 _SHORTEST_KEY = 16
@@ -61,9 +63,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--app-dir", type=Path, default=Path(), metavar="DIR", help=text)
     text = "print a line for each request to standard error: method, path, status, time"
     group.add_argument("--log-requests", action="store_true", help=text)
+    text = "write prompts, answers of one adapter and their corrections to FILE, for `edgetune learn`"
+    group.add_argument("--log-answers", type=Path, metavar="FILE", help=text)
+    text = "replace what this regular expression finds in the texts of --log-answers; may be repeated"
+    group.add_argument("--redact", action="append", default=[], metavar="REGEX", help=text)
     text = "answers that are computed side by side (default: what fits in a quarter of the free memory, at most 4)"
     group.add_argument("--contexts", type=int, metavar="N", help=text)
     limits = command.add_argument_group("limits")
+    text = "most bytes of --log-answers, with the file before it, FILE.1 (default: %(default)s)"
+    limits.add_argument("--max-log-bytes", type=int, default=MAX_BYTES, metavar="N", help=text)
     for field in fields(ServerLimits):
         flag, kind = f"--max-{field.name.replace('_', '-')}", type(field.default)
         text = f"{_LIMITS[field.name]} (default: {field.default})"
@@ -98,9 +106,15 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
             print(line, flush=True)
 
         warms = runtime.manifest.warms if options.warm is None else options.warm
-        serve(runtime, listening, Serving(access, limits, warms, rewriters), ready)
+        serve(runtime, listening, Serving(access, limits, warms, rewriters, _log(options, runtime.manifest)), ready)
     if not options.json:
         print("stopped", file=sys.stderr)
+
+
+def _log(options: argparse.Namespace, manifest: Manifest) -> AnswerLog | None:
+    if options.log_answers is None:
+        return None
+    return AnswerLog(options.log_answers, manifest, max_bytes=options.max_log_bytes, redact=options.redact)
 
 
 def _limits(options: argparse.Namespace) -> ServerLimits:

@@ -6,7 +6,6 @@ import base64
 import json
 import struct
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
@@ -113,7 +112,6 @@ class OpenAIReply:
     media_type: ClassVar[str] = EVENTS
     request: OpenAIRequest
     shape: Shape
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -162,7 +160,7 @@ class OpenAIReply:
         return event(self._head(self.shape.chunk) | {"choices": [choice]})
 
     def _head(self, kind: str) -> dict[str, Any]:
-        identity = f"{self.shape.prefix}{self.id}"
+        identity = f"{self.shape.prefix}{self.request.id}"
         return {"id": identity, "object": kind, "created": self.created, "model": self.request.model}
 
 

@@ -52,6 +52,7 @@ def facts_of(answering: Answering) -> dict[str, Any]:
         "engine": models.engine,
         "context_length": runtime.context_length,
         "resident_mb": resident_mb(),
+        "logs_answers": answering.log is not None,
         "models": [
             {"name": info.name, "kind": info.kind}
             | (_adapter_facts(adapters[info.name], models.engine) if info.kind == "adapter" else {})

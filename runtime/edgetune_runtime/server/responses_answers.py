@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,6 @@ class ResponsesReply:
 
     media_type: ClassVar[str] = EVENTS
     request: OpenAIRequest
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     numbers: Iterator[int] = field(default_factory=count)
 
@@ -118,7 +116,7 @@ class ResponsesReply:
 
     def _head(self, status: str) -> dict[str, Any]:
         return {
-            "id": f"resp_{self.id}",
+            "id": f"resp_{self.request.id}",
             "object": "response",
             "created_at": self.created,
             "status": status,
@@ -132,7 +130,7 @@ class ResponsesReply:
 
     @property
     def _message_id(self) -> str:
-        return f"msg_{self.id}"
+        return f"msg_{self.request.id}"
 
     def _message(self, text: str, status: str) -> Item:
         message = {"id": self._message_id, "type": "message", "role": "assistant"}
@@ -141,7 +139,7 @@ class ResponsesReply:
     def _calls(self, answer: Answer) -> list[Item]:
         return [
             {
-                "id": f"fc_{self.id}_{number}",
+                "id": f"fc_{self.request.id}_{number}",
                 "type": "function_call",
                 "status": "completed",
                 "call_id": call.id,

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from edgetune_runtime.answer_log import AnswerLog
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.runtime import Runtime
 
@@ -21,13 +22,14 @@ from .settings import Access, ServerLimits
 class Serving:
     """How a bundle is served. With `warms`, the states of all fixed prompts are computed first.
 
-    Each of `rewriters` is a model of its own.
+    Each of `rewriters` is a model of its own. Answers are written to `log`.
     """
 
     access: Access = field(default_factory=Access)
     limits: ServerLimits = field(default_factory=ServerLimits)
     warms: bool = False
     rewriters: Sequence[Rewriter] = ()
+    log: AnswerLog | None = None
 
 
 def serve(
@@ -43,7 +45,7 @@ def serve(
 async def _serve(
     runtime: AsyncRuntime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
 ) -> None:
-    answering = Answering(runtime, serving.limits, serving.rewriters)
+    answering = Answering(runtime, serving.limits, serving.rewriters, serving.log)
     server = Server(
         application(answering, serving.access),
         serving.limits,

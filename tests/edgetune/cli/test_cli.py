@@ -228,6 +228,9 @@ def test_validate_prints_base_board_and_rows(run: Run, recipe: Path) -> None:
     assert "fits on pi-4" in found["board"]["reason"]
     data = {name: (plan["metric"], plan["rows"]["train"], plan["labels"]) for name, plan in found["adapters"].items()}
     assert data == {"reply": ("exact", 7, []), "tone": ("label", 8, ["red", "warm"])}
+    no_labels = ("--set", "adapters.tone.labels=null", "--set", "adapters.tone.metric=auto")
+    inferred = json.loads(run("validate", recipe, *no_labels, "--json")[1])
+    assert inferred["adapters"]["tone"] == found["adapters"]["tone"]
     assert found["needs"]["memory_mb"] > 0 and found["needs"]["disk_mb"] > 0
     lines = run("validate", recipe)[1].splitlines()
     assert any(line.startswith("needs         memory about ") for line in lines)
@@ -289,7 +292,7 @@ def test_validate_reports_the_problems_of_all_adapters_at_once(run: Run, recipe:
 def test_evaluate_prints_the_score_as_json(run: Run, bundle: Path, recipe: Path) -> None:
     data = recipe.parent / "tone.jsonl"
     with Runtime.open(bundle) as runtime:
-        right = [runtime.classify(row["text"], adapter="tone")[0] == row["label"] for row in LABELED]
+        right = [runtime.classify(row["text"], adapter="tone").label == row["label"] for row in LABELED]
     code, out, err = run("evaluate", bundle, "--adapter", "tone", "--data", data, "--json", "--quiet")
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert json.loads(out) == {"score": pytest.approx(sum(right) / 9), "metric": "label", "rows": 9, "too_long": 0}

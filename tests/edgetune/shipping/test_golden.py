@@ -40,7 +40,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "command": {"system": "play", "output": "auto"},
-    "color": {"metric": "label"},
     "whole": {"merged": True},
     "quiet": {"golden": False},
 }

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_form_of_each_row_is_recognized(write: Write) -> None:
     assert read_rows(source) == [
         TaskRow(f"{source}:1", tuple(conversation[:2]), "hello"),
         row("turn on", "done", f"{source}:2"),
-        row("is it late", "time", f"{source}:3"),
+        replace(row("is it late", "time", f"{source}:3"), is_labelled=True),
         TaskRow(f"{source}:4", text="once upon a time"),
     ]
 
@@ -95,8 +96,8 @@ def test_csv_and_tsv_rows_are_read_by_their_header(write: Write) -> None:
     table = 'text,label\r\n"is it\r\nlate, now",time\r\n\r\nstop,"say ""stop"""\r\n'
     source = write("\ufeff" + table, "rows.csv")
     assert read_rows(source) == [
-        row("is it\r\nlate, now", "time", f"{source}:2"),
-        row("stop", 'say "stop"', f"{source}:5"),
+        replace(row("is it\r\nlate, now", "time", f"{source}:2"), is_labelled=True),
+        replace(row("stop", 'say "stop"', f"{source}:5"), is_labelled=True),
     ]
     source = write("q\ta\tb\nstop\t1\t2\n", "rows.tsv")
     (read,) = read_rows(source, Columns(prompt="q", completion=("a", "b")))

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from edgetune_runtime.errors import UsageError
 
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import metric_for, score
+from edgetune.tasks.metrics import labels_in, metric_for, score
 
 
 def rows(*completions: str) -> list[TaskRow]:
@@ -18,6 +20,15 @@ def test_auto_finds_the_metric_that_fits_the_rows() -> None:
     assert metric_for("auto", rows("yes it is", "no"), None) == "exact"
     assert metric_for("auto", rows("yes it is so", "no it is not so"), None) == "rouge_l"
     assert metric_for("auto", [TaskRow("x:1", text="once upon a time")], None) == "perplexity"
+
+
+def test_rows_with_labels_that_occur_again_are_scored_as_such() -> None:
+    labelled = [replace(row, is_labelled=True) for row in rows("on", "off", "on", "a label of many words")]
+    assert metric_for("auto", labelled, None) == "label"
+    assert labels_in(labelled) == ("a label of many words", "off", "on")
+    assert metric_for("auto", labelled[:2], None) == "exact"
+    assert metric_for("auto", [*labelled, *rows("on")], None) == "exact"
+    assert metric_for("exact", labelled, None) == "exact"
 
 
 def test_a_metric_that_is_named_is_kept() -> None:

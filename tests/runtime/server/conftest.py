@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from edgetune_runtime import Runtime
+from edgetune_runtime.answer_log import AnswerLog
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.server.binding import bind, url_of
 from edgetune_runtime.server.rewriting import Rewriter
@@ -55,6 +56,7 @@ def started(
     warms: bool = False,
     rewriters: Sequence[Rewriter] = (),
     send_buffer: int | None = None,
+    log: Path | None = None,
     **opening: object,
 ) -> Iterator[Running]:
     """A server for a bundle, until the block ends."""
@@ -68,7 +70,8 @@ def started(
     with Runtime.open(bundle, **opening) as runtime, bind("127.0.0.1", 0) as listening:
         if send_buffer is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        arguments = (runtime, listening, Serving(access, limits, warms, rewriters), ready)
+        answers = None if log is None else AnswerLog(log, runtime.manifest)
+        arguments = (runtime, listening, Serving(access, limits, warms, rewriters, answers), ready)
         thread = threading.Thread(target=serve, args=arguments)
         url = url_of(listening)
         thread.start()

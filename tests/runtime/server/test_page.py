@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edgetune_runtime.answer_log import read_answer_log
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
 from playwright.sync_api import Browser, Page, expect, sync_playwright
@@ -114,6 +115,38 @@ def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(start: S
     expect(page.get_by_role("button", name="Send")).to_be_enabled()
     expect(page.locator(".figures").first).to_contain_text("first token")
     expect(page.locator(".figures").first).to_contain_text("µs")
+
+
+@needs_browser
+def test_an_answer_is_confirmed_or_corrected_on_the_page(start: Start, visit: Visit, tmp_path: Path) -> None:
+    server = start(log=tmp_path / "answers.jsonl")
+    page = visit(server)
+    page.get_by_label("Adapter", exact=True).first.select_option("command")
+    page.get_by_label("most tokens").fill("4")
+    prompt, send = page.get_by_role("textbox", name="Prompt"), page.get_by_role("button", name="Send")
+    for text, correction in (("turn on the light", None), ("close the blind", "blind.close")):
+        prompt.fill(text)
+        send.click()
+        if correction is None:
+            page.get_by_role("button", name="right").first.click()
+        else:
+            page.get_by_role("button", name="correct it").first.click()
+            page.get_by_label("Correction").first.fill(correction)
+            page.get_by_role("button", name="Save the correction").first.click()
+        expect(page.get_by_text("Noted").first).to_be_visible()
+    first, second = read_answer_log(tmp_path / "answers.jsonl", server.runtime.manifest)
+    assert (first.messages[0]["content"], first.correction) == ("turn on the light", first.answer)
+    assert (second.adapter, second.correction) == ("command", "blind.close")
+
+
+@needs_browser
+def test_a_server_without_a_log_asks_for_no_corrections(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.get_by_label("most tokens").fill("4")
+    page.get_by_role("textbox", name="Prompt").fill("play")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator(".figures").first).to_contain_text("first token")
+    expect(page.get_by_role("button", name="correct it").first).to_be_hidden()
 
 
 @needs_browser

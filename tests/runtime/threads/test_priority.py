@@ -40,7 +40,7 @@ def test_answers_do_not_depend_on_the_priority(engine: str, prompted_of: Callabl
     for priority in ("normal", "low", "idle"):
         with Runtime.open(prompted_of("llama"), engine=engine, priority=priority, disk_mb=0) as runtime:
             texts.append(runtime.generate(PROMPT, adapter="one", max_tokens=12).text)
-            assert runtime.classify(PROMPT, ["red", "green"], adapter="two")[0] in ("red", "green")
+            assert runtime.classify(PROMPT, ["red", "green"], adapter="two").label in ("red", "green")
     assert len(set(texts)) == 1
 
 

@@ -1,0 +1,101 @@
+"""`edgetune learn BUNDLE --log FILE`: adapters with the corrections of users, if they got no worse."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.wording import printable, shortened
+
+from .arguments import AsJson, BundlePath, Quiet, data_option, output_option, print_json
+from .tables import print_table
+
+if TYPE_CHECKING:
+    from edgetune.learning.learn import Learned
+
+_SHOWN = 3
+
+
+def learn(
+    bundle: BundlePath,
+    *,
+    log: Annotated[
+        list[Path],
+        data_option(
+            metavar="FILE", help="A log of `edgetune-run serve --log-answers`, or completed questions; repeatable."
+        ),
+    ],
+    recipe: Annotated[
+        Path | None,
+        data_option(metavar="RECIPE", help="The recipe with the old rows (default: the one beside BUNDLE)."),
+    ] = None,
+    into: Annotated[
+        Path | None, output_option(metavar="NEW", help="The folder of the new bundle (default: BUNDLE itself).")
+    ] = None,
+    ask: Annotated[
+        int, data_option(min=0, metavar="N", help="First ask about the N answers that are the least sure.")
+    ] = 0,
+    questions: Annotated[
+        Path | None,
+        output_option(
+            metavar="FILE", help="Only write the N answers of --ask to FILE, to be completed and given as --log."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train adapters again with the corrections in a log of answers.
+
+    The old rows are learned too. Old and new adapters answer the old validation rows, and a quarter of the corrections,
+    which are not learned. The new bundle is packed only if no adapter got worse on either by more than one standard
+    error.
+    """
+    from edgetune.learning import questions as asking
+    from edgetune.learning.learn import learn as run
+    from edgetune.learning.learn import read_logs
+    from edgetune.progress import Progress
+
+    entries = read_logs(bundle, log)
+    chosen = asking.most_informative(entries, ask)
+    if questions is not None:
+        asking.write_questions(chosen, questions)
+        print(f"{questions}: {len(chosen)} answers; write the right one of each as its correction")
+        return
+    if chosen:
+        print(asking.HELP, file=sys.stderr)
+        asked = asking.ask(chosen, _reply_to)
+        entries = list({entry.id: entry for entry in (*entries, *asking.kept(asked, log[-1]))}.values())
+    result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _print(result)
+    if result.worse:
+        message = f"the new adapters are worse: {', '.join(result.worse)}"
+        raise VerificationError(message, "look at the corrections; the bundle is as it was")
+
+
+def _reply_to(question: str) -> str:
+    """What the user types; standard output is for the result."""
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def _print(result: Learned) -> None:
+    """The scores before and after, and some answers that changed."""
+    rows, answers = [], []
+    for name, sets in result.changes.items():
+        for kind, change in sets.items():
+            difference = f"{(change.after - change.before) * 100:+.1f} ± {change.error * 100:.1f}"
+            rows.append([name, kind, str(change.rows), f"{change.before:.1%}", f"{change.after:.1%}", difference])
+            answers += [(name, *answer) for answer in change.answers[:_SHOWN]]
+    titles = ("adapter", "rows", "number", "before", "after", "difference in points")
+    print_table(titles, rows, texts=titles[:2])
+    for name, prompt, expected, before, after in answers:
+        print(printable(f"{name}: {shortened(prompt)}"))
+        for what, text in (("expected", expected), ("before", before), ("after", after)):
+            print(f"  {what:<10}{printable(shortened(text))}")
+    learned = ", ".join(f"{count} corrections of {name}" for name, count in result.learned.items())
+    print(f"learned {learned}; " + ("nothing packed" if result.bundle is None else f"packed {result.bundle}"))

@@ -1,0 +1,55 @@
+"""Asks which unsure answers of a log were right: in the terminal, or in a file that the user completes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.answer_log import LoggedAnswer, line_of
+from edgetune_runtime.formats.atomic import replacing
+
+SKIP, QUIT = "s", "q"
+HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the right answer."
+
+
+def most_informative(entries: Sequence[LoggedAnswer], count: int) -> list[LoggedAnswer]:
+    """Up to `count` answers that nobody corrected, to different prompts, the least sure first."""
+    open_ = [entry for entry in entries if entry.correction is None]
+    known = {_key(entry) for entry in entries if entry.correction is not None}
+    ordered = sorted(open_, key=lambda entry: math.inf if entry.confidence is None else entry.confidence)
+    first = {_key(entry): entry for entry in reversed(ordered) if _key(entry) not in known}
+    return list(reversed(first.values()))[:count]
+
+
+def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator[LoggedAnswer]:
+    """The answers that the user corrects or confirms, by the line that `read` returns to a question; "" ends it."""
+    for number, entry in enumerate(entries, 1):
+        sure = "" if entry.confidence is None else f" ({entry.confidence:.0%} sure)"
+        head = f"\n{number} of {len(entries)}, {entry.adapter}{sure}\n  asked     {entry.messages[-1]['content']}"
+        line = read(f"{head}\n  answered  {entry.answer}\nright? ")
+        reply = line.strip()
+        if not line or reply == QUIT:
+            return
+        if reply != SKIP:
+            yield replace(entry, correction=reply or entry.answer)
+
+
+def kept(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
+    """The answers, each once it is written to the end of a log, so that none has to be asked again."""
+    for entry in entries:
+        with log.open("a", encoding="utf-8") as file:
+            file.write(line_of(entry))
+        yield entry
+
+
+def write_questions(entries: Sequence[LoggedAnswer], path: Path) -> None:
+    """Write the answers as a log, to be completed with their corrections."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(map(line_of, entries)), encoding="utf-8")
+
+
+def _key(entry: LoggedAnswer) -> tuple[str | None, str]:
+    return entry.adapter, json.dumps([dict(message) for message in entry.messages])

@@ -1,0 +1,55 @@
+"""Makes texts that are of no task: requests to an assistant, rows of other tasks, and texts with shuffled letters."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+
+from edgetune_runtime.routing.router import last_user_text
+
+from .data import TaskRow
+
+GENERAL_REQUESTS = Path(__file__).with_name("general_requests.txt").read_text(encoding="utf-8").splitlines()
+"""What people ask an assistant, written for edgetune: prompts of no task."""
+MADE = "made"
+"""Where rows are from that this module makes."""
+_SHARE_SCRAMBLED, _SHORTEST_SCRAMBLED = 0.7, 4
+_SHARE = 0.5
+
+
+def scrambled(prompts: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """Prompts that keep the form and the short words of the tasks' ones: the letters of most others are shuffled."""
+
+    def word(text: str) -> str:
+        shuffles = len(text) >= _SHORTEST_SCRAMBLED and rng.random() < _SHARE_SCRAMBLED
+        return "".join(rng.sample(text, len(text))) if shuffles else text
+
+    return [" ".join(map(word, prompt.split(" "))) for prompt in rng.sample(prompts, min(count, len(prompts)))]
+
+
+def negative_rows(
+    rows: Sequence[TaskRow], others: Mapping[str, Sequence[TaskRow]], label: str, seed: int
+) -> list[TaskRow]:
+    """Texts of none of the labels of `rows`, as rows with this `label`; up to half as many as there are `rows`.
+
+    General requests, `rows` with shuffled letters, and the rows of each other task take turns. A task that has a text
+    in common with `rows` is left out: what it is asked is in the scope of both.
+    """
+    rng, own = random.Random(seed), list(dict.fromkeys(map(_text_of, rows)))
+    known = {text.casefold() for text in own}
+    foreign = [list(dict.fromkeys(map(_text_of, other))) for other in others.values()]
+    apart = [texts for texts in foreign if known.isdisjoint(map(str.casefold, texts))]
+    kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *apart)]
+    turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *kinds))
+    texts = dict.fromkeys(text for text in turns if text and text.casefold() not in known)
+    return [_row(number, text, label) for number, text in enumerate(islice(texts, round(len(rows) * _SHARE)), 1)]
+
+
+def _row(number: int, text: str, label: str) -> TaskRow:
+    return TaskRow(f"{MADE}:{number}", ({"role": "user", "content": text},), label, is_labelled=True)
+
+
+def _text_of(row: TaskRow) -> str:
+    return last_user_text(list(row.messages)) if row.messages else row.text or ""

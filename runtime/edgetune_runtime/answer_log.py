@@ -1,0 +1,204 @@
+"""A log of answers and their corrections: lines of JSON in a file of bounded size, which `edgetune learn` reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from .bundle import Manifest
+from .errors import NotFoundError, UsageError, VerificationError
+from .text.chat import Message, Prompt, messages_for
+from .type_checks import type_check
+
+MAX_BYTES = 64_000_000
+REDACTED = "[redacted]"
+_MIN_BYTES = 100_000
+_MAX_RECENT = 1000
+"""Answers that can be corrected; of long ones fewer, as the log keeps them in a tenth of its bytes."""
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoggedAnswer:
+    """What an adapter (None: the base) of a bundle answered to `messages`, and when (ISO 8601).
+
+    `base` is the fingerprint of the bundle's base. `correction` is the right answer, `answer` itself if someone
+    confirmed it, and None if nobody said anything.
+    """
+
+    id: str
+    time: str
+    bundle: str
+    base: str
+    adapter: str | None
+    messages: tuple[Message, ...]
+    answer: str
+    confidence: float | None = None
+    correction: str | None = None
+
+
+class AnswerLog:
+    """Appends answers of a bundle to `path`, and corrected ones once more. Thread-safe; for one process.
+
+    The file and the one before it, `PATH.1`, have at most `max_bytes` together; the oldest lines are dropped. What the
+    regular expressions `redact` find in prompts, answers and corrections is replaced. Others than the user of the
+    process cannot read the files. UsageError for a path that cannot be written, an expression that is none, and fewer
+    than 100,000 bytes.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, *, max_bytes: int = MAX_BYTES, redact: Sequence[str] = ()
+    ) -> None:
+        if max_bytes < _MIN_BYTES:
+            raise UsageError(f"a log of {max_bytes} bytes is too small", f"give at least {_MIN_BYTES}")
+        self.path, self._manifest, self._max_bytes = path, manifest, max_bytes
+        self._redact = [_compiled(pattern) for pattern in redact]
+        self._recent: OrderedDict[str, tuple[LoggedAnswer, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        try:
+            # A process that was killed may have left a part of a line.
+            self._append("" if _ends_with_a_line(path) else "\n")
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}", "choose another file") from error
+
+    def answered(
+        self,
+        prompt: Prompt,
+        answer: str,
+        *,
+        adapter: str | None = None,
+        confidence: float | None = None,
+        answer_id: str | None = None,
+    ) -> str:
+        """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log."""
+        messages = tuple(self._redacted(message) for message in messages_for(prompt, None))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        bundle, base = self._manifest.name, self._manifest.base.fingerprint
+        name = answer_id or uuid.uuid4().hex
+        self._write(LoggedAnswer(name, now, bundle, base, adapter, messages, self._clean(answer), confidence))
+        return name
+
+    def corrected(self, answer_id: str, correction: str | None = None) -> None:
+        """Log what a recent answer should have been; None: it is right. NotFoundError for an unknown id."""
+        with self._lock:
+            entry, _ = self._recent.get(answer_id, (None, 0))
+        if entry is None:
+            message = f"no answer {answer_id!r} among the last ones"
+            raise NotFoundError(message, "correct an answer soon after it was given")
+        self._write(replace(entry, correction=entry.answer if correction is None else self._clean(correction)))
+
+    def _write(self, entry: LoggedAnswer) -> None:
+        line = line_of(entry)
+        size = len(line.encode())
+        if size > self._max_bytes // 2:
+            _LOG.warning("did not log an answer of %d bytes, as %s may have %d", size, self.path, self._max_bytes)
+            return
+        with self._lock:
+            self._remember(entry, size)
+            try:
+                if self.path.exists() and self.path.stat().st_size + size > self._max_bytes // 2:
+                    self.path.replace(_before(self.path))
+                self._append(line)
+            except OSError as error:
+                _LOG.warning("cannot log an answer in %s: %s", self.path, error.strerror)
+
+    def _remember(self, entry: LoggedAnswer, size: int) -> None:
+        self._recent.pop(entry.id, None)
+        self._recent[entry.id] = entry, size
+        while len(self._recent) > _MAX_RECENT or sum(size for _, size in self._recent.values()) > self._max_bytes // 10:
+            self._recent.popitem(last=False)
+
+    def _append(self, text: str) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _redacted(self, message: Message) -> Message:
+        return {"role": message["role"], "content": self._clean(message["content"])}
+
+    def _clean(self, text: str) -> str:
+        for pattern in self._redact:
+            text = pattern.sub(REDACTED, text)
+        return text
+
+
+def line_of(entry: LoggedAnswer) -> str:
+    """The line of a log for an answer."""
+    return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+
+
+def read_answer_log(path: Path, manifest: Manifest) -> list[LoggedAnswer]:
+    """The answers in a log of this bundle, each with its last correction, in the order of their first lines.
+
+    NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError for one of
+    another bundle.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"no log {path}", "give the file of `edgetune-run serve --log-answers`")
+    entries: dict[str, LoggedAnswer] = {}
+    for where, entry in _entries(path):
+        if (entry.bundle, entry.base) != (manifest.name, manifest.base.fingerprint):
+            message = f"{where} is of bundle {entry.bundle!r} on base {entry.base[:12]}…, not of {manifest.name!r}"
+            raise UsageError(f"{message} on {manifest.base.fingerprint[:12]}…", "give the log of this bundle")
+        entries[entry.id] = entry
+    return list(entries.values())
+
+
+def _entries(path: Path) -> Iterator[tuple[str, LoggedAnswer]]:
+    for file in (_before(path), path):
+        for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
+            where = f"{file}:{number}"
+            try:
+                raw = json.loads(line)
+            except (ValueError, RecursionError):
+                _LOG.warning("left out %s, a part of a line", where)
+                continue
+            try:
+                yield where, _entry(raw)
+            except (TypeError, UsageError) as error:
+                raise VerificationError(f"{where} is no line of a log: {error}", "remove the line") from error
+
+
+def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
+    if not isinstance(raw, dict) or raw.keys() != _checks().keys():
+        raise TypeError(f"it has not the keys {', '.join(_checks())}")
+    for name, fits in _checks().items():
+        if not fits(raw[name]):
+            raise TypeError(f"{name} cannot be {str(raw[name])[:80]!r}")
+    return LoggedAnswer(**{**raw, "messages": tuple(messages_for(raw["messages"], None))})
+
+
+@cache
+def _checks() -> dict[str, Any]:
+    return {name: type_check(hint) for name, hint in get_type_hints(LoggedAnswer).items()}
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _before(path: Path) -> Path:
+    """The file that the log was before it was full."""
+    return path.with_name(f"{path.name}.1")
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{pattern!r} is not a regular expression: {error}", "see Python's module re") from error

@@ -1,0 +1,86 @@
+"""What is out of scope for an adapter, chosen at the end of a build and found by the runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.cli.main import main
+from recipes import adapter_of, make_recipe
+from runtime.bundles import change_manifest
+from trainings import QUIET
+
+from edgetune.building.pipeline import build
+from edgetune.evaluation import evaluate
+
+COLORS = ("red", "warm")
+ROWS = [{"text": f"make the lamp number {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(40)]
+ASKED = ROWS[0]["text"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in both formats with an adapter that has a scope."""
+    folder = tmp_path_factory.mktemp("scope")
+    scope = {"label": "other", "refused": 0.25}
+    adapters = {"color": adapter_of(train="color.jsonl", held_out=0.2, draft=False, out_of_scope=scope)}
+    keys = {"targets": ["gguf", "onnx"], "training": {"evals": 1}}
+    recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data={"color.jsonl": ROWS}, **keys)
+    return build(recipe, folder / "home", progress=QUIET).bundle
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return read_manifest(bundle)
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_no_more_validation_rows_are_refused_than_the_recipe_says(engine: str, manifest: Manifest) -> None:
+    scope = manifest.adapters["color"].scope[engine]
+    assert scope.label == "other"
+    assert 0 <= scope.refused <= 0.25 or scope.threshold == 0
+    assert 0 <= scope.found <= 1
+    assert 0 <= scope.threshold <= 1
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_a_label_that_is_less_likely_than_the_threshold_is_out_of_scope(
+    engine: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for threshold in (0.0, 0.9999):
+        home = Path(shutil.copytree(bundle, tmp_path / f"{threshold}"))
+        change_manifest(home, lambda raw, to=threshold: raw["adapters"]["color"]["scope"][engine].update(threshold=to))
+        with Runtime.open(home, engine=engine, disk_mb=0) as runtime:
+            found = runtime.classify(ASKED, adapter="color")
+            best = max(found.probabilities, key=found.probabilities.__getitem__)
+            is_out = best == "other" or threshold > 0
+            assert (found.label, found.is_out_of_scope) == ("other" if is_out else best, is_out)
+            among = runtime.classify(ASKED, COLORS, adapter="color")
+            assert among.label in COLORS and not among.is_out_of_scope
+        command = ["classify", str(home), "--adapter", "color", "--prompt", ASKED, "--engine", engine]
+        assert main([*command, "--json"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert (printed["label"], printed["out_of_scope"]) == (found.label, is_out)
+        assert main(command) == 0
+        assert capsys.readouterr().out.split("\t")[0] == found.label
+
+
+def test_golden_answers_do_not_depend_on_the_scope(bundle: Path) -> None:
+    for engine in ("gguf", "onnx"):
+        assert main(["check", str(bundle), "--engine", engine]) == 0
+
+
+def test_rows_out_of_scope_are_scored_like_others(bundle: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    rows = [*ROWS[:4], {"text": "who wrote Hamlet", "label": "other"}]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    result = evaluate(bundle, "color", data, progress=QUIET)
+    assert (result.metric, result.rows) == ("label", 5)
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        right = [runtime.classify(row["text"], adapter="color").label == row["label"] for row in rows]
+    assert result.score == pytest.approx(sum(right) / 5)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, make_recipe
+
+from edgetune.building.routing.prompts import prompts_of
+from edgetune.tasks.negatives import GENERAL_REQUESTS
+from edgetune.tasks.task import Task, read_task
+
+COLORS = ("red", "warm")
+ROWS = [{"text": f"make the lamp number {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(40)]
+SONGS = [{"prompt": f"play {n} songs by the band", "completion": str(n)} for n in range(20)]
+SHARED = [*SONGS, {"prompt": ROWS[0]["text"].upper(), "completion": "1"}]
+
+
+def task_with(
+    folder: Path, scope: object = True, rows: Sequence[Mapping[str, Any]] = ROWS, **others: Sequence[Mapping[str, Any]]
+) -> Task:
+    data = {"color": rows, **others}
+    keys: dict[str, dict[str, Any]] = {"color": {"out_of_scope": scope}}
+    adapters = {name: adapter_of(train=f"{name}.jsonl", held_out=0.2, **keys.get(name, {})) for name in data}
+    files = {f"{name}.jsonl": own for name, own in data.items()}
+    return read_task("color", make_recipe(folder, "base.gguf", adapters, data=files))
+
+
+def test_a_task_gets_rows_that_none_of_its_labels_fits(tmp_path: Path) -> None:
+    task = task_with(tmp_path, songs=SONGS)
+    assert task.labels == (*COLORS, "out_of_scope")
+    learned, judged = (
+        [row for row in rows if row.completion == "out_of_scope"] for rows in (task.train, task.validation)
+    )
+    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 15, 15, 8 + 5, 5)
+    texts = [row.messages[0]["content"] for row in (*learned, *judged) if row.messages]
+    assert len(set(texts)) == 20
+    kinds = [len(set(texts) & {*known}) for known in (GENERAL_REQUESTS, [row["prompt"] for row in SONGS])]
+    assert kinds == [7, 6]
+    assert not set(texts) & {row["text"] for row in ROWS}
+
+
+def test_the_same_rows_and_seed_make_the_same_rows(tmp_path: Path) -> None:
+    one, other = (task_with(tmp_path / name, songs=SONGS) for name in "ab")
+    assert [row.messages for row in one.train] == [row.messages for row in other.train]
+
+
+def test_a_task_that_is_asked_the_same_is_no_example_of_what_is_out_of_scope(tmp_path: Path) -> None:
+    task = task_with(tmp_path, songs=SHARED)
+    texts = {row.messages[0]["content"] for row in (*task.train, *task.validation) if row.messages}
+    assert not texts & {row["prompt"] for row in SHARED}
+
+
+def test_rows_may_have_the_label_of_texts_out_of_scope(tmp_path: Path) -> None:
+    rows = [*ROWS, *({"text": f"what is {n} by two", "label": "other"} for n in range(10))]
+    task = task_with(tmp_path, {"label": "other", "refused": 0.1}, rows)
+    assert task.labels == ("other", *COLORS)
+    known = task.in_scope([*task.train, *task.validation])
+    assert {row.completion for row in known} == set(COLORS)
+
+
+def test_a_router_does_not_learn_them(tmp_path: Path) -> None:
+    prompts = prompts_of(task_with(tmp_path, songs=SONGS))
+    assert {*prompts.train, *prompts.validation} == {row["text"] for row in ROWS}
+
+
+def test_a_task_without_labels_has_no_scope(tmp_path: Path) -> None:
+    rows = [{"prompt": f"count to {n}", "completion": {"to": n}} for n in range(10)]
+    with pytest.raises(UsageError, match="'color' has out_of_scope, but no labels: its metric is json"):
+        task_with(tmp_path, rows=rows)

@@ -1,0 +1,82 @@
+"""Answers in the server's log, and their corrections over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.answer_log import read_answer_log
+from edgetune_runtime.server.settings import Access
+from openai import OpenAI
+from runtime.server.conftest import Running, Start
+
+KEY = "k" * 32
+PATH = "/edgetune/corrections"
+CHAT = {"model": "command", "messages": [{"role": "user", "content": "turn on the light"}], "max_tokens": 4}
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "answers.jsonl"
+
+
+@pytest.fixture
+def server(start: Start, log: Path) -> Running:
+    return start(log=log)
+
+
+def test_answers_of_an_adapter_are_logged_with_the_id_of_the_reply(server: Running, client: OpenAI, log: Path) -> None:
+    reply = client.chat.completions.create(**CHAT, n=2, temperature=1.0, seed=1)
+    streamed = list(client.chat.completions.create(**CHAT, stream=True))
+    response = client.responses.create(model="tone", input="play", max_output_tokens=2)
+    server.client.post("/api/chat", json={**CHAT, "options": {"num_predict": 2}, "stream": False})
+    entries = read_answer_log(log, server.runtime.manifest)
+    assert [entry.adapter for entry in entries] == ["command", "command", "command", "tone", "command"]
+    assert [entry.answer for entry in entries[:2]] == [choice.message.content for choice in reply.choices]
+    assert [entry.id for entry in entries[:2]] == [reply.id[9:], f"{reply.id[9:]}-1"]
+    assert entries[2].id == streamed[0].id[9:]
+    assert entries[3].id == response.id[5:]
+    assert entries[0].messages == ({"role": "user", "content": "turn on the light"},)
+
+
+def test_answers_without_a_row_are_not_logged(server: Running, client: OpenAI, log: Path) -> None:
+    tool = {"type": "function", "function": {"name": "turn", "parameters": {"type": "object", "properties": {}}}}
+    client.chat.completions.create(**{**CHAT, "model": client.models.list().data[0].id})
+    client.completions.create(model="command", prompt="turn on", max_tokens=2)
+    reply = server.client.post("/v1/chat/completions", json={**CHAT, "tools": [tool]})
+    assert reply.status_code in (200, 400)
+    assert read_answer_log(log, server.runtime.manifest) == []
+
+
+def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, log: Path) -> None:
+    reply = client.chat.completions.create(**CHAT, n=2)
+    assert server.client.post(PATH, json={"id": reply.id}).json() == {"status": "ok"}
+    corrected = {"id": reply.id, "index": 1, "correction": "light.on"}
+    assert server.client.post(PATH, json=corrected).status_code == 200
+    first, second = read_answer_log(log, server.runtime.manifest)
+    assert (first.correction, second.correction) == (first.answer, "light.on")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"id": "chatcmpl-unknown"}, 404, "no answer 'unknown'"),
+        ({"correction": "on"}, 400, "id"),
+        ({"id": "a", "correction": " "}, 400, "a text that is not empty"),
+        ({"id": "a", "correction": 1}, 400, "correction"),
+        ({"id": "a", "index": "b"}, 400, "a whole number"),
+    ],
+)
+def test_bad_corrections_are_refused(server: Running, body: dict[str, object], status: int, message: str) -> None:
+    reply = server.client.post(PATH, json=body)
+    assert (reply.status_code, message in reply.json()["error"]) == (status, True), reply.text
+
+
+def test_a_server_without_a_log_says_how_to_get_one(start: Start) -> None:
+    reply = start().client.post(PATH, json={"id": "a"})
+    assert reply.status_code == 404
+    assert "--log-answers" in reply.json()["error"]
+
+
+def test_corrections_need_the_key(start: Start, log: Path) -> None:
+    assert start(access=Access((KEY,)), log=log).client.post(PATH, json={"id": "a"}).status_code == 401

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from edgetune_runtime import Manifest, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.answer_log import REDACTED, AnswerLog, read_answer_log
+from edgetune_runtime.bundle import read_manifest
+
+
+@pytest.fixture
+def manifest(bundle: Path) -> Manifest:
+    return read_manifest(bundle)
+
+
+def test_answers_and_their_corrections_are_read_back(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    log = AnswerLog(path, manifest)
+    chat = [{"role": "system", "content": "be short"}, {"role": "user", "content": "lights on"}]
+    first = log.answered("lights off", "light.off", adapter="command", confidence=0.25)
+    second = log.answered(chat, "light.on", adapter="tone")
+    third = log.answered("play", "media.play")
+    log.corrected(first, "light.turn_off")
+    log.corrected(first, "light.all_off")
+    log.corrected(second)
+    found = {entry.id: entry for entry in read_answer_log(path, manifest)}
+    assert list(found) == [first, second, third]
+    assert (found[first].correction, found[first].confidence, found[first].adapter) == (
+        "light.all_off",
+        0.25,
+        "command",
+    )
+    assert found[first].messages == ({"role": "user", "content": "lights off"},)
+    assert (found[second].correction, list(found[second].messages)) == ("light.on", chat)
+    assert (found[third].correction, found[third].adapter) == (None, None)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_an_expression_finds_is_replaced_everywhere(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    log = AnswerLog(path, manifest, redact=[r"\d{4,}", "(?i)anna"])
+    log.corrected(log.answered("call Anna at 5551234", "dial 5551234", adapter="command"), "dial anna 12")
+    (entry,) = read_answer_log(path, manifest)
+    texts = [entry.messages[0]["content"], entry.answer, entry.correction]
+    assert texts == [f"call {REDACTED} at {REDACTED}", f"dial {REDACTED}", f"dial {REDACTED} 12"]
+    assert "5551234" not in path.read_text() and "Anna" not in path.read_text()
+
+
+def test_a_log_has_at_most_its_bytes_and_keeps_the_newest_answers(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    log = AnswerLog(path, manifest, max_bytes=100_000)
+    names = [log.answered(f"question {number} " * 20, "answer", adapter="command") for number in range(500)]
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 100_000
+    kept = [entry.id for entry in read_answer_log(path, manifest)]
+    assert kept == names[-len(kept) :] and 50 < len(kept) < 500
+    with pytest.raises(NotFoundError, match="no answer"):
+        log.corrected(names[0], "too late")
+    log.corrected(names[-1], "in time")
+    assert read_answer_log(path, manifest)[-1].correction == "in time"
+
+
+def test_an_answer_that_is_too_long_is_left_out_with_a_warning(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest, max_bytes=100_000)
+    log.answered("x" * 60_000, "y", adapter="command")
+    assert "did not log an answer of 60" in caplog.text
+    assert read_answer_log(log.path, manifest) == []
+
+
+def test_a_full_disk_ends_no_answer(manifest: Manifest, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = AnswerLog(small_disk / "answers.jsonl", manifest)
+    for number in range(40):
+        log.answered("x" * 100_000, str(number), adapter="command")
+    assert "cannot log an answer" in caplog.text
+
+
+def test_a_part_of_a_line_is_left_out(manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = AnswerLog(path, manifest).answered("one", "1", adapter="command")
+    with path.open("a") as file:
+        file.write('{"id": "torn')
+    second = AnswerLog(path, manifest).answered("two", "2", adapter="command")
+    with caplog.at_level(logging.WARNING):
+        assert [entry.id for entry in read_answer_log(path, manifest)] == [first, second]
+    assert "answers.jsonl:2, a part of a line" in caplog.text
+
+
+def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerLog(path, manifest).answered("one", "1", adapter="command")
+    with pytest.raises(UsageError, match="not of 'garden'"):
+        read_answer_log(path, replace(manifest, name="garden"))
+    with pytest.raises(UsageError, match="give the log of this bundle"):
+        read_answer_log(path, replace(manifest, base=replace(manifest.base, fingerprint="ab" * 32)))
+    with pytest.raises(NotFoundError, match="no log"):
+        read_answer_log(tmp_path / "none.jsonl", manifest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answer": 1},
+        {"messages": "text"},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"confidence": "high"},
+        {"more": 1},
+        {"id": None},
+    ],
+)
+def test_a_line_that_is_not_one_of_a_log_is_refused(
+    manifest: Manifest, tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerLog(path, manifest).answered("one", "1", adapter="command")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}) + "\n")
+    with pytest.raises(VerificationError, match=r"answers\.jsonl:1 is no line of a log"):
+        read_answer_log(path, manifest)
+
+
+def test_invalid_options_are_refused(manifest: Manifest, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write"):
+        AnswerLog(tmp_path / "none" / "answers.jsonl", manifest)
+    with pytest.raises(UsageError, match=r"'\(' is not a regular expression"):
+        AnswerLog(tmp_path / "answers.jsonl", manifest, redact=["("])
+    with pytest.raises(UsageError, match="at least 100000"):
+        AnswerLog(tmp_path / "answers.jsonl", manifest, max_bytes=10)
