@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runtime.bundles import write_bundle
@@ -56,6 +57,30 @@ def test_a_table_leaves_missing_figures_empty() -> None:
     assert markdown(rows, {"setup": "{name}", "p50, ms": "{ms[p50]:.1f}"}) == (
         "| setup | p50, ms |\n| --- | --- |\n| a¦b | 1.3 |\n| c |  |\n"
     )
+
+
+def test_few_rows_trains_each_way_once_and_resumes(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few_rows = import_module("benchmarks.few_rows")
+
+    def run(*ways: str) -> dict[str, Any]:
+        setup = ["--base", tiny_gguf("llama"), "--only", "smart-home", "--quick", "--ways", *ways]
+        arguments = [*setup, "--work", tmp_path, "--out", tmp_path, "--json"]
+        monkeypatch.setattr(sys, "argv", ["few_rows.py", *map(str, arguments)])
+        few_rows.main()
+        result: dict[str, Any] = json.loads((tmp_path / "few_rows.json").read_text(encoding="utf-8"))
+        return result
+
+    (first,) = run("defaults")["runs"]
+    trained = tmp_path / "smart-home" / "bundle" / "manifest.json"
+    before = trained.stat().st_mtime_ns
+    assert run("defaults")["runs"] == [first] and trained.stat().st_mtime_ns == before
+    assert (first["rows"], first["test_rows"], first["metric"]) == (12, 4, "json")
+    both = run("defaults", "auto")
+    assert [figures["way"] for figures in both["runs"]] == ["defaults", "auto"] and both["runs"][0] == first
+    assert "| smart-home | 12 |" in (tmp_path / "few_rows.md").read_text(encoding="utf-8")
+    assert (tmp_path / "few_rows.png").exists()
 
 
 def test_rounds_take_turns_after_those_that_do_not_count() -> None:

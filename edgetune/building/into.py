@@ -45,8 +45,10 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
         settings["quantization"] = None
     specs = {}
     for name, spec in recipe.adapters.items():
-        # The bundle's recipe has other options for all adapters.
-        training = TrainingSpec.model_validate(recipe.training.under(spec.training).model_dump())
+        training = recipe.training.under(spec.training)
+        if not training.auto:
+            # The bundle's recipe has other options for all adapters. The plan sets all of them if it chooses some.
+            training = TrainingSpec.model_validate(training.model_dump())
         specs[name] = spec.model_copy(update={"training": training})
     onnx = type(recipe.onnx).model_validate(settings.get("onnx", recipe.onnx))
     typed = {"targets": tuple(settings["targets"]), "onnx": onnx, "adapters": specs}

@@ -91,6 +91,9 @@ def _summary(build_plan: BuildPlan, figures: dict[str, Any]) -> Iterator[tuple[s
         yield "router", build_plan.recipe.route.summary(build_plan.recipe.adapters)
     if "trial" in figures:
         yield "trial", figures["trial"]["summary"]
+    for name, adapter in build_plan.adapters.items():
+        if adapter.training_reason:
+            yield "training", f"{name}: {adapter.training_reason}"
     for warning in () if build_plan.needs is None else build_plan.needs.warnings:
         yield "warning", warning
 

@@ -15,7 +15,8 @@ from edgetune.tasks.task import Task, Texts
 from .adapters import plan_adapter
 from .board import choose_settings
 from .needs import plan_rows, report
-from .records import BuildPlan, Room
+from .records import AdapterPlan, BuildPlan, Room
+from .training import choose_training
 
 Shapes = Mapping[str, Mapping[str, str]]
 """The shape of each adapter in each format."""
@@ -46,20 +47,25 @@ def plan_data(
     `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
     `needs.check`.
     """
-    adapters = dict(plan.adapters) | {
-        task.name: replace(
-            plan.adapters[task.name],
-            metric=task.metric,
-            labels=task.labels,
-            output=outputs[task.name],
-            training=task.training,
-            rows=plan_rows(task),
-        )
-        for task in tasks
-    }
-    plan = replace(plan, adapters=adapters, domain=None if texts is None else str(texts))
+    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name]) for task in tasks}
+    plan = replace(plan.with_adapters(adapters), domain=None if texts is None else str(texts))
     base = None if plan.source is None else plan.source.shape
     return plan if base is None else replace(plan, needs=report(plan, base, room))
+
+
+def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None) -> AdapterPlan:
+    training, reason = choose_training(task.training, len(task.train))
+    own = {"training": training} if reason else {}
+    return replace(
+        adapter,
+        spec=adapter.spec.model_copy(update=own),
+        metric=task.metric,
+        labels=task.labels,
+        output=output,
+        training=training,
+        training_reason=reason,
+        rows=plan_rows(task, training),
+    )
 
 
 def _check_lengths(recipe: Recipe, trained: int) -> None:

@@ -70,10 +70,10 @@ def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     )
 
 
-def plan_rows(task: Task) -> RowsPlan:
+def plan_rows(task: Task, training: TrainingSpec) -> RowsPlan:
     """The data of a task: its numbers of rows, their lengths and the optimizer steps."""
     lengths = [row.estimated_tokens(task.spec.system) for row in task.trained_rows]
-    steps = Schedule(len(lengths), task.training).steps if lengths else 0
+    steps = Schedule(len(lengths), training).steps if lengths else 0
     mean = sum(lengths) / max(1, len(lengths))
     return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, steps)
 

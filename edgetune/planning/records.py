@@ -64,7 +64,7 @@ class AdapterPlan:
     `rank`, the highest one in the files. `memory` is by engine, without those where it is a merged model.
 
     Without the base's header, `trained` and `trainable_parameters` are None and all sizes are missing. The rows decide
-    `metric`, `labels`, `output` and `rows`.
+    `metric`, `labels`, `output`, `rows` and what `training: auto` stands for, with `training_reason`.
     """
 
     name: str
@@ -81,6 +81,7 @@ class AdapterPlan:
     labels: tuple[str, ...] = ()
     output: OutputSpec | None = None
     training: TrainingSpec = field(default_factory=TrainingSpec)
+    training_reason: str = ""
     rows: RowsPlan | None = None
 
     @property

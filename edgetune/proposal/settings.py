@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,14 +16,10 @@ from .files import Sample
 _MOST_LABELS, _LABEL_WORDS, _LABEL_CHARACTERS = 50, 5, 60
 # Rows per distinct answer before the answers are labels: in a column that is called so, and in any other.
 _NAMED_REPEATS, _OTHER_REPEATS = 2, 5
-# A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them; early stopping ends sooner.
-_ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
-_MANY_ROWS = 20_000
 _FEW_ROWS = 200
 # Enough to choose a checkpoint; more only take time.
 _MOST_VALIDATION = 2000
-# Rows per step, by the fewest rows for which it is used.
-_BATCHES = ((400, 16), (100, 8), (0, 4))
+_TRAINING = "epochs and rows per step follow from the number of rows: `edgetune plan` shows them"
 _METRICS = {
     "label": "the share of right labels",
     "json": "the share of answers with the right keys and values",
@@ -39,7 +34,6 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
     labels = _labels(rows, _NAMED_REPEATS if form.is_label else _OTHER_REPEATS)
     metric = metric_for("auto", rows, labels)
     share = _held_out(sample.rows) if held_out else None
-    trained = sample.rows if share is None else round(sample.rows * (1 - share))
     choices = []
     if share is not None:
         choices.append(Choice("data.held_out", share, _held_out_reason(sample.rows, share)))
@@ -57,7 +51,7 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
         choices.append(Choice("metric", metric, _METRICS[metric]))
     if not any(row.tools for row in rows) and all(_is_json(row.completion) for row in rows):
         choices.append(Choice("output", "auto", "all answers are JSON: only tokens that fit their schema are allowed"))
-    return [*choices, *_training(trained)]
+    return [*choices, Choice("training", "auto", _TRAINING)]
 
 
 def _labels(rows: Sequence[TaskRow], repeats: int) -> list[str] | None:
@@ -97,20 +91,6 @@ def _common_system(rows: Sequence[TaskRow]) -> str | None:
 
 def _prompt(noun: str, metric: str) -> str:
     return f"Name the {noun}." if metric == "label" else f"Give the {noun}{' as JSON' * (metric == 'json')}."
-
-
-def _training(rows: int) -> list[Choice]:
-    """The settings of training on this many rows."""
-    if rows > _MANY_ROWS:
-        return [Choice("training.epochs", 1, f"one pass over {rows:,} rows is enough")]
-    epochs = max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
-    batch = next(size for least, size in _BATCHES if rows >= least)
-    few = f"{rows:,} rows need many passes" if epochs > _LEAST_EPOCHS else f"passes over {rows:,} rows"
-    steps = f"rows per step: {epochs * math.ceil(rows / batch)} steps in all"
-    return [
-        Choice("training.epochs", epochs, f"{few}; training stops earlier when the validation loss rises"),
-        Choice("training.batch_size", batch, steps),
-    ]
 
 
 def _is_json(text: str | None) -> bool:

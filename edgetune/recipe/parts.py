@@ -13,6 +13,7 @@ from edgetune_export import backends
 from pydantic import (
     AfterValidator,
     Field,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PlainSerializer,
     PositiveFloat,
@@ -27,13 +28,14 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from edgetune import methods, task_types
 from edgetune.methods.lora import LoraOptions
 from edgetune.task_types import TaskType
 
 from .augment import AugmentSpec
-from .output import OutputOption
+from .output import AUTO, OutputOption
 from .part import RecipePart, Text
 from .problems import FileMapping, other_names, shown
 from .rows import Rows
@@ -74,8 +76,13 @@ Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexit
 
 
 class TrainingSpec(RecipePart):
-    """Training options. At the top of a recipe they apply to all adapters, under an adapter to that one."""
+    """Training options. At the top of a recipe they apply to all adapters, under an adapter to that one.
 
+    `training: auto` is short for `training: {auto: true}`.
+    """
+
+    auto: bool = False
+    """Choose the options that the recipe does not set by the number of training rows (docs/how-to/few-rows.md)."""
     epochs: PositiveFloat = 3.0
     """Passes over the training rows; may be a fraction."""
     max_steps: PositiveInt | None = None
@@ -107,11 +114,26 @@ class TrainingSpec(RecipePart):
     passes are made small enough for the limit, with activation checkpointing if a single row does not fit; the result
     is the same."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: object) -> object:
+        if isinstance(value, str) and value != AUTO:
+            raise ValueError(f"{shown(value)} is not a mapping of options; write one, or auto")
+        return {"auto": True} if value == AUTO else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"const": AUTO}, handler(core)]}
+
     @model_serializer(mode="wrap")
     def _values(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        """All values; without `memory_mb`, which no result depends on, as JSON for keys and manifests."""
+        """All values; as JSON for keys and manifests, without `memory_mb`, which no result depends on."""
         values: dict[str, Any] = dump(self)
-        return {key: value for key, value in values.items() if key != "memory_mb" or info.mode == "python"}
+        if info.mode == "json":
+            values.pop("memory_mb", None)
+            if not self.auto:
+                values.pop("auto", None)
+        return values
 
     def under(self, own: TrainingSpec) -> TrainingSpec:
         """These options, overridden by those that are set in `own`."""
@@ -370,7 +392,7 @@ class DomainSpec(RecipePart):
     window: int | None = Field(default=None, ge=16)
     """Longer texts are cut into windows of this many tokens. null: `context_length`."""
     training: OwnTraining = TrainingSpec()
-    """Training options of this stage; they override those of the recipe. A row is a window."""
+    """Training options of this stage; they override those of the recipe, and auto has no effect. A row is a window."""
 
     @field_validator("method")
     @classmethod

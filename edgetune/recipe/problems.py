@@ -33,6 +33,11 @@ NAME = "name"
 """The key of an adapter's name in a file of its own."""
 RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
 """Former keys and what they are called now."""
+_SHORT_FORMS: Mapping[str, Callable[[str], dict[str, Plain]]] = {
+    "method": lambda name: {"name": name},
+    "training": lambda word: {word: True},
+}
+"""What a text stands for where a mapping is expected."""
 PLAIN = {
     "missing": "is missing",
     "float_type": "{value} is not a number",
@@ -135,8 +140,8 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
     for depth, part in enumerate(parents):
         if parents[:depth] == ["adapters"] and part not in node:
             return f"--set {key}: no adapter {part!r}; {suggestion(part, list(node))}"
-        if part == "method" and isinstance(node.get(part), str):
-            node[part] = {"name": node[part]}
+        if part in _SHORT_FORMS and isinstance(node.get(part), str):
+            node[part] = _SHORT_FORMS[part](node[part])
         if node.get(part) is None:
             node[part] = {}
         node = node[part]

@@ -135,7 +135,8 @@ def _values(annotation: Any) -> str:  # noqa: ANN401 - annotations have no commo
         inner = _values(parts[1] if origin is dict else parts[0])
         return WORDS[origin] + (inner if origin is Annotated else PLURALS.get(inner, inner))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "`auto`, keys" if annotation is OutputOption else "keys, see below"
+        keys = "keys" if annotation is OutputOption else "keys, see below"
+        return f"`auto`, {keys}" if annotation in (OutputOption, TrainingSpec) else keys
     return WORDS[annotation]
 
 

@@ -27,7 +27,6 @@ from edgetune.planning.board import check_fit
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.shipping.exported import Prepared, PreparedAdapter
 from edgetune.tasks.task import Task, Texts
 from edgetune.training.hardware import processes
@@ -93,10 +92,10 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         task.name,
         method,
         planned.options,
-        task.training,
+        planned.training,
         train,
         validation,
-        _key(planned, task.training, base, rows),
+        _key(planned, base, rows),
         method.objective(planned.options),
     )
     return PreparedAdapter(planned, task, job, too_long)
@@ -121,7 +120,7 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
     planned = _with_options(item.plan, chosen, plan)
-    key = _key(planned, item.job.training, base, (*item.job.train, *item.job.validation))
+    key = _key(planned, base, (*item.job.train, *item.job.validation))
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
 
@@ -143,7 +142,7 @@ def _with_draft(
     return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(tokens_per_step, 2)})
 
 
-def _key(planned: AdapterPlan, training: TrainingSpec, base: Base, examples: Sequence[Example]) -> str:
+def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
     method = {"name": planned.method, **planned.options.model_dump(mode="json")}
-    state = [base.fingerprint, method, training.model_dump(mode="json")]
+    state = [base.fingerprint, method, planned.training.model_dump(mode="json")]
     return key_of(state, ((example.tokens, example.learned) for example in examples))

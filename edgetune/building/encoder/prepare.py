@@ -12,7 +12,6 @@ from edgetune import methods
 from edgetune.digests import key_of
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.progress import Progress
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.task import Task
 from edgetune.training.job import TrainingJob
@@ -38,17 +37,17 @@ def training_jobs(
             task.name,
             methods.load(planned.method),
             planned.options,
-            task.training,
+            planned.training,
             train,
             validation,
-            _key(planned, task.training, base, [*train, *validation]),
+            _key(planned, base, [*train, *validation]),
             Classify(base.hidden_size, len(task.labels)),
         )
         prepared.append(PreparedAdapter(planned, task, job, too_long))
     return prepared
 
 
-def _key(planned: AdapterPlan, training: TrainingSpec, base: EncoderBase, rows: Sequence[Labelled]) -> str:
+def _key(planned: AdapterPlan, base: EncoderBase, rows: Sequence[Labelled]) -> str:
     method = {"name": planned.method, **planned.options.model_dump(mode="json")}
-    state = [CLASSIFICATION, base.fingerprint, method, training.model_dump(mode="json"), list(planned.labels)]
+    state = [CLASSIFICATION, base.fingerprint, method, planned.training.model_dump(mode="json"), list(planned.labels)]
     return key_of(state, ((row.tokens, row.label) for row in rows))

@@ -15,6 +15,7 @@ from edgetune.planning.adapters import with_options
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import TrainingSpec
 
 
 def recipe_of(folder: Path, base: Path | str, method: object = "lora", **keys: object) -> Recipe:
@@ -97,3 +98,28 @@ def test_the_manifest_stores_no_path_and_nothing_of_this_machine(
     stored = json.dumps(plan_build(recipe_of(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.for_manifest())
     assert str(tmp_path) not in stored and str(tiny_gguf("llama").parent) not in stored
     assert "free_" not in stored and '"trainable_parameters"' in stored
+
+
+def auto_plan(folder: Path, base: Path, **training: object) -> BuildPlan:
+    adapters = {"command": adapter_of(training="auto")}
+    recipe = make_recipe(folder, base, adapters, data={"rows.jsonl": lights(20)})
+    return plan_build(recipe.model_copy(update={"training": TrainingSpec.model_validate(training)})).plan
+
+
+def test_auto_training_follows_the_rows_and_is_in_the_plan(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    plan = auto_plan(tmp_path, tiny_gguf("llama"), seed=5)
+    adapter = plan.adapters["command"]
+    assert adapter.rows is not None
+    assert (adapter.training.epochs, adapter.training.batch_size, adapter.training.seed) == (20, 4, 5)
+    assert adapter.rows.steps == 80
+    assert adapter.training_reason == "epochs 20, batch_size 4: for 16 training rows"
+    stored = plan.for_manifest()["adapters"]["command"]
+    assert stored["training_reason"] == adapter.training_reason
+    again = plan.recipe.training.under(plan.recipe.adapters["command"].training)
+    assert (again, again.auto) == (adapter.training, False)
+
+
+def test_auto_training_keeps_what_the_recipe_sets(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    adapter = auto_plan(tmp_path, tiny_gguf("llama"), epochs=2, learning_rate=5e-3).adapters["command"]
+    assert (adapter.training.epochs, adapter.training.batch_size, adapter.training.learning_rate) == (2, 4, 5e-3)
+    assert adapter.training_reason == "batch_size 4: for 16 training rows"

@@ -155,19 +155,13 @@ def test_conversations_with_tools_under_other_names_are_read(write: Write, propo
 
 def test_few_rows_get_more_epochs_smaller_steps_and_more_validation(write: Write, propose: Make) -> None:
     def settings(rows: int) -> tuple[float, int, float]:
-        spec = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, rows))).adapters["t"]
-        return spec.training.epochs, spec.training.batch_size, spec.data.held_out
+        recipe = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, rows)))
+        training = plan(recipe).adapters["t"].training
+        return training.epochs, training.batch_size, recipe.adapters["t"].data.held_out
 
     assert [settings(rows) for rows in (10, 150, 600, 3000, 30_000)] == [
         (20, 4, 0.2), (20, 8, 0.2), (6, 16, 0.1), (3, 16, 0.1), (1, 16, 0.06667),
     ]  # fmt: skip
-
-
-def test_the_steps_in_the_reason_are_those_of_the_plan(write: Write, propose: Make, tmp_path: Path) -> None:
-    recipe = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, 43)))
-    rows = plan(recipe).adapters["t"].rows
-    assert rows is not None and rows.train % 4
-    assert f"rows per step: {rows.steps} steps in all" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_the_context_fits_the_longest_row_within_the_base(write: Write, propose: Make) -> None:

@@ -127,6 +127,17 @@ def test_the_resolved_recipe_makes_the_same_recipe_and_names_no_folder_of_this_m
     assert Recipe.model_validate(json.loads(text)).resolved() == resolved
 
 
+def test_training_is_auto_or_a_mapping(write: Write) -> None:
+    settings = "training: {epochs: 2, learning_rate: 1e-3}"
+    assert problems_of(write(GOOD.replace(settings, "training: fast"))) == [
+        "3: training: 'fast' is not a mapping of options; write one, or auto"
+    ]
+    recipe = Recipe.from_file(write(GOOD.replace(settings, "training: auto")), {"training.seed": 3})
+    assert recipe.training.model_dump(exclude_unset=True) == {"auto": True, "seed": 3}
+    assert recipe.training.under(recipe.adapters["intent"].training).auto
+    assert Recipe.model_validate(recipe.resolved()).training.auto
+
+
 def test_all_problems_are_reported_at_once_in_the_files_order(write: Write) -> None:
     path = write("""\
 name: My Home

@@ -1,0 +1,27 @@
+"""Chooses the training options that a recipe leaves to `training: auto`, by the number of training rows."""
+
+from __future__ import annotations
+
+from edgetune.recipe.parts import TrainingSpec
+
+# A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them.
+_ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
+_MANY_ROWS = 20_000
+# Rows per step, by the fewest rows for which it is used.
+_BATCHES = ((400, 16), (100, 8), (0, 4))
+
+
+def choose_training(given: TrainingSpec, rows: int) -> tuple[TrainingSpec, str]:
+    """The options with `auto` resolved for so many training rows, and the reason, "" without `auto`.
+
+    Options that the recipe sets stay. All options of the result count as set.
+    """
+    if not given.auto:
+        return given, ""
+    epochs = 1 if rows > _MANY_ROWS else max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
+    batch_size = next(size for least, size in _BATCHES if rows >= least)
+    chosen = {"epochs": epochs, "batch_size": batch_size}
+    chosen = {key: value for key, value in chosen.items() if key not in given.model_fields_set}
+    training = TrainingSpec.model_validate({**dict(given), **chosen, "auto": False})
+    said = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "as set"
+    return training, f"{said}: for {rows:,} training rows"
