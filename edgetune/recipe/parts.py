@@ -208,6 +208,9 @@ class DataSpec(RecipePart):
     """Validation rows, given like `train`. null: part of the training rows is held out."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that is held out for validation if `validation` is not given."""
+    confidence: Data | None = None
+    """Rows on which the confidence of answers is fitted, given like `train`; none may be a training row. null: every
+    second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200."""
     columns: Columns | None = None
     """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
@@ -271,6 +274,9 @@ class AdapterSpec(RecipePart):
     golden: bool = True
     """Put the prompt of one validation row and the adapter's answer to it into the manifest, with which
     `edgetune-run check` compares the answers of a device. false: no prompt of a row is in the bundle."""
+    confidence: bool = True
+    """Let the runtime answer validation rows at the end of the build, to fit how likely each answer is right. Answers
+    scored by rouge_l or chrf, which are not right or wrong, have no confidence."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
     scale: float = 1.0

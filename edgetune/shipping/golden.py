@@ -44,7 +44,7 @@ def with_golden(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
     length = min(longest, manifest.context_length)
     entries = dict(manifest.adapters)
     for engine in manifest.base.files:
-        for names in _groups(manifest, engine, rows):
+        for names in opened_together(manifest, engine, rows):
             options: dict[str, Any] = {"context_length": length, "cache_mb": 0, "disk_mb": 0, "contexts": 1}
             with Runtime.open(bundle, engine=engine, verify=False, preflight=False, **options) as runtime:
                 for name in names:
@@ -56,7 +56,7 @@ def with_golden(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
     return replace(manifest, adapters=entries)
 
 
-def _groups(manifest: Manifest, engine: str, rows: Mapping[str, Any]) -> Iterator[list[str]]:
+def opened_together(manifest: Manifest, engine: str, rows: Mapping[str, Any]) -> Iterator[list[str]]:
     """The adapters to open together: each merged model alone, because it stays in memory."""
     merged = [name for name in rows if manifest.adapters[name].shapes[engine] == Merged.shape]
     yield [name for name in rows if name not in merged]

@@ -16,17 +16,23 @@ from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
 from .data import TaskRow, read_rows, read_text, split
-from .metrics import metric_for
+from .metrics import EITHER_RIGHT_OR_WRONG, metric_for
 from .tokenization import TooLong, tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
+_APART_FROM = 200
+"""Validation rows from which half of them are enough to choose a checkpoint, and half to fit the confidence."""
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
 
 
 @dataclass(frozen=True)
 class Task:
-    """The task of one adapter, with its data."""
+    """The task of one adapter, with its data.
+
+    Of the validation rows, those of `choosing` choose the checkpoint. The confidence of answers is fitted on
+    `confidence_rows`; there are none if the answers are to have no confidence.
+    """
 
     name: str
     spec: AdapterSpec
@@ -35,6 +41,8 @@ class Task:
     validation: Sequence[TaskRow]
     labels: tuple[str, ...]
     metric: Metric
+    choosing: Sequence[TaskRow]
+    confidence_rows: Sequence[TaskRow]
 
     @property
     def sample_prompt(self) -> str:
@@ -51,7 +59,7 @@ class Task:
             loss_on = self.spec.data.loss_on
             return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
 
-        (train, long_train), (validation, long_validation) = of(self.train), of(self.validation)
+        (train, long_train), (validation, long_validation) = of(self.train), of(self.choosing)
         where = (*long_train.examples, *long_validation.examples)[:3]
         return train, validation, TooLong(long_train.count + long_validation.count, where)
 
@@ -69,7 +77,28 @@ def read_task(name: str, recipe: Recipe) -> Task:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
-    return Task(name, spec, training, train, validation, labels, metric)
+    choosing, rows = validation, validation
+    if not spec.confidence or metric not in EITHER_RIGHT_OR_WRONG:
+        rows = []
+    elif spec.data.confidence is not None:
+        rows = read_rows(spec.data.confidence, spec.data.columns, labels=labels or None)
+        _check_apart(name, rows, train)
+    elif len(validation) >= _APART_FROM:
+        choosing, rows = validation[::2], validation[1::2]
+    return Task(name, spec, training, train, validation, labels, metric, choosing, rows)
+
+
+def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -> None:
+    """UsageError for confidence rows that are training rows."""
+    learned = {_prompt_of(row) for row in train}
+    both = [row.where for row in rows if _prompt_of(row) in learned]
+    if both:
+        message = f"adapter {name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
+        raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
+
+
+def _prompt_of(row: TaskRow) -> str:
+    return repr((row.messages, row.text))
 
 
 @dataclass(frozen=True)

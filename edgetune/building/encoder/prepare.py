@@ -29,7 +29,7 @@ def training_jobs(
     prepared = []
     for task in tasks:
         train, long_train = tokenize_labelled(task.train, tokenizer, task.labels, length)
-        validation, long_validation = tokenize_labelled(task.validation, tokenizer, task.labels, length)
+        validation, long_validation = tokenize_labelled(task.choosing, tokenizer, task.labels, length)
         where = (*long_train.examples, *long_validation.examples)[:3]
         too_long = TooLong(long_train.count + long_validation.count, where)
         if too_long.count:

@@ -84,9 +84,11 @@ def classify(options: argparse.Namespace) -> None:
         if adapter == AUTO and AUTO not in runtime.adapters:
             route = runtime.route(prompt, CLASSIFY)
             adapter, fields["route"] = route.adapter, asdict(route)
-        label, probabilities = runtime.classify(prompt, labels, adapter=adapter)
+        found = runtime.classify(prompt, labels, adapter=adapter)
+    probabilities = found.probabilities
     if options.json:
-        print(json.dumps({"label": label, "scores": probabilities, **fields}, ensure_ascii=False))
+        values = {"label": found.label, "scores": probabilities, "confidence": found.confidence, **fields}
+        print(json.dumps(values, ensure_ascii=False))
         return
     for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):
         print(f"{printable(name)}\t{probabilities[name]:.4f}")

@@ -84,6 +84,11 @@ class AnswerForm:
         """Whether the output constraint of the adapter, if it has one, applies."""
         return self.output is None and self.tools is None and not self.unconstrained
 
+    @property
+    def uses_confidence(self) -> bool:
+        """Whether answers are of the kinds that the adapter's confidence was fitted for."""
+        return self.output is None and not self.unconstrained
+
 
 def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:
     """When the call must stop, whose time begins now; what constrains the answer; and the other options.

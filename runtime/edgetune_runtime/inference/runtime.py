@@ -176,19 +176,22 @@ class Runtime:
         if not labels or len(set(labels)) != len(labels) or not all(labels):
             what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
             raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
+        curves = self._loaded.curves(adapter)
+        if curves and {*labels} != {*self.manifest.adapter(next(iter(scales))).labels}:
+            curves = {}
         if classifier is not None:
             (name,) = scales
             entry = self.manifest.adapter(name)
             with self._loaded.adapters.use({name: entry}, Holder()):
                 scale = self._loaded.scales(adapter)[name]
-                return most_likely(labels, classifier.scores(prompt, labels, entry, scale))
+                return most_likely(labels, classifier.scores(prompt, labels, entry, scale), curves)
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             context.run(call.job)
             scores = context.score(endings)
-        return most_likely(labels, scores)
+        return most_likely(labels, scores, curves)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,15 +13,31 @@ from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.text.sampling import softmax
 
+from .confidence import LABEL, Curves, confidence, log_odds_of_best
+
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-class Classification(NamedTuple):
-    """The most likely label, and the probability of each label."""
+@dataclass(frozen=True)
+class Classification:
+    """The most likely label, and the probability of each label; unpacks into these two.
+
+    `confidence` is the probability that the label is right, as that of an `Answer`. It is None for other labels than
+    the adapter's.
+    """
 
     label: str
     probabilities: dict[str, float]
+    confidence: float | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.label, self.probabilities))
+
+    @property
+    def log_odds(self) -> float:
+        """The model's own log odds of the label against all others."""
+        return log_odds_of_best(self.probabilities.values())
 
 
 class NegativeLogLikelihood(NamedTuple):
@@ -35,10 +52,11 @@ class NegativeLogLikelihood(NamedTuple):
         return math.exp(self.nats / self.tokens)
 
 
-def most_likely(labels: Sequence[str], scores: Sequence[float]) -> Classification:
+def most_likely(labels: Sequence[str], scores: Sequence[float], curves: Curves) -> Classification:
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
     probabilities = dict(zip(labels, softmax(np.asarray(scores, np.float64)).tolist(), strict=True))
-    return Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
+    found = Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
+    return replace(found, confidence=confidence(curves, LABEL, found.log_odds))
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:
