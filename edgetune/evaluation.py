@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.bundle import MARK, AdapterEntry
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.inference.confidence import LABEL
@@ -166,7 +166,8 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
         return _detail(row, found.label, 0.0, **sureness)
     tools = None if row.tools is None else row.tools.definitions
     generate = task.runtime.generate
-    answer = generate(prompt, adapter=task.adapter, tools=tools, temperature=0.0, max_tokens=max_tokens)
+    options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
+    answer = generate(prompt, adapter=task.adapter, **options)
     text = said(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
     return _detail(row, text, 0.0, kind=answer.kind, log_odds=answer.log_odds, confidence=answer.confidence)
 

@@ -43,11 +43,13 @@ def with_confidence(
             with Runtime.open(bundle, engine=engine, verify=False, preflight=False, contexts=1, disk_mb=0) as runtime:
                 for name in names:
                     details = score(runtime, name, rows[name], progress).details
-                    curves = fit_curves([
-                        RatedAnswer(row.kind, row.log_odds, row.score >= 1)
-                        for row in details
-                        if row.kind is not None and row.log_odds is not None
-                    ])
+                    curves = fit_curves(
+                        [
+                            RatedAnswer(row.kind, row.log_odds, row.score >= 1)
+                            for row in details
+                            if row.kind is not None and row.log_odds is not None
+                        ]
+                    )
                     progress.say(f"  {engine} {name}: {described(curves)}")
                     entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)

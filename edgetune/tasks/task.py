@@ -10,6 +10,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 
 from edgetune import task_types
+from edgetune.confidence import MIN_ROWS
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
@@ -85,7 +86,19 @@ def read_task(name: str, recipe: Recipe) -> Task:
         _check_apart(name, rows, train)
     elif len(validation) >= _APART_FROM:
         choosing, rows = validation[::2], validation[1::2]
+    if spec.min_confidence is not None:
+        _check_enough(name, rows, metric)
     return Task(name, spec, training, train, validation, labels, metric, choosing, rows)
+
+
+def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
+    """UsageError where no answer would have the confidence that `min_confidence` asks for."""
+    if metric not in EITHER_RIGHT_OR_WRONG:
+        message = f"adapter {name!r} has min_confidence, but {metric} scores no answer as right or wrong"
+        raise UsageError(message, "remove min_confidence, or set metric")
+    if len(rows) < MIN_ROWS:
+        message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give no confidence"
+        raise UsageError(message, f"give {MIN_ROWS} or more as data.validation or data.confidence")
 
 
 def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -> None:

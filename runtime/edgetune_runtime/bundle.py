@@ -34,6 +34,8 @@ AUTO = "auto"
 """In place of an adapter's name: the adapter that the bundle's router chooses."""
 BASE, ERROR = "base", "error"
 """What can answer a prompt of none of the router's tasks, besides an adapter."""
+MARK, ASK, DEFER = "mark", "ask", "defer"
+"""What can become of an unsure answer, besides BASE, ERROR and an adapter."""
 GENERATE, CLASSIFY = "generate", "classify"
 """The kinds of calls that a router tells apart."""
 
@@ -118,6 +120,20 @@ class ConfidenceCurve:
 
 
 @dataclass(frozen=True)
+class UnsureRule:
+    """What becomes of answers whose confidence is below `min_confidence`, or not known.
+
+    `then` says what answers instead: `ask` (the text `question`), `base`, an adapter, `error` (none), or `defer` (the
+    bigger model whose address the runtime was given; without one, the answer is marked). With `mark`, the answer is
+    only marked.
+    """
+
+    min_confidence: float
+    then: str = MARK
+    question: str = ""
+
+
+@dataclass(frozen=True)
 class AdapterEntry:
     """One adapter: its file and shape per backend, how it was trained, and how to run it.
 
@@ -129,7 +145,7 @@ class AdapterEntry:
     `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
     is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
     `golden` has a golden answer per backend, unless the recipe leaves it out. `confidence` maps a backend to a curve
-    per kind of answer (see `inference.confidence`).
+    per kind of answer (see `inference.confidence`), and `unsure` is the rule for answers that are not sure enough.
     """
 
     name: str
@@ -152,6 +168,7 @@ class AdapterEntry:
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     confidence: Mapping[str, Mapping[str, ConfidenceCurve]] = field(default_factory=dict)
+    unsure: UnsureRule | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def is_merged(self, engine: str) -> bool:
@@ -389,7 +406,8 @@ def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
         backend: {kind: _build(ConfidenceCurve, curve) for kind, curve in kinds.items()}
         for backend, kinds in raw.get("confidence", {}).items()
     }
-    return _build(AdapterEntry, {**raw, "golden": golden, "confidence": curves})
+    unsure = None if raw.get("unsure") is None else _build(UnsureRule, raw["unsure"])
+    return _build(AdapterEntry, {**raw, "golden": golden, "confidence": curves, "unsure": unsure})
 
 
 def _router(raw: Mapping[str, Any]) -> RouterEntry:

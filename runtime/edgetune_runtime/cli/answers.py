@@ -84,10 +84,11 @@ def classify(options: argparse.Namespace) -> None:
         if adapter == AUTO and AUTO not in runtime.adapters:
             route = runtime.route(prompt, CLASSIFY)
             adapter, fields["route"] = route.adapter, asdict(route)
-        found = runtime.classify(prompt, labels, adapter=adapter)
+        found = runtime.classify(prompt, labels, adapter=adapter, min_confidence=options.min_confidence)
     probabilities = found.probabilities
     if options.json:
-        values = {"label": found.label, "scores": probabilities, "confidence": found.confidence, **fields}
+        sureness = {"confidence": found.confidence, "is_unsure": found.is_unsure}
+        values = {"label": found.label, "scores": probabilities, **sureness, **fields}
         print(json.dumps(values, ensure_ascii=False))
         return
     for name in sorted(probabilities, key=probabilities.__getitem__, reverse=True):

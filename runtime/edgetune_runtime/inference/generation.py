@@ -80,6 +80,10 @@ class Answer:
     token is the chosen one rather than the best other one, without the tokens that the output constraint forced. All
     three are None for an incomplete answer, and `confidence` where there is no curve: for the base, several adapters,
     another scale, a raw prompt, a constraint of the call's own, and kinds that too few validation rows had.
+
+    With `min_confidence`, of the call or the recipe, `is_unsure` says whether the confidence is lower, or not known.
+    `instead` is what answered in place of an unsure answer, whose confidence is still that of the unsure one: `ask`,
+    `base`, an adapter, `defer`, or None.
     """
 
     text: str
@@ -94,6 +98,8 @@ class Answer:
     confidence: float | None = None
     kind: str | None = None
     log_odds: float | None = None
+    is_unsure: bool = False
+    instead: str | None = None
 
     @property
     def message(self) -> dict[str, Any]:

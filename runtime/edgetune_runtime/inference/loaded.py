@@ -263,7 +263,9 @@ class LoadedBundle:
         if len(scales) != 1:
             return {}
         (name,) = scales
-        return self.manifest.adapter(name).confidence.get(self.options.engine, {}) if scales == self.scales(name) else {}
+        return (
+            self.manifest.adapter(name).confidence.get(self.options.engine, {}) if scales == self.scales(name) else {}
+        )
 
     def preload(self) -> None:
         """Load the adapters that the options name, and keep them in memory."""

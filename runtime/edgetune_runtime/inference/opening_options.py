@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import Manifest
@@ -19,6 +19,9 @@ from edgetune_runtime.states.cache import CACHE_MB
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.threads.priority import NORMAL
 from edgetune_runtime.wording import suggestion
+
+if TYPE_CHECKING:
+    from .deferring import DeferTo
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,6 +97,9 @@ class RuntimeOptions(TypedDict, total=False):
     VerificationError. That a bundle passed is remembered in `cache_folder`, also with `disk_mb` 0. EDGETUNE_PREFLIGHT=0
     in the environment turns it off.
 
+    `defer_to` is the bigger model that answers in place of unsure answers, where the recipe or a call says `defer`; a
+    prompt is sent to no other address.
+
     `on_event` is called with each `Event`, on the thread of the call and while it holds its context: it must be quick
     and must not call the runtime. Its errors are logged.
     """
@@ -120,6 +126,7 @@ class RuntimeOptions(TypedDict, total=False):
     preload: Sequence[str]
     merged_mb: float | None
     preflight: bool
+    defer_to: DeferTo | None
     on_event: Callable[[Event], None] | None
 
 
@@ -153,6 +160,7 @@ class OpeningOptions:
     preload: Sequence[str] = ()
     merged_mb: float | None = None
     preflight: bool = True
+    defer_to: DeferTo | None = None
     on_event: Callable[[Event], None] | None = None
 
     @cached_property

@@ -21,7 +21,7 @@ from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
 from .adapter_changes import AdapterChanges, add_adapter, reload_adapters, remove_adapter
-from .generation import Answer, Outcome, Stream, generate
+from .generation import Answer, Outcome, Stream
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base
 from .opening_options import RuntimeOptions, decide
@@ -29,6 +29,7 @@ from .options import AnswerForm, AnswerOptions, split_options
 from .preflight import require_opens
 from .scoring import Classification, NegativeLogLikelihood, most_likely, window_loss
 from .session import Session
+from .unsure import AnswerCall, answer_pieces, check_min_confidence
 
 _LOG = logging.getLogger(__name__)
 
@@ -133,7 +134,8 @@ class Runtime:
         """
         limits, form, others = split_options(options)
         call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Outcome()
-        return Stream(generate(call, outcome, limits, **others), outcome)
+        own = AnswerCall(call, prompt, form, limits, others)
+        return Stream(answer_pieces(self._loaded, own, outcome, options), outcome)
 
     def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
         """The adapter that `adapter="auto"` means for a prompt in `generate`, or in `classify`. Runs no model.
@@ -158,12 +160,19 @@ class Runtime:
         return Session._load(self._loaded, Path(path))
 
     def classify(
-        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None
+        self,
+        prompt: Prompt,
+        labels: Sequence[str] | None = None,
+        *,
+        adapter: Adapters = None,
+        min_confidence: float | None = None,
     ) -> Classification:
         """The most likely of `labels` (default: the adapter's) as the answer, and the probability of each of them.
 
         All labels are scored in one pass that computes the prompt and the labels' common prefixes once. An encoder has
         only the labels of its one adapter; the probabilities are normalized over the given labels.
+
+        With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower.
         """
         adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
@@ -179,19 +188,24 @@ class Runtime:
         curves = self._loaded.curves(adapter)
         if curves and {*labels} != {*self.manifest.adapter(next(iter(scales))).labels}:
             curves = {}
+        if min_confidence is not None:
+            check_min_confidence(min_confidence, curves)
+        elif curves:
+            rule = self.manifest.adapter(next(iter(scales))).unsure
+            min_confidence = None if rule is None else rule.min_confidence
         if classifier is not None:
             (name,) = scales
             entry = self.manifest.adapter(name)
             with self._loaded.adapters.use({name: entry}, Holder()):
                 scale = self._loaded.scales(adapter)[name]
-                return most_likely(labels, classifier.scores(prompt, labels, entry, scale), curves)
+                return most_likely(labels, classifier.scores(prompt, labels, entry, scale), curves, min_confidence)
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [[*tokenizer.tokenize(label, continues=True), tokenizer.end_token] for label in labels]
             context.run(call.job)
             scores = context.score(endings)
-        return most_likely(labels, scores, curves)
+        return most_likely(labels, scores, curves, min_confidence)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

@@ -24,12 +24,13 @@ class Classification:
     """The most likely label, and the probability of each label; unpacks into these two.
 
     `confidence` is the probability that the label is right, as that of an `Answer`. It is None for other labels than
-    the adapter's.
+    the adapter's. With `min_confidence`, `is_unsure` says whether it is lower, or not known.
     """
 
     label: str
     probabilities: dict[str, float]
     confidence: float | None = None
+    is_unsure: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.label, self.probabilities))
@@ -52,11 +53,15 @@ class NegativeLogLikelihood(NamedTuple):
         return math.exp(self.nats / self.tokens)
 
 
-def most_likely(labels: Sequence[str], scores: Sequence[float], curves: Curves) -> Classification:
+def most_likely(
+    labels: Sequence[str], scores: Sequence[float], curves: Curves, min_confidence: float | None
+) -> Classification:
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
     probabilities = dict(zip(labels, softmax(np.asarray(scores, np.float64)).tolist(), strict=True))
     found = Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
-    return replace(found, confidence=confidence(curves, LABEL, found.log_odds))
+    sure = confidence(curves, LABEL, found.log_odds)
+    is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
+    return replace(found, confidence=sure, is_unsure=is_unsure)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

@@ -3,8 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +15,10 @@ from edgetune_runtime.cli import main
 from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.inference.confidence import kind_of, log_chance, log_odds
 from runtime.bundles import change_manifest
+from runtime.conftest import LABEL_CURVE, VALUE_CURVE
 
 PROMPT = "set heat to warm"
-VALUES, LABELS = ConfidenceCurve(50, 0.9, 0.5, -1.0, 0.02), ConfidenceCurve(50, 0.9, 0.25, 0.5, 0.02)
-CURVES = {"value": VALUES, "question": VALUES, "label": LABELS, "choice": ConfidenceCurve(3, 1.0)}
 SCHEMA = {"type": "object", "properties": {"room": {"enum": ["hall", "kitchen"]}}, "required": ["room"]}
-
-
-@pytest.fixture(scope="module")
-def sure_bundle(both_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of both formats whose adapters `command` and `tone` have curves."""
-    bundle = Path(shutil.copytree(both_of("llama"), tmp_path_factory.mktemp("sure") / "home"))
-    curves = {engine: {kind: asdict(curve) for kind, curve in CURVES.items()} for engine in ("gguf", "onnx")}
-
-    def change(raw: dict[str, Any]) -> None:
-        for name in ("command", "tone"):
-            raw["adapters"][name]["confidence"] = curves
-
-    change_manifest(bundle, change)
-    return bundle
 
 
 @pytest.fixture(params=["gguf", "onnx"])
@@ -103,7 +87,7 @@ def test_choices_and_tools_have_kinds_of_their_own() -> None:
 def test_the_confidence_of_an_answer_is_what_its_curve_makes_of_the_log_odds(opened: Runtime) -> None:
     answer = ended(opened)
     assert (answer.stop_reason, answer.kind) == ("stop", "value")
-    assert answer.confidence == pytest.approx(logistic(VALUES, answer.log_odds))
+    assert answer.confidence == pytest.approx(logistic(VALUE_CURVE, answer.log_odds))
 
 
 def test_log_odds_are_those_of_the_two_likeliest_tokens(opened: Runtime) -> None:
@@ -157,14 +141,14 @@ def test_a_session_has_the_confidence_too(opened: Runtime) -> None:
     text = opened.generate(PROMPT, adapter="command", max_tokens=8).text
     with opened.session("command") as session:
         answer = session.send(PROMPT, stop=text[-2:])
-    assert answer.confidence == pytest.approx(logistic(VALUES, answer.log_odds))
+    assert answer.confidence == pytest.approx(logistic(VALUE_CURVE, answer.log_odds))
 
 
 def test_a_label_has_the_confidence_of_its_curve(opened: Runtime) -> None:
     found = opened.classify(PROMPT, adapter="tone")
     best = found.probabilities[found.label]
     assert found.log_odds == pytest.approx(math.log(best / (1 - best)))
-    assert found.confidence == pytest.approx(logistic(LABELS, found.log_odds))
+    assert found.confidence == pytest.approx(logistic(LABEL_CURVE, found.log_odds))
     label, probabilities = found
     assert (label, probabilities) == (found.label, found.probabilities)
 
@@ -190,7 +174,7 @@ def test_the_commands_print_it(sure_bundle: Path, opened: Runtime, capsys: pytes
 
 def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(sure_bundle, tmp_path / "home")
-    assert read_manifest(bundle).adapter("tone").confidence["onnx"]["label"] == LABELS
+    assert read_manifest(bundle).adapter("tone").confidence["onnx"]["label"] == LABEL_CURVE
     change_manifest(bundle, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(slope=math.inf))
     with pytest.raises(VerificationError, match="'tone' has a confidence curve without numbers"):
         read_manifest(bundle)
