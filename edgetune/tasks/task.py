@@ -97,7 +97,7 @@ def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
         message = f"adapter {name!r} has min_confidence, but {metric} scores no answer as right or wrong"
         raise UsageError(message, "remove min_confidence, or set metric")
     if len(rows) < MIN_ROWS:
-        message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give no confidence"
+        message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give none"
         raise UsageError(message, f"give {MIN_ROWS} or more as data.validation or data.confidence")
 
 

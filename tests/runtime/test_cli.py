@@ -146,7 +146,8 @@ def test_classify_sorts_labels_by_probability(run: Run, bundle: Path, runtime: R
     label, scores = runtime.classify(PROMPT, adapter="tone")
     code, out, _ = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--json")
     assert code == 0
-    assert json.loads(out) == {"label": label, "scores": pytest.approx(scores)}
+    sureness = {"confidence": None, "is_unsure": False}
+    assert json.loads(out) == {"label": label, "scores": pytest.approx(scores), **sureness}
     lines = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone")[1].splitlines()
     rows = {name: float(score) for name, score in (line.split("\t") for line in lines)}
     assert next(iter(rows)) == label

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.inference.deferring import DeferTo
 from edgetune_runtime.inference.opening_options import ALL, LEARN_DRAFTS, OFF, RuntimeOptions
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
-    from edgetune_runtime.inference.deferring import DeferTo
     from edgetune_runtime.inference.runtime import Runtime
 
 SAMPLING = {
@@ -159,8 +159,6 @@ def _defer_to(options: argparse.Namespace) -> DeferTo | None:
         raise UsageError("only one of --defer-to and --defer-model is given", "give both, or neither")
     if options.defer_to is None:
         return None
-    from edgetune_runtime.inference.deferring import DeferTo  # noqa: PLC0415 - as above
-
     timeout = {} if options.defer_timeout_s is None else {"timeout_s": options.defer_timeout_s}
     return DeferTo(options.defer_to, options.defer_model, key=os.environ.get(DEFER_KEY), **timeout)
 

@@ -48,82 +48,95 @@ class DeferTo:
         if not self.timeout_s > 0:
             raise UsageError(f"timeout_s is {self.timeout_s}", "give a number of seconds above 0")
 
-    def ask(
-        self,
-        messages: Sequence[Message],
-        tools: ToolSet | None,
-        output: OutputSpec | None,
-        check: Callable[[], None],
-    ) -> tuple[str, tuple[ToolCall, ...]]:
-        """The text of its answer and its calls; DeferError if there is none, or one that the output does not allow.
 
-        Raises Stopped when `check` does.
-        """
-        body: dict[str, Any] = {"model": self.model, "messages": list(map(_sent, messages)), "temperature": 0}
-        if tools is not None:
-            named = {"type": "function", "function": {"name": tools.choice}}
-            body |= {"tools": tools.definitions, "tool_choice": tools.choice if tools.choice in MODES else named}
-        if output is not None and output.kind == "schema":
-            schema = {"name": "answer", "schema": json.loads(output.text)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        text, calls = self._read(self._post(json.dumps(body).encode(), check))
-        if not calls and output is not None and not replace(output, spacing="any").accepts(text):
-            raise self._error(f"answered {shortened(text, 80)!r}, which the output constraint does not allow")
-        return text, calls
+def ask(
+    to: DeferTo,
+    messages: Sequence[Message],
+    tools: ToolSet | None,
+    output: OutputSpec | None,
+    check: Callable[[], None],
+) -> tuple[str, tuple[ToolCall, ...]]:
+    """The text of the bigger model's answer and its calls.
 
-    def _post(self, body: bytes, check: Callable[[], None]) -> bytes:
-        """The reply, read by another thread, which ends soon after the time limit."""
-        found: list[bytes | Exception] = []
-        end_s = time.monotonic() + self.timeout_s
+    DeferError if there is no answer, or one that the tools or the output constraint do not allow. Raises Stopped when
+    `check` does.
+    """
+    body: dict[str, Any] = {"model": to.model, "messages": list(map(_sent, messages)), "temperature": 0}
+    if tools is not None:
+        named = {"type": "function", "function": {"name": tools.choice}}
+        body |= {"tools": tools.definitions, "tool_choice": tools.choice if tools.choice in MODES else named}
+    if output is not None and output.kind == "schema":
+        schema = {"name": "answer", "schema": json.loads(output.text)}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    text, calls = _read(to, _post(to, json.dumps(body).encode(), check))
+    offered = {tool.name for tool in tools.offered} if tools is not None else set()
+    unknown = next((call.name for call in calls if call.name not in offered), None)
+    if unknown is not None:
+        raise _error(to, f"called {unknown!r}, which is none of the tools")
+    if not calls and output is not None and not replace(output, spacing="any").accepts(text):
+        raise _error(to, f"answered {shortened(text, 80)!r}, which the output constraint does not allow")
+    return text, calls
 
-        def run() -> None:
-            try:
-                found.append(self._reply(body, end_s))
-            except (OSError, HTTPException, ValueError) as error:
-                found.append(error)
 
-        thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
-        thread.start()
-        while thread.is_alive() and (left_s := end_s - time.monotonic()) > 0:
-            thread.join(min(_POLL_S, left_s))
-            check()
-        if not found or isinstance(found[0], TimeoutError):
-            raise self._error(f"did not answer within {self.timeout_s:g} s")
-        if isinstance(found[0], Exception):
-            raise self._error(f"failed: {found[0]}") from found[0]
-        return found[0]
+def _post(to: DeferTo, body: bytes, check: Callable[[], None]) -> bytes:
+    """The reply, read by another thread, which ends soon after the time limit."""
+    found: list[bytes | Exception] = []
+    end_s = time.monotonic() + to.timeout_s
 
-    def _reply(self, body: bytes, end_s: float) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, body, headers)
-        opener = urllib.request.build_opener(_NoRedirects)
-        with opener.open(request, timeout=self.timeout_s) as response:
-            parts, count = [], 0
-            while part := response.read1(1 << 16):
-                parts.append(part)
-                count += len(part)
-                if count > _MAX_BYTES:
-                    raise ValueError(f"its reply has more than {_MAX_BYTES} bytes")
-                if time.monotonic() > end_s:
-                    raise TimeoutError
-        return b"".join(parts)
-
-    def _read(self, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
+    def run() -> None:
         try:
-            message = json.loads(reply)["choices"][0]["message"]
-            calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
-            text = message.get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError("its content is no text")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise self._error(f"sent no chat completion: {error}") from error
-        return text, tuple(calls)
+            found.append(_reply(to, body, end_s))
+        except urllib.error.HTTPError as error:
+            error.close()
+            found.append(error)
+        except (OSError, HTTPException, ValueError) as error:
+            found.append(error)
 
-    def _error(self, what: str) -> DeferError:
-        return DeferError(f"{self.model!r} at {self.url} {what}", "check the address, the model and the time limit")
+    thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
+    thread.start()
+    while thread.is_alive() and (left_s := end_s - time.monotonic()) > 0:
+        thread.join(min(_POLL_S, left_s))
+        check()
+    if not found or isinstance(found[0], TimeoutError):
+        raise _error(to, f"did not answer within {to.timeout_s:g} s")
+    if isinstance(found[0], Exception):
+        raise _error(to, f"failed: {found[0]}") from found[0]
+    return found[0]
+
+
+def _reply(to: DeferTo, body: bytes, end_s: float) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    if to.key is not None:
+        headers["Authorization"] = f"Bearer {to.key}"
+    address = f"{to.url.rstrip('/')}/chat/completions"
+    request = urllib.request.Request(address, body, headers)
+    opener = urllib.request.build_opener(_NoRedirects)
+    with opener.open(request, timeout=to.timeout_s) as response:
+        parts, count = [], 0
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            count += len(part)
+            if count > _MAX_BYTES:
+                raise ValueError(f"its reply has more than {_MAX_BYTES} bytes")
+            if time.monotonic() > end_s:
+                raise TimeoutError
+    return b"".join(parts)
+
+
+def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
+    try:
+        message = json.loads(reply)["choices"][0]["message"]
+        calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
+        text = message.get("content") or ""
+        if not isinstance(text, str):
+            raise TypeError("its content is no text")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _error(to, f"sent no chat completion: {error}") from error
+    return text, tuple(calls)
+
+
+def _error(to: DeferTo, what: str) -> DeferError:
+    return DeferError(f"{to.model!r} at {to.url} {what}", "check the address, the model and the time limit")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

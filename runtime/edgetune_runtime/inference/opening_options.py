@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import Manifest
@@ -20,8 +20,7 @@ from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.threads.priority import NORMAL
 from edgetune_runtime.wording import suggestion
 
-if TYPE_CHECKING:
-    from .deferring import DeferTo
+from .deferring import DeferTo
 
 _LOG = logging.getLogger(__name__)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,21 +18,20 @@ _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
 
-@dataclass(frozen=True)
-class Classification:
+class _Label(NamedTuple):
+    label: str
+    probabilities: dict[str, float]
+
+
+class Classification(_Label):
     """The most likely label, and the probability of each label; unpacks into these two.
 
     `confidence` is the probability that the label is right, as that of an `Answer`. It is None for other labels than
     the adapter's. With `min_confidence`, `is_unsure` says whether it is lower, or not known.
     """
 
-    label: str
-    probabilities: dict[str, float]
     confidence: float | None = None
     is_unsure: bool = False
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.label, self.probabilities))
 
     @property
     def log_odds(self) -> float:
@@ -59,9 +57,9 @@ def most_likely(
     """The label with the highest score (a log probability, up to a constant), and the probability of each."""
     probabilities = dict(zip(labels, softmax(np.asarray(scores, np.float64)).tolist(), strict=True))
     found = Classification(max(probabilities, key=probabilities.__getitem__), probabilities)
-    sure = confidence(curves, LABEL, found.log_odds)
-    is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
-    return replace(found, confidence=sure, is_unsure=is_unsure)
+    found.confidence = sure = confidence(curves, LABEL, found.log_odds)
+    found.is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
+    return found
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

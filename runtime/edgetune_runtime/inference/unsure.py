@@ -14,7 +14,7 @@ from edgetune_runtime.text.chat import Prompt, messages_for
 from edgetune_runtime.wording import suggestion
 
 from .confidence import QUESTION, Curves
-from .deferring import DeferError
+from .deferring import DeferError, ask
 from .generation import Answer, Call, Outcome, generate
 from .loaded import LoadedBundle
 from .options import AnswerForm
@@ -59,14 +59,9 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
         check_min_confidence(min_confidence, call.curves)
     entry = next(iter(call.entries.values()), None)
     rule = entry.unsure if entry is not None and call.curves else None
-    if rule is None and min_confidence is None:
-        return None
-    rule = rule or UnsureRule(min_confidence)
-    return UnsureRule(
-        rule.min_confidence if min_confidence is None else min_confidence,
-        then or rule.then,
-        question or rule.question,
-    )
+    if min_confidence is not None:
+        rule = replace(rule or UnsureRule(min_confidence), min_confidence=min_confidence)
+    return rule and replace(rule, then=then or rule.then, question=question or rule.question)
 
 
 def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | None:
@@ -169,7 +164,7 @@ class _Settling:
             return
         messages = messages_for(own.prompt, own.call.system)
         try:
-            text, calls = to.ask(messages, own.form.tools, own.call.output, own.limits.check)
+            text, calls = ask(to, messages, own.form.tools, own.call.output, own.limits.check)
         except DeferError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ollama
 import pytest
 from edgetune_runtime import DeferTo, Runtime, UsageError
 from openai import OpenAI, UnprocessableEntityError
@@ -92,8 +91,7 @@ def test_a_client_of_ollama_gives_them_as_options(sure: Running, stop: str) -> N
     )
     assert (reply.json()["is_unsure"], reply.json()["instead"]) == (True, "base")
     assert reply.headers["X-Edgetune-Unsure"] == "base"
-    answer = ollama.Client(sure.url).chat("home", MESSAGES, options={"stop": [stop], "num_predict": 24})
-    assert reply.json()["message"]["content"] == answer.message.content
+    assert reply.json()["message"]["content"] == sure.runtime.generate(PROMPT, stop=stop, max_tokens=24).text
 
 
 @pytest.mark.parametrize(
@@ -146,7 +144,7 @@ def answering(status: int, body: bytes, wait_s: float = 0.0) -> Iterator[tuple[s
     got: list[dict[str, Any]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802 - the name of the base class
+        def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             got.append({"path": self.path, "key": self.headers["Authorization"], **request})
             time.sleep(wait_s)
@@ -253,7 +251,9 @@ def test_its_answer_must_fit_the_output_constraint(sure_bundle: Path, tmp_path: 
     assert bad.parsed["room"] in ("hall", "loft")
 
 
-@pytest.mark.parametrize(("values", "message"), [(("ftp://a", "b"), "give one such as"), (("http://a", "b", 0), "timeout_s is 0")])
+@pytest.mark.parametrize(
+    ("values", "message"), [(("ftp://a", "b"), "give one such as"), (("http://a", "b", 0), "timeout_s is 0")]
+)
 def test_an_address_is_checked(values: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         DeferTo(*values)
