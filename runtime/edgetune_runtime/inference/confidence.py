@@ -36,9 +36,13 @@ def log_chance(row: Logits, token: int) -> float:
     return min(lead, 0.0) - math.log1p(math.exp(-abs(lead)))
 
 
-def log_odds(log_chances: Iterable[float]) -> float:
-    """The log odds that all choices go this way, at most MAX_LOG_ODDS."""
-    log_probability = min(0.0, sum(log_chances))
+def log_odds(log_chances: Iterable[float | None]) -> float:
+    """The log odds of a choice, from the mean log-probability of all choices; None is a token without a choice.
+
+    The mean orders right and wrong answers better than the sum, which long answers lower.
+    """
+    choices = [chance for chance in log_chances if chance is not None]
+    log_probability = min(0.0, sum(choices) / max(len(choices), 1))
     rest = -math.expm1(log_probability)
     return MAX_LOG_ODDS if rest == 0 else _bounded(log_probability - math.log(rest))
 

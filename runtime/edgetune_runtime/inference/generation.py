@@ -76,10 +76,11 @@ class Answer:
     the router if the adapter was `auto`.
 
     `confidence` is the probability that the answer is right, from the curve that the build fitted for answers of this
-    `kind` (`value`, `choice`, `nothing` or `question`). It is made from `log_odds`: the model's own log odds that every
-    token is the chosen one rather than the best other one, without the tokens that the output constraint forced. All
-    three are None for an incomplete answer, and `confidence` where there is no curve: for the base, several adapters,
-    another scale, a raw prompt, a constraint of the call's own, and kinds that too few validation rows had.
+    `kind` (`value`, `choice`, `nothing` or `question`). It is made from `log_odds`: the model's own log odds that a
+    token is the chosen one rather than the best other one, for the geometric mean of these chances over the tokens that
+    the output constraint did not force. All three are None for an incomplete answer, and `confidence` where there is no
+    curve: for the base, several adapters, another scale, a raw prompt, a constraint of the call's own, and kinds that
+    too few validation rows had.
 
     With `min_confidence`, of the call or the recipe, `is_unsure` says whether the confidence is lower, or not known.
     `instead` is what answered in place of an unsure answer, whose confidence is still that of the unsure one: `ask`,
@@ -257,7 +258,7 @@ class _Answering:
         self._pending: list[int] = []
         self._held: list[int] = []
         self._pieces: list[str] = []
-        self._log_chances: list[float] = []
+        self._log_chances: list[float | None] = []
         self._count = self._steps = self._drafted = self._accepted = self._forced = self._after_first = 0
         self._first_s = self._rest_s = 0.0
         self._reason = self._reason_at_end = ""
@@ -363,7 +364,7 @@ class _Answering:
         self._accepted += self._hits
         forced = self._forced_after(computed + len(chosen))
         self._pending = self._pending + forced
-        self._log_chances += [0.0] * len(forced)
+        self._log_chances += [None] * len(forced)
         if self._drafter is not None:
             self._drafter.add(chosen + forced)
         if self._record is None:
@@ -394,7 +395,7 @@ class _Answering:
         # Without a draw, so that a seed gives the same answer however many tokens a step has.
         token = forced[0] if forced else self._chosen(row, computed)
         if token is not None:
-            self._log_chances.append(0.0 if forced else log_chance(row, token))
+            self._log_chances.append(None if forced else log_chance(row, token))
         return token
 
     def _chosen(self, row: Logits, computed: int) -> int | None:

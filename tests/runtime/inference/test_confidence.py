@@ -48,10 +48,11 @@ def test_the_log_chance_of_a_token_is_against_the_best_other_one() -> None:
     assert log_chance(np.array([0.0, 2000.0], np.float32), 0) == pytest.approx(-2000)
 
 
-def test_log_odds_are_those_of_all_choices_together() -> None:
-    half = math.log(0.5)
-    assert log_odds([half]) == pytest.approx(0)
-    assert log_odds([half, half]) == pytest.approx(math.log(1 / 3))
+def test_log_odds_are_those_of_the_mean_choice() -> None:
+    half, eighth = math.log(0.5), math.log(0.125)
+    assert log_odds([half]) == log_odds([half, half, None]) == pytest.approx(0)
+    assert log_odds([half, None, eighth]) == pytest.approx(math.log(1 / 3))
+    assert log_odds([None, None]) == 30
     assert log_odds([]) == 30
     assert log_odds([-1e-20] * 5) == 30
     assert log_odds([-2000.0]) == -30
