@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.bundle import MARK, AdapterEntry
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -38,7 +38,8 @@ Pair = tuple[TaskRow, Example | None]
 class ScoredRow:
     """One row: prompt, expected answer, actual answer, and score between 0 and 1.
 
-    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token.
+    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token. `kind`, `log_odds`
+    and `confidence` are those of `edgetune_runtime.Answer`.
     """
 
     where: str
@@ -46,6 +47,9 @@ class ScoredRow:
     reference: str
     answer: str
     score: float
+    kind: str | None = None
+    log_odds: float | None = None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,24 +150,27 @@ def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, 
 def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
     max_tokens = int(longest * _LENGTH_FACTOR) + _EXTRA_TOKENS
-    answers = []
+    details = []
     for row, _ in pairs:
-        answers.append(_answer(task, row, max_tokens))
+        details.append(_answer(task, row, max_tokens))
         step.update()
-    score, scores = metrics.score(task.metric, answers, [row.completion or "" for row, _ in pairs])
-    scored = zip(pairs, answers, scores, strict=True)
-    return score, [_detail(row, answer, points) for (row, _), answer, points in scored]
+    score, scores = metrics.score(task.metric, [row.answer for row in details], [row.reference for row in details])
+    return score, [replace(row, score=points) for row, points in zip(details, scores, strict=True)]
 
 
-def _answer(task: _Task, row: TaskRow, max_tokens: int) -> str:
-    """The most likely label, or a greedy answer."""
+def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
+    """The most likely label, or a greedy answer; not scored yet."""
     prompt = row.messages or ()
     if task.metric == "label":
-        return task.runtime.classify(prompt, task.labels or None, adapter=task.adapter).label
+        found = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
+        sureness: dict[str, Any] = {"kind": found.kind, "log_odds": found.log_odds, "confidence": found.confidence}
+        return _detail(row, found.label, 0.0, **sureness)
     tools = None if row.tools is None else row.tools.definitions
     generate = task.runtime.generate
-    answer = generate(prompt, adapter=task.adapter, tools=tools, temperature=0.0, max_tokens=max_tokens)
-    return said(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
+    options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
+    answer = generate(prompt, adapter=task.adapter, **options)
+    text = said(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
+    return _detail(row, text, 0.0, kind=answer.kind, log_odds=answer.log_odds, confidence=answer.confidence)
 
 
 def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:
@@ -177,9 +184,9 @@ def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, in
         return -context.engine.score([target])[0], len(target)
 
 
-def _detail(row: TaskRow, answer: str, score: float) -> ScoredRow:
+def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredRow:  # noqa: ANN401 - as ScoredRow
     prompt = row.messages[-1]["content"] if row.messages else row.text or ""
-    return ScoredRow(row.where, prompt, row.completion or "", answer, score)
+    return ScoredRow(row.where, prompt, row.completion or "", answer, score, **sureness)
 
 
 def _read(source: str | Rows, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:

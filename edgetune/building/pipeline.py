@@ -219,7 +219,14 @@ def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAda
 
 
 def _figures(manifest: Manifest, name: str) -> dict[str, Any]:
-    """Parity of an adapter, and the size of its files."""
+    """Parity of an adapter, the calibration errors of its confidence, and the size of its files."""
     parity, folder = manifest.adapters[name].parity, f"adapters/{name}/"
+    curves = manifest.adapters[name].confidence
+    errors = {target: {kind: curve.error for kind, curve in kinds.items()} for target, kinds in curves.items()}
     size = sum(entry.bytes for file, entry in manifest.files.items() if file.startswith(folder))
-    return {"parity": next(iter(parity.values())), "parity_by_target": parity, "bytes": size}
+    return {
+        "parity": next(iter(parity.values())),
+        "parity_by_target": parity,
+        "calibration_error": errors,
+        "bytes": size,
+    }

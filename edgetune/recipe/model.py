@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from edgetune_export import backends
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_export.backends.onnx.options import OnnxOptions
-from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, GENERATION, MARK
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from edgetune_runtime.wording import suggestion
@@ -183,6 +183,12 @@ class Recipe(RecipePart):
     def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
         task_type = task_types.load(_task_of(info))
         problems = [f"{name}: {what}" for name, spec in adapters.items() for what in spec.unfit_for(task_type)]
+        answers = (MARK, ASK, BASE, ERROR, DEFER, *adapters)
+        problems += [
+            f"{name}: unsure is {spec.unsure!r}; {suggestion(spec.unsure, answers)}"
+            for name, spec in adapters.items()
+            if spec.unsure not in answers
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return adapters
@@ -217,8 +223,9 @@ class Recipe(RecipePart):
         values["base"] = self._portable(values["base"])
         domains = [values["domain"]] if values["domain"] else []
         for part in (*values["adapters"].values(), *domains):
-            for key in ("train", "validation"):
-                part["data"][key] = part["data"][key] and self._portable(part["data"][key])
+            for key in ("train", "validation", "confidence"):
+                if part["data"].get(key):
+                    part["data"][key] = self._portable(part["data"][key])
         for adapter in values["adapters"].values():
             if adapter["method"].get("document"):
                 adapter["method"]["document"] = self._portable(adapter["method"]["document"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgetune_export import backends
+from edgetune_runtime.bundle import ASK, MARK, UnsureRule
 from pydantic import (
     AfterValidator,
     Field,
@@ -222,6 +223,9 @@ class DataSpec(RecipePart):
     """Validation rows, given like `train`. null: part of the training rows is held out."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that is held out for validation if `validation` is not given."""
+    confidence: Data | None = None
+    """Rows on which the confidence of answers is fitted, given like `train`; none may be a training row. null: every
+    second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200."""
     columns: Columns | None = None
     """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
@@ -305,6 +309,17 @@ class AdapterSpec(RecipePart):
     golden: bool = True
     """Put the prompt of one validation row and the adapter's answer to it into the manifest, with which
     `edgetune-run check` compares the answers of a device. false: no prompt of a row is in the bundle."""
+    confidence: bool = True
+    """Let the runtime answer validation rows at the end of the build, to fit how likely each answer is right. Answers
+    scored by rouge_l or chrf, which are not right or wrong, have no confidence."""
+    min_confidence: float | None = Field(default=None, gt=0, lt=1)
+    """Answers with a lower confidence are unsure, and so are those whose confidence is not known."""
+    unsure: Text = MARK
+    """What becomes of an unsure answer: mark (it is marked), ask (the question `ask` comes back in its place), base or
+    the name of another adapter (that one answers), defer (a bigger model answers, whose address the runtime is given),
+    or error."""
+    ask: Text | None = None
+    """The question back; sets `unsure: ask`."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
     scale: float = 1.0
@@ -347,6 +362,25 @@ class AdapterSpec(RecipePart):
             return read(value)
         finally:
             info.context["folder"] = outer
+
+    @model_validator(mode="after")
+    def _unsure_answers(self) -> AdapterSpec:
+        if self.min_confidence is None and (self.unsure != MARK or self.ask is not None):
+            raise ValueError("unsure and ask need min_confidence; set it, such as 0.8")
+        if self.min_confidence is not None and not self.confidence:
+            raise ValueError("min_confidence needs confidence: true; remove one of them")
+        if self.unsure == ASK and self.ask is None:
+            raise ValueError("unsure is ask, but there is no question; write it as ask")
+        if self.ask is not None and self.unsure not in (MARK, ASK):
+            raise ValueError(f"unsure is {self.unsure}, and ask is given too; keep one")
+        return self
+
+    @property
+    def unsure_rule(self) -> UnsureRule | None:
+        """What the manifest says of unsure answers."""
+        if self.min_confidence is None:
+            return None
+        return UnsureRule(self.min_confidence, self.unsure if self.ask is None else ASK, self.ask or "")
 
     @model_validator(mode="after")
     def _auto_stays_apart(self) -> AdapterSpec:

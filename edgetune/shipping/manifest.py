@@ -73,5 +73,6 @@ def adapter_entry(
         quantization=next((item.quantization for item in written.values() if item.quantization), None),
         values_by_type={target: item.values_by_type for target, item in written.items()},
         parity={target: figures[adapter.name] for target, figures in parity.adapters.items()},
+        unsure=plan.spec.unsure_rule,
         training=adapter.training,
     )

@@ -30,6 +30,7 @@ from edgetune.report.render import card
 from edgetune.training.allocator import give_back_freed_memory
 
 from .builder import Builder
+from .confidence import with_confidence
 from .exported import B, BuildBase, BundleSpec, ExportedFormat, ParityReport, TrainedAdapter, WrittenAdapter
 from .golden import with_golden
 from .manifest import adapter_entry, manifest_of
@@ -214,11 +215,12 @@ class _Stage:
 def _complete(
     bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter], spec: BundleSpec, progress: Progress
 ) -> Manifest:
-    """Add what the runtime computes from a bundle's files (golden answers, scopes, states), and the model card."""
+    """Add what the runtime computes from the files (golden answers, scopes, confidence, states), and the model card."""
     if spec.existing is not None:
         spec.existing.check_unchanged(manifest)
     manifest = with_golden(bundle, manifest, adapters, progress)
     manifest = with_scopes(bundle, manifest, adapters, progress)
+    manifest = with_confidence(bundle, manifest, adapters, progress)
     if spec.ships_states:
         _make_states(bundle, manifest.base.files, progress)
     (bundle / CARD_NAME).write_text(card(facts_of(bundle, manifest)), encoding="utf-8")

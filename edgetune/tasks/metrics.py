@@ -13,6 +13,8 @@ from edgetune.recipe.parts import Metric
 from .data import TaskRow
 
 LONG_ANSWER_WORDS = 3
+EITHER_RIGHT_OR_WRONG: tuple[Metric, ...] = ("exact", "json", "label")
+"""The metrics that score each answer 0 or 1."""
 
 
 def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | None) -> Metric:

@@ -13,6 +13,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune import task_types
+from edgetune.confidence import MIN_ROWS
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Columns, Metric, TrainingSpec
@@ -20,11 +21,13 @@ from edgetune.recipe.rows import Rows
 
 from .augmentation.copies import ChangedRow, copies_of
 from .data import TaskRow, read_rows, read_text, split
-from .metrics import labels_in, metric_for
+from .metrics import EITHER_RIGHT_OR_WRONG, labels_in, metric_for
 from .negatives import negative_rows
 from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"
+_APART_FROM = 200
+"""Validation rows from which half of them are enough to choose a checkpoint, and half to fit the confidence."""
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
 _NEGATIVE_PARTS = 4
@@ -42,7 +45,11 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """The task of one adapter, with its data; `copies` are changed copies of `train`, which are trained on too."""
+    """The task of one adapter, with its data; `copies` are changed copies of `train`, which are trained on too.
+
+    Of the validation rows, those of `choosing` choose the checkpoint. The confidence of answers is fitted on
+    `confidence_rows`; there are none if the answers are to have no confidence.
+    """
 
     name: str
     spec: AdapterSpec
@@ -51,6 +58,8 @@ class Task:
     validation: Sequence[TaskRow]
     labels: tuple[str, ...]
     metric: Metric
+    choosing: Sequence[TaskRow]
+    confidence_rows: Sequence[TaskRow] = ()
     copies: Sequence[ChangedRow] = ()
 
     @property
@@ -78,7 +87,7 @@ class Task:
             loss_on = self.spec.data.loss_on
             return tokenize_rows(rows, tokenizer, system=self.spec.system, loss_on=loss_on, max_tokens=max_tokens)
 
-        (train, long_train), (validation, long_validation) = of(self.trained_rows), of(self.validation)
+        (train, long_train), (validation, long_validation) = of(self.trained_rows), of(self.choosing)
         return train, validation, long_train + long_validation
 
 
@@ -95,10 +104,12 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
-    task = Task(name, spec, training, train, validation, labels, metric)
+    task = Task(name, spec, training, train, validation, labels, metric, validation)
     if spec.data.augment is not None:
         task = _augmented(task, recipe, read)
-    return task if spec.out_of_scope is None else _with_negatives(task, recipe, read)
+    if spec.out_of_scope is not None:
+        task = _with_negatives(task, recipe, read)
+    return _with_confidence(task, read)
 
 
 def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
@@ -144,7 +155,46 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
                 others[name] = read(spec.data.train, spec.data.columns)
     made = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
     learned = [row for number, row in enumerate(made) if number % _NEGATIVE_PARTS]
-    return replace(task, train=[*task.train, *learned], validation=[*task.validation, *made[::_NEGATIVE_PARTS]])
+    validation = [*task.validation, *made[::_NEGATIVE_PARTS]]
+    return replace(task, train=[*task.train, *learned], validation=validation, choosing=validation)
+
+
+def _with_confidence(task: Task, read: Reader) -> Task:
+    """With the rows that the confidence of answers is fitted on; UsageError where they do not do."""
+    spec, choosing, rows = task.spec, task.validation, task.validation
+    if not spec.confidence or task.metric not in EITHER_RIGHT_OR_WRONG:
+        rows = []
+    elif spec.data.confidence is not None:
+        rows = read(spec.data.confidence, spec.data.columns, labels=task.labels or None)
+        _check_apart(task.name, rows, task.train)
+    elif len(task.validation) >= _APART_FROM:
+        choosing, rows = task.validation[::2], task.validation[1::2]
+    if spec.min_confidence is not None:
+        _check_enough(task.name, rows, task.metric)
+    return replace(task, choosing=choosing, confidence_rows=rows)
+
+
+def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
+    """UsageError where no answer would have the confidence that `min_confidence` asks for."""
+    if metric not in EITHER_RIGHT_OR_WRONG:
+        message = f"adapter {name!r} has min_confidence, but {metric} scores no answer as right or wrong"
+        raise UsageError(message, "remove min_confidence, or set metric")
+    if len(rows) < MIN_ROWS:
+        message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give none"
+        raise UsageError(message, f"give {MIN_ROWS} or more as data.validation or data.confidence")
+
+
+def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -> None:
+    """UsageError for confidence rows that are training rows."""
+    learned = {_prompt_of(row) for row in train}
+    both = [row.where for row in rows if _prompt_of(row) in learned]
+    if both:
+        message = f"adapter {name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
+        raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
+
+
+def _prompt_of(row: TaskRow) -> str:
+    return repr((row.messages, row.text))
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,32 @@ from .errors import (
     NotFoundError,
     OutOfSpaceError,
     PromptTooLongError,
+    UnsureError,
     UsageError,
     VerificationError,
 )
 
 if TYPE_CHECKING:
     from .answer_log import AnswerLog
-    from .bundle import AdapterEntry, BaseEntry, FileEntry, GoldenAnswer, Manifest, RoutedCall, RouterEntry, Scope
+    from .bundle import (
+        AdapterEntry,
+        BaseEntry,
+        ConfidenceCurve,
+        FileEntry,
+        GoldenAnswer,
+        Manifest,
+        RoutedCall,
+        RouterEntry,
+        Scope,
+        UnsureRule,
+    )
     from .decoding.logprobs import TokenLogprob
     from .decoding.output import OutputSpec
     from .events import Event
     from .inference.adapter_changes import AdapterChanges
     from .inference.async_stream import AsyncStream
     from .inference.asynchronous import AsyncRuntime, AsyncSession
+    from .inference.deferring import DeferTo
     from .inference.generation import Answer, Stream, Timings
     from .inference.loaded import Adapters
     from .inference.opening_options import RuntimeOptions
@@ -62,6 +75,8 @@ __all__ = [
     "CancelledError",
     "Carry",
     "Classification",
+    "ConfidenceCurve",
+    "DeferTo",
     "EdgetuneError",
     "Embedding",
     "Event",
@@ -90,6 +105,8 @@ __all__ = [
     "TokenLogprob",
     "ToolCall",
     "Tools",
+    "UnsureError",
+    "UnsureRule",
     "UsageError",
     "VerificationError",
     "__version__",
@@ -101,13 +118,16 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
     "answer_log": "AnswerLog",
-    "bundle": "AdapterEntry BaseEntry FileEntry GoldenAnswer Manifest RoutedCall RouterEntry Scope",
+    "bundle": (
+        "AdapterEntry BaseEntry ConfidenceCurve FileEntry GoldenAnswer Manifest RoutedCall RouterEntry Scope UnsureRule"
+    ),
     "decoding.logprobs": "TokenLogprob",
     "decoding.output": "OutputSpec",
     "events": "Event",
     "inference.adapter_changes": "AdapterChanges",
     "inference.async_stream": "AsyncStream",
     "inference.asynchronous": "AsyncRuntime AsyncSession",
+    "inference.deferring": "DeferTo",
     "inference.generation": "Answer Stream Timings",
     "inference.loaded": "Adapters",
     "inference.opening_options": "RuntimeOptions",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,8 @@ AUTO = "auto"
 """In place of an adapter's name: the adapter that the bundle's router chooses."""
 BASE, ERROR = "base", "error"
 """What can answer a prompt of none of the router's tasks, besides an adapter."""
+MARK, ASK, DEFER = "mark", "ask", "defer"
+"""What can become of an unsure answer, besides BASE, ERROR and an adapter."""
 GENERATE, CLASSIFY = "generate", "classify"
 """The kinds of calls that a router tells apart."""
 
@@ -115,6 +118,37 @@ class Scope:
 
 
 @dataclass(frozen=True)
+class ConfidenceCurve:
+    """The probability that answers of one kind are right: the logistic function of `slope` x log odds + `offset`.
+
+    Fitted on `rows` validation rows, of whose answers the share `right` was right; `slope` is None if they were too
+    few. `error` is the expected calibration error of rows that were left out of the fit in turn, and `bins` has their
+    mean confidence, the share that was right, and how many, for each part of the range that has some.
+    """
+
+    rows: int
+    right: float
+    slope: float | None = None
+    offset: float = 0.0
+    error: float | None = None
+    bins: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class UnsureRule:
+    """What becomes of answers whose confidence is below `min_confidence`, or not known.
+
+    `then` says what answers instead: `ask` (the text `question`), `base`, an adapter, `error` (none), or `defer` (the
+    bigger model whose address the runtime was given; without one, the answer is marked). With `mark`, the answer is
+    only marked.
+    """
+
+    min_confidence: float
+    then: str = MARK
+    question: str = ""
+
+
+@dataclass(frozen=True)
 class AdapterEntry:
     """One adapter: its file and shape per backend, how it was trained, and how to run it.
 
@@ -125,7 +159,9 @@ class AdapterEntry:
     is that of a merged model, None for other shapes and if a merged model keeps the types of an unchanged base.
     `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
     is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
-    `golden` has a golden answer per backend, unless the recipe leaves it out; `scope` is by backend too.
+    `golden` has a golden answer per backend, unless the recipe leaves it out; `scope` is by backend too. `confidence`
+    maps a backend to a curve per kind of answer (see `inference.confidence`), and `unsure` is the rule for answers that
+    are not sure enough.
     """
 
     name: str
@@ -148,6 +184,8 @@ class AdapterEntry:
     parity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     golden: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     scope: Mapping[str, Scope] = field(default_factory=dict)
+    confidence: Mapping[str, Mapping[str, ConfidenceCurve]] = field(default_factory=dict)
+    unsure: UnsureRule | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def is_merged(self, engine: str) -> bool:
@@ -382,7 +420,12 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
 def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
     golden = {backend: _build(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
     scope = {backend: _build(Scope, value) for backend, value in raw.get("scope", {}).items()}
-    return _build(AdapterEntry, {**raw, "golden": golden, "scope": scope})
+    curves = {
+        backend: {kind: _build(ConfidenceCurve, curve) for kind, curve in kinds.items()}
+        for backend, kinds in raw.get("confidence", {}).items()
+    }
+    unsure = None if raw.get("unsure") is None else _build(UnsureRule, raw["unsure"])
+    return _build(AdapterEntry, {**raw, "golden": golden, "scope": scope, "confidence": curves, "unsure": unsure})
 
 
 def _router(raw: Mapping[str, Any]) -> RouterEntry:
@@ -441,6 +484,9 @@ def _check_references(manifest: Manifest, path: Path) -> None:
         if unknown or adapter.shapes.keys() != adapter.files.keys():
             message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"
             raise VerificationError(message, "update edgetune-runtime")
+        curves = [curve for kinds in adapter.confidence.values() for curve in kinds.values()]
+        if not all(math.isfinite(value) for curve in curves for value in (curve.slope or 0, curve.offset)):
+            raise VerificationError(f"adapter {name!r} has a confidence curve without numbers", COPY_BUNDLE_AGAIN)
         if adapter.base_fingerprint != manifest.base.fingerprint:
             message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
             raise IncompatibleError(message, "build the bundle again")

@@ -8,6 +8,7 @@ EdgetuneError                1
 ├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
 ├── OutOfSpaceError          6   a disk is full
 ├── BusyError                7   too many calls are already waiting
+├── UnsureError              8   the confidence of an answer is lower than asked for
 └── CancelledError         130   the user interrupted
 """
 
@@ -76,6 +77,12 @@ class BusyError(EdgetuneError):
     """Too many calls are already waiting for a context."""
 
     exit_code = 7
+
+
+class UnsureError(EdgetuneError):
+    """The confidence of an answer is lower than asked for."""
+
+    exit_code = 8
 
 
 class CancelledError(EdgetuneError):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_export.adapters.fold import merge
 from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_export.backends.gguf.backend import write_merged
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.bundle import ConfidenceCurve, sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
 from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
@@ -24,6 +26,7 @@ SYSTEM = "answer in one word"
 LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in the hall " * 2)
 LABELS = ("red", "green", "warm red", "warm")
 TOOLS_CONTEXT = 2048
+VALUE_CURVE, LABEL_CURVE = ConfidenceCurve(50, 0.9, 0.5, -1.0, 0.02), ConfidenceCurve(50, 0.9, 0.25, 0.5, 0.02)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +58,21 @@ def both_of(
         return bundle
 
     return make
+
+
+@pytest.fixture(scope="session")
+def sure_bundle(both_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of both formats whose adapters `command` and `tone` have curves of their confidence."""
+    bundle = Path(shutil.copytree(both_of("llama"), tmp_path_factory.mktemp("sure") / "home"))
+    curves = {"value": VALUE_CURVE, "question": VALUE_CURVE, "label": LABEL_CURVE, "choice": ConfidenceCurve(3, 1.0)}
+    stored = {kind: asdict(curve) for kind, curve in curves.items()}
+
+    def change(raw: dict[str, Any]) -> None:
+        for name in ("command", "tone"):
+            raw["adapters"][name]["confidence"] = {"gguf": stored, "onnx": stored}
+
+    change_manifest(bundle, change)
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -147,7 +147,7 @@ def test_classify_sorts_labels_by_probability(run: Run, bundle: Path, runtime: R
     code, out, _ = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--exact", "--json")
     assert code == 0
     found = {"label": label, "scores": pytest.approx(scores), "unseen": pytest.approx(0), "out_of_scope": False}
-    assert json.loads(out) == found
+    assert json.loads(out) == found | {"confidence": None, "is_unsure": False}
     lines = run("classify", bundle, "--prompt", PROMPT, "--adapter", "tone", "--exact")[1].splitlines()
     rows = {name: float(score) for name, score in (line.split("\t") for line in lines)}
     assert next(iter(rows)) == label

@@ -28,7 +28,7 @@ def training_jobs(
     prepared = []
     for task in tasks:
         train, long_train = tokenize_labelled(task.trained_rows, tokenizer, task.labels, length)
-        validation, long_validation = tokenize_labelled(task.validation, tokenizer, task.labels, length)
+        validation, long_validation = tokenize_labelled(task.choosing, tokenizer, task.labels, length)
         too_long = long_train + long_validation
         if too_long:
             progress.say(f"{task.name}: {len(too_long)} rows are longer than {length} tokens: {first_of(too_long)}")

@@ -84,11 +84,14 @@ def classify(options: argparse.Namespace) -> None:
         if adapter == AUTO and AUTO not in runtime.adapters:
             route = runtime.route(prompt, CLASSIFY)
             adapter, fields["route"] = route.adapter, asdict(route)
-        choice = runtime.classify(prompt, labels, adapter=adapter, exact=options.exact)
-    label, probabilities = choice
+        found = runtime.classify(
+            prompt, labels, adapter=adapter, exact=options.exact, min_confidence=options.min_confidence
+        )
+    label, probabilities = found
     if options.json:
-        found = {"unseen": choice.unseen, "out_of_scope": choice.is_out_of_scope}
-        print(json.dumps({"label": label, "scores": probabilities, **found, **fields}, ensure_ascii=False))
+        values = {"label": label, "scores": probabilities, "unseen": found.unseen}
+        values |= {"out_of_scope": found.is_out_of_scope, "confidence": found.confidence, "is_unsure": found.is_unsure}
+        print(json.dumps(values | fields, ensure_ascii=False))
         return
     # The label of texts that are out of scope comes first, whatever its own probability.
     rows = {label: 0.0, **probabilities}

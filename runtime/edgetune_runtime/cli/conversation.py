@@ -114,6 +114,8 @@ def _call_fields(call: ToolCall) -> dict[str, Any]:
 
 def _fields_of(answer: Answer) -> dict[str, Any]:
     fields: dict[str, Any] = {"text": answer.text, "tokens": answer.tokens, "stop_reason": answer.stop_reason}
+    fields |= {"confidence": answer.confidence, "kind": answer.kind}
+    fields |= {"is_unsure": answer.is_unsure, "instead": answer.instead}
     if answer.output is not None:
         with suppress(VerificationError):
             fields["parsed"] = answer.parsed

@@ -23,7 +23,16 @@ from edgetune_runtime.wording import printable
 from . import adapters, answers, machine
 from .conversation import PROGRAM
 from .log_lines import LineFormatter, RateFilter
-from .options import add_cache_folder, add_form, add_opening, add_sampling, add_tools, open_runtime
+from .options import (
+    add_cache_folder,
+    add_form,
+    add_min_confidence,
+    add_opening,
+    add_sampling,
+    add_tools,
+    add_unsure,
+    open_runtime,
+)
 
 _LOGGERS = ("edgetune_runtime", "uvicorn.error", "asyncio")
 
@@ -129,6 +138,9 @@ def make_parser() -> argparse.ArgumentParser:
         add_sampling(command)
     add_form(generate)
     add_tools(generate)
+    for command in (generate, chat):
+        add_unsure(command)
+    add_min_confidence(classify)
     add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)

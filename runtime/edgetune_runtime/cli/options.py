@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.inference.deferring import DeferTo
 from edgetune_runtime.inference.opening_options import ALL, LEARN_DRAFTS, OFF, RuntimeOptions
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
@@ -25,6 +27,7 @@ SAMPLING = {
     "seed": (int, "random seed, to get the same answer again"),
     "max_tokens": (int, "maximum length of the answer in tokens"),
 }
+DEFER_KEY = "EDGETUNE_DEFER_KEY"
 _SIZES = ("adapters_mb", "cache_mb", "disk_mb_per_day")
 
 
@@ -53,6 +56,22 @@ def add_form(command: argparse.ArgumentParser) -> None:
     forms.add_argument("--regex", metavar="REGEX", help="answer with a text that matches this regular expression")
     forms.add_argument("--grammar", type=Path, metavar="FILE", help="answer with a text of this Lark grammar")
     forms.add_argument("--unconstrained", action="store_true", help="do not constrain the answer")
+
+
+def add_min_confidence(group: argparse._ActionsContainer) -> None:
+    """Which answers are not sure enough."""
+    text = "an answer with a lower confidence, 0 to 1, is unsure (default: what the recipe says)"
+    group.add_argument("--min-confidence", type=float, metavar="N", help=text)
+
+
+def add_unsure(command: argparse.ArgumentParser) -> None:
+    """What becomes of answers that are not sure enough."""
+    group = command.add_argument_group("confidence")
+    add_min_confidence(group)
+    rules = group.add_mutually_exclusive_group()
+    text = "in place of an unsure answer: mark (none), base, another adapter, error, or defer (the model of --defer-to)"
+    rules.add_argument("--unsure", metavar="NAME", help=text)
+    rules.add_argument("--ask", metavar="TEXT", help="ask this in place of an unsure answer")
 
 
 def add_tools(command: argparse.ArgumentParser) -> None:
@@ -90,6 +109,11 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--no-drafts", action="store_true", help=text)
     text = "keep the last answer to each prompt as a draft of the next one: off (default), in memory, or also on disk"
     group.add_argument("--learn-drafts", choices=LEARN_DRAFTS, default=OFF, help=text)
+    text = "let a bigger model at this OpenAI-compatible address answer where a recipe or a request says defer"
+    group.add_argument("--defer-to", metavar="URL", help=f"{text}; a key is read from {DEFER_KEY}")
+    group.add_argument("--defer-model", metavar="NAME", help="name of that model")
+    text = "seconds that its answer may take (default: 20)"
+    group.add_argument("--defer-timeout-s", type=float, metavar="N", help=text)
     text = "do not open a new bundle in a child process first, which turns a crash into an error"
     group.add_argument("--no-preflight", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
@@ -125,8 +149,18 @@ def opening_options(options: argparse.Namespace) -> RuntimeOptions:
         "learn_drafts": options.learn_drafts,
         "preflight": not options.no_preflight,
         "preload": ALL if options.preload == [ALL] else options.preload,
+        "defer_to": _defer_to(options),
     }
     return cast("RuntimeOptions", opening | sizes)
+
+
+def _defer_to(options: argparse.Namespace) -> DeferTo | None:
+    if (options.defer_to is None) != (options.defer_model is None):
+        raise UsageError("only one of --defer-to and --defer-model is given", "give both, or neither")
+    if options.defer_to is None:
+        return None
+    timeout = {} if options.defer_timeout_s is None else {"timeout_s": options.defer_timeout_s}
+    return DeferTo(options.defer_to, options.defer_model, key=os.environ.get(DEFER_KEY), **timeout)
 
 
 def prompt_of(options: argparse.Namespace) -> str:
@@ -144,6 +178,7 @@ def answer_options(options: argparse.Namespace) -> dict[str, Any]:
     files = {name: _read(values[name]) for name in ("schema", "grammar") if values[name] is not None}
     choices = {} if options.choices is None else {"choices": [text.strip() for text in options.choices.split(",")]}
     tools = {} if values.get("tools") is None else {"tools": _read_json(options.tools)}
+    answer |= {name: values.get(name) for name in ("min_confidence", "unsure", "ask")}
     answer |= {"tool_choice": values.get("tool_choice"), "regex": options.regex, "unconstrained": options.unconstrained}
     return {**answer, **files, **choices, **tools}
 

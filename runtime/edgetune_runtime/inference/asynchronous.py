@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
@@ -105,10 +106,17 @@ class AsyncRuntime:
         return AsyncSession(await asyncio.to_thread(self.runtime.load_session, path), self._threads)
 
     async def classify(
-        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None, exact: bool = False
+        self,
+        prompt: Prompt,
+        labels: Sequence[str] | None = None,
+        *,
+        adapter: Adapters = None,
+        exact: bool = False,
+        min_confidence: float | None = None,
     ) -> Classification:
         """The most likely label, and probabilities; see `Runtime.classify`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.classify, prompt, labels, adapter=adapter, exact=exact)
+        classify = partial(self.runtime.classify, adapter=adapter, exact=exact, min_confidence=min_confidence)
+        return await asyncio.to_thread(classify, prompt, labels)
 
     async def embed(self, text: str) -> Embedding:
         """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""

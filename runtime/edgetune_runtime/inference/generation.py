@@ -26,8 +26,12 @@ from edgetune_runtime.text.sampling import REPEAT_WINDOW, Sampler, Sampling, sam
 from edgetune_runtime.text.stream import TextStream
 from edgetune_runtime.tools.calls import CallReader, ToolCall
 
+from .confidence import Curves, confidence, kind_of, log_chance, log_odds
+
 _WHOLE = ("end", "stop", "length")
 """Reasons to stop that the next answer to the prompt will have too."""
+_COMPLETE = ("end", "stop")
+"""Reasons to stop that leave a whole answer."""
 _MAX_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
@@ -70,6 +74,17 @@ class Answer:
     token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
     `logprobs` has one entry per token if requested; the end token is not part of the answer. `route` is the choice of
     the router if the adapter was `auto`.
+
+    `confidence` is the probability that the answer is right, from the curve that the build fitted for answers of this
+    `kind` (`value`, `choice`, `nothing` or `question`). It is made from `log_odds`: the model's own log odds that a
+    token is the chosen one rather than the best other one, for the geometric mean of these chances over the tokens that
+    the output constraint did not force. All three are None for an incomplete answer, and `confidence` where there is no
+    curve: for the base, several adapters, another scale, a raw prompt, a constraint of the call's own, and kinds that
+    too few validation rows had.
+
+    With `min_confidence`, of the call or the recipe, `is_unsure` says whether the confidence is lower, or not known.
+    `instead` is what answered in place of an unsure answer, whose confidence is still that of the unsure one: `ask`,
+    `base`, an adapter, `defer`, or None.
     """
 
     text: str
@@ -81,6 +96,11 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     content: str = ""
     route: Route | None = None
+    confidence: float | None = None
+    kind: str | None = None
+    log_odds: float | None = None
+    is_unsure: bool = False
+    instead: str | None = None
 
     @property
     def message(self) -> dict[str, Any]:
@@ -104,7 +124,7 @@ class Call:
     """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over.
 
     `entries` are its adapters, which are loaded in `adapters`; `drafts` reads the first one's draft table. `stopped` is
-    why it had to stop before it was prepared, if it had to; the job is then empty.
+    why it had to stop before it was prepared, if it had to; the job is then empty. `curves` give the confidence.
     """
 
     pool: Pool | MergedPool
@@ -121,6 +141,7 @@ class Call:
     past: PastAnswer | None = None
     stopped: str = ""
     route: Route | None = None
+    curves: Curves = field(default_factory=dict)
 
     def lease(self, job: PromptJob | None = None) -> AbstractContextManager[Context]:
         """A context for the call's job, or another one, with its adapters loaded; see `LoadedAdapters.lease`."""
@@ -237,6 +258,7 @@ class _Answering:
         self._pending: list[int] = []
         self._held: list[int] = []
         self._pieces: list[str] = []
+        self._log_chances: list[float | None] = []
         self._count = self._steps = self._drafted = self._accepted = self._forced = self._after_first = 0
         self._first_s = self._rest_s = 0.0
         self._reason = self._reason_at_end = ""
@@ -293,7 +315,15 @@ class _Answering:
         content, calls = (text, ()) if self._reader is None else self._reader.read(text)
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
-        return Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
+        answer = Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
+        return self._with_confidence(answer) if self._reason in _COMPLETE else answer
+
+    def _with_confidence(self, answer: Answer) -> Answer:
+        offers_tools = self._reader is not None
+        kind = kind_of(answer.text, answer.output, calls=len(answer.tool_calls), offers_tools=offers_tools)
+        # The end token was a choice too; drafted tokens after a stop text were not.
+        odds = log_odds(self._log_chances[: self._count + (self._reason == "end")])
+        return replace(answer, kind=kind, log_odds=odds, confidence=confidence(self._call.curves, kind, odds))
 
     def _step(self) -> list[int]:
         """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""
@@ -334,6 +364,7 @@ class _Answering:
         self._accepted += self._hits
         forced = self._forced_after(computed + len(chosen))
         self._pending = self._pending + forced
+        self._log_chances += [None] * len(forced)
         if self._drafter is not None:
             self._drafter.add(chosen + forced)
         if self._record is None:
@@ -356,20 +387,24 @@ class _Answering:
         return forced
 
     def _token(self, row: Logits, computed: int) -> int | None:
-        """The token chosen from logits after `computed` tokens; None where the output constraint allows none."""
-        constraint, sampling = self._constraint, self._sampling
-        recent = self._context.tokens[max(0, computed - REPEAT_WINDOW) : computed]
-        if constraint is None:
-            return self._sampler.next(row, recent)
-        if constraint.is_complete:
+        """The token for the place after `computed` tokens; None where the output constraint allows none."""
+        constraint = self._constraint
+        if constraint is not None and constraint.is_complete:
             return None
-        if sampling.temperature == 0 and sampling.repeat_penalty == 1:
+        forced = [] if constraint is None else constraint.forced()
+        # Without a draw, so that a seed gives the same answer however many tokens a step has.
+        token = forced[0] if forced else self._chosen(row, computed)
+        if token is not None:
+            self._log_chances.append(None if forced else log_chance(row, token))
+        return token
+
+    def _chosen(self, row: Logits, computed: int) -> int | None:
+        """The token chosen from logits where there is a choice."""
+        constraint, sampling = self._constraint, self._sampling
+        if constraint is not None and sampling.temperature == 0 and sampling.repeat_penalty == 1:
             return constraint.best(row)
-        forced = constraint.forced()
-        if forced:
-            # Without a draw, so that a seed gives the same answer however many tokens a step has.
-            return forced[0]
-        allowed = constraint.mask(row)
+        allowed = row if constraint is None else constraint.mask(row)
+        recent = self._context.tokens[max(0, computed - REPEAT_WINDOW) : computed]
         return None if allowed is None else self._sampler.next(allowed, recent)
 
     def _draft(self) -> tuple[list[int], list[float]]:

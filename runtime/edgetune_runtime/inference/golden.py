@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.bundle import MARK, GoldenAnswer
 from edgetune_runtime.errors import NotFoundError, VerificationError
 
 from .runtime import Runtime
@@ -81,4 +81,5 @@ def ask(runtime: Runtime, adapter: str, golden: GoldenAnswer) -> str:
 def options_of(golden: GoldenAnswer) -> dict[str, Any]:
     """The options of `generate` for a golden prompt."""
     is_text = isinstance(golden.prompt, str)
-    return {"raw": is_text, "temperature": 0.0, "max_tokens": golden.max_tokens, "tools": golden.tools}
+    limits = {"temperature": 0.0, "max_tokens": golden.max_tokens}
+    return {"raw": is_text, "tools": golden.tools, "unsure": MARK, **limits}

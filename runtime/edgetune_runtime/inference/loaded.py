@@ -42,6 +42,7 @@ from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.wording import CLOSED
 
 from .adapter_files import AdapterFiles
+from .confidence import Curves
 from .generation import Call, CarriedState
 from .opening import open_merged
 from .opening_options import ALL, DISK, OFF, OpeningOptions
@@ -193,7 +194,8 @@ class LoadedBundle:
         drafts = None if first is None or first.draft is None else partial(self.files.draft_of, first)
         job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
         call = Call(pool, job, system, prepared_s, self.adapters, entries, kept, drafts, output, constraint, reader)
-        return replace(call, past=past, route=route)
+        curves = self.curves(adapter) if form.uses_confidence and not raw else {}
+        return replace(call, past=past, route=route, curves=curves)
 
     @contextmanager
     def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
@@ -254,6 +256,16 @@ class LoadedBundle:
                 remedy = f"give a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}"
                 raise UsageError(f"adapter {name!r} has scale {scale!r}", remedy)
         return {name: float(scale) for name, scale in adapter.items()}
+
+    def curves(self, adapter: Adapters) -> Curves:
+        """What gives the confidence of one adapter's answers with its own scale; empty for other choices."""
+        scales = self.scales(adapter)
+        if len(scales) != 1:
+            return {}
+        (name,) = scales
+        return (
+            self.manifest.adapter(name).confidence.get(self.options.engine, {}) if scales == self.scales(name) else {}
+        )
 
     def preload(self) -> None:
         """Load the adapters that the options name, and keep them in memory."""

@@ -21,6 +21,8 @@ from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.threads.priority import NORMAL
 from edgetune_runtime.wording import suggestion
 
+from .deferring import DeferTo
+
 _LOG = logging.getLogger(__name__)
 
 DISK_MB = 512
@@ -90,6 +92,9 @@ class RuntimeOptions(TypedDict, total=False):
     VerificationError. That a bundle passed is remembered in `cache_folder`, also with `disk_mb` 0. EDGETUNE_PREFLIGHT=0
     in the environment turns it off.
 
+    `defer_to` is the bigger model that answers in place of unsure answers, where the recipe or a call says `defer`; a
+    prompt is sent to no other address.
+
     `on_event` is called with each `Event`, on the thread of the call and while it holds its context: it must be quick
     and must not call the runtime. Its errors are logged.
     """
@@ -115,6 +120,7 @@ class RuntimeOptions(TypedDict, total=False):
     preload: Sequence[str]
     merged_mb: float | None
     preflight: bool
+    defer_to: DeferTo | None
     on_event: Callable[[Event], None] | None
 
 
@@ -147,6 +153,7 @@ class OpeningOptions:
     preload: Sequence[str] = ()
     merged_mb: float | None = None
     preflight: bool = True
+    defer_to: DeferTo | None = None
     on_event: Callable[[Event], None] | None = None
 
     @cached_property

@@ -49,6 +49,11 @@ class AnswerOptions(SamplingOptions, total=False):
     it must call that one, and with "none" it cannot. Tools also replace the adapter's own constraint. With a `schema`
     beside them, an answer is either calls or JSON that fits the schema.
 
+    `min_confidence` (0 to 1) marks answers with a lower confidence as `is_unsure`, and those whose confidence is not
+    known. `unsure` says what answers in their place, instead of what the recipe says: "mark" (nothing), "base", the
+    name of another adapter, "defer" (the bigger model of `Runtime.open`), or "error" (UnsureError); `ask` is a question
+    back. `Answer.instead` then says so, and a stream gives its first piece when the answer has been judged.
+
     `think` is the `enable_thinking` of chat templates that know it; others ignore it. Adapters answer as they were
     trained, without it.
     """
@@ -64,6 +69,9 @@ class AnswerOptions(SamplingOptions, total=False):
     unconstrained: bool
     tools: Tools | None
     tool_choice: str | None
+    min_confidence: float | None
+    unsure: str | None
+    ask: str | None
     think: bool | None
 
 
@@ -84,6 +92,11 @@ class AnswerForm:
         """Whether the output constraint of the adapter, if it has one, applies."""
         return self.output is None and self.tools is None and not self.unconstrained
 
+    @property
+    def uses_confidence(self) -> bool:
+        """Whether answers are of the kinds that the adapter's confidence was fitted for."""
+        return self.output is None and not self.unconstrained
+
 
 def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:
     """When the call must stop, whose time begins now; what constrains the answer; and the other options.
@@ -92,7 +105,8 @@ def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, d
     `unconstrained` with one, and what `CallLimits` refuses.
     """
     limits = CallLimits(options.get("deadline_s"), options.get("cancel"))
-    own = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", "deadline_s", "cancel")
+    rule, stop = ("min_confidence", "unsure", "ask"), ("deadline_s", "cancel")
+    own = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", *rule, *stop)
     others = {key: value for key, value in options.items() if key not in own}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
     constraints = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}

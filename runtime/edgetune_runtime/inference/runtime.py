@@ -21,7 +21,7 @@ from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
 from .adapter_changes import AdapterChanges, add_adapter, reload_adapters, remove_adapter
-from .generation import Answer, Outcome, Stream, generate
+from .generation import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base
@@ -30,6 +30,7 @@ from .options import AnswerForm, AnswerOptions, split_options
 from .preflight import require_opens
 from .scoring import Classification, NegativeLogLikelihood, most_likely, window_loss
 from .session import Session
+from .unsure import AnswerCall, answer_pieces, check_min_confidence
 
 _LOG = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ class Runtime:
         """
         limits, form, others = split_options(options)
         call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Outcome()
-        return Stream(generate(call, outcome, limits, **others), outcome)
+        own = AnswerCall(call, prompt, form, limits, others)
+        return Stream(answer_pieces(self._loaded, own, outcome, options), outcome)
 
     def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
         """The adapter that `adapter="auto"` means for a prompt in `generate`, or in `classify`. Runs no model.
@@ -159,7 +161,13 @@ class Runtime:
         return Session._load(self._loaded, Path(path))
 
     def classify(
-        self, prompt: Prompt, labels: Sequence[str] | None = None, *, adapter: Adapters = None, exact: bool = False
+        self,
+        prompt: Prompt,
+        labels: Sequence[str] | None = None,
+        *,
+        adapter: Adapters = None,
+        exact: bool = False,
+        min_confidence: float | None = None,
     ) -> Classification:
         """The most likely of `labels` (default: the adapter's), and probabilities, normalized over these labels.
 
@@ -169,6 +177,8 @@ class Runtime:
 
         If the adapter has a label for texts that are out of scope and it is among `labels`, a text gets it too where
         the most likely label is less likely than the build found labels of the task to be.
+
+        With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower.
         """
         adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
@@ -184,17 +194,27 @@ class Runtime:
         scope = None if first is None else first.scope.get(self.engine)
         if scope is not None and scope.label not in labels:
             scope = None
+        curves = self._loaded.curves(adapter)
+        if first is None or {*labels} != {*first.labels}:
+            curves = {}
+        if min_confidence is not None:
+            check_min_confidence(min_confidence, curves)
+        elif curves and first is not None and first.unsure is not None:
+            min_confidence = first.unsure.min_confidence
+
+        def found(scores: LabelScores) -> Classification:
+            return most_likely(labels, scores, scope=scope, curves=curves, min_confidence=min_confidence)
+
         if classifier is not None:
             assert first is not None
             with self._loaded.adapters.use({first.name: first}, Holder()):
                 scale = self._loaded.scales(adapter)[first.name]
-                return most_likely(labels, LabelScores(classifier.scores(prompt, labels, first, scale)), scope)
+                return found(LabelScores(classifier.scores(prompt, labels, first, scale)))
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
-            scores = score_labels(context, context.run(call.job).logits, endings, exact=exact)
-        return most_likely(labels, scores, scope)
+            return found(score_labels(context, context.run(call.job).logits, endings, exact=exact))
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

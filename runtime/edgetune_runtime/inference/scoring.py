@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.text.sampling import softmax
 
+from .confidence import LABEL, NOTHING, Curves, confidence, log_odds
 from .label_search import LabelScores
 
 _ROWS = 64
@@ -25,12 +26,16 @@ class Classification:
     """The most likely label, and the probability of each label that was computed; unpacks into these two.
 
     If not all were, these are the lowest probabilities that they can have. `is_out_of_scope`: the label is the one that
-    the recipe has for texts that none of the others fits.
+    the recipe has for texts that none of the others fits. `confidence` is the probability that the label is right, as
+    that of an `Answer`; None for other labels than the adapter's. With `min_confidence`, `is_unsure` says whether it is
+    lower, or not known.
     """
 
     label: str
     probabilities: dict[str, float]
     is_out_of_scope: bool = False
+    confidence: float | None = None
+    is_unsure: bool = False
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.label, self.probabilities))
@@ -39,6 +44,16 @@ class Classification:
     def unseen(self) -> float:
         """The highest probability that the labels without one can have together."""
         return max(0.0, 1.0 - math.fsum(self.probabilities.values()))
+
+    @property
+    def kind(self) -> str:
+        """The kind of the answer; see `inference.confidence`."""
+        return NOTHING if self.is_out_of_scope else LABEL
+
+    @property
+    def log_odds(self) -> float:
+        """The model's own log odds of the likeliest label against all others."""
+        return log_odds([math.log(max(self.probabilities.values()))])
 
 
 class NegativeLogLikelihood(NamedTuple):
@@ -53,7 +68,14 @@ class NegativeLogLikelihood(NamedTuple):
         return math.exp(self.nats / self.tokens)
 
 
-def most_likely(labels: Sequence[str], scores: LabelScores, scope: Scope | None) -> Classification:
+def most_likely(
+    labels: Sequence[str],
+    scores: LabelScores,
+    *,
+    scope: Scope | None,
+    curves: Curves,
+    min_confidence: float | None,
+) -> Classification:
     """The label with the highest score, or that of `scope`, and the probability of each label with a score."""
     known = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
     shares = softmax(np.array([*known.values(), scores.unseen])).tolist()
@@ -61,8 +83,12 @@ def most_likely(labels: Sequence[str], scores: LabelScores, scope: Scope | None)
     probabilities = dict(zip(known, shares, strict=False))
     label = max(probabilities, key=probabilities.__getitem__)
     if scope is not None and (label == scope.label or probabilities[label] < scope.threshold):
-        return Classification(scope.label, probabilities, is_out_of_scope=True)
-    return Classification(label, probabilities)
+        found = Classification(scope.label, probabilities, is_out_of_scope=True)
+    else:
+        found = Classification(label, probabilities)
+    sure = confidence(curves, found.kind, found.log_odds)
+    is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
+    return replace(found, confidence=sure, is_unsure=is_unsure)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

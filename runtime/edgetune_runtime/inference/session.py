@@ -16,9 +16,10 @@ from edgetune_runtime.states.cache import Key, SavedState
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 
-from .generation import Answer, Call, CarriedState, Outcome, Stream, generate
+from .generation import Answer, Call, CarriedState, Outcome, Stream
 from .loaded import Adapters, LoadedBundle
 from .options import AnswerOptions, split_options
+from .unsure import AnswerCall, answer_pieces
 
 Carry = Literal["recompute", "reuse"]
 """What becomes of the state when a session changes adapters; see `Session.use`."""
@@ -69,7 +70,9 @@ class Session:
         outcome = Outcome()
         if call.route is not None:
             self._answering = call.route.adapter
-        return Stream(self._recorded(messages, call, generate(call, outcome, limits, **others), outcome), outcome)
+        own = AnswerCall(call, messages, form, limits, others)
+        pieces = answer_pieces(self._loaded, own, outcome, options)
+        return Stream(self._recorded(messages, call, pieces, outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; NotFoundError for an unknown one, which changes nothing.

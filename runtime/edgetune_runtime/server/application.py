@@ -93,7 +93,7 @@ class _Api:
             if reply.request.streams:
                 return LineResponse(reply.lines(self._answering), reply.media_type)
             answers = await until_disconnect(request.receive, self._answering.answers(reply.request))
-            return json_response(reply.whole(answers))
+            return json_response(reply.whole(answers), headers=openai_answers.sureness_headers(answers))
 
         return endpoint
 

@@ -47,6 +47,15 @@ def sampling_options(fields: Fields, limits: ServerLimits, max_tokens: int | Non
     return {name: value for name, value in options.items() if value is not None}
 
 
+def unsure_options(fields: Fields) -> dict[str, Any]:
+    """From which confidence on answers are sure enough, and what answers in place of others."""
+    return {
+        "min_confidence": fields.number("min_confidence"),
+        "unsure": fields.text("unsure"),
+        "ask": fields.text("ask"),
+    }
+
+
 def tool_options(fields: Fields) -> dict[str, Any]:
     """The tools."""
     tools = [tool.values for tool in fields.objects("tools")]

@@ -23,11 +23,12 @@ from .answer_queue import AnswerQueue
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 _SWITCH_S = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 _MAX_ADAPTERS = 100
-"""Each adapter has 35 lines, and writing the text keeps other requests waiting."""
+"""Each adapter has 52 lines, and writing the text keeps other requests waiting."""
 
 
 class Metrics:
@@ -64,7 +65,10 @@ class Metrics:
         self._ttft = Histogram("edgetune_ttft_seconds", text, ["adapter"], buckets=_TTFT_S, registry=registry)
         text = "Time to switch to the adapters of an answer"
         self._switch = Histogram("edgetune_switch_seconds", text, ["adapter"], buckets=_SWITCH_S, registry=registry)
-        self._by_adapter += [self._ttft, self._switch]
+        text = "Probability that an answer is right, of answers that have one"
+        self._confidence = Histogram("edgetune_confidence", text, ["adapter"], buckets=_CONFIDENCE, registry=registry)
+        self._by_adapter += [self._ttft, self._switch, self._confidence]
+        self._unsure = by_adapter("edgetune_unsure_answers", "Answers that were less sure than asked for")
 
     def count_request(self, route: str, status: int) -> None:
         """Count a finished request."""
@@ -84,6 +88,9 @@ class Metrics:
         self._accepted_tokens.labels(label).inc(timings.accepted)
         self._forced_tokens.labels(label).inc(timings.forced)
         self._switch.labels(label).observe(timings.switch_us / 1e6)
+        if answer.confidence is not None:
+            self._confidence.labels(label).observe(answer.confidence)
+        self._unsure.labels(label).inc(answer.is_unsure)
         (self._hits if timings.reused_tokens else self._misses).labels(label).inc()
 
     def text(self) -> bytes:

@@ -16,7 +16,7 @@ from edgetune_runtime.inference.generation import Answer
 from .answering import Answering
 from .models import ModelInfo, Models
 from .ollama_requests import OllamaRequest
-from .openai_answers import finish_reason, logprob, route_of
+from .openai_answers import finish_reason, logprob, route_of, sureness_of
 from .streaming import NDJSON, line
 
 VERSION = "0.12.11"
@@ -68,6 +68,7 @@ class OllamaReply:
         logprobs = {} if answer.logprobs is None else {"logprobs": list(map(_logprob, answer.logprobs))}
         return logprobs | {
             **route_of(self.request),
+            **sureness_of(answer),
             "done": True,
             "done_reason": finish_reason(answer),
             "total_duration": total_ns,

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .answer_request import AnswerRequest
-from .common_fields import ANY_OBJECT, logprob_options, messages_of, sampling_options, texts_to_embed, tool_options
+from .common_fields import (
+    ANY_OBJECT,
+    logprob_options,
+    messages_of,
+    sampling_options,
+    texts_to_embed,
+    tool_options,
+    unsure_options,
+)
 from .fields import Fields
 from .models import Models
 from .problems import RequestError
@@ -82,7 +90,8 @@ def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
     max_tokens = fields.integer("num_predict")
     # Negative numbers mean no limit, and a random seed.
     options = sampling_options(fields, limits, None if max_tokens is not None and max_tokens < 0 else max_tokens)
-    return {name: value for name, value in options.items() if name != "seed" or value >= 0}
+    kept = {name: value for name, value in options.items() if name != "seed" or value >= 0}
+    return kept | unsure_options(fields)
 
 
 def _format(fields: Fields) -> dict[str, Any]:

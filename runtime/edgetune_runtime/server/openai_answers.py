@@ -11,7 +11,9 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar
+from urllib.parse import quote
 
+from edgetune_runtime.bundle import MARK
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.inference.generation import Answer
 from edgetune_runtime.tools.calls import ToolCall
@@ -62,7 +64,8 @@ class ChatShape:
                 logprob(token) | {"top_logprobs": [logprob(other) for other in token.top]} for token in answer.logprobs
             ]
             logprobs = {"content": content, "refusal": None}
-        return {"logprobs": logprobs, "finish_reason": "tool_calls" if answer.tool_calls else finish_reason(answer)}
+        reason = "tool_calls" if answer.tool_calls else finish_reason(answer)
+        return {"logprobs": logprobs, "finish_reason": reason, **sureness_of(answer)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class CompletionShape:
                 "top_logprobs": [{other.text: other.logprob for other in token.top} for token in answer.logprobs],
                 "text_offset": [0, *accumulate(map(len, texts[:-1]))] if texts else [],
             }
-        return {"logprobs": logprobs, "finish_reason": finish_reason(answer)}
+        return {"logprobs": logprobs, "finish_reason": finish_reason(answer), **sureness_of(answer)}
 
 
 Shape = ChatShape | CompletionShape
@@ -167,6 +170,22 @@ class OpenAIReply:
 def route_of(request: AnswerRequest) -> dict[str, Any]:
     """The choice of the router for a request to `auto`, which the APIs do not have either."""
     return {} if request.route is None else {"route": asdict(request.route)}
+
+
+def sureness_of(answer: Answer) -> dict[str, Any]:
+    """How sure an answer is, if that is known or was asked for, and what answered instead of an unsure one."""
+    if answer.confidence is None and not answer.is_unsure:
+        return {}
+    known = None if answer.confidence is None else round(answer.confidence, 4)
+    return {"confidence": known, "is_unsure": answer.is_unsure, "instead": answer.instead}
+
+
+def sureness_headers(answers: Sequence[Answer]) -> dict[str, str]:
+    """The lowest confidence of a reply's answers, and what answered in place of the first unsure one, or `mark`."""
+    known = [answer.confidence for answer in answers if answer.confidence is not None]
+    unsure = [answer.instead or MARK for answer in answers if answer.is_unsure]
+    headers = {"X-Edgetune-Confidence": f"{min(known):.4f}"} if known else {}
+    return headers | ({"X-Edgetune-Unsure": quote(unsure[0])} if unsure else {})
 
 
 def model_list(models: Models) -> dict[str, Any]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .answer_request import AnswerRequest
-from .common_fields import ANY_OBJECT, logprob_options, messages_of, sampling_options, texts_to_embed, tool_options
+from .common_fields import (
+    ANY_OBJECT,
+    logprob_options,
+    messages_of,
+    sampling_options,
+    texts_to_embed,
+    tool_options,
+    unsure_options,
+)
 from .fields import Fields
 from .models import Models
 from .problems import RequestError
@@ -78,7 +86,8 @@ def _request(
 
 def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
     max_tokens = fields.integer("max_completion_tokens")
-    return sampling_options(fields, limits, fields.integer("max_tokens") if max_tokens is None else max_tokens)
+    max_tokens = fields.integer("max_tokens") if max_tokens is None else max_tokens
+    return sampling_options(fields, limits, max_tokens) | unsure_options(fields)
 
 
 def _tools(fields: Fields) -> dict[str, Any]:

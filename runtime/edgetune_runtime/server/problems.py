@@ -15,6 +15,7 @@ from edgetune_runtime.errors import (
     IncompatibleError,
     NotFoundError,
     PromptTooLongError,
+    UnsureError,
     UsageError,
 )
 
@@ -33,6 +34,7 @@ _KINDS = {
     408: "timeout_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    422: "unsure_error",
     503: "overloaded_error",
 }
 
@@ -70,6 +72,8 @@ def status_of(error: EdgetuneError) -> int:
         return 404
     if isinstance(error, UsageError | IncompatibleError):
         return 400
+    if isinstance(error, UnsureError):
+        return 422
     return 503 if isinstance(error, BusyError) else 500
 
 

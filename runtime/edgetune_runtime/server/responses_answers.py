@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from edgetune_runtime.inference.generation import Answer
 
 from .answering import Answering
-from .openai_answers import arguments_of, finish_reason, route_of
+from .openai_answers import arguments_of, finish_reason, route_of, sureness_of
 from .openai_requests import OpenAIRequest
 from .problems import dump
 from .streaming import EVENTS
@@ -51,6 +51,7 @@ class ResponsesReply:
             "usage": usage,
             "timings": asdict(answer.timings),
             **route_of(self.request),
+            **sureness_of(answer),
         }
 
     async def lines(self, answering: Answering) -> AsyncGenerator[bytes, None]:

@@ -21,7 +21,8 @@ _UNSUPPORTED: Mapping[str, object] = {
     "top_logprobs": 0,
     "max_tool_calls": None,
 }
-_SAME = ("model", "adapters", "stream", "temperature", "top_p", "min_p", "top_k", "repeat_penalty", "seed", "stop")
+_SAMPLING = ("temperature", "top_p", "min_p", "top_k", "repeat_penalty", "seed", "stop")
+_SAME = ("model", "adapters", "stream", *_SAMPLING, "min_confidence", "unsure", "ask")
 _ITEMS = ("message", "function_call", "function_call_output")
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "temperature", "top_p")
 

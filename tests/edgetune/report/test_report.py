@@ -27,6 +27,8 @@ TRAINING: dict[str, Any] = {
     "train_loss": 0.5, "val_loss": 0.5, "best_step": 20, "steps": 40, "overfit_step": 20, "tokens": 12345,
     "seconds": 3.0, "history": HISTORY,
 }  # fmt: skip
+BINS = [[0.55, 0.5, 10], [0.95, 0.9, 40]]
+SURE: dict[str, Any] = {"rows": 50, "right": 0.82, "slope": 0.5, "offset": 0.1, "error": 0.0321, "bins": BINS}
 NAME = "<b>task"
 
 
@@ -55,6 +57,8 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     parity = {"gguf": {"kl": 0.02, "top1": 0.975, "greedy": 9, "tokens": 80}}
     recipe = {"adapters": {"task": {"data": {"train": "rows.jsonl"}}}}
     change_manifest(path, lambda raw: raw["adapters"]["task"].update(training=TRAINING, parity=parity))
+    curves = {"value": SURE, "question": {"rows": 3, "right": 1.0}}
+    change_manifest(path, lambda raw: raw["adapters"]["task"].update(confidence={"gguf": curves}))
     change_manifest(path, lambda raw: raw.update(versions={"edgetune": "1.2"}, recipe=recipe))
     return path
 
@@ -71,6 +75,15 @@ def test_the_page_shows_training_parity_and_boards_without_reaching_outside(bund
     assert "b" not in page.tags, "the texts of a bundle are escaped"
     assert page.links == []
     assert "http" not in text
+
+
+def test_the_page_draws_how_well_the_confidence_is_calibrated(bundle: Path, tmp_path: Path) -> None:
+    assert main(["report", str(bundle), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count('class="bin"') == len(BINS)
+    assert f'cx="{HEIGHT * 0.55}" cy="{HEIGHT * 0.5}"' in text
+    assert "gguf, value: error 0.0321, 50 rows" in Page(text).text
+    assert "gguf had only 3 question answers, too few for a confidence" in Page(text).text
 
 
 def test_a_score_is_shown_with_its_metric(bundle: Path, tmp_path: Path) -> None:

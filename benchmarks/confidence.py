@@ -1,0 +1,172 @@
+"""Measure how well confidence is calibrated: trains weak and good adapters, and asks each engine test rows.
+
+    python benchmarks/confidence.py                    # the tasks of examples/smart-home
+    python benchmarks/confidence.py --data DIR         # also DIR/snips, DIR/nlu_home and DIR/banking77
+
+A line has the calibration error of the confidence and of the model's own probability (the mean per choice), and the
+share of wrong answers in all and in the surest 90 %. The curves are fitted on other rows than the adapters and the test.
+"""
+
+from __future__ import annotations
+
+from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.tables import markdown
+
+import random
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from edgetune_runtime import Runtime
+from edgetune_runtime.inference.confidence import log_chance
+
+from edgetune.confidence import bins_of, calibration_error
+from edgetune.evaluation import ScoredRow, score
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.data import read_rows
+
+EXAMPLE = Path(__file__).parents[1] / "examples/smart-home/data"
+COLUMNS = {"prompt": "text", "completion": ["intent", "slots"]}
+JSON_SLOTS: dict[str, Any] = {"columns": COLUMNS, "system": "Sentence to JSON.", "output": "auto"}
+TASKS: dict[str, dict[str, Any]] = {
+    "command": {"train": "command-train", "test": "command-test", "system": "Home command to JSON.", "output": "auto"},
+    "intent": {"train": "intent-train", "test": "intent-test", "system": "Name the intent.", "metric": "label"},
+    "snips": {"train": "train", "test": "validation", **JSON_SLOTS},
+    "nlu_home": {"train": "train", "test": "test", **JSON_SLOTS},
+    "banking77": {"train": "train", "test": "test", "system": "Name the intent.", "metric": "label"},
+}
+EXAMPLES = ("command", "intent")
+STRENGTHS = ("weak", "good")
+ENGINES = ("gguf", "onnx")
+_REPEATS = 200
+
+
+def main() -> None:
+    parser = BENCHMARK.parser(only=tuple(TASKS), works=True)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with a folder of each other task")
+    parser.add_argument("--base", default="smollm2-135m", help="the base (default: %(default)s)")
+    parser.add_argument("--train-rows", type=int, default=400, help="of each adapter (default: %(default)s)")
+    parser.add_argument("--fit-rows", type=int, default=150, help="on which curves are fitted (default: %(default)s)")
+    parser.add_argument("--test-rows", type=int, default=300, help="at most (default: %(default)s)")
+    parser.add_argument("--weak-epochs", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--epochs", type=float, default=3.0, help="default: %(default)s")
+    options = BENCHMARK.options(parser, train_rows=40, fit_rows=24, test_rows=10, epochs=0.3, weak_epochs=0.1)
+    lines = []
+    with work_folder(options) as work:
+        for task in options.only:
+            if task in EXAMPLES or options.data is not None:
+                for strength in STRENGTHS:
+                    lines += measured(task, strength, options, work / f"{task}-{strength}")
+    BENCHMARK.report(options, {"tasks": lines})
+
+
+def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Result]:
+    """Build a bundle of one adapter, and ask each of its engines the test rows."""
+    from edgetune.building.pipeline import build  # after the options, as it takes seconds
+
+    folder = EXAMPLE if task in EXAMPLES else options.data / task
+    recipe = recipe_of(task, folder, options, options.epochs if strength == "good" else options.weak_epochs, out)
+    if not out.exists():
+        build(recipe, out, progress=Progress())
+    spec, lines = recipe.adapters[task], []
+    rows = read_rows(str(folder / f"{TASKS[task]['test']}.jsonl"), spec.data.columns)
+    rows = random.Random(0).sample(rows, min(options.test_rows, len(rows)))
+    for engine in ENGINES:
+        with Runtime.open(out, engine=engine, disk_mb=0) as runtime:
+            details = score(runtime, task, rows, Progress()).details
+            share = cost_share(runtime, task, rows[0].messages or ())
+        lines.append({"task": task, "training": strength, "engine": engine, **figures(details), "cost": share})
+    return lines
+
+
+def recipe_of(task: str, folder: Path, options: Namespace, epochs: float, out: Path) -> Recipe:
+    """The recipe of one adapter, with its rows beside the bundle."""
+    values = {key: value for key, value in TASKS[task].items() if key not in ("train", "test", "columns")}
+    lines = (folder / f"{TASKS[task]['train']}.jsonl").read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(lines)
+    train = lines[: options.train_rows]
+    # Of the last rows, half choose the checkpoint, and half are for the curves.
+    others = lines[options.train_rows : options.train_rows + 2 * options.fit_rows]
+    choosing, fitting = others[::2], others[1::2]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    data: dict[str, Any] = {"columns": TASKS[task].get("columns")}
+    for name, part in (("train", train), ("validation", choosing), ("confidence", fitting)):
+        file = out.with_name(f"{out.name}-{name}.jsonl")
+        file.write_text("\n".join(part) + "\n", encoding="utf-8")
+        data[name] = file.name
+    method = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    adapter = {**values, "data": data, "method": method, "golden": False, "draft": False}
+    training = {"epochs": epochs, "learning_rate": 2e-3, "evals": 3}
+    recipe = {"name": task, "base": options.base, "quantization": "q4_0", "targets": [*ENGINES], "context_length": 512}
+    path = out.with_name(f"{out.name}.yaml")
+    path.write_text(yaml.safe_dump({**recipe, "training": training, "adapters": {task: adapter}}), encoding="utf-8")
+    return Recipe.from_file(path)
+
+
+def figures(details: Sequence[ScoredRow]) -> Result:
+    """The calibration of these answers, and what leaving out the least sure tenth brings."""
+    known = [row for row in details if row.confidence is not None and row.log_odds is not None]
+    right = [row.score >= 1 for row in known]
+    confidences = [row.confidence or 0.0 for row in known]
+    own = [1 / (1 + float(np.exp(-(row.log_odds or 0.0)))) for row in known]
+    surest = np.argsort(confidences, kind="stable")[len(known) // 10 :]
+    return {
+        "rows": len(details),
+        "without": len(details) - len(known),
+        "wrong": 1 - float(np.mean(right)),
+        "wrong_of_surest_90": 1 - float(np.mean(np.asarray(right)[surest])),
+        "error": calibration_error(bins_of(confidences, right)),
+        "own_error": calibration_error(bins_of(own, right)),
+        "auroc": auroc(confidences, right),
+        "kinds": sorted({str(row.kind) for row in known}),
+    }
+
+
+def auroc(values: Sequence[float], right: Sequence[bool]) -> float | None:
+    """The probability that a right answer has a higher value than a wrong one."""
+    good = np.asarray([value for value, is_right in zip(values, right, strict=True) if is_right])
+    bad = np.asarray([value for value, is_right in zip(values, right, strict=True) if not is_right])
+    if not len(good) or not len(bad):
+        return None
+    above, equal = good[:, None] > bad, good[:, None] == bad
+    return float((above + equal / 2).mean())
+
+
+def cost_share(runtime: Runtime, task: str, prompt: Any) -> float:  # noqa: ANN401 - messages
+    """The time of what confidence computes per token, as a share of the time per token."""
+    timings = runtime.generate(prompt, adapter=task, max_tokens=32, unconstrained=True).timings
+    row = np.random.default_rng(0).normal(0, 1, 49152).astype(np.float32)
+    begin = time.perf_counter()
+    for token in range(_REPEATS):
+        log_chance(row, token)
+    return (time.perf_counter() - begin) / _REPEATS * timings.tokens_per_s
+
+
+def table(result: Result) -> str:
+    """A line per task, training and engine."""
+    return markdown(
+        result["tasks"],
+        {
+            "task": "{task}",
+            "training": "{training}",
+            "engine": "{engine}",
+            "rows": "{rows}",
+            "wrong": "{wrong:.1%}",
+            "of surest 90 %": "{wrong_of_surest_90:.1%}",
+            "calibration error": "{error:.3f}",
+            "of own probability": "{own_error:.3f}",
+            "AUROC": "{auroc:.3f}",
+            "time": "{cost:.2%}",
+        },
+    )
+
+
+BENCHMARK = Benchmark(__file__, __doc__, table)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Fits the curves of answers' confidence: how likely they are right, by the model's own log odds (Platt scaling).
+
+Platt 1999, with Gaussian priors in place of his smoothed targets: they say the same of few rows, and a curve rises
+with the log odds even if no answer was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from edgetune_runtime.bundle import ConfidenceCurve
+from edgetune_runtime.inference.confidence import confidence
+from numpy.typing import NDArray
+
+MIN_ROWS = 20
+"""Answers of a kind that a curve needs."""
+_FOLDS = 5
+_BINS = 10
+_PRIOR_MEAN = np.array([0.5, 0.0])
+_PRIOR_PRECISION = np.diag([4.0, 0.25])
+"""Of slope and offset. Tuned models are too sure, so that log odds count half as much before any row is seen."""
+_STEPS, _PRECISION = 50, 1e-6
+
+
+class RatedAnswer(NamedTuple):
+    """An answer to a row: its kind, the model's log odds for it, and whether it was right."""
+
+    kind: str
+    log_odds: float
+    is_right: bool
+
+
+class Bin(NamedTuple):
+    """Answers of similar confidence: the mean of it, the share that was right, and how many they are."""
+
+    confidence: float
+    right: float
+    rows: int
+
+
+def fit_curves(answers: Sequence[RatedAnswer]) -> dict[str, ConfidenceCurve]:
+    """A curve for each kind of answer that occurs; one without a slope for kinds of fewer than MIN_ROWS answers."""
+    kinds = dict.fromkeys(answer.kind for answer in answers)
+    return {kind: _curve([answer for answer in answers if answer.kind == kind]) for kind in kinds}
+
+
+def bins_of(confidences: Sequence[float], right: Sequence[bool]) -> list[Bin]:
+    """The answers by confidence, in tenths of the range from 0 to 1 that have any."""
+    values, is_right = np.asarray(confidences, float), np.asarray(right, bool)
+    tenths = np.minimum((values * _BINS).astype(int), _BINS - 1)
+    chosen = [tenths == tenth for tenth in np.unique(tenths)]
+    return [Bin(float(values[rows].mean()), float(is_right[rows].mean()), int(rows.sum())) for rows in chosen]
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """The expected calibration error: the mean distance of confidence and share of right answers."""
+    return sum(abs(each.confidence - each.right) * each.rows for each in bins) / sum(each.rows for each in bins)
+
+
+def _curve(answers: Sequence[RatedAnswer]) -> ConfidenceCurve:
+    right = [answer.is_right for answer in answers]
+    share = round(sum(right) / len(right), 4)
+    if len(answers) < MIN_ROWS:
+        return ConfidenceCurve(len(answers), share)
+    slope, offset = _fitted(answers)
+    bins = bins_of(_left_out(answers), right)
+    return ConfidenceCurve(
+        len(answers),
+        share,
+        round(slope, 4),
+        round(offset, 4),
+        round(calibration_error(bins), 4),
+        tuple((round(each.confidence, 4), round(each.right, 4), each.rows) for each in bins),
+    )
+
+
+def _left_out(answers: Sequence[RatedAnswer]) -> list[float]:
+    """The confidence of each answer by a curve that was fitted without it."""
+    found = [0.0] * len(answers)
+    for fold in range(_FOLDS):
+        slope, offset = _fitted([answer for number, answer in enumerate(answers) if number % _FOLDS != fold])
+        curve = ConfidenceCurve(1, 1.0, slope, offset)
+        for number in range(fold, len(answers), _FOLDS):
+            answer = answers[number]
+            found[number] = confidence({answer.kind: curve}, answer.kind, answer.log_odds) or 0.0
+    return found
+
+
+def _fitted(answers: Sequence[RatedAnswer]) -> tuple[float, float]:
+    """Slope (at least 0) and offset with the highest posterior probability, by Newton's method."""
+    odds = np.array([[answer.log_odds, 1.0] for answer in answers])
+    right = np.array([float(answer.is_right) for answer in answers])
+    values = _maximum(odds, right)
+    if values[0] < 0:
+        # Surer answers were not right more often.
+        values = np.array([0.0, _maximum(odds * [0.0, 1.0], right)[1]])
+    return float(values[0]), float(values[1])
+
+
+def _maximum(odds: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    def loss(values: NDArray[np.float64]) -> float:
+        distance = values - _PRIOR_MEAN
+        likelihood = np.logaddexp(0, odds @ values) - right * (odds @ values)
+        return float(likelihood.sum() + distance @ _PRIOR_PRECISION @ distance / 2)
+
+    values = _PRIOR_MEAN
+    for _ in range(_STEPS):
+        chances = np.exp(-np.logaddexp(0, -odds @ values))
+        slopes = odds.T @ (chances - right) + _PRIOR_PRECISION @ (values - _PRIOR_MEAN)
+        step = np.linalg.solve((odds.T * (chances * (1 - chances))) @ odds + _PRIOR_PRECISION, slopes)
+        # Whole steps may overshoot.
+        while loss(values - step) > loss(values) and np.abs(step).max() > _PRECISION:
+            step /= 2
+        values = values - step
+        if np.abs(step).max() <= _PRECISION:
+            break
+    return values

@@ -1,0 +1,65 @@
+"""Fits the confidence of a bundle's answers: the runtime answers validation rows with the files that ship.
+
+So the curves of each format include its quantization and its engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import ConfidenceCurve, Manifest
+
+from edgetune.confidence import MIN_ROWS, RatedAnswer, fit_curves
+from edgetune.evaluation import score, spread
+from edgetune.progress import Progress
+
+from .exported import TrainedAdapter
+from .golden import opened_together
+
+MAX_ROWS = 256
+"""Answers per adapter and format: more make builds longer, and curves little better."""
+
+
+def with_confidence(
+    bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress
+) -> Manifest:
+    """The manifest of `bundle` with the curves of each adapter that has enough `confidence_rows`, in each format."""
+    rows = {adapter.name: spread(adapter.confidence_rows, MAX_ROWS) for adapter in adapters}
+    for name, own in list(rows.items()):
+        if len(own) < MIN_ROWS:
+            del rows[name]
+            if own:
+                what = f"{len(own)} validation rows are too few ({MIN_ROWS} are needed)"
+                progress.say(f"  {name}: no confidence, as {what}; give data.validation or data.confidence")
+    if not rows:
+        return manifest
+    progress.say("fitting the confidence of answers")
+    entries = dict(manifest.adapters)
+    for engine in manifest.base.files:
+        for names in opened_together(manifest, engine, rows):
+            with Runtime.open(bundle, engine=engine, verify=False, preflight=False, contexts=1, disk_mb=0) as runtime:
+                for name in names:
+                    details = score(runtime, name, rows[name], progress).details
+                    curves = fit_curves(
+                        [
+                            RatedAnswer(row.kind, row.log_odds, row.score >= 1)
+                            for row in details
+                            if row.kind is not None and row.log_odds is not None
+                        ]
+                    )
+                    progress.say(f"  {engine} {name}: {described(curves)}")
+                    entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
+    return replace(manifest, adapters=entries)
+
+
+def described(curves: Mapping[str, ConfidenceCurve]) -> str:
+    """The curves of an adapter in words."""
+    parts = []
+    for kind, curve in curves.items():
+        what = f"{curve.right:.1%} of {curve.rows} {kind} answers right"
+        error = "too few for a confidence" if curve.error is None else f"calibration error {curve.error:.3f}"
+        parts.append(f"{what}, {error}")
+    return "; ".join(parts) or "no complete answers"

@@ -1,0 +1,86 @@
+"""How sure an answer is: the model's log odds for it, its kind, and from both the probability that it is right.
+
+The log odds come from the leads of the chosen tokens over the best other ones, which costs two maxima per token.
+The build fits a curve per kind of answer that turns them into a probability (`edgetune/shipping/confidence.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from edgetune_runtime.bundle import ConfidenceCurve
+from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.engines.base import Logits
+
+VALUE, CHOICE, LABEL, NOTHING, QUESTION = "value", "choice", "label", "nothing", "question"
+"""The kinds of answers: data or text, one of the given texts, the label of `classify`, nothing to do, a question back.
+"""
+MAX_LOG_ODDS = 30.0
+
+Curves = Mapping[str, ConfidenceCurve]
+"""A curve per kind of answer."""
+
+
+def log_chance(row: Logits, token: int) -> float:
+    """The log-probability of a token against the best other one, from the logits at its place.
+
+    Below log(0.5) where the output constraint, or a draw, overruled the likeliest token.
+    """
+    others = max(row[:token].max(initial=-np.inf), row[token + 1 :].max(initial=-np.inf))
+    lead = float(row[token]) - float(others)
+    return min(lead, 0.0) - math.log1p(math.exp(-abs(lead)))
+
+
+def log_odds(log_chances: Iterable[float | None]) -> float:
+    """The log odds of a choice, from the mean log-probability of all choices; None is a token without a choice.
+
+    The mean orders right and wrong answers better than the sum, which long answers lower.
+    """
+    choices = [chance for chance in log_chances if chance is not None]
+    log_probability = min(0.0, sum(choices) / max(len(choices), 1))
+    rest = -math.expm1(log_probability)
+    return MAX_LOG_ODDS if rest == 0 else _bounded(log_probability - math.log(rest))
+
+
+def kind_of(text: str, output: OutputSpec | None, *, calls: int, offers_tools: bool) -> str:
+    """The kind of a whole answer. Of nothing to do are JSON without any value, no text, and no call of the tools."""
+    if calls:
+        return VALUE
+    text = text.strip()
+    if output is not None and output.kind == "choices":
+        return CHOICE
+    if _is_empty(text):
+        return NOTHING
+    if text.endswith("?"):
+        return QUESTION
+    return NOTHING if offers_tools else VALUE
+
+
+def confidence(curves: Curves, kind: str, log_odds: float) -> float | None:
+    """The probability that an answer is right; None where the kind has no curve, as the build had too few such rows."""
+    curve = curves.get(kind)
+    if curve is None or curve.slope is None:
+        return None
+    return 1 / (1 + math.exp(-_bounded(curve.slope * log_odds + curve.offset)))
+
+
+def _bounded(log_odds: float) -> float:
+    return max(-MAX_LOG_ODDS, min(MAX_LOG_ODDS, log_odds))
+
+
+def _is_empty(text: str) -> bool:
+    try:
+        return text == "" or _has_no_value(json.loads(text))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_no_value(value: Any) -> bool:  # noqa: ANN401 - JSON
+    if isinstance(value, dict | list):
+        return all(map(_has_no_value, value.values() if isinstance(value, dict) else value))
+    return value is None or value == ""

@@ -1,0 +1,177 @@
+"""What becomes of an unsure answer: it is marked, or something else answers in its place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, MARK, UnsureRule
+from edgetune_runtime.errors import UnsureError, UsageError
+from edgetune_runtime.limits import CallLimits, Stopped
+from edgetune_runtime.text.chat import Prompt, messages_for
+from edgetune_runtime.wording import suggestion
+
+from .confidence import QUESTION, Curves
+from .deferring import DeferError, ask
+from .generation import Answer, Call, Outcome, generate
+from .loaded import LoadedBundle
+from .options import AnswerForm
+
+_LOG = logging.getLogger(__name__)
+_STOPPED = ("deadline", "cancelled")
+
+
+@dataclass(frozen=True)
+class AnswerCall:
+    """A prepared call with what it was prepared from, so that something else can answer the same prompt."""
+
+    call: Call
+    prompt: Prompt
+    form: AnswerForm
+    limits: CallLimits
+    options: Mapping[str, Any]
+
+    def generate(self, outcome: Outcome) -> Generator[str, None, None]:
+        """The pieces of the answer; see `generation.generate`."""
+        return generate(self.call, outcome, self.limits, **self.options)
+
+
+def answer_pieces(
+    loaded: LoadedBundle, own: AnswerCall, outcome: Outcome, options: Mapping[str, Any]
+) -> Generator[str, None, None]:
+    """The pieces of an answer, or of what the rule of the options, or of the adapter, puts in place of an unsure one.
+
+    With a rule that does more than mark, no piece comes before the whole answer.
+    """
+    pieces, rule = own.generate(outcome), rule_of(loaded, own.call, options)
+    return pieces if rule is None else _Settling(loaded, own, outcome, rule).pieces(pieces)
+
+
+def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> UnsureRule | None:
+    """The rule of a call; UsageError for a value that is none, and for a call whose answers have no confidence."""
+    min_confidence, unsure, question = (options.get(name) for name in ("min_confidence", "unsure", "ask"))
+    then = _checked(loaded, unsure, question)
+    if call.stopped or (call.route is not None and not call.route.is_known):
+        return None
+    if min_confidence is not None:
+        check_min_confidence(min_confidence, call.curves)
+    entry = next(iter(call.entries.values()), None)
+    rule = entry.unsure if entry is not None and call.curves else None
+    if min_confidence is not None:
+        rule = replace(rule or UnsureRule(min_confidence), min_confidence=min_confidence)
+    return rule and replace(rule, then=then or rule.then, question=question or rule.question)
+
+
+def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | None:
+    """What the options say that becomes of unsure answers, if anything."""
+    if question is not None:
+        if unsure not in (None, ASK):
+            raise UsageError(f"unsure is {unsure!r}, and ask is given too", "give one of them")
+        if not isinstance(question, str) or not question:
+            raise UsageError(f"ask is {question!r}", "give the text of a question")
+        return ASK
+    if unsure is None or unsure in (MARK, BASE, ERROR):
+        return None if unsure is None else str(unsure)
+    if unsure == ASK:
+        raise UsageError("unsure is 'ask', but there is no question", "give its text as ask")
+    if unsure == DEFER:
+        if loaded.options.defer_to is None:
+            message = "unsure is 'defer', but there is no address to defer to"
+            raise UsageError(message, "open the bundle with defer_to (--defer-to)")
+        return DEFER
+    if not isinstance(unsure, str) or unsure not in loaded.manifest.adapters:
+        names = (MARK, ASK, BASE, ERROR, DEFER, *loaded.manifest.adapters)
+        raise UsageError(f"unsure is {unsure!r}", suggestion(str(unsure), names))
+    return unsure
+
+
+def check_min_confidence(value: object, curves: Curves) -> None:
+    """UsageError for a value that is no probability, and for a call whose answers have no confidence."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise UsageError(f"min_confidence is {value!r}", "give a number from 0 to 1")
+    if not curves:
+        message = f"min_confidence is {value:g}, but these answers have no confidence"
+        remedy = "use one adapter whose build had enough validation rows, with its own scale, output and labels"
+        raise UsageError(message, remedy)
+
+
+@dataclass(frozen=True)
+class _Settling:
+    loaded: LoadedBundle
+    own: AnswerCall
+    outcome: Outcome
+    rule: UnsureRule
+
+    def pieces(self, own_pieces: Generator[str, None, None]) -> Generator[str, None, None]:
+        if self.rule.then == MARK:
+            yield from own_pieces
+            self.outcome.answer = self._marked()
+            return
+        for _ in own_pieces:
+            pass
+        answer = self._marked()
+        self.outcome.answer = answer
+        if answer.is_unsure and answer.stop_reason not in _STOPPED:
+            yield from self._instead(answer)
+        elif answer.content:
+            yield answer.content
+
+    def _marked(self) -> Answer:
+        answer = self.outcome.answer
+        assert answer is not None
+        # An unknown confidence is no high one.
+        is_unsure = answer.confidence is None or answer.confidence < self.rule.min_confidence
+        return replace(answer, is_unsure=is_unsure)
+
+    def _instead(self, answer: Answer) -> Generator[str, None, None]:
+        rule, then = self.rule, self.rule.then
+        if then == ERROR:
+            known = "unknown" if answer.confidence is None else f"{answer.confidence:.2f}"
+            message = f"the confidence of the answer is {known}, and {rule.min_confidence:g} is asked for"
+            raise UnsureError(message, "ask in other words, or with a lower min_confidence")
+        if then == ASK:
+            self._replace(answer, ASK, rule.question)
+        elif then == DEFER:
+            self._defer(answer)
+        else:
+            yield from self._other(answer, None if then == BASE else then)
+            return
+        assert self.outcome.answer is not None
+        if self.outcome.answer.content:
+            yield self.outcome.answer.content
+
+    def _other(self, answer: Answer, adapter: str | None) -> Generator[str, None, None]:
+        """Let the base or another adapter answer."""
+        own, outcome = self.own, Outcome()
+        call = self.loaded.call(own.prompt, adapter, form=own.form, check=own.limits.check)
+        yield from replace(own, call=call).generate(outcome)
+        assert outcome.answer is not None
+        self.outcome.answer = replace(
+            outcome.answer,
+            confidence=answer.confidence,
+            kind=answer.kind,
+            log_odds=answer.log_odds,
+            is_unsure=True,
+            instead=self.rule.then,
+            route=answer.route,
+        )
+
+    def _defer(self, answer: Answer) -> None:
+        own, to = self.own, self.loaded.options.defer_to
+        if to is None:
+            return
+        messages = messages_for(own.prompt, own.call.system)
+        try:
+            text, calls = ask(to, messages, own.form.tools, own.call.output, own.limits.check)
+        except DeferError as error:
+            _LOG.warning("kept an unsure answer: %s", error)
+        except Stopped as stopped:
+            self.outcome.answer = replace(answer, stop_reason=stopped.reason)
+        else:
+            self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=own.call.output)
+
+    def _replace(self, answer: Answer, by: str, text: str, **fields: Any) -> None:  # noqa: ANN401 - those of Answer
+        changed = {"kind": QUESTION, "output": None, "tool_calls": (), **fields}
+        self.outcome.answer = replace(answer, text=text, content=text, logprobs=None, instead=by, **changed)

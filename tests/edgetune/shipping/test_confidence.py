@@ -1,0 +1,158 @@
+"""The curves that a build fits through the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime, UsageError
+from edgetune_runtime.bundle import Manifest, UnsureRule, read_manifest
+from recipes import adapter_of, lights, make_recipe, write_rows
+from trainings import Listening
+
+from edgetune.building.pipeline import build
+from edgetune.confidence import MIN_ROWS
+from edgetune.evaluation import score
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.task import read_task
+
+COLORS = ("red", "warm", "blue")
+METHOD = {"name": "lora", "r": 2, "lora_alpha": 32}
+CHOICES = {"output": {"choices": list(COLORS)}}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "command": lights(60, COLORS),
+    "color": [{"text": f"turn on the light {n}", "label": COLORS[n % 3]} for n in range(60)],
+    "few": lights(60, COLORS),
+    "graded": lights(60, ("turn on the light in the hall",)),
+    "off": lights(60, COLORS),
+}
+MORE: dict[str, dict[str, Any]] = {
+    "command": {**CHOICES, "held_out": 0.4, "min_confidence": 0.7, "unsure": "color"},
+    "color": {"metric": "label", "held_out": 0.4},
+    "few": {**CHOICES, "held_out": 0.1},
+    "graded": {"metric": "rouge_l", "held_out": 0.4},
+    "off": {**CHOICES, "held_out": 0.4, "confidence": False},
+}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A bundle in both formats, and what its build said."""
+    folder, listening = tmp_path_factory.mktemp("confidence"), Listening()
+    adapters = {name: adapter_of(METHOD, train=f"{name}.jsonl", draft=False, **MORE[name]) for name in ROWS}
+    data = {f"{name}.jsonl": rows for name, rows in ROWS.items()}
+    keys: dict[str, Any] = {"targets": ["gguf", "onnx"], "training": {"evals": 1}}
+    recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data=data, **keys)
+    build(recipe, folder / "home", progress=listening)
+    return folder / "home", listening.lines
+
+
+@pytest.fixture
+def manifest(built: tuple[Path, list[str]]) -> Manifest:
+    return read_manifest(built[0])
+
+
+def test_each_format_has_curves_of_its_own(manifest: Manifest) -> None:
+    for name, kind in (("command", "choice"), ("color", "label")):
+        curves = manifest.adapter(name).confidence
+        assert list(curves) == ["gguf", "onnx"]
+        for kinds in curves.values():
+            assert list(kinds) == [kind]
+            assert kinds[kind].rows == 24
+            assert kinds[kind].slope is not None
+            assert sum(rows for _, _, rows in kinds[kind].bins) == 24
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_answers_of_a_build_have_a_confidence(engine: str, built: tuple[Path, list[str]]) -> None:
+    with Runtime.open(built[0], engine=engine, disk_mb=0) as runtime:
+        answer = runtime.generate("turn on the light 7", adapter="command", unsure="mark")
+        assert answer.confidence is not None
+        assert 0 < answer.confidence < 1
+        assert answer.is_unsure == (answer.confidence < 0.7)
+        assert runtime.classify("turn on the light 7", adapter="color").confidence is not None
+        for name in ("few", "graded", "off"):
+            assert runtime.generate("turn on the light 7", adapter=name, max_tokens=8).confidence is None
+
+
+@pytest.mark.parametrize("name", ["command", "color"])
+def test_the_share_of_right_answers_is_that_of_evaluate(name: str, built: tuple[Path, list[str]]) -> None:
+    bundle, _ = built
+    rows = read_task(name, Recipe.from_file(bundle.parent / "recipe.yaml")).confidence_rows
+    for engine, curves in read_manifest(bundle).adapter(name).confidence.items():
+        with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+            result = score(runtime, name, rows, Progress(quiet=True))
+        (curve,) = curves.values()
+        assert curve.right == pytest.approx(result.score, abs=1e-4)
+        assert all(row.kind in curves and row.confidence is not None for row in result.details)
+
+
+def test_the_build_says_what_has_no_confidence(built: tuple[Path, list[str]]) -> None:
+    said = "\n".join(built[1])
+    assert f"few: no confidence, as 6 validation rows are too few ({MIN_ROWS} are needed)" in said
+    assert "of 24 choice answers right, calibration error 0." in said
+    assert "graded: no confidence" not in said
+    assert "off: no confidence" not in said
+
+
+def test_the_rule_for_unsure_answers_is_in_the_manifest(manifest: Manifest) -> None:
+    assert manifest.adapter("command").unsure == UnsureRule(0.7, "color")
+    assert manifest.adapter("color").unsure is None
+
+
+def task_of(folder: Path, rows: int = 300, **adapter: Any) -> Any:  # noqa: ANN401 - a Task
+    """A task whose rows are those of `rows.jsonl`, with other data keys under `data`."""
+    data = {"train": "rows.jsonl", "held_out": 0.5, **adapter.pop("data", {})}
+    recipe = make_recipe(folder, "base", {"task": {"data": data, **adapter}}, data={"rows.jsonl": lights(rows)})
+    return read_task("task", recipe)
+
+
+def test_many_validation_rows_are_divided(tmp_path: Path) -> None:
+    task = task_of(tmp_path, 400)
+    assert (len(task.train), len(task.validation)) == (200, 200)
+    assert (len(task.choosing), len(task.confidence_rows)) == (100, 100)
+    assert not {row.where for row in task.choosing} & {row.where for row in task.confidence_rows}
+    few = task_of(tmp_path / "few", 398)
+    assert few.choosing == few.confidence_rows == few.validation
+    off = task_of(tmp_path / "off", 400, confidence=False)
+    assert (off.choosing, off.confidence_rows) == (off.validation, [])
+
+
+def test_rows_of_their_own_leave_all_validation_rows_to_the_checkpoint(tmp_path: Path) -> None:
+    rows = [{"prompt": f"close the blind {n}", "completion": "reply on"} for n in range(30)]
+    write_rows(tmp_path / "own.jsonl", rows)
+    task = task_of(tmp_path, 400, data={"confidence": "own.jsonl"})
+    assert task.choosing == task.validation
+    assert len(task.confidence_rows) == 30
+
+
+def test_training_rows_are_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "own.jsonl", [{"prompt": "hello", "completion": "on"}, *lights(400)])
+    with pytest.raises(UsageError, match="'task': 200 of 401 confidence rows have the prompt of a training row"):
+        task_of(tmp_path, 400, data={"confidence": "own.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"min_confidence": 0.8, "data": {"held_out": 0.1}},
+            "has min_confidence, but 10 validation rows give none",
+        ),
+        ({"min_confidence": 0.8, "metric": "rouge_l"}, "rouge_l scores no answer as right or wrong"),
+        ({"unsure": "base"}, "unsure and ask need min_confidence"),
+        ({"min_confidence": 0.8, "confidence": False}, "min_confidence needs confidence: true"),
+        ({"min_confidence": 0.8, "unsure": "ask"}, "there is no question; write it as ask"),
+        ({"min_confidence": 0.8, "unsure": "base", "ask": "which?"}, "unsure is base, and ask is given too"),
+        ({"min_confidence": 0.8, "unsure": "bass"}, "unsure is 'bass'; did you mean 'base'"),
+        ({"min_confidence": 1.0}, "less than 1"),
+    ],
+)
+def test_what_gives_no_confidence_is_refused_before_the_build(
+    keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        task_of(tmp_path, 100, **keys)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgetune_runtime import Answer, Runtime, VerificationError
+from edgetune_runtime.bundle import ConfidenceCurve, read_manifest
+from edgetune_runtime.cli import main
+from edgetune_runtime.decoding.output import spec_of
+from edgetune_runtime.inference.confidence import kind_of, log_chance, log_odds
+from runtime.bundles import change_manifest
+from runtime.conftest import LABEL_CURVE, VALUE_CURVE
+
+PROMPT = "set heat to warm"
+SCHEMA = {"type": "object", "properties": {"room": {"enum": ["hall", "kitchen"]}}, "required": ["room"]}
+
+
+@pytest.fixture(params=["gguf", "onnx"])
+def opened(request: pytest.FixtureRequest, sure_bundle: Path) -> Iterator[Runtime]:
+    with Runtime.open(sure_bundle, engine=request.param, disk_mb=0) as runtime:
+        yield runtime
+
+
+def logistic(curve: ConfidenceCurve, odds: float | None) -> float:
+    assert curve.slope is not None
+    assert odds is not None
+    return 1 / (1 + math.exp(-curve.slope * odds - curve.offset))
+
+
+def ended(runtime: Runtime, **options: Any) -> Answer:  # noqa: ANN401 - those of `generate`
+    """An answer that ends, of a model that would go on: with its first words as a stop text."""
+    text = runtime.generate(PROMPT, adapter="command", max_tokens=8).text
+    return runtime.generate(PROMPT, **{"adapter": "command", "stop": text[-2:], **options})
+
+
+def test_the_log_chance_of_a_token_is_against_the_best_other_one() -> None:
+    row = np.array([1.0, 3.0, 2.0, -5.0], np.float32)
+    pair = math.log(math.exp(2) + math.exp(3))
+    assert log_chance(row, 1) == pytest.approx(3 - pair)
+    assert log_chance(row, 2) == pytest.approx(2 - pair)
+    assert log_chance(row, 3) == pytest.approx(-8, abs=1e-3)
+    assert log_chance(np.array([0.0, 2000.0], np.float32), 0) == pytest.approx(-2000)
+
+
+def test_log_odds_are_those_of_the_mean_choice() -> None:
+    half, eighth = math.log(0.5), math.log(0.125)
+    assert log_odds([half]) == log_odds([half, half, None]) == pytest.approx(0)
+    assert log_odds([half, None, eighth]) == pytest.approx(math.log(1 / 3))
+    assert log_odds([None, None]) == 30
+    assert log_odds([]) == 30
+    assert log_odds([-1e-20] * 5) == 30
+    assert log_odds([-2000.0]) == -30
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ('{"service": "light.turn_on"}', "value"),
+        ('{"calls": [], "note": null, "area": ""}', "nothing"),
+        ("[]", "nothing"),
+        (" null ", "nothing"),
+        ("", "nothing"),
+        ("0", "value"),
+        ("false", "value"),
+        ("Which room do you mean? ", "question"),
+        ('{"ask": "which room?"}', "value"),
+        ("The lamp is on.", "value"),
+        ("[" * 100_000, "value"),
+    ],
+)
+def test_the_kind_of_an_answer_is_found_in_its_text(text: str, kind: str) -> None:
+    assert kind_of(text, None, calls=0, offers_tools=False) == kind
+
+
+def test_choices_and_tools_have_kinds_of_their_own() -> None:
+    assert kind_of("on", spec_of(choices=["on", "off"]), calls=0, offers_tools=False) == "choice"
+    assert kind_of("", None, calls=1, offers_tools=True) == "value"
+    assert kind_of("Nothing to do.", None, calls=0, offers_tools=True) == "nothing"
+    assert kind_of("Which room?", None, calls=0, offers_tools=True) == "question"
+
+
+def test_the_confidence_of_an_answer_is_what_its_curve_makes_of_the_log_odds(opened: Runtime) -> None:
+    answer = ended(opened)
+    assert (answer.stop_reason, answer.kind) == ("stop", "value")
+    assert answer.confidence == pytest.approx(logistic(VALUE_CURVE, answer.log_odds))
+
+
+def test_log_odds_are_those_of_the_two_likeliest_tokens(opened: Runtime) -> None:
+    answer = ended(opened, logprobs=2)
+    assert answer.logprobs is not None
+    # The tokens of the stop text are no part of the text, but were chosen.
+    leads = [one.top[0].logprob - one.top[1].logprob for one in answer.logprobs]
+    assert answer.log_odds == pytest.approx(log_odds([-math.log1p(math.exp(-lead)) for lead in leads]), abs=0.01)
+    assert ended(opened).log_odds == pytest.approx(answer.log_odds, abs=0.01)
+
+
+def test_forced_tokens_do_not_count(opened: Runtime) -> None:
+    answer = opened.generate(PROMPT, adapter="command", schema=SCHEMA)
+    longer = {**SCHEMA, "properties": {"a long constant name": {"const": "and its text"}, **SCHEMA["properties"]}}
+    longer["required"] = ["a long constant name", "room"]
+    assert answer.timings.forced > 0
+    sure = opened.generate(PROMPT, adapter="command", schema={"const": "and its text"})
+    assert sure.log_odds == 30
+    assert opened.generate(PROMPT, adapter="command", schema=longer).log_odds != 30
+
+
+def test_a_constraint_that_overrules_the_model_lowers_the_log_odds(opened: Runtime) -> None:
+    answer = opened.generate(PROMPT, adapter="command", choices=["xylophone", "quartz"])
+    assert answer.log_odds is not None
+    assert answer.log_odds < 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adapter": None},
+        {"adapter": {"command": 0.7}},
+        {"adapter": {"command": 1.0, "tone": 0.5}},
+        {"adapter": "whole"},
+        {"choices": ["on", "off"]},
+        {"schema": SCHEMA},
+        {"raw": True},
+    ],
+)
+def test_other_answers_than_the_adapters_own_have_no_confidence(opened: Runtime, options: dict[str, Any]) -> None:
+    assert ended(opened, **options).confidence is None
+
+
+def test_an_incomplete_answer_has_no_confidence(opened: Runtime) -> None:
+    answer = opened.generate(PROMPT, adapter="command", max_tokens=3)
+    assert answer.stop_reason == "length"
+    assert (answer.confidence, answer.kind, answer.log_odds) == (None, None, None)
+
+
+def test_a_session_has_the_confidence_too(opened: Runtime) -> None:
+    text = opened.generate(PROMPT, adapter="command", max_tokens=8).text
+    with opened.session("command") as session:
+        answer = session.send(PROMPT, stop=text[-2:])
+    assert answer.confidence == pytest.approx(logistic(VALUE_CURVE, answer.log_odds))
+
+
+def test_a_label_has_the_confidence_of_its_curve(opened: Runtime) -> None:
+    found = opened.classify(PROMPT, adapter="tone")
+    best = found.probabilities[found.label]
+    assert found.log_odds == pytest.approx(math.log(best / (1 - best)))
+    assert found.confidence == pytest.approx(logistic(LABEL_CURVE, found.log_odds))
+    label, probabilities = found
+    assert (label, probabilities) == (found.label, found.probabilities)
+
+
+def test_other_labels_or_scales_have_no_confidence(opened: Runtime) -> None:
+    assert opened.classify(PROMPT, ["red", "green"], adapter="tone").confidence is None
+    assert opened.classify(PROMPT, adapter={"tone": 1.0}).confidence is None
+    assert opened.classify(PROMPT, ["red", "green"]).confidence is None
+
+
+def test_the_commands_print_it(sure_bundle: Path, opened: Runtime, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = ended(opened)
+    stop = opened.generate(PROMPT, adapter="command", max_tokens=8).text[-2:]
+    common = ["--prompt", PROMPT, "--json", "--engine", opened.engine]
+    main(["generate", str(sure_bundle), "--adapter", "command", "--stop", stop, *common])
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["confidence"], printed["kind"]) == (pytest.approx(answer.confidence), "value")
+    main(["classify", str(sure_bundle), "--adapter", "tone", *common])
+    assert json.loads(capsys.readouterr().out)["confidence"] == pytest.approx(
+        opened.classify(PROMPT, adapter="tone").confidence
+    )
+
+
+def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(sure_bundle, tmp_path / "home")
+    assert read_manifest(bundle).adapter("tone").confidence["onnx"]["label"] == LABEL_CURVE
+    change_manifest(bundle, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(slope=math.inf))
+    with pytest.raises(VerificationError, match="'tone' has a confidence curve without numbers"):
+        read_manifest(bundle)

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import NotFoundError, Runtime, UnsureError, UsageError
+from edgetune_runtime.bundle import GENERATE, read_manifest
+from runtime.bundles import add_router, change_manifest, write_manifest
+
+PROMPT = "set heat to warm"
+SURE, UNSURE = 1e-9, 1 - 1e-9
+QUESTION = "Which room do you mean?"
+
+
+@pytest.fixture
+def opened(sure_bundle: Path) -> Iterator[Runtime]:
+    with Runtime.open(sure_bundle, disk_mb=0) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def ends(opened: Runtime) -> dict[str, Any]:
+    """Options with which the answer of `command` ends, of a model that would go on: its first words stop it."""
+    text = opened.generate(PROMPT, adapter="command", max_tokens=8).text
+    return {"stop": text[-2:], "max_tokens": 24}
+
+
+def test_an_unsure_answer_is_marked(opened: Runtime, ends: dict[str, Any]) -> None:
+    plain = opened.generate(PROMPT, adapter="command", **ends)
+    for min_confidence, is_unsure in ((SURE, False), (UNSURE, True)):
+        answer = opened.generate(PROMPT, adapter="command", min_confidence=min_confidence, **ends)
+        assert (answer.text, answer.is_unsure, answer.instead) == (plain.text, is_unsure, None)
+    stream = opened.stream(PROMPT, adapter="command", min_confidence=UNSURE, **ends)
+    assert "".join(stream) == plain.text
+    assert stream.answer is not None
+    assert stream.answer.is_unsure
+
+
+def test_a_confidence_that_is_not_known_is_unsure(opened: Runtime) -> None:
+    cut = opened.generate(PROMPT, adapter="command", max_tokens=2, min_confidence=SURE)
+    assert (cut.stop_reason, cut.confidence, cut.is_unsure) == ("length", None, True)
+
+
+def test_a_question_comes_back_in_its_place(opened: Runtime, ends: dict[str, Any]) -> None:
+    own = opened.generate(PROMPT, adapter="command", **ends)
+    stream = opened.stream(PROMPT, adapter="command", min_confidence=UNSURE, ask=QUESTION, **ends)
+    assert list(stream) == [QUESTION]
+    answer = stream.answer
+    assert answer is not None
+    assert (answer.text, answer.content, answer.parsed) == (QUESTION, QUESTION, QUESTION)
+    assert (answer.kind, answer.is_unsure, answer.instead) == ("question", True, "ask")
+    assert answer.confidence == own.confidence
+    sure = opened.generate(PROMPT, adapter="command", min_confidence=SURE, ask=QUESTION, **ends)
+    assert (sure.text, sure.is_unsure) == (own.text, False)
+
+
+@pytest.mark.parametrize("instead", ["base", "tone", "whole"])
+def test_the_base_or_another_adapter_answers(instead: str, opened: Runtime, ends: dict[str, Any]) -> None:
+    own = opened.generate(PROMPT, adapter="command", **ends)
+    other = opened.generate(PROMPT, adapter=None if instead == "base" else instead, **ends)
+    answer = opened.generate(PROMPT, adapter="command", min_confidence=UNSURE, unsure=instead, **ends)
+    assert (answer.text, answer.tokens, answer.instead) == (other.text, other.tokens, instead)
+    assert (answer.confidence, answer.is_unsure) == (own.confidence, True)
+    sure = opened.generate(PROMPT, adapter="command", min_confidence=SURE, unsure=instead, **ends)
+    assert (sure.text, sure.instead) == (own.text, None)
+
+
+def test_an_unsure_answer_can_be_an_error(opened: Runtime, ends: dict[str, Any]) -> None:
+    with pytest.raises(UnsureError, match=r"the confidence of the answer is 0\.\d\d, and 1 is asked for"):
+        opened.generate(PROMPT, adapter="command", min_confidence=1, unsure="error", **ends)
+    assert opened.generate(PROMPT, adapter="command", min_confidence=SURE, unsure="error", **ends).text
+
+
+def test_nothing_answers_in_place_of_one_that_had_to_stop(opened: Runtime) -> None:
+    begin = time.monotonic()
+    options: dict[str, Any] = {"max_tokens": 200, "deadline_s": 1e-6}
+    answer = opened.generate(PROMPT, adapter="command", min_confidence=UNSURE, unsure="base", **options)
+    assert (answer.stop_reason, answer.instead) == ("deadline", None)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_confidence": 1.5}, "min_confidence is 1.5; give a number from 0 to 1"),
+        ({"min_confidence": "high"}, "min_confidence is 'high'"),
+        ({"min_confidence": True}, "min_confidence is True"),
+        ({"min_confidence": 0.8, "adapter": None}, "min_confidence is 0.8, but these answers have no confidence"),
+        ({"min_confidence": 0.8, "choices": ["on", "off"]}, "these answers have no confidence; use one adapter"),
+        ({"min_confidence": 0.8, "adapter": {"command": 0.3}}, "these answers have no confidence"),
+        ({"min_confidence": 0.8, "unsure": "bass"}, "unsure is 'bass'; did you mean 'base'"),
+        ({"min_confidence": 0.8, "unsure": "defer"}, "there is no address to defer to; open the bundle with defer_to"),
+        ({"min_confidence": 0.8, "unsure": "ask"}, "there is no question; give its text as ask"),
+        ({"min_confidence": 0.8, "unsure": "base", "ask": "what?"}, "unsure is 'base', and ask is given too"),
+        ({"min_confidence": 0.8, "ask": ""}, "ask is ''; give the text of a question"),
+        ({"unsure": 3}, "unsure is 3"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str, opened: Runtime) -> None:
+    with pytest.raises(UsageError, match=message):
+        opened.generate(PROMPT, **{"adapter": "command", **options})
+
+
+def ruled(bundle: Path, home: Path, **rule: Any) -> Path:  # noqa: ANN401 - of a manifest
+    """A copy of the bundle whose manifest has a rule for `command` and `tone`."""
+    copy = Path(shutil.copytree(bundle, home))
+
+    def change(raw: dict[str, Any]) -> None:
+        for name in ("command", "tone"):
+            raw["adapters"][name]["unsure"] = rule
+
+    change_manifest(copy, change)
+    return copy
+
+
+def test_the_rule_of_the_bundle_applies_where_a_call_has_none(
+    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="ask", question=QUESTION)
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        assert runtime.generate(PROMPT, adapter="command", **ends).text == QUESTION
+        other = runtime.generate(PROMPT, adapter="command", unsure="tone", **ends)
+        assert (other.instead, other.is_unsure) == ("tone", True)
+        assert not runtime.generate(PROMPT, adapter="command", min_confidence=SURE, **ends).is_unsure
+        # Neither has a confidence that the rule could be about.
+        assert not runtime.generate(PROMPT, **ends).is_unsure
+        assert not runtime.generate(PROMPT, adapter="command", choices=["on", "off"]).is_unsure
+        assert runtime.classify(PROMPT, adapter="tone").is_unsure
+        assert not runtime.classify(PROMPT, ["red", "green"], adapter="tone").is_unsure
+
+
+def test_a_rule_to_defer_marks_where_there_is_no_address(
+    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="defer")
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        answer = runtime.generate(PROMPT, adapter="command", **ends)
+        assert (answer.is_unsure, answer.instead) == (True, None)
+
+
+def test_an_adapter_of_a_rule_that_was_removed_is_named(
+    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="tone")
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        runtime.remove_adapter("tone")
+        with pytest.raises(NotFoundError, match="no adapter 'tone'"):
+            runtime.generate(PROMPT, adapter="command", **ends)
+
+
+def test_a_label_is_marked(opened: Runtime) -> None:
+    for min_confidence, is_unsure in ((SURE, False), (UNSURE, True)):
+        found = opened.classify(PROMPT, adapter="tone", min_confidence=min_confidence)
+        assert found.is_unsure is is_unsure
+    with pytest.raises(UsageError, match="have no confidence"):
+        opened.classify(PROMPT, ["red", "green"], adapter="tone", min_confidence=0.5)
+
+
+@pytest.mark.parametrize("rule", [{"ask": QUESTION}, {"unsure": "tone"}, {"unsure": "mark"}])
+def test_a_session_goes_on_with_what_answered(rule: dict[str, Any], opened: Runtime, ends: dict[str, Any]) -> None:
+    with opened.session("command") as session:
+        answer = session.send(PROMPT, min_confidence=UNSURE, **rule, **ends)
+        assert answer.is_unsure
+        assert [message["content"] for message in session.history] == [PROMPT, answer.text]
+        again = session.send("play", max_tokens=8)
+    history = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": answer.text}]
+    fresh = opened.generate([*history, {"role": "user", "content": "play"}], adapter="command", max_tokens=8)
+    assert again.text == fresh.text
+
+
+def test_a_prompt_of_none_of_the_tasks_needs_no_confidence(
+    sure_bundle: Path, tmp_path: Path, ends: dict[str, Any]
+) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    manifest = read_manifest(bundle)
+    router = add_router(bundle, {GENERATE: {"command": "lamp", "tone": "music"}})
+    write_manifest(bundle, manifest.base, manifest.adapters, router=router)
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        assert not runtime.generate("who is there", adapter="auto", min_confidence=0.5, **ends).is_unsure
+        assert runtime.generate("the lamp", adapter="auto", min_confidence=UNSURE, **ends).is_unsure

@@ -1,0 +1,259 @@
+"""The confidence of answers in both APIs, and what becomes of unsure ones."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import DeferTo, Runtime, UsageError
+from openai import OpenAI, UnprocessableEntityError
+from ports import free_port
+from runtime.bundles import change_manifest
+from runtime.server.conftest import Running, Start
+from runtime.server.test_health import figures
+
+PROMPT = "set heat to warm"
+UNSURE = 1 - 1e-9
+QUESTION = "Which room do you mean?"
+MESSAGES = [{"role": "user", "content": PROMPT}]
+
+
+@pytest.fixture
+def sure(sure_bundle: Path, start: Start) -> Running:
+    """A server of a bundle whose answers have a confidence."""
+    return start(sure_bundle)
+
+
+@pytest.fixture
+def stop(sure: Running) -> str:
+    """A text that ends the answer of `command`."""
+    return sure.runtime.generate(PROMPT, adapter="command", max_tokens=8).text[-2:]
+
+
+def body_of(stop: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - of a request
+    return {"model": "command", "messages": MESSAGES, "stop": stop, "max_tokens": 24, **more}
+
+
+def test_openai_answers_have_it_in_a_field_and_a_header(sure: Running, stop: str) -> None:
+    own = sure.runtime.generate(PROMPT, adapter="command", stop=stop, max_tokens=24)
+    reply = sure.client.post("/v1/chat/completions", json=body_of(stop))
+    (choice,) = reply.json()["choices"]
+    assert choice["confidence"] == pytest.approx(own.confidence, abs=1e-4)
+    assert (choice["is_unsure"], choice["instead"]) == (False, None)
+    assert float(reply.headers["X-Edgetune-Confidence"]) == pytest.approx(own.confidence, abs=1e-4)
+    assert "X-Edgetune-Unsure" not in reply.headers
+    marked = sure.client.post("/v1/chat/completions", json=body_of(stop, min_confidence=UNSURE))
+    assert marked.json()["choices"][0]["is_unsure"]
+    assert marked.headers["X-Edgetune-Unsure"] == "mark"
+    assert marked.json()["choices"][0]["message"] == choice["message"]
+    base = sure.client.post("/v1/chat/completions", json=body_of(stop, model="home"))
+    assert "confidence" not in base.json()["choices"][0]
+    assert "X-Edgetune-Confidence" not in base.headers
+
+
+def test_a_client_of_openai_gets_a_question_back(sure: Running, stop: str) -> None:
+    options: dict[str, Any] = {"min_confidence": UNSURE, "ask": QUESTION}
+    with OpenAI(base_url=f"{sure.url}/v1", api_key="-", max_retries=0) as client:
+        chat: dict[str, Any] = {"model": "command", "messages": MESSAGES, "stop": stop, "extra_body": options}
+        answer = client.chat.completions.create(**chat)
+        assert answer.choices[0].message.content == QUESTION
+        assert answer.choices[0].model_extra is not None
+        assert answer.choices[0].model_extra["instead"] == "ask"
+        parts = list(client.chat.completions.create(**chat, stream=True))
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == QUESTION
+        assert parts[-1].choices[0].model_extra is not None
+        assert parts[-1].choices[0].model_extra["is_unsure"]
+        response = client.responses.create(
+            model="command", input=PROMPT, max_output_tokens=24, extra_body={"stop": stop, **options}
+        )
+        assert response.output_text == QUESTION
+        assert response.model_extra is not None
+        assert response.model_extra["instead"] == "ask"
+        with pytest.raises(UnprocessableEntityError, match="the confidence of the answer is"):
+            client.chat.completions.create(
+                model="command", messages=MESSAGES, stop=stop, extra_body={"min_confidence": 1, "unsure": "error"}
+            )
+
+
+def test_a_client_of_ollama_gives_them_as_options(sure: Running, stop: str) -> None:
+    options = {"stop": [stop], "num_predict": 24, "min_confidence": UNSURE, "unsure": "base"}
+    reply = sure.client.post(
+        "/api/chat", json={"model": "command", "messages": MESSAGES, "options": options, "stream": False}
+    )
+    assert (reply.json()["is_unsure"], reply.json()["instead"]) == (True, "base")
+    assert reply.headers["X-Edgetune-Unsure"] == "base"
+    assert reply.json()["message"]["content"] == sure.runtime.generate(PROMPT, stop=stop, max_tokens=24).text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"min_confidence": 2}, "min_confidence is 2"),
+        ({"min_confidence": "high"}, "min_confidence is"),
+        ({"min_confidence": 0.5, "unsure": "defer"}, "there is no address to defer to"),
+        ({"min_confidence": 0.5, "ask": 3}, "ask is 3"),
+        ({"min_confidence": 0.5, "model": "home"}, "have no confidence"),
+    ],
+)
+def test_wrong_values_are_refused(more: dict[str, Any], message: str, sure: Running, stop: str) -> None:
+    reply = sure.client.post("/v1/chat/completions", json=body_of(stop, **more))
+    assert reply.status_code == 400
+    assert message in reply.json()["error"]["message"]
+
+
+def test_metrics_have_a_histogram(sure: Running, stop: str) -> None:
+    for more in ({}, {"min_confidence": UNSURE}, {"max_tokens": 1}):
+        sure.client.post("/v1/chat/completions", json=body_of(stop, **more))
+    found = figures(sure)
+    assert found["edgetune_confidence_count adapter=command"] == 2
+    assert found["edgetune_unsure_answers_total adapter=command"] == 1
+
+
+@pytest.fixture
+def deferring(sure_bundle: Path, sure: Running) -> Iterator[Callable[..., Any]]:
+    """`deferring(prompt, **options)`: an unsure answer of a runtime that defers to `tone` of a server."""
+    with Runtime.open(sure_bundle, disk_mb=0, defer_to=DeferTo(f"{sure.url}/v1", "tone")) as runtime:
+        yield lambda prompt, **options: runtime.generate(
+            prompt, adapter="command", min_confidence=UNSURE, unsure="defer", **options
+        )
+
+
+def test_a_bigger_model_answers(sure: Running, stop: str, deferring: Callable[..., Any]) -> None:
+    answer = deferring(PROMPT, stop=stop, max_tokens=24)
+    system = sure.runtime.manifest.adapter("command").system
+    messages = [{"role": "system", "content": system}, *MESSAGES]
+    assert answer.text == sure.runtime.generate(messages, adapter="tone", max_tokens=1024).text
+    assert (answer.is_unsure, answer.instead) == (True, "defer")
+
+
+REPLY = {"choices": [{"message": {"role": "assistant", "content": "the lamp is on"}}]}
+
+
+@contextmanager
+def answering(status: int, body: bytes, wait_s: float = 0.0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a server that answers every request with these bytes, and the requests it got."""
+    got: list[dict[str, Any]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            got.append({"path": self.path, "key": self.headers["Authorization"], **request})
+            time.sleep(wait_s)
+            self.send_response(status)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", got
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def unsure_answer(bundle: Path, stop: str, to: DeferTo, **options: Any) -> Any:  # noqa: ANN401 - an Answer
+    with Runtime.open(bundle, disk_mb=0, defer_to=to) as runtime:
+        own = {"adapter": "command", "stop": stop, "max_tokens": 24, "min_confidence": UNSURE, "unsure": "defer"}
+        return runtime.generate(PROMPT, **{**own, **options})
+
+
+def test_the_request_has_the_key_and_the_conversation(sure_bundle: Path, stop: str) -> None:
+    with answering(200, json.dumps(REPLY).encode()) as (url, got):
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big", key="secret"))
+    assert (answer.text, answer.instead) == ("the lamp is on", "defer")
+    (request,) = got
+    assert (request["path"], request["key"], request["model"]) == ("/v1/chat/completions", "Bearer secret", "big")
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert "secret" not in repr(DeferTo(url, "big", key="secret"))
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (500, b"broken"),
+        (302, b""),
+        (401, b"{}"),
+        (200, b"<html>"),
+        (200, b'{"choices": []}'),
+        (200, b'{"choices": [{"message": {"content": 7}}]}'),
+        (200, b'{"choices": [{"message": {"tool_calls": [{"function": {"name": "a", "arguments": "1"}}]}}]}'),
+        (200, b"[" * 100_000),
+        (200, b" " * (1 << 21)),
+    ],
+)
+def test_one_that_answers_rubbish_leaves_the_marked_answer(
+    status: int, body: bytes, sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(status, body) as (url, got):
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big"))
+    assert (answer.is_unsure, answer.instead, len(got)) == (True, None, 1)
+    assert "kept an unsure answer: 'big' at http" in caplog.text
+
+
+def test_one_that_is_down_leaves_the_marked_answer(
+    sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = unsure_answer(sure_bundle, stop, DeferTo(f"http://127.0.0.1:{free_port()}/v1", "big"))
+    assert (answer.is_unsure, answer.instead) == (True, None)
+    assert "Connection refused" in caplog.text
+
+
+def test_one_that_is_slow_is_waited_for_no_longer_than_the_limit(
+    sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        begin = time.monotonic()
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big", timeout_s=0.3))
+        assert (answer.is_unsure, answer.instead) == (True, None)
+        assert "did not answer within 0.3 s" in caplog.text
+        cancel = threading.Event()
+        threading.Timer(1, cancel.set).start()
+        stopped = unsure_answer(sure_bundle, stop, DeferTo(url, "big", timeout_s=60), cancel=cancel)
+        assert stopped.stop_reason == "cancelled"
+        assert time.monotonic() - begin < 20
+
+
+def test_its_answer_must_fit_the_output_constraint(sure_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    schema = {"type": "object", "properties": {"room": {"enum": ["hall", "loft"]}}, "required": ["room"]}
+    output = {"schema": schema, "spacing": "compact"}
+    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(output=output))
+
+    def asked(content: str) -> Any:  # noqa: ANN401 - an Answer
+        reply = {"choices": [{"message": {"content": content}}]}
+        with answering(200, json.dumps(reply).encode()) as (url, got):
+            answer = unsure_answer(bundle, "never", DeferTo(url, "big"))
+        assert got[0]["response_format"]["json_schema"]["schema"] == schema
+        return answer
+
+    good = asked('{"room": "loft"}')
+    assert (good.instead, good.parsed) == ("defer", {"room": "loft"})
+    bad = asked('{"room": "attic"}')
+    assert bad.instead is None
+    assert bad.parsed["room"] in ("hall", "loft")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [(("ftp://a", "b"), "give one such as"), (("http://a", "b", 0), "timeout_s is 0")]
+)
+def test_an_address_is_checked(values: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DeferTo(*values)
