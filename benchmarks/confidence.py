@@ -4,7 +4,8 @@
     python benchmarks/confidence.py --data DIR         # also DIR/snips, DIR/nlu_home and DIR/banking77
 
 A line has the calibration error of the confidence and of the model's own probability (the mean per choice), and the
-share of wrong answers in all and in the surest 90 %. The curves are fitted on other rows than the adapters and the test.
+share of wrong answers in all and in the surest 90 %. The curves are fitted on other rows than the adapters and the
+test.
 """
 
 from __future__ import annotations
