@@ -176,8 +176,8 @@ class Answering:
         name = adapter_name(request.adapters)
         if self.log is None or name is None or request.options.get("tools") or request.options.get("raw"):
             return
-        about = {"adapter": name, "confidence": answer.confidence, "answer_id": answer_id(request.id, index)}
-        await asyncio.to_thread(partial(self.log.answered, prompt, answer.text, **about))
+        log = partial(self.log.answered, prompt, answer.text, adapter=name, confidence=answer.confidence)
+        await asyncio.to_thread(log, answer_id=answer_id(request.id, index))
 
     def _models(self) -> Models:
         return Models(self.runtime.manifest, self.runtime.engine, self._rewriter_names, self.runtime.runtime.route)
