@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 
 from edgetune.confidence import MIN_ROWS, RatedAnswer, fit_curves
@@ -17,7 +16,7 @@ from edgetune.evaluation import score, spread
 from edgetune.progress import Progress
 
 from .exported import TrainedAdapter
-from .golden import opened_together
+from .opened import opened
 
 MAX_ROWS = 256
 """Answers per adapter and format: more make builds longer, and curves little better."""
@@ -38,20 +37,17 @@ def with_confidence(
         return manifest
     progress.say("fitting the confidence of answers")
     entries = dict(manifest.adapters)
-    for engine in manifest.base.files:
-        for names in opened_together(manifest, engine, rows):
-            with Runtime.open(bundle, engine=engine, verify=False, preflight=False, contexts=1, disk_mb=0) as runtime:
-                for name in names:
-                    details = score(runtime, name, rows[name], progress).details
-                    curves = fit_curves(
-                        [
-                            RatedAnswer(row.kind, row.log_odds, row.score >= 1)
-                            for row in details
-                            if row.kind is not None and row.log_odds is not None
-                        ]
-                    )
-                    progress.say(f"  {engine} {name}: {described(curves)}")
-                    entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
+    for engine, name, runtime in opened(bundle, manifest, rows):
+        details = score(runtime, name, rows[name], progress).details
+        curves = fit_curves(
+            [
+                RatedAnswer(row.kind, row.log_odds, row.score >= 1)
+                for row in details
+                if row.kind is not None and row.log_odds is not None
+            ]
+        )
+        progress.say(f"  {engine} {name}: {described(curves)}")
+        entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
 
 

@@ -7,14 +7,14 @@ chosen whose answer is furthest from one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgetune_export.adapters.shapes import Floats, Merged
+from edgetune_export.adapters.shapes import Floats
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, Manifest
 from edgetune_runtime.decoding.constraint import Constraint
@@ -27,6 +27,7 @@ from edgetune.progress import Progress
 from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter
+from .opened import opened
 
 MAX_TOKENS = 24
 """Length of the answers: long enough to show a wrong file, and with few steps that could be near ties."""
@@ -43,24 +44,13 @@ def with_golden(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
     longest += max(entry.prefix_tokens for entry in manifest.adapters.values()) + MAX_TOKENS
     length = min(longest, manifest.context_length)
     entries = dict(manifest.adapters)
-    for engine in manifest.base.files:
-        for names in opened_together(manifest, engine, rows):
-            options: dict[str, Any] = {"context_length": length, "cache_mb": 0, "disk_mb": 0, "contexts": 1}
-            with Runtime.open(bundle, engine=engine, verify=False, preflight=False, **options) as runtime:
-                for name in names:
-                    golden = _golden(runtime, name, rows[name])
-                    if golden is None:
-                        progress.say(f"  {engine} {name}: no golden answer, as no row fits in {length} tokens")
-                        continue
-                    entries[name] = replace(entries[name], golden={**entries[name].golden, engine: golden})
+    for engine, name, runtime in opened(bundle, manifest, rows, context_length=length, cache_mb=0):
+        golden = _golden(runtime, name, rows[name])
+        if golden is None:
+            progress.say(f"  {engine} {name}: no golden answer, as no row fits in {length} tokens")
+            continue
+        entries[name] = replace(entries[name], golden={**entries[name].golden, engine: golden})
     return replace(manifest, adapters=entries)
-
-
-def opened_together(manifest: Manifest, engine: str, rows: Mapping[str, Any]) -> Iterator[list[str]]:
-    """The adapters to open together: each merged model alone, because it stays in memory."""
-    merged = [name for name in rows if manifest.adapters[name].shapes[engine] == Merged.shape]
-    yield [name for name in rows if name not in merged]
-    yield from ([name] for name in merged)
 
 
 def _golden(runtime: Runtime, name: str, rows: Sequence[TaskRow]) -> GoldenAnswer | None:

@@ -21,7 +21,7 @@ from edgetune.recipe.parts import OutOfScopeSpec
 from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter
-from .golden import opened_together
+from .opened import opened
 
 MAX_ROWS = 300
 """Rows per adapter and format: more make builds longer, and thresholds little better."""
@@ -42,15 +42,12 @@ def with_scopes(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
         return manifest
     progress.say("choosing what is out of scope")
     entries = dict(manifest.adapters)
-    for engine in manifest.base.files:
-        for names in opened_together(manifest, engine, rows):
-            with Runtime.open(bundle, engine=engine, verify=False, preflight=False, contexts=1, disk_mb=0) as runtime:
-                for name in names:
-                    spec = specs[name]
-                    assert spec is not None
-                    scope = _scope(spec, list(_answers(runtime, name, spec.label, rows[name])))
-                    progress.say(f"  {engine} {name}: {described(scope)}")
-                    entries[name] = replace(entries[name], scope={**entries[name].scope, engine: scope})
+    for engine, name, runtime in opened(bundle, manifest, rows):
+        spec = specs[name]
+        assert spec is not None
+        scope = _scope(spec, list(_answers(runtime, name, spec.label, rows[name])))
+        progress.say(f"  {engine} {name}: {described(scope)}")
+        entries[name] = replace(entries[name], scope={**entries[name].scope, engine: scope})
     return replace(manifest, adapters=entries)
 
 
