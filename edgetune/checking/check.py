@@ -55,7 +55,7 @@ def check(
 
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
     reader = _LenientReader()
-    task = read_task(name, recipe, reader)
+    task = read_task(name, _without_copies(name, recipe), reader)
     data = task.spec.data
     sources: dict[str, str | Rows] = {TRAIN: data.train}
     if data.validation is not None:
@@ -117,6 +117,13 @@ class _LenientReader:
             raise UsageError(f"{source} has no rows that can be used{reason}", "correct it")
         self.problems += problems
         return rows
+
+
+def _without_copies(name: str, recipe: Recipe) -> Recipe:
+    """The recipe without changed copies of rows: a copy of a row that is judged would give away its answer."""
+    spec = recipe.adapters[name]
+    plain = spec.model_copy(update={"data": spec.data.model_copy(update={"augment": None})})
+    return recipe.model_copy(update={"adapters": {**recipe.adapters, name: plain}})
 
 
 def _test_beside(train: str | Rows, validation: str | Rows | None) -> str | None:
