@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
@@ -14,7 +13,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune import task_types
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, Columns, Metric, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
 from .augmentation.copies import ChangedRow, copies_of
@@ -25,15 +24,8 @@ from .tokenization import tokenize_rows
 PLAIN_SUFFIX = ".txt"
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
-
-
-class Reader(Protocol):
-    """Reads the rows of a source, as `read_rows` does."""
-
-    def __call__(
-        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
-    ) -> list[TaskRow]:
-        """The rows of `source`."""
+Reader = Callable[..., list[TaskRow]]
+"""Reads the rows of a source, as `read_rows` does."""
 
 
 @dataclass(frozen=True)
