@@ -18,7 +18,7 @@ from edgetune.proposal.files import test_file_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import Columns
 from edgetune.recipe.rows import Rows
-from edgetune.tasks.data import TaskRow, entries, usable_rows
+from edgetune.tasks.data import TaskRow, entries, rows_of
 from edgetune.tasks.task import Task, read_task
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -55,7 +55,7 @@ def check(
 
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
     reader = _LenientReader()
-    task = read_task(name, recipe, reader)
+    task = read_task(name, _without_copies(name, recipe), reader)
     data = task.spec.data
     sources: dict[str, str | Rows] = {TRAIN: data.train}
     if data.validation is not None:
@@ -111,12 +111,22 @@ class _LenientReader:
         self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
     ) -> list[TaskRow]:
         """The rows that can be used; UsageError if there are none."""
-        rows, problems = usable_rows(entries(source), columns, labels=labels)
+        rows: list[TaskRow] = []
+        for where, values in entries(source):
+            try:
+                rows += rows_of(source, [(where, values)], columns, labels=labels)
+            except UsageError as error:
+                self.problems.append((where, error.message.removeprefix(f"{where}: ")))
         if not rows:
-            reason = f": {problems[0][0]}: {problems[0][1]}" if problems else ""
-            raise UsageError(f"{source} has no rows that can be used{reason}", "correct it")
-        self.problems += problems
+            raise UsageError(f"{source} has no rows that can be used", "check it with `edgetune validate`")
         return rows
+
+
+def _without_copies(name: str, recipe: Recipe) -> Recipe:
+    """The recipe without changed copies of rows: a copy of a row that is judged would give away its answer."""
+    spec = recipe.adapters[name]
+    plain = spec.model_copy(update={"data": spec.data.model_copy(update={"augment": None})})
+    return recipe.model_copy(update={"adapters": {**recipe.adapters, name: plain}})
 
 
 def _test_beside(train: str | Rows, validation: str | Rows | None) -> str | None:

@@ -44,6 +44,6 @@ def _left_out(found: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
             places |= dict.fromkeys(finding.where, finding.kind)
         elif finding.kind == REPEAT:
             places |= dict.fromkeys(finding.where[1:], REPEAT)
-        elif finding.kind == SHARED and (TEST in finding.note or not is_split_by_build):
+        elif finding.kind == SHARED and (TEST in finding.splits or not is_split_by_build):
             places |= dict.fromkeys(finding.where, SHARED)
     return places

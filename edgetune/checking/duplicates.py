@@ -31,8 +31,8 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
     firsts = _grouped((group[0] for group in groups.values()), answer_key)
     for alike in firsts.values():
         for cluster in _clusters(alike):
-            splits = sorted({item.split for item in cluster})
-            yield Finding.of(NEAR_REPEAT if len(splits) == 1 else NEAR_SHARED, cluster, ", ".join(splits))
+            in_one = len({item.split for item in cluster}) == 1
+            yield Finding.of(NEAR_REPEAT if in_one else NEAR_SHARED, cluster)
 
 
 def prompt_key(item: SplitRow) -> str:
@@ -97,13 +97,12 @@ def _of_one_prompt(same: Sequence[SplitRow], *, has_one_answer: bool) -> Iterato
     by_answer = _grouped(same, answer_key)
     if len(by_answer) > 1 and has_one_answer:
         yield Finding.of(CONFLICT, same, f"{len(by_answer)} different answers")
-    splits = sorted({item.split for item in same})
-    if len(splits) > 1:
-        yield Finding.of(SHARED, same, ", ".join(splits))
+    if len({item.split for item in same}) > 1:
+        yield Finding.of(SHARED, same)
     for rows in by_answer.values():
-        for split, repeated in _grouped(rows, lambda item: item.split).items():
+        for repeated in _grouped(rows, lambda item: item.split).values():
             if len(repeated) > 1:
-                yield Finding.of(REPEAT, repeated, split)
+                yield Finding.of(REPEAT, repeated)
 
 
 def _clusters(rows: Sequence[SplitRow]) -> list[list[SplitRow]]:

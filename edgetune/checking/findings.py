@@ -44,17 +44,23 @@ class SplitRow:
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem: where its rows are, with their prompts and answers, and what to know about it.
+    """One problem: where its rows are, their splits, prompts and answers, and what to know about it.
 
     `own` is what the model answers instead.
     """
 
     kind: str
     where: tuple[str, ...]
+    splits: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     note: str = ""
     own: str | None = None
+
+    @property
+    def remark(self) -> str:
+        """The note, or the splits if there are several."""
+        return self.note or ", ".join(self.splits if len(self.splits) > 1 else ())
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -67,6 +73,7 @@ class Finding:
         return cls(
             kind,
             tuple(item.row.where for item in rows),
+            tuple(split for split in (TRAIN, VALIDATION, TEST) if any(item.split == split for item in rows)),
             tuple(item.prompt for item in rows),
             tuple(item.row.completion or "" for item in rows),
             note,

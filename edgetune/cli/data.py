@@ -166,7 +166,7 @@ def _print_check(found: TaskCheck) -> None:
 def _line(finding: Finding) -> str:
     places = ", ".join(Path(where).name for where in finding.where[:SHOWN])
     more = len(finding.where) - SHOWN
-    parts = [f"{places} and {more} more" if more > 0 else places, finding.note]
+    parts = [f"{places} and {more} more" if more > 0 else places, finding.remark]
     if finding.prompts:
         parts.append(f"{finding.prompts[0]!r} → {' | '.join(dict.fromkeys(finding.answers))}")
     if finding.own is not None:

@@ -90,20 +90,6 @@ def rows_of(
     labels: Sequence[str] | None = None,
 ) -> list[TaskRow]:
     """The rows of these entries of `source`; raises what `read_rows` does for bad rows and for none."""
-    rows, problems = usable_rows(found, columns, labels=labels)
-    if problems:
-        more = len(problems) - MAX_ERRORS
-        shown = [f"{where}: {reason}" for where, reason in problems[:MAX_ERRORS]]
-        raise UsageError("\n".join(shown + ([f"{source}: and {more} more bad rows"] if more > 0 else [])))
-    if not rows:
-        raise UsageError(f"{source} has no rows", "add at least two rows")
-    return rows
-
-
-def usable_rows(
-    found: Iterable[tuple[str, Any]], columns: Columns | None = None, *, labels: Sequence[str] | None = None
-) -> tuple[list[TaskRow], list[tuple[str, str]]]:
-    """The rows of these entries, and where the bad ones are with the reason."""
     rows, problems = [], []
     for where, values in found:
         try:
@@ -111,8 +97,14 @@ def usable_rows(
                 raise values
             rows.append(_row(where, values, columns, labels))
         except BadRowError as reason:
-            problems.append((where, str(reason)))
-    return rows, problems
+            problems.append(f"{where}: {reason}")
+    if problems:
+        more = len(problems) - MAX_ERRORS
+        shown = problems[:MAX_ERRORS] + ([f"{source}: and {more} more bad rows"] if more > 0 else [])
+        raise UsageError("\n".join(shown))
+    if not rows:
+        raise UsageError(f"{source} has no rows", "add at least two rows")
+    return rows
 
 
 def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:

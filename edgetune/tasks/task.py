@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
@@ -16,7 +15,7 @@ from edgetune import task_types
 from edgetune.confidence import MIN_ROWS
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, Columns, Metric, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
 from .augmentation.copies import ChangedRow, copies_of
@@ -32,15 +31,8 @@ _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
 _NEGATIVE_PARTS = 4
 """One of so many parts of the texts that are out of scope is for validation."""
-
-
-class Reader(Protocol):
-    """Reads the rows of a source, as `read_rows` does."""
-
-    def __call__(
-        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
-    ) -> list[TaskRow]:
-        """The rows of `source`."""
+Reader = Callable[..., list[TaskRow]]
+"""Reads the rows of a source, as `read_rows` does."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .answers import Answer, FieldPath, Scalar
 from .numbers import number_word
@@ -78,6 +79,7 @@ def _overlap(one: Slot, other: Slot) -> bool:
     return any(a.overlaps(b) for a in one.mentions for b in other.mentions)
 
 
+@lru_cache(maxsize=4096)
 def _text_pattern(value: str) -> re.Pattern[str] | None:
     words = [re.escape(word) for word in spoken(value).split()]
     if not words or (len(words) == 1 and len(spoken(value)) < 2 and not value.isdigit()):
@@ -87,6 +89,7 @@ def _text_pattern(value: str) -> re.Pattern[str] | None:
     return re.compile(rf"{_NOT_INSIDE}{said}{plural}{_NOT_BEFORE}", re.IGNORECASE)
 
 
+@lru_cache(maxsize=4096)
 def _number_pattern(value: float) -> re.Pattern[str]:
     forms = [re.escape(f"{value:g}" if isinstance(value, float) else str(value))]
     word = number_word(value)
@@ -106,6 +109,8 @@ def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:
     if text == old:
         return new
     said = _plural(spoken(new)) if is_plural else spoken(new)
+    if text.islower() and not str(old).islower():
+        return said.lower()
     if said.islower() and text[0].isupper():
         return said.upper() if text.isupper() and len(text) > 1 else said[0].upper() + said[1:]
     return said

@@ -50,44 +50,36 @@ class Values:
     """The values that can take the place of others, by field.
 
     `given` are those of the user, `schema` that of the recipe's output. Raises UsageError for a given field that no
-    answer has.
+    answer has, and for given texts where answers have numbers or the reverse.
     """
 
     def __init__(
         self, rows: Sequence[SlottedRow], given: Mapping[str, Sequence[Scalar]], schema: Mapping[str, Any] | None
     ) -> None:
-        fields = {item.answer.field(path) for item in rows for path, _ in item.answer.scalars()}
-        for field in given:
-            if field not in fields:
-                message = f"data.augment.values has the field {field!r}, which no answer has"
-                raise UsageError(message, suggestion(field, sorted(fields)))
+        _check_given(rows, given)
         said = Counter(slot.field for item in rows for slot in item.slots)
         records = [item.answer.record(place) for item in rows for place in range(len(item.answer.parts))]
         having = Counter(field for record in records for field in record)
         self._unsaid = {field for field, count in having.items() if said[field] * 2 < count}
-        self._fixed = {field for field in said if any(_depends(field, other, records) for other in self._unsaid)}
+        # The user knows better.
+        open_fields = said.keys() - given.keys()
+        self._fixed = {field for field in open_fields if any(_depends(field, other, records) for other in self._unsaid)}
         self._given, self._allowed = given, {} if schema is None else dict(_enums(schema))
         self._near: dict[tuple[str, object], dict[Scalar, None]] = {}
         self._all: dict[str, dict[Scalar, None]] = {}
+        self._pools: dict[tuple[str, object, bool], Sequence[Scalar]] = {}
         for item in rows:
             for slot in item.slots:
                 self._near.setdefault((slot.field, self._context(item, slot)), {})[slot.value] = None
                 self._all.setdefault(slot.field, {})[slot.value] = None
 
-    @property
-    def fixed(self) -> set[str]:
-        """The fields that the prompts have, but that depend on others."""
-        return self._fixed
-
     def exchanged(self, item: SlottedRow, rng: random.Random) -> tuple[TaskRow, list[str]] | None:
         """The row with some other values, and what was exchanged; None if there are none that fit."""
-        changes: list[tuple[Slot, Scalar]] = []
-        options = {slot.field: found for slot in item.slots if (found := self._options(item, slot))}
-        chosen = [slot for slot in item.slots if slot.field in options and rng.random() < _EXCHANGED]
+        options = {slot: found for slot in item.slots if len(found := self._options(item, slot)) > 1}
+        chosen = [slot for slot in options if rng.random() < _EXCHANGED]
         if not chosen and options:
-            chosen = [rng.choice([slot for slot in item.slots if slot.field in options])]
-        changes = [(slot, rng.choice(options[slot.field])) for slot in chosen]
-        changes = [(slot, new) for slot, new in changes if new != slot.value]
+            chosen = [rng.choice(list(options))]
+        changes = [(slot, new) for slot in chosen if (new := rng.choice(options[slot])) != slot.value]
         if not changes:
             return None
         prompt = with_values(prompt_of(item.row), changes)
@@ -105,27 +97,29 @@ class Values:
         record = item.answer.record(int(place))
         return tuple(sorted((field, str(record[field])) for field in self._unsaid & record.keys()))
 
-    def _options(self, item: SlottedRow, slot: Slot) -> list[Scalar]:
-        """The values that can take the place of that of a slot."""
+    def _options(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar]:
+        """The values that can take the place of that of a slot, and its own."""
         if slot.field in self._fixed:
             return []
-        near = [*self._near[slot.field, self._context(item, slot)], *self._given.get(slot.field, ())]
         allowed = self._allowed_in(item, slot)
-        if len(near) <= _ENOUGH:
-            near += [*self._all[slot.field], *(allowed or ())]
-        if not isinstance(slot.value, str):
-            near += _between([value for value in near if not isinstance(value, str)])
-        is_text = isinstance(slot.value, str)
+        pool = self._pool(slot.field, self._context(item, slot), is_text=isinstance(slot.value, str))
+        if allowed is not None:
+            pool = [value for value in dict.fromkeys([*pool, *allowed]) if value in allowed]
         grounds = _other_texts(item.row)
-        is_grounded = bool(mentions_of(grounds, slot.value))
-        return [
-            value
-            for value in dict.fromkeys(near)
-            if isinstance(value, str) == is_text
-            and value != slot.value
-            and (allowed is None or value in allowed)
-            and (not is_grounded or mentions_of(grounds, value))
-        ]
+        if mentions_of(grounds, slot.value):
+            pool = [value for value in pool if mentions_of(grounds, value)]
+        return pool
+
+    def _pool(self, field: str, context: object, *, is_text: bool) -> Sequence[Scalar]:
+        """The values of a field in rows with the same unsaid fields, in all rows where these are few, and the given."""
+        key = (field, context, is_text)
+        if key not in self._pools:
+            near = {**self._near.get((field, context), {}), **dict.fromkeys(self._given.get(field, ()))}
+            if len(near) <= _ENOUGH:
+                near |= self._all[field]
+            fitting = [value for value in near if isinstance(value, str) == is_text]
+            self._pools[key] = fitting if is_text else _between(fitting)
+        return self._pools[key]
 
     def _allowed_in(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar] | None:
         """The values that the schema of the output, or of a function, lists for a field; None if it lists none."""
@@ -142,14 +136,28 @@ def _other_texts(row: TaskRow) -> str:
     return "\n".join([*turns, row.tools.text if row.tools else ""])
 
 
-def _between(numbers: Sequence[float]) -> list[int]:
-    """Whole numbers between the smallest and the largest, in steps that all of them have in common."""
-    if len(set(numbers)) < 2 or not all(isinstance(number, int) for number in numbers):
-        return []
-    whole = [int(number) for number in numbers]
-    step = math.gcd(*(number - min(whole) for number in whole))
-    most = 1000
-    return list(range(min(whole), max(whole) + 1, step))[:most]
+def _check_given(rows: Sequence[SlottedRow], given: Mapping[str, Sequence[Scalar]]) -> None:
+    types: dict[str, set[bool]] = {}
+    for item in rows:
+        for path, value in item.answer.scalars():
+            types.setdefault(item.answer.field(path), set()).add(isinstance(value, str))
+    for field, values in given.items():
+        if field not in types:
+            message = f"data.augment.values has the field {field!r}, which no answer has"
+            raise UsageError(message, suggestion(field, sorted(types)))
+        for value in values:
+            if isinstance(value, str) not in types[field]:
+                kind, other = ("text", "numbers") if isinstance(value, str) else ("number", "texts")
+                message = f"data.augment.values.{field} has the {kind} {value!r}, and the answers have {other} there"
+                raise UsageError(message, f"give {other}")
+
+
+def _between(numbers: Sequence[Scalar]) -> Sequence[Scalar]:
+    """Whole numbers between the smallest and the largest, in steps that all have in common; others as they are."""
+    whole = [number for number in numbers if isinstance(number, int)]
+    if len(whole) < max(2, len(numbers)):
+        return numbers
+    return range(min(whole), max(whole) + 1, math.gcd(*(number - min(whole) for number in whole)))
 
 
 def _depends(field: str, other: str, records: Sequence[Mapping[str, Scalar]]) -> bool:

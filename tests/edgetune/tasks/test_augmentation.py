@@ -81,6 +81,8 @@ def test_values_of_the_user_are_used_and_unknown_fields_refused() -> None:
     assert any(answer["area"] == "wine_cellar" and "Wine cellar" in prompt for prompt, answer in made)
     with pytest.raises(UsageError, match="the field 'aera', which no answer has; did you mean 'area'"):
         copied(ORDERS, values={"aera": ["porch"]})
+    with pytest.raises(UsageError, match="has the number 4, and the answers have texts there; give texts"):
+        copied(ORDERS, values={"area": ["porch", 4]})
 
 
 def test_values_of_a_schema_are_used_and_others_are_not() -> None:
@@ -137,14 +139,26 @@ def test_values_that_overlap_or_are_part_of_words_are_no_values() -> None:
     assert mentions_of("at 17:29, 29.5 and 29", 29) == [Mention(19, 21)]
 
 
-def test_plurals_stay_plurals() -> None:
+def test_names_are_written_in_the_case_of_the_ones_before() -> None:
     rows = [
-        {"prompt": f"turn {state} all {device}s", "completion": {"state": state, "device": device}}
-        for device in ("lamp", "fan", "switch")
-        for state in ("on", "off")
+        {"prompt": f"what is the {text}", "completion": {"name": name}}
+        for text, name in (("office lamp", "Office Lamp"), ("Hall Fan", "Hall Fan"), ("Den Light", "Den Light"))
     ]
-    for prompt, answer in pairs(copied([row for row in rows if "switchs" not in row["prompt"]] + rows[4:5], **QUIET)):
-        assert f"all {answer['device']}{'es' if answer['device'] == 'switch' else 's'}" in prompt
+    for changed, (prompt, answer) in zip(made := copied(rows, **QUIET), pairs(made), strict=True):
+        is_lower = changed.source.where == "row 1"
+        assert prompt == f"what is the {answer['name'].lower() if is_lower else answer['name']}"
+
+
+def test_plurals_stay_plurals() -> None:
+    plurals = {"lamp": "lamps", "fan": "fans", "switch": "switches"}
+    rows = [
+        {"prompt": f"{verb} all {plural}", "completion": {"do": verb, "device": device}}
+        for device, plural in plurals.items()
+        for verb in ("dim", "stop")
+    ]
+    made = pairs(copied(rows[:3] + rows[4:5], **QUIET))
+    assert made
+    assert all(prompt == f"{answer['do']} all {plurals[answer['device']]}" for prompt, answer in made)
 
 
 def test_a_value_that_is_listed_elsewhere_is_exchanged_for_one_that_is_too() -> None:
