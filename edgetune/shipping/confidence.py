@@ -19,7 +19,7 @@ from edgetune.progress import Progress
 from .exported import TrainedAdapter
 from .golden import opened_together
 
-MAX_ROWS = 256
+MAX_ROWS = 200
 """Answers per adapter and format: more make builds longer, and curves little better."""
 
 
