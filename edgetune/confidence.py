@@ -18,10 +18,11 @@ MIN_ROWS = 20
 """Answers of a kind that a curve needs."""
 _FOLDS = 5
 _BINS = 10
-_PRIOR_MEAN = np.array([0.5, 0.0])
-_PRIOR_PRECISION = np.diag([4.0, 0.25])
-"""Of slope and offset. Tuned models are too sure, so that log odds count half as much before any row is seen."""
+_PRIOR_MEAN = np.array([1.0, 0.0])
+_PRIOR_PRECISION = np.diag([1.0, 0.25])
+"""Of slope and offset: before any row is seen, a model is as sure as it should be."""
 _STEPS, _PRECISION = 50, 1e-6
+_DRAWS = 200
 
 
 class RatedAnswer(NamedTuple):
@@ -46,7 +47,7 @@ def fit_curves(answers: Sequence[RatedAnswer]) -> dict[str, ConfidenceCurve]:
     return {kind: _curve([answer for answer in answers if answer.kind == kind]) for kind in kinds}
 
 
-def bins_of(confidences: Sequence[float], right: Sequence[bool]) -> list[Bin]:
+def bins_of(confidences: Sequence[float], right: Sequence[bool] | NDArray[np.bool_]) -> list[Bin]:
     """The answers by confidence, in tenths of the range from 0 to 1 that have any."""
     values, is_right = np.asarray(confidences, float), np.asarray(right, bool)
     tenths = np.minimum((values * _BINS).astype(int), _BINS - 1)
@@ -59,19 +60,30 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return sum(abs(each.confidence - each.right) * each.rows for each in bins) / sum(each.rows for each in bins)
 
 
+def error_by_chance(confidences: Sequence[float]) -> float:
+    """The calibration error that as many answers have on average if each confidence is exactly right.
+
+    With 10 answers in a bin, the share of right ones is some 0.1 from the mean confidence by chance alone.
+    """
+    values, draws = np.asarray(confidences), np.random.default_rng(0).random((_DRAWS, len(confidences)))
+    return float(np.mean([calibration_error(bins_of(confidences, draw < values)) for draw in draws]))
+
+
 def _curve(answers: Sequence[RatedAnswer]) -> ConfidenceCurve:
     right = [answer.is_right for answer in answers]
     share = round(sum(right) / len(right), 4)
     if len(answers) < MIN_ROWS:
         return ConfidenceCurve(len(answers), share)
     slope, offset = _fitted(answers)
-    bins = bins_of(_left_out(answers), right)
+    left_out = _left_out(answers)
+    bins = bins_of(left_out, right)
     return ConfidenceCurve(
         len(answers),
         share,
         round(slope, 4),
         round(offset, 4),
         round(calibration_error(bins), 4),
+        round(error_by_chance(left_out), 4),
         tuple((round(each.confidence, 4), round(each.right, 4), each.rows) for each in bins),
     )
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.bundle import MARK, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
 from pydantic.fields import FieldInfo
@@ -232,7 +232,10 @@ def _refusals(spec: MethodSpec, targets: Sequence[str]) -> dict[str, str]:
 
 
 def _one_task(recipe: Recipe, task: str) -> Recipe:
-    return recipe.model_copy(update={"adapters": {task: recipe.adapters[task]}, "route": None})
+    # Nobody asks a trial how sure it is.
+    unrated = {"confidence": False, "min_confidence": None, "unsure": MARK, "ask": None}
+    adapter = recipe.adapters[task].model_copy(update=unrated)
+    return recipe.model_copy(update={"adapters": {task: adapter}, "route": None})
 
 
 def _key(trial: Trial, fingerprint: str) -> str:

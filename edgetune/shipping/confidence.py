@@ -18,7 +18,7 @@ from edgetune.progress import Progress
 from .exported import TrainedAdapter
 from .opened import opened
 
-MAX_ROWS = 256
+MAX_ROWS = 200
 """Answers per adapter and format: more make builds longer, and curves little better."""
 
 
@@ -56,6 +56,8 @@ def described(curves: Mapping[str, ConfidenceCurve]) -> str:
     parts = []
     for kind, curve in curves.items():
         what = f"{curve.right:.1%} of {curve.rows} {kind} answers right"
-        error = "too few for a confidence" if curve.error is None else f"calibration error {curve.error:.3f}"
+        error = "too few for a confidence"
+        if curve.slope is not None:
+            error = f"calibration error {curve.error:.3f}, {curve.error_by_chance:.3f} by chance"
         parts.append(f"{what}, {error}")
     return "; ".join(parts) or "no complete answers"
