@@ -40,7 +40,7 @@ def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator
 def kept(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
     """The answers, each once it is written to the end of a log, so that none has to be asked again."""
     for entry in entries:
-        with log.open("a", encoding="utf-8") as file:
+        with log.open("a", encoding="utf-8", errors="replace") as file:
             file.write(line_of(entry))
         yield entry
 
@@ -48,7 +48,7 @@ def kept(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
 def write_questions(entries: Sequence[LoggedAnswer], path: Path) -> None:
     """Write the answers as a log, to be completed with their corrections."""
     with replacing(path) as temporary:
-        temporary.write_text("".join(map(line_of, entries)), encoding="utf-8")
+        temporary.write_text("".join(map(line_of, entries)), encoding="utf-8", errors="replace")
 
 
 def _key(entry: LoggedAnswer) -> tuple[str | None, str]:

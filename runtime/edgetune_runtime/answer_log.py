@@ -100,7 +100,7 @@ class AnswerLog:
 
     def _write(self, entry: LoggedAnswer) -> None:
         line = line_of(entry)
-        size = len(line.encode())
+        size = len(line.encode(errors="replace"))
         if size > self._max_bytes // 2:
             _LOG.warning("did not log an answer of %d bytes, as %s may have %d", size, self.path, self._max_bytes)
             return
@@ -121,7 +121,8 @@ class AnswerLog:
 
     def _append(self, text: str) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+        # A model may write half a surrogate pair.
+        with os.fdopen(descriptor, "a", encoding="utf-8", errors="replace") as file:
             file.write(text)
 
     def _redacted(self, message: Message) -> Message:
@@ -166,7 +167,7 @@ def _entries(path: Path) -> Iterator[tuple[str, LoggedAnswer]]:
                 continue
             try:
                 yield where, _entry(raw)
-            except (TypeError, UsageError) as error:
+            except (TypeError, UsageError, RecursionError) as error:
                 raise VerificationError(f"{where} is no line of a log: {error}", "remove the line") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import AUTO, MANIFEST_NAME
+from edgetune_runtime.answer_log import read_answer_log
+from edgetune_runtime.bundle import AUTO, MANIFEST_NAME, read_manifest
 from edgetune_runtime.cli.main import make_parser
 from edgetune_runtime.routing.classifier import ROUTER_FILE
 
@@ -24,7 +26,7 @@ from .forms.json_file import Checked, Json, Safetensors
 from .forms.protobuf import Protobuf
 from .forms.raw import Bytes, Form
 from .forms.text import Text
-from .names import ADAPTERS, KIT, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+from .names import ADAPTERS, KIT, LOG, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
 
 Open = Callable[[bytes], None]
 """Opens a changed file, as an app does; it may raise an EdgetuneError and no other error."""
@@ -207,6 +209,30 @@ def _recipe(folder: Path) -> Open:
     return open_changed
 
 
+def _log(folder: Path) -> Open:
+    from edgetune.learning.rows import learned_rows, values_of  # noqa: PLC0415 - as above
+    from edgetune.recipe.parts import AdapterSpec, DataSpec, TrainingSpec  # noqa: PLC0415
+    from edgetune.tasks.data import read_rows  # noqa: PLC0415
+    from edgetune.tasks.task import Task  # noqa: PLC0415
+
+    manifest = read_manifest(folder / ADAPTERS)
+    task = Task(LORA, AdapterSpec(data=DataSpec(train=LOG)), TrainingSpec(), [], [], (), "exact")
+
+    def open_changed(data: bytes) -> None:
+        # A line per answer.
+        _replace(folder / LOG, b" ".join(data.splitlines()) + b"\n")
+        entries = [entry for entry in read_answer_log(folder / LOG, manifest) if entry.correction is not None]
+        for entry in entries:
+            others = [dataclasses.replace(entry, id=str(n), messages=_asked(n)) for n in range(4)]
+            read_rows(values_of(LORA, learned_rows(task, [*others, entry]).train))
+
+    return open_changed
+
+
+def _asked(number: int) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": f"{QUESTION} {number}"},)
+
+
 def _bundle_kind(bundle: str, file: str, form: Form, adapter: str | None = None) -> Kind:
     return Kind(f"{bundle}/{file}", form, partial(_in_bundle, bundle, file, adapter))
 
@@ -235,6 +261,7 @@ KINDS = {
     ),
     "model-config": Kind(f"{MODEL}/config.json", Json(), partial(_model, "config.json")),
     "model-weights": Kind(f"{MODEL}/model.safetensors", Safetensors(), partial(_model, "model.safetensors")),
+    "answer-log": Kind(LOG, Json(), _log),
     "recipe": Kind(RECIPE, Text(fragments.RECIPE), _recipe),
 }
 

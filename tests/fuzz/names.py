@@ -3,5 +3,6 @@
 PLAIN, ADAPTERS, ONNX = "plain", "adapters", "onnx"
 """Bundles: the base alone, in GGUF; with a LoRA, a prefix and a draft table; the LoRA and its base in ONNX."""
 STATES, SESSION, KIT, PEFT, MODEL, RECIPE = "states", "session.kv", "kit.json", "peft", "model", "recipe.yaml"
+LOG = "answers.jsonl"
 LORA, PREFIX = "lora", "prefix"
 QUESTION = "turn on the light"

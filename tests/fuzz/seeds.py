@@ -12,13 +12,14 @@ from edgetune_export.adapters.shapes import Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.prefix import write_prefix
 from edgetune_runtime import Runtime
+from edgetune_runtime.answer_log import AnswerLog, line_of, read_answer_log
 from edgetune_runtime.bundle import GENERATE, AdapterEntry, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_file import cache_shape, read_header
 from kits import KitMaker
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 
-from .names import ADAPTERS, KIT, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+from .names import ADAPTERS, KIT, LOG, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
 
 SYSTEM = "answer in one word and play " * 6
 _RECIPE = """\
@@ -64,6 +65,7 @@ def write_seeds(folder: Path, source: Source, model: Path) -> Path:
     _add_parts(work / ADAPTERS, source)
     _onnx_bundle(work / ONNX, source, adapters)
     _states(work)
+    _log(work)
     (work / KIT).write_text(_kit(), encoding="utf-8")
     _peft(work / PEFT, source)
     _copy(model, work / MODEL)
@@ -109,6 +111,15 @@ def _onnx_bundle(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) 
         for name, entry in manifest.adapters.items()
     }
     write_manifest(bundle, replace(manifest.base, files={"onnx": manifest.base.files["onnx"]}), entries)
+
+
+def _log(work: Path) -> None:
+    """A log of one answer, corrected before it was read."""
+    log = AnswerLog(work / LOG, read_manifest(work / ADAPTERS))
+    chat = [{"role": "system", "content": "be short"}, {"role": "user", "content": QUESTION}]
+    log.answered(chat, "light.on", adapter=LORA, confidence=0.5)
+    (entry,) = read_answer_log(log.path, read_manifest(work / ADAPTERS))
+    log.path.write_text(line_of(replace(entry, correction="light.off")), encoding="utf-8")
 
 
 def _states(work: Path) -> None:

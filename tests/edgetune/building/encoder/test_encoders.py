@@ -356,7 +356,7 @@ def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str],
 
 
 def test_the_plain_base_cannot_be_scored(built: Built) -> None:
-    with pytest.raises(UsageError, match="bundle 'home' only classifies text"):
+    with pytest.raises(UsageError, match="with the labels of one adapter, not of 0; choose one of: place, power"):
         evaluate(built.bundle, None, built.recipe.with_name("place.jsonl"), progress=QUIET)
 
 
