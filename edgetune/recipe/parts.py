@@ -230,6 +230,8 @@ class DataSpec(RecipePart):
     """Validation rows, given like `train`. null: part of the training rows is held out."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that is held out for validation if `validation` is not given."""
+    rows: PositiveInt | None = None
+    """Train on at most this many of the training rows, chosen by the seed. null: all."""
     columns: Columns | None = None
     """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"

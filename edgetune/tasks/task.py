@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,12 @@ def read_task(name: str, recipe: Recipe) -> Task:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read_rows(spec.data.validation, spec.data.columns, labels=labels or None)
-    return Task(name, spec, training, train, validation, labels, metric)
+    return Task(name, spec, training, _first(train, spec.data.rows, training.seed), validation, labels, metric)
+
+
+def _first(rows: list[TaskRow], count: int | None, seed: int) -> list[TaskRow]:
+    """`count` of the rows in a random order, so that more rows contain all of fewer; all rows in theirs without one."""
+    return rows if count is None else random.Random(seed).sample(rows, len(rows))[:count]
 
 
 @dataclass(frozen=True)
