@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.few_rows_setups import DEVICES, TASKS, WAYS, adapter_of, make_devices, rows_of
+from benchmarks.few_rows_setups import DEFAULT_WAYS, DEVICES, TASKS, WAYS, adapter_of, make_devices, rows_of
 from edgetune.evaluation import evaluate
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="numbers of rows, with those held out")
     parser.add_argument("--seeds", type=int, default=3, help="choices of the rows (default: %(default)s)")
-    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), metavar="WAY")
+    parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=DEFAULT_WAYS, metavar="WAY")
     parser.add_argument("--test-rows", type=int, default=150, help="most rows to score (default: %(default)s)")
     parser.add_argument("--finished", action="store_true", help="report the finished runs, train nothing")
     options = BENCHMARK.options(parser, rows=[12], seeds=1, test_rows=4)
@@ -106,7 +106,7 @@ def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Pat
         "base": options.base,
         "context_length": 512,
         "training": {"seed": draw.seed},
-        "adapters": {way: common | WAYS[way](draw.rows) for way in ways},
+        "adapters": {way: _with_way(common, WAYS[way](draw.rows)) for way in ways},
     }
     from edgetune.building.pipeline import build  # after the options, as it takes seconds
 
@@ -120,6 +120,10 @@ def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Pat
     with (work / "runs.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(run)}\n" for run in runs)
     return runs
+
+
+def _with_way(common: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    return {**common, **keys, "data": {**common["data"], **keys.get("data", {})}}
 
 
 def _summary(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edgetune.recipe.parts import DataSpec
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEVICES = "devices"
 
@@ -107,9 +109,22 @@ def _until_overfit(rows: int) -> dict[str, Any]:
     return {"training": {"epochs": max(3, min(round(3000 / trained), 20)), "batch_size": batch}}
 
 
+def _auto(method: Mapping[str, Any] | None = None, **training: object) -> Callable[[int], dict[str, Any]]:
+    """`training: auto`, with these options in place of what it chooses."""
+    own = {} if method is None else {"method": {"name": "lora", **method}}
+    return lambda _: {"training": {"auto": True, **training}, **own}
+
+
 WAYS: Mapping[str, Callable[[int], dict[str, Any]]] = {
     "defaults": lambda _: {},
     "until-overfit": _until_overfit,
-    "auto": lambda _: {"training": "auto"},
+    "auto": _auto(),
+    "augment": lambda _: {"training": "auto", "data": {"augment": True}},
+    "rate-5e-4": _auto(learning_rate=5e-4),
+    "rate-2e-3": _auto(learning_rate=2e-3),
+    "rank-8": _auto({"r": 8, "lora_alpha": 16}),
+    "rank-32": _auto({"r": 32, "lora_alpha": 64}),
+    "dropout": _auto({"lora_dropout": 0.1}),
 }
-"""The ways to train, as keys of an adapter by the number of its rows."""
+"""The ways to train, as keys of an adapter by the number of its rows; the first ones are what `few_rows.py` runs."""
+DEFAULT_WAYS = tuple(WAYS)[:4] if "augment" in DataSpec.model_fields else tuple(WAYS)[:3]

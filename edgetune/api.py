@@ -197,14 +197,17 @@ def compare(
     targets: Sequence[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     data: AnyRows = None,
-    rows: int = 100,
+    limit: int = 100,
+    rows: Sequence[int] = (),
     engine: str = "local",
     on_progress: OnProgress | None = None,
 ) -> Comparison:
     """Train, export and measure each method, at each rank, on one task of a recipe, and recommend one.
 
+    With `rows`, each is trained on each of these numbers of rows, and the result says what more rows would give.
+
     `out` gets the trials, which resume after an interruption, tables and plots. Keys of `settings` are dotted keys of
-    the recipe; those that begin with a method's name apply only to that method. At most `rows` rows of `data`, by
+    the recipe; those that begin with a method's name apply only to that method. At most `limit` rows of `data`, by
     default the task's validation rows, are scored. `engine` is where trials run: local, or ray for a Ray cluster.
 
     Raises KeyboardInterrupt for Ctrl-C, with finished trials kept; EdgetuneError for a wrong request, and if no trial
@@ -227,6 +230,7 @@ def compare(
         targets=targets,
         settings=settings or {},
         data=None if data is None else save_source(_source("data", data), saved),
+        limit=limit,
         rows=rows,
     )
     with _interruptible():

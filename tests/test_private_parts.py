@@ -235,23 +235,6 @@ def test_the_ggml_library_beside_llama_cpp_converts_rows() -> None:
     assert [name for name in functions if not hasattr(ggml, name)] == []
 
 
-def test_ggml_has_the_functions_and_the_tensors_that_models_with_slots_are_made_of() -> None:
-    from edgetune_runtime.engines.gguf.slots.native import Tensor, ggml, matrix_product  # noqa: PLC0415 - heavy
-
-    # A tensor in a context has a header of 32 bytes.
-    assert ctypes.sizeof(Tensor) + 32 == ggml().ggml_tensor_overhead()
-    with matrix_product(2, 64, 3) as (weight, product):
-        assert (weight.contents.type, list(weight.contents.ne), list(weight.contents.nb)) == (
-            2,
-            [64, 3, 1, 1],
-            [18, 36, 108, 108],
-        )
-        assert list(product.contents.src[:2]) == [ctypes.addressof(weight.contents), product.contents.src[1]]
-        assert (weight.contents.buffer, weight.contents.data, weight.contents.extra) == (None, None, None)
-        ggml().ggml_set_name(weight, b"named")
-        assert weight.contents.name == b"named"
-
-
 def test_uvicorn_has_the_parts_of_its_server_and_of_its_h11_protocol_that_are_overridden() -> None:
     import uvicorn  # noqa: PLC0415 - only the runtime's server needs it
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle  # noqa: PLC0415

@@ -62,7 +62,8 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         base: Base = builder.make_base(plan, work, progress, None)
 
     def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
-        part = replace(task, train=train, validation=validation, training=options)
+        # Changed copies of the rows that are judged would tell their answers.
+        part = replace(task, train=train, copies=(), validation=validation, choosing=validation, training=options)
         return builder.jobs(plan, [part], base, Progress(quiet=True))[0]
 
     rows = [*task.train, *task.validation]

@@ -44,27 +44,32 @@ def compare(
     data: Annotated[
         str | None, data_option(metavar="FILE", help="Rows to score on (default: the task's validation rows).")
     ] = None,
-    rows: Annotated[int, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
+    limit: Annotated[int, data_option(min=1, metavar="N", help="Score at most N rows, spread evenly.")] = 100,
+    rows: Annotated[
+        str | None, data_option(metavar="30,100", help="Numbers of training rows to try (default: all rows).")
+    ] = None,
     engine: RunsOn = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare methods on one task.
 
-    Trains, exports and measures each method, also on the device's engines, and recommends one. A --set key that begins
-    with a method's name applies only to that method: --set lora.target_modules=q_proj, --set full.training.epochs=1.
-    An interrupted comparison resumes where it stopped.
+    Trains, exports and measures each method, also on the device's engines, and recommends one. With --rows 30,100,300,
+    trains each on these numbers of rows and estimates what more rows would give. A --set key that begins with a
+    method's name applies only to that method: --set lora.target_modules=q_proj, --set full.training.epochs=1. An
+    interrupted comparison resumes where it stopped.
     """
     comparison = edgetune.compare(
         recipe,
         task,
         names_of(methods),
         out,
-        ranks=_ranks(ranks),
+        ranks=_numbers("ranks", ranks),
         targets=None if targets is None else targets_of(targets),
         settings=settings_of(settings),
         data=data,
-        rows=rows,
+        limit=limit,
+        rows=_numbers("rows", rows),
         engine=engine,
         on_progress=shown_unless(quiet),
     )
@@ -74,11 +79,12 @@ def compare(
         _print_tables(comparison, out)
 
 
-def _ranks(joined: str | None) -> list[int]:
+def _numbers(option: str, joined: str | None) -> list[int]:
     try:
         return [] if joined is None else [int(text) for text in names_of(joined)]
     except ValueError as error:
-        raise UsageError(f"--ranks: {joined!r} is not a list of whole numbers", "write it as --ranks 4,16") from error
+        message = f"--{option}: {joined!r} is not a list of whole numbers"
+        raise UsageError(message, f"write it as --{option} 4,16") from error
 
 
 def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
@@ -104,6 +110,8 @@ def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
         if chosen.undecided:
             print(f"no trial can be recommended by score: {chosen.undecided}")
         print(f"recommended: {chosen.reason}")
+    for sentence in comparison.more_rows:
+        print(sentence)
     print(out / "compare.html")
 
 

@@ -23,6 +23,7 @@ class Column:
 
 TRAINING = (
     Column("trial", "method and rank"),
+    Column("rows", "that were trained on"),
     Column("trainable", "parameters that training changes"),
     Column("%", "of the base's parameters"),
     Column("seconds", "of training, validation included"),
@@ -67,6 +68,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
             continue
         yield (
             outcome.name,
+            f"{outcome.trained_rows:,}",
             f"{training.trainable_parameters:,}",
             f"{training.trainable_share:.2%}".removesuffix("%"),
             f"{training.seconds:.0f}" if training.seconds >= 10 else f"{training.seconds:.1f}",

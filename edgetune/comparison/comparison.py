@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .curves import curves_of
 from .figures import TrialResult
 from .recommend import Recommendation
 
@@ -20,6 +21,11 @@ class Comparison:
     rows: int
     outcomes: Sequence[TrialResult]
     recommended: Recommendation | None
+
+    @property
+    def more_rows(self) -> list[str]:
+        """What more training rows would give, a sentence per method and rank; empty without learning curves."""
+        return [curve.outlook for curve in curves_of(self.outcomes)]
 
     def to_json(self) -> dict[str, Any]:
         """The contents of compare.json and the output of `--json`.
@@ -36,4 +42,5 @@ class Comparison:
             "target": self.recommended and self.recommended.target,
             "reason": self.recommended and self.recommended.reason,
             "undecided": (self.recommended and self.recommended.undecided) or None,
+            "more_rows": self.more_rows,
         }

@@ -82,6 +82,7 @@ class BoardFit:
 class TrialResult:
     """One row of a comparison. If the trial is not `done`, `reason` says why in one line.
 
+    `rows` is how many rows were scored, `trained_rows` the number of training rows.
     `torch_score` is the score of the checkpoint before export; `refused` maps formats to why they do not support the
     method. `placement` has what was tried for `target_modules: auto`, as from `PlacementChoice.to_json`.
     """
@@ -99,6 +100,7 @@ class TrialResult:
     refused: Mapping[str, str] = field(default_factory=dict)
     board: BoardFit | None = None
     placement: Mapping[str, Any] | None = None
+    trained_rows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""

@@ -51,15 +51,17 @@ class Request:
     targets: Sequence[str] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
-    rows: int = 100
+    limit: int = 100
+    rows: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One method at one rank to train, export and measure, as JSON values; each trial runs in a separate process.
+    """A method at one rank, on a number of training rows (None: all), to train, export and measure, as JSON values.
 
-    `overrides` are changes to the recipe; `targets` are the formats that support the method, `refused` maps the others
-    to the reason. `key` identifies everything that the outcome depends on.
+    Each trial runs in a separate process. `overrides` are changes to the recipe; `targets` are the formats that support
+    the method, `refused` maps the others to the reason. At most `limit` rows are scored. `key` identifies everything
+    that the outcome depends on.
     """
 
     name: str
@@ -71,7 +73,8 @@ class Trial:
     targets: Sequence[str]
     folder: str
     data: str | None
-    rows: int
+    limit: int
+    rows: int | None
     refused: Mapping[str, str] = field(default_factory=dict)
     key: str = ""
 
@@ -119,7 +122,8 @@ def trials_of(request: Request, recipe: Recipe, fingerprint: str) -> list[Trial]
     for name in dict.fromkeys(request.methods):
         key = _rank_key(methods.load(name).options.model_fields)
         for rank in dict.fromkeys(request.ranks) if key and request.ranks else (None,):
-            trials.append(_trial(request, recipe, name, rank, fingerprint))
+            for rows in dict.fromkeys(request.rows) or (None,):
+                trials.append(_trial(request, recipe, name, rank, fingerprint, rows=rows))
     return trials
 
 
@@ -131,9 +135,14 @@ def _check_lists(request: Request) -> None:
     for rank in request.ranks:
         if rank < 1:
             raise UsageError(f"--ranks: {rank} is not a rank", "use whole numbers of at least 1")
+    for rows in request.rows:
+        if rows < 1:
+            raise UsageError(f"--rows: {rows} is not a number of training rows", "use whole numbers of at least 1")
 
 
-def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fingerprint: str) -> Trial:
+def _trial(
+    request: Request, recipe: Recipe, method: str, rank: int | None, fingerprint: str, *, rows: int | None
+) -> Trial:
     common, by_method = _split(request)
     settings = by_method.get(method, {})
     training = {key: value for key, value in settings.items() if key.startswith("training.")}
@@ -141,6 +150,7 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
     prefix = f"adapters.{request.task}"
     overrides = {
         **common,
+        **({} if rows is None else {f"{prefix}.data.rows": rows}),
         f"{prefix}.merged": False,
         f"{prefix}.method": _options(recipe.adapters[request.task].method, method, rank),
         **{f"{prefix}.{key}": value for key, value in training.items()},
@@ -151,6 +161,7 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
     key = _rank_key(type(spec.options).model_fields)
     used_rank = None if key is None else getattr(spec.options, key)
     name = method if used_rank is None else f"{method}-r{used_rank}"
+    name = name if rows is None else f"{name}-{rows}rows"
     refused = _refusals(spec, loaded.targets)
     supported = [target for target in loaded.targets if target not in refused]
     if supported:
@@ -165,7 +176,8 @@ def _trial(request: Request, recipe: Recipe, method: str, rank: int | None, fing
         targets=supported,
         folder=str(request.out.resolve() / "trials" / name),
         data=request.data,
-        rows=request.rows,
+        limit=request.limit,
+        rows=rows,
         refused=refused,
     )
     return replace(trial, key=_key(trial, fingerprint))
@@ -244,5 +256,5 @@ def _key(trial: Trial, fingerprint: str) -> str:
     data = recipe.adapters[trial.task].data
     sources = [str(source) for source in (data.train, data.validation, trial.data) if source is not None]
     files = {source: sha256_of(Path(source)) if Path(source).is_file() else source for source in sources}
-    state = [version("edgetune"), fingerprint, recipe.resolved(), trial.rows, files]
+    state = [version("edgetune"), fingerprint, recipe.resolved(), trial.limit, files]
     return key_of(state)

@@ -1,4 +1,4 @@
-"""Plots a comparison as PNG files: score against size, score against decoding speed, and loss curves."""
+"""Plots a comparison as PNG files: score against size, speed and training rows, and loss curves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import backends
 
 from .columns import BUSY
+from .curves import curves_of
 from .figures import LOWER_IS_BETTER, EngineFigures, TrialResult
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
         ("score-speed.png", _speeds, speeds + busy),
         ("loss.png", _losses, "Validation loss during training; a ring marks the checkpoint that ships"),
     )
+    if curves_of(done):
+        drawn += (("rows.png", _rows, "Score on the device against the number of training rows"),)
     pictures = []
     for name, draw, caption in drawn:
         draw(done).savefig(out / name)
@@ -102,6 +105,23 @@ def _losses(done: Sequence[TrialResult]) -> Figure:
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis, [low, high])
     _add_legend(axes, [outcome.name for outcome in done])
+    return figure
+
+
+def _rows(done: Sequence[TrialResult]) -> Figure:
+    """Learning curves, with bands of one standard error."""
+    curves = curves_of(done)
+    figure, axes = _figure(done[0].metric)
+    for curve, color in zip(curves, _colors(len(curves)), strict=True):
+        scores, errors = zip(*((point.score, point.standard_error) for point in curve.figures), strict=True)
+        low, high = ([score + sign * error for score, error in zip(scores, errors, strict=True)] for sign in (-1, 1))
+        axes.plot(curve.rows, scores, "o-", color=color)
+        axes.fill_between(curve.rows, low, high, color=color, alpha=0.15)
+    counts = sorted({count for curve in curves for count in curve.rows})
+    axes.set(xlabel="training rows", xscale="log")
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    _add_legend(axes, [curve.name for curve in curves])
     return figure
 
 

@@ -87,6 +87,10 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     check_folder(request.out)
     recipe = recipe_of(request)
     task = read_task(request.task, recipe)
+    most = max(request.rows, default=0)
+    if most > len(task.train):
+        message = f"--rows: {most} is more than the {len(task.train)} training rows of {request.task}"
+        raise UsageError(message, f"use at most {len(task.train)}")
     if request.data is not None:
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
     source = bases.find(recipe, download=True)
@@ -112,7 +116,9 @@ def _compared(task: str, base: str, outcomes: Sequence[TrialResult]) -> Comparis
     first = done[0] if done else None
     ordered = [*sorted(done, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
     metric, rows = (first.metric, first.rows) if first else ("", 0)
-    return Comparison(task, base, metric, rows, ordered, recommend(outcomes))
+    most = max((outcome.trained_rows for outcome in done), default=0)
+    chosen = recommend([outcome for outcome in done if outcome.trained_rows == most])
+    return Comparison(task, base, metric, rows, ordered, chosen)
 
 
 def _best(outcome: TrialResult) -> float:

@@ -40,7 +40,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     if trial.data is not None:
         rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
     built = build(recipe, bundle, progress=progress)
-    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.rows), progress)
+    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.limit), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)
@@ -55,6 +55,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         training=_training(built.figures[trial.task], work / "train" / trial.task / "log.jsonl"),
         metric=first.metric,
         rows=first.rows,
+        trained_rows=len(task.train),
         torch_score=in_torch.score,
         engines={t: measured.on_engine(t, evaluation, merged[t]) for t, evaluation in scored.items()},
         refused=trial.refused,

@@ -226,6 +226,8 @@ class DataSpec(RecipePart):
     confidence: Data | None = None
     """Rows on which the confidence of answers is fitted, given like `train`; none may be a training row. null: every
     second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200."""
+    rows: PositiveInt | None = None
+    """Train on at most this many of the training rows, chosen by the seed. null: all."""
     columns: Columns | None = None
     """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -96,6 +97,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
         validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
+    train = _first(train, spec.data.rows, training.seed)
     task = Task(name, spec, training, train, validation, labels, metric, validation)
     if spec.data.augment is not None:
         task = _augmented(task, recipe, read)
@@ -187,6 +189,11 @@ def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -
 
 def _prompt_of(row: TaskRow) -> str:
     return repr((row.messages, row.text))
+
+
+def _first(rows: list[TaskRow], count: int | None, seed: int) -> list[TaskRow]:
+    """`count` of the rows in a random order, so that more rows contain all of fewer; all rows in theirs without one."""
+    return rows if count is None else random.Random(seed).sample(rows, len(rows))[:count]
 
 
 @dataclass(frozen=True)

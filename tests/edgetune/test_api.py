@@ -21,7 +21,7 @@ from edgetune.work_folder import locked
 
 SIGNATURES = {
     "build": "(recipe, out=None, on_progress=None, resume=True, *, into=None, engine='local', converter=None)",
-    "compare": "(recipe, task, methods, out, *, ranks=(), targets=None, settings=None, data=None, rows=100, "
+    "compare": "(recipe, task, methods, out, *, ranks=(), targets=None, settings=None, data=None, limit=100, rows=(), "
     "engine='local', on_progress=None)",
     "evaluate": "(bundle, data, adapter=None, *, limit=None, engine=None, kv=None, on_progress=None)",
     "export": "(base, adapters, out, *, quantization=None, systems=None, merged=False, targets=('gguf',), "

@@ -48,7 +48,7 @@ def request_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     """`request_of(**keys)`: lora at rank 2 on the tiny llama, or what the keys say."""
     folder, data = tmp_path_factory.mktemp("compare"), {"rows.jsonl": lights(20, ("reply on", "set red"))}
     recipe = write_recipe(folder, tiny_gguf("llama"), TASKS, data=data, targets=["gguf", "onnx"])
-    whole = Request(recipe, "lights", ("lora",), folder / "out", ranks=(2,), rows=3)
+    whole = Request(recipe, "lights", ("lora",), folder / "out", ranks=(2,), limit=3)
     return lambda **keys: replace(whole, **keys)
 
 
@@ -133,9 +133,24 @@ def test_what_is_finished_is_not_run_again(compared: Compared) -> None:
     }
 
 
+def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
+    request = request_of(rows=(12, 4), targets=("gguf",), out=tmp_path / "out")
+    result = compare(request, run_here, QUIET)
+    trained = {outcome.name: outcome.trained_rows for outcome in result.outcomes}
+    assert trained == {"lora-r2-4rows": 4, "lora-r2-12rows": 12}
+    assert result.recommended is not None and result.recommended.name == "lora-r2-12rows"
+    (sentence,) = result.more_rows
+    assert sentence.startswith("lora-r2: exact 0.") and " with 4 rows, " in sentence
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert sentence in page and page.count('src="data:image/png;base64,') == 4
+    assert json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["more_rows"] == [sentence]
+
+
 def test_another_recipe_or_other_rows_are_run_anew(compared: Compared, request_of: Callable[..., Request]) -> None:
     same, *_ = trials(request_of())
-    for keys in ({"rows": 2}, {"settings": {"training.seed": 1}}, {"targets": ("gguf",)}, {"data": "other.jsonl"}):
+    for keys in ({"limit": 2}, {"settings": {"training.seed": 1}}, {"targets": ("gguf",)}, {"data": "other.jsonl"}):
         other, *_ = trials(request_of(**keys))
         assert other.name == same.name
         assert other.key != same.key
@@ -258,7 +273,7 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
             yield failed(trial, "for the test")
 
     recipe = write_recipe(tmp_path, tiny_folder("llama"), TASKS, device=slow_board())
-    request = Request(recipe, "lights", ("lora", "full"), tmp_path / "out", ranks=(2,), rows=3)
+    request = Request(recipe, "lights", ("lora", "full"), tmp_path / "out", ranks=(2,), limit=3)
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
         compare(request, run, QUIET)
     assert given == ["q4_0", "q4_0"]
@@ -301,6 +316,9 @@ def test_a_trial_ends_when_its_parent_is_gone() -> None:
     ("flags", "told"),
     [
         (("--ranks", "4,x"), "--ranks: '4,x' is not a list of whole numbers; write it as --ranks 4,16"),
+        (("--rows", "few"), "--rows: 'few' is not a list of whole numbers; write it as --rows 4,16"),
+        (("--rows", "4,17"), "--rows: 17 is more than the 16 training rows of lights; use at most 16"),
+        (("--rows", "0"), "--rows: 0 is not a number of training rows; use whole numbers of at least 1"),
         (("--engine", "spark"), "--engine: no engine 'spark'; choose one of: local, ray"),
         (("--targets", "ggfu,onnx"), "--targets: no format 'ggfu'; did you mean 'gguf'?"),
         (("--set", "lora.q=1"), "--set adapters.lights.method: "),
@@ -323,7 +341,7 @@ def test_json_is_the_last_line_of_what_is_printed(
 ) -> None:
     shutil.copytree(compared.request.out, tmp_path / "out")
     recipe, out = str(compared.request.recipe), str(tmp_path / "out")
-    command = ["compare", recipe, "--task", "lights", "--methods", "lora", "--ranks", "2", "--rows", "3", "--out", out]
+    command = ["compare", recipe, "--task", "lights", "--methods", "lora", "--ranks", "2", "--limit", "3", "--out", out]
     assert main([*command, "--json"]) == 0
     printed = capsys.readouterr()
     told = json.loads(printed.out.splitlines()[-1])

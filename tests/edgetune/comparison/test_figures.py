@@ -149,7 +149,7 @@ def test_the_page_escapes_what_a_recipe_and_errors_say() -> None:
     shown = page(Comparison("<script>", "b&w", "exact", 100, [failed], None), [])
     assert "<script" not in shown and "<q>" not in shown
     assert "Base b&amp;w." in shown
-    assert '<td class="reason" colspan="9">failed: no module &lt;q&gt; &amp; &#39;k&#39;</td>' in shown
+    assert '<td class="reason" colspan="10">failed: no module &lt;q&gt; &amp; &#39;k&#39;</td>' in shown
 
 
 def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation() -> None:

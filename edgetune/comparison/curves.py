@@ -1,0 +1,64 @@
+"""Learning curves: the scores of a method over the number of training rows, and what more rows would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .figures import LOWER_IS_BETTER, EngineFigures, TrialResult
+
+# The number of rows to estimate the score for, as a multiple of the most rows.
+_MORE = 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The figures of a method and rank on its first engine, by number of training rows, in ascending order."""
+
+    name: str
+    metric: str
+    rows: Sequence[int]
+    figures: Sequence[EngineFigures]
+
+    @property
+    def outlook(self) -> str:
+        """The measured gain of the most rows over the fewest, and an estimate for twice as many, in one sentence."""
+        first, last = self.figures[0], self.figures[-1]
+        measured = f"{self.name}: {self.metric} {first.score:.3f} with {self.rows[0]} rows, {last.score:.3f} with"
+        said = f"{measured} {self.rows[-1]}"
+        if self.metric in LOWER_IS_BETTER:
+            return said
+        error, more = max(first.standard_error, last.standard_error), _MORE * self.rows[-1]
+        if last.score - first.score <= error:
+            return f"{said}, within one standard error ({error:.2g}); the scores do not show that more rows would help"
+        return f"{said}; {more} rows would give about {max(last.score, self.estimate(more)):.2f}"
+
+    def estimate(self, rows: int) -> float:
+        """The score with so many rows: the share of errors as a power of the rows, fitted to the measured ones."""
+        # Half an error stands for none, which has no logarithm.
+        least = 0.5 / max(self.rows)
+        points = [
+            (math.log(count), math.log(max(1 - figures.score, least)))
+            for count, figures in zip(self.rows, self.figures, strict=True)
+        ]
+        x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
+        variance = sum((x - x_mean) ** 2 for x, _ in points)
+        slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / variance
+        return 1 - math.exp(y_mean + slope * (math.log(rows) - x_mean))
+
+
+def curves_of(outcomes: Sequence[TrialResult]) -> list[Curve]:
+    """A curve for each method and rank that was trained on at least two numbers of rows."""
+    groups: dict[tuple[str, int | None], list[TrialResult]] = {}
+    for outcome in outcomes:
+        if outcome.status == "done":
+            groups.setdefault((outcome.method, outcome.rank), []).append(outcome)
+    curves = []
+    for (method, rank), group in groups.items():
+        trials = sorted(group, key=lambda trial: trial.trained_rows)
+        if len(trials) > 1:
+            name = method if rank is None else f"{method}-r{rank}"
+            figures = [next(iter(trial.engines.values())) for trial in trials]
+            curves.append(Curve(name, trials[0].metric, [trial.trained_rows for trial in trials], figures))
+    return curves

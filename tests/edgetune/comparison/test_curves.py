@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from edgetune.comparison.curves import Curve, curves_of
+from edgetune.comparison.figures import EngineFigures, TrialResult
+
+
+def figures(score: float, error: float = 0.02) -> EngineFigures:
+    return EngineFigures("low_rank", 10, score, error, 1e-3, 90.0)
+
+
+def outcome(rows: int, score: float, method: str = "lora") -> TrialResult:
+    engines = {"gguf": figures(score)}
+    return TrialResult(f"{method}-{rows}", method, 4, "done", engines=engines, metric="exact", trained_rows=rows)
+
+
+def test_errors_that_halve_when_rows_double_are_estimated_to_halve_again() -> None:
+    (curve,) = curves_of([outcome(200, 0.8), outcome(100, 0.6), outcome(400, 0.9)])
+    assert (curve.name, curve.rows) == ("lora-r4", [100, 200, 400])
+    assert curve.estimate(800) == pytest.approx(0.95)
+    assert curve.outlook == ("lora-r4: exact 0.600 with 100 rows, 0.900 with 400; 800 rows would give about 0.95")
+
+
+def test_scores_within_one_standard_error_promise_nothing() -> None:
+    (curve,) = curves_of([outcome(100, 0.6), outcome(300, 0.61)])
+    assert curve.outlook.endswith("within one standard error (0.02); the scores do not show that more rows would help")
+
+
+def test_an_estimate_is_at_least_the_best_measured_score_and_below_1() -> None:
+    curve = Curve("lora", "exact", [30, 100, 300], [figures(0.2), figures(1.0), figures(1.0)])
+    assert curve.outlook.endswith("600 rows would give about 1.00")
+    assert curve.estimate(600) < 1
+
+
+def test_one_number_of_rows_and_failed_trials_make_no_curve() -> None:
+    failed = TrialResult("vera-30", "vera", 4, "failed", "out of memory")
+    assert curves_of([outcome(30, 0.5), outcome(30, 0.5, "dora"), failed]) == []
+
+
+def test_a_perplexity_is_only_reported() -> None:
+    curve = Curve("lora", "perplexity", [30, 100], [figures(9.0), figures(7.0)])
+    assert curve.outlook == "lora: perplexity 9.000 with 30 rows, 7.000 with 100"

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from recipes import adapter_of, lights, make_recipe
+
+from edgetune.tasks.task import read_task
+
+
+def rows_of(folder: Path, rows: int | None, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Where the training and the validation rows are with `data.rows`."""
+    values = {"command": {**adapter_of(), "data": {"train": "rows.jsonl", "held_out": 0.2, "rows": rows}}}
+    data = {"rows.jsonl": lights(40)}
+    task = read_task("command", make_recipe(folder, "base.gguf", values, training={"seed": seed}, data=data))
+    return [row.where for row in task.train], [row.where for row in task.validation]
+
+
+def test_fewer_rows_are_part_of_more_and_validation_rows_stay(tmp_path: Path) -> None:
+    (few, held_out), (more, others), (whole, same) = (rows_of(tmp_path, rows) for rows in (5, 20, None))
+    assert (len(few), len(more), len(whole)) == (5, 20, 32)
+    assert few == more[:5] and set(more) <= set(whole)
+    assert held_out == others == same
+    assert set(few) != set(rows_of(tmp_path, 5, seed=1)[0])
+    assert set(rows_of(tmp_path, 100)[0]) == set(whole)
