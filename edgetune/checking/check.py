@@ -10,7 +10,6 @@ from pathlib import Path
 
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.wording import suggestion
 
 from edgetune import bases
 from edgetune.progress import Progress
@@ -47,8 +46,7 @@ def check(
     """
     tests = tests or {}
     for name in [*tests, *([] if adapter is None else [adapter])]:
-        if name not in recipe.adapters:
-            raise UsageError(f"no adapter {name!r} in the recipe", suggestion(name, list(recipe.adapters)))
+        recipe.check_adapter(name)
     names = list(recipe.adapters) if adapter is None else [adapter]
     return [_checked(name, recipe, tests.get(name), minutes, progress) for name in names]
 

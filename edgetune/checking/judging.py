@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from edgetune_runtime.engines.base import Tokenizer
 
+from edgetune.objectives.base import row_length
 from edgetune.objectives.example import Example
 from edgetune.progress import Step
 from edgetune.shipping.verify import LogitsOf, logits_of
 from edgetune.tasks.data import TaskRow
+from edgetune.training.schedule import passes
 
 from .findings import JudgedRow
 
+_LOGITS_PER_PASS = 2**25
 # The model's own answer may be this much longer than that of the row.
 _LENGTH_FACTOR, _EXTRA_TOKENS = 1.5, 16
 
@@ -36,15 +39,16 @@ def judge(
 ) -> list[JudgedRow]:
     """Judge the answers of the rows with a model that was not trained on them; `examples` are the rows' tokens."""
     logits = logits_of(model)
-    found = []
-    for example in examples:
-        found.append(_likelihood(logits, example))
-        step.update()
+    found: dict[int, _Likelihood] = {}
+    for part in passes(sorted(examples, key=row_length), max(1, _LOGITS_PER_PASS // tokenizer.vocab_size)):
+        for example, scores in zip(part, _scores(model, part), strict=True):
+            found[id(example)] = _likelihood(scores, example)
+            step.update()
     # The threshold of confident learning.
-    usual = sum(item.likelihood for item in found) / len(found)
+    usual = sum(item.likelihood for item in found.values()) / len(found)
     judged = []
-    for row, example, item in zip(rows, examples, found, strict=True):
-        own = None
+    for row, example in zip(rows, examples, strict=True):
+        item, own = found[id(example)], None
         if item.other >= usual:
             answer = _own_answer(logits, example, item.place, tokenizer)
             own = None if answer == row.completion else answer
@@ -52,11 +56,24 @@ def judge(
     return judged
 
 
-def _likelihood(logits: LogitsOf, example: Example) -> _Likelihood:
-    answer = np.asarray(example.tokens[example.prompt_length :])
-    scores = logits(list(example.tokens))[example.prompt_length - 1 : -1].astype(np.float64)
-    scores -= np.logaddexp.reduce(scores, axis=1, keepdims=True)
-    given, best = scores[np.arange(len(answer)), answer], scores.max(axis=1)
+def _scores(model: torch.nn.Module, examples: Sequence[Example]) -> list[torch.Tensor]:
+    """The log probabilities (nats) of all tokens in the place of each token of the answers, [tokens, vocabulary].
+
+    Tokens see only those before them, so shorter rows are filled up at their ends.
+    """
+    longest = max(map(row_length, examples))
+    tokens = torch.tensor([[*example.tokens, *[0] * (longest - row_length(example))] for example in examples])
+    with torch.inference_mode():
+        logits = model(input_ids=tokens).logits
+        return [
+            row[example.prompt_length - 1 : row_length(example) - 1].double().log_softmax(-1)
+            for row, example in zip(logits, examples, strict=True)
+        ]
+
+
+def _likelihood(scores: torch.Tensor, example: Example) -> _Likelihood:
+    answer = list(example.tokens[example.prompt_length :])
+    given, best = scores[range(len(answer)), answer].numpy(), scores.amax(-1).numpy()
     margins = given - best
     weakest = int(given.argmin())
     differing = np.flatnonzero(margins < 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.wording import printable, shortened, suggestion
+from edgetune_runtime.wording import printable, shortened
 
 from .arguments import (
     AsJson,
@@ -109,9 +109,9 @@ def preview(
     from edgetune.tasks.task import read_task
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
+    if adapter is not None:
+        loaded.check_adapter(adapter)
     chosen = [name for name in loaded.adapters if adapter in (None, name)]
-    if not chosen:
-        raise UsageError(f"no adapter {adapter!r} in the recipe", suggestion(str(adapter), list(loaded.adapters)))
     tasks = [read_task(name, loaded) for name in chosen if loaded.adapters[name].data.augment is not None]
     if not tasks:
         raise UsageError(f"the recipe has no data.augment for {', '.join(chosen)}", "add `augment: true` to its data")

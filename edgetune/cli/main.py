@@ -17,6 +17,7 @@ from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import data, devices
+from .augment import augment
 from .build import build, export
 from .compare import compare
 from .deploy import deploy
@@ -96,7 +97,7 @@ def schema() -> None:
 
 # By the titles of the groups in --help.
 COMMANDS = {
-    "Recipe commands": (init, validate, plan, methods, schema),
+    "Recipe commands": (init, validate, plan, augment, methods, schema),
     "Bundle commands": (build, learn, export, report, deploy, kit, wheel),
     "Measurement commands": (evaluate, compare),
 }

@@ -213,6 +213,11 @@ class Recipe(RecipePart):
         self._folder = (info.context or {}).get("folder", Path())
         return self
 
+    def check_adapter(self, name: str) -> None:
+        """UsageError if the recipe has no adapter of this name."""
+        if name not in self.adapters:
+            raise UsageError(f"no adapter {name!r} in the recipe", suggestion(name, list(self.adapters)))
+
     def resolved(self) -> dict[str, Any]:
         """The recipe with all defaults filled in, as JSON values that can be read as a recipe again.
 

@@ -1,0 +1,132 @@
+"""Asks a model behind an address that speaks OpenAI's chat API, at a limited rate, and again after failures."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.wording import shortened
+
+_TRIES, _LONGEST_WAIT_S = 5, 60.0
+_AGAIN = frozenset((408, 429, 500, 502, 503, 504))
+"""Statuses after which the same request may succeed later."""
+_MOST_BYTES = 1_000_000
+"""Of an answer."""
+
+
+class TeacherError(EdgetuneError):
+    """The teacher is not reached, refuses a request, or answers something that is no answer."""
+
+    exit_code = 8
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the key and the rows are for the address that the user named."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - urllib's arguments
+        """None, so that urllib raises the status."""
+
+
+@dataclass
+class Teacher:
+    """The model `model` at `url`, such as https://api.example.com/v1.
+
+    At most `per_minute` requests are sent in a minute, and `most_requests` in all; `sent` counts them.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    per_minute: float = 60.0
+    most_requests: int = 1000
+    timeout_s: float = 120.0
+    sent: int = 0
+    _free_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise UsageError(f"--teacher {self.url!r} is no address", "give one such as http://127.0.0.1:8080/v1")
+        self._opener = urllib.request.build_opener(_NoRedirects)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether all requests are sent that may be."""
+        return self.sent >= self.most_requests
+
+    def request(
+        self, messages: Sequence[Mapping[str, str]], *, temperature: float, seed: int, schema: object = None
+    ) -> dict[str, Any]:
+        """The body of a request; with `schema`, for an answer in JSON that fits it."""
+        body = {"model": self.model, "messages": list(messages), "temperature": temperature, "seed": seed}
+        if schema is not None:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        return body
+
+    def ask(self, body: Mapping[str, Any]) -> str:
+        """The answer to a request, tried again while the teacher is busy or not reached.
+
+        Raises TeacherError after some tries, when all requests are sent, and for a refusal.
+        """
+        problem = ""
+        for attempt in range(_TRIES):
+            if self.is_spent:
+                raise TeacherError(f"{self.sent} requests are sent", "allow more with --requests")
+            self._wait()
+            self.sent += 1
+            try:
+                return self._sent(body)
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}: {_reason(error)}"
+                if error.code not in _AGAIN:
+                    remedy = "check --teacher, --model and the key"
+                    raise TeacherError(f"the teacher at {self.url} refuses: {problem}", remedy) from error
+                wait_s = _seconds(error.headers.get("Retry-After"), 2.0**attempt)
+            except (OSError, http.client.HTTPException) as error:
+                problem, wait_s = str(error) or type(error).__name__, 2.0**attempt
+            self._free_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
+        message = f"the teacher at {self.url} does not answer after {_TRIES} tries: {shortened(problem)}"
+        raise TeacherError(message, "start it, and run the same command again to go on")
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        if now < self._free_at:
+            time.sleep(self._free_at - now)
+        self._free_at = max(now, self._free_at) + 60 / self.per_minute
+
+    def _sent(self, body: Mapping[str, Any]) -> str:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        with self._opener.open(request, timeout=self.timeout_s) as reply:
+            raw = reply.read(_MOST_BYTES)
+        try:
+            text = json.loads(raw)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError) as error:
+            message = f"the teacher at {self.url} answers {shortened(raw.decode(errors='replace'), 80)!r}"
+            raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
+        return text if isinstance(text, str) else ""
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What the server says about an error."""
+    try:
+        raw = error.read(_MOST_BYTES)
+        return shortened(str(json.loads(raw)["error"]["message"]), 200)
+    except (OSError, ValueError, LookupError, TypeError):
+        return str(error.reason)
+
+
+def _seconds(text: str | None, default: float) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        return default
