@@ -41,7 +41,7 @@ FIELDS = {
     "Learned": ["bundle", "changes", "learned"],
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],
     "ProgressEvent": ["message", "step", "done", "total", "train_loss", "val_loss"],
-    "ScoredRow": ["where", "prompt", "reference", "answer", "score"],
+    "ScoredRow": ["where", "prompt", "reference", "answer", "score", "kind", "log_odds", "confidence"],
 }
 PROBE = """
 import sys
