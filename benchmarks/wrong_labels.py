@@ -73,8 +73,8 @@ def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's n
         "wrong_rows": len(wrong),
         "epochs": found.estimate.epochs,
         "seconds": round(found.estimate.seconds),
-        "ranked": [[row.where.rpartition(":")[2], row.likelihood, row.margin] for row in found.estimate.rows],
-        "wrong_lines": sorted(place + 1 for place in wrong),
+        "ranked": [[line_of(row.where), row.likelihood, row.relative] for row in found.estimate.rows],
+        "wrong_lines": sorted(wrong),
     }
     if options.test:
         write_clean(found, recipe.adapters[options.adapter].data, work / "clean.jsonl")

@@ -92,7 +92,9 @@ def _with_estimate(found: TaskCheck, task: Task, recipe: Recipe, minutes: float,
     judged = estimate(task, recipe, minutes, progress)
     rows = {row.where: SplitRow(split, row) for split in (TRAIN, VALIDATION) for row in getattr(task, split)}
     wrong = [
-        Finding.of(WRONG, [rows[row.where]], f"its least likely token has probability {row.likelihood:.2g}", row.own)
+        Finding.of(
+            WRONG, [rows[row.where]], f"another answer is {1 / max(row.relative, 1e-9):,.0f} times as likely", row.own
+        )
         for row in judged.rows
         if row.own is not None
     ]

@@ -19,7 +19,7 @@ KINDS = {
     MISFIT: "answers of another form than the output or the other answers",
     TOO_LONG: "rows that do not fit in the context, and are left out of the training",
     CONFLICT: "prompts with different answers",
-    WRONG: "answers that are probably wrong: without having seen them, the model is sure of another one",
+    WRONG: "answers that are probably wrong: a model that has not seen them prefers another one",
     SHARED: "prompts that are in several splits, so a score on them says little",
     NEAR_SHARED: "rows of several splits with nearly the same prompt and the same answer",
     REPEAT: "rows that repeat another one",
@@ -85,20 +85,20 @@ class Finding:
 class JudgedRow:
     """How likely the answer of a row is to adapters that were not trained on it.
 
-    `likelihood` is the probability of its least likely token, `margin` that token's log probability (nats) below the
-    likeliest one's in its place. `own` is the model's answer where that is another one with at least the probability
-    that answers have on average.
+    `likelihood` is the probability of its least likely token; `relative` is the lowest probability of a token relative
+    to that of the likeliest one in its place, 1 if it is the answer that the model would give. `own` is the model's
+    answer if the row's is probably wrong.
     """
 
     where: str
     likelihood: float
-    margin: float
+    relative: float
     own: str | None = None
 
 
 @dataclass(frozen=True)
 class LabelEstimate:
-    """All judged rows, the least likely answer first; `epochs` and `seconds` are those of the trainings."""
+    """All judged rows, the most doubtful answer first; `epochs` and `seconds` are those of the trainings."""
 
     rows: Sequence[JudgedRow]
     epochs: float

@@ -1,7 +1,8 @@
 """Estimates which answers are wrong: adapters that were not trained on a row say how likely its answer is.
 
 This is the out-of-fold self-confidence of confident learning, with its threshold, the mean confidence (Northcutt et al.
-2021, arXiv:1911.00068). The confidence in an answer of several tokens is that in its least likely one.
+2021, arXiv:1911.00068). The confidence in an answer of several tokens is that in its least likely one, and the rank of
+a row is how much likelier another token is in its place.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         ]
         train(jobs, progress=progress)
         judged = list(_judged(folds, jobs, base, Path(folder), progress))
-    ranked = sorted(judged, key=lambda row: row.likelihood)
+    ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
     return LabelEstimate(ranked, options.epochs, time.monotonic() - started)
 
 

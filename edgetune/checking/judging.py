@@ -19,6 +19,8 @@ from edgetune.training.schedule import passes
 from .findings import JudgedRow
 
 _LOGITS_PER_PASS = 2**25
+_WRONG = 0.1
+"""An answer is called probably wrong if a token of it is so much less likely than another one in its place."""
 # The model's own answer may be this much longer than that of the row.
 _LENGTH_FACTOR, _EXTRA_TOKENS = 1.5, 16
 
@@ -29,7 +31,7 @@ class _Likelihood:
     and `other` the probability of that one, 0 if there is none."""
 
     likelihood: float
-    margin: float
+    relative: float
     place: int = 0
     other: float = 0.0
 
@@ -49,10 +51,10 @@ def judge(
     judged = []
     for row, example in zip(rows, examples, strict=True):
         item, own = found[id(example)], None
-        if item.other >= usual:
+        if item.other >= usual and item.relative <= _WRONG:
             answer = _own_answer(logits, example, item.place, tokenizer)
             own = None if answer == row.completion else answer
-        judged.append(JudgedRow(row.where, item.likelihood, item.margin, own))
+        judged.append(JudgedRow(row.where, item.likelihood, item.relative, own))
     return judged
 
 
@@ -74,13 +76,12 @@ def _scores(model: torch.nn.Module, examples: Sequence[Example]) -> list[torch.T
 def _likelihood(scores: torch.Tensor, example: Example) -> _Likelihood:
     answer = list(example.tokens[example.prompt_length :])
     given, best = scores[range(len(answer)), answer].numpy(), scores.amax(-1).numpy()
-    margins = given - best
-    weakest = int(given.argmin())
-    differing = np.flatnonzero(margins < 0)
+    likelihood, relative = float(np.exp(given.min())), float(np.exp((given - best).min()))
+    differing = np.flatnonzero(given < best)
     if not len(differing):
-        return _Likelihood(float(np.exp(given[weakest])), 0.0)
+        return _Likelihood(likelihood, relative)
     first = int(differing[0])
-    return _Likelihood(float(np.exp(given[weakest])), float(margins[weakest]), first, float(np.exp(best[first])))
+    return _Likelihood(likelihood, relative, first, float(np.exp(best[first])))
 
 
 def _own_answer(logits: LogitsOf, example: Example, place: int, tokenizer: Tokenizer) -> str:

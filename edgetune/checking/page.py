@@ -37,7 +37,7 @@ def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
         checks=checks,
         kinds=KINDS,
         lengths={found.name: length_bars(found.tokens) for found in checks},
-        curves={found.name: likelihood_curve(found) for found in checks},
+        curves={found.name: doubt_curve(found) for found in checks},
         width=WIDTH,
         height=HEIGHT,
         shown=SHOWN,
@@ -58,12 +58,12 @@ def length_bars(tokens: Sequence[int]) -> list[Bar]:
     ]
 
 
-def likelihood_curve(found: TaskCheck) -> str:
-    """The likelihoods of all answers, from the lowest, as the points of an SVG polyline; empty without an estimate."""
+def doubt_curve(found: TaskCheck) -> str:
+    """The relative likelihoods of all answers, from the lowest, as points of a polyline; empty without an estimate."""
     if found.estimate is None:
         return ""
     rows = found.estimate.rows
     return " ".join(
-        f"{WIDTH * place / max(1, len(rows) - 1):.1f},{HEIGHT * (1 - row.likelihood):.1f}"
+        f"{WIDTH * place / max(1, len(rows) - 1):.1f},{HEIGHT * (1 - row.relative):.1f}"
         for place, row in enumerate(rows)
     )

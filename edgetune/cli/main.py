@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Annotated
 
@@ -96,7 +96,7 @@ def schema() -> None:
 
 
 # By the titles of the groups in --help.
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe commands": (init, validate, plan, augment, methods, schema),
     "Bundle commands": (build, learn, export, report, deploy, kit, wheel),
     "Measurement commands": (evaluate, compare),
