@@ -6,13 +6,12 @@ import http.client
 import json
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
-from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.chat_client import check_address, message_of, post
+from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.wording import shortened
 
 _TRIES, _LONGEST_WAIT_S = 5, 60.0
@@ -26,13 +25,6 @@ class TeacherError(EdgetuneError):
     """The teacher is not reached, refuses a request, or answers something that is no answer."""
 
     exit_code = 8
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: the key and the rows are for the address that the user named."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - urllib's arguments
-        """None, so that urllib raises the status."""
 
 
 @dataclass
@@ -52,10 +44,7 @@ class Teacher:
     _free_at: float = 0.0
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UsageError(f"--teacher {self.url!r} is no address", "give one such as http://127.0.0.1:8080/v1")
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        check_address(self.url)
 
     @property
     def is_spent(self) -> bool:
@@ -103,17 +92,14 @@ class Teacher:
         self._free_at = max(now, self._free_at) + 60 / self.per_minute
 
     def _sent(self, body: Mapping[str, Any]) -> str:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        with self._opener.open(request, timeout=self.timeout_s) as reply:
-            raw = reply.read(_MOST_BYTES)
+        raw = b""
         try:
-            text = json.loads(raw)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            message = f"the teacher at {self.url} answers {shortened(raw.decode(errors='replace'), 80)!r}"
+            raw = post(self.url, body, key=self.key, timeout_s=self.timeout_s)
+            return message_of(raw).get("content") or ""
+        except ValueError as error:
+            said = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
+            message = f"the teacher at {self.url} answers {said!r}"
             raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
-        return text if isinstance(text, str) else ""
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -6,13 +6,13 @@ import json
 import threading
 import time
 import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from typing import Any
 
+from edgetune_runtime.chat_client import check_address, message_of, post
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.text.chat import Message
@@ -21,7 +21,6 @@ from edgetune_runtime.tools.definitions import MODES, ToolSet
 from edgetune_runtime.wording import shortened
 
 TIMEOUT_S = 20.0
-_MAX_BYTES = 1 << 20
 _POLL_S = 0.1
 """How often the limits of the call are checked meanwhile."""
 
@@ -43,8 +42,7 @@ class DeferTo:
     key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise UsageError(f"the address to defer to is {self.url!r}", "give one such as http://192.168.1.2:8080/v1")
+        check_address(self.url)
         if not self.timeout_s > 0:
             raise UsageError(f"timeout_s is {self.timeout_s}", "give a number of seconds above 0")
 
@@ -68,7 +66,7 @@ def ask(
     if output is not None and output.kind == "schema":
         schema = {"name": "answer", "schema": json.loads(output.text)}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    text, calls = _read(to, _post(to, json.dumps(body).encode(), check))
+    text, calls = _read(to, _post(to, body, check))
     offered = {tool.name for tool in tools.offered} if tools is not None else set()
     unknown = next((call.name for call in calls if call.name not in offered), None)
     if unknown is not None:
@@ -78,14 +76,14 @@ def ask(
     return text, calls
 
 
-def _post(to: DeferTo, body: bytes, check: Callable[[], None]) -> bytes:
+def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> bytes:
     """The reply, read by another thread, which ends soon after the time limit."""
     found: list[bytes | Exception] = []
     end_s = time.monotonic() + to.timeout_s
 
     def run() -> None:
         try:
-            found.append(_reply(to, body, end_s))
+            found.append(post(to.url, body, key=to.key, timeout_s=to.timeout_s))
         except urllib.error.HTTPError as error:
             error.close()
             found.append(error)
@@ -104,46 +102,17 @@ def _post(to: DeferTo, body: bytes, check: Callable[[], None]) -> bytes:
     return found[0]
 
 
-def _reply(to: DeferTo, body: bytes, end_s: float) -> bytes:
-    headers = {"Content-Type": "application/json"}
-    if to.key is not None:
-        headers["Authorization"] = f"Bearer {to.key}"
-    address = f"{to.url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(address, body, headers)
-    opener = urllib.request.build_opener(_NoRedirects)
-    with opener.open(request, timeout=to.timeout_s) as response:
-        parts, count = [], 0
-        while part := response.read1(1 << 16):
-            parts.append(part)
-            count += len(part)
-            if count > _MAX_BYTES:
-                raise ValueError(f"its reply has more than {_MAX_BYTES} bytes")
-            if time.monotonic() > end_s:
-                raise TimeoutError
-    return b"".join(parts)
-
-
 def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
     try:
-        message = json.loads(reply)["choices"][0]["message"]
+        message = message_of(reply)
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
-        text = message.get("content") or ""
-        if not isinstance(text, str):
-            raise TypeError("its content is no text")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _error(to, f"sent no chat completion: {error}") from error
-    return text, tuple(calls)
+    return message.get("content") or "", tuple(calls)
 
 
 def _error(to: DeferTo, what: str) -> DeferError:
     return DeferError(f"{to.model!r} at {to.url} {what}", "check the address, the model and the time limit")
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A prompt and a key go to the given address only."""
-
-    def redirect_request(self, *_: Any) -> None:  # noqa: ANN401 - as in the base class
-        return None
 
 
 def _sent(message: Message) -> Mapping[str, Any]:

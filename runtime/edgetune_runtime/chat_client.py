@@ -1,0 +1,62 @@
+"""Sends a request to a model behind an address that speaks OpenAI's chat API, bounded in time and bytes."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from edgetune_runtime.errors import UsageError
+
+_MAX_BYTES = 1 << 20
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the prompts and the key are for the address that the user named."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:  # noqa: ANN401 - urllib's arguments
+        """None, so that urllib raises the status."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
+def check_address(url: str) -> None:
+    """Raise UsageError unless it is the address of an API up to `/v1`."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UsageError(f"{url!r} is no address of a model", "give one such as http://192.168.1.2:8080/v1")
+
+
+def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float) -> bytes:
+    """The reply to a request for a chat completion; `key` is sent as bearer token.
+
+    Raises TimeoutError after so many seconds, OSError and HTTPException as urllib does, and ValueError for a reply of
+    more than 1 MiB.
+    """
+    end_s = time.monotonic() + timeout_s
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    reply = bytearray()
+    with _OPENER.open(request, timeout=timeout_s) as response:
+        while part := response.read1(1 << 16):
+            reply += part
+            if len(reply) > _MAX_BYTES:
+                raise ValueError(f"its reply has more than {_MAX_BYTES} bytes")
+            if time.monotonic() > end_s:
+                raise TimeoutError(f"no whole reply within {timeout_s:g} s")
+    return bytes(reply)
+
+
+def message_of(reply: bytes) -> dict[str, Any]:
+    """The message of a chat completion; ValueError for other bytes."""
+    try:
+        message = json.loads(reply)["choices"][0]["message"]
+        if not isinstance(message.get("content") or "", str):
+            raise TypeError("its content is no text")
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"no chat completion: {error}") from error
+    return dict(message)
