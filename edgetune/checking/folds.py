@@ -77,12 +77,10 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         progress.say(
             f"{task.name}: {FOLDS} trainings of {options.epochs:.2g} epochs to estimate which answers are wrong"
         )
-        jobs = [
-            replace(
-                job_of([row for other in folds if other is not fold for row in other], fold, options).job, name=str(n)
-            )
-            for n, fold in enumerate(folds, 1)
-        ]
+        jobs = []
+        for number, fold in enumerate(folds, 1):
+            others = [row for other in folds if other is not fold for row in other]
+            jobs.append(replace(job_of(others, fold, options).job, name=f"{task.name}-{number}"))
         train(jobs, progress=progress)
         judged = list(_judged(folds, jobs, base, Path(folder), progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))

@@ -20,6 +20,7 @@ from .arguments import (
     print_json,
     settings_of,
 )
+from .grouped_help import GroupedCommand
 
 if TYPE_CHECKING:
     from edgetune.checking.findings import Finding, TaskCheck
@@ -34,7 +35,7 @@ SHOWN = 3
 Adapter = Annotated[str | None, data_option("--adapter", metavar="NAME", help="Only the rows of this adapter.")]
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 def check(
     recipe: RecipePath,
     *,
@@ -49,7 +50,7 @@ def check(
     ] = None,
     minutes: Annotated[
         float | None,
-        data_option(metavar="N", min=0, help="Also train for N minutes per adapter to find wrong answers."),
+        data_option(metavar="N", min=0.1, help="Also train for N minutes per adapter to find wrong answers."),
     ] = None,
     out: Annotated[
         Path | None, output_option(metavar="FILE", help="Write the training rows without the bad ones, as .jsonl.")
@@ -92,7 +93,7 @@ def check(
         print(page)
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 def preview(
     recipe: RecipePath,
     *,

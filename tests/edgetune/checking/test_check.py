@@ -3,21 +3,28 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, write_recipe, write_rows
 
+from edgetune.bases import Base, load_torch
+from edgetune.checking import judging
 from edgetune.checking.check import check
 from edgetune.checking.duplicates import NEAR, near
 from edgetune.checking.findings import TaskCheck
+from edgetune.checking.judging import judge
 from edgetune.cli.main import main
-from edgetune.progress import Progress
+from edgetune.progress import Progress, Step
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.data import read_rows
+from edgetune.tasks.data import TaskRow, read_rows
+from edgetune.tasks.tokenization import tokenize_rows
 
 QUIET = Progress(quiet=True)
 ROOMS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
@@ -219,3 +226,30 @@ def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str
     recipe = write_recipe(tmp_path, tiny_gguf("llama"), data={"rows.jsonl": ORDERS[:7]})
     with pytest.raises(UsageError, match="7 different prompts are too few"):
         check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+
+
+@pytest.mark.parametrize("method", ["prefix", "full"])
+def test_methods_without_modules_find_wrong_answers_too(
+    method: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{word} {thing}", "completion": word} for word in ("turn", "stop") for thing in ROOMS[:5]]
+    adapters = {"home": adapter_of(method)}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": rows}, training={"max_steps": 2})
+    (found,) = check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+    assert found.estimate is not None
+    assert all(0 <= row.likelihood <= 1 and 0 <= row.relative <= 1 for row in found.estimate.rows)
+    assert len(found.estimate.rows) == len(rows)
+
+
+def test_rows_are_judged_together_as_alone(tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base("llama")
+    rows = [TaskRow(f"x:{n}", ({"role": "user", "content": "turn on " * n},), "stop the light") for n in range(1, 6)]
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples, _ = tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=512)
+        model = load_torch(base, torch.float32)
+        together = judge(model, tokenizer, rows, examples, Step("", len(rows)))
+        monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
+        for row, alone in zip(together, judge(model, tokenizer, rows, examples, Step("", len(rows))), strict=True):
+            assert row.where == alone.where
+            assert row.relative == pytest.approx(alone.relative, rel=1e-3)
+            assert row.own == alone.own
