@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
+from edgetune_runtime.errors import UsageError
 
 from edgetune.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.evaluation import score, spread
 from edgetune.progress import Progress
+from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter
 from .opened import opened
@@ -38,17 +41,27 @@ def with_confidence(
     progress.say("fitting the confidence of answers")
     entries = dict(manifest.adapters)
     for engine, name, runtime in opened(bundle, manifest, rows):
-        details = score(runtime, name, rows[name], progress).details
-        curves = fit_curves(
-            [
-                RatedAnswer(row.kind, row.log_odds, row.score >= 1)
-                for row in details
-                if row.kind is not None and row.log_odds is not None
-            ]
-        )
+        try:
+            curves = _curves(runtime, name, rows[name], progress)
+        except UsageError as error:
+            # It is no reason to lose a trained adapter.
+            progress.say(f"  {engine} {name}: no confidence, as {error}")
+            continue
         progress.say(f"  {engine} {name}: {described(curves)}")
         entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
+
+
+def _curves(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> dict[str, ConfidenceCurve]:
+    """The curves of an adapter's answers to these rows; UsageError for rows that cannot be scored."""
+    details = score(runtime, name, rows, progress).details
+    return fit_curves(
+        [
+            RatedAnswer(row.kind, row.log_odds, row.score >= 1)
+            for row in details
+            if row.kind is not None and row.log_odds is not None
+        ]
+    )
 
 
 def described(curves: Mapping[str, ConfidenceCurve]) -> str:

@@ -28,6 +28,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "few": lights(60, COLORS),
     "graded": lights(60, ("turn on the light in the hall",)),
     "off": lights(60, COLORS),
+    "odd": lights(60, COLORS),
 }
 MORE: dict[str, dict[str, Any]] = {
     "command": {**CHOICES, "held_out": 0.4, "min_confidence": 0.7, "unsure": "color"},
@@ -35,6 +36,7 @@ MORE: dict[str, dict[str, Any]] = {
     "few": {**CHOICES, "held_out": 0.1},
     "graded": {"metric": "rouge_l", "held_out": 0.4},
     "off": {**CHOICES, "held_out": 0.4, "confidence": False},
+    "odd": {**CHOICES, "held_out": 0.4, "metric": "json"},
 }
 
 
@@ -74,7 +76,7 @@ def test_answers_of_a_build_have_a_confidence(engine: str, built: tuple[Path, li
         assert 0 < answer.confidence < 1
         assert answer.is_unsure == (answer.confidence < 0.7)
         assert runtime.classify("turn on the light 7", adapter="color").confidence is not None
-        for name in ("few", "graded", "off"):
+        for name in ("few", "graded", "off", "odd"):
             assert runtime.generate("turn on the light 7", adapter=name, max_tokens=8).confidence is None
 
 
@@ -94,6 +96,7 @@ def test_the_build_says_what_has_no_confidence(built: tuple[Path, list[str]]) ->
     said = "\n".join(built[1])
     assert f"few: no confidence, as 6 validation rows are too few ({MIN_ROWS} are needed)" in said
     assert " by chance" in said.split("of 24 choice answers right, calibration error 0.")[1]
+    assert "gguf odd: no confidence, as the reference 'red' is not JSON; choose another metric" in said
     assert "graded: no confidence" not in said
     assert "off: no confidence" not in said
 
