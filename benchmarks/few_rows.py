@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="report the finished runs, train nothing")
     options = BENCHMARK.options(parser, rows=[12], seeds=1, test_rows=4)
     with work_folder(options) as work:
-        runs = list(_finished(work))
+        runs = list(_finished(work, options))
         if not options.finished:
             for draw in _draws(options, work):
                 done = {run["way"] for run in runs if draw.is_of(run)}
@@ -88,10 +88,13 @@ def _folder(task: str, options: argparse.Namespace, work: Path) -> Path:
     return Path(options.data / TASKS[task].folder)
 
 
-def _finished(work: Path) -> Iterator[Run]:
+def _finished(work: Path, options: argparse.Namespace) -> Iterator[Run]:
+    """The finished runs on this base that were scored on as many rows."""
     file = work / "runs.jsonl"
-    if file.exists():
-        yield from map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        run = json.loads(line)
+        if (run["base"], run["limit"]) == (options.base, options.test_rows):
+            yield run
 
 
 def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Path) -> list[Run]:
@@ -110,12 +113,13 @@ def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Pat
     }
     from edgetune.building.pipeline import build  # after the options, as it takes seconds
 
-    built = build(Recipe.from_dict(values), out, progress=Progress(), resume=False)
+    built = build(Recipe.from_dict(values), out, progress=Progress())
     runs = []
     for way in ways:
         scored = evaluate(out, way, folder / task.test, limit=options.test_rows, progress=Progress())
         figures = {key: built.figures[way][key] for key in ("steps", "best_step", "train_loss", "val_loss", "tokens")}
         place = {"task": draw.task, "rows": draw.rows, "seed": draw.seed, "way": way}
+        place |= {"base": options.base, "limit": options.test_rows}
         runs.append({**place, "score": scored.score, "metric": scored.metric, "test_rows": scored.rows, **figures})
     with (work / "runs.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(run)}\n" for run in runs)
