@@ -3,7 +3,7 @@
     python benchmarks/confidence.py                    # the tasks of examples/smart-home
     python benchmarks/confidence.py --data DIR         # also DIR/snips, DIR/nlu_home and DIR/banking77
 
-A line has the calibration error of the confidence, what it would be by chance if the confidence were exactly right, and
+A line has the calibration error of the confidence, what it would be if the confidence were exactly right, and
 that of the model's own probability (the mean per choice); then the share of wrong answers in all and in the surest
 90 %. The curves are fitted on other rows than the adapters and the test.
 """
@@ -25,7 +25,7 @@ import yaml
 from edgetune_runtime import Runtime
 from edgetune_runtime.inference.confidence import log_chance
 
-from edgetune.confidence import bins_of, calibration_error, error_by_chance
+from edgetune.confidence import bins_of, calibration_error, error_if_exact
 from edgetune.evaluation import ScoredRow, score
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -122,7 +122,7 @@ def figures(details: Sequence[ScoredRow]) -> Result:
         "wrong": 1 - float(np.mean(right)),
         "wrong_of_surest_90": 1 - float(np.mean(np.asarray(right)[surest])),
         "error": calibration_error(bins_of(confidences, right)),
-        "error_by_chance": error_by_chance(confidences),
+        "error_if_exact": error_if_exact(confidences),
         "own_error": calibration_error(bins_of(own, right)),
         "auroc": auroc(confidences, right),
         "kinds": sorted({str(row.kind) for row in known}),
@@ -161,7 +161,7 @@ def table(result: Result) -> str:
             "wrong": "{wrong:.1%}",
             "of surest 90 %": "{wrong_of_surest_90:.1%}",
             "calibration error": "{error:.3f}",
-            "by chance": "{error_by_chance:.3f}",
+            "if exact": "{error_if_exact:.3f}",
             "of own probability": "{own_error:.3f}",
             "AUROC": "{auroc:.3f}",
             "time": "{cost:.2%}",

@@ -60,7 +60,7 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return sum(abs(each.confidence - each.right) * each.rows for each in bins) / sum(each.rows for each in bins)
 
 
-def error_by_chance(confidences: Sequence[float]) -> float:
+def error_if_exact(confidences: Sequence[float]) -> float:
     """The calibration error that as many answers have on average if each confidence is exactly right.
 
     With 10 answers in a bin, the share of right ones is some 0.1 from the mean confidence by chance alone.
@@ -83,7 +83,7 @@ def _curve(answers: Sequence[RatedAnswer]) -> ConfidenceCurve:
         round(slope, 4),
         round(offset, 4),
         round(calibration_error(bins), 4),
-        round(error_by_chance(left_out), 4),
+        round(error_if_exact(left_out), 4),
         tuple((round(each.confidence, 4), round(each.right, 4), each.rows) for each in bins),
     )
 

@@ -27,6 +27,7 @@ from edgetune.building import builders
 from edgetune.building.trial import short_job
 from edgetune.objectives.base import row_length
 from edgetune.planning.build import plan_bundle
+from edgetune.planning.training import choose_training
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
@@ -64,11 +65,13 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
 
     def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
         # Changed copies of the rows that are judged would tell their answers.
-        part = replace(task, train=train, copies=(), validation=validation, choosing=validation, training=options)
-        return builder.jobs(plan, [part], base, Progress(quiet=True))[0]
+        part = replace(task, train=train, copies=(), validation=validation, choosing=validation)
+        own = replace(plan.adapters[task.name], training=options)
+        planned = plan.with_adapters({**plan.adapters, task.name: own})
+        return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
 
     rows = [*task.train, *task.validation]
-    whole = job_of(rows, rows[:1], task.training)
+    whole = job_of(rows, rows[:1], choose_training(task.training, len(rows))[0])
     folds = folds_of([row for row in rows if row.where not in whole.too_long], task.training.seed)
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)

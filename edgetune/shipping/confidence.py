@@ -71,6 +71,6 @@ def described(curves: Mapping[str, ConfidenceCurve]) -> str:
         what = f"{curve.right:.1%} of {curve.rows} {kind} answers right"
         error = "too few for a confidence"
         if curve.slope is not None:
-            error = f"calibration error {curve.error:.3f}, {curve.error_by_chance:.3f} by chance"
+            error = f"calibration error {curve.error:.3f} ({curve.error_if_exact:.3f} if exact)"
         parts.append(f"{what}, {error}")
     return "; ".join(parts) or "no complete answers"

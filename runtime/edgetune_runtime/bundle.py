@@ -122,7 +122,7 @@ class ConfidenceCurve:
     """The probability that answers of one kind are right: the logistic function of `slope` x log odds + `offset`.
 
     Fitted on `rows` validation rows, of whose answers the share `right` was right; `slope` is None if they were too
-    few. `error` is the expected calibration error of rows that were left out of the fit in turn, `error_by_chance` what
+    few. `error` is the expected calibration error of rows that were left out of the fit in turn, `error_if_exact` what
     it would be on average if the confidence were exactly right, and `bins` has their mean confidence, the share that
     was right, and how many, for each part of the range that has some.
     """
@@ -132,7 +132,7 @@ class ConfidenceCurve:
     slope: float | None = None
     offset: float = 0.0
     error: float | None = None
-    error_by_chance: float | None = None
+    error_if_exact: float | None = None
     bins: tuple[tuple[float, ...], ...] = ()
 
 

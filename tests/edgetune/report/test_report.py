@@ -29,7 +29,7 @@ TRAINING: dict[str, Any] = {
 }  # fmt: skip
 BINS = [[0.55, 0.5, 10], [0.95, 0.9, 40]]
 SURE: dict[str, Any] = {
-    "rows": 50, "right": 0.82, "slope": 0.5, "offset": 0.1, "error": 0.0321, "error_by_chance": 0.05, "bins": BINS,
+    "rows": 50, "right": 0.82, "slope": 0.5, "offset": 0.1, "error": 0.0321, "error_if_exact": 0.05, "bins": BINS,
 }  # fmt: skip
 NAME = "<b>task"
 
@@ -84,7 +84,7 @@ def test_the_page_draws_how_well_the_confidence_is_calibrated(bundle: Path, tmp_
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count('class="bin"') == len(BINS)
     assert f'cx="{HEIGHT * 0.55}" cy="{HEIGHT * 0.5}"' in text
-    assert "gguf, value: error 0.03, by chance 0.05" in Page(text).text
+    assert "gguf, value: error 0.03 (0.05 if exact)" in Page(text).text
     assert "gguf had only 3 question answers, too few for a confidence" in Page(text).text
 
 

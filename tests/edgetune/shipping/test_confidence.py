@@ -95,7 +95,7 @@ def test_the_share_of_right_answers_is_that_of_evaluate(name: str, built: tuple[
 def test_the_build_says_what_has_no_confidence(built: tuple[Path, list[str]]) -> None:
     said = "\n".join(built[1])
     assert f"few: no confidence, as 6 validation rows are too few ({MIN_ROWS} are needed)" in said
-    assert " by chance" in said.split("of 24 choice answers right, calibration error 0.")[1]
+    assert " if exact)" in said.split("of 24 choice answers right, calibration error 0.")[1]
     assert "gguf odd: no confidence, as the reference 'red' is not JSON; choose another metric" in said
     assert "graded: no confidence" not in said
     assert "off: no confidence" not in said
