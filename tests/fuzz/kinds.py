@@ -216,7 +216,7 @@ def _log(folder: Path) -> Open:
     from edgetune.tasks.task import Task  # noqa: PLC0415
 
     manifest = read_manifest(folder / ADAPTERS)
-    task = Task(LORA, AdapterSpec(data=DataSpec(train=LOG)), TrainingSpec(), [], [], (), "exact")
+    task = Task(LORA, AdapterSpec(data=DataSpec(train=LOG)), TrainingSpec(), [], [], (), "exact", [])
 
     def open_changed(data: bytes) -> None:
         # A line per answer.
