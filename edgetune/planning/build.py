@@ -54,7 +54,7 @@ def plan_data(
 
 
 def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None) -> AdapterPlan:
-    training, reason = choose_training(task.training, len(task.train))
+    training, reason = choose_training(task.training, len(task.trained_rows))
     own = {"training": training} if reason else {}
     return replace(
         adapter,
