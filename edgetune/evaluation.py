@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
@@ -151,9 +152,11 @@ def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, lis
     longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
     max_tokens = int(longest * _LENGTH_FACTOR) + _EXTRA_TOKENS
     details = []
-    for row, _ in pairs:
-        details.append(_answer(task, row, max_tokens))
-        step.update()
+    with ThreadPoolExecutor(task.runtime.contexts) as threads:
+        # Answers are the same side by side.
+        for detail in threads.map(lambda pair: _answer(task, pair[0], max_tokens), pairs):
+            details.append(detail)
+            step.update()
     score, scores = metrics.score(task.metric, [row.answer for row in details], [row.reference for row in details])
     return score, [replace(row, score=points) for row, points in zip(details, scores, strict=True)]
 

@@ -20,7 +20,7 @@ def opened(
     for engine, alone in merged.items():
         # Each merged model alone, because it stays in memory.
         for names in ([name for name in adapters if name not in alone], *([name] for name in alone)):
-            options.update({"engine": engine, "verify": False, "preflight": False, "contexts": 1, "disk_mb": 0})
+            options.update({"engine": engine, "verify": False, "preflight": False, "disk_mb": 0})
             with Runtime.open(bundle, **options) as runtime:
                 for name in names:
                     yield engine, name, runtime
