@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,16 +41,16 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     that of a validation row is left out. Raises one UsageError for all corrections that cannot be answers of the task.
     """
     _check(task, entries)
-    known = {_prompt_of(row) for row in task.validation}
-    rows = {_prompt_of(row): row for row in map(_row, entries)}
+    known = {row.prompt_key for row in task.validation}
+    rows = {row.prompt_key: row for row in map(_row, entries)}
     new = [row for prompt, row in rows.items() if prompt not in known]
     if len(new) < MIN_CORRECTIONS:
         what = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
         raise UsageError(f"{what}, fewer than {MIN_CORRECTIONS}", "correct more answers, or label some with --ask N")
     held_out = new[::_HELD_OUT_PARTS]
     learned = [row for number, row in enumerate(new) if number % _HELD_OUT_PARTS]
-    corrected = {_prompt_of(row) for row in new}
-    kept = [row for row in task.in_scope(task.train) if _prompt_of(row) not in corrected]
+    corrected = {row.prompt_key for row in new}
+    kept = [row for row in task.in_scope(task.train) if row.prompt_key not in corrected]
     return LearnedRows([*kept, *learned], task.in_scope(task.validation), held_out, len(learned))
 
 
@@ -70,10 +69,6 @@ def _values(row: TaskRow) -> dict[str, Any]:
 
 def _row(entry: LoggedAnswer) -> TaskRow:
     return TaskRow(f"log:{entry.id}", entry.messages, entry.correction)
-
-
-def _prompt_of(row: TaskRow) -> str:
-    return json.dumps([row.text, *(dict(message) for message in row.messages or ())])
 
 
 def _check(task: Task, entries: Sequence[LoggedAnswer]) -> None:

@@ -62,6 +62,11 @@ class TaskRow:
         texts = (tools, self.text, self.completion, *(message["content"] for message in self.messages or ()))
         return sum(len(text) for text in texts if text)
 
+    @property
+    def prompt_key(self) -> str:
+        """What rows with exactly the same prompt have in common."""
+        return repr((self.text, [dict(message) for message in self.messages or ()]))
+
     def estimated_tokens(self, system: str | None) -> int:
         """A high estimate of its tokens with a system prompt, without those of the chat template."""
         return math.ceil((self.characters + len(system or "")) / _CHARACTERS_PER_TOKEN)

@@ -180,15 +180,11 @@ def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
 
 def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -> None:
     """UsageError for confidence rows that are training rows."""
-    learned = {_prompt_of(row) for row in train}
-    both = [row.where for row in rows if _prompt_of(row) in learned]
+    learned = {row.prompt_key for row in train}
+    both = [row.where for row in rows if row.prompt_key in learned]
     if both:
         message = f"adapter {name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
         raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
-
-
-def _prompt_of(row: TaskRow) -> str:
-    return repr((row.messages, row.text))
 
 
 def _first(rows: list[TaskRow], count: int | None, seed: int) -> list[TaskRow]:

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 import urllib.error
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -130,4 +129,4 @@ def _call(function: Mapping[str, Any]) -> ToolCall:
     arguments = json.loads(function["arguments"])
     if not isinstance(function["name"], str) or not isinstance(arguments, dict):
         raise TypeError("a call has no name or no arguments")
-    return ToolCall(function["name"], arguments, uuid.uuid4().hex[:9])
+    return ToolCall(function["name"], arguments)

@@ -208,8 +208,7 @@ class Runtime:
         if classifier is not None:
             assert first is not None
             with self._loaded.adapters.use({first.name: first}, Holder()):
-                scale = self._loaded.scales(adapter)[first.name]
-                return found(LabelScores(classifier.scores(prompt, labels, first, scale)))
+                return found(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])))
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer

@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import logging
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,7 +105,7 @@ class Rewriter:
         def finish(answer: Answer) -> Answer:
             with self._errors("make a reply of the answer"):
                 reply = rewritten.reply(answer.text)
-                calls = [ToolCall(call["name"], dict(call["arguments"]), uuid.uuid4().hex[:9]) for call in reply.calls]
+                calls = [ToolCall(call["name"], dict(call["arguments"])) for call in reply.calls]
                 return replace(answer, content=reply.text, tool_calls=tuple(calls))
 
         return replace(request, adapters=rewritten.adapter, prompts=[rewritten.prompt], options=options, finish=finish)

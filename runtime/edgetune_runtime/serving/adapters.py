@@ -81,7 +81,6 @@ class LoadedAdapters:
         """Lease a context for a job with these adapters; errors as those of `Places.enter`, `use` and `Pool.take`."""
         with (
             pool.places.enter(job.check) as holder,
-            # Whether a batch can hold an adapter is known once it is loaded.
             self.use(entries, holder, job.check),
             pool.take(job, holder) as context,
         ):

@@ -17,6 +17,11 @@ _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
 _DECODER = json.JSONDecoder()
 
 
+def random_id() -> str:
+    """An id for a call of a tool."""
+    return uuid.uuid4().hex[:9]
+
+
 @dataclass(frozen=True)
 class ToolCall:
     """A call of a tool by the model: `arguments` fit the tool's schema.
@@ -26,7 +31,7 @@ class ToolCall:
 
     name: str
     arguments: dict[str, Any]
-    id: str
+    id: str = field(default_factory=random_id)
 
     def to_message(self) -> dict[str, Any]:
         """The call as an assistant's message has it in `tool_calls`."""
@@ -77,7 +82,7 @@ class CallReader:
 
     def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:
         """The call at this place, and where it ends."""
-        values: dict[Placeholder, Any] = {Placeholder.ID: uuid.uuid4().hex[:9]}
+        values: dict[Placeholder, Any] = {Placeholder.ID: random_id()}
         for part in self.form.parts:
             if isinstance(part, str):
                 end = _after(text, at, part)

@@ -350,7 +350,7 @@ class OnnxEngine:
         self._ids[:count] = tokens
         self._start[0] = count - len(out)
         total = self._length + count
-        # _Binding takes longer than the smallest operators, so bind only what changed.
+        # Binding takes longer than the smallest operators, so bind only what changed.
         if binding.count != count:
             binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
             binding.count = count
