@@ -65,12 +65,6 @@ class Wheel:
         with zipfile.ZipFile(self.path) as archive:
             return sum(item.file_size * (2 if item.filename.endswith(".py") else 1) for item in archive.infolist())
 
-    def text(self, name: str) -> str:
-        """The texts of all files with this name in the wheel's metadata folder and below, joined."""
-        with zipfile.ZipFile(self.path) as archive:
-            texts = [item for item in archive.namelist() if ".dist-info/" in item and name in item.upper()]
-            return "\n".join(archive.read(item).decode(errors="replace") for item in texts)
-
 
 def read_wheel(path: Path) -> Wheel:
     """Read a wheel's metadata; VerificationError if the file is no wheel."""
