@@ -148,7 +148,8 @@ class TorchMeasurement:
             # Trials that run at the same time share the folder.
             self.work.mkdir(parents=True, exist_ok=True)
             with FileLock(self.work / "lock"):
-                backend.write_merged(folded, source_of_merged(source, self.recipe.merged_quantization), out)
+                requested, on_grid = self.recipe.merged_quantization, self.method.trains_on_grid
+                backend.write_merged(folded, source_of_merged(source, requested, trains_on_grid=on_grid), out)
             return self._speed(target, out)
         finally:
             shutil.rmtree(measured.bundle.with_name("merged"), ignore_errors=True)
