@@ -158,6 +158,8 @@ def _print_check(found: TaskCheck) -> None:
     about = "about " * found.is_estimated
     lengths = f"{about}{tokens[0]} to {tokens[-1]} tokens, half of them at most {tokens[len(tokens) // 2]}"
     print(printable(f"{found.name}: {rows} rows of {lengths}"))
+    if found.estimate is not None and found.estimate.unjudged:
+        print(f"  judged {found.estimate.share:.0%} of the rows, the shortest: more need a larger --minutes")
     for kind, count in found.counts.items():
         print(f"  {count} {KINDS[kind]}")
         for finding in found.of_kind(kind)[:SHOWN]:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +21,9 @@ from edgetune.checking.check import check
 from edgetune.checking.duplicates import NEAR, near
 from edgetune.checking.findings import TaskCheck
 from edgetune.checking.judging import judge
+from edgetune.checking.reading import Reader
 from edgetune.cli.main import main
+from edgetune.objectives.example import Example
 from edgetune.progress import Progress, Step
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, read_rows
@@ -28,6 +31,7 @@ from edgetune.tasks.tokenization import tokenize_rows
 
 QUIET = Progress(quiet=True)
 ROOMS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
+ROWS = [TaskRow(f"x:{n}", ({"role": "user", "content": "turn on " * n},), "stop the light") for n in range(1, 6)]
 ORDERS = [
     {"prompt": f"turn {state} the lamp in the {room}", "completion": {"do": state, "area": room}}
     for state in ("on", "off")
@@ -241,15 +245,47 @@ def test_methods_without_modules_find_wrong_answers_too(
     assert len(found.estimate.rows) == len(rows)
 
 
-def test_rows_are_judged_together_as_alone(tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base("llama")
-    rows = [TaskRow(f"x:{n}", ({"role": "user", "content": "turn on " * n},), "stop the light") for n in range(1, 6)]
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_rows_are_judged_together_as_alone(
+    architecture: str, tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(architecture)
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        examples, _ = tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=512)
+        examples = examples_of(ROWS, tokenizer)
         model = load_torch(base, torch.float32)
-        together = judge(model, tokenizer, rows, examples, Step("", len(rows)))
+        together = judge(Reader(model, examples, takes_cache=True), tokenizer, ROWS, examples, Step("", len(ROWS)))
         monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
-        for row, alone in zip(together, judge(model, tokenizer, rows, examples, Step("", len(rows))), strict=True):
+        whole = Reader(model, examples, takes_cache=False)
+        for row, alone in zip(together, judge(whole, tokenizer, ROWS, examples, Step("", len(ROWS))), strict=True):
             assert row.where == alone.where
             assert row.relative == pytest.approx(alone.relative, rel=1e-3)
             assert row.own == alone.own
+
+
+def test_versions_of_a_row_are_read_after_what_did_not_change(tiny_base: Callable[[str], Base]) -> None:
+    base = tiny_base("llama")
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        model = load_torch(base, torch.float32)
+        cached, whole = (Reader(model, examples, takes_cache=cache).continued() for cache in (True, False))
+        tokens = list(examples[0].tokens)
+        for first, version in ((len(tokens) - 4, tokens), (len(tokens) - 2, [*tokens[:-1], 65, 66])):
+            torch.testing.assert_close(
+                cached.logits(version, first), whole.logits(version, first), rtol=1e-3, atol=1e-4
+            )
+
+
+def test_rows_that_the_time_leaves_are_not_judged(
+    tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base("llama")
+    monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        reader = Reader(load_torch(base, torch.float32), examples, takes_cache=True)
+        judged = judge(reader, tokenizer, ROWS, examples, Step("", len(ROWS)), deadline=time.monotonic())
+    assert [row.where for row in judged] == ["x:1"]
+
+
+def examples_of(rows: Sequence[TaskRow], tokenizer: GgufTokenizer) -> list[Example]:
+    return tokenize_rows(rows, tokenizer, system="Be brief.", loss_on="completion", max_tokens=512)[0]
