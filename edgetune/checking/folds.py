@@ -63,8 +63,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     work = work_folder(recipe.default_out)
     with locked(work):
         base: Base = builder.make_base(plan, work, progress, None)
-    started = time.monotonic()
-    deadline = started + minutes * 60
+    started, limit_s = time.monotonic(), minutes * 60
 
     def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
         # Changed copies of the rows that are judged would tell their answers.
@@ -79,7 +78,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
-        options = _within(deadline - time.monotonic(), speed, whole.job)
+        options = _within(started + limit_s - time.monotonic(), speed, whole.job)
         progress.say(
             f"{task.name}: {FOLDS} trainings of {options.epochs:.2g} epochs to estimate which answers are wrong"
         )
@@ -88,6 +87,8 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
             others = [row for other in folds if other is not fold for row in other]
             jobs.append(replace(job_of(others, fold, options).job, name=f"{task.name}-{number}"))
         train(jobs, progress=progress)
+        # Where the trainings took longer than planned, the rows are judged all the same.
+        deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
         judged = list(_judged(folds, jobs, base, Path(folder), deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
     return LabelEstimate(ranked, sum(map(len, folds)) - len(ranked), options.epochs, time.monotonic() - started)

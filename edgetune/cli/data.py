@@ -55,6 +55,10 @@ def check(
     out: Annotated[
         Path | None, output_option(metavar="FILE", help="Write the training rows without the bad ones, as .jsonl.")
     ] = None,
+    weights: Annotated[
+        bool,
+        output_option("--weights", help="Keep rows with a doubtful answer in --out, with a low weight in training."),
+    ] = False,
     page: Annotated[
         Path | None, output_option(metavar="FILE", help="Write an HTML page with pictures and the rows.")
     ] = None,
@@ -77,11 +81,14 @@ def check(
     loaded = Recipe.from_file(recipe, settings_of(settings))
     if out is not None and adapter is None and len(loaded.adapters) > 1:
         raise UsageError("--out is for the rows of one adapter", f"add --adapter {next(iter(loaded.adapters))}")
+    if weights and (out is None or minutes is None):
+        raise UsageError("--weights needs an estimate of wrong answers, and a file", "add --minutes N --out FILE")
     tests = pairs_of(test or (), "--test", "NAME=FILE")
     checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
     if page is not None:
         _write_page(page, loaded.name, checks)
-    left_out = {} if out is None else write_clean(checks[0], loaded.adapters[checks[0].name].data, out)
+    data = loaded.adapters[checks[0].name].data
+    left_out = {} if out is None else write_clean(checks[0], data, out, weighted=weights)
     if as_json:
         print_json({found.name: found.to_json() for found in checks})
         return

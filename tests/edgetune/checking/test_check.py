@@ -18,6 +18,7 @@ from recipes import adapter_of, write_recipe, write_rows
 from edgetune.bases import Base, load_torch
 from edgetune.checking import judging
 from edgetune.checking.check import check
+from edgetune.checking.clean import write_clean
 from edgetune.checking.duplicates import NEAR, near
 from edgetune.checking.findings import TaskCheck
 from edgetune.checking.judging import judge
@@ -197,6 +198,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = str(write_recipe(tmp_path, NO_BASE, {"one": adapter_of(), "two": adapter_of()}))
     for options, message in (
         (["--out", "clean.jsonl"], "--out is for the rows of one adapter; add --adapter one"),
+        (["--adapter", "one", "--weights"], "--weights needs an estimate of wrong answers, and a file; add --minutes"),
         (["--adapter", "tow"], "no adapter 'tow' in the recipe; did you mean 'two'?"),
         (["--adapter", "one", "--out", str(tmp_path / "rows.jsonl")], "is a file of the recipe; write the clean rows"),
         (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
@@ -224,6 +226,14 @@ def test_wrong_answers_are_the_least_likely_ones(tiny_gguf: Callable[[str], Path
     assert sorted(ranked) == list(range(len(rows)))
     assert len(set(wrong) & set(ranked[: len(rows) // 4])) >= 3
     assert {finding.own for finding in found.of_kind("wrong_label")} <= {"on", "off"}
+    data, clean = Recipe.from_file(recipe).adapters["command"].data, tmp_path / "clean.jsonl"
+    named = len(found.of_kind("wrong_label"))
+    assert write_clean(found, data, clean)["wrong_label"] == named
+    assert len(read_rows(str(clean))) == len(rows) - named
+    assert not write_clean(found, data, clean, weighted=True)
+    likelihoods = {row.where.rpartition(":")[2]: row.relative for row in found.estimate.rows}
+    for row in read_rows(str(clean)):
+        assert row.weight == pytest.approx(likelihoods[row.where.rpartition(":")[2]], abs=1e-3)
 
 
 def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
