@@ -75,8 +75,10 @@ def check(
     """
     from edgetune.checking.check import check as run
     from edgetune.checking.clean import write_clean
+    from edgetune.checking.page import page_of
     from edgetune.progress import Progress
     from edgetune.recipe.model import Recipe
+    from edgetune.templates import write_page
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
     if out is not None and adapter is None and len(loaded.adapters) > 1:
@@ -86,7 +88,7 @@ def check(
     tests = pairs_of(test or (), "--test", "NAME=FILE")
     checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
     if page is not None:
-        _write_page(page, loaded.name, checks)
+        write_page(page, page_of(loaded.name, checks))
     data = loaded.adapters[checks[0].name].data
     left_out = {} if out is None else write_clean(checks[0], data, out, weighted=weights)
     if as_json:
@@ -145,16 +147,6 @@ def _print_copies(task: Task, count: int) -> None:
 def _shown(row: TaskRow) -> str:
     prompt = str(row.messages[-1]["content"]) if row.messages else row.text or ""
     return f"{shortened(prompt, 100)!r} → {shortened(row.completion or '', 120)}"
-
-
-def _write_page(path: Path, name: str, checks: list[TaskCheck]) -> None:
-    from edgetune_runtime.formats.atomic import replacing
-
-    from edgetune.checking.page import page_of
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(page_of(name, checks), encoding="utf-8")
 
 
 def _print_check(found: TaskCheck) -> None:
