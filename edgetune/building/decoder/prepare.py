@@ -146,4 +146,4 @@ def _with_draft(
 def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
     method = {"name": planned.method, **planned.options.model_dump(mode="json")}
     state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
-    return key_of(state, ((example.tokens, example.learned) for example in examples))
+    return key_of(state, ((example.tokens, example.learned, example.weight) for example in examples))

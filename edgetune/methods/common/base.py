@@ -85,7 +85,8 @@ class Method(ABC, Generic[O]):
     class that sets it, and not to its subclasses. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
     `trains_on_grid`: merged models can be trained through the rounding to the base's grid (`training.rounding`).
-    `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
+    `takes_encoders`: the method can tune encoders. `takes_cache`: the model of `loaded` takes transformers' KV cache.
+    `adds_parameters`: what it trains is not part of the base.
     `variant`: the name of a method that is another one with other defaults, in the file of that one.
     """
 
@@ -95,6 +96,7 @@ class Method(ABC, Generic[O]):
     takes_scale: ClassVar[bool] = False
     trains_on_grid: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
+    takes_cache: ClassVar[bool] = True
     adds_parameters: ClassVar[bool] = True
     variant: ClassVar[str] = ""
 
