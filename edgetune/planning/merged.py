@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import TensorType, quantization_of_merged
+from edgetune_runtime.formats.quantization import TensorType, gains_from_grid
 
 from edgetune import methods
 from edgetune.recipe.model import Recipe
@@ -28,13 +28,9 @@ def with_grid(
 
     UsageError for one that is to be trained in int8.
     """
-    with_it, without = (
-        quantization_of_merged(main_type, recipe.merged_quantization, trains_on_grid=on_grid)
-        for on_grid in (True, False)
-    )
     planned = dict(adapters)
     for name, adapter in adapters.items():
-        if with_it == without or not trains_on_grid(adapter):
+        if not (trains_on_grid(adapter) and gains_from_grid(main_type, recipe.merged_quantization)):
             continue
         if recipe.training.under(adapter.spec.training).precision == "int8":
             message = f"adapters.{name} is trained with weights rounded to {main_type.name}, and not in int8"
