@@ -102,6 +102,7 @@ def test_help_and_version_are_on_standard_output(run: Run) -> None:
         assert command in run("--help")[1]
         code, out, err = run(command, "--help")
         assert (code, out.startswith(f"Usage: edgetune {command} "), err) == (0, True, "")
+        assert "{" not in out.splitlines()[0]
 
 
 def test_help_lists_options_by_group(run: Run) -> None:
