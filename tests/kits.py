@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
+from edgetune_runtime.store.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
+from edgetune_runtime.store.opening import DEFAULTS
 from wheels import repack
 
-from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
-from edgetune.delivery.board.opening import DEFAULTS
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit, with_description
 from edgetune.delivery.kit.program import board_program, install_script

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import LOCK_NAME
+from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, read_kit
 from kits import KitMaker
 
-from edgetune.delivery.board import main, transfer, versions
-from edgetune.delivery.board.durable import LOCK_NAME
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
+from edgetune.delivery.board import main, transfer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 _CHANGES = {
