@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.store import service, switch, systemd, versions
+from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.kit import KIT_NAME, parse_kit, read_kit
 from edgetune_runtime.wording import printable
 
@@ -151,7 +152,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    version = switch.roll_back(_prefix(options), say=_say)
+    prefix = _prefix(options)
+    with locked(prefix):
+        version = switch.roll_back(prefix, say=_say)
     if options.json:
         _print({"version": version})
     else:

@@ -36,8 +36,7 @@ class Store:
 
     def bytes_to_write(self, file: KitFile) -> int:
         """What is missing of a file."""
-        part = self._part(file.sha256)
-        return 0 if self.has(file) else max(0, file.bytes - (part.stat().st_size if part.exists() else 0))
+        return 0 if self.has(file) else max(0, file.bytes - self.part_bytes(file.sha256))
 
     def received(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Bytes already there, by digest, of the files with these digests and sizes. A whole file has its digest.
@@ -49,6 +48,11 @@ class Store:
                 path.unlink()
         counts = {sha256: self._bytes_of(sha256, size) for sha256, size in sizes.items()}
         return {sha256: count for sha256, count in counts.items() if count is not None}
+
+    def part_bytes(self, sha256: str) -> int:
+        """How much has arrived of a file that is not whole yet."""
+        part = self._part(sha256)
+        return part.stat().st_size if part.exists() else 0
 
     def fill(self, sha256: str, size: int, rest_from: Callable[[int], Iterable[bytes]], remedy: str) -> None:
         """Append the rest of a file to what the store has of it, compare the digest, and give the file its name.

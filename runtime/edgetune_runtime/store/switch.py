@@ -9,7 +9,6 @@ from edgetune_runtime.errors import EdgetuneError, NotFoundError
 from edgetune_runtime.threads.machine import free_mb
 
 from . import service, trial, versions
-from .durable import locked
 from .kit import Kit, read_installed
 from .service import Unit
 from .versions import Say
@@ -112,19 +111,19 @@ def _go_back(prefix: Path, links: Mapping[str, str | None], new: Unit | None, ol
 def roll_back(prefix: Path, *, say: Say) -> str:
     """Switch back to the version before, which is not asked for golden answers again; its id.
 
-    Goes on with a rollback that was cut off. NotFoundError if there is no version before.
+    Goes on with a rollback that was cut off. The lock of the prefix must be held. NotFoundError if there is no version
+    before.
     """
-    with locked(prefix):
-        before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
-        if before is None:
-            raise NotFoundError(f"{prefix} has no version before the current one", "install another kit")
-        kit, old_unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
-        if old_unit is not None:
-            old_unit.require_own(prefix)
-        versions.begin_rollback(prefix, before)
-        try:
-            # Someone who goes back does not want a strict check to keep them from it.
-            _switch(prefix, kit, old_unit, old_unit, say, asks=False)
-        finally:
-            versions.settle(prefix)
-        return before
+    before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
+    if before is None:
+        raise NotFoundError(f"{prefix} has no version before the current one", "install another one")
+    kit, old_unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
+    if old_unit is not None:
+        old_unit.require_own(prefix)
+    versions.begin_rollback(prefix, before)
+    try:
+        # Someone who goes back does not want a strict check to keep them from it.
+        _switch(prefix, kit, old_unit, old_unit, say, asks=False)
+    finally:
+        versions.settle(prefix)
+    return before
