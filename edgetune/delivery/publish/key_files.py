@@ -85,10 +85,11 @@ def load_signer(folder: Path, role: str, key: Key, passphrase: Passphrase) -> Si
         raise UsageError(f"others may read the private key {path} (mode {mode:04o})", f"run: chmod 600 {path}")
     try:
         private = load_pem_private_key(data, passphrase().encode())
-        assert isinstance(key, SSlibKey)
-        return CryptoSigner(private, key)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         message = f"the passphrase does not open {path}, or the file is damaged"
         raise UsageError(message, f"correct {PASSPHRASE}, or restore the file from a backup") from error
-    except (UnsupportedAlgorithm, SigningError) as error:
+    assert isinstance(key, SSlibKey)
+    try:
+        return CryptoSigner(private, key)
+    except (ValueError, SigningError) as error:
         raise VerificationError(f"{path} is not the private key {key.keyid[:8]}", "restore it from a backup") from error

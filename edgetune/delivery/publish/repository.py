@@ -46,6 +46,9 @@ class Repository:
         self.folder, self._keys = folder, keys
         self._metadata = folder / METADATA_FOLDER
         self._root = keys.root().signed
+        if self._root.is_expired():
+            message = f"the root in {keys.folder} expired on {self._root.expires:%Y-%m-%d}"
+            raise UsageError(message, f"sign the next one: edgetune keys rotate {keys.folder} root")
         self._published_root = self._read_published_root()
         self._roles: dict[str, Targets] = {}
         self._changed: set[str] = set()

@@ -42,7 +42,7 @@ class Location:
             raise UnreachableError(f"{text} is not a folder", "give the address of a repository, or its folder")
 
     def read(self, path: str, most: int) -> bytes:
-        """A whole file; MissingError if there is none, UnreachableError if it cannot be read or has more than `most`."""
+        """A whole file; MissingError if there is none, UnreachableError if it is lost or too long."""
         data = b"".join(self.blocks(path, most + 1))
         if len(data) > most:
             raise UnreachableError(f"{self.text}/{path} has more than {most} bytes", "check the address")

@@ -114,9 +114,7 @@ class TrustedRepository:
             yield
         except ExpiredMetadataError as error:
             message = f"{where}: {error}, as it is {self._now:%Y-%m-%d %H:%M} UTC here"
-            raise VerificationError(
-                message, "sign the repository again (edgetune publish), or set the clock"
-            ) from error
+            raise VerificationError(message, "sign it again (edgetune publish), or set the clock") from error
         except DownloadError as error:
             if isinstance(error.__cause__, EdgetuneError):
                 raise error.__cause__ from error
