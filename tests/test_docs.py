@@ -1,8 +1,8 @@
 """Runs the commands and Python blocks of the documentation and READMEs, page by page, on a tiny base.
 
 A block of `sh`, `python`, `js` or `go` is run unless the line above it is `<!-- not run: REASON -->`. A block below
-`<!-- file: NAME -->` is written to that file first. `edgetune-run serve` runs until the end of the page, on a free port
-in place of 8080.
+`<!-- file: NAME -->` is written to that file first. `edgetune-run serve` and `python -m http.server` run until the end
+of the page, on a free port in place of 8080.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from ports import free_port, wait_for
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -105,6 +105,18 @@ def serving(words: list[str], port: int) -> Iterator[None]:
             process.wait(60)
 
 
+@contextlib.contextmanager
+def serving_files(words: list[str], port: int) -> Iterator[None]:
+    """Run `python -m http.server` in a process of its own until the block ends."""
+    with subprocess.Popen([sys.executable, *words[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_for(port)
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
 GO = """package main
 
 import (
@@ -117,7 +129,7 @@ func main() {{
 
 
 def run_outside(words: list[str]) -> None:
-    """Run curl, node or go, which must succeed."""
+    """Run curl, cp, node or go, which must succeed."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, '"error"' in done.stdout) == (0, False), done.stdout + done.stderr
 
@@ -173,8 +185,12 @@ def test_the_commands_of_a_page_run(
                     words = shlex.split(line, comments=True)
                     if words[:2] == ["edgetune-run", "serve"]:
                         servers.enter_context(serving(words, port))
-                    elif words[:1] == ["curl"]:
+                    elif words[:3] == ["python", "-m", "http.server"]:
+                        servers.enter_context(serving_files(words, port))
+                    elif words[:1] in (["curl"], ["cp"]):
                         run_outside(words)
+                    elif words[:1] == ["export"] and words[1].startswith("EDGETUNE_"):
+                        monkeypatch.setenv(*words[1].split("=", 1))
                     # The fixture has run BUILD, and `export` is the shell's.
                     elif words and words != BUILD and words[0] != "export":
                         assert run(words, tiny_gguf("llama")) == 0, line

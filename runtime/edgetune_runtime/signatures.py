@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import LONGEST_MANIFEST, MANIFEST_NAME
+from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, read_manifest
 from .errors import NotFoundError, VerificationError, importing
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ def signature_file(manifest: bytes, signers: Iterable[Signer]) -> bytes:
     signatures = [signer.sign(_PURPOSE + manifest) for signer in signers]
     values = [{"keyid": signature.keyid, "sig": signature.signature} for signature in signatures]
     return (json.dumps({"signatures": values}, indent=1) + "\n").encode()
+
+
+def read_signed_manifest(bundle: Path, trusted: str | Path | None) -> Manifest:
+    """The manifest of a bundle, which must be signed by a key in the file `trusted`, if that is not None.
+
+    Raises what `require_signed` and `read_manifest` raise.
+    """
+    if trusted is not None:
+        require_signed(bundle, Path(trusted))
+    return read_manifest(bundle)
 
 
 def require_signed(bundle: Path, trusted: Path) -> None:

@@ -119,7 +119,7 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
         runtime = Path(folder, runtime_name)
         runtime.write_bytes(runtime_data)
         llama = [options.wheel or llama_wheel(target.platform, progress=progress)] if engine == gguf.NAME else []
-        extras = [engine, "server", *task_types.load(manifest.task).runtime_extras]
+        extras = [engine, "server", "update", *task_types.load(manifest.task).runtime_extras]
         cache = cache_folder() / f"{target.platform}-{target.python}"
         wheels = collect(extras, target, [runtime, *llama], cache, progress)
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in wheels}

@@ -17,6 +17,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.server import command as server
+from edgetune_runtime.signatures import require_signed
 from edgetune_runtime.update import command as updating
 from edgetune_runtime.voice import command as wyoming
 from edgetune_runtime.wording import printable
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         with _logging(debug=options.debug):
+            if getattr(options, "trusted_keys", None) is not None and options.bundle is not None:
+                # Some commands read the manifest before they open the bundle.
+                require_signed(options.bundle, options.trusted_keys)
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

@@ -62,7 +62,8 @@ NEEDED = (
         "numpy",
         "onnxruntime",
     ),
-    *("pip", "prometheus-client", "starlette", "tokenizers", "typing-extensions", "uvicorn", LLAMA),
+    *("pip", "prometheus-client", "securesystemslib", "starlette", "tokenizers", "tuf", "typing-extensions", "urllib3"),
+    *("uvicorn", LLAMA),
 )
 
 
