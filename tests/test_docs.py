@@ -108,7 +108,8 @@ def serving(words: list[str], port: int) -> Iterator[None]:
 @contextlib.contextmanager
 def serving_files(words: list[str], port: int) -> Iterator[None]:
     """Run `python -m http.server` in a process of its own until the block ends."""
-    with subprocess.Popen([sys.executable, *words[1:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *words[1:]], **quiet) as process:
         try:
             wait_for(port)
             yield
@@ -153,6 +154,24 @@ def run_script(arguments: list[str]) -> int:
     return 0
 
 
+def run_line(words: list[str], port: int, servers: contextlib.ExitStack, base: Path) -> None:
+    """Run a line of a block of `sh`, which must succeed; a server runs until `servers` is closed."""
+    if words[:2] == ["edgetune-run", "serve"]:
+        servers.enter_context(serving(words, port))
+    elif words[:3] == ["python", "-m", "http.server"]:
+        servers.enter_context(serving_files(words, port))
+    elif words[0] in {"curl", "cp"}:
+        run_outside(words)
+    elif words[0] == "export":
+        # Other variables are the shell's own.
+        name, value = words[1].split("=", 1)
+        if name.startswith("EDGETUNE_"):
+            servers.enter_context(pytest.MonkeyPatch.context()).setenv(name, value)
+    # The fixture has run BUILD.
+    elif words != BUILD:
+        assert run(words, base) == 0, words
+
+
 @pytest.mark.parametrize("page", RUN)
 def test_the_commands_of_a_page_run(
     page: str, build_folder: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,18 +201,8 @@ def test_the_commands_of_a_page_run(
                 run_go(text)
             elif block.is_run:
                 for line in text.replace("\\\n", " ").splitlines():
-                    words = shlex.split(line, comments=True)
-                    if words[:2] == ["edgetune-run", "serve"]:
-                        servers.enter_context(serving(words, port))
-                    elif words[:3] == ["python", "-m", "http.server"]:
-                        servers.enter_context(serving_files(words, port))
-                    elif words[:1] in (["curl"], ["cp"]):
-                        run_outside(words)
-                    elif words[:1] == ["export"] and words[1].startswith("EDGETUNE_"):
-                        monkeypatch.setenv(*words[1].split("=", 1))
-                    # The fixture has run BUILD, and `export` is the shell's.
-                    elif words and words != BUILD and words[0] != "export":
-                        assert run(words, tiny_gguf("llama")) == 0, line
+                    if words := shlex.split(line, comments=True):
+                        run_line(words, port, servers, tiny_gguf("llama"))
     if missing:
         pytest.skip(f"all but the blocks for {', '.join(sorted(missing))}, which is not installed")
 

@@ -31,6 +31,8 @@ ROLLING_BACK = ".rollback"
 """Target of an unfinished rollback."""
 LINKS = (CURRENT, PREVIOUS, KEPT, ROLLING_BACK)
 RUN_SCRIPT = "bin/edgetune-run"
+PREFIX_VARIABLE = "EDGETUNE_PREFIX"
+"""Variable of the environment in which RUN_SCRIPT says which prefix it is of."""
 Say = Callable[[str], None]
 """Prints a line for the user."""
 _VENV = "venv"
@@ -38,7 +40,8 @@ _VENV = "venv"
 _SCRIPT = """\
 #!/bin/sh
 # Runs edgetune-run of the current version.
-version=$(readlink -f '{current}') || exit 3
+version=$(readlink -f '{prefix}/current') || exit 3
+export {variable}='{prefix}'
 exec "$version/venv/bin/python" -I -m edgetune_runtime "$@"
 """
 
@@ -240,5 +243,6 @@ def _folders(prefix: Path) -> list[Path]:
 
 
 def _write_script(prefix: Path) -> None:
-    quoted = str((prefix / CURRENT).absolute()).replace("'", "'\\''")
-    write_text(prefix / RUN_SCRIPT, _SCRIPT.replace("{current}", quoted), mode=0o755)
+    quoted = str(prefix.absolute()).replace("'", "'\\''")
+    text = _SCRIPT.replace("{prefix}", quoted).replace("{variable}", PREFIX_VARIABLE)
+    write_text(prefix / RUN_SCRIPT, text, mode=0o755)

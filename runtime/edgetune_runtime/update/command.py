@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--channel", metavar="NAME", help="the channel to follow (default: stable)")
     text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
-    default = f"that of this Python; ~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}, for root {versions.ROOT_FOLDER}/…"
-    text = f"where versions are installed (default: {default})"
+    default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
+    text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
     command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
 
 
@@ -42,7 +43,8 @@ def run(options: argparse.Namespace) -> None:
     """Run the action that was asked for, and print what it did."""
     from . import update  # noqa: PLC0415 - it imports libraries of an extra
 
-    prefix = (options.prefix or _own_prefix() or versions.default_prefix(_DEFAULT)).absolute()
+    own = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
+    prefix = (options.prefix or Path(own)).absolute()
     source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root)
     if options.status:
         _show_status(update.status(prefix, _say), options.json)
@@ -56,12 +58,6 @@ def run(options: argparse.Namespace) -> None:
         reason = "it was marked as bad" if options.mark_bad else "this device went back from it"
         version = update.roll_back(prefix, reason, _say)
         _show({"version": version, **_where(prefix)}, options.json)
-
-
-def _own_prefix() -> Path | None:
-    """The prefix whose environment runs this; None if it is another one."""
-    folder = Path(sys.prefix)
-    return folder.parents[1] if folder.parent.name == versions.ENVIRONMENTS else None
 
 
 def _where(prefix: Path) -> dict[str, Any]:

@@ -36,10 +36,11 @@ class Location:
         scheme = urllib.parse.urlsplit(text).scheme
         if "://" in text and scheme not in {"http", "https"}:
             raise UsageError(f"--repo {text!r} is no address", "use http:// or https://, or a folder")
-        self.text = text.rstrip("/")
         self._is_folder = "://" not in text
         if self._is_folder and not Path(text).is_dir():
             raise UnreachableError(f"{text} is not a folder", "give the address of a repository, or its folder")
+        # A folder is remembered, and this process need not start in the same one.
+        self.text = str(Path(text).absolute()) if self._is_folder else text.rstrip("/")
 
     def read(self, path: str, most: int) -> bytes:
         """A whole file; MissingError if there is none, UnreachableError if it is lost or too long."""

@@ -158,7 +158,8 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
     if root is None:
         message = f"{prefix} trusts no repository yet"
         raise UsageError(message, "add --root FILE once, with the 1.root.json of `edgetune keys init`")
-    trusted = TrustedRepository(Location(repo), prefix / FOLDER / METADATA_FOLDER, root, state.time)
+    location = Location(repo)
+    trusted = TrustedRepository(location, prefix / FOLDER / METADATA_FOLDER, root, state.time)
     trusted.refresh()
     name = source.bundle or state.bundle or _name_among(trusted.names(), current)
     release = trusted.release(name, source.channel or state.channel)
@@ -166,9 +167,8 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
     if release.version < floor:
         message = f"release {release.version} of {name} is older than {floor}, which this device had"
         raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
-    state = replace(
-        state, repo=repo, bundle=name, channel=release.channel, not_before=max(trusted.issued, state.time).isoformat()
-    )
+    not_before = max(trusted.issued, state.time).isoformat()
+    state = replace(state, repo=location.text, bundle=name, channel=release.channel, not_before=not_before)
     if source.root is not None:
         write_trusted_root(prefix, root)
     write_state(prefix, state)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -102,10 +103,23 @@ def test_a_device_that_is_up_to_date_makes_one_small_request(
     assert sum(server.sent) < 4000
 
 
-def test_a_repository_can_be_a_folder(prefix: Path, publisher: Publisher) -> None:
+def test_a_repository_can_be_a_folder_that_is_found_again(
+    prefix: Path, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publisher("one")
-    assert apply(prefix, source_of(publisher, publisher.repo))
+    monkeypatch.chdir(publisher.repo.parent)
+    assert apply(prefix, source_of(publisher, Path("repo")))
     assert ask(prefix) == "one"
+    publisher("two")
+    monkeypatch.chdir(tmp_path)
+    assert apply(prefix)
+    assert ask(prefix) == "two"
+
+
+def test_the_script_of_a_prefix_says_which_one_it_is(installed: Path) -> None:
+    script = (installed / "bin/edgetune-run").read_text().replace('exec "$version/venv/bin/python"', "exec env #")
+    shown = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert f"EDGETUNE_PREFIX={installed}" in shown.splitlines()
 
 
 @pytest.mark.parametrize("answer", ["wrong", "crash"])
