@@ -80,7 +80,7 @@ def run(words: list[str], base: Path) -> int:
     program, *rest = words
     if program == "python":
         return run_script(rest)
-    if program == "edgetune" and rest[0] in {"build", "validate"}:
+    if program == "edgetune" and rest[0] in {"build", "plan"}:
         rest += [word for setting in (f"base={base}", *QUICK) for word in ("--set", setting)]
     if program == "edgetune" and rest[0] == "evaluate":
         rest += ["--limit", "5"]
@@ -238,4 +238,3 @@ def test_the_page_of_commands_finds_all_commands() -> None:
     assert {"edgetune-run", "edgetune-run bench", "edgetune-run cache ls"} <= of_runtime
     listed = set(made["commands_in"](made["help_of"]("edgetune", ())))
     assert {"build", "compare", "devices", "evaluate", "export", "init", "plan", "report", "schema"} <= listed
-    assert "validate" in listed

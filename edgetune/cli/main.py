@@ -27,7 +27,7 @@ from .init import init
 from .kit import kit
 from .learn import learn
 from .methods import methods
-from .plan import plan, validate
+from .plan import plan
 from .publish import publish
 from .report import report
 from .wheel import wheel
@@ -98,13 +98,14 @@ def schema() -> None:
 
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Recipe commands": (init, validate, plan, augment, methods, schema),
+    "Recipe commands": (init, plan, augment, methods, schema),
     "Bundle commands": (build, learn, export, report, deploy, kit, publish, wheel),
     "Measurement commands": (evaluate, compare),
 }
 for _title, _commands in COMMANDS.items():
     for _command in _commands:
         app.command(cls=GroupedCommand, rich_help_panel=_title)(_command)
+app.command("validate", cls=GroupedCommand, hidden=True)(plan)
 app.add_typer(data.app, name="data", rich_help_panel="Recipe commands")
 app.add_typer(keys.app, name="keys", rich_help_panel="Bundle commands")
 app.add_typer(devices.app, name="devices", rich_help_panel="Measurement commands")

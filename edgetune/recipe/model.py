@@ -63,8 +63,9 @@ class Recipe(RecipePart):
     """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), applied before training. null: q8_0 for a
     folder or a hub id; a .gguf file is used as it is. ONNX stores q4_0 and q8_0 exactly and at the same size."""
     merged_quantization: str | None = None
-    """Quantization of merged models. null: q8_0 if the base has fewer bits, otherwise that of the base; rounding to
-    4 bits a second time loses most of what was trained."""
+    """Quantization of merged models. null: that of the base, for which lora, rslora and loraplus are trained with
+    rounded weights; for other methods q8_0 if the base has fewer bits, since rounding them again loses most of what
+    was trained."""
     states: Literal["first_use", "start", "ship"] = "first_use"
     """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call.
     start: on the device, when `edgetune-run serve` starts. ship: by the build, which adds them to the bundle; they work

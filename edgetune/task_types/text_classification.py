@@ -30,6 +30,5 @@ TASK_TYPE = TaskType(
             "run it on the board: edgetune-run classify",
         ),
         "label_estimate": Refusal("does not work for task text-classification", "leave it out"),
-        "trial": Refusal("does not work for task text-classification", "remove it"),
     },
 )
