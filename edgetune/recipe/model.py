@@ -13,7 +13,7 @@ from edgetune_export.backends.format import OptionsByFormat
 from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, GENERATION, MARK
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import QUANTIZATIONS
+from edgetune_runtime.formats.quantization import DEFAULT, FLOATS, QUANTIZATIONS
 from edgetune_runtime.wording import suggestion
 from pydantic import (
     BaseModel,
@@ -62,6 +62,9 @@ class Recipe(RecipePart):
     quantization: str | None = None
     """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), applied before training. null: q8_0 for a
     folder or a hub id; a .gguf file is used as it is. ONNX stores q4_0 and q8_0 exactly and at the same size."""
+    imatrix: Literal["auto"] | None = None
+    """Importance matrix for `quantization`. auto: from the training rows of all adapters, so that weights with large
+    inputs there are rounded with smaller errors. Size and speed stay the same; it changes nothing at 8 bits or more."""
     merged_quantization: str | None = None
     """Quantization of merged models. null: q8_0 if the base has fewer bits, otherwise that of the base; rounding to
     4 bits a second time loses most of what was trained."""
@@ -148,7 +151,7 @@ class Recipe(RecipePart):
             raise ValueError(f"[{', '.join(targets)}] does not work for {base}; use [{', '.join(fit)}]")
         return tuple(dict.fromkeys(targets))
 
-    @field_validator("quantization", "merged_quantization", "device", "domain")
+    @field_validator("quantization", "imatrix", "merged_quantization", "device", "domain")
     @classmethod
     def _fits_task(cls, value: object, info: ValidationInfo) -> object:
         reason = task_types.load(_task_of(info)).refused_keys.get(str(info.field_name))
@@ -160,6 +163,14 @@ class Recipe(RecipePart):
     @classmethod
     def _known_quantization(cls, quantization: str | None) -> str | None:
         return None if quantization is None else _one_of(quantization, sorted(QUANTIZATIONS), "quantization")
+
+    @field_validator("imatrix")
+    @classmethod
+    def _rounds_coarsely(cls, imatrix: str | None, info: ValidationInfo) -> str | None:
+        quantization = info.data.get("quantization")
+        if imatrix is not None and "quantization" in info.data and quantization in (None, DEFAULT, *FLOATS):
+            raise ValueError(f"it changes nothing with quantization: {quantization or 'null'}; use q4_0, or remove it")
+        return imatrix
 
     @field_validator("onnx")
     @classmethod

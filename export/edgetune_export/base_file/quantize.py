@@ -6,6 +6,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +15,39 @@ from edgetune_runtime.engines.gguf.llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.atomic import is_full, replacing
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
-from edgetune_runtime.formats.quantization import TYPES_BY_NUMBER, quantization_named
+from edgetune_runtime.formats.quantization import TENSOR_TYPES, TYPES_BY_NUMBER, Quantization, quantization_named
 
 from edgetune_export.adapters.shapes import Floats
+
+from .importance import Importance
 
 # ggml's functions that convert float types to f32; those for quantized types are named after the type.
 _FLOAT_ROWS = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
 
 
-def quantize_gguf(source: Path, out: Path, quantization: str, *, again: bool = False) -> None:
+def quantize_gguf(
+    source: Path, out: Path, quantization: str, *, again: bool = False, importance: Importance | None = None
+) -> None:
     """Quantize the f32, f16 or bf16 file `source` to `quantization` with llama.cpp; `out` appears complete or not.
 
-    With `again`, `source` may already be quantized; the rounding errors of both add up. llama.cpp uses another type for
-    tensors whose columns the block size does not divide. Raises UsageError for an unknown quantization,
-    IncompatibleError if `source` is already quantized, VerificationError if llama.cpp refuses the file, OutOfSpaceError
-    if the disk is full.
+    With `again`, `source` may already be quantized; the rounding errors of both add up. With `importance`, the error of
+    a column counts as much as its inputs are large; tensors without an entry are quantized as without. llama.cpp uses
+    another type for tensors whose columns the block size does not divide. Raises UsageError for an unknown
+    quantization, IncompatibleError if `source` is already quantized, VerificationError if llama.cpp refuses the file,
+    OutOfSpaceError if the disk is full.
     """
-    ftype = quantization_named(quantization).ftype
+    chosen = quantization_named(quantization)
     main_type = read_header(source).main_type
     if not main_type.is_float and not again:
         remedy = "give the unquantized model, or ship this file as it is"
         raise IncompatibleError(f"{source} is already quantized to {main_type.name}", remedy)
     llama = library()
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = ftype
+    parameters.ftype = chosen.ftype
     parameters.allow_requantize = again
+    if importance is not None:
+        parameters.imatrix = _entries(importance, llama)
+        parameters.tt_overrides = _types_to_keep(chosen, llama)
     last_errors()
     with replacing(out) as temporary:
         if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), parameters) != 0:
@@ -86,6 +95,27 @@ def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out
     convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     convert(raw.ctypes.data_as(ctypes.c_void_p), values.ctypes.data_as(ctypes.c_void_p), values.size)
     return values
+
+
+def _entries(importance: Importance, llama: Any) -> Any:  # noqa: ANN401 - ctypes
+    """The matrix as llama.cpp takes it: an array that ends with an empty entry."""
+    entries = (llama.llama_model_imatrix_data * (len(importance.mean_squares) + 1))()
+    for entry, (name, values) in zip(entries, importance.mean_squares.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        # An array of ctypes, which lives as long as the entries.
+        entry.data = (ctypes.c_float * values.size).from_buffer_copy(values.astype(np.float32).tobytes())
+    return entries
+
+
+def _types_to_keep(quantization: Quantization, llama: Any) -> Any:  # noqa: ANN401 - ctypes
+    """The type of the down projections as without a matrix.
+
+    With one, llama.cpp stores some of q4_0 as q4_1, which ONNX requantizes to 8 bits.
+    """
+    overrides = (llama.llama_model_tensor_override * 2)()
+    if quantization.most == quantization.some:
+        overrides[0].pattern, overrides[0].type = b"ffn_down", TENSOR_TYPES[quantization.most].number
+    return overrides
 
 
 def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:

@@ -202,6 +202,7 @@ adapters:
         ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantization", "q4_9", "no quantization 'q4_9'"),
+        ("imatrix", "auto", "it changes nothing with quantization: null; use q4_0, or remove it"),
         ("quantize", "q4_0", "unknown key; did you mean 'quantization'?"),
         ("quantize_merged", "q4_0", "unknown key; did you mean 'merged_quantization'?"),
         ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
