@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from edgetune_runtime.engines.gguf.llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.atomic import is_full, replacing
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
-from edgetune_runtime.formats.quantization import TENSOR_TYPES, TYPES_BY_NUMBER, Quantization, quantization_named
+from edgetune_runtime.formats.quantization import TENSOR_TYPES, TYPES_BY_NUMBER, quantization_named
 
 from edgetune_export.adapters.shapes import Floats
 
@@ -37,7 +39,8 @@ def quantize_gguf(
     OutOfSpaceError if the disk is full.
     """
     chosen = quantization_named(quantization)
-    main_type = read_header(source).main_type
+    header = read_header(source)
+    main_type = header.main_type
     if not main_type.is_float and not again:
         remedy = "give the unquantized model, or ship this file as it is"
         raise IncompatibleError(f"{source} is already quantized to {main_type.name}", remedy)
@@ -45,9 +48,15 @@ def quantize_gguf(
     parameters = llama.llama_model_quantize_default_params()
     parameters.ftype = chosen.ftype
     parameters.allow_requantize = again
+    types = {}
+    if chosen.has_own_head:
+        types[f"^{re.escape(header.output_tensor)}$"] = chosen.head
     if importance is not None:
         parameters.imatrix = _entries(importance, llama)
-        parameters.tt_overrides = _types_to_keep(chosen, llama)
+        if chosen.most == chosen.some:
+            # With a matrix llama.cpp stores the first ones of q4_0 as q4_1, which ONNX requantizes to 8 bits.
+            types["ffn_down"] = chosen.most
+    parameters.tt_overrides = _overrides(types, llama)
     last_errors()
     with replacing(out) as temporary:
         if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), parameters) != 0:
@@ -107,14 +116,11 @@ def _entries(importance: Importance, llama: Any) -> Any:  # noqa: ANN401 - ctype
     return entries
 
 
-def _types_to_keep(quantization: Quantization, llama: Any) -> Any:  # noqa: ANN401 - ctypes
-    """The type of the down projections as without a matrix.
-
-    With one, llama.cpp stores some of q4_0 as q4_1, which ONNX requantizes to 8 bits.
-    """
-    overrides = (llama.llama_model_tensor_override * 2)()
-    if quantization.most == quantization.some:
-        overrides[0].pattern, overrides[0].type = b"ffn_down", TENSOR_TYPES[quantization.most].number
+def _overrides(types: Mapping[str, str], llama: Any) -> Any:  # noqa: ANN401 - ctypes
+    """Types by patterns of tensors' names, as llama.cpp takes them: an array that ends with an empty entry."""
+    overrides = (llama.llama_model_tensor_override * (len(types) + 1))()
+    for override, (pattern, name) in zip(overrides, types.items(), strict=False):
+        override.pattern, override.type = pattern.encode(), TENSOR_TYPES[name].number
     return overrides
 
 

@@ -120,6 +120,18 @@ def test_a_build_quantizes_its_base_with_the_matrix_of_its_rows_once(
     assert sum(line.startswith("quantizing") for line in listening.lines) == 1
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_both_formats_have_the_output_layer_in_the_type_that_is_asked_for(
+    arch: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_gguf(arch), quantization="q4_0+q4_0", targets=["gguf", "onnx"], imatrix="auto")
+    build(recipe, tmp_path / "home", progress=QUIET)
+    base = read_manifest(tmp_path / "home").base
+    assert base.quantization == "q4_0+q4_0"
+    assert set(base.values_by_type["gguf"]) == {"f32", "q4_0"}
+    assert set(base.values_by_type["onnx"]) == {"f32", "int4"}
+
+
 def test_an_adapter_is_added_to_a_bundle_with_a_matrix_by_the_base_in_it(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -202,6 +202,8 @@ adapters:
         ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantization", "q4_9", "no quantization 'q4_9'"),
+        ("quantization", "q5_0+q4", "no type of the output layer 'q4'"),
+        ("quantization", "f16+q4_0", "f16 has no other type of the output layer; use f16"),
         ("imatrix", "auto", "it changes nothing with quantization: null; use q4_0, or remove it"),
         ("quantize", "q4_0", "unknown key; did you mean 'quantization'?"),
         ("quantize_merged", "q4_0", "unknown key; did you mean 'merged_quantization'?"),
