@@ -23,6 +23,7 @@ from .compare import compare
 from .deploy import deploy
 from .evaluate import evaluate
 from .grouped_help import GroupedCommand, GroupedGroup
+from .imatrix import imatrix
 from .init import init
 from .kit import kit
 from .learn import learn
@@ -98,7 +99,7 @@ def schema() -> None:
 
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Recipe commands": (init, plan, augment, methods, schema),
+    "Recipe commands": (init, plan, augment, imatrix, methods, schema),
     "Bundle commands": (build, learn, export, report, deploy, kit, publish, wheel),
     "Measurement commands": (evaluate, compare),
 }
