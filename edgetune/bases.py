@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import architectures
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.base_file.convert import convert_folder
+from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.bundle import sha256_of
@@ -103,6 +104,14 @@ class BaseSource:
     shape: BaseShape | None = None
 
 
+@dataclass(frozen=True)
+class ImportanceSource:
+    """Computes the importance matrix of a base's GGUF file before it is quantized; `key` identifies its rows."""
+
+    key: str
+    collect: Callable[[Path], Importance]
+
+
 def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
     """The recipe's base, whose header is read, or predicted for a folder; converts nothing.
 
@@ -126,16 +135,25 @@ def resolve(
 
 
 def make(
-    source: BaseSource, quantization: str | None, *, work: Path, progress: Progress, converter: Path | None
+    source: BaseSource,
+    quantization: str | None,
+    *,
+    work: Path,
+    progress: Progress,
+    converter: Path | None,
+    importance: ImportanceSource | None = None,
 ) -> Base:
     """The GGUF file that ships; converted and quantized bases are in `work`.
 
     `quantization` None leaves a GGUF file unchanged and quantizes other bases to `DEFAULT`.
     """
     name, path = source.name, source.path
+    if importance is not None:
+        work /= importance.key[:12]
     if source.is_folder:
         quantization = quantization or DEFAULT
-        return _base(name, _converted(path, quantization, work, progress, converter), quantization)
+        file = _converted(path, quantization, work, progress=progress, converter=converter, importance=importance)
+        return _base(name, file, quantization)
     fingerprint = sha256_of(path)
     if name in ALIASES and fingerprint != ALIASES[name].sha256:
         message = f"{path} is not the file that base {name!r} refers to: its sha256 is {fingerprint}"
@@ -143,7 +161,8 @@ def make(
     if quantization is None:
         assert source.header is not None
         return Base(name, path, fingerprint, source.header)
-    return _base(name, _requantized(path, fingerprint, quantization, work, progress), quantization)
+    file = _requantized(path, fingerprint, quantization, work, progress=progress, importance=importance)
+    return _base(name, file, quantization)
 
 
 def trained_context_length(header: GgufHeader) -> int:
@@ -265,7 +284,15 @@ def _downloaded(hub_id: str) -> Path:
         raise NotFoundError(message, "check the name, your token and the network, or use a local folder") from error
 
 
-def _converted(folder: Path, quantization: str, work: Path, progress: Progress, converter: Path | None) -> Path:
+def _converted(
+    folder: Path,
+    quantization: str,
+    work: Path,
+    *,
+    progress: Progress,
+    converter: Path | None,
+    importance: ImportanceSource | None,
+) -> Path:
     """Convert and quantize a Hugging Face folder into `work`, unless the file is already there."""
     key = _key_of_folder(folder)
     out = work / f"{folder.name}-{key}-{quantization}.gguf"
@@ -282,20 +309,30 @@ def _converted(folder: Path, quantization: str, work: Path, progress: Progress, 
     try:
         progress.say(f"converting {folder.name} to GGUF")
         convert_folder(folder, whole, dtype="auto", converter=converter)
+        matrix = None if importance is None else importance.collect(whole)
         progress.say(f"quantizing {folder.name} to {quantization}")
-        quantize_gguf(whole, out, quantization)
+        quantize_gguf(whole, out, quantization, importance=matrix)
     finally:
         whole.unlink(missing_ok=True)
     return out
 
 
-def _requantized(source: Path, fingerprint: str, quantization: str, work: Path, progress: Progress) -> Path:
+def _requantized(
+    source: Path,
+    fingerprint: str,
+    quantization: str,
+    work: Path,
+    *,
+    progress: Progress,
+    importance: ImportanceSource | None,
+) -> Path:
     """Requantize a GGUF file into `work`, unless the file is already there."""
     out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', source.stem)}.{quantization}.gguf"
     if not out.is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
+        matrix = None if importance is None else importance.collect(source)
         progress.say(f"quantizing {source.name} to {quantization}")
-        quantize_gguf(source, out, quantization, again=True)
+        quantize_gguf(source, out, quantization, again=True, importance=matrix)
     return out
 
 

@@ -42,7 +42,7 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     if problems:
         raise UsageError("\n".join(problems))
     if _is_shipped(recipe, existing.manifest):
-        settings["quantization"] = None
+        settings["quantization"] = settings["imatrix"] = None
     specs = {}
     for name, spec in recipe.adapters.items():
         training = recipe.training.under(spec.training)

@@ -11,6 +11,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
+from edgetune.building.decoder.importance import requested_importance
 from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
@@ -100,7 +101,12 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
         request = replace(request, settings={**request.settings, "quantization": quantization})
         recipe = recipe.model_copy(update={"quantization": quantization})
     work = request.out / "shared" / "base"
-    base = bases.make(source, quantization, work=work, progress=progress, converter=None)
+    importance = requested_importance(recipe, progress)
+    base = bases.make(source, quantization, work=work, progress=progress, converter=None, importance=importance)
+    if importance is not None:
+        # The matrix of fewer rows would make another base.
+        made = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None}
+        request = replace(request, settings={**request.settings, **made})
     return recipe, trials_of(request, recipe, base.fingerprint)
 
 

@@ -59,7 +59,7 @@ def quantization_of(recipe: Recipe) -> str | None:
 def _plan_base(
     recipe: Recipe, source: BaseSource | None, quantization: str | None, gguf_bytes: int | None = None
 ) -> BasePlan:
-    steps = tuple(_steps(source, quantization) + (["continue pretraining"] if recipe.domain is not None else []))
+    steps = tuple(_steps(recipe, source, quantization))
     if source is None:
         return BasePlan(recipe.base, quantization, steps)
     parameters = None if source.header is None else source.header.parameters
@@ -67,16 +67,17 @@ def _plan_base(
     return BasePlan(recipe.base, quantization, steps, source.architecture, length, parameters, gguf_bytes)
 
 
-def _steps(source: BaseSource | None, quantization: str | None) -> list[str]:
+def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> list[str]:
     """What the build does with the base before training."""
     steps = [] if source is not None else ["download"]
-    if quantization is None:
-        return steps
-    if source is not None and not source.is_folder:
-        return [*steps, f"requantize to {quantization}"]
-    if quantization in FLOATS:
-        return [*steps, f"convert to GGUF {quantization}"]
-    return [*steps, "convert to GGUF", f"quantize to {quantization}"]
+    matrix = "" if recipe.imatrix is None else " with an importance matrix"
+    if quantization is not None and source is not None and not source.is_folder:
+        steps += [f"requantize to {quantization}{matrix}"]
+    elif quantization in FLOATS:
+        steps += [f"convert to GGUF {quantization}"]
+    elif quantization is not None:
+        steps += ["convert to GGUF", f"quantize to {quantization}{matrix}"]
+    return steps if recipe.domain is None else [*steps, "continue pretraining"]
 
 
 def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice:

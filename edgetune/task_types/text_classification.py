@@ -9,6 +9,7 @@ TASK_TYPE = TaskType(
     metric="label",
     refused_keys={
         "quantization": _QUANTIZED,
+        "imatrix": _QUANTIZED,
         "merged_quantization": _QUANTIZED,
         "device": "there are no predictions for encoders on {value!r}; remove device and set threads",
         "domain": "continued pretraining does not work for an encoder; remove domain",
@@ -29,6 +30,7 @@ TASK_TYPE = TaskType(
             "is for task text-classification, and there are no predictions for encoders on boards",
             "run it on the board: edgetune-run classify",
         ),
+        "imatrix": Refusal("does not work for task text-classification", "use onnx: {weights: int8}"),
         "label_estimate": Refusal("does not work for task text-classification", "leave it out"),
     },
 )

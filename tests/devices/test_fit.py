@@ -101,7 +101,7 @@ def test_needs_of_a_file_count_its_bytes_and_leave_out_an_untied_embedding(
     assert needs.layers == sum(name.endswith("attn_q.weight") for name in header.tensors)
 
 
-@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.parametrize("quantization", [*QUANTIZATIONS, "q5_0+q4_0", "iq4_nl+iq4_nl"])
 def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
     tiny_gguf: Callable[[str], Path], tmp_path: Path, quantization: str
 ) -> None:

@@ -33,6 +33,8 @@ from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
+from .importance import requested_importance
+
 
 def base_to_train(planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Base:
     """The base of the adapters, after continued pretraining if there is any; intermediate files are in `work`.
@@ -67,7 +69,14 @@ def prepare(planned: PlannedBuild, base: Base, work: Path, progress: Progress) -
 def make_base(plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> Base:
     """The base that the plan found, converted and quantized; IncompatibleError if it is too large for the board."""
     assert plan.source is not None
-    base = bases.make(plan.source, plan.base.quantization, work=work / "base", progress=progress, converter=converter)
+    base = bases.make(
+        plan.source,
+        plan.base.quantization,
+        work=work / "base",
+        progress=progress,
+        converter=converter,
+        importance=requested_importance(plan.recipe, progress),
+    )
     # The plan has a predicted header if the base is a folder.
     check_fit(plan, base.header)
     return base

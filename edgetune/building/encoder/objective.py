@@ -98,7 +98,7 @@ class Classify:
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Padded) -> torch.Tensor:
         """The summed cross entropy of the labels."""
         logits = logits_of(forward, model.classifier, batch.tokens, batch.mask)
-        return cross_entropy(logits.float(), batch.targets, reduction="none") @ batch.weights
+        return (cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the head: weight [labels, hidden] and bias [labels]."""

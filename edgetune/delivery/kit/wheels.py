@@ -15,11 +15,10 @@ from email.message import Message
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from edgetune.delivery.board.errors import UnreachableError
 from edgetune.progress import Progress
 
 from .runtime_wheel import DISTRIBUTION

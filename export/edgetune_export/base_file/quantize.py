@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,31 +17,46 @@ from edgetune_runtime.engines.gguf.llama import last_errors, library
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.atomic import is_full, replacing
 from edgetune_runtime.formats.gguf_file import TensorInfo, read_header
-from edgetune_runtime.formats.quantization import TYPES_BY_NUMBER, quantization_named
+from edgetune_runtime.formats.quantization import TENSOR_TYPES, TYPES_BY_NUMBER, quantization_named
 
 from edgetune_export.adapters.shapes import Floats
+
+from .importance import Importance
 
 # ggml's functions that convert float types to f32; those for quantized types are named after the type.
 _FLOAT_ROWS = {"f16": "ggml_fp16_to_fp32_row", "bf16": "ggml_bf16_to_fp32_row"}
 
 
-def quantize_gguf(source: Path, out: Path, quantization: str, *, again: bool = False) -> None:
+def quantize_gguf(
+    source: Path, out: Path, quantization: str, *, again: bool = False, importance: Importance | None = None
+) -> None:
     """Quantize the f32, f16 or bf16 file `source` to `quantization` with llama.cpp; `out` appears complete or not.
 
-    With `again`, `source` may already be quantized; the rounding errors of both add up. llama.cpp uses another type for
-    tensors whose columns the block size does not divide. Raises UsageError for an unknown quantization,
-    IncompatibleError if `source` is already quantized, VerificationError if llama.cpp refuses the file, OutOfSpaceError
-    if the disk is full.
+    With `again`, `source` may already be quantized; the rounding errors of both add up. With `importance`, the error of
+    a column counts as much as its inputs are large; tensors without an entry are quantized as without. llama.cpp uses
+    another type for tensors whose columns the block size does not divide. Raises UsageError for an unknown
+    quantization, IncompatibleError if `source` is already quantized, VerificationError if llama.cpp refuses the file,
+    OutOfSpaceError if the disk is full.
     """
-    ftype = quantization_named(quantization).ftype
-    main_type = read_header(source).main_type
+    chosen = quantization_named(quantization)
+    header = read_header(source)
+    main_type = header.main_type
     if not main_type.is_float and not again:
         remedy = "give the unquantized model, or ship this file as it is"
         raise IncompatibleError(f"{source} is already quantized to {main_type.name}", remedy)
     llama = library()
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = ftype
+    parameters.ftype = chosen.ftype
     parameters.allow_requantize = again
+    types = {}
+    if chosen.has_own_head:
+        types[f"^{re.escape(header.output_tensor)}$"] = chosen.head
+    if importance is not None:
+        parameters.imatrix = _entries(importance, llama)
+        if chosen.most == chosen.some:
+            # With a matrix llama.cpp stores the first ones of q4_0 as q4_1, which ONNX requantizes to 8 bits.
+            types["ffn_down"] = chosen.most
+    parameters.tt_overrides = _overrides(types, llama)
     last_errors()
     with replacing(out) as temporary:
         if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), parameters) != 0:
@@ -86,6 +104,24 @@ def dequantize_rows(data: bytes | npt.NDArray[np.uint8], tensor: TensorInfo, out
     convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None
     convert(raw.ctypes.data_as(ctypes.c_void_p), values.ctypes.data_as(ctypes.c_void_p), values.size)
     return values
+
+
+def _entries(importance: Importance, llama: Any) -> Any:  # noqa: ANN401 - ctypes
+    """The matrix as llama.cpp takes it: an array that ends with an empty entry."""
+    entries = (llama.llama_model_imatrix_data * (len(importance.mean_squares) + 1))()
+    for entry, (name, values) in zip(entries, importance.mean_squares.items(), strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        # An array of ctypes, which lives as long as the entries.
+        entry.data = (ctypes.c_float * values.size).from_buffer_copy(values.astype(np.float32).tobytes())
+    return entries
+
+
+def _overrides(types: Mapping[str, str], llama: Any) -> Any:  # noqa: ANN401 - ctypes
+    """Types by patterns of tensors' names, as llama.cpp takes them: an array that ends with an empty entry."""
+    overrides = (llama.llama_model_tensor_override * (len(types) + 1))()
+    for override, (pattern, name) in zip(overrides, types.items(), strict=False):
+        override.pattern, override.type = pattern.encode(), TENSOR_TYPES[name].number
+    return overrides
 
 
 def _failure(source: Path, out: Path, reason: str) -> EdgetuneError:

@@ -11,7 +11,7 @@ rows that a block does not divide, ggml-cpu/repack.cpp for what is repacked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgetune_runtime.errors import UsageError
 
@@ -69,8 +69,8 @@ class Quantization:
     """A quantization of llama.cpp that needs no importance matrix.
 
     `ftype` is its `llama_ftype`, which GGUF files contain. `most` is the type of most matrices, `some` that of half of
-    the value and down projections, `head` that of the output layer. Vectors stay f32. `on_boards`: `fit.choose` may
-    choose it.
+    the value and down projections, `head` that of the output layer, which llama.cpp chooses unless `has_own_head`.
+    Vectors stay f32. `on_boards`: `fit.choose` may choose it.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Quantization:
     some: str
     head: str
     on_boards: bool = False
+    has_own_head: bool = False
 
 
 _TYPES = (
@@ -144,13 +145,22 @@ TYPES_BY_NUMBER: Mapping[int, TensorType] = {kind.number: kind for kind in _TYPE
 """Tensor types by ggml's number."""
 QUANTIZATIONS: Mapping[str, Quantization] = {item.name: item for item in _QUANTIZATIONS}
 """Quantizations by name, from best to lowest quality."""
+HEAD_TYPES = tuple(dict.fromkeys(item.most for item in _QUANTIZATIONS))
+"""What can follow the + of a quantization."""
 
 
 def quantization_named(name: str) -> Quantization:
-    """The quantization `name`; UsageError lists the known ones."""
-    if name not in QUANTIZATIONS:
-        raise UsageError(f"no quantization {name!r}", f"choose one of: {', '.join(QUANTIZATIONS)}")
-    return QUANTIZATIONS[name]
+    """The quantization `name`; `q5_0+q4_0` is q5_0 with the output layer in q4_0. UsageError lists the known ones."""
+    body, has_own_head, head = name.partition("+")
+    if body not in QUANTIZATIONS:
+        raise UsageError(f"no quantization {body!r}", f"choose one of: {', '.join(QUANTIZATIONS)}")
+    if not has_own_head:
+        return QUANTIZATIONS[body]
+    if head not in HEAD_TYPES:
+        raise UsageError(f"no type {head!r} of the output layer", f"choose one of: {', '.join(HEAD_TYPES)}")
+    if body in FLOATS:
+        raise UsageError(f"{body} has no other type of the output layer", f"use {body}, or another quantization")
+    return replace(QUANTIZATIONS[body], name=name, head=head, on_boards=False, has_own_head=True)
 
 
 def repacked_types(instruction_sets: Iterable[str]) -> frozenset[str]:

@@ -281,6 +281,21 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
     assert base.name.endswith("-q4_0.gguf")
 
 
+def test_all_trials_get_the_base_of_one_importance_matrix(request_of: Callable[..., Request], tmp_path: Path) -> None:
+    given: list[tuple[str, str | None, int | None]] = []
+
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
+        for trial in trials:
+            given.append((trial.one_task.base, trial.one_task.imatrix, trial.rows))
+            yield failed(trial, "for the test")
+
+    settings = {"quantization": "q4_0", "imatrix": "auto"}
+    with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
+        compare(request_of(rows=(8, 16), settings=settings, out=tmp_path), run, QUIET)
+    (base,) = (tmp_path / "shared/base").rglob("*.gguf")
+    assert given == [(str(base), None, 8), (str(base), None, 16)]
+
+
 def test_an_interrupt_reports_how_many_trials_are_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         yield failed(trials[0], "for the test")

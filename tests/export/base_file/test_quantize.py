@@ -34,6 +34,17 @@ def test_every_quantization_runs_without_an_importance_matrix(
     assert read_header(tmp_path / "out.gguf").metadata["general.file_type"] == QUANTIZATIONS[quantization].ftype
 
 
+@pytest.mark.parametrize(("arch", "output"), [("llama", "token_embd.weight"), ("qwen2", "output.weight")])
+def test_the_output_layer_can_have_another_type(
+    arch: str, output: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    quantize_gguf(tiny_gguf(arch), tmp_path / "out.gguf", "q5_0+q4_0")
+    tensors = read_header(tmp_path / "out.gguf").tensors.values()
+    types = {tensor.name: tensor.type.name for tensor in tensors if len(tensor.shape) > 1}
+    assert types.pop(output) == "q4_0"
+    assert set(types.values()) == {"q5_0"}
+
+
 def test_a_fallback_is_described_as_what_it_is(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     quantize_gguf(tiny_gguf("llama"), tmp_path / "out.gguf", "q4_k_m")
     assert read_header(tmp_path / "out.gguf").main_type.name == "q5_0"

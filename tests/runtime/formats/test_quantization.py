@@ -44,6 +44,20 @@ def test_the_error_about_an_unknown_quantization_lists_the_quantizations() -> No
         quantization_named("q9")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("q9+q4_0", "no quantization 'q9'; choose one of: f32, .*"),
+        ("q5_0+q9", "no type 'q9' of the output layer; choose one of: f32, .*, q3_k"),
+        ("q5_0+", "no type '' of the output layer; .*"),
+        ("f16+q4_0", "f16 has no other type of the output layer; use f16, or another quantization"),
+    ],
+)
+def test_an_unknown_type_of_the_output_layer_is_one_line(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        quantization_named(name)
+
+
 def test_the_main_type_takes_the_most_bytes() -> None:
     assert main_type({"q4_0": 3000, "q8_0": 1000, "f32": 100}).name == "q4_0"
     assert main_type({"q4_0": 1000, "q8_0": 1000, "f32": 100}).name == "q8_0"
