@@ -1,7 +1,8 @@
-"""Runs an action in a child process that is killed at one of its writes."""
+"""Runs an action in a child process that is killed at one of its writes, or whose disk is full from then on."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ _CHANGES = {
     *("os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"),
     *("shutil.rmtree", "fcntl.flock"),
 }
+_NEEDS_SPACE = {"open", "os.link", "os.symlink", "os.mkdir"}
 KILLED = 9
 
 
@@ -24,6 +26,26 @@ def changes_a_file(event: str, arguments: tuple[object, ...]) -> bool:
 
 def killed_at(write: int, action: Callable[[], int], within: str = "") -> int:
     """Run `action`, killed at this write of those whose path has `within`; its exit code."""
+
+    def reach(_: str, count: int) -> None:
+        if count == write:
+            os._exit(KILLED)
+
+    return _run(action, within, reach)
+
+
+def full_from(write: int, action: Callable[[], int]) -> int:
+    """Run `action` on a disk that is full from this write on; its exit code."""
+
+    def reach(event: str, count: int) -> None:
+        if count >= write and event in _NEEDS_SPACE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return _run(action, "", reach)
+
+
+def _run(action: Callable[[], int], within: str, reach: Callable[[str, int], None]) -> int:
+    """Run `action` in a child process, where `reach` gets each write's event and number; the exit code."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -34,8 +56,7 @@ def killed_at(write: int, action: Callable[[], int], within: str = "") -> int:
         nonlocal count
         if changes_a_file(event, arguments) and within in str(arguments):
             count += 1
-            if count == write:
-                os._exit(KILLED)
+            reach(event, count)
 
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)

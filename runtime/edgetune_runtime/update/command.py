@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.store import versions
 from edgetune_runtime.wording import printable
 
@@ -40,11 +42,20 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the action that was asked for, and print what it did."""
-    from . import update  # noqa: PLC0415 - it imports libraries of an extra
-
+    """Run the action that was asked for, and print what it did; OutOfSpaceError where the disk is full."""
     own = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
     prefix = (options.prefix or Path(own)).absolute()
+    try:
+        with raising_out_of_space(prefix):
+            _act(prefix, options)
+    except OSError as error:
+        where = error.filename or prefix
+        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error
+
+
+def _act(prefix: Path, options: argparse.Namespace) -> None:
+    from . import update  # noqa: PLC0415 - it imports libraries of an extra
+
     source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root)
     if options.status:
         _show_status(update.status(prefix, _say), options.json)

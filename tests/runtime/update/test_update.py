@@ -24,7 +24,7 @@ from edgetune_runtime.store.durable import locked
 from edgetune_runtime.update import fetch, trust, update
 from edgetune_runtime.update.state import read_state, write_state
 from edgetune_runtime.update.update import UpdateSource
-from kills import KILLED, killed_at
+from kills import KILLED, full_from, killed_at
 from kits import KitMaker, ask, write_bundle
 from repositories import Publisher, Server, publish, serving
 
@@ -406,6 +406,28 @@ def test_an_update_that_is_killed_at_any_write_leaves_a_version_running(
         assert ask(prefix) == "two"
         assert read_state(prefix).floors == {"home": 2}
         assert len(list((prefix / "versions").iterdir())) == 2
+    assert write > 30
+    assert seen == sorted(seen) and set(seen) == {"one", "two"}
+
+
+def test_a_disk_that_is_full_at_any_write_leaves_the_old_version_running(
+    prefix: Path, publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    apply(prefix, source_of(publisher, publisher.repo))
+    publisher("two")
+    kept, seen = tmp_path / "kept", []
+    prefix.rename(kept)
+    for write in range(1, 500, 5):
+        shutil.rmtree(prefix, ignore_errors=True)
+        shutil.copytree(kept, prefix, symlinks=True)
+        code = full_from(write, lambda: main(["update", "--apply", "--prefix", str(prefix)]))
+        seen.append(ask(prefix))
+        apply(prefix)
+        assert ask(prefix) == "two"
+        if code == 0:
+            break
+        assert code == OutOfSpaceError.exit_code
     assert write > 30
     assert seen == sorted(seen) and set(seen) == {"one", "two"}
 
