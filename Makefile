@@ -17,7 +17,7 @@ help:  ## List the targets
 setup: $(VENV)/ready  ## Create .venv, and install both distributions and the tools of developers in it
 
 # What `make demo` needs.
-$(VENV)/installed: pyproject.toml runtime/pyproject.toml
+$(VENV)/installed: pyproject.toml runtime/pyproject.toml tools/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "edgetune needs Python 3.11 or newer; this is $$($(PYTHON) --version). Run: make PYTHON=python3.12 …"; exit 5; }
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \

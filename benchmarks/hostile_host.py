@@ -52,7 +52,7 @@ def _export(name: str, does: str, **config: object) -> FileAttack:
 
 
 def _validate(name: str, does: str, change: Callable[[Path], object]) -> FileAttack:
-    words = ("validate", "WORK/recipe.yaml")
+    words = ("plan", "WORK/recipe.yaml")
     return FileAttack(name, "18", does, change, words, must="refuse", program="edgetune", longest_s=_IMPORT_S)
 
 

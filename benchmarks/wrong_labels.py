@@ -4,8 +4,8 @@
     python benchmarks/wrong_labels.py examples/smart-home/recipe.yaml intent --test DIR/intent-test.jsonl
 
 Half of the wrong answers are those of another row. The other half have one wrong value, where an answer is JSON. With
---test, bundles are also built and scored: of the right rows, of those with wrong answers, and of those that the check
-leaves in.
+--test, bundles are also built and scored: of the right rows, of those with wrong answers, of those that the check
+leaves in, and of all with the check's weights.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.tasks.augmentation.values import SlottedRow, Values
 from edgetune.tasks.data import TaskRow, read_rows
 
+SCORED = ("right", "wrong", "clean", "weighted")
 FIRST = 0.25
 """Share of the rows, ranked by doubt, of which the share of the wrong ones is reported."""
 
@@ -71,14 +72,17 @@ def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's n
         "named": len(named),
         "named_wrong": len(wrong.keys() & set(named)),
         "wrong_rows": len(wrong),
+        "judged": found.estimate.share,
         "epochs": found.estimate.epochs,
         "seconds": round(found.estimate.seconds),
         "ranked": [[line_of(row.where), row.likelihood, row.relative] for row in found.estimate.rows],
         "wrong_lines": sorted(wrong),
     }
     if options.test:
-        write_clean(found, recipe.adapters[options.adapter].data, work / "clean.jsonl")
-        result["scores"] = {name: scored(options, work, name, progress) for name in ("right", "wrong", "clean")}
+        data = recipe.adapters[options.adapter].data
+        write_clean(found, data, work / "clean.jsonl")
+        write_clean(found, data, work / "weighted.jsonl", weighted=True)
+        result["scores"] = {name: scored(options, work, name, progress) for name in SCORED}
     return result
 
 
@@ -111,7 +115,9 @@ def write(path: Path, rows: Sequence[TaskRow]) -> None:
 def recipe_for(options: Any, rows: Path) -> Recipe:  # noqa: ANN401 - argparse's namespace
     """The recipe with these rows, a tenth of them for validation."""
     data = {"train": str(rows.resolve()), "held_out": 0.1}
-    return Recipe.from_file(options.recipe, {f"adapters.{options.adapter}.data": json.dumps(data), "targets": "[gguf]"})
+    keys = {"data": json.dumps(data), "confidence": "false", "draft": "false", "golden": "false"}
+    own = {f"adapters.{options.adapter}.{key}": value for key, value in keys.items()}
+    return Recipe.from_file(options.recipe, {**own, "targets": "[gguf]"})
 
 
 def scored(options: Any, work: Path, name: str, progress: Progress) -> float:  # noqa: ANN401 - argparse's namespace
@@ -145,6 +151,7 @@ def table(result: Result) -> str:
         "score with right answers": "{right:.3f}",
         "with wrong ones": "{wrong:.3f}",
         "without those named": "{clean:.3f}",
+        "with weights": "{weighted:.3f}",
     }
     return f"{said_of_machine(result)}\n\n{markdown([row], columns)}"
 

@@ -1,9 +1,10 @@
-"""How edgetune reads its jinja2 templates: undefined names are errors, and lines of tags leave no blank lines."""
+"""Reads jinja2 templates, in which undefined names are errors and lines of tags leave no blank lines; writes pages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from edgetune_runtime.formats.atomic import replacing
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -25,3 +26,10 @@ def environment_of(folder: Path, *, autoescape: bool = True) -> Environment:
     )
     environment.globals["style"] = Markup(_STYLE.read_text(encoding="utf-8"))
     return environment
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, and make its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from accelerate import init_empty_weights
 from edgetune_export import architectures
+from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
-from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -90,7 +93,8 @@ def model_of(
 
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    read = _read(model.state_dict(), path, header)
+    file = GgufWeights(path, header)
+    read = ((name, file.values(name)) for name in model.state_dict() if name in file)
     weights = {name: values.to(dtype) for name, values in read} if mapped is None else _mapped(read, mapped)
     # Assigned tensors become the parameters; copying would need memory for both.
     model.load_state_dict(weights, strict=False, assign=True)
@@ -98,16 +102,56 @@ def model_of(
     return model.eval()
 
 
-def _read(parameters: Iterable[str], path: Path, header: GgufHeader) -> Iterator[tuple[str, torch.Tensor]]:
-    """The float32 values of those `parameters` that the file has."""
-    names = name_map(header)
-    with path.open("rb") as file:
-        for parameter in parameters:
-            module, _, kind = parameter.rpartition(".")
-            tensor = header.tensors.get(f"{names.get_name(module)}.{kind}")
-            if tensor is not None:
-                file.seek(tensor.offset)
-                yield parameter, _values(np.fromfile(file, np.uint8, tensor.nbytes), tensor, header)
+class GgufWeights:
+    """Reads single parameters of a Hugging Face model from a GGUF file, with rows in that model's order."""
+
+    def __init__(self, path: Path, header: GgufHeader | None = None) -> None:
+        """Raises the errors of `read_header`, which reads the header if it is not given."""
+        self._path, self._header = path, header or read_header(path)
+        self._names = name_map(self._header)
+
+    def values(self, parameter: str) -> torch.Tensor:
+        """The dequantized values, float32 [rows, columns], or [values] of a vector; see `dequantize_rows` for errors.
+
+        Raises IncompatibleError if the file has no such parameter.
+        """
+        data, tensor = self._bytes(parameter)
+        # Allocated by torch for its alignment, which makes matrix products faster.
+        values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
+        dequantize_rows(data, tensor, out=values.numpy())
+        if tensor.name.endswith("norm.weight"):
+            values -= architectures.of(self._header).norm_offset
+        return values
+
+    def grid(self, parameter: str) -> tuple[Grid, Floats] | None:
+        """The grid of a quantized matrix with its `dither_of`; None if it is stored as floats.
+
+        Errors as in `values` and `grid_of`.
+        """
+        data, tensor = self._bytes(parameter)
+        return None if tensor.type.is_float else (grid_of(data, tensor), self._ordered(dither_of(tensor), tensor))
+
+    def __contains__(self, parameter: str) -> bool:
+        """Whether the file has the parameter."""
+        return self._tensor(parameter) is not None
+
+    def _tensor(self, parameter: str) -> TensorInfo | None:
+        module, _, kind = parameter.rpartition(".")
+        return self._header.tensors.get(f"{self._names.get_name(module)}.{kind}")
+
+    def _bytes(self, parameter: str) -> tuple[Bytes, TensorInfo]:
+        tensor = self._tensor(parameter)
+        if tensor is None:
+            message = f"{self._path} has no tensor for {parameter}"
+            raise IncompatibleError(message, "use the base that the adapter was trained on")
+        data = np.fromfile(self._path, np.uint8, tensor.nbytes, offset=tensor.offset)
+        # Reorder rows before dequantizing, when there are fewer bytes to move.
+        return self._ordered(data, tensor), tensor
+
+    def _ordered(self, values: np.ndarray, tensor: TensorInfo) -> np.ndarray:
+        """Values per row of a tensor, in the order of the Hugging Face model's rows."""
+        order = base_rows(tensor, self._header)
+        return values if order is None else values.reshape(tensor.shape[-1], -1)[np.argsort(order)]
 
 
 def _mapped(weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> dict[str, torch.Tensor]:
@@ -124,17 +168,3 @@ def _mapped(weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> dict[str
         name: torch.from_numpy(data[start // 4 :][: shape.numel()]).view(shape)
         for name, (start, shape) in offsets.items()
     }
-
-
-def _values(data: np.ndarray, tensor: TensorInfo, header: GgufHeader) -> torch.Tensor:
-    """The values in float32, with rows and norms as in the Hugging Face model."""
-    order = base_rows(tensor, header)
-    if order is not None:
-        # Reorder rows before dequantizing, when there are fewer bytes to move.
-        data = data.reshape(tensor.shape[-1], -1)[np.argsort(order)]
-    # Allocated by torch for its alignment, which makes matrix products faster.
-    values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
-    dequantize_rows(data, tensor, out=values.numpy())
-    if tensor.name.endswith("norm.weight"):
-        values -= architectures.of(header).norm_offset
-    return values

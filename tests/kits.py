@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
+from edgetune_runtime.signatures import SIGNATURE_NAME
+from edgetune_runtime.store.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
+from edgetune_runtime.store.opening import DEFAULTS
 from wheels import repack
 
-from edgetune.delivery.board.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
-from edgetune.delivery.board.opening import DEFAULTS
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit, with_description
 from edgetune.delivery.kit.program import board_program, install_script
@@ -96,6 +97,7 @@ def write_bundle(folder: Path, answer: str) -> Path:
     (folder / "base").mkdir(parents=True, exist_ok=True)
     (folder / "base/model.gguf").write_bytes(b"weights")
     (folder / "answer.txt").write_text(answer, encoding="utf-8")
+    (folder / SIGNATURE_NAME).unlink(missing_ok=True)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME]
     files = {str(path.relative_to(folder)): FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
     base = BaseEntry("base", "ab" * 32, "llama", None, 1, 1, 1, 1, "", "", {"gguf": "base/model.gguf"})

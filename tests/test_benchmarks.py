@@ -83,6 +83,21 @@ def test_few_rows_trains_each_way_once_and_resumes(
     assert (tmp_path / "few_rows.png").exists()
 
 
+def test_quantization_scores_each_way_and_says_what_is_refused(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = ["--base", tiny_gguf("llama"), "--only", "smart-home", "--quick", "--types", "q4_0", "--engines", "gguf"]
+    arguments = [*setup, "--work", tmp_path, "--out", tmp_path, "--json"]
+    monkeypatch.setattr(sys, "argv", ["quantization.py", *map(str, arguments)])
+    import_module("benchmarks.quantization").main()
+    result = json.loads((tmp_path / "quantization.json").read_text(encoding="utf-8"))
+    assert [run["way"] for run in result["runs"]] == ["separate", "q8_0", "nearest", "on-grid"]
+    separate, finer, nearest, on_grid = result["runs"]
+    assert separate["val_loss"] == finer["val_loss"] != on_grid["val_loss"]
+    assert finer["bytes"] > on_grid["bytes"] and on_grid["kl"] < finer["kl"] + 0.01
+    assert "refused" in nearest or nearest["kl"] > 10 * on_grid["kl"]
+
+
 def test_rounds_take_turns_after_those_that_do_not_count() -> None:
     calls: list[str] = []
     found = in_turns({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, 2, warmups=1)

@@ -1,8 +1,8 @@
 """Runs the commands and Python blocks of the documentation and READMEs, page by page, on a tiny base.
 
 A block of `sh`, `python`, `js` or `go` is run unless the line above it is `<!-- not run: REASON -->`. A block below
-`<!-- file: NAME -->` is written to that file first. `edgetune-run serve` runs until the end of the page, on a free port
-in place of 8080.
+`<!-- file: NAME -->` is written to that file first. `edgetune-run serve` and `python -m http.server` run until the end
+of the page, on a free port in place of 8080.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from ports import free_port
+from ports import free_port, wait_for
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -80,7 +80,7 @@ def run(words: list[str], base: Path) -> int:
     program, *rest = words
     if program == "python":
         return run_script(rest)
-    if program == "edgetune" and rest[0] in {"build", "validate"}:
+    if program == "edgetune" and rest[0] in {"build", "plan"}:
         rest += [word for setting in (f"base={base}", *QUICK) for word in ("--set", setting)]
     if program == "edgetune" and rest[0] == "evaluate":
         rest += ["--limit", "5"]
@@ -105,6 +105,19 @@ def serving(words: list[str], port: int) -> Iterator[None]:
             process.wait(60)
 
 
+@contextlib.contextmanager
+def serving_files(words: list[str], port: int) -> Iterator[None]:
+    """Run `python -m http.server` in a process of its own until the block ends."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, *words[1:]], **quiet) as process:
+        try:
+            wait_for(port)
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
 GO = """package main
 
 import (
@@ -117,7 +130,7 @@ func main() {{
 
 
 def run_outside(words: list[str]) -> None:
-    """Run curl, node or go, which must succeed."""
+    """Run curl, cp, node or go, which must succeed."""
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, '"error"' in done.stdout) == (0, False), done.stdout + done.stderr
 
@@ -139,6 +152,24 @@ def run_script(arguments: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def run_line(words: list[str], port: int, servers: contextlib.ExitStack, base: Path) -> None:
+    """Run a line of a block of `sh`, which must succeed; a server runs until `servers` is closed."""
+    if words[:2] == ["edgetune-run", "serve"]:
+        servers.enter_context(serving(words, port))
+    elif words[:3] == ["python", "-m", "http.server"]:
+        servers.enter_context(serving_files(words, port))
+    elif words[0] in {"curl", "cp"}:
+        run_outside(words)
+    elif words[0] == "export":
+        # Other variables are the shell's own.
+        name, value = words[1].split("=", 1)
+        if name.startswith("EDGETUNE_"):
+            servers.enter_context(pytest.MonkeyPatch.context()).setenv(name, value)
+    # The fixture has run BUILD.
+    elif words != BUILD:
+        assert run(words, base) == 0, words
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -170,14 +201,8 @@ def test_the_commands_of_a_page_run(
                 run_go(text)
             elif block.is_run:
                 for line in text.replace("\\\n", " ").splitlines():
-                    words = shlex.split(line, comments=True)
-                    if words[:2] == ["edgetune-run", "serve"]:
-                        servers.enter_context(serving(words, port))
-                    elif words[:1] == ["curl"]:
-                        run_outside(words)
-                    # The fixture has run BUILD, and `export` is the shell's.
-                    elif words and words != BUILD and words[0] != "export":
-                        assert run(words, tiny_gguf("llama")) == 0, line
+                    if words := shlex.split(line, comments=True):
+                        run_line(words, port, servers, tiny_gguf("llama"))
     if missing:
         pytest.skip(f"all but the blocks for {', '.join(sorted(missing))}, which is not installed")
 
@@ -213,4 +238,3 @@ def test_the_page_of_commands_finds_all_commands() -> None:
     assert {"edgetune-run", "edgetune-run bench", "edgetune-run cache ls"} <= of_runtime
     listed = set(made["commands_in"](made["help_of"]("edgetune", ())))
     assert {"build", "compare", "devices", "evaluate", "export", "init", "plan", "report", "schema"} <= listed
-    assert "validate" in listed

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools/install.py"
 # A build backend that needs nothing else; where it has no settings it runs until it is stopped.
 BACKEND = """
-import fcntl, json, os, pathlib, time, zipfile
+import fcntl, hashlib, json, os, pathlib, time, zipfile
 
 def build_wheel(folder, settings=None, metadata=None):
     if not settings:
@@ -34,10 +34,12 @@ def build_wheel(folder, settings=None, metadata=None):
     name = "llama_cpp_python-0.3.36-py3-none-any.whl"
     with zipfile.ZipFile(pathlib.Path(folder, name), "w") as wheel:
         info = "llama_cpp_python-0.3.36.dist-info"
-        wheel.writestr("settings.json", json.dumps(settings))
+        text = json.dumps(settings)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        wheel.writestr("settings.json", text)
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: 0.3.36\\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
-        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr(f"{info}/RECORD", f"settings.json,sha256={digest},{len(text)}\\n")
     return name
 """
 BUILD_SYSTEM = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
@@ -62,6 +64,20 @@ def environment(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "modules/pip").symlink_to(Path(pip.__file__).parent)
     settings = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CACHE_DIR": str(tmp_path / "cache")}
     return {**os.environ, **settings, "PYTHONPATH": str(tmp_path / "modules"), "STARTED": str(tmp_path / "started")}
+
+
+def install(prefix: Path, environment: dict[str, str]) -> str:
+    """Run the script in a virtual environment for the project beside it; returns all that pip printed."""
+    # The project itself has no backend without a network, so the last pip fails, and the script prints its output.
+    command = [str(prefix / "bin/python"), str(SCRIPT), str(prefix / "install.log"), str(prefix.parent)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False).stderr
+
+
+def installed_settings(prefix: Path) -> dict[str, str]:
+    """The settings that the installed llama-cpp-python was built with."""
+    (file,) = prefix.glob("lib/*/site-packages/settings.json")
+    settings: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    return settings
 
 
 @pytest.mark.parametrize(
@@ -105,14 +121,26 @@ def test_llama_cpp_is_compiled_with_the_settings_of_the_script_and_once(
     (tmp_path / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
     for number in range(2):
         venv.create(tmp_path / f"venv{number}", with_pip=False, symlinks=True)
-        python = tmp_path / f"venv{number}/bin/python"
-        # The project itself has no backend without a network, so the last pip fails.
-        command = [str(python), str(SCRIPT), str(tmp_path / "install.log"), str(tmp_path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert "Successfully installed llama-cpp-python-0.3.36" in done.stderr, done.stderr
-        assert ("Building wheel for llama-cpp-python" in done.stderr) == (number == 0)
-    (given,) = tmp_path.glob("venv1/lib/*/site-packages/settings.json")
-    assert json.loads(given.read_text()) == runpy.run_path(str(SCRIPT))["LLAMA_SETTINGS"]
+        output = install(tmp_path / f"venv{number}", environment)
+        assert "Successfully installed llama-cpp-python-0.3.36" in output, output
+        assert ("Building wheel for llama-cpp-python" in output) == (number == 0)
+    assert installed_settings(tmp_path / "venv1") == runpy.run_path(str(SCRIPT))["LLAMA_SETTINGS"]
+
+
+def test_an_installed_llama_cpp_with_other_settings_is_replaced_once(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    sdist(tmp_path)
+    (tmp_path / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    pip_install = [str(tmp_path / "venv/bin/python"), "-m", "pip", "install", "--config-settings=other=yes"]
+    for _ in range(2):  # in an environment that the script has not seen, then in one where it installed its own
+        again = [*pip_install, "--force-reinstall", "--no-cache-dir", "llama-cpp-python"]
+        subprocess.run(again, env=environment, capture_output=True, check=True)
+        assert installed_settings(tmp_path / "venv") == {"other": "yes"}
+        assert "Successfully installed llama-cpp-python-0.3.36" in install(tmp_path / "venv", environment)
+        assert installed_settings(tmp_path / "venv") == runpy.run_path(str(SCRIPT))["LLAMA_SETTINGS"]
+    assert "Successfully installed" not in install(tmp_path / "venv", environment)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -40,6 +40,7 @@ def parameters_of(function: Callable[..., Any]) -> list[str]:
         ("pyproject.toml", "peft"),
         ("pyproject.toml", "transformers"),
         ("runtime/pyproject.toml", "llama-cpp-python"),
+        ("runtime/pyproject.toml", "tuf"),
         ("runtime/pyproject.toml", "uvicorn"),
     ],
 )
@@ -50,6 +51,15 @@ def test_libraries_whose_private_parts_are_used_have_an_upper_cap(file: str, lib
     lines += hooks.get("custom", {}).get("dependencies", [])
     (requirement,) = (r for r in map(Requirement, lines) if r.name == library)
     assert any(specifier.operator == "<" for specifier in requirement.specifier)
+
+
+def test_tuf_compares_expiry_with_the_time_that_is_set() -> None:
+    from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet  # noqa: PLC0415 - an extra
+    from tuf.ngclient.updater import Updater  # noqa: PLC0415
+
+    assert "_trusted_set" in names_in(Updater.__init__)
+    for check in ("update_timestamp", "_check_final_timestamp", "_check_final_snapshot", "update_delegated_targets"):
+        assert "reference_time" in names_in(getattr(TrustedMetadataSet, check))
 
 
 def test_transformers_checkpoints_a_layer_through_the_attributes_that_are_set() -> None:

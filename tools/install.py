@@ -3,9 +3,10 @@
     python tools/install.py LOG [arguments of pip install]
 
 Standard library only, for every Python version that edgetune supports. If a local project among the arguments needs
-llama-cpp-python, it is installed first, without the libraries for images and for llama.cpp's own programs. While it
-compiles, another pip downloads the rest; what that one cannot do, the last pip does and reports. The output goes to LOG
-and a second file beside it; if pip fails, it is also printed, and the exit code is pip's.
+llama-cpp-python, it is installed first, without the libraries for images and for llama.cpp's own programs; one that
+was compiled with other settings is replaced. While it compiles, another pip downloads the rest; what that one cannot
+do, the last pip does and reports. The output goes to LOG and a second file beside it; if pip fails, it is also printed,
+and the exit code is pip's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from importlib import metadata
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Self
@@ -52,6 +54,9 @@ LLAMA_SETTINGS = {
     # A wheel has no symbolic links: a library under three names would be there three times.
     "cmake.define.CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
 }
+SETTINGS_DIGEST = f"{zlib.crc32(repr(sorted(LLAMA_SETTINGS.items())).encode()):08x}"
+# What this script installed in the environment: pip does not record the settings of a build.
+BUILD_FILE = Path(sys.prefix, "llama-cpp-python.build")
 
 
 class Pip:
@@ -122,9 +127,17 @@ def elapsed(start_s: float) -> str:
 def own_cache() -> list[str]:
     """The option of pip for a cache that has only wheels of these settings, which pip's cache does not tell apart."""
     found = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=False)
-    digest = zlib.crc32(repr(sorted(LLAMA_SETTINGS.items())).encode())
     # Without a cache, pip says so and fails.
-    return [f"--cache-dir={found.stdout.strip()}/edgetune-{digest:08x}"] if found.returncode == 0 else []
+    return [f"--cache-dir={found.stdout.strip()}/edgetune-{SETTINGS_DIGEST}"] if found.returncode == 0 else []
+
+
+def installed_build() -> str:
+    """The settings of this script, with a checksum of the installed llama-cpp-python's list of files."""
+    try:
+        files = metadata.distribution("llama-cpp-python").read_text("RECORD") or ""
+    except metadata.PackageNotFoundError:
+        files = ""
+    return f"{SETTINGS_DIGEST} {zlib.crc32(files.encode()):08x}"
 
 
 def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequence[str]) -> int:
@@ -132,9 +145,11 @@ def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequen
     settings = [f"--config-settings={name}={value}" for name, value in LLAMA_SETTINGS.items()]
     projects = [argument for argument in arguments if argument != "--editable"]
     beside = log.with_suffix(".downloads.log")
+    is_current = BUILD_FILE.is_file() and BUILD_FILE.read_text(encoding="utf-8") == installed_build()
+    options = ["--no-deps", *([] if is_current else ["--force-reinstall"]), *own_cache(), *settings]
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        compiling = stack.enter_context(Pip(log, *INSTALL, "--no-deps", *own_cache(), *settings, requirement))
+        compiling = stack.enter_context(Pip(log, *INSTALL, *options, requirement))
         pips = [compiling]
         while (code := compiling.wait(REPORT_EVERY_S)) is None:
             if len(pips) == 1 and compiling.step.startswith("compiling"):
@@ -146,6 +161,8 @@ def compile_llama(log: Path, start_s: float, requirement: str, arguments: Sequen
             pips.append(stack.enter_context(Pip(beside, *INSTALL, "--no-deps", "--no-index", *wheels)))
             while pips[-1].wait(REPORT_EVERY_S) is None:
                 report(start_s, pips[-1])
+    if code == 0:
+        BUILD_FILE.write_text(installed_build(), encoding="utf-8")
     return code
 
 

@@ -17,7 +17,7 @@ from edgetune_runtime.sizing.speed import Speed, speed_of
 
 from .boards import Board
 from .changes import BOARD_QUANTIZATIONS, SHORTEST_CONTEXT, longest_context
-from .needs import needs_of_header
+from .needs import main_type_of, needs_of_header
 
 __all__ = [
     "MB",
@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "fit",
     "kv_values_per_token",
+    "main_type_of",
     "needs_of_bundle",
     "needs_of_header",
     "require_fit",

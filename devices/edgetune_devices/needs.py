@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from edgetune_runtime.engines import gguf, load_needs
@@ -29,18 +29,17 @@ def needs_of_header(
     context_length: int,
     quantization: str | None = None,
     adapters: Mapping[str, AdapterSize] | None = None,
-    merged: Sequence[str] = (),
+    merged: Mapping[str, bool] | None = None,
     merged_quantization: str | None = None,
     engine: str = gguf.NAME,
 ) -> Needs:
     """The needs of a base as its file is, or after quantization to `quantization`.
 
-    `merged` names the adapters that are full models, which have the quantization of `quantization_of_merged`.
-    UsageError for an unknown quantization.
+    `merged` are the adapters that are full models, with whether they can be trained on the base's grid; they have the
+    quantization of `quantization_of_merged`. UsageError for an unknown quantization.
     """
     chosen = None if quantization is None else quantization_named(quantization)
-    width = number(header, "embedding_length")
-    main_type = header.main_type if chosen is None else _row_type(chosen.most, width)
+    width, main_type = number(header, "embedding_length"), main_type_of(header, quantization)
     sizes = _sizes(header, chosen, engine)
     needs = needs_of_sizes(
         header,
@@ -50,11 +49,20 @@ def needs_of_header(
         main_type=main_type.name,
         head_type="" if chosen is None else _row_type(chosen.head, width).name,
     )
-    finer = quantization_of_merged(main_type, merged_quantization)
-    merged_bytes = needs.base_bytes
-    if finer is not None:
-        merged_bytes = data_start(header) + sum(_sizes(header, quantization_named(finer), engine).values())
-    return replace(needs, adapters=dict(adapters or {}), merged=dict.fromkeys(merged, merged_bytes))
+    merged_bytes = {}
+    for name, trains_on_grid in (merged or {}).items():
+        other = quantization_of_merged(main_type, merged_quantization, trains_on_grid=trains_on_grid)
+        merged_bytes[name] = needs.base_bytes
+        if other is not None:
+            merged_bytes[name] = data_start(header) + sum(_sizes(header, quantization_named(other), engine).values())
+    return replace(needs, adapters=dict(adapters or {}), merged=merged_bytes)
+
+
+def main_type_of(header: GgufHeader, quantization: str | None) -> TensorType:
+    """The type with the most bytes of a base as its file is, or after quantization."""
+    if quantization is None:
+        return header.main_type
+    return _row_type(quantization_named(quantization).most, number(header, "embedding_length"))
 
 
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:

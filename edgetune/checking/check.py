@@ -118,7 +118,7 @@ class _LenientReader:
             except UsageError as error:
                 self.problems.append((where, error.message.removeprefix(f"{where}: ")))
         if not rows:
-            raise UsageError(f"{source} has no rows that can be used", "check it with `edgetune validate`")
+            raise UsageError(f"{source} has no rows that can be used", "check it with `edgetune plan`")
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Writes the training rows of a task without those that a check found useless or harmful."""
+"""Writes the training rows of a task without those that a check found useless or harmful, or with weights."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.recipe.parts import DataSpec
-from edgetune.tasks.data import entries
+from edgetune.tasks.data import WEIGHT, entries
 
 from .findings import REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
 
 
-def write_clean(found: TaskCheck, data: DataSpec, out: Path) -> Counter[str]:
+def write_clean(found: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
     """Write the rows of the training data to `out`, as JSON lines with the same columns.
 
     Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
-    the first of those that repeat; returns how many, by the kind of the problem.
+    the first of those that repeat; returns how many, by the kind of the problem. If `weighted`, rows with an answer
+    that is probably wrong stay, and each judged row gets the relative likelihood of its answer as its weight.
     """
     sources = [data.train, *([] if data.validation is None else [data.validation])]
     if any(Path(str(source)).resolve() == out.resolve() for source in sources):
         raise UsageError(f"{out} is a file of the recipe", "write the clean rows to another file")
     left_out = _left_out(found, is_split_by_build=data.validation is None)
+    weights: dict[str, float] = {}
+    if weighted and found.estimate is not None:
+        left_out = {where: kind for where, kind in left_out.items() if kind != WRONG}
+        weights = {row.where: round(row.relative, 3) for row in found.estimate.rows}
+    column = WEIGHT if data.columns is None else data.columns.weight
     counted: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -32,6 +38,8 @@ def write_clean(found: TaskCheck, data: DataSpec, out: Path) -> Counter[str]:
             if where in left_out:
                 counted[left_out[where]] += 1
             else:
+                if where in weights:
+                    values[column] = weights[where]
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
     return counted
 

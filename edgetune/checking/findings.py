@@ -98,11 +98,20 @@ class JudgedRow:
 
 @dataclass(frozen=True)
 class LabelEstimate:
-    """All judged rows, the most doubtful answer first; `epochs` and `seconds` are those of the trainings."""
+    """The judged rows, the most doubtful answer first; for `unjudged` rows the time was too short.
+
+    `epochs` are those of each training, and `seconds` is the whole time.
+    """
 
     rows: Sequence[JudgedRow]
+    unjudged: int
     epochs: float
     seconds: float
+
+    @property
+    def share(self) -> float:
+        """The share of the rows that was judged."""
+        return len(self.rows) / (len(self.rows) + self.unjudged)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from edgetune.work_folder import locked, work_folder
 from .duplicates import prompt_key
 from .findings import TRAIN, JudgedRow, LabelEstimate, SplitRow
 from .judging import judge
+from .reading import Reader
 
 FOLDS = 4
 _TRAINING_SHARE = 0.75
@@ -48,25 +49,26 @@ _TRAINING_SHARE = 0.75
 
 
 def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> LabelEstimate:
-    """Train adapters on parts of the rows for about `minutes`, and judge each row by one that has not seen it.
+    """Train adapters on parts of the rows, and judge each row by one that has not seen it, in about `minutes`.
 
-    A converted or quantized base stays in the work folder of the recipe's build; nothing else is left. Raises
+    The time does not include that for the base, which stays in the work folder of the recipe's build if it was
+    converted or quantized; nothing else is left. If it runs out, the longest rows are not judged. Raises
     UsageError for rows without answers, for too few, and for a task without estimates, and what a build raises.
     """
     task_types.load(recipe.task).check_offers("label_estimate", "--minutes")
     if task.metric == "perplexity":
         raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", "leave out --minutes")
-    started = time.monotonic()
     builder = builders.load(recipe.task)
     plan = plan_bundle(recipe, builder.find(recipe, download=True), builder.shapes(recipe))
     work = work_folder(recipe.default_out)
     with locked(work):
         base: Base = builder.make_base(plan, work, progress, None)
+    started, limit_s = time.monotonic(), minutes * 60
 
     def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
         # Changed copies of the rows that are judged would tell their answers.
         part = replace(task, train=train, copies=(), validation=validation, choosing=validation)
-        own = replace(plan.adapters[task.name], training=options)
+        own = replace(plan.adapters[task.name], training=options, on_grid=False)
         planned = plan.with_adapters({**plan.adapters, task.name: own})
         return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
 
@@ -76,7 +78,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
-        options = _within(minutes, speed, whole.job)
+        options = _within(started + limit_s - time.monotonic(), speed, whole.job)
         progress.say(
             f"{task.name}: {FOLDS} trainings of {options.epochs:.2g} epochs to estimate which answers are wrong"
         )
@@ -85,9 +87,11 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
             others = [row for other in folds if other is not fold for row in other]
             jobs.append(replace(job_of(others, fold, options).job, name=f"{task.name}-{number}"))
         train(jobs, progress=progress)
-        judged = list(_judged(folds, jobs, base, Path(folder), progress))
+        # Where the trainings took longer than planned, the rows are judged all the same.
+        deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
+        judged = list(_judged(folds, jobs, base, Path(folder), deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
-    return LabelEstimate(ranked, options.epochs, time.monotonic() - started)
+    return LabelEstimate(ranked, sum(map(len, folds)) - len(ranked), options.epochs, time.monotonic() - started)
 
 
 def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
@@ -106,21 +110,30 @@ def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
     return folds
 
 
-def _within(minutes: float, tokens_per_s: float, job: TrainingJob[Any]) -> TrainingSpec:
+def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> TrainingSpec:
     """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
-    tokens = minutes * 60 * _TRAINING_SHARE * tokens_per_s / FOLDS
+    tokens = max(seconds, 1) * _TRAINING_SHARE * tokens_per_s / FOLDS
     epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
     return job.training.model_copy(update={"epochs": min(job.training.epochs, tokens / epoch), "evals": 2})
 
 
 def _judged(
-    folds: Sequence[Sequence[TaskRow]], jobs: Sequence[TrainingJob[Any]], base: Base, folder: Path, progress: Progress
+    folds: Sequence[Sequence[TaskRow]],
+    jobs: Sequence[TrainingJob[Any]],
+    base: Base,
+    folder: Path,
+    *,
+    deadline: float,
+    progress: Progress,
 ) -> Iterator[JudgedRow]:
-    """Each row, judged by the adapter that was validated on its fold."""
+    """The rows, each judged by the adapter that was validated on its fold; each fold has the same part of the time."""
     model = bases.load_torch(base, torch.float32)
     total = sum(map(len, folds))
     with closing(GgufTokenizer(base.path)) as tokenizer, progress.step("asking the adapters", total) as step:
-        for fold, job in zip(folds, jobs, strict=True):
+        for number, (fold, job) in enumerate(zip(folds, jobs, strict=True)):
+            now = time.monotonic()
+            until = now + (deadline - now) / (len(folds) - number)
             checkpoint = methods.Checkpoint(job.name, folder / job.name / "adapter", model, job.options)
             with job.method.loaded(checkpoint) as tuned:
-                yield from judge(tuned, tokenizer, fold, job.validation, step)
+                reader = Reader(tuned, job.validation, takes_cache=job.method.takes_cache)
+                yield from judge(reader, tokenizer, fold, job.validation, step, deadline=until)

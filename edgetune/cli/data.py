@@ -55,6 +55,10 @@ def check(
     out: Annotated[
         Path | None, output_option(metavar="FILE", help="Write the training rows without the bad ones, as .jsonl.")
     ] = None,
+    weights: Annotated[
+        bool,
+        output_option("--weights", help="Keep rows with a doubtful answer in --out, with a low weight in training."),
+    ] = False,
     page: Annotated[
         Path | None, output_option(metavar="FILE", help="Write an HTML page with pictures and the rows.")
     ] = None,
@@ -71,17 +75,22 @@ def check(
     """
     from edgetune.checking.check import check as run
     from edgetune.checking.clean import write_clean
+    from edgetune.checking.page import page_of
     from edgetune.progress import Progress
     from edgetune.recipe.model import Recipe
+    from edgetune.templates import write_page
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
     if out is not None and adapter is None and len(loaded.adapters) > 1:
         raise UsageError("--out is for the rows of one adapter", f"add --adapter {next(iter(loaded.adapters))}")
+    if weights and (out is None or minutes is None):
+        raise UsageError("--weights needs an estimate of wrong answers, and a file", "add --minutes N --out FILE")
     tests = pairs_of(test or (), "--test", "NAME=FILE")
     checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
     if page is not None:
-        _write_page(page, loaded.name, checks)
-    left_out = {} if out is None else write_clean(checks[0], loaded.adapters[checks[0].name].data, out)
+        write_page(page, page_of(loaded.name, checks))
+    data = loaded.adapters[checks[0].name].data
+    left_out = {} if out is None else write_clean(checks[0], data, out, weighted=weights)
     if as_json:
         print_json({found.name: found.to_json() for found in checks})
         return
@@ -140,16 +149,6 @@ def _shown(row: TaskRow) -> str:
     return f"{shortened(prompt, 100)!r} → {shortened(row.completion or '', 120)}"
 
 
-def _write_page(path: Path, name: str, checks: list[TaskCheck]) -> None:
-    from edgetune_runtime.formats.atomic import replacing
-
-    from edgetune.checking.page import page_of
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(page_of(name, checks), encoding="utf-8")
-
-
 def _print_check(found: TaskCheck) -> None:
     from edgetune.checking.findings import KINDS
 
@@ -158,6 +157,8 @@ def _print_check(found: TaskCheck) -> None:
     about = "about " * found.is_estimated
     lengths = f"{about}{tokens[0]} to {tokens[-1]} tokens, half of them at most {tokens[len(tokens) // 2]}"
     print(printable(f"{found.name}: {rows} rows of {lengths}"))
+    if found.estimate is not None and found.estimate.unjudged:
+        print(f"  judged {found.estimate.share:.0%} of the rows, the shortest: more need a larger --minutes")
     for kind, count in found.counts.items():
         print(f"  {count} {KINDS[kind]}")
         for finding in found.of_kind(kind)[:SHOWN]:

@@ -78,8 +78,8 @@ def deploy(
     """
     from edgetune_devices import boards
     from edgetune_runtime.bundle import read_manifest
+    from edgetune_runtime.store.opening import Opening
 
-    from edgetune.delivery.board.opening import Opening
     from edgetune.delivery.deploy import deploy as actions
     from edgetune.delivery.deploy.fleet import Failed, on_each
     from edgetune.delivery.deploy.target import parse_target, read_inventory

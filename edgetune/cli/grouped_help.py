@@ -12,6 +12,10 @@ from typer.core import TyperCommand, TyperGroup
 class GroupedCommand(TyperCommand):
     """A command whose options are listed by panel."""
 
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """The names of required arguments without the braces that Typer puts around them."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ANN401
         """Write a section for each panel, in the order of the panels' first options."""
         records = ((_panel(parameter), parameter.get_help_record(ctx)) for parameter in self.get_params(ctx))

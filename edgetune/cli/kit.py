@@ -45,7 +45,8 @@ def kit(
     On the board, run `sh install.sh` in the kit's folder. The same bundle and versions give the same bytes. The
     board opens the bundle with --context-length, --kv and --cache-mb, which make one fit that does not otherwise.
     """
-    from edgetune.delivery.board.opening import Opening
+    from edgetune_runtime.store.opening import Opening
+
     from edgetune.delivery.kit.make import KitOptions, make_kit
     from edgetune.progress import Progress
 

@@ -43,6 +43,9 @@ def learn(
             metavar="FILE", help="Only write the N answers of --ask to FILE, to be completed and given as --log."
         ),
     ] = None,
+    page: Annotated[
+        Path | None, output_option(metavar="FILE", help="Write an HTML page with both scores and the changed answers.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -52,10 +55,14 @@ def learn(
     which are not learned. The new bundle is packed only if no adapter got worse on either by more than one standard
     error.
     """
+    from edgetune_runtime.bundle import read_manifest
+
     from edgetune.learning import questions as asking
     from edgetune.learning.learn import learn as run
     from edgetune.learning.learn import read_logs
+    from edgetune.learning.page import page_of
     from edgetune.progress import Progress
+    from edgetune.templates import write_page
 
     entries = read_logs(bundle, log)
     chosen = asking.most_informative(entries, ask)
@@ -68,6 +75,8 @@ def learn(
         asked = asking.ask(chosen, _reply_to)
         entries = list({entry.id: entry for entry in (*entries, *asking.kept(asked, log[-1]))}.values())
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
+    if page is not None:
+        write_page(page, page_of(read_manifest(bundle).name, result))
     if as_json:
         print_json(result.to_json())
     else:
@@ -88,14 +97,14 @@ def _print(result: Learned) -> None:
     rows, answers = [], []
     for name, sets in result.changes.items():
         for kind, change in sets.items():
-            difference = f"{(change.after - change.before) * 100:+.1f} ± {change.error * 100:.1f}"
-            rows.append([name, kind, str(change.rows), f"{change.before:.1%}", f"{change.after:.1%}", difference])
-            answers += [(name, *answer) for answer in change.answers[:_SHOWN]]
+            scores = f"{change.before:.1%}", f"{change.after:.1%}", change.difference
+            rows.append([name, kind, str(change.rows), *scores])
+            answers += [(name, answer) for answer in change.answers[:_SHOWN]]
     titles = ("adapter", "rows", "number", "before", "after", "difference in points")
     print_table(titles, rows, texts=titles[:2])
-    for name, prompt, expected, before, after in answers:
-        print(printable(f"{name}: {shortened(prompt)}"))
-        for what, text in (("expected", expected), ("before", before), ("after", after)):
-            print(f"  {what:<10}{printable(shortened(text))}")
+    for name, answer in answers:
+        print(printable(f"{name}: {shortened(answer.prompt)}"))
+        for what in ("expected", "before", "after"):
+            print(f"  {what:<10}{printable(shortened(getattr(answer, what)))}")
     learned = ", ".join(f"{count} corrections of {name}" for name, count in result.learned.items())
     print(f"learned {learned}; " + ("nothing packed" if result.bundle is None else f"packed {result.bundle}"))

@@ -16,7 +16,7 @@ from edgetune_runtime.interrupts import end_on_interrupt
 
 from edgetune.failure import PROGRAM, drop_output, fail
 
-from . import data, devices
+from . import data, devices, keys
 from .augment import augment
 from .build import build, export
 from .compare import compare
@@ -28,7 +28,8 @@ from .init import init
 from .kit import kit
 from .learn import learn
 from .methods import methods
-from .plan import plan, validate
+from .plan import plan
+from .publish import publish
 from .report import report
 from .wheel import wheel
 
@@ -98,12 +99,14 @@ def schema() -> None:
 
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Recipe commands": (init, validate, plan, augment, imatrix, methods, schema),
-    "Bundle commands": (build, learn, export, report, deploy, kit, wheel),
+    "Recipe commands": (init, plan, augment, imatrix, methods, schema),
+    "Bundle commands": (build, learn, export, report, deploy, kit, publish, wheel),
     "Measurement commands": (evaluate, compare),
 }
 for _title, _commands in COMMANDS.items():
     for _command in _commands:
         app.command(cls=GroupedCommand, rich_help_panel=_title)(_command)
+app.command("validate", cls=GroupedCommand, hidden=True)(plan)
 app.add_typer(data.app, name="data", rich_help_panel="Recipe commands")
+app.add_typer(keys.app, name="keys", rich_help_panel="Bundle commands")
 app.add_typer(devices.app, name="devices", rich_help_panel="Measurement commands")

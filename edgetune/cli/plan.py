@@ -1,12 +1,10 @@
-"""`edgetune plan` and `edgetune validate`: what a build of a recipe would do, without training."""
+"""`edgetune plan`: what a build of a recipe would do, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
 from edgetune_runtime.wording import printable
 
 from .arguments import AsJson, Out, RecipePath, Settings, print_json, settings_of
@@ -19,63 +17,28 @@ if TYPE_CHECKING:
 TEXTS = ("adapter", "method", "modules", "shape", "MB", "metric", "answers")
 TITLES = (*TEXTS[:5], "trained", "rows", "longest", "steps", *TEXTS[5:])
 
-TrialFlag = Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")]
 
-
-def validate(
-    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
-) -> None:
-    """Check a recipe, its base and its data.
+def plan(recipe: RecipePath, *, out: Out = None, settings: Settings = None, as_json: AsJson = False) -> None:
+    """Check a recipe, its base and its data, and show what a build will do.
 
     Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
-    the bundle fits on the board, and that this machine has enough memory and disk to build it.
+    the bundle fits on the board, and that this machine has enough memory and disk to build it. Shows the base, adapters
+    and files, the memory and disk that the build needs, and the speed on the board. Downloads nothing and trains
+    nothing. A build follows this plan and stores it in the bundle's manifest.
     """
-    build_plan, figures = _planned(recipe, out, settings, trial=trial, quiet=as_json)
+    from edgetune.building.builders.plan import plan_build
+    from edgetune.recipe.model import Recipe
+
+    build_plan = plan_build(Recipe.from_file(recipe, settings_of(settings)), out).plan
     if as_json:
-        print_json(figures)
+        print_json(build_plan.to_json())
         return
-    for label, text in _summary(build_plan, figures):
-        print(printable(f"{label:<14}{text}"))
-    for name, adapter in build_plan.adapters.items():
-        print(printable(f"{'adapter':<14}{name}: {_data_of(adapter)}"))
-
-
-def plan(
-    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
-) -> None:
-    """Show what a build will do: its base, adapters and files, the memory and disk it needs, the speed on the board.
-
-    Makes the checks of `validate`, downloads nothing and trains nothing. A build follows this plan and stores it in the
-    bundle's manifest.
-    """
-    build_plan, figures = _planned(recipe, out, settings, trial=trial, quiet=as_json)
-    if as_json:
-        print_json(figures)
-        return
-    for label, text in (*_summary(build_plan, figures), *_bundle_lines(build_plan)):
+    for label, text in (*_summary(build_plan), *_bundle_lines(build_plan)):
         print(printable(f"{label:<14}{text}"))
     print_table(TITLES, map(_cells, build_plan.adapters.values()), texts=TEXTS)
 
 
-def _planned(
-    recipe: Path, out: Path | None, settings: list[str] | None, *, trial: bool, quiet: bool
-) -> tuple[BuildPlan, dict[str, Any]]:
-    """The plan, and its JSON values, with those of a trial."""
-    from edgetune.building.builders.plan import plan_build
-    from edgetune.recipe.model import Recipe
-
-    loaded = Recipe.from_file(recipe, settings_of(settings))
-    planned = plan_build(loaded, out)
-    figures = planned.plan.to_json()
-    if trial:
-        from edgetune.building import trial as time_trial
-        from edgetune.progress import Progress
-
-        figures["trial"] = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=quiet))
-    return planned.plan, figures
-
-
-def _summary(build_plan: BuildPlan, figures: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _summary(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
     base = build_plan.base
     yield "name", build_plan.recipe.name
     yield "base", base.name
@@ -89,8 +52,6 @@ def _summary(build_plan: BuildPlan, figures: dict[str, Any]) -> Iterator[tuple[s
         yield "domain", build_plan.domain
     if build_plan.recipe.route is not None:
         yield "router", build_plan.recipe.route.summary(build_plan.recipe.adapters)
-    if "trial" in figures:
-        yield "trial", figures["trial"]["summary"]
     for name, adapter in build_plan.adapters.items():
         if adapter.training_reason:
             yield "training", f"{name}: {adapter.training_reason}"
@@ -131,11 +92,3 @@ def _cells(adapter: AdapterPlan) -> list[str]:
         adapter.metric,
         f"{len(adapter.labels)} labels" if adapter.labels else adapter.output.kind if adapter.output else "free",
     ]
-
-
-def _data_of(adapter: AdapterPlan) -> str:
-    """Metric and numbers of rows."""
-    rows = adapter.rows
-    counts = "" if rows is None else f", train {rows.train}, validation {rows.validation}"
-    labels = f", labels {len(adapter.labels)}" if adapter.labels else ""
-    return f"metric {adapter.metric}{counts}{labels}"

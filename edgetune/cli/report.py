@@ -35,12 +35,12 @@ def report(
     parity, sizes, and the boards that the bundle fits on. Answers need --recipe or --data.
     """
     from edgetune_runtime.bundle import read_manifest
-    from edgetune_runtime.formats.atomic import replacing
 
     from edgetune.progress import Progress
     from edgetune.report.answers import score_adapters
     from edgetune.report.facts import facts_of, fits_of, scores_of
     from edgetune.report.render import page
+    from edgetune.templates import write_page
 
     manifest = read_manifest(bundle)
     results = scores_of((name, Path(file)) for name, file in pairs_of(scores or (), "--score", "NAME=FILE").items())
@@ -49,6 +49,5 @@ def report(
         manifest.adapter(name)
     results |= score_adapters(bundle, manifest, recipe, files, limit=limit, progress=Progress(quiet=quiet))
     facts = facts_of(bundle, manifest, results)
-    with replacing(out) as temporary:
-        temporary.write_text(page(facts, fits_of(bundle, manifest)), encoding="utf-8")
+    write_page(out, page(facts, fits_of(bundle, manifest)))
     print(out)

@@ -20,17 +20,30 @@ RowsByAdapter = dict[str, dict[str, Sequence[TaskRow]]]
 
 
 @dataclass(frozen=True)
-class Change:
-    """The mean score before and after on `rows` rows, and the standard error of the difference.
+class ChangedAnswer:
+    """The answers before and after to a row, and how much higher the score of the later one is."""
 
-    `answers` are those that changed: prompt, expected answer, answer before, answer after.
-    """
+    prompt: str
+    expected: str
+    before: str
+    after: str
+    gain: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """The mean score before and after on `rows` rows, the standard error of the difference, and what changed."""
 
     before: float
     after: float
     error: float
     rows: int
-    answers: tuple[tuple[str, str, str, str], ...] = ()
+    answers: tuple[ChangedAnswer, ...] = ()
+
+    @property
+    def difference(self) -> str:
+        """The difference in points, with its standard error."""
+        return f"{(self.after - self.before) * 100:+.1f} ± {self.error * 100:.1f}"
 
     @property
     def is_worse(self) -> bool:
@@ -49,7 +62,7 @@ def change_between(before: Sequence[ScoredRow], after: Sequence[ScoredRow]) -> C
     error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else 0.0
     means = [statistics.fmean(row.score for row in rows) for rows in (before, after)]
     answers = tuple(
-        (old.prompt, old.reference, old.answer, new.answer)
+        ChangedAnswer(old.prompt, old.reference, old.answer, new.answer, new.score - old.score)
         for old, new in zip(before, after, strict=True)
         if old.answer != new.answer
     )

@@ -61,10 +61,10 @@ def values_of(name: str, rows: Sequence[TaskRow]) -> Rows:
 
 def _values(row: TaskRow) -> dict[str, Any]:
     if row.messages is None:
-        return {"text": row.text}
+        return {"text": row.text, "weight": row.weight}
     turn = row.turn or {"role": "assistant", "content": row.completion}
     tools = {} if row.tools is None else {"tools": row.tools.definitions}
-    return {"messages": [*map(dict, row.messages), dict(turn)], **tools}
+    return {"messages": [*map(dict, row.messages), dict(turn)], **tools, "weight": row.weight}
 
 
 def _row(entry: LoggedAnswer) -> TaskRow:

@@ -49,6 +49,7 @@ class Alora(Lora[AloraOptions]):
     options = AloraOptions
     peft_type = "LORA"
     takes_encoders = False
+    takes_cache = False
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """A LoRA with invocation tokens."""

@@ -87,6 +87,7 @@ class Lora(LoraCheckpoint[L]):
 
     options = LoraOptions
     peft_type = "LORA"
+    trains_on_grid = True
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """A plain LoRA; PEFT saves DoRA and aLoRA with the same type, but they are separate methods here."""

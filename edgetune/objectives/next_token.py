@@ -39,7 +39,8 @@ class NextToken:
         """Summed cross entropy; logits are computed only for learned tokens."""
 
         def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-            return cross_entropy(logits, batch.targets[rows], reduction="sum")
+            # Not a product of vectors, which autocast computes in bfloat16.
+            return (cross_entropy(logits, batch.targets[rows], reduction="none") * batch.weights[rows]).sum()
 
         return summed_loss(partial(packed_logits, forward, batch), model, loss_of)
 

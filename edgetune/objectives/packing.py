@@ -56,7 +56,7 @@ class Group:
 @dataclass(frozen=True)
 class PackedRows:
     """One forward pass: `tokens` and `positions` [1, n]; for each learned token, the index of the token before it
-    (`predictors`) and the token itself (`targets`).
+    (`predictors`), the token itself (`targets`), and the weight of its row (`weights`).
 
     `place` [n] maps packed tokens to their rows in the concatenated outputs of the groups. `row_tokens` is the number
     of tokens in all rows, with a shared prefix counted in each.
@@ -66,6 +66,7 @@ class PackedRows:
     positions: torch.Tensor
     predictors: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
     place: torch.Tensor
     groups: tuple[Group, ...]
     row_tokens: int
@@ -104,6 +105,7 @@ def pack(examples: Sequence[Example], shared: int | None = None) -> PackedRows:
     own: list[range] = []
     predictors: list[int] = []
     targets: list[int] = []
+    weights: list[float] = []
     for example in examples:
         start = len(tokens)
         own.append(range(start, start + len(example.tokens) - shared))
@@ -113,6 +115,7 @@ def pack(examples: Sequence[Example], shared: int | None = None) -> PackedRows:
         learned = [i for i in range(1, len(example.tokens)) if example.learned[i]]
         predictors += [where[i - 1] for i in learned]
         targets += [example.tokens[i] for i in learned]
+        weights += [example.weight] * len(learned)
     groups = [_group([range(shared)], range(0))] if shared else []
     groups.append(_group(own, range(shared)))
     return PackedRows(
@@ -120,6 +123,7 @@ def pack(examples: Sequence[Example], shared: int | None = None) -> PackedRows:
         torch.tensor([positions]),
         torch.tensor(predictors, dtype=torch.long),
         torch.tensor(targets, dtype=torch.long),
+        torch.tensor(weights),
         _place(groups, own, shared),
         tuple(groups),
         sum(len(example.tokens) for example in examples),

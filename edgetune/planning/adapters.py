@@ -53,7 +53,9 @@ def with_options(
     sizes = {}
     for target, shape in shapes.items():
         file_format = backends.format_of(target)
-        if shape == "merged":
+        if planned.on_grid:
+            sizes[target] = planned.bytes_by_format[target]
+        elif shape == "merged":
             sizes[target] = int(file_format.merged_bytes(base.parameters, format_options))
         else:
             sizes[target] = int(file_format.adapter_bytes(values[shape], planned.dtypes[target], shape))

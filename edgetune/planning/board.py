@@ -14,6 +14,7 @@ from edgetune import task_types
 from edgetune.bases import BaseSource, is_gguf
 from edgetune.recipe.model import Recipe
 
+from .merged import trains_on_grid, with_grid
 from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 
 Adapters = Mapping[str, AdapterPlan]
@@ -42,6 +43,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs())
     needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
     base = _plan_base(recipe, source, quantization, needs[gguf.NAME].base_bytes)
+    adapters = with_grid(recipe, adapters, base, fit.main_type_of(source.header, quantization))
     if choice is None:
         return BuildPlan(recipe, source, base, adapters)
     fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
@@ -124,7 +126,7 @@ def _engine(recipe: Recipe) -> str:
     return recipe.targets[0] if recipe.targets[0] in engines.names_with_needs() else gguf.NAME
 
 
-def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], list[str]]:
-    """The memory of the adapters in an engine, and the names of those that are merged models in it."""
+def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], dict[str, bool]]:
+    """The memory of the adapters in an engine; of its merged models, whether they can be trained on the base's grid."""
     sizes = {name: adapter.memory[engine] for name, adapter in adapters.items() if engine in adapter.memory}
-    return sizes, [name for name in adapters if name not in sizes]
+    return sizes, {name: trains_on_grid(adapter) for name, adapter in adapters.items() if name not in sizes}

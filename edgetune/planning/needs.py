@@ -161,15 +161,24 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
                 batch_tokens=math.ceil(adapter.rows.mean_tokens * adapter.training.batch_size),
                 precision=_precision(adapter.training),
+                on_grid=adapter.on_grid,
             )
         )
     if recipe.domain is not None:
         window, training = recipe.domain.window or recipe.context_length, recipe.training.under(recipe.domain.training)
         method = recipe.domain.method
-        sizes = {"longest_row": window, "batch_tokens": window * training.batch_size}
         loaded = methods.load(method.name)
         trained = loaded.trained(base, method.options)
-        needs.append(training_need(loaded, method.options, trained, **sizes, precision=_precision(training)))
+        needs.append(
+            training_need(
+                loaded,
+                method.options,
+                trained,
+                longest_row=window,
+                batch_tokens=window * training.batch_size,
+                precision=_precision(training),
+            )
+        )
     min_mb, max_mb = max(need.min_mb for need in needs), max(need.max_mb for need in needs)
     limit_mb = recipe.training.memory_mb
     return min_mb, max_mb if limit_mb is None else max(min_mb, min(max_mb, limit_mb))

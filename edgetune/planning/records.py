@@ -63,6 +63,8 @@ class AdapterPlan:
     None for a method that does not tune linear modules; with `auto` the build chooses them and a rank of at most
     `rank`, the highest one in the files. `memory` is by engine, without those where it is a merged model.
 
+    `on_grid`: it is trained through the rounding to the base's grid, so that the merged model keeps the base's types.
+
     Without the base's header, `trained` and `trainable_parameters` are None and all sizes are missing. The rows decide
     `metric`, `labels`, `output`, `rows` and what `training: auto` stands for, with `training_reason`.
     """
@@ -73,6 +75,7 @@ class AdapterPlan:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] | None = None
     rank: int = 0
+    on_grid: bool = False
     trained: TrainedModules | None = None
     trainable_parameters: int | None = None
     bytes_by_format: Mapping[str, int] = field(default_factory=dict)

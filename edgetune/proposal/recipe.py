@@ -151,7 +151,7 @@ def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) ->
     lines = [
         f"Made by edgetune from {names}, with the reason for each setting.",
         "Change what you like, then:",
-        f"  edgetune validate {path}",
+        f"  edgetune plan {path}",
         f"  edgetune build {path} --out build/{recipe.name}",
         "All keys are in docs/recipe.md; `device: pi-4` checks that the bundle fits on a board.",
     ]

@@ -67,8 +67,9 @@ class Recipe(RecipePart):
     """Importance matrix for `quantization`. auto: from the training rows of all adapters, so that weights with large
     inputs there are rounded with smaller errors. Size and speed stay the same; it changes nothing at 8 bits or more."""
     merged_quantization: str | None = None
-    """Quantization of merged models. null: q8_0 if the base has fewer bits, otherwise that of the base; rounding to
-    4 bits a second time loses most of what was trained."""
+    """Quantization of merged models. null: that of the base, for which lora, rslora and loraplus are trained with
+    rounded weights; for other methods q8_0 if the base has fewer bits, since rounding them again loses most of what
+    was trained."""
     states: Literal["first_use", "start", "ship"] = "first_use"
     """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call.
     start: on the device, when `edgetune-run serve` starts. ship: by the build, which adds them to the bundle; they work

@@ -191,6 +191,8 @@ class Columns(RecipePart):
     """Column of a conversation's tools."""
     text: Text | None = None
     """Column of plain text."""
+    weight: Text = "weight"
+    """Column of a row's weight in training, from 0 to 1, where rows have one."""
 
     @field_validator("completion")
     @classmethod
@@ -213,7 +215,8 @@ class DataSpec(RecipePart):
 
     A row has one of four forms: `messages`, ending with an assistant message; `prompt` and `completion`; `text` and
     `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON.
-    Messages may have `tool_calls` and results of the role `tool`; the row's `tools` define the tools.
+    Messages may have `tool_calls` and results of the role `tool`; the row's `tools` define the tools. A `weight` from 0
+    to 1 in a row multiplies its loss in training.
     A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
     """
 

@@ -40,19 +40,17 @@ INTRODUCTION = """\
 # Recipe reference
 
 A recipe is a YAML file that describes one base, its tasks and a board. `edgetune init --data FILE` writes one for your
-rows, and `edgetune validate RECIPE` reports all problems of a recipe with their lines. `--set KEY=VALUE`
+rows, and `edgetune plan RECIPE` reports all problems of a recipe with their lines. `--set KEY=VALUE`
 overrides any key for one run; KEY is the key's path with dots, as in `--set adapters.command.method.r=8`. Paths are
 relative to the recipe. `edgetune schema` prints a JSON schema, which lets an editor complete and check keys.
 
-`edgetune validate` also reports, without loading the model, what a build will need and what is free on this machine:
-memory for training and export, and disk space at `--out` (by default `build/NAME`); in `--json` this is the key
-`needs`. `edgetune plan RECIPE` also shows what the build will do: the base's conversion, each adapter's modules, shapes
-and sizes, and the speed on the board; both commands print the same JSON. They end with exit code 6 if the bundle does
-not fit on the disk and with 5 if the base's weights do not fit in memory, and say what would fit; a build makes the
-same checks before any work. If space is tight, they warn. If memory is short, training uses smaller forward passes. For
-a base that is not downloaded yet, the plan has what is known without it, and the build completes it after the download.
-`--trial` trains ten steps of the first adapter and estimates the time of all trainings; a build reports the same
-estimate after its first ten steps.
+`edgetune plan` also reports, without loading the model, what a build will do and need: the base's conversion, each
+adapter's modules, shapes and sizes, the speed on the board, the memory for training and export and the disk space at
+`--out` (by default `build/NAME`), and what is free on this machine. It ends with exit code 6 if the bundle does not fit
+on the disk and with 5 if the base's weights do not fit in memory, and says what would fit; a build makes the same
+checks before any work. If space is tight, it warns. If memory is short, training uses smaller forward passes. For a
+base that is not downloaded yet, the plan has what is known without it, and the build completes it after the download.
+After its first ten steps, a training reports the time that is left.
 
 This page is generated from the descriptions in `edgetune/recipe/`, `edgetune/methods/` and `edgetune_export/backends/`.
 """

@@ -193,14 +193,15 @@ class _Stage:
 
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
         backend = self.backends[target]
-        source = source_of_merged(self.source, self.spec.merged_quantization)
+        on_grid = adapter.plan.on_grid
+        source = source_of_merged(self.source, self.spec.merged_quantization, trains_on_grid=on_grid)
         weight_type = backend.weight_type(source)
         if not adapter.plan.spec.merged or source is not self.source:
             what = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"
             self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
-        backend.write_merged(merged, source, out)
+        backend.write_merged(replace(merged, on_grid=on_grid), source, out)
         values = backend.values_by_type(out)
         return WrittenAdapter(out, values, quantization=source.quantization, weight_type=weight_type)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +76,9 @@ def verify(
             _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
             checked[export.backend] = {
                 adapter.name: asdict(
-                    _adapter_parity(model, adapter, export, engine, known=known[adapter.name], progress=progress)
+                    _adapter_parity(
+                        base.path, model, adapter, export, engine, known=known[adapter.name], progress=progress
+                    )
                 )
                 for adapter in adapters
             }
@@ -86,6 +88,7 @@ def verify(
 
 
 def _adapter_parity(
+    base: Path,
     model: PreTrainedModel,
     adapter: TrainedAdapter,
     export: ExportedFormat,
@@ -95,7 +98,12 @@ def _adapter_parity(
     progress: Progress,
 ) -> Parity:
     written = export.adapters[adapter.name]
-    with methods.load(adapter.plan.method).loaded(adapter.checkpoint(model)) as tuned:
+    from edgetune.training.rounding import rounded_layers  # noqa: PLC0415 - torch, only where something is exported
+
+    with ExitStack() as stack:
+        tuned = stack.enter_context(methods.load(adapter.plan.method).loaded(adapter.checkpoint(model)))
+        if adapter.plan.on_grid:
+            stack.enter_context(rounded_layers(tuned, base))
         parity = _parity(_remembered(model, tuned, known), adapter, export, engine)
     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
     check(
@@ -103,7 +111,8 @@ def _adapter_parity(
         adapter.name,
         written.weight_type or export.weight_type,
         dtype=adapter.plan.dtypes[export.backend],
-        merged=adapter.plan.shapes[export.backend] == Merged.shape,
+        # On the grid, torch computes with the weights that the file has.
+        merged=adapter.plan.shapes[export.backend] == Merged.shape and not adapter.plan.on_grid,
         error=written.error,
         requantized_kl=backends.format_of(export.backend).requantized_kl,
     )

@@ -8,9 +8,8 @@ from typing import Literal
 
 from edgetune_runtime.errors import UsageError
 
-Feature = Literal["compare", "fit", "imatrix", "label_estimate", "trial"]
-"""Commands that not all tasks support: those of the same names, `devices fit`, `data check --minutes` and `validate
---trial`."""
+Feature = Literal["compare", "fit", "imatrix", "label_estimate"]
+"""Commands that not all tasks support: those of the same names, `devices fit` and `data check --minutes`."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.text.chat import Message, messages_for, text_of
 from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
-from edgetune_runtime.wording import nearest, suggestion
+from edgetune_runtime.wording import nearest, shortened, suggestion
 
 from edgetune.recipe.parts import HUB_ID, Columns, is_hub_id
 from edgetune.recipe.rows import Rows, with_label_names
@@ -25,6 +26,7 @@ MAX_ERRORS = 20
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+WEIGHT = "weight"
 LABEL = "label"
 """The column whose values are labels; elsewhere a few short answers may be texts to write."""
 FORMS = "messages, prompt and completion, text and label, or text"
@@ -45,6 +47,8 @@ class TaskRow:
 
     `tools` are those of the prompt. If the last turn calls some, it is `turn`, and `completion` is `said` of it: its
     text depends on the base's chat template.
+
+    `weight`, from 0 to 1, multiplies its loss in training.
     """
 
     where: str
@@ -54,6 +58,7 @@ class TaskRow:
     tools: ToolSet | None = None
     turn: Message | None = None
     is_labelled: bool = False
+    weight: float = 1.0
 
     @property
     def characters(self) -> int:
@@ -282,7 +287,9 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
         raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
     if labels is not None:
         _check_label(row, labels)
-    return row
+    name = WEIGHT if columns is None else columns.weight
+    value = values.get(name)
+    return row if value in (None, "") else replace(row, weight=_weight(value, name))
 
 
 def _mapped_row(where: str, values: Mapping[str, Any], columns: Columns) -> TaskRow:
@@ -375,6 +382,14 @@ def _check_message(number: int, message: object) -> None:
         raise BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only {', '.join(keys)}")
     if not message.get("tool_calls"):
         _text(message.get("content"), f"the content of message {number}")
+
+
+def _weight(value: object, name: str) -> float:
+    """A number, in a table as text."""
+    with suppress(ValueError):
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and 0 <= float(value) <= 1:
+            return float(value)
+    raise BadRowError(f"{name} is {shortened(repr(value), 40)}; give a number from 0 to 1, or rename the column")
 
 
 def _answer(value: object, name: str) -> str:

@@ -49,7 +49,7 @@ def tokenize_rows(
 def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:
     if row.messages is None:
         tokens = [*tokenizer.tokenize(row.text or ""), tokenizer.end_token]
-        return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1)
+        return Example(tuple(tokens), (False, *[True] * (len(tokens) - 1)), 1, row.weight)
     try:
         messages = messages_for(row.messages, system)
         prompt = prompt_tokens(tokenizer, messages, row.tools)
@@ -61,7 +61,7 @@ def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: st
             _learn_earlier_turns(messages, prompt, learned, tokenizer, row.tools)
     except UsageError as error:
         raise UsageError(f"{row.where}: {error.message}", error.remedy) from error
-    return Example((*prompt, *target), tuple(learned), len(prompt))
+    return Example((*prompt, *target), tuple(learned), len(prompt), row.weight)
 
 
 def _learn_earlier_turns(

@@ -18,7 +18,10 @@ R = TypeVar("R", bound=TrainingRow)
 
 @dataclass(frozen=True)
 class TrainingJob(Generic[R]):
-    """One training run; `key` identifies everything that its result depends on."""
+    """One training run; `key` identifies everything that its result depends on.
+
+    `rounds_to`: the base's file, if merged weights are rounded to its grid (see `rounded_layers`).
+    """
 
     name: str
     method: Method[Any]
@@ -28,6 +31,7 @@ class TrainingJob(Generic[R]):
     validation: Sequence[R]
     key: str
     objective: Objective[Any] = NEXT_TOKEN
+    rounds_to: Path | None = None
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,6 +32,7 @@ from .hardware import precision_of
 from .job import Point, TrainingJob, TrainResult
 from .memory import PassPlan
 from .pass_sizes import pass_cost, passes_within, peak_memory_mb
+from .rounding import rounded_layers
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
 
@@ -95,7 +96,7 @@ class _Run:
     def __init__(self, base: PreTrainedModel, job: TrainingJob[Any], folder: Path) -> None:
         training, method = job.training, job.method
         self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
-        self.method, self.options, self.name = method, job.options, job.name
+        self.method, self.options, self.name, self.rounds_to = method, job.options, job.name, job.rounds_to
         self.train_rows = list(job.train)
         self.validation = list(job.validation)[:VALIDATION_ROWS]
         # Processes validate different numbers of batches, so no forward pass may wait for another process.
@@ -152,9 +153,15 @@ class _Run:
     def _loss_of_row(self, row: TrainingRow) -> torch.Tensor:
         return self._loss(self.objective.batch([row]).to(self.accelerator.device), self.tuned)
 
-    def layers(self) -> AbstractContextManager[None]:
-        """Fused layers, except under autocast, which needs the original ones."""
-        return nullcontext() if self.precision == "bf16" else fused(self.tuned, int8=self.precision == "int8")
+    @contextmanager
+    def layers(self) -> Iterator[None]:
+        """Layers with rounded weights if the job has them; the others fused, except under autocast."""
+        with ExitStack() as stack:
+            if self.rounds_to is not None:
+                stack.enter_context(rounded_layers(self.tuned, self.rounds_to))
+            if self.precision != "bf16":
+                stack.enter_context(fused(self.tuned, int8=self.precision == "int8"))
+            yield
 
     def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
         """Run the remaining steps, with validation and saving in between."""

@@ -11,13 +11,13 @@ from edgetune_export.backends.base import Source
 from edgetune_export.base_file.quantize import quantize_gguf
 
 
-def source_of_merged(source: Source, requested: str | None = None) -> Source:
+def source_of_merged(source: Source, requested: str | None = None, *, trains_on_grid: bool = False) -> Source:
     """The base for merged models, quantized to what `quantization_of_merged` chooses.
 
     Writes a file to the source's work folder if the base has another quantization. Raises what `quantize_gguf` raises.
     """
     main_type = read_header(source.path).main_type
-    quantization = quantization_of_merged(main_type, requested)
+    quantization = quantization_of_merged(main_type, requested, trains_on_grid=trains_on_grid)
     if quantization is None or quantization == main_type.name:
         return source
     path = source.work / f"merged-{quantization}.gguf"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import threading
 import uuid
 from collections import OrderedDict
@@ -18,11 +17,11 @@ from typing import Any, get_type_hints
 
 from .bundle import Manifest
 from .errors import NotFoundError, UsageError, VerificationError
+from .redaction import Redaction
 from .text.chat import Message, Prompt, messages_for
 from .type_checks import type_check
 
 MAX_BYTES = 64_000_000
-REDACTED = "[redacted]"
 _MIN_BYTES = 100_000
 _MAX_RECENT = 1000
 """Answers that can be corrected; of long ones fewer, as the log keeps them in a tenth of its bytes."""
@@ -52,7 +51,8 @@ class AnswerLog:
     """Appends answers of a bundle to `path`, and corrected ones once more. Thread-safe; for one process.
 
     The file and the one before it, `PATH.1`, have at most `max_bytes` together; the oldest lines are dropped. What the
-    regular expressions `redact` find in prompts, answers and corrections is replaced. Others than the user of the
+    regular expressions `redact` find in prompts, answers and corrections is replaced; a text in which that takes too
+    long is replaced as a whole. Others than the user of the
     process cannot read the files. UsageError for a path that cannot be written, an expression that is none, and fewer
     than 100,000 bytes.
     """
@@ -63,7 +63,7 @@ class AnswerLog:
         if max_bytes < _MIN_BYTES:
             raise UsageError(f"a log of {max_bytes} bytes is too small", f"give at least {_MIN_BYTES}")
         self.path, self._manifest, self._max_bytes = path, manifest, max_bytes
-        self._redact = [_compiled(pattern) for pattern in redact]
+        self._redaction = Redaction(redact)
         self._recent: OrderedDict[str, tuple[LoggedAnswer, int]] = OrderedDict()
         self._lock = threading.Lock()
         try:
@@ -82,11 +82,15 @@ class AnswerLog:
         answer_id: str | None = None,
     ) -> str:
         """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log."""
-        messages = tuple(self._redacted(message) for message in messages_for(prompt, None))
+        given = messages_for(prompt, None)
+        text, *contents = self._redaction.clean([answer, *(message["content"] for message in given)])
+        messages = tuple(
+            {"role": message["role"], "content": content} for message, content in zip(given, contents, strict=True)
+        )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         bundle, base = self._manifest.name, self._manifest.base.fingerprint
         name = answer_id or uuid.uuid4().hex
-        self._write(LoggedAnswer(name, now, bundle, base, adapter, messages, self._clean(answer), confidence))
+        self._write(LoggedAnswer(name, now, bundle, base, adapter, messages, text, confidence))
         return name
 
     def corrected(self, answer_id: str, correction: str | None = None) -> None:
@@ -96,7 +100,8 @@ class AnswerLog:
         if entry is None:
             message = f"no answer {answer_id!r} among the last ones"
             raise NotFoundError(message, "correct an answer soon after it was given")
-        self._write(replace(entry, correction=entry.answer if correction is None else self._clean(correction)))
+        text = entry.answer if correction is None else self._redaction.clean([correction])[0]
+        self._write(replace(entry, correction=text))
 
     def _write(self, entry: LoggedAnswer) -> None:
         line = line_of(entry)
@@ -124,14 +129,6 @@ class AnswerLog:
         # A model may write half a surrogate pair.
         with os.fdopen(descriptor, "a", encoding="utf-8", errors="replace") as file:
             file.write(text)
-
-    def _redacted(self, message: Message) -> Message:
-        return {"role": message["role"], "content": self._clean(message["content"])}
-
-    def _clean(self, text: str) -> str:
-        for pattern in self._redact:
-            text = pattern.sub(REDACTED, text)
-        return text
 
 
 def line_of(entry: LoggedAnswer) -> str:
@@ -196,10 +193,3 @@ def _ends_with_a_line(path: Path) -> bool:
 def _before(path: Path) -> Path:
     """The file that the log was before it was full."""
     return path.with_name(f"{path.name}.1")
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UsageError(f"{pattern!r} is not a regular expression: {error}", "see Python's module re") from error

@@ -9,17 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple
 
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, first_of, printable
 
 from .errors import IncompatibleError, NotFoundError, VerificationError
-from .type_checks import type_check
+from .type_checks import dataclass_of
 
 MANIFEST_NAME = "manifest.json"
 STATES_FOLDER = "states"
@@ -38,9 +37,6 @@ MARK, ASK, DEFER = "mark", "ask", "defer"
 """What can become of an unsure answer, besides BASE, ERROR and an adapter."""
 GENERATE, CLASSIFY = "generate", "classify"
 """The kinds of calls that a router tells apart."""
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -408,49 +404,31 @@ def sha256_of(path: Path) -> str:
 def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
     try:
         adapters = {name: _adapter(value) for name, value in raw["adapters"].items()}
-        files = {name: _build(FileEntry, value) for name, value in raw["files"].items()}
+        files = {name: dataclass_of(FileEntry, value) for name, value in raw["files"].items()}
         entry = raw["base"]
         # Manifests used to have the bytes of these values in f16.
         before = {"kv_values_per_token": entry["kv_bytes_per_token"] // 2} if "kv_bytes_per_token" in entry else {}
-        base = _build(BaseEntry, {**before, **entry})
+        base = dataclass_of(BaseEntry, {**before, **entry})
         router = None if raw.get("router") is None else _router(raw["router"])
-        return _build(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
+        return dataclass_of(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
-    golden = {backend: _build(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
-    scope = {backend: _build(Scope, value) for backend, value in raw.get("scope", {}).items()}
+    golden = {backend: dataclass_of(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
+    scope = {backend: dataclass_of(Scope, value) for backend, value in raw.get("scope", {}).items()}
     curves = {
-        backend: {kind: _build(ConfidenceCurve, curve) for kind, curve in kinds.items()}
+        backend: {kind: dataclass_of(ConfidenceCurve, curve) for kind, curve in kinds.items()}
         for backend, kinds in raw.get("confidence", {}).items()
     }
-    unsure = None if raw.get("unsure") is None else _build(UnsureRule, raw["unsure"])
-    return _build(AdapterEntry, {**raw, "golden": golden, "scope": scope, "confidence": curves, "unsure": unsure})
+    unsure = None if raw.get("unsure") is None else dataclass_of(UnsureRule, raw["unsure"])
+    return dataclass_of(AdapterEntry, {**raw, "golden": golden, "scope": scope, "confidence": curves, "unsure": unsure})
 
 
 def _router(raw: Mapping[str, Any]) -> RouterEntry:
-    calls = {call: _build(RoutedCall, value) for call, value in raw["calls"].items()}
-    return _build(RouterEntry, {**raw, "calls": calls})
-
-
-def _build(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
-    """Make a dataclass from the fields in `raw`; TypeError names a field that is missing or has the wrong type."""
-    values = {}
-    for name, fits in _checks(cls).items():
-        if name in raw:
-            value = raw[name]
-            if not fits(value):
-                raise TypeError(f"{name} cannot be {str(value)[:80]!r}")
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**values)
-
-
-@cache
-def _checks(cls: Callable[..., object]) -> Mapping[str, Callable[[Any], bool]]:
-    """For each field of a dataclass, whether a value has its type; made once, as a manifest may have 1,000 adapters."""
-    return {name: type_check(hint) for name, hint in get_type_hints(cls).items()}
+    calls = {call: dataclass_of(RoutedCall, value) for call, value in raw["calls"].items()}
+    return dataclass_of(RouterEntry, {**raw, "calls": calls})
 
 
 def _check_names(manifest: Manifest, path: Path) -> None:

@@ -8,6 +8,7 @@ EdgetuneError                1
 ├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
 ├── OutOfSpaceError          6   a disk is full
 ├── BusyError                7   too many calls are already waiting
+├── UnreachableError         8   another machine cannot be reached, or the connection was lost
 ├── UnsureError              8   the confidence of an answer is lower than asked for
 └── CancelledError         130   the user interrupted
 """
@@ -77,6 +78,12 @@ class BusyError(EdgetuneError):
     """Too many calls are already waiting for a context."""
 
     exit_code = 7
+
+
+class UnreachableError(EdgetuneError):
+    """A board, a repository or a package index cannot be reached, or the connection was lost."""
+
+    exit_code = 8
 
 
 class UnsureError(EdgetuneError):

@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def dataclass_of(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:
+    """Make a dataclass from the fields in `raw`; TypeError names a field that is missing or has the wrong type."""
+    values = {}
+    for name, fits in _checks(cls).items():
+        if name in raw:
+            value = raw[name]
+            if not fits(value):
+                raise TypeError(f"{name} cannot be {str(value)[:80]!r}")
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+@cache
+def _checks(cls: Callable[..., object]) -> Mapping[str, Callable[[Any], bool]]:
+    """For each field of a dataclass, whether a value has its type; made once, as a manifest may have 1,000 adapters."""
+    return {name: type_check(hint) for name, hint in get_type_hints(cls).items()}
 
 
 def type_check(hint: Any) -> Callable[[Any], bool]:  # noqa: ANN401 - type hints have no type

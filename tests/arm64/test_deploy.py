@@ -12,12 +12,11 @@ import pytest
 from arm64.board import SHARED, Board
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import UnreachableError, VerificationError
 from edgetune_runtime.inference.golden import ask
 from runtime.bundles import change_manifest
 from sshd import Sshd, cut_in_the_middle, running
 
-from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.target import parse_target
 from edgetune.delivery.kit.make import AssembledKit, KitOptions, assemble

@@ -143,6 +143,13 @@ def test_needs_of_a_recipe_follow_its_methods_and_quantization(
     assert large.base_bytes > small.base_bytes
     merged = _needs(make_recipe(tmp_path, "base", {"command": adapter_of(merged=True)}), header, None)
     assert merged.merged == {"command": merged.base_bytes} and not merged.adapters
+    # A method that can be trained on the base's grid keeps its types, others have 8 bits.
+    coarse = {
+        method: _needs(make_recipe(tmp_path, "base", {"command": adapter_of(method, merged=True)}), header, "q4_0")
+        for method in ("lora", "dora")
+    }
+    assert coarse["lora"].merged["command"] == coarse["lora"].base_bytes
+    assert coarse["dora"].merged["command"] > 1.3 * coarse["dora"].base_bytes
 
 
 def test_a_board_chooses_only_what_the_recipe_leaves_unset(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

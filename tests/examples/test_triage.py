@@ -86,7 +86,7 @@ def build_tiny(name: str, folder: Path, base: Path, *settings: str) -> None:
 
 def test_the_rows_of_the_encoder_fit_its_recipe(tiny_encoder: Callable[[str], Path]) -> None:
     base = tiny_encoder("bert")
-    assert main(["validate", str(TRIAGE / "sort.yaml"), "--set", f"base={base}", "--set", "context_length=64"]) == 0
+    assert main(["plan", str(TRIAGE / "sort.yaml"), "--set", f"base={base}", "--set", "context_length=64"]) == 0
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def _session(folder: Path) -> Open:
 
 
 def _kit(folder: Path) -> Open:
-    from edgetune.delivery.board.kit import parse_kit  # noqa: PLC0415 - each worker imports what its kind needs
+    from edgetune_runtime.store.kit import parse_kit  # noqa: PLC0415 - each worker imports what its kind needs
 
     def open_changed(data: bytes) -> None:
         with contextlib.suppress(UnicodeDecodeError):

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Manifest, NotFoundError, UsageError, VerificationError
-from edgetune_runtime.answer_log import REDACTED, AnswerLog, read_answer_log
+from edgetune_runtime import Manifest, NotFoundError, UsageError, VerificationError, redaction
+from edgetune_runtime.answer_log import AnswerLog, read_answer_log
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.redaction import REDACTED
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_what_an_expression_finds_is_replaced_everywhere(manifest: Manifest, tmp
     texts = [entry.messages[0]["content"], entry.answer, entry.correction]
     assert texts == [f"call {REDACTED} at {REDACTED}", f"dial {REDACTED}", f"dial {REDACTED} 12"]
     assert "5551234" not in path.read_text() and "Anna" not in path.read_text()
+
+
+def test_a_text_in_which_an_expression_never_ends_is_replaced(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redaction, "MAX_S", 1.0)
+    path = tmp_path / "answers.jsonl"
+    log = AnswerLog(path, manifest, redact=["(a+)+$"])
+    log.answered("a" * 60 + "!", "none", adapter="command")
+    (entry,) = read_answer_log(path, manifest)
+    assert (entry.messages[0]["content"], entry.answer) == (REDACTED, REDACTED)
 
 
 def test_a_log_has_at_most_its_bytes_and_keeps_the_newest_answers(manifest: Manifest, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         validation,
         _key(planned, base, rows),
         method.objective(planned.options),
+        base.path if planned.on_grid else None,
     )
     return PreparedAdapter(planned, task, job, too_long)
 
@@ -153,5 +154,5 @@ def _with_draft(
 
 def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
     method = {"name": planned.method, **planned.options.model_dump(mode="json")}
-    state = [base.fingerprint, method, planned.training.model_dump(mode="json")]
-    return key_of(state, ((example.tokens, example.learned) for example in examples))
+    state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
+    return key_of(state, ((example.tokens, example.learned, example.weight) for example in examples))

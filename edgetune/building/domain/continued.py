@@ -9,8 +9,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.quantization import gains_from_grid
 
 from edgetune import bases, methods
 from edgetune.bases import Base
@@ -43,6 +44,7 @@ from edgetune.shipping.verify import logits_of
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
+from edgetune.training.rounding import rounded_layers
 
 from .texts import split_windows
 
@@ -99,7 +101,9 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
     state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
     key = key_of(state, (window.tokens for window in (*train, *validation)))
-    return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options))
+    on_grid = kind.trains_on_grid and training.precision != "int8" and gains_from_grid(base.header.main_type)
+    rounds_to = base.path if on_grid else None
+    return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options), rounds_to)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class _Stage:
         checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
         self._write(checkpoint)
         self.progress.say(f"{NAME}: measuring perplexity before and after")
-        with self.job.method.loaded(checkpoint) as tuned:
+        with ExitStack() as stack:
+            tuned = stack.enter_context(self.job.method.loaded(checkpoint))
+            if self.job.rounds_to is not None:
+                stack.enter_context(rounded_layers(tuned, self.job.rounds_to))
             trained = _perplexity(logits_of(tuned), self.job.validation)
         before = self._on_engines(self.source, model)
         made = self.base({})
@@ -170,7 +177,7 @@ class _Stage:
         self.path.parent.mkdir(parents=True)
         folded = self.job.method.fold(checkpoint, Merged.shape)
         assert isinstance(folded, Merged)
-        write_merged(folded, self.source.path, self.path)
+        write_merged(replace(folded, on_grid=self.job.rounds_to is not None), self.source.path, self.path)
 
     def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
         """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""

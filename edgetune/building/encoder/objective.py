@@ -28,23 +28,26 @@ HEAD_FILE = "head.safetensors"
 
 @dataclass(frozen=True)
 class Labelled:
-    """The tokens of a row and the number of its label."""
+    """The tokens of a row and the number of its label; its loss is multiplied by `weight`."""
 
     tokens: tuple[int, ...]
     label: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Padded rows: `tokens` and `mask` int64 [rows, longest], `targets` int64 [rows], the numbers of the labels."""
+    """Padded rows: `tokens` and `mask` int64 [rows, longest], `targets` int64 [rows], the numbers of the labels,
+    and `weights` [rows]."""
 
     tokens: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
+    weights: torch.Tensor
 
     def to(self, device: torch.device) -> Padded:
         """The same on `device`."""
-        return Padded(self.tokens.to(device), self.mask.to(device), self.targets.to(device))
+        return Padded(*(part.to(device) for part in (self.tokens, self.mask, self.targets, self.weights)))
 
 
 def tokenize_labelled(
@@ -59,7 +62,7 @@ def tokenize_labelled(
     for row in rows:
         tokens = tokenizer.tokenize(labelled_text(row))
         if len(tokens) <= max_tokens:
-            examples.append(Labelled(tuple(tokens), numbers[row.completion or ""]))
+            examples.append(Labelled(tuple(tokens), numbers[row.completion or ""], row.weight))
         else:
             too_long.append(row.where)
     if too_long and not examples:
@@ -89,12 +92,13 @@ class Classify:
         longest = max(len(row.tokens) for row in rows)
         tokens = [[*row.tokens, *[0] * (longest - len(row.tokens))] for row in rows]
         mask = [[1] * len(row.tokens) + [0] * (longest - len(row.tokens)) for row in rows]
-        return Padded(torch.tensor(tokens), torch.tensor(mask), torch.tensor([row.label for row in rows]))
+        labels, weights = [row.label for row in rows], [row.weight for row in rows]
+        return Padded(torch.tensor(tokens), torch.tensor(mask), torch.tensor(labels), torch.tensor(weights))
 
     def loss(self, forward: Callable[..., Any], model: PeftModel, batch: Padded) -> torch.Tensor:
         """The summed cross entropy of the labels."""
         logits = logits_of(forward, model.classifier, batch.tokens, batch.mask)
-        return cross_entropy(logits.float(), batch.targets, reduction="sum")
+        return (cross_entropy(logits.float(), batch.targets, reduction="none") * batch.weights).sum()
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the head: weight [labels, hidden] and bias [labels]."""

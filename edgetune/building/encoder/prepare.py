@@ -50,4 +50,4 @@ def training_jobs(
 def _key(planned: AdapterPlan, base: EncoderBase, rows: Sequence[Labelled]) -> str:
     method = {"name": planned.method, **planned.options.model_dump(mode="json")}
     state = [CLASSIFICATION, base.fingerprint, method, planned.training.model_dump(mode="json"), list(planned.labels)]
-    return key_of(state, ((row.tokens, row.label) for row in rows))
+    return key_of(state, ((row.tokens, row.label, row.weight) for row in rows))

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
-
-from .kit import Kit
+from edgetune_runtime.store.kit import Kit
 
 _OLDEST_CLOCK = time.mktime((2025, 1, 1, 0, 0, 0, 0, 0, 0))
 """Before the first kit; a board without a battery for its clock starts in 1970."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
-from edgetune_runtime.errors import EdgetuneError, NotFoundError
+from edgetune_runtime.store import switch, versions
+from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.files import Store, check_file
+from edgetune_runtime.store.kit import Kit, read_kit
+from edgetune_runtime.store.service import Unit
+from edgetune_runtime.store.versions import Say
 
-from . import check, golden, service, transfer, venv, versions
-from .durable import locked
-from .kit import Kit, read_installed, read_kit
-from .service import Unit
-from .store import Store, check_file
-from .versions import Say
+from . import check, transfer, venv
 
 
 def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives: bool = False) -> bool:
@@ -33,7 +32,7 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
             transfer.receive_lacking(prefix, kit, sys.stdin.buffer, sys.stdout)
         _check_others(kit, folder)
         changed = False
-        if not venv.is_complete(prefix, kit.wheels):
+        if not versions.has_environment(prefix, kit.wheels):
             say("checking the wheels and making the virtual environment")
             venv.build(prefix, kit, folder)
             changed = True
@@ -41,121 +40,12 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
         for file in kit.version_files:
             store.put(file, folder)
         changed |= versions.place(prefix, kit)
-        return _activate(prefix, kit, unit, say) or changed
-
-
-def rollback(prefix: Path, *, say: Say) -> str:
-    """Switch back to the version before, which is not asked for golden answers again; its id.
-
-    Goes on with a rollback that was cut off. NotFoundError if there is no version before.
-    """
-    with locked(prefix):
-        before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
-        if before is None:
-            raise NotFoundError(f"{prefix} has no version before the current one", "install another kit")
-        kit, old_unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
-        if old_unit is not None:
-            old_unit.require_own(prefix)
-        versions.begin_rollback(prefix, before)
-        try:
-            # Someone who goes back does not want a strict check to keep them from it.
-            _switch(prefix, kit, old_unit, old_unit, say, asks=False)
-        finally:
-            versions.settle(prefix)
-        return before
-
-
-def _activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
-    before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
-    unit = unit or old_unit
-    changed = before != kit.version or (unit is not None and unit.started_with(kit) != old_unit)
-    if changed and unit is not None:
-        unit.require_own(prefix)
-    # A switch before may have been cut off.
-    versions.settle(prefix)
-    if before != kit.version:
-        _check_answers(prefix, kit, old_unit, say)
-    if changed:
-        _switch(prefix, kit, unit, old_unit, say)
-    elif unit is not None and unit.is_active(prefix):
-        unit.wait()
-    elif unit is not None:
-        # It was stopped, or an install was killed while the unit did not run.
-        say(f"starting unit {unit.name}")
-        unit.start(prefix, kit)
-        changed = True
-    versions.settle(prefix)
-    # Also if nothing changed: the install before may have been cut off here.
-    versions.sweep(prefix, say)
-    return changed
-
-
-def _check_answers(prefix: Path, kit: Kit, old_unit: Unit | None, say: Say) -> None:
-    """Ask the new version for golden answers while the old one serves, or instead of it where memory is short."""
-    say("asking for golden answers")
-    if old_unit is None or check.examine(prefix).available_mb >= kit.needs["ram_mb"]:
-        answers = golden.check(prefix, kit)
-    else:
-        try:
-            old_unit.stop(prefix)
-            answers = golden.check(prefix, kit)
-        except BaseException:
-            old_unit.resume(prefix)
-            raise
-    say("the bundle has no golden answers" if answers is None else f"{len(answers)} adapters answer as built")
-
-
-def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, say: Say, *, asks: bool = True) -> None:
-    """Switch, restart the unit, and ask it for golden answers.
-
-    If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
-    """
-    links = _links_before(prefix, kit, old_unit)
-    if unit is None:
-        versions.switch(prefix, kit.version)
-        return
-    is_new = old_unit is None or old_unit.unit_path != unit.unit_path
-    try:
-        versions.switch(prefix, kit.version)
-        say(f"starting unit {unit.name}")
-        if old_unit is not None and is_new:
-            old_unit.remove(prefix)
-        unit.start(prefix, kit)
-        if asks:
-            count = unit.check(prefix, kit)
-            say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
-    except BaseException:
-        _go_back(prefix, links, unit if is_new else None, old_unit, say)
-        raise
-    service.remember(prefix, unit.started_with(kit))
-
-
-def _links_before(prefix: Path, kit: Kit, old_unit: Unit | None) -> Mapping[str, str | None]:
-    """The versions that the links point to; those before, if a switch to `kit` was cut off before the unit ran it."""
-    current, previous = versions.linked(prefix, versions.CURRENT), versions.previous(prefix)
-    if old_unit is not None and current == kit.version and previous == old_unit.version:
-        current, previous = previous, current
-    return {versions.CURRENT: current, versions.PREVIOUS: previous}
-
-
-def _go_back(prefix: Path, links: Mapping[str, str | None], new: Unit | None, old_unit: Unit | None, say: Say) -> None:
-    """Restore the links, remove the new unit and run the one before again; warnings are printed for what fails."""
-    before = links[versions.CURRENT]
-    if before is not None:
-        say(f"going back to version {before}")
-        versions.restore(prefix, links)
-    try:
-        if new is not None:
-            new.remove(prefix)
-        if before is not None and old_unit is not None:
-            old_unit.start(prefix, read_installed(versions.path_of(prefix, before)))
-    except EdgetuneError as error:
-        say(f"the unit before does not run again: {error}")
+        return switch.activate(prefix, kit, unit, say) or changed
 
 
 def mb_to_write(kit: Kit, prefix: Path) -> int:
     """The disk space that installing the kit takes, in MB (10^6 bytes)."""
-    packages_mb = 0 if venv.is_complete(prefix, kit.wheels) else int(kit.needs["packages_mb"])
+    packages_mb = 0 if versions.has_environment(prefix, kit.wheels) else int(kit.needs["packages_mb"])
     return packages_mb + sum(map(Store(prefix).bytes_to_write, venv.needed_files(prefix, kit))) // 10**6
 
 

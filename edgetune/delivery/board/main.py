@@ -15,15 +15,15 @@ from typing import Any, NoReturn
 
 from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.store import service, switch, systemd, versions
+from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.kit import KIT_NAME, parse_kit, read_kit
 from edgetune_runtime.wording import printable
 
-from . import check, install, service, systemd, uninstall, versions
-from .kit import KIT_NAME, parse_kit, read_kit
+from . import check, install, uninstall
 
 PROGRAM = "edgetune-board"
 """Its name in front of messages."""
-ROOT_FOLDER, USER_FOLDER = "/opt/edgetune", ".local/share"
-"""Where the bundles of root are installed, and, in their home, those of others without XDG_DATA_HOME."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:  # noqa: ANN401 - argparse's own
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    text = f"where versions are installed (default: ~/{USER_FOLDER}/edgetune/NAME; for root {ROOT_FOLDER}/NAME)"
+    default = f"~/{versions.USER_FOLDER}/edgetune/NAME; for root {versions.ROOT_FOLDER}/NAME"
+    text = f"where versions are installed (default: {default})"
     command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
     command.add_argument("--json", action="store_true", help="write JSON to standard output")
     command.set_defaults(run=run)
@@ -104,7 +105,7 @@ def _install(options: argparse.Namespace) -> None:
     kit = read_kit(options.kit)
     if options.receive not in (None, kit.version):
         raise BusyError("another deploy is sending a kit to this board", "wait until it ends")
-    prefix = (options.prefix or default_prefix(kit.name)).absolute()
+    prefix = (options.prefix or versions.default_prefix(kit.name)).absolute()
     unit = None
     if options.service is None and (options.host is not None or options.port is not None):
         raise UsageError("--host and --port are those of a unit", "add --service")
@@ -136,7 +137,7 @@ def _unit_warnings(unit: service.Unit) -> list[str]:
 def _check(options: argparse.Namespace) -> None:
     path = options.kit or _own_folder()
     kit = parse_kit((path / KIT_NAME if path.is_dir() else path).read_text(encoding="utf-8"))
-    prefix = options.prefix or default_prefix(kit.name)
+    prefix = options.prefix or versions.default_prefix(kit.name)
     facts = check.examine(prefix)
     problems = list(check.problems(kit, facts, disk_mb=install.mb_to_write(kit, prefix)))
     if options.json:
@@ -151,7 +152,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    version = install.rollback(_prefix(options), say=_say)
+    prefix = _prefix(options)
+    with locked(prefix):
+        version = switch.roll_back(prefix, say=_say)
     if options.json:
         _print({"version": version})
     else:
@@ -174,13 +177,6 @@ def _uninstall(options: argparse.Namespace) -> None:
         print(f"removed all versions from {prefix}")
 
 
-def default_prefix(name: str) -> Path:
-    """The prefix of the bundle with this name."""
-    if os.geteuid() == 0:
-        return Path(ROOT_FOLDER, name)
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / USER_FOLDER, "edgetune", name)
-
-
 def _prefix(options: argparse.Namespace) -> Path:
     """--prefix, or the one that this program lies in, or the default of the kit that it lies in."""
     if options.prefix is not None:
@@ -190,7 +186,7 @@ def _prefix(options: argparse.Namespace) -> Path:
         return folder.parents[1]
     if not (folder / KIT_NAME).is_file():
         raise UsageError("no --prefix is given", "give the folder of the install")
-    return default_prefix(read_kit(folder).name)
+    return versions.default_prefix(read_kit(folder).name)
 
 
 def _own_folder() -> Path:

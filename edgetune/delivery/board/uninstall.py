@@ -7,15 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgetune_runtime.errors import NotFoundError
-
-from . import service, store, venv, versions
-from .durable import LOCK_NAME, locked
-from .versions import Say
+from edgetune_runtime.store import files, service, versions
+from edgetune_runtime.store.durable import LOCK_NAME, locked
+from edgetune_runtime.store.versions import Say
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
 # The versions last: until all are gone, uninstall can be run again.
-_FOLDERS = (store.FOLDER, venv.FOLDER, INCOMING, versions.FOLDER)
+_FOLDERS = (files.FOLDER, versions.ENVIRONMENTS, INCOMING, versions.FOLDER)
 
 
 def uninstall(prefix: Path, say: Say) -> None:

@@ -9,31 +9,18 @@ import sys
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import write_text
+from edgetune_runtime.store.files import Store
+from edgetune_runtime.store.kit import COPY_AGAIN, Kit, KitFile
 
-from .durable import write_text
-from .kit import COPY_AGAIN, Kit, KitFile
-from .store import Store
-
-FOLDER = "venvs"
-_MARK = "complete"
 _WHEELS = "wheels"
 _PIP = ("install", "--no-index", "--no-deps", "--no-input", "--no-cache-dir", "--disable-pip-version-check")
 
 
-def path_of(prefix: Path, wheels: str) -> Path:
-    """The environment of the wheels with this id."""
-    return prefix / FOLDER / wheels
-
-
-def is_complete(prefix: Path, wheels: str) -> bool:
-    """Whether the environment is there and its Python still exists."""
-    folder = path_of(prefix, wheels)
-    return (folder / _MARK).is_file() and (folder / "bin/python").exists()
-
-
 def needed_files(prefix: Path, kit: Kit) -> tuple[KitFile, ...]:
     """The files that an install of the kit needs: without the wheels if their environment is there."""
-    return (*kit.version_files, *(() if is_complete(prefix, kit.wheels) else kit.wheel_files))
+    return (*kit.version_files, *(() if versions.has_environment(prefix, kit.wheels) else kit.wheel_files))
 
 
 def build(prefix: Path, kit: Kit, folder: Path) -> None:
@@ -46,7 +33,7 @@ def build(prefix: Path, kit: Kit, folder: Path) -> None:
     store = Store(prefix)
     for file in kit.wheel_files:
         store.put(file, folder)
-    environment = path_of(prefix, kit.wheels)
+    environment = versions.environment(prefix, kit.wheels)
     shutil.rmtree(environment, ignore_errors=True)
     environment.parent.mkdir(exist_ok=True)
     _call([sys.executable, "-I", "-m", "venv", "--without-pip", str(environment)])
@@ -64,8 +51,7 @@ def build(prefix: Path, kit: Kit, folder: Path) -> None:
     shutil.rmtree(links)
     # One call: thousands of files, each flushed by itself, take minutes on an SD card.
     os.sync()
-    write_text(environment / _MARK, f"{kit.wheels}\n")
-    store.discard(kit.wheel_files)
+    write_text(environment / versions.COMPLETE, f"{kit.wheels}\n")
 
 
 def _call(command: list[str]) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
+from edgetune_runtime.store import files
+from edgetune_runtime.store.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
+from edgetune_runtime.store.versions import CURRENT
 
-from edgetune.delivery.board import store
-from edgetune.delivery.board.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
 from edgetune.delivery.board.transfer import LACKING
 from edgetune.delivery.board.uninstall import INCOMING
-from edgetune.delivery.board.versions import CURRENT
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress
@@ -205,7 +205,7 @@ def _installed(connection: Connection, where: Where) -> _Program:
 
 def _send_program(connection: Connection, facts: BoardFacts, assembled: AssembledKit) -> _Program:
     """Put the board program into the store by its digest, where it is never written to again."""
-    path = f"{facts.prefix}/{store.FOLDER}/{assembled.program.sha256}"
+    path = f"{facts.prefix}/{files.FOLDER}/{assembled.program.sha256}"
     try:
         _put(connection, assembled.contents[PROGRAM_NAME], path)
     except EdgetuneError as error:

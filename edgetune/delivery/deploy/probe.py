@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 from edgetune_devices import boards
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.kit import ID_LENGTH
+from edgetune_runtime.store.service import SETTINGS_NAME
 
-from edgetune.delivery.board import versions
-from edgetune.delivery.board.kit import ID_LENGTH
-from edgetune.delivery.board.main import ROOT_FOLDER, USER_FOLDER
-from edgetune.delivery.board.service import SETTINGS_NAME
 from edgetune.delivery.kit.target_python import target_python
 from edgetune.delivery.wheel.platforms import OLDEST_PYTHON, PLATFORMS
 
@@ -119,8 +118,8 @@ def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:
     script = _SCRIPT.format(
         prefix=shlex.quote(prefix or ""),
         name=shlex.quote(name),
-        root=ROOT_FOLDER,
-        user=USER_FOLDER,
+        root=versions.ROOT_FOLDER,
+        user=versions.USER_FOLDER,
         current=versions.CURRENT,
         settings=SETTINGS_NAME,
     )

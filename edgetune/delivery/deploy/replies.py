@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from edgetune_runtime.store.kit import ID_LENGTH
 from edgetune_runtime.wording import printable
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-
-from edgetune.delivery.board.kit import ID_LENGTH
 
 _MOST_WARNINGS, _MOST_CHARACTERS = 5, 300
 

@@ -10,10 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from edgetune_runtime.errors import EdgetuneError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, UnreachableError, VerificationError
 from edgetune_runtime.wording import printable
 
-from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.board.main import PROGRAM
 
 from .limited import LimitedProcess

@@ -19,9 +19,7 @@ from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.sizing.needs import SERVER_MB, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
-
-from edgetune import task_types
-from edgetune.delivery.board.kit import (
+from edgetune_runtime.store.kit import (
     BUNDLE_FOLDER,
     KIT_NAME,
     PROGRAM_NAME,
@@ -33,8 +31,10 @@ from edgetune.delivery.board.kit import (
     parse_kit,
     wheels_id,
 )
-from edgetune.delivery.board.opening import DEFAULTS, Opening
-from edgetune.delivery.board.service import PORT
+from edgetune_runtime.store.opening import DEFAULTS, Opening
+from edgetune_runtime.store.service import PORT
+
+from edgetune import task_types
 from edgetune.delivery.wheel.build import cache_folder, llama_wheel
 from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
 from edgetune.progress import Progress
@@ -119,7 +119,7 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
         runtime = Path(folder, runtime_name)
         runtime.write_bytes(runtime_data)
         llama = [options.wheel or llama_wheel(target.platform, progress=progress)] if engine == gguf.NAME else []
-        extras = [engine, "server", *task_types.load(manifest.task).runtime_extras]
+        extras = [engine, "server", "update", *task_types.load(manifest.task).runtime_extras]
         cache = cache_folder() / f"{target.platform}-{target.python}"
         wheels = collect(extras, target, [runtime, *llama], cache, progress)
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in wheels}

@@ -14,8 +14,7 @@ from typing import IO
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, replacing, swap_in
-
-from edgetune.delivery.board.kit import KIT_NAME, KitFile
+from edgetune_runtime.store.kit import KIT_NAME, KitFile
 
 Contents = Mapping[str, Path | bytes]
 """Files by their path in the kit: where they are, or what is in them."""

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import edgetune_runtime
+from edgetune_runtime import store
 
 from edgetune import delivery
 from edgetune.delivery import board
@@ -16,9 +17,10 @@ from edgetune.templates import environment_of
 from .target_python import TargetPython
 
 RUNTIME_MODULES = (
-    "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "type_checks", "wording",
+    "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "threads/machine",
+    "type_checks", "wording",
 )  # fmt: skip
-"""The modules of the runtime that the program uses; they import nothing but the standard library and each other."""
+"""The modules of the runtime that board and store use; they import nothing but the standard library and each other."""
 _MAIN = """\
 import sys
 from edgetune.delivery.board.main import main
@@ -35,8 +37,9 @@ def board_program() -> bytes:
     runtime = Path(edgetune_runtime.__name__)
     empty += sorted({f"{(runtime / name).parent}/__init__.py" for name in RUNTIME_MODULES})
     contents |= dict.fromkeys(empty, b"")
-    for path in sorted(Path(*board.__path__).glob("*.py")):
-        contents[f"{board.__name__.replace('.', '/')}/{path.name}"] = path.read_bytes()
+    for package in (board, store):
+        for path in sorted(Path(*package.__path__).glob("*.py")):
+            contents[f"{package.__name__.replace('.', '/')}/{path.name}"] = path.read_bytes()
     for name in RUNTIME_MODULES:
         contents[f"{runtime}/{name}.py"] = (files(edgetune_runtime) / f"{name}.py").read_bytes()
     return zip_bytes(contents)

@@ -7,8 +7,8 @@ from pathlib import Path
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import PromptTooLongError, VerificationError
 from edgetune_runtime.inference.golden import compare
+from edgetune_runtime.store.opening import Opening
 
-from edgetune.delivery.board.opening import Opening
 from edgetune.progress import Progress
 
 

@@ -1,10 +1,11 @@
-"""The bill of materials of a kit in CycloneDX: versions, digests and SPDX licences of its wheels and its base."""
+"""The bill of materials of a kit in CycloneDX: versions, digests and licences of its wheels and its base."""
 
 from __future__ import annotations
 
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,6 @@ from .wheels import Wheel
 NAME = "sbom.cdx.json"
 _SPEC_VERSION = "1.6"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "edgetune")
-# Licences in the metadata of wheels without License-Expression, as SPDX expressions.
-_SPDX = {
-    "MIT": "MIT",
-    "MIT License": "MIT",
-    "Apache 2.0": "Apache-2.0",
-    "Apache License 2.0": "Apache-2.0",
-    "Apache Software License": "Apache-2.0",
-    "BSD-3-Clause": "BSD-3-Clause",
-    "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",
-    "Python Software Foundation License": "PSF-2.0",
-}
-_BSD = ("BSD", "BSD License")
 
 
 def bill_of_materials(bundle: Path, manifest: Manifest, version: str, wheels: Sequence[Wheel]) -> str:
@@ -63,21 +52,16 @@ def _base(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
             {"type": "file", "name": path, "hashes": [{"alg": "SHA-256", "content": manifest.files[path].sha256}]}
             for path in base.files.values()
         ],
-        "licenses": _licences(_spdx(str(stated)), str(stated)) if stated else _licences(None, "see the base's source"),
+        "licenses": _licences(str(stated) if stated else None, "see the base's source"),
     }
 
 
-def _spdx(licence: str) -> str | None:
-    """The SPDX expression of a licence as a model states it; None if SPDX does not know it (such as `gemma`)."""
-    try:
-        return canonicalize_license_expression(licence)
-    except InvalidLicenseExpression:
-        return None
-
-
-def _licences(expression: str | None, otherwise: str) -> list[Mapping[str, Any]]:
-    """The field `licenses` of a component: an SPDX expression, or a text where there is none."""
-    return [{"expression": expression} if expression else {"license": {"name": otherwise}}]
+def _licences(stated: str | None, otherwise: str) -> list[Mapping[str, Any]]:
+    """The field `licenses` of a component: an SPDX expression if the stated licence is one, or else a text."""
+    if stated:
+        with suppress(InvalidLicenseExpression):
+            return [{"expression": canonicalize_license_expression(stated)}]
+    return [{"license": {"name": stated or otherwise}}]
 
 
 def _component(wheel: Wheel) -> Mapping[str, Any]:
@@ -95,17 +79,8 @@ def _component(wheel: Wheel) -> Mapping[str, Any]:
 
 
 def license_of(wheel: Wheel) -> str | None:
-    """The SPDX expression of a wheel's licence, from its metadata; None if the metadata names no known licence."""
-    expression: str | None = wheel.metadata["License-Expression"]
-    if expression:
-        return expression
-    prefix = "License :: OSI Approved :: "
-    licences = [
-        text.removeprefix(prefix) for text in wheel.metadata.get_all("Classifier", []) if text.startswith(prefix)
-    ]
-    licences += [wheel.metadata["License"] or ""]
-    expression = next((_SPDX[text] for text in licences if text in _SPDX), None)
-    if expression is None and any(text in _BSD for text in licences):
-        # The name does not tell the number of clauses.
-        expression = "BSD-3-Clause" if "Neither the name" in wheel.text("LICENSE") else "BSD-2-Clause"
-    return expression
+    """The licence in a wheel's metadata, in its newest form; None if it has none in one line."""
+    classifiers = [text for text in wheel.metadata.get_all("Classifier", []) if text.startswith("License :: ")]
+    names = [text.rpartition(" :: ")[2] for text in classifiers]
+    stated = [wheel.metadata["License-Expression"], wheel.metadata["License"], *names]
+    return next((text for text in stated if text and "\n" not in text), None)

@@ -15,11 +15,10 @@ from email.message import Message
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from edgetune.delivery.board.errors import UnreachableError
 from edgetune.progress import Progress
 
 from .runtime_wheel import DISTRIBUTION
@@ -64,12 +63,6 @@ class Wheel:
         """The size on disk once installed, with modules compiled, which doubles their size."""
         with zipfile.ZipFile(self.path) as archive:
             return sum(item.file_size * (2 if item.filename.endswith(".py") else 1) for item in archive.infolist())
-
-    def text(self, name: str) -> str:
-        """The texts of all files with this name in the wheel's metadata folder and below, joined."""
-        with zipfile.ZipFile(self.path) as archive:
-            texts = [item for item in archive.namelist() if ".dist-info/" in item and name in item.upper()]
-            return "\n".join(archive.read(item).decode(errors="replace") for item in texts)
 
 
 def read_wheel(path: Path) -> Wheel:

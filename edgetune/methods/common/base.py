@@ -84,7 +84,9 @@ class Method(ABC, Generic[O]):
     `peft_type`: the type that PEFT writes into adapter_config.json; folders from elsewhere with this type belong to the
     class that sets it, and not to its subclasses. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
-    `takes_encoders`: the method can tune encoders. `adds_parameters`: what it trains is not part of the base.
+    `trains_on_grid`: merged models can be trained through the rounding to the base's grid (`training.rounding`).
+    `takes_encoders`: the method can tune encoders. `takes_cache`: the model of `loaded` takes transformers' KV cache.
+    `adds_parameters`: what it trains is not part of the base.
     `variant`: the name of a method that is another one with other defaults, in the file of that one.
     """
 
@@ -92,7 +94,9 @@ class Method(ABC, Generic[O]):
     trains_base: ClassVar[bool] = False
     peft_type: ClassVar[str] = ""
     takes_scale: ClassVar[bool] = False
+    trains_on_grid: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
+    takes_cache: ClassVar[bool] = True
     adds_parameters: ClassVar[bool] = True
     variant: ClassVar[str] = ""
 

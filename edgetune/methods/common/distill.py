@@ -82,7 +82,8 @@ class Distill:
 
         def loss_of(logits: torch.Tensor, rows: slice) -> torch.Tensor:
             expected = teacher[rows]
-            return (expected.exp() * (expected - _log_probabilities(logits, tokens[rows]))).sum()
+            divergence = expected.exp() * (expected - _log_probabilities(logits, tokens[rows]))
+            return (divergence.sum(-1) * batch.packed.weights[rows]).sum()
 
         return summed_loss(partial(packed_logits, forward, batch.packed), model, loss_of)
 

@@ -51,6 +51,8 @@ P = TypeVar("P", bound=PromptOptions)
 class PromptMethod(Method[P]):
     """A method that puts trained virtual tokens before every sequence; the base's weights do not change."""
 
+    takes_cache = False
+
     def shapes(self, options: P) -> tuple[str, ...]:
         """A prefix, which is exact."""
         return ("prefix",)

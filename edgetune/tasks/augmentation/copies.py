@@ -119,7 +119,8 @@ class _Maker:
                 continue
             before = [turn for turn in source.messages[:1] if turn["role"] == "system"]
             messages = (*before, {"role": "user", "content": prompt})
-            row = replace(source, messages=messages, completion=answer, turn=None, where=f"negative {len(made) + 1}")
+            where = f"negative {len(made) + 1}"
+            row = replace(source, where=where, messages=messages, completion=answer, turn=None, weight=1.0)
             if self._is_new(row):
                 made.append(ChangedRow(row, row, ("negative",)))
         return made

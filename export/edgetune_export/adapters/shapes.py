@@ -114,13 +114,15 @@ class Tensors:
 class Merged:
     """A full model: the base with new values for some parameters, such as `model.layers.0.mlp.up_proj.weight`.
 
-    Each value is computed on demand, so that they need not all be in memory at once.
+    Each value is computed on demand, so that they need not all be in memory at once. `on_grid`: it was trained through
+    the rounding to the base's quantization grid.
     """
 
     shape: ClassVar[str] = "merged"
     name: str
     method: str
     parameters: Mapping[str, Callable[[], Floats]]
+    on_grid: bool = False
 
 
 Adapter = LowRank | Prefix | Tensors

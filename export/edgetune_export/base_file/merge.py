@@ -16,19 +16,20 @@ from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Merged
 from edgetune_export.architectures.layout import base_rows, name_map
 
-from .rounding import rounded
+from .rounding import rounded, rounded_on_grid
 
 
 def write_merged(merged: Merged, base: Path, out: Path) -> None:
     """Write a copy of the base with the merged parameters: same header, same type and offset of each tensor.
 
-    Only these parameters are rounded, by `rounded`. Raises IncompatibleError if one does not fit the base or if a
-    tensor's type cannot be written, OutOfSpaceError if the disk is full.
+    Only these parameters are rounded, by `rounded` or as in training. Raises IncompatibleError if one does not fit the
+    base or if a tensor's type cannot be written, OutOfSpaceError if the disk is full.
     """
     header = read_header(base)
     if not merged.parameters:
         raise IncompatibleError(f"adapter {merged.name!r} changes no module", "train it with target modules")
     placed = _place_parameters(merged, header)
+    rounding = rounded_on_grid if merged.on_grid else rounded
     with replacing(out) as temporary:
         require_space(out, base.stat().st_size)
         shutil.copyfile(base, temporary)
@@ -38,7 +39,7 @@ def write_merged(merged: Merged, base: Path, out: Path) -> None:
                 file.seek(tensor.offset)
                 current = file.read(tensor.nbytes)
                 file.seek(tensor.offset)
-                file.write(rounded(current, tensor, values))
+                file.write(rounding(current, tensor, values))
 
 
 def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorInfo, Callable[[], Floats]]]:

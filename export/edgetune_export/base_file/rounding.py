@@ -1,8 +1,6 @@
-"""Requantizes changed tensors of the base, with stochastic rounding if rounding to nearest would undo the change."""
+"""Requantizes changed tensors of the base, on its grid if rounding to nearest would undo the change."""
 
 from __future__ import annotations
-
-import zlib
 
 import numpy as np
 from edgetune_runtime.formats.gguf_file import TensorInfo
@@ -10,39 +8,46 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from edgetune_export.adapters.shapes import Floats
 
-from .quantize import quantize_rows
+from .grid import dither_of, grid_of, with_codes
+from .quantize import dequantize_rows, quantize_rows
 
-_Q8_0 = TENSOR_TYPES["q8_0"]
-_BLOCK = np.dtype([("step", "<f2"), ("steps", "i1", _Q8_0.block)])
-_MAX_STEPS = 127
 _SMALL = 0.5
 """Mean change, in quantization steps, below which rounding to nearest undoes more than it keeps."""
+
+
+def rounded_on_grid(data: bytes, tensor: TensorInfo, values: Floats) -> bytes:
+    """`values` [rows, columns] rounded as in training: the scales of the base's bytes `data`, and `dither_of`.
+
+    Tensors of floats are written as they are. Raises what `grid_of` raises.
+    """
+    if tensor.type.is_float:
+        return quantize_rows(values, tensor.ggml_type)
+    raw = np.frombuffer(data, np.uint8)
+    return with_codes(raw, tensor, grid_of(raw, tensor).codes(values, dither_of(tensor))).tobytes()
 
 
 def rounded(data: bytes, tensor: TensorInfo, values: Floats) -> bytes:
     """Quantize `values` [rows, columns] to the type of a base's tensor, whose current bytes are `data`.
 
     A base's weights are on the quantization grid, so rounding to nearest undoes a change of less than half a step. If
-    most changes in a q8_0 tensor are that small, values are rounded up or down with probabilities that keep their mean:
-    stochastic rounding, Gupta et al. 2015, arXiv:1502.02551. With fewer bits the steps are so large that its noise does
-    more harm than good. The same values give the same bytes.
+    most changes in a q8_0 tensor are that small, values are rounded on the grid. With fewer bits the steps are so large
+    that its noise does more harm than good, unless training knows it. The same values give the same bytes.
 
     Raises what `quantize_rows` raises.
     """
     nearest = quantize_rows(values, tensor.ggml_type)
-    if tensor.type != _Q8_0:
+    if tensor.type != TENSOR_TYPES["q8_0"]:
         return nearest
-    blocks = np.frombuffer(data, _BLOCK).copy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        in_steps = values.reshape(-1, _Q8_0.block) / blocks["step"].astype(np.float32)[:, None]
-    on_grid = np.isfinite(in_steps).all(axis=1)
-    change = np.abs(in_steps - blocks["steps"])[on_grid]
-    if not change.size or change.mean() >= _SMALL:
+    raw, shape = np.frombuffer(data, np.uint8), (-1, tensor.type.block)
+    grid = grid_of(raw, tensor)
+    has_step = (grid.step != 0).ravel()
+    positions = grid.positions(values).reshape(shape)
+    moves = np.abs(positions - grid.positions(dequantize_rows(data, tensor)).reshape(shape))[has_step]
+    if not moves.size or moves.mean() >= _SMALL:
         return nearest
-    noise = np.random.default_rng(zlib.crc32(tensor.name.encode())).random(in_steps.shape, np.float32)
-    chosen = np.floor(np.where(on_grid[:, None], in_steps, 0) + noise).clip(-_MAX_STEPS, _MAX_STEPS)
-    blocks["steps"] = chosen.astype(np.int8)
+    codes = grid.codes(values, dither_of(tensor))
     # Blocks with values outside the range of their step need another step.
-    outside = ~on_grid | (np.abs(in_steps - chosen) >= 1).any(axis=1)
-    blocks[outside] = np.frombuffer(nearest, _BLOCK)[outside]
+    outside = ~has_step | (np.abs(positions - codes.reshape(shape)) >= 1).any(axis=1)
+    blocks = with_codes(raw, tensor, codes).reshape(-1, tensor.type.block_bytes)
+    blocks[outside] = np.frombuffer(nearest, np.uint8).reshape(blocks.shape)[outside]
     return blocks.tobytes()

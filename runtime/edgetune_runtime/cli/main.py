@@ -17,6 +17,8 @@ from edgetune_runtime import __version__
 from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.server import command as server
+from edgetune_runtime.signatures import require_signed
+from edgetune_runtime.update import command as updating
 from edgetune_runtime.voice import command as wyoming
 from edgetune_runtime.wording import printable
 
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         with _logging(debug=options.debug):
+            if getattr(options, "trusted_keys", None) is not None and options.bundle is not None:
+                # Some commands read the manifest before they open the bundle.
+                require_signed(options.bundle, options.trusted_keys)
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -121,6 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
     text = "predict with the figures in FILE (default: with the memory bandwidth measured here)"
     doctor.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     _common(doctor, machine.doctor)
+    text = "install the newest bundle of a signed repository, or go back to the version before"
+    update = commands.add_parser("update", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    updating.add_options(_common(update, updating.run))
     _add_cache(commands)
     adding = _add_adapters(commands)
     for command in (generate, classify):

@@ -117,6 +117,8 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     text = "do not open a new bundle in a child process first, which turns a crash into an error"
     group.add_argument("--no-preflight", action="store_true", help=text)
     group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+    text = "refuse a bundle that is not signed by a key in this file, the trusted-keys.json of `edgetune keys init`"
+    group.add_argument("--trusted-keys", type=Path, metavar="FILE", help=text)
 
 
 def open_runtime(options: argparse.Namespace, **more: Unpack[RuntimeOptions]) -> Runtime:
@@ -148,6 +150,7 @@ def opening_options(options: argparse.Namespace) -> RuntimeOptions:
         "drafts": not options.no_drafts,
         "learn_drafts": options.learn_drafts,
         "preflight": not options.no_preflight,
+        "trusted_keys": options.trusted_keys,
         "preload": ALL if options.preload == [ALL] else options.preload,
         "defer_to": _defer_to(options),
     }

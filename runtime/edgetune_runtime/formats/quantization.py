@@ -28,7 +28,8 @@ class TensorType:
     `number` is ggml's `ggml_type`. `onnx_bits` is the width in which ONNX Runtime stores the values exactly, in
     MatMulNBits or float32; None if it requantizes them to 8 bits. llama.cpp reads all types exactly, and has faster
     code for `repacked` types, rearranged in memory, on x86 and ARM. llama.cpp stores rows that `block` does not divide
-    as `narrow`, or as f16 if that is None.
+    as `narrow`, or as f16 if that is None. `has_grid`: the values of a block are evenly spaced, and training can follow
+    their rounding.
 
     `kl` is the largest accepted mean KL of an adapter on a base of this type, at least three times what was measured:
     engines round activations to 8 bits before products with quantized weights, and llama.cpp rounds them to the
@@ -43,6 +44,7 @@ class TensorType:
     onnx_bits: int | None = None
     repacked: bool = False
     narrow: str | None = None
+    has_grid: bool = False
     kl: float | None = None
     merged_kl: float | None = None
 
@@ -84,14 +86,14 @@ _TYPES = (
     TensorType("f32", 0, 1, 4, onnx_bits=32, kl=1e-4, merged_kl=1e-4),
     TensorType("f16", 1, 1, 2, onnx_bits=32, kl=1e-4, merged_kl=1e-4),
     TensorType("bf16", 30, 1, 2, onnx_bits=32, kl=1e-3, merged_kl=2e-3),
-    TensorType("q8_0", 8, 32, 34, onnx_bits=8, kl=0.03, merged_kl=0.05),
-    TensorType("q6_k", 14, 256, 210, narrow="q8_0", kl=0.03, merged_kl=0.1),
-    TensorType("q5_k", 13, 256, 176, narrow="q5_1", kl=0.03, merged_kl=0.3),
-    TensorType("q5_1", 7, 32, 24, kl=0.03, merged_kl=0.3),
-    TensorType("q5_0", 6, 32, 22, onnx_bits=8, kl=0.03, merged_kl=0.3),
-    TensorType("q4_k", 12, 256, 144, narrow="q5_0", repacked=True, kl=0.03, merged_kl=0.5),
-    TensorType("q4_1", 3, 32, 20, kl=0.03, merged_kl=0.5),
-    TensorType("q4_0", 2, 32, 18, onnx_bits=4, repacked=True, kl=0.03, merged_kl=0.5),
+    TensorType("q8_0", 8, 32, 34, onnx_bits=8, kl=0.03, merged_kl=0.05, has_grid=True),
+    TensorType("q6_k", 14, 256, 210, narrow="q8_0", kl=0.03, merged_kl=0.1, has_grid=True),
+    TensorType("q5_k", 13, 256, 176, narrow="q5_1", kl=0.03, merged_kl=0.3, has_grid=True),
+    TensorType("q5_1", 7, 32, 24, kl=0.03, merged_kl=0.3, has_grid=True),
+    TensorType("q5_0", 6, 32, 22, onnx_bits=8, kl=0.03, merged_kl=0.3, has_grid=True),
+    TensorType("q4_k", 12, 256, 144, narrow="q5_0", repacked=True, kl=0.03, merged_kl=0.5, has_grid=True),
+    TensorType("q4_1", 3, 32, 20, kl=0.03, merged_kl=0.5, has_grid=True),
+    TensorType("q4_0", 2, 32, 18, onnx_bits=4, repacked=True, kl=0.03, merged_kl=0.5, has_grid=True),
     TensorType("iq4_nl", 20, 32, 18, repacked=True, kl=0.03, merged_kl=0.5),
     TensorType("iq4_xs", 23, 256, 136, narrow="iq4_nl", kl=0.03, merged_kl=0.5),
     TensorType("q3_k", 11, 256, 110, narrow="iq4_nl"),
@@ -179,13 +181,22 @@ def main_type(values_by_type: Mapping[str, int]) -> TensorType:
     return max(types, key=lambda kind: values_by_type[kind.name] * kind.bytes_per_value)
 
 
-def quantization_of_merged(base: TensorType, requested: str | None = None) -> str | None:
+def quantization_of_merged(
+    base: TensorType, requested: str | None = None, *, trains_on_grid: bool = False
+) -> str | None:
     """The quantization of merged models on a base of the main type `base`; None if they keep the base's types.
 
-    Unless one is requested, it is q8_0 if the base has fewer than 8 bits. Requantized to fewer bits, weights lose most
-    of what was trained: with q4_0, a mean KL of 2 to 3 was measured.
+    Unless one is requested, models that are trained on the base's grid keep its types. Others have q8_0 if the base has
+    fewer than 8 bits: requantized to fewer bits, weights lose most of what was trained: with q4_0, a mean KL of 2 to 3
+    was measured.
     """
-    return requested or (None if base.bits >= TENSOR_TYPES["q8_0"].bits else "q8_0")
+    keeps_types = base.bits >= TENSOR_TYPES["q8_0"].bits or (trains_on_grid and base.has_grid)
+    return requested or (None if keeps_types else "q8_0")
+
+
+def gains_from_grid(base: TensorType, requested: str | None = None) -> bool:
+    """Whether a merged model keeps the types of a base of this main type only if it is trained on the base's grid."""
+    return quantization_of_merged(base, requested, trains_on_grid=True) != quantization_of_merged(base, requested)
 
 
 def describe(quantization: str | None, values_by_type: Mapping[str, int]) -> str:

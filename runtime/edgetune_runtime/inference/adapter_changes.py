@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from edgetune_runtime.bundle import Manifest, NewAdapter, files_of, read_manifest, verify_files, without_adapter
+from edgetune_runtime.bundle import Manifest, NewAdapter, files_of, verify_files, without_adapter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.signatures import read_signed_manifest
 from edgetune_runtime.wording import first_of
 
 from .loaded import LoadedBundle
@@ -53,7 +54,7 @@ def require_fits(new: NewAdapter, manifest: Manifest) -> None:
 
 def add_adapter(loaded: LoadedBundle, folder: Path, name: str | None) -> str:
     """Add an adapter of the bundle in `folder`, check it and load it; see `Runtime.add_adapter`."""
-    new = chosen_adapter(read_manifest(folder), folder, name)
+    new = chosen_adapter(read_signed_manifest(folder, loaded.options.trusted_keys), folder, name)
     with loaded.changing:
         _require_sound(loaded, new)
         _add(loaded, new)
@@ -69,7 +70,7 @@ def remove_adapter(loaded: LoadedBundle, name: str) -> None:
 def reload_adapters(loaded: LoadedBundle) -> AdapterChanges:
     """Make the adapters those of the bundle on disk; see `Runtime.reload_adapters`."""
     with loaded.changing:
-        now, changes = read_manifest(loaded.bundle), AdapterChanges([], [], [], {})
+        now, changes = read_signed_manifest(loaded.bundle, loaded.options.trusted_keys), AdapterChanges([], [], [], {})
         if now.base != loaded.manifest.base:
             raise IncompatibleError(f"bundle {loaded.bundle} has another base than before", "open it again")
         for name in [name for name in loaded.files.own() if name not in now.adapters]:

@@ -92,6 +92,9 @@ class RuntimeOptions(TypedDict, total=False):
     VerificationError. That a bundle passed is remembered in `cache_folder`, also with `disk_mb` 0. EDGETUNE_PREFLIGHT=0
     in the environment turns it off.
 
+    With `trusted_keys`, a file of `edgetune keys init`, a bundle must be signed by one of these keys, and so must those
+    that `add_adapter` reads: another one is a VerificationError before anything else of it is read.
+
     `defer_to` is the bigger model that answers in place of unsure answers, where the recipe or a call says `defer`; a
     prompt is sent to no other address.
 
@@ -120,6 +123,7 @@ class RuntimeOptions(TypedDict, total=False):
     preload: Sequence[str]
     merged_mb: float | None
     preflight: bool
+    trusted_keys: str | Path | None
     defer_to: DeferTo | None
     on_event: Callable[[Event], None] | None
 
@@ -153,6 +157,7 @@ class OpeningOptions:
     preload: Sequence[str] = ()
     merged_mb: float | None = None
     preflight: bool = True
+    trusted_keys: str | Path | None = None
     defer_to: DeferTo | None = None
     on_event: Callable[[Event], None] | None = None
 
@@ -225,6 +230,8 @@ def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
         raise UsageError(f"learn_drafts is {learn_drafts!r}", f"give one of: {', '.join(LEARN_DRAFTS)}")
     if learn_drafts != OFF and not options.get("drafts", True):
         raise UsageError(f"learn_drafts is {learn_drafts!r}, and drafts is False", "leave out one of them")
+    if options.get("trusted_keys") is not None and not options.get("verify", True):
+        raise UsageError("trusted_keys is given, and verify is False", "leave out one of them")
     for name, size_mb in (("merged_mb", options.get("merged_mb")), ("adapters_mb", options.get("adapters_mb"))):
         if size_mb is not None and not size_mb >= 0:
             raise UsageError(f"{name} is {size_mb}", "give a number of at least 0")

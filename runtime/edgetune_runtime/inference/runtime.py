@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack
 
-from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest, read_manifest
+from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import Holder
+from edgetune_runtime.signatures import read_signed_manifest
 from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
@@ -52,7 +53,7 @@ class Runtime:
         """
         begin = time.perf_counter()
         bundle = Path(path)
-        manifest = read_manifest(bundle)
+        manifest = read_signed_manifest(bundle, options.get("trusted_keys"))
         decided = decide(manifest, **options)
         if decided.preflight:
             require_opens(bundle, manifest, decided)

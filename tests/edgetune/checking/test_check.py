@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,10 +18,13 @@ from recipes import adapter_of, write_recipe, write_rows
 from edgetune.bases import Base, load_torch
 from edgetune.checking import judging
 from edgetune.checking.check import check
+from edgetune.checking.clean import write_clean
 from edgetune.checking.duplicates import NEAR, near
 from edgetune.checking.findings import TaskCheck
 from edgetune.checking.judging import judge
+from edgetune.checking.reading import Reader
 from edgetune.cli.main import main
+from edgetune.objectives.example import Example
 from edgetune.progress import Progress, Step
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, read_rows
@@ -28,6 +32,7 @@ from edgetune.tasks.tokenization import tokenize_rows
 
 QUIET = Progress(quiet=True)
 ROOMS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
+ROWS = [TaskRow(f"x:{n}", ({"role": "user", "content": "turn on " * n},), "stop the light") for n in range(1, 6)]
 ORDERS = [
     {"prompt": f"turn {state} the lamp in the {room}", "completion": {"do": state, "area": room}}
     for state in ("on", "off")
@@ -193,6 +198,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     recipe = str(write_recipe(tmp_path, NO_BASE, {"one": adapter_of(), "two": adapter_of()}))
     for options, message in (
         (["--out", "clean.jsonl"], "--out is for the rows of one adapter; add --adapter one"),
+        (["--adapter", "one", "--weights"], "--weights needs an estimate of wrong answers, and a file; add --minutes"),
         (["--adapter", "tow"], "no adapter 'tow' in the recipe; did you mean 'two'?"),
         (["--adapter", "one", "--out", str(tmp_path / "rows.jsonl")], "is a file of the recipe; write the clean rows"),
         (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
@@ -220,6 +226,14 @@ def test_wrong_answers_are_the_least_likely_ones(tiny_gguf: Callable[[str], Path
     assert sorted(ranked) == list(range(len(rows)))
     assert len(set(wrong) & set(ranked[: len(rows) // 4])) >= 3
     assert {finding.own for finding in found.of_kind("wrong_label")} <= {"on", "off"}
+    data, clean = Recipe.from_file(recipe).adapters["command"].data, tmp_path / "clean.jsonl"
+    named = len(found.of_kind("wrong_label"))
+    assert write_clean(found, data, clean)["wrong_label"] == named
+    assert len(read_rows(str(clean))) == len(rows) - named
+    assert not write_clean(found, data, clean, weighted=True)
+    likelihoods = {row.where.rpartition(":")[2]: row.relative for row in found.estimate.rows}
+    for row in read_rows(str(clean)):
+        assert row.weight == pytest.approx(likelihoods[row.where.rpartition(":")[2]], abs=1e-3)
 
 
 def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
@@ -241,15 +255,47 @@ def test_methods_without_modules_find_wrong_answers_too(
     assert len(found.estimate.rows) == len(rows)
 
 
-def test_rows_are_judged_together_as_alone(tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tiny_base("llama")
-    rows = [TaskRow(f"x:{n}", ({"role": "user", "content": "turn on " * n},), "stop the light") for n in range(1, 6)]
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_rows_are_judged_together_as_alone(
+    architecture: str, tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(architecture)
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        examples, _ = tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=512)
+        examples = examples_of(ROWS, tokenizer)
         model = load_torch(base, torch.float32)
-        together = judge(model, tokenizer, rows, examples, Step("", len(rows)))
+        together = judge(Reader(model, examples, takes_cache=True), tokenizer, ROWS, examples, Step("", len(ROWS)))
         monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
-        for row, alone in zip(together, judge(model, tokenizer, rows, examples, Step("", len(rows))), strict=True):
+        whole = Reader(model, examples, takes_cache=False)
+        for row, alone in zip(together, judge(whole, tokenizer, ROWS, examples, Step("", len(ROWS))), strict=True):
             assert row.where == alone.where
             assert row.relative == pytest.approx(alone.relative, rel=1e-3)
             assert row.own == alone.own
+
+
+def test_versions_of_a_row_are_read_after_what_did_not_change(tiny_base: Callable[[str], Base]) -> None:
+    base = tiny_base("llama")
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        model = load_torch(base, torch.float32)
+        cached, whole = (Reader(model, examples, takes_cache=cache).continued() for cache in (True, False))
+        tokens = list(examples[0].tokens)
+        for first, version in ((len(tokens) - 4, tokens), (len(tokens) - 2, [*tokens[:-1], 65, 66])):
+            torch.testing.assert_close(
+                cached.logits(version, first), whole.logits(version, first), rtol=1e-3, atol=1e-4
+            )
+
+
+def test_rows_that_the_time_leaves_are_not_judged(
+    tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base("llama")
+    monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        reader = Reader(load_torch(base, torch.float32), examples, takes_cache=True)
+        judged = judge(reader, tokenizer, ROWS, examples, Step("", len(ROWS)), deadline=time.monotonic())
+    assert [row.where for row in judged] == ["x:1"]
+
+
+def examples_of(rows: Sequence[TaskRow], tokenizer: GgufTokenizer) -> list[Example]:
+    return tokenize_rows(rows, tokenizer, system="Be brief.", loss_on="completion", max_tokens=512)[0]

@@ -15,14 +15,20 @@ from typing import Any
 import pytest
 from edgetune_devices import boards
 from edgetune_runtime.bundle import MANIFEST_NAME, sha256_of
-from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import (
+    BusyError,
+    IncompatibleError,
+    NotFoundError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
+from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
-from edgetune.delivery.board.durable import locked
-from edgetune.delivery.board.errors import UnreachableError
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME
 from edgetune.delivery.deploy.deploy import Assemble, Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.probe import BoardFacts
 from edgetune.delivery.deploy.ssh import Connection

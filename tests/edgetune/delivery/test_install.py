@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import LOCK_NAME, locked
+from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
 from kits import PYTHON, KitMaker, ask, install_sh
 
-from edgetune.delivery.board import main, versions
-from edgetune.delivery.board.durable import LOCK_NAME, locked
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
+from edgetune.delivery.board import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
@@ -379,9 +380,9 @@ def test_another_python_can_still_uninstall(prefix: Path, kits: tuple[Path, Path
 def test_the_default_prefix_is_named_after_the_bundle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    assert main.default_prefix("home") == tmp_path / "edgetune/home"
+    assert versions.default_prefix("home") == tmp_path / "edgetune/home"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert main.default_prefix("home") == Path("/opt/edgetune/home")
+    assert versions.default_prefix("home") == Path("/opt/edgetune/home")
 
 
 def test_check_reports_facts_and_problems(make: KitMaker, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,8 @@ from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.sizing.options import with_options
+from edgetune_runtime.store.kit import read_kit
+from edgetune_runtime.store.opening import Opening
 from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
@@ -34,8 +36,6 @@ from runtime.encoders import write_encoder_bundle
 from wheels import repack
 
 from edgetune.cli.main import main
-from edgetune.delivery.board.kit import read_kit
-from edgetune.delivery.board.opening import Opening
 from edgetune.delivery.kit import output, rehearsal, sbom
 from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
@@ -62,7 +62,8 @@ NEEDED = (
         "numpy",
         "onnxruntime",
     ),
-    *("pip", "prometheus-client", "starlette", "tokenizers", "typing-extensions", "uvicorn", LLAMA),
+    *("pip", "prometheus-client", "securesystemslib", "starlette", "tokenizers", "tuf", "typing-extensions", "urllib3"),
+    *("uvicorn", LLAMA),
 )
 
 
@@ -204,9 +205,10 @@ def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str
     assert (base["type"], len(base["components"])) == ("machine-learning-model", 2)
     assert len(found) == len(list((kit / "wheels").iterdir()))
     assert found["edgetune-runtime"]["licenses"] == [{"expression": "Apache-2.0"}]
-    assert found["jinja2"]["licenses"] == [{"expression": "BSD-3-Clause"}]
+    assert found["jinja2"]["licenses"] == [{"license": {"name": "BSD License"}}]
     assert found["tokenizers"]["purl"].startswith("pkg:pypi/tokenizers@")
-    assert {part["name"] for part in found.values() if "expression" not in part["licenses"][0]} == set()
+    unknown = [{"license": {"name": "see the wheel"}}]
+    assert [part["name"] for part in found.values() if part["licenses"] == unknown] == []
     assert "huggingface-hub" not in found and "protobuf" not in found
 
 

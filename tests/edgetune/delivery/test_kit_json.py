@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.store.kit import KIT_NAME, parse_kit, read_kit
 from kits import KitMaker
-
-from edgetune.delivery.board.kit import KIT_NAME, parse_kit, read_kit
 
 FILE = {"path": "bundle/x", "sha256": "0" * 64, "bytes": 1}
 PATHS = (

@@ -10,27 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import LOCK_NAME
+from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, read_kit
+from kills import KILLED, killed_at
 from kits import KitMaker
 
-from edgetune.delivery.board import main, transfer, versions
-from edgetune.delivery.board.durable import LOCK_NAME
-from edgetune.delivery.board.kit import KIT_NAME, SUMS_NAME, read_kit
+from edgetune.delivery.board import main, transfer
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
-_CHANGES = {
-    *("os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"),
-    *("shutil.rmtree", "fcntl.flock"),
-}
-KILLED = 9
-
-
-def changes_a_file(event: str, arguments: tuple[object, ...]) -> bool:
-    """Whether an audit event of Python is the start of a write."""
-    if event == "open":
-        _, mode, flags = arguments
-        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        return bool(writes) or (isinstance(mode, str) and mode not in {"r", "rb"})
-    return event in _CHANGES
 
 
 def install_until(kit: Path, prefix: Path, kill_at: int, within: str = "") -> int:
@@ -42,25 +30,12 @@ def run_until(
     words: Sequence[str], prefix: Path, kill_at: int, within: str = "", stdin: Path = Path(os.devnull)
 ) -> int:
     """Run a command in a child process, killed at write `kill_at` of those whose path has `within`; its exit code."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        return os.waitstatus_to_exitcode(status)
-    count = 0
 
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
-        if changes_a_file(event, arguments) and within in str(arguments):
-            count += 1
-            if count == kill_at:
-                os._exit(KILLED)
+    def action() -> int:
+        sys.stdin = stdin.open(encoding="utf-8")
+        return main.main([*words, "--prefix", str(prefix)])
 
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    sys.stdin = stdin.open(encoding="utf-8")
-    sys.addaudithook(hook)
-    os._exit(main.main([*words, "--prefix", str(prefix)]))
+    return killed_at(kill_at, action, within)
 
 
 def ask(prefix: Path, link: str = "current") -> str:

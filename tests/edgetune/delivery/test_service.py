@@ -13,18 +13,18 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
+from edgetune_runtime.store import service, sockets, switch, trial, versions
+from edgetune_runtime.store.files import Store
+from edgetune_runtime.store.kit import Kit, read_kit
 from kits import SYSTEMCTL, KitMaker, ask, with_fields
 from ports import free_port
 
-from edgetune.delivery.board import check, golden, main, service, sockets, versions
-from edgetune.delivery.board.kit import Kit, read_kit
-from edgetune.delivery.board.store import Store
+from edgetune.delivery.board import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
@@ -177,9 +177,8 @@ def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
     options = ("--prefix", tmp_path / "home")
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
     two = make("two")
-    facts = check.examine(tmp_path)
-    monkeypatch.setattr(check, "examine", lambda _: replace(facts, available_mb=0))
-    asked = golden.check
+    monkeypatch.setattr(switch, "free_mb", lambda: 0.0)
+    asked = trial.golden_answers
 
     def signalled(prefix: Path, kit: Kit) -> object:
         with pytest.raises(OSError, match=r"refused|reset"):
@@ -188,7 +187,7 @@ def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
         time.sleep(0.1)
         return asked(prefix, kit)
 
-    monkeypatch.setattr(golden, "check", signalled)
+    monkeypatch.setattr(trial, "golden_answers", signalled)
     code = run("install", two, *options)
     assert (code, served(port)) == ((0, "two") if sent == signal.SIGHUP else (130, "one"))
 

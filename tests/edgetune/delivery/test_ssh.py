@@ -8,10 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.errors import BusyError, EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import (
+    BusyError,
+    EdgetuneError,
+    NotFoundError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
 from sshd import Sshd, cut_ssh, free_port, needs_sshd, wait_for
 
-from edgetune.delivery.board.errors import UnreachableError
 from edgetune.delivery.deploy import replies
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import UnreachableError, VerificationError
+from edgetune_runtime.store.files import Store
 
 from edgetune.delivery.board import transfer
-from edgetune.delivery.board.errors import UnreachableError
-from edgetune.delivery.board.store import Store
 
 DATA = bytes(range(256)) * 3000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -50,19 +49,19 @@ def receive(store: Store, data: bytes, digest: str = DIGEST, size: int = len(DAT
 
 
 def test_a_file_that_was_cut_off_is_continued(store: Store) -> None:
-    assert transfer.have(store, {DIGEST: len(DATA)}) == {}
+    assert store.received({DIGEST: len(DATA)}) == {}
     with pytest.raises(UnreachableError, match=f"300000 of {len(DATA)} bytes"):
         receive(store, DATA[:300_000])
-    assert transfer.have(store, {DIGEST: len(DATA)}) == {DIGEST: 300_000}
+    assert store.received({DIGEST: len(DATA)}) == {DIGEST: 300_000}
     receive(store, DATA[300_000:])
-    assert transfer.have(store, {DIGEST: len(DATA)}) == {DIGEST: len(DATA)}
+    assert store.received({DIGEST: len(DATA)}) == {DIGEST: len(DATA)}
     assert [path.name for path in store.folder.iterdir()] == [DIGEST]
     assert (store.folder / DIGEST).read_bytes() == DATA
 
 
 def test_an_empty_file_is_received_too(store: Store) -> None:
     receive(store, b"", EMPTY, 0)
-    assert transfer.have(store, {EMPTY: 0}) == {EMPTY: 0}
+    assert store.received({EMPTY: 0}) == {EMPTY: 0}
 
 
 def test_bytes_with_another_digest_are_refused_and_deleted(store: Store) -> None:
@@ -74,7 +73,7 @@ def test_bytes_with_another_digest_are_refused_and_deleted(store: Store) -> None
 def test_a_file_damaged_on_the_board_is_sent_again(store: Store) -> None:
     receive(store, DATA)
     (store.folder / DIGEST).write_bytes(DATA[:-1] + b"x")
-    assert transfer.have(store, {DIGEST: len(DATA)}) == {}
+    assert store.received({DIGEST: len(DATA)}) == {}
     assert list(store.folder.iterdir()) == []
 
 
@@ -83,14 +82,14 @@ def test_a_board_that_stopped_before_the_rename_checks_the_part(
     store: Store, data: bytes, found: dict[str, int]
 ) -> None:
     (store.folder / f"{DIGEST}.part").write_bytes(data)
-    assert transfer.have(store, {DIGEST: len(DATA)}) == found
+    assert store.received({DIGEST: len(DATA)}) == found
     assert not (store.folder / f"{DIGEST}.part").exists()
 
 
 def test_parts_of_other_deploys_are_deleted(store: Store) -> None:
     (store.folder / f"{EMPTY}.part").write_bytes(b"x")
     (store.folder / f"{DIGEST}.part").write_bytes(b"x")
-    assert transfer.have(store, {DIGEST: len(DATA)}) == {DIGEST: 1}
+    assert store.received({DIGEST: len(DATA)}) == {DIGEST: 1}
     assert [path.name for path in store.folder.iterdir()] == [f"{DIGEST}.part"]
 
 

@@ -19,10 +19,9 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.inference.golden import ask
+from edgetune_runtime.store import answers
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
-
-from edgetune.delivery.board import answers
 
 KEY = "0123456789abcdef"
 CHAT = ({"role": "user", "content": "turn on the light"},)

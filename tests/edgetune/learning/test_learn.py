@@ -102,9 +102,14 @@ def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: p
     text = home.with_name(NAME).read_text().replace("max_steps: 60", "max_steps: 1").replace("0.01", "1.0e-09")
     home.with_name(NAME).write_text(text)
     log = logged(home, corrections())
-    code = main(["learn", str(home), "--log", str(log), "--recipe", str(home.with_name(NAME)), "--quiet"])
+    page = home.with_name("learned.html")
+    options = ["--recipe", str(home.with_name(NAME)), "--page", str(page), "--quiet"]
+    code = main(["learn", str(home), "--log", str(log), *options])
     out, err = capsys.readouterr()
     assert code == 4
+    text = page.read_text(encoding="utf-8")
+    assert "Nothing was packed: light on validation" in text
+    assert "<h4>Worse answers: " in text and "turn on the light" in text and "expected: reply on" in text
     assert "the new adapters are worse: light on validation" in err
     assert "nothing packed" in out and "100.0%" in out
     assert read_manifest(home) == before

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,20 @@ def test_a_loss_by_chunks_has_the_value_and_gradients_of_one_on_all_logits(
     with torch.no_grad():
         assert NEXT_TOKEN.loss(tuned, tuned, packed).item() == pytest.approx(whole.item(), rel=1e-6)
     assert packed_logits(tuned, packed).shape == (60, VOCABULARY)
+
+
+def test_the_loss_of_a_row_is_multiplied_by_its_weight() -> None:
+    base = make_model("llama", VOCABULARY)
+    base.set_attn_implementation(NEXT_TOKEN.attention)
+    rows = [Example(tuple(range(start, start + 12)), (False,) * 4 + (True,) * 8, 4) for start in (5, 40)]
+    with torch.no_grad():
+        first, second = (NEXT_TOKEN.loss(base, base, NEXT_TOKEN.batch([row])).item() for row in rows)
+        weighted_rows = [replace(rows[0], weight=0.25), rows[1]]
+        weighted = NEXT_TOKEN.batch(weighted_rows)
+        assert NEXT_TOKEN.loss(base, base, weighted).item() == pytest.approx(first / 4 + second, rel=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = [NEXT_TOKEN.loss(base, base, NEXT_TOKEN.batch([row])) for row in (rows[0], weighted_rows[0])]
+    assert losses[1].dtype == torch.float32 and losses[1].item() == pytest.approx(losses[0].item() / 4, rel=1e-6)
 
 
 def test_logits_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,21 @@ def test_a_completion_that_is_no_label_is_named_with_the_closest_one(write: Writ
     ]
 
 
+def test_a_row_has_the_weight_of_its_column(write: Write) -> None:
+    rows = ['{"text": "a", "label": "b", "weight": 0.25}', '{"text": "a"}', '{"text": "a", "weight": null}']
+    assert [row.weight for row in read_rows(write("\n".join(rows)))] == [0.25, 1.0, 1.0]
+    columns = Columns(prompt="text", completion="label", weight="trust")
+    assert read_rows(write("text,label,trust\na,b,0.5\n", "rows.csv"), columns)[0].weight == 0.5
+
+
+def test_a_weight_that_is_none_is_refused(write: Write) -> None:
+    rows = [json.dumps({"text": "a", "weight": weight}) for weight in (1.5, -1, "heavy", True, [1])]
+    assert problems_of(write("\n".join(rows))) == [
+        f"{number}: weight is {shown}; give a number from 0 to 1, or rename the column"
+        for number, shown in enumerate(("1.5", "-1", "'heavy'", "True", "[1]"), 1)
+    ]
+
+
 def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) -> None:
     columns = Columns(prompt="sentence", completion="intent")
     assert problems_of(write("sentense,intent\na,b\n", "rows.csv"), columns) == [

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+from edgetune_export.adapters.shapes import Floats
 from edgetune_export.base_file.quantize import dequantize_rows, quantize_rows
-from edgetune_export.base_file.rounding import rounded
+from edgetune_export.base_file.rounding import rounded, rounded_on_grid
 from edgetune_runtime.formats.gguf_file import TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 NUMBERS = {name: kind.number for name, kind in TENSOR_TYPES.items()}
 STEP = 1 / 127
+Rounding = Callable[[bytes, TensorInfo, Floats], bytes]
 ROWS, COLUMNS = 64, 512
 
 
@@ -24,12 +28,13 @@ def test_the_base_itself_stays_byte_for_byte() -> None:
     assert rounded(data, tensor, dequantize_rows(data, tensor)) == data
 
 
-def test_many_small_changes_keep_their_sum_which_the_nearest_points_lose() -> None:
+@pytest.mark.parametrize("rounding", [rounded, rounded_on_grid])
+def test_many_small_changes_keep_their_sum_which_the_nearest_points_lose(rounding: Rounding) -> None:
     data, tensor = base_of()
     base = dequantize_rows(data, tensor)
     change = np.zeros_like(base)
     change[:, ::2] = 0.05 * STEP
-    made = dequantize_rows(rounded(data, tensor, base + change), tensor) - base
+    made = dequantize_rows(rounding(data, tensor, base + change), tensor) - base
     nearest = dequantize_rows(quantize_rows(base + change, NUMBERS["q8_0"]), tensor) - base
     # The sum over 16,384 weights, each of which moves by a step with odds of 1 in 20.
     assert made[:, ::2].mean() == pytest.approx(0.05 * STEP, rel=0.1)
@@ -68,3 +73,14 @@ def test_other_types_take_the_nearest_points(kind: str) -> None:
     data, tensor = base_of(kind)
     values = dequantize_rows(data, tensor) + np.float32(0.001)
     assert rounded(data, tensor, values) == quantize_rows(values, NUMBERS[kind])
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_0", "q4_k", "q6_k"])
+def test_on_its_grid_a_tensor_keeps_its_scales_and_the_sum_of_small_changes(kind: str) -> None:
+    data, tensor = base_of(kind)
+    base = dequantize_rows(data, tensor)
+    assert rounded_on_grid(data, tensor, base) == data
+    change = np.float32(0.01)
+    made = dequantize_rows(rounded_on_grid(data, tensor, base + change), tensor) - base
+    # Values at the end of their block's range cannot grow.
+    assert 0.8 * change < made.mean() < 1.05 * change

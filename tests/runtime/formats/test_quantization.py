@@ -77,6 +77,14 @@ def test_merged_models_have_8_bits_at_least(base: str, requested: str | None, me
     assert quantization_of_merged(TENSOR_TYPES[base], requested) == merged
 
 
+@pytest.mark.parametrize(
+    ("base", "requested", "merged"),
+    [("q4_0", None, None), ("q4_0", "q8_0", "q8_0"), ("iq4_nl", None, "q8_0"), ("f16", None, None)],
+)
+def test_models_trained_on_the_bases_grid_keep_its_types(base: str, requested: str | None, merged: str | None) -> None:
+    assert quantization_of_merged(TENSOR_TYPES[base], requested, trains_on_grid=True) == merged
+
+
 def test_a_quantization_is_described_with_its_most_common_type() -> None:
     assert describe("q8_0", {"q8_0": 100, "f32": 1}) == "q8_0"
     assert describe("q4_k_m", {"q5_0": 100, "q8_0": 10, "f32": 1}) == "q4_k_m (mostly q5_0)"

@@ -176,9 +176,13 @@ def test_the_second_stage_alone_gives_the_same_adapters(built: Built, tmp_path: 
     assert files[0] == files[1]
 
 
-def test_a_lora_is_merged_into_the_base(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("quantization", [None, "q4_0"])
+def test_a_lora_is_merged_into_the_base_of_any_type(
+    quantization: str | None, tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
     domain = {**DOMAIN, "data": {"train": "plays.txt"}, "method": {"name": "lora", "r": 8}}
-    found = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("qwen3"), domain)).result.domain
+    recipe = recipe_of(tmp_path, tiny_gguf("qwen3"), domain).model_copy(update={"quantization": quantization})
+    found = built_in(tmp_path, recipe).result.domain
     assert found["perplexity"]["after"]["gguf"] < found["perplexity"]["before"]["gguf"] / 2
     assert found["lost_by_rounding"]["gguf"] == pytest.approx(0, abs=0.01)
 

@@ -363,7 +363,7 @@ def test_the_plain_base_cannot_be_scored(built: Built) -> None:
 def test_validate_works_for_encoders_and_devices_fit_refuses_them(
     built: Built, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["validate", str(built.recipe), "--json"]) == 0
+    assert main(["plan", str(built.recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["base"]["architecture"], len(found["adapters"]["place"]["labels"])) == ("bert", 3)
     for target in (built.recipe, built.bundle):

@@ -13,12 +13,16 @@ from typing import Any
 from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
 
-from . import venv
 from .durable import flush_tree, replace_link, write_text
+from .files import Store
 from .kit import ID_LENGTH, KIT_NAME, Kit, read_installed
-from .store import Store
 
+ROOT_FOLDER, USER_FOLDER = "/opt/edgetune", ".local/share"
+"""Where the bundles of root are installed, and, in their home, those of others without XDG_DATA_HOME."""
 FOLDER = "versions"
+ENVIRONMENTS = "venvs"
+COMPLETE = "complete"
+"""Mark of an environment that is complete."""
 CURRENT = "current"
 PREVIOUS = "previous"
 KEPT = ".previous"
@@ -27,6 +31,8 @@ ROLLING_BACK = ".rollback"
 """Target of an unfinished rollback."""
 LINKS = (CURRENT, PREVIOUS, KEPT, ROLLING_BACK)
 RUN_SCRIPT = "bin/edgetune-run"
+PREFIX_VARIABLE = "EDGETUNE_PREFIX"
+"""Variable of the environment in which RUN_SCRIPT says which prefix it is of."""
 Say = Callable[[str], None]
 """Prints a line for the user."""
 _VENV = "venv"
@@ -34,7 +40,8 @@ _VENV = "venv"
 _SCRIPT = """\
 #!/bin/sh
 # Runs edgetune-run of the current version.
-version=$(readlink -f '{current}') || exit 3
+version=$(readlink -f '{prefix}/current') || exit 3
+export {variable}='{prefix}'
 exec "$version/venv/bin/python" -I -m edgetune_runtime "$@"
 """
 
@@ -52,9 +59,27 @@ class Installed:
         return {"version": kit.version, "state": self.state, "bundle": kit.bundle, "engines": list(kit.engines)}
 
 
+def default_prefix(name: str) -> Path:
+    """The prefix of the bundle with this name."""
+    if os.geteuid() == 0:
+        return Path(ROOT_FOLDER, name)
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / USER_FOLDER, "edgetune", name)
+
+
 def path_of(prefix: Path, version: str) -> Path:
     """The folder of a version."""
     return prefix / FOLDER / version
+
+
+def environment(prefix: Path, wheels: str) -> Path:
+    """The environment of the wheels with this id."""
+    return prefix / ENVIRONMENTS / wheels
+
+
+def has_environment(prefix: Path, wheels: str) -> bool:
+    """Whether the environment is there and its Python still exists."""
+    folder = environment(prefix, wheels)
+    return (folder / COMPLETE).is_file() and (folder / "bin/python").exists()
 
 
 def linked(prefix: Path, link: str) -> str | None:
@@ -88,7 +113,7 @@ def place(prefix: Path, kit: Kit) -> bool:
             target = temporary / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(store.path(file.sha256), target)
-        (temporary / _VENV).symlink_to(f"../../{venv.FOLDER}/{kit.wheels}")
+        (temporary / _VENV).symlink_to(f"../../{ENVIRONMENTS}/{kit.wheels}")
         (temporary / KIT_NAME).write_bytes(kit.text.encode())
         flush_tree(temporary)
         temporary.rename(folder)
@@ -161,7 +186,7 @@ def sweep(prefix: Path, say: Say) -> None:
     kept = {version for version in (linked(prefix, CURRENT), previous(prefix)) if version is not None}
     folders = [path_of(prefix, version) for version in kept]
     _discard_others(prefix / FOLDER, kept)
-    _discard_others(prefix / venv.FOLDER, {(folder / _VENV).readlink().name for folder in folders})
+    _discard_others(prefix / ENVIRONMENTS, {(folder / _VENV).readlink().name for folder in folders})
     kits = [kit for folder in folders if (kit := _readable(folder, say)) is not None]
     Store(prefix).sweep(file.sha256 for kit in kits for file in kit.version_files)
 
@@ -218,5 +243,6 @@ def _folders(prefix: Path) -> list[Path]:
 
 
 def _write_script(prefix: Path) -> None:
-    quoted = str((prefix / CURRENT).absolute()).replace("'", "'\\''")
-    write_text(prefix / RUN_SCRIPT, _SCRIPT.replace("{current}", quoted), mode=0o755)
+    quoted = str(prefix.absolute()).replace("'", "'\\''")
+    text = _SCRIPT.replace("{prefix}", quoted).replace("{variable}", PREFIX_VARIABLE)
+    write_text(prefix / RUN_SCRIPT, text, mode=0o755)

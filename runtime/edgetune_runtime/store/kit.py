@@ -60,7 +60,8 @@ class Kit:
 
     `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of installed wheels. `wheels` is
     the id of the set of wheels; `bundle` the digest of the bundle's manifest; `service` the settings of the systemd
-    unit, `opening` how it and the check open the bundle.
+    unit, `opening` how it and the check open the bundle. `release` is the bundle's version in a repository, 0 if a kit
+    brought it.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Kit:
     opening: Opening
     files: tuple[KitFile, ...]
     text: str
+    release: int = 0
 
     @property
     def version(self) -> str:
@@ -151,6 +153,7 @@ def parse_kit(text: str) -> Kit:
             opening=parse_opening(raw.get("opening", {})),
             files=tuple(_file(entry) for entry in _field(raw, "files", list)),
             text=text,
+            release=_number({"release": 0, **raw}, "release", _MOST_BYTES),
         )
         _check_consistent(kit)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -15,7 +15,7 @@ from .kit import BUNDLE_FOLDER, Kit
 _TIMEOUT_S = 600.0
 
 
-def check(prefix: Path, kit: Kit) -> dict[str, Any] | None:
+def golden_answers(prefix: Path, kit: Kit) -> dict[str, Any] | None:
     """The golden answers of each adapter as JSON values; None if the bundle has none.
 
     Raises VerificationError if one differs, or if the bundle cannot be opened on this machine.

@@ -9,10 +9,11 @@ import re
 import secrets
 import shutil
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.type_checks import dataclass_of
 
 from . import answers, sockets, versions
 from .durable import write_text
@@ -262,13 +263,7 @@ def remember(prefix: Path, unit: Unit) -> None:
 
 def _parse(text: str) -> Unit:
     """The unit in the text of service.json; ValueError, TypeError or AttributeError if it is damaged."""
-    raw = json.loads(text)
-    # A newer version may have added some.
-    settings = {field.name: raw[field.name] for field in fields(Unit) if field.name in raw}
-    unit = Unit(**settings)
-    for name, kind in {"name": str, "port": int, "user": bool, "host": str, "version": str}.items():
-        if type(getattr(unit, name)) is not kind:
-            raise TypeError(f"{name} is {getattr(unit, name)!r}")
+    unit = dataclass_of(Unit, json.loads(text))
     if not _NAME.fullmatch(unit.name):
         raise ValueError(f"name is {unit.name!r}")
     ipaddress.ip_address(unit.host)

@@ -1,0 +1,184 @@
+"""Compare adapters beside a quantized base with ways to merge them into it, by score.
+
+    python benchmarks/quantization.py --data DIR --work build/quantization --out benchmarks/results
+    python benchmarks/quantization.py --data DIR --work build/quantization --only snips --types q4_0 --seeds 1
+
+The ways, each trained on the same rows of the dequantized base:
+
+- `separate`: the adapter is a file beside the base.
+- `q8_0`: the same adapter, merged into the base in q8_0.
+- `nearest`: the same, merged in the base's own type, which the parity check of a build may refuse.
+- `on-grid`: trained through the rounding to the base's grid, and merged in its type.
+
+Finished runs are lines of WORK/runs.jsonl and are not repeated. With DIR/snips, viggo and banking77.
+"""
+
+from __future__ import annotations
+
+from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.plots import subplots
+from benchmarks.harness.tables import markdown, progress
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+
+from benchmarks.few_rows_setups import DEVICES, TASKS, adapter_of
+from edgetune.evaluation import evaluate
+from edgetune.progress import Progress
+from edgetune.recipe.model import Recipe
+
+TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")
+ENGINES = ("gguf", "onnx")
+WAYS = ("separate", "q8_0", "nearest", "on-grid")
+TARGET = "adapter"
+Run = dict[str, Any]
+
+
+def keys_of(way: str, quantization: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of a way in the recipe, and in its adapter. The first three resume the same training."""
+    requested = {"q8_0": "q8_0", "nearest": quantization}.get(way)
+    return {"merged_quantization": requested}, {"merged": way != "separate"}
+
+
+def main() -> None:
+    """Train and score what is not finished, and report."""
+    tasks = tuple(name for name in TASKS if name != DEVICES)
+    parser = BENCHMARK.parser(only=tasks, works=True)
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the tasks (default: %(default)s)")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--types", nargs="+", default=TYPES, help="quantizations of the base")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--rows", type=int, default=1000, help="training rows, with those held out")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="choices of the rows (default: %(default)s)")
+    parser.add_argument("--test-rows", type=int, default=300, help="most rows to score (default: %(default)s)")
+    options = BENCHMARK.options(parser, rows=12, seeds=1, test_rows=4, epochs=1)
+    with work_folder(options) as work:
+        runs = list(_runs(options, work))
+    BENCHMARK.report(options, {"summary": _summary(runs), "runs": runs})
+
+
+def _runs(options: argparse.Namespace, work: Path) -> Iterator[Run]:
+    """All runs, of which those that are not in the file are added to it."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "runs.jsonl"
+    finished = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    for seed in range(options.seeds):
+        for task in options.only:
+            for quantization in options.types:
+                for way in options.ways:
+                    place = {"task": task, "type": quantization, "way": way, "seed": seed}
+                    place |= {key: getattr(options, key) for key in ("base", "rows", "epochs", "test_rows")}
+                    own = [run for run in finished if run.items() >= place.items()]
+                    if not own:
+                        progress(f"{task}, {quantization}, {way}, seed {seed}")
+                        own = [{**place, **run} for run in _measured(place, options, work)]
+                        with file.open("a", encoding="utf-8") as out:
+                            out.writelines(f"{json.dumps(run)}\n" for run in own)
+                    yield from own
+
+
+def _measured(place: Run, options: argparse.Namespace, work: Path) -> list[Run]:
+    """Build a bundle in one way and score it in each engine; one run without a score if the build refuses it."""
+    from edgetune.building.pipeline import build  # after the options, as it takes seconds
+
+    task, out = TASKS[place["task"]], work / "bundle"
+    folder = Path(options.data / task.folder)
+    in_recipe, in_adapter = keys_of(place["way"], place["type"])
+    spec = adapter_of(task, folder, options.rows, place["seed"], work)
+    values = {
+        "name": "quantization",
+        "base": options.base,
+        "quantization": place["type"],
+        "context_length": 512,
+        "targets": list(options.engines),
+        "training": {"seed": place["seed"], "epochs": options.epochs, "batch_size": 8, "learning_rate": 1e-3},
+        "adapters": {TARGET: {**spec, **in_adapter, "confidence": False}},
+        **in_recipe,
+    }
+    try:
+        built = build(Recipe.from_dict(values), out, progress=Progress())
+    except (VerificationError, IncompatibleError) as error:
+        return [{"engine": engine, "refused": error.message} for engine in options.engines]
+    runs = []
+    for engine in options.engines:
+        scored = evaluate(out, TARGET, folder / task.test, limit=options.test_rows, engine=engine, progress=Progress())
+        figures = built.figures[TARGET]
+        runs.append(
+            {
+                "engine": engine,
+                "score": scored.score,
+                "val_loss": figures["val_loss"],
+                "kl": figures["parity_by_target"][engine]["kl"],
+                "seconds": figures["seconds"],
+                "bytes": figures["bytes"],
+            }
+        )
+    return runs
+
+
+def _summary(runs: Sequence[Run]) -> list[Run]:
+    """The scores over the seeds in percent, by task, type, engine and way; the reason where a build was refused."""
+    groups: dict[tuple[str, str, str, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run["task"], run["type"], run["engine"], run["way"]), []).append(run)
+    lines = []
+    for (task, kind, engine, way), own in groups.items():
+        scores = [100 * run["score"] for run in own if "score" in run]
+        lines.append(
+            {
+                "task": task,
+                "type": kind,
+                "engine": engine,
+                "way": way,
+                "mean": round(fmean(scores), 2) if scores else None,
+                "sd": round(stdev(scores), 2) if len(scores) > 1 else None,
+                "seeds": len(scores),
+                "refused": next((run["refused"] for run in own if "refused" in run), ""),
+            }
+        )
+    return lines
+
+
+def table(result: Result) -> str:
+    """A line per task, type and engine, a column per way."""
+    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for item in result["summary"]:
+        key = (item["task"], item["type"], item["engine"])
+        line = lines.setdefault(
+            key, {**dict(zip(("task", "type", "engine"), key, strict=True)), **dict.fromkeys(WAYS, "")}
+        )
+        spread = "" if item["sd"] is None else f" ± {item['sd']:.1f}"
+        line[item["way"]] = "refused" if item["mean"] is None else f"{item['mean']:.1f}{spread} ({item['seeds']})"
+    about = (
+        "Score in percent of the test rows: mean ± standard deviation (seeds). A build refuses what parity refuses.\n\n"
+    )
+    columns = ("task", "type", "engine", *WAYS)
+    return about + markdown(lines.values(), {name: f"{{{name}}}" for name in columns})
+
+
+def plot(result: Result, out: Path) -> None:
+    """Scores by type with error bars, a panel per task; the first engine."""
+    first = [line for line in result["summary"] if line["engine"] == result["summary"][0]["engine"]]
+    tasks = list(dict.fromkeys(line["task"] for line in first))
+    with subplots(out, 1, len(tasks), dpi=120, figsize=(4.2 * len(tasks), 3.6), squeeze=False) as axes:
+        for task, axis in zip(tasks, axes.flat, strict=True):
+            for way in WAYS:
+                own = [line for line in first if (line["task"], line["way"]) == (task, way) and line["seeds"]]
+                kinds, means = [line["type"] for line in own], [line["mean"] for line in own]
+                axis.errorbar(kinds, means, [line["sd"] or 0 for line in own], fmt="o", capsize=4, label=way)
+            axis.set(xlabel="quantization of the base", ylabel="score, %", title=task)
+        axes.flat[0].legend(fontsize=8)
+
+
+BENCHMARK = Benchmark(__file__, __doc__, table, plot)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""`edgetune keys init|list|add|rotate|revoke|sign`: the keys that sign a repository and its bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import suggestion
+
+from .arguments import AsJson, BundlePath, print_json
+from .grouped_help import GroupedCommand
+
+if TYPE_CHECKING:
+    from edgetune.delivery.publish.key_folder import KeyFolder
+
+app = typer.Typer(
+    help="Make and replace the keys of a repository. Their passphrase is asked for, or in EDGETUNE_KEYS_PASSPHRASE.",
+    no_args_is_help=True,
+)
+
+KeysPath = Annotated[Path, typer.Argument(metavar="KEYS", help="The folder of the keys.")]
+Role = Annotated[
+    str, typer.Argument(metavar="ROLE", help="root, targets, snapshot, timestamp, or bundles, which signs bundles.")
+]
+
+
+def open_keys(folder: Path, *, is_new: bool = False) -> KeyFolder:
+    """The folder of keys, whose passphrase is asked for when it is needed."""
+    from edgetune.delivery.publish.key_files import passphrase_of_user
+    from edgetune.delivery.publish.key_folder import KeyFolder
+
+    return KeyFolder(folder, passphrase_of_user(is_new=is_new))
+
+
+@app.command(cls=GroupedCommand)
+def init(
+    keys: KeysPath,
+    *,
+    root_keys: Annotated[int, typer.Option(metavar="N", help="How many root keys to make.")] = 3,
+    threshold: Annotated[int, typer.Option(metavar="M", help="How many of them must sign a change of keys.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Make the keys of a repository, in encrypted files.
+
+    Give devices `1.root.json`. Keep the files root-*.pem in different places, none of them online: they only sign
+    changes of keys. The others sign when you publish.
+    """
+    folder = open_keys(keys, is_new=True)
+    folder.create(root_keys, threshold)
+    _show(folder, as_json)
+
+
+@app.command("list", cls=GroupedCommand)
+def list_keys(keys: KeysPath, *, as_json: AsJson = False) -> None:
+    """List the trusted keys of each role, and whether their private halves are in the folder."""
+    _show(open_keys(keys), as_json)
+
+
+@app.command(cls=GroupedCommand)
+def add(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
+    """Make another key for a role; publish again so that devices learn of it."""
+    folder = open_keys(keys)
+    folder.add(_known(role))
+    _show(folder, as_json)
+
+
+@app.command(cls=GroupedCommand)
+def rotate(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
+    """Make a key in place of the oldest one of a role; publish again so that devices learn of it."""
+    folder = open_keys(keys)
+    folder.rotate(_known(role))
+    _show(folder, as_json)
+
+
+@app.command(cls=GroupedCommand)
+def revoke(
+    keys: KeysPath,
+    key: Annotated[str, typer.Argument(metavar="KEY", help="The first digits of the key's id.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Trust a key no longer; publish again so that devices learn of it."""
+    folder = open_keys(keys)
+    folder.revoke(key)
+    _show(folder, as_json)
+
+
+@app.command(cls=GroupedCommand)
+def sign(keys: KeysPath, bundle: BundlePath) -> None:
+    """Sign a bundle that is not published, for `edgetune-run --trusted-keys KEYS/trusted-keys.json`."""
+    from edgetune.delivery.publish.publish import sign as sign_bundle
+
+    print(sign_bundle(bundle, open_keys(keys)))
+
+
+def _known(role: str) -> str:
+    from edgetune.delivery.publish.key_folder import ROLES
+
+    if role not in ROLES:
+        raise UsageError(f"there is no role {role!r}", suggestion(role, ROLES))
+    return role
+
+
+def _show(folder: KeyFolder, as_json: bool) -> None:
+    rows = folder.listing()
+    if as_json:
+        print_json(rows)
+        return
+    for row in rows:
+        where = row["file"] if row["is_here"] else f"{row['file']} (elsewhere)"
+        print(f"{row['role']}\t{row['key'][:8]}\t{row['threshold']} must sign\t{where}")

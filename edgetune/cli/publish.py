@@ -1,0 +1,58 @@
+"""`edgetune publish BUNDLE --repo REPO --keys KEYS`: a signed repository that devices update from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arguments import AsJson, Quiet, output_option, print_json
+from .keys import open_keys
+
+
+def publish(
+    bundle: Annotated[
+        Path | None, typer.Argument(metavar="[BUNDLE]", help="The bundle (default: only sign the repository again).")
+    ] = None,
+    *,
+    repo: Annotated[Path, output_option(metavar="REPO", help="The repository's folder, which a web server serves.")],
+    keys: Annotated[Path, typer.Option(metavar="KEYS", help="The keys that `edgetune keys init` made.")],
+    channel: Annotated[str, typer.Option(metavar="NAME", help="The channel whose devices get the bundle.")] = "stable",
+    min_runtime: Annotated[
+        str, typer.Option(metavar="VERSION", help="The oldest edgetune-runtime that may run it (default: any).")
+    ] = "",
+    expires_days: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
+    ] = 90,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a bundle as the newest release of its name, for `edgetune-run update` on devices.
+
+    Files that the repository has already are not copied again. The bundle gets a file manifest.json.sig, its
+    signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
+    """
+    from edgetune.delivery.publish import publish as publishing
+    from edgetune.progress import Progress
+
+    folder = open_keys(keys)
+    if bundle is None:
+        publishing.refresh(repo, folder, expires_days=expires_days)
+        print(repo)
+        return
+    done = publishing.publish(
+        bundle,
+        repo,
+        folder,
+        Progress(quiet=quiet),
+        channel=channel,
+        min_runtime=min_runtime,
+        expires_days=expires_days,
+    )
+    if as_json:
+        print_json(done.to_json())
+        return
+    release, state = done.release, "published" if done.changed else "was published already"
+    print(f"{release.name} version {release.version} in {channel} {state}, {done.copied_bytes / 1e6:.1f} MB copied")
+    print(repo)

@@ -1,0 +1,1 @@
+"""Publishes bundles in signed repositories of static files."""

@@ -1,0 +1,95 @@
+"""Private keys in encrypted files, which only their owner may read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from getpass import getpass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.atomic import replacing
+from securesystemslib.exceptions import Error as SigningError
+from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
+
+PASSPHRASE = "EDGETUNE_KEYS_PASSPHRASE"
+_MIN_CHARACTERS = 8
+_OTHERS = 0o077
+"""The rights that nobody but the owner may have."""
+
+Passphrase = Callable[[], str]
+"""Gives the passphrase of the key files when it is needed."""
+
+
+def passphrase_of_user(*, is_new: bool) -> Passphrase:
+    """The passphrase in the environment, or else asked for once, and twice if it is new; UsageError without either."""
+
+    @cache
+    def ask() -> str:
+        found = os.environ.get(PASSPHRASE)
+        if found is None and not sys.stdin.isatty():
+            raise UsageError("the keys have a passphrase, and nobody is there to ask for it", f"set {PASSPHRASE}")
+        found = getpass("Passphrase of the keys: ") if found is None else found
+        if is_new and len(found) < _MIN_CHARACTERS:
+            message = f"the passphrase has {len(found)} characters"
+            raise UsageError(message, f"use {_MIN_CHARACTERS} or more")
+        if is_new and PASSPHRASE not in os.environ and getpass("Again: ") != found:
+            raise UsageError("the two passphrases differ", "run the command again")
+        return found
+
+    return ask
+
+
+def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
+    """Make an Ed25519 key and write its private half into `folder`; the public half."""
+    signer = CryptoSigner.generate_ed25519()
+    private = load_pem_private_key(signer.private_bytes, None)
+    encryption = BestAvailableEncryption(passphrase().encode())
+    data = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
+    with replacing(path_of(folder, role, signer.public_key)) as temporary:
+        # Never readable for others, also while it is written.
+        temporary.touch(mode=0o600)
+        temporary.write_bytes(data)
+    return signer.public_key
+
+
+def path_of(folder: Path, role: str, key: Key) -> Path:
+    """The file of a private key."""
+    return folder / f"{role}-{key.keyid[:8]}.pem"
+
+
+def load_signer(folder: Path, role: str, key: Key, passphrase: Passphrase) -> Signer:
+    """The private half of a key.
+
+    NotFoundError if its file is not in the folder, UsageError if others may read it or the passphrase is wrong,
+    VerificationError if it is damaged or of another key.
+    """
+    path = path_of(folder, role, key)
+    try:
+        mode, data = path.stat().st_mode & 0o777, path.read_bytes()
+    except FileNotFoundError as error:
+        message = f"the private key {path.name} is not in {folder}"
+        raise NotFoundError(message, f"copy it there, or replace it: edgetune keys rotate {folder} {role}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}", "check its owner and rights") from error
+    if mode & _OTHERS:
+        raise UsageError(f"others may read the private key {path} (mode {mode:04o})", f"run: chmod 600 {path}")
+    try:
+        private = load_pem_private_key(data, passphrase().encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        message = f"the passphrase does not open {path}, or the file is damaged"
+        raise UsageError(message, f"correct {PASSPHRASE}, or restore the file from a backup") from error
+    assert isinstance(key, SSlibKey)
+    try:
+        return CryptoSigner(private, key)
+    except (ValueError, SigningError) as error:
+        raise VerificationError(f"{path} is not the private key {key.keyid[:8]}", "restore it from a backup") from error

@@ -1,0 +1,182 @@
+"""The keys of a repository: which ones each role trusts, in versions of the root, and how they are replaced.
+
+A folder has `N.root.json`, the versions of TUF's root metadata, `trusted-keys.json`, the keys of the role that signs
+bundles, and the private keys, which can be kept elsewhere while nobody signs with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.signatures import TrustedKeys, read_trusted_keys
+from edgetune_runtime.update.release import ISSUED
+from securesystemslib.signer import Key, Signer
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+
+from .key_files import Passphrase, load_signer, path_of, write_new_key
+
+BUNDLES = "bundles"
+"""The role that signs bundles and their releases; the targets role delegates to it."""
+ROOT_ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
+ROLES = (*ROOT_ROLES, BUNDLES)
+TRUSTED_KEYS_NAME = "trusted-keys.json"
+_ROOT_DAYS = 730
+
+
+class KeyFolder:
+    """A folder with the keys of a repository."""
+
+    def __init__(self, folder: Path, passphrase: Passphrase) -> None:
+        self.folder = folder
+        self._passphrase = passphrase
+
+    @property
+    def roots(self) -> list[Path]:
+        """The versions of the root, oldest first; NotFoundError if there is none."""
+        found = sorted(self.folder.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0]))
+        if not found:
+            raise NotFoundError(f"{self.folder} has no keys", f"make them: edgetune keys init {self.folder}")
+        return found
+
+    def root(self) -> Metadata[Root]:
+        """The newest root."""
+        try:
+            return Metadata[Root].from_file(str(self.roots[-1]))
+        except RepositoryError as error:
+            raise UsageError(f"{self.roots[-1]} is damaged: {error}", "restore it from a backup") from error
+
+    def bundle_keys(self) -> TrustedKeys:
+        """The keys that sign bundles."""
+        return read_trusted_keys(self.folder / TRUSTED_KEYS_NAME)
+
+    def keys(self, role: str) -> list[Key]:
+        """The keys of a role, oldest first."""
+        if role == BUNDLES:
+            return list(self.bundle_keys().keys.values())
+        root = self.root().signed
+        return [root.keys[keyid] for keyid in root.roles[role].keyids]
+
+    def listing(self) -> list[dict[str, Any]]:
+        """Role, id and file of each key, whether the file is here, and how many keys of the role must sign."""
+        thresholds = {role: about.threshold for role, about in self.root().signed.roles.items()} | {BUNDLES: 1}
+        rows = [(role, key, path_of(self.folder, role, key)) for role in ROLES for key in self.keys(role)]
+        return [
+            {
+                "role": role,
+                "key": key.keyid,
+                "threshold": thresholds[role],
+                "file": path.name,
+                "is_here": path.is_file(),
+            }
+            for role, key, path in rows
+        ]
+
+    def signers(self, role: str, keys: Iterable[Key]) -> list[Signer]:
+        """The private halves of those keys of a role that are in the folder; errors as those of `load_signer`."""
+        signers = []
+        for key in keys:
+            try:
+                signers.append(load_signer(self.folder, role, key, self._passphrase))
+            except NotFoundError:
+                continue
+        return signers
+
+    def create(self, root_keys: int, threshold: int) -> None:
+        """Make a key for each role, and `root_keys` for the root, of which `threshold` must sign a new one."""
+        if not 1 <= threshold <= root_keys:
+            raise UsageError(f"--threshold is {threshold} of {root_keys} root keys", f"use 1 to {root_keys}")
+        if list(self.folder.glob("*.root.json")):
+            raise UsageError(f"{self.folder} has keys already", "add one: edgetune keys add")
+        root = Root(consistent_snapshot=True)
+        keys = {role: [self._new_key(role)] for role in ROLES}
+        keys[Root.type] += [self._new_key(Root.type) for _ in range(root_keys - 1)]
+        for role in ROOT_ROLES:
+            for key in keys[role]:
+                root.add_key(key, role)
+        root.roles[Root.type].threshold = threshold
+        self._write_bundle_keys(keys[BUNDLES])
+        # Last: it makes the folder one of keys.
+        self._write_root(root, None)
+
+    def add(self, role: str) -> None:
+        """Make another key for a role."""
+        self._replace(role, self.keys(role), adds=True)
+
+    def rotate(self, role: str) -> None:
+        """Make a key in place of the oldest one of a role; the old private key stays in the folder."""
+        self._replace(role, self.keys(role)[1:], adds=True)
+
+    def revoke(self, keyid: str) -> str:
+        """Trust a key, of which the first digits are given, no longer; its role. UsageError if its role needs it."""
+        found = {(role, key.keyid) for role in ROLES for key in self.keys(role) if key.keyid.startswith(keyid)}
+        if len(found) != 1:
+            raise NotFoundError(
+                f"{len(found)} keys have an id that begins with {keyid!r}", f"see: edgetune keys list {self.folder}"
+            )
+        ((role, full),) = found
+        rest = [key for key in self.keys(role) if key.keyid != full]
+        least = 1 if role == BUNDLES else self.root().signed.roles[role].threshold
+        if len(rest) < least:
+            message = f"{role} needs {least} keys, and {len(rest)} would be left"
+            raise UsageError(message, f"replace it: edgetune keys rotate {self.folder} {role}")
+        self._replace(role, rest)
+        return role
+
+    def _new_key(self, role: str) -> Key:
+        return write_new_key(self.folder, role, self._passphrase)
+
+    def _replace(self, role: str, kept: Sequence[Key], *, adds: bool = False) -> None:
+        """Make a role trust the keys in `kept`, and a new one; the new key is deleted if that cannot be signed."""
+        new = [self._new_key(role)] if adds else []
+        try:
+            if role == BUNDLES:
+                self._write_bundle_keys([*kept, *new])
+            else:
+                self._write_next_root(role, [*kept, *new])
+        except BaseException:
+            for key in new:
+                path_of(self.folder, role, key).unlink()
+            raise
+
+    def _write_next_root(self, role: str, keys: Sequence[Key]) -> None:
+        before, root = self.root().signed, self.root().signed
+        root.version += 1
+        for keyid in list(root.roles[role].keyids):
+            root.revoke_key(keyid, role)
+        for key in keys:
+            root.add_key(key, role)
+        self._write_root(root, before)
+
+    def _write_root(self, root: Root, before: Root | None) -> None:
+        """Sign a root with its own keys and those of the root before, and write it.
+
+        UsageError if too few private keys are in the folder.
+        """
+        now = datetime.now(UTC).replace(microsecond=0)
+        root.expires, root.unrecognized_fields[ISSUED] = now + timedelta(days=_ROOT_DAYS), now.isoformat()
+        metadata = Metadata(root)
+        delegators = [item for item in (before, root) if item is not None]
+        keys = {keyid: item.keys[keyid] for item in delegators for keyid in item.roles[Root.type].keyids}
+        for signer in self.signers(Root.type, keys.values()):
+            metadata.sign(signer, append=True)
+        for delegator in delegators:
+            result = delegator.get_verification_result(Root.type, metadata.signed_bytes, metadata.signatures)
+            if not result.verified:
+                message = f"{len(result.signed)} private root keys are in {self.folder}"
+                raise UsageError(f"{message}, and {result.threshold} must sign", "copy more of root-*.pem there for it")
+        _write(self.folder / f"{root.version}.root.json", metadata.to_bytes())
+
+    def _write_bundle_keys(self, keys: Sequence[Key]) -> None:
+        trusted = TrustedKeys({key.keyid: key for key in keys})
+        _write(self.folder / TRUSTED_KEYS_NAME, trusted.to_json().encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

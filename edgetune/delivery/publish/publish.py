@@ -1,0 +1,116 @@
+"""Publishes a bundle in a repository: blobs first, then its release, then the metadata whose timestamp decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, resolve, sha256_of, verify_files
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.signatures import SIGNATURE_NAME, signature_file
+from edgetune_runtime.update.release import NAME, Release, parse_release, path_of
+from filelock import FileLock, Timeout
+
+from edgetune.progress import Progress
+
+from .key_folder import BUNDLES, KeyFolder
+from .repository import Repository
+
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Published:
+    """The release of a bundle, and what was copied for it; `changed` is False if the channel had this bundle."""
+
+    release: Release
+    changed: bool
+    copied_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        release = self.release
+        return {
+            "name": release.name,
+            "channel": release.channel,
+            "version": release.version,
+            "bundle": release.bundle,
+            "changed": self.changed,
+            "copied_bytes": self.copied_bytes,
+        }
+
+
+def publish(
+    bundle: Path,
+    repo: Path,
+    keys: KeyFolder,
+    progress: Progress,
+    *,
+    channel: str,
+    min_runtime: str,
+    expires_days: int,
+) -> Published:
+    """Make a bundle the newest release of its name in a channel, and sign the repository again.
+
+    Devices accept the repository for `expires_days`. A repository is made if there is none. If this is killed at any
+    point, the repository is valid as it was, and the next publish completes. Raises the errors of reading a bundle, of
+    its keys, and of a damaged repository; UsageError for a name that cannot be a path, or while another publish is at
+    work.
+    """
+    manifest = read_manifest(bundle)
+    for what, text in (("the bundle's name", manifest.name), ("--channel", channel)):
+        if not NAME.fullmatch(text):
+            raise UsageError(f"{what} is {text!r}", "use up to 100 letters, digits, dots, - and _")
+    progress.say(f"checking the files of {manifest.name}")
+    verify_files(bundle, manifest)
+    with _locked(repo):
+        repository = Repository(repo, keys)
+        signature = sign(bundle, keys)
+        names = (*manifest.files, MANIFEST_NAME, signature.name)
+        sources = {name: resolve(bundle, name) for name in names}
+        files = {name: FileEntry(sha256_of(path), path.stat().st_size) for name, path in sources.items()}
+        path, releases = path_of(manifest.name, channel), repository.releases(manifest.name)
+        newest = max((target.custom["version"] for target in releases.values()), default=0)
+        release = Release(
+            manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime
+        )
+        before = parse_release(repository.read_release(releases[path])) if path in releases else None
+        copied = sum(files[name].bytes for name in names if repository.put_blob(sources[name], files[name]))
+        changed = before is None or (before.files, before.min_runtime) != (release.files, release.min_runtime)
+        if changed:
+            repository.put_release(manifest.name, path, release.to_json().encode(), release.version)
+        repository.commit(expires_days=expires_days)
+    return Published(release if changed or before is None else before, changed, copied)
+
+
+def refresh(repo: Path, keys: KeyFolder, *, expires_days: int) -> None:
+    """Sign a repository again, as before its metadata expires or after a change of keys."""
+    with _locked(repo):
+        Repository(repo, keys).commit(expires_days=expires_days)
+
+
+def sign(bundle: Path, keys: KeyFolder) -> Path:
+    """Sign the manifest of a bundle, and put the signature beside it; the file of the signature."""
+    manifest = (bundle / MANIFEST_NAME).read_bytes()
+    path = bundle / SIGNATURE_NAME
+    data = signature_file(manifest, keys.signers(BUNDLES, keys.keys(BUNDLES)))
+    if not (path.is_file() and path.read_bytes() == data):
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+    return path
+
+
+@contextmanager
+def _locked(repo: Path) -> Iterator[None]:
+    repo.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(repo / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error
+    with lock:
+        yield

@@ -1,0 +1,232 @@
+"""A repository of static files: TUF's metadata, releases and blobs, changed by the rename of its timestamp."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from edgetune_runtime.bundle import FileEntry, sha256_of
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, replacing
+from edgetune_runtime.update.release import BLOBS_FOLDER, ISSUED, METADATA_FOLDER, ROLE_PREFIX, TARGETS_FOLDER
+from securesystemslib.signer import Signer
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import (
+    DelegatedRole,
+    Delegations,
+    Metadata,
+    MetaFile,
+    Root,
+    Snapshot,
+    T,
+    TargetFile,
+    Targets,
+    Timestamp,
+)
+
+from .key_folder import BUNDLES, KeyFolder
+
+_TARGETS_DAYS = 365
+_OTHER_KEYS = "give the keys of this --repo"
+_RESTORE = "restore the repository from a backup"
+
+Delegator = Root | Targets
+
+
+class Repository:
+    """A repository and the keys that sign it; the metadata is checked before it is signed again.
+
+    Changes are collected, and `commit` writes them: until it ends, the repository is as before.
+    """
+
+    def __init__(self, folder: Path, keys: KeyFolder) -> None:
+        self.folder, self._keys = folder, keys
+        self._metadata = folder / METADATA_FOLDER
+        self._root = keys.root().signed
+        if self._root.is_expired():
+            message = f"the root in {keys.folder} expired on {self._root.expires:%Y-%m-%d}"
+            raise UsageError(message, f"sign the next one: edgetune keys rotate {keys.folder} root")
+        self._published_root = self._read_published_root()
+        self._roles: dict[str, Targets] = {}
+        self._changed: set[str] = set()
+        self._load()
+
+    def releases(self, name: str) -> Mapping[str, TargetFile]:
+        """The releases of a bundle by their paths."""
+        role = self._roles.get(f"{ROLE_PREFIX}{name}")
+        return {} if role is None else role.targets
+
+    def read_release(self, target: TargetFile) -> bytes:
+        """The contents of a release; VerificationError if the file is missing or damaged."""
+        path = self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0]
+        try:
+            data = path.read_bytes()
+            target.verify_length_and_hashes(data)
+        except (OSError, RepositoryError) as error:
+            raise VerificationError(f"{path} is missing or damaged", "restore it from a backup") from error
+        return data
+
+    def put_blob(self, source: Path, entry: FileEntry) -> bool:
+        """Copy a file of a bundle, unless it is there; whether it was copied."""
+        blob = self.folder / BLOBS_FOLDER / entry.sha256
+        if blob.is_file() and blob.stat().st_size == entry.bytes and sha256_of(blob) == entry.sha256:
+            return False
+        with replacing(blob) as temporary:
+            shutil.copyfile(source, temporary)
+            if sha256_of(temporary) != entry.sha256:
+                raise VerificationError(f"{source} was changed while it was published", "publish again")
+        flush_to_disk(blob.parent)
+        return True
+
+    def put_release(self, name: str, path: str, data: bytes, version: int) -> None:
+        """Make `data` the release at a path among the targets; its version is readable without the file."""
+        target = TargetFile.from_data(path, data, ["sha256"])
+        target.unrecognized_fields["custom"] = {"version": version}
+        _write(self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0], data)
+        role = self._roles.setdefault(f"{ROLE_PREFIX}{name}", _unwritten(Targets()))
+        role.targets[path] = target
+        self._changed.add(f"{ROLE_PREFIX}{name}")
+
+    def commit(self, *, expires_days: int) -> None:
+        """Sign what has changed, snapshot and timestamp, and write them; the timestamp decides.
+
+        The keys that the published root names sign too, so that devices accept the new timestamp whether they have the
+        new root already or not.
+        """
+        self._delegate()
+        self._changed |= {role for role, signed in self._roles.items() if signed.expires < _after(_TARGETS_DAYS // 2)}
+        if self._published_root is not None and self._has_new_keys(Targets.type, self._published_root):
+            self._changed.add(Targets.type)
+        for role in sorted(self._changed):
+            signed = self._roles[role]
+            signed.version, signed.expires = signed.version + 1, _after(_TARGETS_DAYS)
+            self._write(f"{signed.version}.{role}", signed, self._signers(role))
+        snapshot = self._snapshot
+        snapshot.meta = {f"{role}.json": MetaFile(signed.version) for role, signed in self._roles.items()}
+        snapshot.version, snapshot.expires = snapshot.version + 1, _after(expires_days)
+        data = self._write(f"{snapshot.version}.{Snapshot.type}", snapshot, self._signers(Snapshot.type))
+        timestamp = self._timestamp
+        hashes = {"sha256": hashlib.sha256(data).hexdigest()}
+        timestamp.snapshot_meta = MetaFile(snapshot.version, len(data), hashes)
+        timestamp.version, timestamp.expires = timestamp.version + 1, _after(expires_days)
+        timestamp.unrecognized_fields[ISSUED] = _after(0).isoformat()
+        # A new repository has no timestamp that a root could be at odds with; devices look for the root first.
+        is_new = self._published_root is None
+        if is_new:
+            self._write_roots()
+        self._write(Timestamp.type, timestamp, self._signers(Timestamp.type))
+        if not is_new:
+            self._write_roots()
+
+    def _write_roots(self) -> None:
+        for path in self._keys.roots:
+            if not (self._metadata / path.name).exists():
+                _write(self._metadata / path.name, path.read_bytes())
+
+    def _delegate(self) -> None:
+        """Make the targets role delegate each bundle to the keys of bundles."""
+        keys = {key.keyid: key for key in self._keys.keys(BUNDLES)}
+        targets = self._roles[Targets.type]
+        roles = {
+            name: DelegatedRole(name, list(keys), 1, terminating=True, paths=[f"{name.removeprefix(ROLE_PREFIX)}/*"])
+            for name in self._roles
+            if name != Targets.type
+        }
+        expected = Delegations(dict(keys), roles)
+        if targets.delegations is None or targets.delegations.to_dict() != expected.to_dict():
+            self._changed |= {Targets.type, *roles}
+            targets.delegations = expected
+
+    def _has_new_keys(self, role: str, before: Root) -> bool:
+        return self._root.roles[role].keyids != before.roles[role].keyids
+
+    def _signers(self, role: str) -> list[Signer]:
+        """The private keys that sign a role, of the keys in the folder and in the published root."""
+        if role in self._root.roles:
+            roots = [root for root in (self._root, self._published_root) if root is not None]
+            keys = {keyid: root.keys[keyid] for root in roots for keyid in root.roles[role].keyids}
+            return self._keys.signers(role, keys.values())
+        return self._keys.signers(BUNDLES, self._keys.keys(BUNDLES))
+
+    def _write(self, name: str, signed: T, signers: Iterable[Signer]) -> bytes:
+        """Sign and write a file of metadata; NotFoundError if too few private keys are in the folder."""
+        metadata = Metadata(signed)
+        for signer in signers:
+            metadata.sign(signer, append=True)
+        role = name.rpartition(".")[2]
+        is_top = role in self._root.roles
+        delegator = self._root if is_top else self._roles[Targets.type]
+        try:
+            delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        except RepositoryError as error:
+            message = (
+                f"the private keys of {role if role in self._root.roles else BUNDLES} are not in the folder of keys"
+            )
+            raise NotFoundError(message, "copy them there, or replace them: edgetune keys rotate") from error
+        data = metadata.to_bytes()
+        _write(self._metadata / f"{name}.json", data)
+        return data
+
+    def _read_published_root(self) -> Root | None:
+        """The newest published root; UsageError if the folder has not the same root of this version."""
+        names = {path.name: path for path in self._keys.roots}
+        published = [path for path in self._metadata.glob("*.root.json") if path.name in names]
+        if not published and (self._metadata / "timestamp.json").exists():
+            raise UsageError(
+                f"{self.folder} has no root that {self._keys.folder} knows", "give the keys of this --repo"
+            )
+        for path in published:
+            if path.read_bytes() != names[path.name].read_bytes():
+                raise UsageError(f"{path} is not the one in {self._keys.folder}", _OTHER_KEYS)
+        newest = max(published, key=lambda path: int(path.name.split(".")[0]), default=None)
+        return None if newest is None else Metadata[Root].from_bytes(newest.read_bytes()).signed
+
+    def _load(self) -> None:
+        """Read and verify what is published; expired metadata is fine, as it will be signed again."""
+        self._roles = {Targets.type: _unwritten(Targets())}
+        self._snapshot, self._timestamp = _unwritten(Snapshot()), _unwritten(Timestamp())
+        if not (self._metadata / "timestamp.json").exists():
+            return
+        delegator = self._published_root
+        assert delegator is not None
+        self._timestamp = self._read(Timestamp, Timestamp.type, Timestamp.type, delegator)
+        version = self._timestamp.snapshot_meta.version
+        self._snapshot = self._read(Snapshot, f"{version}.{Snapshot.type}", Snapshot.type, delegator)
+        versions = {name.removesuffix(".json"): meta.version for name, meta in self._snapshot.meta.items()}
+        targets = self._read(Targets, f"{versions[Targets.type]}.{Targets.type}", Targets.type, delegator)
+        self._roles = {Targets.type: targets}
+        for role, number in versions.items():
+            if role != Targets.type:
+                self._roles[role] = self._read(Targets, f"{number}.{role}", role, targets)
+
+    def _read(self, kind: type[T], name: str, role: str, delegator: Delegator) -> T:
+        path = self._metadata / f"{name}.json"
+        try:
+            metadata = Metadata[T].from_bytes(path.read_bytes())
+            delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+        except (OSError, RepositoryError, LookupError) as error:
+            # Signed again without this check, what somebody else has put there would be trusted.
+            message = f"{path} is missing, damaged or not signed by the keys: {error}"
+            raise VerificationError(message, _RESTORE) from error
+        if not isinstance(metadata.signed, kind):
+            raise VerificationError(f"{path} has metadata of another kind", _RESTORE)
+        return metadata.signed
+
+
+def _unwritten(signed: T) -> T:
+    """New metadata, whose first version will be 1."""
+    signed.version = 0
+    return signed
+
+
+def _after(days: int) -> datetime:
+    return datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    flush_to_disk(path.parent)

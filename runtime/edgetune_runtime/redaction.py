@@ -1,0 +1,49 @@
+"""Replaces what regular expressions find in texts, within a time limit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UsageError
+from .processes.child_process import has_python, run
+
+REDACTED = "[redacted]"
+MAX_S = 5.0
+_PROGRAM = Path(__file__).with_name("redaction_main.py")
+_LOG = logging.getLogger(__name__)
+
+
+class Redaction:
+    """Replaces what `patterns`, Python's regular expressions, find; UsageError for one that is none."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(
+                    f"{pattern!r} is not a regular expression: {error}", "see Python's module re"
+                ) from error
+        if patterns and not has_python():
+            raise UsageError("texts are redacted by a Python of their own, which this app has not", "leave out redact")
+        self.patterns = list(patterns)
+
+    def clean(self, texts: Sequence[str]) -> list[str]:
+        """The texts with REDACTED in place of what was found; REDACTED alone if that takes more than MAX_S."""
+        if not self.patterns:
+            return list(texts)
+        # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop
+        # them; a library with other expressions would be one more to install on each board.
+        request = json.dumps({"patterns": self.patterns, "texts": list(texts), "replacement": REDACTED})
+        ended = run([sys.executable, "-I", "-S", "-B", str(_PROGRAM)], timeout_s=MAX_S, stdin=request.encode())
+        try:
+            cleaned: list[str] = json.loads(ended.output)
+        except ValueError:
+            _LOG.warning("redacted whole texts, as looking for the expressions %s", ended.how)
+            return [REDACTED] * len(texts)
+        return cleaned

@@ -1,0 +1,112 @@
+"""Signatures of bundles: a file beside the manifest, checked against the keys that a device trusts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, read_manifest
+from .errors import NotFoundError, VerificationError, importing
+
+if TYPE_CHECKING:
+    from securesystemslib.signer import Key, Signer
+
+SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
+"""The signatures of a bundle's manifest, which has the digests of all its other files."""
+_PURPOSE = b"edgetune manifest\n"
+"""Signed in front of a manifest, so that no signature for another purpose fits."""
+_LONGEST = 1 << 16
+_UNSIGNED = "use a bundle that is signed: edgetune publish, or edgetune keys sign"
+
+
+@dataclass(frozen=True)
+class TrustedKeys:
+    """Public keys by their ids; a bundle must be signed by one of them."""
+
+    keys: Mapping[str, Key]
+
+    def to_json(self) -> str:
+        """The text of a file of trusted keys."""
+        return json.dumps({"keys": {keyid: key.to_dict() for keyid, key in self.keys.items()}}, indent=1) + "\n"
+
+
+def read_trusted_keys(path: Path) -> TrustedKeys:
+    """The keys in a file; NotFoundError if it cannot be read, VerificationError if it is no file of keys."""
+    with importing("signatures need", '"edgetune-runtime[update]"'):
+        from securesystemslib.signer import Key  # noqa: PLC0415 - part of an extra
+
+    try:
+        raw = json.loads(_read(path))
+        keys = {str(keyid): Key.from_dict(keyid, value) for keyid, value in raw["keys"].items()}
+    except OSError as error:
+        remedy = "give the trusted-keys.json of `edgetune keys init`"
+        raise NotFoundError(f"cannot read the trusted keys {path}: {error.strerror}", remedy) from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise VerificationError(f"{path} is no file of trusted keys: {error}", "copy it again") from error
+    if not keys:
+        raise VerificationError(f"{path} has no keys", "copy it again")
+    return TrustedKeys(keys)
+
+
+def signature_file(manifest: bytes, signers: Iterable[Signer]) -> bytes:
+    """The contents of SIGNATURE_NAME for a manifest."""
+    signatures = [signer.sign(_PURPOSE + manifest) for signer in signers]
+    values = [{"keyid": signature.keyid, "sig": signature.signature} for signature in signatures]
+    return (json.dumps({"signatures": values}, indent=1) + "\n").encode()
+
+
+def read_signed_manifest(bundle: Path, trusted: str | Path | None) -> Manifest:
+    """The manifest of a bundle, which must be signed by a key in the file `trusted`, if that is not None.
+
+    Raises what `require_signed` and `read_manifest` raise.
+    """
+    if trusted is not None:
+        require_signed(bundle, Path(trusted))
+    return read_manifest(bundle)
+
+
+def require_signed(bundle: Path, trusted: Path) -> None:
+    """Raise VerificationError unless the manifest of a bundle is signed by a key in the file `trusted`.
+
+    Reads no other file of the bundle. NotFoundError if the folder has no manifest, or the keys cannot be read.
+    """
+    keys = read_trusted_keys(trusted).keys
+    from securesystemslib.exceptions import Error as SigningError  # noqa: PLC0415 - as above
+    from securesystemslib.signer import Signature  # noqa: PLC0415
+
+    try:
+        manifest = _read(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
+        raw: Any = json.loads(_read(bundle / SIGNATURE_NAME))
+        signatures = [Signature.from_dict(dict(value)) for value in raw["signatures"]]
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        if missing == MANIFEST_NAME:
+            raise NotFoundError(f"{bundle} is not a bundle: it has no {missing}", "give a bundle's folder") from error
+        raise VerificationError(f"{bundle} is not signed: it has no {missing}", _UNSIGNED) from error
+    except OSError as error:
+        raise VerificationError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise VerificationError(f"{bundle / SIGNATURE_NAME} is damaged: {error}", "copy the bundle again") from error
+    for signature in signatures:
+        key = keys.get(signature.keyid)
+        if key is None:
+            continue
+        try:
+            key.verify_signature(signature, _PURPOSE + manifest)
+        except SigningError:
+            continue
+        return
+    message = f"{bundle} is not signed by a key in {trusted}, or its manifest was changed"
+    raise VerificationError(message, "do not use this bundle")
+
+
+def _read(path: Path, most: int = _LONGEST) -> bytes:
+    """The bytes of a file; ValueError if there are more than `most`."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path.name} has more than {most} bytes")
+    return data

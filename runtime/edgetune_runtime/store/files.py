@@ -1,0 +1,140 @@
+"""The files of a store by their digest, which its versions share through hard links."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.errors import NotFoundError, UnreachableError, VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
+
+from .kit import COPY_AGAIN, KitFile
+
+FOLDER = "files"
+_PART = ".part"
+_CHUNK_BYTES = 1 << 20
+
+
+class Store:
+    """`PREFIX/files`: one read-only file per digest, and `DIGEST.part` of files that are still being received."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.folder = prefix / FOLDER
+
+    def path(self, sha256: str) -> Path:
+        """Where the file with this digest is, or would be."""
+        return self.folder / sha256
+
+    def has(self, file: KitFile) -> bool:
+        """Whether the store has a file of this digest and size; the contents are not read."""
+        path = self.path(file.sha256)
+        return path.is_file() and path.stat().st_size == file.bytes
+
+    def bytes_to_write(self, file: KitFile) -> int:
+        """What is missing of a file."""
+        return 0 if self.has(file) else max(0, file.bytes - self.part_bytes(file.sha256))
+
+    def received(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Bytes already there, by digest, of the files with these digests and sizes. A whole file has its digest.
+
+        Deletes damaged files, and the parts of other files: nobody will continue these.
+        """
+        for path in self.folder.glob(f"*{_PART}"):
+            if path.stem not in sizes:
+                path.unlink()
+        counts = {sha256: self._bytes_of(sha256, size) for sha256, size in sizes.items()}
+        return {sha256: count for sha256, count in counts.items() if count is not None}
+
+    def part_bytes(self, sha256: str) -> int:
+        """How much has arrived of a file that is not whole yet."""
+        part = self._part(sha256)
+        return part.stat().st_size if part.exists() else 0
+
+    def fill(self, sha256: str, size: int, rest_from: Callable[[int], Iterable[bytes]], remedy: str) -> None:
+        """Append the rest of a file to what the store has of it, compare the digest, and give the file its name.
+
+        `rest_from` gives the bytes from an offset on. Raises UnreachableError if they end too early, and keeps what
+        has arrived; VerificationError if the digest is wrong, and deletes it; OutOfSpaceError if the disk is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self._part(sha256)
+        with raising_out_of_space(part), part.open("a+b") as file:
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256")
+            try:
+                for data in rest_from(file.tell()):
+                    file.write(data)
+                    digest.update(data)
+            finally:
+                file.flush()
+                os.fsync(file.fileno())
+            written = file.tell()
+        if written < size:
+            raise UnreachableError(f"{written} of {size} bytes of {sha256[:12]} arrived", remedy)
+        if digest.hexdigest() != sha256:
+            part.unlink()
+            raise VerificationError(f"the bytes that arrived for {sha256[:12]} are damaged", remedy)
+        part.chmod(0o444)
+        part.rename(self.path(sha256))
+        flush_to_disk(self.folder)
+
+    def put(self, file: KitFile, kit: Path) -> None:
+        """Make sure that the store has the file, with the right contents; copies it from the kit's folder if not.
+
+        Raises VerificationError for a damaged file, NotFoundError if neither has it, OutOfSpaceError if the disk is
+        full.
+        """
+        if self._bytes_of(file.sha256, file.bytes) == file.bytes:
+            return
+        source = kit / file.path
+        if not source.is_file():
+            raise NotFoundError(f"{file.path} is missing from the kit {kit}", COPY_AGAIN)
+        # What a copy that was cut off has left may be of a damaged kit.
+        self._part(file.sha256).unlink(missing_ok=True)
+        try:
+            self.fill(file.sha256, file.bytes, lambda _: _blocks(source), COPY_AGAIN)
+        except (UnreachableError, VerificationError) as error:
+            raise _damaged(file) from error
+
+    def sweep(self, kept: Iterable[str]) -> None:
+        """Delete all files but those with the digests in `kept`."""
+        keep = set(kept)
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name not in keep:
+                path.unlink()
+
+    def _bytes_of(self, sha256: str, size: int) -> int | None:
+        """The bytes of a file that are there; None without any."""
+        whole, part = self.path(sha256), self._part(sha256)
+        if not whole.exists() and part.exists() and part.stat().st_size >= size:
+            # The device stopped between the last byte and the new name.
+            with suppress(VerificationError):
+                self.fill(sha256, size, lambda _: (), "")
+        if whole.exists():
+            if sha256_of(whole) == sha256:
+                return size
+            whole.unlink()
+        return part.stat().st_size if part.exists() else None
+
+    def _part(self, sha256: str) -> Path:
+        return self.folder / f"{sha256}{_PART}"
+
+
+def check_file(path: Path, file: KitFile) -> None:
+    """VerificationError unless the file has the size and the digest in the kit."""
+    if path.stat().st_size != file.bytes or sha256_of(path) != file.sha256:
+        raise _damaged(file)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while data := file.read(_CHUNK_BYTES):
+            yield data
+
+
+def _damaged(file: KitFile) -> VerificationError:
+    return VerificationError(f"{file.path} of the kit does not have the digest in kit.json", COPY_AGAIN)

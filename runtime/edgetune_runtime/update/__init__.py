@@ -1,0 +1,1 @@
+"""Updates of a device from a signed repository, over HTTP or from a folder."""

@@ -1,0 +1,84 @@
+"""`edgetune-run update`: look for a newer bundle in a signed repository, install it, and go back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.store import versions
+from edgetune_runtime.wording import printable
+
+_DEFAULT = "device"
+"""Name of the default prefix of a device on which no kit was installed."""
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    """The options of `run`."""
+    actions = command.add_mutually_exclusive_group(required=True)
+    for flag, text in (
+        ("--check", "look for a newer bundle"),
+        ("--apply", "install the newest bundle, and switch to it when it answers as built"),
+        ("--status", "show what is installed and remembered"),
+        ("--rollback", "switch back to the version before, and leave out the bundle of this one from then on"),
+        ("--mark-bad", "the same as --rollback, for a program that watches the device"),
+    ):
+        actions.add_argument(flag, action="store_true", help=text)
+    source = command.add_argument_group("where updates come from (remembered)")
+    text = "the repository: an address, or a folder such as a USB stick"
+    source.add_argument("--repo", metavar="URL", help=text)
+    source.add_argument("--bundle", metavar="NAME", help="the bundle to follow (default: the only one)")
+    source.add_argument("--channel", metavar="NAME", help="the channel to follow (default: stable)")
+    text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
+    source.add_argument("--root", type=Path, metavar="FILE", help=text)
+    default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
+    text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
+    command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the action that was asked for, and print what it did."""
+    from . import update  # noqa: PLC0415 - it imports libraries of an extra
+
+    own = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
+    prefix = (options.prefix or Path(own)).absolute()
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root)
+    if options.status:
+        _show_status(update.status(prefix, _say), options.json)
+    elif options.check:
+        found = update.check(prefix, source)
+        _show(found.to_json(), options.json)
+    elif options.apply:
+        found, changed = update.apply(prefix, source, _say)
+        _show({**found.to_json(), "available": False, "changed": changed, **_where(prefix)}, options.json)
+    else:
+        reason = "it was marked as bad" if options.mark_bad else "this device went back from it"
+        version = update.roll_back(prefix, reason, _say)
+        _show({"version": version, **_where(prefix)}, options.json)
+
+
+def _where(prefix: Path) -> dict[str, Any]:
+    return {"path": str(prefix / versions.CURRENT / "bundle")}
+
+
+def _show(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+        return
+    print(printable(", ".join(f"{name} {value}" for name, value in values.items() if value is not None)))
+
+
+def _show_status(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, ensure_ascii=False))
+        return
+    for name, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            print(f"{name}\t{printable(json.dumps(item, ensure_ascii=False) if isinstance(item, dict) else str(item))}")
+
+
+def _say(text: str) -> None:
+    print(f"edgetune-run: {printable(text)}", file=sys.stderr, flush=True)

@@ -1,0 +1,69 @@
+"""Describes the version that a release becomes on this device: its bundle, in the environment that is there."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import write_text
+from edgetune_runtime.store.kit import BUNDLE_FOLDER, SCHEMA_VERSION, Kit, KitFile, parse_kit, wheels_id
+from edgetune_runtime.store.service import PORT
+
+from .release import Release
+
+_MEMORY_MAX_MB = 10**6
+"""Of a unit, where no kit has predicted it."""
+_PYTHON = """\
+#!/bin/sh
+# Runs the Python that has edgetune-runtime.
+exec '{python}' "$@"
+"""
+
+
+def describe(release: Release, current: Kit | None) -> Kit:
+    """The version of a release in the environment of the current version, or in that of this Python if there is none.
+
+    It is opened, and served, as the current version is. IncompatibleError if the release has no files for its engine.
+    """
+    raw = _of_this_python(release) if current is None else json.loads(current.text)
+    if raw["engines"][0] not in release.formats:
+        message = f"release {release.version} of {release.name} has no files for {raw['engines'][0]}"
+        raise IncompatibleError(message, "deploy a kit for one of: " + ", ".join(release.formats))
+    kept = [file for file in raw["files"] if not file["path"].startswith(f"{BUNDLE_FOLDER}/")]
+    files = [
+        *kept,
+        *({"path": f"{BUNDLE_FOLDER}/{path}", **vars(entry)} for path, entry in sorted(release.files.items())),
+    ]
+    raw |= {"name": release.name, "bundle": release.bundle, "files": files, "release": release.version}
+    return parse_kit(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+
+
+def make_environment(prefix: Path, kit: Kit) -> None:
+    """Make the environment of a version that no kit has brought: a script that runs this Python."""
+    if kit.wheel_files:
+        return
+    folder = versions.environment(prefix, kit.wheels)
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    quoted = sys.executable.replace("'", "'\\''")
+    write_text(folder / "bin/python", _PYTHON.replace("{python}", quoted), mode=0o755)
+
+
+def _of_this_python(release: Release) -> dict[str, Any]:
+    python = ".".join(map(str, sys.version_info[:2]))
+    no_files: list[KitFile] = []
+    return {
+        "schema": SCHEMA_VERSION,
+        "board": "this device",
+        "machine": platform.machine().lower(),
+        "python": python,
+        "engines": [release.formats[0]],
+        "needs": {"instructions": [], "glibc": "0.0", "ram_mb": 0, "packages_mb": 0},
+        "wheels": wheels_id(python, no_files),
+        "service": {"port": PORT, "memory_max_mb": _MEMORY_MAX_MB},
+        "files": no_files,
+    }

@@ -1,0 +1,114 @@
+"""Reads files of a repository over HTTP or from a folder, within limits of size and time."""
+
+from __future__ import annotations
+
+import http.client
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from edgetune_runtime import __version__
+from edgetune_runtime.errors import UnreachableError, UsageError
+
+_SILENT_S = 30.0
+"""For a connection, and between two bytes."""
+_GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
+"""A server that sends less than this on average has failed after the grace."""
+_CHUNK_BYTES = 1 << 16
+_MOST_REDIRECTS = 3
+_PARTIAL = 206
+"""The status of a reply with a part of a file."""
+_CHECK = "check the address and the network"
+
+
+class MissingError(UnreachableError):
+    """The repository has no such file."""
+
+
+class Location:
+    """Where a repository is: an address of HTTP or HTTPS, or a folder, as on a USB stick."""
+
+    def __init__(self, text: str) -> None:
+        scheme = urllib.parse.urlsplit(text).scheme
+        if "://" in text and scheme not in {"http", "https"}:
+            raise UsageError(f"--repo {text!r} is no address", "use http:// or https://, or a folder")
+        self._is_folder = "://" not in text
+        if self._is_folder and not Path(text).is_dir():
+            raise UnreachableError(f"{text} is not a folder", "give the address of a repository, or its folder")
+        # A folder is remembered, and this process need not start in the same one.
+        self.text = str(Path(text).absolute()) if self._is_folder else text.rstrip("/")
+
+    def read(self, path: str, most: int) -> bytes:
+        """A whole file; MissingError if there is none, UnreachableError if it is lost or too long."""
+        data = b"".join(self.blocks(path, most + 1))
+        if len(data) > most:
+            raise UnreachableError(f"{self.text}/{path} has more than {most} bytes", "check the address")
+        return data
+
+    def blocks(self, path: str, most: int, offset: int = 0) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, at most `most`; errors as those of `read`."""
+        where = f"{self.text}/{path}"
+        try:
+            with self._opened(path, offset) as source:
+                yield from _limited(source, most, where)
+        except FileNotFoundError as error:
+            raise MissingError(f"there is no {where}", _CHECK) from error
+        except urllib.error.HTTPError as error:
+            error.close()
+            kind = MissingError if error.code in {403, 404, 410} else UnreachableError
+            raise kind(f"cannot read {where}: status {error.code}", _CHECK) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", None) or error or type(error).__name__
+            raise UnreachableError(f"cannot read {where}: {reason}", _CHECK) from error
+
+    def _opened(self, path: str, offset: int) -> IO[bytes] | http.client.HTTPResponse:
+        """A file from an offset on."""
+        if self._is_folder:
+            file = Path(self.text, path).open("rb")  # noqa: SIM115 - the caller closes it
+            file.seek(offset)
+            return file
+        headers = {"User-Agent": f"edgetune-run/{__version__}", "Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        request = urllib.request.Request(f"{self.text}/{urllib.parse.quote(path)}", headers=headers)
+        reply: http.client.HTTPResponse = _OPENER.open(request, timeout=_SILENT_S)
+        begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
+        if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
+            # The server ignores ranges.
+            for _ in _limited(reply, offset, path):
+                pass
+        return reply
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows few redirects, and none that gives up encryption."""
+
+    max_redirections = _MOST_REDIRECTS
+
+    def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:  # noqa: ANN401
+        """Refuse a change from HTTPS to HTTP."""
+        new = super().redirect_request(req, *arguments)
+        if new is not None and req.type == "https" and new.type != "https":
+            raise urllib.error.URLError(f"it is redirected to {new.full_url[:200]}")
+        return new
+
+
+_OPENER = urllib.request.build_opener(_Redirects)
+
+
+def _limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
+    """At most `most` bytes of `source`; UnreachableError if they come too slowly."""
+    begin, count = time.monotonic(), 0
+    while count < most:
+        data = source.read1(min(_CHUNK_BYTES, most - count))  # type: ignore[union-attr]
+        if not data:
+            return
+        count += len(data)
+        yield data
+        elapsed_s = time.monotonic() - begin
+        if elapsed_s > _GRACE_S and count < elapsed_s * _SLOWEST_BYTES_PER_S:
+            raise UnreachableError(f"{where} came too slowly: {count} bytes in {elapsed_s:.0f} s", "try again later")

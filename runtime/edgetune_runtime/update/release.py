@@ -1,0 +1,109 @@
+"""A release: which files a bundle of a repository has in one version. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry
+from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.wording import printable
+
+SCHEMA_VERSION = 1
+ROLE_PREFIX = "bundle-"
+"""Before the name of a bundle: the role that signs its releases, whose name is unique in the repository."""
+METADATA_FOLDER, TARGETS_FOLDER, BLOBS_FOLDER = "metadata", "targets", "blobs"
+"""Folders of a repository: TUF's metadata, the releases, and the files of bundles by digest."""
+LONGEST_RELEASE = 4 * 10**6
+ISSUED = "issued"
+"""Field of TUF's root and timestamp with the time of their signature: no clock may be before it."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""The form of names of bundles and channels."""
+_DIGEST = re.compile("[0-9a-f]{64}")
+_WORD = re.compile("[a-z0-9_]{1,60}")
+_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
+_MOST_BYTES, _MOST_VERSION = 10**15, 10**9
+_REMEDY = "publish the bundle again"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A version of a bundle in a channel.
+
+    `version` grows with each release of the name, in whatever channel. `files` are those of the bundle by their paths
+    in it, the manifest and its signature included. `formats` are those of its base. `manifest_schema` is that of the
+    manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any.
+    """
+
+    name: str
+    channel: str
+    version: int
+    files: Mapping[str, FileEntry]
+    formats: tuple[str, ...]
+    manifest_schema: int
+    min_runtime: str = ""
+
+    @property
+    def bundle(self) -> str:
+        """The digest of the bundle's manifest, which says what is in it."""
+        return self.files[MANIFEST_NAME].sha256
+
+    def to_json(self) -> str:
+        """The text of a release."""
+        files = {path: vars(entry) for path, entry in sorted(self.files.items())}
+        return json.dumps({"schema": SCHEMA_VERSION, **vars(self), "files": files}, indent=1) + "\n"
+
+
+def path_of(name: str, channel: str) -> str:
+    """The path of a release among the targets of a repository."""
+    return f"{name}/{channel}.json"
+
+
+def parse_release(data: bytes) -> Release:
+    """The release in a file; VerificationError if it is damaged, IncompatibleError if it has a newer schema."""
+    try:
+        raw = json.loads(data)
+        if raw["schema"] != SCHEMA_VERSION:
+            message = f"the release has schema {str(raw['schema'])[:20]}, this runtime reads {SCHEMA_VERSION}"
+            raise IncompatibleError(message, "update edgetune-runtime")
+        release = Release(
+            name=_text(raw["name"], NAME),
+            channel=_text(raw["channel"], NAME),
+            version=_number(raw["version"], _MOST_VERSION),
+            files={_path(path): _entry(entry) for path, entry in raw["files"].items()},
+            formats=tuple(_text(name, _WORD) for name in raw["formats"]),
+            manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
+            min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
+        )
+        if MANIFEST_NAME not in release.files or not release.formats:
+            raise ValueError(f"it has no {MANIFEST_NAME}, or no formats")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise VerificationError(f"the release is damaged: {str(error)[:200]}", _REMEDY) from error
+    return release
+
+
+def _path(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path != "/".join(parts) or ".." in parts or path != printable(path) or {"/", "\\"} & set(parts[0]):
+        raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
+    return path
+
+
+def _entry(raw: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(_text(raw["sha256"], _DIGEST), _number(raw["bytes"], _MOST_BYTES))
+
+
+def _text(value: object, pattern: re.Pattern[str]) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"it has {str(value)[:80]!r}")
+    return value
+
+
+def _number(value: object, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"it has the number {str(value)[:80]}")
+    return value

@@ -1,0 +1,86 @@
+"""What a device remembers of its updates: where they come from, which versions it refuses, and the time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.store.durable import write_text
+from edgetune_runtime.type_checks import dataclass_of
+
+FOLDER = "update"
+METADATA_FOLDER = "metadata"
+"""Folder in FOLDER with the repository's metadata that this device trusts."""
+_STATE_NAME, _ROOT_NAME = "state.json", "root.json"
+_TRIES = 2
+"""How often a version may fail before it is not tried again."""
+
+
+@dataclass(frozen=True)
+class UpdateState:
+    """The state of a prefix.
+
+    `floors` has the newest release of each name that was the current one here: older ones are refused, also after a
+    rollback. `failures` counts by the digest of a bundle's manifest how often it did not answer as built, `refused`
+    has those that a user does not want, with the reason. `not_before` is when the newest metadata was signed.
+    `switching` is the id of the version that a switch began to, empty when it has ended.
+    """
+
+    repo: str = ""
+    bundle: str = ""
+    channel: str = "stable"
+    floors: Mapping[str, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    not_before: str = "1970-01-01T00:00:00+00:00"
+    switching: str = ""
+
+    @property
+    def time(self) -> datetime:
+        """A time that has passed for certain."""
+        return datetime.fromisoformat(self.not_before).astimezone(UTC)
+
+    def why_refused(self, digest: str) -> str | None:
+        """Why this device does not want the bundle with this manifest; None if it does."""
+        if digest in self.refused:
+            return self.refused[digest]
+        failed = self.failures.get(digest, 0)
+        return None if failed < _TRIES else f"it failed its check {failed} times"
+
+
+def read_state(prefix: Path) -> UpdateState:
+    """The state of a prefix, a new one if there is none; VerificationError if it is damaged."""
+    path = prefix / FOLDER / _STATE_NAME
+    try:
+        state = dataclass_of(UpdateState, json.loads(path.read_text(encoding="utf-8")))
+        _ = state.time
+    except FileNotFoundError:
+        return UpdateState()
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # Without its floors, an old version could be passed off as new.
+        message = f"{path} is damaged: {error}"
+        raise VerificationError(message, "restore it from a backup, or install the bundle again") from error
+    return state
+
+
+def write_state(prefix: Path, state: UpdateState) -> None:
+    """Write the state, whole or not at all."""
+    path = prefix / FOLDER / _STATE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(asdict(state), indent=1, sort_keys=True) + "\n")
+
+
+def read_trusted_root(prefix: Path) -> bytes | None:
+    """The root that updates of a prefix begin with; None if there is none."""
+    path = prefix / FOLDER / _ROOT_NAME
+    return path.read_bytes() if path.is_file() else None
+
+
+def write_trusted_root(prefix: Path, data: bytes) -> None:
+    """Trust another root from now on."""
+    (prefix / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_text(prefix / FOLDER / _ROOT_NAME, data.decode())

@@ -1,0 +1,277 @@
+"""Updates a device: finds the newest release, downloads what is missing of it, tries it, and switches to it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime import __version__
+from edgetune_runtime.bundle import SCHEMA_VERSION, read_manifest
+from edgetune_runtime.errors import (
+    IncompatibleError,
+    NotFoundError,
+    OutOfSpaceError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
+from edgetune_runtime.store import switch, versions
+from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.files import Store
+from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit, read_installed
+from edgetune_runtime.store.versions import Say
+
+from .description import describe, make_environment
+from .fetch import Location
+from .release import BLOBS_FOLDER, NAME, Release
+from .state import FOLDER, METADATA_FOLDER, UpdateState, read_state, read_trusted_root, write_state, write_trusted_root
+from .trust import TrustedRepository, read_root
+
+_RESERVE_BYTES = 50 * 10**6
+"""Left free on the disk for everything else on the device."""
+_ATTEMPTS = 3
+"""How often a download may fail without a new byte."""
+
+
+@dataclass(frozen=True)
+class UpdateSource:
+    """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
+
+    `root` is a file with root metadata to trust from now on.
+    """
+
+    repo: str | None = None
+    bundle: str | None = None
+    channel: str | None = None
+    root: Path | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest release for a device, and what it has: `reason` says why it does not want a newer one."""
+
+    release: Release
+    current: Kit | None
+    state: UpdateState
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the device does not have this bundle."""
+        return self.current is None or self.current.bundle != self.release.bundle
+
+    @property
+    def reason(self) -> str | None:
+        """Why the device does not want the release; None if it does, or if it has it."""
+        return self.state.why_refused(self.release.bundle) if self.is_new else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The release, whether it would be installed, and why not, as JSON values."""
+        release = self.release
+        return {
+            "name": release.name,
+            "channel": release.channel,
+            "release": release.version,
+            "available": self.is_new and self.reason is None,
+            "refused": self.reason,
+        }
+
+
+def check(prefix: Path, source: UpdateSource) -> Found:
+    """Look for a newer release, and remember where it comes from.
+
+    Raises UnreachableError if the repository cannot be reached, VerificationError if it is not acceptable, UsageError
+    if the source is not known.
+    """
+    with locked(prefix):
+        return _find(prefix, source)
+
+
+def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
+    """Install the newest release and switch to it if it answers as built; whether anything changed.
+
+    Raises what `check` does, OutOfSpaceError if the disk has too little room, IncompatibleError if the release needs a
+    newer runtime, VerificationError if it does not answer as built. The version before runs on then.
+    """
+    with locked(prefix):
+        found = _find(prefix, source)
+        if not found.is_new:
+            changed = _finish(prefix, found, say)
+            return found, changed
+        if found.reason is not None:
+            return found, False
+        _require_runtime(found.release)
+        kit = describe(found.release, found.current)
+        _download(prefix, kit, Location(found.state.repo), say)
+        make_environment(prefix, kit)
+        versions.place(prefix, kit)
+        _check_manifest(prefix, kit, found.release)
+        _activate(prefix, kit, found, say)
+        return found, True
+
+
+def roll_back(prefix: Path, reason: str, say: Say) -> str:
+    """Go back to the version before, and refuse the bundle that runs now from then on, for this reason; its id.
+
+    NotFoundError if there is no version before.
+    """
+    with locked(prefix):
+        state, current = read_state(prefix), _current(prefix)
+        before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
+        if before is not None and current is not None and current.version != before:
+            kit = read_installed(versions.path_of(prefix, before))
+            refused = {**state.refused, current.bundle: reason}
+            refused.pop(kit.bundle, None)
+            write_state(prefix, replace(state, refused=refused))
+        return switch.roll_back(prefix, say=say)
+
+
+def status(prefix: Path, say: Say) -> dict[str, Any]:
+    """What is installed and remembered, as JSON values; asks nobody."""
+    state = read_state(prefix)
+    installed = [{**item.to_json(), "release": item.kit.release} for item in versions.listing(prefix, say)]
+    if not installed and state == UpdateState():
+        raise NotFoundError(f"nothing is installed in {prefix}", "give another --prefix, or update with --apply")
+    return {
+        "prefix": str(prefix),
+        "path": str(prefix / versions.CURRENT / BUNDLE_FOLDER),
+        "repo": state.repo,
+        "name": state.bundle,
+        "channel": state.channel,
+        "versions": installed,
+        "floors": dict(state.floors),
+        "refused": dict(state.refused),
+        "failures": dict(state.failures),
+    }
+
+
+def _find(prefix: Path, source: UpdateSource) -> Found:
+    state, current = read_state(prefix), _current(prefix)
+    repo = source.repo or state.repo
+    if not repo:
+        raise UsageError("no repository is given", "add --repo URL")
+    root = read_trusted_root(prefix)
+    if source.root is not None:
+        root = _read_root_file(source.root)
+    if root is None:
+        message = f"{prefix} trusts no repository yet"
+        raise UsageError(message, "add --root FILE once, with the 1.root.json of `edgetune keys init`")
+    location = Location(repo)
+    trusted = TrustedRepository(location, prefix / FOLDER / METADATA_FOLDER, root, state.time)
+    trusted.refresh()
+    name = source.bundle or state.bundle or _name_among(trusted.names(), current)
+    release = trusted.release(name, source.channel or state.channel)
+    floor = state.floors.get(name, 0)
+    if release.version < floor:
+        message = f"release {release.version} of {name} is older than {floor}, which this device had"
+        raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
+    not_before = max(trusted.issued, state.time).isoformat()
+    state = replace(state, repo=location.text, bundle=name, channel=release.channel, not_before=not_before)
+    if source.root is not None:
+        write_trusted_root(prefix, root)
+    write_state(prefix, state)
+    return Found(release, current, state)
+
+
+def _read_root_file(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"cannot read --root {path}: {error.strerror}", "give a file N.root.json") from error
+    read_root(data)
+    return data
+
+
+def _name_among(names: list[str], current: Kit | None) -> str:
+    """The bundle to follow: the one that is installed, or the only one."""
+    if current is not None and current.name in names:
+        return current.name
+    if len(names) != 1 or not NAME.fullmatch(names[0]):
+        raise UsageError(f"the repository has {len(names)} bundles", f"add --bundle NAME: {', '.join(names)}")
+    return names[0]
+
+
+def _current(prefix: Path) -> Kit | None:
+    version = versions.linked(prefix, versions.CURRENT)
+    return None if version is None else read_installed(versions.path_of(prefix, version))
+
+
+def _require_runtime(release: Release) -> None:
+    """IncompatibleError if a release is for a newer runtime."""
+    needs = f"release {release.version} of {release.name} needs edgetune-runtime"
+    if _numbers(release.min_runtime) > _numbers(__version__):
+        raise IncompatibleError(f"{needs} {release.min_runtime}, this is {__version__}", "update edgetune-runtime")
+    if release.manifest_schema > SCHEMA_VERSION:
+        raise IncompatibleError(f"{needs} for manifests of schema {release.manifest_schema}", "update edgetune-runtime")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
+    """Receive the files of a version that the store lacks, and compare their digests; OutOfSpaceError without room."""
+    store = Store(prefix)
+    sizes = {file.sha256: file.bytes for file in kit.version_files}
+    received = store.received(sizes)
+    missing = {sha256: size for sha256, size in sizes.items() if received.get(sha256) != size}
+    needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
+    free = shutil.disk_usage(prefix).free
+    if free < needed + _RESERVE_BYTES:
+        message = f"the update needs {(needed + _RESERVE_BYTES) / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
+        raise OutOfSpaceError(message, "free some space")
+    if missing:
+        say(f"downloading {needed / 1e6:.1f} MB")
+    for sha256, size in missing.items():
+        _download_file(store, sha256, size, location)
+
+
+def _download_file(store: Store, sha256: str, size: int, location: Location) -> None:
+    """Receive a file, and go on where a connection was lost."""
+
+    def rest_from(offset: int) -> Iterator[bytes]:
+        return location.blocks(f"{BLOBS_FOLDER}/{sha256}", size - offset, offset)
+
+    failed, count = 0, 0
+    while True:
+        try:
+            return store.fill(sha256, size, rest_from, "update again, it goes on from there")
+        except UnreachableError:
+            before, count = count, store.part_bytes(sha256)
+            failed = 0 if count > before else failed + 1
+            if failed == _ATTEMPTS:
+                raise
+
+
+def _check_manifest(prefix: Path, kit: Kit, release: Release) -> None:
+    """VerificationError unless all files of the bundle are those of the release; errors as those of `read_manifest`."""
+    manifest = read_manifest(versions.path_of(prefix, kit.version) / BUNDLE_FOLDER)
+    wrong = [name for name, entry in manifest.files.items() if release.files.get(name) != entry]
+    if wrong or manifest.name != release.name:
+        message = f"release {release.version} of {release.name} does not match its manifest"
+        raise VerificationError(message, "publish the bundle again")
+
+
+def _activate(prefix: Path, kit: Kit, found: Found, say: Say) -> bool:
+    """Switch to a version, and remember how that ended."""
+    state, release = found.state, found.release
+    write_state(prefix, replace(state, switching=kit.version))
+    try:
+        changed = switch.activate(prefix, kit, None, say)
+    except VerificationError:
+        count = state.failures.get(release.bundle, 0) + 1
+        write_state(prefix, replace(state, failures={**state.failures, release.bundle: count}))
+        raise
+    write_state(prefix, replace(state, floors={**state.floors, release.name: release.version}))
+    return changed
+
+
+def _finish(prefix: Path, found: Found, say: Say) -> bool:
+    """Complete a switch to the current version that was cut off; whether anything changed."""
+    assert found.current is not None
+    if found.state.switching == found.current.version:
+        return _activate(prefix, found.current, found, say)
+    write_state(prefix, replace(found.state, floors={**found.state.floors, found.release.name: found.release.version}))
+    return False

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
+from edgetune_runtime.update.fetch import Location
+from edgetune_runtime.update.release import Release
+from edgetune_runtime.update.trust import TrustedRepository
+from kills import KILLED, killed_at
+from kits import write_bundle
+from repositories import PASSPHRASE, Publisher, make_keys, open_keys, publish
+
+from edgetune.cli.main import main
+from edgetune.delivery.publish import key_folder
+from edgetune.delivery.publish.key_files import PASSPHRASE as VARIABLE
+from edgetune.delivery.publish.key_folder import BUNDLES, ROOT_ROLES, TRUSTED_KEYS_NAME, KeyFolder
+from edgetune.delivery.publish.publish import refresh, sign
+
+_START = datetime.fromtimestamp(0, UTC)
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(tmp_path)
+
+
+def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> Release:
+    """The newest release that a device with this root and metadata folder accepts."""
+    trusted = TrustedRepository(Location(str(repo)), folder, root.read_bytes(), _START)
+    trusted.refresh()
+    return trusted.release(name, "stable")
+
+
+def test_a_repository_has_each_file_once_and_a_release_per_publish(publisher: Publisher, tmp_path: Path) -> None:
+    first = publisher("one")
+    blobs = {path.name for path in (publisher.repo / "blobs").iterdir()}
+    second = publisher("two")
+    assert (first.release.version, second.release.version) == (1, 2)
+    # The answer, the manifest and its signature.
+    assert len({path.name for path in (publisher.repo / "blobs").iterdir()} - blobs) == 3
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == second.release
+
+
+def test_a_bundle_that_the_channel_has_is_not_published_again(publisher: Publisher) -> None:
+    first = publisher("one")
+    again = publisher("one")
+    assert (again.changed, again.copied_bytes, again.release) == (False, 0, first.release)
+
+
+def test_bundles_and_channels_are_apart(publisher: Publisher, tmp_path: Path) -> None:
+    publisher("one")
+    other = write_bundle(tmp_path / "other", "three")
+    publish(other, publisher.repo, publisher.keys)
+    beta = publisher("two", channel="beta")
+    assert beta.release.version == 2
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "other").name == "other"
+    with pytest.raises(NotFoundError, match="its bundles are: home, other"):
+        seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "another")
+
+
+def test_a_publish_that_is_killed_at_any_write_leaves_a_valid_repository(publisher: Publisher, tmp_path: Path) -> None:
+    one = publisher("one").release
+    write_bundle(publisher.bundle, "two")
+    kept, versions = tmp_path / "kept", []
+    shutil.copytree(publisher.repo, kept)
+
+    def action() -> int:
+        publish(publisher.bundle, publisher.repo, publisher.keys)
+        return 0
+
+    for write in range(1, 200):
+        shutil.rmtree(publisher.repo)
+        shutil.copytree(kept, publisher.repo)
+        code = killed_at(write, action)
+        versions.append(seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}").version)
+        action()
+        assert seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}").version == 2
+        if code == 0:
+            break
+        assert code == KILLED
+    assert write > 15 and one.version == 1
+    assert versions == sorted(versions) and set(versions) == {1, 2}
+
+
+@pytest.mark.parametrize("role", [*ROOT_ROLES, BUNDLES])
+def test_devices_follow_a_new_key_whenever_publishing_it_is_killed(role: str, tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path)
+    publisher("one")
+    seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
+    publisher.keys.rotate(role)
+    kept = tmp_path / "kept"
+    shutil.copytree(publisher.repo, kept)
+
+    def action() -> int:
+        refresh(publisher.repo, publisher.keys, expires_days=30)
+        return 0
+
+    for write in range(1, 100):
+        shutil.rmtree(publisher.repo)
+        shutil.copytree(kept, publisher.repo)
+        code = killed_at(write, action, within="repo")
+        device = shutil.copytree(tmp_path / "device", tmp_path / f"device-{write}", symlinks=True)
+        assert seen_by_device(publisher.repo, publisher.root, device).version == 1
+        if code == 0:
+            break
+    assert write > 5
+    assert publisher("two").release == seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
+
+
+def test_a_lost_or_stolen_key_is_replaced_with_the_root_keys(publisher: Publisher, tmp_path: Path) -> None:
+    publisher("one")
+    (stolen,) = publisher.keys.folder.glob("timestamp-*.pem")
+    thief = tmp_path / "thief"
+    shutil.copytree(publisher.keys.folder, thief)
+    forged = tmp_path / "forged"
+    shutil.copytree(publisher.repo, forged)
+    stolen.unlink()
+    with pytest.raises(NotFoundError, match="private keys of timestamp are not in"):
+        refresh(publisher.repo, publisher.keys, expires_days=30)
+    publisher.keys.rotate("timestamp")
+    publisher("two")
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 2
+    # The thief has no root key that devices trust.
+    publish(write_bundle(publisher.bundle, "evil"), forged, open_keys(thief))
+    with pytest.raises(VerificationError, match="is refused"):
+        seen_by_device(forged, publisher.root, tmp_path / "device")
+
+
+def test_a_root_key_can_be_lost_where_fewer_must_sign(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys", root_keys=3, threshold=2)
+    bundle, repo = write_bundle(tmp_path / "home", "one"), tmp_path / "repo"
+    publish(bundle, repo, keys)
+    lost = keys.keys("root")[0].keyid
+    next(keys.folder.glob(f"root-{lost[:8]}.pem")).unlink()
+    keys.rotate("root")
+    publish(bundle, repo, keys)
+    assert seen_by_device(repo, keys.folder / "1.root.json", tmp_path / "device").version == 1
+    for path in list(keys.folder.glob("root-*.pem"))[1:]:
+        path.unlink()
+    before = {path.name for path in keys.folder.iterdir()}
+    with pytest.raises(UsageError, match=r"1 private root keys are in .*, and 2 must sign"):
+        keys.add("targets")
+    assert {path.name for path in keys.folder.iterdir()} == before
+
+
+def test_the_last_key_of_a_role_cannot_be_revoked(publisher: Publisher) -> None:
+    (key,) = publisher.keys.keys("snapshot")
+    with pytest.raises(UsageError, match="snapshot needs 1 keys, and 0 would be left"):
+        publisher.keys.revoke(key.keyid[:10])
+    publisher.keys.add("snapshot")
+    assert publisher.keys.revoke(key.keyid[:10]) == "snapshot"
+    assert key.keyid not in {item.keyid for item in publisher.keys.keys("snapshot")}
+    with pytest.raises(NotFoundError, match="0 keys"):
+        publisher.keys.revoke("nothing")
+
+
+def test_an_expired_repository_is_valid_again_after_another_signature(publisher: Publisher, tmp_path: Path) -> None:
+    publisher("one")
+    path = publisher.repo / "metadata/timestamp.json"
+    soon = datetime.now(UTC) + timedelta(days=200)
+    trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "late", publisher.root.read_bytes(), _START)
+    trusted._updater._trusted_set.reference_time = soon
+    with pytest.raises(VerificationError, match=r"is expired.* sign it again"):
+        trusted.refresh()
+    before = path.read_bytes()
+    refresh(publisher.repo, publisher.keys, expires_days=30)
+    assert path.read_bytes() != before
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
+
+
+def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_folder, "_ROOT_DAYS", -1)
+    publisher = Publisher(tmp_path)
+    with pytest.raises(UsageError, match=r"expired on .*; sign the next one: edgetune keys rotate"):
+        publisher("one")
+    monkeypatch.undo()
+    publisher.keys.rotate("root")
+    publisher("one")
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
+
+
+@pytest.mark.parametrize("name", ["timestamp.json", "1.snapshot.json", "1.targets.json", "1.bundle-home.json"])
+def test_what_somebody_else_put_into_a_repository_is_not_signed(name: str, publisher: Publisher) -> None:
+    publisher("one")
+    path = publisher.repo / "metadata" / name
+    path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":2'))
+    with pytest.raises(VerificationError, match="not signed by the keys"):
+        publisher("two")
+
+
+def test_the_keys_of_another_repository_are_refused(publisher: Publisher, tmp_path: Path) -> None:
+    publisher("one")
+    with pytest.raises(UsageError, match="is not the one in"):
+        publish(publisher.bundle, publisher.repo, make_keys(tmp_path / "others"))
+
+
+def keys_with(tmp_path: Path, damage: str) -> KeyFolder:
+    keys = make_keys(tmp_path / "keys")
+    (path,) = keys.folder.glob("bundles-*.pem")
+    if damage == "rights":
+        path.chmod(0o640)
+    if damage == "bytes":
+        path.write_bytes(path.read_bytes()[:100])
+    if damage == "other":
+        (other,) = keys.folder.glob("snapshot-*.pem")
+        shutil.copy(other, path)
+    return keys if damage != "passphrase" else KeyFolder(keys.folder, lambda: "wrong horse")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ("rights", r"others may read .* \(mode 0640\); run: chmod 600"),
+        ("bytes", "the passphrase does not open .*, or the file is damaged"),
+        ("passphrase", "the passphrase does not open"),
+        ("other", "is not the private key"),
+    ],
+)
+def test_a_key_file_that_cannot_be_used_is_refused_in_one_line(damage: str, problem: str, tmp_path: Path) -> None:
+    keys = keys_with(tmp_path, damage)
+    with pytest.raises(EdgetuneError, match=problem) as caught:
+        publish(write_bundle(tmp_path / "home", "one"), tmp_path / "repo", keys)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "repo/metadata/timestamp.json").exists()
+
+
+def test_private_keys_are_encrypted_and_readable_for_their_owner_only(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys", root_keys=2)
+    files = list(keys.folder.glob("*.pem"))
+    assert len(files) == 6
+    assert all(b"ENCRYPTED" in path.read_bytes() and path.stat().st_mode & 0o777 == 0o600 for path in files)
+
+
+def test_the_commands_make_list_and_replace_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, PASSPHRASE)
+    keys = str(tmp_path / "keys")
+    assert main(["keys", "init", keys, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["role"] for row in rows] == ["root", "root", "root", "targets", "snapshot", "timestamp", "bundles"]
+    assert {row["threshold"] for row in rows if row["role"] == "root"} == {2}
+    assert main(["keys", "rotate", keys, "bundles"]) == 0
+    assert main(["keys", "add", keys, "timestamp"]) == 0
+    assert main(["keys", "revoke", keys, rows[-2]["key"][:8]]) == 0
+    capsys.readouterr()
+    assert main(["keys", "list", keys, "--json"]) == 0
+    after = {row["key"] for row in json.loads(capsys.readouterr().out)}
+    assert {row["key"] for row in rows} - after == {rows[-1]["key"], rows[-2]["key"]}
+    assert main(["keys", "rotate", keys, "bundle"]) == 2
+    assert "did you mean 'bundles'?" in capsys.readouterr().err
+    assert main(["keys", "init", keys]) == 2
+    monkeypatch.delenv(VARIABLE)
+    bundle = str(write_bundle(tmp_path / "home", "one"))
+    assert main(["publish", bundle, "--repo", str(tmp_path / "repo"), "--keys", keys]) == 2
+    assert f"set {VARIABLE}" in capsys.readouterr().err
+
+
+def test_a_bundle_is_trusted_by_the_keys_that_signed_it(tmp_path: Path) -> None:
+    keys, others = make_keys(tmp_path / "keys"), make_keys(tmp_path / "others")
+    bundle, trusted = write_bundle(tmp_path / "home", "one"), keys.folder / TRUSTED_KEYS_NAME
+    with pytest.raises(VerificationError, match=f"is not signed: it has no {SIGNATURE_NAME}"):
+        require_signed(bundle, trusted)
+    sign(bundle, keys)
+    require_signed(bundle, trusted)
+    with pytest.raises(VerificationError, match="is not signed by a key in"):
+        require_signed(bundle, others.folder / TRUSTED_KEYS_NAME)
+    manifest = bundle / MANIFEST_NAME
+    manifest.write_bytes(manifest.read_bytes().replace(b'"home"', b'"hame"'))
+    with pytest.raises(VerificationError, match="or its manifest was changed"):
+        require_signed(bundle, trusted)
+    (bundle / SIGNATURE_NAME).write_text("{}")
+    with pytest.raises(VerificationError, match="is damaged"):
+        require_signed(bundle, trusted)

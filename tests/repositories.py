@@ -1,0 +1,122 @@
+"""Signed repositories of tiny bundles, and web servers for them that can misbehave."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kits import write_bundle
+
+from edgetune.delivery.publish.key_folder import KeyFolder
+from edgetune.delivery.publish.publish import Published
+from edgetune.delivery.publish.publish import publish as publish_bundle
+from edgetune.progress import Progress
+
+PASSPHRASE = "correct horse"
+
+
+def open_keys(folder: Path) -> KeyFolder:
+    """The keys in a folder."""
+    return KeyFolder(folder, lambda: PASSPHRASE)
+
+
+def make_keys(folder: Path, root_keys: int = 1, threshold: int = 1) -> KeyFolder:
+    """New keys, by default with one root key."""
+    folder.mkdir(parents=True)
+    keys = open_keys(folder)
+    keys.create(root_keys, threshold)
+    return keys
+
+
+def publish(
+    bundle: Path, repo: Path, keys: KeyFolder, *, min_runtime: str = "", expires_days: int = 90, channel: str = "stable"
+) -> Published:
+    """Publish a bundle without a word."""
+    options = {"channel": channel, "min_runtime": min_runtime, "expires_days": expires_days}
+    return publish_bundle(bundle, repo, keys, Progress(quiet=True), **options)
+
+
+class Publisher:
+    """A repository of a bundle "home" that answers with a text."""
+
+    def __init__(self, folder: Path) -> None:
+        self.repo, self.bundle = folder / "repo", folder / "home"
+        self.keys = make_keys(folder / "keys")
+
+    @property
+    def root(self) -> Path:
+        """The first root."""
+        return self.keys.folder / "1.root.json"
+
+    def __call__(self, answer: str, **options: object) -> Published:
+        """Publish the bundle with another answer."""
+        return publish(write_bundle(self.bundle, answer), self.repo, self.keys, **options)  # type: ignore[arg-type]
+
+
+class Server:
+    """A web server for a folder: `requests` has what it was asked for, `sent` the bytes of each body.
+
+    `cut_after` ends a connection after so many bytes of a blob, `ignores_ranges` sends whole files, `replies` has the
+    body for some paths, `redirects` where others are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.requests: list[str] = []
+        self.sent: list[int] = []
+        self.cut_after: int | None = None
+        self.ignores_ranges = False
+        self.replies: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
+        self.url = ""
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """Serve a folder on loopback in the block."""
+    server = Server(folder)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.lstrip("/")
+            server.requests.append(path)
+            if path in server.redirects:
+                self.send_response(302)
+                self.send_header("Location", server.redirects[path])
+                self.end_headers()
+                return
+            file = server.folder / path
+            if path not in server.replies and not file.is_file():
+                self.send_error(404)
+                return
+            self._send(server.replies.get(path) or file.read_bytes(), is_blob=path.startswith("blobs/"))
+
+        def _send(self, data: bytes, *, is_blob: bool) -> None:
+            found = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            offset = 0 if found is None or server.ignores_ranges else int(found[1])
+            self.send_response(206 if offset else 200)
+            if offset:
+                self.send_header("Content-Range", f"bytes {offset}-{len(data) - 1}/{len(data)}")
+            body = data[offset:]
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            body = body if server.cut_after is None or not is_blob else body[: server.cut_after]
+            server.sent.append(len(body))
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        server.url = f"http://127.0.0.1:{found.server_port}"
+        thread = threading.Thread(target=found.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            found.shutdown()
+            thread.join()

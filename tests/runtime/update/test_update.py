@@ -1,0 +1,453 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from edgetune_runtime.cli import main
+from edgetune_runtime.errors import (
+    BusyError,
+    EdgetuneError,
+    IncompatibleError,
+    NotFoundError,
+    OutOfSpaceError,
+    UnreachableError,
+    UsageError,
+    VerificationError,
+)
+from edgetune_runtime.store.durable import locked
+from edgetune_runtime.update import fetch, trust, update
+from edgetune_runtime.update.state import read_state, write_state
+from edgetune_runtime.update.update import UpdateSource
+from kills import KILLED, killed_at
+from kits import KitMaker, ask, write_bundle
+from repositories import Publisher, Server, publish, serving
+
+from edgetune.delivery.board import main as board
+
+# The environment of a kit has a stand-in for the runtime, which answers from text files.
+pytestmark = pytest.mark.slow
+NOTHING = UpdateSource()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prefix with a kit whose bundle answers "zero"."""
+    folder = tmp_path_factory.mktemp("kits")
+    prefix = tmp_path_factory.mktemp("device") / "home"
+    assert board.main(["install", str(KitMaker(folder)("zero")), "--prefix", str(prefix)]) == 0
+    return prefix
+
+
+@pytest.fixture
+def prefix(installed: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(installed, tmp_path / "device/home", symlinks=True))
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(tmp_path / "host")
+
+
+@pytest.fixture
+def server(publisher: Publisher) -> Iterator[Server]:
+    publisher("one")
+    with serving(publisher.repo) as server:
+        yield server
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def apply(prefix: Path, source: UpdateSource = NOTHING) -> bool:
+    return update.apply(prefix, source, silent)[1]
+
+
+def source_of(publisher: Publisher, where: Server | Path) -> UpdateSource:
+    return UpdateSource(repo=where.url if isinstance(where, Server) else str(where), root=publisher.root)
+
+
+def test_an_update_downloads_what_has_changed_and_switches(prefix: Path, publisher: Publisher, server: Server) -> None:
+    found = update.check(prefix, source_of(publisher, server))
+    assert found.to_json() == {
+        "name": "home", "channel": "stable", "release": 1, "available": True, "refused": None
+    }  # fmt: skip
+    assert ask(prefix) == "zero"
+    assert apply(prefix)
+    assert ask(prefix) == "one"
+    server.requests.clear()
+    publisher("two")
+    assert apply(prefix)
+    assert ask(prefix) == "two"
+    # The answer, the manifest and its signature: the base is there.
+    assert sum(path.startswith("blobs/") for path in server.requests) == 3
+    listed = update.status(prefix, silent)
+    assert [(item["state"], item["release"]) for item in listed["versions"]] == [("current", 2), ("previous", 1)]
+    assert (listed["repo"], listed["name"], listed["channel"]) == (server.url, "home", "stable")
+
+
+def test_a_device_that_is_up_to_date_makes_one_small_request(
+    prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    assert apply(prefix, source_of(publisher, server))
+    server.requests.clear()
+    server.sent.clear()
+    assert not apply(prefix)
+    assert server.requests == ["metadata/timestamp.json"]
+    assert sum(server.sent) < 4000
+
+
+def test_a_repository_can_be_a_folder_that_is_found_again(
+    prefix: Path, publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher("one")
+    monkeypatch.chdir(publisher.repo.parent)
+    assert apply(prefix, source_of(publisher, Path("repo")))
+    assert ask(prefix) == "one"
+    publisher("two")
+    monkeypatch.chdir(tmp_path)
+    assert apply(prefix)
+    assert ask(prefix) == "two"
+
+
+def test_the_script_of_a_prefix_says_which_one_it_is(installed: Path) -> None:
+    script = (installed / "bin/edgetune-run").read_text().replace('exec "$version/venv/bin/python"', "exec env #")
+    shown = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert f"EDGETUNE_PREFIX={installed}" in shown.splitlines()
+
+
+@pytest.mark.parametrize("answer", ["wrong", "crash"])
+def test_a_version_that_fails_its_trial_is_tried_twice_and_then_left_out(
+    answer: str, prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    publisher(answer)
+    for source in (source_of(publisher, server), NOTHING):
+        with pytest.raises(VerificationError, match="fails its check"):
+            apply(prefix, source)
+        assert ask(prefix) == "zero"
+    server.requests.clear()
+    found, changed = update.apply(prefix, NOTHING, silent)
+    assert (found.to_json()["refused"], changed) == ("it failed its check 2 times", False)
+    assert server.requests == ["metadata/timestamp.json"]
+    publisher("two")
+    assert apply(prefix)
+    assert ask(prefix) == "two"
+
+
+def test_a_bundle_that_was_gone_back_from_is_left_out_until_a_newer_one(
+    prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    apply(prefix, source_of(publisher, server))
+    publisher("two")
+    apply(prefix)
+    update.roll_back(prefix, "this device went back from it", silent)
+    assert ask(prefix) == "one"
+    assert not apply(prefix)
+    assert update.check(prefix, NOTHING).reason == "this device went back from it"
+    assert ask(prefix) == "one"
+    publisher("three")
+    assert apply(prefix)
+    update.roll_back(prefix, "it was marked as bad", silent)
+    assert ask(prefix) == "one"
+    update.roll_back(prefix, "this device went back from it", silent)
+    assert ask(prefix) == "three"
+    assert update.check(prefix, NOTHING).reason is None
+
+
+def test_a_kit_and_updates_follow_each_other(
+    prefix: Path, publisher: Publisher, server: Server, tmp_path: Path
+) -> None:
+    apply(prefix, source_of(publisher, server))
+    assert board.main(["rollback", "--prefix", str(prefix)]) == 0
+    assert ask(prefix) == "zero"
+    (tmp_path / "kits").mkdir()
+    assert board.main(["install", str(KitMaker(tmp_path / "kits")("kit")), "--prefix", str(prefix)]) == 0
+    assert ask(prefix) == "kit"
+    assert apply(prefix)
+    assert ask(prefix) == "one"
+
+
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+def test_a_download_that_is_cut_off_goes_on(
+    ignores_ranges: bool, prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    (publisher.bundle / "base").mkdir(exist_ok=True)
+    big = publisher.bundle / "base/big.bin"
+    big.write_bytes(bytes(range(256)) * 4000)
+    publisher("two")
+    server.cut_after, server.ignores_ranges = 300_000, ignores_ranges
+    if ignores_ranges:
+        # A server that always ends at the same byte never gets further.
+        with pytest.raises(UnreachableError, match="of 1024000 bytes"):
+            apply(prefix, source_of(publisher, server))
+        assert ask(prefix) == "zero"
+        server.cut_after = None
+        assert apply(prefix)
+    else:
+        assert apply(prefix, source_of(publisher, server))
+    assert ask(prefix) == "two"
+    assert (prefix / "current/bundle/base/big.bin").read_bytes() == big.read_bytes()
+
+
+def blob_of(publisher: Publisher, answer: str) -> str:
+    return next(path.name for path in (publisher.repo / "blobs").iterdir() if path.read_bytes() == answer.encode())
+
+
+@pytest.mark.parametrize("data", [b"owe", b"on", b"one" * 1000])
+def test_bytes_that_were_not_signed_are_refused_and_the_old_version_runs(
+    data: bytes, prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    blob = f"blobs/{blob_of(publisher, 'one')}"
+    server.replies[blob] = data
+    # Of a body that is too long, only the signed length is read.
+    if data.startswith(b"one"):
+        assert apply(prefix, source_of(publisher, server))
+        return
+    with pytest.raises(EdgetuneError, match=r"are damaged|2 of 3 bytes"):
+        apply(prefix, source_of(publisher, server))
+    assert ask(prefix) == "zero"
+    server.replies.clear()
+    assert apply(prefix)
+    assert ask(prefix) == "one"
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "problem"),
+    [
+        ("metadata/timestamp.json", b"<html>log in</html>", "is refused"),
+        ("metadata/timestamp.json", b"x" * 5000, "more than 4000 bytes"),
+        ("metadata/timestamp.json", b"[]", "is refused"),
+        ("metadata/timestamp.json", b'{"signed": {"_type": "timestamp"}, "signatures": []}', "is refused"),
+        ("metadata/1.snapshot.json", b"<html>", "is refused"),
+        ("metadata/1.targets.json", b"<html>", "is refused"),
+        ("metadata/1.bundle-home.json", b"{}", "is refused"),
+        ("metadata/2.root.json", b"<html>", "is refused"),
+    ],
+)
+def test_what_is_not_the_signed_metadata_is_refused_in_one_line(
+    path: str, data: bytes, problem: str, prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    server.replies[path] = data
+    with pytest.raises(EdgetuneError, match=problem) as caught:
+        apply(prefix, source_of(publisher, server))
+    assert "\n" not in str(caught.value)
+    assert ask(prefix) == "zero"
+
+
+@pytest.mark.parametrize(
+    "path", ["metadata/timestamp.json", "metadata/1.snapshot.json", "metadata/1.targets.json", "blobs", "targets"]
+)
+def test_a_repository_that_is_half_there_is_refused_in_one_line(
+    path: str, prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    (publisher.repo / path).rename(publisher.repo / "away")
+    with pytest.raises(UnreachableError, match="status 404") as caught:
+        apply(prefix, source_of(publisher, server))
+    assert "\n" not in str(caught.value)
+    assert ask(prefix) == "zero"
+    (publisher.repo / "away").rename(publisher.repo / path)
+    assert apply(prefix, source_of(publisher, server))
+
+
+def test_a_server_that_is_not_there_sends_nothing_or_is_slow_is_given_up(
+    prefix: Path, publisher: Publisher, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UnreachableError, match="refused"):
+        apply(prefix, UpdateSource(repo="http://127.0.0.1:1", root=publisher.root))
+    server.redirects["metadata/timestamp.json"] = "file:///etc/passwd"
+    with pytest.raises(UnreachableError):
+        apply(prefix, source_of(publisher, server))
+    server.redirects["metadata/timestamp.json"] = "/metadata/timestamp.json"
+    with pytest.raises(UnreachableError):
+        apply(prefix, source_of(publisher, server))
+    server.redirects.clear()
+    monkeypatch.setattr(fetch, "_GRACE_S", -1.0)
+    monkeypatch.setattr(fetch, "_SLOWEST_BYTES_PER_S", 10**12)
+    with pytest.raises(UnreachableError, match="came too slowly"):
+        apply(prefix, source_of(publisher, server))
+    assert ask(prefix) == "zero"
+
+
+def test_an_old_state_of_the_repository_is_refused(prefix: Path, publisher: Publisher, tmp_path: Path) -> None:
+    publisher("one")
+    old = Path(shutil.copytree(publisher.repo, tmp_path / "old"))
+    publisher("two")
+    apply(prefix, source_of(publisher, publisher.repo))
+    with pytest.raises(VerificationError, match="is refused"):
+        apply(prefix, UpdateSource(repo=str(old)))
+    # Also after a rollback, and by somebody who can delete the metadata.
+    update.roll_back(prefix, "this device went back from it", silent)
+    shutil.rmtree(prefix / "update/metadata")
+    with pytest.raises(VerificationError, match="release 1 of home is older than 2"):
+        apply(prefix, UpdateSource(repo=str(old)))
+    assert ask(prefix) == "zero"
+
+
+def test_states_of_a_repository_are_not_mixed(prefix: Path, publisher: Publisher) -> None:
+    publisher("one")
+    apply(prefix, source_of(publisher, publisher.repo))
+    publisher("two")
+    metadata = publisher.repo / "metadata"
+    shutil.copy(metadata / "1.snapshot.json", metadata / "2.snapshot.json")
+    with pytest.raises(VerificationError, match="is refused"):
+        apply(prefix)
+    assert ask(prefix) == "one"
+
+
+def test_a_bundle_signed_by_the_keys_of_another_role_is_refused(prefix: Path, publisher: Publisher) -> None:
+    publisher("one")
+    metadata = publisher.repo / "metadata/1.bundle-home.json"
+    raw = json.loads(metadata.read_text())
+    timestamp = json.loads((publisher.repo / "metadata/timestamp.json").read_text())
+    raw["signatures"] = timestamp["signatures"]
+    metadata.write_text(json.dumps(raw))
+    with pytest.raises(VerificationError, match="is refused"):
+        apply(prefix, source_of(publisher, publisher.repo))
+
+
+def test_a_clock_that_was_reset_does_not_accept_what_has_expired(
+    prefix: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher("one")
+
+    class Reset(trust.datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> trust.datetime:
+            return cls(1970, 1, 1, tzinfo=trust.UTC)
+
+    monkeypatch.setattr(trust, "datetime", Reset)
+    # A device that was never online has the time of its root, and one that was, that of the newest metadata.
+    assert apply(prefix, source_of(publisher, publisher.repo))
+    assert read_state(prefix).time.year > 2025
+    state = read_state(prefix)
+    later = state.time.replace(year=state.time.year + 1)
+    write_state(prefix, replace(state, not_before=later.isoformat()))
+    with pytest.raises(VerificationError, match=r"is expired, as it is .* UTC here"):
+        update.check(prefix, NOTHING)
+    assert ask(prefix) == "one"
+
+
+def test_a_release_for_a_newer_runtime_is_refused_before_it_is_downloaded(
+    prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    publisher("two", min_runtime="99.1")
+    with pytest.raises(IncompatibleError, match=r"release 2 of home needs edgetune-runtime 99.1, this is"):
+        apply(prefix, source_of(publisher, server))
+    assert not any(path.startswith("blobs/") for path in server.requests)
+    assert ask(prefix) == "zero"
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_downloaded(
+    prefix: Path, publisher: Publisher, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_100))
+    with pytest.raises(OutOfSpaceError, match="50 MB are free"):
+        apply(prefix, source_of(publisher, server))
+    assert not any(path.startswith("blobs/") for path in server.requests)
+
+
+def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:
+    with locked(prefix), pytest.raises(BusyError):
+        apply(prefix, source_of(publisher, server))
+    assert apply(prefix, source_of(publisher, server))
+
+
+def test_what_a_device_does_not_know_is_asked_for_in_one_line(
+    prefix: Path, publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    publish(write_bundle(tmp_path / "other", "three"), publisher.repo, publisher.keys)
+    repo = str(publisher.repo)
+    with pytest.raises(UsageError, match="add --repo URL"):
+        apply(prefix)
+    with pytest.raises(UsageError, match="add --root FILE once"):
+        apply(prefix, UpdateSource(repo=repo))
+    with pytest.raises(NotFoundError, match="cannot read --root"):
+        apply(prefix, UpdateSource(repo=repo, root=tmp_path / "none"))
+    with pytest.raises(UsageError, match="has no root of a repository"):
+        apply(prefix, UpdateSource(repo=repo, root=publisher.bundle / "answer.txt"))
+    with pytest.raises(UsageError, match="--repo 'ftp://x' is no address"):
+        apply(prefix, UpdateSource(repo="ftp://x", root=publisher.root))
+    with pytest.raises(UsageError, match="the repository has 2 bundles; add --bundle NAME: home, other"):
+        apply(tmp_path / "new", UpdateSource(repo=repo, root=publisher.root))
+    with pytest.raises(NotFoundError, match="no bundle 'third'"):
+        apply(prefix, UpdateSource(repo=repo, root=publisher.root, bundle="third"))
+    (prefix / "update").mkdir(exist_ok=True)
+    (prefix / "update/state.json").write_text('{"floors": 3}')
+    with pytest.raises(VerificationError, match="floors cannot be '3'"):
+        apply(prefix)
+    assert ask(prefix) == "zero"
+
+
+def test_an_update_that_is_killed_at_any_write_leaves_a_version_running(
+    prefix: Path, publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    apply(prefix, source_of(publisher, publisher.repo))
+    publisher("two")
+    kept, seen = tmp_path / "kept", []
+    prefix.rename(kept)
+
+    for write in range(1, 500):
+        shutil.rmtree(prefix, ignore_errors=True)
+        shutil.copytree(kept, prefix, symlinks=True)
+        code = killed_at(write, lambda: int(not apply(prefix)))
+        seen.append(ask(prefix))
+        if code == 0:
+            break
+        assert code == KILLED
+        apply(prefix)
+        assert ask(prefix) == "two"
+        assert read_state(prefix).floors == {"home": 2}
+        assert len(list((prefix / "versions").iterdir())) == 2
+    assert write > 30
+    assert seen == sorted(seen) and set(seen) == {"one", "two"}
+
+
+def test_a_rollback_that_is_killed_at_any_write_can_be_run_again(
+    prefix: Path, publisher: Publisher, tmp_path: Path
+) -> None:
+    for answer in ("one", "two"):
+        publisher(answer)
+        apply(prefix, source_of(publisher, publisher.repo))
+    kept = tmp_path / "kept"
+    prefix.rename(kept)
+
+    def go_back() -> int:
+        update.roll_back(prefix, "this device went back from it", silent)
+        return 0
+
+    for write in range(1, 100):
+        shutil.rmtree(prefix, ignore_errors=True)
+        shutil.copytree(kept, prefix, symlinks=True)
+        code = killed_at(write, go_back)
+        if ask(prefix) == "two" or (prefix / ".rollback").is_symlink():
+            go_back()
+        assert ask(prefix) == "one"
+        assert not apply(prefix)
+        if code == 0:
+            break
+        assert code == KILLED
+    assert write > 10
+
+
+def test_the_command_speaks_json(
+    prefix: Path, publisher: Publisher, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["update", "--prefix", str(prefix), "--json"]
+    assert main([*words, "--apply", "--repo", server.url, "--root", str(publisher.root)]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["release"], shown["changed"], shown["path"]) == (1, True, str(prefix / "current/bundle"))
+    assert main([*words, "--rollback"]) == 0
+    assert json.loads(capsys.readouterr().out)["version"] == (prefix / "current").readlink().name
+    assert main([*words, "--status"]) == 0
+    assert json.loads(capsys.readouterr().out)["refused"]
+    assert main(["update", "--prefix", str(prefix / "none"), "--status"]) == 3
+    with pytest.raises(SystemExit, match="2"):
+        main(["update", "--prefix", str(prefix)])
