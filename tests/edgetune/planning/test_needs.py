@@ -168,7 +168,7 @@ def test_a_build_that_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path],
     assert build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 50000.0)) == []
 
 
-def test_validate_reports_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_plan_reports_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     found = plan_build(make_recipe(tmp_path, tiny_gguf("llama")), tmp_path / "home").plan.to_json()["needs"]
     for key in ("memory_mb", "training_mb", "export_mb", "disk_mb", "bundle_mb", "free_disk_mb"):
         assert isinstance(found[key], int) and found[key] > 0, key

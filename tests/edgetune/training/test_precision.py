@@ -37,7 +37,7 @@ def test_int8_is_taken_on_x86(machine: str) -> None:
     require_int8(methods.load("lora"), "cpu", machine=machine)
 
 
-def test_validate_and_build_refuse_int8_for_methods_that_train_the_base(
+def test_plan_and_build_refuse_int8_for_methods_that_train_the_base(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     recipe = make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter_of("full")}, training=INT8)

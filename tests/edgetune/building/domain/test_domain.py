@@ -283,7 +283,7 @@ def test_adapters_whose_rows_are_too_long_are_refused_before_the_base_is_trained
     assert not (tmp_path / "home.work" / "domain").exists()
 
 
-def test_validate_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
+def test_a_plan_reads_the_texts(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
     size = len((tmp_path / "plays.txt").read_text(encoding="utf-8"))
     assert str(plan_build(recipe).plan.domain).startswith(f"{size} characters of text, ")
