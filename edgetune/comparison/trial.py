@@ -25,7 +25,7 @@ from edgetune.tasks.task import read_task
 
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial
-from .measure import measure
+from .measure import BundleMeasurement
 
 
 def run(trial: Trial, progress: Progress) -> TrialResult:
@@ -38,9 +38,9 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     if trial.data is not None:
         rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
     built = build(recipe, bundle, progress=progress)
-    scored_rows = spread(rows, trial.limit)
-    measured = {target: measure(bundle, trial.task, scored_rows, target, progress) for target in recipe.targets}
-    first, _ = measured[recipe.targets[0]]
+    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.limit), progress)
+    scored = {target: measured.score(target) for target in recipe.targets}
+    first = scored[recipe.targets[0]]
     return TrialResult(
         name=trial.name,
         method=trial.method,
@@ -50,7 +50,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         metric=first.metric,
         rows=first.rows,
         trained_rows=len(task.train),
-        engines={target: figures for target, (_, figures) in measured.items()},
+        engines={target: measured.on_engine(target, evaluation) for target, evaluation in scored.items()},
         refused=trial.refused,
         board=_board(recipe, bundle),
         placement=built.figures[trial.task].get("placement"),
