@@ -7,7 +7,7 @@ from edgetune.comparison.figures import EngineFigures, TrialResult
 
 
 def figures(score: float, error: float = 0.02) -> EngineFigures:
-    return EngineFigures("low_rank", 10, score, error, 1e-3, 90.0, 50.0)
+    return EngineFigures("low_rank", 10, score, error, 1e-3, 90.0)
 
 
 def outcome(rows: int, score: float, method: str = "lora") -> TrialResult:
