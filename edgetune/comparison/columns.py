@@ -32,6 +32,7 @@ TRAINING = (
     Column("val loss", "nats per token, at the best checkpoint, which is the one that ships"),
     Column("at step", "step of the best checkpoint / number of steps"),
     Column("overfit", "step after which validation loss rose"),
+    Column("torch score", "of the checkpoint before export"),
 )
 ON_ENGINE = (
     Column("trial", "method and rank"),
@@ -39,7 +40,8 @@ ON_ENGINE = (
     Column("shape", "of the adapter in this format; merged is a full model"),
     Column("score", "on the engine, after quantization, with one standard error"),
     Column("MB", "of the adapter's files, 10^6 bytes"),
-    Column("tokens/s", "decoding with the adapter"),
+    Column("tokens/s", "decoding with the adapter, not merged"),
+    Column("merged", "tokens/s with the adapter merged into the base"),
     Column("base", "tokens/s of the base without an adapter"),
     Column("switch µs", "median time of the switch itself"),
     Column("first token ms", "time to first token after a switch back to the adapter"),
@@ -75,6 +77,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
             f"{training.val_loss:.3f}",
             f"{training.best_step}/{training.steps}",
             _number(training.overfit_step, "{}"),
+            _number(outcome.torch_score),
         )
 
 
@@ -138,6 +141,7 @@ def _on_engine(figures: EngineFigures) -> tuple[str, ...]:
             _number(value, f"{{:.1f}}{mark}")
             for value in (
                 figures.tokens_per_s,
+                figures.merged_tokens_per_s,
                 figures.base_tokens_per_s,
                 figures.switch_us,
                 figures.first_token_ms,

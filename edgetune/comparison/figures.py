@@ -26,7 +26,7 @@ class EngineFigures:
     """The figures of a trial in one format, run by the device's engine.
 
     `bytes` is the size of the adapter's files, that of a full model if `shape` is merged. `tokens_per_s` is decoding
-    with the adapter, `base_tokens_per_s` without one.
+    with the unmerged adapter, `merged_tokens_per_s` with the adapter merged, `base_tokens_per_s` without an adapter.
     `switch_us` and `first_token_ms` (after a switch back) are medians. None where the shape has no such figure.
     `slow` means that the machine was busy or its processor throttled during the measurement; `busy` is the reason as
     text if it is known.
@@ -38,7 +38,8 @@ class EngineFigures:
     standard_error: float
     kl: float
     base_tokens_per_s: float
-    tokens_per_s: float
+    tokens_per_s: float | None = None
+    merged_tokens_per_s: float | None = None
     switch_us: float | None = None
     first_token_ms: float | None = None
     slow: bool = False
@@ -81,9 +82,9 @@ class BoardFit:
 class TrialResult:
     """One row of a comparison. If the trial is not `done`, `reason` says why in one line.
 
-    `rows` is how many rows were scored, `trained_rows` the number of training rows. `refused` maps formats to why they
-    do not support the method. `placement` has what was tried for `target_modules: auto`, as from
-    `PlacementChoice.to_json`.
+    `rows` is how many rows were scored, `trained_rows` the number of training rows.
+    `torch_score` is the score of the checkpoint before export; `refused` maps formats to why they do not support the
+    method. `placement` has what was tried for `target_modules: auto`, as from `PlacementChoice.to_json`.
     """
 
     name: str
@@ -94,6 +95,7 @@ class TrialResult:
     training: TrainingFigures | None = None
     metric: str = ""
     rows: int = 0
+    torch_score: float | None = None
     engines: Mapping[str, EngineFigures] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     board: BoardFit | None = None

@@ -42,6 +42,7 @@ class _Point:
     figures: EngineFigures
     target: str
     color: Any
+    is_hollow: bool = False
 
 
 def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
@@ -49,7 +50,7 @@ def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
     done = [outcome for outcome in outcomes if outcome.status == "done"]
     if not done:
         return []
-    speeds = "Score on the device against decoding speed with the adapter"
+    speeds = "Score on the device against decoding speed, with unmerged and merged adapters"
     busy = f"; {BUSY} timed on a busy machine" if any(map(_was_slow, done)) else ""
     drawn: tuple[tuple[str, Callable[[Sequence[TrialResult]], Figure], str], ...] = (
         ("score-size.png", _sizes, "Score on the device against the size of the adapter on disk"),
@@ -77,8 +78,13 @@ def _sizes(done: Sequence[TrialResult]) -> Figure:
 
 def _speeds(done: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(done[0].metric)
-    points = [_Point(figures.tokens_per_s, figures, target, color) for target, figures, color in _each(done)]
-    axes.set(xlabel="decoding (tokens/s)")
+    points = [
+        _Point(speed, figures, target, color, is_hollow)
+        for target, figures, color in _each(done)
+        for speed, is_hollow in ((figures.tokens_per_s, False), (figures.merged_tokens_per_s, True))
+        if speed is not None
+    ]
+    axes.set(xlabel="decoding (tokens/s); hollow: merged into the base")
     axes.set_xlim(0, max(point.x for point in points) * 1.12)
     _draw(axes, points)
     _add_legend(axes, [outcome.name + (BUSY if _was_slow(outcome) else "") for outcome in done])
@@ -168,8 +174,9 @@ def _draw(axes: Any, points: Sequence[_Point]) -> None:  # noqa: ANN401 - matplo
             point.figures.score,
             point.figures.standard_error,
         )
+        face = "white" if point.is_hollow else point.color
         axes.errorbar(point.x, score, error, color=point.color, alpha=0.35, capsize=3, zorder=1)
-        axes.plot(point.x, score, marker, color=point.color, markersize=8, zorder=3)
+        axes.plot(point.x, score, marker, color=point.color, markerfacecolor=face, markersize=8, zorder=3)
     for target in sorted({point.target for point in points}):
         axes.plot([], [], markers.get(target, OTHER_MARKER), color="tab:gray", label=target)
     axes.margins(x=0.12, y=0.15)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
     refused = {trial.name: _refused(trial) for trial in trials if trial.is_refused}
     comparison = _compared(request.task, recipe.base, [(outcomes | refused)[trial.name] for trial in trials])
     write(comparison, request.out)
+    shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
     _check_any(comparison.outcomes)
     return comparison
 
@@ -78,7 +80,7 @@ def summary(outcome: TrialResult) -> str:
     if outcome.status != "done":
         return f"{outcome.status}: {outcome.reason}"
     scores = ", ".join(f"{figures.score:.4g} in {target}" for target, figures in outcome.engines.items())
-    return f"{outcome.metric} {scores}"
+    return f"{outcome.metric} {scores}, {outcome.torch_score:.4g} before export"
 
 
 def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]]:

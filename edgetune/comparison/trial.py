@@ -14,6 +14,7 @@ from typing import Any
 from edgetune_devices import boards, fit
 from edgetune_runtime.errors import IncompatibleError
 
+from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.evaluation import spread
 from edgetune.failure import fail
@@ -25,14 +26,15 @@ from edgetune.tasks.task import read_task
 
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import REQUEST_FILE, Trial
-from .measure import BundleMeasurement
+from .measure import BundleMeasurement, TorchMeasurement
 
 
 def run(trial: Trial, progress: Progress) -> TrialResult:
     """Run the trial in its folder. Raises what `pipeline.build` and `evaluate.score` raise."""
     folder, recipe = Path(trial.folder), trial.one_task
     bundle, work = folder / "bundle", folder / "bundle.work"
-    _share_base(work, folder.parents[1] / "shared")
+    shared = folder.parents[1] / "shared"
+    _share_base(work, shared)
     task = read_task(trial.task, recipe)
     rows = task.validation
     if trial.data is not None:
@@ -41,6 +43,10 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.limit), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
+    assert isinstance(built.base, Base)
+    torch = TorchMeasurement(measured, built.base, built.trained[trial.task], shared, recipe)
+    in_torch = torch.score([row.answer for row in first.details])
+    merged = {target: torch.merged_speed(target) for target in recipe.targets}
     return TrialResult(
         name=trial.name,
         method=trial.method,
@@ -50,7 +56,8 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         metric=first.metric,
         rows=first.rows,
         trained_rows=len(task.train),
-        engines={target: measured.on_engine(target, evaluation) for target, evaluation in scored.items()},
+        torch_score=in_torch.score,
+        engines={t: measured.on_engine(t, evaluation, merged[t]) for t, evaluation in scored.items()},
         refused=trial.refused,
         board=_board(recipe, bundle),
         placement=built.figures[trial.task].get("placement"),

@@ -9,10 +9,30 @@ Not part of the public API: names and behavior may change in any version.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.engines.base import Engine
+from edgetune_runtime.serving.context import Context
+from edgetune_runtime.serving.governor import Governor
+from edgetune_runtime.serving.jobs import SharedResources
+from edgetune_runtime.serving.pool import Pool
+from edgetune_runtime.states.cache import StateCache
+
 from .loaded import LoadedBundle
+from .opening_options import OpeningOptions
 from .runtime import Runtime
 
 
 def loaded_bundle(runtime: Runtime) -> LoadedBundle:
     """The loaded bundle of a runtime, which closes it."""
     return runtime._loaded
+
+
+def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:
+    """A runtime on an existing engine, called `name`, without a state cache; closing it closes the engine."""
+    options = OpeningOptions(name, engine.context_length, engine.threads, verify=False)
+    governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
+    kv_bytes = int(manifest.base.kv_values_per_token * engine.kv_bytes)
+    shared = SharedResources(manifest.base.fingerprint, kv_bytes, StateCache(0), governor)
+    return Runtime(LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))

@@ -88,7 +88,7 @@ def test_a_failing_trial_does_not_stop_the_others(compared: Compared) -> None:
 def test_a_row_is_filled_for_each_engine(compared: Compared) -> None:
     lora = compared.outcome("lora-r2")
     assert (lora.rows, lora.metric, lora.rank) == (3, "exact", 2)
-    assert lora.training is not None
+    assert lora.training is not None and lora.torch_score is not None
     assert 0 < lora.training.trainable_share < 0.1
     assert lora.training.peak_memory_mb > 100 and lora.training.tokens_per_s > 0
     assert len(lora.training.history) == 2
@@ -96,22 +96,27 @@ def test_a_row_is_filled_for_each_engine(compared: Compared) -> None:
     for figures in lora.engines.values():
         assert figures.shape == "low_rank"
         assert 0 < figures.bytes < 100_000
-        assert figures.tokens_per_s > 0 and figures.base_tokens_per_s > 0
+        speeds = (figures.tokens_per_s, figures.merged_tokens_per_s, figures.base_tokens_per_s)
+        assert all(speed is not None and speed > 0 for speed in speeds)
         assert figures.switch_us is not None and figures.first_token_ms is not None
+        assert figures.score == lora.torch_score
 
 
 def test_a_format_that_cannot_hold_a_method_has_the_reason_in_place_of_figures(compared: Compared) -> None:
     bottleneck = compared.outcome("bottleneck")
     assert list(bottleneck.engines) == ["onnx"]
+    assert bottleneck.engines["onnx"].merged_tokens_per_s is None
     assert "gguf does not support bottleneck" in bottleneck.refused["gguf"]
     assert ("bottleneck", "gguf", f"refused: {bottleneck.refused['gguf']}") in list(engine_rows([bottleneck]))
 
 
-def test_the_bundle_of_a_trial_is_whole(compared: Compared) -> None:
+def test_the_bundle_of_a_trial_is_whole_and_nothing_merged_is_left(compared: Compared) -> None:
     folder = compared.request.out / "trials" / "lora-r2"
     manifest = read_manifest(folder / "bundle")
     assert list(manifest.adapters) == ["lights"]
     assert set(manifest.adapters["lights"].ranks.values()) == {2}
+    assert not (folder / "merged").exists()
+    assert not (compared.request.out / "shared" / "structure").exists()
 
 
 def test_what_is_finished_is_not_run_again(compared: Compared) -> None:
