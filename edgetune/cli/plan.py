@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from edgetune_runtime.wording import printable
 
 from .arguments import AsJson, Out, RecipePath, Settings, print_json, settings_of
@@ -13,27 +14,39 @@ from .tables import print_table
 if TYPE_CHECKING:
     from edgetune.planning.records import AdapterPlan, BuildPlan
 
+TrialFlag = Annotated[bool, typer.Option("--trial", help="Train ten steps to estimate the build time.")]
+
 # Titles of the table of adapters: those of texts, and all.
 TEXTS = ("adapter", "method", "modules", "shape", "MB", "metric", "answers")
 TITLES = (*TEXTS[:5], "trained", "rows", "longest", "steps", *TEXTS[5:])
 
 
-def plan(recipe: RecipePath, *, out: Out = None, settings: Settings = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
+) -> None:
     """Check a recipe, its base and its data, and show what a build will do.
 
     Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
     the bundle fits on the board, and that this machine has enough memory and disk to build it. Shows the base, adapters
-    and files, the memory and disk that the build needs, and the speed on the board. Downloads nothing and trains
-    nothing. A build follows this plan and stores it in the bundle's manifest.
+    and files, the memory and disk that the build needs, and the speed on the board. Without --trial it downloads
+    nothing and trains nothing. A build follows this plan and stores it in the bundle's manifest.
     """
     from edgetune.building.builders.plan import plan_build
     from edgetune.recipe.model import Recipe
 
-    build_plan = plan_build(Recipe.from_file(recipe, settings_of(settings)), out).plan
+    loaded = Recipe.from_file(recipe, settings_of(settings))
+    planned = plan_build(loaded, out)
+    build_plan, trained = planned.plan, dict[str, Any]()
+    if trial:
+        from edgetune.building import trial as time_trial
+        from edgetune.progress import Progress
+
+        trained = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=as_json))
     if as_json:
-        print_json(build_plan.to_json())
+        print_json(build_plan.to_json() | ({"trial": trained} if trial else {}))
         return
-    for label, text in (*_summary(build_plan), *_bundle_lines(build_plan)):
+    lines = [*_summary(build_plan), *_bundle_lines(build_plan), *([("trial", trained["summary"])] if trial else [])]
+    for label, text in lines:
         print(printable(f"{label:<14}{text}"))
     print_table(TITLES, map(_cells, build_plan.adapters.values()), texts=TEXTS)
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 from edgetune_runtime.errors import UsageError
 
-Feature = Literal["compare", "fit", "imatrix", "label_estimate"]
-"""Commands that not all tasks support: those of the same names, `devices fit` and `data check --minutes`."""
+Feature = Literal["compare", "fit", "imatrix", "label_estimate", "trial"]
+"""Commands that not all tasks support: those of the same names, `devices fit`, `data check --minutes` and `plan
+--trial`."""
 
 
 @dataclass(frozen=True)

@@ -32,5 +32,6 @@ TASK_TYPE = TaskType(
         ),
         "imatrix": Refusal("does not work for task text-classification", "use onnx: {weights: int8}"),
         "label_estimate": Refusal("does not work for task text-classification", "leave it out"),
+        "trial": Refusal("does not work for task text-classification", "leave it out"),
     },
 )

@@ -59,8 +59,8 @@ def test_a_task_is_found_by_its_files(tagging: str) -> None:
 
 def test_a_command_that_a_task_does_not_support_is_refused_with_a_remedy(tagging: str) -> None:
     found = task_types.load(tagging)
-    assert found.offers("compare") and not found.offers("fit")
-    found.check_offers("compare", "home")
+    assert found.offers("trial") and not found.offers("fit")
+    found.check_offers("trial", "--trial")
     with pytest.raises(UsageError, match=r"^home is for taggers; run it there$"):
         found.check_offers("fit", "home")
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, make_recipe
 from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
+from edgetune.building import trial
+from edgetune.building.builders.plan import plan_build
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, TimeTrial, duration, tokens_left
 from edgetune.training.loop import train
@@ -71,3 +74,17 @@ def test_a_training_reports_its_time_left(tiny_base: Callable[[str], Base], tmp_
     train(load_torch(tiny_base("llama"), torch.float32), work, tmp_path, progress, later=1e9)
     (line,) = progress.lines
     assert re.fullmatch(r"reply: about .+ left at \d+ tokens/s, .* including the training runs after it", line)
+
+
+def test_a_trial_reports_speed_and_time_and_leaves_no_files(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"))
+    found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
+    assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
+    assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "rows.jsonl"}
+
+
+def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_encoder("bert"), task="text-classification", targets=["onnx"])
+    with pytest.raises(UsageError, match="--trial does not work for task text-classification"):
+        trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
