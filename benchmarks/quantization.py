@@ -170,11 +170,15 @@ def plot(result: Result, out: Path) -> None:
     tasks = list(dict.fromkeys(line["task"] for line in first))
     with subplots(out, 1, len(tasks), dpi=120, figsize=(4.2 * len(tasks), 3.6), squeeze=False) as axes:
         for task, axis in zip(tasks, axes.flat, strict=True):
-            for way in WAYS:
+            kinds = list(dict.fromkeys(line["type"] for line in first if line["task"] == task))
+            for number, way in enumerate(WAYS):
                 own = [line for line in first if (line["task"], line["way"]) == (task, way) and line["seeds"]]
-                kinds, means = [line["type"] for line in own], [line["mean"] for line in own]
-                axis.errorbar(kinds, means, [line["sd"] or 0 for line in own], fmt="o", capsize=4, label=way)
-            axis.set(xlabel="quantization of the base", ylabel="score, %", title=task)
+                # Beside each other, since ways often have the same score.
+                places = [kinds.index(line["type"]) + 0.12 * (number - 1.5) for line in own]
+                spread = [line["sd"] or 0 for line in own]
+                axis.errorbar(places, [line["mean"] for line in own], spread, fmt="o", capsize=4, label=way)
+            axis.set_xticks(range(len(kinds)), kinds)
+            axis.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(0, 105), ylabel="score, %", title=task)
         axes.flat[0].legend(fontsize=8)
 
 
