@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
@@ -184,6 +185,11 @@ def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch
     publisher.keys.rotate("root")
     publisher("one")
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
+
+
+def test_a_bundle_that_was_published_can_be_built_again(publisher: Publisher) -> None:
+    publisher("one")
+    check_destination(publisher.bundle)
 
 
 @pytest.mark.parametrize("name", ["timestamp.json", "1.snapshot.json", "1.targets.json", "1.bundle-home.json"])
