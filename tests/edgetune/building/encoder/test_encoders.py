@@ -360,9 +360,7 @@ def test_the_plain_base_cannot_be_scored(built: Built) -> None:
         evaluate(built.bundle, None, built.recipe.with_name("place.jsonl"), progress=QUIET)
 
 
-def test_plan_works_for_encoders_and_devices_fit_refuses_them(
-    built: Built, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_works_for_encoders_and_devices_fit_refuses_them(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(built.recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["base"]["architecture"], len(found["adapters"]["place"]["labels"])) == ("bert", 3)
