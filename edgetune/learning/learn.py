@@ -16,6 +16,7 @@ from edgetune_runtime.formats.atomic import swap_in
 
 from edgetune.bases import is_gguf
 from edgetune.building.pipeline import build
+from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
@@ -23,12 +24,14 @@ from edgetune.recipe.saved import RECIPE, save_recipe
 from edgetune.report.answers import split_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
-from edgetune.work_folder import locked
+from edgetune.work_folder import locked, work_folder
 
 from .change import Change, change_between, scored
 from .rows import LearnedRows, learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
+_ADAPTERS = "adapters"
+"""Folder in `OUT.learn` with the adapters of the packed bundle as they were trained: the next call starts from them."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ def learn(
 ) -> Learned:
     """Train the adapters that have corrections again, with these and the rows of `recipe`.
 
-    If no adapter got worse, the new bundle takes the place of `bundle`, or is `into`. Its recipe, which the next call
-    takes by default, is in `OUT.learn`. Raises UsageError for too few corrections, and what `build` raises.
+    Training starts from the adapters as they are, where these were kept. If no adapter got worse, the new bundle takes
+    the place of `bundle`, or is `into`. Its recipe, which the next call takes by default, is in `OUT.learn`. Raises
+    UsageError for too few corrections, and what `build` raises.
     """
     manifest, out = read_manifest(bundle), into or bundle
     check_destination(out)
@@ -86,7 +90,9 @@ def learn(
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
-        specs = {name: _spec(tasks[name], own.train, own.validation) for name, own in rows.items()}
+        specs = {
+            name: _started(_spec(tasks[name], own.train, own.validation), bundle, name) for name, own in rows.items()
+        }
         again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
         build(again, staged, progress=progress, into=True)
         changes = _changes(bundle, staged, rows, progress)
@@ -95,8 +101,21 @@ def learn(
             return replace(learned, bundle=None)
         specs = {name: _spec(tasks[name], own.train, [*own.validation, *own.held_out]) for name, own in rows.items()}
         save_recipe(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), work)
+        for name in names:
+            trained, kept = work_folder(staged) / "train" / name / "adapter", work / _ADAPTERS / name
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(trained, kept)
         swap_in(staged, out)
         return learned
+
+
+def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
+    """The section with the bundle's adapter as a start, if the adapter as it was trained is still there and fits."""
+    method = spec.method
+    for folder in (_work_of(bundle) / _ADAPTERS / name, work_folder(bundle) / "train" / name / "adapter"):
+        if isinstance(method.options, LoraOptions) and not method.is_auto and folder.is_dir():
+            return spec if other_option(folder, method.options) else spec.model_copy(update={"start_from": str(folder)})
+    return spec
 
 
 def _work_of(out: Path) -> Path:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from edgetune_export.adapters.fold import find_weights, read_config
 from edgetune_export.adapters.patterns import matching, of_key
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from .common.base import TrainedModules, trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
 from .common.peft import ALL_LINEAR, AUTO, LowRankOptions, check_targets
+from .common.peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -88,6 +91,7 @@ class Lora(LoraCheckpoint[L]):
     options = LoraOptions
     peft_type = "LORA"
     trains_on_grid = True
+    takes_start = True
 
     def wrote(self, config: Mapping[str, Any]) -> bool:
         """A plain LoRA; PEFT saves DoRA and aLoRA with the same type, but they are separate methods here."""
@@ -112,6 +116,24 @@ class Lora(LoraCheckpoint[L]):
         _check_patterns(check_targets(base, options.target_modules), options)
         return super().attach(base, options, steps)
 
+    def start_from(self, model: Any, folder: Path, options: L) -> None:  # noqa: ANN401 - PEFT's, which wraps its base
+        """Load the factors of an adapter with the same ranks, scales and modules."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        check_peft_folder(folder, model.get_base_model())
+        difference = other_option(folder, options)
+        if not difference:
+            try:
+                found = set_peft_model_state_dict(model, load_file(find_weights(folder)))
+                unlike = [*found.unexpected_keys, *(key for key in found.missing_keys if ".lora_" in key)]
+                difference = "other modules" if unlike else ""
+            except RuntimeError:
+                difference = "other sizes"
+        if difference:
+            message = f"the adapter in {folder} has {difference}, so training cannot start from it"
+            raise IncompatibleError(message, "give the method the options of that adapter, or remove start_from")
+
     def parameter_groups(self, model: torch.nn.Module, options: L, learning_rate: float) -> list[dict[str, Any]]:
         """A at the learning rate, B at `loraplus_lr_ratio` times it (LoRA+, section 4)."""
         named, rate = trainable(model), learning_rate * options.learning_rate_factor
@@ -119,6 +141,16 @@ class Lora(LoraCheckpoint[L]):
             {"params": [p for name, p in named if "lora_B" not in name], "lr": rate},
             {"params": [p for name, p in named if "lora_B" in name], "lr": rate * options.loraplus_lr_ratio},
         ]
+
+
+def other_option(folder: Path, options: LoraOptions) -> str:
+    """The first option that a saved LoRA has with another value, as text; empty if there is none."""
+    saved = read_config(folder)
+    for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        value, own = saved.get(key), getattr(options, key)
+        if (value or own) and value != own:
+            return f"{key} {value} and not {own}"
+    return ""
 
 
 def _check_patterns(adapted: set[str], options: LoraOptions) -> None:

@@ -166,6 +166,11 @@ def _beside_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: 
     return source if is_hub_id(source) and not path.exists() else str(path)
 
 
+def _from_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str:
+    folder: Path = (info.context or {}).get("folder", Path())
+    return str(folder / Path(text(value)).expanduser())
+
+
 def _without_rows(source: str | Rows) -> str:
     return source.summary if isinstance(source, Rows) else source
 
@@ -176,6 +181,9 @@ else:
     # Only Python code can give rows, so schema and messages know texts alone.
     Data = Annotated[Text, WrapValidator(_beside_the_recipe), PlainSerializer(_without_rows)]
     """A data file, a hub id, or rows from memory."""
+
+Folder = Annotated[Text, WrapValidator(_from_the_recipe)]
+"""A folder, relative to that of the recipe."""
 
 
 class Columns(RecipePart):
@@ -327,6 +335,9 @@ class AdapterSpec(RecipePart):
     """The question back; sets `unsure: ask`."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
+    start_from: Folder | None = None
+    """The folder of an adapter that training starts from, saved by PEFT or by a build (`OUT.work/train/NAME/adapter`),
+    with lora, rslora and loraplus. The method must have the options of that adapter."""
     scale: float = 1.0
     """Scale of the adapter if the caller gives none."""
     merged: bool = False
@@ -393,6 +404,16 @@ class AdapterSpec(RecipePart):
             raise ValueError("target_modules: auto does not work with merged: true; name the modules")
         return self
 
+    @model_validator(mode="after")
+    def _starts_with_its_modules(self) -> AdapterSpec:
+        if self.start_from is None:
+            return self
+        if not methods.load(self.method.name).takes_start:
+            raise ValueError(f"start_from does not work with {self.method.name}; use lora, or remove it")
+        if self.method.is_auto:
+            raise ValueError("target_modules: auto does not work with start_from; name the modules")
+        return self
+
     def unfit_for(self, task_type: TaskType) -> list[str]:
         """The settings that do not work for this task, each with the remedy."""
         asked = {
@@ -401,6 +422,7 @@ class AdapterSpec(RecipePart):
             "metric": self.metric not in ("auto", task_type.metric),
             "target_modules": self.method.is_auto,
             "output": self.output is not None,
+            "start_from": self.start_from is not None,
         }
         refused = task_type.refused_adapter_keys
         return [refused[key].format(value=self.metric) for key, is_set in asked.items() if is_set and key in refused]

@@ -21,6 +21,7 @@ TASK_TYPE = TaskType(
         "output": "an encoder does not generate text; remove output",
         "metric": "metric {value} does not work for an encoder; use label",
         "target_modules": "target_modules: auto does not work for an encoder; name the modules",
+        "start_from": "start_from does not work for an encoder; remove it",
     },
     not_offered={
         "compare": Refusal(

@@ -20,7 +20,8 @@ R = TypeVar("R", bound=TrainingRow)
 class TrainingJob(Generic[R]):
     """One training run; `key` identifies everything that its result depends on.
 
-    `rounds_to`: the base's file, if merged weights are rounded to its grid (see `rounded_layers`).
+    `rounds_to`: the base's file, if merged weights are rounded to its grid (see `rounded_layers`). `start`: the folder
+    of the adapter that training starts from.
     """
 
     name: str
@@ -32,6 +33,7 @@ class TrainingJob(Generic[R]):
     key: str
     objective: Objective[Any] = NEXT_TOKEN
     rounds_to: Path | None = None
+    start: Path | None = None
 
 
 @dataclass

@@ -108,6 +108,12 @@ class _Run:
         torch.manual_seed(training.seed)
         self.base, self.attention = base, base.config._attn_implementation
         self.tuned: Any = method.attach(base, job.options, self.schedule.steps)
+        if job.start is not None:
+            try:
+                method.start_from(self.tuned, job.start, job.options)
+            except EdgetuneError:
+                method.detach(self.tuned)
+                raise
         if self.objective.attention is not None:
             base.set_attn_implementation(self.objective.attention)
         self.objective.extend(self.tuned)

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from edgetune_export.adapters.fold import find_weights
+from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
 from edgetune_runtime.wording import first_of
@@ -107,6 +109,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         _key(planned, base, rows),
         method.objective(planned.options),
         base.path if planned.on_grid else None,
+        _start_of(planned),
     )
     return PreparedAdapter(planned, task, job, too_long)
 
@@ -152,7 +155,13 @@ def _with_draft(
     return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(tokens_per_step, 2)})
 
 
+def _start_of(planned: AdapterPlan) -> Path | None:
+    return None if planned.spec.start_from is None else Path(planned.spec.start_from)
+
+
 def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
     method = {"name": planned.method, **planned.options.model_dump(mode="json")}
+    start = _start_of(planned)
     state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
+    state += [] if start is None else [sha256_of(find_weights(start))]
     return key_of(state, ((example.tokens, example.learned, example.weight) for example in examples))

@@ -85,6 +85,7 @@ class Method(ABC, Generic[O]):
     class that sets it, and not to its subclasses. `trains_base`: training changes the base's own
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
     `trains_on_grid`: merged models can be trained through the rounding to the base's grid (`training.rounding`).
+    `takes_start`: training can start from a saved adapter.
     `takes_encoders`: the method can tune encoders. `takes_cache`: the model of `loaded` takes transformers' KV cache.
     `adds_parameters`: what it trains is not part of the base.
     `variant`: the name of a method that is another one with other defaults, in the file of that one.
@@ -95,6 +96,7 @@ class Method(ABC, Generic[O]):
     peft_type: ClassVar[str] = ""
     takes_scale: ClassVar[bool] = False
     trains_on_grid: ClassVar[bool] = False
+    takes_start: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
     takes_cache: ClassVar[bool] = True
     adds_parameters: ClassVar[bool] = True
@@ -184,6 +186,13 @@ class Method(ABC, Generic[O]):
         """The optimizer's parameter groups with their learning rates."""
         rate = learning_rate * options.learning_rate_factor
         return [{"params": [p for _, p in trainable(model)], "lr": rate}]
+
+    def start_from(self, model: torch.nn.Module, folder: Path, options: O) -> None:
+        """Give an attached model the weights in a folder saved by PEFT, if the method takes a start.
+
+        Raises IncompatibleError if the folder is of an adapter with other options, and what `check_peft_folder` raises.
+        """
+        raise NotImplementedError
 
     def penalty(self, model: torch.nn.Module) -> torch.Tensor | float:
         """A term added to a step's mean loss."""

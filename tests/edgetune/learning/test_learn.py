@@ -85,6 +85,25 @@ def test_corrections_are_learned_beside_the_old_rows(home: Path, tmp_path: Path)
         assert runtime.generate("turn on the light 1", adapter="light", max_tokens=8).text == "reply on"
 
 
+def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, home: Path) -> None:
+    text = home.with_name(NAME).read_text(encoding="utf-8")
+    # One step that changes nothing: a new adapter would answer as the base does.
+    frozen = text.replace('"learning_rate": 0.01', '"learning_rate": 1e-09').replace(
+        '"max_steps": 60', '"max_steps": 1'
+    )
+    assert frozen.count('"max_steps": 1,') == frozen.count('"learning_rate": 1e-09') == 1
+    home.with_name("frozen.yaml").write_text(frozen, encoding="utf-8")
+    log = logged(home, corrections())
+    assert run(home, log, recipe="frozen.yaml").bundle is None
+    shutil.copytree(built / "home.work", home.with_name("home.work"))
+    for _ in range(2):
+        learned = run(home, log, recipe="frozen.yaml")
+        assert learned.bundle == home
+        assert learned.changes["light"]["validation"].after == learned.changes["light"]["validation"].before
+        # The second call starts from what the first one has kept.
+        shutil.rmtree(home.with_name("home.work"), ignore_errors=True)
+
+
 def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
     run(home, logged(home, corrections(8)))
     more = [{"prompt": f"lamp {n} please", "correction": "reply on"} for n in range(4)]

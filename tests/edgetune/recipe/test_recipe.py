@@ -378,3 +378,11 @@ def test_a_bundle_that_only_classifies_has_no_base_to_answer(write: Write) -> No
     text = "name: home\ntask: text-classification\nbase: b\nadapters: {a: D, b: D}\nroute: {below: base}\n"
     problem = "5: route: below is 'base'; choose one of: error, a, b"
     assert problems_of(write(text.replace("D", DATA))) == [problem]
+
+
+def test_a_start_is_beside_the_recipe_and_for_methods_that_take_one(write: Write, tmp_path: Path) -> None:
+    started = GOOD.replace("    method: lora\n", "    method: {}\n    start_from: old/adapter\n")
+    recipe = Recipe.from_file(write(started.replace("{}", "lora")))
+    assert recipe.adapters["command"].start_from == str(tmp_path / "old" / "adapter")
+    (line,) = problems_of(write(started.replace("{}", "ia3")))
+    assert "start_from does not work with ia3; use lora, or remove it" in line

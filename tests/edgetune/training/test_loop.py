@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
+from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import make_model
@@ -306,3 +307,14 @@ def test_the_seed_decides_the_weights(run: Callable[..., Any], tmp_path: Path) -
     assert_same_weights(tmp_path / "one", tmp_path / "again")
     name, first = next(iter(weights(tmp_path / "one").items()))
     assert not torch.equal(first, weights(tmp_path / "two")[name])
+
+
+def test_training_starts_from_a_saved_adapter_with_the_same_options(run: Callable[..., Any], tmp_path: Path) -> None:
+    first = run(job(max_steps=24), "first")
+    start = tmp_path / "first" / "adapter"
+    again = run(replace(job(max_steps=1, learning_rate=1e-9), start=start), "again")
+    assert again.val_loss == pytest.approx(first.val_loss, abs=1e-3)
+    assert run(job(max_steps=1, learning_rate=1e-9), "anew").val_loss > first.val_loss + 1
+    for method, difference in (({"r": 8}, "r 4 and not 8"), ({"target_modules": ["q_proj"]}, "other modules")):
+        with pytest.raises(IncompatibleError, match=f"has {difference}, so training cannot start from it"):
+            run(replace(job(method), start=start), "other")

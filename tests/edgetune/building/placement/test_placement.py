@@ -224,6 +224,7 @@ def test_an_invalid_share_is_refused(written: object) -> None:
     [
         ({"task": "text-classification"}, {}, {}, "target_modules: auto does not work for an encoder"),
         ({}, {"merged": True}, {}, "target_modules: auto does not work with merged: true; name the modules"),
+        ({}, {"start_from": "a"}, {}, "target_modules: auto does not work with start_from; name the modules"),
         (
             {},
             {},
