@@ -272,12 +272,19 @@ def read_manifest(bundle: Path) -> Manifest:
     if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_MANIFEST):
         raise VerificationError(f"{path} is no regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = "give the folder that `edgetune build --out` wrote"
         raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy) from error
     except OSError as error:
         raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """The manifest in `data`, which was read from `path`; errors as those of `read_manifest` for a wrong one."""
+    try:
+        raw = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, read_manifest
+from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
 from .errors import NotFoundError, VerificationError, importing
 
 if TYPE_CHECKING:
@@ -63,13 +63,14 @@ def read_signed_manifest(bundle: Path, trusted: str | Path | None) -> Manifest:
 
     Raises what `require_signed` and `read_manifest` raise.
     """
-    if trusted is not None:
-        require_signed(bundle, Path(trusted))
-    return read_manifest(bundle)
+    if trusted is None:
+        return read_manifest(bundle)
+    # What was checked is parsed, and not what another process may have put in its place.
+    return parse_manifest(require_signed(bundle, Path(trusted)), bundle / MANIFEST_NAME)
 
 
-def require_signed(bundle: Path, trusted: Path) -> None:
-    """Raise VerificationError unless the manifest of a bundle is signed by a key in the file `trusted`.
+def require_signed(bundle: Path, trusted: Path) -> bytes:
+    """The manifest of a bundle; VerificationError unless it is signed by a key in the file `trusted`.
 
     Reads no other file of the bundle. NotFoundError if the folder has no manifest, or the keys cannot be read.
     """
@@ -98,7 +99,7 @@ def require_signed(bundle: Path, trusted: Path) -> None:
             key.verify_signature(signature, _PURPOSE + manifest)
         except SigningError:
             continue
-        return
+        return manifest
     message = f"{bundle} is not signed by a key in {trusted}, or its manifest was changed"
     raise VerificationError(message, "do not use this bundle")
 
