@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +57,8 @@ def locked(prefix: Path) -> Iterator[None]:
         file = (prefix / LOCK_NAME).open("ab")
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"cannot write to {prefix}: {error.strerror}", "choose another --prefix") from error
+    import fcntl  # noqa: PLC0415 - Windows has none
+
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +66,8 @@ class Manager:
 
 def user_name() -> str:
     """The name of the user that this process belongs to."""
+    import pwd  # noqa: PLC0415 - Windows has none
+
     return pwd.getpwuid(os.getuid()).pw_name
 
 
