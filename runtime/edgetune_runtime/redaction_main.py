@@ -8,8 +8,15 @@ import json
 import re
 import sys
 
-request = json.load(sys.stdin)
-texts = request["texts"]
-for pattern in request["patterns"]:
-    texts = [re.sub(pattern, lambda _: request["replacement"], text) for text in texts]
-json.dump(texts, sys.stdout)
+
+def main() -> None:
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
+    texts = request["texts"]
+    for pattern in request["patterns"]:
+        texts = [re.sub(pattern, lambda _: request["replacement"], text) for text in texts]
+    json.dump(texts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
