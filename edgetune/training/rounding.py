@@ -31,8 +31,10 @@ def rounded_layers(model: Any, base: Path) -> Iterator[None]:  # noqa: ANN401 - 
     file, layers = GgufWeights(base), list[Any]()
     try:
         for name, layer in tuned_layers(model):
-            if (found := file.grid(f"{name}.weight")) is not None:
-                layer.forward = _RoundedLayer(layer, *found)
+            weight = f"{name}.weight"
+            if (found := file.grid(weight)) is not None:
+                # From the file, since a base in bfloat16 is not exactly on its grid.
+                layer.forward = _RoundedLayer(layer, file.values(weight), *found)
                 layers.append(layer)
         yield
     finally:
@@ -43,7 +45,7 @@ def rounded_layers(model: Any, base: Path) -> Iterator[None]:  # noqa: ANN401 - 
 class _RoundedLayer:
     """The forward of a LoRA layer whose merged weights are rounded once after each change of its factors."""
 
-    def __init__(self, layer: Any, grid: Grid, dither: Floats) -> None:  # noqa: ANN401 - as above
+    def __init__(self, layer: Any, start: torch.Tensor, grid: Grid, dither: Floats) -> None:  # noqa: ANN401 - as above
         self._layer, self._name = layer, layer.active_adapters[0]
         base = layer.get_base_layer()
         step, offset, inverse = (
@@ -52,8 +54,8 @@ class _RoundedLayer:
         self._step, self._offset, self._inverse = step, offset, inverse
         self._range, self._bias = (grid.lowest, grid.highest), base.bias
         # Adding the dither here saves an operation per step: rounding it down is then the same as in `Grid.codes`.
-        grouped = base.weight.detach().float().view(*step.shape[:2], -1)
-        self._start = grouped + torch.from_numpy(dither).to(grouped.device).view_as(grouped) * step
+        grouped = start.to(step.device).view(*step.shape[:2], -1)
+        self._start = grouped.addcmul_(torch.from_numpy(dither).to(step.device).view_as(grouped), step)
         self._weight = self._start
         self._key: tuple[int, int, torch.dtype] | None = None
 

@@ -44,9 +44,9 @@ def base_in(wide_gguf: Callable[[int], Path], tmp_path: Path) -> Callable[[str],
     return make
 
 
-def tuned(base: Base, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
+def tuned(base: Base, dtype: torch.dtype = torch.float32, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
     """A random LoRA on the base, in training mode."""
-    model = bases.load_torch(base, torch.float32)
+    model = bases.load_torch(base, dtype)
     model.set_attn_implementation(ATTENTION)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=8, **options)
     torch.manual_seed(0)
@@ -97,6 +97,16 @@ def test_dropout_acts_on_the_update_alone(base_in: Callable[[str], Base]) -> Non
         assert first != second
         model.eval()
         assert gradients(model)["loss"] == gradients(model)["loss"]
+
+
+def test_a_base_in_bfloat16_is_rounded_as_one_in_float32(base_in: Callable[[str], Base]) -> None:
+    base, weights = base_in("q4_0"), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tuned(base, dtype=dtype)
+        with rounded_layers(model, base.path), torch.autocast("cpu", torch.bfloat16):
+            gradients(model)
+            weights.append([layer.forward._weight for _, layer in tuned_layers(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize("quantization", ["q4_0", "q4_1", "q4_k_m", "q5_k_m", "q6_k"])
