@@ -90,14 +90,15 @@ class _StraightThrough(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         rows, a, b = x.flatten(0, -2).to(weight.dtype), a.to(weight.dtype), b.to(weight.dtype)
-        ctx.save_for_backward(rows, weight, a, b)
-        ctx.scale, ctx.dtype = scale, x.dtype
+        ctx.save_for_backward(rows, a, b)
+        # Not saved: it is there between the passes too, so it is no memory of a pass (`checkpointing.layer_cost`).
+        ctx.weight, ctx.scale, ctx.dtype = weight, scale, x.dtype
         return torch.nn.functional.linear(rows, weight).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - as above
-        rows, weight, a, b = ctx.saved_tensors
+        (rows, a, b), weight = ctx.saved_tensors, ctx.weight
         out = grad.flatten(0, -2).to(weight.dtype)
         to_x = (out @ weight).view(*grad.shape[:-1], -1).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         to_a = (out @ b).mul_(ctx.scale).t() @ rows

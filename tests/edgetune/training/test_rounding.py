@@ -24,6 +24,7 @@ from edgetune.methods.common.peft import tuned_layers
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import ATTENTION
 from edgetune.shipping.verify import logits_of
+from edgetune.training.checkpointing import layer_cost, layers_of
 from edgetune.training.loop import train
 from edgetune.training.rounding import rounded_layers
 
@@ -97,6 +98,16 @@ def test_dropout_acts_on_the_update_alone(base_in: Callable[[str], Base]) -> Non
         assert first != second
         model.eval()
         assert gradients(model)["loss"] == gradients(model)["loss"]
+
+
+def test_rounded_weights_are_no_memory_of_a_pass(base_in: Callable[[str], Base]) -> None:
+    base = base_in("q4_0")
+    model = tuned(base)
+    layers, batch = layers_of(model), NEXT_TOKEN.batch(ROWS[:1])
+    plain = layer_cost(lambda: NEXT_TOKEN.loss(model, model, batch), layers)
+    with rounded_layers(model, base.path):
+        rounded = layer_cost(lambda: NEXT_TOKEN.loss(model, model, batch), layers)
+    assert rounded.kept < 1.2 * plain.kept
 
 
 def test_a_base_in_bfloat16_is_rounded_as_one_in_float32(base_in: Callable[[str], Base]) -> None:
