@@ -18,6 +18,7 @@ from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.options import with_options
 
 from .arguments import BOARD, AdaptersMb, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
+from .grouped_help import GroupedCommand
 from .tables import print_columns
 
 app = typer.Typer(help="Show boards, and what fits on them.", no_args_is_help=True)
@@ -28,7 +29,7 @@ RamMib = Annotated[
 ]
 
 
-@app.command("list")
+@app.command("list", cls=GroupedCommand)
 def list_boards(*, as_json: AsJson = False) -> None:
     """List the boards. A board with several sizes of memory is also called like pi-4-2gb."""
     listed = [boards.load(name) for name in boards.names()]
@@ -42,7 +43,7 @@ def list_boards(*, as_json: AsJson = False) -> None:
     print_columns(rows)
 
 
-@app.command()
+@app.command(cls=GroupedCommand)
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help=BOARD)],
     *,
@@ -65,7 +66,7 @@ def show(
     print_columns(list(sources.items()))
 
 
-@app.command("fit")
+@app.command("fit", cls=GroupedCommand)
 def fit_target(
     target: Annotated[Path, typer.Argument(metavar="TARGET", help="A bundle, a recipe or a .gguf file.")],
     *,
@@ -112,7 +113,7 @@ def fit_target(
         print_columns([_row(change) for change in proposed])
 
 
-@app.command("detect")
+@app.command("detect", cls=GroupedCommand)
 def detect_board(
     *,
     out: Annotated[

@@ -13,8 +13,12 @@ class GroupedCommand(TyperCommand):
     """A command whose options are listed by panel."""
 
     def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        """The names of required arguments without the braces that Typer puts around them."""
-        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        """The names of arguments without the braces and second brackets that Typer puts around them."""
+        marks = {"{": "", "}": "", "[[": "[", "]]": "]"}
+        pieces = super().collect_usage_pieces(ctx)
+        for mark, shown in marks.items():
+            pieces = [piece.replace(mark, shown) for piece in pieces]
+        return pieces
 
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]  # noqa: ANN401
         """Write a section for each panel, in the order of the panels' first options."""

@@ -102,7 +102,8 @@ def test_help_and_version_are_on_standard_output(run: Run) -> None:
         assert command in run("--help")[1]
         code, out, err = run(command, "--help")
         assert (code, out.startswith(f"Usage: edgetune {command} "), err) == (0, True, "")
-        assert "{" not in out.splitlines()[0]
+    for line in ("data check [OPTIONS] RECIPE", "devices fit [OPTIONS] TARGET", "publish [OPTIONS] [BUNDLE]"):
+        assert run(*line.split(" [")[0].split(), "--help")[1].startswith(f"Usage: edgetune {line}\n")
 
 
 def test_help_lists_options_by_group(run: Run) -> None:
