@@ -92,12 +92,17 @@ def protocol(limits: ServerLimits) -> type[H11Protocol]:
             self._count()
 
         def on_response_complete(self) -> None:
-            if self.cycle.more_body and not self.transport.is_closing():
-                # The request was refused, so the rest of its body is not worth reading.
+            if self.cycle.more_body and not self.transport.is_closing() and not self._has_short_body():
+                # The request was refused, so the rest of its body is not worth reading. A short one may be on its way,
+                # and the client would send its next request into a connection that is being closed.
                 self.transport.write_eof()
                 self._lingers = self.loop.call_later(_LINGER_S, self.transport.abort)
             super().on_response_complete()
             self._count()
+
+        def _has_short_body(self) -> bool:
+            lengths = [value for name, value in self.scope["headers"] if name == b"content-length"]
+            return len(lengths) == 1 and lengths[0].isdigit() and int(lengths[0]) <= _PART_BYTES
 
         def pause_writing(self) -> None:
             super().pause_writing()

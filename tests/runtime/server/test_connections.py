@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPResponse
 from pathlib import Path
 
 import httpx
@@ -235,3 +236,14 @@ def test_a_server_without_free_files_answers_and_logs_little(bundle: Path, tmp_p
         finally:
             process.terminate()
     assert log.stat().st_size < 10_000
+
+
+def test_a_short_body_may_come_after_its_request_was_refused(server: Running) -> None:
+    head = f"POST /api/create HTTP/1.1\r\nHost: {HERE}\r\nContent-Length: 2\r\n\r\n".encode()
+    with socket.create_connection((HERE, server.port), timeout=5) as client:
+        for _ in range(3):
+            client.sendall(head)
+            reply = HTTPResponse(client)
+            reply.begin()
+            assert (reply.status, reply.read()[:9]) == (404, b'{"error":')
+            client.sendall(b"{}")
