@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,10 +100,8 @@ def _adapter_parity(
     written = export.adapters[adapter.name]
     from edgetune.training.rounding import rounded_layers  # noqa: PLC0415 - torch, only where something is exported
 
-    with ExitStack() as stack:
-        tuned = stack.enter_context(methods.load(adapter.plan.method).loaded(adapter.checkpoint(model)))
-        if adapter.plan.on_grid:
-            stack.enter_context(rounded_layers(tuned, base))
+    method, rounds_to = methods.load(adapter.plan.method), base if adapter.plan.on_grid else None
+    with method.loaded(adapter.checkpoint(model)) as tuned, rounded_layers(tuned, rounds_to):
         parity = _parity(_remembered(model, tuned, known), adapter, export, engine)
     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
     check(

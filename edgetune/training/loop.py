@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -162,11 +162,10 @@ class _Run:
     @contextmanager
     def layers(self) -> Iterator[None]:
         """Layers with rounded weights if the job has them; the others fused, except under autocast."""
-        with ExitStack() as stack:
-            if self.rounds_to is not None:
-                stack.enter_context(rounded_layers(self.tuned, self.rounds_to))
-            if self.precision != "bf16":
-                stack.enter_context(fused(self.tuned, int8=self.precision == "int8"))
+        with (
+            rounded_layers(self.tuned, self.rounds_to),
+            nullcontext() if self.precision == "bf16" else fused(self.tuned, int8=self.precision == "int8"),
+        ):
             yield
 
     def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:

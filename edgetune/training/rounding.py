@@ -22,12 +22,15 @@ from edgetune.weights import GgufWeights
 
 
 @contextmanager
-def rounded_layers(model: Any, base: Path) -> Iterator[None]:  # noqa: ANN401 - PEFT carries no types
-    """Compute the LoRA layers of PEFT's `model` with merged weights that the base's file could store.
+def rounded_layers(model: Any, base: Path | None) -> Iterator[None]:  # noqa: ANN401 - PEFT carries no types
+    """Compute the LoRA layers of PEFT's `model` with merged weights that the base's file could store; None: as usual.
 
     Needs memory for two float32 copies of their weights while the block runs. Raises IncompatibleError for a tensor
     whose type has no grid.
     """
+    if base is None:
+        yield
+        return
     file, layers = GgufWeights(base), list[Any]()
     try:
         for name, layer in tuned_layers(model):

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -148,10 +148,7 @@ class _Stage:
         checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
         self._write(checkpoint)
         self.progress.say(f"{NAME}: measuring perplexity before and after")
-        with ExitStack() as stack:
-            tuned = stack.enter_context(self.job.method.loaded(checkpoint))
-            if self.job.rounds_to is not None:
-                stack.enter_context(rounded_layers(tuned, self.job.rounds_to))
+        with self.job.method.loaded(checkpoint) as tuned, rounded_layers(tuned, self.job.rounds_to):
             trained = _perplexity(logits_of(tuned), self.job.validation)
         before = self._on_engines(self.source, model)
         made = self.base({})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import gguf
 import numpy as np
@@ -156,17 +156,13 @@ def _put_q6_k(blocks: Bytes, codes: Bytes) -> None:
     blocks[:, 128:192] = np.bitwise_or.reduce(high << shifts, axis=2).reshape(-1, 64)
 
 
-def _partial(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
-    return lambda *given: function(*given, argument)
-
-
 _LAYOUTS: Mapping[str, _Layout] = {
     # llama.cpp itself never writes -128, the lowest code.
-    "q8_0": _Layout(255, _partial(_symmetric, 128), _put_q8, lowest=1),
-    "q5_0": _Layout(31, _partial(_symmetric, 16), _partial(_put_q5, 2)),
-    "q5_1": _Layout(31, _affine, _partial(_put_q5, 4)),
-    "q4_0": _Layout(15, _partial(_symmetric, 8), _partial(_put_q4, 2)),
-    "q4_1": _Layout(15, _affine, _partial(_put_q4, 4)),
+    "q8_0": _Layout(255, partial(_symmetric, zero=128), _put_q8, lowest=1),
+    "q5_0": _Layout(31, partial(_symmetric, zero=16), partial(_put_q5, start=2)),
+    "q5_1": _Layout(31, _affine, partial(_put_q5, start=4)),
+    "q4_0": _Layout(15, partial(_symmetric, zero=8), partial(_put_q4, start=2)),
+    "q4_1": _Layout(15, _affine, partial(_put_q4, start=4)),
     "q6_k": _Layout(63, _scales_of_q6_k, _put_q6_k),
     "q5_k": _Layout(31, _scales_of_k, _put_q5_k),
     "q4_k": _Layout(15, _scales_of_k, _put_q4_k),
