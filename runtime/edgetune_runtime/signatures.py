@@ -18,7 +18,7 @@ SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 """The signatures of a bundle's manifest, which has the digests of all its other files."""
 _PURPOSE = b"edgetune manifest\n"
 """Signed in front of a manifest, so that no signature for another purpose fits."""
-_LONGEST = 1 << 16
+LONGEST_SIGNATURE = 1 << 16
 _UNSIGNED = "use a bundle that is signed: edgetune publish, or edgetune keys sign"
 
 
@@ -104,7 +104,7 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     raise VerificationError(message, "do not use this bundle")
 
 
-def _read(path: Path, most: int = _LONGEST) -> bytes:
+def _read(path: Path, most: int = LONGEST_SIGNATURE) -> bytes:
     """The bytes of a file; ValueError if there are more than `most`."""
     with path.open("rb") as file:
         data = file.read(most + 1)

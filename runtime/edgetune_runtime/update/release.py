@@ -74,7 +74,7 @@ def parse_release(data: bytes) -> Release:
             name=_text(raw["name"], NAME),
             channel=_text(raw["channel"], NAME),
             version=_number(raw["version"], _MOST_VERSION),
-            files={_path(path): _entry(entry) for path, entry in raw["files"].items()},
+            files={bundle_path(path): file_entry(entry) for path, entry in raw["files"].items()},
             formats=tuple(_text(name, _WORD) for name in raw["formats"]),
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
@@ -86,14 +86,16 @@ def parse_release(data: bytes) -> Release:
     return release
 
 
-def _path(path: str) -> str:
+def bundle_path(path: str) -> str:
+    """The path of a file in a bundle; ValueError for one that is outside."""
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or path != printable(path) or {"/", "\\"} & set(parts[0]):
         raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
     return path
 
 
-def _entry(raw: Mapping[str, Any]) -> FileEntry:
+def file_entry(raw: Mapping[str, Any]) -> FileEntry:
+    """The digest and size in a record; ValueError for impossible ones."""
     return FileEntry(_text(raw["sha256"], _DIGEST), _number(raw["bytes"], _MOST_BYTES))
 
 

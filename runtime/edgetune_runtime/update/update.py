@@ -14,7 +14,6 @@ from edgetune_runtime.errors import (
     IncompatibleError,
     NotFoundError,
     OutOfSpaceError,
-    UnreachableError,
     UsageError,
     VerificationError,
 )
@@ -32,8 +31,6 @@ from .trust import TrustedRepository, read_root
 
 _RESERVE_BYTES = 50 * 10**6
 """Left free on the disk for everything else on the device."""
-_ATTEMPTS = 3
-"""How often a download may fail without a new byte."""
 
 
 @dataclass(frozen=True)
@@ -234,15 +231,7 @@ def _download_file(store: Store, sha256: str, size: int, location: Location) -> 
     def rest_from(offset: int) -> Iterator[bytes]:
         return location.blocks(f"{BLOBS_FOLDER}/{sha256}", size - offset, offset)
 
-    failed, count = 0, 0
-    while True:
-        try:
-            return store.fill(sha256, size, rest_from, "update again, it goes on from there")
-        except UnreachableError:
-            before, count = count, store.part_bytes(sha256)
-            failed = 0 if count > before else failed + 1
-            if failed == _ATTEMPTS:
-                raise
+    store.receive(sha256, size, rest_from, "update again, it goes on from there")
 
 
 def _check_manifest(prefix: Path, kit: Kit, release: Release) -> None:

@@ -11,11 +11,10 @@ from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.update.fetch import Location
-from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
 from kills import KILLED, killed_at
 from kits import write_bundle
-from repositories import PASSPHRASE, Publisher, make_keys, open_keys, publish
+from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device
 
 from edgetune.cli.main import main
 from edgetune.delivery.publish import key_folder
@@ -23,19 +22,10 @@ from edgetune.delivery.publish.key_files import PASSPHRASE as VARIABLE
 from edgetune.delivery.publish.key_folder import BUNDLES, ROOT_ROLES, TRUSTED_KEYS_NAME, KeyFolder
 from edgetune.delivery.publish.publish import refresh, sign
 
-_START = datetime.fromtimestamp(0, UTC)
-
 
 @pytest.fixture
 def publisher(tmp_path: Path) -> Publisher:
     return Publisher(tmp_path)
-
-
-def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> Release:
-    """The newest release that a device with this root and metadata folder accepts."""
-    trusted = TrustedRepository(Location(str(repo)), folder, root.read_bytes(), _START)
-    trusted.refresh()
-    return trusted.release(name, "stable")
 
 
 def test_a_repository_has_each_file_once_and_a_release_per_publish(publisher: Publisher, tmp_path: Path) -> None:
@@ -166,7 +156,7 @@ def test_an_expired_repository_is_valid_again_after_another_signature(publisher:
     publisher("one")
     path = publisher.repo / "metadata/timestamp.json"
     soon = datetime.now(UTC) + timedelta(days=200)
-    trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "late", publisher.root.read_bytes(), _START)
+    trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "late", publisher.root.read_bytes(), START)
     trusted._updater._trusted_set.reference_time = soon
     with pytest.raises(VerificationError, match=r"is expired.* sign it again"):
         trusted.refresh()
