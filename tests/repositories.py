@@ -54,11 +54,12 @@ def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> 
 
 
 class Publisher:
-    """A repository of a bundle "home" that answers with a text."""
+    """A repository of a bundle "home" that answers with a text, in `formats`."""
 
     def __init__(self, folder: Path) -> None:
         self.repo, self.bundle = folder / "repo", folder / "home"
         self.keys = make_keys(folder / "keys")
+        self.formats = ["gguf"]
 
     @property
     def root(self) -> Path:
@@ -67,7 +68,8 @@ class Publisher:
 
     def __call__(self, answer: str, **options: object) -> Published:
         """Publish the bundle with another answer."""
-        return publish(write_bundle(self.bundle, answer), self.repo, self.keys, **options)  # type: ignore[arg-type]
+        bundle = write_bundle(self.bundle, answer, self.formats)
+        return publish(bundle, self.repo, self.keys, **options)  # type: ignore[arg-type]
 
 
 class Server:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest, with_present_formats
 from .errors import NotFoundError, VerificationError, importing
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def read_signed_manifest(bundle: Path, trusted: str | Path | None) -> Manifest:
     if trusted is None:
         return read_manifest(bundle)
     # What was checked is parsed, and not what another process may have put in its place.
-    return parse_manifest(require_signed(bundle, Path(trusted)), bundle / MANIFEST_NAME)
+    manifest = parse_manifest(require_signed(bundle, Path(trusted)), bundle / MANIFEST_NAME)
+    return with_present_formats(manifest, lambda name: (bundle / name).exists())
 
 
 def require_signed(bundle: Path, trusted: Path) -> bytes:

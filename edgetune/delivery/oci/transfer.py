@@ -21,6 +21,7 @@ from edgetune_runtime.bundle import (
     resolve,
     sha256_of,
     verify_files,
+    with_present_formats,
 )
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import require_space, swap_in
@@ -171,7 +172,7 @@ def _fetch_manifest(
         if received.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
             received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), _GOES_ON)
     _place(received, own, folder)
-    manifest = read_signed_manifest(folder, trusted_keys)
+    manifest = with_present_formats(read_signed_manifest(folder, trusted_keys), files.__contains__)
     wrong = [name for name, entry in manifest.files.items() if files.get(name) != entry]
     if wrong:
         message = f"{store.reference} does not have {wrong[0]} as its bundle's manifest describes it"

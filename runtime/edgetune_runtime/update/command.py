@@ -34,6 +34,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--repo", metavar="URL", help=text)
     source.add_argument("--bundle", metavar="NAME", help="the bundle to follow (default: the only one)")
     source.add_argument("--channel", metavar="NAME", help="the channel to follow (default: stable)")
+    text = "what to download, such as gguf or gguf,onnx (default: those of the version that is installed, or else all)"
+    source.add_argument("--formats", metavar="A,B", help=text)
     text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
     default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
@@ -56,7 +58,8 @@ def run(options: argparse.Namespace) -> None:
 def _act(prefix: Path, options: argparse.Namespace) -> None:
     from . import update  # noqa: PLC0415 - it imports libraries of an extra
 
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root)
+    formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats)
     if options.status:
         _show_status(update.status(prefix, _say), options.json)
     elif options.check:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry
+from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import printable
 
@@ -79,8 +79,9 @@ def parse_release(data: bytes) -> Release:
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
         )
-        if MANIFEST_NAME not in release.files or not release.formats:
-            raise ValueError(f"it has no {MANIFEST_NAME}, or no formats")
+        manifest = release.files.get(MANIFEST_NAME)
+        if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
+            raise ValueError(f"it has no {MANIFEST_NAME} that can be read, or no formats")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise VerificationError(f"the release is damaged: {str(error)[:200]}", _REMEDY) from error
     return release

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import __version__
-from edgetune_runtime.bundle import SCHEMA_VERSION, read_manifest
+from edgetune_runtime.bundle import MANIFEST_NAME, SCHEMA_VERSION, of_formats, parse_manifest, read_manifest
 from edgetune_runtime.errors import (
     IncompatibleError,
     NotFoundError,
@@ -17,6 +17,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
+from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.store import switch, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.files import Store
@@ -37,13 +38,14 @@ _RESERVE_BYTES = 50 * 10**6
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on.
+    `root` is a file with root metadata to trust from now on, and `formats` are those to download.
     """
 
     repo: str | None = None
     bundle: str | None = None
     channel: str | None = None
     root: Path | None = None
+    formats: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,14 @@ class Found:
 
     @property
     def is_new(self) -> bool:
-        """Whether the device does not have this bundle."""
-        return self.current is None or self.current.bundle != self.release.bundle
+        """Whether the device does not have this bundle in its formats."""
+        current = self.current
+        return current is None or current.bundle != self.release.bundle or {*current.engines} != {*self.formats}
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that the device has, or gets: what the user wants, or those of the current version, or all."""
+        return self.state.formats or (self.release.formats if self.current is None else self.current.engines)
 
     @property
     def reason(self) -> str | None:
@@ -100,8 +108,9 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
         if found.reason is not None:
             return found, False
         _require_runtime(found.release)
-        kit = describe(found.release, found.current)
-        _download(prefix, kit, Location(found.state.repo), say)
+        location = Location(found.state.repo)
+        kit = describe(_of_formats(prefix, found, location), found.current)
+        _download(prefix, kit, location, say)
         make_environment(prefix, kit)
         versions.place(prefix, kit)
         _check_manifest(prefix, kit, found.release)
@@ -165,7 +174,10 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         message = f"release {release.version} of {name} is older than {floor}, which this device had"
         raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
-    state = replace(state, repo=location.text, bundle=name, channel=release.channel, not_before=not_before)
+    formats = source.formats or state.formats
+    state = replace(
+        state, repo=location.text, bundle=name, channel=release.channel, formats=formats, not_before=not_before
+    )
     if source.root is not None:
         write_trusted_root(prefix, root)
     write_state(prefix, state)
@@ -206,6 +218,27 @@ def _require_runtime(release: Release) -> None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _of_formats(prefix: Path, found: Found, location: Location) -> Release:
+    """The release with the files of the device's formats, which its manifest names; that is downloaded for it.
+
+    IncompatibleError if it has one of the formats not.
+    """
+    release, formats = found.release, found.formats
+    lacking = [name for name in formats if name not in release.formats]
+    if lacking:
+        message = f"release {release.version} of {release.name} has no files for {lacking[0]}"
+        raise IncompatibleError(message, f"use --formats {','.join(release.formats)}, or deploy a kit for one of these")
+    if {*formats} == {*release.formats}:
+        return release
+    store, entry = Store(prefix), release.files[MANIFEST_NAME]
+    if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
+        _download_file(store, entry.sha256, entry.bytes, location)
+    path = store.path(entry.sha256)
+    names = {*of_formats(parse_manifest(path.read_bytes(), path), formats).files, MANIFEST_NAME, SIGNATURE_NAME}
+    files = {name: file for name, file in release.files.items() if name in names}
+    return replace(release, files=files, formats=formats)
 
 
 def _download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:

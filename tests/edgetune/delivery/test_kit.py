@@ -178,7 +178,10 @@ def test_the_same_bundle_gives_the_same_bytes(
     made = json.loads(capfd.readouterr().out)
     folder = unpacked(tmp_path / "other.tar", tmp_path)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == made["bytes"]
-    assert made["bundle_bytes"] == sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+    assert made["bundle_bytes"] == sum(path.stat().st_size for path in (folder / "bundle").rglob("*") if path.is_file())
+    # The bundle's files for the other engine stay here.
+    assert list(read_manifest(home).base.files) == ["gguf", "onnx"]
+    assert list(read_manifest(folder / "bundle").base.files) == ["onnx"]
 
 
 def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:
@@ -202,7 +205,7 @@ def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str
     raw = json.loads((kit / "sbom.cdx.json").read_text())
     found = {part["name"]: part for part in raw["components"]}
     base = found.pop(json.loads((kit / "bundle/manifest.json").read_text())["base"]["name"])
-    assert (base["type"], len(base["components"])) == ("machine-learning-model", 2)
+    assert (base["type"], len(base["components"])) == ("machine-learning-model", 1)
     assert len(found) == len(list((kit / "wheels").iterdir()))
     assert found["edgetune-runtime"]["licenses"] == [{"expression": "Apache-2.0"}]
     assert found["jinja2"]["licenses"] == [{"license": {"name": "BSD License"}}]
@@ -231,7 +234,7 @@ def test_the_base_has_the_licence_that_its_file_states(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    raw = json.loads(sbom.bill_of_materials(bundle, read_manifest(bundle), "1", []))
+    raw = json.loads(sbom.bill_of_materials(bundle, read_manifest(bundle), "gguf", "1", []))
     assert [part["licenses"] for part in raw["components"]] == [[listed]]
 
 
