@@ -22,7 +22,11 @@ app = typer.Typer(
 
 KeysPath = Annotated[Path, typer.Argument(metavar="KEYS", help="The folder of the keys.")]
 Role = Annotated[
-    str, typer.Argument(metavar="ROLE", help="root, targets, snapshot, timestamp, or bundles, which signs bundles.")
+    str,
+    typer.Argument(
+        metavar="ROLE",
+        help="root, targets, snapshot, timestamp, bundles, which signs bundles, or bundles/NAME, which signs one.",
+    ),
 ]
 
 
@@ -60,9 +64,13 @@ def list_keys(keys: KeysPath, *, as_json: AsJson = False) -> None:
 
 @app.command(cls=GroupedCommand)
 def add(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
-    """Make another key for a role; publish again so that devices learn of it."""
+    """Make another key for a role; publish again so that devices learn of it.
+
+    The first key for bundles/NAME makes this bundle one that only its own keys sign: who has no other key of bundles
+    can publish this bundle and no other.
+    """
     folder = open_keys(keys)
-    folder.add(_known(role))
+    folder.add(role if role.startswith("bundles/") else _known(role, folder))
     _show(folder, as_json)
 
 
@@ -70,7 +78,7 @@ def add(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
 def rotate(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
     """Make a key in place of the oldest one of a role; publish again so that devices learn of it."""
     folder = open_keys(keys)
-    folder.rotate(_known(role))
+    folder.rotate(_known(role, folder))
     _show(folder, as_json)
 
 
@@ -95,11 +103,9 @@ def sign(keys: KeysPath, bundle: BundlePath) -> None:
     print(sign_bundle(bundle, open_keys(keys)))
 
 
-def _known(role: str) -> str:
-    from edgetune.delivery.publish.key_folder import ROLES
-
-    if role not in ROLES:
-        raise UsageError(f"there is no role {role!r}", suggestion(role, ROLES))
+def _known(role: str, folder: KeyFolder) -> str:
+    if role not in folder.roles:
+        raise UsageError(f"there is no role {role!r}", suggestion(role, folder.roles))
     return role
 
 

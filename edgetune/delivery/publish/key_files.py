@@ -64,7 +64,7 @@ def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
 
 def path_of(folder: Path, role: str, key: Key) -> Path:
     """The file of a private key."""
-    return folder / f"{role}-{key.keyid[:8]}.pem"
+    return folder / f"{role.replace('/', '-')}-{key.keyid[:8]}.pem"
 
 
 def load_signer(folder: Path, role: str, key: Key, passphrase: Passphrase) -> Signer:

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.signatures import require_signed
 from edgetune_runtime.update.release import BLOBS_FOLDER
 
 from edgetune.delivery.oci.transfer import ArtifactStore, pull
 from edgetune.progress import Progress
 
-from .key_folder import TRUSTED_KEYS_NAME, KeyFolder
+from .key_folder import KeyFolder
 
 _FOLDER = ".from"
 
@@ -27,11 +29,11 @@ def fetched(
     signed by a key in `trusted_keys` (default: those of `keys`). A digest needs no signature. What an interrupted call
     has fetched, and the files of the repository, are not fetched again.
     """
-    if trusted_keys is None and store.reference.digest is None:
-        trusted_keys = keys.folder / TRUSTED_KEYS_NAME
     bundle = repo / _FOLDER / "bundle"
     pull(store, bundle, progress, trusted_keys=trusted_keys, blobs=repo / BLOBS_FOLDER)
     try:
+        if trusted_keys is None and store.reference.digest is None:
+            require_signed(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
         yield bundle
     finally:
         shutil.rmtree(bundle.parent)
