@@ -7,7 +7,7 @@ elsewhere while nobody signs with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
-from .key_files import Passphrase, load_signer, path_of, write_new_key
+from .external_keys import ExternalKey, signing
+from .key_files import Passphrase, load_signer, path_of, write_external_key, write_new_key
 
 BUNDLES = "bundles"
 """The role that signs bundles and their releases; the targets role delegates to it."""
@@ -119,14 +120,17 @@ class KeyFolder:
         # Last: it makes the folder one of keys.
         self._write_root(root, None)
 
-    def add(self, role: str) -> None:
-        """Make another key for a role, which is a new one if it is that of one bundle; UsageError for a wrong name."""
-        require_name("the bundle's name", role.removeprefix(OF_ONE_BUNDLE))
-        self._replace(role, self.keys(role), adds=True)
+    def add(self, role: str, external: ExternalKey | None = None) -> None:
+        """Make another key for a role, or use an external one. A role of one bundle may be new.
 
-    def rotate(self, role: str) -> None:
-        """Make a key in place of the oldest one of a role; the old private key stays in the folder."""
-        self._replace(role, self.keys(role)[1:], adds=True)
+        UsageError for a bundle's name that cannot be a path.
+        """
+        require_name("the bundle's name", role.removeprefix(OF_ONE_BUNDLE))
+        self._replace(role, self.keys(role), lambda: self._new_key(role, external))
+
+    def rotate(self, role: str, external: ExternalKey | None = None) -> None:
+        """Make a key in place of the oldest one of a role, or use an external one; the old private key stays here."""
+        self._replace(role, self.keys(role)[1:], lambda: self._new_key(role, external))
 
     def revoke(self, keyid: str) -> str:
         """Trust a key, of which the first digits are given, no longer; its role. UsageError if its role needs it."""
@@ -144,12 +148,14 @@ class KeyFolder:
         self._replace(role, rest)
         return role
 
-    def _new_key(self, role: str) -> Key:
+    def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
+        if external is not None:
+            return write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
 
-    def _replace(self, role: str, kept: Sequence[Key], *, adds: bool = False) -> None:
+    def _replace(self, role: str, kept: Sequence[Key], make: Callable[[], Key] | None = None) -> None:
         """Make a role trust the keys in `kept`, and a new one; the new key is deleted if that cannot be signed."""
-        new = [self._new_key(role)] if adds else []
+        new = [] if make is None else [make()]
         try:
             if role in ROOT_ROLES:
                 self._write_next_root(role, [*kept, *new])
@@ -179,8 +185,9 @@ class KeyFolder:
         metadata = Metadata(root)
         delegators = [item for item in (before, root) if item is not None]
         keys = {keyid: item.keys[keyid] for item in delegators for keyid in item.roles[Root.type].keyids}
-        for signer in self.signers(Root.type, keys.values()):
-            metadata.sign(signer, append=True)
+        with signing(Root.type):
+            for signer in self.signers(Root.type, keys.values()):
+                metadata.sign(signer, append=True)
         for delegator in delegators:
             result = delegator.get_verification_result(Root.type, metadata.signed_bytes, metadata.signatures)
             if not result.verified:

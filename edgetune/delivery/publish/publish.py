@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from edgetune.progress import Progress
 
+from .external_keys import signing
 from .key_folder import KeyFolder, missing_keys, require_name
 from .repository import Repository
 
@@ -103,7 +104,8 @@ def sign(bundle: Path, keys: KeyFolder) -> Path:
     signers = keys.signers(role, keys.keys(role))
     if not signers:
         raise missing_keys(role, keys)
-    data = signature_file(manifest, signers)
+    with signing(role):
+        data = signature_file(manifest, signers)
     if not (path.is_file() and path.read_bytes() == data):
         with replacing(path) as temporary:
             temporary.write_bytes(data)

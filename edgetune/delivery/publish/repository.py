@@ -27,6 +27,7 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from .external_keys import signing
 from .key_folder import KeyFolder, missing_keys
 
 _TARGETS_DAYS = 365
@@ -166,9 +167,10 @@ class Repository:
     def _write(self, name: str, signed: T, signers: Iterable[Signer]) -> bytes:
         """Sign and write a file of metadata; NotFoundError if too few private keys are in the folder."""
         metadata = Metadata(signed)
-        for signer in signers:
-            metadata.sign(signer, append=True)
         role = name.rpartition(".")[2]
+        with signing(self._role_of(role)):
+            for signer in signers:
+                metadata.sign(signer, append=True)
         is_top = role in self._root.roles
         delegator = self._root if is_top else self._roles[Targets.type]
         try:
