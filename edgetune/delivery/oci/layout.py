@@ -96,7 +96,7 @@ class ImageLayout:
             found = json.loads(path.read_bytes())["manifests"]
             for item in found:
                 file_entry({"sha256": item["digest"].removeprefix("sha256:"), "bytes": item["size"]})
-                if not isinstance(_tag_of(item) or "", str):
+                if not isinstance(_tag_of(item), str | None):
                     raise TypeError("a tag is no text")
         except (FileNotFoundError, NotADirectoryError):
             return []
