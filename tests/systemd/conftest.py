@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.bundle import MANIFEST_NAME, GoldenAnswer
 from edgetune_runtime.inference.golden import ask
+from edgetune_runtime.store.opening import Opening
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 
@@ -38,12 +41,15 @@ def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="session")
 def machine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A booted system that sees the bundle's kit as /mnt/kit."""
+    """A booted system that sees the bundle's kit as /mnt/kit, and one with another manifest and opening beside it."""
     lacking = missing()
     if lacking:
         pytest.exit(f"a booted system needs {'; and '.join(lacking)}", returncode=5)
     shared = tmp_path_factory.mktemp("shared")
     shared.chmod(0o755)
     make_kit(bundle, "laptop", shared / "kit", KitOptions("3.13", "onnx"), Progress())
+    other = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("other") / "home"))
+    (other / MANIFEST_NAME).write_text(json.dumps(json.loads((other / MANIFEST_NAME).read_text()), indent=3))
+    make_kit(other, "laptop", shared / "other-kit", KitOptions("3.13", "onnx", Opening(cache_mb=16)), Progress())
     with booted(prepare(), shared) as found:
         yield found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,10 @@ def answer_of(machine: Machine, port: int) -> str:
     return str(found["choices"][0]["message"]["content"])
 
 
-def install(machine: Machine, *words: str, user: str | None = None) -> str:
-    """Install the kit with a unit; what the installer says."""
-    return machine.run("sh", "-c", '"$0" "$@" 2>&1', *INSTALL, "--service", *words, user=user)
+def install(machine: Machine, *words: str, user: str | None = None, kit: str = "kit") -> str:
+    """Install a kit with a unit; what the installer says."""
+    script = f"{SHARED}/{kit}/install.sh"
+    return machine.run("sh", "-c", '"$0" "$@" 2>&1', "sh", script, "--service", *words, user=user)
 
 
 def shown(machine: Machine, *words: str, user: str | None = None) -> dict[str, str]:
@@ -69,6 +71,49 @@ def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expect
     assert shown(machine, "ActiveState")["ActiveState"] == "active"
     machine.run(*INSTALL, "uninstall")
     assert shown(machine, "LoadState")["LoadState"] == "not-found"
+
+
+def kill(machine: Machine, port: int, user: str | None) -> None:
+    """End the server as a crash does, and wait until systemd has started it again."""
+    before = shown(machine, "MainPID", user=user)["MainPID"]
+    machine.run("systemctl", *(["--user"] if user else []), "kill", "--signal=KILL", "edgetune-home", user=user)
+    for _ in range(60):
+        if shown(machine, "MainPID", user=user)["MainPID"] not in {before, "0"}:
+            break
+        time.sleep(0.5)
+    machine.run("python3", "-c", UNTIL_READY, str(port))
+
+
+@pytest.mark.parametrize("user", [None, USER])
+def test_a_version_that_crashes_until_it_was_started_too_often_is_gone_back_from(
+    machine: Machine, user: str | None
+) -> None:
+    if user is not None:
+        machine.run("loginctl", "enable-linger", USER)
+        machine.run("systemctl", "start", f"user@{machine.run('id', '-u', USER)}.service")
+    prefix = f"/home/{USER}/.local/share/edgetune/home" if user else "/opt/edgetune/home"
+    install(machine, "--port", "8084", user=user)
+    first = machine.run("readlink", f"{prefix}/current")
+    assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other-kit")
+    second = machine.run("readlink", f"{prefix}/current")
+    seen = []
+    for _ in range(3):
+        kill(machine, 8084, user)
+        seen.append(machine.run("readlink", f"{prefix}/current"))
+    assert seen == [second, second, first]
+    # Also the unit is that of the first version again.
+    running = shown(machine, "MainPID", user=user)["MainPID"]
+    assert "--cache-mb" not in machine.run("cat", f"/proc/{running}/cmdline")
+    status = json.loads(machine.run(f"{prefix}/bin/edgetune-run", "update", "--status", "--json", user=user))
+    assert list(status["refused"].values()) == ["it was started 2 times without a good end, and not acknowledged"]
+    # Good answers keep it.
+    assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other-kit")
+    for _ in range(3):
+        assert answer_of(machine, 8084)
+    for _ in range(4):
+        kill(machine, 8084, user)
+    assert machine.run("readlink", f"{prefix}/current") == second
+    machine.run("sh", f"{SHARED}/kit/install.sh", "uninstall", user=user)
 
 
 def test_a_unit_that_others_can_reach_asks_for_its_key(machine: Machine) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgetune_runtime.errors import NotFoundError
-from edgetune_runtime.store import files, service, versions
+from edgetune_runtime.store import acknowledgement, files, service, versions
 from edgetune_runtime.store.durable import LOCK_NAME, locked
 from edgetune_runtime.store.versions import Say
 
@@ -29,7 +29,8 @@ def uninstall(prefix: Path, say: Say) -> None:
         unit = service.installed(prefix, say)
         if unit is not None and not unit.remove(prefix):
             say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
-        for name in (*versions.LINKS, versions.RUN_SCRIPT, service.SETTINGS_NAME, service.KEYS_NAME):
+        names = (versions.RUN_SCRIPT, service.SETTINGS_NAME, service.KEYS_NAME, acknowledgement.NAME)
+        for name in (*versions.LINKS, *names):
             (prefix / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             if (prefix / name).is_dir():

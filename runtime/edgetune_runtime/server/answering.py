@@ -20,6 +20,7 @@ from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue
 from .answer_request import CLIENT, AnswerRequest
+from .good_answers import GoodAnswers
 from .metrics import Metrics
 from .models import Models, base_name
 from .problems import RequestError
@@ -56,6 +57,7 @@ class Answering:
         self.models = self._models()
         self.queue = AnswerQueue(runtime.contexts, limits.waiting)
         self.metrics = Metrics(self.queue)
+        self.good_answers = GoodAnswers(runtime.runtime.bundle)
         self.is_warming = False
         self._end = threading.Event()
 
@@ -100,6 +102,7 @@ class Answering:
                 embedding = await self.runtime.embed(text)
                 vectors.append(_normalized(embedding.vector))
                 tokens += embedding.tokens
+        await asyncio.to_thread(self.good_answers.add)
         return vectors, tokens
 
     async def warm(self) -> None:
@@ -164,6 +167,7 @@ class Answering:
         if answer.stop_reason == "cancelled":
             raise BusyError("the server is stopping", "try again later")
         self.metrics.count_answer(request.adapters, answer)
+        await asyncio.to_thread(self.good_answers.add)
         await self._log(request, prompt, answer, index)
         if request.finish is not None:
             answer = request.finish(answer)

@@ -57,4 +57,5 @@ async def _serve(
     )
     warming: Awaitable[None] = asyncio.ensure_future(answering.warm()) if serving.warms else asyncio.sleep(0)
     await server.serve(sockets=[listening])
+    answering.good_answers.end()
     await warming

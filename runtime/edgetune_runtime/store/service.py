@@ -15,7 +15,7 @@ from pathlib import Path
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.type_checks import dataclass_of
 
-from . import answers, sockets, versions
+from . import acknowledgement, answers, sockets, versions
 from .durable import write_text
 from .kit import BUNDLE_FOLDER, Kit
 from .systemd import Manager
@@ -33,7 +33,8 @@ _STATES = ("--warm", "--disk-mb-per-day", "0")
 """Calls write no states: a client that sends other prompts again and again would wear out an SD card."""
 _OWNER = "# Installed by edgetune for {prefix}"
 """The first line of a unit."""
-# No preflight: the version was asked for golden answers in a confined process, and the memory is measured for one.
+# What runs before each start may change the prefix (+), and the unit starts even if it fails (-). No preflight: the
+# version was asked for golden answers in a confined process, and the memory is measured for one.
 _UNIT = """\
 {owner}
 [Unit]
@@ -42,11 +43,14 @@ After=network.target
 
 [Service]
 Type=exec
+ExecStartPre=-+{python} -I -m edgetune_runtime update --starting --prefix {prefix}
 ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more}
 WorkingDirectory=/
-Environment=EDGETUNE_CACHE=%C/{name} EDGETUNE_PREFLIGHT=0
+Environment=EDGETUNE_CACHE=%C/{name} EDGETUNE_PREFLIGHT=0 {report}=%S/{name}/run.json
 CacheDirectory={name}
 CacheDirectoryMode=0700
+StateDirectory={name}
+StateDirectoryMode=0700
 Restart=on-failure
 RestartSec=5
 MemoryMax={memory_mb}M
@@ -139,6 +143,8 @@ class Unit:
             bundle=kit.name,
             owner=_OWNER.format(prefix=prefix.absolute()),
             python=_escaped(current / "venv/bin/python"),
+            prefix=_escaped(prefix.absolute()),
+            report=acknowledgement.REPORT_VARIABLE,
             path=_escaped(current / BUNDLE_FOLDER),
             engine=kit.engines[0],
             host=self.host,
@@ -157,11 +163,10 @@ class Unit:
             message = f"unit {self.name} exists and is not of {prefix}: {path}"
             raise UsageError(message, "choose another name: --service NAME")
 
-    def start(self, prefix: Path, kit: Kit) -> None:
-        """Write the unit if it changed, start or restart it, and wait until it answers.
+    def install(self, prefix: Path, kit: Kit) -> None:
+        """Write the unit if it changed, and have systemd read it; it starts with the system from now on.
 
-        VerificationError if it does not. UsageError, before anything is written, if the unit of this name is not that
-        of `prefix`; and if another program has the port.
+        UsageError, before anything is written, if the unit of this name is not that of `prefix`.
         """
         self.require_own(prefix)
         if self.needs_key and not (prefix / KEYS_NAME).exists():
@@ -170,6 +175,13 @@ class Unit:
         # Also if the text was there already: the install that wrote it may have been cut off here.
         self.manager.call("daemon-reload")
         self.manager.call("enable", "--quiet", self.name)
+
+    def start(self, prefix: Path, kit: Kit) -> None:
+        """Install the unit, start or restart it, and wait until it answers.
+
+        VerificationError if it does not; UsageError as `install`, and if another program has the port.
+        """
+        self.install(prefix, kit)
         # Stopped first, as then whoever has the port is not this unit.
         self.stop(prefix)
         sockets.require_free(self.host, self.port)
@@ -214,12 +226,16 @@ class Unit:
         message = f"unit {self.name} does not answer at {self.url}/readyz"
         raise VerificationError(message, f"see {self.manager.journal(self.name)}")
 
+    def questions(self, prefix: Path, kit: Kit) -> list[answers.Question]:
+        """What `check` asks for."""
+        return answers.questions(versions.path_of(prefix, kit.version) / BUNDLE_FOLDER, kit.engines[0])
+
     def check(self, prefix: Path, kit: Kit) -> int:
         """Ask the running unit for the golden answers of the kit's bundle; the number of adapters that have one.
 
         VerificationError for an adapter that does not answer, or answers differently.
         """
-        asked = answers.questions(versions.path_of(prefix, kit.version) / BUNDLE_FOLDER, kit.engines[0])
+        asked = self.questions(prefix, kit)
         key = (prefix / KEYS_NAME).read_text(encoding="utf-8").split()[0] if self.needs_key else None
         try:
             answers.check(self.url, key, asked)

@@ -21,9 +21,10 @@ from edgetune_runtime.errors import (
 from edgetune_runtime.store import switch, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.files import Store
-from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit, read_installed
+from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
+from .current import current_kit
 from .description import describe, make_environment
 from .fetch import Location
 from .release import BLOBS_FOLDER, NAME, Release
@@ -112,43 +113,8 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
         return found, True
 
 
-def roll_back(prefix: Path, reason: str, say: Say) -> str:
-    """Go back to the version before, and refuse the bundle that runs now from then on, for this reason; its id.
-
-    NotFoundError if there is no version before.
-    """
-    with locked(prefix):
-        state, current = read_state(prefix), _current(prefix)
-        before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
-        if before is not None and current is not None and current.version != before:
-            kit = read_installed(versions.path_of(prefix, before))
-            refused = {**state.refused, current.bundle: reason}
-            refused.pop(kit.bundle, None)
-            write_state(prefix, replace(state, refused=refused))
-        return switch.roll_back(prefix, say=say)
-
-
-def status(prefix: Path, say: Say) -> dict[str, Any]:
-    """What is installed and remembered, as JSON values; asks nobody."""
-    state = read_state(prefix)
-    installed = [{**item.to_json(), "release": item.kit.release} for item in versions.listing(prefix, say)]
-    if not installed and state == UpdateState():
-        raise NotFoundError(f"nothing is installed in {prefix}", "give another --prefix, or update with --apply")
-    return {
-        "prefix": str(prefix),
-        "path": str(prefix / versions.CURRENT / BUNDLE_FOLDER),
-        "repo": state.repo,
-        "name": state.bundle,
-        "channel": state.channel,
-        "versions": installed,
-        "floors": dict(state.floors),
-        "refused": dict(state.refused),
-        "failures": dict(state.failures),
-    }
-
-
 def _find(prefix: Path, source: UpdateSource) -> Found:
-    state, current = read_state(prefix), _current(prefix)
+    state, current = read_state(prefix), current_kit(prefix)
     repo = source.repo or state.repo
     if not repo:
         raise UsageError("no repository is given", "add --repo URL")
@@ -191,11 +157,6 @@ def _name_among(names: list[str], current: Kit | None) -> str:
     if len(names) != 1 or not NAME.fullmatch(names[0]):
         raise UsageError(f"the repository has {len(names)} bundles", f"add --bundle NAME: {', '.join(names)}")
     return names[0]
-
-
-def _current(prefix: Path) -> Kit | None:
-    version = versions.linked(prefix, versions.CURRENT)
-    return None if version is None else read_installed(versions.path_of(prefix, version))
 
 
 def _require_runtime(release: Release) -> None:

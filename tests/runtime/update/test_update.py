@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,44 +20,18 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.store.durable import locked
-from edgetune_runtime.update import fetch, trust, update
+from edgetune_runtime.update import current, fetch, trust, update
 from edgetune_runtime.update.state import read_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import KILLED, full_from, killed_at
 from kits import KitMaker, ask, write_bundle
-from repositories import Publisher, Server, publish, serving
+from repositories import Publisher, Server, publish
 
 from edgetune.delivery.board import main as board
 
 # The environment of a kit has a stand-in for the runtime, which answers from text files.
 pytestmark = pytest.mark.slow
 NOTHING = UpdateSource()
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prefix with a kit whose bundle answers "zero"."""
-    folder = tmp_path_factory.mktemp("kits")
-    prefix = tmp_path_factory.mktemp("device") / "home"
-    assert board.main(["install", str(KitMaker(folder)("zero")), "--prefix", str(prefix)]) == 0
-    return prefix
-
-
-@pytest.fixture
-def prefix(installed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(installed, tmp_path / "device/home", symlinks=True))
-
-
-@pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    return Publisher(tmp_path / "host")
-
-
-@pytest.fixture
-def server(publisher: Publisher) -> Iterator[Server]:
-    publisher("one")
-    with serving(publisher.repo) as server:
-        yield server
 
 
 def silent(_: str) -> None:
@@ -87,7 +60,7 @@ def test_an_update_downloads_what_has_changed_and_switches(prefix: Path, publish
     assert ask(prefix) == "two"
     # The answer, the manifest and its signature: the base is there.
     assert sum(path.startswith("blobs/") for path in server.requests) == 3
-    listed = update.status(prefix, silent)
+    listed = current.status(prefix, silent)
     assert [(item["state"], item["release"]) for item in listed["versions"]] == [("current", 2), ("previous", 1)]
     assert (listed["repo"], listed["name"], listed["channel"]) == (server.url, "home", "stable")
 
@@ -146,16 +119,16 @@ def test_a_bundle_that_was_gone_back_from_is_left_out_until_a_newer_one(
     apply(prefix, source_of(publisher, server))
     publisher("two")
     apply(prefix)
-    update.roll_back(prefix, "this device went back from it", silent)
+    current.roll_back(prefix, "this device went back from it", silent)
     assert ask(prefix) == "one"
     assert not apply(prefix)
     assert update.check(prefix, NOTHING).reason == "this device went back from it"
     assert ask(prefix) == "one"
     publisher("three")
     assert apply(prefix)
-    update.roll_back(prefix, "it was marked as bad", silent)
+    current.roll_back(prefix, "it was marked as bad", silent)
     assert ask(prefix) == "one"
-    update.roll_back(prefix, "this device went back from it", silent)
+    current.roll_back(prefix, "this device went back from it", silent)
     assert ask(prefix) == "three"
     assert update.check(prefix, NOTHING).reason is None
 
@@ -282,7 +255,7 @@ def test_an_old_state_of_the_repository_is_refused(prefix: Path, publisher: Publ
     with pytest.raises(VerificationError, match="is refused"):
         apply(prefix, UpdateSource(repo=str(old)))
     # Also after a rollback, and by somebody who can delete the metadata.
-    update.roll_back(prefix, "this device went back from it", silent)
+    current.roll_back(prefix, "this device went back from it", silent)
     shutil.rmtree(prefix / "update/metadata")
     with pytest.raises(VerificationError, match="release 1 of home is older than 2"):
         apply(prefix, UpdateSource(repo=str(old)))
@@ -442,7 +415,7 @@ def test_a_rollback_that_is_killed_at_any_write_can_be_run_again(
     prefix.rename(kept)
 
     def go_back() -> int:
-        update.roll_back(prefix, "this device went back from it", silent)
+        current.roll_back(prefix, "this device went back from it", silent)
         return 0
 
     for write in range(1, 100):
