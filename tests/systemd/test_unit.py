@@ -84,6 +84,20 @@ def kill(machine: Machine, port: int, user: str | None) -> None:
     machine.run("python3", "-c", UNTIL_READY, str(port))
 
 
+def test_a_version_of_the_same_base_is_taken_over_without_a_restart(machine: Machine, expected: str) -> None:
+    install(machine, "--port", "8085")
+    running = shown(machine, "MainPID")
+    assert "unit edgetune-home has taken over the version" in install(machine, "--port", "8085", kit="next")
+    assert shown(machine, "MainPID") == running
+    assert answer_of(machine, 8085) != expected
+    machine.run("/opt/edgetune/home/current/venv/bin/python", f"{SHARED}/next/board.pyz", "rollback")
+    assert shown(machine, "MainPID") == running
+    assert answer_of(machine, 8085) == expected
+    assert "starting unit edgetune-home" in install(machine, "--port", "8085", kit="other")
+    assert shown(machine, "MainPID") != running
+    machine.run(*INSTALL, "uninstall")
+
+
 @pytest.mark.parametrize("user", [None, USER])
 def test_a_version_that_crashes_until_it_was_started_too_often_is_gone_back_from(
     machine: Machine, user: str | None
@@ -94,7 +108,7 @@ def test_a_version_that_crashes_until_it_was_started_too_often_is_gone_back_from
     prefix = f"/home/{USER}/.local/share/edgetune/home" if user else "/opt/edgetune/home"
     install(machine, "--port", "8084", user=user)
     first = machine.run("readlink", f"{prefix}/current")
-    assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other-kit")
+    assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other")
     second = machine.run("readlink", f"{prefix}/current")
     seen = []
     for _ in range(3):
@@ -107,7 +121,7 @@ def test_a_version_that_crashes_until_it_was_started_too_often_is_gone_back_from
     status = json.loads(machine.run(f"{prefix}/bin/edgetune-run", "update", "--status", "--json", user=user))
     assert list(status["refused"].values()) == ["it was started 2 times without a good end, and not acknowledged"]
     # Good answers keep it.
-    assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other-kit")
+    assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other")
     for _ in range(3):
         assert answer_of(machine, 8084)
     for _ in range(4):

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,8 @@ LOOPBACK = "127.0.0.1"
 PORT = 8080
 """Where a unit listens unless the kit or an option says otherwise."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_RELOAD_S = 10.0
+"""Seconds in which a server takes over adapters; one that has not is restarted."""
 _READY_S, _WARM_S = 180.0, 1800.0
 """Seconds until a unit that does not answer has failed, and until one has that computes the states of its prompts."""
 _STATES = ("--warm", "--disk-mb-per-day", "0")
@@ -186,6 +189,28 @@ class Unit:
         self.stop(prefix)
         sockets.require_free(self.host, self.port)
         self.resume(prefix)
+
+    def takes_over(self, prefix: Path, before: str, kit: Kit) -> bool:
+        """Have the running unit take over a version without a restart; False if it must be restarted.
+
+        That needs the environment and the base of `before`, the version that it runs.
+        """
+        if not self.is_active(prefix) or self.unit_path.read_text(encoding="utf-8") != self.unit(prefix, kit):
+            return False
+        running, new = (versions.path_of(prefix, version) for version in (before, kit.version))
+        if versions.environment_of(running) != versions.environment_of(new):
+            return False
+        if not answers.have_same_base(running / BUNDLE_FOLDER, new / BUNDLE_FOLDER):
+            return False
+        with suppress(IncompatibleError):
+            self.manager.call("kill", "--kill-who=main", "--signal=HUP", self.name)
+        end = time.monotonic() + _RELOAD_S
+        while answers.served_bundle(self.url) != kit.bundle:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        self.wait()
+        return True
 
     def resume(self, prefix: Path) -> None:
         """Start the unit as it is, if it is that of `prefix`, and wait until it answers; errors as those of `wait`."""

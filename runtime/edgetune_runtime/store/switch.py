@@ -63,7 +63,7 @@ def _check_answers(prefix: Path, kit: Kit, old_unit: Unit | None, say: Say) -> N
 
 
 def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, say: Say, *, asks: bool = True) -> None:
-    """Switch, restart the unit, and ask it for golden answers.
+    """Switch, have the unit take over the version or restart it, and ask it for golden answers.
 
     If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
     """
@@ -74,10 +74,14 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
     is_new = old_unit is None or old_unit.unit_path != unit.unit_path
     try:
         versions.switch(prefix, kit.version)
-        say(f"starting unit {unit.name}")
-        if old_unit is not None and is_new:
-            old_unit.remove(prefix)
-        unit.start(prefix, kit)
+        before = links[versions.CURRENT]
+        if not is_new and before is not None and unit.takes_over(prefix, before, kit):
+            say(f"unit {unit.name} has taken over the version")
+        else:
+            say(f"starting unit {unit.name}")
+            if old_unit is not None and is_new:
+                old_unit.remove(prefix)
+            unit.start(prefix, kit)
         if asks:
             count = unit.check(prefix, kit)
             say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
