@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.store.opening import Opening
+from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 
@@ -37,7 +39,10 @@ def next_bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="session")
 def machine(bundle: Path, next_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A booted system that sees kits of both bundles as /mnt/kit and /mnt/next, and one with options as /mnt/other."""
+    """A booted system that sees kits of both bundles as /mnt/kit and /mnt/next, and one with options as /mnt/other.
+
+    /mnt/repo is a repository of the next bundle, and /mnt/root.json its root.
+    """
     lacking = missing()
     if lacking:
         pytest.exit(f"a booted system needs {'; and '.join(lacking)}", returncode=5)
@@ -46,6 +51,9 @@ def machine(bundle: Path, next_bundle: Path, tmp_path_factory: pytest.TempPathFa
     make_kit(bundle, "laptop", shared / "kit", KitOptions("3.13", "onnx"), Progress())
     make_kit(next_bundle, "laptop", shared / "next", KitOptions("3.13", "onnx"), Progress())
     make_kit(next_bundle, "laptop", shared / "other", KitOptions("3.13", "onnx", Opening(cache_mb=16)), Progress())
+    keys = make_keys(tmp_path_factory.mktemp("keys") / "keys")
+    publish(Path(shutil.copytree(next_bundle, tmp_path_factory.mktemp("published") / "home")), shared / "repo", keys)
+    shutil.copy(keys.roots[0], shared / "root.json")
     with booted(prepare(), shared) as found:
         yield found
 

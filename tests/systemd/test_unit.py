@@ -73,6 +73,12 @@ def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expect
     assert shown(machine, "LoadState")["LoadState"] == "not-found"
 
 
+def start_session(machine: Machine) -> None:
+    """Start the service manager of the user."""
+    machine.run("loginctl", "enable-linger", USER)
+    machine.run("systemctl", "start", f"user@{machine.run('id', '-u', USER)}.service")
+
+
 def kill(machine: Machine, port: int, user: str | None) -> None:
     """End the server as a crash does, and wait until systemd has started it again."""
     before = shown(machine, "MainPID", user=user)["MainPID"]
@@ -99,12 +105,28 @@ def test_a_version_of_the_same_base_is_taken_over_without_a_restart(machine: Mac
 
 
 @pytest.mark.parametrize("user", [None, USER])
+def test_the_timer_of_a_kit_updates_it_and_goes_with_it(machine: Machine, user: str | None) -> None:
+    start_session(machine)
+    scope, port = ["--user"] if user else [], "8086"
+    machine.run("systemd-run", "--unit=repo", "python3", "-m", "http.server", "8090", f"--directory={SHARED}/repo")
+    source = ("--updates", "http://127.0.0.1:8090", "--root", f"{SHARED}/root.json")
+    install(machine, "--port", port, *source, user=user)
+    before = answer_of(machine, int(port))
+    assert machine.run("systemctl", *scope, "is-active", "edgetune-home-update.timer", user=user) == "active"
+    assert machine.run("systemctl", *scope, "is-enabled", "edgetune-home-update.timer", user=user) == "enabled"
+    machine.run("systemctl", *scope, "start", "edgetune-home-update.service", user=user)
+    assert answer_of(machine, int(port)) != before
+    machine.run(*INSTALL, "uninstall", user=user)
+    units = machine.run("systemctl", *scope, "list-unit-files", "edgetune*", "--no-legend", user=user, check=False)
+    assert units == ""
+    machine.run("systemctl", "stop", "repo")
+
+
+@pytest.mark.parametrize("user", [None, USER])
 def test_a_version_that_crashes_until_it_was_started_too_often_is_gone_back_from(
     machine: Machine, user: str | None
 ) -> None:
-    if user is not None:
-        machine.run("loginctl", "enable-linger", USER)
-        machine.run("systemctl", "start", f"user@{machine.run('id', '-u', USER)}.service")
+    start_session(machine)
     prefix = f"/home/{USER}/.local/share/edgetune/home" if user else "/opt/edgetune/home"
     install(machine, "--port", "8084", user=user)
     first = machine.run("readlink", f"{prefix}/current")
@@ -141,8 +163,7 @@ def test_a_unit_that_others_can_reach_asks_for_its_key(machine: Machine) -> None
 
 
 def test_a_unit_of_a_user_answers(machine: Machine, expected: str) -> None:
-    machine.run("loginctl", "enable-linger", USER)
-    machine.run("systemctl", "start", f"user@{machine.run('id', '-u', USER)}.service")
+    start_session(machine)
     assert "enable-linger" not in install(machine, "--port", "8082", user=USER)
     assert shown(machine, "ActiveState", user=USER)["ActiveState"] == "active"
     assert answer_of(machine, 8082) == expected

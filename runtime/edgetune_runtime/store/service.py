@@ -27,7 +27,7 @@ KEYS_NAME = "keys"
 LOOPBACK = "127.0.0.1"
 PORT = 8080
 """Where a unit listens unless the kit or an option says otherwise."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RELOAD_S = 10.0
 """Seconds in which a server takes over adapters; one that has not is restarted."""
 _READY_S, _WARM_S = 180.0, 1800.0
@@ -35,7 +35,6 @@ _READY_S, _WARM_S = 180.0, 1800.0
 _STATES = ("--warm", "--disk-mb-per-day", "0")
 """Calls write no states: a client that sends other prompts again and again would wear out an SD card."""
 _OWNER = "# Installed by edgetune for {prefix}"
-"""The first line of a unit."""
 # What runs before each start may change the prefix (+), and the unit starts even if it fails (-). No preflight: the
 # version was asked for golden answers in a confined process, and the memory is measured for one.
 _UNIT = """\
@@ -141,14 +140,14 @@ class Unit:
             sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
         more = [*kit.opening.words(), *_STATES]
         if self.needs_key:
-            more += ["--api-key-file", _escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
+            more += ["--api-key-file", escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
         return _UNIT.format(
             bundle=kit.name,
-            owner=_OWNER.format(prefix=prefix.absolute()),
-            python=_escaped(current / "venv/bin/python"),
-            prefix=_escaped(prefix.absolute()),
+            owner=owner_line(prefix),
+            python=escaped(current / "venv/bin/python"),
+            prefix=escaped(prefix.absolute()),
             report=acknowledgement.REPORT_VARIABLE,
-            path=_escaped(current / BUNDLE_FOLDER),
+            path=escaped(current / BUNDLE_FOLDER),
             engine=kit.engines[0],
             host=self.host,
             port=self.port,
@@ -162,7 +161,7 @@ class Unit:
     def require_own(self, prefix: Path) -> None:
         """UsageError if there is a unit of this name that no install into `prefix` wrote."""
         path = self.manager.file_of(self.name)
-        if path is not None and not _is_of(path, prefix):
+        if path is not None and not is_of(path, prefix):
             message = f"unit {self.name} exists and is not of {prefix}: {path}"
             raise UsageError(message, "choose another name: --service NAME")
 
@@ -214,24 +213,24 @@ class Unit:
 
     def resume(self, prefix: Path) -> None:
         """Start the unit as it is, if it is that of `prefix`, and wait until it answers; errors as those of `wait`."""
-        if _is_of(self.unit_path, prefix):
+        if is_of(self.unit_path, prefix):
             self.manager.call("restart", self.name)
             self.wait()
 
     def is_active(self, prefix: Path) -> bool:
         """Whether the unit is that of `prefix` and runs."""
-        return _is_of(self.unit_path, prefix) and self.manager.is_active(self.name)
+        return is_of(self.unit_path, prefix) and self.manager.is_active(self.name)
 
     def stop(self, prefix: Path) -> None:
         """Stop the unit; does nothing if it does not run, or is not that of `prefix`."""
-        if _is_of(self.unit_path, prefix):
+        if is_of(self.unit_path, prefix):
             self.manager.call("stop", self.name)
 
     def remove(self, prefix: Path) -> bool:
         """Stop the unit and delete it; False if it is not that of `prefix`, and stays."""
         if not self.unit_path.exists():
             return True
-        if not _is_of(self.unit_path, prefix):
+        if not is_of(self.unit_path, prefix):
             return False
         self.manager.call("disable", "--quiet", "--now", self.name)
         self.unit_path.unlink()
@@ -272,7 +271,7 @@ class Unit:
 
 def unit_from_options(name: str, host: str, port: int) -> Unit:
     """The unit that this user asks for; UsageError for a name that systemd would not take, or a wrong address."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UsageError(f"--service {name!r} is no name of a unit", "use letters, digits, _, . and -")
     if not 0 < port < 1 << 16:
         raise UsageError(f"--port {port} is no port", "use 1 to 65535")
@@ -305,13 +304,18 @@ def remember(prefix: Path, unit: Unit) -> None:
 def _parse(text: str) -> Unit:
     """The unit in the text of service.json; ValueError, TypeError or AttributeError if it is damaged."""
     unit = dataclass_of(Unit, json.loads(text))
-    if not _NAME.fullmatch(unit.name):
+    if not NAME.fullmatch(unit.name):
         raise ValueError(f"name is {unit.name!r}")
     ipaddress.ip_address(unit.host)
     return unit
 
 
-def _is_of(path: Path, prefix: Path) -> bool:
+def owner_line(prefix: Path) -> str:
+    """The first line of a unit of this prefix."""
+    return _OWNER.format(prefix=prefix.absolute())
+
+
+def is_of(path: Path, prefix: Path) -> bool:
     """Whether an install into `prefix` wrote this file of a unit."""
     if not path.is_file():
         return False
@@ -326,7 +330,7 @@ def _protect_home(prefix: Path) -> str:
     return "read-only" if is_at_home else "yes"
 
 
-def _escaped(path: Path) -> str:
+def escaped(path: Path) -> str:
     """A path as a word of ExecStart: systemd expands % and $, and splits at spaces."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{text}"'
