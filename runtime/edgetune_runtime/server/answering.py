@@ -130,10 +130,10 @@ class Answering:
             self._folder = pinned(self.runtime.runtime.bundle)
             try:
                 changes = await self.runtime.reload()
-            except EdgetuneError as error:
+                self._look()
+            except (EdgetuneError, OSError) as error:
                 _LOG.warning("cannot reload the adapters of %s: %s", self.runtime.runtime.bundle, error)
                 return
-            self._look()
             for name, reason in changes.refused.items():
                 _LOG.warning("did not load adapter %r: %s", name, reason)
             for name in changes.removed:
