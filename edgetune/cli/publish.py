@@ -25,6 +25,10 @@ def publish(
     min_runtime: Annotated[
         str, typer.Option(metavar="VERSION", help="The oldest edgetune-runtime that may run it (default: any).")
     ] = "",
+    share: Annotated[
+        float,
+        typer.Option(metavar="PART", min=0, max=1, help="The share of devices that get it; publish again to raise it."),
+    ] = 1.0,
     expires_days: Annotated[
         int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
     ] = 90,
@@ -60,7 +64,14 @@ def publish(
             print(repo)
             return
         done = publishing.publish(
-            bundle, repo, folder, progress, channel=channel, min_runtime=min_runtime, expires_days=expires_days
+            bundle,
+            repo,
+            folder,
+            progress,
+            channel=channel,
+            min_runtime=min_runtime,
+            share=share,
+            expires_days=expires_days,
         )
     if as_json:
         print_json(done.to_json())

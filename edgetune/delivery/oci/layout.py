@@ -14,6 +14,7 @@ from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
 from edgetune_runtime.update.fetch import limited
 from edgetune_runtime.update.release import file_entry
+from edgetune_runtime.wording import first_of
 from filelock import FileLock
 
 from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
@@ -84,7 +85,7 @@ class ImageLayout:
     def _digest_of_tag(self) -> str:
         tags = {_tag_of(item): item["digest"] for item in self._index()}
         if self.reference.tag not in tags:
-            known = ", ".join(sorted(filter(None, tags))[:10]) or "none"
+            known = first_of(sorted(filter(None, tags)), 10, ", ") or "none"
             message = f"{self._folder} has no tag {self.reference.tag}"
             raise NotFoundError(message, f"its tags are: {known}")
         return str(tags[self.reference.tag]).removeprefix("sha256:")

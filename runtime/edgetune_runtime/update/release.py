@@ -19,11 +19,15 @@ ROLE_PREFIX = "bundle-"
 METADATA_FOLDER, TARGETS_FOLDER, BLOBS_FOLDER = "metadata", "targets", "blobs"
 """Folders of a repository: TUF's metadata, the releases, and the files of bundles by digest."""
 LONGEST_RELEASE = 4 * 10**6
+MOST_OLDER = 8
+"""Older releases that are kept for devices that a newer one is not for."""
 ISSUED = "issued"
 """Field of TUF's root and timestamp with the time of their signature: no clock may be before it."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")
+_LONGEST_PATH = 255
+"""In bytes: that of one name in common file systems."""
 _WORD = re.compile("[a-z0-9_]{1,60}")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 _MOST_BYTES, _MOST_VERSION = 10**15, 10**9
@@ -36,7 +40,8 @@ class Release:
 
     `version` grows with each release of the name, in whatever channel. `files` are those of the bundle by their paths
     in it, the manifest and its signature included. `formats` are those of its base. `manifest_schema` is that of the
-    manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any.
+    manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any. It is for a `share` of the
+    devices, and `older` has the versions that others can take instead, newest first.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Release:
     formats: tuple[str, ...]
     manifest_schema: int
     min_runtime: str = ""
+    share: float = 1.0
+    older: tuple[int, ...] = ()
 
     @property
     def bundle(self) -> str:
@@ -58,9 +65,14 @@ class Release:
         return json.dumps({"schema": SCHEMA_VERSION, **vars(self), "files": files}, indent=1) + "\n"
 
 
-def path_of(name: str, channel: str) -> str:
-    """The path of a release among the targets of a repository."""
-    return f"{name}/{channel}.json"
+def path_of(name: str, channel: str, version: int | None = None) -> str:
+    """The path of the newest release of a channel among the targets of a repository, or of an older one."""
+    return f"{name}/{channel}.json" if version is None else f"{name}/{channel}@{version}.json"
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """What orders versions of edgetune-runtime."""
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def parse_release(data: bytes) -> Release:
@@ -78,6 +90,8 @@ def parse_release(data: bytes) -> Release:
             formats=tuple(_text(name, _WORD) for name in raw["formats"]),
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
+            share=_share(raw.get("share", 1.0)),
+            older=tuple(_number(version, _MOST_VERSION) for version in raw.get("older", [])[:MOST_OLDER]),
         )
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
@@ -92,6 +106,8 @@ def bundle_path(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or path != printable(path) or {"/", "\\"} & set(parts[0]):
         raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
+    if len(path.encode()) > _LONGEST_PATH:
+        raise ValueError(f"it names {path[:80]!r}…, which is too long")
     return path
 
 
@@ -106,7 +122,13 @@ def _text(value: object, pattern: re.Pattern[str]) -> str:
     return value
 
 
+def _share(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"it is for the share {str(value)[:80]!r}")
+    return float(value)
+
+
 def _number(value: object, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(f"it has the number {str(value)[:80]}")
+        raise ValueError(f"it has the number {str(value)[:80]!r}")
     return value

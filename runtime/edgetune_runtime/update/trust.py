@@ -86,9 +86,9 @@ class TrustedRepository:
         roles = {} if delegations is None else delegations.roles or {}
         return [role.removeprefix(ROLE_PREFIX) for role in roles if role.startswith(ROLE_PREFIX)]
 
-    def release(self, name: str, channel: str) -> Release:
-        """The newest release of a bundle in a channel, after `refresh`; NotFoundError if there is none."""
-        path = path_of(name, channel)
+    def release(self, name: str, channel: str, version: int | None = None) -> Release:
+        """The newest release of a bundle in a channel, or an older one, after `refresh`; NotFoundError without it."""
+        path = path_of(name, channel, version)
         with self._errors():
             target = self._updater.get_targetinfo(path)
             if target is None:
@@ -97,7 +97,7 @@ class TrustedRepository:
                 raise NotFoundError(message, f"its bundles are: {names}")
             if target.length > LONGEST_RELEASE:
                 raise VerificationError(f"the release {path} has {target.length} bytes", "publish the bundle again")
-            cached = self._folder / "release.json"
+            cached = self._folder / ("release.json" if version is None else "older-release.json")
             if self._updater.find_cached_target(target, str(cached)) is None:
                 self._updater.download_target(target, str(cached), f"{self._location.text}/{TARGETS_FOLDER}")
             release = parse_release(cached.read_bytes())

@@ -217,7 +217,7 @@ def as_json(value: object) -> Reply:
     return 200, {}, json.dumps(value).encode()
 
 
-def layer(path: str, digest: str = "0" * 64, size: int = 3) -> dict[str, object]:
+def layer(path: str, digest: str = "0" * 64, size: object = 3) -> dict[str, object]:
     return {"digest": f"sha256:{digest}", "size": size, "annotations": {"org.cncf.model.filepath": path}}
 
 
@@ -235,6 +235,8 @@ def layer(path: str, digest: str = "0" * 64, size: int = 3) -> dict[str, object]
         (as_json({"layers": [layer("manifest.json", "../../etc/passwd")]}), "is no bundle: it has"),
         (as_json({"layers": [layer("manifest.json"), layer("../x")]}), "outside the bundle"),
         (as_json({"layers": [layer("manifest.json"), layer("manifest.json/x")]}), "in place of a folder"),
+        (as_json({"layers": [layer("manifest.json"), layer("x" * 300)]}), "which is too long"),
+        (as_json({"layers": [layer("manifest.json", size="3\n")]}), "it has the number '3"),
         (as_json({"layers": [layer("model.gguf")]}), "it has no manifest.json"),
         (as_json({"layers": [layer("manifest.json", size=1 << 40)]}), "manifest.json of .* has 1099511627776 bytes"),
         ((200, {}, b"[" * (5 << 20)), "is no bundle"),
@@ -250,6 +252,22 @@ def test_what_is_no_registry_or_no_bundle_is_refused_in_one_line(reply: Reply, p
         pull(f"oci://{host}/home:v1", tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("tag", "problem"), [("a\nb", "its tags are: a b"), ({}, "is damaged"), (["v1"], "is damaged")]
+)
+def test_a_layout_with_an_odd_tag_is_refused_in_one_line(
+    tag: object, problem: str, bundle: Path, tmp_path: Path
+) -> None:
+    push(bundle, f"oci-layout:{tmp_path / 'layout'}:v1")
+    path = tmp_path / "layout/index.json"
+    index = json.loads(path.read_text())
+    index["manifests"][0]["annotations"]["org.opencontainers.image.ref.name"] = tag
+    path.write_text(json.dumps(index))
+    with pytest.raises(EdgetuneError, match=problem) as caught:
+        pull(f"oci-layout:{tmp_path / 'layout'}:v1", tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.store.durable import locked
-from edgetune_runtime.update import fetch, trust, update
+from edgetune_runtime.update import current, fetch, trust, update
 from edgetune_runtime.update.state import read_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import KILLED, full_from, killed_at
@@ -35,32 +35,6 @@ from edgetune.delivery.board import main as board
 # The environment of a kit has a stand-in for the runtime, which answers from text files.
 pytestmark = pytest.mark.slow
 NOTHING = UpdateSource()
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A prefix with a kit whose bundle answers "zero"."""
-    folder = tmp_path_factory.mktemp("kits")
-    prefix = tmp_path_factory.mktemp("device") / "home"
-    assert board.main(["install", str(KitMaker(folder)("zero")), "--prefix", str(prefix)]) == 0
-    return prefix
-
-
-@pytest.fixture
-def prefix(installed: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(installed, tmp_path / "device/home", symlinks=True))
-
-
-@pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    return Publisher(tmp_path / "host")
-
-
-@pytest.fixture
-def server(publisher: Publisher) -> Iterator[Server]:
-    publisher("one")
-    with serving(publisher.repo) as server:
-        yield server
 
 
 def silent(_: str) -> None:
@@ -78,7 +52,7 @@ def source_of(publisher: Publisher, where: Server | Path) -> UpdateSource:
 def test_an_update_downloads_what_has_changed_and_switches(prefix: Path, publisher: Publisher, server: Server) -> None:
     found = update.check(prefix, source_of(publisher, server))
     assert found.to_json() == {
-        "name": "home", "channel": "stable", "release": 1, "available": True, "refused": None
+        "name": "home", "channel": "stable", "release": 1, "available": True, "refused": None, "held_back": None
     }  # fmt: skip
     assert ask(prefix) == "zero"
     assert apply(prefix)
@@ -89,7 +63,7 @@ def test_an_update_downloads_what_has_changed_and_switches(prefix: Path, publish
     assert ask(prefix) == "two"
     # The answer, the manifest and its signature: the base is there.
     assert sum(path.startswith("blobs/") for path in server.requests) == 3
-    listed = update.status(prefix, silent)
+    listed = current.status(prefix, silent)
     assert [(item["state"], item["release"]) for item in listed["versions"]] == [("current", 2), ("previous", 1)]
     assert (listed["repo"], listed["name"], listed["channel"]) == (server.url, "home", "stable")
 
@@ -139,7 +113,7 @@ def test_a_device_downloads_the_format_that_it_opens(prefix: Path, publisher: Pu
     publisher("three")
     assert apply(prefix)
     assert "base/onnx/model.onnx" in installed_files(prefix)
-    assert update.status(prefix, silent)["versions"][0]["engines"] == ["gguf", "onnx"]
+    assert current.status(prefix, silent)["versions"][0]["engines"] == ["gguf", "onnx"]
     with pytest.raises(IncompatibleError, match=r"opens gguf, and the formats to download are onnx; add gguf"):
         apply(prefix, UpdateSource(formats=("onnx",)))
     with pytest.raises(IncompatibleError, match=r"release 4 of home has no files for ggml; use --formats onnx,gguf"):
@@ -156,7 +130,7 @@ def test_a_device_without_a_kit_gets_all_formats_or_those_that_it_names(
     for formats in (None, ("onnx",)):
         prefix = tmp_path / f"device-{formats}"
         assert apply(prefix, replace(source_of(publisher, publisher.repo), formats=formats))
-        assert update.status(prefix, silent)["versions"][0]["engines"] == [*(formats or ("gguf", "onnx"))]
+        assert current.status(prefix, silent)["versions"][0]["engines"] == [*(formats or ("gguf", "onnx"))]
         with Runtime.open(prefix / "current/bundle") as runtime:
             assert runtime.generate("turn on", adapter="command", max_tokens=3).text
             assert list(runtime.manifest.base.files) == [*(formats or ("gguf", "onnx"))]
@@ -205,16 +179,16 @@ def test_a_bundle_that_was_gone_back_from_is_left_out_until_a_newer_one(
     apply(prefix, source_of(publisher, server))
     publisher("two")
     apply(prefix)
-    update.roll_back(prefix, "this device went back from it", silent)
+    current.roll_back(prefix, "this device went back from it", silent)
     assert ask(prefix) == "one"
     assert not apply(prefix)
     assert update.check(prefix, NOTHING).reason == "this device went back from it"
     assert ask(prefix) == "one"
     publisher("three")
     assert apply(prefix)
-    update.roll_back(prefix, "it was marked as bad", silent)
+    current.roll_back(prefix, "it was marked as bad", silent)
     assert ask(prefix) == "one"
-    update.roll_back(prefix, "this device went back from it", silent)
+    current.roll_back(prefix, "this device went back from it", silent)
     assert ask(prefix) == "three"
     assert update.check(prefix, NOTHING).reason is None
 
@@ -341,7 +315,7 @@ def test_an_old_state_of_the_repository_is_refused(prefix: Path, publisher: Publ
     with pytest.raises(VerificationError, match="is refused"):
         apply(prefix, UpdateSource(repo=str(old)))
     # Also after a rollback, and by somebody who can delete the metadata.
-    update.roll_back(prefix, "this device went back from it", silent)
+    current.roll_back(prefix, "this device went back from it", silent)
     shutil.rmtree(prefix / "update/metadata")
     with pytest.raises(VerificationError, match="release 1 of home is older than 2"):
         apply(prefix, UpdateSource(repo=str(old)))
@@ -392,11 +366,12 @@ def test_a_clock_that_was_reset_does_not_accept_what_has_expired(
     assert ask(prefix) == "one"
 
 
-def test_a_release_for_a_newer_runtime_is_refused_before_it_is_downloaded(
-    prefix: Path, publisher: Publisher, server: Server
-) -> None:
+def test_a_release_for_a_newer_runtime_is_refused_before_it_is_downloaded(prefix: Path, publisher: Publisher) -> None:
     publisher("two", min_runtime="99.1")
-    with pytest.raises(IncompatibleError, match=r"release 2 of home needs edgetune-runtime 99.1, this is"):
+    with (
+        serving(publisher.repo) as server,
+        pytest.raises(IncompatibleError, match=r"release 1 of home needs edgetune-runtime 99.1, this is"),
+    ):
         apply(prefix, source_of(publisher, server))
     assert not any(path.startswith("blobs/") for path in server.requests)
     assert ask(prefix) == "zero"
@@ -501,7 +476,7 @@ def test_a_rollback_that_is_killed_at_any_write_can_be_run_again(
     prefix.rename(kept)
 
     def go_back() -> int:
-        update.roll_back(prefix, "this device went back from it", silent)
+        current.roll_back(prefix, "this device went back from it", silent)
         return 0
 
     for write in range(1, 100):
