@@ -17,6 +17,7 @@ from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.sizing.needs import SERVER_MB, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import (
@@ -126,7 +127,8 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
         contents[PROGRAM_NAME] = board_program()
         contents["install.sh"] = install_script(target)
         contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, engine, __version__, wheels).encode()
-        names = (*of_formats(manifest, [engine]).files, MANIFEST_NAME)
+        signature = [SIGNATURE_NAME] if (bundle / SIGNATURE_NAME).is_file() else []
+        names = (*of_formats(manifest, [engine]).files, MANIFEST_NAME, *signature)
         contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in names}
         contents[f"{WHEELS_FOLDER}/{runtime_name}"] = runtime_data
         return with_description(

@@ -25,12 +25,14 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.golden import ask
+from edgetune_runtime.signatures import require_signed
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import read_kit
 from edgetune_runtime.store.opening import Opening
 from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
+from repositories import make_keys
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 from wheels import repack
@@ -42,6 +44,7 @@ from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.target_python import TargetPython, target_python
 from edgetune.delivery.kit.wheels import Wheel, collect, dependencies, read_wheel
+from edgetune.delivery.publish.publish import sign
 from edgetune.progress import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
@@ -96,6 +99,7 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
     bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", source.path, adapters)
     add_onnx(bundle, source, adapters)
     add_golden(bundle, ("gguf", "onnx"))
+    sign(bundle, make_keys(bundle.parent / "keys"))
     return bundle
 
 
@@ -182,6 +186,7 @@ def test_the_same_bundle_gives_the_same_bytes(
     # The bundle's files for the other engine stay here.
     assert list(read_manifest(home).base.files) == ["gguf", "onnx"]
     assert list(read_manifest(folder / "bundle").base.files) == ["onnx"]
+    require_signed(folder / "bundle", home.parent / "keys/trusted-keys.json")
 
 
 def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:
