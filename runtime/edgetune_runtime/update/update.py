@@ -42,13 +42,14 @@ _ATTEMPTS = 3
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on.
+    `root` is a file with root metadata to trust from now on, and `report` an address or a folder to report to.
     """
 
     repo: str | None = None
     bundle: str | None = None
     channel: str | None = None
     root: Path | None = None
+    report: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,13 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
     not_before = max(trusted.issued, state.time).isoformat()
     device = device_id(name, state.device)
     state = replace(
-        state, repo=location.text, bundle=name, channel=release.channel, not_before=not_before, device=device
+        state,
+        repo=location.text,
+        bundle=name,
+        channel=release.channel,
+        not_before=not_before,
+        device=device,
+        report=state.report if source.report is None else source.report,
     )
     if source.root is not None:
         write_trusted_root(prefix, root)
