@@ -33,13 +33,15 @@ from .trust import TrustedRepository, read_root
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, and `formats` are those to download.
+    `root` is a file with root metadata to trust from now on, `report` an address or a folder to report to, and
+    `formats` are those to download.
     """
 
     repo: str | None = None
     bundle: str | None = None
     channel: str | None = None
     root: Path | None = None
+    report: str | None = None
     formats: tuple[str, ...] | None = None
 
 
@@ -154,6 +156,7 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         formats=formats,
         not_before=not_before,
         device=device,
+        report=state.report if source.report is None else source.report,
     )
     if source.root is not None:
         write_trusted_root(prefix, root)
