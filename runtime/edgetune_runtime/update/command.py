@@ -81,7 +81,7 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
 
     formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
     reports_to = None if options.report is None else report.checked_address(options.report)
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, reports_to, formats)
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, reports_to)
     try:
         found, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except EdgetuneError as error:

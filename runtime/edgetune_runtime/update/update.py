@@ -33,16 +33,16 @@ from .trust import TrustedRepository, read_root
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, `report` an address or a folder to report to, and
-    `formats` are those to download.
+    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report` is
+    an address or a folder to report to.
     """
 
     repo: str | None = None
     bundle: str | None = None
     channel: str | None = None
     root: Path | None = None
-    report: str | None = None
     formats: tuple[str, ...] | None = None
+    report: str | None = None
 
 
 @dataclass(frozen=True)
