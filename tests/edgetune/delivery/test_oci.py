@@ -510,3 +510,19 @@ def test_a_mirror_fetches_what_the_repository_lacks(bundle: Path, tmp_path: Path
     store = open_store(f"oci-layout:{layout}:v2", None, insecure=False)
     with mirror.fetched(store, repo, keys, _SILENT, None) as found:
         assert contents(found) == contents(bundle)
+
+
+def test_a_bundle_with_keys_of_its_own_is_mirrored_if_these_have_signed_it(bundle: Path, tmp_path: Path) -> None:
+    keys, repo, layout = make_keys(tmp_path / "keys"), tmp_path / "repo", tmp_path / "layout"
+    sign(bundle, keys)
+    push(bundle, f"oci-layout:{layout}:shared")
+    keys.add("bundles/home")
+    sign(bundle, keys)
+    push(bundle, f"oci-layout:{layout}:own")
+    with mirror.fetched(open_store(f"oci-layout:{layout}:own", None, insecure=False), repo, keys, _SILENT, None):
+        pass
+    shared = open_store(f"oci-layout:{layout}:shared", None, insecure=False)
+    problem = pytest.raises(VerificationError, match=r"is not signed by a key in .*trusted-keys-home\.json")
+    with problem, mirror.fetched(shared, repo, keys, _SILENT, None):
+        pass
+    assert not (repo / ".from").exists()
