@@ -21,7 +21,6 @@ from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPromp
 from edgetune.evaluation import spread
 from edgetune.progress import Progress
 from edgetune.recipe.parts import OutOfScopeSpec
-from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter
 from .opened import opened

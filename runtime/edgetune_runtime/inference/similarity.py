@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgetune_runtime.bundle import COPY_BUNDLE_AGAIN
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 SIMILARITY_FILE = "similarity.bin"
 KIND = "edgetune-similarity"
