@@ -88,7 +88,7 @@ def _answers(
     known = [row for row in adapter.scope_rows if row.completion != label]
     made = [row for row in adapter.scope_rows if row.completion == label]
     for row in (*spread(known, MAX_ROWS), *made):
-        messages, similarity = row.messages or (), 0.0
+        messages, similarity = row.messages or (), 1.0
         with suppress(PromptTooLongError):
             found = runtime.classify(messages, adapter=adapter.name)
             if prompts is not None:

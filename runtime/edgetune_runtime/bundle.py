@@ -117,7 +117,7 @@ class Scope:
 
     def score(self, log_odds: float, similarity: float) -> float:
         """How sure it is that a text is in scope: from the log odds of its label, and how similar its prompt is."""
-        return log_odds / self.odds_spread + similarity / self.similarity_spread
+        return log_odds / self.odds_spread - (1 - similarity) / self.similarity_spread
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class Runtime:
 
         prompts = None if scope is None or first is None else self._loaded.files.training_prompts_of(first)
 
-        def found(scores: LabelScores, similarity: float = 0.0) -> Classification:
+        def found(scores: LabelScores, similarity: float = 1.0) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarity)
             return likeliest(scope=scope, curves=curves, min_confidence=min_confidence)
 
@@ -226,7 +226,7 @@ class Runtime:
             tokenizer = context.engine.tokenizer
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
             logits = context.run(call.job).logits
-            similarity = 0.0 if prompts is None else prompts.similarity(logits)
+            similarity = 1.0 if prompts is None else prompts.similarity(logits)
             return found(score_labels(context, logits, endings, exact=exact), similarity)
 
     def embed(self, text: str) -> Embedding:

@@ -79,7 +79,7 @@ def most_likely(
 ) -> Classification:
     """The label with the highest score, or that of `scope`, and the probability of each label with a score.
 
-    `similarity` is that of the prompt to the adapter's training prompts, 0 if it is not known.
+    `similarity` is that of the prompt to the adapter's training prompts, 1 if it is not known.
     """
     known = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
     shares = softmax(np.array([*known.values(), scores.unseen])).tolist()
