@@ -11,7 +11,14 @@ from pathlib import Path
 from edgetune_runtime.bundle import FileEntry, sha256_of
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
-from edgetune_runtime.update.release import BLOBS_FOLDER, ISSUED, METADATA_FOLDER, ROLE_PREFIX, TARGETS_FOLDER
+from edgetune_runtime.update.release import (
+    BLOBS_FOLDER,
+    ISSUED,
+    METADATA_FOLDER,
+    ROLE_PREFIX,
+    ROOT_VERSION,
+    TARGETS_FOLDER,
+)
 from securesystemslib.signer import Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
@@ -112,7 +119,7 @@ class Repository:
         hashes = {"sha256": hashlib.sha256(data).hexdigest()}
         timestamp.snapshot_meta = MetaFile(snapshot.version, len(data), hashes)
         timestamp.version, timestamp.expires = timestamp.version + 1, _after(expires_days)
-        timestamp.unrecognized_fields[ISSUED] = _after(0).isoformat()
+        timestamp.unrecognized_fields |= {ISSUED: _after(0).isoformat(), ROOT_VERSION: self._root.version}
         # A new repository has no timestamp that a root could be at odds with; devices look for the root first.
         is_new = self._published_root is None
         if is_new:

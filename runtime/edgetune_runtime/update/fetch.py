@@ -43,7 +43,10 @@ class Location:
         self.text = str(Path(text).absolute()) if self._is_folder else text.rstrip("/")
 
     def read(self, path: str, most: int) -> bytes:
-        """A whole file; MissingError if there is none, UnreachableError if it is lost or too long."""
+        """A whole file, whose path is as in an address.
+
+        MissingError if there is none, UnreachableError if the connection is lost or the file too long.
+        """
         data = b"".join(self.blocks(path, most + 1))
         if len(data) > most:
             raise UnreachableError(f"{self.text}/{path} has more than {most} bytes", "check the address")
@@ -74,7 +77,7 @@ class Location:
         headers = {"User-Agent": f"edgetune-run/{__version__}", "Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-        request = urllib.request.Request(f"{self.text}/{urllib.parse.quote(path)}", headers=headers)
+        request = urllib.request.Request(f"{self.text}/{path}", headers=headers)
         reply: http.client.HTTPResponse = _OPENER.open(request, timeout=_SILENT_S)
         begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
         if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):

@@ -21,6 +21,8 @@ METADATA_FOLDER, TARGETS_FOLDER, BLOBS_FOLDER = "metadata", "targets", "blobs"
 LONGEST_RELEASE = 4 * 10**6
 ISSUED = "issued"
 """Field of TUF's root and timestamp with the time of their signature: no clock may be before it."""
+ROOT_VERSION = "root_version"
+"""Field of TUF's timestamp with the version of the newest root: who has both need not ask for a newer one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")

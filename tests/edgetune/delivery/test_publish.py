@@ -115,6 +115,41 @@ def test_devices_follow_a_new_key_whenever_publishing_it_is_killed(role: str, tm
     assert publisher("two").release == seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
 
 
+def test_a_root_that_appears_after_its_timestamp_is_followed_at_the_next_look(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    publisher.keys.rotate("targets")
+    refresh(publisher.repo, publisher.keys, expires_days=30)
+    root, device = publisher.repo / "metadata/2.root.json", tmp_path / "device"
+    root.rename(tmp_path / "late")
+    seen_by_device(publisher.repo, publisher.root, device)
+    assert [path.name for path in (device / "root_history").iterdir()] == ["1.root.json"]
+    (tmp_path / "late").rename(root)
+    seen_by_device(publisher.repo, publisher.root, device)
+    assert (device / "root_history/2.root.json").read_bytes() == root.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{role}.json" for role in ("timestamp", "snapshot", "targets", "bundle-home", "release")),
+     "root_history/2.root.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", [0, 0.3, 0.9])
+def test_metadata_that_was_damaged_on_a_device_is_read_again(
+    name: str, place: float, publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    publisher.keys.rotate("timestamp")
+    release = publisher("two").release
+    device = tmp_path / "device"
+    seen_by_device(publisher.repo, publisher.root, device)
+    data = bytearray((device / name).read_bytes())
+    data[int(place * len(data))] ^= 4
+    (device / name).write_bytes(data)
+    assert seen_by_device(publisher.repo, publisher.root, device) == release
+
+
 def test_a_lost_or_stolen_key_is_replaced_with_the_root_keys(publisher: Publisher, tmp_path: Path) -> None:
     publisher("one")
     (stolen,) = publisher.keys.folder.glob("timestamp-*.pem")
