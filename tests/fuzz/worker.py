@@ -35,7 +35,7 @@ LIBRARIES = {
 }
 MEMORY_BYTES = 1_500_000_000
 """Address space that a case may add to what the worker has after its first file."""
-SAME_LINE_KINDS = {"recipe"}
+SAME_LINE_KINDS = {"recipe", "answer-log"}
 """Kinds whose errors list all problems, one per line."""
 
 

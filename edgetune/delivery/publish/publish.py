@@ -106,11 +106,13 @@ def sign(bundle: Path, keys: KeyFolder) -> Path:
 
 @contextmanager
 def _locked(repo: Path) -> Iterator[None]:
-    repo.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(repo / _LOCK)
+    """Hold the lock of a repository in the block; UsageError if another has it, or if something cannot be written."""
     try:
-        lock.acquire(blocking=False)
+        repo.mkdir(parents=True, exist_ok=True)
+        with FileLock(repo / _LOCK, blocking=False):
+            yield
     except Timeout as error:
         raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error
-    with lock:
-        yield
+    except OSError as error:
+        where = error.filename or repo
+        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error

@@ -49,7 +49,7 @@ def read_checked(
 ) -> CheckedFile | None:
     """Read a file of `write_checked`; None if it is missing, damaged, larger, of another kind or no regular file."""
     try:
-        with _opened(path, follows_links) as file:
+        with open_regular(path, follows_links) as file:
             head = _head(file, kind)
             size = head["bytes"]
             if type(size) is not int or size > max_bytes or os.fstat(file.fileno()).st_size != file.tell() + size:
@@ -63,7 +63,7 @@ def read_checked(
 def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:
     """The facts of a file, without reading its bytes; None if it is missing, of another kind or no regular file."""
     try:
-        with _opened(path, follows_links=False) as file:
+        with open_regular(path, follows_links=False) as file:
             about: Mapping[str, Any] = _head(file, kind)["about"]
             return about
     except _UNREADABLE:
@@ -73,7 +73,7 @@ def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError)
 
 
-def _opened(path: Path, follows_links: bool) -> BinaryIO:
+def open_regular(path: Path, follows_links: bool) -> BinaryIO:
     """The regular file at `path`, opened for reading; OSError for anything else, such as a pipe without a writer."""
     # Windows has no such files, and no such flags but the first.
     flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)

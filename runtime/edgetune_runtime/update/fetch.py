@@ -8,16 +8,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPMessage
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import UnreachableError, UsageError
+from edgetune_runtime.formats.checked_file import open_regular
+from edgetune_runtime.wording import shortened
+
+from .slow_replies import HANDLERS, is_too_slow
 
 _SILENT_S = 30.0
 """For a connection, and between two bytes."""
-_GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
-"""A server that sends less than this on average has failed after the grace."""
 _CHUNK_BYTES = 1 << 16
 _MOST_REDIRECTS = 3
 _PARTIAL = 206
@@ -66,12 +69,13 @@ class Location:
             raise kind(f"cannot read {where}: status {error.code}", _CHECK) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise UnreachableError(f"cannot read {where}: {reason}", _CHECK) from error
+            # It may be what the server has sent.
+            raise UnreachableError(f"cannot read {where}: {shortened(str(reason))}", _CHECK) from error
 
     def _opened(self, path: str, offset: int) -> IO[bytes] | http.client.HTTPResponse:
         """A file from an offset on."""
         if self._is_folder:
-            file = Path(self.text, path).open("rb")  # noqa: SIM115 - the caller closes it
+            file = open_regular(Path(self.text, path), follows_links=True)
             file.seek(offset)
             return file
         headers = {"User-Agent": f"edgetune-run/{__version__}", "Accept-Encoding": "identity"}
@@ -92,15 +96,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     max_redirections = _MOST_REDIRECTS
 
-    def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:  # noqa: ANN401
-        """Refuse a change from HTTPS to HTTP."""
-        new = super().redirect_request(req, *arguments)
-        if new is not None and req.type == "https" and new.type != "https":
+    def redirect_request(  # noqa: PLR0917 - as its base
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        """Refuse a change from HTTPS to HTTP, and to anything else."""
+        # urllib would read the body, which may be endless.
+        fp.close()
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new is not None and new.type not in {req.type, "https"}:
             raise urllib.error.URLError(f"it is redirected to {new.full_url[:200]}")
         return new
 
 
-_OPENER = urllib.request.build_opener(_Redirects)
+_OPENER = urllib.request.build_opener(_Redirects, *HANDLERS)
 
 
 def _limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
@@ -112,6 +120,6 @@ def _limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str
             return
         count += len(data)
         yield data
-        elapsed_s = time.monotonic() - begin
-        if elapsed_s > _GRACE_S and count < elapsed_s * _SLOWEST_BYTES_PER_S:
-            raise UnreachableError(f"{where} came too slowly: {count} bytes in {elapsed_s:.0f} s", "try again later")
+        if is_too_slow(begin, count):
+            message = f"{where} came too slowly: {count} bytes in {time.monotonic() - begin:.0f} s"
+            raise UnreachableError(message, "try again later")

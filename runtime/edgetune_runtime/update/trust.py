@@ -160,12 +160,14 @@ class _Fetcher(FetcherInterface):
 
 
 def read_root(data: bytes) -> Root:
-    """The root metadata in a file; UsageError if it is none."""
+    """The root metadata in a file; UsageError if it is none, or damaged."""
     try:
-        return Metadata[Root].from_bytes(data).signed
+        metadata = Metadata[Root].from_bytes(data)
+        metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)
     except (RepositoryError, ValueError, RecursionError) as error:
-        remedy = "give a N.root.json of `edgetune keys init`"
-        raise UsageError("the file of --root has no root of a repository", remedy) from error
+        remedy = "give a N.root.json of `edgetune keys init` with --root"
+        raise UsageError("the trusted file has no root of a repository", remedy) from error
+    return metadata.signed
 
 
 def _root_version_in(timestamp: bytes) -> int | None:

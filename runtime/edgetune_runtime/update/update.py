@@ -217,6 +217,11 @@ def _download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
     sizes = {file.sha256: file.bytes for file in kit.version_files}
     received = store.received(sizes)
     missing = {sha256: size for sha256, size in sizes.items() if received.get(sha256) != size}
+    for file in kit.version_files:
+        if file.sha256 in missing and file not in kit.bundle_files:
+            raise VerificationError(
+                f"{file.name} in {prefix} is damaged, and no update has it", "install the kit again"
+            )
     needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
     free = shutil.disk_usage(prefix).free
     if free < needed + _RESERVE_BYTES:

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import MANIFEST_NAME
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
-from kills import KILLED, killed_at
+from filelock import FileLock
+from kills import KILLED, full_from, killed_at, read_only_from
 from kits import write_bundle
 from repositories import PASSPHRASE, Publisher, make_keys, open_keys, publish
 
@@ -88,6 +90,35 @@ def test_a_publish_that_is_killed_at_any_write_leaves_a_valid_repository(publish
         assert code == KILLED
     assert write > 15 and one.version == 1
     assert versions == sorted(versions) and set(versions) == {1, 2}
+
+
+@pytest.mark.parametrize("failing", [full_from, read_only_from])
+def test_a_publish_that_cannot_write_any_more_leaves_a_valid_repository(
+    failing: Callable[..., int], publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, PASSPHRASE)
+    publisher("one")
+    write_bundle(publisher.bundle, "two")
+    kept, versions = tmp_path / "kept", []
+    shutil.copytree(publisher.repo, kept)
+    words = ["publish", str(publisher.bundle), "--repo", str(publisher.repo), "--keys", str(publisher.keys.folder)]
+    for write in range(1, 200):
+        shutil.rmtree(publisher.repo)
+        shutil.copytree(kept, publisher.repo)
+        code = failing(write, lambda: main(words))
+        versions.append(seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}").version)
+        assert main(words) == 0
+        if code == 0:
+            break
+        assert code == (OutOfSpaceError if failing is full_from else UsageError).exit_code
+    assert write > 15
+    assert versions == sorted(versions) and set(versions) == {1, 2}
+
+
+def test_two_publishes_at_once_are_refused(publisher: Publisher) -> None:
+    with FileLock(publisher.repo / ".lock"), pytest.raises(UsageError, match="another publish is using"):
+        publisher("one")
+    assert publisher("one").changed
 
 
 @pytest.mark.parametrize("role", [*ROOT_ROLES, BUNDLES])
