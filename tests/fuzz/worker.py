@@ -32,6 +32,7 @@ LIBRARIES = {
     "recipe": ("edgetune.recipe.model",),
     "model": ("edgetune.folder_header",),
     "peft": ("peft", "edgetune.methods"),
+    "tuf": ("tuf.ngclient",),
 }
 MEMORY_BYTES = 1_500_000_000
 """Address space that a case may add to what the worker has after its first file."""

@@ -40,8 +40,10 @@ class Location:
         if "://" in text and scheme not in {"http", "https"}:
             raise UsageError(f"--repo {text!r} is no address", "use http:// or https://, or a folder")
         self._is_folder = "://" not in text
-        if self._is_folder and not Path(text).is_dir():
-            raise UnreachableError(f"{text} is not a folder", "give the address of a repository, or its folder")
+        if self._is_folder and not _is_folder(text):
+            raise UnreachableError(
+                f"{shortened(text)} is not a folder", "give the address of a repository, or its folder"
+            )
         # A folder is remembered, and this process need not start in the same one.
         self.text = str(Path(text).absolute()) if self._is_folder else text.rstrip("/")
 
@@ -89,6 +91,14 @@ class Location:
             for _ in _limited(reply, offset, path):
                 pass
         return reply
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        # Such as a name that is too long.
+        return False
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

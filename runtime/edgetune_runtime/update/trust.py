@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError, importing
+from edgetune_runtime.wording import shortened
 
 from .fetch import Location, MissingError
 from .release import (
@@ -81,7 +82,7 @@ class TrustedRepository:
         with self._errors():
             delegations = Metadata[Targets].from_file(str(self._folder / "targets.json")).signed.delegations
         roles = {} if delegations is None else delegations.roles or {}
-        return [role.removeprefix(ROLE_PREFIX) for role in roles if role.startswith(ROLE_PREFIX)]
+        return [role.removeprefix(ROLE_PREFIX) for role in map(str, roles) if role.startswith(ROLE_PREFIX)]
 
     def release(self, name: str, channel: str) -> Release:
         """The newest release of a bundle in a channel, after `refresh`; NotFoundError if there is none."""
@@ -123,7 +124,7 @@ class TrustedRepository:
                 raise error.__cause__ from error
             raise VerificationError(f"{where}: {error}", "check the address, or publish again") from error
         except RepositoryError as error:
-            message = f"{where} is refused: {str(error).splitlines()[0][:200]}"
+            message = f"{where} is refused: {shortened(str(error)) or type(error).__name__}"
             raise VerificationError(message, "check the address; if it is right, ask who publishes it") from error
 
 
