@@ -33,10 +33,17 @@ def make_keys(folder: Path, root_keys: int = 1, threshold: int = 1) -> KeyFolder
 
 
 def publish(
-    bundle: Path, repo: Path, keys: KeyFolder, *, min_runtime: str = "", expires_days: int = 90, channel: str = "stable"
+    bundle: Path,
+    repo: Path,
+    keys: KeyFolder,
+    *,
+    min_runtime: str = "",
+    expires_days: int = 90,
+    channel: str = "stable",
+    keep: int | None = None,
 ) -> Published:
     """Publish a bundle without a word."""
-    options = {"channel": channel, "min_runtime": min_runtime, "expires_days": expires_days}
+    options = {"channel": channel, "min_runtime": min_runtime, "expires_days": expires_days, "keep": keep}
     return publish_bundle(bundle, repo, keys, Progress(quiet=True), **options)
 
 

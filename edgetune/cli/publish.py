@@ -25,6 +25,12 @@ def publish(
     expires_days: Annotated[
         int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
     ] = 90,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Delete releases older than the newest N of each channel (default: none)."
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -38,7 +44,7 @@ def publish(
 
     folder = open_keys(keys)
     if bundle is None:
-        publishing.refresh(repo, folder, expires_days=expires_days)
+        publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)
         print(repo)
         return
     done = publishing.publish(
@@ -49,10 +55,13 @@ def publish(
         channel=channel,
         min_runtime=min_runtime,
         expires_days=expires_days,
+        keep=keep,
     )
     if as_json:
         print_json(done.to_json())
         return
     release, state = done.release, "published" if done.changed else "was published already"
-    print(f"{release.name} version {release.version} in {channel} {state}, {done.copied_bytes / 1e6:.1f} MB copied")
+    deleted = "" if keep is None else f", {done.deleted_bytes / 1e6:.1f} MB deleted"
+    copied = f"{done.copied_bytes / 1e6:.1f} MB copied"
+    print(f"{release.name} version {release.version} in {channel} {state}, {copied}{deleted}")
     print(repo)

@@ -19,17 +19,22 @@ from edgetune.progress import Progress
 
 from .key_folder import BUNDLES, KeyFolder
 from .repository import Repository
+from .upkeep import delete_old
 
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Published:
-    """The release of a bundle, and what was copied for it; `changed` is False if the channel had this bundle."""
+    """The release of a bundle, what was copied for it, and what was deleted of old ones.
+
+    `changed` is False if the channel had this bundle.
+    """
 
     release: Release
     changed: bool
     copied_bytes: int
+    deleted_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -41,6 +46,7 @@ class Published:
             "bundle": release.bundle,
             "changed": self.changed,
             "copied_bytes": self.copied_bytes,
+            "deleted_bytes": self.deleted_bytes,
         }
 
 
@@ -53,13 +59,14 @@ def publish(
     channel: str,
     min_runtime: str,
     expires_days: int,
+    keep: int | None = None,
 ) -> Published:
     """Make a bundle the newest release of its name in a channel, and sign the repository again.
 
-    Devices accept the repository for `expires_days`. A repository is made if there is none. If this is killed at any
-    point, the repository is valid as it was, and the next publish completes. Raises the errors of reading a bundle, of
-    its keys, and of a damaged repository; UsageError for a name that cannot be a path, or while another publish is at
-    work.
+    Devices accept the repository for `expires_days`. A repository is made if there is none. If `keep` is given, releases
+    older than the newest `keep` of each channel are deleted. If this is killed at any point, the repository is valid
+    as it was, and the next publish completes. Raises the errors of reading a bundle, of its keys, and of a damaged
+    repository; UsageError for a name that cannot be a path, or while another publish is at work.
     """
     manifest = read_manifest(bundle)
     for what, text in (("the bundle's name", manifest.name), ("--channel", channel)):
@@ -83,14 +90,20 @@ def publish(
         changed = before is None or (before.files, before.min_runtime) != (release.files, release.min_runtime)
         if changed:
             repository.put_release(manifest.name, path, release.to_json().encode(), release.version)
-        repository.commit(expires_days=expires_days)
-    return Published(release if changed or before is None else before, changed, copied)
+        deleted = _commit(repository, expires_days, keep)
+    return Published(release if changed or before is None else before, changed, copied, deleted)
 
 
-def refresh(repo: Path, keys: KeyFolder, *, expires_days: int) -> None:
-    """Sign a repository again, as before its metadata expires or after a change of keys."""
+def refresh(repo: Path, keys: KeyFolder, *, expires_days: int, keep: int | None = None) -> None:
+    """Sign a repository again, as before its metadata expires or after a change of keys; `keep` as for `publish`."""
     with _locked(repo):
-        Repository(repo, keys).commit(expires_days=expires_days)
+        _commit(Repository(repo, keys), expires_days, keep)
+
+
+def _commit(repository: Repository, expires_days: int, keep: int | None) -> int:
+    """Write what has changed, then delete old releases; how many bytes they had."""
+    repository.commit(expires_days=expires_days)
+    return 0 if keep is None else delete_old(repository, keep)
 
 
 def sign(bundle: Path, keys: KeyFolder) -> Path:

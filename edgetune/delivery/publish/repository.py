@@ -66,9 +66,18 @@ class Repository:
         role = self._roles.get(f"{ROLE_PREFIX}{name}")
         return {} if role is None else role.targets
 
+    @property
+    def all_releases(self) -> list[TargetFile]:
+        """The releases of all bundles: the newest of each channel."""
+        return [target for role in self._roles.values() for target in role.targets.values()]
+
+    def release_file(self, target: TargetFile) -> Path:
+        """The file of a release."""
+        return self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0]
+
     def read_release(self, target: TargetFile) -> bytes:
         """The contents of a release; VerificationError if the file is missing or damaged."""
-        path = self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0]
+        path = self.release_file(target)
         try:
             data = path.read_bytes()
             target.verify_length_and_hashes(data)
@@ -92,7 +101,7 @@ class Repository:
         """Make `data` the release at a path among the targets; its version is readable without the file."""
         target = TargetFile.from_data(path, data, ["sha256"])
         target.unrecognized_fields["custom"] = {"version": version}
-        _write(self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0], data)
+        _write(self.release_file(target), data)
         role = self._roles.setdefault(f"{ROLE_PREFIX}{name}", _unwritten(Targets()))
         role.targets[path] = target
         self._changed.add(f"{ROLE_PREFIX}{name}")

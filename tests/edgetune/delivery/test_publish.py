@@ -121,6 +121,56 @@ def test_two_publishes_at_once_are_refused(publisher: Publisher) -> None:
     assert publisher("one").changed
 
 
+def blobs_of(release: Release) -> set[str]:
+    return {entry.sha256 for entry in release.files.values()}
+
+
+def test_releases_that_are_not_kept_are_deleted_with_the_files_that_only_they_need(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    releases = [publisher(answer).release for answer in ("one", "two", "three")]
+    beta = publisher("beta", channel="beta").release
+    done = publisher("four", keep=2)
+    blobs = {path.name for path in (publisher.repo / "blobs").iterdir()}
+    assert blobs == blobs_of(releases[2]) | blobs_of(done.release) | blobs_of(beta)
+    assert len(list(publisher.repo.glob("targets/home/*.json"))) == 3
+    assert done.deleted_bytes > sum(entry.bytes for entry in releases[0].files.values()) - len(b"weights")
+    assert publisher("four", keep=2).deleted_bytes == 0
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == done.release
+    # What a device was downloading is there until the next but one release.
+    refresh(publisher.repo, publisher.keys, expires_days=30, keep=1)
+    assert {path.name for path in (publisher.repo / "blobs").iterdir()} == blobs_of(done.release) | blobs_of(beta)
+
+
+def test_deleting_old_releases_can_be_killed_at_any_write(publisher: Publisher, tmp_path: Path) -> None:
+    for answer in ("one", "two", "three"):
+        publisher(answer)
+    (publisher.repo / "targets/home/junk.json").write_text("[]")
+    (publisher.repo / "blobs/.tmp").write_text("cut off")
+    kept = tmp_path / "kept"
+    shutil.copytree(publisher.repo, kept)
+    write_bundle(publisher.bundle, "four")
+
+    def action() -> int:
+        publish(publisher.bundle, publisher.repo, publisher.keys, keep=1)
+        return 0
+
+    for write in range(1, 200):
+        shutil.rmtree(publisher.repo)
+        shutil.copytree(kept, publisher.repo)
+        code = killed_at(write, action)
+        release = seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}")
+        assert blobs_of(release) <= {path.name for path in (publisher.repo / "blobs").iterdir()}
+        action()
+        release = seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}")
+        assert {path.name for path in (publisher.repo / "blobs").iterdir()} == blobs_of(release)
+        assert len(list((publisher.repo / "targets/home").iterdir())) == 1
+        if code == 0:
+            break
+        assert code == KILLED
+    assert write > 20
+
+
 @pytest.mark.parametrize("role", [*ROOT_ROLES, BUNDLES])
 def test_devices_follow_a_new_key_whenever_publishing_it_is_killed(role: str, tmp_path: Path) -> None:
     publisher = Publisher(tmp_path)
