@@ -63,10 +63,10 @@ def publish(
 ) -> Published:
     """Make a bundle the newest release of its name in a channel, and sign the repository again.
 
-    Devices accept the repository for `expires_days`. A repository is made if there is none. If `keep` is given, releases
-    older than the newest `keep` of each channel are deleted. If this is killed at any point, the repository is valid
-    as it was, and the next publish completes. Raises the errors of reading a bundle, of its keys, and of a damaged
-    repository; UsageError for a name that cannot be a path, or while another publish is at work.
+    Devices accept the repository for `expires_days`. A repository is made if there is none. If `keep` is given,
+    releases older than the newest `keep` of each channel are deleted. If this is killed at any point, the repository
+    is valid as it was, and the next publish completes. Raises the errors of reading a bundle, of its keys, and of a
+    damaged repository; UsageError for a name that cannot be a path, or while another publish is at work.
     """
     manifest = read_manifest(bundle)
     for what, text in (("the bundle's name", manifest.name), ("--channel", channel)):

@@ -14,7 +14,7 @@ from typing import IO
 
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import UnreachableError, UsageError
-from edgetune_runtime.formats.checked_file import open_regular
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.wording import shortened
 
 from .slow_replies import HANDLERS, is_too_slow
