@@ -75,7 +75,7 @@ class Fleet:
 
     def publish(self, bundle: Path) -> str:
         """Publish a bundle; the digest of its manifest."""
-        options = {"channel": "stable", "min_runtime": "", "expires_days": 90}
+        options = {"channel": "stable", "min_runtime": "", "share": 1.0, "expires_days": 90}
         return publish(bundle, self.repo, self._keys, Progress(quiet=True), **options).release.bundle
 
     def source(self, url: str) -> UpdateSource:

@@ -22,6 +22,10 @@ def publish(
     min_runtime: Annotated[
         str, typer.Option(metavar="VERSION", help="The oldest edgetune-runtime that may run it (default: any).")
     ] = "",
+    share: Annotated[
+        float,
+        typer.Option(metavar="PART", min=0, max=1, help="The share of devices that get it; publish again to raise it."),
+    ] = 1.0,
     expires_days: Annotated[
         int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
     ] = 90,
@@ -54,6 +58,7 @@ def publish(
         Progress(quiet=quiet),
         channel=channel,
         min_runtime=min_runtime,
+        share=share,
         expires_days=expires_days,
         keep=keep,
     )

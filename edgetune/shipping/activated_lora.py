@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from edgetune_runtime.engines.base import Engine, Logits, Tokenizer
+from edgetune_runtime.engines.base import Logits, Tokenizer
 from edgetune_runtime.states.activation import Invocations, spans_of
+
+from .governed import GovernedEngine
 
 
 class ActivatedLoraEngine:
@@ -15,7 +17,7 @@ class ActivatedLoraEngine:
     The first call after `truncate(0)` must contain the invocation.
     """
 
-    def __init__(self, engine: Engine, adapters: Mapping[str, float], invocations: Invocations) -> None:
+    def __init__(self, engine: GovernedEngine, adapters: Mapping[str, float], invocations: Invocations) -> None:
         self.tokenizer: Tokenizer = engine.tokenizer
         self._engine, self._adapters, self._invocations = engine, adapters, invocations
         self._is_empty = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,15 @@ from edgetune.progress import Progress
 
 from .activated_lora import ActivatedLoraEngine
 from .exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
+from .governed import GovernedEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from edgetune.training.step_threads import StepThreads
+
 LogitsOf = Callable[[list[int]], Floats]
 """From token ids to the logits after each, float32 [tokens, vocabulary]."""
-
-States = dict[tuple[int, ...], Any]
-"""The inputs of a model's output layer for each token of a row, by row."""
 
 # Number of prompts that are answered greedily, and the length of the answers.
 PROMPTS = 3
@@ -66,8 +66,9 @@ def verify(
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
     longest += max(written.prefix_tokens for export in exports for written in export.adapters.values())
     length = min(longest, trained_context_length(base.header))
-    # The states that torch computed for each adapter and the base, reused for all formats.
-    known: dict[str | None, States] = {name: {} for name in (None, *(adapter.name for adapter in adapters))}
+    from edgetune.training.step_threads import StepThreads  # noqa: PLC0415 - torch, only where something is exported
+
+    trained = _Trained(model, StepThreads(is_cpu=True))
     bases: dict[str, Figures] = {}
     checked: dict[str, dict[str, Figures]] = {}
     for export in exports:
@@ -75,34 +76,30 @@ def verify(
         with _engine(export.backend, export.base, length) as engine:
             _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
             checked[export.backend] = {
-                adapter.name: asdict(
-                    _adapter_parity(
-                        base.path, model, adapter, export, engine, known=known[adapter.name], progress=progress
-                    )
-                )
+                adapter.name: asdict(_adapter_parity(base.path, trained, adapter, export, engine, progress=progress))
                 for adapter in adapters
             }
-            plain = _remembered(model, model, known[None])
+            plain = trained.logits(model, None)
             bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
+    trained.threads.restore()
     return ParityReport(bases, checked)
 
 
 def _adapter_parity(
     base: Path,
-    model: PreTrainedModel,
+    trained: _Trained,
     adapter: TrainedAdapter,
     export: ExportedFormat,
     engine: Engine,
     *,
-    known: States,
     progress: Progress,
 ) -> Parity:
     written = export.adapters[adapter.name]
     from edgetune.training.rounding import rounded_layers  # noqa: PLC0415 - torch, only where something is exported
 
     method, rounds_to = methods.load(adapter.plan.method), base if adapter.plan.on_grid else None
-    with method.loaded(adapter.checkpoint(model)) as tuned, rounded_layers(tuned, rounds_to):
-        parity = _parity(_remembered(model, tuned, known), adapter, export, engine)
+    with method.loaded(adapter.checkpoint(trained.base)) as tuned, rounded_layers(tuned, rounds_to):
+        parity = _parity(trained.logits(tuned, adapter.name), adapter, export, engine)
     progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
     check(
         parity,
@@ -133,12 +130,13 @@ def _compare_bases(
     rows = _base_rows(adapters)
     length = max(map(len, rows))
     with _engine(first.backend, first.base, length) as one, _engine(second.backend, second.base, length) as other:
+        governed = GovernedEngine(one)
 
         def logits(tokens: list[int]) -> Floats:
-            one.truncate(0)
-            return one.decode_all(tokens)
+            governed.truncate(0)
+            return governed.decode_all(tokens)
 
-        parity = compare(logits, other, rows)
+        parity = compare(logits, GovernedEngine(other), rows)
     progress.say(f"  bases of {first.backend} and {second.backend} beside each other: {_said(parity)}")
     return parity
 
@@ -181,7 +179,7 @@ def _base_parity(
     plain: Model, adapters: Sequence[TrainedAdapter], export: ExportedFormat, engine: Engine, progress: Progress
 ) -> Parity:
     engine.activate({})
-    parity = compare(plain, engine, _base_rows(adapters))
+    parity = compare(plain, GovernedEngine(engine), _base_rows(adapters))
     progress.say(f"  {export.backend} base after switching back: {_said(parity)}")
     check(parity, None, export.weight_type, requantized_kl=backends.format_of(export.backend).requantized_kl)
     return parity
@@ -191,12 +189,13 @@ def _parity(trained: Model, adapter: TrainedAdapter, export: ExportedFormat, eng
     written, active = export.adapters[adapter.name], {adapter.name: adapter.plan.spec.scale}
     if adapter.plan.shapes[export.backend] == Merged.shape:
         with _engine(export.backend, written.file, engine.context_length) as merged:
-            return _compare(trained, adapter, merged, engine.context_length)
+            return _compare(trained, adapter, GovernedEngine(merged), engine.context_length)
     engine.load_adapter(adapter.name, written.file, invocation=written.invocation)
     engine.activate(active)
-    decoder: Decoder = engine
+    governed = GovernedEngine(engine)
+    decoder: Decoder = governed
     if written.invocation:
-        decoder = ActivatedLoraEngine(engine, active, {adapter.name: written.invocation})
+        decoder = ActivatedLoraEngine(governed, active, {adapter.name: written.invocation})
     return _compare(trained, adapter, decoder, engine.capacity(active))
 
 
@@ -232,18 +231,30 @@ class _Logits:
             return np.asarray((self.head(self.states[part]).float() / self.divisor).numpy(), np.float32)
 
 
-def _remembered(base: PreTrainedModel, model: Any, known: States) -> Model:  # noqa: ANN401 - with or without PEFT around it
-    """The logits of `model`, which is `base` with or without an adapter; it runs once per row for all formats."""
-    head: Any = base.get_output_embeddings()
-    divisor = architectures.of_model_type(base.config.model_type).logits_divisor(base.config)
+@dataclass(frozen=True)
+class _Trained:
+    """The base in torch, and what it computed: each row runs once with each adapter, for all formats.
 
-    def remember(tokens: list[int]) -> Rows:
-        key = tuple(tokens)
-        if key not in known:
-            known[key] = _states(head, model, tokens)
-        return _Logits(head, known[key], base.config.vocab_size, divisor)
+    `states` has the inputs of the output layer for each token, by adapter (None: the plain base) and row.
+    """
 
-    return remember
+    base: PreTrainedModel
+    threads: StepThreads
+    states: dict[tuple[str | None, tuple[int, ...]], Any] = field(default_factory=dict)
+
+    def logits(self, tuned: Any, name: str | None) -> Model:  # noqa: ANN401 - with or without PEFT around it
+        """The logits of the base with the adapter `name`, which is `tuned`."""
+        head: Any = self.base.get_output_embeddings()
+        divisor = architectures.of_model_type(self.base.config.model_type).logits_divisor(self.base.config)
+
+        def logits(tokens: list[int]) -> Rows:
+            key = name, tuple(tokens)
+            if key not in self.states:
+                with self.threads.step(len(tokens)):
+                    self.states[key] = _states(head, tuned, tokens)
+            return _Logits(head, self.states[key], self.base.config.vocab_size, divisor)
+
+        return logits
 
 
 def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - as above

@@ -394,6 +394,11 @@ def files_only_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
     ]
 
 
+def pinned(bundle: Path) -> Path:
+    """The bundle's own folder, where its path leads through a link that a switch of versions changes."""
+    return bundle.resolve() if bundle.parent.is_symlink() else bundle
+
+
 def resolve(bundle: Path, name: str) -> Path:
     """The path of file `name` in the bundle; VerificationError when it points outside, even through a symbolic link."""
     root = bundle.resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.inference.golden import ask
+from edgetune_runtime.store.opening import Opening
+from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 
@@ -25,25 +28,42 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 @pytest.fixture(scope="session")
 def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny bundle with ONNX files and a golden answer."""
-    source = tiny_source("llama")
-    adapters = {"one": Adapter(low_rank(source.path, seed=1))}
-    made = write_bundle(tmp_path_factory.mktemp("tiny") / "home", source.path, adapters)
-    add_onnx(made, source, adapters)
-    question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
-    with Runtime.open(made, engine="onnx", threads=1, disk_mb=0) as runtime:
-        golden = {"prompt": question.prompt, "answer": ask(runtime, "one", question), "max_tokens": 8}
-    change_manifest(made, lambda raw: raw["adapters"]["one"].update(golden={"onnx": golden}))
-    return made
+    return _write(tiny_source("llama"), tmp_path_factory.mktemp("tiny") / "home", 1)
 
 
 @pytest.fixture(scope="session")
-def machine(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    """A booted system that sees the bundle's kit as /mnt/kit."""
+def next_bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with another adapter."""
+    return _write(tiny_source("llama"), tmp_path_factory.mktemp("next") / "home", 2)
+
+
+@pytest.fixture(scope="session")
+def machine(bundle: Path, next_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """A booted system that sees kits of both bundles as /mnt/kit and /mnt/next, and one with options as /mnt/other.
+
+    /mnt/repo is a repository of the next bundle, and /mnt/root.json its root.
+    """
     lacking = missing()
     if lacking:
         pytest.exit(f"a booted system needs {'; and '.join(lacking)}", returncode=5)
     shared = tmp_path_factory.mktemp("shared")
     shared.chmod(0o755)
     make_kit(bundle, "laptop", shared / "kit", KitOptions("3.13", "onnx"), Progress())
+    make_kit(next_bundle, "laptop", shared / "next", KitOptions("3.13", "onnx"), Progress())
+    make_kit(next_bundle, "laptop", shared / "other", KitOptions("3.13", "onnx", Opening(cache_mb=16)), Progress())
+    keys = make_keys(tmp_path_factory.mktemp("keys") / "keys")
+    publish(Path(shutil.copytree(next_bundle, tmp_path_factory.mktemp("published") / "home")), shared / "repo", keys)
+    shutil.copy(keys.roots[0], shared / "root.json")
     with booted(prepare(), shared) as found:
         yield found
+
+
+def _write(source: Source, out: Path, seed: int) -> Path:
+    adapters = {"one": Adapter(low_rank(source.path, seed))}
+    made = write_bundle(out, source.path, adapters)
+    add_onnx(made, source, adapters)
+    question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
+    with Runtime.open(made, engine="onnx", threads=1, disk_mb=0) as runtime:
+        golden = {"prompt": question.prompt, "answer": ask(runtime, "one", question), "max_tokens": 8}
+    change_manifest(made, lambda raw: raw["adapters"]["one"].update(golden={"onnx": golden}))
+    return made

@@ -25,7 +25,7 @@ from edgetune_export.base_file.merge import write_merged
 from edgetune_export.base_file.quantize import quantize_rows
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.engines.base import Engine, log_total
+from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.atomic import replacing
@@ -40,6 +40,7 @@ from edgetune.objectives.example import Example
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
+from edgetune.shipping.governed import GovernedEngine
 from edgetune.shipping.verify import logits_of
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
@@ -188,7 +189,7 @@ class _Stage:
                 path = backends.load(target).write_base(source, Path(name), ())
                 engine_class = engines.load(target)
                 with closing(engine_class(path, context_length=length)) as engine:
-                    perplexities[target] = _perplexity(_rows_of(engine), self.job.validation)
+                    perplexities[target] = _perplexity(_rows_of(GovernedEngine(engine)), self.job.validation)
         return perplexities
 
     def _require_finite(self, after: Mapping[str, float]) -> None:
@@ -225,7 +226,7 @@ def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
     return math.exp(mean) if mean < _MAX_NATS else math.inf
 
 
-def _rows_of(engine: Engine) -> Rows:
+def _rows_of(engine: GovernedEngine) -> Rows:
     def rows(tokens: list[int]) -> Iterator[Floats]:
         engine.truncate(0)
         for start, end in pairwise((*range(0, len(tokens), _ROWS), len(tokens))):

@@ -17,10 +17,11 @@ from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, Us
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.store import service, switch, systemd, versions
 from edgetune_runtime.store.durable import locked
-from edgetune_runtime.store.kit import KIT_NAME, parse_kit, read_kit
+from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit
 from edgetune_runtime.wording import printable
 
 from . import check, install, uninstall
+from .updates import updates_from_options
 
 PROGRAM = "edgetune-board"
 """Its name in front of messages."""
@@ -81,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
     command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.LOOPBACK})")
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {service.PORT})")
+    text = "update once a day from the signed repository at this address, by a systemd timer"
+    command.add_argument("--updates", metavar="URL", help=text)
+    text = "trust the repository of --updates with this root, the 1.root.json of `edgetune keys init`"
+    command.add_argument("--root", type=Path, metavar="FILE", help=text)
     text = "of `edgetune deploy`: list the files that are missing, and read them from standard input"
     command.add_argument("--receive", metavar="VERSION", help=text)
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
@@ -106,16 +111,14 @@ def _install(options: argparse.Namespace) -> None:
     if options.receive not in (None, kit.version):
         raise BusyError("another deploy is sending a kit to this board", "wait until it ends")
     prefix = (options.prefix or versions.default_prefix(kit.name)).absolute()
-    unit = None
-    if options.service is None and (options.host is not None or options.port is not None):
-        raise UsageError("--host and --port are those of a unit", "add --service")
-    if options.service is not None:
-        port = kit.service["port"] if options.port is None else options.port
-        unit = service.unit_from_options(
-            options.service or f"edgetune-{kit.name}", options.host or service.LOOPBACK, port
-        )
+    name = options.service or f"edgetune-{kit.name}"
+    unit, updates = _unit(options, kit, name), updates_from_options(options.updates, options.root, name)
+    if updates is not None:
+        updates.timer.require_own(prefix)
     changed = install.install(options.kit, prefix, unit=unit, say=_say, receives=options.receive is not None)
-    warnings = [] if unit is None else _unit_warnings(unit)
+    if updates is not None:
+        updates.set_up(prefix, kit.name, _say)
+    warnings = [] if unit is None and updates is None else _linger_warnings(name)
     if options.json:
         _print({"version": kit.version, "changed": changed, "warnings": warnings})
         return
@@ -127,11 +130,20 @@ def _install(options: argparse.Namespace) -> None:
     print(f"run: {prefix / versions.RUN_SCRIPT} info {prefix / versions.CURRENT / 'bundle'}")
 
 
-def _unit_warnings(unit: service.Unit) -> list[str]:
-    if not unit.user or systemd.lingers():
+def _unit(options: argparse.Namespace, kit: Kit, name: str) -> service.Unit | None:
+    if options.service is None:
+        if options.host is not None or options.port is not None:
+            raise UsageError("--host and --port are those of a unit", "add --service")
+        return None
+    port = kit.service["port"] if options.port is None else options.port
+    return service.unit_from_options(name, options.host or service.LOOPBACK, port)
+
+
+def _linger_warnings(name: str) -> list[str]:
+    if os.geteuid() == 0 or systemd.lingers():
         return []
     remedy = f"run once: sudo loginctl enable-linger {systemd.user_name()}"
-    return [f"unit {unit.name} ends when you log out, and does not start with the board; {remedy}"]
+    return [f"unit {name} ends when you log out, and does not start with the board; {remedy}"]
 
 
 def _check(options: argparse.Namespace) -> None:

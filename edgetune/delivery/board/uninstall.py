@@ -7,14 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgetune_runtime.errors import NotFoundError
-from edgetune_runtime.store import files, service, versions
+from edgetune_runtime.store import acknowledgement, files, service, timer, versions
 from edgetune_runtime.store.durable import LOCK_NAME, locked
 from edgetune_runtime.store.versions import Say
+from edgetune_runtime.update import state
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
 # The versions last: until all are gone, uninstall can be run again.
-_FOLDERS = (files.FOLDER, versions.ENVIRONMENTS, INCOMING, versions.FOLDER)
+_FOLDERS = (state.FOLDER, files.FOLDER, versions.ENVIRONMENTS, INCOMING, versions.FOLDER)
 
 
 def uninstall(prefix: Path, say: Say) -> None:
@@ -29,7 +30,11 @@ def uninstall(prefix: Path, say: Say) -> None:
         unit = service.installed(prefix, say)
         if unit is not None and not unit.remove(prefix):
             say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
-        for name in (*versions.LINKS, versions.RUN_SCRIPT, service.SETTINGS_NAME, service.KEYS_NAME):
+        updating = timer.installed(prefix, say)
+        if updating is not None:
+            updating.remove(prefix)
+        settings = (service.SETTINGS_NAME, service.KEYS_NAME, timer.SETTINGS_NAME, acknowledgement.NAME)
+        for name in (*versions.LINKS, versions.RUN_SCRIPT, *settings):
             (prefix / name).unlink(missing_ok=True)
         for name in _FOLDERS:
             if (prefix / name).is_dir():

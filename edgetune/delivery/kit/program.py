@@ -18,7 +18,7 @@ from .target_python import TargetPython
 
 RUNTIME_MODULES = (
     "bundle", "errors", "formats/atomic", "interrupts", "limits", "processes/child_process", "threads/machine",
-    "type_checks", "wording",
+    "type_checks", "update/state", "wording",
 )  # fmt: skip
 """The modules of the runtime that board and store use; they import nothing but the standard library and each other."""
 _MAIN = """\

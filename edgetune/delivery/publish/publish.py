@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, res
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.signatures import SIGNATURE_NAME, signature_file
-from edgetune_runtime.update.release import NAME, Release, parse_release, path_of
+from edgetune_runtime.update.release import MOST_OLDER, NAME, Release, parse_release, path_of, version_key
 from filelock import FileLock, Timeout
 
 from edgetune.progress import Progress
@@ -58,13 +58,15 @@ def publish(
     *,
     channel: str,
     min_runtime: str,
+    share: float,
     expires_days: int,
     keep: int | None = None,
 ) -> Published:
     """Make a bundle the newest release of its name in a channel, and sign the repository again.
 
-    Devices accept the repository for `expires_days`. A repository is made if there is none. If `keep` is given,
-    releases older than the newest `keep` of each channel are deleted. If this is killed at any point, the repository
+    It is for a `share` of the devices; the older releases that the others can take stay in the repository. Devices
+    accept it for `expires_days`. A repository is made if there is none. If `keep` is given, releases older than the
+    newest `keep` of each channel are deleted, but not those. If this is killed at any point, the repository
     is valid as it was, and the next publish completes. Raises the errors of reading a bundle, of its keys, and of a
     damaged repository; UsageError for a name that cannot be a path, or while another publish is at work.
     """
@@ -80,18 +82,52 @@ def publish(
         names = (*manifest.files, MANIFEST_NAME, signature.name)
         sources = {name: resolve(bundle, name) for name in names}
         files = {name: FileEntry(sha256_of(path), path.stat().st_size) for name, path in sources.items()}
-        path, releases = path_of(manifest.name, channel), repository.releases(manifest.name)
+        releases = repository.releases(manifest.name)
         newest = max((target.custom["version"] for target in releases.values()), default=0)
         release = Release(
-            manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime
+            manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime, share
         )
-        before = parse_release(repository.read_release(releases[path])) if path in releases else None
+        before = _read(repository, manifest.name, channel)
         copied = sum(files[name].bytes for name in names if repository.put_blob(sources[name], files[name]))
-        changed = before is None or (before.files, before.min_runtime) != (release.files, release.min_runtime)
+        changed = before is None or _content(before) != _content(release)
         if changed:
-            repository.put_release(manifest.name, path, release.to_json().encode(), release.version)
+            _put(repository, release, before)
         deleted = _commit(repository, expires_days, keep)
     return Published(release if changed or before is None else before, changed, copied, deleted)
+
+
+def _read(repository: Repository, name: str, channel: str, version: int | None = None) -> Release | None:
+    """The newest release of a channel, or an older one; None if there is none."""
+    target = repository.releases(name).get(path_of(name, channel, version))
+    return None if target is None else parse_release(repository.read_release(target))
+
+
+def _content(release: Release) -> tuple[object, ...]:
+    return release.files, release.min_runtime, release.share
+
+
+def _put(repository: Repository, release: Release, before: Release | None) -> None:
+    """Put a release before those of its channel, and keep the ones that devices may take which it is not for."""
+    name, channel = release.name, release.channel
+    versions = () if before is None else before.older
+    older = [before, *(_read(repository, name, channel, version) for version in versions)]
+    kept: list[Release] = []
+    for candidate in filter(None, older):
+        path = path_of(name, channel, candidate.version)
+        if len(kept) == MOST_OLDER or any(_is_for_all_of(candidate, newer) for newer in (release, *kept)):
+            repository.drop_release(name, path)
+        else:
+            kept.append(candidate)
+            repository.put_release(name, path, candidate.to_json().encode(), candidate.version)
+    release = replace(release, older=tuple(candidate.version for candidate in kept))
+    repository.put_release(name, path_of(name, channel), release.to_json().encode(), release.version)
+
+
+def _is_for_all_of(older: Release, newer: Release) -> bool:
+    """Whether all devices that could take the older release can take the newer one."""
+    is_wider = newer.share == 1 or (newer.bundle == older.bundle and newer.share >= older.share)
+    runs = version_key(newer.min_runtime) <= version_key(older.min_runtime)
+    return is_wider and runs and newer.manifest_schema <= older.manifest_schema
 
 
 def refresh(repo: Path, keys: KeyFolder, *, expires_days: int, keep: int | None = None) -> None:

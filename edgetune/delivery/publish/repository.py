@@ -106,6 +106,11 @@ class Repository:
         role.targets[path] = target
         self._changed.add(f"{ROLE_PREFIX}{name}")
 
+    def drop_release(self, name: str, path: str) -> None:
+        """Remove the release at a path from the targets, if there is one."""
+        if self._roles[f"{ROLE_PREFIX}{name}"].targets.pop(path, None) is not None:
+            self._changed.add(f"{ROLE_PREFIX}{name}")
+
     def commit(self, *, expires_days: int) -> None:
         """Sign what has changed, snapshot and timestamp, and write them; the timestamp decides.
 

@@ -33,7 +33,9 @@ def delete_old(repository: Repository, keep: int) -> int:
             release = parse_release(path.read_bytes())
             by_channel[release.name, release.channel].append((path, release))
     for releases in by_channel.values():
-        kept |= dict(sorted(releases, key=lambda item: item[1].version)[-keep:])
+        # One that is for some devices only is there twice.
+        newest = sorted({release.version for _, release in releases})[-keep:]
+        kept |= {path: release for path, release in releases if release.version in newest}
     # Releases first: one that is there has all of its files.
     freed = _delete_others(targets.glob("*/*"), set(kept))
     blobs = repository.folder / BLOBS_FOLDER

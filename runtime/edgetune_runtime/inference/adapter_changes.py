@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from edgetune_runtime.bundle import Manifest, NewAdapter, files_of, verify_files, without_adapter
+from edgetune_runtime.bundle import Manifest, NewAdapter, files_beside, files_of, verify_files, without_adapter
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.signatures import read_signed_manifest
 from edgetune_runtime.wording import first_of
@@ -67,36 +67,48 @@ def remove_adapter(loaded: LoadedBundle, name: str) -> None:
         loaded.drop(name)
 
 
-def reload_adapters(loaded: LoadedBundle) -> AdapterChanges:
-    """Make the adapters those of the bundle on disk; see `Runtime.reload_adapters`."""
+def reload(loaded: LoadedBundle, folder: Path) -> AdapterChanges:
+    """Take over the bundle in `folder`; see `Runtime.reload`."""
     with loaded.changing:
-        now, changes = read_signed_manifest(loaded.bundle, loaded.options.trusted_keys), AdapterChanges([], [], [], {})
-        if now.base != loaded.manifest.base:
-            raise IncompatibleError(f"bundle {loaded.bundle} has another base than before", "open it again")
+        now, changes = read_signed_manifest(folder, loaded.options.trusted_keys), AdapterChanges([], [], [], {})
+        _require_same_base(loaded, folder, now)
         for name in [name for name in loaded.files.own() if name not in now.adapters]:
             loaded.drop(name)
             changes.removed.append(name)
-        for new in _changed(loaded, now):
+        for new in _changed(loaded, folder, now):
             name, is_there = new.entry.name, new.entry.name in loaded.manifest.adapters
             try:
                 _require_sound(loaded, new, replaces=is_there)
                 if is_there:
-                    loaded.drop(name)
-                _add(loaded, new)
+                    with loaded.replacing(name):
+                        loaded.drop(name)
+                        _add(loaded, new)
+                else:
+                    _add(loaded, new)
             except EdgetuneError as error:
                 changes.refused[name] = str(error)
             else:
                 (changes.replaced if is_there else changes.added).append(name)
+        loaded.move(folder, now, changes.refused)
     return changes
 
 
-def _changed(loaded: LoadedBundle, now: Manifest) -> Iterator[NewAdapter]:
-    """The adapters on disk that differ from those that there are."""
+def _require_same_base(loaded: LoadedBundle, folder: Path, now: Manifest) -> None:
+    """IncompatibleError if the base in memory is not the one of the bundle in `folder`."""
+    before = loaded.manifest
+    file = before.base.files[loaded.options.engine]
+    names = files_beside(before, file)
+    if now.base != before.base or any(now.files.get(name) != before.files[name] for name in names):
+        raise IncompatibleError(f"bundle {folder} has another base than before", "open it again, or restart the server")
+
+
+def _changed(loaded: LoadedBundle, folder: Path, now: Manifest) -> Iterator[NewAdapter]:
+    """The adapters of the bundle in `folder` that differ from those that there are."""
     before = loaded.manifest
     for name, entry in now.adapters.items():
         files = files_of(now, entry)
         if before.adapters.get(name) != entry or any(before.files.get(file) != now.files[file] for file in files):
-            yield NewAdapter(entry, {file: now.files[file] for file in files}, loaded.bundle)
+            yield NewAdapter(entry, {file: now.files[file] for file in files}, folder)
 
 
 def _require_sound(loaded: LoadedBundle, new: NewAdapter, *, replaces: bool = False) -> None:
@@ -107,7 +119,7 @@ def _require_sound(loaded: LoadedBundle, new: NewAdapter, *, replaces: bool = Fa
     if options.verify:
         verify_files(new.folder, replace(manifest, files=new.files))
     if options.preflight:
-        require_opens(loaded.bundle, manifest, options, added=new)
+        require_opens(loaded.folder, manifest, options, added=new)
 
 
 def _add(loaded: LoadedBundle, new: NewAdapter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -15,10 +15,14 @@ from .opening_options import OpeningOptions, file_of
 
 
 class AdapterFiles:
-    """The files of the adapters in `manifest`, in the folder `bundle` unless they were added from another one."""
+    """The files of the adapters in `manifest`, in the folder `bundle` unless they were added from another one.
+
+    The folder is another one after the bundle was replaced as a whole.
+    """
 
     def __init__(self, bundle: Path, manifest: Callable[[], Manifest], options: OpeningOptions) -> None:
         self._bundle, self._manifest, self._options = bundle, manifest, options
+        self._own = {bundle}
         self._folders: dict[str, Path] = {}
         self._verified = VerifiedFiles()
         # With the entry that each was read for: an adapter of the name may have been replaced.
@@ -34,8 +38,15 @@ class AdapterFiles:
         return self._folders.get(name, self._bundle)
 
     def own(self) -> list[str]:
-        """The adapters that are in the bundle's own folder."""
-        return [name for name in self._manifest().adapters if self.folder_of(name) == self._bundle]
+        """The adapters that are in the bundle's own folder, or were in the one before."""
+        return [name for name in self._manifest().adapters if self.folder_of(name) in self._own]
+
+    def move(self, folder: Path, own: Collection[str]) -> None:
+        """From now on the bundle is in this folder, and with it the files of the adapters in `own`, but no others."""
+        others = [name for name in self._manifest().adapters if name not in own]
+        self._folders = {name: self.folder_of(name) for name in others}
+        self._own.add(folder)
+        self._bundle = folder
 
     def weights_of(self, entry: AdapterEntry) -> str:
         """The name of an adapter's file for the engine; IncompatibleError without one."""

@@ -142,9 +142,9 @@ class AsyncRuntime:
         """Remove an adapter, after running calls; see `Runtime.remove_adapter`."""
         await asyncio.to_thread(self.runtime.remove_adapter, name)
 
-    async def reload_adapters(self) -> AdapterChanges:
-        """Make the adapters those of the bundle on disk; see `Runtime.reload_adapters`."""
-        return await asyncio.to_thread(self.runtime.reload_adapters)
+    async def reload(self) -> AdapterChanges:
+        """Take over the bundle on disk; see `Runtime.reload`."""
+        return await asyncio.to_thread(self.runtime.reload)
 
     async def clear_cache(self) -> None:
         """Drop all sequences and cached states, except those on disk, after running calls."""

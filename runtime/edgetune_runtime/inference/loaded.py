@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,12 +19,13 @@ from edgetune_runtime.bundle import (
     AdapterEntry,
     Manifest,
     NewAdapter,
+    files_of,
     without_adapter,
 )
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Tokenizer, prefix_among
 from edgetune_runtime.engines.needs import adapter_size
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import BusyError, IncompatibleError, UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.routing.router import Route, Router
@@ -54,15 +55,17 @@ _LOG = logging.getLogger(__name__)
 Adapters = str | Mapping[str, float] | None
 """An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
 
+_REPLACING_S = 60.0
+"""How long a call waits for an adapter that is being replaced."""
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
 
 
 class LoadedBundle:
-    """The base and adapters of a `Runtime` and its sessions. Thread-safe."""
+    """The base and adapters of a `Runtime` and its sessions, with the files in `folder`. Thread-safe."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, running: Pool | Classifier, options: OpeningOptions) -> None:
-        self.bundle = bundle
+    def __init__(self, folder: Path, manifest: Manifest, running: Pool | Classifier, options: OpeningOptions) -> None:
+        self.folder = folder
         self.manifest = manifest
         self.options = options
         self.adapters = LoadedAdapters(
@@ -74,9 +77,10 @@ class LoadedBundle:
         self._process = os.getpid()
         self._merged = MergedModels(self._open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}
-        self.files = AdapterFiles(bundle, lambda: self.manifest, options)
+        self.files = AdapterFiles(folder, lambda: self.manifest, options)
         self._constraints = Constraints()
-        self.router = Router(bundle, manifest, verify=options.verify)
+        self.router = Router(folder, manifest, verify=options.verify)
+        self._replaced: dict[str, threading.Event] = {}
         self._is_closed = False
         self._fixed = FixedParts()
         self._past = self._past_answers()
@@ -244,6 +248,7 @@ class LoadedBundle:
             raise UsageError(message, "open it after the fork, or start processes by spawn")
         if adapter is None:
             return {}
+        self._wait_for_replaced([adapter] if isinstance(adapter, str) else list(adapter))
         if isinstance(adapter, str):
             entry = self.manifest.adapter(adapter)
             # The weights of a merged model include its scale.
@@ -307,7 +312,31 @@ class LoadedBundle:
             # Which of the answers are the adapter's is not known any more.
             self._past.clear()
         self.manifest = others
-        self.router = Router(self.bundle, others, verify=self.options.verify)
+        self.router = Router(self.folder, others, verify=self.options.verify)
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[None]:
+        """Calls with this adapter wait until the block ends, in which it is dropped and another one added."""
+        ended = self._replaced[name] = threading.Event()
+        try:
+            yield
+        finally:
+            del self._replaced[name]
+            ended.set()
+
+    def move(self, folder: Path, manifest: Manifest, refused: Collection[str]) -> None:
+        """Read all else from the bundle in `folder`, whose adapters are there already; the caller holds `changing`.
+
+        Those that were `refused` stay as they are, with their files.
+        """
+        before = self.manifest
+        for name in manifest.adapters.keys() - before.adapters.keys():
+            manifest = without_adapter(manifest, name)
+        self.files.move(folder, [name for name in manifest.adapters if name not in refused])
+        kept = {file: before.files[file] for entry in before.adapters.values() for file in files_of(before, entry)}
+        self.folder = folder
+        self.manifest = replace(manifest, adapters=before.adapters, files={**manifest.files, **kept})
+        self.router = Router(folder, self.manifest, verify=self.options.verify)
 
     def load(self, entry: AdapterEntry) -> None:
         """Load an adapter ahead of the calls that use it; a merged one is loaded by the first of them."""
@@ -358,6 +387,12 @@ class LoadedBundle:
             path = path_of(folder, self.manifest.name, self.manifest.base.fingerprint)
         with self._running.tokenizer() as tokenizer:
             return PastAnswers(tokenizer.vocab_size, path)
+
+    def _wait_for_replaced(self, names: Iterable[str]) -> None:
+        for name in names:
+            ended = self._replaced.get(name)
+            if ended is not None and not ended.wait(_REPLACING_S):
+                raise BusyError(f"adapter {name!r} is being replaced, and running calls use it", "call again")
 
     def _check_open(self) -> None:
         if self._is_closed:

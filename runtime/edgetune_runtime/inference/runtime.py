@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack
 
-from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest
+from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest, pinned
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.routing.router import Route
@@ -21,7 +21,7 @@ from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
-from .adapter_changes import AdapterChanges, add_adapter, reload_adapters, remove_adapter
+from .adapter_changes import AdapterChanges, add_adapter, reload, remove_adapter
 from .generation import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
@@ -39,8 +39,8 @@ _LOG = logging.getLogger(__name__)
 class Runtime:
     """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Thread-safe."""
 
-    def __init__(self, loaded: LoadedBundle) -> None:
-        self.bundle = loaded.bundle
+    def __init__(self, bundle: Path, loaded: LoadedBundle) -> None:
+        self.bundle = bundle
         self._loaded = loaded
 
     @classmethod
@@ -53,11 +53,12 @@ class Runtime:
         """
         begin = time.perf_counter()
         bundle = Path(path)
-        manifest = read_signed_manifest(bundle, options.get("trusted_keys"))
+        folder = pinned(bundle)
+        manifest = read_signed_manifest(folder, options.get("trusted_keys"))
         decided = decide(manifest, **options)
         if decided.preflight:
-            require_opens(bundle, manifest, decided)
-        loaded = LoadedBundle(bundle, manifest, open_base(bundle, manifest, decided), decided)
+            require_opens(folder, manifest, decided)
+        loaded = LoadedBundle(folder, manifest, open_base(folder, manifest, decided), decided)
         try:
             loaded.preload()
         except BaseException:
@@ -66,7 +67,7 @@ class Runtime:
         elapsed_s, count = time.perf_counter() - begin, len(manifest.adapters)
         _LOG.info("opened %s with %s and %d adapters in %.2f s", bundle, decided.engine, count, elapsed_s)
         decided.emit(Event("loaded", manifest.name, seconds=elapsed_s))
-        return cls(loaded)
+        return cls(bundle, loaded)
 
     @property
     def manifest(self) -> Manifest:
@@ -298,13 +299,15 @@ class Runtime:
         """
         remove_adapter(self._loaded, name)
 
-    def reload_adapters(self) -> AdapterChanges:
-        """Make the adapters those of the bundle on disk, which another process may have changed.
+    def reload(self) -> AdapterChanges:
+        """Take over the bundle on disk, which another process may have changed or switched to another version.
 
-        New ones are checked as by `add_adapter`; one that is refused leaves what there is. Adapters that were added
-        from other bundles stay. IncompatibleError if the base has changed, and the errors of reading a manifest.
+        Calls that run with a replaced adapter end normally, and new ones wait for them. The base stays in memory, and
+        so do the states of adapters that are the same. New adapters are checked as by `add_adapter`; one that is
+        refused leaves what there is. Adapters that were added from other bundles stay, and so do the options of `open`.
+        IncompatibleError, which changes nothing, if the base is another one, and the errors of reading a manifest.
         """
-        return reload_adapters(self._loaded)
+        return reload(self._loaded, pinned(self.bundle))
 
     def clear_cache(self) -> None:
         """Drop all sequences and cached states, except those on disk, so that the next call starts with a cold cache.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from edgetune_runtime.answer_log import AnswerLog
+from edgetune_runtime.bundle import MANIFEST_NAME, pinned, sha256_of
 from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.generation import Answer
@@ -20,6 +21,7 @@ from edgetune_runtime.text.chat import Prompt
 
 from .answer_queue import AnswerQueue
 from .answer_request import CLIENT, AnswerRequest
+from .good_answers import GoodAnswers
 from .metrics import Metrics
 from .models import Models, base_name
 from .problems import RequestError
@@ -27,6 +29,7 @@ from .rewriting import Rewriter
 from .settings import ServerLimits
 
 _LOG = logging.getLogger(__name__)
+_WATCH_S = 1.0
 _MAX_TEXTS = 2048
 """Texts in one request for embeddings, as in OpenAI's API."""
 
@@ -41,7 +44,10 @@ class Piece:
 
 
 class Answering:
-    """Answers requests with one runtime. `rewriters` add models of their own; answers are written to `log`, if any."""
+    """Answers requests with one runtime. `rewriters` add models of their own; answers are written to `log`, if any.
+
+    With `warms`, the states of all fixed prompts are computed again when the bundle has changed.
+    """
 
     def __init__(
         self,
@@ -49,15 +55,18 @@ class Answering:
         limits: ServerLimits,
         rewriters: Sequence[Rewriter] = (),
         log: AnswerLog | None = None,
+        *,
+        warms: bool = False,
     ) -> None:
         self.runtime, self.limits, self.log = runtime, limits, log
         self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
         self._rewriter_names = [rewriter.name for rewriter in rewriters]
-        self.models = self._models()
         self.queue = AnswerQueue(runtime.contexts, limits.waiting)
         self.metrics = Metrics(self.queue)
-        self.is_warming = False
+        self.is_warming, self._warms = False, warms
         self._end = threading.Event()
+        self._reloading = asyncio.Lock()
+        self._look()
 
     async def pieces(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
         """The pieces of the answers, one answer after another. Close it (`aclosing`) to free the context at once.
@@ -100,6 +109,7 @@ class Answering:
                 embedding = await self.runtime.embed(text)
                 vectors.append(_normalized(embedding.vector))
                 tokens += embedding.tokens
+        await asyncio.to_thread(self.good_answers.add)
         return vectors, tokens
 
     async def warm(self) -> None:
@@ -115,19 +125,37 @@ class Answering:
             self.is_warming = False
 
     async def reload(self) -> None:
-        """Take over the adapters of the bundle on disk; a warning says what is wrong with one, or with the bundle."""
-        try:
-            changes = await self.runtime.reload_adapters()
-            self.models = self._models()
-        except EdgetuneError as error:
-            _LOG.warning("cannot reload the adapters of %s: %s", self.runtime.runtime.bundle, error)
-            return
-        for name, reason in changes.refused.items():
-            _LOG.warning("did not load adapter %r: %s", name, reason)
-        for name in changes.removed:
-            self.metrics.forget(name)
-        counts = (len(changes.added), len(changes.replaced), len(changes.removed))
-        _LOG.info("reloaded the adapters: %d added, %d replaced, %d removed", *counts)
+        """Take over the bundle on disk; a warning says what is wrong with an adapter, or with the bundle."""
+        async with self._reloading:
+            self._folder = pinned(self.runtime.runtime.bundle)
+            try:
+                changes = await self.runtime.reload()
+                self._look()
+            except (EdgetuneError, OSError) as error:
+                _LOG.warning("cannot reload the adapters of %s: %s", self.runtime.runtime.bundle, error)
+                return
+            for name, reason in changes.refused.items():
+                _LOG.warning("did not load adapter %r: %s", name, reason)
+            for name in changes.removed:
+                self.metrics.forget(name)
+            counts = (len(changes.added), len(changes.replaced), len(changes.removed))
+            _LOG.info("reloaded the adapters: %d added, %d replaced, %d removed", *counts)
+            if self._warms:
+                await self.warm()
+
+    async def watch(self) -> None:
+        """Take over each version that the bundle's path is switched to, until this is cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if pinned(self.runtime.runtime.bundle) != self._folder:
+                await self.reload()
+
+    def _look(self) -> None:
+        """See what the bundle has now."""
+        self._folder = pinned(self.runtime.runtime.bundle)
+        self.bundle_digest = sha256_of(self._folder / MANIFEST_NAME)
+        self.models = self._models()
+        self.good_answers = GoodAnswers(self._folder)
 
     def stop(self) -> None:
         """Refuse the requests that wait and all later ones."""
@@ -164,6 +192,7 @@ class Answering:
         if answer.stop_reason == "cancelled":
             raise BusyError("the server is stopping", "try again later")
         self.metrics.count_answer(request.adapters, answer)
+        await asyncio.to_thread(self.good_answers.add)
         await self._log(request, prompt, answer, index)
         if request.finish is not None:
             answer = request.finish(answer)

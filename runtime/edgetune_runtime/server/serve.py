@@ -20,7 +20,7 @@ from .settings import Access, ServerLimits
 
 @dataclass(frozen=True)
 class Serving:
-    """How a bundle is served. With `warms`, the states of all fixed prompts are computed first.
+    """How a bundle is served. With `warms`, the states of all fixed prompts are computed first, and after a change.
 
     Each of `rewriters` is a model of its own. Answers are written to `log`.
     """
@@ -45,7 +45,7 @@ def serve(
 async def _serve(
     runtime: AsyncRuntime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
 ) -> None:
-    answering = Answering(runtime, serving.limits, serving.rewriters, serving.log)
+    answering = Answering(runtime, serving.limits, serving.rewriters, serving.log, warms=serving.warms)
     server = Server(
         application(answering, serving.access),
         serving.limits,
@@ -56,5 +56,8 @@ async def _serve(
         ending=answering.end,
     )
     warming: Awaitable[None] = asyncio.ensure_future(answering.warm()) if serving.warms else asyncio.sleep(0)
+    watching = asyncio.ensure_future(answering.watch())
     await server.serve(sockets=[listening])
+    watching.cancel()
+    answering.good_answers.end()
     await warming

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.bundle import GoldenAnswer, Manifest, read_manifest
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import EdgetuneError, VerificationError
 
 _READY_S = 5.0
 _ANSWER_S = 300.0
@@ -41,6 +41,25 @@ def is_ready(url: str) -> bool:
 def is_alive(url: str) -> bool:
     """Whether the server at this address answers at all."""
     return _succeeds(f"{url}/healthz")
+
+
+def served_bundle(url: str) -> str | None:
+    """The digest of the manifest that the server at this address serves; None if it does not say."""
+    try:
+        with _DIRECT.open(f"{url}/healthz", timeout=_READY_S) as reply:
+            digest = json.load(reply)["bundle"]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        return None
+    return str(digest)
+
+
+def have_same_base(*bundles: Path) -> bool:
+    """Whether these bundles have one base; False if this program cannot read a manifest."""
+    try:
+        first, *others = map(read_manifest, bundles)
+    except EdgetuneError:
+        return False
+    return all(other.base == first.base for other in others)
 
 
 def _succeeds(url: str) -> bool:

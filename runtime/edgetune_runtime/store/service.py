@@ -9,13 +9,14 @@ import re
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.type_checks import dataclass_of
 
-from . import answers, sockets, versions
+from . import acknowledgement, answers, sockets, versions
 from .durable import write_text
 from .kit import BUNDLE_FOLDER, Kit
 from .systemd import Manager
@@ -26,14 +27,16 @@ KEYS_NAME = "keys"
 LOOPBACK = "127.0.0.1"
 PORT = 8080
 """Where a unit listens unless the kit or an option says otherwise."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_RELOAD_S = 10.0
+"""Seconds in which a server takes over adapters; one that has not is restarted."""
 _READY_S, _WARM_S = 180.0, 1800.0
 """Seconds until a unit that does not answer has failed, and until one has that computes the states of its prompts."""
 _STATES = ("--warm", "--disk-mb-per-day", "0")
 """Calls write no states: a client that sends other prompts again and again would wear out an SD card."""
 _OWNER = "# Installed by edgetune for {prefix}"
-"""The first line of a unit."""
-# No preflight: the version was asked for golden answers in a confined process, and the memory is measured for one.
+# What runs before each start may change the prefix (+), and the unit starts even if it fails (-). No preflight: the
+# version was asked for golden answers in a confined process, and the memory is measured for one.
 _UNIT = """\
 {owner}
 [Unit]
@@ -42,11 +45,14 @@ After=network.target
 
 [Service]
 Type=exec
+ExecStartPre=-+{python} -I -m edgetune_runtime update --starting --prefix {prefix}
 ExecStart={python} -I -m edgetune_runtime serve {path} --engine {engine} --host {host} --port {port}{more}
 WorkingDirectory=/
-Environment=EDGETUNE_CACHE=%C/{name} EDGETUNE_PREFLIGHT=0
+Environment=EDGETUNE_CACHE=%C/{name} EDGETUNE_PREFLIGHT=0 {report}=%S/{name}/run.json
 CacheDirectory={name}
 CacheDirectoryMode=0700
+StateDirectory={name}
+StateDirectoryMode=0700
 Restart=on-failure
 RestartSec=5
 MemoryMax={memory_mb}M
@@ -134,12 +140,14 @@ class Unit:
             sandbox += f"LoadCredential={KEYS_NAME}:{str(keys).replace('%', '%%')}\n"
         more = [*kit.opening.words(), *_STATES]
         if self.needs_key:
-            more += ["--api-key-file", _escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
+            more += ["--api-key-file", escaped(keys) if self.user else f"%d/{KEYS_NAME}"]
         return _UNIT.format(
             bundle=kit.name,
-            owner=_OWNER.format(prefix=prefix.absolute()),
-            python=_escaped(current / "venv/bin/python"),
-            path=_escaped(current / BUNDLE_FOLDER),
+            owner=owner_line(prefix),
+            python=escaped(current / "venv/bin/python"),
+            prefix=escaped(prefix.absolute()),
+            report=acknowledgement.REPORT_VARIABLE,
+            path=escaped(current / BUNDLE_FOLDER),
             engine=kit.engines[0],
             host=self.host,
             port=self.port,
@@ -153,15 +161,14 @@ class Unit:
     def require_own(self, prefix: Path) -> None:
         """UsageError if there is a unit of this name that no install into `prefix` wrote."""
         path = self.manager.file_of(self.name)
-        if path is not None and not _is_of(path, prefix):
+        if path is not None and not is_of(path, prefix):
             message = f"unit {self.name} exists and is not of {prefix}: {path}"
             raise UsageError(message, "choose another name: --service NAME")
 
-    def start(self, prefix: Path, kit: Kit) -> None:
-        """Write the unit if it changed, start or restart it, and wait until it answers.
+    def install(self, prefix: Path, kit: Kit) -> None:
+        """Write the unit if it changed, and have systemd read it; it starts with the system from now on.
 
-        VerificationError if it does not. UsageError, before anything is written, if the unit of this name is not that
-        of `prefix`; and if another program has the port.
+        UsageError, before anything is written, if the unit of this name is not that of `prefix`.
         """
         self.require_own(prefix)
         if self.needs_key and not (prefix / KEYS_NAME).exists():
@@ -170,31 +177,60 @@ class Unit:
         # Also if the text was there already: the install that wrote it may have been cut off here.
         self.manager.call("daemon-reload")
         self.manager.call("enable", "--quiet", self.name)
+
+    def start(self, prefix: Path, kit: Kit) -> None:
+        """Install the unit, start or restart it, and wait until it answers.
+
+        VerificationError if it does not; UsageError as `install`, and if another program has the port.
+        """
+        self.install(prefix, kit)
         # Stopped first, as then whoever has the port is not this unit.
         self.stop(prefix)
         sockets.require_free(self.host, self.port)
         self.resume(prefix)
 
+    def takes_over(self, prefix: Path, before: str, kit: Kit) -> bool:
+        """Have the running unit take over a version without a restart; False if it must be restarted.
+
+        That needs the environment and the base of `before`, the version that it runs.
+        """
+        if not self.is_active(prefix) or self.unit_path.read_text(encoding="utf-8") != self.unit(prefix, kit):
+            return False
+        running, new = (versions.path_of(prefix, version) for version in (before, kit.version))
+        if versions.environment_of(running) != versions.environment_of(new):
+            return False
+        if not answers.have_same_base(running / BUNDLE_FOLDER, new / BUNDLE_FOLDER):
+            return False
+        with suppress(IncompatibleError):
+            self.manager.call("kill", "--kill-who=main", "--signal=HUP", self.name)
+        end = time.monotonic() + _RELOAD_S
+        while answers.served_bundle(self.url) != kit.bundle:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        self.wait()
+        return True
+
     def resume(self, prefix: Path) -> None:
         """Start the unit as it is, if it is that of `prefix`, and wait until it answers; errors as those of `wait`."""
-        if _is_of(self.unit_path, prefix):
+        if is_of(self.unit_path, prefix):
             self.manager.call("restart", self.name)
             self.wait()
 
     def is_active(self, prefix: Path) -> bool:
         """Whether the unit is that of `prefix` and runs."""
-        return _is_of(self.unit_path, prefix) and self.manager.is_active(self.name)
+        return is_of(self.unit_path, prefix) and self.manager.is_active(self.name)
 
     def stop(self, prefix: Path) -> None:
         """Stop the unit; does nothing if it does not run, or is not that of `prefix`."""
-        if _is_of(self.unit_path, prefix):
+        if is_of(self.unit_path, prefix):
             self.manager.call("stop", self.name)
 
     def remove(self, prefix: Path) -> bool:
         """Stop the unit and delete it; False if it is not that of `prefix`, and stays."""
         if not self.unit_path.exists():
             return True
-        if not _is_of(self.unit_path, prefix):
+        if not is_of(self.unit_path, prefix):
             return False
         self.manager.call("disable", "--quiet", "--now", self.name)
         self.unit_path.unlink()
@@ -214,12 +250,16 @@ class Unit:
         message = f"unit {self.name} does not answer at {self.url}/readyz"
         raise VerificationError(message, f"see {self.manager.journal(self.name)}")
 
+    def questions(self, prefix: Path, kit: Kit) -> list[answers.Question]:
+        """What `check` asks for."""
+        return answers.questions(versions.path_of(prefix, kit.version) / BUNDLE_FOLDER, kit.engines[0])
+
     def check(self, prefix: Path, kit: Kit) -> int:
         """Ask the running unit for the golden answers of the kit's bundle; the number of adapters that have one.
 
         VerificationError for an adapter that does not answer, or answers differently.
         """
-        asked = answers.questions(versions.path_of(prefix, kit.version) / BUNDLE_FOLDER, kit.engines[0])
+        asked = self.questions(prefix, kit)
         key = (prefix / KEYS_NAME).read_text(encoding="utf-8").split()[0] if self.needs_key else None
         try:
             answers.check(self.url, key, asked)
@@ -231,7 +271,7 @@ class Unit:
 
 def unit_from_options(name: str, host: str, port: int) -> Unit:
     """The unit that this user asks for; UsageError for a name that systemd would not take, or a wrong address."""
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise UsageError(f"--service {name!r} is no name of a unit", "use letters, digits, _, . and -")
     if not 0 < port < 1 << 16:
         raise UsageError(f"--port {port} is no port", "use 1 to 65535")
@@ -264,13 +304,18 @@ def remember(prefix: Path, unit: Unit) -> None:
 def _parse(text: str) -> Unit:
     """The unit in the text of service.json; ValueError, TypeError or AttributeError if it is damaged."""
     unit = dataclass_of(Unit, json.loads(text))
-    if not _NAME.fullmatch(unit.name):
+    if not NAME.fullmatch(unit.name):
         raise ValueError(f"name is {unit.name!r}")
     ipaddress.ip_address(unit.host)
     return unit
 
 
-def _is_of(path: Path, prefix: Path) -> bool:
+def owner_line(prefix: Path) -> str:
+    """The first line of a unit of this prefix."""
+    return _OWNER.format(prefix=prefix.absolute())
+
+
+def is_of(path: Path, prefix: Path) -> bool:
     """Whether an install into `prefix` wrote this file of a unit."""
     if not path.is_file():
         return False
@@ -285,7 +330,7 @@ def _protect_home(prefix: Path) -> str:
     return "read-only" if is_at_home else "yes"
 
 
-def _escaped(path: Path) -> str:
+def escaped(path: Path) -> str:
     """A path as a word of ExecStart: systemd expands % and $, and splits at spaces."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{text}"'

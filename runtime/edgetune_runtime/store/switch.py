@@ -8,7 +8,7 @@ from pathlib import Path
 from edgetune_runtime.errors import EdgetuneError, NotFoundError
 from edgetune_runtime.threads.machine import free_mb
 
-from . import service, trial, versions
+from . import acknowledgement, service, trial, versions
 from .kit import Kit, read_installed
 from .service import Unit
 from .versions import Say
@@ -29,6 +29,8 @@ def activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
     versions.settle(prefix)
     if before != kit.version:
         _check_answers(prefix, kit, old_unit, say)
+    if before not in (None, kit.version):
+        acknowledgement.begin(prefix, kit.version, 0 if unit is None else len(unit.questions(prefix, kit)))
     if changed:
         _switch(prefix, kit, unit, old_unit, say)
     elif unit is not None and unit.is_active(prefix):
@@ -61,7 +63,7 @@ def _check_answers(prefix: Path, kit: Kit, old_unit: Unit | None, say: Say) -> N
 
 
 def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, say: Say, *, asks: bool = True) -> None:
-    """Switch, restart the unit, and ask it for golden answers.
+    """Switch, have the unit take over the version or restart it, and ask it for golden answers.
 
     If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
     """
@@ -72,10 +74,14 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
     is_new = old_unit is None or old_unit.unit_path != unit.unit_path
     try:
         versions.switch(prefix, kit.version)
-        say(f"starting unit {unit.name}")
-        if old_unit is not None and is_new:
-            old_unit.remove(prefix)
-        unit.start(prefix, kit)
+        before = links[versions.CURRENT]
+        if not is_new and before is not None and unit.takes_over(prefix, before, kit):
+            say(f"unit {unit.name} has taken over the version")
+        else:
+            say(f"starting unit {unit.name}")
+            if old_unit is not None and is_new:
+                old_unit.remove(prefix)
+            unit.start(prefix, kit)
         if asks:
             count = unit.check(prefix, kit)
             say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
@@ -114,16 +120,35 @@ def roll_back(prefix: Path, *, say: Say) -> str:
     Goes on with a rollback that was cut off. The lock of the prefix must be held. NotFoundError if there is no version
     before.
     """
+    kit, unit = _begin_rollback(prefix, say)
+    try:
+        # Someone who goes back does not want a strict check to keep them from it.
+        _switch(prefix, kit, unit, unit, say, asks=False)
+    finally:
+        versions.settle(prefix)
+    return kit.version
+
+
+def roll_back_at_start(prefix: Path, *, say: Say) -> str:
+    """As `roll_back`, by what the unit runs before it starts: this start goes on with the version before."""
+    kit, unit = _begin_rollback(prefix, say)
+    say(f"going back to version {kit.version}")
+    versions.switch(prefix, kit.version)
+    if unit is not None:
+        unit.install(prefix, kit)
+        service.remember(prefix, unit.started_with(kit))
+    versions.settle(prefix)
+    return kit.version
+
+
+def _begin_rollback(prefix: Path, say: Say) -> tuple[Kit, Unit | None]:
+    """The version to go back to, and the unit; what was counted of the current version is forgotten."""
     before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
     if before is None:
         raise NotFoundError(f"{prefix} has no version before the current one", "install another one")
-    kit, old_unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
-    if old_unit is not None:
-        old_unit.require_own(prefix)
+    kit, unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
+    if unit is not None:
+        unit.require_own(prefix)
     versions.begin_rollback(prefix, before)
-    try:
-        # Someone who goes back does not want a strict check to keep them from it.
-        _switch(prefix, kit, old_unit, old_unit, say, asks=False)
-    finally:
-        versions.settle(prefix)
-    return before
+    acknowledgement.acknowledge(prefix)
+    return kit, unit

@@ -76,6 +76,11 @@ def environment(prefix: Path, wheels: str) -> Path:
     return prefix / ENVIRONMENTS / wheels
 
 
+def environment_of(version: Path) -> str:
+    """The id of the environment of the version in a folder."""
+    return (version / _VENV).readlink().name
+
+
 def has_environment(prefix: Path, wheels: str) -> bool:
     """Whether the environment is there and its Python still exists."""
     folder = environment(prefix, wheels)
@@ -186,7 +191,7 @@ def sweep(prefix: Path, say: Say) -> None:
     kept = {version for version in (linked(prefix, CURRENT), previous(prefix)) if version is not None}
     folders = [path_of(prefix, version) for version in kept]
     _discard_others(prefix / FOLDER, kept)
-    _discard_others(prefix / ENVIRONMENTS, {(folder / _VENV).readlink().name for folder in folders})
+    _discard_others(prefix / ENVIRONMENTS, set(map(environment_of, folders)))
     kits = [kit for folder in folders if (kit := _readable(folder, say)) is not None]
     Store(prefix).sweep(file.sha256 for kit in kits for file in kit.version_files)
 

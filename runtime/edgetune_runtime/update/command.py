@@ -14,6 +14,8 @@ from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.store import versions
 from edgetune_runtime.wording import printable
 
+from . import current
+
 _DEFAULT = "device"
 """Name of the default prefix of a device on which no kit was installed."""
 
@@ -26,7 +28,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         ("--apply", "install the newest bundle, and switch to it when it answers as built"),
         ("--status", "show what is installed and remembered"),
         ("--rollback", "switch back to the version before, and leave out the bundle of this one from then on"),
+        ("--mark-good", "acknowledge the current version, so that it is kept however often it is started"),
         ("--mark-bad", "the same as --rollback, for a program that watches the device"),
+        ("--starting", "count a start of the current version, and go back if it was never acknowledged before"),
     ):
         actions.add_argument(flag, action="store_true", help=text)
     source = command.add_argument_group("where updates come from (remembered)")
@@ -54,21 +58,29 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _act(prefix: Path, options: argparse.Namespace) -> None:
+    if options.check or options.apply:
+        _update(prefix, options)
+    elif options.status:
+        _show_status(current.status(prefix, _say), options.json)
+    elif options.starting:
+        _show({"version": current.count_start(prefix, _say), **_where(prefix)}, options.json)
+    elif options.mark_good:
+        _show({"version": current.mark_good(prefix), **_where(prefix)}, options.json)
+    else:
+        reason = "it was marked as bad" if options.mark_bad else "this device went back from it"
+        version = current.roll_back(prefix, reason, _say)
+        _show({"version": version, **_where(prefix)}, options.json)
+
+
+def _update(prefix: Path, options: argparse.Namespace) -> None:
     from . import update  # noqa: PLC0415 - it imports libraries of an extra
 
     source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root)
-    if options.status:
-        _show_status(update.status(prefix, _say), options.json)
-    elif options.check:
-        found = update.check(prefix, source)
-        _show(found.to_json(), options.json)
-    elif options.apply:
-        found, changed = update.apply(prefix, source, _say)
-        _show({**found.to_json(), "available": False, "changed": changed, **_where(prefix)}, options.json)
-    else:
-        reason = "it was marked as bad" if options.mark_bad else "this device went back from it"
-        version = update.roll_back(prefix, reason, _say)
-        _show({"version": version, **_where(prefix)}, options.json)
+    if options.check:
+        _show(update.check(prefix, source).to_json(), options.json)
+        return
+    found, changed = update.apply(prefix, source, _say)
+    _show({**found.to_json(), "available": False, "changed": changed, **_where(prefix)}, options.json)
 
 
 def _where(prefix: Path) -> dict[str, Any]:

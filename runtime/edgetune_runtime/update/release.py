@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry
 from edgetune_runtime.errors import IncompatibleError, VerificationError
-from edgetune_runtime.wording import printable
+from edgetune_runtime.wording import printable, shortened
 
 SCHEMA_VERSION = 1
 ROLE_PREFIX = "bundle-"
@@ -19,6 +19,8 @@ ROLE_PREFIX = "bundle-"
 METADATA_FOLDER, TARGETS_FOLDER, BLOBS_FOLDER = "metadata", "targets", "blobs"
 """Folders of a repository: TUF's metadata, the releases, and the files of bundles by digest."""
 LONGEST_RELEASE = 4 * 10**6
+MOST_OLDER = 8
+"""Older releases that are kept for devices that a newer one is not for."""
 ISSUED = "issued"
 """Field of TUF's root and timestamp with the time of their signature: no clock may be before it."""
 ROOT_VERSION = "root_version"
@@ -38,7 +40,8 @@ class Release:
 
     `version` grows with each release of the name, in whatever channel. `files` are those of the bundle by their paths
     in it, the manifest and its signature included. `formats` are those of its base. `manifest_schema` is that of the
-    manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any.
+    manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any. It is for a `share` of the
+    devices, and `older` has the versions that others can take instead, newest first.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Release:
     formats: tuple[str, ...]
     manifest_schema: int
     min_runtime: str = ""
+    share: float = 1.0
+    older: tuple[int, ...] = ()
 
     @property
     def bundle(self) -> str:
@@ -60,9 +65,14 @@ class Release:
         return json.dumps({"schema": SCHEMA_VERSION, **vars(self), "files": files}, indent=1) + "\n"
 
 
-def path_of(name: str, channel: str) -> str:
-    """The path of a release among the targets of a repository."""
-    return f"{name}/{channel}.json"
+def path_of(name: str, channel: str, version: int | None = None) -> str:
+    """The path of the newest release of a channel among the targets of a repository, or of an older one."""
+    return f"{name}/{channel}.json" if version is None else f"{name}/{channel}@{version}.json"
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """What orders versions of edgetune-runtime."""
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def parse_release(data: bytes) -> Release:
@@ -70,7 +80,7 @@ def parse_release(data: bytes) -> Release:
     try:
         raw = json.loads(data)
         if raw["schema"] != SCHEMA_VERSION:
-            message = f"the release has schema {str(raw['schema'])[:20]}, this runtime reads {SCHEMA_VERSION}"
+            message = f"the release has schema {shortened(str(raw['schema']))}, this runtime reads {SCHEMA_VERSION}"
             raise IncompatibleError(message, "update edgetune-runtime")
         release = Release(
             name=_text(raw["name"], NAME),
@@ -80,11 +90,13 @@ def parse_release(data: bytes) -> Release:
             formats=tuple(_text(name, _WORD) for name in raw["formats"]),
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
+            share=_share(raw.get("share", 1.0)),
+            older=tuple(_number(version, _MOST_VERSION) for version in raw.get("older", [])[:MOST_OLDER]),
         )
         if MANIFEST_NAME not in release.files or not release.formats:
             raise ValueError(f"it has no {MANIFEST_NAME}, or no formats")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"the release is damaged: {str(error)[:200]}", _REMEDY) from error
+        raise VerificationError(f"the release is damaged: {shortened(str(error))}", _REMEDY) from error
     return release
 
 
@@ -103,6 +115,12 @@ def _text(value: object, pattern: re.Pattern[str]) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise ValueError(f"it has {str(value)[:80]!r}")
     return value
+
+
+def _share(value: object) -> float:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"it is for the share {str(value)[:80]}")
+    return float(value)
 
 
 def _number(value: object, most: int) -> int:

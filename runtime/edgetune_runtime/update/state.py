@@ -27,7 +27,8 @@ class UpdateState:
     `floors` has the newest release of each name that was the current one here: older ones are refused, also after a
     rollback. `failures` counts by the digest of a bundle's manifest how often it did not answer as built, `refused`
     has those that a user does not want, with the reason. `not_before` is when the newest metadata was signed.
-    `switching` is the id of the version that a switch began to, empty when it has ended.
+    `switching` is the id of the version that a switch began to, empty when it has ended. `device` is the id
+    that says which releases for a share of the devices this one takes.
     """
 
     repo: str = ""
@@ -38,6 +39,7 @@ class UpdateState:
     refused: Mapping[str, str] = field(default_factory=dict)
     not_before: str = "1970-01-01T00:00:00+00:00"
     switching: str = ""
+    device: str = ""
 
     @property
     def time(self) -> datetime:

@@ -84,10 +84,10 @@ class TrustedRepository:
         roles = {} if delegations is None else delegations.roles or {}
         return [role.removeprefix(ROLE_PREFIX) for role in map(str, roles) if role.startswith(ROLE_PREFIX)]
 
-    def release(self, name: str, channel: str) -> Release:
-        """The newest release of a bundle in a channel, after `refresh`; NotFoundError if there is none."""
-        path = path_of(name, channel)
-        data = self.read_target(path, self._folder / "release.json")
+    def release(self, name: str, channel: str, version: int | None = None) -> Release:
+        """The newest release of a bundle in a channel, or an older one, after `refresh`; NotFoundError without it."""
+        path = path_of(name, channel, version)
+        data = self.read_target(path, self._folder / ("release.json" if version is None else "older-release.json"))
         if data is None:
             names = ", ".join(self.names()) or "none"
             message = f"the repository has no bundle {name!r} in the channel {channel!r}"

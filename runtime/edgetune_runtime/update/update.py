@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime import __version__
-from edgetune_runtime.bundle import SCHEMA_VERSION, read_manifest
+from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import (
     IncompatibleError,
     NotFoundError,
@@ -21,12 +21,14 @@ from edgetune_runtime.errors import (
 from edgetune_runtime.store import switch, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.files import Store
-from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit, read_installed
+from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
+from .current import current_kit
 from .description import describe, make_environment
 from .fetch import Location
 from .release import BLOBS_FOLDER, NAME, Release
+from .rollout import Choice, choose, device_id, why_not_run
 from .state import FOLDER, METADATA_FOLDER, UpdateState, read_state, read_trusted_root, write_state, write_trusted_root
 from .trust import TrustedRepository, read_root
 
@@ -51,11 +53,16 @@ class UpdateSource:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest release for a device, and what it has: `reason` says why it does not want a newer one."""
+    """The release for a device, and what it has: `reason` says why it does not want another one."""
 
-    release: Release
+    choice: Choice
     current: Kit | None
     state: UpdateState
+
+    @property
+    def release(self) -> Release:
+        """The newest release that is for this device; the newest one if there is none."""
+        return self.choice.release
 
     @property
     def is_new(self) -> bool:
@@ -65,7 +72,9 @@ class Found:
     @property
     def reason(self) -> str | None:
         """Why the device does not want the release; None if it does, or if it has it."""
-        return self.state.why_refused(self.release.bundle) if self.is_new else None
+        if not self.is_new:
+            return None
+        return self.state.why_refused(self.release.bundle) if self.choice.fits else self.choice.held_back
 
     def to_json(self) -> dict[str, Any]:
         """The release, whether it would be installed, and why not, as JSON values."""
@@ -76,6 +85,7 @@ class Found:
             "release": release.version,
             "available": self.is_new and self.reason is None,
             "refused": self.reason,
+            "held_back": self.choice.held_back,
         }
 
 
@@ -100,9 +110,11 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
         if not found.is_new:
             changed = _finish(prefix, found, say)
             return found, changed
+        unfit = why_not_run(found.release)
+        if unfit is not None:
+            raise IncompatibleError(unfit, "update edgetune-runtime")
         if found.reason is not None:
             return found, False
-        _require_runtime(found.release)
         kit = describe(found.release, found.current)
         _download(prefix, kit, Location(found.state.repo), say)
         make_environment(prefix, kit)
@@ -112,43 +124,8 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
         return found, True
 
 
-def roll_back(prefix: Path, reason: str, say: Say) -> str:
-    """Go back to the version before, and refuse the bundle that runs now from then on, for this reason; its id.
-
-    NotFoundError if there is no version before.
-    """
-    with locked(prefix):
-        state, current = read_state(prefix), _current(prefix)
-        before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
-        if before is not None and current is not None and current.version != before:
-            kit = read_installed(versions.path_of(prefix, before))
-            refused = {**state.refused, current.bundle: reason}
-            refused.pop(kit.bundle, None)
-            write_state(prefix, replace(state, refused=refused))
-        return switch.roll_back(prefix, say=say)
-
-
-def status(prefix: Path, say: Say) -> dict[str, Any]:
-    """What is installed and remembered, as JSON values; asks nobody."""
-    state = read_state(prefix)
-    installed = [{**item.to_json(), "release": item.kit.release} for item in versions.listing(prefix, say)]
-    if not installed and state == UpdateState():
-        raise NotFoundError(f"nothing is installed in {prefix}", "give another --prefix, or update with --apply")
-    return {
-        "prefix": str(prefix),
-        "path": str(prefix / versions.CURRENT / BUNDLE_FOLDER),
-        "repo": state.repo,
-        "name": state.bundle,
-        "channel": state.channel,
-        "versions": installed,
-        "floors": dict(state.floors),
-        "refused": dict(state.refused),
-        "failures": dict(state.failures),
-    }
-
-
 def _find(prefix: Path, source: UpdateSource) -> Found:
-    state, current = read_state(prefix), _current(prefix)
+    state, current = read_state(prefix), current_kit(prefix)
     repo = source.repo or state.repo
     if not repo:
         raise UsageError("no repository is given", "add --repo URL")
@@ -168,11 +145,15 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         message = f"release {release.version} of {name} is older than {floor}, which this device had"
         raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
-    state = replace(state, repo=location.text, bundle=name, channel=release.channel, not_before=not_before)
+    device = device_id(name, state.device)
+    state = replace(
+        state, repo=location.text, bundle=name, channel=release.channel, not_before=not_before, device=device
+    )
     if source.root is not None:
         write_trusted_root(prefix, root)
     write_state(prefix, state)
-    return Found(release, current, state)
+    choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
+    return Found(choice, current, state)
 
 
 def _read_root_file(path: Path) -> bytes:
@@ -191,24 +172,6 @@ def _name_among(names: list[str], current: Kit | None) -> str:
     if len(names) != 1 or not NAME.fullmatch(names[0]):
         raise UsageError(f"the repository has {len(names)} bundles", f"add --bundle NAME: {', '.join(names)}")
     return names[0]
-
-
-def _current(prefix: Path) -> Kit | None:
-    version = versions.linked(prefix, versions.CURRENT)
-    return None if version is None else read_installed(versions.path_of(prefix, version))
-
-
-def _require_runtime(release: Release) -> None:
-    """IncompatibleError if a release is for a newer runtime."""
-    needs = f"release {release.version} of {release.name} needs edgetune-runtime"
-    if _numbers(release.min_runtime) > _numbers(__version__):
-        raise IncompatibleError(f"{needs} {release.min_runtime}, this is {__version__}", "update edgetune-runtime")
-    if release.manifest_schema > SCHEMA_VERSION:
-        raise IncompatibleError(f"{needs} for manifests of schema {release.manifest_schema}", "update edgetune-runtime")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:

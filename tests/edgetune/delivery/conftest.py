@@ -1,4 +1,4 @@
-"""An sshd that stands in for a board."""
+"""Stand-ins for a board: an sshd, and systemctl, which starts the command of the unit's file."""
 
 from __future__ import annotations
 
@@ -6,10 +6,31 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from edgetune_runtime.store import service, sockets
+from kits import SYSTEMCTL, KitMaker
+from ports import free_port
 from sshd import Sshd, running
+
+# Tells the file of a unit of the system's packages.
+SHOW = """\
+case "$*" in
+    *FragmentPath*ssh.service) echo "FragmentPath=$PWD/ssh.service" ;;
+    *FragmentPath*) echo FragmentPath= ;;
+esac
+"""
+# A user may let their own units linger if there is a file `allowed`.
+LOGINCTL = """\
+#!/bin/sh
+cd "$(dirname "$0")"
+case "$*" in
+    *show-user*) [ -f lingers ] && echo yes || echo no ;;
+    *enable-linger*) [ -f allowed ] && touch lingers ;;
+esac
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +55,32 @@ def sshd(running_sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Sshd:
     monkeypatch.setenv("PATH", f"{running_sshd.programs}{os.pathsep}{os.environ['PATH']}")
     running_sshd.trust(running_sshd.public_key("host"))
     return running_sshd
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
+    return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with systemctl for a user, the units that it knows and the calls that it got."""
+    folder = tmp_path / "systemd"
+    folder.mkdir()
+    for name, text in {"systemctl": SYSTEMCTL + SHOW, "loginctl": LOGINCTL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "allowed").touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "units"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(service, "_READY_S", 3.0)
+    monkeypatch.setattr(sockets, "_ENDING_S", 1.0)
+    yield folder
+    with suppress(FileNotFoundError, ProcessLookupError):
+        os.kill(int((folder / "process").read_text()), signal.SIGTERM)
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()

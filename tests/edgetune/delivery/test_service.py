@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,59 +21,11 @@ import pytest
 from edgetune_runtime.store import service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
-from kits import SYSTEMCTL, KitMaker, ask, with_fields
-from ports import free_port
+from kits import KitMaker, ask, with_fields
 
 from edgetune.delivery.board import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
-
-
-# Tells the file of a unit of the system's packages.
-SHOW = """\
-case "$*" in
-    *FragmentPath*ssh.service) echo "FragmentPath=$PWD/ssh.service" ;;
-    *FragmentPath*) echo FragmentPath= ;;
-esac
-"""
-# A user may let their own units linger if there is a file `allowed`.
-LOGINCTL = """\
-#!/bin/sh
-cd "$(dirname "$0")"
-case "$*" in
-    *show-user*) [ -f lingers ] && echo yes || echo no ;;
-    *enable-linger*) [ -f allowed ] && touch lingers ;;
-esac
-"""
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
-    return KitMaker(tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture
-def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with systemctl for a user, the units that it knows and the calls that it got."""
-    folder = tmp_path / "systemd"
-    folder.mkdir()
-    for name, text in {"systemctl": SYSTEMCTL + SHOW, "loginctl": LOGINCTL}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    (folder / "allowed").touch()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "units"))
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(service, "_READY_S", 3.0)
-    monkeypatch.setattr(sockets, "_ENDING_S", 1.0)
-    yield folder
-    with suppress(FileNotFoundError, ProcessLookupError):
-        os.kill(int((folder / "process").read_text()), signal.SIGTERM)
-
-
-@pytest.fixture
-def port() -> int:
-    return free_port()
 
 
 def run(*words: object) -> int:

@@ -336,7 +336,7 @@ def test_reloading_takes_over_what_changed_on_disk(
 ) -> None:
     runtime = open_(copy)
     assert answers(runtime) == expected
-    assert runtime.reload_adapters() == ([], [], [], {})
+    assert runtime.reload() == ([], [], [], {})
     source = read_manifest(others)
     shutil.copytree(others / "adapters/task0", copy / "adapters/task0-2")
 
@@ -352,7 +352,7 @@ def test_reloading_takes_over_what_changed_on_disk(
         raw["adapters"]["broken"]["files"] = dict.fromkeys(entry["files"], "adapters/broken")
 
     change_manifest(copy, change)
-    changes = runtime.reload_adapters()
+    changes = runtime.reload()
     assert (changes.added, changes.replaced, changes.removed) == ([], ["task0"], ["task1"])
     assert list(changes.refused) == ["broken"]
     assert "adapters/broken is missing" in changes.refused["broken"]
@@ -360,7 +360,7 @@ def test_reloading_takes_over_what_changed_on_disk(
     assert answer(runtime, "task2") == expected[2]
     change_manifest(copy, lambda raw: raw["base"].update(quantization="q4_0"))
     with pytest.raises(IncompatibleError, match="has another base than before"):
-        runtime.reload_adapters()
+        runtime.reload()
 
 
 def test_an_encoder_loads_drops_and_changes_adapters_too(encoder_bundle: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ RUNTIME = {
     "negative_log_likelihood",
     "open",
     "perplexity",
-    "reload_adapters",
+    "reload",
     "remove_adapter",
     "route",
     "session",

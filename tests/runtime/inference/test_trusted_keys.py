@@ -35,7 +35,7 @@ def test_only_a_signed_bundle_opens_where_keys_are_trusted(
         assert runtime.generate("hello", max_tokens=2).text is not None
         (copy / SIGNATURE_NAME).unlink()
         with pytest.raises(VerificationError, match="is not signed"):
-            runtime.reload_adapters()
+            runtime.reload()
         with pytest.raises(VerificationError, match="is not signed"):
             runtime.add_adapter(copy, "tone")
     sign(copy, keys)

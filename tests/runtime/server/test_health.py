@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from edgetune_runtime.bundle import sha256_of
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from runtime.server.conftest import Running, Start
@@ -50,8 +51,10 @@ def test_states_that_are_reused_are_hits(prompted_of: Callable[[str], Path], sta
 
 
 def test_a_server_is_ready_once_its_states_are_warm(prompted_of: Callable[[str], Path], start: Start) -> None:
-    server = start(prompted_of("llama"), warms=True)
-    assert server.client.get("/healthz").json() == {"status": "ok"}
+    bundle = prompted_of("llama")
+    server = start(bundle, warms=True)
+    digest = sha256_of(bundle / "manifest.json")
+    assert server.client.get("/healthz").json() == {"status": "ok", "bundle": digest}
     begin = time.monotonic()
     while (response := server.client.get("/readyz")).status_code == 503:
         assert response.json() == {"status": "warming"}

@@ -1,0 +1,68 @@
+"""Sets up daily updates of an installed kit from a signed repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.store import timer
+from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.timer import Timer
+from edgetune_runtime.store.versions import Say
+from edgetune_runtime.update.state import read_state, write_state, write_trusted_root
+
+
+@dataclass(frozen=True)
+class Updates:
+    """The address of a repository, its root metadata, and the timer of updates from it."""
+
+    repo: str
+    root: bytes
+    timer: Timer
+
+    def set_up(self, prefix: Path, bundle: str, say: Say) -> None:
+        """Follow the bundle in the repository, whose root is trusted from now on, and update once a day."""
+        with locked(prefix):
+            write_state(prefix, replace(read_state(prefix), repo=self.repo, bundle=bundle))
+            write_trusted_root(prefix, self.root)
+            before = timer.installed(prefix, say)
+            if before not in (None, self.timer):
+                before.remove(prefix)
+            self.timer.install(prefix, bundle)
+
+
+def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Updates | None:
+    """What the user asks for, if anything; the timer is named after the unit.
+
+    UsageError for a wrong address or a file that is no root, NotFoundError without it, IncompatibleError without
+    systemd.
+    """
+    if repo is None and root is None:
+        return None
+    if repo is None:
+        raise UsageError("--root is that of a repository", "add --updates URL")
+    if not repo.startswith(("http://", "https://")):
+        raise UsageError(f"--updates {repo!r} is no address of a repository", "use http:// or https://")
+    if root is None:
+        raise UsageError("no root says which keys to trust", "add --root FILE, the 1.root.json of `edgetune keys init`")
+    if shutil.which("systemctl") is None:
+        raise IncompatibleError("this system has no systemctl", "install without --updates")
+    return Updates(repo.rstrip("/"), _read_root(root), Timer(f"{unit}-update", os.geteuid() != 0))
+
+
+def _read_root(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"cannot read --root {path}: {error.strerror}", "give a file N.root.json") from error
+    try:
+        is_root = json.loads(data)["signed"]["_type"] == "root"
+    except (ValueError, LookupError, TypeError, RecursionError):
+        is_root = False
+    if not is_root:
+        raise UsageError(f"{path} has no root of a repository", "give a N.root.json of `edgetune keys init`")
+    return data

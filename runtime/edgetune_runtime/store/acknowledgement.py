@@ -1,0 +1,131 @@
+"""Whether the current version has proved itself in use: until it has, its starts are counted.
+
+A version that was switched to is unacknowledged until it has given some good answers, or somebody says that it is good.
+Whoever starts it counts that first; the server, which may not write to the prefix, leaves a report of its run for the
+next start. A start does not count if the run ended in order: a device that nobody asks for days may be switched off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.formats.atomic import flush_to_disk
+from edgetune_runtime.type_checks import dataclass_of
+
+from . import versions
+from .durable import write_text
+
+NAME = "unacknowledged.json"
+REPORT_VARIABLE = "EDGETUNE_RUN_REPORT"
+"""Variable of the environment with the file in which a server reports its run."""
+MOST_STARTS = 2
+"""How often a version may be started without an acknowledgement; the next start goes back."""
+GOOD_ANSWERS = 3
+"""How many answers acknowledge a version."""
+_LONGEST_REPORT = 1000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Unacknowledged:
+    """A version that is not acknowledged, how often it was started, and the answers that it still needs."""
+
+    version: str
+    starts: int = 0
+    answers_needed: int = GOOD_ANSWERS
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The good answers of a run of a version, and whether it ended in order."""
+
+    version: str
+    answers: int = 0
+    has_ended: bool = False
+
+
+def begin(prefix: Path, version: str, asked: int) -> None:
+    """Note before a switch that the version is unacknowledged; the answers to the `asked` golden prompts do not count.
+
+    The note has no effect while the version is not the current one.
+    """
+    _write(prefix, Unacknowledged(version, answers_needed=GOOD_ANSWERS + asked))
+
+
+def read(prefix: Path) -> Unacknowledged | None:
+    """What is known of the current version; None if it is acknowledged, or the note is damaged."""
+    found = _parse(Unacknowledged, prefix / NAME)
+    return found if found is not None and found.version == versions.linked(prefix, versions.CURRENT) else None
+
+
+def acknowledge(prefix: Path) -> None:
+    """Take the current version as good from now on."""
+    (prefix / NAME).unlink(missing_ok=True)
+    flush_to_disk(prefix)
+
+
+def count_start(prefix: Path) -> bool:
+    """Count a start of the current version, unless it is acknowledged; whether it was started too often before.
+
+    The lock of the prefix must be held.
+    """
+    found = read(prefix)
+    if found is None:
+        return False
+    report = _take_report()
+    if report is not None and report.version == found.version:
+        starts = max(0, found.starts - report.has_ended)
+        found = replace(found, starts=starts, answers_needed=found.answers_needed - report.answers)
+    if found.answers_needed <= 0:
+        acknowledge(prefix)
+        return False
+    if found.starts >= MOST_STARTS:
+        return True
+    _write(prefix, replace(found, starts=found.starts + 1))
+    return False
+
+
+def write_report(report: RunReport) -> None:
+    """Leave a report for the next start, where the environment names a file for it; nothing happens if that fails."""
+    path = os.environ.get(REPORT_VARIABLE)
+    if path:
+        with suppress(OSError, EdgetuneError):
+            write_text(Path(path), json.dumps(asdict(report)))
+
+
+def _take_report() -> RunReport | None:
+    """The report of the last run, which is deleted; None if there is none."""
+    path = Path(os.environ.get(REPORT_VARIABLE) or os.devnull)
+    report = _parse(RunReport, path)
+    if report is not None:
+        path.unlink()
+    return report
+
+
+def _parse(kind: Callable[..., T], path: Path) -> T | None:
+    """A dataclass in a file of JSON; None if there is none, or if it is damaged."""
+    try:
+        return dataclass_of(kind, json.loads(_text_of(path)))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _text_of(path: Path) -> str:
+    """A short file; OSError or ValueError for anything else."""
+    # The account of a unit owns the report, and root reads it: no link, and no pipe that never ends.
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path} is no file")
+    with path.open(encoding="utf-8") as file:
+        return file.read(_LONGEST_REPORT)
+
+
+def _write(prefix: Path, found: Unacknowledged) -> None:
+    write_text(prefix / NAME, json.dumps(asdict(found), sort_keys=True) + "\n")

@@ -1,0 +1,122 @@
+"""The systemd timer of daily updates: of the system for root, of the user for others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.type_checks import dataclass_of
+
+from . import versions
+from .durable import write_text
+from .service import NAME, escaped, is_of, owner_line
+from .systemd import Manager
+from .versions import Say
+
+SETTINGS_NAME = "timer.json"
+_TIMER = """\
+{owner}
+[Unit]
+Description=Update edgetune {bundle} once a day
+
+[Timer]
+OnCalendar=daily
+# Not all devices ask at the same time.
+RandomizedDelaySec=6h
+Persistent=yes
+
+[Install]
+WantedBy=timers.target
+"""
+# It writes to the prefix and to the folder of units, and asks a new version in a confined process of its own.
+_SERVICE = """\
+{owner}
+[Unit]
+Description=Update edgetune {bundle}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=oneshot
+ExecStart={script} update --apply --prefix {prefix}
+TimeoutStartSec=6h
+Nice=10
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictRealtime=yes
+SystemCallArchitectures=native
+{sandbox}"""
+# These need rights that a user's service manager does not have.
+_SYSTEM_SANDBOX = """\
+ProtectSystem=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+PrivateDevices=yes
+PrivateTmp=yes
+"""
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Name of a prefix's timer and of the unit that it starts, and whether they belong to a user's service manager."""
+
+    name: str
+    user: bool
+
+    @property
+    def manager(self) -> Manager:
+        """The service manager that runs it."""
+        return Manager(self.user)
+
+    def units(self, prefix: Path, bundle: str) -> dict[str, str]:
+        """The texts of the files of units by their names."""
+        owner, prefix = owner_line(prefix), prefix.absolute()
+        sandbox = "" if self.user else _SYSTEM_SANDBOX
+        script = escaped(prefix / versions.RUN_SCRIPT)
+        service = _SERVICE.format(owner=owner, bundle=bundle, script=script, prefix=escaped(prefix), sandbox=sandbox)
+        return {f"{self.name}.service": service, f"{self.name}.timer": _TIMER.format(owner=owner, bundle=bundle)}
+
+    def require_own(self, prefix: Path) -> None:
+        """UsageError if there is a unit of this name that no install into `prefix` wrote."""
+        path = self.manager.file_of(self.name)
+        if path is not None and not is_of(path, prefix):
+            raise UsageError(f"unit {self.name} exists and is not of {prefix}: {path}", "remove it first")
+
+    def install(self, prefix: Path, bundle: str) -> None:
+        """Write the units of the timer, start it and remember it; errors as those of `require_own`."""
+        self.require_own(prefix)
+        write_text(prefix / SETTINGS_NAME, json.dumps(asdict(self), sort_keys=True) + "\n")
+        for name, text in self.units(prefix, bundle).items():
+            write_text(self.manager.folder / name, text)
+        self.manager.call("daemon-reload")
+        self.manager.call("enable", "--quiet", "--now", f"{self.name}.timer")
+
+    def remove(self, prefix: Path) -> None:
+        """Stop the timer and delete its units, where they are those of `prefix`."""
+        paths = [self.manager.folder / name for name in self.units(prefix, "")]
+        own = [path for path in paths if is_of(path, prefix)]
+        if own:
+            self.manager.call("disable", "--quiet", "--now", f"{self.name}.timer")
+            for path in own:
+                path.unlink()
+            self.manager.call("daemon-reload")
+
+
+def installed(prefix: Path, say: Say) -> Timer | None:
+    """The timer of this prefix; None if it has none, or if its settings are damaged; a warning is printed."""
+    path = prefix / SETTINGS_NAME
+    if not path.is_file():
+        return None
+    try:
+        timer = dataclass_of(Timer, json.loads(path.read_text(encoding="utf-8")))
+        if not NAME.fullmatch(timer.name):
+            raise ValueError(f"name is {timer.name!r}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        say(f"{path} is damaged, so the timer is left as it is ({error})")
+        return None
+    return timer

@@ -1,0 +1,94 @@
+"""The timer of daily updates, with a stand-in for systemctl."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.store.timer import Timer
+from edgetune_runtime.update import update
+from edgetune_runtime.update.state import read_state, read_trusted_root
+from kits import KitMaker, ask
+from repositories import Publisher, serving
+
+from edgetune.delivery.board import main
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
+
+
+def run(*words: object) -> int:
+    return main.main([str(word) for word in words])
+
+
+def test_a_kit_follows_a_repository_until_it_is_removed(make: KitMaker, systemd: Path, tmp_path: Path) -> None:
+    prefix, units = tmp_path / "home", systemd / "units/systemd/user"
+    publisher = Publisher(tmp_path / "host")
+    publisher("two")
+    with serving(publisher.repo) as server:
+        words = ("install", make("one"), "--prefix", prefix, "--updates", server.url, "--root", publisher.root)
+        assert run(*words) == 0
+        assert sorted(path.name for path in units.iterdir()) == [
+            "edgetune-home-update.service", "edgetune-home-update.timer"
+        ]  # fmt: skip
+        assert "--user enable --quiet --now edgetune-home-update.timer" in (systemd / "calls").read_text()
+        assert (read_state(prefix).repo, read_state(prefix).bundle) == (server.url, "home")
+        assert read_trusted_root(prefix) == publisher.root.read_bytes()
+        assert run(*words) == 0
+        # What the timer runs needs no more options.
+        assert update.apply(prefix, update.UpdateSource(), lambda _: None)[1]
+    assert ask(prefix) == "two"
+    assert run("install", make("three"), "--prefix", prefix) == 0
+    assert len(list(units.iterdir())) == 2
+    assert run("uninstall", "--prefix", prefix) == 0
+    assert "--user disable --quiet --now edgetune-home-update.timer" in (systemd / "calls").read_text()
+    assert list(units.iterdir()) == [] and not prefix.exists()
+
+
+def test_what_cannot_be_followed_is_refused_before_anything_is_installed(
+    make: KitMaker, systemd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kit, prefix, other = make("one"), tmp_path / "home", tmp_path / "other.json"
+    other.write_text('{"signed": {"_type": "timestamp"}}')
+    units = systemd / "units/systemd/user"
+    units.mkdir(parents=True)
+    for words, problem in (
+        (("--updates", "ftp://x", "--root", other), "--updates 'ftp://x' is no address of a repository"),
+        (("--updates", "http://x"), "add --root FILE"),
+        (("--updates", "http://x", "--root", tmp_path / "none"), "cannot read --root"),
+        (("--updates", "http://x", "--root", other), "has no root of a repository"),
+        (("--root", other), "add --updates URL"),
+    ):
+        assert run("install", kit, "--prefix", prefix, *words) in {2, 3}
+        assert problem in capfd.readouterr().err
+    assert not prefix.exists()
+
+
+def test_a_timer_of_others_is_neither_replaced_nor_removed(
+    make: KitMaker, systemd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    units, publisher = systemd / "units/systemd/user", Publisher(tmp_path / "host")
+    units.mkdir(parents=True)
+    (units / "edgetune-home-update.service").write_text("[Service]\n")
+    words = ("--updates", "http://x", "--root", publisher.root)
+    assert run("install", make("one"), "--prefix", tmp_path / "home", *words) == 2
+    assert "unit edgetune-home-update exists and is not of" in capfd.readouterr().err
+    assert run("uninstall", "--prefix", tmp_path / "home") in {0, 3}
+    assert (units / "edgetune-home-update.service").read_text() == "[Service]\n"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+@pytest.mark.parametrize("user", [True, False])
+def test_systemd_accepts_the_timer(user: bool, make: KitMaker, tmp_path: Path) -> None:
+    prefix = tmp_path / "100% of a home"
+    assert run("install", make("one"), "--prefix", prefix) == 0
+    for name, text in Timer("edgetune-home-update", user).units(prefix, "home").items():
+        (tmp_path / name).write_text(text)
+    command = ["systemd-analyze", "verify", *(["--user"] if user else []), "--man=no"]
+    command.append(str(tmp_path / "edgetune-home-update.timer"))
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")

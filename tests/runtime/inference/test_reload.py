@@ -1,0 +1,157 @@
+"""A running bundle takes over another version of itself, as an update leaves it."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from edgetune_export.backends.base import Source
+from edgetune_runtime import IncompatibleError, Runtime, VerificationError
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
+from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, write_bundle
+from runtime.stores import switch_to
+
+PROMPT = "turn on the warm light in the kitchen"
+SYSTEM = "answer in one word and play " * 2
+NAMES = [f"task{number}" for number in range(5)]
+FIRST, SECOND = "a" * 16, "b" * 16
+
+
+@pytest.fixture(params=["gguf", "onnx"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tiny_source("llama"), tmp_path_factory.mktemp("first") / "home", NAMES, 1)
+
+
+@pytest.fixture(scope="module")
+def others(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the same base with `new`, and `task0` with other weights."""
+    return write(tiny_source("llama"), tmp_path_factory.mktemp("others") / "other", ["new", "task0"], 30)
+
+
+def write(source: Source, out: Path, names: list[str], seed: int) -> Path:
+    adapters = {name: Adapter(low_rank(source.path, seed + at), system=SYSTEM) for at, name in enumerate(names)}
+    bundle = write_bundle(out, source.path, adapters)
+    add_onnx(bundle, source, adapters)
+    return bundle
+
+
+@pytest.fixture
+def following(bundle: Path, others: Path, tmp_path: Path) -> Path:
+    """The next version: `task0` is another one, `task1` is gone, and `new` is new."""
+    following = Path(shutil.copytree(bundle, tmp_path / "next"))
+    for name in ("task0", "task1"):
+        remove_from_bundle(following, name)
+    for name in ("task0", "new"):
+        add_to_bundle(following, others, name, lambda _: None)
+    return following
+
+
+@pytest.fixture
+def prefix(bundle: Path, tmp_path: Path) -> Path:
+    switch_to(tmp_path / "device", FIRST, bundle)
+    return tmp_path / "device"
+
+
+def open_(prefix: Path, engine: str, **options: object) -> Runtime:
+    return Runtime.open(prefix / "current/bundle", **{"engine": engine, "disk_mb": 0, **options})  # type: ignore[arg-type]
+
+
+def answer(runtime: Runtime, adapter: str) -> str:
+    return runtime.generate(PROMPT, adapter=adapter, max_tokens=6).text
+
+
+def mapped(name: str) -> int:
+    return sum(name in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_a_version_that_was_switched_to_is_taken_over_between_calls(
+    prefix: Path, following: Path, others: Path, engine: str
+) -> None:
+    with Runtime.open(others, engine=engine, disk_mb=0) as runtime:
+        expected = answer(runtime, "task0")
+    with open_(prefix, engine, contexts=3) as runtime, ThreadPoolExecutor(2) as threads:
+        before = {name: answer(runtime, name) for name in NAMES[:3]}
+        bases = mapped("model.gguf")
+        stream = runtime.stream(PROMPT, adapter="task0", max_tokens=6)
+        text = next(stream)
+        switch_to(prefix, SECOND, following)
+        reloading = threads.submit(runtime.reload)
+        while "task1" in runtime.adapters:
+            pass
+        # The adapter that it uses is replaced once this answer ends; others wait for the new one.
+        asking = threads.submit(answer, runtime, "task0")
+        assert answer(runtime, "task2") == before["task2"]
+        assert threading.active_count() > 1 and not asking.done()
+        assert text + "".join(stream) == before["task0"]
+        changes = reloading.result(timeout=30)
+        assert (changes.added, changes.replaced, changes.removed, changes.refused) == (
+            ["new"],
+            ["task0"],
+            ["task1"],
+            {},
+        )
+        assert asking.result(timeout=30) == expected != before["task0"]
+        assert mapped("model.gguf") == bases
+        kept = runtime.generate(PROMPT, adapter="task2", max_tokens=6)
+        assert (kept.text, kept.timings.reused_tokens > 0) == (before["task2"], True)
+        # The version before may be swept.
+        shutil.rmtree(prefix / "versions" / FIRST)
+        assert all(answer(runtime, name) for name in ("new", *NAMES[3:]))
+        assert runtime.reload() == ([], [], [], {})
+
+
+def test_an_adapter_that_is_refused_keeps_the_files_of_the_version_before(
+    prefix: Path, following: Path, engine: str
+) -> None:
+    damaged = next((following / "adapters").glob(f"task0/*.{engine}*"))
+    damaged.write_bytes(b"damaged")
+    with open_(prefix, engine) as runtime:
+        before = answer(runtime, "task0")
+        switch_to(prefix, SECOND, following)
+        changes = runtime.reload()
+        assert (list(changes.refused), changes.added) == (["task0"], ["new"])
+        runtime.clear_cache()
+        assert answer(runtime, "task0") == before
+    with open_(prefix, engine) as runtime, pytest.raises(VerificationError):
+        answer(runtime, "task0")
+
+
+def test_a_switch_is_not_noticed_before_it_is_taken_over(prefix: Path, following: Path, engine: str) -> None:
+    with open_(prefix, engine) as runtime:
+        switch_to(prefix, SECOND, following)
+        # They are read from the version that was opened.
+        assert [bool(answer(runtime, name)) for name in NAMES] == [True] * 5
+
+
+def test_the_router_of_the_new_version_is_taken_over(prefix: Path, following: Path, engine: str) -> None:
+    router = add_router(following, {"generate": {"new": "kitchen", "task2": "hall"}})
+    change_manifest(following, lambda raw: raw.update(router=asdict(router)))
+    file = following / router.file
+    about = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
+    change_manifest(following, lambda raw: raw["files"].update({router.file: about}))
+    with open_(prefix, engine) as runtime:
+        switch_to(prefix, SECOND, following)
+        runtime.reload()
+        assert runtime.route("the kitchen").adapter == "new"
+
+
+def test_another_base_needs_a_restart_and_changes_nothing(prefix: Path, following: Path, engine: str) -> None:
+    change_manifest(following, lambda raw: raw["base"].update(quantization="q4_0"))
+    with open_(prefix, engine) as runtime:
+        before = answer(runtime, "task0")
+        switch_to(prefix, SECOND, following)
+        with pytest.raises(IncompatibleError, match="has another base than before; open it again, or restart"):
+            runtime.reload()
+        assert runtime.adapters == NAMES
+        assert answer(runtime, "task0") == before
