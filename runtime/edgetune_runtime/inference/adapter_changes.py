@@ -80,7 +80,7 @@ def reload(loaded: LoadedBundle, folder: Path) -> AdapterChanges:
             try:
                 _require_sound(loaded, new, replaces=is_there)
                 if is_there:
-                    with loaded.replacing(name):
+                    with loaded.replaced.replacing(name):
                         loaded.drop(name)
                         _add(loaded, new)
                 else:

@@ -25,7 +25,7 @@ from edgetune_runtime.bundle import (
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Tokenizer, prefix_among
 from edgetune_runtime.engines.needs import adapter_size
-from edgetune_runtime.errors import BusyError, IncompatibleError, UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.routing.router import Route, Router
@@ -49,14 +49,13 @@ from .opening import open_merged
 from .opening_options import ALL, DISK, OFF, OpeningOptions
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
+from .replaced_adapters import ReplacedAdapters
 
 _LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
 """An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
 
-_REPLACING_S = 60.0
-"""How long a call waits for an adapter that is being replaced."""
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
 
@@ -80,7 +79,7 @@ class LoadedBundle:
         self.files = AdapterFiles(folder, lambda: self.manifest, options)
         self._constraints = Constraints()
         self.router = Router(folder, manifest, verify=options.verify)
-        self._replaced: dict[str, threading.Event] = {}
+        self.replaced = ReplacedAdapters()
         self._is_closed = False
         self._fixed = FixedParts()
         self._past = self._past_answers()
@@ -248,7 +247,7 @@ class LoadedBundle:
             raise UsageError(message, "open it after the fork, or start processes by spawn")
         if adapter is None:
             return {}
-        self._wait_for_replaced([adapter] if isinstance(adapter, str) else list(adapter))
+        self.replaced.wait([adapter] if isinstance(adapter, str) else list(adapter))
         if isinstance(adapter, str):
             entry = self.manifest.adapter(adapter)
             # The weights of a merged model include its scale.
@@ -314,16 +313,6 @@ class LoadedBundle:
         self.manifest = others
         self.router = Router(self.folder, others, verify=self.options.verify)
 
-    @contextmanager
-    def replacing(self, name: str) -> Iterator[None]:
-        """Calls with this adapter wait until the block ends, in which it is dropped and another one added."""
-        ended = self._replaced[name] = threading.Event()
-        try:
-            yield
-        finally:
-            del self._replaced[name]
-            ended.set()
-
     def move(self, folder: Path, manifest: Manifest, refused: Collection[str]) -> None:
         """Read all else from the bundle in `folder`, whose adapters are there already; the caller holds `changing`.
 
@@ -387,12 +376,6 @@ class LoadedBundle:
             path = path_of(folder, self.manifest.name, self.manifest.base.fingerprint)
         with self._running.tokenizer() as tokenizer:
             return PastAnswers(tokenizer.vocab_size, path)
-
-    def _wait_for_replaced(self, names: Iterable[str]) -> None:
-        for name in names:
-            ended = self._replaced.get(name)
-            if ended is not None and not ended.wait(_REPLACING_S):
-                raise BusyError(f"adapter {name!r} is being replaced, and running calls use it", "call again")
 
     def _check_open(self) -> None:
         if self._is_closed:

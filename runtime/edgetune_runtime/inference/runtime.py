@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self, Unpack
 
@@ -14,6 +15,7 @@ from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest, pinned
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
 from edgetune_runtime.routing.router import Route
+from edgetune_runtime.serving.adapters import RemovedAdapterError
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.signatures import read_signed_manifest
@@ -136,9 +138,14 @@ class Runtime:
         UsageError.
         """
         limits, form, others = split_options(options)
-        call, outcome = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check), Outcome()
-        own = AnswerCall(call, prompt, form, limits, others)
-        return Stream(answer_pieces(self._loaded, own, outcome, options), outcome)
+        outcome = Outcome()
+
+        def prepare() -> Generator[str, None, None]:
+            prepare_call = partial(self._loaded.call, prompt, adapter, form=form, raw=raw, check=limits.check)
+            call = self._loaded.replaced.prepared(prepare_call)
+            return answer_pieces(self._loaded, AnswerCall(call, prompt, form, limits, others), outcome, options)
+
+        return Stream(_begun(prepare(), prepare), outcome)
 
     def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
         """The adapter that `adapter="auto"` means for a prompt in `generate`, or in `classify`. Runs no model.
@@ -329,3 +336,15 @@ class Runtime:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+def _begun(
+    pieces: Generator[str, None, None], prepare: Callable[[], Generator[str, None, None]]
+) -> Generator[str, None, None]:
+    """The pieces of an answer, whose call is prepared again if its adapter was replaced before it began."""
+    while True:
+        try:
+            yield from pieces
+            return
+        except RemovedAdapterError:
+            pieces = prepare()

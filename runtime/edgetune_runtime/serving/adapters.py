@@ -23,6 +23,10 @@ from .turns import POLL_S
 Entries = Mapping[str, AdapterEntry]
 
 
+class RemovedAdapterError(NotFoundError):
+    """An adapter was removed or replaced after a call was prepared, and before it began."""
+
+
 @dataclass
 class _Loaded:
     bytes: int
@@ -176,7 +180,7 @@ class LoadedAdapters:
         current = self._current()
         for name, entry in entries.items():
             if current.get(name) is not entry:
-                raise NotFoundError(f"adapter {name!r} was removed before the call began", "call again")
+                raise RemovedAdapterError(f"adapter {name!r} was removed before the call began", "call again")
 
     def _check_size(self, entries: Entries) -> None:
         pinned = {name: loaded.bytes for name, loaded in self._loaded.items() if loaded.is_pinned}

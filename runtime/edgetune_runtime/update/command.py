@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.store import versions
 from edgetune_runtime.wording import printable
@@ -38,8 +38,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--repo", metavar="URL", help=text)
     source.add_argument("--bundle", metavar="NAME", help="the bundle to follow (default: the only one)")
     source.add_argument("--channel", metavar="NAME", help="the channel to follow (default: stable)")
+    text = "what to download, such as gguf or gguf,onnx (default: those of the version that is installed, or else all)"
+    source.add_argument("--formats", metavar="A,B", help=text)
     text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
+    text = "report what this device runs after each update, to an address or into a folder (default: off)"
+    source.add_argument("--report", metavar="URL", help=text)
     default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
     text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
     command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
@@ -73,14 +77,19 @@ def _act(prefix: Path, options: argparse.Namespace) -> None:
 
 
 def _update(prefix: Path, options: argparse.Namespace) -> None:
-    from . import update  # noqa: PLC0415 - it imports libraries of an extra
+    from . import report, update  # noqa: PLC0415 - they import libraries of an extra, and of networks
 
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root)
-    if options.check:
-        _show(update.check(prefix, source).to_json(), options.json)
-        return
-    found, changed = update.apply(prefix, source, _say)
-    _show({**found.to_json(), "available": False, "changed": changed, **_where(prefix)}, options.json)
+    formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
+    reports_to = None if options.report is None else report.checked_address(options.report)
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, reports_to)
+    try:
+        found, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
+    except EdgetuneError as error:
+        report.report(prefix, _say, error=error)
+        raise
+    report.report(prefix, _say, held_back=found.choice.held_back)
+    done = {} if options.check else {"available": False, "changed": changed, **_where(prefix)}
+    _show({**found.to_json(), **done}, options.json)
 
 
 def _where(prefix: Path) -> dict[str, Any]:

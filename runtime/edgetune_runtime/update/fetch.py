@@ -19,7 +19,7 @@ from edgetune_runtime.wording import shortened
 
 from .slow_replies import HANDLERS, is_too_slow
 
-_SILENT_S = 30.0
+SILENT_S = 30.0
 """For a connection, and between two bytes."""
 _CHUNK_BYTES = 1 << 16
 _MOST_REDIRECTS = 3
@@ -62,7 +62,7 @@ class Location:
         where = f"{self.text}/{path}"
         try:
             with self._opened(path, offset) as source:
-                yield from _limited(source, most, where)
+                yield from limited(source, most, where)
         except FileNotFoundError as error:
             raise MissingError(f"there is no {where}", _CHECK) from error
         except urllib.error.HTTPError as error:
@@ -84,12 +84,8 @@ class Location:
         if offset:
             headers["Range"] = f"bytes={offset}-"
         request = urllib.request.Request(f"{self.text}/{path}", headers=headers)
-        reply: http.client.HTTPResponse = _OPENER.open(request, timeout=_SILENT_S)
-        begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
-        if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
-            # The server ignores ranges.
-            for _ in _limited(reply, offset, path):
-                pass
+        reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
+        skip_to(offset, reply, path)
         return reply
 
 
@@ -118,10 +114,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
-_OPENER = urllib.request.build_opener(_Redirects, *HANDLERS)
+OPENER = urllib.request.build_opener(_Redirects, *HANDLERS)
+"""Opens addresses of HTTP and HTTPS within these limits."""
 
 
-def _limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
+def skip_to(offset: int, reply: http.client.HTTPResponse, where: str) -> None:
+    """Read a reply up to an offset that was asked for, where the server ignores ranges."""
+    begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
+    if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
+        for _ in limited(reply, offset, where):
+            pass
+
+
+def limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
     """At most `most` bytes of `source`; UnreachableError if they come too slowly."""
     begin, count = time.monotonic(), 0
     while count < most:

@@ -14,6 +14,7 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime import IncompatibleError, Runtime, VerificationError
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
+from edgetune_runtime.store.durable import replace_link
 from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, write_bundle
 from runtime.stores import switch_to
 
@@ -109,6 +110,20 @@ def test_a_version_that_was_switched_to_is_taken_over_between_calls(
         shutil.rmtree(prefix / "versions" / FIRST)
         assert all(answer(runtime, name) for name in ("new", *NAMES[3:]))
         assert runtime.reload() == ([], [], [], {})
+
+
+def test_calls_of_many_threads_get_the_old_or_the_new_adapter(
+    prefix: Path, following: Path, others: Path, engine: str
+) -> None:
+    with open_(prefix, engine) as runtime, Runtime.open(others, engine=engine, disk_mb=0) as other:
+        expected = {answer(runtime, "task0"), answer(other, "task0")}
+    switch_to(prefix, SECOND, following)
+    with open_(prefix, engine, contexts=1, max_waiting=64) as runtime, ThreadPoolExecutor(6) as threads:
+        asking = [threads.submit(lambda: [answer(runtime, "task0") for _ in range(15)]) for _ in range(5)]
+        for version in [FIRST, SECOND] * 5:
+            replace_link(prefix / "current", f"versions/{version}")
+            assert runtime.reload().replaced == ["task0"]
+        assert {text for answers in asking for text in answers.result(timeout=60)} <= expected
 
 
 def test_an_adapter_that_is_refused_keeps_the_files_of_the_version_before(

@@ -44,7 +44,7 @@ def sending(parts: Iterable[bytes], pause_s: float = 0.0) -> Iterator[str]:
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second of patience instead of a minute."""
     monkeypatch.setattr(slow_replies, "_GRACE_S", 1.0)
-    monkeypatch.setattr(fetch, "_SILENT_S", 0.5)
+    monkeypatch.setattr(fetch, "SILENT_S", 0.5)
 
 
 def test_a_whole_file_is_read() -> None:

@@ -1,0 +1,52 @@
+"""`edgetune fleet status REPO`: what devices run, from their reports."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from edgetune_runtime.wording import printable
+
+from .arguments import AsJson, print_json
+from .grouped_help import GroupedCommand
+from .tables import print_table
+
+app = typer.Typer(help="See what devices run that update from a repository.", no_args_is_help=True)
+_SHOWN = 20
+
+
+@app.callback()
+def _group() -> None:
+    """The group stays one with a single command."""
+
+
+@app.command(cls=GroupedCommand)
+def status(
+    repo: Annotated[Path, typer.Argument(metavar="REPO", help="The repository's folder, with a folder reports.")],
+    *,
+    silent_days: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Days without a report until a device is silent.")
+    ] = 7,
+    as_json: AsJson = False,
+) -> None:
+    """Count the devices by release, from the reports that `edgetune-run update --report` has written.
+
+    Devices report only if their users want that. Shown are those that are held back, fail, or are silent.
+    """
+    from edgetune.delivery.publish.reports import ReleaseCount, fleet_status
+
+    found = fleet_status(repo, silent_days)
+    if as_json:
+        print_json(found.to_json())
+        return
+    titles = [field.name for field in fields(ReleaseCount)]
+    rows = [[str(value) for value in asdict(count).values()] for count in found.releases]
+    print_table([title.replace("_", " ") for title in titles], rows, texts=("name", "channel"))
+    for report in found.failing[:_SHOWN]:
+        print(printable(f"{report.device} has release {report.release}: {report.error}"))
+    if len(found.failing) > _SHOWN:
+        print(f"and {len(found.failing) - _SHOWN} more that fail; see --json")
+    if found.damaged:
+        print(f"{found.damaged} reports are damaged")

@@ -1,0 +1,51 @@
+"""Has calls wait for an adapter that is being replaced, so that they get the new one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from edgetune_runtime.errors import BusyError, NotFoundError
+
+_REPLACING_S = 60.0
+"""How long a call waits: the old adapter stays until the answers that use it have ended."""
+
+T = TypeVar("T")
+
+
+class ReplacedAdapters:
+    """The adapters that are being replaced. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._ended: dict[str, threading.Event] = {}
+        self._count = 0
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[None]:
+        """Calls with this adapter wait until the block ends, in which it is removed and another one is added."""
+        ended = self._ended[name] = threading.Event()
+        self._count += 1
+        try:
+            yield
+        finally:
+            del self._ended[name]
+            ended.set()
+
+    def wait(self, names: Iterable[str]) -> None:
+        """Wait until none of these adapters is being replaced; BusyError if that takes too long."""
+        for name in names:
+            ended = self._ended.get(name)
+            if ended is not None and not ended.wait(_REPLACING_S):
+                raise BusyError(f"adapter {name!r} is being replaced, and running calls use it", "call again")
+
+    def prepared(self, prepare: Callable[[], T]) -> T:
+        """What `prepare` returns; it is called again if it lacked an adapter that was being replaced."""
+        while True:
+            count = self._count
+            try:
+                return prepare()
+            except NotFoundError:
+                if self._count == count:
+                    raise

@@ -1,0 +1,115 @@
+"""Reports what a device runs, where its user wants that: a file in a folder, or a POST to an address."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import urllib.request
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgetune_runtime import __version__
+from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
+from edgetune_runtime.store import acknowledgement
+from edgetune_runtime.store.durable import write_text
+from edgetune_runtime.store.versions import Say
+from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.wording import printable, shortened
+
+from .current import current_kit
+from .release import NAME
+from .state import read_state
+
+NOBODY = "off"
+"""Instead of an address: reports end."""
+LONGEST_REPORT = 10_000
+_TIMEOUT_S = 30.0
+_ID = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What a device runs after it has looked for an update.
+
+    `release` is 0 for a bundle that a kit has brought. `held_back` says why the device does not take the newest
+    release, and `error` why the update failed; they are empty otherwise. `refused` are releases that it has left out.
+    """
+
+    device: str
+    name: str
+    channel: str
+    release: int
+    bundle: str
+    runtime: str
+    time: str
+    acknowledged: bool
+    refused: int = 0
+    held_back: str = ""
+    error: str = ""
+
+
+def parse_report(data: bytes) -> DeviceReport:
+    """The report in a file; VerificationError if it is none."""
+    try:
+        report = dataclass_of(DeviceReport, json.loads(data))
+        is_named = _ID.fullmatch(report.device) and all(map(NAME.fullmatch, (report.name, report.channel)))
+        has_time = datetime.fromisoformat(report.time).tzinfo is not None
+        texts = (report.bundle, report.runtime, report.held_back, report.error)
+        if not is_named or not has_time or report.release < 0 or any(text != printable(text) for text in texts):
+            raise ValueError(f"no device has written it: {str(report)[:150]!r}")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise VerificationError(f"the report is damaged: {str(error)[:200]}", "delete it") from error
+    return report
+
+
+def checked_address(where: str) -> str:
+    """Where reports go; a folder's whole path. UsageError if it is neither an address nor a folder."""
+    if where == NOBODY or where.startswith(("http://", "https://")):
+        return where
+    if "://" in where or not Path(where).is_dir():
+        raise UsageError(f"--report {where!r} is no address and no folder", f"use https://, a folder, or {NOBODY}")
+    return str(Path(where).absolute())
+
+
+def report(prefix: Path, say: Say, *, held_back: str | None = None, error: EdgetuneError | None = None) -> None:
+    """Report what a prefix runs after an update, or why that failed, if its user wants that; warns if that fails."""
+    try:
+        state, kit = read_state(prefix), current_kit(prefix)
+        if state.report in {"", NOBODY}:
+            return
+        about = DeviceReport(
+            device=state.device,
+            name=state.bundle,
+            channel=state.channel,
+            release=0 if kit is None else kit.release,
+            bundle="" if kit is None else kit.bundle,
+            runtime=__version__,
+            time=max(datetime.now(UTC), state.time).isoformat(timespec="seconds"),
+            acknowledged=acknowledgement.read(prefix) is None,
+            refused=len(state.refused),
+            held_back=shortened(held_back or ""),
+            error="" if error is None else shortened(str(error)),
+        )
+        _send(state.report, about)
+    except (EdgetuneError, OSError, http.client.HTTPException) as problem:
+        say(f"the report was not sent: {problem}")
+
+
+def _send(where: str, about: DeviceReport) -> None:
+    text = json.dumps(asdict(about), indent=1) + "\n"
+    if not where.startswith(("http://", "https://")):
+        write_text(Path(where, f"{about.device}.json"), text)
+        return
+    headers = {"Content-Type": "application/json", "User-Agent": f"edgetune-run/{__version__}"}
+    request = urllib.request.Request(where, text.encode(), headers)
+    with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S):
+        pass
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """The report is for the address that the user gave, and for no other."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Follow none: the status is an error."""

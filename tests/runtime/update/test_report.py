@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from edgetune_runtime.cli import main
+from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, parse_report
+from edgetune_runtime.update.state import read_state
+from repositories import Publisher
+
+from edgetune.cli.main import main as host
+from edgetune.delivery.publish.reports import fleet_status
+
+pytestmark = pytest.mark.slow
+REPORT = DeviceReport(
+    device="ab" * 16, name="home", channel="stable", release=3, bundle="cd" * 32, runtime="0.1.0",
+    time=datetime.now(UTC).isoformat(), acknowledged=True,
+)  # fmt: skip
+
+
+def update(prefix: Path, *words: object) -> int:
+    return main(["update", "--apply", "--prefix", str(prefix), *map(str, words)])
+
+
+@contextmanager
+def receiving(status: int = 200) -> Iterator[tuple[str, list[bytes]]]:
+    """A server for reports: its address, and the bodies that it got."""
+    bodies: list[bytes] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(status)
+            self.send_header("Location", "/other")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/reports", bodies
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
+    prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publisher("one")
+    folder = publisher.repo / "reports"
+    folder.mkdir()
+    source = ("--repo", publisher.repo, "--root", publisher.root)
+    assert update(prefix, *source) == 0
+    assert not list(folder.iterdir())
+    assert update(prefix, "--report", folder) == 0
+    (path,) = folder.iterdir()
+    found = parse_report(path.read_bytes())
+    assert (path.stem, found.name, found.release, found.acknowledged) == (found.device, "home", 1, False)
+    publisher("wrong")
+    for _ in range(3):
+        update(prefix)
+    failed = parse_report(path.read_bytes())
+    assert (failed.release, failed.refused, failed.error) == (1, 0, "")
+    publisher("wrong again", min_runtime="99.0")
+    assert update(prefix) == 0
+    assert "needs edgetune-runtime 99.0" in parse_report(path.read_bytes()).held_back
+    (publisher.repo / "metadata/timestamp.json").write_text("<html>")
+    assert update(prefix) == VerificationError.exit_code
+    assert "is refused" in parse_report(path.read_bytes()).error
+    capsys.readouterr()
+    assert host(["fleet", "status", str(publisher.repo)]) == 0
+    out = capsys.readouterr().out
+    assert f"{found.device} has release 1: " in out
+    assert path.stat().st_size < LONGEST_REPORT
+
+
+def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(
+    prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publisher("one")
+    source = ("--repo", publisher.repo, "--root", publisher.root)
+    with receiving() as (url, bodies):
+        assert update(prefix, *source, "--report", url) == 0
+        assert update(prefix) == 0
+    assert [parse_report(body).release for body in bodies] == [1, 1]
+    for status in (500, 307, 302):
+        with receiving(status) as (url, bodies):
+            assert update(prefix, "--report", url) == 0
+            assert len(bodies) == 1
+        assert "the report was not sent: HTTP Error" in capsys.readouterr().err
+    assert update(prefix) == 0
+    assert "the report was not sent" in capsys.readouterr().err
+    assert update(prefix, "--report", "off") == 0
+    assert update(prefix) == 0
+    assert (capsys.readouterr().err, read_state(prefix).report) == ("", "off")
+
+
+@pytest.mark.parametrize("where", ["ftp://x", "/nowhere/at/all", "file:///etc"])
+def test_an_address_that_is_none_is_one_line(where: str, prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert update(prefix, "--report", where) == UsageError.exit_code
+    assert f"--report {where!r} is no address and no folder" in capsys.readouterr().err
+
+
+def test_the_devices_of_a_fleet_are_counted_by_release(tmp_path: Path) -> None:
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    old = (datetime.now(UTC) - timedelta(days=8)).isoformat()
+    for number, report in enumerate(
+        [
+            REPORT,
+            REPORT,
+            replace(REPORT, release=2, error="no room", time=old),
+            replace(REPORT, release=2, held_back="x"),
+        ]
+    ):
+        one = replace(report, device=f"{number:032x}")
+        (folder / f"{one.device}.json").write_text(json.dumps(asdict(one)))
+    # What others may have put there.
+    (folder / f"{9:032x}.json").write_text(json.dumps(asdict(REPORT)))
+    (folder / f"{8:032x}.json").write_text("x" * (LONGEST_REPORT + 1))
+    (folder / f"{7:032x}.json").symlink_to("/etc/passwd")
+    os.mkfifo(folder / f"{6:032x}.json")
+    found = fleet_status(tmp_path, 7)
+    rows = [(each.release, each.devices, each.held_back, each.failing, each.silent) for each in found.releases]
+    assert rows == [(3, 2, 0, 0, 0), (2, 2, 1, 1, 1)]
+    assert ([each.error for each in found.failing], found.damaged) == (["no room"], 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "../x"},
+        {"name": "\ud800"},
+        {"channel": ""},
+        {"time": "2026-01-01"},
+        {"time": "x"},
+        {"release": "3"},
+        {"release": -1},
+        {"error": 3},
+        {"error": "\x1b[31m"},
+    ],
+)
+def test_a_damaged_report_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(VerificationError, match="the report is damaged"):
+        parse_report(json.dumps(asdict(REPORT) | change).encode())
+
+
+def test_a_repository_without_reports_says_how_to_get_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert host(["fleet", "status", str(tmp_path)]) == 3
+    assert "has no folder reports; make it, and have devices report there" in capsys.readouterr().err
