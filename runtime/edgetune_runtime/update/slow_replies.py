@@ -35,7 +35,7 @@ class _Received(io.RawIOBase):
         count = self._raw.readinto(buffer)
         self._count += count or 0
         if is_too_slow(self._begin, self._count):
-            raise OSError(f"only {self._count} bytes came in {time.monotonic() - self._begin:.0f} s")
+            raise OSError(f"it came too slowly: {self._count} bytes in {time.monotonic() - self._begin:.0f} s")
         return count
 
     def close(self) -> None:
