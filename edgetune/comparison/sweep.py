@@ -13,10 +13,12 @@ from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
 from edgetune.building.decoder.importance import requested_importance
+from edgetune.building.decoder.quantization import choose_quantization
 from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.quantization import QuantizationSpec
 from edgetune.targets import shapes_of
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.task import read_task
@@ -97,12 +99,16 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     source = bases.find(recipe, download=True)
     assert source is not None
     quantization = quantization_of(recipe)
-    if recipe.device is not None and quantization is not None:
-        quantization = plan_bundle(recipe, source, shapes_of(recipe)).base.quantization
+    work = request.out / "shared" / "base"
+    is_measured = isinstance(recipe.quantization, QuantizationSpec)
+    if is_measured or (recipe.device is not None and quantization is not None):
+        plan = plan_bundle(recipe, source, shapes_of(recipe))
+        quantization = plan.base.quantization
+        if is_measured:
+            quantization = choose_quantization(plan, [task], work, progress, None)
         # All trials get the same base, and a folder is converted once.
         request = replace(request, settings={**request.settings, "quantization": quantization})
         recipe = recipe.model_copy(update={"quantization": quantization})
-    work = request.out / "shared" / "base"
     importance = requested_importance(recipe, progress)
     base = bases.make(source, quantization, work=work, progress=progress, converter=None, importance=importance)
     if importance is not None:
