@@ -17,7 +17,6 @@ from edgetune import bases
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, TrainingSpec
-from edgetune.recipe.quantization import QuantizationSpec
 from edgetune.shipping.existing import ExistingBundle
 
 # Settings of a recipe that a bundle has once for all its adapters, besides those that its manifest has elsewhere.
@@ -29,7 +28,7 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
 
     UsageError for each setting of the recipe that is another one, for a domain, and for a router.
     """
-    if isinstance(recipe.quantization, QuantizationSpec):
+    if recipe.quantization_spec is not None:
         # The bundle has the one that was chosen.
         recipe = recipe.model_copy(update={"quantization": None})
     settings, own = _settings_of(existing.manifest), recipe.model_dump(mode="json")

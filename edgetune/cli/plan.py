@@ -73,8 +73,6 @@ def _summary(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
 
 
 def _bundle_lines(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
-    from edgetune.planning.quantization import shown
-
     recipe, base = build_plan.recipe, build_plan.base
     yield "formats", ", ".join(recipe.targets)
     yield "context", f"{recipe.context_length} tokens"
@@ -84,8 +82,7 @@ def _bundle_lines(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
     parameters = "" if base.parameters is None else f"; {base.parameters / 1e6:,.1f}M parameters"
     yield "weights", f"{', '.join(base.steps) or 'as they are'}{parameters}{size}"
     if base.candidates:
-        sizes = (f"{shown(item.quantization)} {item.bytes / 1e6:,.1f} MB" for item in base.candidates)
-        yield "to measure", ", ".join(sizes)
+        yield "to measure", ", ".join(map(str, base.candidates))
     for fit in () if build_plan.board is None else build_plan.board.fits:
         with_adapter, without = fit.speed.adapter_tokens_per_s, fit.speed.decode_tokens_per_s
         speed = f"{with_adapter:.1f} tokens/s with an adapter, {without:.1f} without"

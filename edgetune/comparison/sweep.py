@@ -18,7 +18,6 @@ from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.quantization import QuantizationSpec
 from edgetune.targets import shapes_of
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.task import read_task
@@ -100,12 +99,11 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     assert source is not None
     quantization = quantization_of(recipe)
     work = request.out / "shared" / "base"
-    is_measured = isinstance(recipe.quantization, QuantizationSpec)
+    is_measured = recipe.quantization_spec is not None
     if is_measured or (recipe.device is not None and quantization is not None):
         plan = plan_bundle(recipe, source, shapes_of(recipe))
-        quantization = plan.base.quantization
-        if is_measured:
-            quantization = choose_quantization(plan, [task], work, progress, None)
+        measured = choose_quantization(plan, [task], work, progress, None) if is_measured else None
+        quantization = measured if is_measured else plan.base.quantization
         # All trials get the same base, and a folder is converted once.
         request = replace(request, settings={**request.settings, "quantization": quantization})
         recipe = recipe.model_copy(update={"quantization": quantization})

@@ -13,7 +13,6 @@ from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune import task_types
 from edgetune.bases import BaseSource, is_gguf
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.quantization import QuantizationSpec
 
 from .merged import trains_on_grid, with_grid
 from .quantization import Candidate, candidates_of, worth_measuring
@@ -61,14 +60,14 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
 
 
 def quantization_of(recipe: Recipe) -> str | None:
-    """The quantization of the base if neither a board nor measurements choose one.
+    """The quantization of the base if neither a board nor the build chooses one.
 
-    None if they do or its file ships unchanged, and for an encoder.
+    None if its file ships unchanged or the build chooses, and for an encoder.
     """
-    if isinstance(recipe.quantization, QuantizationSpec):
-        return None
-    ships_unchanged = is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
-    return recipe.quantization or (None if ships_unchanged else DEFAULT)
+    if recipe.quantization is None or isinstance(recipe.quantization, str):
+        ships_unchanged = is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
+        return recipe.quantization or (None if ships_unchanged else DEFAULT)
+    return None
 
 
 def _candidates(recipe: Recipe, adapters: Adapters, header: GgufHeader | None) -> Sequence[Candidate]:
@@ -97,7 +96,7 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
     """What the build does with the base before training."""
     steps = [] if source is not None else ["download"]
     matrix = "" if recipe.imatrix is None else " with an importance matrix"
-    if isinstance(recipe.quantization, QuantizationSpec):
+    if recipe.quantization_spec is not None:
         steps += [f"measure quantizations{matrix}", "use the best one"]
     elif quantization is not None and source is not None and not source.is_folder:
         steps += [f"requantize to {quantization}{matrix}"]
@@ -118,7 +117,7 @@ def _choose(
     return fit.choose(
         boards.load(str(recipe.device)),
         needs_of,
-        quantization=None if isinstance(recipe.quantization, QuantizationSpec) else recipe.quantization,
+        quantization=recipe.quantization if isinstance(recipe.quantization, str) else None,
         quantizations=[item.quantization for item in candidates] or fit.BOARD_QUANTIZATIONS,
         context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
         requantize=requantize,

@@ -132,6 +132,11 @@ class Recipe(RecipePart):
         return Path("build") / self.name
 
     @property
+    def quantization_spec(self) -> QuantizationSpec | None:
+        """What to choose among quantizations that the build measures; None if it measures none."""
+        return self.quantization if isinstance(self.quantization, QuantizationSpec) else None
+
+    @property
     def format_options(self) -> OptionsByFormat:
         """The options of the formats, by their names."""
         return {"onnx": self.onnx}

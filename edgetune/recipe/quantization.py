@@ -13,7 +13,7 @@ AUTO = "auto"
 
 
 class QuantizationSpec(RecipePart):
-    """The build measures quantizations of the base on your rows, and chooses one. `quantization: auto` has the defaults.
+    """The build measures quantizations of the base on your rows and chooses one; `auto` has all defaults.
 
     It measures how far each is from the base before quantization: the mean KL divergence of the next token, on
     validation rows. `edgetune plan` shows which it will measure; the bundle's recipe has the one that was chosen.
@@ -23,5 +23,5 @@ class QuantizationSpec(RecipePart):
     """Most bytes of the base in the bundle, in 10^6: of its GGUF file, or without `gguf` in `targets`, of the first
     format. Adapters and other formats do not count. null: no limit but that of `device`."""
     optimize: Literal["score", "size", "speed"] = "score"
-    """score: the lowest KL within the budget. size: the smallest with a KL of at most 0.15. speed: among these, the one
+    """score: the lowest KL within the budget. size: the smallest with a KL of at most 0.2. speed: among these, the one
     that decodes fastest on this machine."""

@@ -24,10 +24,9 @@ from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
 from edgetune.digests import key_of
-from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredQuantization, best_of, shown
+from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
 from edgetune.progress import Progress
-from edgetune.recipe.quantization import QuantizationSpec
 from edgetune.shipping.governed import GovernedEngine
 from edgetune.tasks.task import Task
 
@@ -50,7 +49,7 @@ def choose_quantization(
     for item in measured:
         progress.say(f"quantization {item}")
     chosen = best_of(measured, plan.recipe)
-    progress.say(f"chose quantization {shown(chosen.quantization)}")
+    progress.say(f"chose quantization {chosen}")
     return chosen.quantization
 
 
@@ -67,18 +66,18 @@ class _Measurement:
     @property
     def times_decoding(self) -> bool:
         """Whether the speed is measured too."""
-        spec = self.plan.recipe.quantization
-        return isinstance(spec, QuantizationSpec) and spec.optimize == "speed"
+        spec = self.plan.recipe.quantization_spec
+        return spec is not None and spec.optimize == "speed"
 
-    def run(self) -> list[MeasuredQuantization]:
+    def run(self) -> list[MeasuredCandidate]:
         """The figures of all candidates, in their order."""
         source, recipe = self.plan.source, self.plan.recipe
         assert source is not None
         importance = requested_importance(recipe, self.progress)
-        matrix_key = None if importance is None else importance.key
-        state = [bases.key_of_source(source), matrix_key, self.times_decoding, MAX_TOKENS, recipe.context_length]
+        systems = [task.spec.system for task in self.tasks]
+        state = [bases.key_of_source(source), importance and importance.key, systems, self.times_decoding]
         rows = ((row.prompt_key, row.completion) for task in self.tasks for row in (*task.train, *task.choosing))
-        key = key_of([*state, [task.spec.system for task in self.tasks]], rows)
+        key = key_of([*state, MAX_TOKENS, recipe.context_length], rows)
         measured = self._stored(key)
         left = [item for item in self.plan.base.candidates if item.quantization not in measured]
         self.work.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ class _Measurement:
 
     def _measured(
         self, candidates: Sequence[Candidate], file: Path, matrix: Importance | None, folder: Path
-    ) -> Iterator[MeasuredQuantization]:
+    ) -> Iterator[MeasuredCandidate]:
         """Quantize `file`, the base before quantization, to one candidate after the other, and measure it."""
         rows = self._rows(file)
         length = max(map(len, rows), default=1) + _DECODED
@@ -119,7 +118,7 @@ class _Measurement:
                 # The prediction is a mean where types alternate between layers.
                 size = path.stat().st_size if gguf.NAME in self.plan.recipe.targets else candidate.bytes
                 step.update()
-                yield MeasuredQuantization(candidate.quantization, size, kl, tokens_per_s)
+                yield MeasuredCandidate(candidate.quantization, size, kl, tokens_per_s)
 
     def _rows(self, file: Path) -> list[list[int]]:
         """Tokens of validation rows, of training rows where there are none: as many of each task."""
@@ -135,16 +134,16 @@ class _Measurement:
                     left -= len(example.tokens)
         return rows
 
-    def _stored(self, key: str) -> dict[str | None, MeasuredQuantization]:
+    def _stored(self, key: str) -> dict[str | None, MeasuredCandidate]:
         """What was measured with this key before."""
         try:
             stored = json.loads((self.work / _FILE).read_text(encoding="utf-8"))
-            items = [MeasuredQuantization(**item) for item in stored["measured"]] if stored["key"] == key else []
+            items = [MeasuredCandidate(**item) for item in stored["measured"]] if stored["key"] == key else []
         except (OSError, ValueError, KeyError, TypeError):
             return {}
         return {item.quantization: item for item in items}
 
-    def _store(self, key: str, measured: Mapping[str | None, MeasuredQuantization]) -> None:
+    def _store(self, key: str, measured: Mapping[str | None, MeasuredCandidate]) -> None:
         with replacing(self.work / _FILE) as path:
             stored = {"key": key, "measured": [asdict(item) for item in measured.values()]}
             path.write_text(json.dumps(stored, indent=2), encoding="utf-8")
