@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import engines
@@ -37,7 +38,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
         choice = _choose(
             recipe, adapters, source.header, candidates, requantize=bool(candidates) or quantization is not None
         )
-        candidates = tuple(item for item in candidates if item.quantization in choice.usable)
+        candidates = [item for item in candidates if item.quantization in choice.usable]
         quantization, threads = choice.quantization, recipe.threads or choice.board.cores
         chosen = recipe.quantization if candidates else quantization
         recipe = recipe.model_copy(
@@ -50,8 +51,8 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
         return BuildPlan(recipe, source, _plan_base(recipe, source, quantization), adapters)
     counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs())
     needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
-    candidates = worth_measuring(recipe, candidates)
-    base = _plan_base(recipe, source, quantization, needs[gguf.NAME].base_bytes, candidates)
+    base = _plan_base(recipe, source, quantization, needs[gguf.NAME].base_bytes)
+    base = replace(base, candidates=worth_measuring(recipe, candidates))
     adapters = with_grid(recipe, adapters, base, fit.main_type_of(source.header, quantization))
     if choice is None:
         return BuildPlan(recipe, source, base, adapters)
@@ -70,26 +71,22 @@ def quantization_of(recipe: Recipe) -> str | None:
     return None
 
 
-def _candidates(recipe: Recipe, adapters: Adapters, header: GgufHeader | None) -> Sequence[Candidate]:
+def _candidates(recipe: Recipe, adapters: Adapters, header: GgufHeader | None) -> list[Candidate]:
     if header is None:
-        return ()
+        return []
     engine = gguf.NAME if gguf.NAME in recipe.targets else _engine(recipe)
     return candidates_of(recipe, header, lambda name: bundle_needs(recipe, adapters, header, name, engine).base_bytes)
 
 
 def _plan_base(
-    recipe: Recipe,
-    source: BaseSource | None,
-    quantization: str | None,
-    gguf_bytes: int | None = None,
-    candidates: tuple[Candidate, ...] = (),
+    recipe: Recipe, source: BaseSource | None, quantization: str | None, gguf_bytes: int | None = None
 ) -> BasePlan:
     steps = tuple(_steps(recipe, source, quantization))
     if source is None:
         return BasePlan(recipe.base, quantization, steps)
     parameters = None if source.header is None else source.header.parameters
     length = source.trained_context_length
-    return BasePlan(recipe.base, quantization, steps, source.architecture, length, parameters, gguf_bytes, candidates)
+    return BasePlan(recipe.base, quantization, steps, source.architecture, length, parameters, gguf_bytes)
 
 
 def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> list[str]:

@@ -23,6 +23,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
+from edgetune.bases import BaseSource, ImportanceSource
 from edgetune.digests import key_of
 from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
@@ -45,7 +46,10 @@ def choose_quantization(
     What was measured stays in `work` and is not measured again. Raises the errors of `best_of`, and those of conversion
     and quantization.
     """
-    measured = _Measurement(plan, tasks, work, progress, converter).run()
+    spec = plan.recipe.quantization_spec
+    assert spec is not None
+    work.mkdir(parents=True, exist_ok=True)
+    measured = _Measurement(plan, tasks, work, progress, times_decoding=spec.optimize == "speed").run(converter)
     for item in measured:
         progress.say(f"quantization {item}")
     chosen = best_of(measured, plan.recipe)
@@ -61,34 +65,32 @@ class _Measurement:
     tasks: Sequence[Task]
     work: Path
     progress: Progress
-    converter: Path | None
+    times_decoding: bool
 
-    @property
-    def times_decoding(self) -> bool:
-        """Whether the speed is measured too."""
-        spec = self.plan.recipe.quantization_spec
-        return spec is not None and spec.optimize == "speed"
-
-    def run(self) -> list[MeasuredCandidate]:
+    def run(self, converter: Path | None) -> list[MeasuredCandidate]:
         """The figures of all candidates, in their order."""
-        source, recipe = self.plan.source, self.plan.recipe
+        source, candidates = self.plan.source, self.plan.base.candidates
         assert source is not None
-        importance = requested_importance(recipe, self.progress)
-        systems = [task.spec.system for task in self.tasks]
-        state = [bases.key_of_source(source), importance and importance.key, systems, self.times_decoding]
-        rows = ((row.prompt_key, row.completion) for task in self.tasks for row in (*task.train, *task.choosing))
-        key = key_of([*state, MAX_TOKENS, recipe.context_length], rows)
+        importance = requested_importance(self.plan.recipe, self.progress)
+        key = self._key(source, importance)
         measured = self._stored(key)
-        left = [item for item in self.plan.base.candidates if item.quantization not in measured]
-        self.work.mkdir(parents=True, exist_ok=True)
+        left = [item for item in candidates if item.quantization not in measured]
         if left:
             with TemporaryDirectory(dir=self.work) as folder:
-                file = bases.before_quantization(source, Path(folder), self.progress, self.converter)
+                file = bases.before_quantization(source, Path(folder), self.progress, converter)
                 matrix = None if importance is None else importance.collect(file)
                 for item in self._measured(left, file, matrix, Path(folder)):
                     measured[item.quantization] = item
                     self._store(key, measured)
-        return [measured[item.quantization] for item in self.plan.base.candidates]
+        return [measured[item.quantization] for item in candidates]
+
+    def _key(self, source: BaseSource, importance: ImportanceSource | None) -> str:
+        """Identifies everything that the figures depend on."""
+        systems = [task.spec.system for task in self.tasks]
+        limits = [MAX_TOKENS, self.plan.recipe.context_length]
+        state = [bases.key_of_source(source), importance and importance.key, systems, self.times_decoding, limits]
+        rows = ((row.prompt_key, row.completion) for task in self.tasks for row in (*task.train, *task.choosing))
+        return key_of(state, rows)
 
     def _measured(
         self, candidates: Sequence[Candidate], file: Path, matrix: Importance | None, folder: Path
