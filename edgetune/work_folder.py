@@ -22,14 +22,14 @@ def work_folder(out: Path) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder, and hold its lock in the block; the system releases the lock of a process that ends.
 
-    A folder that is still empty at the end is deleted. Raises UsageError if another build holds the lock.
+    A folder that is still empty at the end is deleted. Raises UsageError if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        message = f"another build is using {folder}"
+        message = f"another process is using {folder}"
         raise UsageError(message, "wait until it has ended, or choose another folder for the bundle") from error
     try:
         yield

@@ -7,7 +7,7 @@ import os
 import platform as this_machine
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
@@ -92,15 +92,19 @@ esac
 """A stand-in for systemctl that starts the command of the unit's file, which is in `units` beside it."""
 
 
-def write_bundle(folder: Path, answer: str) -> Path:
+BASES = {"gguf": "base/model.gguf", "onnx": "base/onnx/model.onnx"}
+
+
+def write_bundle(folder: Path, answer: str, formats: Sequence[str] = ("gguf",)) -> Path:
     """A bundle that answers with a text; nothing else in it can be used."""
-    (folder / "base").mkdir(parents=True, exist_ok=True)
-    (folder / "base/model.gguf").write_bytes(b"weights")
+    for name in formats:
+        (folder / BASES[name]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / BASES[name]).write_bytes(b"weights" if name == "gguf" else name.encode())
     (folder / "answer.txt").write_text(answer, encoding="utf-8")
     (folder / SIGNATURE_NAME).unlink(missing_ok=True)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME]
     files = {str(path.relative_to(folder)): FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
-    base = BaseEntry("base", "ab" * 32, "llama", None, 1, 1, 1, 1, "", "", {"gguf": "base/model.gguf"})
+    base = BaseEntry("base", "ab" * 32, "llama", None, 1, 1, 1, 1, "", "", {name: BASES[name] for name in formats})
     manifest = Manifest(folder.name, base, {}, files, context_length=1)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return folder

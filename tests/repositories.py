@@ -7,8 +7,12 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+from edgetune_runtime.update.fetch import Location
+from edgetune_runtime.update.release import Release
+from edgetune_runtime.update.trust import TrustedRepository
 from kits import write_bundle
 
 from edgetune.delivery.publish.key_folder import KeyFolder
@@ -17,6 +21,8 @@ from edgetune.delivery.publish.publish import publish as publish_bundle
 from edgetune.progress import Progress
 
 PASSPHRASE = "correct horse"
+START = datetime.fromtimestamp(0, UTC)
+"""The time of a device that knows none."""
 
 
 def open_keys(folder: Path) -> KeyFolder:
@@ -47,12 +53,20 @@ def publish(
     return publish_bundle(bundle, repo, keys, Progress(quiet=True), **options)
 
 
+def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> Release:
+    """The newest release that a device with this root and metadata folder accepts."""
+    trusted = TrustedRepository(Location(str(repo)), folder, root.read_bytes(), START)
+    trusted.refresh()
+    return trusted.release(name, "stable")
+
+
 class Publisher:
-    """A repository of a bundle "home" that answers with a text."""
+    """A repository of a bundle "home" that answers with a text, in `formats`."""
 
     def __init__(self, folder: Path) -> None:
         self.repo, self.bundle = folder / "repo", folder / "home"
         self.keys = make_keys(folder / "keys")
+        self.formats = ["gguf"]
 
     @property
     def root(self) -> Path:
@@ -61,7 +75,8 @@ class Publisher:
 
     def __call__(self, answer: str, **options: object) -> Published:
         """Publish the bundle with another answer."""
-        return publish(write_bundle(self.bundle, answer), self.repo, self.keys, **options)  # type: ignore[arg-type]
+        bundle = write_bundle(self.bundle, answer, self.formats)
+        return publish(bundle, self.repo, self.keys, **options)  # type: ignore[arg-type]
 
 
 class Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from .arguments import AsJson, BundlePath, print_json
 from .grouped_help import GroupedCommand
 
 if TYPE_CHECKING:
+    from edgetune.delivery.publish.external_keys import ExternalKey
     from edgetune.delivery.publish.key_folder import KeyFolder
 
 app = typer.Typer(
@@ -22,8 +24,22 @@ app = typer.Typer(
 
 KeysPath = Annotated[Path, typer.Argument(metavar="KEYS", help="The folder of the keys.")]
 Role = Annotated[
-    str, typer.Argument(metavar="ROLE", help="root, targets, snapshot, timestamp, or bundles, which signs bundles.")
+    str,
+    typer.Argument(
+        metavar="ROLE",
+        help="root, targets, snapshot, timestamp, bundles, which signs bundles, or bundles/NAME, which signs one.",
+    ),
 ]
+
+
+Uri = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URI",
+        help="Use a key that stays in a token or service, such as hsm:2?label=NAME or awskms:ARN, with --public-key.",
+    ),
+]
+PublicKey = Annotated[Path | None, typer.Option(metavar="FILE", help="With --uri: the public half, a PEM file.")]
 
 
 def open_keys(folder: Path, *, is_new: bool = False) -> KeyFolder:
@@ -59,18 +75,24 @@ def list_keys(keys: KeysPath, *, as_json: AsJson = False) -> None:
 
 
 @app.command(cls=GroupedCommand)
-def add(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
-    """Make another key for a role; publish again so that devices learn of it."""
+def add(keys: KeysPath, role: Role, *, uri: Uri = None, public_key: PublicKey = None, as_json: AsJson = False) -> None:
+    """Make another key for a role; publish again so that devices learn of it.
+
+    The first key for bundles/NAME makes this bundle one that only its own keys sign: who has no other key of bundles
+    can publish this bundle and no other.
+    """
     folder = open_keys(keys)
-    folder.add(_known(role))
+    folder.add(role if role.startswith("bundles/") else _known(role, folder), _external(uri, public_key))
     _show(folder, as_json)
 
 
 @app.command(cls=GroupedCommand)
-def rotate(keys: KeysPath, role: Role, *, as_json: AsJson = False) -> None:
+def rotate(
+    keys: KeysPath, role: Role, *, uri: Uri = None, public_key: PublicKey = None, as_json: AsJson = False
+) -> None:
     """Make a key in place of the oldest one of a role; publish again so that devices learn of it."""
     folder = open_keys(keys)
-    folder.rotate(_known(role))
+    folder.rotate(_known(role, folder), _external(uri, public_key))
     _show(folder, as_json)
 
 
@@ -95,12 +117,24 @@ def sign(keys: KeysPath, bundle: BundlePath) -> None:
     print(sign_bundle(bundle, open_keys(keys)))
 
 
-def _known(role: str) -> str:
-    from edgetune.delivery.publish.key_folder import ROLES
-
-    if role not in ROLES:
-        raise UsageError(f"there is no role {role!r}", suggestion(role, ROLES))
+def _known(role: str, folder: KeyFolder) -> str:
+    if role not in folder.roles:
+        raise UsageError(f"there is no role {role!r}", suggestion(role, folder.roles))
     return role
+
+
+def _external(uri: str | None, public_key: Path | None) -> ExternalKey | None:
+    """The key of --uri and --public-key; None without them."""
+    from edgetune.delivery.publish.external_keys import external_key
+
+    if uri is None and public_key is None:
+        return None
+    if uri is None or public_key is None:
+        raise UsageError("--uri and --public-key belong together", "give both")
+    found = external_key(uri, public_key)
+    if found.key.keytype != "ed25519":
+        print("edgetune: devices need the package cryptography to verify signatures of this key", file=sys.stderr)
+    return found
 
 
 def _show(folder: KeyFolder, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from .init import init
 from .kit import kit
 from .learn import learn
 from .methods import methods
+from .oci import pull, push
 from .plan import plan
 from .publish import publish
 from .report import report
@@ -100,7 +101,7 @@ def schema() -> None:
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe commands": (init, plan, augment, imatrix, methods, schema),
-    "Bundle commands": (build, learn, export, report, deploy, kit, publish, wheel),
+    "Bundle commands": (build, learn, export, report, deploy, kit, publish, push, pull, wheel),
     "Measurement commands": (evaluate, compare),
 }
 for _title, _commands in COMMANDS.items():

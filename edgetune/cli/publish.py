@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from edgetune_runtime.errors import UsageError
 
 from .arguments import AsJson, Quiet, output_option, print_json
 from .keys import open_keys
+from .oci import Insecure, TrustedKeys, Username, open_artifact, registry_option
 
 
 def publish(
@@ -29,6 +32,13 @@ def publish(
     expires_days: Annotated[
         int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
     ] = 90,
+    source: Annotated[
+        str | None,
+        registry_option("--from", metavar="REFERENCE", help="Publish the bundle of oci://REGISTRY/NAME:TAG."),
+    ] = None,
+    trusted_keys: TrustedKeys = None,
+    username: Username = None,
+    insecure: Insecure = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -36,25 +46,33 @@ def publish(
 
     Files that the repository has already are not copied again. The bundle gets a file manifest.json.sig, its
     signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
+    With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys.
     """
+    from edgetune.delivery.publish import mirror
     from edgetune.delivery.publish import publish as publishing
     from edgetune.progress import Progress
 
-    folder = open_keys(keys)
-    if bundle is None:
-        publishing.refresh(repo, folder, expires_days=expires_days)
-        print(repo)
-        return
-    done = publishing.publish(
-        bundle,
-        repo,
-        folder,
-        Progress(quiet=quiet),
-        channel=channel,
-        min_runtime=min_runtime,
-        share=share,
-        expires_days=expires_days,
-    )
+    folder, progress = open_keys(keys), Progress(quiet=quiet)
+    if bundle is not None and source is not None:
+        raise UsageError(f"both {bundle} and --from {source} are given", "give one bundle")
+    with ExitStack() as stack:
+        if source is not None:
+            store = open_artifact(source, username, insecure=insecure)
+            bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
+        if bundle is None:
+            publishing.refresh(repo, folder, expires_days=expires_days)
+            print(repo)
+            return
+        done = publishing.publish(
+            bundle,
+            repo,
+            folder,
+            progress,
+            channel=channel,
+            min_runtime=min_runtime,
+            share=share,
+            expires_days=expires_days,
+        )
     if as_json:
         print_json(done.to_json())
         return

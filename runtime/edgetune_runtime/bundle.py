@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -278,7 +278,7 @@ def read_manifest(bundle: Path) -> Manifest:
         raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy) from error
     except OSError as error:
         raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    return parse_manifest(data, path)
+    return with_present_formats(parse_manifest(data, path), lambda name: (bundle / name).exists())
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
@@ -372,6 +372,51 @@ def without_adapter(manifest: Manifest, name: str) -> Manifest:
     adapters = {other: entry for other, entry in manifest.adapters.items() if other != name}
     files = {file: entry for file, entry in manifest.files.items() if file not in gone}
     return replace(manifest, adapters=adapters, files=files, router=router)
+
+
+def of_formats(manifest: Manifest, formats: Iterable[str]) -> Manifest:
+    """The manifest with these formats, and without the files that only the others use."""
+    kept, unwanted = [*formats], [name for name in manifest.base.files if name not in {*formats}]
+    used = {file for name in kept for file in files_of_format(manifest, name)}
+    gone = {file for name in unwanted for file in files_of_format(manifest, name)} - used
+
+    def only(by_format: Mapping[str, str]) -> dict[str, str]:
+        return {name: value for name, value in by_format.items() if name not in unwanted}
+
+    return replace(
+        manifest,
+        base=replace(manifest.base, files=only(manifest.base.files)),
+        adapters={
+            name: replace(entry, files=only(entry.files), shapes=only(entry.shapes))
+            for name, entry in manifest.adapters.items()
+        },
+        files={file: entry for file, entry in manifest.files.items() if file not in gone},
+    )
+
+
+def with_present_formats(manifest: Manifest, is_present: Callable[[str], bool]) -> Manifest:
+    """The manifest without the formats of which no file is present, as a device may have one format only.
+
+    All formats if no file of any is. A format with some of its files is damaged, and not left out.
+    """
+    present = [
+        name
+        for name, file in manifest.base.files.items()
+        if is_present(file) or any(map(is_present, files_of_format(manifest, name)))
+    ]
+    return of_formats(manifest, present) if 0 < len(present) < len(manifest.base.files) else manifest
+
+
+def files_of_format(manifest: Manifest, name: str) -> list[str]:
+    """The files of a format: the base's and the adapters', and the files beside one of them that nothing else names."""
+    by_format = [manifest.base.files, *(adapter.files for adapter in manifest.adapters.values())]
+    named = [files[name] for files in by_format if name in files]
+    others = {file for files in by_format for other, file in files.items() if other != name}
+    others |= {adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None}
+    shared = {str(folder) for file in others for folder in PurePosixPath(file).parents}
+    folders = {str(PurePosixPath(file).parent) for file in named} - shared
+    beside = [file for file in manifest.files if folders & {str(folder) for folder in PurePosixPath(file).parents}]
+    return list(dict.fromkeys([*named, *beside]))
 
 
 def files_beside(manifest: Manifest, file: str) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest, with_present_formats
 from .errors import NotFoundError, VerificationError, importing
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 """The signatures of a bundle's manifest, which has the digests of all its other files."""
 _PURPOSE = b"edgetune manifest\n"
 """Signed in front of a manifest, so that no signature for another purpose fits."""
-_LONGEST = 1 << 16
+LONGEST_SIGNATURE = 1 << 16
 _UNSIGNED = "use a bundle that is signed: edgetune publish, or edgetune keys sign"
 
 
@@ -66,7 +66,8 @@ def read_signed_manifest(bundle: Path, trusted: str | Path | None) -> Manifest:
     if trusted is None:
         return read_manifest(bundle)
     # What was checked is parsed, and not what another process may have put in its place.
-    return parse_manifest(require_signed(bundle, Path(trusted)), bundle / MANIFEST_NAME)
+    manifest = parse_manifest(require_signed(bundle, Path(trusted)), bundle / MANIFEST_NAME)
+    return with_present_formats(manifest, lambda name: (bundle / name).exists())
 
 
 def require_signed(bundle: Path, trusted: Path) -> bytes:
@@ -104,7 +105,7 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     raise VerificationError(message, "do not use this bundle")
 
 
-def _read(path: Path, most: int = _LONGEST) -> bytes:
+def _read(path: Path, most: int = LONGEST_SIGNATURE) -> bytes:
     """The bytes of a file; ValueError if there are more than `most`."""
     with path.open("rb") as file:
         data = file.read(most + 1)

@@ -207,7 +207,7 @@ def test_two_builds_of_one_folder_at_once_are_one_error(tiny_gguf: Callable[[str
     def build_again() -> None:
         with pytest.raises(edgetune.EdgetuneError) as error:
             edgetune.build(recipe, out, on_progress=Recorder())
-        assert str(error.value).startswith(f"another build is using {out}.work; wait until it has ended, or choose")
+        assert str(error.value).startswith(f"another process is using {out}.work; wait until it has ended, or choose")
 
     assert edgetune.build(recipe, out, on_progress=Recorder(1, build_again)).figures
     with locked(tmp_path / "home.work"):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, VerificationError
 from edgetune_runtime.bundle import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     Manifest,
+    files_of_format,
     read_manifest,
     resolve,
     unchanged,
@@ -192,3 +193,31 @@ def test_a_manifest_that_is_a_pipe_or_larger_than_any_is_refused(copy: Path) -> 
     os.mkfifo(copy / MANIFEST_NAME)
     with pytest.raises(VerificationError, match="no regular file"):
         read_manifest(copy)
+
+
+def test_a_format_without_any_file_is_not_offered_and_the_other_one_is_checked(
+    both_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
+    whole = read_manifest(copy)
+    for name in files_of_format(whole, "onnx"):
+        (copy / name).unlink()
+    manifest = read_manifest(copy)
+    assert list(manifest.base.files) == ["gguf"]
+    assert {path.relative_to(copy).as_posix() for path in copy.rglob("*.*")} == {*manifest.files, MANIFEST_NAME}
+    verify_files(copy, manifest)
+    with Runtime.open(copy) as runtime:
+        assert runtime.generate("turn on", adapter="command", max_tokens=3).text
+    with pytest.raises(IncompatibleError, match="the base has no file for engine 'onnx'"):
+        Runtime.open(copy, engine="onnx")
+    (copy / manifest.adapter("tone").files["gguf"]).unlink()
+    with pytest.raises(VerificationError, match="is missing from bundle"):
+        verify_files(copy, read_manifest(copy))
+
+
+def test_a_format_with_some_of_its_files_is_damaged(both_of: Callable[[str], Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
+    (copy / read_manifest(copy).base.files["onnx"]).unlink()
+    assert list(read_manifest(copy).base.files) == ["gguf", "onnx"]
+    with pytest.raises(VerificationError, match="is missing from bundle"):
+        verify_files(copy, read_manifest(copy))

@@ -12,11 +12,12 @@ from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__, engines
-from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest, resolve, verify_files
+from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, of_formats, read_manifest, resolve, verify_files
 from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.sizing.needs import SERVER_MB, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import (
@@ -125,8 +126,10 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
         contents: dict[str, Path | bytes] = {f"{WHEELS_FOLDER}/{item.path.name}": item.path for item in wheels}
         contents[PROGRAM_NAME] = board_program()
         contents["install.sh"] = install_script(target)
-        contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, __version__, wheels).encode()
-        contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME)}
+        contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, engine, __version__, wheels).encode()
+        signature = [SIGNATURE_NAME] if (bundle / SIGNATURE_NAME).is_file() else []
+        names = (*of_formats(manifest, [engine]).files, MANIFEST_NAME, *signature)
+        contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in names}
         contents[f"{WHEELS_FOLDER}/{runtime_name}"] = runtime_data
         return with_description(
             contents,

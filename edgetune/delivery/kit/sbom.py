@@ -21,9 +21,9 @@ _SPEC_VERSION = "1.6"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "edgetune")
 
 
-def bill_of_materials(bundle: Path, manifest: Manifest, version: str, wheels: Sequence[Wheel]) -> str:
+def bill_of_materials(bundle: Path, manifest: Manifest, engine: str, version: str, wheels: Sequence[Wheel]) -> str:
     """The text of sbom.cdx.json; without a time, so that the same bundle and wheels give the same text."""
-    components = [_base(bundle, manifest), *(_component(wheel) for wheel in wheels)]
+    components = [_base(bundle, manifest, engine), *(_component(wheel) for wheel in wheels)]
     name = manifest.name
     subject = {"type": "application", "bom-ref": name, "name": name, "version": version}
     raw = {
@@ -38,20 +38,19 @@ def bill_of_materials(bundle: Path, manifest: Manifest, version: str, wheels: Se
     return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
 
-def _base(bundle: Path, manifest: Manifest) -> Mapping[str, Any]:
-    """The base model. Only the GGUF file of a base can state a licence."""
+def _base(bundle: Path, manifest: Manifest, engine: str) -> Mapping[str, Any]:
+    """The base model in the format of an engine. Only the GGUF file of a base can state a licence."""
     base = manifest.base
     file = base.files.get(gguf.NAME)
     stated = None if file is None else read_header(resolve(bundle, file)).metadata.get("general.license")
+    path = base.files[engine]
+    digest = manifest.files[path].sha256
     return {
         "type": "machine-learning-model",
         "bom-ref": f"base:{base.name}",
         "name": base.name,
         "version": base.fingerprint,
-        "components": [
-            {"type": "file", "name": path, "hashes": [{"alg": "SHA-256", "content": manifest.files[path].sha256}]}
-            for path in base.files.values()
-        ],
+        "components": [{"type": "file", "name": path, "hashes": [{"alg": "SHA-256", "content": digest}]}],
         "licenses": _licences(str(stated) if stated else None, "see the base's source"),
     }
 

@@ -1,4 +1,4 @@
-"""Private keys in encrypted files, which only their owner may read."""
+"""Private keys in encrypted files, which only their owner may read, or files with the URIs of keys elsewhere."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ from edgetune_runtime.formats.atomic import replacing
 from securesystemslib.exceptions import Error as SigningError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
+from .external_keys import ExternalKey, open_external
+
 PASSPHRASE = "EDGETUNE_KEYS_PASSPHRASE"
 _MIN_CHARACTERS = 8
+_EXTERNAL = ".uri"
 _OTHERS = 0o077
 """The rights that nobody but the owner may have."""
 
@@ -62,18 +65,30 @@ def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
     return signer.public_key
 
 
+def write_external_key(folder: Path, role: str, external: ExternalKey) -> Key:
+    """Write the URI of a key into `folder`; the public half."""
+    path = path_of(folder, role, external.key).with_suffix(_EXTERNAL)
+    with replacing(path) as temporary:
+        temporary.write_text(f"{external.uri}\n", encoding="utf-8")
+    return external.key
+
+
 def path_of(folder: Path, role: str, key: Key) -> Path:
-    """The file of a private key."""
-    return folder / f"{role}-{key.keyid[:8]}.pem"
+    """The file of a private key, or that of its URI if there is one."""
+    path = folder / f"{role.replace('/', '-')}-{key.keyid[:8]}.pem"
+    external = path.with_suffix(_EXTERNAL)
+    return external if external.is_file() else path
 
 
 def load_signer(folder: Path, role: str, key: Key, passphrase: Passphrase) -> Signer:
     """The private half of a key.
 
-    NotFoundError if its file is not in the folder, UsageError if others may read it or the passphrase is wrong,
-    VerificationError if it is damaged or of another key.
+    NotFoundError if its file is not in the folder, UsageError if others may read it, the passphrase is wrong or what
+    has the key cannot be used, VerificationError if it is damaged or of another key.
     """
     path = path_of(folder, role, key)
+    if path.suffix == _EXTERNAL:
+        return open_external(path.read_text(encoding="utf-8").strip(), key)
     try:
         mode, data = path.stat().st_mode & 0o777, path.read_bytes()
     except FileNotFoundError as error:

@@ -1,12 +1,13 @@
 """The keys of a repository: which ones each role trusts, in versions of the root, and how they are replaced.
 
 A folder has `N.root.json`, the versions of TUF's root metadata, `trusted-keys.json`, the keys of the role that signs
-bundles, and the private keys, which can be kept elsewhere while nobody signs with them.
+bundles, `trusted-keys-NAME.json` for each bundle that has keys of its own, and the private keys, which can be kept
+elsewhere while nobody signs with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ from typing import Any
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.signatures import TrustedKeys, read_trusted_keys
-from edgetune_runtime.update.release import ISSUED
+from edgetune_runtime.update.release import ISSUED, NAME
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
 
-from .key_files import Passphrase, load_signer, path_of, write_new_key
+from .external_keys import ExternalKey, signing
+from .key_files import Passphrase, load_signer, path_of, write_external_key, write_new_key
 
 BUNDLES = "bundles"
 """The role that signs bundles and their releases; the targets role delegates to it."""
 ROOT_ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
 ROLES = (*ROOT_ROLES, BUNDLES)
-TRUSTED_KEYS_NAME = "trusted-keys.json"
+OF_ONE_BUNDLE = f"{BUNDLES}/"
+"""Before the name of a bundle: the role that signs it in place of BUNDLES, if it has keys."""
+_TRUSTED_KEYS = "trusted-keys"
 _ROOT_DAYS = 730
 
 
@@ -51,26 +55,38 @@ class KeyFolder:
         except RepositoryError as error:
             raise UsageError(f"{self.roots[-1]} is damaged: {error}", "restore it from a backup") from error
 
-    def bundle_keys(self) -> TrustedKeys:
-        """The keys that sign bundles."""
-        return read_trusted_keys(self.folder / TRUSTED_KEYS_NAME)
+    @property
+    def roles(self) -> list[str]:
+        """The roles that have keys."""
+        names = (path.stem.removeprefix(f"{_TRUSTED_KEYS}-") for path in self.folder.glob(f"{_TRUSTED_KEYS}-*.json"))
+        return [*ROLES, *(f"{OF_ONE_BUNDLE}{name}" for name in sorted(names))]
+
+    def role_of(self, bundle: str) -> str:
+        """The role that signs a bundle."""
+        own = f"{OF_ONE_BUNDLE}{bundle}"
+        return own if self.trusted_keys(own).is_file() else BUNDLES
+
+    def trusted_keys(self, role: str) -> Path:
+        """The file with the keys of a role that signs bundles."""
+        return self.folder / f"{role.replace(BUNDLES, _TRUSTED_KEYS, 1).replace('/', '-')}.json"
 
     def keys(self, role: str) -> list[Key]:
-        """The keys of a role, oldest first."""
-        if role == BUNDLES:
-            return list(self.bundle_keys().keys.values())
+        """The keys of a role, oldest first; none for a bundle that has no keys of its own."""
+        if role not in ROOT_ROLES:
+            path = self.trusted_keys(role)
+            return [] if role != BUNDLES and not path.is_file() else list(read_trusted_keys(path).keys.values())
         root = self.root().signed
         return [root.keys[keyid] for keyid in root.roles[role].keyids]
 
     def listing(self) -> list[dict[str, Any]]:
         """Role, id and file of each key, whether the file is here, and how many keys of the role must sign."""
-        thresholds = {role: about.threshold for role, about in self.root().signed.roles.items()} | {BUNDLES: 1}
-        rows = [(role, key, path_of(self.folder, role, key)) for role in ROLES for key in self.keys(role)]
+        thresholds = {role: about.threshold for role, about in self.root().signed.roles.items()}
+        rows = [(role, key, path_of(self.folder, role, key)) for role in self.roles for key in self.keys(role)]
         return [
             {
                 "role": role,
                 "key": key.keyid,
-                "threshold": thresholds[role],
+                "threshold": thresholds.get(role, 1),
                 "file": path.name,
                 "is_here": path.is_file(),
             }
@@ -100,45 +116,51 @@ class KeyFolder:
             for key in keys[role]:
                 root.add_key(key, role)
         root.roles[Root.type].threshold = threshold
-        self._write_bundle_keys(keys[BUNDLES])
+        self._write_bundle_keys(BUNDLES, keys[BUNDLES])
         # Last: it makes the folder one of keys.
         self._write_root(root, None)
 
-    def add(self, role: str) -> None:
-        """Make another key for a role."""
-        self._replace(role, self.keys(role), adds=True)
+    def add(self, role: str, external: ExternalKey | None = None) -> None:
+        """Make another key for a role, or use an external one. A role of one bundle may be new.
 
-    def rotate(self, role: str) -> None:
-        """Make a key in place of the oldest one of a role; the old private key stays in the folder."""
-        self._replace(role, self.keys(role)[1:], adds=True)
+        UsageError for a bundle's name that cannot be a path.
+        """
+        require_name("the bundle's name", role.removeprefix(OF_ONE_BUNDLE))
+        self._replace(role, self.keys(role), lambda: self._new_key(role, external))
+
+    def rotate(self, role: str, external: ExternalKey | None = None) -> None:
+        """Make a key in place of the oldest one of a role, or use an external one; the old private key stays here."""
+        self._replace(role, self.keys(role)[1:], lambda: self._new_key(role, external))
 
     def revoke(self, keyid: str) -> str:
         """Trust a key, of which the first digits are given, no longer; its role. UsageError if its role needs it."""
-        found = {(role, key.keyid) for role in ROLES for key in self.keys(role) if key.keyid.startswith(keyid)}
+        found = {(role, key.keyid) for role in self.roles for key in self.keys(role) if key.keyid.startswith(keyid)}
         if len(found) != 1:
             raise NotFoundError(
                 f"{len(found)} keys have an id that begins with {keyid!r}", f"see: edgetune keys list {self.folder}"
             )
         ((role, full),) = found
         rest = [key for key in self.keys(role) if key.keyid != full]
-        least = 1 if role == BUNDLES else self.root().signed.roles[role].threshold
+        least = self.root().signed.roles[role].threshold if role in ROOT_ROLES else 1
         if len(rest) < least:
             message = f"{role} needs {least} keys, and {len(rest)} would be left"
             raise UsageError(message, f"replace it: edgetune keys rotate {self.folder} {role}")
         self._replace(role, rest)
         return role
 
-    def _new_key(self, role: str) -> Key:
+    def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
+        if external is not None:
+            return write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
 
-    def _replace(self, role: str, kept: Sequence[Key], *, adds: bool = False) -> None:
+    def _replace(self, role: str, kept: Sequence[Key], make: Callable[[], Key] | None = None) -> None:
         """Make a role trust the keys in `kept`, and a new one; the new key is deleted if that cannot be signed."""
-        new = [self._new_key(role)] if adds else []
+        new = [] if make is None else [make()]
         try:
-            if role == BUNDLES:
-                self._write_bundle_keys([*kept, *new])
-            else:
+            if role in ROOT_ROLES:
                 self._write_next_root(role, [*kept, *new])
+            else:
+                self._write_bundle_keys(role, [*kept, *new])
         except BaseException:
             for key in new:
                 path_of(self.folder, role, key).unlink()
@@ -163,8 +185,9 @@ class KeyFolder:
         metadata = Metadata(root)
         delegators = [item for item in (before, root) if item is not None]
         keys = {keyid: item.keys[keyid] for item in delegators for keyid in item.roles[Root.type].keyids}
-        for signer in self.signers(Root.type, keys.values()):
-            metadata.sign(signer, append=True)
+        with signing(Root.type):
+            for signer in self.signers(Root.type, keys.values()):
+                metadata.sign(signer, append=True)
         for delegator in delegators:
             result = delegator.get_verification_result(Root.type, metadata.signed_bytes, metadata.signatures)
             if not result.verified:
@@ -172,9 +195,21 @@ class KeyFolder:
                 raise UsageError(f"{message}, and {result.threshold} must sign", "copy more of root-*.pem there for it")
         _write(self.folder / f"{root.version}.root.json", metadata.to_bytes())
 
-    def _write_bundle_keys(self, keys: Sequence[Key]) -> None:
+    def _write_bundle_keys(self, role: str, keys: Sequence[Key]) -> None:
         trusted = TrustedKeys({key.keyid: key for key in keys})
-        _write(self.folder / TRUSTED_KEYS_NAME, trusted.to_json().encode())
+        _write(self.trusted_keys(role), trusted.to_json().encode())
+
+
+def missing_keys(role: str, keys: KeyFolder) -> NotFoundError:
+    """The error where too few private keys of a role are at hand."""
+    message = f"the private keys of {role} are not in {keys.folder}"
+    return NotFoundError(message, f"copy them there, or replace them: edgetune keys rotate {keys.folder} {role}")
+
+
+def require_name(what: str, name: str) -> None:
+    """UsageError unless a name can be part of a repository's paths."""
+    if not NAME.fullmatch(name):
+        raise UsageError(f"{what} is {name!r}", "use up to 100 letters, digits, dots, - and _")
 
 
 def _write(path: Path, data: bytes) -> None:

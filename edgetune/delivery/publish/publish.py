@@ -12,12 +12,13 @@ from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, res
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.signatures import SIGNATURE_NAME, signature_file
-from edgetune_runtime.update.release import MOST_OLDER, NAME, Release, parse_release, path_of, version_key
+from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, version_key
 from filelock import FileLock, Timeout
 
 from edgetune.progress import Progress
 
-from .key_folder import BUNDLES, KeyFolder
+from .external_keys import signing
+from .key_folder import KeyFolder, missing_keys, require_name
 from .repository import Repository
 
 _LOCK = ".lock"
@@ -63,9 +64,8 @@ def publish(
     damaged repository; UsageError for a name that cannot be a path, or while another publish is at work.
     """
     manifest = read_manifest(bundle)
-    for what, text in (("the bundle's name", manifest.name), ("--channel", channel)):
-        if not NAME.fullmatch(text):
-            raise UsageError(f"{what} is {text!r}", "use up to 100 letters, digits, dots, - and _")
+    require_name("the bundle's name", manifest.name)
+    require_name("--channel", channel)
     progress.say(f"checking the files of {manifest.name}")
     verify_files(bundle, manifest)
     with _locked(repo):
@@ -129,10 +129,18 @@ def refresh(repo: Path, keys: KeyFolder, *, expires_days: int) -> None:
 
 
 def sign(bundle: Path, keys: KeyFolder) -> Path:
-    """Sign the manifest of a bundle, and put the signature beside it; the file of the signature."""
+    """Sign the manifest of a bundle, and put the signature beside it; the file of the signature.
+
+    NotFoundError if no private key for it is in the folder.
+    """
+    role = keys.role_of(read_manifest(bundle).name)
     manifest = (bundle / MANIFEST_NAME).read_bytes()
     path = bundle / SIGNATURE_NAME
-    data = signature_file(manifest, keys.signers(BUNDLES, keys.keys(BUNDLES)))
+    signers = keys.signers(role, keys.keys(role))
+    if not signers:
+        raise missing_keys(role, keys)
+    with signing(role):
+        data = signature_file(manifest, signers)
     if not (path.is_file() and path.read_bytes() == data):
         with replacing(path) as temporary:
             temporary.write_bytes(data)

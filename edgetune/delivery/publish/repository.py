@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from edgetune_runtime.bundle import FileEntry, sha256_of
-from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
 from edgetune_runtime.update.release import BLOBS_FOLDER, ISSUED, METADATA_FOLDER, ROLE_PREFIX, TARGETS_FOLDER
-from securesystemslib.signer import Signer
+from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
     DelegatedRole,
@@ -27,7 +27,8 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
-from .key_folder import BUNDLES, KeyFolder
+from .external_keys import signing
+from .key_folder import KeyFolder, missing_keys
 
 _TARGETS_DAYS = 365
 _OTHER_KEYS = "give the keys of this --repo"
@@ -102,7 +103,7 @@ class Repository:
         new root already or not.
         """
         self._delegate()
-        self._changed |= {role for role, signed in self._roles.items() if signed.expires < _after(_TARGETS_DAYS // 2)}
+        self._changed |= {role for role, signed in self._roles.items() if self._must_renew(role, signed)}
         if self._published_root is not None and self._has_new_keys(Targets.type, self._published_root):
             self._changed.add(Targets.type)
         for role in sorted(self._changed):
@@ -131,19 +132,30 @@ class Repository:
             if not (self._metadata / path.name).exists():
                 _write(self._metadata / path.name, path.read_bytes())
 
+    def _must_renew(self, role: str, signed: Targets) -> bool:
+        """Whether metadata expires soon; of bundles whose keys are elsewhere only when it has expired."""
+        is_near = signed.expires < _after(_TARGETS_DAYS // 2)
+        return is_near and (signed.is_expired() or bool(self._signers(role)))
+
     def _delegate(self) -> None:
-        """Make the targets role delegate each bundle to the keys of bundles."""
-        keys = {key.keyid: key for key in self._keys.keys(BUNDLES)}
-        targets = self._roles[Targets.type]
-        roles = {
-            name: DelegatedRole(name, list(keys), 1, terminating=True, paths=[f"{name.removeprefix(ROLE_PREFIX)}/*"])
-            for name in self._roles
-            if name != Targets.type
-        }
-        expected = Delegations(dict(keys), roles)
+        """Make the targets role delegate each bundle to the keys of bundles, or to those that only this one has."""
+        targets, keys, roles = self._roles[Targets.type], dict[str, Key](), dict[str, DelegatedRole]()
+        before = (None if targets.delegations is None else targets.delegations.roles) or {}
+        for name in sorted(self._roles):
+            if name == Targets.type:
+                continue
+            own = {key.keyid: key for key in self._keys.keys(self._role_of(name))}
+            paths = [f"{name.removeprefix(ROLE_PREFIX)}/*"]
+            keys |= own
+            roles[name] = DelegatedRole(name, list(own), 1, terminating=True, paths=paths)
+        expected = Delegations(keys, roles)
         if targets.delegations is None or targets.delegations.to_dict() != expected.to_dict():
-            self._changed |= {Targets.type, *roles}
+            self._changed |= {Targets.type, *(name for name, role in roles.items() if before.get(name) != role)}
             targets.delegations = expected
+
+    def _role_of(self, name: str) -> str:
+        """The role among the keys that signs a role of the repository."""
+        return name if name in self._root.roles else self._keys.role_of(name.removeprefix(ROLE_PREFIX))
 
     def _has_new_keys(self, role: str, before: Root) -> bool:
         return self._root.roles[role].keyids != before.roles[role].keyids
@@ -154,23 +166,22 @@ class Repository:
             roots = [root for root in (self._root, self._published_root) if root is not None]
             keys = {keyid: root.keys[keyid] for root in roots for keyid in root.roles[role].keyids}
             return self._keys.signers(role, keys.values())
-        return self._keys.signers(BUNDLES, self._keys.keys(BUNDLES))
+        of_bundle = self._role_of(role)
+        return self._keys.signers(of_bundle, self._keys.keys(of_bundle))
 
     def _write(self, name: str, signed: T, signers: Iterable[Signer]) -> bytes:
         """Sign and write a file of metadata; NotFoundError if too few private keys are in the folder."""
         metadata = Metadata(signed)
-        for signer in signers:
-            metadata.sign(signer, append=True)
         role = name.rpartition(".")[2]
+        with signing(self._role_of(role)):
+            for signer in signers:
+                metadata.sign(signer, append=True)
         is_top = role in self._root.roles
         delegator = self._root if is_top else self._roles[Targets.type]
         try:
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
         except RepositoryError as error:
-            message = (
-                f"the private keys of {role if role in self._root.roles else BUNDLES} are not in the folder of keys"
-            )
-            raise NotFoundError(message, "copy them there, or replace them: edgetune keys rotate") from error
+            raise missing_keys(self._role_of(role), self._keys) from error
         data = metadata.to_bytes()
         _write(self._metadata / f"{name}.json", data)
         return data

@@ -17,6 +17,8 @@ from .kit import COPY_AGAIN, KitFile
 FOLDER = "files"
 _PART = ".part"
 _CHUNK_BYTES = 1 << 20
+_ATTEMPTS = 3
+"""How often a download may fail without a new byte."""
 
 
 class Store:
@@ -46,7 +48,7 @@ class Store:
         for path in self.folder.glob(f"*{_PART}"):
             if path.stem not in sizes:
                 path.unlink()
-        counts = {sha256: self._bytes_of(sha256, size) for sha256, size in sizes.items()}
+        counts = {sha256: self.bytes_of(sha256, size) for sha256, size in sizes.items()}
         return {sha256: count for sha256, count in counts.items() if count is not None}
 
     def part_bytes(self, sha256: str) -> int:
@@ -78,9 +80,22 @@ class Store:
         if digest.hexdigest() != sha256:
             part.unlink()
             raise VerificationError(f"the bytes that arrived for {sha256[:12]} are damaged", remedy)
-        part.chmod(0o444)
         part.rename(self.path(sha256))
+        # Not before: a part of a file that was cut off here could not be opened again.
+        self.path(sha256).chmod(0o444)
         flush_to_disk(self.folder)
+
+    def receive(self, sha256: str, size: int, rest_from: Callable[[int], Iterable[bytes]], remedy: str) -> None:
+        """`fill`, which goes on where a connection was lost; UnreachableError after three times without a new byte."""
+        failed, count = 0, 0
+        while True:
+            try:
+                return self.fill(sha256, size, rest_from, remedy)
+            except UnreachableError:
+                before, count = count, self.part_bytes(sha256)
+                failed = 0 if count > before else failed + 1
+                if failed == _ATTEMPTS:
+                    raise
 
     def put(self, file: KitFile, kit: Path) -> None:
         """Make sure that the store has the file, with the right contents; copies it from the kit's folder if not.
@@ -88,7 +103,7 @@ class Store:
         Raises VerificationError for a damaged file, NotFoundError if neither has it, OutOfSpaceError if the disk is
         full.
         """
-        if self._bytes_of(file.sha256, file.bytes) == file.bytes:
+        if self.bytes_of(file.sha256, file.bytes) == file.bytes:
             return
         source = kit / file.path
         if not source.is_file():
@@ -107,17 +122,17 @@ class Store:
             if path.name not in keep:
                 path.unlink()
 
-    def _bytes_of(self, sha256: str, size: int) -> int | None:
+    def bytes_of(self, sha256: str, size: int) -> int | None:
         """The bytes of a file that are there; None without any."""
         whole, part = self.path(sha256), self._part(sha256)
+        if whole.exists() and sha256_of(whole) != sha256:
+            whole.unlink()
         if not whole.exists() and part.exists() and part.stat().st_size >= size:
             # The device stopped between the last byte and the new name.
             with suppress(VerificationError):
                 self.fill(sha256, size, lambda _: (), "")
         if whole.exists():
-            if sha256_of(whole) == sha256:
-                return size
-            whole.unlink()
+            return size
         return part.stat().st_size if part.exists() else None
 
     def _part(self, sha256: str) -> Path:

@@ -38,6 +38,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--repo", metavar="URL", help=text)
     source.add_argument("--bundle", metavar="NAME", help="the bundle to follow (default: the only one)")
     source.add_argument("--channel", metavar="NAME", help="the channel to follow (default: stable)")
+    text = "what to download, such as gguf or gguf,onnx (default: those of the version that is installed, or else all)"
+    source.add_argument("--formats", metavar="A,B", help=text)
     text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
     text = "report what this device runs after each update, to an address or into a folder (default: off)"
@@ -77,8 +79,9 @@ def _act(prefix: Path, options: argparse.Namespace) -> None:
 def _update(prefix: Path, options: argparse.Namespace) -> None:
     from . import report, update  # noqa: PLC0415 - they import libraries of an extra, and of networks
 
+    formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
     reports_to = None if options.report is None else report.checked_address(options.report)
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, reports_to)
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, reports_to)
     try:
         found, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except EdgetuneError as error:

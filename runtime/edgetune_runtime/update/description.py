@@ -28,18 +28,26 @@ exec '{python}' "$@"
 def describe(release: Release, current: Kit | None) -> Kit:
     """The version of a release in the environment of the current version, or in that of this Python if there is none.
 
-    It is opened, and served, as the current version is. IncompatibleError if the release has no files for its engine.
+    It is opened, and served, as the current version is. IncompatibleError if the release is without its engine.
     """
     raw = _of_this_python(release) if current is None else json.loads(current.text)
-    if raw["engines"][0] not in release.formats:
-        message = f"release {release.version} of {release.name} has no files for {raw['engines'][0]}"
-        raise IncompatibleError(message, "deploy a kit for one of: " + ", ".join(release.formats))
+    engine = raw["engines"][0]
+    if engine not in release.formats:
+        message = f"this device opens {engine}, and the formats to download are {', '.join(release.formats)}"
+        raise IncompatibleError(message, f"add {engine} to --formats, or deploy a kit for another engine")
     kept = [file for file in raw["files"] if not file["path"].startswith(f"{BUNDLE_FOLDER}/")]
     files = [
         *kept,
         *({"path": f"{BUNDLE_FOLDER}/{path}", **vars(entry)} for path, entry in sorted(release.files.items())),
     ]
-    raw |= {"name": release.name, "bundle": release.bundle, "files": files, "release": release.version}
+    # What opens the version is its first engine.
+    raw |= {
+        "engines": sorted(release.formats, key=lambda name: name != engine),
+        "name": release.name,
+        "bundle": release.bundle,
+        "files": files,
+        "release": release.version,
+    }
     return parse_kit(json.dumps(raw, indent=1, sort_keys=True) + "\n")
 
 

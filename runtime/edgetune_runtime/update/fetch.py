@@ -14,7 +14,7 @@ from typing import IO, Any
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import UnreachableError, UsageError
 
-_SILENT_S = 30.0
+SILENT_S = 30.0
 """For a connection, and between two bytes."""
 _GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
 """A server that sends less than this on average has failed after the grace."""
@@ -54,7 +54,7 @@ class Location:
         where = f"{self.text}/{path}"
         try:
             with self._opened(path, offset) as source:
-                yield from _limited(source, most, where)
+                yield from limited(source, most, where)
         except FileNotFoundError as error:
             raise MissingError(f"there is no {where}", _CHECK) from error
         except urllib.error.HTTPError as error:
@@ -75,12 +75,8 @@ class Location:
         if offset:
             headers["Range"] = f"bytes={offset}-"
         request = urllib.request.Request(f"{self.text}/{urllib.parse.quote(path)}", headers=headers)
-        reply: http.client.HTTPResponse = _OPENER.open(request, timeout=_SILENT_S)
-        begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
-        if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
-            # The server ignores ranges.
-            for _ in _limited(reply, offset, path):
-                pass
+        reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
+        skip_to(offset, reply, path)
         return reply
 
 
@@ -97,10 +93,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
-_OPENER = urllib.request.build_opener(_Redirects)
+OPENER = urllib.request.build_opener(_Redirects)
+"""Opens addresses of HTTP and HTTPS within these limits."""
 
 
-def _limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
+def skip_to(offset: int, reply: http.client.HTTPResponse, where: str) -> None:
+    """Read a reply up to an offset that was asked for, where the server ignores ranges."""
+    begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
+    if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
+        for _ in limited(reply, offset, where):
+            pass
+
+
+def limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
     """At most `most` bytes of `source`; UnreachableError if they come too slowly."""
     begin, count = time.monotonic(), 0
     while count < most:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry
+from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import printable
 
@@ -26,6 +26,8 @@ ISSUED = "issued"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")
+_LONGEST_PATH = 255
+"""In bytes: that of one name in common file systems."""
 _WORD = re.compile("[a-z0-9_]{1,60}")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 _MOST_BYTES, _MOST_VERSION = 10**15, 10**9
@@ -84,28 +86,33 @@ def parse_release(data: bytes) -> Release:
             name=_text(raw["name"], NAME),
             channel=_text(raw["channel"], NAME),
             version=_number(raw["version"], _MOST_VERSION),
-            files={_path(path): _entry(entry) for path, entry in raw["files"].items()},
+            files={bundle_path(path): file_entry(entry) for path, entry in raw["files"].items()},
             formats=tuple(_text(name, _WORD) for name in raw["formats"]),
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
             share=_share(raw.get("share", 1.0)),
             older=tuple(_number(version, _MOST_VERSION) for version in raw.get("older", [])[:MOST_OLDER]),
         )
-        if MANIFEST_NAME not in release.files or not release.formats:
-            raise ValueError(f"it has no {MANIFEST_NAME}, or no formats")
+        manifest = release.files.get(MANIFEST_NAME)
+        if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
+            raise ValueError(f"it has no {MANIFEST_NAME} that can be read, or no formats")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise VerificationError(f"the release is damaged: {str(error)[:200]}", _REMEDY) from error
     return release
 
 
-def _path(path: str) -> str:
+def bundle_path(path: str) -> str:
+    """The path of a file in a bundle; ValueError for one that is outside."""
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or path != printable(path) or {"/", "\\"} & set(parts[0]):
         raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
+    if len(path.encode()) > _LONGEST_PATH:
+        raise ValueError(f"it names {path[:80]!r}…, which is too long")
     return path
 
 
-def _entry(raw: Mapping[str, Any]) -> FileEntry:
+def file_entry(raw: Mapping[str, Any]) -> FileEntry:
+    """The digest and size in a record; ValueError for impossible ones."""
     return FileEntry(_text(raw["sha256"], _DIGEST), _number(raw["bytes"], _MOST_BYTES))
 
 
@@ -117,11 +124,11 @@ def _text(value: object, pattern: re.Pattern[str]) -> str:
 
 def _share(value: object) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"it is for the share {str(value)[:80]}")
+        raise ValueError(f"it is for the share {str(value)[:80]!r}")
     return float(value)
 
 
 def _number(value: object, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(f"it has the number {str(value)[:80]}")
+        raise ValueError(f"it has the number {str(value)[:80]!r}")
     return value

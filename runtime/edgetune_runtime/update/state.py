@@ -24,16 +24,18 @@ _TRIES = 2
 class UpdateState:
     """The state of a prefix.
 
-    `floors` has the newest release of each name that was the current one here: older ones are refused, also after a
-    rollback. `failures` counts by the digest of a bundle's manifest how often it did not answer as built, `refused`
-    has those that a user does not want, with the reason. `not_before` is when the newest metadata was signed.
-    `switching` is the id of the version that a switch began to, empty when it has ended. `device` is the id
-    that says which releases for a share of the devices this one takes, and `report` where it reports what it runs.
+    `formats` are those that the user wants, if any. `floors` has the newest release of each name that was the current
+    one here: older ones are refused, also after a rollback. `failures` counts by the digest of a bundle's manifest how
+    often it did not answer as built, `refused` has those that a user does not want, with the reason. `not_before` is
+    when the newest metadata was signed. `switching` is the id of the version that a switch began to, empty when it has
+    ended. `device` is the id that says which releases for a share of the devices this one takes, and `report` where it
+    reports what it runs.
     """
 
     repo: str = ""
     bundle: str = ""
     channel: str = "stable"
+    formats: tuple[str, ...] = ()
     floors: Mapping[str, int] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)

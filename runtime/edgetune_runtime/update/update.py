@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,42 +11,37 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import (
     IncompatibleError,
     NotFoundError,
-    OutOfSpaceError,
-    UnreachableError,
     UsageError,
     VerificationError,
 )
 from edgetune_runtime.store import switch, versions
 from edgetune_runtime.store.durable import locked
-from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
 from .current import current_kit
 from .description import describe, make_environment
+from .download import download, of_wanted_formats
 from .fetch import Location
-from .release import BLOBS_FOLDER, NAME, Release
+from .release import NAME, Release
 from .rollout import Choice, choose, device_id, why_not_run
 from .state import FOLDER, METADATA_FOLDER, UpdateState, read_state, read_trusted_root, write_state, write_trusted_root
 from .trust import TrustedRepository, read_root
-
-_RESERVE_BYTES = 50 * 10**6
-"""Left free on the disk for everything else on the device."""
-_ATTEMPTS = 3
-"""How often a download may fail without a new byte."""
 
 
 @dataclass(frozen=True)
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, and `report` an address or a folder to report to.
+    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report` is where to
+    report what runs.
     """
 
     repo: str | None = None
     bundle: str | None = None
     channel: str | None = None
     root: Path | None = None
+    formats: tuple[str, ...] | None = None
     report: str | None = None
 
 
@@ -67,8 +60,14 @@ class Found:
 
     @property
     def is_new(self) -> bool:
-        """Whether the device does not have this bundle."""
-        return self.current is None or self.current.bundle != self.release.bundle
+        """Whether the device does not have this bundle in its formats."""
+        current = self.current
+        return current is None or current.bundle != self.release.bundle or {*current.engines} != {*self.formats}
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that the device has, or gets: what the user wants, or those of the current version, or all."""
+        return self.state.formats or (self.release.formats if self.current is None else self.current.engines)
 
     @property
     def reason(self) -> str | None:
@@ -116,8 +115,9 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
             raise IncompatibleError(unfit, "update edgetune-runtime")
         if found.reason is not None:
             return found, False
-        kit = describe(found.release, found.current)
-        _download(prefix, kit, Location(found.state.repo), say)
+        location = Location(found.state.repo)
+        kit = describe(of_wanted_formats(prefix, found.release, found.formats, location), found.current)
+        download(prefix, kit, location, say)
         make_environment(prefix, kit)
         versions.place(prefix, kit)
         _check_manifest(prefix, kit, found.release)
@@ -146,12 +146,14 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         message = f"release {release.version} of {name} is older than {floor}, which this device had"
         raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
+    formats = source.formats or state.formats
     device = device_id(name, state.device)
     state = replace(
         state,
         repo=location.text,
         bundle=name,
         channel=release.channel,
+        formats=formats,
         not_before=not_before,
         device=device,
         report=state.report if source.report is None else source.report,
@@ -179,40 +181,6 @@ def _name_among(names: list[str], current: Kit | None) -> str:
     if len(names) != 1 or not NAME.fullmatch(names[0]):
         raise UsageError(f"the repository has {len(names)} bundles", f"add --bundle NAME: {', '.join(names)}")
     return names[0]
-
-
-def _download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
-    """Receive the files of a version that the store lacks, and compare their digests; OutOfSpaceError without room."""
-    store = Store(prefix)
-    sizes = {file.sha256: file.bytes for file in kit.version_files}
-    received = store.received(sizes)
-    missing = {sha256: size for sha256, size in sizes.items() if received.get(sha256) != size}
-    needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
-    free = shutil.disk_usage(prefix).free
-    if free < needed + _RESERVE_BYTES:
-        message = f"the update needs {(needed + _RESERVE_BYTES) / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
-        raise OutOfSpaceError(message, "free some space")
-    if missing:
-        say(f"downloading {needed / 1e6:.1f} MB")
-    for sha256, size in missing.items():
-        _download_file(store, sha256, size, location)
-
-
-def _download_file(store: Store, sha256: str, size: int, location: Location) -> None:
-    """Receive a file, and go on where a connection was lost."""
-
-    def rest_from(offset: int) -> Iterator[bytes]:
-        return location.blocks(f"{BLOBS_FOLDER}/{sha256}", size - offset, offset)
-
-    failed, count = 0, 0
-    while True:
-        try:
-            return store.fill(sha256, size, rest_from, "update again, it goes on from there")
-        except UnreachableError:
-            before, count = count, store.part_bytes(sha256)
-            failed = 0 if count > before else failed + 1
-            if failed == _ATTEMPTS:
-                raise
 
 
 def _check_manifest(prefix: Path, kit: Kit, release: Release) -> None:

@@ -25,12 +25,14 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.golden import ask
+from edgetune_runtime.signatures import require_signed
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import read_kit
 from edgetune_runtime.store.opening import Opening
 from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
+from repositories import make_keys
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 from wheels import repack
@@ -42,6 +44,7 @@ from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.target_python import TargetPython, target_python
 from edgetune.delivery.kit.wheels import Wheel, collect, dependencies, read_wheel
+from edgetune.delivery.publish.publish import sign
 from edgetune.progress import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
@@ -96,6 +99,7 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
     bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", source.path, adapters)
     add_onnx(bundle, source, adapters)
     add_golden(bundle, ("gguf", "onnx"))
+    sign(bundle, make_keys(bundle.parent / "keys"))
     return bundle
 
 
@@ -178,7 +182,11 @@ def test_the_same_bundle_gives_the_same_bytes(
     made = json.loads(capfd.readouterr().out)
     folder = unpacked(tmp_path / "other.tar", tmp_path)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) == made["bytes"]
-    assert made["bundle_bytes"] == sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+    assert made["bundle_bytes"] == sum(path.stat().st_size for path in (folder / "bundle").rglob("*") if path.is_file())
+    # The bundle's files for the other engine stay here.
+    assert list(read_manifest(home).base.files) == ["gguf", "onnx"]
+    assert list(read_manifest(folder / "bundle").base.files) == ["onnx"]
+    require_signed(folder / "bundle", home.parent / "keys/trusted-keys.json")
 
 
 def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:
@@ -202,7 +210,7 @@ def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str
     raw = json.loads((kit / "sbom.cdx.json").read_text())
     found = {part["name"]: part for part in raw["components"]}
     base = found.pop(json.loads((kit / "bundle/manifest.json").read_text())["base"]["name"])
-    assert (base["type"], len(base["components"])) == ("machine-learning-model", 2)
+    assert (base["type"], len(base["components"])) == ("machine-learning-model", 1)
     assert len(found) == len(list((kit / "wheels").iterdir()))
     assert found["edgetune-runtime"]["licenses"] == [{"expression": "Apache-2.0"}]
     assert found["jinja2"]["licenses"] == [{"license": {"name": "BSD License"}}]
@@ -231,7 +239,7 @@ def test_the_base_has_the_licence_that_its_file_states(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    raw = json.loads(sbom.bill_of_materials(bundle, read_manifest(bundle), "1", []))
+    raw = json.loads(sbom.bill_of_materials(bundle, read_manifest(bundle), "gguf", "1", []))
     assert [part["licenses"] for part in raw["components"]] == [[listed]]
 
 

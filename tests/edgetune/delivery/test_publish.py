@@ -11,31 +11,21 @@ from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.update.fetch import Location
-from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
 from kills import KILLED, killed_at
 from kits import write_bundle
-from repositories import PASSPHRASE, Publisher, make_keys, open_keys, publish
+from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device
 
 from edgetune.cli.main import main
-from edgetune.delivery.publish import key_folder
+from edgetune.delivery.publish import key_folder, repository
 from edgetune.delivery.publish.key_files import PASSPHRASE as VARIABLE
-from edgetune.delivery.publish.key_folder import BUNDLES, ROOT_ROLES, TRUSTED_KEYS_NAME, KeyFolder
+from edgetune.delivery.publish.key_folder import BUNDLES, ROOT_ROLES, KeyFolder
 from edgetune.delivery.publish.publish import refresh, sign
-
-_START = datetime.fromtimestamp(0, UTC)
 
 
 @pytest.fixture
 def publisher(tmp_path: Path) -> Publisher:
     return Publisher(tmp_path)
-
-
-def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> Release:
-    """The newest release that a device with this root and metadata folder accepts."""
-    trusted = TrustedRepository(Location(str(repo)), folder, root.read_bytes(), _START)
-    trusted.refresh()
-    return trusted.release(name, "stable")
 
 
 def test_a_repository_has_each_file_once_and_a_release_per_publish(publisher: Publisher, tmp_path: Path) -> None:
@@ -162,11 +152,80 @@ def test_the_last_key_of_a_role_cannot_be_revoked(publisher: Publisher) -> None:
         publisher.keys.revoke("nothing")
 
 
+@pytest.fixture
+def team(publisher: Publisher, tmp_path: Path) -> KeyFolder:
+    """The keys of a team that publishes "home"; somebody else has those of other bundles, of targets and the root."""
+    publish(write_bundle(tmp_path / "other", "one"), publisher.repo, publisher.keys)
+    publisher.keys.add("bundles/home")
+    publisher("one")
+    folder = Path(shutil.copytree(publisher.keys.folder, tmp_path / "team"))
+    for pattern in ("root-*.pem", "targets-*.pem", "bundles-????????.pem"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    return open_keys(folder)
+
+
+def test_a_team_publishes_its_bundle_and_no_other(publisher: Publisher, team: KeyFolder, tmp_path: Path) -> None:
+    done = publish(write_bundle(publisher.bundle, "two"), publisher.repo, team)
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == done.release
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "other").version == 1
+    before = contents(publisher.repo / "metadata")
+    with pytest.raises(NotFoundError, match="the private keys of bundles are not in"):
+        publish(write_bundle(tmp_path / "other", "two"), publisher.repo, team)
+    assert not (tmp_path / "other" / SIGNATURE_NAME).exists()
+    assert contents(publisher.repo / "metadata") == before
+    # Nor one of a new name, for which the role of targets must sign.
+    team.add("bundles/third")
+    with pytest.raises(NotFoundError, match="the private keys of targets are not in"):
+        publish(write_bundle(tmp_path / "third", "one"), publisher.repo, team)
+    # And who has the keys of all other bundles not this one.
+    for path in publisher.keys.folder.glob("bundles-home-*.pem"):
+        path.unlink()
+    with pytest.raises(NotFoundError, match="the private keys of bundles/home are not in"):
+        publisher("three")
+
+
+def test_the_keys_of_one_bundle_sign_its_manifest(publisher: Publisher, team: KeyFolder) -> None:
+    require_signed(publisher.bundle, team.trusted_keys("bundles/home"))
+    with pytest.raises(VerificationError, match="is not signed by a key in"):
+        require_signed(publisher.bundle, team.trusted_keys(BUNDLES))
+
+
+def test_a_team_does_not_renew_what_others_sign_until_it_has_expired(
+    publisher: Publisher, team: KeyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("2.bundle-other.json", "3.targets.json")
+    monkeypatch.setattr(repository, "_TARGETS_DAYS", 10_000)
+    refresh(publisher.repo, team, expires_days=30)
+    assert not any((publisher.repo / "metadata" / name).exists() for name in names)
+    assert (publisher.repo / "metadata/2.bundle-home.json").exists()
+    refresh(publisher.repo, publisher.keys, expires_days=30)
+    assert all((publisher.repo / "metadata" / name).exists() for name in names)
+
+
+def test_the_keys_of_one_bundle_are_replaced_with_the_key_of_targets(
+    publisher: Publisher, team: KeyFolder, tmp_path: Path
+) -> None:
+    seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
+    publisher.keys.rotate("bundles/home")
+    (stolen,) = (key for key in team.keys("bundles/home"))
+    assert stolen not in publisher.keys.keys("bundles/home")
+    assert publisher("two").release == seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
+    with pytest.raises(NotFoundError, match="the private keys of targets are not in"):
+        publish(write_bundle(publisher.bundle, "stolen"), publisher.repo, team)
+    assert [row["role"] for row in publisher.keys.listing()][-2:] == ["bundles", "bundles/home"]
+
+
+def test_a_bundle_whose_name_is_no_path_gets_no_keys(publisher: Publisher) -> None:
+    with pytest.raises(UsageError, match=r"the bundle's name is '\.\./x'; use up to"):
+        publisher.keys.add("bundles/../x")
+
+
 def test_an_expired_repository_is_valid_again_after_another_signature(publisher: Publisher, tmp_path: Path) -> None:
     publisher("one")
     path = publisher.repo / "metadata/timestamp.json"
     soon = datetime.now(UTC) + timedelta(days=200)
-    trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "late", publisher.root.read_bytes(), _START)
+    trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "late", publisher.root.read_bytes(), START)
     trusted._updater._trusted_set.reference_time = soon
     with pytest.raises(VerificationError, match=r"is expired.* sign it again"):
         trusted.refresh()
@@ -205,6 +264,10 @@ def test_the_keys_of_another_repository_are_refused(publisher: Publisher, tmp_pa
     publisher("one")
     with pytest.raises(UsageError, match="is not the one in"):
         publish(publisher.bundle, publisher.repo, make_keys(tmp_path / "others"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def keys_with(tmp_path: Path, damage: str) -> KeyFolder:
@@ -271,13 +334,13 @@ def test_the_commands_make_list_and_replace_keys(
 
 def test_a_bundle_is_trusted_by_the_keys_that_signed_it(tmp_path: Path) -> None:
     keys, others = make_keys(tmp_path / "keys"), make_keys(tmp_path / "others")
-    bundle, trusted = write_bundle(tmp_path / "home", "one"), keys.folder / TRUSTED_KEYS_NAME
+    bundle, trusted = write_bundle(tmp_path / "home", "one"), keys.trusted_keys(BUNDLES)
     with pytest.raises(VerificationError, match=f"is not signed: it has no {SIGNATURE_NAME}"):
         require_signed(bundle, trusted)
     sign(bundle, keys)
     require_signed(bundle, trusted)
     with pytest.raises(VerificationError, match="is not signed by a key in"):
-        require_signed(bundle, others.folder / TRUSTED_KEYS_NAME)
+        require_signed(bundle, others.trusted_keys(BUNDLES))
     manifest = bundle / MANIFEST_NAME
     manifest.write_bytes(manifest.read_bytes().replace(b'"home"', b'"hame"'))
     with pytest.raises(VerificationError, match="or its manifest was changed"):

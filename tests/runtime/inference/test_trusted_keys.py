@@ -11,7 +11,7 @@ from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME
 from repositories import make_keys
 
-from edgetune.delivery.publish.key_folder import TRUSTED_KEYS_NAME
+from edgetune.delivery.publish.key_folder import BUNDLES
 from edgetune.delivery.publish.publish import sign
 
 
@@ -24,7 +24,7 @@ def test_only_a_signed_bundle_opens_where_keys_are_trusted(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keys = make_keys(tmp_path / "keys")
-    trusted = keys.folder / TRUSTED_KEYS_NAME
+    trusted = keys.trusted_keys(BUNDLES)
     words = ["generate", str(copy), "--prompt", "hello", "--max-tokens", "2", "--trusted-keys", str(trusted)]
     with pytest.raises(VerificationError, match="is not signed"):
         Runtime.open(copy, trusted_keys=trusted)
@@ -52,5 +52,5 @@ def test_commands_read_nothing_of_a_bundle_whose_signature_is_wrong(
     sign(copy, keys)
     # What no reader would get past.
     (copy / MANIFEST_NAME).write_text("{")
-    assert main([command, str(copy), "--trusted-keys", str(keys.folder / TRUSTED_KEYS_NAME)]) == 4
+    assert main([command, str(copy), "--trusted-keys", str(keys.trusted_keys(BUNDLES))]) == 4
     assert "or its manifest was changed" in capsys.readouterr().err

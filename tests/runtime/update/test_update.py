@@ -3,11 +3,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import (
     BusyError,
@@ -74,6 +77,63 @@ def test_a_device_that_is_up_to_date_makes_one_small_request(
     assert not apply(prefix)
     assert server.requests == ["metadata/timestamp.json"]
     assert sum(server.sent) < 4000
+
+
+def test_only_the_changed_adapter_is_downloaded(prefix: Path, publisher: Publisher, server: Server) -> None:
+    adapters = publisher.bundle / "adapters"
+    adapters.mkdir()
+    for name in ("one", "two", "three"):
+        (adapters / name).write_bytes(name.encode() * 100_000)
+    publisher("two")
+    assert apply(prefix, source_of(publisher, server))
+    (adapters / "two").write_bytes(b"new" * 50_000)
+    publisher("two")
+    server.sent.clear()
+    assert apply(prefix)
+    assert (prefix / "current/bundle/adapters/two").read_bytes() == b"new" * 50_000
+    assert 150_000 < sum(server.sent) < 150_000 + 16_000
+
+
+def installed_files(prefix: Path) -> set[str]:
+    bundle = prefix / "current/bundle"
+    return {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+
+
+def test_a_device_downloads_the_format_that_it_opens(prefix: Path, publisher: Publisher, server: Server) -> None:
+    publisher.formats = ["onnx", "gguf"]
+    publisher("two")
+    assert apply(prefix, source_of(publisher, server))
+    assert ask(prefix) == "two"
+    assert installed_files(prefix) == {"manifest.json", "manifest.json.sig", "answer.txt", "base/model.gguf"}
+    assert list(read_manifest(prefix / "current/bundle").base.files) == ["gguf"]
+    assert not apply(prefix)
+    # What was left out is downloaded when it is wanted, also of the same release.
+    assert apply(prefix, UpdateSource(formats=("onnx", "gguf")))
+    assert "base/onnx/model.onnx" in installed_files(prefix)
+    publisher("three")
+    assert apply(prefix)
+    assert "base/onnx/model.onnx" in installed_files(prefix)
+    assert current.status(prefix, silent)["versions"][0]["engines"] == ["gguf", "onnx"]
+    with pytest.raises(IncompatibleError, match=r"opens gguf, and the formats to download are onnx; add gguf"):
+        apply(prefix, UpdateSource(formats=("onnx",)))
+    with pytest.raises(IncompatibleError, match=r"release 4 of home has no files for ggml; use --formats onnx,gguf"):
+        publisher("four")
+        apply(prefix, UpdateSource(formats=("ggml",)))
+    assert ask(prefix) == "three"
+
+
+def test_a_device_without_a_kit_gets_all_formats_or_those_that_it_names(
+    publisher: Publisher, both_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(both_of("llama"), tmp_path / "real"))
+    publish(bundle, publisher.repo, publisher.keys)
+    for formats in (None, ("onnx",)):
+        prefix = tmp_path / f"device-{formats}"
+        assert apply(prefix, replace(source_of(publisher, publisher.repo), formats=formats))
+        assert current.status(prefix, silent)["versions"][0]["engines"] == [*(formats or ("gguf", "onnx"))]
+        with Runtime.open(prefix / "current/bundle") as runtime:
+            assert runtime.generate("turn on", adapter="command", max_tokens=3).text
+            assert list(runtime.manifest.base.files) == [*(formats or ("gguf", "onnx"))]
 
 
 def test_a_repository_can_be_a_folder_that_is_found_again(

@@ -1,0 +1,94 @@
+"""`edgetune push BUNDLE oci://…` and `edgetune pull oci://… --out DIR`: bundles in OCI registries and image layouts."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .arguments import AsJson, BundlePath, Quiet, output_option, print_json
+
+if TYPE_CHECKING:
+    from edgetune.delivery.oci.transfer import ArtifactStore
+
+# Options by the groups in --help.
+registry_option = partial(typer.Option, rich_help_panel="Registry")
+
+Artifact = Annotated[
+    str, typer.Argument(metavar="REFERENCE", help="oci://REGISTRY/NAME:TAG, or oci-layout:DIR:TAG for a folder.")
+]
+Username = Annotated[
+    str | None,
+    registry_option(
+        metavar="NAME",
+        help="Log in with this name, and the password in EDGETUNE_REGISTRY_PASSWORD (default: as `docker login` did).",
+    ),
+]
+Insecure = Annotated[
+    bool, registry_option("--insecure", help="Talk to the registry without encryption, as to one on this machine.")
+]
+TrustedKeys = Annotated[
+    Path | None,
+    registry_option(metavar="FILE", help="Refuse a bundle that none of these keys has signed, see `edgetune keys`."),
+]
+
+
+def open_artifact(text: str, username: str | None, *, insecure: bool) -> ArtifactStore:
+    """The registry or layout of a reference."""
+    from edgetune.delivery.oci.transfer import open_store
+
+    return open_store(text, username, insecure=insecure)
+
+
+def push(
+    bundle: BundlePath,
+    reference: Artifact,
+    *,
+    username: Username = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Send a bundle to an OCI registry, or into an image layout.
+
+    Files that are there already are not sent again, so a version with a changed adapter sends that one. The last line
+    is the reference by digest, which always means this bundle.
+    """
+    from edgetune.delivery.oci import transfer
+    from edgetune.progress import Progress
+
+    store = open_artifact(reference, username, insecure=insecure)
+    done = transfer.push(bundle, store, Progress(quiet=quiet))
+    if as_json:
+        print_json(done.to_json())
+        return
+    print(f"{done.sent_bytes / 1e6:.1f} of {done.bytes / 1e6:.1f} MB sent")
+    print(done.reference)
+
+
+def pull(
+    reference: Artifact,
+    *,
+    out: Annotated[Path, output_option(metavar="DIR", help="The bundle's folder; it may have another version of it.")],
+    trusted_keys: TrustedKeys = None,
+    username: Username = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a bundle from an OCI registry, or from an image layout.
+
+    Each file is compared with its digest. If this is interrupted, the next call goes on from there.
+    """
+    from edgetune.delivery.oci import transfer
+    from edgetune.progress import Progress
+
+    store = open_artifact(reference, username, insecure=insecure)
+    found = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
+    if as_json:
+        print_json({"reference": str(found), "path": str(out)})
+        return
+    print(found)
+    print(out)

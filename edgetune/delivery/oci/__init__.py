@@ -1,0 +1,1 @@
+"""Sends bundles to OCI registries and image layouts, and fetches them from there."""

@@ -1,0 +1,97 @@
+"""The manifest of a bundle's OCI artifact, with the media types of the CNCF's ModelPack: a layer for each file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.update.release import bundle_path, file_entry
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+LONGEST_ARTIFACT_MANIFEST = 4 << 20
+"""The length that registries must accept at least; longer manifests are refused."""
+_MODEL_TYPE = "application/vnd.cncf.model.manifest.v1+json"
+_CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
+_LAYER_TYPES = {
+    ".json": "application/vnd.cncf.model.weight.config.v1.raw",
+    ".sig": "application/vnd.cncf.model.weight.config.v1.raw",
+    ".jinja": "application/vnd.cncf.model.weight.config.v1.raw",
+    ".md": "application/vnd.cncf.model.doc.v1.raw",
+}
+"""Media types of files by their suffix."""
+_WEIGHT_TYPE = "application/vnd.cncf.model.weight.v1.raw"
+_PATH, _TITLE = "org.cncf.model.filepath", "org.opencontainers.image.title"
+"""Annotations with a layer's path: of ModelPack, and of programs that push any files."""
+_DIGEST = "sha256:"
+
+
+def config_of(manifest: Manifest, files: Mapping[str, FileEntry]) -> bytes:
+    """ModelPack's description of the model; the same for the same bundle."""
+    base = manifest.base
+    config = {
+        "architecture": base.architecture,
+        "format": ",".join(base.files),
+        "paramSize": f"{base.parameters / 1e6:.0f}m",
+        **({} if base.quantization is None else {"quantization": base.quantization}),
+    }
+    layers = {"type": "layers", "diffIds": [f"{_DIGEST}{entry.sha256}" for entry in files.values()]}
+    return _json({"descriptor": {"name": manifest.name}, "config": config, "modelfs": layers})
+
+
+def artifact_manifest(files: Mapping[str, FileEntry], config: bytes) -> bytes:
+    """The artifact's manifest; `files` are those of the bundle, its manifest included, by their paths."""
+    described = FileEntry(hashlib.sha256(config).hexdigest(), len(config))
+    return _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": _MODEL_TYPE,
+            "config": _descriptor(_CONFIG_TYPE, described),
+            "layers": [
+                {**_descriptor(_layer_type(path), entry), "annotations": {_PATH: path, _TITLE: path}}
+                for path, entry in files.items()
+            ],
+        }
+    )
+
+
+def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:
+    """The files of an artifact by their paths in the bundle; VerificationError if it is none of a bundle."""
+    try:
+        raw = json.loads(data)
+        if raw.get("mediaType", MANIFEST_TYPE) != MANIFEST_TYPE:
+            raise ValueError(f"it is of the type {str(raw['mediaType'])[:80]}")
+        files = dict(_file(layer) for layer in raw["layers"])
+        folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
+        if MANIFEST_NAME not in files or folders & files.keys():
+            raise ValueError(f"it has no {MANIFEST_NAME}, or a file in place of a folder")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        message = f"{where} is no bundle: {str(error)[:200]}"
+        raise VerificationError(message, "check the reference; `edgetune push` makes such artifacts") from error
+    return files
+
+
+def _file(layer: Mapping[str, Any]) -> tuple[str, FileEntry]:
+    named = layer.get("annotations") or {}
+    path = named.get(_PATH) or named.get(_TITLE)
+    if path is None:
+        raise ValueError("it has a layer without a file's name")
+    return bundle_path(path), file_entry({"sha256": layer["digest"].removeprefix(_DIGEST), "bytes": layer["size"]})
+
+
+def _descriptor(media_type: str, entry: FileEntry) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": f"{_DIGEST}{entry.sha256}", "size": entry.bytes}
+
+
+def _layer_type(path: str) -> str:
+    return _LAYER_TYPES.get(PurePosixPath(path).suffix, _WEIGHT_TYPE)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"

@@ -1,0 +1,116 @@
+"""An artifact in an OCI image layout: a folder with blobs by digest and an index of tags."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import FileEntry, sha256_of
+from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.formats.atomic import flush_to_disk, replacing
+from edgetune_runtime.update.fetch import limited
+from edgetune_runtime.update.release import file_entry
+from edgetune_runtime.wording import first_of
+from filelock import FileLock
+
+from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
+from .reference import Reference
+
+_LAYOUT_NAME, _INDEX_NAME = "oci-layout", "index.json"
+_TAG = "org.opencontainers.image.ref.name"
+
+
+class ImageLayout:
+    """The artifact of a reference in a layout; the folder is made at the first write."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+        self._folder = Path(reference.place)
+
+    def has_blob(self, entry: FileEntry) -> bool:
+        """Whether the layout has this file, undamaged."""
+        path = self._blob(entry.sha256)
+        return path.is_file() and path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256
+
+    def put_blob(self, entry: FileEntry, source: Path | bytes) -> None:
+        """Add a file; VerificationError if its digest is another one."""
+        path = self._blob(entry.sha256)
+        with replacing(path) as temporary:
+            if isinstance(source, bytes):
+                temporary.write_bytes(source)
+            else:
+                shutil.copyfile(source, temporary)
+            if sha256_of(temporary) != entry.sha256:
+                raise VerificationError(f"{source!s} was changed while it was copied", "push again")
+        flush_to_disk(path.parent)
+
+    def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, at most its size; NotFoundError if there is none."""
+        path = self._blob(entry.sha256)
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                yield from limited(file, entry.bytes - offset, str(path))
+        except OSError as error:
+            raise NotFoundError(f"cannot read {path}: {error.strerror}", "push the bundle there again") from error
+
+    def read_manifest(self) -> bytes:
+        """The artifact's manifest; NotFoundError if there is none; one that is too long is cut off."""
+        digest = self.reference.digest or self._digest_of_tag()
+        return b"".join(self.blocks(FileEntry(digest, LONGEST_ARTIFACT_MANIFEST)))
+
+    def put_manifest(self, data: bytes) -> None:
+        """Add the artifact's manifest under its tag, which may have been another artifact's."""
+        digest = hashlib.sha256(data).hexdigest()
+        self.put_blob(FileEntry(digest, len(data)), data)
+        _write(self._folder / _LAYOUT_NAME, {"imageLayoutVersion": "1.0.0"})
+        described = {
+            "mediaType": MANIFEST_TYPE,
+            "digest": f"sha256:{digest}",
+            "size": len(data),
+            "annotations": {_TAG: self.reference.tag},
+        }
+        with FileLock(self._folder / ".lock"):
+            kept = [item for item in self._index() if _tag_of(item) != self.reference.tag]
+            index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*kept, described]}
+            _write(self._folder / _INDEX_NAME, index)
+
+    def _blob(self, digest: str) -> Path:
+        return self._folder / "blobs/sha256" / digest
+
+    def _digest_of_tag(self) -> str:
+        tags = {_tag_of(item): item["digest"] for item in self._index()}
+        if self.reference.tag not in tags:
+            known = first_of(sorted(filter(None, tags)), 10, ", ") or "none"
+            message = f"{self._folder} has no tag {self.reference.tag}"
+            raise NotFoundError(message, f"its tags are: {known}")
+        return str(tags[self.reference.tag]).removeprefix("sha256:")
+
+    def _index(self) -> list[dict[str, Any]]:
+        """The artifacts of the layout, none if it is new; VerificationError if its index is damaged."""
+        path = self._folder / _INDEX_NAME
+        try:
+            found = json.loads(path.read_bytes())["manifests"]
+            for item in found:
+                file_entry({"sha256": item["digest"].removeprefix("sha256:"), "bytes": item["size"]})
+                if not isinstance(_tag_of(item), str | None):
+                    raise TypeError("a tag is no text")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise VerificationError(f"{path} is damaged: {error}", "restore it from a backup") from error
+        return list(found)
+
+
+def _tag_of(described: dict[str, Any]) -> str | None:
+    return (described.get("annotations") or {}).get(_TAG)
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    flush_to_disk(path.parent)

@@ -1,0 +1,117 @@
+"""Logs in to a registry: credentials of Docker's settings or of the user, answers to challenges, tokens."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from getpass import getpass
+from pathlib import Path
+
+from edgetune_runtime.errors import UnreachableError, UsageError
+from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited
+
+PASSWORD = "EDGETUNE_REGISTRY_PASSWORD"
+_LONGEST_TOKEN = 1 << 20
+_HELPER_S = 30.0
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """A user's name and password, or a token in its place."""
+
+    username: str
+    password: str
+
+    @property
+    def basic(self) -> str:
+        """The header of HTTP's basic authentication."""
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+def credentials_for(host: str, username: str | None) -> Credentials | None:
+    """The credentials for a registry: of `username`, whose password is in the environment or asked for, or Docker's.
+
+    None without any. UsageError if there is no password, or Docker's settings are damaged.
+    """
+    if username is None:
+        return _of_docker(host)
+    password = os.environ.get(PASSWORD)
+    if password is None and not sys.stdin.isatty():
+        raise UsageError(
+            f"--username {username} needs a password, and nobody is there to ask for it", f"set {PASSWORD}"
+        )
+    return Credentials(username, getpass(f"Password of {username}: ") if password is None else password)
+
+
+def answer(challenge: str, credentials: Credentials | None, api: str) -> str:
+    """The header `Authorization` for a registry's challenge: basic, or a token that its service gives.
+
+    UsageError if the registry asks for credentials and there are none, UnreachableError if the service gives no token.
+    """
+    scheme, _, rest = challenge.partition(" ")
+    fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+    if scheme.lower() == "bearer" and "realm" in fields:
+        return "Bearer " + _token(fields, credentials, api)
+    if credentials is None or scheme.lower() != "basic":
+        host = urllib.parse.urlsplit(api).netloc
+        raise UsageError(f"{host} asks for a login", f"run: docker login {host}; or give --username and {PASSWORD}")
+    return credentials.basic
+
+
+def _token(fields: dict[str, str], credentials: Credentials | None, api: str) -> str:
+    realm = fields["realm"]
+    # A registry must not make us send a password without encryption.
+    if not realm.startswith(("https://", f"{urllib.parse.urlsplit(api).scheme}://")):
+        raise UnreachableError(f"the registry's tokens are at {realm[:200]!r}, without encryption", "check the address")
+    query = urllib.parse.urlencode([(key, fields[key]) for key in ("service", "scope") if key in fields])
+    request = urllib.request.Request(f"{realm}?{query}")
+    if credentials is not None:
+        request.add_unredirected_header("Authorization", credentials.basic)
+    with OPENER.open(request, timeout=SILENT_S) as reply:
+        data = b"".join(limited(reply, _LONGEST_TOKEN, realm))
+    try:
+        raw = json.loads(data)
+        token = raw.get("token") or raw["access_token"]
+        return re.fullmatch(r"[\x21-\x7e]+", token)[0]  # type: ignore[index]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UnreachableError(f"{realm[:200]} gave no token", "check the registry's address") from error
+
+
+def _of_docker(host: str) -> Credentials | None:
+    """What `docker login` has stored, in its settings or with a program for credentials."""
+    path = Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker") / "config.json"
+    try:
+        raw = json.loads(path.read_bytes())
+        helper = (raw.get("credHelpers") or {}).get(host) or raw.get("credsStore")
+        if helper:
+            return _of_helper(f"docker-credential-{helper}", host)
+        stored = ((raw.get("auths") or {}).get(host) or {}).get("auth")
+        if not stored:
+            return None
+        username, _, password = base64.b64decode(stored).decode().partition(":")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be used: {error}", f"run: docker login {host}; or give --username") from error
+    return Credentials(username, password)
+
+
+def _of_helper(program: str, host: str) -> Credentials | None:
+    """What a program of Docker's has stored for a registry; None if it knows nothing of it."""
+    try:
+        done = subprocess.run(
+            [program, "get"], input=host, capture_output=True, text=True, timeout=_HELPER_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"{program} of Docker's settings cannot be run: {error}", "give --username") from error
+    if done.returncode != 0:
+        return None
+    found = json.loads(done.stdout)
+    return Credentials(found["Username"], found["Secret"])

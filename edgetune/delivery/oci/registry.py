@@ -1,0 +1,159 @@
+"""An artifact in a registry, over HTTP by the OCI distribution specification."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from edgetune_runtime import __version__
+from edgetune_runtime.bundle import FileEntry
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UnreachableError, UsageError, VerificationError
+from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited, skip_to
+
+from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
+from .login import Credentials, answer
+from .reference import Reference
+
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
+_LONGEST_PROBLEM = 10_000
+_CHECK = "check the address and the network, and add --insecure for a registry without encryption"
+
+
+class Registry:
+    """The artifact of a reference in its registry; over plain HTTP if that is on this machine or `insecure`.
+
+    All functions raise UnreachableError if the registry cannot be reached or is none, UsageError if it wants another
+    login, NotFoundError if it lacks what is asked for.
+    """
+
+    def __init__(self, reference: Reference, credentials: Credentials | None, *, insecure: bool) -> None:
+        self.reference = reference
+        scheme = "http" if insecure or reference.is_on_loopback else "https"
+        self._api = f"{scheme}://{reference.host}/v2{reference.place.removeprefix(reference.host)}"
+        self._credentials, self._authorization = credentials, ""
+
+    def has_blob(self, entry: FileEntry) -> bool:
+        """Whether the registry has this file."""
+        try:
+            with self._reply("HEAD", f"blobs/sha256:{entry.sha256}") as reply:
+                return reply.headers.get("Content-Length") == str(entry.bytes)
+        except NotFoundError:
+            return False
+
+    def put_blob(self, entry: FileEntry, source: Path | bytes) -> None:
+        """Send a file, of which the registry compares the digest."""
+        with self._reply("POST", "blobs/uploads/", b"") as reply:
+            place = self._uploads_to(reply)
+        separator = "&" if "?" in place else "?"
+        with self._reply("PUT", f"{place}{separator}digest=sha256:{entry.sha256}", source) as reply:
+            self._require_created(reply, entry.sha256)
+
+    def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, at most its size."""
+        ranges = {"Range": f"bytes={offset}-"} if offset else {}
+        path = f"blobs/sha256:{entry.sha256}"
+        with self._reply("GET", path, headers=ranges) as reply:
+            skip_to(offset, reply, path)
+            yield from limited(reply, entry.bytes - offset, f"{self._api}/{path}")
+
+    def read_manifest(self) -> bytes:
+        """The artifact's manifest; VerificationError if the registry says itself that it is another one."""
+        reference = self.reference
+        version = reference.tag if reference.digest is None else f"sha256:{reference.digest}"
+        headers = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
+        with self._reply("GET", f"manifests/{version}", headers=headers) as reply:
+            data = b"".join(limited(reply, LONGEST_ARTIFACT_MANIFEST, str(reference)))
+            self._require_digest(reply, hashlib.sha256(data).hexdigest())
+        return data
+
+    def put_manifest(self, data: bytes) -> None:
+        """Send the artifact's manifest for its tag, which may have been another artifact's."""
+        headers = {"Content-Type": MANIFEST_TYPE}
+        with self._reply("PUT", f"manifests/{self.reference.tag}", data, headers) as reply:
+            self._require_created(reply, hashlib.sha256(data).hexdigest())
+
+    @contextmanager
+    def _reply(
+        self, method: str, path: str, body: Path | bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The reply to a request; `path` may be a whole address."""
+        url = path if "://" in path else f"{self._api}/{path}"
+        where = f"{method} {url.partition('?')[0]}"
+        try:
+            try:
+                reply = self._send(method, url, body, headers or {})
+            except urllib.error.HTTPError as error:
+                if error.code != _UNAUTHORIZED:
+                    raise
+                with error:
+                    challenge = error.headers.get("WWW-Authenticate", "")
+                self._authorization = answer(challenge, self._credentials, self._api)
+                reply = self._send(method, url, body, headers or {})
+            with reply:
+                yield reply
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._problem(error, where) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", None) or error or type(error).__name__
+            raise UnreachableError(f"{where} failed: {reason}", _CHECK) from error
+
+    def _send(
+        self, method: str, url: str, body: Path | bytes | None, headers: Mapping[str, str]
+    ) -> http.client.HTTPResponse:
+        agent = {"User-Agent": f"edgetune/{__version__}", "Accept-Encoding": "identity"}
+        with ExitStack() as stack:
+            data = stack.enter_context(body.open("rb")) if isinstance(body, Path) else body
+            request = urllib.request.Request(url, data, {**agent, **headers}, method=method)
+            if isinstance(body, Path):
+                request.add_header("Content-Length", str(body.stat().st_size))
+            if body is not None and "Content-Type" not in headers:
+                request.add_header("Content-Type", "application/octet-stream")
+            # Storage to which a registry redirects gets no password.
+            if self._authorization and urllib.parse.urlsplit(url).netloc == self.reference.host:
+                request.add_unredirected_header("Authorization", self._authorization)
+            reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
+        return reply
+
+    def _uploads_to(self, reply: http.client.HTTPResponse) -> str:
+        """The address that an upload goes to; UnreachableError if there is none, or encryption would be given up."""
+        place = urllib.parse.urljoin(f"{self._api}/", reply.headers.get("Location", ""))
+        if reply.headers.get("Location") is None or not place.startswith(
+            ("https://", f"{urllib.parse.urlsplit(self._api).scheme}://")
+        ):
+            raise UnreachableError(f"{self._api} takes no uploads", _CHECK)
+        return place
+
+    def _require_created(self, reply: http.client.HTTPResponse, digest: str) -> None:
+        if reply.status != http.HTTPStatus.CREATED:
+            raise UnreachableError(f"{self._api} did not store what was sent: status {reply.status}", _CHECK)
+        self._require_digest(reply, digest)
+
+    def _require_digest(self, reply: http.client.HTTPResponse, digest: str) -> None:
+        """VerificationError if the registry names another digest."""
+        named = reply.headers.get("Docker-Content-Digest", f"sha256:{digest}")
+        if named != f"sha256:{digest}":
+            message = f"{self._api} names the digest {named[:80]} for sha256:{digest}"
+            raise VerificationError(message, "try again; if it stays so, do not use this registry")
+
+    def _problem(self, error: urllib.error.HTTPError, where: str) -> EdgetuneError:
+        """What a status of the registry means."""
+        host, text = self.reference.host, ""
+        try:
+            first = json.loads(error.read(_LONGEST_PROBLEM))["errors"][0]
+            text = f": {str(first.get('message') or first['code'])[:200]}"
+        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError):
+            if error.code not in {_UNAUTHORIZED, _FORBIDDEN} and "html" in error.headers.get("Content-Type", ""):
+                return UnreachableError(f"{host} is no registry: {where} gave a page, status {error.code}", _CHECK)
+        if error.code in {_UNAUTHORIZED, _FORBIDDEN}:
+            return UsageError(f"{host} refuses {where}{text}", f"check the rights of the user: docker login {host}")
+        if error.code == _NOT_FOUND:
+            return NotFoundError(f"{host} has no {where.partition('/v2/')[2]}{text}", "check the name and the tag")
+        return UnreachableError(f"{where} failed with status {error.code}{text}", _CHECK)

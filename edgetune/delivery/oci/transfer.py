@@ -1,0 +1,200 @@
+"""Sends a bundle to an OCI registry or an image layout, and fetches one from there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgetune_export.pack import check_destination
+from edgetune_runtime.bundle import (
+    LONGEST_MANIFEST,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    read_manifest,
+    resolve,
+    sha256_of,
+    verify_files,
+    with_present_formats,
+)
+from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.formats.atomic import require_space, swap_in
+from edgetune_runtime.signatures import LONGEST_SIGNATURE, SIGNATURE_NAME, read_signed_manifest
+from edgetune_runtime.store.durable import flush_tree
+from edgetune_runtime.store.files import Store
+
+from edgetune import work_folder
+from edgetune.progress import Progress
+
+from .artifact import artifact_manifest, config_of, parse_artifact
+from .layout import ImageLayout
+from .login import credentials_for
+from .reference import Reference, parse_reference
+from .registry import Registry
+
+_GOES_ON = "run the command again, it goes on from there"
+
+
+class ArtifactStore(Protocol):
+    """Where an artifact is, or will be."""
+
+    reference: Reference
+
+    def has_blob(self, entry: FileEntry) -> bool:
+        """Whether it has this file."""
+
+    def put_blob(self, entry: FileEntry, source: Path | bytes) -> None:
+        """Add a file."""
+
+    def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
+        """The bytes of a file from an offset on, at most its size."""
+
+    def read_manifest(self) -> bytes:
+        """The artifact's manifest."""
+
+    def put_manifest(self, data: bytes) -> None:
+        """Add the artifact's manifest under its tag."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An artifact by its digest, the bytes of its files, and how many of them were sent."""
+
+    reference: Reference
+    bytes: int
+    sent_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        return {"reference": str(self.reference), "bytes": self.bytes, "sent_bytes": self.sent_bytes}
+
+
+def open_store(text: str, username: str | None, *, insecure: bool) -> ArtifactStore:
+    """The registry or layout of a reference; errors as those of `parse_reference` and `credentials_for`."""
+    reference = parse_reference(text)
+    if reference.is_layout:
+        return ImageLayout(reference)
+    return Registry(reference, credentials_for(reference.host, username), insecure=insecure)
+
+
+def push(bundle: Path, store: ArtifactStore, progress: Progress) -> Pushed:
+    """Send the files of a bundle that the store lacks, and then its manifest, which makes it the one of the tag.
+
+    Raises the errors of reading a bundle and of the store; UsageError for a reference without a tag.
+    """
+    if store.reference.tag is None:
+        raise UsageError(f"{store.reference} has no tag", "push to a tag: NAME:TAG")
+    manifest = read_manifest(bundle)
+    progress.say(f"checking the files of {manifest.name}")
+    verify_files(bundle, manifest)
+    own = [name for name in (MANIFEST_NAME, SIGNATURE_NAME) if (bundle / name).exists()]
+    sources = {name: resolve(bundle, name) for name in (*manifest.files, *own)}
+    files = {**manifest.files, **{name: _entry(sources[name]) for name in own}}
+    config = config_of(manifest, files)
+    blobs: dict[FileEntry, Path | bytes] = {entry: sources[name] for name, entry in files.items()}
+    blobs[FileEntry(hashlib.sha256(config).hexdigest(), len(config))] = config
+    lacking = [entry for entry in blobs if not store.has_blob(entry)]
+    sent_bytes = sum(entry.bytes for entry in lacking)
+    with progress.step(f"sending {sent_bytes / 1e6:.1f} MB", len(lacking)) as step:
+        for entry in lacking:
+            store.put_blob(entry, blobs[entry])
+            step.update()
+    data = artifact_manifest(files, config)
+    store.put_manifest(data)
+    reference = store.reference.by_digest(hashlib.sha256(data).hexdigest())
+    return Pushed(reference, sum(entry.bytes for entry in blobs), sent_bytes)
+
+
+def pull(
+    store: ArtifactStore, out: Path, progress: Progress, *, trusted_keys: Path | None = None, blobs: Path | None = None
+) -> Reference:
+    """Fetch a bundle into the folder `out`, which may have a version of it; the artifact by its digest.
+
+    Files of `out` and of `blobs`, a folder of files by their digests, are not fetched again, and neither is what an
+    interrupted call has fetched. `out` changes when everything was verified. Raises the errors of the store;
+    UsageError if `out` has other files; VerificationError if bytes do not have their digest, if the artifact is no
+    bundle, or if it is not signed by a key in `trusted_keys`; OutOfSpaceError without room.
+    """
+    check_destination(out)
+    data = store.read_manifest()
+    digest = hashlib.sha256(data).hexdigest()
+    if store.reference.digest not in {None, digest}:
+        raise VerificationError(f"{store.reference} was answered with the artifact sha256:{digest}", "try again")
+    files = parse_artifact(data, str(store.reference))
+    work = out.absolute().with_name(f".{out.name}.pull")
+    with work_folder.locked(work):
+        folder, received = work / "bundle", Store(work)
+        received.folder.mkdir(exist_ok=True)
+        _reuse(received, files, [*([] if blobs is None else [blobs]), out])
+        shutil.rmtree(folder, ignore_errors=True)
+        manifest = _fetch_manifest(store, files, received, folder, trusted_keys)
+        wanted = {entry.sha256: entry for entry in manifest.files.values()}
+        count = received.received({sha256: entry.bytes for sha256, entry in wanted.items()})
+        lacking = [entry for entry in wanted.values() if count.get(entry.sha256) != entry.bytes]
+        lacking_bytes = sum(entry.bytes - count.get(entry.sha256, 0) for entry in lacking)
+        require_space(work, lacking_bytes)
+        with progress.step(f"fetching {lacking_bytes / 1e6:.1f} MB", len(lacking)) as step:
+            for entry in lacking:
+                received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), _GOES_ON)
+                step.update()
+        _place(received, manifest.files, folder)
+        flush_tree(folder)
+        swap_in(folder, out)
+        work_folder.clear(work)
+    return store.reference.by_digest(digest)
+
+
+def _reuse(received: Store, files: Mapping[str, FileEntry], folders: Iterable[Path]) -> None:
+    """Link files that are there, by their digests or by their paths in a bundle; damaged ones are found later."""
+    for name, entry in files.items():
+        for folder in folders:
+            for path in (folder / entry.sha256, folder / name):
+                is_known = received.path(entry.sha256).exists() or path.is_symlink() or not path.is_file()
+                if not is_known and path.stat().st_size == entry.bytes:
+                    _link(path, received.path(entry.sha256))
+
+
+def _fetch_manifest(
+    store: ArtifactStore, files: Mapping[str, FileEntry], received: Store, folder: Path, trusted_keys: Path | None
+) -> Manifest:
+    """Fetch the manifest and its signature into `folder`; VerificationError unless `files` has the bundle's files."""
+    own = {name: files[name] for name in (MANIFEST_NAME, SIGNATURE_NAME) if name in files}
+    for name, most in ((MANIFEST_NAME, LONGEST_MANIFEST), (SIGNATURE_NAME, LONGEST_SIGNATURE)):
+        if name in own and own[name].bytes > most:
+            raise VerificationError(f"{name} of {store.reference} has {own[name].bytes} bytes", "push the bundle again")
+    for entry in own.values():
+        if received.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
+            received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), _GOES_ON)
+    _place(received, own, folder)
+    manifest = with_present_formats(read_signed_manifest(folder, trusted_keys), files.__contains__)
+    wrong = [name for name, entry in manifest.files.items() if files.get(name) != entry]
+    if wrong:
+        message = f"{store.reference} does not have {wrong[0]} as its bundle's manifest describes it"
+        raise VerificationError(message, "push the bundle again")
+    return manifest
+
+
+def _place(received: Store, files: Mapping[str, FileEntry], folder: Path) -> None:
+    """Give received files their paths in a bundle."""
+    for name, entry in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _link(received.path(entry.sha256), path)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system, or one without hard links.
+        shutil.copyfile(source, target)
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(sha256_of(path), path.stat().st_size)

@@ -1,0 +1,67 @@
+"""Downloads what a version lacks, by digest: the manifest first where the device wants some formats only."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.bundle import MANIFEST_NAME, of_formats, parse_manifest
+from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError
+from edgetune_runtime.signatures import SIGNATURE_NAME
+from edgetune_runtime.store.files import Store
+from edgetune_runtime.store.kit import Kit
+from edgetune_runtime.store.versions import Say
+
+from .fetch import Location
+from .release import BLOBS_FOLDER, Release
+
+_RESERVE_BYTES = 50 * 10**6
+"""Left free on the disk for everything else on the device."""
+
+
+def of_wanted_formats(prefix: Path, release: Release, formats: tuple[str, ...], location: Location) -> Release:
+    """The release with the files of these formats, which its manifest names; that is downloaded for it.
+
+    IncompatibleError if the release lacks one of the formats.
+    """
+    lacking = [name for name in formats if name not in release.formats]
+    if lacking:
+        message = f"release {release.version} of {release.name} has no files for {lacking[0]}"
+        raise IncompatibleError(message, f"use --formats {','.join(release.formats)}, or deploy a kit for one of these")
+    if {*formats} == {*release.formats}:
+        return release
+    store, entry = Store(prefix), release.files[MANIFEST_NAME]
+    if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
+        _receive(store, entry.sha256, entry.bytes, location)
+    path = store.path(entry.sha256)
+    names = {*of_formats(parse_manifest(path.read_bytes(), path), formats).files, MANIFEST_NAME, SIGNATURE_NAME}
+    files = {name: file for name, file in release.files.items() if name in names}
+    return replace(release, files=files, formats=formats)
+
+
+def download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
+    """Receive the files of a version that the store lacks, and compare their digests; OutOfSpaceError without room."""
+    store = Store(prefix)
+    sizes = {file.sha256: file.bytes for file in kit.version_files}
+    received = store.received(sizes)
+    missing = {sha256: size for sha256, size in sizes.items() if received.get(sha256) != size}
+    needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
+    free = shutil.disk_usage(prefix).free
+    if free < needed + _RESERVE_BYTES:
+        message = f"the update needs {(needed + _RESERVE_BYTES) / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
+        raise OutOfSpaceError(message, "free some space")
+    if missing:
+        say(f"downloading {needed / 1e6:.1f} MB")
+    for sha256, size in missing.items():
+        _receive(store, sha256, size, location)
+
+
+def _receive(store: Store, sha256: str, size: int, location: Location) -> None:
+    """Receive a file, and go on where a connection was lost."""
+
+    def rest_from(offset: int) -> Iterator[bytes]:
+        return location.blocks(f"{BLOBS_FOLDER}/{sha256}", size - offset, offset)
+
+    store.receive(sha256, size, rest_from, "update again, it goes on from there")
