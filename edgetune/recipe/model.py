@@ -165,7 +165,8 @@ class Recipe(RecipePart):
     def _fits_task(cls, value: object, info: ValidationInfo) -> object:
         reason = task_types.load(_task_of(info)).refused_keys.get(str(info.field_name))
         if value is not None and reason is not None:
-            raise ValueError(reason.format(value=value))
+            shown = value.model_dump(exclude_none=True) if isinstance(value, QuantizationSpec) else value
+            raise ValueError(reason.format(value=shown))
         return value
 
     @field_validator("quantization", mode="before")
