@@ -273,7 +273,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        # Little indented: an update of one adapter of many downloads it all.
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def read_manifest(bundle: Path) -> Manifest:

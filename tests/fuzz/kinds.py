@@ -19,14 +19,32 @@ from edgetune_runtime.answer_log import read_answer_log
 from edgetune_runtime.bundle import AUTO, MANIFEST_NAME, read_manifest
 from edgetune_runtime.cli.main import make_parser
 from edgetune_runtime.routing.classifier import ROUTER_FILE
+from edgetune_runtime.signatures import SIGNATURE_NAME
 
-from . import fragments
+from . import fragments, updates
 from .forms.gguf_file import GgufForm, read
 from .forms.json_file import Checked, Json, Safetensors
 from .forms.protobuf import Protobuf
 from .forms.raw import Bytes, Form
 from .forms.text import Text
-from .names import ADAPTERS, KIT, LOG, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+from .names import (
+    ADAPTERS,
+    DEVICE,
+    KIT,
+    LOG,
+    LORA,
+    MODEL,
+    ONNX,
+    PEFT,
+    PLAIN,
+    PREFIX,
+    QUESTION,
+    RECIPE,
+    REPOSITORY,
+    SESSION,
+    SIGNED,
+    STATES,
+)
 
 Open = Callable[[bytes], None]
 """Opens a changed file, as an app does; it may raise an EdgetuneError and no other error."""
@@ -263,6 +281,14 @@ KINDS = {
     "model-weights": Kind(f"{MODEL}/model.safetensors", Safetensors(), partial(_model, "model.safetensors")),
     "answer-log": Kind(LOG, Json(), _log),
     "recipe": Kind(RECIPE, Text(fragments.RECIPE), _recipe),
+    **{
+        f"tuf-{role}": Kind(f"{REPOSITORY}/metadata/{file}", Json(), partial(updates.metadata, role, file))
+        for role, file in updates.METADATA.items()
+    },
+    "release": Kind(REPOSITORY, Json(), updates.release, updates.only_release),
+    "signature": Kind(f"{SIGNED}/{SIGNATURE_NAME}", Json(), partial(updates.signature, f"{SIGNED}/{SIGNATURE_NAME}")),
+    "trusted-keys": Kind(updates.TRUSTED_KEYS, Json(), partial(updates.signature, updates.TRUSTED_KEYS)),
+    "update-state": Kind(f"{DEVICE}/{updates.STATE}", Json(), updates.state),
 }
 
 

@@ -32,10 +32,11 @@ LIBRARIES = {
     "recipe": ("edgetune.recipe.model",),
     "model": ("edgetune.folder_header",),
     "peft": ("peft", "edgetune.methods"),
+    "tuf": ("tuf.ngclient",),
 }
 MEMORY_BYTES = 1_500_000_000
 """Address space that a case may add to what the worker has after its first file."""
-SAME_LINE_KINDS = {"recipe"}
+SAME_LINE_KINDS = {"recipe", "answer-log"}
 """Kinds whose errors list all problems, one per line."""
 
 
