@@ -12,11 +12,14 @@ from pathlib import Path
 from statistics import pstdev
 from typing import NamedTuple
 
+import numpy as np
+from edgetune_export.adapters.shapes import Floats
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, Scope
+from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import PromptTooLongError
-from edgetune_runtime.inference.measuring import loaded_bundle, logits_after
-from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, write_prompts
+from edgetune_runtime.inference.measuring import logits_after
+from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
 
 from edgetune.evaluation import spread
 from edgetune.progress import Progress
@@ -41,10 +44,18 @@ class _Found(NamedTuple):
     similarity: float
 
 
-def with_scopes(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress) -> Manifest:
+def state_basis(head: Floats) -> Floats:
+    """The matrix [tokens, width] that maps logits to states of the last layer, from the output layer [vocab, width]."""
+    return np.asarray(np.linalg.pinv(head[compared_tokens(len(head))]).T, np.float32)
+
+
+def with_scopes(
+    bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], basis: Floats | None, progress: Progress
+) -> Manifest:
     """The manifest of `bundle` with the scope of each adapter that has `scope_rows`, in each format.
 
-    Writes the training prompts of these adapters to compare with, which are those of the first format for all.
+    Writes the training prompts of these adapters to compare with, which are those of the first format for all. `basis`
+    is that of `state_basis`, None for an encoder.
     """
     scoped = {adapter.name: adapter for adapter in adapters if adapter.scope_rows}
     if not scoped:
@@ -55,8 +66,8 @@ def with_scopes(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
         adapter, entry = scoped[name], entries[name]
         spec = adapter.plan.spec.out_of_scope
         assert spec is not None
-        if loaded_bundle(runtime).classifier is None and name not in prompts:
-            prompts[name] = _training_prompts(runtime, adapter, spec.label)
+        if basis is not None and name not in prompts:
+            prompts[name] = TrainingPrompts.of(basis, _training_logits(runtime, adapter, spec.label))
             file = f"adapters/{name}/{SIMILARITY_FILE}"
             write_prompts(bundle / file, prompts[name])
             entry = replace(entry, similarity=file)
@@ -73,13 +84,13 @@ def described(scope: Scope) -> str:
     return f"{shares}, are {scope.label} (threshold {scope.threshold:.3f})"
 
 
-def _training_prompts(runtime: Runtime, adapter: TrainedAdapter, label: str) -> TrainingPrompts:
+def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> list[Logits]:
     known = [row for row in adapter.known_rows if row.completion != label]
     rows = []
     for row in spread(known, MAX_ROWS):
         with suppress(PromptTooLongError):
             rows.append(logits_after(runtime, row.messages or (), adapter.name))
-    return TrainingPrompts.of(rows)
+    return rows
 
 
 def _answers(

@@ -27,6 +27,7 @@ LIBRARIES = {
     "session": ("llama_cpp",),
     "draft": ("llama_cpp",),
     "router": ("llama_cpp",),
+    "similarity": ("llama_cpp",),
     "onnx": ("onnxruntime", "tokenizers"),
     "tokenizer": ("onnxruntime", "tokenizers"),
     "recipe": ("edgetune.recipe.model",),

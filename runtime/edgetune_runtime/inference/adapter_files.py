@@ -82,7 +82,7 @@ class AdapterFiles:
         return known[1]
 
     def training_prompts_of(self, entry: AdapterEntry) -> TrainingPrompts | None:
-        """What an adapter's training prompts look like, if the bundle has that."""
+        """The states after an adapter's training prompts, if the bundle has them."""
         if entry.similarity is None:
             return None
         known = self._prompts.get(entry.name)

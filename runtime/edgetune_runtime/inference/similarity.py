@@ -1,8 +1,8 @@
-"""How similar a prompt is to those that an adapter was trained on, by the logits after it.
+"""How similar a prompt is to those that an adapter was trained on, by the model's state after it.
 
 A trained adapter moves the prompts of its task to a few places; what is far from all of them is probably none of its
-task, however likely one of the labels is (nearest neighbours: Sun et al. 2022, arXiv 2204.06507). Logits stand for the
-state of the last layer, from which they are linear: both engines have them.
+task, however likely one of the labels is (nearest neighbours: Sun et al. 2022, arXiv 2204.06507). The state of the last
+layer is computed from logits, which are linear in it and which all engines have.
 """
 
 from __future__ import annotations
@@ -22,48 +22,71 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 SIMILARITY_FILE = "similarity.bin"
 KIND = "edgetune-similarity"
 MAX_PROMPTS = 1000
-_TOKENS = 256
-"""How many tokens' logits are compared: more order prompts no better (docs/measurements.md)."""
+_MAX_WIDTH = 1 << 14
+_TOKENS = 1024
+"""How many tokens' logits a state is computed from: more than most bases have values in it."""
+
+Matrix = npt.NDArray[np.float16]
 
 
 @dataclass(frozen=True)
 class TrainingPrompts:
-    """What the adapter's training prompts look like; `directions` float16 [prompts, tokens], each of length 1."""
+    """The states after training prompts.
 
-    directions: npt.NDArray[np.float16]
+    `basis` [tokens, width] maps the logits of `compared_tokens` to a state; `directions` [prompts, width] are states of
+    length 1.
+    """
+
+    basis: Matrix
+    directions: Matrix
 
     @classmethod
-    def of(cls, rows: Sequence[Logits]) -> TrainingPrompts:
+    def of(cls, basis: npt.NDArray[np.floating], logits: Sequence[Logits]) -> TrainingPrompts:
         """From the logits after each of the prompts."""
-        return cls(np.array([_direction(row) for row in rows], np.float16))
+        small = basis.astype(np.float16)
+        return cls(small, np.array([_direction(small, row) for row in logits], np.float16))
 
     def similarity(self, logits: Logits) -> float:
-        """The cosine between a prompt and the most similar one of these, from the logits after it."""
-        return float((self.directions.astype(np.float32) @ _direction(logits)).max())
+        """The cosine between the state after a prompt and the nearest one of these, from the logits after it.
+
+        VerificationError if they were made for a vocabulary of another size.
+        """
+        if len(self.basis) != len(compared_tokens(len(logits))):
+            message = f"training prompts of {len(self.basis)} tokens are for another vocabulary than {len(logits)}"
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
+        return float((self.directions.astype(np.float32) @ _direction(self.basis, logits)).max())
 
 
-def _direction(logits: Logits) -> npt.NDArray[np.float32]:
-    tokens = np.linspace(0, len(logits) - 1, min(_TOKENS, len(logits))).astype(int)
-    values = np.asarray(logits[tokens], np.float32)
-    length = float(np.linalg.norm(values))
-    return values / length if length else values
+def compared_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
+    """The tokens whose logits are compared."""
+    return np.linspace(0, vocabulary - 1, min(_TOKENS, vocabulary)).astype(np.int64)
+
+
+def _direction(basis: Matrix, logits: Logits) -> npt.NDArray[np.float32]:
+    state = logits[compared_tokens(len(logits))].astype(np.float32) @ basis.astype(np.float32)
+    return np.asarray(state / max(float(np.linalg.norm(state)), 1e-9), np.float32)
 
 
 def write_prompts(path: Path, prompts: TrainingPrompts) -> None:
     """Write `similarity.bin`; OutOfSpaceError on a full disk."""
-    data = prompts.directions.astype("<f2").tobytes()
-    write_checked(path, KIND, {"prompts": len(prompts.directions)}, memoryview(data))
+    matrices = (prompts.basis, prompts.directions)
+    data = b"".join(matrix.astype("<f2").tobytes() for matrix in matrices)
+    about = {"tokens": len(prompts.basis), "prompts": len(prompts.directions), "width": prompts.basis.shape[1]}
+    write_checked(path, KIND, about, memoryview(data))
 
 
 def read_prompts(path: Path) -> TrainingPrompts:
     """What `write_prompts` wrote; VerificationError for any other file."""
-    stored = read_checked(path, KIND, max_bytes=2 * MAX_PROMPTS * _TOKENS)
+    stored = read_checked(path, KIND, max_bytes=2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH)
     try:
         if stored is None:
             raise ValueError("its bytes are not those that were written")
-        directions = np.frombuffer(stored.data, "<f2").reshape(int(stored.about["prompts"]), -1)
-        if not directions.size or not np.isfinite(directions).all():
-            raise ValueError("it has no prompts, or values that are no numbers")
+        tokens, prompts, width = (int(stored.about[name]) for name in ("tokens", "prompts", "width"))
+        if min(tokens, prompts, width) < 1:
+            raise ValueError(f"it has {tokens} tokens, {prompts} prompts and {width} values per state")
+        values = np.frombuffer(stored.data, "<f2").reshape(tokens + prompts, width)
+        if not np.isfinite(values).all():
+            raise ValueError("it has values that are no numbers")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise VerificationError(f"{path} does not have training prompts: {error}", COPY_BUNDLE_AGAIN) from error
-    return TrainingPrompts(directions)
+    return TrainingPrompts(values[:tokens], values[tokens:])

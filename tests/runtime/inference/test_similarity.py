@@ -1,4 +1,4 @@
-"""What an adapter's training prompts look like: the file, and the similarity of other prompts."""
+"""The states after an adapter's training prompts: the file, and the similarity of other prompts."""
 
 from __future__ import annotations
 
@@ -8,31 +8,43 @@ import numpy as np
 import pytest
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.checked_file import write_checked
-from edgetune_runtime.inference.similarity import KIND, TrainingPrompts, read_prompts, write_prompts
+from edgetune_runtime.inference.similarity import (
+    KIND,
+    TrainingPrompts,
+    compared_tokens,
+    read_prompts,
+    write_prompts,
+)
 
 RNG = np.random.default_rng(0)
-ROWS = list(RNG.normal(size=(5, 1000)).astype(np.float32))
+HEAD = RNG.normal(size=(2000, 32)).astype(np.float32)
+BASIS = np.linalg.pinv(HEAD[compared_tokens(len(HEAD))]).T
+STATES = RNG.normal(size=(5, 32)).astype(np.float32)
 
 
-def test_a_training_prompt_is_as_similar_as_can_be_and_others_are_not(tmp_path: Path) -> None:
-    write_prompts(tmp_path / "similarity.bin", TrainingPrompts.of(ROWS))
+def test_similarity_is_the_cosine_to_the_nearest_state(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "similarity.bin", TrainingPrompts.of(BASIS, list(STATES @ HEAD.T)))
     prompts = read_prompts(tmp_path / "similarity.bin")
-    assert [prompts.similarity(3 * row) for row in ROWS] == pytest.approx([1] * 5, abs=1e-3)
-    assert max(prompts.similarity(row) for row in RNG.normal(size=(5, 1000)).astype(np.float32)) < 0.5
+    others = RNG.normal(size=(5, 32)).astype(np.float32)
+    for state in (*(3 * STATES), *others):
+        cosines = STATES @ state / np.linalg.norm(STATES, axis=1) / np.linalg.norm(state)
+        assert prompts.similarity(HEAD @ state) == pytest.approx(float(cosines.max()), abs=2e-3)
 
 
-def test_a_vocabulary_may_be_smaller_than_the_tokens_that_are_compared() -> None:
-    assert TrainingPrompts.of([row[:20] for row in ROWS]).similarity(ROWS[0][:20]) == pytest.approx(1, abs=1e-3)
+def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
+    prompts = TrainingPrompts.of(BASIS, list(STATES @ HEAD.T))
+    with pytest.raises(VerificationError, match="for another vocabulary than 20"):
+        prompts.similarity(np.zeros(20, np.float32))
 
 
 @pytest.mark.parametrize(
     ("about", "data"),
     [
-        ({"prompts": 0}, b""),
-        ({"prompts": 3}, bytes(8)),
-        ({"prompts": "many"}, bytes(8)),
-        ({}, bytes(8)),
-        ({"prompts": 2}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
+        ({"tokens": 1, "prompts": 0, "width": 2}, bytes(4)),
+        ({"tokens": 1, "prompts": 3, "width": 2}, bytes(8)),
+        ({"tokens": 1, "prompts": "many", "width": 2}, bytes(8)),
+        ({"tokens": 1, "prompts": 1}, bytes(8)),
+        ({"tokens": 1, "prompts": 1, "width": 2}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
     ],
 )
 def test_a_file_of_anything_else_is_refused(about: dict[str, object], data: bytes, tmp_path: Path) -> None:
