@@ -27,6 +27,8 @@ from transformers import (
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -49,7 +51,17 @@ from edgetune.bases import locate
 
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
 """The architectures for slow tests; the differences of the others do not matter there."""
-ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite", "granitemoehybrid", "ernie4_5", "olmo2", "phi3")
+ARCHITECTURES = (
+    *FEW,
+    "mistral",
+    "smollm3",
+    "granite",
+    "granitemoehybrid",
+    "ernie4_5",
+    "hunyuan_dense",
+    "olmo2",
+    "phi3",
+)
 GRANITE: dict[str, Any] = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.5,
@@ -86,6 +98,19 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         },
     ),
     "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {"tie_word_embeddings": True}),
+    "hunyuan_dense": (
+        HunYuanDenseV1ForCausalLM,
+        HunYuanDenseV1Config,
+        {
+            # Real ones have an alpha of 1000, with which heads of this size would hardly rotate.
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 20.0, "factor": 1.0},
+            # llama.cpp's converter requires this length for such an embedding.
+            "max_position_embeddings": 262144,
+            "eod_token_id": 2,
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"pad_token_id": None}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"original_max_position_embeddings": 512, "pad_token_id": None}),
 }
@@ -158,9 +183,9 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
 def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64) -> Path:
     """Save a tiny model and its tokenizer as a Hugging Face folder.
 
-    llama.cpp converts OLMo 2 only with a BPE tokenizer that it knows, so it gets SmolLM2's.
+    llama.cpp converts some only with a BPE tokenizer that it knows, so they get SmolLM2's.
     """
-    if arch == "olmo2":
+    if arch in {"hunyuan_dense", "olmo2"}:
         smollm2 = locate("smollm2-135m", folder)
         make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
         write_tokenizer(smollm2, folder)

@@ -60,6 +60,8 @@ class Architecture:
     norms_per_layer: int = 2
     """Norms of a layer over vectors of the model's width."""
     norms_queries_and_keys: bool = False
+    norm_names: Mapping[str, str] = field(default_factory=dict)
+    """Its names of norms that onnxruntime-genai's builder calls as most architectures do."""
     interleaves_rows: bool = False
     """Whether llama.cpp's rotary embedding rotates neighbouring values of a head, where Hugging Face rotates the two
     halves; the rows of q and k in GGUF files, and the keys, then have another order (see layout.py)."""

@@ -134,6 +134,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
         "ssm.time_step_rank": _WIDTH,
     },
     "ernie4_5": {},
+    "hunyuan-dense": {},
     "olmo2": _SLIDING,
     "phi3": {},
 }
