@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import operator
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.architectures.layout import name_map
 from edgetune_export.base_file.convert import check_folder
@@ -30,23 +32,34 @@ def predict_header(folder: Path) -> GgufHeader:
     Reads config.json and the headers of the .safetensors files. Raises what `check_folder` raises, and
     VerificationError if a file is damaged.
     """
-    architecture = check_folder(folder).gguf
-    config = read_config(folder)
+    found = check_folder(folder)
+    architecture, config = found.gguf, read_config(folder)
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
     if "head_dim" in config:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     known = name_map(GgufHeader(metadata, {}))
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, shape in _shapes(file):
-            shapes[known.get_name(name, try_suffixes=(".weight", ".bias")) or name] = tuple(reversed(shape))
+            tensor = known.get_name(name, try_suffixes=(".weight", ".bias"))
+            parts = [tensor] if tensor else _parts(name, found) or [name]
+            for part in parts:
+                shapes[part] = tuple(reversed([*(rows // len(parts) for rows in shape[:1]), *shape[1:]]))
     # A damaged file may have a matrix of fewer dimensions.
     start = HEADER_BYTES_PER_TOKEN * sum(shapes.get("token_embd.weight", ())[1:2])
     return GgufHeader(
         metadata, {name: TensorInfo(name, shape, _F16, start, 2 * math.prod(shape)) for name, shape in shapes.items()}
     )
+
+
+def _parts(name: str, architecture: Architecture) -> list[str]:
+    """The tensors into which the converter splits that of a module; none if it does not."""
+    for module, tensors in architecture.split_modules.items():
+        if match := re.fullmatch(rf"model\.layers\.(\d+)\.{re.escape(module)}\.weight", name):
+            return [f"blk.{match[1]}.{tensor}.weight" for tensor in tensors]
+    return []
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:

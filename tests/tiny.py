@@ -10,6 +10,7 @@ from typing import Any
 
 import sentencepiece
 import torch
+from edgetune_export.architectures import known
 from edgetune_export.backends.onnx.tokenizer import write_tokenizer
 from edgetune_runtime.formats.gguf_file import read_header
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -18,10 +19,16 @@ from transformers import (
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
+    Ernie4_5Config,
+    Ernie4_5ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    HunYuanDenseV1Config,
+    HunYuanDenseV1ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -44,7 +51,24 @@ from edgetune.bases import locate
 
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
 """The architectures for slow tests; the differences of the others do not matter there."""
-ARCHITECTURES = (*FEW, "mistral", "smollm3", "granite", "olmo2", "phi3")
+ARCHITECTURES = (
+    *FEW,
+    "mistral",
+    "smollm3",
+    "granite",
+    "granitemoehybrid",
+    "ernie4_5",
+    "hunyuan_dense",
+    "olmo2",
+    "phi3",
+)
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.5,
+    "residual_multiplier": 0.75,
+    "logits_scaling": 0.5,
+    "tie_word_embeddings": True,
+}
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     # llama.cpp ignores this attention window; it is longer than the sequences in the tests.
@@ -59,14 +83,31 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         SmolLM3Config,
         {"num_hidden_layers": 4, "pad_token_id": None, "tie_word_embeddings": True},
     ),
-    "granite": (
-        GraniteForCausalLM,
-        GraniteConfig,
+    "granite": (GraniteForCausalLM, GraniteConfig, GRANITE),
+    # Its settings for Mamba layers are there even if it has none.
+    "granitemoehybrid": (
+        GraniteMoeHybridForCausalLM,
+        GraniteMoeHybridConfig,
         {
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.5,
-            "residual_multiplier": 0.75,
-            "logits_scaling": 0.5,
+            **GRANITE,
+            "layer_types": ["attention"] * 2,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+        },
+    ),
+    "ernie4_5": (Ernie4_5ForCausalLM, Ernie4_5Config, {"tie_word_embeddings": True}),
+    "hunyuan_dense": (
+        HunYuanDenseV1ForCausalLM,
+        HunYuanDenseV1Config,
+        {
+            # Real ones have an alpha of 1000, with which heads of this size would hardly rotate.
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 20.0, "factor": 1.0},
+            # llama.cpp's converter requires this length for such an embedding.
+            "max_position_embeddings": 262144,
+            "eod_token_id": 2,
+            "pad_token_id": None,
             "tie_word_embeddings": True,
         },
     ),
@@ -74,6 +115,8 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "phi3": (Phi3ForCausalLM, Phi3Config, {"original_max_position_embeddings": 512, "pad_token_id": None}),
 }
 """Model class, configuration class and special configuration values of each architecture."""
+SAME_MODULES = tuple(arch for arch in ARCHITECTURES if not known()[arch].split_modules)
+"""The architectures whose folders have the linear modules that edgetune trains."""
 FINGERPRINT = "ab" * 32
 ENCODERS = ("bert", "distilbert", "electra", "roberta")
 CHAT_TEMPLATE = (
@@ -121,7 +164,7 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if arch in {"granite", "phi3"}:
+    if arch in {"granite", "granitemoehybrid", "phi3"}:
         # GGUF files of these architectures have no head size.
         del common["head_dim"]
     model_class, config_class, own = MODELS[arch]
@@ -140,9 +183,9 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
 def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64) -> Path:
     """Save a tiny model and its tokenizer as a Hugging Face folder.
 
-    llama.cpp converts OLMo 2 only with a BPE tokenizer that it knows, so it gets SmolLM2's.
+    llama.cpp converts some only with a BPE tokenizer that it knows, so they get SmolLM2's.
     """
-    if arch == "olmo2":
+    if arch in {"hunyuan_dense", "olmo2"}:
         smollm2 = locate("smollm2-135m", folder)
         make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
         write_tokenizer(smollm2, folder)

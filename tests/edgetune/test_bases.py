@@ -151,6 +151,23 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
     assert len(set(logits(rows[0]).argmax(-1))) > 10
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_weights_in_torch_are_those_of_the_folder(
+    arch: str, tiny_folder: Callable[[str], Path], tiny_base: Callable[[str], Base]
+) -> None:
+    base, folder = tiny_base(arch), tiny_folder(arch)
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in architectures.of(base.header).config_entries(base.header).items():
+        setattr(config, name, value)
+    expected, found = AutoModelForCausalLM.from_pretrained(folder, config=config), load_torch(base, torch.float32)
+    tokens = torch.tensor([range(5, 45)])
+    with torch.inference_mode():
+        for parameter in expected.parameters():
+            # The file has matrices in f16.
+            parameter.copy_(parameter.half() if parameter.dim() > 1 else parameter)
+        torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "arch", [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]

@@ -60,10 +60,14 @@ class Architecture:
     norms_per_layer: int = 2
     """Norms of a layer over vectors of the model's width."""
     norms_queries_and_keys: bool = False
+    norm_names: Mapping[str, str] = field(default_factory=dict)
+    """Its names of norms that onnxruntime-genai's builder calls as most architectures do."""
     interleaves_rows: bool = False
     """Whether llama.cpp's rotary embedding rotates neighbouring values of a head, where Hugging Face rotates the two
     halves; the rows of q and k in GGUF files, and the keys, then have another order (see layout.py)."""
     linear_modules: tuple[LinearModule, ...] = LINEAR_MODULES
+    split_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Modules of a folder that the converter splits into equal parts by rows, with the tensors of these."""
     transformers_reads_gguf: bool = True
     """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -126,6 +130,10 @@ class Architecture:
     def logits_divisor(self, _config: Any) -> float:  # noqa: ANN401 - transformers' configuration
         """The divisor that turns the output of the last layer into logits."""
         return 1.0
+
+    def converter_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Entries of config.json that llama.cpp's converter needs in another form than transformers writes."""
+        return {}
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Entries of config.json that onnxruntime-genai's builder needs in another form than transformers writes."""

@@ -1,10 +1,11 @@
-"""Granite 3: LLaMA's layers, with factors on embeddings, attention, residuals and logits."""
+"""Granite 3, and Granite 4 in GGUF files: LLaMA's layers, with factors on embeddings, attention, residuals, logits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from .base import Architecture
@@ -19,7 +20,10 @@ _FACTORS = {
 
 class _Granite(Architecture):
     def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
-        """The config with these factors."""
+        """The config with these factors. IncompatibleError for a base without rotary embedding."""
+        if header.metadata.get("granite.rope.scaling.finetuned") is False:
+            message = "the base is a Granite without rotary embedding, which is not supported"
+            raise IncompatibleError(message, "use a Granite 3 or a dense Granite 4")
         factors = {name: header.metadata[key] for name, key in _FACTORS.items() if key in header.metadata}
         return {**super().whole_config(header), **factors}
 

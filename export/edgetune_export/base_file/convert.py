@@ -7,12 +7,14 @@ llama-cpp-python, so pip downloads that of the installed version once; the conve
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,21 +92,40 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
 
     `converter` is a llama.cpp checkout or its convert_hf_to_gguf.py; None downloads the matching one with pip.
     """
-    check_folder(folder)
+    changes = check_folder(folder).converter_entries(read_config(folder))
     script = find_converter(converter)
-    # -P: none of the working folder's modules, or of those beside the program.
-    command = [sys.executable, "-P", str(_PROGRAM), str(script), str(folder)]
-    command += ["--outfile", str(out), "--outtype", dtype]
     # An empty entry would mean the working folder.
     path = os.pathsep.join(filter(None, [str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **_OFFLINE, "PYTHONPATH": path}
-    done = subprocess.run(
-        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, env=environment, check=False
-    )
+    with _changed(folder, changes, out.parent) as source:
+        # -P: none of the working folder's modules, or of those beside the program.
+        command = [sys.executable, "-P", str(_PROGRAM), str(script), str(source)]
+        command += ["--outfile", str(out), "--outtype", dtype]
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, text=True, env=environment, check=False
+        )
     if done.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
+
+
+@contextmanager
+def _changed(folder: Path, changes: Mapping[str, Any], work: Path) -> Iterator[Path]:
+    """The folder, or one of links to its files within `work` whose config.json has the `changes`."""
+    if not changes:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir=work) as temporary:
+        # The converter writes the folder's name into the file.
+        source = Path(temporary, folder.resolve().name)
+        source.mkdir()
+        for path in folder.iterdir():
+            if path.name != CONFIG_NAME:
+                (source / path.name).symlink_to(path.resolve())
+        config = {**read_config(folder), **changes}
+        (source / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+        yield source
 
 
 def find_converter(converter: Path | None = None) -> Path:

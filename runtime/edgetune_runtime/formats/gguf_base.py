@@ -58,13 +58,14 @@ class _Flags:
 Allowed = _Between | _Flags | Sequence[Any]
 
 _FACTOR, _ROPE_FACTOR = _Between(1e-6, 1e6), _Between(0.0, 1e6)
+_WIDTH = _Between(1, 1 << 20)
 _WINDOW, _EPSILON = _Between(0, 1 << 24), _Between(1e-12, 0.1)
 _COMMON: Mapping[str, Allowed] = {
     "vocab_size": _Between(1, 1 << 20),
     "context_length": _Between(1, 1 << 24),
     "embedding_length": _Between(1, 1 << 16),
     "block_count": _Between(1, _LAYERS),
-    "feed_forward_length": _Between(1, 1 << 20),
+    "feed_forward_length": _WIDTH,
     "attention.head_count": _Between(1, 1 << 10),
     "attention.head_count_kv": _Between(1, 1 << 10),
     "attention.key_length": _Between(1, _HEAD_SIZE),
@@ -124,7 +125,16 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
         "residual_scale": _FACTOR,
         "embedding_scale": _FACTOR,
         "attention.scale": _FACTOR,
+        # Those of Granite 4's other models, which llama.cpp does not read for a dense one.
+        "expert_shared_feed_forward_length": _WIDTH,
+        "ssm.conv_kernel": _WIDTH,
+        "ssm.state_size": _WIDTH,
+        "ssm.group_count": _WIDTH,
+        "ssm.inner_size": _WIDTH,
+        "ssm.time_step_rank": _WIDTH,
     },
+    "ernie4_5": {},
+    "hunyuan-dense": {},
     "olmo2": _SLIDING,
     "phi3": {},
 }

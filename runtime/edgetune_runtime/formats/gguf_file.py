@@ -281,6 +281,18 @@ def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, n
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
+def _join_heads(metadata: dict[str, Any], value_types: dict[str, int]) -> None:
+    """Replace a number of heads for each layer by one number, if it is the same in all layers.
+
+    llama.cpp's converter writes one for each layer of a Granite 4, dense or not.
+    """
+    own = metadata.get("general.architecture")
+    key = f"{own}.attention.head_count_kv"
+    heads = metadata.get(key)
+    if isinstance(heads, tuple) and len(set(heads)) == 1 and len(heads) == metadata.get(f"{own}.block_count"):
+        metadata[key], value_types[key] = heads[0], _UINT32
+
+
 def _is_tensor_name(name: str) -> bool:
     return 1 <= len(name.encode("utf-8", "surrogateescape")) <= _MAX_NAME_BYTES and "\0" not in name
 
@@ -314,6 +326,7 @@ class _Reader:
         if value_types.get("general.alignment", _UINT32) != _UINT32 or alignment <= 0 or alignment & (alignment - 1):
             raise self._damaged(f"has alignment {alignment!r}, which is not a power of two")
         self._refuse_split(metadata)
+        _join_heads(metadata, value_types)
         return GgufHeader(metadata, self._tensors(tensor_count, alignment), value_types)
 
     def _refuse_split(self, metadata: Mapping[str, Any]) -> None:

@@ -33,6 +33,7 @@ OPERATORS = frozenset((
     "com.microsoft::GatherBlockQuantized",
     "com.microsoft::GroupQueryAttention",
     "com.microsoft::MatMulNBits",
+    "com.microsoft::RotaryEmbedding",
     "com.microsoft::SkipSimplifiedLayerNormalization",
     # Of PyTorch's exporter.
     "And",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from edgetune_export.architectures.shape import BaseShape, SizedModule
 from edgetune_runtime.errors import CancelledError, UsageError
-from tiny import ARCHITECTURES, make_model
+from tiny import SAME_MODULES, make_model
 from trainings import Listening, Stopping, job
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -142,7 +142,7 @@ def test_the_shape_of_a_base_is_read_from_its_header(tiny_base: Callable[[str], 
     assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.01)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SAME_MODULES)
 def test_the_linear_modules_are_those_of_the_model(arch: str, tiny_base: Callable[[str], Base]) -> None:
     shape = BaseShape.of_header(tiny_base(arch).header)
     named = make_model(arch, shape.vocabulary).named_modules()

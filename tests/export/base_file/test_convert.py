@@ -26,6 +26,17 @@ LLAMA = '{"model_type": "llama"}'
 INDEX = "model.safetensors.index.json"
 ELSEWHERE = '{"weight_map": {"a": "../x.safetensors", "b": "model.safetensors"}}'
 NO_ROTATION = '{"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 1]}'
+GRANITE = {
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 2,
+    "num_local_experts": 0,
+    "position_embedding_type": "rope",
+    "layer_types": ["attention", "full_attention"],
+}
+HYBRID = json.dumps({**GRANITE, "layer_types": ["mamba", "attention"]})
+EXPERTS = json.dumps({**GRANITE, "num_local_experts": 8})
+UNROTATED = json.dumps({**GRANITE, "position_embedding_type": None})
+BIASED = '{"model_type": "ernie4_5", "use_bias": true}'
 # A build backend without dependencies, as pip asks a source distribution for its metadata.
 BACKEND = f"""\
 from pathlib import Path
@@ -150,6 +161,10 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         ({"config.json": '{"model_type": "smollm3", "num_hidden_layers": 100000000}'}, VerificationError, "num_hidden"),
         ({"config.json": LONG}, IncompatibleError, "a Phi with scaled or partial rotary embeddings"),
         ({"config.json": NO_ROTATION}, IncompatibleError, "other no_rope_layers than SmolLM3-3B"),
+        ({"config.json": HYBRID}, IncompatibleError, "Mamba layers, experts or no rotary embedding"),
+        ({"config.json": EXPERTS}, IncompatibleError, "Mamba layers, experts or no rotary embedding"),
+        ({"config.json": UNROTATED}, IncompatibleError, "Mamba layers, experts or no rotary embedding"),
+        ({"config.json": BIASED}, IncompatibleError, "an ERNIE with biases"),
         ({"config.json": LLAMA, "pytorch_model.bin": ""}, NotFoundError, "no .safetensors file"),
         ({"config.json": LLAMA, "pytorch_model.bin": "", "x.safetensors": ""}, NotFoundError, "no .safetensors file"),
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: ELSEWHERE}, VerificationError, "names '../x.safe"),

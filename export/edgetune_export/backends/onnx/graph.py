@@ -39,6 +39,7 @@ _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
+_POSITIONS = "position_ids"
 _BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
 # The builder's names of norms and biases that have another name in the Hugging Face model.
 _VECTORS = (
@@ -118,8 +119,25 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
             node.attributes["do_rotary"] = ir.AttrInt64("do_rotary", 0)
             for table in _ROTARY_TABLES:
                 node.replace_input_with(table, None)
+    _compute_positions(model.graph)
     model.graph.opset_imports[""] = max(model.graph.opset_imports[""], _RMS_NORM_OPSET)
     return model
+
+
+def _compute_positions(graph: ir.Graph) -> None:
+    """Replace the input of positions, which only rotary embeddings apart from attention have, by the first new one."""
+    inputs = {value.name: value for value in graph.inputs}
+    positions = inputs.get(_POSITIONS)
+    if positions is None:
+        return
+    lengths = [
+        named_node("Shape", [inputs[name]], f"/model/positions/{name}/Shape", attributes={"start": 1, "end": 2})
+        for name in ("attention_mask", "input_ids")
+    ]
+    first = named_node("Sub", [length.outputs[0] for length in lengths], "/model/positions/Sub")
+    graph.insert_before(graph[0], [*lengths, first])
+    ir.convenience.replace_all_uses_with(positions, first.outputs[0])
+    graph.inputs.remove(positions)
 
 
 def put_weights(model: ir.Model, base: Path, layers: str, vocabulary: str) -> None:
@@ -156,11 +174,14 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
     Raises IncompatibleError if the graph has no place for one of them.
     """
     unplaced, norm_offset = set(vectors), architectures.of(base).norm_offset
+    renamed = architectures.of(base).norm_names.items()
     fused = {product: modules for product, modules in _modules_by_product(base).items() if len(modules) > 1}
     for initial in graph.initializers.values():
         name = initial.name or ""
         for pattern, replacement in _VECTORS:
             name = pattern.sub(replacement, name)
+        for norm, own in renamed:
+            name = name.replace(f".{norm}.", f".{own}.")
         product = next((product for product in fused if f".{product}." in name), None)
         parts = [name] if product is None else [name.replace(product, module) for module in fused[product]]
         if unplaced.isdisjoint(parts):
@@ -233,9 +254,15 @@ def add_logits_start(graph: ir.Graph) -> None:
     graph.insert_before(head, rows)
 
 
-def named_node(op_type: str, inputs: Sequence[ir.Value | None], name: str, like: ir.Value | None = None) -> ir.Node:
+def named_node(
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    like: ir.Value | None = None,
+    attributes: Mapping[str, int] | None = None,
+) -> ir.Node:
     """A node with an output named after it, with the type and shape of `like`."""
-    node = ir.node(op_type, inputs, name=name)
+    node = ir.node(op_type, inputs, attributes, name=name)
     output = node.outputs[0]
     output.name = f"{name}/output_0"
     if like is not None:

@@ -17,7 +17,7 @@ from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
-from tiny import ARCHITECTURES
+from tiny import SAME_MODULES
 from weights import weights_in
 
 FINGERPRINT = "0" * 64
@@ -49,7 +49,7 @@ def random_adapter(base: Path, rank: int = 4, std: float = 0.1) -> LowRank:
 
 
 @pytest.mark.parametrize("kind", ["plain", "rslora", "patterns"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", SAME_MODULES)
 # Phi-3 has no module that these ranks are for.
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
 def test_llama_cpp_computes_what_torch_computed(
