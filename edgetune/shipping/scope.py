@@ -81,7 +81,8 @@ def with_scopes(
 def described(scope: Scope) -> str:
     """The figures in words."""
     shares = f"{scope.refused:.1%} of validation rows, and {scope.found:.1%} of other texts"
-    return f"{shares}, are {scope.label} (threshold {scope.threshold:.3f})"
+    limit = "" if scope.threshold == _LOWEST else f" (threshold {scope.threshold:.2f})"
+    return f"{shares}, are {scope.label}{limit}"
 
 
 def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> list[Logits]:
