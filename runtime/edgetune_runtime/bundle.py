@@ -112,8 +112,8 @@ class Scope:
     threshold: float
     refused: float
     found: float
-    odds_spread: float
-    similarity_spread: float
+    odds_spread: float = 1.0
+    similarity_spread: float = 1.0
 
     def score(self, log_odds: float, similarity: float) -> float:
         """How sure it is that a text is in scope: from the log odds of its label, and how similar its prompt is."""
