@@ -1,4 +1,7 @@
-"""Arguments of calls as FunctionGemma writes them: names bare and sorted, each text between two marks, else JSON."""
+"""Arguments of calls as FunctionGemma writes them: names bare and sorted, each text between two marks, else JSON.
+
+Its template sorts names regardless of case.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ def write(value: object) -> str:
     if isinstance(value, str):
         return f"{MARK}{value}{MARK}"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{write(value[key])}" for key in sorted(value)) + "}"
+        return "{" + ",".join(f"{key}:{write(value[key])}" for key in sorted(value, key=str.lower)) + "}"
     if isinstance(value, Sequence):
         return "[" + ",".join(map(write, value)) + "]"
     return json.dumps(value)
@@ -156,10 +159,10 @@ class _Rules:
 
     def _object(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         """Its properties in order; `rest` are those from one on, `FIRST` if none was written before."""
-        properties, required = sorted(schema.get("properties", {}).items()), schema.get("required", ())
+        properties, required = schema.get("properties", {}), schema.get("required", ())
         rest = [(self._new(), self._new()) for _ in range(len(properties) + 1)]
         yield f'{name}: "{{" {rest[0][0]} "}}"'
-        for number, (key, value) in enumerate(properties):
+        for number, key in enumerate(sorted(properties, key=str.lower)):
             if not _NAME.fullmatch(key):
                 raise _not_held(key)
             value_name = self._new()
@@ -167,7 +170,7 @@ class _Rules:
                 text = json.dumps(f"{',' if begun else ''}{key}:", ensure_ascii=False)
                 skipped = "" if key in required else f" | {rest[number + 1][begun]}"
                 yield f"{own}: {text} {value_name} {rest[number + 1][1]}{skipped}"
-            yield from self.of(value_name, value)
+            yield from self.of(value_name, properties[key])
         for own in rest[-1]:
             yield f'{own}: ""'
 

@@ -186,6 +186,7 @@ FUNCTION_GEMMA = """\
             {{- '<start_function_call>call:' + call.function.name + value(call.function.arguments) }}
             {{- '<end_function_call>' }}
         {%- endfor %}
+        {{- '<start_function_response>' if message.tool_calls and loop.last else '' }}
         {{- '<|im_end|>\\n' if not message.tool_calls else '' }}
     {%- endif %}
 {%- endfor %}

@@ -18,7 +18,7 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.tools.templates import FAMILIES
 from tiny import make_folder, make_tokenizer
 
-MARKS = ("<start_function_call>", "<end_function_call>", MARK)
+MARKS = ("<start_function_call>", "<end_function_call>", "<start_function_response>", MARK)
 TEMPLATE = FAMILIES["function-gemma"]
 CONTEXT = 2048
 SCHEMA: dict[str, Any] = {
@@ -83,7 +83,7 @@ def test_other_texts_are_no_values(text: str) -> None:
 
 
 def test_names_are_sorted_as_the_template_sorts_them() -> None:
-    assert write({"b": "on", "a": 1}) == "{a:1,b:<escape>on<escape>}"
+    assert write({"b": "on", "C": [], "a": 1}) == "{a:1,b:<escape>on<escape>,C:[]}"
 
 
 def check_calls(runtime: Runtime) -> None:
@@ -94,7 +94,7 @@ def check_calls(runtime: Runtime) -> None:
         if answer.stop_reason == "end":
             (call,) = answer.tool_calls
             validate(call.arguments, SCHEMA)
-            assert answer.text == f"{MARKS[0]}call:heat{write(call.arguments)}{MARKS[1]}"
+            assert answer.text == f"{MARKS[0]}call:heat{write(call.arguments)}{MARKS[1]}{MARKS[2]}"
             whole += 1
     assert whole > 4
 

@@ -31,7 +31,7 @@ WRITTEN = {
     f'<|tool_call|>{{"name": "get_time", "arguments": {SECOND}}}<|/tool_call|>',
     "llama3": f'{{"name": "set_light", "parameters": {FIRST}}}',
     "function-gemma": f"<start_function_call>call:set_light{ESCAPED}<end_function_call>"
-    "<start_function_call>call:get_time{}<end_function_call>",
+    "<start_function_call>call:get_time{}<end_function_call><start_function_response>",
 }
 HERMES_FAMILIES = ("smollm3", "gemma3", "not-json")
 TOOLS = tool_set([{"name": "set_light", "description": "Switch", "parameters": {}}, {"name": "get_time"}])
