@@ -7,9 +7,13 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 BUNDLE := build/smart-home
 DATA := examples/smart-home/data
+# A folder with another copy of the suite, for instance on a machine without network.
+TUF_CONFORMANCE ?= build/tuf-conformance
+TUF_ADDRESS := https://github.com/theupdateframework/tuf-conformance
+TUF_COMMIT := eec841c186f81f2d9d8d30460c7e7deefa615f9e
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-full demo-with-recipe check fast test fuzz test-arm64 test-systemd dist docs clean
+.PHONY: help setup demo demo-full demo-with-recipe check fast test fuzz test-tuf test-arm64 test-systemd dist docs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,8 +69,17 @@ test: check fast  ## Run all checks and tests, as CI does
 	@echo "== all other tests"
 	@$(PYTEST) -m "model or slow"
 
-fuzz: setup  ## Open 10,000 mutations of each kind of file, in about two hours; ARGS="--kind kit --case 7" runs one
+fuzz: setup  ## Open 10,000 mutations of each kind of file, in about three hours; ARGS="--kind kit --case 7" runs one
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
+
+test-tuf: setup $(TUF_CONFORMANCE)  ## Run TUF's conformance suite, fetched once, against the trust of updates; needs faketime
+	@PATH=$(BIN):$$PATH $(PYTEST) -c /dev/null --rootdir $(TUF_CONFORMANCE) -q $(TUF_CONFORMANCE)/tuf_conformance --entrypoint tests/tuf_client.py $(ARGS)
+
+build/tuf-conformance:
+	@git init --quiet $@.part
+	@git -C $@.part fetch --quiet --depth 1 $(TUF_ADDRESS) $(TUF_COMMIT)
+	@git -C $@.part -c advice.detachedHead=false checkout --quiet $(TUF_COMMIT)
+	@mv $@.part $@
 
 test-arm64: setup  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[wheel]'

@@ -165,6 +165,21 @@ def make(
     return _base(name, file, quantization)
 
 
+def before_quantization(source: BaseSource, folder: Path, progress: Progress, converter: Path | None) -> Path:
+    """The GGUF file that the base is quantized from: that of the source, or one converted into `folder`."""
+    if not source.is_folder:
+        return source.path
+    progress.say(f"converting {source.path.name} to GGUF")
+    out = folder / f"{source.path.name}.gguf"
+    convert_folder(source.path, out, dtype="auto", converter=converter)
+    return out
+
+
+def key_of_source(source: BaseSource) -> str:
+    """A digest that changes if the base's file or folder does."""
+    return _key_of_folder(source.path) if source.is_folder else sha256_of(source.path)
+
+
 def trained_context_length(header: GgufHeader) -> int:
     """The context length that the base was trained for, in tokens."""
     return int(header.metadata[f"{header.architecture}.context_length"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 _CHANGES = {
     *("os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"),
@@ -36,10 +36,18 @@ def killed_at(write: int, action: Callable[[], int], within: str = "") -> int:
 
 def full_from(write: int, action: Callable[[], int]) -> int:
     """Run `action` on a disk that is full from this write on; its exit code."""
+    return _failing(errno.ENOSPC, write, action, _NEEDS_SPACE)
 
+
+def read_only_from(write: int, action: Callable[[], int]) -> int:
+    """Run `action` on a disk that can only be read from this write on, as after an error of its; its exit code."""
+    return _failing(errno.EROFS, write, action, _NEEDS_SPACE | _CHANGES)
+
+
+def _failing(number: int, write: int, action: Callable[[], int], events: Container[str]) -> int:
     def reach(event: str, count: int) -> None:
-        if count >= write and event in _NEEDS_SPACE:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if count >= write and event in events:
+            raise OSError(number, os.strerror(number))
 
     return _run(action, "", reach)
 

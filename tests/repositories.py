@@ -47,9 +47,11 @@ def publish(
     share: float = 1.0,
     expires_days: int = 90,
     channel: str = "stable",
+    keep: int | None = None,
 ) -> Published:
     """Publish a bundle without a word."""
-    options = {"channel": channel, "min_runtime": min_runtime, "share": share, "expires_days": expires_days}
+    options = {"channel": channel, "min_runtime": min_runtime, "share": share}
+    options |= {"expires_days": expires_days, "keep": keep}
     return publish_bundle(bundle, repo, keys, Progress(quiet=True), **options)
 
 

@@ -20,6 +20,7 @@ from .changes import BOARD_QUANTIZATIONS, SHORTEST_CONTEXT, longest_context
 from .needs import main_type_of, needs_of_header
 
 __all__ = [
+    "BOARD_QUANTIZATIONS",
     "MB",
     "AdapterSize",
     "BoardChoice",
@@ -89,12 +90,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class BoardChoice:
-    """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words."""
+    """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words.
+
+    `usable` are all quantizations that could have been chosen with this context.
+    """
 
     board: Board
     quantization: str | None
     context_length: int
     reason: str
+    usable: Sequence[str | None] = ()
 
 
 def fit(needs: Needs, board: Board) -> Fit:
@@ -124,15 +129,18 @@ def choose(
     needs_of: NeedsOf,
     *,
     quantization: str | None = None,
+    quantizations: Sequence[str | None] = BOARD_QUANTIZATIONS,
     context_length: int | None = None,
     requantize: bool = True,
 ) -> BoardChoice:
     """Choose the quantization and the context length that a recipe for `board` leaves unset.
 
-    Given values are kept; with `requantize=False` the base ships unchanged. Chooses the best quantization that fits and
-    decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits. IncompatibleError if none fits.
+    Given values are kept; with `requantize=False` the base ships unchanged. Chooses the first of `quantizations`, the
+    best one first, that fits and decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits.
+    IncompatibleError if none fits.
     """
-    quantizations = BOARD_QUANTIZATIONS if quantization is None and requantize else (quantization,)
+    if quantization is not None or not requantize:
+        quantizations = (quantization,)
     fitting: list[tuple[str | None, int, Fit]] = []
     for length in (context_length,) if context_length else CONTEXT_LENGTHS:
         for name in quantizations:
@@ -144,16 +152,16 @@ def choose(
             break
     if not fitting:
         require_fit(needs, board)
-    usable = [choice for choice in fitting if choice[2].speed.adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
-    fastest = max(fitting, key=lambda choice: choice[2].speed.adapter_tokens_per_s)
-    chosen, length, predicted = usable[0] if usable else fastest
+    fast = [choice for choice in fitting if choice[2].speed.adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
+    usable = fast or [max(fitting, key=lambda choice: choice[2].speed.adapter_tokens_per_s)]
+    chosen, length, predicted = usable[0]
     what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
-    why = "the best that fits" if usable else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
+    why = "the best that fits" if fast else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
         f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
         f"about {predicted.speed.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(board, chosen, length, reason)
+    return BoardChoice(board, chosen, length, reason, [name for name, _, _ in usable])
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

@@ -28,6 +28,9 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
 
     UsageError for each setting of the recipe that is another one, for a domain, and for a router.
     """
+    if recipe.quantization_spec is not None:
+        # The bundle has the one that was chosen.
+        recipe = recipe.model_copy(update={"quantization": None})
     settings, own = _settings_of(existing.manifest), recipe.model_dump(mode="json")
     problems = [
         f"{key} is {_shown(own[key])}, but {existing.folder} has {_shown(value)}; remove it from the recipe"

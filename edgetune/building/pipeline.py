@@ -35,7 +35,8 @@ from edgetune.work_folder import clear, locked, work_folder
 
 from . import builders
 from .builders import Builder
-from .builders.plan import plan_build, with_download
+from .builders.plan import plan_build, with_download, with_quantization
+from .decoder.quantization import choose_quantization
 from .into import check_slots, others_of, with_settings
 from .on_cluster import train_on_cluster
 from .result import Build
@@ -91,6 +92,9 @@ def build(
                 # Another build of the bundle may resume the trainings of its other adapters.
                 for folder in [work] if existing is None else [work / "train" / name for name in recipe.adapters]:
                     clear(folder)
+            if planned.plan.base.candidates:
+                made = planned.plan, planned.tasks, work / "base"
+                planned = with_quantization(planned, choose_quantization(*made, progress, converter), out)
         return _built(planned, out, progress, converter, existing, on_cluster=on_cluster)
 
 

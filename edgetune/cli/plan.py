@@ -77,9 +77,12 @@ def _bundle_lines(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
     yield "formats", ", ".join(recipe.targets)
     yield "context", f"{recipe.context_length} tokens"
     yield "threads", "one per core, at most 8" if recipe.threads is None else str(recipe.threads)
-    size = "" if base.gguf_bytes is None else f"; {base.gguf_bytes / 1e6:,.0f} MB as GGUF"
+    most = "at most " if base.candidates else ""
+    size = "" if base.gguf_bytes is None else f"; {most}{base.gguf_bytes / 1e6:,.0f} MB as GGUF"
     parameters = "" if base.parameters is None else f"; {base.parameters / 1e6:,.1f}M parameters"
     yield "weights", f"{', '.join(base.steps) or 'as they are'}{parameters}{size}"
+    if base.candidates:
+        yield "to measure", ", ".join(map(str, base.candidates))
     for fit in () if build_plan.board is None else build_plan.board.fits:
         with_adapter, without = fit.speed.adapter_tokens_per_s, fit.speed.decode_tokens_per_s
         speed = f"{with_adapter:.1f} tokens/s with an adapter, {without:.1f} without"

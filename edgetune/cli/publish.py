@@ -32,6 +32,12 @@ def publish(
     expires_days: Annotated[
         int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
     ] = 90,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Delete releases older than the newest N of each channel (default: none)."
+        ),
+    ] = None,
     source: Annotated[
         str | None,
         registry_option("--from", metavar="REFERENCE", help="Publish the bundle of oci://REGISTRY/NAME:TAG."),
@@ -60,7 +66,7 @@ def publish(
             store = open_artifact(source, username, insecure=insecure)
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
         if bundle is None:
-            publishing.refresh(repo, folder, expires_days=expires_days)
+            publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)
             print(repo)
             return
         done = publishing.publish(
@@ -72,10 +78,13 @@ def publish(
             min_runtime=min_runtime,
             share=share,
             expires_days=expires_days,
+            keep=keep,
         )
     if as_json:
         print_json(done.to_json())
         return
     release, state = done.release, "published" if done.changed else "was published already"
-    print(f"{release.name} version {release.version} in {channel} {state}, {done.copied_bytes / 1e6:.1f} MB copied")
+    deleted = "" if keep is None else f", {done.deleted_bytes / 1e6:.1f} MB deleted"
+    copied = f"{done.copied_bytes / 1e6:.1f} MB copied"
+    print(f"{release.name} version {release.version} in {channel} {state}, {copied}{deleted}")
     print(repo)

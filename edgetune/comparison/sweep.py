@@ -13,6 +13,7 @@ from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
 from edgetune.building.decoder.importance import requested_importance
+from edgetune.building.decoder.quantization import choose_quantization
 from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
 from edgetune.progress import Progress
@@ -97,12 +98,15 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     source = bases.find(recipe, download=True)
     assert source is not None
     quantization = quantization_of(recipe)
-    if recipe.device is not None and quantization is not None:
-        quantization = plan_bundle(recipe, source, shapes_of(recipe)).base.quantization
+    work = request.out / "shared" / "base"
+    is_measured = recipe.quantization_spec is not None
+    if is_measured or (recipe.device is not None and quantization is not None):
+        plan = plan_bundle(recipe, source, shapes_of(recipe))
+        measured = choose_quantization(plan, [task], work, progress, None) if is_measured else None
+        quantization = measured if is_measured else plan.base.quantization
         # All trials get the same base, and a folder is converted once.
         request = replace(request, settings={**request.settings, "quantization": quantization})
         recipe = recipe.model_copy(update={"quantization": quantization})
-    work = request.out / "shared" / "base"
     importance = requested_importance(recipe, progress)
     base = bases.make(source, quantization, work=work, progress=progress, converter=None, importance=importance)
     if importance is not None:

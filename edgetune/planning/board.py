@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import engines
@@ -15,6 +16,7 @@ from edgetune.bases import BaseSource, is_gguf
 from edgetune.recipe.model import Recipe
 
 from .merged import trains_on_grid, with_grid
+from .quantization import Candidate, candidates_of, worth_measuring
 from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 
 Adapters = Mapping[str, AdapterPlan]
@@ -23,17 +25,24 @@ Adapters = Mapping[str, AdapterPlan]
 def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | None) -> BuildPlan:
     """The plan with the settings that the recipe leaves unset: for its board if it sets one, within the base's limits.
 
-    Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training.
+    Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training, and the errors of
+    `candidates_of`. Of a base with candidates, the plan is that with the largest, until they are measured.
     """
     quantization = quantization_of(recipe)
     if source is None:
         return BuildPlan(recipe, source, _plan_base(recipe, source, quantization), adapters)
-    choice = None
+    choice, candidates = None, _candidates(recipe, adapters, source.header)
+    if candidates:
+        quantization = candidates[0].quantization
     if recipe.device is not None and source.header is not None:
-        choice = _choose(recipe, adapters, source.header, requantize=quantization is not None)
+        choice = _choose(
+            recipe, adapters, source.header, candidates, requantize=bool(candidates) or quantization is not None
+        )
+        candidates = [item for item in candidates if item.quantization in choice.usable]
         quantization, threads = choice.quantization, recipe.threads or choice.board.cores
+        chosen = recipe.quantization if candidates else quantization
         recipe = recipe.model_copy(
-            update={"quantization": quantization, "threads": threads, "context_length": choice.context_length}
+            update={"quantization": chosen, "threads": threads, "context_length": choice.context_length}
         )
     # The default may be more than the base supports.
     length = min(recipe.context_length, source.trained_context_length)
@@ -43,6 +52,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs())
     needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
     base = _plan_base(recipe, source, quantization, needs[gguf.NAME].base_bytes)
+    base = replace(base, candidates=worth_measuring(recipe, candidates))
     adapters = with_grid(recipe, adapters, base, fit.main_type_of(source.header, quantization))
     if choice is None:
         return BuildPlan(recipe, source, base, adapters)
@@ -51,9 +61,21 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
 
 
 def quantization_of(recipe: Recipe) -> str | None:
-    """The quantization of the base if no board chooses one; None if its file ships unchanged, and for an encoder."""
-    ships_unchanged = is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
-    return recipe.quantization or (None if ships_unchanged else DEFAULT)
+    """The quantization of the base if neither a board nor the build chooses one.
+
+    None if its file ships unchanged or the build chooses, and for an encoder.
+    """
+    if recipe.quantization is None or isinstance(recipe.quantization, str):
+        ships_unchanged = is_gguf(recipe.base) or "quantization" in task_types.load(recipe.task).refused_keys
+        return recipe.quantization or (None if ships_unchanged else DEFAULT)
+    return None
+
+
+def _candidates(recipe: Recipe, adapters: Adapters, header: GgufHeader | None) -> list[Candidate]:
+    if header is None:
+        return []
+    engine = gguf.NAME if gguf.NAME in recipe.targets else _engine(recipe)
+    return candidates_of(recipe, header, lambda name: bundle_needs(recipe, adapters, header, name, engine).base_bytes)
 
 
 def _plan_base(
@@ -71,7 +93,9 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
     """What the build does with the base before training."""
     steps = [] if source is not None else ["download"]
     matrix = "" if recipe.imatrix is None else " with an importance matrix"
-    if quantization is not None and source is not None and not source.is_folder:
+    if recipe.quantization_spec is not None:
+        steps += [f"measure quantizations{matrix}", "use the best one"]
+    elif quantization is not None and source is not None and not source.is_folder:
         steps += [f"requantize to {quantization}{matrix}"]
     elif quantization in FLOATS:
         steps += [f"convert to GGUF {quantization}"]
@@ -80,7 +104,9 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
     return steps if recipe.domain is None else [*steps, "continue pretraining"]
 
 
-def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, *, requantize: bool) -> fit.BoardChoice:
+def _choose(
+    recipe: Recipe, adapters: Adapters, header: GgufHeader, candidates: Sequence[Candidate], *, requantize: bool
+) -> fit.BoardChoice:
     def needs_of(quantization: str | None, context_length: int) -> fit.Needs:
         candidate = recipe.model_copy(update={"context_length": context_length})
         return bundle_needs(candidate, adapters, header, quantization)
@@ -88,7 +114,8 @@ def _choose(recipe: Recipe, adapters: Adapters, header: GgufHeader, *, requantiz
     return fit.choose(
         boards.load(str(recipe.device)),
         needs_of,
-        quantization=recipe.quantization,
+        quantization=recipe.quantization if isinstance(recipe.quantization, str) else None,
+        quantizations=[item.quantization for item in candidates] or fit.BOARD_QUANTIZATIONS,
         context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
         requantize=requantize,
     )

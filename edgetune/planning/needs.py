@@ -11,6 +11,7 @@ from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import PROCESS_MB
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
+from edgetune_runtime.formats.gguf_sizes import vocabulary
 from edgetune_runtime.threads import machine
 
 from edgetune import methods
@@ -21,6 +22,7 @@ from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.schedule import Schedule
 from edgetune.work_folder import work_folder
 
+from .quantization import MAX_TOKENS
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
 _FLOAT_BYTES = 4
@@ -48,12 +50,12 @@ def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     ]
     trained = [adapter.trainable_parameters or 0 for adapter in plan.adapters.values()]
     # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
-    copies = (plan.base.quantization is not None) + (recipe.domain is not None)
+    copies = bool(plan.base.quantization or plan.base.candidates) + (recipe.domain is not None)
     work_mb = copies * base_mb + sum(trained) * _FLOAT_BYTES / 1e6
     bundle_mb = sum(by_target)
     staged_mb = bundle_mb - base_mb * any(item.links_base for item in formats.values())
     # Not at the same time: training has ended before the bundle is staged.
-    temporary_mb = max(saved_states_mb(max(trained, default=0)), staged_mb + bundle_mb)
+    temporary_mb = max(saved_states_mb(max(trained, default=0)), staged_mb + bundle_mb, _measuring_mb(plan, weights_mb))
     min_mb, training_mb = _training_mb(plan, base)
     export_mb = max(item.export_mb(base_mb * 1e6, parameters, options) for item in formats.values())
     return BuildNeeds(
@@ -144,6 +146,14 @@ def _memory_remedy(free_mb: float) -> str:
     max_millions = (free_mb - PROCESS_MB) / _FLOAT_BYTES
     smaller = f", or choose a base of at most {max_millions:,.0f}M parameters" if max_millions >= 1 else ""
     return f"close other programs{smaller}"
+
+
+def _measuring_mb(plan: BuildPlan, weights_mb: float) -> float:
+    """Disk for measuring quantizations: the base before quantization and in the largest one, and logits in float32."""
+    if not plan.base.candidates or plan.source is None or plan.source.header is None:
+        return 0.0
+    logits_mb = MAX_TOKENS * vocabulary(plan.source.header) * _FLOAT_BYTES / 1e6
+    return weights_mb * plan.source.is_folder + plan.base.candidates[0].bytes / 1e6 + logits_mb
 
 
 def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:

@@ -17,6 +17,8 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, TrainingSpec
 from edgetune.tasks.task import Task, Texts
 
+from .quantization import Candidate
+
 # What the recipe has of an adapter, and what `BoardPlan` sums up.
 _LEFT_OUT = ("name", "spec", "trained", "training", "memory")
 # What the manifest has in the entry of an adapter.
@@ -27,7 +29,8 @@ _IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output"
 class BasePlan:
     """The base and what the build does with it, such as `("convert", "quantize to q8_0")`.
 
-    `quantization` None: the file ships unchanged. `parameters` and `gguf_bytes`, the size of its GGUF file in the
+    `quantization` None: the file ships unchanged. `candidates` are the quantizations to measure first; until then,
+    `quantization` is the largest of them. `parameters` and `gguf_bytes`, the size of its GGUF file in the
     bundle, are None for an encoder, and like `architecture` and `trained_context_length` (tokens) for a base that must
     be downloaded first.
     """
@@ -39,6 +42,7 @@ class BasePlan:
     trained_context_length: int | None = None
     parameters: int | None = None
     gguf_bytes: int | None = None
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)

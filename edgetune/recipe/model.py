@@ -39,6 +39,7 @@ from .parts import (
     TrainingSpec,
 )
 from .problems import Document, Loc, explain, override, read_document, value_at
+from .quantization import AUTO, QuantizationSpec
 from .routing import RouteSpec
 from .rows import plain_recipe
 from .task_files import FROM, with_task_files
@@ -59,10 +60,11 @@ class Recipe(RecipePart):
     text-classification: the alias all-minilm-l6-v2, or the folder or hub id of a BERT-type model."""
     targets: tuple[Target, ...] = Field(default=(backends.DEFAULT,), min_length=1)
     """Formats to export: gguf for llama.cpp, onnx for onnxruntime. The runtime opens the first one by default."""
-    quantization: str | None = None
+    quantization: str | QuantizationSpec | None = None
     """Quantization of the base (q4_0, q4_k_m, q5_k_m, q6_k, q8_0, f16 …), applied before training. null: q8_0 for a
     folder or a hub id; a .gguf file is used as it is. ONNX stores q4_0 and q8_0 exactly and at the same size. q4_0+q5_0
-    is q4_0 with the output layer in q5_0 (docs/explanation/quantization.md)."""
+    is q4_0 with the output layer in q5_0. auto, or keys such as budget_mb: the build measures some and chooses
+    (docs/explanation/quantization.md)."""
     imatrix: Literal["auto"] | None = None
     """Importance matrix for `quantization`. auto: from the training rows of all adapters, so that weights with large
     inputs there are rounded with smaller errors. Size and speed stay the same; it changes nothing at 8 bits or more."""
@@ -130,6 +132,11 @@ class Recipe(RecipePart):
         return Path("build") / self.name
 
     @property
+    def quantization_spec(self) -> QuantizationSpec | None:
+        """What to choose among quantizations that the build measures; None if it measures none."""
+        return self.quantization if isinstance(self.quantization, QuantizationSpec) else None
+
+    @property
     def format_options(self) -> OptionsByFormat:
         """The options of the formats, by their names."""
         return {"onnx": self.onnx}
@@ -158,13 +165,23 @@ class Recipe(RecipePart):
     def _fits_task(cls, value: object, info: ValidationInfo) -> object:
         reason = task_types.load(_task_of(info)).refused_keys.get(str(info.field_name))
         if value is not None and reason is not None:
-            raise ValueError(reason.format(value=value))
+            shown = value.model_dump(exclude_none=True) if isinstance(value, QuantizationSpec) else value
+            raise ValueError(reason.format(value=shown))
         return value
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _chosen_by_default(cls, quantization: object) -> object:
+        if not isinstance(quantization, str | dict | QuantizationSpec | None):
+            raise ValueError(
+                f"{quantization!r} is no quantization; use q4_0, auto, or a mapping such as {{budget_mb: 90}}"
+            )
+        return QuantizationSpec() if quantization == AUTO else quantization
 
     @field_validator("quantization", "merged_quantization")
     @classmethod
-    def _known_quantization(cls, quantization: str | None) -> str | None:
-        if quantization is not None:
+    def _known_quantization(cls, quantization: str | QuantizationSpec | None) -> str | QuantizationSpec | None:
+        if isinstance(quantization, str):
             body, _, head = quantization.partition("+")
             _one_of(body, sorted(QUANTIZATIONS), "quantization")
             if "+" in quantization:
@@ -177,7 +194,7 @@ class Recipe(RecipePart):
     @classmethod
     def _rounds_coarsely(cls, imatrix: str | None, info: ValidationInfo) -> str | None:
         quantization = info.data.get("quantization")
-        if imatrix is not None and "quantization" in info.data and quantization in (None, DEFAULT, *FLOATS):
+        if imatrix is not None and "quantization" in info.data and not gains_from_matrix(quantization):
             raise ValueError(f"it changes nothing with quantization: {quantization or 'null'}; use q4_0, or remove it")
         return imatrix
 
@@ -261,6 +278,11 @@ class Recipe(RecipePart):
         return Path(inside).name if Path(inside).is_absolute() else inside
 
 
+def gains_from_matrix(quantization: str | QuantizationSpec | None) -> bool:
+    """Whether an importance matrix changes a base of this quantization, or one of those to choose from."""
+    return quantization not in (None, DEFAULT, *FLOATS)
+
+
 def _task_of(info: ValidationInfo) -> str:
     """The task of the recipe being validated, the default for an unknown one; `task` is validated first."""
     return str(info.data.get("task", GENERATION))
@@ -286,7 +308,7 @@ def json_schema() -> dict[str, Any]:
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     quantizations = schema["properties"]["quantization"]["anyOf"]
     quantizations[0]["enum"] = sorted(QUANTIZATIONS)
-    quantizations.append({"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"})
+    quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": AUTO}]
     definitions = schema["$defs"]
     for section, key in (
         (schema, "route"),

@@ -164,11 +164,13 @@ def explain(
     for item in error.errors():
         loc = _existing(item["loc"], item["type"], values)
         field = _field_at(loc, values, model_at)
-        if len(loc) < len(item["loc"]) and item["loc"][-1] != "[key]" and field is not None:
+        if loc[-1:] != item["loc"][-1:] and item["loc"][-1] != "[key]" and field is not None:
             meaning = " ".join(str(field.description).split()).rstrip(".")
             found[loc] = f"{shown(value_at(loc, values))} is not valid; expected: {meaning}"
         else:
             found.setdefault(loc, _in_english(item, model_at(loc[:-1], values), _keys_at(loc[:-1], values, model_at)))
+    # Of a union's members, the one with keys says which of them is wrong; the others only that it is a mapping.
+    found = {loc: what for loc, what in found.items() if not any(loc == other[: len(loc)] != other for other in found)}
     flags = {tuple(key.split(".")): f"--set {key}: " for key in overrides}
     lines = []
     for loc, what in found.items():
@@ -281,13 +283,14 @@ def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: 
 
 
 def _existing(loc: Loc, kind: str, values: Plain) -> Loc:
-    """`loc` without the type names that pydantic appends for the members of a union."""
+    """`loc` without the type names that pydantic has for the members of a union."""
+    existing: Loc = ()
     for depth, part in enumerate(loc):
-        inside = part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int)
-        if not inside:
-            return loc if kind == "missing" and depth == len(loc) - 1 else loc[:depth]
-        values = values[part]
-    return loc
+        if part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int):
+            existing, values = (*existing, part), values[part]
+        elif kind == "missing" and depth == len(loc) - 1:
+            existing = (*existing, part)
+    return existing
 
 
 def _field_at(loc: Loc, values: dict[str, Any], model_at: ModelAt) -> FieldInfo | None:

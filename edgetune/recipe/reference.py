@@ -34,6 +34,7 @@ from .parts import (
     TrainingSpec,
 )
 from .problems import other_names
+from .quantization import QuantizationSpec
 from .routing import RouteSpec
 
 INTRODUCTION = """\
@@ -73,6 +74,7 @@ def reference() -> str:
     """The recipe reference in Markdown."""
     parts: list[tuple[str, type[BaseModel]]] = [
         ("Recipe", Recipe),
+        ("`quantization`", QuantizationSpec),
         ("`adapters.NAME`", AdapterSpec),
         ("`adapters.NAME.data`", DataSpec),
         ("`adapters.NAME.data.columns`", Columns),

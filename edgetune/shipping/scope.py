@@ -1,4 +1,4 @@
-"""Chooses how likely a label must be for a text to be in scope: the runtime answers validation rows.
+"""Chooses how sure a label must be for a text to be in scope: the runtime answers validation rows.
 
 So the threshold of each format fits its quantization and its engine.
 """
@@ -9,72 +9,125 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import pstdev
 from typing import NamedTuple
 
+import numpy as np
+from edgetune_export.adapters.shapes import Floats
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, Scope
+from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import PromptTooLongError
+from edgetune_runtime.inference.measuring import logits_after
+from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
 
 from edgetune.evaluation import spread
 from edgetune.progress import Progress
 from edgetune.recipe.parts import OutOfScopeSpec
-from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter
 from .opened import opened
 
 MAX_ROWS = 300
 """Rows per adapter and format: more make builds longer, and thresholds little better."""
+_SMALLEST_SPREAD = 1e-3
+_LOWEST = -1e6
+"""The score of a text with the label of those that are out of scope."""
 
 
 class _Found(NamedTuple):
-    """Whether a row has a label of the task, and the probability of the likeliest one; 0 if it is out of scope."""
+    """Whether a row has a label of the task, whether it got one, how likely this is, and how similar the prompt is."""
 
     is_known: bool
-    chance: float
+    is_labelled: bool
+    log_odds: float
+    similarity: float
 
 
-def with_scopes(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress) -> Manifest:
-    """The manifest of `bundle` with the scope of each adapter that has `scope_rows`, in each format."""
-    rows = {adapter.name: adapter.scope_rows for adapter in adapters if adapter.scope_rows}
-    specs = {adapter.name: adapter.plan.spec.out_of_scope for adapter in adapters}
-    if not rows:
+def state_basis(head: Floats) -> Floats:
+    """The matrix [tokens, width] that maps logits to states of the last layer, from the output layer [vocab, width]."""
+    return np.asarray(np.linalg.pinv(head[compared_tokens(len(head))]).T, np.float32)
+
+
+def with_scopes(
+    bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], basis: Floats | None, progress: Progress
+) -> Manifest:
+    """The manifest of `bundle` with the scope of each adapter that has `scope_rows`, in each format.
+
+    Writes the training prompts of these adapters to compare with, which are those of the first format for all. `basis`
+    is that of `state_basis`, None for an encoder.
+    """
+    scoped = {adapter.name: adapter for adapter in adapters if adapter.scope_rows}
+    if not scoped:
         return manifest
     progress.say("choosing what is out of scope")
-    entries = dict(manifest.adapters)
-    for engine, name, runtime in opened(bundle, manifest, rows):
-        spec = specs[name]
+    entries, prompts = dict(manifest.adapters), dict[str, TrainingPrompts]()
+    for engine, name, runtime in opened(bundle, manifest, scoped):
+        adapter, entry = scoped[name], entries[name]
+        spec = adapter.plan.spec.out_of_scope
         assert spec is not None
-        scope = _scope(spec, list(_answers(runtime, name, spec.label, rows[name])))
+        if basis is not None and name not in prompts:
+            prompts[name] = TrainingPrompts.of(basis, _training_logits(runtime, adapter, spec.label))
+            file = f"adapters/{name}/{SIMILARITY_FILE}"
+            write_prompts(bundle / file, prompts[name])
+            entry = replace(entry, similarity=file)
+        answers = list(_answers(runtime, adapter, spec.label, prompts.get(name)))
+        scope = _scope(spec, answers)
         progress.say(f"  {engine} {name}: {described(scope)}")
-        entries[name] = replace(entries[name], scope={**entries[name].scope, engine: scope})
+        entries[name] = replace(entry, scope={**entry.scope, engine: scope})
     return replace(manifest, adapters=entries)
 
 
 def described(scope: Scope) -> str:
     """The figures in words."""
     shares = f"{scope.refused:.1%} of validation rows, and {scope.found:.1%} of other texts"
-    return f"{shares}, are {scope.label} (threshold {scope.threshold:.3f})"
+    limit = "" if scope.threshold == _LOWEST else f" (threshold {scope.threshold:.2f})"
+    return f"{shares}, are {scope.label}{limit}"
 
 
-def _answers(runtime: Runtime, name: str, label: str, rows: Sequence[TaskRow]) -> Iterator[_Found]:
-    known = [row for row in rows if row.completion != label]
-    for row in (*spread(known, MAX_ROWS), *(row for row in rows if row.completion == label)):
+def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> list[Logits]:
+    known = [row for row in adapter.known_rows if row.completion != label]
+    rows = []
+    for row in spread(known, MAX_ROWS):
         with suppress(PromptTooLongError):
-            found = runtime.classify(row.messages or (), adapter=name)
-            chance = 0.0 if found.label == label else found.probabilities[found.label]
-            yield _Found(row.completion != label, chance)
+            rows.append(logits_after(runtime, row.messages or (), adapter.name))
+    return rows
+
+
+def _answers(
+    runtime: Runtime, adapter: TrainedAdapter, label: str, prompts: TrainingPrompts | None
+) -> Iterator[_Found]:
+    known = [row for row in adapter.scope_rows if row.completion != label]
+    made = [row for row in adapter.scope_rows if row.completion == label]
+    for row in (*spread(known, MAX_ROWS), *made):
+        messages, similarity = row.messages or (), 1.0
+        with suppress(PromptTooLongError):
+            found = runtime.classify(messages, adapter=adapter.name)
+            if prompts is not None:
+                similarity = prompts.similarity(logits_after(runtime, messages, adapter.name))
+            yield _Found(row.completion != label, found.label != label, found.log_odds, similarity)
 
 
 def _scope(spec: OutOfScopeSpec, answers: Sequence[_Found]) -> Scope:
     """The threshold below which are at most as many of the known rows as the recipe allows, and what it does."""
-    known = sorted(answer.chance for answer in answers if answer.is_known)
-    others = [answer.chance for answer in answers if not answer.is_known]
-    threshold = known[int(len(known) * spec.refused)] if known else 0.0
-    refused, found = (_share_below(threshold, chances) for chances in (known, others))
-    return Scope(spec.label, threshold, refused, found)
+    labelled = [answer for answer in answers if answer.is_known and answer.is_labelled]
+    log_odds, similarities = ([answer.log_odds for answer in labelled], [answer.similarity for answer in labelled])
+    scope = Scope(spec.label, _LOWEST, 0.0, 0.0, _spread_of(log_odds), _spread_of(similarities))
+
+    def score(answer: _Found) -> float:
+        return scope.score(answer.log_odds, answer.similarity) if answer.is_labelled else _LOWEST
+
+    known = sorted(score(answer) for answer in answers if answer.is_known)
+    others = [score(answer) for answer in answers if not answer.is_known]
+    threshold = known[int(len(known) * spec.refused)] if known else _LOWEST
+    refused, found = (_share_below(threshold, scores) for scores in (known, others))
+    return replace(scope, threshold=threshold, refused=refused, found=found)
 
 
-def _share_below(threshold: float, chances: Sequence[float]) -> float:
-    below = sum(chance < threshold or chance == 0 for chance in chances)
-    return round(below / max(1, len(chances)), 4)
+def _spread_of(values: Sequence[float]) -> float:
+    return max(_SMALLEST_SPREAD, pstdev(values)) if values else 1.0
+
+
+def _share_below(threshold: float, scores: Sequence[float]) -> float:
+    below = sum(score < threshold or score == _LOWEST for score in scores)
+    return round(below / max(1, len(scores)), 4)

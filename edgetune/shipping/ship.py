@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export import backends
-from edgetune_export.adapters.shapes import Adapter, Folded, LowRank, Merged, Prefix
+from edgetune_export.adapters.shapes import Adapter, Floats, Folded, LowRank, Merged, Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
 from edgetune_export.pack import pack
@@ -34,7 +34,7 @@ from .confidence import with_confidence
 from .exported import B, BuildBase, BundleSpec, ExportedFormat, ParityReport, TrainedAdapter, WrittenAdapter
 from .golden import with_golden
 from .manifest import adapter_entry, manifest_of
-from .scope import with_scopes
+from .scope import state_basis, with_scopes
 
 CARD_NAME = "README.md"
 """The model card, at the top of a bundle."""
@@ -77,6 +77,7 @@ def ship(
     progress.say("comparing the exported files with the trained model")
     parity = builder.verify(base, model, adapters, exports, progress)
     entry = builder.base_entry(base, source, {export.backend: stage.name_of(export.base) for export in exports})
+    basis = _state_basis(model, adapters)
     # The next comparison loads two engines at a time.
     stage.source = replace(source, model=None)
     del model, source
@@ -93,9 +94,17 @@ def ship(
     )
     if existing is not None:
         manifest = existing.with_adapters(manifest)
-    pack(work, out, manifest, partial(_complete, adapters=adapters, spec=spec, progress=progress))
+    pack(work, out, manifest, partial(_complete, adapters=adapters, basis=basis, spec=spec, progress=progress))
     shutil.rmtree(work, ignore_errors=True)
     return read_manifest(out)
+
+
+def _state_basis(model: Any, adapters: Sequence[TrainedAdapter]) -> Floats | None:  # noqa: ANN401 - a PreTrainedModel
+    """What computes states from logits, if an adapter needs it; None for an encoder."""
+    head: Any = model.get_output_embeddings()
+    if head is None or not any(adapter.scope_rows for adapter in adapters):
+        return None
+    return state_basis(head.weight.detach().float().numpy())
 
 
 def _give_back(base: BuildBase) -> None:
@@ -214,13 +223,19 @@ class _Stage:
 
 
 def _complete(
-    bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter], spec: BundleSpec, progress: Progress
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    adapters: Sequence[TrainedAdapter],
+    basis: Floats | None,
+    spec: BundleSpec,
+    progress: Progress,
 ) -> Manifest:
     """Add what the runtime computes from the files (golden answers, scopes, confidence, states), and the model card."""
     if spec.existing is not None:
         spec.existing.check_unchanged(manifest)
     manifest = with_golden(bundle, manifest, adapters, progress)
-    manifest = with_scopes(bundle, manifest, adapters, progress)
+    manifest = with_scopes(bundle, manifest, adapters, basis, progress)
     manifest = with_confidence(bundle, manifest, adapters, progress)
     if spec.ships_states:
         _make_states(bundle, manifest.base.files, progress)

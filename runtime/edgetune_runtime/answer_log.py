@@ -20,6 +20,7 @@ from .errors import NotFoundError, UsageError, VerificationError
 from .redaction import Redaction
 from .text.chat import Message, Prompt, messages_for
 from .type_checks import type_check
+from .wording import printable
 
 MAX_BYTES = 64_000_000
 _MIN_BYTES = 100_000
@@ -147,7 +148,8 @@ def read_answer_log(path: Path, manifest: Manifest) -> list[LoggedAnswer]:
     entries: dict[str, LoggedAnswer] = {}
     for where, entry in _entries(path):
         if (entry.bundle, entry.base) != (manifest.name, manifest.base.fingerprint):
-            message = f"{where} is of bundle {entry.bundle!r} on base {entry.base[:12]}…, not of {manifest.name!r}"
+            base = printable(entry.base[:12])
+            message = f"{where} is of bundle {entry.bundle!r} on base {base}…, not of {manifest.name!r}"
             raise UsageError(f"{message} on {manifest.base.fingerprint[:12]}…", "give the log of this bundle")
         entries[entry.id] = entry
     return list(entries.values())

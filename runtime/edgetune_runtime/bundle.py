@@ -102,15 +102,22 @@ class GoldenAnswer:
 class Scope:
     """Which texts `classify` finds to be out of scope with an adapter's labels in one format.
 
-    These get `label`: because it is the likeliest, or because the likeliest one is less likely than `threshold`.
+    These get `label`: because it is the likeliest, or because the `score` of the likeliest is below `threshold`.
     `refused` is the share of the validation rows with other labels that got it, and `found` that of texts which the
-    build made of none of them.
+    build made of none of them. `odds_spread` and `similarity_spread` are the standard deviations of both parts of the
+    score over these validation rows.
     """
 
     label: str
     threshold: float
     refused: float
     found: float
+    odds_spread: float = 1.0
+    similarity_spread: float = 1.0
+
+    def score(self, log_odds: float, similarity: float) -> float:
+        """How sure it is that a text is in scope: from the log odds of its label, and how similar its prompt is."""
+        return log_odds / self.odds_spread - (1 - similarity) / self.similarity_spread
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,7 @@ class AdapterEntry:
     is that of a merged model, None for other shapes and if a merged model keeps the types of an unchanged base.
     `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
     is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
+    `similarity` is the file that tells how similar a prompt is to the training prompts (see `inference.similarity`).
     `golden` has a golden answer per backend, unless the recipe leaves it out; `scope` is by backend too. `confidence`
     maps a backend to a curve per kind of answer (see `inference.confidence`), and `unsure` is the rule for answers that
     are not sure enough.
@@ -176,6 +184,7 @@ class AdapterEntry:
     metric: str = "exact"
     labels: tuple[str, ...] = ()
     draft: str | None = None
+    similarity: str | None = None
     output: Mapping[str, Any] | None = None
     quantization: str | None = None
     values_by_type: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -185,6 +194,11 @@ class AdapterEntry:
     confidence: Mapping[str, Mapping[str, ConfidenceCurve]] = field(default_factory=dict)
     unsure: UnsureRule | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shared_files(self) -> list[str]:
+        """Its files that are for all formats."""
+        return [file for file in (self.draft, self.similarity) if file is not None]
 
     def is_merged(self, engine: str) -> bool:
         """Whether the adapter is a full model for this engine."""
@@ -259,7 +273,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        # Little indented: an update of one adapter of many downloads it all.
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -359,7 +374,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 def files_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
     """The files of an adapter: those that it names, and all in the folders of its merged models."""
-    named = {*entry.files.values(), entry.draft}
+    named = {*entry.files.values(), *entry.shared_files}
     folders = {PurePosixPath(file).parent for engine, file in entry.files.items() if entry.is_merged(engine)}
     return [name for name in manifest.files if name in named or PurePosixPath(name).parent in folders]
 
@@ -412,7 +427,7 @@ def files_of_format(manifest: Manifest, name: str) -> list[str]:
     by_format = [manifest.base.files, *(adapter.files for adapter in manifest.adapters.values())]
     named = [files[name] for files in by_format if name in files]
     others = {file for files in by_format for other, file in files.items() if other != name}
-    others |= {adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None}
+    others |= {file for adapter in manifest.adapters.values() for file in adapter.shared_files}
     shared = {str(folder) for file in others for folder in PurePosixPath(file).parents}
     folders = {str(PurePosixPath(file).parent) for file in named} - shared
     beside = [file for file in manifest.files if folders & {str(folder) for folder in PurePosixPath(file).parents}]
@@ -428,9 +443,10 @@ def files_beside(manifest: Manifest, file: str) -> list[str]:
 def files_only_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
     """The files of an adapter that nothing else in the bundle uses."""
     others = [other for other in manifest.adapters.values() if other is not entry]
-    used = {file for other in others for file in (*other.files.values(), other.draft)} | {*manifest.base.files.values()}
-    folders = {PurePosixPath(file).parent for file in used if file is not None}
-    named = {*entry.files.values(), entry.draft}
+    used = {file for other in others for file in (*other.files.values(), *other.shared_files)}
+    used |= {*manifest.base.files.values()}
+    folders = {PurePosixPath(file).parent for file in used}
+    named = {*entry.files.values(), *entry.shared_files}
     return [
         name
         for name in files_of(manifest, entry)
@@ -503,7 +519,7 @@ def _check_names(manifest: Manifest, path: Path) -> None:
 
 def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
-    named += [adapter.draft for adapter in manifest.adapters.values() if adapter.draft is not None]
+    named += [file for adapter in manifest.adapters.values() for file in adapter.shared_files]
     named += [] if manifest.router is None else [manifest.router.file]
     for name in {*manifest.files, *named}:
         if name.startswith("/") or ".." in name.split("/") or "\\" in name:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest, with_present_formats
 from .errors import NotFoundError, VerificationError, importing
+from .wording import shortened
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key, Signer
@@ -45,7 +46,8 @@ def read_trusted_keys(path: Path) -> TrustedKeys:
         remedy = "give the trusted-keys.json of `edgetune keys init`"
         raise NotFoundError(f"cannot read the trusted keys {path}: {error.strerror}", remedy) from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"{path} is no file of trusted keys: {error}", "copy it again") from error
+        message = f"{path} is no file of trusted keys: {shortened(str(error))}"
+        raise VerificationError(message, "copy it again") from error
     if not keys:
         raise VerificationError(f"{path} has no keys", "copy it again")
     return TrustedKeys(keys)
@@ -91,9 +93,10 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     except OSError as error:
         raise VerificationError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"{bundle / SIGNATURE_NAME} is damaged: {error}", "copy the bundle again") from error
+        message = f"{bundle / SIGNATURE_NAME} is damaged: {shortened(str(error))}"
+        raise VerificationError(message, "copy the bundle again") from error
     for signature in signatures:
-        key = keys.get(signature.keyid)
+        key = keys.get(str(signature.keyid))
         if key is None:
             continue
         try:

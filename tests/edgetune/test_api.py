@@ -228,7 +228,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDS, str(tmp_path / "home.work")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(edgetune.EdgetuneError, match="another build"), locked(tmp_path / "home.work"):
+        with pytest.raises(edgetune.EdgetuneError, match="another process is using"), locked(tmp_path / "home.work"):
             pass
         process.kill()
     with locked(tmp_path / "home.work"):

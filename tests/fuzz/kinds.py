@@ -18,15 +18,34 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log import read_answer_log
 from edgetune_runtime.bundle import AUTO, MANIFEST_NAME, read_manifest
 from edgetune_runtime.cli.main import make_parser
+from edgetune_runtime.inference.similarity import SIMILARITY_FILE
 from edgetune_runtime.routing.classifier import ROUTER_FILE
+from edgetune_runtime.signatures import SIGNATURE_NAME
 
-from . import fragments
+from . import fragments, updates
 from .forms.gguf_file import GgufForm, read
 from .forms.json_file import Checked, Json, Safetensors
 from .forms.protobuf import Protobuf
 from .forms.raw import Bytes, Form
 from .forms.text import Text
-from .names import ADAPTERS, KIT, LOG, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+from .names import (
+    ADAPTERS,
+    DEVICE,
+    KIT,
+    LOG,
+    LORA,
+    MODEL,
+    ONNX,
+    PEFT,
+    PLAIN,
+    PREFIX,
+    QUESTION,
+    RECIPE,
+    REPOSITORY,
+    SESSION,
+    SIGNED,
+    STATES,
+)
 
 Open = Callable[[bytes], None]
 """Opens a changed file, as an app does; it may raise an EdgetuneError and no other error."""
@@ -47,13 +66,18 @@ def _answer(bundle: Path, adapter: str | None = None, **opening: Any) -> None:  
         runtime.generate(QUESTION, adapter=adapter, max_tokens=3)
 
 
+def _classify(bundle: Path, adapter: str | None) -> None:
+    with Runtime.open(bundle, contexts=1, threads=1, disk_mb=0) as runtime:
+        runtime.classify(QUESTION, adapter=adapter)
+
+
 def _replace(path: Path, data: bytes) -> None:
     """Put a new file there: a runtime that is still open may have mapped the old one."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
 
-def _in_bundle(bundle: str, file: str, adapter: str | None, folder: Path) -> Open:
+def _in_bundle(bundle: str, file: str, adapter: str | None, ask: Callable[..., None], folder: Path) -> Open:
     """Opens a bundle with a changed file, whose digest is in the manifest."""
     root = folder / bundle
     manifest = json.loads((root / MANIFEST_NAME).read_text(encoding="utf-8"))
@@ -65,7 +89,7 @@ def _in_bundle(bundle: str, file: str, adapter: str | None, folder: Path) -> Ope
         if file == manifest["base"]["files"].get("gguf"):
             manifest["base"]["fingerprint"] = digest
         (root / MANIFEST_NAME).write_text(json.dumps(manifest), encoding="utf-8")
-        _answer(root, adapter)
+        ask(root, adapter)
 
     return open_changed
 
@@ -233,8 +257,10 @@ def _asked(number: int) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": f"{QUESTION} {number}"},)
 
 
-def _bundle_kind(bundle: str, file: str, form: Form, adapter: str | None = None) -> Kind:
-    return Kind(f"{bundle}/{file}", form, partial(_in_bundle, bundle, file, adapter))
+def _bundle_kind(
+    bundle: str, file: str, form: Form, adapter: str | None = None, ask: Callable[..., None] = _answer
+) -> Kind:
+    return Kind(f"{bundle}/{file}", form, partial(_in_bundle, bundle, file, adapter, ask))
 
 
 _GRAPH = "base/onnx"
@@ -248,6 +274,7 @@ KINDS = {
     "tokenizer-config": _bundle_kind(ONNX, f"{_GRAPH}/tokenizer_config.json", Json(), LORA),
     "onnx-config": _bundle_kind(ONNX, f"{_GRAPH}/genai_config.json", Json(), LORA),
     "draft": _bundle_kind(ADAPTERS, f"adapters/{LORA}/draft.bin", Checked(), LORA),
+    "similarity": _bundle_kind(ADAPTERS, f"adapters/{LORA}/{SIMILARITY_FILE}", Checked(), LORA, _classify),
     "router": _bundle_kind(ADAPTERS, f"adapters/{ROUTER_FILE}", Checked(), AUTO),
     "state": Kind(STATES, Checked(), _state, _only_state),
     "past-answers": Kind(STATES, Checked(), _past_answers, _only_past_answers),
@@ -263,6 +290,14 @@ KINDS = {
     "model-weights": Kind(f"{MODEL}/model.safetensors", Safetensors(), partial(_model, "model.safetensors")),
     "answer-log": Kind(LOG, Json(), _log),
     "recipe": Kind(RECIPE, Text(fragments.RECIPE), _recipe),
+    **{
+        f"tuf-{role}": Kind(f"{REPOSITORY}/metadata/{file}", Json(), partial(updates.metadata, role, file))
+        for role, file in updates.METADATA.items()
+    },
+    "release": Kind(REPOSITORY, Json(), updates.release, updates.only_release),
+    "signature": Kind(f"{SIGNED}/{SIGNATURE_NAME}", Json(), partial(updates.signature, f"{SIGNED}/{SIGNATURE_NAME}")),
+    "trusted-keys": Kind(updates.TRUSTED_KEYS, Json(), partial(updates.signature, updates.TRUSTED_KEYS)),
+    "update-state": Kind(f"{DEVICE}/{updates.STATE}", Json(), updates.state),
 }
 
 

@@ -13,13 +13,36 @@ from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.prefix import write_prefix
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log import AnswerLog, line_of, read_answer_log
-from edgetune_runtime.bundle import GENERATE, AdapterEntry, read_manifest, sha256_of
+from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_file import cache_shape, read_header
+from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
+from edgetune_runtime.update.state import write_state
+from edgetune_runtime.update.update import UpdateSource, check
 from kits import KitMaker
+from kits import write_bundle as write_signable
+from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 
-from .names import ADAPTERS, KIT, LOG, LORA, MODEL, ONNX, PEFT, PLAIN, PREFIX, QUESTION, RECIPE, SESSION, STATES
+from .names import (
+    ADAPTERS,
+    DEVICE,
+    KEYS,
+    KIT,
+    LOG,
+    LORA,
+    MODEL,
+    ONNX,
+    PEFT,
+    PLAIN,
+    PREFIX,
+    QUESTION,
+    RECIPE,
+    REPOSITORY,
+    SESSION,
+    SIGNED,
+    STATES,
+)
 
 SYSTEM = "answer in one word and play " * 6
 _RECIPE = """\
@@ -70,12 +93,13 @@ def write_seeds(folder: Path, source: Source, model: Path) -> Path:
     _peft(work / PEFT, source)
     _copy(model, work / MODEL)
     (work / RECIPE).write_text(_RECIPE, encoding="utf-8")
+    _repository(work, folder)
     work.rename(folder)
     return folder
 
 
 def _add_parts(bundle: Path, source: Source) -> None:
-    """Give the bundle an adapter that is a prefix, and the LoRA a draft table; and a router of both."""
+    """Give the bundle an adapter that is a prefix, and the LoRA a draft table and a scope; and a router of both."""
     manifest = read_manifest(bundle)
     base = bundle / manifest.base.files["gguf"]
     file = f"adapters/{PREFIX}/prefix.gguf"
@@ -84,7 +108,17 @@ def _add_parts(bundle: Path, source: Source) -> None:
     draft = f"adapters/{LORA}/{DRAFT_FILE}"
     entries = {number * 7919: (number % 300, 0.5) for number in range(1, 40)}
     write_table(bundle / draft, DraftTable.of(entries, [0.5] * 6, manifest.base.tokenizer_sha256))
-    lora = replace(manifest.adapters[LORA], draft=draft, labels=("red", "green"))
+    similarity = f"adapters/{LORA}/{SIMILARITY_FILE}"
+    tokens = len(compared_tokens(len(read_header(base).metadata["tokenizer.ggml.tokens"])))
+    logits = np.random.default_rng(0).normal(size=(3, tokens)).astype(np.float32)
+    write_prompts(bundle / similarity, TrainingPrompts.of(np.eye(tokens, 8), list(logits)))
+    lora = replace(
+        manifest.adapters[LORA],
+        draft=draft,
+        similarity=similarity,
+        labels=("red", "green"),
+        scope={"gguf": Scope("green", -1.0, 0.0, 0.0, 1.0, 1.0)},
+    )
     prefix = AdapterEntry(
         PREFIX, "prefix", {"gguf": "prefix"}, {"gguf": file}, manifest.base.fingerprint, prefix_tokens=3
     )
@@ -135,6 +169,21 @@ def _states(work: Path) -> None:
 def _kit() -> str:
     with tempfile.TemporaryDirectory() as name:
         return (KitMaker(Path(name))("answer") / KIT).read_text(encoding="utf-8")
+
+
+def _repository(work: Path, folder: Path) -> None:
+    """A signed repository that will be in `folder`, and what a device remembers that has looked at it."""
+    keys = make_keys(work / KEYS)
+    repo, bundle = work / REPOSITORY, write_signable(work / SIGNED, "answer")
+    release = publish(bundle, repo, keys, expires_days=36_500).release
+    source = UpdateSource(str(repo), root=work / KEYS / "1.root.json")
+    found = check(work / DEVICE, source)
+    remembered = {
+        "floors": {SIGNED: 1},
+        "failures": {release.bundle: 1},
+        "refused": {"ab" * 32: "it was marked as bad"},
+    }
+    write_state(work / DEVICE, replace(found.state, repo=str(folder / REPOSITORY), **remembered))
 
 
 def _peft(out: Path, source: Source) -> None:

@@ -27,15 +27,17 @@ LIBRARIES = {
     "session": ("llama_cpp",),
     "draft": ("llama_cpp",),
     "router": ("llama_cpp",),
+    "similarity": ("llama_cpp",),
     "onnx": ("onnxruntime", "tokenizers"),
     "tokenizer": ("onnxruntime", "tokenizers"),
     "recipe": ("edgetune.recipe.model",),
     "model": ("edgetune.folder_header",),
     "peft": ("peft", "edgetune.methods"),
+    "tuf": ("tuf.ngclient",),
 }
 MEMORY_BYTES = 1_500_000_000
 """Address space that a case may add to what the worker has after its first file."""
-SAME_LINE_KINDS = {"recipe"}
+SAME_LINE_KINDS = {"recipe", "answer-log"}
 """Kinds whose errors list all problems, one per line."""
 
 

@@ -15,7 +15,7 @@ from edgetune.building.routing.prompts import prompts_of
 from edgetune.planning.build import plan_bundle, plan_data
 from edgetune.planning.needs import room_for
 from edgetune.planning.records import PlannedBuild
-from edgetune.recipe.model import Recipe
+from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.tasks.task import Texts, read_task, read_texts
 from edgetune.training.precision import check_precision
@@ -61,7 +61,18 @@ def plan_build(
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:
     """The plan with the base, which is downloaded if necessary."""
-    recipe, adapters = planned.plan.recipe, planned.plan.adapters
+    return _planned_again(planned, planned.plan.recipe, out)
+
+
+def with_quantization(planned: PlannedBuild, quantization: str | None, out: Path) -> PlannedBuild:
+    """The plan with the quantization that was chosen for the base; None if its file ships unchanged."""
+    recipe = planned.plan.recipe
+    imatrix = recipe.imatrix if gains_from_matrix(quantization) else None
+    return _planned_again(planned, recipe.model_copy(update={"quantization": quantization, "imatrix": imatrix}), out)
+
+
+def _planned_again(planned: PlannedBuild, recipe: Recipe, out: Path) -> PlannedBuild:
+    adapters = planned.plan.adapters
     shapes = {name: adapter.shapes for name, adapter in adapters.items()}
     outputs = {name: adapter.output for name, adapter in adapters.items()}
     plan = plan_bundle(recipe, load(recipe.task).find(recipe, download=True), shapes)

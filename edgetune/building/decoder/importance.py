@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from edgetune_export.architectures.layout import name_map, tensor_of
 from edgetune_export.architectures.shape import linear_modules
-from edgetune_export.base_file.convert import convert_folder
 from edgetune_export.base_file.importance import Importance
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
@@ -52,10 +51,7 @@ def importance_of(recipe: Recipe, progress: Progress) -> Importance:
     source = bases.find(recipe, download=True)
     assert source is not None
     with TemporaryDirectory() as folder:
-        path = source.path
-        if source.is_folder:
-            path = Path(folder, "base.gguf")
-            convert_folder(source.path, path)
+        path = bases.before_quantization(source, Path(folder), progress, None)
         return importance_source(recipe, progress).collect(path)
 
 

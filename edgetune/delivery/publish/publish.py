@@ -20,17 +20,22 @@ from edgetune.progress import Progress
 from .external_keys import signing
 from .key_folder import KeyFolder, missing_keys, require_name
 from .repository import Repository
+from .upkeep import delete_old
 
 _LOCK = ".lock"
 
 
 @dataclass(frozen=True)
 class Published:
-    """The release of a bundle, and what was copied for it; `changed` is False if the channel had this bundle."""
+    """The release of a bundle, what was copied for it, and what was deleted of old ones.
+
+    `changed` is False if the channel had this bundle.
+    """
 
     release: Release
     changed: bool
     copied_bytes: int
+    deleted_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -42,6 +47,7 @@ class Published:
             "bundle": release.bundle,
             "changed": self.changed,
             "copied_bytes": self.copied_bytes,
+            "deleted_bytes": self.deleted_bytes,
         }
 
 
@@ -55,11 +61,13 @@ def publish(
     min_runtime: str,
     share: float,
     expires_days: int,
+    keep: int | None = None,
 ) -> Published:
     """Make a bundle the newest release of its name in a channel, and sign the repository again.
 
     It is for a `share` of the devices; the older releases that the others can take stay in the repository. Devices
-    accept it for `expires_days`. A repository is made if there is none. If this is killed at any point, the repository
+    accept it for `expires_days`. A repository is made if there is none. If `keep` is given, releases older than the
+    newest `keep` of each channel are deleted, but not those. If this is killed at any point, the repository
     is valid as it was, and the next publish completes. Raises the errors of reading a bundle, of its keys, and of a
     damaged repository; UsageError for a name that cannot be a path, or while another publish is at work.
     """
@@ -84,8 +92,8 @@ def publish(
         changed = before is None or _content(before) != _content(release)
         if changed:
             _put(repository, release, before)
-        repository.commit(expires_days=expires_days)
-    return Published(release if changed or before is None else before, changed, copied)
+        deleted = _commit(repository, expires_days, keep)
+    return Published(release if changed or before is None else before, changed, copied, deleted)
 
 
 def _read(repository: Repository, name: str, channel: str, version: int | None = None) -> Release | None:
@@ -122,10 +130,16 @@ def _is_for_all_of(older: Release, newer: Release) -> bool:
     return is_wider and runs and newer.manifest_schema <= older.manifest_schema
 
 
-def refresh(repo: Path, keys: KeyFolder, *, expires_days: int) -> None:
-    """Sign a repository again, as before its metadata expires or after a change of keys."""
+def refresh(repo: Path, keys: KeyFolder, *, expires_days: int, keep: int | None = None) -> None:
+    """Sign a repository again, as before its metadata expires or after a change of keys; `keep` as for `publish`."""
     with _locked(repo):
-        Repository(repo, keys).commit(expires_days=expires_days)
+        _commit(Repository(repo, keys), expires_days, keep)
+
+
+def _commit(repository: Repository, expires_days: int, keep: int | None) -> int:
+    """Write what has changed, then delete old releases; how many bytes they had."""
+    repository.commit(expires_days=expires_days)
+    return 0 if keep is None else delete_old(repository, keep)
 
 
 def sign(bundle: Path, keys: KeyFolder) -> Path:
@@ -149,11 +163,13 @@ def sign(bundle: Path, keys: KeyFolder) -> Path:
 
 @contextmanager
 def _locked(repo: Path) -> Iterator[None]:
-    repo.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(repo / _LOCK)
+    """Hold the lock of a repository in the block; UsageError if another has it, or if something cannot be written."""
     try:
-        lock.acquire(blocking=False)
+        repo.mkdir(parents=True, exist_ok=True)
+        with FileLock(repo / _LOCK, blocking=False):
+            yield
     except Timeout as error:
         raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error
-    with lock:
-        yield
+    except OSError as error:
+        where = error.filename or repo
+        raise UsageError(f"{where}: {error.strerror}", "check the disk and its permissions") from error

@@ -11,7 +11,14 @@ from pathlib import Path
 from edgetune_runtime.bundle import FileEntry, sha256_of
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
-from edgetune_runtime.update.release import BLOBS_FOLDER, ISSUED, METADATA_FOLDER, ROLE_PREFIX, TARGETS_FOLDER
+from edgetune_runtime.update.release import (
+    BLOBS_FOLDER,
+    ISSUED,
+    METADATA_FOLDER,
+    ROLE_PREFIX,
+    ROOT_VERSION,
+    TARGETS_FOLDER,
+)
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import (
@@ -60,9 +67,18 @@ class Repository:
         role = self._roles.get(f"{ROLE_PREFIX}{name}")
         return {} if role is None else role.targets
 
+    @property
+    def all_releases(self) -> list[TargetFile]:
+        """The releases of all bundles: the newest of each channel."""
+        return [target for role in self._roles.values() for target in role.targets.values()]
+
+    def release_file(self, target: TargetFile) -> Path:
+        """The file of a release."""
+        return self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0]
+
     def read_release(self, target: TargetFile) -> bytes:
         """The contents of a release; VerificationError if the file is missing or damaged."""
-        path = self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0]
+        path = self.release_file(target)
         try:
             data = path.read_bytes()
             target.verify_length_and_hashes(data)
@@ -86,7 +102,7 @@ class Repository:
         """Make `data` the release at a path among the targets; its version is readable without the file."""
         target = TargetFile.from_data(path, data, ["sha256"])
         target.unrecognized_fields["custom"] = {"version": version}
-        _write(self.folder / TARGETS_FOLDER / target.get_prefixed_paths()[0], data)
+        _write(self.release_file(target), data)
         role = self._roles.setdefault(f"{ROLE_PREFIX}{name}", _unwritten(Targets()))
         role.targets[path] = target
         self._changed.add(f"{ROLE_PREFIX}{name}")
@@ -118,7 +134,7 @@ class Repository:
         hashes = {"sha256": hashlib.sha256(data).hexdigest()}
         timestamp.snapshot_meta = MetaFile(snapshot.version, len(data), hashes)
         timestamp.version, timestamp.expires = timestamp.version + 1, _after(expires_days)
-        timestamp.unrecognized_fields[ISSUED] = _after(0).isoformat()
+        timestamp.unrecognized_fields |= {ISSUED: _after(0).isoformat(), ROOT_VERSION: self._root.version}
         # A new repository has no timestamp that a root could be at odds with; devices look for the root first.
         is_new = self._published_root is None
         if is_new:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .atomic import replacing
+from .regular_file import open_regular
 
 VERSION = 1
 
@@ -49,7 +49,7 @@ def read_checked(
 ) -> CheckedFile | None:
     """Read a file of `write_checked`; None if it is missing, damaged, larger, of another kind or no regular file."""
     try:
-        with _opened(path, follows_links) as file:
+        with open_regular(path, follows_links=follows_links) as file:
             head = _head(file, kind)
             size = head["bytes"]
             if type(size) is not int or size > max_bytes or os.fstat(file.fileno()).st_size != file.tell() + size:
@@ -63,7 +63,7 @@ def read_checked(
 def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:
     """The facts of a file, without reading its bytes; None if it is missing, of another kind or no regular file."""
     try:
-        with _opened(path, follows_links=False) as file:
+        with open_regular(path, follows_links=False) as file:
             about: Mapping[str, Any] = _head(file, kind)["about"]
             return about
     except _UNREADABLE:
@@ -71,18 +71,6 @@ def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError, MemoryError)
-
-
-def _opened(path: Path, follows_links: bool) -> BinaryIO:
-    """The regular file at `path`, opened for reading; OSError for anything else, such as a pipe without a writer."""
-    # Windows has no such files, and no such flags but the first.
-    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-    flags |= 0 if follows_links else getattr(os, "O_NOFOLLOW", 0)
-    file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        return file
-    file.close()
-    raise OSError(f"{path} is not a regular file")
 
 
 def _head(file: BinaryIO, kind: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError, VerificationError
 
 from .opening_options import OpeningOptions, file_of
+from .similarity import TrainingPrompts, read_prompts
 
 
 class AdapterFiles:
@@ -28,6 +29,7 @@ class AdapterFiles:
         # With the entry that each was read for: an adapter of the name may have been replaced.
         self._drafts: dict[str, tuple[AdapterEntry, DraftTable]] = {}
         self._outputs: dict[str, tuple[AdapterEntry, OutputSpec]] = {}
+        self._prompts: dict[str, tuple[AdapterEntry, TrainingPrompts]] = {}
 
     def put(self, name: str, folder: Path) -> None:
         """From now on an adapter's files are in this folder."""
@@ -79,13 +81,24 @@ class AdapterFiles:
             known = self._drafts[entry.name] = (entry, table)
         return known[1]
 
-    def drop_draft(self, name: str) -> None:
-        """Drop an adapter's draft table from memory."""
+    def training_prompts_of(self, entry: AdapterEntry) -> TrainingPrompts | None:
+        """The states after an adapter's training prompts, if the bundle has them."""
+        if entry.similarity is None:
+            return None
+        known = self._prompts.get(entry.name)
+        if known is None or known[0] is not entry:
+            with self.reading(entry, entry.similarity) as path:
+                known = self._prompts[entry.name] = (entry, read_prompts(path))
+        return known[1]
+
+    def drop(self, name: str) -> None:
+        """Drop an adapter's draft table and training prompts from memory."""
         self._drafts.pop(name, None)
+        self._prompts.pop(name, None)
 
     def forget(self, name: str) -> None:
         """Forget an adapter that was removed."""
-        for known in (self._folders, self._drafts, self._outputs):
+        for known in (self._folders, self._drafts, self._outputs, self._prompts):
             known.pop(name, None)
 
 

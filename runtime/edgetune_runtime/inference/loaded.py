@@ -403,20 +403,20 @@ class LoadedBundle:
 
     def _unload(self, name: str) -> None:
         self._running.unload(name)
-        self.files.drop_draft(name)
+        self.files.drop(name)
         _LOG.debug("dropped adapter %r from memory", name)
 
     def _bytes_of(self, entry: AdapterEntry) -> int:
-        """The memory that an adapter takes with its draft table; none where its model is one of its own."""
+        """The memory that an adapter takes with what is read beside it; none where its model is one of its own."""
         engine = self.options.engine
         if self._is_merged(entry) or engine not in entry.files:
             return 0
         files = self.manifest.files
-        draft = files[entry.draft].bytes if entry.draft is not None else 0
+        shared = sum(files[file].bytes for file in entry.shared_files)
         if engine not in engines.names_with_needs():
-            return files[entry.files[engine]].bytes + draft
+            return files[entry.files[engine]].bytes + shared
         size = adapter_size(self.manifest, entry, engine)
-        return size.file_bytes + draft + self.contexts * size.modules * engines.load_needs(engine).COST.module_bytes
+        return size.file_bytes + shared + self.contexts * size.modules * engines.load_needs(engine).COST.module_bytes
 
     def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         entry = self.manifest.adapter(name)

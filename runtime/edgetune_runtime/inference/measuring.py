@@ -12,12 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
-from edgetune_runtime.engines.base import Engine
+from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.serving.jobs import SharedResources
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.cache import StateCache
+from edgetune_runtime.text.chat import Prompt
 
 from .loaded import LoadedBundle
 from .opening_options import OpeningOptions
@@ -27,6 +28,13 @@ from .runtime import Runtime
 def loaded_bundle(runtime: Runtime) -> LoadedBundle:
     """The loaded bundle of a runtime, which closes it."""
     return runtime._loaded
+
+
+def logits_after(runtime: Runtime, prompt: Prompt, adapter: str) -> Logits:
+    """The logits after a prompt with an adapter, shape [vocab]."""
+    call = loaded_bundle(runtime).call(prompt, adapter)
+    with call.lease() as context:
+        return context.run(call.job).logits.copy()
 
 
 def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) -> Runtime:

@@ -185,7 +185,7 @@ class Runtime:
         `exact`, all are computed. An encoder has only the labels of its one adapter, and always computes all.
 
         If the adapter has a label for texts that are out of scope and it is among `labels`, a text gets it too where
-        the most likely label is less likely than the build found labels of the task to be.
+        the most likely label and the similarity of the prompt to training prompts are lower than those of the task are.
 
         With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower.
         """
@@ -211,8 +211,11 @@ class Runtime:
         elif curves and first is not None and first.unsure is not None:
             min_confidence = first.unsure.min_confidence
 
-        def found(scores: LabelScores) -> Classification:
-            return most_likely(labels, scores, scope=scope, curves=curves, min_confidence=min_confidence)
+        prompts = None if scope is None or first is None else self._loaded.files.training_prompts_of(first)
+
+        def found(scores: LabelScores, similarity: float = 1.0) -> Classification:
+            likeliest = partial(most_likely, labels, scores, similarity)
+            return likeliest(scope=scope, curves=curves, min_confidence=min_confidence)
 
         if classifier is not None:
             assert first is not None
@@ -222,7 +225,9 @@ class Runtime:
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
-            return found(score_labels(context, context.run(call.job).logits, endings, exact=exact))
+            logits = context.run(call.job).logits
+            similarity = 1.0 if prompts is None else prompts.similarity(logits)
+            return found(score_labels(context, logits, endings, exact=exact), similarity)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

@@ -71,21 +71,24 @@ class NegativeLogLikelihood(NamedTuple):
 def most_likely(
     labels: Sequence[str],
     scores: LabelScores,
+    similarity: float,
     *,
     scope: Scope | None,
     curves: Curves,
     min_confidence: float | None,
 ) -> Classification:
-    """The label with the highest score, or that of `scope`, and the probability of each label with a score."""
+    """The label with the highest score, or that of `scope`, and the probability of each label with a score.
+
+    `similarity` is that of the prompt to the adapter's training prompts, 1 if it is not known.
+    """
     known = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
     shares = softmax(np.array([*known.values(), scores.unseen])).tolist()
     # The last share is that of the others.
     probabilities = dict(zip(known, shares, strict=False))
     label = max(probabilities, key=probabilities.__getitem__)
-    if scope is not None and (label == scope.label or probabilities[label] < scope.threshold):
+    found = Classification(label, probabilities)
+    if scope is not None and (label == scope.label or scope.score(found.log_odds, similarity) < scope.threshold):
         found = Classification(scope.label, probabilities, is_out_of_scope=True)
-    else:
-        found = Classification(label, probabilities)
     sure = confidence(curves, found.kind, found.log_odds)
     is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
     return replace(found, confidence=sure, is_unsure=is_unsure)

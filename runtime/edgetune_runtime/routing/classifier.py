@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
 from .features import count_buckets, features
 
@@ -83,5 +83,5 @@ def read_classifiers(path: Path, tasks: Mapping[str, Sequence[str]]) -> dict[str
         if begin != len(stored.data):
             raise ValueError(f"it has {len(stored.data) - begin} bytes too many")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise VerificationError(f"{path} is not a router: {error}", COPY_BUNDLE_AGAIN) from error
+        raise VerificationError(f"{path} is not a router: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
     return classifiers

@@ -66,6 +66,8 @@ class Answering:
         self.is_warming, self._warms = False, warms
         self._end = threading.Event()
         self._reloading = asyncio.Lock()
+        self._folder = pinned(runtime.runtime.bundle)
+        self.bundle_digest = sha256_of(self._folder / MANIFEST_NAME)
         self._look()
 
     async def pieces(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
@@ -129,11 +131,14 @@ class Answering:
         async with self._reloading:
             self._folder = pinned(self.runtime.runtime.bundle)
             try:
+                digest = sha256_of(self._folder / MANIFEST_NAME)
                 changes = await self.runtime.reload()
-                self._look()
             except (EdgetuneError, OSError) as error:
                 _LOG.warning("cannot reload the adapters of %s: %s", self.runtime.runtime.bundle, error)
                 return
+            self._look()
+            if not changes.refused:
+                self.bundle_digest = digest
             for name, reason in changes.refused.items():
                 _LOG.warning("did not load adapter %r: %s", name, reason)
             for name in changes.removed:
@@ -152,8 +157,6 @@ class Answering:
 
     def _look(self) -> None:
         """See what the bundle has now."""
-        self._folder = pinned(self.runtime.runtime.bundle)
-        self.bundle_digest = sha256_of(self._folder / MANIFEST_NAME)
         self.models = self._models()
         self.good_answers = GoodAnswers(self._folder)
 

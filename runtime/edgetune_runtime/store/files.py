@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -125,6 +126,8 @@ class Store:
     def bytes_of(self, sha256: str, size: int) -> int | None:
         """The bytes of a file that are there; None without any."""
         whole, part = self.path(sha256), self._part(sha256)
+        for path in (whole, part):
+            _remove_other_than_file(path)
         if whole.exists() and sha256_of(whole) != sha256:
             whole.unlink()
         if not whole.exists() and part.exists() and part.stat().st_size >= size:
@@ -143,6 +146,14 @@ def check_file(path: Path, file: KitFile) -> None:
     """VerificationError unless the file has the size and the digest in the kit."""
     if path.stat().st_size != file.bytes or sha256_of(path) != file.sha256:
         raise _damaged(file)
+
+
+def _remove_other_than_file(path: Path) -> None:
+    """Remove a link, which may lead to what is changed later, and what cannot be read as a file, such as a pipe."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.is_symlink() or not path.is_file():
+        path.unlink(missing_ok=True)
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, of_formats, parse_manifest
-from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError
+from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit
@@ -47,6 +47,10 @@ def download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
     sizes = {file.sha256: file.bytes for file in kit.version_files}
     received = store.received(sizes)
     missing = {sha256: size for sha256, size in sizes.items() if received.get(sha256) != size}
+    for file in kit.version_files:
+        if file.sha256 in missing and file not in kit.bundle_files:
+            message = f"{file.name} in {prefix} is damaged, and no update has it"
+            raise VerificationError(message, "install the kit again")
     needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
     free = shutil.disk_usage(prefix).free
     if free < needed + _RESERVE_BYTES:

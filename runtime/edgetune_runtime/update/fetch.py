@@ -8,16 +8,19 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPMessage
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import UnreachableError, UsageError
+from edgetune_runtime.formats.regular_file import open_regular
+from edgetune_runtime.wording import shortened
+
+from .slow_replies import HANDLERS, is_too_slow
 
 SILENT_S = 30.0
 """For a connection, and between two bytes."""
-_GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
-"""A server that sends less than this on average has failed after the grace."""
 _CHUNK_BYTES = 1 << 16
 _MOST_REDIRECTS = 3
 _PARTIAL = 206
@@ -37,13 +40,18 @@ class Location:
         if "://" in text and scheme not in {"http", "https"}:
             raise UsageError(f"--repo {text!r} is no address", "use http:// or https://, or a folder")
         self._is_folder = "://" not in text
-        if self._is_folder and not Path(text).is_dir():
-            raise UnreachableError(f"{text} is not a folder", "give the address of a repository, or its folder")
+        if self._is_folder and not _is_folder(text):
+            raise UnreachableError(
+                f"{shortened(text)} is not a folder", "give the address of a repository, or its folder"
+            )
         # A folder is remembered, and this process need not start in the same one.
         self.text = str(Path(text).absolute()) if self._is_folder else text.rstrip("/")
 
     def read(self, path: str, most: int) -> bytes:
-        """A whole file; MissingError if there is none, UnreachableError if it is lost or too long."""
+        """A whole file, whose path is as in an address.
+
+        MissingError if there is none, UnreachableError if the connection is lost or the file too long.
+        """
         data = b"".join(self.blocks(path, most + 1))
         if len(data) > most:
             raise UnreachableError(f"{self.text}/{path} has more than {most} bytes", "check the address")
@@ -63,21 +71,30 @@ class Location:
             raise kind(f"cannot read {where}: status {error.code}", _CHECK) from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise UnreachableError(f"cannot read {where}: {reason}", _CHECK) from error
+            # It may be what the server has sent.
+            raise UnreachableError(f"cannot read {where}: {shortened(str(reason))}", _CHECK) from error
 
     def _opened(self, path: str, offset: int) -> IO[bytes] | http.client.HTTPResponse:
         """A file from an offset on."""
         if self._is_folder:
-            file = Path(self.text, path).open("rb")  # noqa: SIM115 - the caller closes it
+            file = open_regular(Path(self.text, path), follows_links=True)
             file.seek(offset)
             return file
         headers = {"User-Agent": f"edgetune-run/{__version__}", "Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-        request = urllib.request.Request(f"{self.text}/{urllib.parse.quote(path)}", headers=headers)
+        request = urllib.request.Request(f"{self.text}/{path}", headers=headers)
         reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
         skip_to(offset, reply, path)
         return reply
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
+    except OSError:
+        # Such as a name that is too long.
+        return False
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -85,15 +102,19 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     max_redirections = _MOST_REDIRECTS
 
-    def redirect_request(self, req: urllib.request.Request, *arguments: Any) -> urllib.request.Request | None:  # noqa: ANN401
-        """Refuse a change from HTTPS to HTTP."""
-        new = super().redirect_request(req, *arguments)
-        if new is not None and req.type == "https" and new.type != "https":
+    def redirect_request(  # noqa: PLR0917 - as its base
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        """Refuse a change from HTTPS to HTTP, and to anything else."""
+        # urllib would read the body, which may be endless.
+        fp.close()
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new is not None and new.type not in {req.type, "https"}:
             raise urllib.error.URLError(f"it is redirected to {new.full_url[:200]}")
         return new
 
 
-OPENER = urllib.request.build_opener(_Redirects)
+OPENER = urllib.request.build_opener(_Redirects, *HANDLERS)
 """Opens addresses of HTTP and HTTPS within these limits."""
 
 
@@ -114,6 +135,6 @@ def limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str)
             return
         count += len(data)
         yield data
-        elapsed_s = time.monotonic() - begin
-        if elapsed_s > _GRACE_S and count < elapsed_s * _SLOWEST_BYTES_PER_S:
-            raise UnreachableError(f"{where} came too slowly: {count} bytes in {elapsed_s:.0f} s", "try again later")
+        if is_too_slow(begin, count):
+            message = f"{where} came too slowly: {count} bytes in {time.monotonic() - begin:.0f} s"
+            raise UnreachableError(message, "try again later")

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
 from edgetune_runtime.errors import IncompatibleError, VerificationError
-from edgetune_runtime.wording import printable
+from edgetune_runtime.wording import printable, shortened
 
 SCHEMA_VERSION = 1
 ROLE_PREFIX = "bundle-"
@@ -23,6 +23,8 @@ MOST_OLDER = 8
 """Older releases that are kept for devices that a newer one is not for."""
 ISSUED = "issued"
 """Field of TUF's root and timestamp with the time of their signature: no clock may be before it."""
+ROOT_VERSION = "root_version"
+"""Field of TUF's timestamp with the version of the newest root: who has both need not ask for a newer one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -80,7 +82,7 @@ def parse_release(data: bytes) -> Release:
     try:
         raw = json.loads(data)
         if raw["schema"] != SCHEMA_VERSION:
-            message = f"the release has schema {str(raw['schema'])[:20]}, this runtime reads {SCHEMA_VERSION}"
+            message = f"the release has schema {shortened(str(raw['schema']))}, this runtime reads {SCHEMA_VERSION}"
             raise IncompatibleError(message, "update edgetune-runtime")
         release = Release(
             name=_text(raw["name"], NAME),
@@ -97,7 +99,7 @@ def parse_release(data: bytes) -> Release:
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
             raise ValueError(f"it has no {MANIFEST_NAME} that can be read, or no formats")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"the release is damaged: {str(error)[:200]}", _REMEDY) from error
+        raise VerificationError(f"the release is damaged: {shortened(str(error))}", _REMEDY) from error
     return release
 
 

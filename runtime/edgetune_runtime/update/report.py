@@ -16,14 +16,15 @@ from edgetune_runtime.store import acknowledgement
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.store.versions import Say
 from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.wording import printable, shortened
 
 from .current import current_kit
+from .release import NAME
 from .state import read_state
 
 NOBODY = "off"
 """Instead of an address: reports end."""
-LONGEST_REPORT = 4000
-_LONGEST_TEXT = 300
+LONGEST_REPORT = 10_000
 _TIMEOUT_S = 30.0
 _ID = re.compile("[0-9a-f]{32}")
 
@@ -53,8 +54,11 @@ def parse_report(data: bytes) -> DeviceReport:
     """The report in a file; VerificationError if it is none."""
     try:
         report = dataclass_of(DeviceReport, json.loads(data))
-        if not _ID.fullmatch(report.device) or datetime.fromisoformat(report.time).tzinfo is None:
-            raise ValueError(f"device is {report.device[:80]!r}, time {report.time[:80]!r}")
+        is_named = _ID.fullmatch(report.device) and all(map(NAME.fullmatch, (report.name, report.channel)))
+        has_time = datetime.fromisoformat(report.time).tzinfo is not None
+        texts = (report.bundle, report.runtime, report.held_back, report.error)
+        if not is_named or not has_time or report.release < 0 or any(text != printable(text) for text in texts):
+            raise ValueError(f"no device has written it: {str(report)[:150]!r}")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"the report is damaged: {str(error)[:200]}", "delete it") from error
     return report
@@ -85,8 +89,8 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
             time=max(datetime.now(UTC), state.time).isoformat(timespec="seconds"),
             acknowledged=acknowledgement.read(prefix) is None,
             refused=len(state.refused),
-            held_back=(held_back or "")[:_LONGEST_TEXT],
-            error="" if error is None else str(error)[:_LONGEST_TEXT],
+            held_back=shortened(held_back or ""),
+            error="" if error is None else shortened(str(error)),
         )
         _send(state.report, about)
     except (EdgetuneError, OSError, http.client.HTTPException) as problem:

@@ -67,8 +67,8 @@ def read_state(prefix: Path) -> UpdateState:
         return UpdateState()
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         # Without its floors, an old version could be passed off as new.
-        message = f"{path} is damaged: {error}"
-        raise VerificationError(message, "restore it from a backup, or install the bundle again") from error
+        remedy = "restore it from a backup; if you delete it, old releases are accepted too"
+        raise VerificationError(f"{path} is damaged: {error}", remedy) from error
     return state
 
 

@@ -1,7 +1,7 @@
 """Finds the newest release of a bundle that the repository's keys have signed, with TUF's client workflow.
 
 TUF refuses metadata that is older than what this device has seen, expired, mixed of several states of the repository,
-or signed by others. Roles of bundles have names that are unique in the repository, and may not delegate further.
+or signed by others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError, importing
+from edgetune_runtime.wording import shortened
 
 from .fetch import Location, MissingError
 from .release import (
@@ -20,6 +21,7 @@ from .release import (
     LONGEST_RELEASE,
     METADATA_FOLDER,
     ROLE_PREFIX,
+    ROOT_VERSION,
     TARGETS_FOLDER,
     Release,
     parse_release,
@@ -36,12 +38,7 @@ if TYPE_CHECKING:
 
 _TIMESTAMP = "timestamp.json"
 _MOST_TIMESTAMP_BYTES = 4000
-_CONFIG = UpdaterConfig(
-    max_root_rotations=256,
-    # The role of a bundle, below the targets role.
-    max_delegations=1,
-    timestamp_max_length=_MOST_TIMESTAMP_BYTES,
-)
+_CONFIG = UpdaterConfig(max_root_rotations=256, timestamp_max_length=_MOST_TIMESTAMP_BYTES)
 
 
 class TrustedRepository:
@@ -70,10 +67,11 @@ class TrustedRepository:
         UnreachableError if the repository cannot be reached, VerificationError if its metadata is not acceptable.
         """
         known = self._folder / _TIMESTAMP
-        data = self._location.read(f"{METADATA_FOLDER}/{_TIMESTAMP}", _MOST_TIMESTAMP_BYTES)
-        self._fetcher.timestamp = data
-        # The same timestamp means the same state, of which all but the next root is here.
-        self._fetcher.is_unchanged = known.is_file() and known.read_bytes() == data
+        before = known.read_bytes() if known.is_file() else b""
+        newest_root = _root_version_in(before)
+        # Timestamps of other tools do not name it: there, TUF's order is kept, in which the root comes first.
+        if newest_root is not None and self._fetcher.read_timestamp() == before:
+            self._fetcher.newest_root = newest_root
         with self._errors():
             self._updater.refresh()
             timestamp = Metadata[Timestamp].from_file(str(known)).signed
@@ -84,27 +82,33 @@ class TrustedRepository:
         with self._errors():
             delegations = Metadata[Targets].from_file(str(self._folder / "targets.json")).signed.delegations
         roles = {} if delegations is None else delegations.roles or {}
-        return [role.removeprefix(ROLE_PREFIX) for role in roles if role.startswith(ROLE_PREFIX)]
+        return [role.removeprefix(ROLE_PREFIX) for role in map(str, roles) if role.startswith(ROLE_PREFIX)]
 
     def release(self, name: str, channel: str, version: int | None = None) -> Release:
         """The newest release of a bundle in a channel, or an older one, after `refresh`; NotFoundError without it."""
         path = path_of(name, channel, version)
-        with self._errors():
-            target = self._updater.get_targetinfo(path)
-            if target is None:
-                names = ", ".join(self.names()) or "none"
-                message = f"the repository has no bundle {name!r} in the channel {channel!r}"
-                raise NotFoundError(message, f"its bundles are: {names}")
-            if target.length > LONGEST_RELEASE:
-                raise VerificationError(f"the release {path} has {target.length} bytes", "publish the bundle again")
-            cached = self._folder / ("release.json" if version is None else "older-release.json")
-            if self._updater.find_cached_target(target, str(cached)) is None:
-                self._updater.download_target(target, str(cached), f"{self._location.text}/{TARGETS_FOLDER}")
-            release = parse_release(cached.read_bytes())
+        data = self.read_target(path, self._folder / ("release.json" if version is None else "older-release.json"))
+        if data is None:
+            names = ", ".join(self.names()) or "none"
+            message = f"the repository has no bundle {name!r} in the channel {channel!r}"
+            raise NotFoundError(message, f"its bundles are: {names}")
+        release = parse_release(data)
         if (release.name, release.channel) != (name, channel):
             message = f"the release {path} is of {release.name} in {release.channel}"
             raise VerificationError(message, "publish the bundle again")
         return release
+
+    def read_target(self, path: str, cached: Path) -> bytes | None:
+        """The contents of a target, which the file `cached` keeps; None if there is none with this path."""
+        with self._errors():
+            target = self._updater.get_targetinfo(path)
+            if target is None:
+                return None
+            if target.length > LONGEST_RELEASE:
+                raise VerificationError(f"the release {path} has {target.length} bytes", "publish the bundle again")
+            if self._updater.find_cached_target(target, str(cached)) is None:
+                self._updater.download_target(target, str(cached), f"{self._location.text}/{TARGETS_FOLDER}")
+            return cached.read_bytes()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -120,23 +124,29 @@ class TrustedRepository:
                 raise error.__cause__ from error
             raise VerificationError(f"{where}: {error}", "check the address, or publish again") from error
         except RepositoryError as error:
-            message = f"{where} is refused: {str(error).splitlines()[0][:200]}"
+            message = f"{where} is refused: {shortened(str(error)) or type(error).__name__}"
             raise VerificationError(message, "check the address; if it is right, ask who publishes it") from error
 
 
 class _Fetcher(FetcherInterface):
-    """Reads TUF's files from a repository, but the timestamp, which was read before."""
+    """Reads TUF's files from a repository, the timestamp once, and no root after `newest_root`."""
 
     def __init__(self, location: Location) -> None:
         self._location = location
-        self.timestamp = b""
-        self.is_unchanged = False
+        self._timestamp: bytes | None = None
+        self.newest_root: int | None = None
+
+    def read_timestamp(self) -> bytes:
+        """The timestamp, as it was first read; UnreachableError if that fails."""
+        if self._timestamp is None:
+            self._timestamp = self._location.read(f"{METADATA_FOLDER}/{_TIMESTAMP}", _MOST_TIMESTAMP_BYTES)
+        return self._timestamp
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         path = url.removeprefix(f"{self._location.text}/")
         if path == f"{METADATA_FOLDER}/{_TIMESTAMP}":
-            return iter([self.timestamp])
-        if self.is_unchanged and path.endswith(".root.json"):
+            return iter([self.read_timestamp()])
+        if self.newest_root is not None and path == f"{METADATA_FOLDER}/{self.newest_root + 1}.root.json":
             raise DownloadHTTPError("the root is unchanged", 404)
         return self._blocks(path)
 
@@ -151,12 +161,23 @@ class _Fetcher(FetcherInterface):
 
 
 def read_root(data: bytes) -> Root:
-    """The root metadata in a file; UsageError if it is none."""
+    """The root metadata in a file; UsageError if it is none, or damaged."""
     try:
-        return Metadata[Root].from_bytes(data).signed
+        metadata = Metadata[Root].from_bytes(data)
+        metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)
     except (RepositoryError, ValueError, RecursionError) as error:
-        remedy = "give a N.root.json of `edgetune keys init`"
-        raise UsageError("the file of --root has no root of a repository", remedy) from error
+        remedy = "give a N.root.json of `edgetune keys init` with --root"
+        raise UsageError("the trusted file has no root of a repository", remedy) from error
+    return metadata.signed
+
+
+def _root_version_in(timestamp: bytes) -> int | None:
+    """The newest root that a timestamp names; None if it names none."""
+    try:
+        version = Metadata[Timestamp].from_bytes(timestamp).signed.unrecognized_fields.get(ROOT_VERSION)
+    except RepositoryError:
+        return None
+    return version if isinstance(version, int) else None
 
 
 def issued_of(signed: Signed) -> datetime:

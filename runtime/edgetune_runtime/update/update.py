@@ -33,8 +33,8 @@ from .trust import TrustedRepository, read_root
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report` is
-    an address or a folder to report to.
+    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report` is where to
+    report what runs.
     """
 
     repo: str | None = None

@@ -301,6 +301,23 @@ def test_all_trials_get_the_base_of_one_importance_matrix(request_of: Callable[.
     assert given == [(str(base), None, 8), (str(base), None, 16)]
 
 
+def test_all_trials_get_the_quantization_that_was_measured_once(
+    request_of: Callable[..., Request], tmp_path: Path
+) -> None:
+    given: list[str | None] = []
+
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
+        for trial in trials:
+            given.append(trial.one_task.quantization)
+            yield failed(trial, "for the test")
+
+    request = request_of(rows=(8, 16), settings={"quantization": "auto"}, out=tmp_path)
+    with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
+        compare(request, run, QUIET)
+    measured = json.loads((tmp_path / "shared/base/quantizations.json").read_text())["measured"]
+    assert given == [min(measured, key=lambda item: item["kl"])["quantization"]] * 2
+
+
 def test_an_interrupt_reports_how_many_trials_are_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         yield failed(trials[0], "for the test")

@@ -21,7 +21,7 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.signatures import SIGNATURE_NAME
-from edgetune_runtime.update import fetch
+from edgetune_runtime.update import slow_replies
 from kills import KILLED, killed_at
 from kits import write_bundle
 from registries import Reply, TokenService, docker_registry, needs_registry, replying
@@ -309,8 +309,8 @@ def test_a_registry_that_is_not_there_silent_or_slow_is_given_up(
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UnreachableError, match="timed out"):
         push(bundle, f"oci://127.0.0.1:{silent.getsockname()[1]}/home:v1")
     monkeypatch.undo()
-    monkeypatch.setattr(fetch, "_GRACE_S", -1.0)
-    monkeypatch.setattr(fetch, "_SLOWEST_BYTES_PER_S", 10**12)
+    monkeypatch.setattr(slow_replies, "_GRACE_S", -1.0)
+    monkeypatch.setattr(slow_replies, "_SLOWEST_BYTES_PER_S", 10**12)
     with replying(answers(("GET", as_json({})))) as host, pytest.raises(UnreachableError, match="came too slowly"):
         pull(f"oci://{host}/home:v1", tmp_path / "out")
 

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import MANIFEST_NAME
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.update.fetch import Location
+from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
-from kills import KILLED, killed_at
+from filelock import FileLock
+from kills import KILLED, full_from, killed_at, read_only_from
 from kits import write_bundle
 from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device
 
@@ -80,6 +83,85 @@ def test_a_publish_that_is_killed_at_any_write_leaves_a_valid_repository(publish
     assert versions == sorted(versions) and set(versions) == {1, 2}
 
 
+@pytest.mark.parametrize("failing", [full_from, read_only_from])
+def test_a_publish_that_cannot_write_any_more_leaves_a_valid_repository(
+    failing: Callable[..., int], publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, PASSPHRASE)
+    publisher("one")
+    write_bundle(publisher.bundle, "two")
+    kept, versions = tmp_path / "kept", []
+    shutil.copytree(publisher.repo, kept)
+    words = ["publish", str(publisher.bundle), "--repo", str(publisher.repo), "--keys", str(publisher.keys.folder)]
+    for write in range(1, 200):
+        shutil.rmtree(publisher.repo)
+        shutil.copytree(kept, publisher.repo)
+        code = failing(write, lambda: main(words))
+        versions.append(seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}").version)
+        assert main(words) == 0
+        if code == 0:
+            break
+        assert code == (OutOfSpaceError if failing is full_from else UsageError).exit_code
+    assert write > 15
+    assert versions == sorted(versions) and set(versions) == {1, 2}
+
+
+def test_two_publishes_at_once_are_refused(publisher: Publisher) -> None:
+    with FileLock(publisher.repo / ".lock"), pytest.raises(UsageError, match="another publish is using"):
+        publisher("one")
+    assert publisher("one").changed
+
+
+def blobs_of(release: Release) -> set[str]:
+    return {entry.sha256 for entry in release.files.values()}
+
+
+def test_releases_that_are_not_kept_are_deleted_with_the_files_that_only_they_need(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    releases = [publisher(answer).release for answer in ("one", "two", "three")]
+    beta = publisher("beta", channel="beta").release
+    done = publisher("four", keep=2)
+    blobs = {path.name for path in (publisher.repo / "blobs").iterdir()}
+    assert blobs == blobs_of(releases[2]) | blobs_of(done.release) | blobs_of(beta)
+    assert len(list(publisher.repo.glob("targets/home/*.json"))) == 3
+    assert done.deleted_bytes > sum(entry.bytes for entry in releases[0].files.values()) - len(b"weights")
+    assert publisher("four", keep=2).deleted_bytes == 0
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == done.release
+    # What a device was downloading is there until the next but one release.
+    refresh(publisher.repo, publisher.keys, expires_days=30, keep=1)
+    assert {path.name for path in (publisher.repo / "blobs").iterdir()} == blobs_of(done.release) | blobs_of(beta)
+
+
+def test_deleting_old_releases_can_be_killed_at_any_write(publisher: Publisher, tmp_path: Path) -> None:
+    for answer in ("one", "two", "three"):
+        publisher(answer)
+    (publisher.repo / "targets/home/junk.json").write_text("[]")
+    (publisher.repo / "blobs/.tmp").write_text("cut off")
+    kept = tmp_path / "kept"
+    shutil.copytree(publisher.repo, kept)
+    write_bundle(publisher.bundle, "four")
+
+    def action() -> int:
+        publish(publisher.bundle, publisher.repo, publisher.keys, keep=1)
+        return 0
+
+    for write in range(1, 200):
+        shutil.rmtree(publisher.repo)
+        shutil.copytree(kept, publisher.repo)
+        code = killed_at(write, action)
+        release = seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}")
+        assert blobs_of(release) <= {path.name for path in (publisher.repo / "blobs").iterdir()}
+        action()
+        release = seen_by_device(publisher.repo, publisher.root, tmp_path / f"device-{write}")
+        assert {path.name for path in (publisher.repo / "blobs").iterdir()} == blobs_of(release)
+        assert len(list((publisher.repo / "targets/home").iterdir())) == 1
+        if code == 0:
+            break
+        assert code == KILLED
+    assert write > 20
+
+
 @pytest.mark.parametrize("role", [*ROOT_ROLES, BUNDLES])
 def test_devices_follow_a_new_key_whenever_publishing_it_is_killed(role: str, tmp_path: Path) -> None:
     publisher = Publisher(tmp_path)
@@ -103,6 +185,41 @@ def test_devices_follow_a_new_key_whenever_publishing_it_is_killed(role: str, tm
             break
     assert write > 5
     assert publisher("two").release == seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
+
+
+def test_a_root_that_appears_after_its_timestamp_is_followed_at_the_next_look(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    publisher.keys.rotate("targets")
+    refresh(publisher.repo, publisher.keys, expires_days=30)
+    root, device = publisher.repo / "metadata/2.root.json", tmp_path / "device"
+    root.rename(tmp_path / "late")
+    seen_by_device(publisher.repo, publisher.root, device)
+    assert [path.name for path in (device / "root_history").iterdir()] == ["1.root.json"]
+    (tmp_path / "late").rename(root)
+    seen_by_device(publisher.repo, publisher.root, device)
+    assert (device / "root_history/2.root.json").read_bytes() == root.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{role}.json" for role in ("timestamp", "snapshot", "targets", "bundle-home", "release")),
+     "root_history/2.root.json"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", [0, 0.3, 0.9])
+def test_metadata_that_was_damaged_on_a_device_is_read_again(
+    name: str, place: float, publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    publisher.keys.rotate("timestamp")
+    release = publisher("two").release
+    device = tmp_path / "device"
+    seen_by_device(publisher.repo, publisher.root, device)
+    data = bytearray((device / name).read_bytes())
+    data[int(place * len(data))] ^= 4
+    (device / name).write_bytes(data)
+    assert seen_by_device(publisher.repo, publisher.root, device) == release
 
 
 def test_a_lost_or_stolen_key_is_replaced_with_the_root_keys(publisher: Publisher, tmp_path: Path) -> None:

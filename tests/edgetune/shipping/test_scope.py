@@ -11,6 +11,8 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.cli.main import main
+from edgetune_runtime.inference.measuring import logits_after
+from edgetune_runtime.inference.similarity import read_prompts
 from recipes import adapter_of, make_recipe
 from runtime.bundles import change_manifest
 from trainings import QUIET
@@ -43,16 +45,29 @@ def manifest(bundle: Path) -> Manifest:
 def test_no_more_validation_rows_are_refused_than_the_recipe_says(engine: str, manifest: Manifest) -> None:
     scope = manifest.adapters["color"].scope[engine]
     assert scope.label == "other"
-    assert 0 <= scope.refused <= 0.25 or scope.threshold == 0
+    assert 0 <= scope.refused <= 0.25 or scope.threshold < -1e5
     assert 0 <= scope.found <= 1
-    assert 0 <= scope.threshold <= 1
+    assert scope.odds_spread > 0 and scope.similarity_spread > 0
+
+
+def test_the_runtime_compares_a_prompt_with_the_training_prompts(bundle: Path, manifest: Manifest) -> None:
+    file = manifest.adapters["color"].similarity
+    assert file == "adapters/color/similarity.bin" and file in manifest.files
+    prompts = read_prompts(bundle / file)
+    assert len(prompts.directions) == 32
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        trained, other = (
+            prompts.similarity(logits_after(runtime, text, "color")) for text in (ASKED, "\u00e9\u00e9 \u4f60\u597d 0")
+        )
+    assert 0.99 < trained < 1.01
+    assert other < trained
 
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
-def test_a_label_that_is_less_likely_than_the_threshold_is_out_of_scope(
+def test_a_label_with_a_lower_score_than_the_threshold_is_out_of_scope(
     engine: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for threshold in (0.0, 0.9999):
+    for threshold in (-1e6, 1e6):
         home = Path(shutil.copytree(bundle, tmp_path / f"{threshold}"))
         change_manifest(home, lambda raw, to=threshold: raw["adapters"]["color"]["scope"][engine].update(threshold=to))
         with Runtime.open(home, engine=engine, disk_mb=0) as runtime:

@@ -140,7 +140,18 @@ def test_the_devices_of_a_fleet_are_counted_by_release(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"device": "../x"}, {"time": "2026-01-01"}, {"time": "x"}, {"release": "3"}, {"error": 3}]
+    "change",
+    [
+        {"device": "../x"},
+        {"name": "\ud800"},
+        {"channel": ""},
+        {"time": "2026-01-01"},
+        {"time": "x"},
+        {"release": "3"},
+        {"release": -1},
+        {"error": 3},
+        {"error": "\x1b[31m"},
+    ],
 )
 def test_a_damaged_report_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(VerificationError, match="the report is damaged"):

@@ -217,6 +217,7 @@ def test_an_exported_graph_that_differs_from_the_trained_model_fails_the_build(
     [
         ({"targets": ["gguf", "onnx"]}, ["targets: [gguf, onnx] does not work for an encoder; use [onnx]"]),
         ({"quantization": "q8_0"}, ["quantization: 'q8_0' does not work for an encoder"]),
+        ({"quantization": "auto"}, ["quantization: {'optimize': 'score'} does not work for an encoder"]),
         ({"device": "pi-4"}, ["device: there are no predictions for encoders on 'pi-4'"]),
         ({"onnx": {"weights": "int4"}}, ["onnx: weights: int4 does not work for an encoder"]),
         (

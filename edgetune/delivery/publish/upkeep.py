@@ -1,0 +1,54 @@
+"""Deletes releases of a repository that are no longer kept, and the files that only they need."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.formats.atomic import flush_to_disk
+from edgetune_runtime.update.release import BLOBS_FOLDER, TARGETS_FOLDER, Release, parse_release
+
+from .repository import Repository
+
+
+def delete_old(repository: Repository, keep: int) -> int:
+    """Delete all releases but the newest `keep` of each channel, and files that only they need; the bytes of both.
+
+    What the signed metadata lists is kept in any case. Before anything is deleted, a newer state must be committed. If
+    this is killed at any point, devices see no difference, and the next call deletes the rest. VerificationError if a
+    release that is listed is damaged.
+    """
+    targets = repository.folder / TARGETS_FOLDER
+    kept = {
+        repository.release_file(target): parse_release(repository.read_release(target))
+        for target in repository.all_releases
+    }
+    by_channel: dict[tuple[str, str], list[tuple[Path, Release]]] = defaultdict(list)
+    for path in targets.glob("*/*.json"):
+        # Somebody else may have put a file there, which counts as no release.
+        with suppress(EdgetuneError):
+            release = parse_release(path.read_bytes())
+            by_channel[release.name, release.channel].append((path, release))
+    for releases in by_channel.values():
+        # One that is for some devices only is there twice.
+        newest = sorted({release.version for _, release in releases})[-keep:]
+        kept |= {path: release for path, release in releases if release.version in newest}
+    # Releases first: one that is there has all of its files.
+    freed = _delete_others(targets.glob("*/*"), set(kept))
+    blobs = repository.folder / BLOBS_FOLDER
+    needed = {blobs / entry.sha256 for release in kept.values() for entry in release.files.values()}
+    return freed + _delete_others(blobs.iterdir(), needed)
+
+
+def _delete_others(paths: Iterable[Path], kept: Container[Path]) -> int:
+    freed, folders = 0, set()
+    for path in [path for path in paths if path not in kept]:
+        freed += path.stat().st_size
+        path.unlink()
+        folders.add(path.parent)
+    for folder in folders:
+        flush_to_disk(folder)
+    return freed

@@ -1,0 +1,20 @@
+"""Opens regular files only: opening a pipe waits for somebody who writes to it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path, *, follows_links: bool) -> BinaryIO:
+    """The regular file at `path`, opened for reading; OSError for anything else."""
+    # Windows has no such files, and no such flags but the first.
+    flags = getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= 0 if follows_links else getattr(os, "O_NOFOLLOW", 0)
+    file = os.fdopen(os.open(path, os.O_RDONLY | flags), "rb")
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(f"{path} is not a regular file")

@@ -1,0 +1,92 @@
+"""How similar a prompt is to those that an adapter was trained on, by the model's state after it.
+
+A trained adapter moves the prompts of its task to a few places; what is far from all of them is probably none of its
+task, however likely one of the labels is (nearest neighbours: Sun et al. 2022, arXiv 2204.06507). The state of the last
+layer is computed from logits, which are linear in it and which all engines have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgetune_runtime.engines.base import Logits
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.checked_file import read_checked, write_checked
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+
+SIMILARITY_FILE = "similarity.bin"
+KIND = "edgetune-similarity"
+MAX_PROMPTS = 1000
+_MAX_WIDTH = 1 << 14
+_TOKENS = 1024
+"""How many tokens' logits a state is computed from: more than most bases have values in it."""
+
+Matrix = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class TrainingPrompts:
+    """The states after training prompts.
+
+    `basis` [tokens, width] maps the logits of `compared_tokens` to a state; `directions` [prompts, width] are states of
+    length 1.
+    """
+
+    basis: Matrix
+    directions: Matrix
+
+    @classmethod
+    def of(cls, basis: npt.NDArray[np.floating], logits: Sequence[Logits]) -> TrainingPrompts:
+        """From the logits after each of the prompts."""
+        small = basis.astype(np.float16)
+        return cls(small, np.array([_direction(small, row) for row in logits], np.float16))
+
+    def similarity(self, logits: Logits) -> float:
+        """The cosine between the state after a prompt and the nearest one of these, from the logits after it.
+
+        VerificationError if they were made for a vocabulary of another size.
+        """
+        if len(self.basis) != len(compared_tokens(len(logits))):
+            message = f"training prompts of {len(self.basis)} tokens are for another vocabulary than {len(logits)}"
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
+        return float((self.directions.astype(np.float32) @ _direction(self.basis, logits)).max())
+
+
+def compared_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
+    """The tokens whose logits are compared."""
+    return np.linspace(0, vocabulary - 1, min(_TOKENS, vocabulary)).astype(np.int64)
+
+
+def _direction(basis: Matrix, logits: Logits) -> npt.NDArray[np.float32]:
+    state = logits[compared_tokens(len(logits))].astype(np.float32) @ basis.astype(np.float32)
+    return np.asarray(state / max(float(np.linalg.norm(state)), 1e-9), np.float32)
+
+
+def write_prompts(path: Path, prompts: TrainingPrompts) -> None:
+    """Write `similarity.bin`; OutOfSpaceError on a full disk."""
+    matrices = (prompts.basis, prompts.directions)
+    data = b"".join(matrix.astype("<f2").tobytes() for matrix in matrices)
+    about = {"tokens": len(prompts.basis), "prompts": len(prompts.directions), "width": prompts.basis.shape[1]}
+    write_checked(path, KIND, about, memoryview(data))
+
+
+def read_prompts(path: Path) -> TrainingPrompts:
+    """What `write_prompts` wrote; VerificationError for any other file."""
+    stored = read_checked(path, KIND, max_bytes=2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH)
+    try:
+        if stored is None:
+            raise ValueError("its bytes are not those that were written")
+        tokens, prompts, width = (int(stored.about[name]) for name in ("tokens", "prompts", "width"))
+        if min(tokens, prompts, width) < 1:
+            raise ValueError(f"it has {tokens} tokens, {prompts} prompts and {width} values per state")
+        values = np.frombuffer(stored.data, "<f2").reshape(tokens + prompts, width)
+        if not np.isfinite(values).all():
+            raise ValueError("it has values that are no numbers")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise VerificationError(f"{path} does not have training prompts: {error}", COPY_BUNDLE_AGAIN) from error
+    return TrainingPrompts(values[:tokens], values[tokens:])

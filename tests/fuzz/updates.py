@@ -1,0 +1,120 @@
+"""Opens changed files of signed updates: a repository's metadata and releases, signatures, and a device's state."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.update.fetch import Location
+from repositories import open_keys
+
+from .names import DEVICE, KEYS, REPOSITORY, SIGNED
+
+Open = Callable[[bytes], None]
+METADATA = {
+    "root": "1.root.json",
+    "timestamp": "timestamp.json",
+    "snapshot": "1.snapshot.json",
+    "targets": "1.targets.json",
+    "bundle": f"1.bundle-{SIGNED}.json",
+}
+"""Files of a repository's metadata by what they are."""
+TRUSTED_KEYS = f"{KEYS}/trusted-keys.json"
+STATE = "update/state.json"
+
+
+def metadata(role: str, file: str, folder: Path) -> Open:
+    """Opens changed metadata, signed by its key if it can be, as a repository's, and then as what a device has kept."""
+    from edgetune_runtime.update.trust import TrustedRepository  # noqa: PLC0415 - each worker imports what it needs
+    from tuf.api.exceptions import RepositoryError  # noqa: PLC0415
+    from tuf.api.metadata import Metadata  # noqa: PLC0415
+
+    path, known = folder / REPOSITORY / "metadata" / file, folder / "known"
+    valid, root = path.read_bytes(), (folder / KEYS / "1.root.json").read_bytes()
+    keys = open_keys(folder / KEYS)
+    signing = "bundles" if role == "bundle" else role
+    signers = keys.signers(signing, keys.keys(signing))
+
+    def look() -> None:
+        trusted = TrustedRepository(
+            Location(str(folder / REPOSITORY)), known, root_in_use[0], datetime.fromtimestamp(0, UTC)
+        )
+        trusted.refresh()
+        for name in trusted.names():
+            trusted.release(name, "stable")
+
+    def signed(data: bytes) -> bytes:
+        with contextlib.suppress(RepositoryError):
+            changed = Metadata.from_bytes(data)
+            for signer in signers:
+                changed.sign(signer)
+            return changed.to_bytes()
+        return data
+
+    root_in_use = [root]
+
+    def open_changed(data: bytes) -> None:
+        shutil.rmtree(known, ignore_errors=True)
+        look()
+        for kept in (known / file.removeprefix("1."), known / "root_history" / file):
+            if kept.is_file() and not kept.is_symlink():
+                kept.write_bytes(data)
+        try:
+            look()
+        except EdgetuneError as error:
+            raise AssertionError("metadata that was damaged on a device is not read again") from error
+        shutil.rmtree(known)
+        if role == "root":
+            root_in_use[0] = signed(data)
+        else:
+            path.write_bytes(signed(data))
+        try:
+            look()
+        finally:
+            root_in_use[0] = root
+            path.write_bytes(valid)
+
+    return open_changed
+
+
+def release(folder: Path) -> Open:
+    """Opens a changed release, and describes the version that it becomes."""
+    from edgetune_runtime.update.description import describe  # noqa: PLC0415 - as above
+    from edgetune_runtime.update.release import parse_release  # noqa: PLC0415
+
+    def open_changed(data: bytes) -> None:
+        describe(parse_release(data), None)
+
+    return open_changed
+
+
+def only_release(repository: Path) -> bytes:
+    """The release of a repository."""
+    (path,) = repository.glob("targets/*/*.json")
+    return path.read_bytes()
+
+
+def signature(file: str, folder: Path) -> Open:
+    """Opens a changed signature of a bundle, or changed keys that it is compared with."""
+    from edgetune_runtime.signatures import require_signed  # noqa: PLC0415 - as above
+
+    def open_changed(data: bytes) -> None:
+        (folder / file).write_bytes(data)
+        require_signed(folder / SIGNED, folder / TRUSTED_KEYS)
+
+    return open_changed
+
+
+def state(folder: Path) -> Open:
+    """Looks for an update with a changed state of the device."""
+    from edgetune_runtime.update.update import UpdateSource, check  # noqa: PLC0415 - as above
+
+    def open_changed(data: bytes) -> None:
+        (folder / DEVICE / STATE).write_bytes(data)
+        check(folder / DEVICE, UpdateSource())
+
+    return open_changed
