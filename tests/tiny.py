@@ -126,8 +126,11 @@ CHAT_TEMPLATE = (
 WORDS = "turn on off the lamp light in hall kitchen set heat to blind open close play stop what is time reply red warm"
 
 
-def make_tokenizer(folder: Path, controls: Sequence[str] = ()) -> Path:
-    """Train a small SentencePiece tokenizer (byte fallback, chat markers, control tokens) and return its model file."""
+def make_tokenizer(folder: Path, controls: Sequence[str] = (), *, begins_with_space: bool = True) -> Path:
+    """Train a small SentencePiece tokenizer (byte fallback, chat markers, control tokens) and return its model file.
+
+    Those of Gemma add no space at the beginning of a text.
+    """
     rng = random.Random(0)
     corpus = folder / "corpus.txt"
     corpus.write_text("\n".join(" ".join(rng.choices(WORDS.split(), k=rng.randint(3, 9))) for _ in range(1000)))
@@ -143,6 +146,7 @@ def make_tokenizer(folder: Path, controls: Sequence[str] = ()) -> Path:
         pad_id=-1,
         user_defined_symbols=["<|im_start|>", "<|im_end|>"],
         control_symbols=list(controls),
+        add_dummy_prefix=begins_with_space,
         hard_vocab_limit=False,
         minloglevel=2,
     )

@@ -11,7 +11,8 @@ from typing import Any
 
 from edgetune_runtime.text.stream import TextStream
 
-from .formats import CallFormat, Placeholder
+from . import escaped
+from .formats import ESCAPED, CallFormat, Placeholder
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
 _DECODER = json.JSONDecoder()
@@ -87,7 +88,7 @@ class CallReader:
             if isinstance(part, str):
                 end = _after(text, at, part)
             else:
-                values[part], end = _value(text, at, part)
+                values[part], end = _value(text, at, part, self.form.spacing)
             if end is None:
                 return None
             at = end
@@ -143,10 +144,13 @@ def _after(text: str, at: int, literal: str) -> int | None:
     return at + len(literal) if text.startswith(literal, at) else None
 
 
-def _value(text: str, at: int, placeholder: Placeholder) -> tuple[Any, int | None]:
+def _value(text: str, at: int, placeholder: Placeholder, spacing: str) -> tuple[Any, int | None]:
     if placeholder is not Placeholder.ARGUMENTS:
         match = _WORD.match(text, at)
         return (match[0], match.end()) if match else (None, None)
+    if spacing == ESCAPED:
+        value, end = escaped.read(text, at) or (None, at)
+        return value, end if isinstance(value, dict) else None
     try:
         value, end = _DECODER.raw_decode(text, at)
     except (ValueError, RecursionError):

@@ -14,6 +14,10 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.cache import common_prefix
 from edgetune_runtime.text.chat import Message, render
 
+from . import escaped
+
+ESCAPED = "escaped"
+"""The `spacing` of arguments that are not JSON but as in `escaped`."""
 SEPARATORS = {"spaced": (", ", ": "), "compact": (",", ":")}
 """What stands between the items and after the keys of JSON, as `decoding.output.SPACINGS` names it."""
 
@@ -52,7 +56,7 @@ class CallFormat:
     """How calls are written: `begin`, the parts of each call with `between` them, `end`.
 
     `between` is None where a message has one call at most. `spacing` is that of the arguments' JSON, a key of
-    SEPARATORS.
+    SEPARATORS, or ESCAPED.
     """
 
     begin: str
@@ -69,13 +73,12 @@ class CallFormat:
 
     def write(self, calls: Sequence[Mapping[str, Any]]) -> str:
         """The text of calls, each with `name`, `arguments` and maybe `id`."""
-        item, key = SEPARATORS[self.spacing]
 
         def part_of(part: Part, call: Mapping[str, Any]) -> str:
             if isinstance(part, str):
                 return part
             value = call.get(part.value, "")
-            return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(item, key))
+            return value if isinstance(value, str) else _arguments(value, self.spacing)
 
         texts = ["".join(part_of(part, call) for part in self.parts) for call in calls]
         if self.between is None:
@@ -167,8 +170,8 @@ class _Probe:
     def format(self) -> CallFormat | None:
         """The format of calls, from what stands where an answer's text would; None if none is found."""
         one, two = self._body(1), self._body(2)
-        for spacing, (item, key) in SEPARATORS.items():
-            arguments = json.dumps(_ARGUMENTS, separators=(item, key))
+        for spacing in (*SEPARATORS, ESCAPED):
+            arguments = _arguments(_ARGUMENTS, spacing)
             first = _cut(one, 0, arguments)
             if first is None or not first[0].strip():
                 continue
@@ -192,6 +195,13 @@ class _Probe:
         rest = text[start:]
         tail = common_prefix(rest[::-1], after[::-1])
         return rest[: len(rest) - tail]
+
+
+def _arguments(value: object, spacing: str) -> str:
+    """The text of arguments."""
+    if spacing == ESCAPED:
+        return escaped.write(value)
+    return json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])
 
 
 def _call_of(number: int) -> dict[str, Any]:

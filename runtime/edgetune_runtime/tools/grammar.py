@@ -13,8 +13,9 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.cache import common_prefix
 
+from . import escaped
 from .definitions import Tool, ToolSet
-from .formats import CallFormat, Placeholder
+from .formats import ESCAPED, CallFormat, Placeholder
 
 _NAMED = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
 _ID = "/[A-Za-z0-9]{9}/"
@@ -23,6 +24,8 @@ _ID = "/[A-Za-z0-9]{9}/"
 def control_tokens(form: CallFormat, tokenizer: Tokenizer) -> dict[str, int]:
     """The control tokens in a format, which have no text of their own, by their names."""
     literals = [form.begin, form.between or "", form.end, *(part for part in form.parts if isinstance(part, str))]
+    if form.spacing == ESCAPED:
+        literals.append(escaped.MARK)
     tokens = {}
     for name in _NAMED.findall("\n".join(literals)):
         ids = tokenizer.tokenize(name, continues=True)
@@ -140,10 +143,18 @@ class _Writer:
                 texts.append(_ID)
             elif part is Placeholder.ARGUMENTS:
                 texts.append(f"{name}_arguments")
-                rules.append(_json(f"{name}_arguments", tool.schema, self._form.spacing))
+                rules += self._arguments(f"{name}_arguments", tool)
             else:
                 texts.append(self._literal(str(part)))
         return [f"{name}: {' '.join(texts)}", *rules]
+
+    def _arguments(self, name: str, tool: Tool) -> list[str]:
+        if self._form.spacing != ESCAPED:
+            return [_json(name, tool.schema, self._form.spacing)]
+        try:
+            return escaped.rules(name, tool.schema, self._literal)
+        except UsageError as error:
+            raise UsageError(f"the parameters of tool {tool.name!r}: {error.message}", error.remedy) from error
 
     def _literal(self, text: str) -> str:
         """The text for a rule, its control tokens by their numbers."""

@@ -59,6 +59,12 @@ def test_gemma3_attends_to_windows_in_torch_where_the_runtime_says_so() -> None:
     assert whole_layers() == list(range(7))
 
 
+def test_a_granite_without_rotary_embedding_is_refused() -> None:
+    header = GgufHeader({"general.architecture": "granite", "granite.rope.scaling.finetuned": False}, {})
+    with pytest.raises(IncompatibleError, match="a Granite without rotary embedding"):
+        architectures.of(header).whole_config(header)
+
+
 @pytest.mark.parametrize("name", architectures.names())
 def test_linear_modules_have_the_tensors_that_llama_cpps_converter_gives_them(name: str) -> None:
     known = architectures.known()[name]

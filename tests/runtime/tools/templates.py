@@ -152,6 +152,48 @@ GEMMA3 = """\
 """
 
 FUNCTION_GEMMA = """\
+{%- macro value(given) %}
+    {%- if given is string %}{{ '<escape>' + given + '<escape>' }}
+    {%- elif given is mapping %}
+        {{- '{' }}
+        {%- for key, item in given | dictsort %}
+            {{- (',' if not loop.first else '') + key + ':' + value(item) }}
+        {%- endfor %}
+        {{- '}' }}
+    {%- elif given is iterable %}
+        {{- '[' }}{% for item in given %}{{ (',' if not loop.first else '') + value(item) }}{% endfor %}{{ ']' }}
+    {%- else %}{{ given | tojson }}
+    {%- endif %}
+{%- endmacro %}
+{{- bos_token }}
+{%- set own = messages[0].content if messages[0].role in ('system', 'developer') else '' %}
+{%- if own or tools %}
+    {{- '<|im_start|>developer\\n' + own }}
+    {%- for tool in tools or [] %}
+        {{- '<start_function_declaration>declaration:' + tool.function.name }}
+        {{- value({'description': tool.function.description, 'parameters': tool.function.parameters}) }}
+        {{- '<end_function_declaration>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages if message.role not in ('system', 'developer') %}
+    {%- if message.role == 'tool' %}
+        {{- '<start_function_response>response:' + message.name | default('') + value({'value': message.content}) }}
+        {{- '<end_function_response>' }}
+    {%- else %}
+        {{- '<|im_start|>' + ('model' if message.role == 'assistant' else message.role) + '\\n' + message.content }}
+        {%- for call in message.tool_calls %}
+            {{- '<start_function_call>call:' + call.function.name + value(call.function.arguments) }}
+            {{- '<end_function_call>' }}
+        {%- endfor %}
+        {{- '<start_function_response>' if message.tool_calls and loop.last else '' }}
+        {{- '<|im_end|>\\n' if not message.tool_calls else '' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}
+"""
+
+NOT_JSON = """\
 {%- for tool in tools or [] %}{{ '<declaration>' + tool | tojson + '</declaration>' }}{% endfor %}
 {%- for message in messages %}
     {{- message.role + '\\n' + message.content }}
@@ -172,6 +214,7 @@ FAMILIES = {
     "phi4": PHI4,
     "gemma3": GEMMA3,
     "function-gemma": FUNCTION_GEMMA,
+    "not-json": NOT_JSON,
 }
 CONTROLS = ("[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|/tool_call|>")
 """Control tokens of these families' vocabularies, which stand for no text."""

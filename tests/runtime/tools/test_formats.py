@@ -18,6 +18,7 @@ CALLS = [
     {"name": "get_time", "arguments": {}, "id": "call00002"},
 ]
 FIRST, SECOND = '{"area": "hall", "on": [true, null]}', "{}"
+ESCAPED = "{area:<escape>hall<escape>,on:[true,null]}"
 WRITTEN = {
     "qwen": f'<tool_call>\n{{"name": "set_light", "arguments": {FIRST}}}\n</tool_call>\n'
     f'<tool_call>\n{{"name": "get_time", "arguments": {SECOND}}}\n</tool_call>',
@@ -29,8 +30,10 @@ WRITTEN = {
     "phi4": f'<|tool_call|>{{"name": "set_light", "arguments": {FIRST}}}<|/tool_call|>'
     f'<|tool_call|>{{"name": "get_time", "arguments": {SECOND}}}<|/tool_call|>',
     "llama3": f'{{"name": "set_light", "parameters": {FIRST}}}',
+    "function-gemma": f"<start_function_call>call:set_light{ESCAPED}<end_function_call>"
+    "<start_function_call>call:get_time{}<end_function_call><start_function_response>",
 }
-HERMES_FAMILIES = ("smollm3", "gemma3", "function-gemma")
+HERMES_FAMILIES = ("smollm3", "gemma3", "not-json")
 TOOLS = tool_set([{"name": "set_light", "description": "Switch", "parameters": {}}, {"name": "get_time"}])
 TALK = messages_for(
     [
@@ -68,9 +71,10 @@ def test_a_template_without_a_known_format_gets_that_of_hermes(family: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_template_drops_tools_or_calls_or_results(family: str) -> None:
     text = prompt_text(Template(FAMILIES[family]), TALK, TOOLS)  # type: ignore[arg-type]
-    for said in ("Switch", "get_time", "light", FIRST, "done"):
+    first = ESCAPED if family == "function-gemma" else FIRST
+    for said in ("Switch", "get_time", "light", first, "done"):
         assert said in text
-    assert text.index("Switch") < text.rindex(FIRST) < text.rindex("done")
+    assert text.index("Switch") < text.rindex(first) < text.rindex("done")
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, FAMILIES["gemma3"], None])

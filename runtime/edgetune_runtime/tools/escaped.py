@@ -1,0 +1,184 @@
+"""Arguments of calls as FunctionGemma writes them: names bare and sorted, each text between two marks, else JSON.
+
+Its template sorts names regardless of case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from edgetune_runtime.decoding.output import SPACINGS
+from edgetune_runtime.errors import UsageError
+
+MARK = "<escape>"
+_DEPTH = 32
+_NAME = re.compile(r"[^\s:,{}\[\]<>]+")
+_SCALAR = re.compile(r"true|false|null|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
+_TYPES_OF_ANY = ("string", "number", "boolean", "null")
+_NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$schema", "$defs", "definitions"))
+_KEYWORDS = _ANNOTATIONS.union(
+    ("type", "enum", "const", "anyOf", "oneOf", "$ref", "minLength", "maxLength", "items", "minItems", "maxItems"),
+    ("properties", "required", "additionalProperties", *_NUMERIC),
+)
+
+
+def write(value: object) -> str:
+    """The text of a value."""
+    if isinstance(value, str):
+        return f"{MARK}{value}{MARK}"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{write(value[key])}" for key in sorted(value, key=str.lower)) + "}"
+    if isinstance(value, Sequence):
+        return "[" + ",".join(map(write, value)) + "]"
+    return json.dumps(value)
+
+
+def read(text: str, at: int, depth: int = 0) -> tuple[Any, int] | None:
+    """The value at this place, and where it ends; None if there is none, or one that is too deep."""
+    if depth > _DEPTH:
+        return None
+    if text.startswith(MARK, at):
+        end = text.find(MARK, at + len(MARK))
+        return None if end < 0 else (text[at + len(MARK) : end], end + len(MARK))
+    if text[at : at + 1] in ("{", "["):
+        return _read_items(text, at, depth)
+    match = _SCALAR.match(text, at)
+    return (json.loads(match[0]), match.end()) if match else None
+
+
+def _read_items(text: str, at: int, depth: int) -> tuple[Any, int] | None:
+    """The object or list that begins at this place."""
+    close, named = {"{": ("}", True), "[": ("]", False)}[text[at]]
+    items: list[tuple[str, Any]] = []
+    at += 1
+    while not text.startswith(close, at):
+        if items:
+            if not text.startswith(",", at):
+                return None
+            at += 1
+        name = _NAME.match(text, at) if named else None
+        if named:
+            if name is None or not text.startswith(":", name.end()):
+                return None
+            at = name.end() + 1
+        found = read(text, at, depth + 1)
+        if found is None:
+            return None
+        value, at = found
+        items.append((name[0] if name else "", value))
+    return dict(items) if named else [value for _, value in items], at + 1
+
+
+def rules(name: str, schema: Mapping[str, Any], literal: Callable[[str], str]) -> list[str]:
+    """Rules of llguidance for values of a schema, of which the first is called `name`.
+
+    `literal` writes a text in a rule. UsageError for a keyword that these rules cannot express, such as `pattern`.
+    """
+    return list(_Rules(name, schema, literal).of(name, schema))
+
+
+class _Rules:
+    """Writes the rules of one schema."""
+
+    def __init__(self, name: str, root: Mapping[str, Any], literal: Callable[[str], str]) -> None:
+        self._prefix, self._root, self._literal = name, root, literal
+        self._count = 0
+        self._references: dict[str, str] = {}
+
+    def of(self, name: str, schema: object) -> Iterator[str]:
+        """The rule of this name, and those that it needs."""
+        if not isinstance(schema, Mapping):
+            raise _not_held(str(schema))
+        if unknown := sorted(set(schema) - _KEYWORDS):
+            raise _not_held(unknown[0])
+        if "$ref" in schema:
+            yield from self._reference(name, schema["$ref"])
+        elif "enum" in schema or "const" in schema:
+            values = schema["enum"] if "enum" in schema else [schema["const"]]
+            yield f"{name}: {' | '.join(self._literal(write(value)) for value in values)}"
+        elif choices := schema.get("anyOf", schema.get("oneOf")):
+            yield from self._one_of(name, choices)
+        else:
+            types = schema.get("type", _TYPES_OF_ANY)
+            if isinstance(types, str):
+                yield from self._of_type(name, types, schema)
+            else:
+                yield from self._one_of(name, [{**schema, "type": each} for each in types])
+
+    def _of_type(self, name: str, kind: str, schema: Mapping[str, Any]) -> Iterator[str]:
+        if kind == "string":
+            yield from self._text(name, schema)
+        elif kind == "array":
+            yield from self._list(name, schema)
+        elif kind == "object":
+            yield from self._object(name, schema)
+        else:
+            limits = {key: schema[key] for key in _NUMERIC if key in schema}
+            yield f"{name}: %json {json.dumps({'type': kind, **limits, 'x-guidance': SPACINGS['compact']})}"
+
+    def _reference(self, name: str, reference: str) -> Iterator[str]:
+        if reference in self._references:
+            yield f"{name}: {self._references[reference]}"
+            return
+        self._references[reference] = name
+        target: Any = self._root
+        for part in reference.removeprefix("#/").split("/"):
+            target = target.get(part) if isinstance(target, Mapping) else None
+        if not isinstance(target, Mapping):
+            raise UsageError(f"a schema has $ref {reference!r}, which is not in it", "put it under $defs")
+        yield from self.of(name, target)
+
+    def _one_of(self, name: str, choices: Sequence[object]) -> Iterator[str]:
+        names = [self._new() for _ in choices]
+        yield f"{name}: {' | '.join(names)}"
+        for each, choice in zip(names, choices, strict=True):
+            yield from self.of(each, choice)
+
+    def _text(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+        """A text up to the next mark, which may be a control token or letters."""
+        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        mark, text = self._literal(MARK), self._new()
+        if mark.startswith("<["):
+            yield f"{name}: {mark} {text} {mark}" if least else f"{name}: {mark} {text}? {mark}"
+            yield rf"{text.upper()}: /(.|\n){{{max(least, 1)},{most}}}/ & ~/(.|\n)*{MARK}(.|\n)*/"
+            yield f"{text}: {text.upper()}"
+        else:
+            yield f"{name}: {mark} {text}"
+            yield rf"{text}[lazy]: /(.|\n){{{least},{most}}}{MARK}/"
+
+    def _list(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+        item, least, most = self._new(), schema.get("minItems", 0), schema.get("maxItems")
+        more = f'("," {item}){{{max(least - 1, 0)},{"" if most is None else max(most - 1, 0)}}}'
+        items = f"{item} {more}" if least else f"({item} {more})?"
+        yield f'{name}: "[" {"" if most == 0 else items} "]"'
+        yield from self.of(item, schema.get("items", {}))
+
+    def _object(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+        """Its properties in order; `rest` are those from one on, `FIRST` if none was written before."""
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        rest = [(self._new(), self._new()) for _ in range(len(properties) + 1)]
+        yield f'{name}: "{{" {rest[0][0]} "}}"'
+        for number, key in enumerate(sorted(properties, key=str.lower)):
+            if not _NAME.fullmatch(key):
+                raise _not_held(key)
+            value_name = self._new()
+            for begun, own in enumerate(rest[number]):
+                text = json.dumps(f"{',' if begun else ''}{key}:", ensure_ascii=False)
+                skipped = "" if key in required else f" | {rest[number + 1][begun]}"
+                yield f"{own}: {text} {value_name} {rest[number + 1][1]}{skipped}"
+            yield from self.of(value_name, properties[key])
+        for own in rest[-1]:
+            yield f'{own}: ""'
+
+    def _new(self) -> str:
+        self._count += 1
+        return f"{self._prefix}_{self._count}"
+
+
+def _not_held(what: str) -> UsageError:
+    message = f"a schema has {what[:80]!r}, which calls in the base's format cannot be held to"
+    return UsageError(message, "leave it out of the tool's parameters")

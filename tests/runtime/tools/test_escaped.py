@@ -1,0 +1,138 @@
+"""Calls as FunctionGemma writes them, also with a Gemma whose vocabulary has its control tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime, UsageError
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.tools.escaped import MARK, read, write
+from edgetune_runtime.tools.formats import template_tools
+from edgetune_runtime.tools.grammar import control_tokens
+from jsonschema import validate
+from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
+from runtime.tools.templates import FAMILIES
+from tiny import make_folder, make_tokenizer
+
+MARKS = ("<start_function_call>", "<end_function_call>", "<start_function_response>", MARK)
+TEMPLATE = FAMILIES["function-gemma"]
+CONTEXT = 2048
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "room": {"type": "string", "minLength": 2, "maxLength": 9},
+        "note": {"type": "string", "maxLength": 5},
+        "level": {"type": ["integer", "null"], "minimum": 0, "maximum": 99},
+        "days": {"type": "array", "items": {"enum": ["mo", "tu"]}, "minItems": 1, "maxItems": 3},
+        "place": {"$ref": "#/$defs/place"},
+        "mode": {"anyOf": [{"const": "eco"}, {"type": "boolean"}]},
+    },
+    "required": ["room", "days"],
+    "additionalProperties": False,
+    "$defs": {
+        "place": {
+            "type": "object",
+            "properties": {"floor": {"type": "integer", "minimum": 0, "maximum": 9}},
+            "additionalProperties": False,
+        }
+    },
+}
+HEAT = {"name": "heat", "description": "Set the heat", "parameters": SCHEMA}
+VALUES = [{}, {"b": [1, -2.5, True, None], "a": "x, {y}: [z]"}, {"a": {"b": {"c": []}}, "d": ["", "e"]}]
+
+
+@pytest.fixture(scope="module")
+def gemma(convert: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    """A Gemma 3 with FunctionGemma's control tokens and the form of its chat template."""
+    root = tmp_path_factory.mktemp("gemma")
+    folder = make_folder("gemma3", root / "gemma3", make_tokenizer(root, MARKS, begins_with_space=False))
+    for name, changes in {
+        "config.json": {"max_position_embeddings": CONTEXT},
+        "tokenizer_config.json": {"chat_template": TEMPLATE},
+    }.items():
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    path = folder.with_suffix(".gguf")
+    convert(folder, path)
+    bundle = write_bundle(root / "home", path, {"one": Adapter(low_rank(path, seed=1))})
+    change_manifest(bundle, lambda raw: raw.update(context_length=CONTEXT))
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def letters(templated: Callable[[str], Runtime]) -> Runtime:
+    """A base whose vocabulary has none of the control tokens."""
+    return templated(TEMPLATE)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_values_are_read_as_they_were_written(value: dict[str, Any]) -> None:
+    text = write(value)
+    assert read(f"call:x{text}<end>", 6) == (value, 6 + len(text))
+    assert all(read(text[:length], 0) is None for length in range(len(text)))
+
+
+@pytest.mark.parametrize("text", ["{a}", "{a:}", "{:1}", "[1 2]", "[1,]", "{a:x}", "[" * 99 + "]" * 99])
+def test_other_texts_are_no_values(text: str) -> None:
+    assert read(text, 0) is None
+
+
+def test_names_are_sorted_as_the_template_sorts_them() -> None:
+    assert write({"b": "on", "C": [], "a": 1}) == "{a:1,b:<escape>on<escape>,C:[]}"
+
+
+def check_calls(runtime: Runtime) -> None:
+    whole = 0
+    for seed in range(8):
+        options: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 300}
+        answer = runtime.generate("warm", tools=[HEAT], tool_choice="heat", seed=seed, **options)
+        if answer.stop_reason == "end":
+            (call,) = answer.tool_calls
+            validate(call.arguments, SCHEMA)
+            assert answer.text == f"{MARKS[0]}call:heat{write(call.arguments)}{MARKS[1]}{MARKS[2]}"
+            whole += 1
+    assert whole > 4
+
+
+def test_calls_with_control_tokens_parse_and_fit_their_schema(gemma: Runtime) -> None:
+    check_calls(gemma)
+
+
+def test_calls_in_letters_parse_and_fit_their_schema(letters: Runtime) -> None:
+    check_calls(letters)
+
+
+def test_its_marks_are_control_tokens(gemma: Runtime) -> None:
+    tokenizer = loaded_bundle(gemma).context()[0].engine.tokenizer
+    form = template_tools(tokenizer.chat_template, tokenizer.bos, tokenizer.eos).format
+    assert set(control_tokens(form, tokenizer)) == set(MARKS)
+
+
+def test_a_session_continues_after_a_call(gemma: Runtime) -> None:
+    with gemma.session() as session:
+        answer = session.send("warm", tools=[HEAT], tool_choice="heat", max_tokens=300, seed=3)
+        assert answer.tool_calls
+        result = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "done"}
+        assert session.send([result], tools=[HEAT], max_tokens=5).stop_reason
+
+
+@pytest.mark.parametrize(
+    ("properties", "named"),
+    [
+        ({"number": {"type": "string", "pattern": "[0-9]+"}}, "pattern"),
+        ({"a:b": {"type": "integer"}}, "a:b"),
+        ({"never": False}, "False"),
+    ],
+)
+def test_a_schema_that_the_format_cannot_hold_is_refused(
+    properties: dict[str, Any], named: str, letters: Runtime
+) -> None:
+    tool = {"name": "dial", "parameters": {"properties": properties}}
+    told = rf"the parameters of tool 'dial': a schema has '{named}', .*; leave it out"
+    with pytest.raises(UsageError, match=told):
+        letters.generate("dial", tools=[tool], tool_choice="dial", max_tokens=5)
