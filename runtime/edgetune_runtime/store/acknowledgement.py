@@ -66,6 +66,14 @@ def read(prefix: Path) -> Unacknowledged | None:
     return found if found is not None and found.version == versions.linked(prefix, versions.CURRENT) else None
 
 
+def restore(prefix: Path, found: Unacknowledged | None) -> None:
+    """Take the note back that was read before a switch that has failed."""
+    if found is None:
+        acknowledge(prefix)
+    else:
+        _write(prefix, found)
+
+
 def acknowledge(prefix: Path) -> None:
     """Take the current version as good from now on."""
     (prefix / NAME).unlink(missing_ok=True)
