@@ -51,14 +51,16 @@ SystemCallArchitectures=native
 # These need rights that a user's service manager does not have.
 _SYSTEM_SANDBOX = """\
 ProtectSystem=yes
+ReadWritePaths={prefix}
 ProtectClock=yes
 ProtectHostname=yes
 ProtectControlGroups=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 PrivateDevices=yes
-PrivateTmp=yes
+PrivateTmp={private_tmp}
 """
+_TEMPORARY = ("/tmp", "/var/tmp")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Timer:
     def units(self, prefix: Path, bundle: str) -> dict[str, str]:
         """The texts of the files of units by their names."""
         owner, prefix = owner_line(prefix), prefix.absolute()
-        sandbox = "" if self.user else _SYSTEM_SANDBOX
+        sandbox = "" if self.user else _system_sandbox(prefix)
         script = escaped(prefix / versions.RUN_SCRIPT)
         service = _SERVICE.format(owner=owner, bundle=bundle, script=script, prefix=escaped(prefix), sandbox=sandbox)
         # The timer first: an install that was cut off between them leaves what `remove` can disable.
@@ -110,6 +112,14 @@ class Timer:
             path.unlink()
         if own:
             self.manager.call("daemon-reload")
+
+
+def _system_sandbox(prefix: Path) -> str:
+    """What the update of a system may write: the prefix too, wherever it is."""
+    is_temporary = any(prefix.resolve().is_relative_to(folder) for folder in _TEMPORARY)
+    # systemd expands only % here.
+    path = escaped(prefix).replace("$$", "$")
+    return _SYSTEM_SANDBOX.format(prefix=path, private_tmp="no" if is_temporary else "yes")
 
 
 def installed(prefix: Path, say: Say) -> Timer | None:

@@ -95,6 +95,13 @@ def test_a_timer_whose_install_was_cut_off_is_removed(cut_off: str, systemd: Pat
     assert ("disable --quiet --now edgetune-home-update.timer" in (systemd / "calls").read_text()) == has_timer
 
 
+@pytest.mark.parametrize("prefix", ["/usr/local/$home 1%", "/tmp/home"])
+def test_the_update_of_a_system_may_write_to_its_prefix(prefix: str) -> None:
+    text = Timer("edgetune-home-update", user=False).units(Path(prefix), "home")["edgetune-home-update.service"]
+    assert f'ReadWritePaths="{prefix.replace("%", "%%")}"' in text
+    assert ("PrivateTmp=yes" in text) == prefix.startswith("/usr")
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("user", [True, False])
 def test_systemd_accepts_the_timer(user: bool, make: KitMaker, tmp_path: Path) -> None:
