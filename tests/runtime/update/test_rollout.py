@@ -85,7 +85,7 @@ def test_an_older_release_of_another_version_than_its_path_is_refused(
     assert trusted.release("home", "stable", 1).version == 1
     newest = trusted.read_target(path_of("home", "stable"), tmp_path / "newest.json")
     monkeypatch.setattr(trusted, "read_target", lambda *_: newest)
-    with pytest.raises(VerificationError, match="the release home/stable@1.json is 2 of home in stable"):
+    with pytest.raises(VerificationError, match=r"the release home/stable@1\.json is 2 of home in stable"):
         trusted.release("home", "stable", 1)
 
 
