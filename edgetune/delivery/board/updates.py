@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.store import timer
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.timer import Timer
 from edgetune_runtime.store.versions import Say
-from edgetune_runtime.update.state import read_state, write_state, write_trusted_root
+from edgetune_runtime.update.state import read_root_file, read_state, write_state, write_trusted_root
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,4 @@ def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Upda
         raise UsageError("no root says which keys to trust", "add --root FILE, the 1.root.json of `edgetune keys init`")
     if shutil.which("systemctl") is None:
         raise IncompatibleError("this system has no systemctl", "install without --updates")
-    return Updates(repo.rstrip("/"), _read_root(root), Timer(f"{unit}-update", os.geteuid() != 0))
-
-
-def _read_root(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise NotFoundError(f"cannot read --root {path}: {error.strerror}", "give a file N.root.json") from error
-    try:
-        is_root = json.loads(data)["signed"]["_type"] == "root"
-    except (ValueError, LookupError, TypeError, RecursionError):
-        is_root = False
-    if not is_root:
-        raise UsageError(f"{path} has no root of a repository", "give a N.root.json of `edgetune keys init`")
-    return data
+    return Updates(repo.rstrip("/"), read_root_file(root), Timer(f"{unit}-update", os.geteuid() != 0))

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.atomic import flush_to_disk
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.type_checks import dataclass_of
 
 from . import versions
@@ -29,7 +30,7 @@ MOST_STARTS = 2
 """How often a version may be started without an acknowledgement; the next start goes back."""
 GOOD_ANSWERS = 3
 """How many answers acknowledge a version."""
-_LONGEST_REPORT = 1000
+_LONGEST_BYTES = 1000
 
 T = TypeVar("T")
 
@@ -64,6 +65,14 @@ def read(prefix: Path) -> Unacknowledged | None:
     """What is known of the current version; None if it is acknowledged, or the note is damaged."""
     found = _parse(Unacknowledged, prefix / NAME)
     return found if found is not None and found.version == versions.linked(prefix, versions.CURRENT) else None
+
+
+def restore(prefix: Path, found: Unacknowledged | None) -> None:
+    """Take the note back that was read before a switch that has failed."""
+    if found is None:
+        acknowledge(prefix)
+    else:
+        _write(prefix, found)
 
 
 def acknowledge(prefix: Path) -> None:
@@ -113,18 +122,11 @@ def _take_report() -> RunReport | None:
 def _parse(kind: Callable[..., T], path: Path) -> T | None:
     """A dataclass in a file of JSON; None if there is none, or if it is damaged."""
     try:
-        return dataclass_of(kind, json.loads(_text_of(path)))
+        # The account of a unit owns the report, and root reads it: no link to a file that only root may read.
+        with open_regular(path, follows_links=False) as file:
+            return dataclass_of(kind, json.loads(file.read(_LONGEST_BYTES)))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _text_of(path: Path) -> str:
-    """A short file; OSError or ValueError for anything else."""
-    # The account of a unit owns the report, and root reads it: no link, and no pipe that never ends.
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path} is no file")
-    with path.open(encoding="utf-8") as file:
-        return file.read(_LONGEST_REPORT)
 
 
 def _write(prefix: Path, found: Unacknowledged) -> None:

@@ -160,7 +160,7 @@ class Unit:
 
     def require_own(self, prefix: Path) -> None:
         """UsageError if there is a unit of this name that no install into `prefix` wrote."""
-        path = self.manager.file_of(self.name)
+        path = self.manager.file_of(self.unit_path.name)
         if path is not None and not is_of(path, prefix):
             message = f"unit {self.name} exists and is not of {prefix}: {path}"
             raise UsageError(message, "choose another name: --service NAME")

@@ -29,8 +29,6 @@ def activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
     versions.settle(prefix)
     if before != kit.version:
         _check_answers(prefix, kit, old_unit, say)
-    if before not in (None, kit.version):
-        acknowledgement.begin(prefix, kit.version, 0 if unit is None else len(unit.questions(prefix, kit)))
     if changed:
         _switch(prefix, kit, unit, old_unit, say)
     elif unit is not None and unit.is_active(prefix):
@@ -67,13 +65,14 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
 
     If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
     """
-    links = _links_before(prefix, kit, old_unit)
-    if unit is None:
-        versions.switch(prefix, kit.version)
-        return
-    is_new = old_unit is None or old_unit.unit_path != unit.unit_path
+    links, note = _links_before(prefix, kit, old_unit), acknowledgement.read(prefix)
+    is_new = unit is not None and (old_unit is None or old_unit.unit_path != unit.unit_path)
     try:
+        if asks and versions.linked(prefix, versions.CURRENT) not in (None, kit.version):
+            acknowledgement.begin(prefix, kit.version, 0 if unit is None else len(unit.questions(prefix, kit)))
         versions.switch(prefix, kit.version)
+        if unit is None:
+            return
         before = links[versions.CURRENT]
         if not is_new and before is not None and unit.takes_over(prefix, before, kit):
             say(f"unit {unit.name} has taken over the version")
@@ -87,6 +86,7 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
             say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
     except BaseException:
         _go_back(prefix, links, unit if is_new else None, old_unit, say)
+        acknowledgement.restore(prefix, note)
         raise
     service.remember(prefix, unit.started_with(kit))
 

@@ -43,24 +43,24 @@ class Manager:
             raise IncompatibleError(f"{' '.join(command)} failed: {reason}", "install without --service")
         return done.stdout
 
-    def file_of(self, name: str) -> Path | None:
-        """The file that defines the unit with this name or alias, in whatever folder; None if there is none."""
+    def file_of(self, unit: str) -> Path | None:
+        """The file that defines a unit, whose name or alias ends in its type, in whatever folder; None without it."""
         # A file that was put there since the last daemon-reload is not known to systemd.
-        own = self.folder / f"{name}.service"
-        shown = own if own.exists() else Path(self._shown(name, "FragmentPath").get("FragmentPath", ""))
+        own = self.folder / unit
+        shown = own if own.exists() else Path(self._shown(unit, "FragmentPath").get("FragmentPath", ""))
         return shown if shown.exists() and shown != Path() else None
 
     def is_active(self, name: str) -> bool:
         """Whether the unit runs."""
-        return self._shown(name, "ActiveState").get("ActiveState") == "active"
+        return self._shown(f"{name}.service", "ActiveState").get("ActiveState") == "active"
 
     def serves(self, name: str, port: int) -> bool:
         """Whether the unit is active and its main process listens on the port."""
-        shown = self._shown(name, "ActiveState", "MainPID")
+        shown = self._shown(f"{name}.service", "ActiveState", "MainPID")
         return shown.get("ActiveState") == "active" and listens(int(shown["MainPID"]), port)
 
-    def _shown(self, name: str, *properties: str) -> dict[str, str]:
-        text = self.call("show", f"--property={','.join(properties)}", f"{name}.service")
+    def _shown(self, unit: str, *properties: str) -> dict[str, str]:
+        text = self.call("show", f"--property={','.join(properties)}", unit)
         return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 

@@ -51,14 +51,16 @@ SystemCallArchitectures=native
 # These need rights that a user's service manager does not have.
 _SYSTEM_SANDBOX = """\
 ProtectSystem=yes
+ReadWritePaths={prefix}
 ProtectClock=yes
 ProtectHostname=yes
 ProtectControlGroups=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
 PrivateDevices=yes
-PrivateTmp=yes
+PrivateTmp={private_tmp}
 """
+_TEMPORARY = ("/tmp", "/var/tmp")
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,18 @@ class Timer:
     def units(self, prefix: Path, bundle: str) -> dict[str, str]:
         """The texts of the files of units by their names."""
         owner, prefix = owner_line(prefix), prefix.absolute()
-        sandbox = "" if self.user else _SYSTEM_SANDBOX
+        sandbox = "" if self.user else _system_sandbox(prefix)
         script = escaped(prefix / versions.RUN_SCRIPT)
         service = _SERVICE.format(owner=owner, bundle=bundle, script=script, prefix=escaped(prefix), sandbox=sandbox)
-        return {f"{self.name}.service": service, f"{self.name}.timer": _TIMER.format(owner=owner, bundle=bundle)}
+        # The timer first: an install that was cut off between them leaves what `remove` can disable.
+        return {f"{self.name}.timer": _TIMER.format(owner=owner, bundle=bundle), f"{self.name}.service": service}
 
     def require_own(self, prefix: Path) -> None:
         """UsageError if there is a unit of this name that no install into `prefix` wrote."""
-        path = self.manager.file_of(self.name)
-        if path is not None and not is_of(path, prefix):
-            raise UsageError(f"unit {self.name} exists and is not of {prefix}: {path}", "remove it first")
+        for unit in self.units(prefix, ""):
+            path = self.manager.file_of(unit)
+            if path is not None and not is_of(path, prefix):
+                raise UsageError(f"unit {unit} exists and is not of {prefix}: {path}", "remove it first")
 
     def install(self, prefix: Path, bundle: str) -> None:
         """Write the units of the timer, start it and remember it; errors as those of `require_own`."""
@@ -100,11 +104,22 @@ class Timer:
         """Stop the timer and delete its units, where they are those of `prefix`."""
         paths = [self.manager.folder / name for name in self.units(prefix, "")]
         own = [path for path in paths if is_of(path, prefix)]
+        timer = f"{self.name}.timer"
+        if self.manager.folder / timer in own:
+            self.manager.call("disable", "--quiet", "--now", timer)
+        # The timer last, so that a removal that was cut off can be run again.
+        for path in reversed(own):
+            path.unlink()
         if own:
-            self.manager.call("disable", "--quiet", "--now", f"{self.name}.timer")
-            for path in own:
-                path.unlink()
             self.manager.call("daemon-reload")
+
+
+def _system_sandbox(prefix: Path) -> str:
+    """What the update of a system may write: the prefix too, wherever it is."""
+    is_temporary = any(prefix.resolve().is_relative_to(folder) for folder in _TEMPORARY)
+    # systemd expands only % here.
+    path = escaped(prefix).replace("$$", "$")
+    return _SYSTEM_SANDBOX.format(prefix=path, private_tmp="no" if is_temporary else "yes")
 
 
 def installed(prefix: Path, say: Say) -> Timer | None:

@@ -9,6 +9,7 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
@@ -18,6 +19,7 @@ from edgetune_runtime.store.versions import Say
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import printable, shortened
 
+from . import slow_replies
 from .current import current_kit
 from .release import NAME
 from .state import read_state
@@ -27,6 +29,7 @@ NOBODY = "off"
 LONGEST_REPORT = 10_000
 _TIMEOUT_S = 30.0
 _ID = re.compile("[0-9a-f]{32}")
+_ADDRESS = re.compile("https?://[!-~]+")
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,24 @@ def parse_report(data: bytes) -> DeviceReport:
 
 def checked_address(where: str) -> str:
     """Where reports go; a folder's whole path. UsageError if it is neither an address nor a folder."""
-    if where == NOBODY or where.startswith(("http://", "https://")):
+    if where == NOBODY or _is_address(where):
         return where
     if "://" in where or not Path(where).is_dir():
-        raise UsageError(f"--report {where!r} is no address and no folder", f"use https://, a folder, or {NOBODY}")
+        message = f"--report {where!r} is neither an address nor a folder"
+        raise UsageError(message, f"use https://HOST/PATH in ASCII, a folder, or {NOBODY}")
     return str(Path(where).absolute())
+
+
+def _is_address(where: str) -> bool:
+    """Whether `urllib` can send to it."""
+    try:
+        parts = urlsplit(where)
+        _ = parts.port
+        # As for a connection: no empty label, and none that is too long.
+        host = (parts.hostname or "").encode("idna")
+    except ValueError:
+        return False
+    return bool(host) and _ADDRESS.fullmatch(where) is not None
 
 
 def report(prefix: Path, say: Say, *, held_back: str | None = None, error: EdgetuneError | None = None) -> None:
@@ -93,7 +109,7 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
             error="" if error is None else shortened(str(error)),
         )
         _send(state.report, about)
-    except (EdgetuneError, OSError, http.client.HTTPException) as problem:
+    except (EdgetuneError, OSError, ValueError, http.client.HTTPException) as problem:
         say(f"the report was not sent: {problem}")
 
 
@@ -104,7 +120,7 @@ def _send(where: str, about: DeviceReport) -> None:
         return
     headers = {"Content-Type": "application/json", "User-Agent": f"edgetune-run/{__version__}"}
     request = urllib.request.Request(where, text.encode(), headers)
-    with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S):
+    with urllib.request.build_opener(_NoRedirects, *slow_replies.HANDLERS).open(request, timeout=_TIMEOUT_S):
         pass
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.type_checks import dataclass_of
 
@@ -83,6 +83,24 @@ def read_trusted_root(prefix: Path) -> bytes | None:
     """The root that updates of a prefix begin with; None if there is none."""
     path = prefix / FOLDER / _ROOT_NAME
     return path.read_bytes() if path.is_file() else None
+
+
+def read_root_file(path: Path) -> bytes:
+    """The contents of --root, whose signatures are not checked; UsageError if it is no root, NotFoundError without it.
+
+    It needs no library of an extra.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"cannot read --root {path}: {error.strerror}", "give a file N.root.json") from error
+    try:
+        is_root = json.loads(data)["signed"]["_type"] == "root"
+    except (ValueError, LookupError, TypeError, RecursionError):
+        is_root = False
+    if not is_root:
+        raise UsageError(f"{path} has no root of a repository", "give a N.root.json of `edgetune keys init`")
+    return data
 
 
 def write_trusted_root(prefix: Path, data: bytes) -> None:

@@ -93,8 +93,8 @@ class TrustedRepository:
             message = f"the repository has no bundle {name!r} in the channel {channel!r}"
             raise NotFoundError(message, f"its bundles are: {names}")
         release = parse_release(data)
-        if (release.name, release.channel) != (name, channel):
-            message = f"the release {path} is of {release.name} in {release.channel}"
+        if (release.name, release.channel) != (name, channel) or version not in {None, release.version}:
+            message = f"the release {path} is {release.version} of {release.name} in {release.channel}"
             raise VerificationError(message, "publish the bundle again")
         return release
 

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.errors import (
-    IncompatibleError,
-    NotFoundError,
-    UsageError,
-    VerificationError,
-)
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.store import switch, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
@@ -25,8 +20,17 @@ from .download import download, of_wanted_formats
 from .fetch import Location
 from .release import NAME, Release
 from .rollout import Choice, choose, device_id, why_not_run
-from .state import FOLDER, METADATA_FOLDER, UpdateState, read_state, read_trusted_root, write_state, write_trusted_root
-from .trust import TrustedRepository, read_root
+from .state import (
+    FOLDER,
+    METADATA_FOLDER,
+    UpdateState,
+    read_root_file,
+    read_state,
+    read_trusted_root,
+    write_state,
+    write_trusted_root,
+)
+from .trust import TrustedRepository
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         raise UsageError("no repository is given", "add --repo URL")
     root = read_trusted_root(prefix)
     if source.root is not None:
-        root = _read_root_file(source.root)
+        root = read_root_file(source.root)
     if root is None:
         message = f"{prefix} trusts no repository yet"
         raise UsageError(message, "add --root FILE once, with the 1.root.json of `edgetune keys init`")
@@ -163,15 +167,6 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
     write_state(prefix, state)
     choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
     return Found(choice, current, state)
-
-
-def _read_root_file(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise NotFoundError(f"cannot read --root {path}: {error.strerror}", "give a file N.root.json") from error
-    read_root(data)
-    return data
 
 
 def _name_among(names: list[str], current: Kit | None) -> str:

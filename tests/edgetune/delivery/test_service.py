@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from edgetune_runtime.store import service, sockets, switch, trial, versions
+from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
 from kits import KitMaker, ask, with_fields
@@ -144,6 +144,17 @@ def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
     assert (code, served(port)) == ((0, "two") if sent == signal.SIGHUP else (130, "one"))
 
 
+def test_a_unit_that_was_stopped_to_make_room_runs_again_if_the_switch_cannot_be_noted(
+    make: KitMaker, systemd: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "home"
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
+    monkeypatch.setattr(switch, "free_mb", lambda: 0.0)
+    (prefix / acknowledgement.NAME / "full").mkdir(parents=True)
+    assert run("install", make("two"), "--prefix", prefix) == 2
+    assert (served(port), ask(prefix)) == ("one", "one")
+
+
 def test_a_prefix_that_is_reached_through_a_link_is_the_same(
     make: KitMaker, systemd: Path, port: int, tmp_path: Path
 ) -> None:
@@ -194,7 +205,11 @@ def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
     prefix = tmp_path / "home"
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     kit = kit_with_golden(make, "two")
+    acknowledgement.begin(prefix, str(versions.linked(prefix, versions.CURRENT)), 0)
+    note = acknowledgement.read(prefix)
     assert run("install", kit, "--prefix", prefix) == 4
+    assert note is not None
+    assert acknowledgement.read(prefix) == note
     error = capfd.readouterr().err.splitlines()[-1]
     assert "unit edgetune-home: adapter command does not answer: HTTP Error 501" in error
     assert error.endswith("; see journalctl --user -u edgetune-home")

@@ -67,17 +67,39 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_installed(
     assert not prefix.exists()
 
 
+@pytest.mark.parametrize("unit", ["edgetune-home-update.service", "edgetune-home-update.timer"])
 def test_a_timer_of_others_is_neither_replaced_nor_removed(
-    make: KitMaker, systemd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    unit: str, make: KitMaker, systemd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     units, publisher = systemd / "units/systemd/user", Publisher(tmp_path / "host")
     units.mkdir(parents=True)
-    (units / "edgetune-home-update.service").write_text("[Service]\n")
+    (units / unit).write_text("[Unit]\n")
     words = ("--updates", "http://x", "--root", publisher.root)
     assert run("install", make("one"), "--prefix", tmp_path / "home", *words) == 2
-    assert "unit edgetune-home-update exists and is not of" in capfd.readouterr().err
+    assert f"unit {unit} exists and is not of" in capfd.readouterr().err
     assert run("uninstall", "--prefix", tmp_path / "home") in {0, 3}
-    assert (units / "edgetune-home-update.service").read_text() == "[Service]\n"
+    assert [path.read_text() for path in units.iterdir()] == ["[Unit]\n"]
+
+
+@pytest.mark.parametrize("cut_off", ["edgetune-home-update.service", "edgetune-home-update.timer"])
+def test_a_timer_whose_install_was_cut_off_is_removed(cut_off: str, systemd: Path, tmp_path: Path) -> None:
+    timer, units = Timer("edgetune-home-update", user=True), systemd / "units/systemd/user"
+    units.mkdir(parents=True)
+    timer.install(tmp_path, "home")
+    (units / cut_off).unlink()
+    (systemd / "calls").unlink()
+    timer.remove(tmp_path)
+    assert list(units.iterdir()) == []
+    # systemctl fails for a timer that is not there.
+    has_timer = cut_off.endswith(".service")
+    assert ("disable --quiet --now edgetune-home-update.timer" in (systemd / "calls").read_text()) == has_timer
+
+
+@pytest.mark.parametrize("prefix", ["/usr/local/$home 1%", "/tmp/home"])
+def test_the_update_of_a_system_may_write_to_its_prefix(prefix: str) -> None:
+    text = Timer("edgetune-home-update", user=False).units(Path(prefix), "home")["edgetune-home-update.service"]
+    assert f'ReadWritePaths="{prefix.replace("%", "%%")}"' in text
+    assert ("PrivateTmp=yes" in text) == prefix.startswith("/usr")
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.cli import main
-from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, parse_report
-from edgetune_runtime.update.state import read_state
+from edgetune_runtime.errors import UnreachableError, UsageError, VerificationError
+from edgetune_runtime.update import slow_replies
+from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, checked_address, parse_report
+from edgetune_runtime.update.state import read_state, write_state
 from repositories import Publisher
 
 from edgetune.cli.main import main as host
@@ -108,10 +109,45 @@ def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(
     assert (capsys.readouterr().err, read_state(prefix).report) == ("", "off")
 
 
-@pytest.mark.parametrize("where", ["ftp://x", "/nowhere/at/all", "file:///etc"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        *("ftp://x", "/nowhere/at/all", "file:///etc", "http://[x", "http://.x", "https://x/ä", "https://x/a b"),
+        *("http://", "http://x:port", f"http://{'x' * 64}.org"),
+    ],
+)
 def test_an_address_that_is_none_is_one_line(where: str, prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert update(prefix, "--report", where) == UsageError.exit_code
-    assert f"--report {where!r} is no address and no folder" in capsys.readouterr().err
+    assert f"--report {where!r} is neither an address nor a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["https://x", "http://[::1]:80/a?b=%20", "http://user@example.org:8000/reports/"])
+def test_an_address_is_taken_as_it_is(where: str) -> None:
+    assert checked_address(where) == where
+
+
+def test_an_update_goes_on_if_the_remembered_address_is_damaged(
+    prefix: Path, publisher: Publisher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publisher("one")
+    assert update(prefix, "--repo", publisher.repo, "--root", publisher.root) == 0
+    for where in ("http://[x", "https://x/ä", "http://.x"):
+        write_state(prefix, replace(read_state(prefix), report=where))
+        assert update(prefix) == 0
+        assert "the report was not sent" in capsys.readouterr().err
+
+
+def test_a_server_that_answers_a_report_too_slowly_is_left(
+    prefix: Path, publisher: Publisher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publisher("one")
+    with receiving() as (url, _):
+        assert update(prefix, "--repo", publisher.repo, "--root", publisher.root, "--report", url) == 0
+        # Too slow is now everybody, the repository too; that is reported.
+        monkeypatch.setattr(slow_replies, "_GRACE_S", -1.0)
+        monkeypatch.setattr(slow_replies, "_SLOWEST_BYTES_PER_S", 10**9)
+        assert update(prefix) == UnreachableError.exit_code
+    assert "the report was not sent: it came too slowly" in capsys.readouterr().err
 
 
 def test_the_devices_of_a_fleet_are_counted_by_release(tmp_path: Path) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.bundle import FileEntry
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.update import rollout, update
-from edgetune_runtime.update.release import Release, parse_release
+from edgetune_runtime.update.fetch import Location
+from edgetune_runtime.update.release import Release, parse_release, path_of
 from edgetune_runtime.update.rollout import choose, device_id
 from edgetune_runtime.update.state import read_state
+from edgetune_runtime.update.trust import TrustedRepository
 from edgetune_runtime.update.update import Found, UpdateSource
 from kits import ask
-from repositories import Publisher
+from repositories import START, Publisher
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +71,22 @@ def test_the_id_of_a_device_is_a_hash_of_that_of_its_system_or_a_random_one_that
     machine_id.write_text("ab" * 16 + "\n")
     found = device_id("home", first)
     assert found not in {first, "ab" * 16} and device_id("home", "") == found != device_id("other", "")
+
+
+def test_an_older_release_of_another_version_than_its_path_is_refused(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher("one")
+    publisher("two", share=0.5)
+    trusted = TrustedRepository(
+        Location(str(publisher.repo)), tmp_path / "metadata", publisher.root.read_bytes(), START
+    )
+    trusted.refresh()
+    assert trusted.release("home", "stable", 1).version == 1
+    newest = trusted.read_target(path_of("home", "stable"), tmp_path / "newest.json")
+    monkeypatch.setattr(trusted, "read_target", lambda *_: newest)
+    with pytest.raises(VerificationError, match=r"the release home/stable@1\.json is 2 of home in stable"):
+        trusted.release("home", "stable", 1)
 
 
 def test_a_staged_release_reaches_a_device_when_it_is_published_for_more(

@@ -462,6 +462,21 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_old_version_running(
     assert seen == sorted(seen) and set(seen) == {"one", "two"}
 
 
+def test_a_device_follows_a_new_repository_with_other_keys_once_it_has_forgotten_the_old_one(
+    prefix: Path, publisher: Publisher, tmp_path: Path
+) -> None:
+    for answer in ("one", "two"):
+        publisher(answer)
+    apply(prefix, source_of(publisher, publisher.repo))
+    other = Publisher(tmp_path / "other")
+    other("three")
+    with pytest.raises(VerificationError, match="release 1 of home is older than 2"):
+        apply(prefix, source_of(other, other.repo))
+    shutil.rmtree(prefix / "update")
+    assert apply(prefix, source_of(other, other.repo))
+    assert ask(prefix) == "three"
+
+
 def test_a_rollback_that_is_killed_at_any_write_can_be_run_again(
     prefix: Path, publisher: Publisher, tmp_path: Path
 ) -> None:
