@@ -90,7 +90,8 @@ class Registry:
             try:
                 reply = self._send(method, url, body, headers or {})
             except urllib.error.HTTPError as error:
-                if error.code != _UNAUTHORIZED:
+                # Storage to which a registry redirects must not name a service that gets the password.
+                if error.code != _UNAUTHORIZED or not self._is_of_registry(error.url):
                     raise
                 with error:
                     challenge = error.headers.get("WWW-Authenticate", "")
@@ -117,10 +118,13 @@ class Registry:
             if body is not None and "Content-Type" not in headers:
                 request.add_header("Content-Type", "application/octet-stream")
             # Storage to which a registry redirects gets no password.
-            if self._authorization and urllib.parse.urlsplit(url).netloc == self.reference.host:
+            if self._authorization and self._is_of_registry(url):
                 request.add_unredirected_header("Authorization", self._authorization)
             reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
         return reply
+
+    def _is_of_registry(self, url: str) -> bool:
+        return urllib.parse.urlsplit(url).netloc == self.reference.host
 
     def _uploads_to(self, reply: http.client.HTTPResponse) -> str:
         """The address that an upload goes to; UnreachableError if there is none, or encryption would be given up."""
@@ -149,7 +153,7 @@ class Registry:
         try:
             first = json.loads(error.read(_LONGEST_PROBLEM))["errors"][0]
             text = f": {str(first.get('message') or first['code'])[:200]}"
-        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError):
+        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             if error.code not in {_UNAUTHORIZED, _FORBIDDEN} and "html" in error.headers.get("Content-Type", ""):
                 return UnreachableError(f"{host} is no registry: {where} gave a page, status {error.code}", _CHECK)
         if error.code in {_UNAUTHORIZED, _FORBIDDEN}:

@@ -22,6 +22,7 @@ from edgetune_runtime.errors import (
 )
 from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.update import slow_replies
+from filelock import FileLock, Timeout
 from kills import KILLED, killed_at
 from kits import write_bundle
 from registries import Reply, TokenService, docker_registry, needs_registry, replying
@@ -228,6 +229,7 @@ def layer(path: str, digest: str = "0" * 64, size: object = 3) -> dict[str, obje
         (page(404), "is no registry: GET http.* gave a page, status 404"),
         (page(502), "is no registry"),
         ((500, {}, b""), "failed with status 500"),
+        ((500, {}, b"[" * 10_000), "failed with status 500"),
         ((403, {}, b'{"errors": [{"message": "no such team"}]}'), "refuses GET .*: no such team; check the rights"),
         (as_json({"manifests": []}), "is no bundle"),
         (as_json({"mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}), "is of the type .*index"),
@@ -449,6 +451,25 @@ def test_storage_to_which_a_registry_redirects_gets_no_password(
     assert seen and not any(seen)
 
 
+def test_a_service_that_storage_names_gets_no_password(tmp_path: Path, without_docker: Path) -> None:
+    asked = []
+
+    def service(_method: str, path: str, _headers: dict[str, str]) -> Reply:
+        asked.append(path)
+        return as_json({"token": "t"})
+
+    with (
+        replying(service) as tokens,
+        replying(lambda *_: (401, {"WWW-Authenticate": f'Bearer realm="http://{tokens}/"'}, b"")) as elsewhere,
+        replying(lambda _, path, __: (307, {"Location": f"http://{elsewhere}{path}"}, b"")) as host,
+    ):
+        stored = {"auths": {host: {"auth": base64.b64encode(b"me:secret").decode()}}}
+        (without_docker / "config.json").write_text(json.dumps(stored))
+        with pytest.raises(UsageError, match="refuses GET"):
+            pull(f"oci://{host}/home:v1", tmp_path / "out")
+    assert asked == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -510,6 +531,10 @@ def test_a_mirror_fetches_what_the_repository_lacks(bundle: Path, tmp_path: Path
     store = open_store(f"oci-layout:{layout}:v2", None, insecure=False)
     with mirror.fetched(store, repo, keys, _SILENT, None) as found:
         assert contents(found) == contents(bundle)
+        # Nobody can exchange it before it is published, and it is published within the lock.
+        with pytest.raises(Timeout):
+            FileLock(repo / ".lock", blocking=False).acquire()
+        assert publish(found, repo, keys).release.version == 2
 
 
 def test_a_bundle_with_keys_of_its_own_is_mirrored_if_these_have_signed_it(bundle: Path, tmp_path: Path) -> None:
