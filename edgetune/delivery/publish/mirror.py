@@ -24,7 +24,9 @@ _FOLDER = ".from"
 def fetched(
     store: ArtifactStore, repo: Path, keys: KeyFolder, progress: Progress, trusted_keys: Path | None
 ) -> Iterator[Path]:
-    """The bundle of an artifact, in a folder that the end of the block deletes, with the repository locked; errors as of `pull`.
+    """The bundle of an artifact, in a folder that the end of the block deletes; errors as those of `pull`.
+
+    The repository is locked in the block.
 
     What the repository will sign must be what somebody meant: a tag is what the registry says, so its bundle must be
     signed by a key in `trusted_keys` (default: those of `keys`). A digest needs no signature. What an interrupted call

@@ -149,7 +149,7 @@ class Repository:
                 _write(self._metadata / path.name, path.read_bytes())
 
     def _must_renew(self, role: str, signed: Targets) -> bool:
-        """Whether metadata expires soon and can be signed here: who has the keys of a bundle elsewhere must renew it."""
+        """Whether metadata expires soon; of bundles only if their keys are here, as others renew theirs."""
         is_near = signed.expires < _after(_TARGETS_DAYS // 2)
         must_be_here = role == Targets.type and signed.is_expired()
         return is_near and (must_be_here or bool(self._signers(role)))

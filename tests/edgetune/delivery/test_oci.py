@@ -451,6 +451,18 @@ def test_storage_to_which_a_registry_redirects_gets_no_password(
     assert seen and not any(seen)
 
 
+@pytest.mark.parametrize("name", ["index.json", "blob"])
+def test_a_pipe_in_a_layout_is_refused(name: str, bundle: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    push(bundle, f"oci-layout:{layout}:v1")
+    answer = layout / "blobs/sha256" / hashlib.sha256(b"one").hexdigest()
+    path = answer if name == "blob" else layout / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(EdgetuneError, match="is not a regular file"):
+        pull(f"oci-layout:{layout}:v1", tmp_path / "out")
+
+
 def test_a_service_that_storage_names_gets_no_password(tmp_path: Path, without_docker: Path) -> None:
     asked = []
 
