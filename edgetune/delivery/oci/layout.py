@@ -18,7 +18,7 @@ from edgetune_runtime.update.release import file_entry
 from edgetune_runtime.wording import first_of
 from filelock import FileLock
 
-from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
+from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .reference import Reference
 
 _LAYOUT_NAME, _INDEX_NAME = "oci-layout", "index.json"
@@ -63,9 +63,9 @@ class ImageLayout:
             ) from error
 
     def read_manifest(self) -> bytes:
-        """The artifact's manifest; NotFoundError if there is none; one that is too long is cut off."""
+        """The artifact's manifest; NotFoundError if there is none; one that is too large is cut off."""
         digest = self.reference.digest or self._digest_of_tag()
-        return b"".join(self.blocks(FileEntry(digest, LONGEST_ARTIFACT_MANIFEST)))
+        return b"".join(self.blocks(FileEntry(digest, MOST_ARTIFACT_MANIFEST_BYTES)))
 
     def put_manifest(self, data: bytes) -> None:
         """Add the artifact's manifest under its tag, which may have been another artifact's."""
@@ -103,7 +103,7 @@ class ImageLayout:
             for item in found:
                 file_entry({"sha256": item["digest"].removeprefix("sha256:"), "bytes": item["size"]})
                 if not isinstance(_tag_of(item), str | None):
-                    raise TypeError("a tag is no text")
+                    raise TypeError("a tag is not text")
         except (FileNotFoundError, NotADirectoryError):
             return []
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:

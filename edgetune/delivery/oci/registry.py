@@ -17,12 +17,12 @@ from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UnreachableError, UsageError, VerificationError
 from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited, skip_to
 
-from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
+from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .login import Credentials, answer
 from .reference import Reference
 
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
-_LONGEST_PROBLEM = 10_000
+_MOST_PROBLEM_BYTES = 10_000
 _CHECK = "check the address and the network, and add --insecure for a registry without encryption"
 
 
@@ -69,7 +69,7 @@ class Registry:
         version = reference.tag if reference.digest is None else f"sha256:{reference.digest}"
         headers = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
         with self._reply("GET", f"manifests/{version}", headers=headers) as reply:
-            data = b"".join(limited(reply, LONGEST_ARTIFACT_MANIFEST, str(reference)))
+            data = b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(reference)))
             self._require_digest(reply, hashlib.sha256(data).hexdigest())
         return data
 
@@ -151,11 +151,11 @@ class Registry:
         """What a status of the registry means."""
         host, text = self.reference.host, ""
         try:
-            first = json.loads(error.read(_LONGEST_PROBLEM))["errors"][0]
+            first = json.loads(error.read(_MOST_PROBLEM_BYTES))["errors"][0]
             text = f": {str(first.get('message') or first['code'])[:200]}"
         except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             if error.code not in {_UNAUTHORIZED, _FORBIDDEN} and "html" in error.headers.get("Content-Type", ""):
-                return UnreachableError(f"{host} is no registry: {where} gave a page, status {error.code}", _CHECK)
+                return UnreachableError(f"{host} is not a registry: {where} gave a page, status {error.code}", _CHECK)
         if error.code in {_UNAUTHORIZED, _FORBIDDEN}:
             return UsageError(f"{host} refuses {where}{text}", f"check the rights of the user: docker login {host}")
         if error.code == _NOT_FOUND:

@@ -225,23 +225,23 @@ def layer(path: str, digest: str = "0" * 64, size: object = 3) -> dict[str, obje
 @pytest.mark.parametrize(
     ("reply", "problem"),
     [
-        (page(200), "is no bundle: Expecting value"),
-        (page(404), "is no registry: GET http.* gave a page, status 404"),
-        (page(502), "is no registry"),
+        (page(200), "is not a bundle: Expecting value"),
+        (page(404), "is not a registry: GET http.* gave a page, status 404"),
+        (page(502), "is not a registry"),
         ((500, {}, b""), "failed with status 500"),
         ((500, {}, b"[" * 10_000), "failed with status 500"),
         ((403, {}, b'{"errors": [{"message": "no such team"}]}'), "refuses GET .*: no such team; check the rights"),
-        (as_json({"manifests": []}), "is no bundle"),
+        (as_json({"manifests": []}), "is not a bundle"),
         (as_json({"mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}), "is of the type .*index"),
         (as_json({"layers": [{"digest": "sha256:00", "size": 3}]}), "a layer without a file's name"),
-        (as_json({"layers": [layer("manifest.json", "../../etc/passwd")]}), "is no bundle: it has"),
+        (as_json({"layers": [layer("manifest.json", "../../etc/passwd")]}), "is not a bundle: it has"),
         (as_json({"layers": [layer("manifest.json"), layer("../x")]}), "outside the bundle"),
         (as_json({"layers": [layer("manifest.json"), layer("manifest.json/x")]}), "in place of a folder"),
         (as_json({"layers": [layer("manifest.json"), layer("x" * 300)]}), "which is too long"),
         (as_json({"layers": [layer("manifest.json", size="3\n")]}), "it has the number '3"),
         (as_json({"layers": [layer("model.gguf")]}), "it has no manifest.json"),
         (as_json({"layers": [layer("manifest.json", size=1 << 40)]}), "manifest.json of .* has 1099511627776 bytes"),
-        ((200, {}, b"[" * (5 << 20)), "is no bundle"),
+        ((200, {}, b"[" * (5 << 20)), "is not a bundle"),
         ((200, {"Docker-Content-Digest": "sha256:1"}, b"{}"), "names the digest sha256:1 for"),
         ((307, {"Location": "file:///etc/passwd"}, b""), "failed"),
         ((401, {"WWW-Authenticate": 'Basic realm="x"'}, b""), "asks for a login; run: docker login"),
@@ -495,7 +495,7 @@ def test_a_service_that_storage_names_gets_no_password(tmp_path: Path, without_d
     ],
 )
 def test_a_reference_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no reference of an artifact; write oci://"):
+    with pytest.raises(UsageError, match="is not a reference to an artifact; write oci://"):
         parse_reference(text)
 
 
