@@ -66,7 +66,7 @@ def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:
     try:
         raw = json.loads(data)
         if raw.get("mediaType", MANIFEST_TYPE) != MANIFEST_TYPE:
-            raise ValueError(f"it is of the type {str(raw['mediaType'])[:80]}")
+            raise ValueError(f"it is of the type {str(raw['mediaType'])[:80]!r}")
         files = dict(_file(layer) for layer in raw["layers"])
         folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
         if MANIFEST_NAME not in files or folders & files.keys():

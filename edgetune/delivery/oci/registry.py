@@ -16,6 +16,7 @@ from edgetune_runtime import __version__
 from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UnreachableError, UsageError, VerificationError
 from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited, skip_to
+from edgetune_runtime.wording import shortened
 
 from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .login import Credentials, answer
@@ -152,7 +153,7 @@ class Registry:
         host, text = self.reference.host, ""
         try:
             first = json.loads(error.read(_MOST_PROBLEM_BYTES))["errors"][0]
-            text = f": {str(first.get('message') or first['code'])[:200]}"
+            text = f": {shortened(str(first.get('message') or first['code']), 200)}"
         except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             if error.code not in {_UNAUTHORIZED, _FORBIDDEN} and "html" in error.headers.get("Content-Type", ""):
                 return UnreachableError(f"{host} is not a registry: {where} gave a page, status {error.code}", _CHECK)

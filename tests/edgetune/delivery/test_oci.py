@@ -233,6 +233,8 @@ def layer(path: str, digest: str = "0" * 64, size: object = 3) -> dict[str, obje
         ((403, {}, b'{"errors": [{"message": "no such team"}]}'), "refuses GET .*: no such team; check the rights"),
         (as_json({"manifests": []}), "is not a bundle"),
         (as_json({"mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}), "is of the type .*index"),
+        (as_json({"mediaType": "a\nb"}), r"is of the type 'a\\nb'"),
+        ((403, {}, b'{"errors": [{"message": "no\\nteam"}]}'), "refuses GET .*: no team; check the rights"),
         (as_json({"layers": [{"digest": "sha256:00", "size": 3}]}), "a layer without a file's name"),
         (as_json({"layers": [layer("manifest.json", "../../etc/passwd")]}), "is not a bundle: it has"),
         (as_json({"layers": [layer("manifest.json"), layer("../x")]}), "outside the bundle"),
