@@ -18,7 +18,7 @@ from edgetune_runtime.store.versions import Say
 
 from .state import UpdateState, read_state, write_state
 
-_STARTED_OFTEN = f"it was started {acknowledgement.MOST_STARTS} times without a good end, and not acknowledged"
+_STARTED_OFTEN = f"it was started {acknowledgement.MOST_STARTS} times without a clean exit, and not acknowledged"
 
 
 def current_kit(prefix: Path) -> Kit | None:

@@ -86,9 +86,9 @@ def read_trusted_root(prefix: Path) -> bytes | None:
 
 
 def read_root_file(path: Path) -> bytes:
-    """The contents of --root, whose signatures are not checked; UsageError if it is no root, NotFoundError without it.
+    """The contents of --root, without a check of the signatures, which needs a library of an extra.
 
-    It needs no library of an extra.
+    NotFoundError if it cannot be read, UsageError if it is not a root.
     """
     try:
         data = path.read_bytes()
