@@ -80,8 +80,8 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
     from . import report, update  # noqa: PLC0415 - they import libraries of an extra, and of networks
 
     formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
-    reports_to = None if options.report is None else report.checked_address(options.report)
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, reports_to)
+    report_to = None if options.report is None else report.checked_address(options.report)
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, report_to)
     try:
         found, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except EdgetuneError as error:

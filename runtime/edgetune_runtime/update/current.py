@@ -41,7 +41,7 @@ def status(prefix: Path, say: Say) -> dict[str, Any]:
         "channel": state.channel,
         "versions": installed,
         "acknowledged": acknowledgement.read(prefix) is None,
-        "report": state.report,
+        "report_to": state.report_to,
         "floors": dict(state.floors),
         "refused": dict(state.refused),
         "failures": dict(state.failures),
