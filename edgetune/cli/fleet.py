@@ -27,13 +27,13 @@ def status(
     repo: Annotated[Path, typer.Argument(metavar="REPO", help="The repository's folder, with a folder reports.")],
     *,
     silent_days: Annotated[
-        float, typer.Option(metavar="N", min=0, help="Days without a report until a device is silent.")
+        float, typer.Option(metavar="N", min=0, max=36_500, help="Days without a report until a device is silent.")
     ] = 7,
     as_json: AsJson = False,
 ) -> None:
     """Count the devices by release, from the reports that `edgetune-run update --report` has written.
 
-    Devices report only if their users want that. Shown are those that are held back, fail, or are silent.
+    Devices report only if their users want that. The errors of those that fail are shown.
     """
     from edgetune.delivery.publish.reports import ReleaseCount, fleet_status
 

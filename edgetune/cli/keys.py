@@ -101,11 +101,14 @@ def revoke(
     keys: KeysPath,
     key: Annotated[str, typer.Argument(metavar="KEY", help="The first digits of the key's id.")],
     *,
+    role: Annotated[
+        str | None, typer.Option(metavar="ROLE", help="The role that loses it (default: the only one that has it).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Trust a key no longer; publish again so that devices learn of it."""
     folder = open_keys(keys)
-    folder.revoke(key)
+    folder.revoke(key, None if role is None else _known(role, folder))
     _show(folder, as_json)
 
 

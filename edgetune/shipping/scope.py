@@ -85,13 +85,11 @@ def described(scope: Scope) -> str:
     return f"{shares}, are {scope.label}{limit}"
 
 
-def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> list[Logits]:
+def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[Logits]:
     known = [row for row in adapter.known_rows if row.completion != label]
-    rows = []
     for row in spread(known, MAX_ROWS):
         with suppress(PromptTooLongError):
-            rows.append(logits_after(runtime, row.messages or (), adapter.name))
-    return rows
+            yield logits_after(runtime, row.messages or (), adapter.name)
 
 
 def _answers(

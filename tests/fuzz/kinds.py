@@ -22,7 +22,7 @@ from edgetune_runtime.inference.similarity import SIMILARITY_FILE
 from edgetune_runtime.routing.classifier import ROUTER_FILE
 from edgetune_runtime.signatures import SIGNATURE_NAME
 
-from . import fragments, updates
+from . import fragments, layouts, updates
 from .forms.gguf_file import GgufForm, read
 from .forms.json_file import Checked, Json, Safetensors
 from .forms.protobuf import Protobuf
@@ -32,6 +32,7 @@ from .names import (
     ADAPTERS,
     DEVICE,
     KIT,
+    LAYOUT,
     LOG,
     LORA,
     MODEL,
@@ -41,6 +42,7 @@ from .names import (
     PREFIX,
     QUESTION,
     RECIPE,
+    REPORT,
     REPOSITORY,
     SESSION,
     SIGNED,
@@ -298,6 +300,9 @@ KINDS = {
     "signature": Kind(f"{SIGNED}/{SIGNATURE_NAME}", Json(), partial(updates.signature, f"{SIGNED}/{SIGNATURE_NAME}")),
     "trusted-keys": Kind(updates.TRUSTED_KEYS, Json(), partial(updates.signature, updates.TRUSTED_KEYS)),
     "update-state": Kind(f"{DEVICE}/{updates.STATE}", Json(), updates.state),
+    "device-report": Kind(REPORT, Json(), updates.report),
+    "oci-artifact": Kind(LAYOUT, Json(), layouts.artifact, layouts.only_artifact),
+    "oci-index": Kind(f"{LAYOUT}/{layouts.INDEX}", Json(), layouts.index),
 }
 
 

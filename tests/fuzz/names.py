@@ -6,5 +6,7 @@ STATES, SESSION, KIT, PEFT, MODEL, RECIPE = "states", "session.kv", "kit.json", 
 LOG = "answers.jsonl"
 REPOSITORY, KEYS, SIGNED, DEVICE = "repository", "keys", "signed", "device"
 """A repository, its keys, its bundle, and the prefix of a device that has looked at it."""
+LAYOUT, REPORT = "layout", f"reports/{'ab' * 16}.json"
+"""An OCI image layout with the signed bundle, and the report of a device."""
 LORA, PREFIX = "lora", "prefix"
 QUESTION = "turn on the light"

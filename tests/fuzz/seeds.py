@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_file import cache_shape, read_header
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
+from edgetune_runtime.update.report import DeviceReport
 from edgetune_runtime.update.state import write_state
 from edgetune_runtime.update.update import UpdateSource, check
 from kits import KitMaker
@@ -24,11 +26,16 @@ from kits import write_bundle as write_signable
 from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 
+from edgetune.delivery.oci.transfer import open_store, push
+from edgetune.progress import Progress
+
+from .layouts import TAG
 from .names import (
     ADAPTERS,
     DEVICE,
     KEYS,
     KIT,
+    LAYOUT,
     LOG,
     LORA,
     MODEL,
@@ -38,6 +45,7 @@ from .names import (
     PREFIX,
     QUESTION,
     RECIPE,
+    REPORT,
     REPOSITORY,
     SESSION,
     SIGNED,
@@ -94,6 +102,8 @@ def write_seeds(folder: Path, source: Source, model: Path) -> Path:
     _copy(model, work / MODEL)
     (work / RECIPE).write_text(_RECIPE, encoding="utf-8")
     _repository(work, folder)
+    _layout(work)
+    _report(work / REPORT)
     work.rename(folder)
     return folder
 
@@ -184,6 +194,17 @@ def _repository(work: Path, folder: Path) -> None:
         "refused": {"ab" * 32: "it was marked as bad"},
     }
     write_state(work / DEVICE, replace(found.state, repo=str(folder / REPOSITORY), **remembered))
+
+
+def _layout(work: Path) -> None:
+    store = open_store(f"oci-layout:{work / LAYOUT}:{TAG}", None, insecure=False)
+    push(work / SIGNED, store, Progress(quiet=True))
+
+
+def _report(path: Path) -> None:
+    about = DeviceReport(path.stem, "home", "stable", 1, "ab" * 32, "0.1.0", "2026-01-01T00:00:00+00:00", True)
+    path.parent.mkdir()
+    path.write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
 
 
 def _peft(out: Path, source: Source) -> None:

@@ -1,4 +1,4 @@
-"""Opens changed files of signed updates: a repository's metadata and releases, signatures, and a device's state."""
+"""Opens changed files of signed updates: a repository's metadata, releases, signatures, a device's state and report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.update.fetch import Location
 from repositories import open_keys
 
-from .names import DEVICE, KEYS, REPOSITORY, SIGNED
+from .names import DEVICE, KEYS, REPORT, REPOSITORY, SIGNED
 
 Open = Callable[[bytes], None]
 METADATA = {
@@ -116,5 +116,20 @@ def state(folder: Path) -> Open:
     def open_changed(data: bytes) -> None:
         (folder / DEVICE / STATE).write_bytes(data)
         check(folder / DEVICE, UpdateSource())
+
+    return open_changed
+
+
+def report(folder: Path) -> Open:
+    """Counts a device by its changed report."""
+    from edgetune_runtime.update.report import parse_report  # noqa: PLC0415 - as above
+
+    from edgetune.delivery.publish.reports import fleet_status  # noqa: PLC0415
+
+    def open_changed(data: bytes) -> None:
+        (folder / REPORT).write_bytes(data)
+        fleet_status(folder, 7).to_json()
+        # The count hides why a report is refused.
+        parse_report(data)
 
     return open_changed

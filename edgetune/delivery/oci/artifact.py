@@ -14,8 +14,8 @@ from edgetune_runtime.update.release import bundle_path, file_entry
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
-LONGEST_ARTIFACT_MANIFEST = 4 << 20
-"""The length that registries must accept at least; longer manifests are refused."""
+MOST_ARTIFACT_MANIFEST_BYTES = 4 << 20
+"""The size that registries must accept at least; larger manifests are refused."""
 _MODEL_TYPE = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG_TYPE = "application/vnd.cncf.model.config.v1+json"
 _LAYER_TYPES = {
@@ -62,7 +62,7 @@ def artifact_manifest(files: Mapping[str, FileEntry], config: bytes) -> bytes:
 
 
 def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:
-    """The files of an artifact by their paths in the bundle; VerificationError if it is none of a bundle."""
+    """The files of an artifact by their paths in the bundle; VerificationError unless it is one of a bundle."""
     try:
         raw = json.loads(data)
         if raw.get("mediaType", MANIFEST_TYPE) != MANIFEST_TYPE:
@@ -72,7 +72,7 @@ def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:
         if MANIFEST_NAME not in files or folders & files.keys():
             raise ValueError(f"it has no {MANIFEST_NAME}, or a file in place of a folder")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        message = f"{where} is no bundle: {str(error)[:200]}"
+        message = f"{where} is not a bundle: {str(error)[:200]}"
         raise VerificationError(message, "check the reference; `edgetune push` makes such artifacts") from error
     return files
 

@@ -12,15 +12,17 @@ from typing import Any
 from edgetune_runtime.bundle import FileEntry, sha256_of
 from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.update.fetch import limited
 from edgetune_runtime.update.release import file_entry
 from edgetune_runtime.wording import first_of
 from filelock import FileLock
 
-from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
+from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .reference import Reference
 
 _LAYOUT_NAME, _INDEX_NAME = "oci-layout", "index.json"
+_MOST_INDEX_BYTES = 16 << 20
 _TAG = "org.opencontainers.image.ref.name"
 
 
@@ -52,16 +54,18 @@ class ImageLayout:
         """The bytes of a file from an offset on, at most its size; NotFoundError if there is none."""
         path = self._blob(entry.sha256)
         try:
-            with path.open("rb") as file:
+            with open_regular(path, follows_links=True) as file:
                 file.seek(offset)
                 yield from limited(file, entry.bytes - offset, str(path))
         except OSError as error:
-            raise NotFoundError(f"cannot read {path}: {error.strerror}", "push the bundle there again") from error
+            raise NotFoundError(
+                f"cannot read {path}: {error.strerror or error}", "push the bundle there again"
+            ) from error
 
     def read_manifest(self) -> bytes:
-        """The artifact's manifest; NotFoundError if there is none; one that is too long is cut off."""
+        """The artifact's manifest; NotFoundError if there is none; one that is too large is cut off."""
         digest = self.reference.digest or self._digest_of_tag()
-        return b"".join(self.blocks(FileEntry(digest, LONGEST_ARTIFACT_MANIFEST)))
+        return b"".join(self.blocks(FileEntry(digest, MOST_ARTIFACT_MANIFEST_BYTES)))
 
     def put_manifest(self, data: bytes) -> None:
         """Add the artifact's manifest under its tag, which may have been another artifact's."""
@@ -94,14 +98,15 @@ class ImageLayout:
         """The artifacts of the layout, none if it is new; VerificationError if its index is damaged."""
         path = self._folder / _INDEX_NAME
         try:
-            found = json.loads(path.read_bytes())["manifests"]
+            with open_regular(path, follows_links=True) as file:
+                found = json.loads(file.read(_MOST_INDEX_BYTES))["manifests"]
             for item in found:
                 file_entry({"sha256": item["digest"].removeprefix("sha256:"), "bytes": item["size"]})
                 if not isinstance(_tag_of(item), str | None):
-                    raise TypeError("a tag is no text")
+                    raise TypeError("a tag is not text")
         except (FileNotFoundError, NotADirectoryError):
             return []
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise VerificationError(f"{path} is damaged: {error}", "restore it from a backup") from error
         return list(found)
 

@@ -18,13 +18,13 @@ from edgetune_runtime.errors import UnreachableError, UsageError
 from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited
 
 PASSWORD = "EDGETUNE_REGISTRY_PASSWORD"
-_LONGEST_TOKEN = 1 << 20
+_MOST_TOKEN_BYTES = 1 << 20
 _HELPER_S = 30.0
 
 
 @dataclass(frozen=True)
 class Credentials:
-    """A user's name and password, or a token in its place."""
+    """A user's name and password."""
 
     username: str
     password: str
@@ -75,7 +75,7 @@ def _token(fields: dict[str, str], credentials: Credentials | None, api: str) ->
     if credentials is not None:
         request.add_unredirected_header("Authorization", credentials.basic)
     with OPENER.open(request, timeout=SILENT_S) as reply:
-        data = b"".join(limited(reply, _LONGEST_TOKEN, realm))
+        data = b"".join(limited(reply, _MOST_TOKEN_BYTES, realm))
     try:
         raw = json.loads(data)
         token = raw.get("token") or raw["access_token"]

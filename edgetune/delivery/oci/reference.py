@@ -54,9 +54,9 @@ class Reference:
 
 
 def parse_reference(text: str) -> Reference:
-    """The reference that a user wrote; UsageError if it is none."""
+    """The reference that a user wrote; UsageError for anything else."""
     found = _REGISTRY.fullmatch(text) or _LAYOUT.fullmatch(text)
     if found is None:
         remedy = "write oci://REGISTRY/NAME:TAG with the name in lower case, or oci-layout:DIR:TAG"
-        raise UsageError(f"{text!r} is no reference of an artifact", remedy)
+        raise UsageError(f"{text!r} is not a reference to an artifact", remedy)
     return Reference(**found.groupdict())

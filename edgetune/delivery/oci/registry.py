@@ -17,12 +17,12 @@ from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UnreachableError, UsageError, VerificationError
 from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited, skip_to
 
-from .artifact import INDEX_TYPE, LONGEST_ARTIFACT_MANIFEST, MANIFEST_TYPE
+from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .login import Credentials, answer
 from .reference import Reference
 
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
-_LONGEST_PROBLEM = 10_000
+_MOST_PROBLEM_BYTES = 10_000
 _CHECK = "check the address and the network, and add --insecure for a registry without encryption"
 
 
@@ -69,7 +69,7 @@ class Registry:
         version = reference.tag if reference.digest is None else f"sha256:{reference.digest}"
         headers = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
         with self._reply("GET", f"manifests/{version}", headers=headers) as reply:
-            data = b"".join(limited(reply, LONGEST_ARTIFACT_MANIFEST, str(reference)))
+            data = b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(reference)))
             self._require_digest(reply, hashlib.sha256(data).hexdigest())
         return data
 
@@ -90,7 +90,8 @@ class Registry:
             try:
                 reply = self._send(method, url, body, headers or {})
             except urllib.error.HTTPError as error:
-                if error.code != _UNAUTHORIZED:
+                # Storage to which a registry redirects must not name a service that gets the password.
+                if error.code != _UNAUTHORIZED or not self._is_of_registry(error.url):
                     raise
                 with error:
                     challenge = error.headers.get("WWW-Authenticate", "")
@@ -117,10 +118,13 @@ class Registry:
             if body is not None and "Content-Type" not in headers:
                 request.add_header("Content-Type", "application/octet-stream")
             # Storage to which a registry redirects gets no password.
-            if self._authorization and urllib.parse.urlsplit(url).netloc == self.reference.host:
+            if self._authorization and self._is_of_registry(url):
                 request.add_unredirected_header("Authorization", self._authorization)
             reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
         return reply
+
+    def _is_of_registry(self, url: str) -> bool:
+        return urllib.parse.urlsplit(url).netloc == self.reference.host
 
     def _uploads_to(self, reply: http.client.HTTPResponse) -> str:
         """The address that an upload goes to; UnreachableError if there is none, or encryption would be given up."""
@@ -147,11 +151,11 @@ class Registry:
         """What a status of the registry means."""
         host, text = self.reference.host, ""
         try:
-            first = json.loads(error.read(_LONGEST_PROBLEM))["errors"][0]
+            first = json.loads(error.read(_MOST_PROBLEM_BYTES))["errors"][0]
             text = f": {str(first.get('message') or first['code'])[:200]}"
-        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError):
+        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             if error.code not in {_UNAUTHORIZED, _FORBIDDEN} and "html" in error.headers.get("Content-Type", ""):
-                return UnreachableError(f"{host} is no registry: {where} gave a page, status {error.code}", _CHECK)
+                return UnreachableError(f"{host} is not a registry: {where} gave a page, status {error.code}", _CHECK)
         if error.code in {_UNAUTHORIZED, _FORBIDDEN}:
             return UsageError(f"{host} refuses {where}{text}", f"check the rights of the user: docker login {host}")
         if error.code == _NOT_FOUND:

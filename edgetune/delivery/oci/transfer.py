@@ -118,8 +118,8 @@ def pull(
 
     Files of `out` and of `blobs`, a folder of files by their digests, are not fetched again, and neither is what an
     interrupted call has fetched. `out` changes when everything was verified. Raises the errors of the store;
-    UsageError if `out` has other files; VerificationError if bytes do not have their digest, if the artifact is no
-    bundle, or if it is not signed by a key in `trusted_keys`; OutOfSpaceError without room.
+    UsageError if `out` has other files; VerificationError if bytes do not have their digest, if the artifact is not
+    a bundle, or if it is not signed by a key in `trusted_keys`; OutOfSpaceError without room.
     """
     check_destination(out)
     data = store.read_manifest()

@@ -132,12 +132,17 @@ class KeyFolder:
         """Make a key in place of the oldest one of a role, or use an external one; the old private key stays here."""
         self._replace(role, self.keys(role)[1:], lambda: self._new_key(role, external))
 
-    def revoke(self, keyid: str) -> str:
-        """Trust a key, of which the first digits are given, no longer; its role. UsageError if its role needs it."""
-        found = {(role, key.keyid) for role in self.roles for key in self.keys(role) if key.keyid.startswith(keyid)}
+    def revoke(self, keyid: str, role: str | None = None) -> str:
+        """Trust a key, of which the first digits are given, no longer, in its role or in the only one; the role.
+
+        UsageError if its role needs it.
+        """
+        roles = self.roles if role is None else [role]
+        found = {(role, key.keyid) for role in roles for key in self.keys(role) if key.keyid.startswith(keyid)}
         if len(found) != 1:
             raise NotFoundError(
-                f"{len(found)} keys have an id that begins with {keyid!r}", f"see: edgetune keys list {self.folder}"
+                f"{len(found)} keys have an id that begins with {keyid!r}",
+                f"see: edgetune keys list {self.folder}; give more digits, or --role",
             )
         ((role, full),) = found
         rest = [key for key in self.keys(role) if key.keyid != full]
@@ -150,6 +155,9 @@ class KeyFolder:
 
     def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
         if external is not None:
+            if external.key.keyid in {key.keyid for key in self.keys(role)}:
+                message = f"{role} has the key {external.key.keyid[:8]} of {external.uri} already"
+                raise UsageError(message, "use another one")
             return write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
 

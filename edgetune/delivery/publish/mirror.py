@@ -15,6 +15,7 @@ from edgetune.delivery.oci.transfer import ArtifactStore, pull
 from edgetune.progress import Progress
 
 from .key_folder import KeyFolder
+from .publish import locked
 
 _FOLDER = ".from"
 
@@ -25,15 +26,19 @@ def fetched(
 ) -> Iterator[Path]:
     """The bundle of an artifact, in a folder that the end of the block deletes; errors as those of `pull`.
 
+    The repository is locked in the block.
+
     What the repository will sign must be what somebody meant: a tag is what the registry says, so its bundle must be
     signed by a key in `trusted_keys` (default: those of `keys`). A digest needs no signature. What an interrupted call
     has fetched, and the files of the repository, are not fetched again.
     """
     bundle = repo / _FOLDER / "bundle"
-    pull(store, bundle, progress, trusted_keys=trusted_keys, blobs=repo / BLOBS_FOLDER)
-    try:
-        if trusted_keys is None and store.reference.digest is None:
-            require_signed(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
-        yield bundle
-    finally:
-        shutil.rmtree(bundle.parent)
+    # What was checked must be what is published.
+    with locked(repo):
+        pull(store, bundle, progress, trusted_keys=trusted_keys, blobs=repo / BLOBS_FOLDER)
+        try:
+            if trusted_keys is None and store.reference.digest is None:
+                require_signed(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
+            yield bundle
+        finally:
+            shutil.rmtree(bundle.parent)

@@ -76,7 +76,7 @@ def publish(
     require_name("--channel", channel)
     progress.say(f"checking the files of {manifest.name}")
     verify_files(bundle, manifest)
-    with _locked(repo):
+    with locked(repo):
         repository = Repository(repo, keys)
         signature = sign(bundle, keys)
         names = (*manifest.files, MANIFEST_NAME, signature.name)
@@ -114,7 +114,7 @@ def _put(repository: Repository, release: Release, before: Release | None) -> No
     kept: list[Release] = []
     for candidate in filter(None, older):
         path = path_of(name, channel, candidate.version)
-        if len(kept) == MOST_OLDER or any(_is_for_all_of(candidate, newer) for newer in (release, *kept)):
+        if len(kept) == MOST_OLDER or any(_is_in_place_of(newer, candidate) for newer in (release, *kept)):
             repository.drop_release(name, path)
         else:
             kept.append(candidate)
@@ -123,16 +123,16 @@ def _put(repository: Repository, release: Release, before: Release | None) -> No
     repository.put_release(name, path_of(name, channel), release.to_json().encode(), release.version)
 
 
-def _is_for_all_of(older: Release, newer: Release) -> bool:
-    """Whether all devices that could take the older release can take the newer one."""
-    is_wider = newer.share == 1 or (newer.bundle == older.bundle and newer.share >= older.share)
+def _is_in_place_of(newer: Release, older: Release) -> bool:
+    """Whether a release is of the same bundle as an older one, or for all devices that could take that."""
     runs = version_key(newer.min_runtime) <= version_key(older.min_runtime)
-    return is_wider and runs and newer.manifest_schema <= older.manifest_schema
+    is_for_all = newer.share == 1 and runs and newer.manifest_schema <= older.manifest_schema
+    return newer.bundle == older.bundle or is_for_all
 
 
 def refresh(repo: Path, keys: KeyFolder, *, expires_days: int, keep: int | None = None) -> None:
     """Sign a repository again, as before its metadata expires or after a change of keys; `keep` as for `publish`."""
-    with _locked(repo):
+    with locked(repo):
         _commit(Repository(repo, keys), expires_days, keep)
 
 
@@ -162,11 +162,14 @@ def sign(bundle: Path, keys: KeyFolder) -> Path:
 
 
 @contextmanager
-def _locked(repo: Path) -> Iterator[None]:
-    """Hold the lock of a repository in the block; UsageError if another has it, or if something cannot be written."""
+def locked(repo: Path) -> Iterator[None]:
+    """Hold the lock of a repository in the block; UsageError if another has it, or if something cannot be written.
+
+    The thread that holds it may take it again.
+    """
     try:
         repo.mkdir(parents=True, exist_ok=True)
-        with FileLock(repo / _LOCK, blocking=False):
+        with FileLock(repo / _LOCK, blocking=False, is_singleton=True):
             yield
     except Timeout as error:
         raise UsageError(f"another publish is using {repo}", "wait until it has ended") from error

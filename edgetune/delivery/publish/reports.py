@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, parse_report
 
 FOLDER = "reports"
@@ -79,9 +80,9 @@ def _read(folder: Path) -> Iterator[DeviceReport | None]:
     """The reports in a folder; None for each that is damaged. Whoever may write there may have put anything there."""
     for path in sorted(folder.glob("*.json")):
         try:
-            if path.is_symlink() or not path.is_file() or path.stat().st_size > LONGEST_REPORT:
-                raise VerificationError(f"{path} is no report", "delete it")
-            report = parse_report(path.read_bytes())
+            # A report that is cut off is damaged.
+            with open_regular(path, follows_links=False) as file:
+                report = parse_report(file.read(LONGEST_REPORT))
         except (VerificationError, OSError):
             report = None
         # One device cannot speak for another one, or twice.

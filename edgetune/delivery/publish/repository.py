@@ -69,7 +69,7 @@ class Repository:
 
     @property
     def all_releases(self) -> list[TargetFile]:
-        """The releases of all bundles: the newest of each channel."""
+        """The releases of all bundles that devices may take."""
         return [target for role in self._roles.values() for target in role.targets.values()]
 
     def release_file(self, target: TargetFile) -> Path:
@@ -149,9 +149,10 @@ class Repository:
                 _write(self._metadata / path.name, path.read_bytes())
 
     def _must_renew(self, role: str, signed: Targets) -> bool:
-        """Whether metadata expires soon; of bundles whose keys are elsewhere only when it has expired."""
+        """Whether metadata expires soon; of bundles only if their keys are here, as others renew theirs."""
         is_near = signed.expires < _after(_TARGETS_DAYS // 2)
-        return is_near and (signed.is_expired() or bool(self._signers(role)))
+        must_be_here = role == Targets.type and signed.is_expired()
+        return is_near and (must_be_here or bool(self._signers(role)))
 
     def _delegate(self) -> None:
         """Make the targets role delegate each bundle to the keys of bundles, or to those that only this one has."""

@@ -7,7 +7,7 @@ layer is computed from logits, which are linear in it and which all engines have
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
 SIMILARITY_FILE = "similarity.bin"
 KIND = "edgetune-similarity"
@@ -41,7 +41,7 @@ class TrainingPrompts:
     directions: Matrix
 
     @classmethod
-    def of(cls, basis: npt.NDArray[np.floating], logits: Sequence[Logits]) -> TrainingPrompts:
+    def of(cls, basis: npt.NDArray[np.floating], logits: Iterable[Logits]) -> TrainingPrompts:
         """From the logits after each of the prompts."""
         small = basis.astype(np.float16)
         return cls(small, np.array([_direction(small, row) for row in logits], np.float16))
@@ -88,5 +88,6 @@ def read_prompts(path: Path) -> TrainingPrompts:
         if not np.isfinite(values).all():
             raise ValueError("it has values that are no numbers")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise VerificationError(f"{path} does not have training prompts: {error}", COPY_BUNDLE_AGAIN) from error
+        message = f"{path} does not have training prompts: {shortened(str(error))}"
+        raise VerificationError(message, COPY_BUNDLE_AGAIN) from error
     return TrainingPrompts(values[:tokens], values[tokens:])

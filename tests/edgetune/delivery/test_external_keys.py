@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.signatures import require_signed
 from kits import write_bundle
 from repositories import PASSPHRASE, Publisher, seen_by_device
@@ -105,6 +105,19 @@ def test_a_key_that_is_gone_is_said_in_one_line_and_the_repository_stays(publish
         publisher("two")
     assert "\n" not in str(caught.value)
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
+
+
+def test_a_key_of_two_roles_is_revoked_in_one_and_is_in_a_role_once(publisher: Publisher, tmp_path: Path) -> None:
+    key = external_key(*write_pair(tmp_path))
+    publisher.keys.add("snapshot", key)
+    publisher.keys.add("timestamp", key)
+    with pytest.raises(UsageError, match=r"snapshot has the key [0-9a-f]{8} of file2:.* already"):
+        publisher.keys.rotate("snapshot", key)
+    publisher("one")
+    with pytest.raises(NotFoundError, match=r"2 keys have an id .* or --role"):
+        publisher.keys.revoke(key.key.keyid)
+    assert publisher.keys.revoke(key.key.keyid, "snapshot") == "snapshot"
+    assert key.key in publisher.keys.keys("timestamp") and key.key not in publisher.keys.keys("snapshot")
 
 
 @pytest.fixture

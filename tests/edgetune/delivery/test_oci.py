@@ -22,6 +22,7 @@ from edgetune_runtime.errors import (
 )
 from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.update import slow_replies
+from filelock import FileLock, Timeout
 from kills import KILLED, killed_at
 from kits import write_bundle
 from registries import Reply, TokenService, docker_registry, needs_registry, replying
@@ -224,22 +225,23 @@ def layer(path: str, digest: str = "0" * 64, size: object = 3) -> dict[str, obje
 @pytest.mark.parametrize(
     ("reply", "problem"),
     [
-        (page(200), "is no bundle: Expecting value"),
-        (page(404), "is no registry: GET http.* gave a page, status 404"),
-        (page(502), "is no registry"),
+        (page(200), "is not a bundle: Expecting value"),
+        (page(404), "is not a registry: GET http.* gave a page, status 404"),
+        (page(502), "is not a registry"),
         ((500, {}, b""), "failed with status 500"),
+        ((500, {}, b"[" * 10_000), "failed with status 500"),
         ((403, {}, b'{"errors": [{"message": "no such team"}]}'), "refuses GET .*: no such team; check the rights"),
-        (as_json({"manifests": []}), "is no bundle"),
+        (as_json({"manifests": []}), "is not a bundle"),
         (as_json({"mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []}), "is of the type .*index"),
         (as_json({"layers": [{"digest": "sha256:00", "size": 3}]}), "a layer without a file's name"),
-        (as_json({"layers": [layer("manifest.json", "../../etc/passwd")]}), "is no bundle: it has"),
+        (as_json({"layers": [layer("manifest.json", "../../etc/passwd")]}), "is not a bundle: it has"),
         (as_json({"layers": [layer("manifest.json"), layer("../x")]}), "outside the bundle"),
         (as_json({"layers": [layer("manifest.json"), layer("manifest.json/x")]}), "in place of a folder"),
         (as_json({"layers": [layer("manifest.json"), layer("x" * 300)]}), "which is too long"),
         (as_json({"layers": [layer("manifest.json", size="3\n")]}), "it has the number '3"),
         (as_json({"layers": [layer("model.gguf")]}), "it has no manifest.json"),
         (as_json({"layers": [layer("manifest.json", size=1 << 40)]}), "manifest.json of .* has 1099511627776 bytes"),
-        ((200, {}, b"[" * (5 << 20)), "is no bundle"),
+        ((200, {}, b"[" * (5 << 20)), "is not a bundle"),
         ((200, {"Docker-Content-Digest": "sha256:1"}, b"{}"), "names the digest sha256:1 for"),
         ((307, {"Location": "file:///etc/passwd"}, b""), "failed"),
         ((401, {"WWW-Authenticate": 'Basic realm="x"'}, b""), "asks for a login; run: docker login"),
@@ -449,6 +451,37 @@ def test_storage_to_which_a_registry_redirects_gets_no_password(
     assert seen and not any(seen)
 
 
+@pytest.mark.parametrize("name", ["index.json", "blob"])
+def test_a_pipe_in_a_layout_is_refused(name: str, bundle: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    push(bundle, f"oci-layout:{layout}:v1")
+    answer = layout / "blobs/sha256" / hashlib.sha256(b"one").hexdigest()
+    path = answer if name == "blob" else layout / name
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(EdgetuneError, match="is not a regular file"):
+        pull(f"oci-layout:{layout}:v1", tmp_path / "out")
+
+
+def test_a_service_that_storage_names_gets_no_password(tmp_path: Path, without_docker: Path) -> None:
+    asked = []
+
+    def service(_method: str, path: str, _headers: dict[str, str]) -> Reply:
+        asked.append(path)
+        return as_json({"token": "t"})
+
+    with (
+        replying(service) as tokens,
+        replying(lambda *_: (401, {"WWW-Authenticate": f'Bearer realm="http://{tokens}/"'}, b"")) as elsewhere,
+        replying(lambda _, path, __: (307, {"Location": f"http://{elsewhere}{path}"}, b"")) as host,
+    ):
+        stored = {"auths": {host: {"auth": base64.b64encode(b"me:secret").decode()}}}
+        (without_docker / "config.json").write_text(json.dumps(stored))
+        with pytest.raises(UsageError, match="refuses GET"):
+            pull(f"oci://{host}/home:v1", tmp_path / "out")
+    assert asked == []
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -462,7 +495,7 @@ def test_storage_to_which_a_registry_redirects_gets_no_password(
     ],
 )
 def test_a_reference_of_another_form_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no reference of an artifact; write oci://"):
+    with pytest.raises(UsageError, match="is not a reference to an artifact; write oci://"):
         parse_reference(text)
 
 
@@ -510,6 +543,10 @@ def test_a_mirror_fetches_what_the_repository_lacks(bundle: Path, tmp_path: Path
     store = open_store(f"oci-layout:{layout}:v2", None, insecure=False)
     with mirror.fetched(store, repo, keys, _SILENT, None) as found:
         assert contents(found) == contents(bundle)
+        # Nobody can exchange it before it is published, and it is published within the lock.
+        with pytest.raises(Timeout):
+            FileLock(repo / ".lock", blocking=False).acquire()
+        assert publish(found, repo, keys).release.version == 2
 
 
 def test_a_bundle_with_keys_of_its_own_is_mirrored_if_these_have_signed_it(bundle: Path, tmp_path: Path) -> None:

@@ -308,7 +308,19 @@ def test_the_keys_of_one_bundle_sign_its_manifest(publisher: Publisher, team: Ke
         require_signed(publisher.bundle, team.trusted_keys(BUNDLES))
 
 
-def test_a_team_does_not_renew_what_others_sign_until_it_has_expired(
+def test_a_team_publishes_beside_an_expired_bundle_of_others(
+    publisher: Publisher, team: KeyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(repository, "_TARGETS_DAYS", -1)
+        publish(write_bundle(tmp_path / "other", "two"), publisher.repo, publisher.keys)
+    done = publish(write_bundle(publisher.bundle, "two"), publisher.repo, team)
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == done.release
+    refresh(publisher.repo, publisher.keys, expires_days=30)
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "other").version == 2
+
+
+def test_a_team_does_not_renew_what_others_sign(
     publisher: Publisher, team: KeyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ("2.bundle-other.json", "3.targets.json")

@@ -109,6 +109,15 @@ def test_a_staged_release_reaches_a_device_when_it_is_published_for_more(
     assert ask(prefix) == "two"
 
 
+def test_a_bundle_that_is_published_again_for_fewer_devices_reaches_no_others(
+    prefix: Path, publisher: Publisher
+) -> None:
+    publisher("one")
+    publisher("one", share=0.0)
+    assert apply(prefix, publisher).to_json()["available"] is False
+    assert ask(prefix) == "zero"
+
+
 def test_a_device_that_no_release_is_for_yet_has_none(tmp_path: Path, prefix: Path, publisher: Publisher) -> None:
     publisher("one", share=0.0)
     assert apply(prefix, publisher).to_json()["refused"].startswith("release 1 of home is for 0%")
