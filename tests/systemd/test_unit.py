@@ -141,7 +141,7 @@ def test_a_version_that_crashes_until_it_was_started_too_often_is_gone_back_from
     running = shown(machine, "MainPID", user=user)["MainPID"]
     assert "--cache-mb" not in machine.run("cat", f"/proc/{running}/cmdline")
     status = json.loads(machine.run(f"{prefix}/bin/edgetune-run", "update", "--status", "--json", user=user))
-    assert list(status["refused"].values()) == ["it was started 2 times without a good end, and not acknowledged"]
+    assert list(status["refused"].values()) == ["it was started 2 times without a clean exit, and not acknowledged"]
     # Good answers keep it.
     assert "1 adapters as built" in install(machine, "--port", "8084", user=user, kit="other")
     for _ in range(3):

@@ -118,7 +118,11 @@ def _install(options: argparse.Namespace) -> None:
     changed = install.install(options.kit, prefix, unit=unit, say=_say, receives=options.receive is not None)
     if updates is not None:
         updates.set_up(prefix, kit.name, _say)
-    warnings = [] if unit is None and updates is None else _linger_warnings(name)
+    warnings: list[str] = []
+    if unit is not None:
+        warnings = _linger_warnings(f"unit {unit.name}")
+    elif updates is not None:
+        warnings = _linger_warnings(f"timer {updates.timer.name}")
     if options.json:
         _print({"version": kit.version, "changed": changed, "warnings": warnings})
         return
@@ -139,11 +143,11 @@ def _unit(options: argparse.Namespace, kit: Kit, name: str) -> service.Unit | No
     return service.unit_from_options(name, options.host or service.LOOPBACK, port)
 
 
-def _linger_warnings(name: str) -> list[str]:
+def _linger_warnings(what: str) -> list[str]:
     if os.geteuid() == 0 or systemd.lingers():
         return []
     remedy = f"run once: sudo loginctl enable-linger {systemd.user_name()}"
-    return [f"unit {name} ends when you log out, and does not start with the board; {remedy}"]
+    return [f"{what} ends when you log out, and does not start with the board; {remedy}"]
 
 
 def _check(options: argparse.Namespace) -> None:

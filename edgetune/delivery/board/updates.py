@@ -37,7 +37,7 @@ class Updates:
 def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Updates | None:
     """What the user asks for, if anything; the timer is named after the unit.
 
-    UsageError for a wrong address or a file that is no root, NotFoundError without it, IncompatibleError without
+    UsageError for a wrong address or a file that is not a root, NotFoundError without it, IncompatibleError without
     systemd.
     """
     if repo is None and root is None:
@@ -45,7 +45,7 @@ def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Upda
     if repo is None:
         raise UsageError("--root is that of a repository", "add --updates URL")
     if not repo.startswith(("http://", "https://")):
-        raise UsageError(f"--updates {repo!r} is no address of a repository", "use http:// or https://")
+        raise UsageError(f"--updates {repo!r} is not an address of a repository", "use http:// or https://")
     if root is None:
         raise UsageError("no root says which keys to trust", "add --root FILE, the 1.root.json of `edgetune keys init`")
     if shutil.which("systemctl") is None:

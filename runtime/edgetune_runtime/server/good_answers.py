@@ -29,6 +29,6 @@ class GoodAnswers:
                 acknowledgement.write_report(RunReport(self._version, self._count))
 
     def end(self) -> None:
-        """Report that the run ended in order."""
+        """Report that the run ended cleanly."""
         if self._needed:
             acknowledgement.write_report(RunReport(self._version, self._count, has_ended=True))

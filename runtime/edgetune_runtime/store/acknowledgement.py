@@ -2,7 +2,7 @@
 
 A version that was switched to is unacknowledged until it has given some good answers, or somebody says that it is good.
 Whoever starts it counts that first; the server, which may not write to the prefix, leaves a report of its run for the
-next start. A start does not count if the run ended in order: a device that nobody asks for days may be switched off.
+next start. A start does not count if the run ended cleanly: a device that nobody asks for days may be switched off.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Unacknowledged:
 
 @dataclass(frozen=True)
 class RunReport:
-    """The good answers of a run of a version, and whether it ended in order."""
+    """The good answers of a run of a version, and whether it ended cleanly."""
 
     version: str
     answers: int = 0

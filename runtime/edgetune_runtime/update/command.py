@@ -30,7 +30,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         ("--rollback", "switch back to the version before, and leave out the bundle of this one from then on"),
         ("--mark-good", "acknowledge the current version, so that it is kept however often it is started"),
         ("--mark-bad", "the same as --rollback, for a program that watches the device"),
-        ("--starting", "count a start of the current version, and go back if it was never acknowledged before"),
+        ("--starting", "count a start of the current version; at the third one without an acknowledgement, go back"),
     ):
         actions.add_argument(flag, action="store_true", help=text)
     source = command.add_argument_group("where updates come from (remembered)")
@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--formats", metavar="A,B", help=text)
     text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
-    text = "report what this device runs after each update, to an address or into a folder (default: off)"
+    text = "report what this device runs after each --check and --apply, to an address or into a folder (default: off)"
     source.add_argument("--report", metavar="URL", help=text)
     default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
     text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
@@ -80,8 +80,8 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
     from . import report, update  # noqa: PLC0415 - they import libraries of an extra, and of networks
 
     formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
-    reports_to = None if options.report is None else report.checked_address(options.report)
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, reports_to)
+    report_to = None if options.report is None else report.checked_address(options.report)
+    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, report_to)
     try:
         found, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except EdgetuneError as error:

@@ -18,7 +18,7 @@ from edgetune_runtime.store.versions import Say
 
 from .state import UpdateState, read_state, write_state
 
-_STARTED_OFTEN = f"it was started {acknowledgement.MOST_STARTS} times without a good end, and not acknowledged"
+_STARTED_OFTEN = f"it was started {acknowledgement.MOST_STARTS} times without a clean exit, and not acknowledged"
 
 
 def current_kit(prefix: Path) -> Kit | None:
@@ -41,7 +41,7 @@ def status(prefix: Path, say: Say) -> dict[str, Any]:
         "channel": state.channel,
         "versions": installed,
         "acknowledged": acknowledgement.read(prefix) is None,
-        "report": state.report,
+        "report_to": state.report_to,
         "floors": dict(state.floors),
         "refused": dict(state.refused),
         "failures": dict(state.failures),

@@ -38,7 +38,7 @@ class Location:
     def __init__(self, text: str) -> None:
         scheme = urllib.parse.urlsplit(text).scheme
         if "://" in text and scheme not in {"http", "https"}:
-            raise UsageError(f"--repo {text!r} is no address", "use http:// or https://, or a folder")
+            raise UsageError(f"--repo {text!r} is not an address", "use http:// or https://, or a folder")
         self._is_folder = "://" not in text
         if self._is_folder and not _is_folder(text):
             raise UnreachableError(

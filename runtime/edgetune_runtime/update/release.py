@@ -28,8 +28,8 @@ ROOT_VERSION = "root_version"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")
-_LONGEST_PATH = 255
-"""In bytes: that of one name in common file systems."""
+_LONGEST_PATH_BYTES = 255
+"""That of one name in common file systems."""
 _WORD = re.compile("[a-z0-9_]{1,60}")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 _MOST_BYTES, _MOST_VERSION = 10**15, 10**9
@@ -108,7 +108,7 @@ def bundle_path(path: str) -> str:
     parts = PurePosixPath(path).parts
     if not parts or path != "/".join(parts) or ".." in parts or path != printable(path) or {"/", "\\"} & set(parts[0]):
         raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
-    if len(path.encode()) > _LONGEST_PATH:
+    if len(path.encode()) > _LONGEST_PATH_BYTES:
         raise ValueError(f"it names {path[:80]!r}…, which is too long")
     return path
 

@@ -27,6 +27,7 @@ from .state import read_state
 NOBODY = "off"
 """Instead of an address: reports end."""
 LONGEST_REPORT = 10_000
+"""In bytes."""
 _TIMEOUT_S = 30.0
 _ID = re.compile("[0-9a-f]{32}")
 _ADDRESS = re.compile("https?://[!-~]+")
@@ -93,7 +94,7 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
     """Report what a prefix runs after an update, or why that failed, if its user wants that; warns if that fails."""
     try:
         state, kit = read_state(prefix), current_kit(prefix)
-        if state.report in {"", NOBODY}:
+        if state.report_to in {"", NOBODY}:
             return
         about = DeviceReport(
             device=state.device,
@@ -108,7 +109,7 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
             held_back=shortened(held_back or ""),
             error="" if error is None else shortened(str(error)),
         )
-        _send(state.report, about)
+        _send(state.report_to, about)
     except (EdgetuneError, OSError, ValueError, http.client.HTTPException) as problem:
         say(f"the report was not sent: {problem}")
 

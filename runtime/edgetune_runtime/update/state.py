@@ -28,8 +28,8 @@ class UpdateState:
     one here: older ones are refused, also after a rollback. `failures` counts by the digest of a bundle's manifest how
     often it did not answer as built, `refused` has those that a user does not want, with the reason. `not_before` is
     when the newest metadata was signed. `switching` is the id of the version that a switch began to, empty when it has
-    ended. `device` is the id that says which releases for a share of the devices this one takes, and `report` where it
-    reports what it runs.
+    ended. `device` is the id that says which releases for a share of the devices this one takes, and `report_to` where
+    it reports what it runs.
     """
 
     repo: str = ""
@@ -42,7 +42,7 @@ class UpdateState:
     not_before: str = "1970-01-01T00:00:00+00:00"
     switching: str = ""
     device: str = ""
-    report: str = ""
+    report_to: str = ""
 
     @property
     def time(self) -> datetime:
@@ -86,9 +86,9 @@ def read_trusted_root(prefix: Path) -> bytes | None:
 
 
 def read_root_file(path: Path) -> bytes:
-    """The contents of --root, whose signatures are not checked; UsageError if it is no root, NotFoundError without it.
+    """The contents of --root, without a check of the signatures, which needs a library of an extra.
 
-    It needs no library of an extra.
+    NotFoundError if it cannot be read, UsageError if it is not a root.
     """
     try:
         data = path.read_bytes()

@@ -37,8 +37,8 @@ from .trust import TrustedRepository
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report` is where to
-    report what runs.
+    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report_to` is where
+    to report what runs.
     """
 
     repo: str | None = None
@@ -46,7 +46,7 @@ class UpdateSource:
     channel: str | None = None
     root: Path | None = None
     formats: tuple[str, ...] | None = None
-    report: str | None = None
+    report_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         formats=formats,
         not_before=not_before,
         device=device,
-        report=state.report if source.report is None else source.report,
+        report_to=state.report_to if source.report_to is None else source.report_to,
     )
     if source.root is not None:
         write_trusted_root(prefix, root)

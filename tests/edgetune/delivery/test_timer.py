@@ -56,7 +56,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_installed(
     units = systemd / "units/systemd/user"
     units.mkdir(parents=True)
     for words, problem in (
-        (("--updates", "ftp://x", "--root", other), "--updates 'ftp://x' is no address of a repository"),
+        (("--updates", "ftp://x", "--root", other), "--updates 'ftp://x' is not an address of a repository"),
         (("--updates", "http://x"), "add --root FILE"),
         (("--updates", "http://x", "--root", tmp_path / "none"), "cannot read --root"),
         (("--updates", "http://x", "--root", other), "has no root of a repository"),
@@ -79,6 +79,15 @@ def test_a_timer_of_others_is_neither_replaced_nor_removed(
     assert f"unit {unit} exists and is not of" in capfd.readouterr().err
     assert run("uninstall", "--prefix", tmp_path / "home") in {0, 3}
     assert [path.read_text() for path in units.iterdir()] == ["[Unit]\n"]
+
+
+def test_a_user_is_told_if_the_timer_ends_with_their_session(
+    make: KitMaker, systemd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (systemd / "allowed").unlink()
+    words = ("--updates", "http://x", "--root", Publisher(tmp_path / "host").root)
+    assert run("install", make("one"), "--prefix", tmp_path / "home", *words) == 0
+    assert "timer edgetune-home-update ends when you log out" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("cut_off", ["edgetune-home-update.service", "edgetune-home-update.timer"])

@@ -57,7 +57,7 @@ def test_the_third_start_without_an_acknowledgement_goes_back_and_leaves_the_bun
 ) -> None:
     assert [start(switched) for _ in range(4)] == ["one", "one", "zero", "zero"]
     (reason,) = read_state(switched).refused.values()
-    assert reason == "it was started 2 times without a good end, and not acknowledged"
+    assert reason == "it was started 2 times without a clean exit, and not acknowledged"
     assert not apply(switched, publisher)
     assert ask(switched) == "zero"
     publisher("two")

@@ -106,7 +106,7 @@ def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(
     assert "the report was not sent" in capsys.readouterr().err
     assert update(prefix, "--report", "off") == 0
     assert update(prefix) == 0
-    assert (capsys.readouterr().err, read_state(prefix).report) == ("", "off")
+    assert (capsys.readouterr().err, read_state(prefix).report_to) == ("", "off")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_an_update_goes_on_if_the_remembered_address_is_damaged(
     publisher("one")
     assert update(prefix, "--repo", publisher.repo, "--root", publisher.root) == 0
     for where in ("http://[x", "https://x/ä", "http://.x"):
-        write_state(prefix, replace(read_state(prefix), report=where))
+        write_state(prefix, replace(read_state(prefix), report_to=where))
         assert update(prefix) == 0
         assert "the report was not sent" in capsys.readouterr().err
 

@@ -402,7 +402,7 @@ def test_what_a_device_does_not_know_is_asked_for_in_one_line(
         apply(prefix, UpdateSource(repo=repo, root=tmp_path / "none"))
     with pytest.raises(UsageError, match="has no root of a repository"):
         apply(prefix, UpdateSource(repo=repo, root=publisher.bundle / "answer.txt"))
-    with pytest.raises(UsageError, match="--repo 'ftp://x' is no address"):
+    with pytest.raises(UsageError, match="--repo 'ftp://x' is not an address"):
         apply(prefix, UpdateSource(repo="ftp://x", root=publisher.root))
     with pytest.raises(UsageError, match="the repository has 2 bundles; add --bundle NAME: home, other"):
         apply(tmp_path / "new", UpdateSource(repo=repo, root=publisher.root))
