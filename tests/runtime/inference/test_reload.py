@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -84,17 +83,18 @@ def test_a_version_that_was_switched_to_is_taken_over_between_calls(
     with open_(prefix, engine, contexts=3) as runtime, ThreadPoolExecutor(2) as threads:
         before = {name: answer(runtime, name) for name in NAMES[:3]}
         bases = mapped("model.gguf")
-        stream = runtime.stream(PROMPT, adapter="task0", max_tokens=6)
-        text = next(stream)
-        switch_to(prefix, SECOND, following)
-        reloading = threads.submit(runtime.reload)
-        while "task1" in runtime.adapters:
-            pass
-        # The adapter that it uses is replaced once this answer ends; others wait for the new one.
-        asking = threads.submit(answer, runtime, "task0")
-        assert answer(runtime, "task2") == before["task2"]
-        assert threading.active_count() > 1 and not asking.done()
-        assert text + "".join(stream) == before["task0"]
+        # Closed also where an assertion fails: the threads wait for it.
+        with runtime.stream(PROMPT, adapter="task0", max_tokens=6) as stream:
+            text = next(stream)
+            switch_to(prefix, SECOND, following)
+            reloading = threads.submit(runtime.reload)
+            # It is gone until this answer ends, as it is replaced then; others wait for the new one.
+            while "task0" in runtime.adapters:
+                assert not reloading.done()
+            asking = threads.submit(answer, runtime, "task0")
+            assert answer(runtime, "task2") == before["task2"]
+            assert "task1" not in runtime.adapters and not asking.done()
+            assert text + "".join(stream) == before["task0"]
         changes = reloading.result(timeout=30)
         assert (changes.added, changes.replaced, changes.removed, changes.refused) == (
             ["new"],
