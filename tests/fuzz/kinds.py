@@ -116,7 +116,7 @@ def _manifest(folder: Path) -> Open:
 def _template(folder: Path) -> Open:
     base = f"{PLAIN}/base/model.gguf"
     valid, form = (folder / base).read_bytes(), GgufForm()
-    opened = _in_bundle(PLAIN, "base/model.gguf", None, folder)
+    opened = _in_bundle(PLAIN, "base/model.gguf", None, _answer, folder)
 
     def open_changed(data: bytes) -> None:
         text = data.decode("utf-8", "surrogateescape")

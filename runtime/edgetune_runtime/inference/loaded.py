@@ -247,13 +247,14 @@ class LoadedBundle:
             raise UsageError(message, "open it after the fork, or start processes by spawn")
         if adapter is None:
             return {}
-        self.replaced.wait([adapter] if isinstance(adapter, str) else list(adapter))
         if isinstance(adapter, str):
+            self.replaced.wait([adapter])
             entry = self.manifest.adapter(adapter)
             # The weights of a merged model include its scale.
             return {adapter: 1.0 if entry.is_merged(self.options.engine) else entry.scale}
         if not isinstance(adapter, Mapping):
             raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
+        self.replaced.wait(adapter)
         for name, scale in adapter.items():
             self.manifest.adapter(name)
             if not isinstance(scale, int | float) or not abs(scale) <= _LARGEST_SCALE:

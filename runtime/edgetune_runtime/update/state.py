@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.store.durable import write_text
@@ -61,7 +63,10 @@ def read_state(prefix: Path) -> UpdateState:
     """The state of a prefix, a new one if there is none; VerificationError if it is damaged."""
     path = prefix / FOLDER / _STATE_NAME
     try:
-        state = dataclass_of(UpdateState, json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("crc32", None) != _crc32(values):
+            raise ValueError("its checksum is another one")
+        state = dataclass_of(UpdateState, values)
         _ = state.time
     except FileNotFoundError:
         return UpdateState()
@@ -76,7 +81,16 @@ def write_state(prefix: Path, state: UpdateState) -> None:
     """Write the state, whole or not at all."""
     path = prefix / FOLDER / _STATE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asdict(state), indent=1, sort_keys=True) + "\n")
+    write_text(path, text_of_state(asdict(state)))
+
+
+def text_of_state(values: Mapping[str, Any]) -> str:
+    """The contents of the file with these values, and their checksum: a flipped bit may be another valid time."""
+    return json.dumps({**values, "crc32": _crc32(values)}, indent=1, sort_keys=True) + "\n"
+
+
+def _crc32(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def read_trusted_root(prefix: Path) -> bytes | None:

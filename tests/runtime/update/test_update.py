@@ -24,7 +24,7 @@ from edgetune_runtime.errors import (
 )
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.update import current, trust, update
-from edgetune_runtime.update.state import read_state, write_state
+from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import KILLED, full_from, killed_at
 from kits import KitMaker, ask, write_bundle
@@ -409,7 +409,7 @@ def test_what_a_device_does_not_know_is_asked_for_in_one_line(
     with pytest.raises(NotFoundError, match="no bundle 'third'"):
         apply(prefix, UpdateSource(repo=repo, root=publisher.root, bundle="third"))
     (prefix / "update").mkdir(exist_ok=True)
-    (prefix / "update/state.json").write_text('{"floors": 3}')
+    (prefix / "update/state.json").write_text(text_of_state({"floors": 3}))
     with pytest.raises(VerificationError, match="floors cannot be '3'"):
         apply(prefix)
     assert ask(prefix) == "zero"
