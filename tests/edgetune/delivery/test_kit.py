@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,7 @@ from wheels import repack
 from edgetune.cli.main import main
 from edgetune.delivery.kit import output, rehearsal, sbom
 from edgetune.delivery.kit.make import KitOptions, make_kit
+from edgetune.delivery.kit.program import board_program
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
 from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.target_python import TargetPython, target_python
@@ -476,3 +478,13 @@ def test_the_program_needs_the_standard_library_only(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["problems"] == []
+
+
+def test_the_program_of_a_board_has_all_modules_that_it_imports(tmp_path: Path) -> None:
+    (tmp_path / "board.pyz").write_bytes(board_program())
+    with zipfile.ZipFile(tmp_path / "board.pyz") as program:
+        names = [name.removesuffix(".py").replace("/", ".") for name in program.namelist() if name != "__main__.py"]
+    modules = [name.removesuffix(".__init__") for name in names]
+    code = f"import importlib, sys; sys.path.insert(0, sys.argv[1]); [importlib.import_module(m) for m in {modules}]"
+    command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path / "board.pyz")]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
