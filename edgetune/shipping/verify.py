@@ -71,17 +71,21 @@ def verify(
     trained = _Trained(model, StepThreads(is_cpu=True))
     bases: dict[str, Figures] = {}
     checked: dict[str, dict[str, Figures]] = {}
-    for export in exports:
-        # One engine at a time, because each loads another copy of the base.
-        with _engine(export.backend, export.base, length) as engine:
-            _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
-            checked[export.backend] = {
-                adapter.name: asdict(_adapter_parity(base.path, trained, adapter, export, engine, progress=progress))
-                for adapter in adapters
-            }
-            plain = trained.logits(model, None)
-            bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
-    trained.threads.restore()
+    try:
+        for export in exports:
+            # One engine at a time, because each loads another copy of the base.
+            with _engine(export.backend, export.base, length) as engine:
+                _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
+                checked[export.backend] = {
+                    adapter.name: asdict(
+                        _adapter_parity(base.path, trained, adapter, export, engine, progress=progress)
+                    )
+                    for adapter in adapters
+                }
+                plain = trained.logits(model, None)
+                bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
+    finally:
+        trained.threads.restore()
     return ParityReport(bases, checked)
 
 

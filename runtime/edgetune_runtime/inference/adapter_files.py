@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from edgetune_runtime.bundle import AdapterEntry, Manifest, VerifiedFiles, resolve
 from edgetune_runtime.decoding.drafts import DraftTable, read_table
@@ -13,6 +15,8 @@ from edgetune_runtime.errors import UsageError, VerificationError
 
 from .opening_options import OpeningOptions, file_of
 from .similarity import TrainingPrompts, read_prompts
+
+T = TypeVar("T")
 
 
 class AdapterFiles:
@@ -65,31 +69,19 @@ class AdapterFiles:
         """An adapter's output constraint."""
         if entry.output is None:
             return None
-        known = self._outputs.get(entry.name)
-        if known is None or known[0] is not entry:
-            known = self._outputs[entry.name] = (entry, _output_of(entry))
-        return known[1]
+        return _remembered(self._outputs, entry, partial(_output_of, entry))
 
     def draft_of(self, entry: AdapterEntry) -> DraftTable | None:
         """An adapter's draft table, unless the options say that there are no drafts."""
         if not self._options.drafts or entry.draft is None:
             return None
-        known = self._drafts.get(entry.name)
-        if known is None or known[0] is not entry:
-            with self.reading(entry, entry.draft) as path:
-                table = read_table(path, self._manifest().base.tokenizer_sha256)
-            known = self._drafts[entry.name] = (entry, table)
-        return known[1]
+        return _remembered(self._drafts, entry, partial(self._read_draft, entry, entry.draft))
 
     def training_prompts_of(self, entry: AdapterEntry) -> TrainingPrompts | None:
         """The states after an adapter's training prompts, if the bundle has them."""
         if entry.similarity is None:
             return None
-        known = self._prompts.get(entry.name)
-        if known is None or known[0] is not entry:
-            with self.reading(entry, entry.similarity) as path:
-                known = self._prompts[entry.name] = (entry, read_prompts(path))
-        return known[1]
+        return _remembered(self._prompts, entry, partial(self._read_prompts, entry, entry.similarity))
 
     def drop(self, name: str) -> None:
         """Drop an adapter's draft table and training prompts from memory."""
@@ -100,6 +92,22 @@ class AdapterFiles:
         """Forget an adapter that was removed."""
         for known in (self._folders, self._drafts, self._outputs, self._prompts):
             known.pop(name, None)
+
+    def _read_draft(self, entry: AdapterEntry, file: str) -> DraftTable:
+        with self.reading(entry, file) as path:
+            return read_table(path, self._manifest().base.tokenizer_sha256)
+
+    def _read_prompts(self, entry: AdapterEntry, file: str) -> TrainingPrompts:
+        with self.reading(entry, file) as path:
+            return read_prompts(path)
+
+
+def _remembered(known: dict[str, tuple[AdapterEntry, T]], entry: AdapterEntry, read: Callable[[], T]) -> T:
+    """What was read for this entry, or what `read` returns now."""
+    found = known.get(entry.name)
+    if found is None or found[0] is not entry:
+        found = known[entry.name] = (entry, read())
+    return found[1]
 
 
 def _output_of(entry: AdapterEntry) -> OutputSpec:

@@ -49,8 +49,8 @@ def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[
         entry = replace(
             new.entry,
             files={engine: paths[file] for engine, file in new.entry.files.items()},
-            draft=paths.get(new.entry.draft or ""),
-            similarity=paths.get(new.entry.similarity or ""),
+            draft=None if new.entry.draft is None else paths[new.entry.draft],
+            similarity=None if new.entry.similarity is None else paths[new.entry.similarity],
         )
         files = {paths[file]: about for file, about in new.files.items()}
         require_fits(NewAdapter(entry, files, bundle), manifest)
