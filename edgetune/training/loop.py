@@ -123,6 +123,7 @@ class _Run:
         if self.objective.attention is not None:
             base.set_attn_implementation(self.objective.attention)
         self.objective.extend(self.tuned)
+        self.tuned.to(self.accelerator.device)
         named = trainable(self.tuned)
         groups = method.parameter_groups(self.tuned, job.options, training.learning_rate)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -224,6 +225,7 @@ class _Run:
             history=history,
         )
         self._load_weights(self.best)
+        self.tuned.to("cpu")
         if self.accelerator.is_main_process:
             self.method.save(self.tuned, self.folder / "adapter")
             self.objective.save(self.tuned, self.folder / "adapter")

@@ -1,4 +1,4 @@
-"""Moves a base to the training device and back, and reports a device that fails as one line."""
+"""Takes a base back from the training device, and reports a device that fails as one line."""
 
 from __future__ import annotations
 
@@ -17,27 +17,21 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED")
 
 @contextmanager
 def on_device(base: torch.nn.Module, device: torch.device, name: str) -> Iterator[None]:
-    """Have `base` on `device` for the training `name` in the block, and on the CPU afterwards, where all else runs.
+    """Run the training `name` in the block, which may move `base` to `device`; it is on the CPU afterwards.
 
-    A device that runs out of memory, or that fails or disappears, is an EdgetuneError.
+    All else runs there, and so each training begins with the same values. A device that runs out of memory, or that
+    fails or disappears, is an EdgetuneError.
     """
     try:
-        with _moved(base, device):
+        try:
             yield
+        finally:
+            base.to("cpu")
     except RuntimeError as error:
         failure = failure_of(error, device, name)
         if failure is None:
             raise
         raise failure from error
-
-
-@contextmanager
-def _moved(base: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    try:
-        base.to(device)
-        yield
-    finally:
-        base.to("cpu")
 
 
 def failure_of(error: RuntimeError, device: torch.device, name: str) -> EdgetuneError | None:

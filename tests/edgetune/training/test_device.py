@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from recipes import adapter_of, make_recipe
+from simulated_trainings import STEPS, compared
 from tiny import make_model
 from trainings import QUIET, VOCABULARY, Listening, Stopping, job
 
@@ -215,6 +217,19 @@ def test_what_the_allocator_of_the_cpu_raises_is_recognized() -> None:
         torch.empty(2**50)
     failure = failure_of(error.value, torch.device("cpu"), "reply")
     assert str(failure).startswith("training reply ran out of memory on cpu; close other programs")
+
+
+GPU = choose_device("auto", torch_report())
+
+
+@pytest.mark.skipif(GPU == "cpu", reason="torch finds no GPU")
+@pytest.mark.parametrize("method", ["lora", "full", "prefix", "adalora"])
+def test_the_same_seed_gives_the_same_losses_on_a_gpu(method: str) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device(GPU)
+    for devices in ((gpu,), (cpu, gpu), (gpu, cpu)):
+        found = compared(partial(make_model, "llama", VOCABULARY), job(method, max_steps=STEPS, evals=2), *devices)
+        assert found["on_device"] == pytest.approx(found["on_cpu"], rel=2e-3)
+        assert (found["device"], found["base"]) == (devices[-1].type, ["cpu"])
 
 
 def test_a_training_that_runs_out_of_memory_resumes_with_the_next_build(tmp_path: Path) -> None:
