@@ -18,6 +18,7 @@ from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import data, devices, fleet, keys
 from .augment import augment
+from .bases import bases
 from .build import build, export
 from .compare import compare
 from .deploy import deploy
@@ -100,7 +101,7 @@ def schema() -> None:
 
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Recipe commands": (init, plan, augment, imatrix, methods, schema),
+    "Recipe commands": (init, plan, augment, imatrix, bases, methods, schema),
     "Bundle commands": (build, learn, export, report, deploy, kit, publish, push, pull, wheel),
     "Measurement commands": (evaluate, compare),
 }
