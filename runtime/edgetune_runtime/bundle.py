@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -159,8 +160,8 @@ class AdapterEntry:
 
     `error` is the relative error of a low-rank approximation of the trained update. `prefix_tokens` is the number of
     context positions that a prefix occupies. An adapter with `invocation` tokens is active from their last occurrence
-    on. `ranks` maps the name of a module in the trained model to its rank. `scale` is used when a caller gives none;
-    the weights of a merged model include it. `metric` names the score that `edgetune evaluate` computes. `quantization`
+    on. `modules_by_rank` counts the changed modules of each rank. `scale` is used when a caller gives none; the weights
+    of a merged model include it. `metric` names the score that `edgetune evaluate` computes. `quantization`
     is that of a merged model, None for other shapes and if a merged model keeps the types of an unchanged base.
     `values_by_type` is as in `BaseEntry`, of the adapter's files. `parity` maps a backend to `kl`, `top1`, … . `draft`
     is the file of its draft table (see `decoding.drafts`); `output` constrains its answers (see `decoding.output`).
@@ -175,7 +176,7 @@ class AdapterEntry:
     shapes: Mapping[str, str]
     files: Mapping[str, str]
     base_fingerprint: str
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    modules_by_rank: Mapping[int, int] = field(default_factory=dict)
     error: float = 0.0
     prefix_tokens: int = 0
     invocation: tuple[int, ...] = ()
@@ -194,6 +195,11 @@ class AdapterEntry:
     confidence: Mapping[str, Mapping[str, ConfidenceCurve]] = field(default_factory=dict)
     unsure: UnsureRule | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def module_count(self) -> int:
+        """How many linear modules it changes."""
+        return sum(self.modules_by_rank.values())
 
     @property
     def shared_files(self) -> list[str]:
@@ -484,7 +490,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
         base = dataclass_of(BaseEntry, {**before, **entry})
         router = None if raw.get("router") is None else _router(raw["router"])
         return dataclass_of(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
 
@@ -496,7 +502,11 @@ def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
         for backend, kinds in raw.get("confidence", {}).items()
     }
     unsure = None if raw.get("unsure") is None else dataclass_of(UnsureRule, raw["unsure"])
-    return dataclass_of(AdapterEntry, {**raw, "golden": golden, "scope": scope, "confidence": curves, "unsure": unsure})
+    # Manifests used to have the rank of each module by its name.
+    counts = raw["modules_by_rank"] if "modules_by_rank" in raw else Counter(raw.get("ranks", {}).values())
+    ranks = {int(rank): count for rank, count in counts.items()}
+    parsed = {"golden": golden, "scope": scope, "confidence": curves, "unsure": unsure, "modules_by_rank": ranks}
+    return dataclass_of(AdapterEntry, {**raw, **parsed})
 
 
 def _router(raw: Mapping[str, Any]) -> RouterEntry:
