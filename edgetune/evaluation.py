@@ -39,8 +39,9 @@ Pair = tuple[TaskRow, Example | None]
 class ScoredRow:
     """One row: prompt, expected answer, actual answer, and score between 0 and 1.
 
-    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token. `kind`, `log_odds`
-    and `confidence` are those of `edgetune_runtime.Answer`.
+    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token; `bits_per_byte`
+    says the same without regard to the tokenizer, and is None for other metrics. `kind`, `log_odds` and `confidence`
+    are those of `edgetune_runtime.Answer`.
     """
 
     where: str
@@ -51,6 +52,7 @@ class ScoredRow:
     kind: str | None = None
     log_odds: float | None = None
     confidence: float | None = None
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, 
     details, total_nats, total_tokens = [], 0.0, 0
     for row, example in pairs:
         nats, tokens = _loss(task, row, example)
-        details.append(_detail(row, "", nats / tokens))
+        size = len((row.completion or row.text or "").encode()) or 1
+        details.append(_detail(row, "", nats / tokens, bits_per_byte=nats / math.log(2) / size))
         total_nats += nats
         total_tokens += tokens
         step.update()

@@ -35,13 +35,13 @@ SIGNATURES = {
 FIELDS = {
     "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds", "router"],
     "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs"],
-    "Change": ["before", "after", "error", "rows", "answers"],
+    "Change": ["before", "after", "error", "rows", "answers", "is_loss", "before_ms", "after_ms", "left_out"],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],
     "Learned": ["bundle", "changes", "learned"],
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],
     "ProgressEvent": ["message", "step", "done", "total", "train_loss", "val_loss"],
-    "ScoredRow": ["where", "prompt", "reference", "answer", "score", "kind", "log_odds", "confidence"],
+    "ScoredRow": ["where", "prompt", "reference", "answer", "score", "kind", "log_odds", "confidence", "bits_per_byte"],
 }
 PROBE = """
 import sys
