@@ -32,6 +32,7 @@ from .methods import methods
 from .oci import pull, push
 from .plan import plan
 from .publish import publish
+from .rebase import rebase
 from .report import report
 from .wheel import wheel
 
@@ -102,7 +103,7 @@ def schema() -> None:
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe commands": (init, plan, augment, imatrix, bases, methods, schema),
-    "Bundle commands": (build, learn, export, report, deploy, kit, publish, push, pull, wheel),
+    "Bundle commands": (build, learn, rebase, export, report, deploy, kit, publish, push, pull, wheel),
     "Measurement commands": (evaluate, compare),
 }
 for _title, _commands in COMMANDS.items():

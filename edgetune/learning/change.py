@@ -95,7 +95,11 @@ class ScoredSet:
     ms_per_row: float
 
 
-def scored(bundle: Path, rows: RowsByAdapter, progress: Progress) -> dict[str, dict[str, ScoredSet]]:
+Scores = Mapping[str, Mapping[str, ScoredSet]]
+"""The sets of rows of each adapter, as a bundle answered them."""
+
+
+def scored(bundle: Path, rows: RowsByAdapter, progress: Progress) -> Scores:
     """The answers of a bundle to the rows of each adapter."""
     with Runtime.open(bundle, disk_mb=0) as runtime:
         return {
@@ -104,11 +108,11 @@ def scored(bundle: Path, rows: RowsByAdapter, progress: Progress) -> dict[str, d
         }
 
 
-def changes_between(before: Path, after: Path, rows: RowsByAdapter, progress: Progress) -> dict[str, dict[str, Change]]:
-    """What changed from one bundle to another on the rows of each adapter."""
-    old, new = (scored(bundle, rows, progress) for bundle in (before, after))
+def changes_between(before: Scores, after: Scores) -> Changes:
+    """What changed from one bundle to another on the same rows."""
     return {
-        name: {kind: change_between(old[name][kind], new[name][kind]) for kind in sets} for name, sets in rows.items()
+        name: {kind: change_between(old, after[name][kind]) for kind, old in sets.items()}
+        for name, sets in before.items()
     }
 
 
@@ -133,7 +137,8 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
         if old.answer != new.answer
     )
     return Change(
-        *map(statistics.fmean, zip(*points, strict=True)),
+        statistics.fmean(old for old, _ in points),
+        statistics.fmean(new for _, new in points),
         error,
         len(pairs),
         answers,

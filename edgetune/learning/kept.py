@@ -41,5 +41,10 @@ def keep(recipe: Recipe, names: Iterable[str], staged: Path, out: Path) -> None:
         shutil.copytree(_trained(staged, name), kept)
 
 
+def forget_adapters(bundle: Path) -> None:
+    """Delete the adapters that were kept, because the bundle gets another base."""
+    shutil.rmtree(kept_folder(bundle) / _ADAPTERS, ignore_errors=True)
+
+
 def _trained(bundle: Path, name: str) -> Path:
     return work_folder(bundle) / "train" / name / "adapter"

@@ -25,7 +25,7 @@ from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
 from edgetune.work_folder import locked
 
-from .change import Changes, changes_between, worse_sets
+from .change import Changes, changes_between, scored, worse_sets
 from .kept import adapter_folders, keep, kept_folder, recipe_beside
 from .rows import learned_rows, values_of
 
@@ -92,7 +92,7 @@ def learn(
         again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
         build(again, staged, progress=progress, into=True)
         sets = {name: {VALIDATION: own.validation, CORRECTIONS: own.held_out} for name, own in rows.items()}
-        changes = changes_between(bundle, staged, sets, progress)
+        changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
         learned = Learned(out, changes, {name: own.learned for name, own in rows.items()})
         if learned.worse:
             return replace(learned, bundle=None)

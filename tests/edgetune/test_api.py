@@ -29,7 +29,7 @@ SIGNATURES = {
     "learn": "(bundle, log, *, recipe=None, into=None, on_progress=None)",
     "plan": "(recipe, out=None)",
     "Recipe.from_file": "(path, settings=None)",
-    "Recipe.from_dict": "(values, folder='')",
+    "Recipe.from_dict": "(values, folder='', settings=None)",
     "Build.open": "(self, **options)",
 }
 FIELDS = {
