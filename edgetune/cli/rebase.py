@@ -101,7 +101,8 @@ def rebase(
         _print(result)
     if result.bundle is None:
         message = f"worse on the new base: {', '.join(result.worse)}; nothing was packed"
-        raise VerificationError(message, "allow more with --margin, or leave these adapters out with --without-worse")
+        other = "change the training with --set" if without_worse else "leave these adapters out with --without-worse"
+        raise VerificationError(message, f"allow more with --margin, or {other}")
 
 
 def _print(result: Rebased) -> None:

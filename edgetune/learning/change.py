@@ -101,6 +101,7 @@ Scores = Mapping[str, Mapping[str, ScoredSet]]
 
 def scored(bundle: Path, rows: RowsByAdapter, progress: Progress) -> Scores:
     """The answers of a bundle to the rows of each adapter."""
+    progress.say(f"scoring {bundle}")
     with Runtime.open(bundle, disk_mb=0) as runtime:
         return {
             name: {kind: _scored_set(runtime, name, own, progress) for kind, own in sets.items()}

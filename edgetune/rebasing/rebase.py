@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class Rebased:
     """A bundle on another base: `bundle` is the packed one, or None.
 
     `changes` has the change of each adapter on its validation and its test rows, `before` and `after` the figures of
-    both bundles. An adapter is worse if its score fell by more than `margin` standard errors; `left_out` are those that
-    were worse and are not in the packed bundle.
+    both bundles as they were trained. An adapter is worse if its score fell by more than `margin` standard errors;
+    `left_out` are those that were worse and are not in the packed bundle.
     """
 
     bundle: Path | None
@@ -70,7 +71,7 @@ class Rebased:
         """All of it as JSON values."""
         return {
             "bundle": None if self.bundle is None else str(self.bundle),
-            "margin": self.margin,
+            "margin": self.margin if math.isfinite(self.margin) else None,
             "left_out": list(self.left_out),
             "before": asdict(self.before),
             "after": asdict(self.after),
@@ -96,8 +97,11 @@ def rebase(
 
     Both bundles answer the validation rows, and the test rows in `data`. With `without_worse`, adapters that got worse
     are left out, as long as one remains. Work is in `OUT.rebase`, where a stopped call resumes and a bundle that was
-    not packed stays. Raises what `recipe_for` and `build` raise, all but failures of training before any training.
+    not packed stays. Raises what `recipe_for`, `rows_for` and `build` raise; what can be known before is raised before
+    any training.
     """
+    if not margin >= 0:
+        raise UsageError(f"the margin is {margin} standard errors", "use a number of at least 0")
     manifest = read_manifest(bundle)
     check_destination(out)
     work = out.with_name(f"{out.name}.rebase")
