@@ -45,9 +45,7 @@ def rebase(
         Path | None,
         data_option(metavar="RECIPE", help="The recipe with the rows (default: beside BUNDLE, or the one in it)."),
     ] = None,
-    folder: Annotated[
-        Path, data_option(metavar="DIR", help="Where paths in the bundle's own recipe start (default: here).")
-    ] = Path(),
+    folder: Annotated[Path, data_option(metavar="DIR", help="Where paths in the bundle's own recipe start.")] = Path(),
     data: Annotated[
         list[str] | None,
         data_option(metavar="NAME=FILE", help="Test rows of an adapter, compared too; repeatable."),

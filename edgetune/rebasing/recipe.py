@@ -35,7 +35,7 @@ class RecipeSource:
 
 
 def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe:
-    """The recipe that trains the adapters of the bundle again.
+    """The recipe that trains the adapters of the bundle again, and its router if it has one.
 
     Raises NotFoundError if there is no recipe, if it lacks an adapter, or for rows that are gone, all in one line;
     UsageError without a change of the base, and for a wrong recipe.
@@ -48,7 +48,9 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
         message = f"the recipe of {bundle} does not have its adapter {first_of([*map(repr, lacking)])}"
         raise NotFoundError(message, "give the recipe that trained all of them: --recipe RECIPE")
     specs = {name: _without_old_base(loaded.adapters[name]) for name in manifest.adapters}
-    recipe = loaded.model_copy(update={"adapters": specs})
+    # A bundle from which an adapter was removed may have lost its router too.
+    route = None if manifest.router is None else loaded.route
+    recipe = loaded.model_copy(update={"adapters": specs, "route": route})
     gone = list(_missing(recipe))
     if gone:
         message = f"{bundle} was trained on files that are not here: {first_of(gone, 20)}"

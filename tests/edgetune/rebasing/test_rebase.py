@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,14 @@ def test_token_ids_and_starts_of_the_old_base_are_left_out(home: Path, tiny_gguf
     old["light"]["start_from"] = "home.work/train/light/adapter"
     recipe = recipe_for(home, manifest, RecipeSource(str(tiny_gguf("qwen2"))))
     assert recipe.adapters["light"].start_from is None
+
+
+def test_a_recipe_trains_what_the_bundle_has(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
+    manifest = read_manifest(home)
+    manifest.recipe["route"] = {}
+    without_tone = replace(manifest, adapters={"light": manifest.adapters["light"]})
+    recipe = recipe_for(home, without_tone, RecipeSource(str(tiny_gguf("qwen2"))))
+    assert list(recipe.adapters) == ["light"] and recipe.route is None
 
 
 Bases = Callable[[str], Path]
