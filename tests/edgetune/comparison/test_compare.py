@@ -81,7 +81,7 @@ def test_a_failing_trial_does_not_stop_the_others(compared: Compared) -> None:
         "rslora-r2": "failed",
     }
     reason = compared.outcome("rslora-r2").reason
-    assert reason.startswith("the base has no module 'nothing_like_it'; ")
+    assert reason.startswith("adapter 'lights': the base has no module 'nothing_like_it'; ")
     assert "\n" not in reason
 
 
@@ -114,7 +114,7 @@ def test_the_bundle_of_a_trial_is_whole_and_nothing_merged_is_left(compared: Com
     folder = compared.request.out / "trials" / "lora-r2"
     manifest = read_manifest(folder / "bundle")
     assert list(manifest.adapters) == ["lights"]
-    assert set(manifest.adapters["lights"].ranks.values()) == {2}
+    assert list(manifest.adapters["lights"].modules_by_rank) == [2]
     assert not (folder / "merged").exists()
     assert not (compared.request.out / "shared" / "structure").exists()
 

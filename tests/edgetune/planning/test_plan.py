@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.errors import NotFoundError
+from edgetune_runtime.errors import NotFoundError, UsageError
 from recipes import adapter_of, lights, make_recipe
 
 from edgetune import methods
@@ -65,6 +65,19 @@ def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_p
     assert chosen.to_json()["modules"] == 2 and 20 * chosen.bytes_by_format["gguf"] < auto.bytes_by_format["gguf"]
     completed = plan.with_adapters({"command": chosen})
     assert completed.recipe.adapters["command"].method.options == options
+
+
+def test_every_adapter_with_modules_that_the_base_lacks_is_named(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chosen = {"keys": "ia3", "queries": {"name": "lora", "target_modules": ["q_proj"]}, "all": "lora"}
+    recipe = make_recipe(tmp_path, tiny_gguf("phi3"), {name: adapter_of(method) for name, method in chosen.items()})
+    with pytest.raises(UsageError) as refused:
+        bundle_of(recipe)
+    of_keys, of_queries = str(refused.value).splitlines()
+    remedy = "set target_modules to all-linear, or to some of down_proj, gate_up_proj, lm_head, o_proj, qkv_proj"
+    assert of_keys.startswith("adapter 'keys': the base has no module 'k_proj'; ") and of_keys.endswith(remedy)
+    assert of_queries.startswith("adapter 'queries': the base has no module 'q_proj'; ")
 
 
 def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
