@@ -119,8 +119,6 @@ class _Gate(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_HEAD = do_GET
-
     def log_message(self, *_: object) -> None:
         pass
 
