@@ -48,7 +48,9 @@ def plan_data(
     `needs.check`.
     """
     adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name]) for task in tasks}
-    plan = replace(plan.with_adapters(adapters), domain=None if texts is None else str(texts))
+    plan = replace(
+        plan.with_adapters(adapters), domain=None if texts is None else str(texts), training_device=room.device
+    )
     base = None if plan.source is None else plan.source.shape
     return plan if base is None else replace(plan, needs=report(plan, base, room))
 
