@@ -54,7 +54,9 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
     gone = list(_missing(recipe))
     if gone:
         message = f"{bundle} was trained on files that are not here: {first_of(gone, 20)}"
-        raise NotFoundError(message, "copy them there, or give the recipe that has their paths: --recipe RECIPE")
+        raise NotFoundError(
+            message, "copy them there, or give the folder where they start, --folder DIR, or another --recipe"
+        )
     return recipe
 
 

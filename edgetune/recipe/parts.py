@@ -95,7 +95,8 @@ class TrainingSpec(RecipePart):
     """
 
     auto: bool = False
-    """Choose the options that the recipe does not set by the number of training rows (docs/how-to/few-rows.md)."""
+    """Choose the options that the recipe does not set by the number of training rows and the width of the base
+    (docs/how-to/few-rows.md)."""
     epochs: PositiveFloat = 3.0
     """Passes over the training rows; may be a fraction."""
     max_steps: PositiveInt | None = None

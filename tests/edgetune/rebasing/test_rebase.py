@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError
 from recipes import adapter_of, lights, make_recipe, write_rows
 from trainings import QUIET
 
@@ -188,6 +188,18 @@ def test_token_ids_and_starts_of_the_old_base_are_left_out(home: Path, tiny_gguf
     old["light"]["start_from"] = "home.work/train/light/adapter"
     recipe = recipe_for(home, manifest, RecipeSource(str(tiny_gguf("qwen2"))))
     assert recipe.adapters["light"].start_from is None
+
+
+def test_paths_in_the_bundle_start_in_the_folder(
+    home: Path, tiny_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    recipe = recipe_for(home, read_manifest(home), RecipeSource(str(tiny_gguf("qwen2")), folder=home.parent))
+    assert recipe.adapters["light"].data.train == str(home.with_name("light.jsonl"))
+    with pytest.raises(
+        NotFoundError, match=r"light\.jsonl \(light\); tone\.csv \(tone\); copy them there, or give the folder"
+    ):
+        recipe_for(home, read_manifest(home), RecipeSource(str(tiny_gguf("qwen2"))))
 
 
 def test_a_recipe_trains_what_the_bundle_has(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
