@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cartridge": {"num_virtual_tokens": 4},
     "last_layers": {"layers": 1},
 }
-STEPS = 4
+STEPS = 6
 
 MakeBase = Callable[[], PreTrainedModel]
 

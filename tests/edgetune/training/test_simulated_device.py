@@ -41,8 +41,8 @@ def found(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFac
 def test_a_training_on_the_device_computes_there_and_has_the_losses_of_the_cpu(
     case: str, found: dict[str, Any]
 ) -> None:
-    # In bf16 a value has 8 bits, and the CPU rounds at other points.
-    tolerance = 1e-2 if case.endswith("bf16") else 1e-4
+    # The last bits decide how a value between two of bf16, or of a base's grid, is rounded.
+    tolerance = 1e-2 if "bf16" in case or "rounded" in case else 1e-4
     assert found[case]["on_device"] == pytest.approx(found[case]["on_cpu"], abs=tolerance)
     assert found[case]["on_cpu"][-1] < found[case]["on_cpu"][0]
     assert found[case]["device"] == ("cpu" if case.endswith("back") else "simulated")
