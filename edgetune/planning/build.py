@@ -47,14 +47,16 @@ def plan_data(
     `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
     `needs.check`.
     """
-    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name]) for task in tasks}
-    plan = replace(plan.with_adapters(adapters), domain=None if texts is None else str(texts))
+    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name], plan.width) for task in tasks}
+    plan = replace(
+        plan.with_adapters(adapters), domain=None if texts is None else str(texts), training_device=room.device
+    )
     base = None if plan.source is None else plan.source.shape
     return plan if base is None else replace(plan, needs=report(plan, base, room))
 
 
-def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None) -> AdapterPlan:
-    training, reason = choose_training(task.training, len(task.trained_rows))
+def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, width: int | None) -> AdapterPlan:
+    training, reason = choose_training(task.training, len(task.trained_rows), width)
     own = {"training": training} if reason else {}
     return replace(
         adapter,

@@ -36,7 +36,7 @@ SIGNATURES = {
 }
 FIELDS = {
     "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds", "router"],
-    "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs"],
+    "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs", "training_device"],
     "BundleFigures": ["base", "quantization", "parameters", "base_mb", "adapters_mb", "total_mb"],
     "Change": ["before", "after", "error", "rows", "answers", "is_loss", "before_ms", "after_ms", "left_out"],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
