@@ -159,7 +159,8 @@ class TrainingSpec(RecipePart):
 
 
 def _set_values(own: TrainingSpec, info: SerializationInfo) -> dict[str, Any]:
-    return own.model_dump(mode=info.mode, exclude_unset=True)
+    # A plan sets all options of an adapter if it chooses some; only the recipe can have the device.
+    return own.model_dump(mode=info.mode, exclude_unset=True, exclude={"device"})
 
 
 def _without_device(own: TrainingSpec) -> TrainingSpec:

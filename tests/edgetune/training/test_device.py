@@ -20,6 +20,7 @@ from edgetune.planning.needs import check, report
 from edgetune.planning.records import BuildNeeds, NeedsReport, Room
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.saved import save_recipe
 from edgetune.training.device import CPU, TorchReport, TrainingDevice, choose_device, may_have_gpu
 from edgetune.training.hardware import device_of, processes, torch_report, use_device
 from edgetune.training.loop import train
@@ -80,6 +81,17 @@ def test_a_build_has_one_device(tmp_path: Path, tiny_gguf: Callable[[str], Path]
     own = {"command": {**adapter_of("lora"), "training": {"device": "cpu"}}}
     with pytest.raises(UsageError, match=r"adapters.command.training: device is one for all trainings of a build; set"):
         make_recipe(tmp_path, tiny_gguf("llama"), own)
+
+
+def test_a_recipe_with_chosen_options_can_be_saved_for_other_processes(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), training={"auto": True, "device": "cpu"})
+    planned = plan_build(recipe).plan.recipe
+    assert planned.adapters["command"].training.model_fields_set >= {"epochs", "device"}
+    read = Recipe.from_file(save_recipe(planned, tmp_path / "saved"))
+    assert read.training.device == "cpu"
+    assert read.adapters["command"].training.epochs == planned.adapters["command"].training.epochs
 
 
 def test_no_result_depends_on_the_device() -> None:
