@@ -37,6 +37,7 @@ def predict_header(folder: Path) -> GgufHeader:
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
+    metadata |= {f"{architecture}.{key}": value for key, value in found.header_entries(config).items()}
     if "head_dim" in config:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     known = name_map(GgufHeader(metadata, {}))

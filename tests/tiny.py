@@ -29,6 +29,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     HunYuanDenseV1Config,
     HunYuanDenseV1ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -59,6 +61,7 @@ ARCHITECTURES = (
     "granitemoehybrid",
     "ernie4_5",
     "hunyuan_dense",
+    "lfm2",
     "olmo2",
     "phi3",
 )
@@ -107,6 +110,18 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             # llama.cpp's converter requires this length for such an embedding.
             "max_position_embeddings": 262144,
             "eod_token_id": 2,
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Layers with convolutions before and after one with attention, as real ones have.
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 32,
             "pad_token_id": None,
             "tie_word_embeddings": True,
         },
@@ -168,7 +183,7 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if arch in {"granite", "granitemoehybrid", "phi3"}:
+    if arch in {"granite", "granitemoehybrid", "lfm2", "phi3"}:
         # GGUF files of these architectures have no head size.
         del common["head_dim"]
     model_class, config_class, own = MODELS[arch]

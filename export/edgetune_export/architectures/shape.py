@@ -8,8 +8,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
-from edgetune_runtime.formats.gguf_sizes import kv_values_per_token, number
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import (
+    head_lengths,
+    kv_values_per_token,
+    number,
+    recurrent_layers,
+    recurrent_values,
+)
 
 from . import of
 from .base import OUTPUT_LAYER
@@ -39,7 +45,8 @@ class BaseShape:
     """The sizes of a base. `modules` are the linear modules of all layers.
 
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
-    are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
+    are the widths of all heads of a layer, `norms` the values per token that a layer's norms read. `recurrent_values` are
+    the numbers in the states of a sequence, 0 if all layers attend.
     """
 
     modules: tuple[SizedModule, ...]
@@ -49,15 +56,16 @@ class BaseShape:
     keys: int
     norms: int
     kv_values_per_token: int
+    recurrent_values: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
         """The shape of a GGUF base; IncompatibleError if layers lack a module or differ in their heads."""
-        architecture, cache = of(header), cache_shape(header)
-        queries = number(header, "attention.head_count") * cache.key_size
-        keys = cache.heads * cache.key_size
+        architecture, key_size = of(header), head_lengths(header)[0]
+        queries = number(header, "attention.head_count") * key_size
+        keys = number(header, "attention.head_count_kv") * key_size
         per_head = queries + keys if architecture.norms_queries_and_keys else 0
         modules = linear_modules(header)
         output_layer = modules.pop(OUTPUT_LAYER)
@@ -77,7 +85,8 @@ class BaseShape:
             keys=keys,
             norms=output_layer.columns * architecture.norms_per_layer + per_head,
             kv_values_per_token=kv_values_per_token(header),
-            parameters_by_layer=tuple(by_layer[layer] for layer in range(cache.layers)),
+            recurrent_values=recurrent_values(header),
+            parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=parameters,
         )
 
@@ -104,9 +113,9 @@ class BaseShape:
 
 def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
     """The linear modules of all layers, and the output layer, by name; IncompatibleError if the base lacks one."""
-    table, sized = of(header).linear_modules, {}
+    architecture, recurrent, sized = of(header), recurrent_layers(header), {}
     for layer in range(count(header.metadata, f"{header.architecture}.block_count")):
-        for module in table:
+        for module in architecture.modules_of(is_recurrent=layer in recurrent):
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
             sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"))
     return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, header.output_tensor))}
