@@ -204,7 +204,7 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
 
     llama.cpp converts some only with a BPE tokenizer that it knows, so they get SmolLM2's.
     """
-    if arch in {"hunyuan_dense", "olmo2"}:
+    if arch in {"hunyuan_dense", "lfm2", "olmo2"}:
         smollm2 = locate("smollm2-135m", folder)
         make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
         write_tokenizer(smollm2, folder)

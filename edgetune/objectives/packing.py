@@ -2,7 +2,8 @@
 
 The rows of a step are concatenated into one sequence, so that no matrix product is spent on padding. The common prefix
 of all rows (chat header, system prompt) is computed once and attended to by every row, which does not change any row's
-result. Only attention runs per row, padded to the longest; rows of similar length keep this padding small.
+result. Only attention and recurrent layers run per row, padded to the longest; rows of similar length keep this padding
+small.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from edgetune.objectives.example import Example
+
+from . import recurrence as _  # noqa: F401 - lets layers with a recurrent state take packed rows
 
 ATTENTION = "edgetune_packed"
 
