@@ -192,7 +192,8 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.08)
+                # A kernel of a convolution adds only a few values.
+                torch.nn.init.normal_(parameter, std=0.08 if parameter.dim() == 2 else 0.5)
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.08)

@@ -68,6 +68,8 @@ class Architecture:
     linear_modules: tuple[LinearModule, ...] = LINEAR_MODULES
     recurrent_block: str = ""
     """In layers with a recurrent state, the block in place of `self_attn`; empty if all layers attend."""
+    not_in_int8: tuple[str, ...] = ()
+    """Modules that training in int8 leaves in float32, because the outputs of each are multiplied by each other."""
     split_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Modules of a folder that the converter splits into equal parts by rows, with the tensors of these."""
     transformers_reads_gguf: bool = True

@@ -75,6 +75,7 @@ ARCHITECTURE = _Lfm2(
         LinearModule("feed_forward.w2", "ffn_down", "feed_forward.w2"),
     ),
     recurrent_block="conv",
+    not_in_int8=("conv.in_proj",),
     transformers_reads_gguf=False,
     refusals={"onnx": "the states of its convolutions are not supported there yet"},
 )

@@ -27,12 +27,14 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 @dataclass(frozen=True)
 class SizedModule:
     """A linear module of a base: its full name in transformers, the `product` of an ONNX graph that computes it
-    together with the modules that read the same inputs, and its inputs (`columns`) and outputs (`rows`)."""
+    together with the modules that read the same inputs, its inputs (`columns`) and outputs (`rows`), and its layer, -1
+    for the output layer."""
 
     name: str
     product: str
     columns: int
     rows: int
+    layer: int = -1
 
     @property
     def values_per_rank(self) -> int:
@@ -56,9 +58,9 @@ class BaseShape:
     keys: int
     norms: int
     kv_values_per_token: int
-    recurrent_values: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
+    recurrent_values: int = 0
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -85,9 +87,9 @@ class BaseShape:
             keys=keys,
             norms=output_layer.columns * architecture.norms_per_layer + per_head,
             kv_values_per_token=kv_values_per_token(header),
-            recurrent_values=recurrent_values(header),
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=parameters,
+            recurrent_values=recurrent_values(header),
         )
 
     @property
@@ -117,7 +119,7 @@ def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
     for layer in range(count(header.metadata, f"{header.architecture}.block_count")):
         for module in architecture.modules_of(is_recurrent=layer in recurrent):
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
-            sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"))
+            sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"), layer)
     return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, header.output_tensor))}
 
 
