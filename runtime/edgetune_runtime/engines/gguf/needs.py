@@ -12,7 +12,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
 
 from . import KV_TYPES, NAME
-from .engine import BRANCHES
+from .kv_cache import BRANCHES
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
