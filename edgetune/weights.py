@@ -111,7 +111,7 @@ class GgufWeights:
         self._names = name_map(self._header)
 
     def values(self, parameter: str) -> torch.Tensor:
-        """The dequantized values, float32 [rows, columns], or as the parameter has them; see `dequantize_rows` for errors.
+        """The dequantized values in float32 and in the parameter's shape; see `dequantize_rows` for errors.
 
         Raises IncompatibleError if the file has no such parameter.
         """

@@ -83,8 +83,8 @@ class Architecture:
         return f"{self.class_prefix}ForCausalLM"
 
     @property
-    def fuses_projections(self) -> bool:
-        """Whether q, k and v are one linear module in transformers, and gate and up another."""
+    def has_other_modules(self) -> bool:
+        """Whether its linear modules are others than LLaMA's."""
         return self.linear_modules != LINEAR_MODULES
 
     @property

@@ -47,8 +47,8 @@ class BaseShape:
     """The sizes of a base. `modules` are the linear modules of all layers.
 
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
-    are the widths of all heads of a layer, `norms` the values per token that a layer's norms read. `recurrent_values` are
-    the numbers in the states of a sequence, 0 if all layers attend.
+    are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
+    `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend.
     """
 
     modules: tuple[SizedModule, ...]

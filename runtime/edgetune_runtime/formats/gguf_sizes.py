@@ -32,11 +32,8 @@ def kv_values_per_token(header: GgufHeader) -> int:
 def recurrent_layers(header: GgufHeader) -> frozenset[int]:
     """The layers that have a recurrent state in place of keys and values: those without heads of keys."""
     heads = header.metadata.get(f"{header.architecture}.attention.head_count_kv")
-    return (
-        frozenset(layer for layer, count in enumerate(heads) if not count)
-        if isinstance(heads, Sequence)
-        else frozenset()
-    )
+    by_layer = heads if isinstance(heads, Sequence) else ()
+    return frozenset(layer for layer, count in enumerate(by_layer) if not count)
 
 
 def recurrent_values(header: GgufHeader) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.states.batches import CHUNK
 
 from .kv_cache import KvCache
 from .llama import last_errors
@@ -30,6 +31,14 @@ _RECURRENT = 1
 def most_checkpoints(state_bytes: int) -> int:
     """Checkpoints that are kept of a sequence whose recurrent state has this size."""
     return max(2, CHECKPOINTS_BYTES // state_bytes)
+
+
+def states_of(state_bytes: int, context_length: int) -> int:
+    """The recurrent states of this size that a context holds, in llama.cpp and as checkpoints; 0 without any."""
+    if not state_bytes:
+        return 0
+    parts = context_length // CHUNK + 2
+    return (1 + _BRANCHES) * (1 + ROLLBACK) + min(parts, most_checkpoints(state_bytes)) + 1
 
 
 class HybridCache(KvCache):
