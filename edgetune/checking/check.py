@@ -17,7 +17,8 @@ from edgetune.proposal.files import test_file_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import Columns
 from edgetune.recipe.rows import Rows
-from edgetune.tasks.data import TaskRow, entries, rows_of
+from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.row_files import entries
 from edgetune.tasks.task import Task, read_task
 from edgetune.tasks.tokenization import tokenize_rows
 

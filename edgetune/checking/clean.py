@@ -10,7 +10,8 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.recipe.parts import DataSpec
-from edgetune.tasks.data import WEIGHT, entries
+from edgetune.tasks.data import WEIGHT
+from edgetune.tasks.row_files import entries
 
 from .findings import REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
 

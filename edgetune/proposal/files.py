@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 
-from edgetune.tasks.data import DELIMITERS, JSONL_SUFFIXES, entries
+from edgetune.tasks.row_files import DELIMITERS, JSONL_SUFFIXES, entries
 
 SUFFIXES = (*JSONL_SUFFIXES, *DELIMITERS)
 SAMPLE_BYTES = 8_000_000
@@ -33,7 +33,7 @@ class TaskFiles:
 
 @dataclass(frozen=True)
 class Sample:
-    """The first entries of a data file, as `data.entries` gives them, and about how many the whole file has."""
+    """The first entries of a data file, as `row_files.entries` gives them, and about how many the whole file has."""
 
     entries: Sequence[tuple[str, Any]]
     rows: int
@@ -83,7 +83,7 @@ def tasks_of(files: Sequence[Path]) -> list[TaskFiles]:
 
 
 def read_sample(path: Path) -> Sample:
-    """The entries in the first `SAMPLE_BYTES` of a file; the errors of `data.entries`, and UsageError without any."""
+    """The entries in the first `SAMPLE_BYTES` of a file; the errors of `row_files.entries`, and UsageError without any."""
     if not path.is_file() and not path.is_dir():
         raise NotFoundError(f"no data file {path}", "check the path")
     sampled: list[tuple[str, Any]] = []

@@ -294,7 +294,7 @@ class OutOfScopeSpec(RecipePart):
 
     label: Text = "out_of_scope"
     """The label of such texts. Training rows may have it too, where you know what people ask."""
-    refused: float = Field(default=0.05, gt=0, lt=1)
+    refused: float = Field(default=0.1, gt=0, lt=1)
     """Share of the validation rows that may get this label wrongly: a text gets it if the likeliest of the other labels
     is less likely than for the rest of these rows."""
 

@@ -159,7 +159,7 @@ def _adapter(bundle: Path, entry: AdapterEntry, recipe: Mapping[str, Any], score
     history = entry.training.get("history", [])
     return AdapterFacts(
         entry=entry,
-        rank=_rank(entry.ranks),
+        rank=_rank(sorted(entry.modules_by_rank)),
         mb={name: (bundle / file).stat().st_size / MB for name, file in entry.files.items()},
         train_file=str(recipe.get("data", {}).get("train", "")),
         points=[(int(p["step"]), float(p["train_loss"]), float(p["val_loss"])) for p in history],
@@ -167,7 +167,6 @@ def _adapter(bundle: Path, entry: AdapterEntry, recipe: Mapping[str, Any], score
     )
 
 
-def _rank(ranks: Mapping[str, int]) -> str:
+def _rank(ranks: Sequence[int]) -> str:
     """One rank, or the lowest and the highest."""
-    values = sorted(set(ranks.values()))
-    return "" if not values else str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+    return "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"

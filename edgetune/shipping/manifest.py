@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +61,9 @@ def adapter_entry(
         shapes=plan.shapes,
         files={target: item.file.relative_to(stage).as_posix() for target, item in written.items()},
         base_fingerprint=fingerprint,
-        ranks={m: d.rank for item in folded if isinstance(item, LowRank) for m, d in item.modules.items()},
+        modules_by_rank=dict(
+            Counter(m.rank for item in folded if isinstance(item, LowRank) for m in item.modules.values())
+        ),
         error=max(item.error for item in written.values()),
         prefix_tokens=max(item.prefix_tokens for item in written.values()),
         invocation=next((item.invocation for item in written.values()), ()),

@@ -1,30 +1,27 @@
-"""Reads a task's rows from a file or the Hugging Face hub, and splits them."""
+"""Turns entries of row files into the checked rows of a task, and splits them."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for, text_of
 from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
 from edgetune_runtime.wording import nearest, shortened, suggestion
 
-from edgetune.recipe.parts import HUB_ID, Columns, is_hub_id
-from edgetune.recipe.rows import Rows, with_label_names
+from edgetune.recipe.parts import Columns
+from edgetune.recipe.rows import Rows
+
+from .row_files import BadRowError, entries
 
 MAX_ERRORS = 20
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 WEIGHT = "weight"
 LABEL = "label"
@@ -75,10 +72,6 @@ class TaskRow:
     def estimated_tokens(self, system: str | None) -> int:
         """A high estimate of its tokens with a system prompt, without those of the chat template."""
         return math.ceil((self.characters + len(system or "")) / _CHARACTERS_PER_TOKEN)
-
-
-class BadRowError(Exception):
-    """The reason why a row cannot be used."""
 
 
 def read_rows(
@@ -159,114 +152,6 @@ def labelled_text(row: TaskRow) -> str:
         return text_of(row.messages)
     except UsageError as error:
         raise UsageError(f"{row.where}: {error.message}", "use rows of text and label") from error
-
-
-def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple[str, Any]]:
-    """Where each entry of `source` is, and its values, or a BadRowError instead of the values.
-
-    Of a file larger than `most_bytes`, only the lines that end within them. Raises the errors of `read_rows` for files.
-    """
-    if isinstance(source, Rows):
-        return _json_lines(f"{source} row ", source.lines)
-    path = Path(source)
-    if path.is_file():
-        suffix = path.suffix.lower()
-        if suffix in JSONL_SUFFIXES:
-            text = read_text(path, most_bytes)
-            if text.lstrip().startswith("["):
-                remedy = f"write one object per line: jq -c '.[]' {source} > rows.jsonl"
-                raise UsageError(f"{source} is one JSON list", remedy)
-            # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
-            return _json_lines(f"{source}:", text.split("\n"))
-        if suffix in DELIMITERS:
-            text = read_text(path, most_bytes)
-            return _table_rows(source, text, _delimiter_of(text, suffix))
-        raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
-    if path.is_dir():
-        raise UsageError(f"{source} is a folder", "use a .jsonl, .csv or .tsv file in it")
-    if is_hub_id(source):
-        return _hub_rows(source)
-    raise NotFoundError(f"no data file {source}", "check the path; a hub id has the form owner/name, without a suffix")
-
-
-def read_text(path: Path, most_bytes: int | None = None) -> str:
-    """The text of a UTF-8 file, of a larger one the lines within `most_bytes`; UsageError for one that is not UTF-8."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(-1 if most_bytes is None else most_bytes)
-            if file.read(1):
-                data = data[: data.rfind(b"\n") + 1]
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
-
-
-def _delimiter_of(text: str, suffix: str) -> str:
-    """The delimiter of a table: some programs write a .csv file with semicolons."""
-    header = text.lstrip().partition("\n")[0]
-    return ";" if suffix == ".csv" and ";" in header and "," not in header else DELIMITERS[suffix]
-
-
-def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """The values of each line that is not empty, at `place` with the line's number."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line, parse_constant=_refuse_constant)
-        except json.JSONDecodeError as error:
-            values = BadRowError(f"not JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:
-            values = BadRowError(f"not JSON: {error}")
-        yield f"{place}{number}", values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 0
-    while True:
-        line = reader.line_num + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            # After a missing quotation mark the following rows cannot be separated.
-            raise UsageError(f"{source}:{line}: {error}", "check the quotation marks in this row") from error
-        if fields is None:
-            return
-        if not any(field.strip() for field in fields):
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise UsageError(f"{source}:{line}: there are two columns {twice[0]!r}", "rename one of them")
-        elif len(fields) != len(header):
-            yield f"{source}:{line}", BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
-        else:
-            yield f"{source}:{line}", dict(zip(header, fields, strict=True))
-
-
-def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    import datasets  # noqa: PLC0415 - slow to import, and not needed for files
-
-    match = HUB_ID.fullmatch(source)
-    name, config, part = (match["id"], match["config"], match["split"]) if match else (source, None, None)
-    try:
-        loaded = datasets.load_dataset(name, config, split=part or "train")
-    except Exception as error:  # datasets passes on all errors of its file systems, parsers and HTTP clients
-        reason = " ".join(str(error).split())[:200]
-        remedy = "check the id, the network and your token; if it is a file, add its suffix"
-        raise NotFoundError(f"cannot load {source} from the hub: {reason}", remedy) from error
-    for number, values in enumerate(with_label_names(loaded), 1):
-        yield f"{source}:{number}", values
 
 
 def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:

@@ -20,9 +20,10 @@ from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
 from edgetune.recipe.rows import Rows
 
 from .augmentation.copies import ChangedRow, copies_of
-from .data import TaskRow, read_rows, read_text, split
+from .data import TaskRow, read_rows, split
 from .metrics import EITHER_RIGHT_OR_WRONG, labels_in, metric_for
 from .negatives import negative_rows
+from .row_files import read_text
 from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"

@@ -63,6 +63,16 @@ def test_bytes_of_keys_and_values_in_an_earlier_manifest_are_read_as_values_of_t
         read_manifest(copy)
 
 
+def test_ranks_by_module_in_an_earlier_manifest_are_counted(copy: Path) -> None:
+    earlier = {"ranks": {"a": 4, "b": 4, "c": 4, "d": 2}}
+    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(earlier))
+    change_manifest(copy, lambda raw: raw["adapters"]["tone"].pop("modules_by_rank"))
+    assert read_manifest(copy).adapter("tone").modules_by_rank == {4: 3, 2: 1}
+    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(modules_by_rank={"four": 3}))
+    with pytest.raises(VerificationError, match="is not a manifest"):
+        read_manifest(copy)
+
+
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="is not a bundle"):
         read_manifest(tmp_path)

@@ -113,7 +113,7 @@ def test_constraints_on_answers_are_counted_once(both: Path, tmp_path: Path) -> 
 
 def test_a_bundle_is_measured_with_the_adapter_of_most_modules(both: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(both, tmp_path / "bundle"))
-    change_manifest(bundle, lambda raw: raw["adapters"]["two"].update(ranks=dict.fromkeys([*MODULES, "one more"], 4)))
+    change_manifest(bundle, lambda raw: raw["adapters"]["two"].update(modules_by_rank={4: len(MODULES) + 1}))
     with Runtime.open(bundle, disk_mb=0, contexts=1, threads=1) as runtime:
         measured = measure(runtime)
     assert measured.adapter == "two"

@@ -17,8 +17,9 @@ from edgetune.templates import environment_of
 from .target_python import TargetPython
 
 RUNTIME_MODULES = (
-    "bundle", "errors", "formats/atomic", "formats/regular_file", "interrupts", "limits", "processes/child_process",
-    "threads/machine", "type_checks", "update/state", "wording",
+    "bundle/__init__", "bundle/files", "bundle/reading", "bundle/records", "errors", "formats/atomic",
+    "formats/regular_file", "interrupts", "limits", "processes/child_process", "threads/machine", "type_checks",
+    "update/state", "wording",
 )  # fmt: skip
 """The modules of the runtime that board and store use; they import nothing but the standard library and each other."""
 _MAIN = """\

@@ -72,7 +72,7 @@ def adapter_size(manifest: Manifest, entry: AdapterEntry, engine: str) -> Adapte
     # Values in float16 are copied.
     in_memory = 4 * sum(types.values()) if types else file_bytes
     is_prefix = entry.shapes.get(engine) == "prefix"
-    return AdapterSize(in_memory, len(entry.ranks), is_mapped=[*types] == ["f32"], is_prefix=is_prefix)
+    return AdapterSize(in_memory, entry.module_count, is_mapped=[*types] == ["f32"], is_prefix=is_prefix)
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ def tried(manifest: Manifest, engine: str) -> list[AdapterEntry]:
     counts: Counter[object] = Counter()
     chosen = []
     for entry in manifest.adapters.values():
-        ranks, types = set(entry.ranks.values()), entry.values_by_type.get(engine, {})
-        kind = (entry.shapes.get(engine), tuple(sorted(ranks)), tuple(sorted(types)))
+        types = entry.values_by_type.get(engine, {})
+        kind = (entry.shapes.get(engine), tuple(sorted(entry.modules_by_rank)), tuple(sorted(types)))
         counts[kind] += 1
         if engine in entry.files and (entry.is_merged(engine) or counts[kind] <= _MAX_OF_KIND):
             chosen.append(entry)

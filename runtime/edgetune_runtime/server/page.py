@@ -62,7 +62,7 @@ def facts_of(answering: Answering) -> dict[str, Any]:
 
 
 def _adapter_facts(entry: AdapterEntry, engine: str) -> dict[str, Any]:
-    ranks = sorted(set(entry.ranks.values()))
+    ranks = sorted(entry.modules_by_rank)
     training = entry.training
     return {
         "method": entry.method,

@@ -194,7 +194,7 @@ def _largest_adapter(runtime: Runtime) -> str | None:
     """The adapter that changes most modules, merged models and prefixes apart."""
     entries = runtime.manifest.adapters.values()
     names = [entry.name for entry in entries if entry.shapes.get(runtime.engine) == "low_rank"]
-    return max(names, key=lambda name: len(runtime.manifest.adapters[name].ranks), default=None)
+    return max(names, key=lambda name: runtime.manifest.adapters[name].module_count, default=None)
 
 
 def _timed(runtime: Runtime, adapter: str | None, tokens: int) -> tuple[float, list[float]]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.atomic import flush_to_disk
@@ -56,23 +56,17 @@ class RunReport:
 def begin(prefix: Path, version: str, asked: int) -> None:
     """Note before a switch that the version is unacknowledged; the answers to the `asked` golden prompts do not count.
 
-    The note has no effect while the version is not the current one.
+    What is noted of the current version stays, and holds while this is the current one.
     """
-    _write(prefix, Unacknowledged(version, answers_needed=GOOD_ANSWERS + asked))
+    current = read(prefix)
+    noted = Unacknowledged(version, answers_needed=GOOD_ANSWERS + asked)
+    _write(prefix, [noted] if current is None else [noted, current])
 
 
 def read(prefix: Path) -> Unacknowledged | None:
-    """What is known of the current version; None if it is acknowledged, or the note is damaged."""
-    found = _parse(Unacknowledged, prefix / NAME)
-    return found if found is not None and found.version == versions.linked(prefix, versions.CURRENT) else None
-
-
-def restore(prefix: Path, found: Unacknowledged | None) -> None:
-    """Take the note back that was read before a switch that has failed."""
-    if found is None:
-        acknowledge(prefix)
-    else:
-        _write(prefix, found)
+    """What is noted of the current version; None if it is acknowledged, or the note is damaged."""
+    current = versions.linked(prefix, versions.CURRENT)
+    return next((found for found in _noted(prefix) if found.version == current), None)
 
 
 def acknowledge(prefix: Path) -> None:
@@ -98,7 +92,8 @@ def count_start(prefix: Path) -> bool:
         return False
     if found.starts >= MOST_STARTS:
         return True
-    _write(prefix, replace(found, starts=found.starts + 1))
+    others = [each for each in _noted(prefix) if each.version != found.version]
+    _write(prefix, [replace(found, starts=found.starts + 1), *others])
     return False
 
 
@@ -113,21 +108,26 @@ def write_report(report: RunReport) -> None:
 def _take_report() -> RunReport | None:
     """The report of the last run, which is deleted; None if there is none."""
     path = Path(os.environ.get(REPORT_VARIABLE) or os.devnull)
-    report = _parse(RunReport, path)
+    # The account of a unit owns the report, and root reads it: no link to a file that only root may read.
+    report = _parse(path, lambda raw: dataclass_of(RunReport, raw))
     if report is not None:
         path.unlink()
     return report
 
 
-def _parse(kind: Callable[..., T], path: Path) -> T | None:
-    """A dataclass in a file of JSON; None if there is none, or if it is damaged."""
+def _noted(prefix: Path) -> list[Unacknowledged]:
+    """The unacknowledged versions: of a switch, the one to switch to and the one before."""
+    return _parse(prefix / NAME, lambda raw: [dataclass_of(Unacknowledged, each) for each in raw]) or []
+
+
+def _parse(path: Path, parse: Callable[[Any], T]) -> T | None:
+    """What a file of JSON holds; None if there is none, or if it is damaged."""
     try:
-        # The account of a unit owns the report, and root reads it: no link to a file that only root may read.
         with open_regular(path, follows_links=False) as file:
-            return dataclass_of(kind, json.loads(file.read(_LONGEST_BYTES)))
+            return parse(json.loads(file.read(_LONGEST_BYTES)))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _write(prefix: Path, found: Unacknowledged) -> None:
-    write_text(prefix / NAME, json.dumps(asdict(found), sort_keys=True) + "\n")
+def _write(prefix: Path, noted: Sequence[Unacknowledged]) -> None:
+    write_text(prefix / NAME, json.dumps([asdict(each) for each in noted], sort_keys=True) + "\n")

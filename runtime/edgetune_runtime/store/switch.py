@@ -65,7 +65,7 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
 
     If it does not answer, or not as built, goes back to the version and the unit that ran, and raises.
     """
-    links, note = _links_before(prefix, kit, old_unit), acknowledgement.read(prefix)
+    links = _links_before(prefix, kit, old_unit)
     is_new = unit is not None and (old_unit is None or old_unit.unit_path != unit.unit_path)
     try:
         if asks and versions.linked(prefix, versions.CURRENT) not in (None, kit.version):
@@ -86,7 +86,6 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
             say(f"unit {unit.name} answers" + (f", {count} adapters as built" if count else ""))
     except BaseException:
         _go_back(prefix, links, unit if is_new else None, old_unit, say)
-        acknowledgement.restore(prefix, note)
         raise
     service.remember(prefix, unit.started_with(kit))
 

@@ -207,9 +207,8 @@ def test_the_manifest_describes_base_and_adapters(built: Built, tiny_gguf: Calla
     assert (base.quantization, base.values_by_type, sum(types.values())) == (None, {"gguf": types}, base.parameters)
     assert (adapters["whole"].quantization, adapters["whole"].values_by_type) == (None, {"gguf": types})
     assert adapters["plain"].values_by_type == {"gguf": {"f16": adapters["plain"].training["trainable_parameters"]}}
-    assert set(adapters["plain"].ranks.values()) == {4}
-    ranks = {module.rpartition(".")[2]: rank for module, rank in adapters["scaled"].ranks.items()}
-    assert (ranks["q_proj"], ranks["down_proj"], ranks["v_proj"]) == (2, 9, 4)
+    assert list(adapters["plain"].modules_by_rank) == [4]
+    assert adapters["scaled"].modules_by_rank == {2: base.layers, 9: base.layers, 4: 5 * base.layers}
     for name, entry in adapters.items():
         figures = built.result.figures[name]
         assert entry.parity["gguf"] == figures["parity"]

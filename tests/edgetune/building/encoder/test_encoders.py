@@ -138,8 +138,9 @@ def test_the_manifest_describes_the_bundle(built: Built) -> None:
     assert set(manifest.adapter("place").values_by_type["onnx"]) == {"f32"}
     assert manifest.adapter("place").labels == PLACES
     assert manifest.adapter("power").labels == ("off", "on")
-    assert set(manifest.adapter("place").ranks.values()) == {4}
-    assert {module.rpartition(".")[2] for module in manifest.adapter("power").ranks} == {"query", "value"}
+    assert list(manifest.adapter("place").modules_by_rank) == [4]
+    query_and_value = 2 * manifest.base.layers
+    assert manifest.adapter("power").module_count == query_and_value
     assert manifest.recipe["targets"] == ["onnx"]
 
 

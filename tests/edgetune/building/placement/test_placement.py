@@ -77,10 +77,10 @@ def test_the_placement_with_the_least_trial_loss_is_chosen(built: Built) -> None
 
 
 def test_the_chosen_placement_is_trained_and_runs(built: Built) -> None:
-    chosen, entry = built.figures["placement"], read_manifest(built.bundle).adapters["command"]
+    manifest = read_manifest(built.bundle)
+    chosen, entry = built.figures["placement"], manifest.adapters["command"]
     names = (*ATTENTION, *MLP) if chosen["target_modules"] == "all-linear" else chosen["target_modules"]
-    assert {module.rpartition(".")[2] for module in entry.ranks} == set(names)
-    assert set(entry.ranks.values()) == {chosen["r"]}
+    assert entry.modules_by_rank == {chosen["r"]: len(names) * manifest.base.layers}
     assert entry.training["placement"] == chosen
     with Runtime.open(built.bundle) as runtime:
         question = LIGHTS[0]["prompt"]

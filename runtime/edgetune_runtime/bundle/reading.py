@@ -1,0 +1,165 @@
+"""Reads the manifest of a bundle, and checks what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
+
+from .files import with_present_formats
+from .records import (
+    AUTO,
+    BASE,
+    CLASSIFY,
+    ERROR,
+    GENERATE,
+    LONGEST_MANIFEST,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    SHAPES,
+    TASKS,
+    AdapterEntry,
+    BaseEntry,
+    ConfidenceCurve,
+    FileEntry,
+    GoldenAnswer,
+    Manifest,
+    RoutedCall,
+    RouterEntry,
+    Scope,
+    UnsureRule,
+)
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check `bundle/manifest.json`; opens no other file.
+
+    Raises NotFoundError when `bundle` is not a bundle, VerificationError when the manifest is invalid, has another
+    schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
+    """
+    path = bundle / MANIFEST_NAME
+    if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_MANIFEST):
+        raise VerificationError(f"{path} is no regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        remedy = "give the folder that `edgetune build --out` wrote"
+        raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy) from error
+    except OSError as error:
+        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    return with_present_formats(parse_manifest(data, path), lambda name: (bundle / name).exists())
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """The manifest in `data`, which was read from `path`; errors as those of `read_manifest` for a wrong one."""
+    try:
+        raw = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
+        raise VerificationError(f"{path} has no schema number", COPY_BUNDLE_AGAIN)
+    if raw["schema"] != SCHEMA_VERSION:
+        message = f"{path} has schema {raw['schema']}, this runtime reads {SCHEMA_VERSION}"
+        remedy = "build the bundle again" if raw["schema"] < SCHEMA_VERSION else "update edgetune-runtime"
+        raise VerificationError(message, remedy)
+    manifest = _parse(raw, path)
+    _check_names(manifest, path)
+    _check_references(manifest, path)
+    return manifest
+
+
+def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
+    try:
+        adapters = {name: _adapter(value) for name, value in raw["adapters"].items()}
+        files = {name: dataclass_of(FileEntry, value) for name, value in raw["files"].items()}
+        entry = raw["base"]
+        # Manifests used to have the bytes of these values in f16.
+        before = {"kv_values_per_token": entry["kv_bytes_per_token"] // 2} if "kv_bytes_per_token" in entry else {}
+        base = dataclass_of(BaseEntry, {**before, **entry})
+        router = None if raw.get("router") is None else _router(raw["router"])
+        return dataclass_of(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
+
+
+def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
+    golden = {backend: dataclass_of(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
+    scope = {backend: dataclass_of(Scope, value) for backend, value in raw.get("scope", {}).items()}
+    curves = {
+        backend: {kind: dataclass_of(ConfidenceCurve, curve) for kind, curve in kinds.items()}
+        for backend, kinds in raw.get("confidence", {}).items()
+    }
+    unsure = None if raw.get("unsure") is None else dataclass_of(UnsureRule, raw["unsure"])
+    # Manifests used to have the rank of each module by its name.
+    counts = raw["modules_by_rank"] if "modules_by_rank" in raw else Counter(raw.get("ranks", {}).values())
+    ranks = {int(rank): count for rank, count in counts.items()}
+    parsed = {"golden": golden, "scope": scope, "confidence": curves, "unsure": unsure, "modules_by_rank": ranks}
+    return dataclass_of(AdapterEntry, {**raw, **parsed})
+
+
+def _router(raw: Mapping[str, Any]) -> RouterEntry:
+    calls = {call: dataclass_of(RoutedCall, value) for call, value in raw["calls"].items()}
+    return dataclass_of(RouterEntry, {**raw, "calls": calls})
+
+
+def _check_names(manifest: Manifest, path: Path) -> None:
+    """Names reach terminals, logs and paths, so they have no control characters."""
+    base, adapters = manifest.base, manifest.adapters
+    names = [manifest.name, base.name, base.architecture, *base.files, *manifest.files, *adapters]
+    for adapter in adapters.values():
+        names += [adapter.name, adapter.method, adapter.metric, *adapter.files]
+    text = "".join(names)
+    if text != printable(text):
+        name = next(name for name in names if name != printable(name))
+        message = f"{path} has the name {name[:80]!r}, with characters that control a terminal"
+        raise VerificationError(message, "do not use this bundle")
+
+
+def _check_references(manifest: Manifest, path: Path) -> None:
+    named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
+    named += [file for adapter in manifest.adapters.values() for file in adapter.shared_files]
+    named += [] if manifest.router is None else [manifest.router.file]
+    for name in {*manifest.files, *named}:
+        if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+            raise VerificationError(f"{path} names {name!r}, which is outside the bundle", "do not use this bundle")
+    for name in named:
+        if name not in manifest.files:
+            raise VerificationError(f"{path} has no digest for {name!r}", COPY_BUNDLE_AGAIN)
+    if manifest.task not in TASKS:
+        raise VerificationError(f"{path} has the unknown task {manifest.task!r}", "update edgetune-runtime")
+    for name, adapter in manifest.adapters.items():
+        if adapter.name != name:
+            message = f"{path} has adapter {adapter.name!r} under the name {name!r}"
+            raise VerificationError(message, COPY_BUNDLE_AGAIN)
+        unknown = [shape for shape in adapter.shapes.values() if shape not in SHAPES]
+        if unknown or adapter.shapes.keys() != adapter.files.keys():
+            message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"
+            raise VerificationError(message, "update edgetune-runtime")
+        curves = [curve for kinds in adapter.confidence.values() for curve in kinds.values()]
+        if not all(math.isfinite(value) for curve in curves for value in (curve.slope or 0, curve.offset)):
+            raise VerificationError(f"adapter {name!r} has a confidence curve without numbers", COPY_BUNDLE_AGAIN)
+        if adapter.base_fingerprint != manifest.base.fingerprint:
+            message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
+            raise IncompatibleError(message, "build the bundle again")
+    if manifest.router is not None:
+        _check_router(manifest.router, manifest.adapters, path)
+
+
+def _check_router(router: RouterEntry, adapters: Mapping[str, AdapterEntry], path: Path) -> None:
+    """The router names adapters of the bundle, and leaves no doubt who answers."""
+    calls = router.calls.values()
+    problems = [f"the call {call!r}" for call in router.calls if call not in (GENERATE, CLASSIFY)]
+    problems += [f"the adapter {name!r}" for call in calls for name in call.adapters if name not in adapters]
+    problems += [f"the threshold {call.threshold}" for call in calls if not 0 < call.threshold < 1]
+    problems += [f"below: {router.below!r}"] if router.below not in (BASE, ERROR, *adapters) else []
+    problems += [f"an adapter called {name!r}" for name in (AUTO, BASE, ERROR) if name in adapters]
+    problems += [] if all(call.adapters for call in calls) else ["no adapters to choose from"]
+    if problems:
+        raise VerificationError(f"{path} has a router with {problems[0]}", "build the bundle again")
