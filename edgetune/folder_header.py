@@ -37,6 +37,7 @@ def predict_header(folder: Path) -> GgufHeader:
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
+    metadata |= {f"{architecture}.{key}": value for key, value in found.header_entries(config).items()}
     if "head_dim" in config:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     known = name_map(GgufHeader(metadata, {}))
@@ -46,7 +47,9 @@ def predict_header(folder: Path) -> GgufHeader:
             tensor = known.get_name(name, try_suffixes=(".weight", ".bias"))
             parts = [tensor] if tensor else _parts(name, found) or [name]
             for part in parts:
-                shapes[part] = tuple(reversed([*(rows // len(parts) for rows in shape[:1]), *shape[1:]]))
+                # Of a convolution with one input per channel, the converter drops the dimension of the inputs.
+                sizes = [shape[0], shape[2]] if len(shape) == 3 and shape[1] == 1 else shape
+                shapes[part] = tuple(reversed([*(rows // len(parts) for rows in sizes[:1]), *sizes[1:]]))
     # A damaged file may have a matrix of fewer dimensions.
     start = HEADER_BYTES_PER_TOKEN * sum(shapes.get("token_embd.weight", ())[1:2])
     return GgufHeader(

@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.architectures.layout import base_rows, is_kernel, name_map
 from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.errors import IncompatibleError
@@ -111,7 +111,7 @@ class GgufWeights:
         self._names = name_map(self._header)
 
     def values(self, parameter: str) -> torch.Tensor:
-        """The dequantized values, float32 [rows, columns], or [values] of a vector; see `dequantize_rows` for errors.
+        """The dequantized values in float32 and in the parameter's shape; see `dequantize_rows` for errors.
 
         Raises IncompatibleError if the file has no such parameter.
         """
@@ -121,7 +121,7 @@ class GgufWeights:
         dequantize_rows(data, tensor, out=values.numpy())
         if tensor.name.endswith("norm.weight"):
             values -= architectures.of(self._header).norm_offset
-        return values
+        return values.unsqueeze(1) if is_kernel(tensor) else values
 
     def grid(self, parameter: str) -> tuple[Grid, Floats] | None:
         """The grid of a quantized matrix with its `dither_of`; None if it is stored as floats.

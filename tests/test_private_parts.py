@@ -53,6 +53,21 @@ def test_libraries_whose_private_parts_are_used_have_an_upper_cap(file: str, lib
     assert any(specifier.operator == "<" for specifier in requirement.specifier)
 
 
+def test_short_convolutions_call_a_function_of_their_module_that_gets_the_options_of_the_pass() -> None:
+    from transformers.models.lfm2 import modeling_lfm2  # noqa: PLC0415 - slow to import
+
+    assert "causal_conv1d_fn" in names_in(inspect.unwrap(modeling_lfm2.Lfm2ShortConv.forward))
+    assert parameters_of(modeling_lfm2.causal_conv1d_fn)[:3] == ["hidden_states", "weight", "bias"]
+
+
+def test_llama_cpp_has_these_flags_of_states() -> None:
+    import llama_cpp  # noqa: PLC0415 - an extra
+    from edgetune_runtime.engines.gguf import hybrid_cache, kv_cache  # noqa: PLC0415
+
+    assert kv_cache._WHOLE == llama_cpp.LLAMA_STATE_SEQ_FLAGS_NONE
+    assert hybrid_cache._RECURRENT == llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+
+
 def test_tuf_compares_expiry_with_the_time_that_is_set() -> None:
     from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet  # noqa: PLC0415 - an extra
     from tuf.ngclient.updater import Updater  # noqa: PLC0415

@@ -29,6 +29,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     HunYuanDenseV1Config,
     HunYuanDenseV1ForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -59,6 +61,7 @@ ARCHITECTURES = (
     "granitemoehybrid",
     "ernie4_5",
     "hunyuan_dense",
+    "lfm2",
     "olmo2",
     "phi3",
 )
@@ -107,6 +110,18 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             # llama.cpp's converter requires this length for such an embedding.
             "max_position_embeddings": 262144,
             "eod_token_id": 2,
+            "pad_token_id": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    # Layers with convolutions before and after one with attention, as real ones have.
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 32,
             "pad_token_id": None,
             "tie_word_embeddings": True,
         },
@@ -168,7 +183,7 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if arch in {"granite", "granitemoehybrid", "phi3"}:
+    if arch in {"granite", "granitemoehybrid", "lfm2", "phi3"}:
         # GGUF files of these architectures have no head size.
         del common["head_dim"]
     model_class, config_class, own = MODELS[arch]
@@ -177,7 +192,8 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.08)
+                # A kernel of a convolution adds only a few values.
+                torch.nn.init.normal_(parameter, std=0.08 if parameter.dim() == 2 else 0.5)
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.08)
@@ -189,7 +205,7 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
 
     llama.cpp converts some only with a BPE tokenizer that it knows, so they get SmolLM2's.
     """
-    if arch in {"hunyuan_dense", "olmo2"}:
+    if arch in {"hunyuan_dense", "lfm2", "olmo2"}:
         smollm2 = locate("smollm2-135m", folder)
         make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
         write_tokenizer(smollm2, folder)

@@ -23,6 +23,7 @@ class TorchEngine:
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
+    max_rollback = None
 
     def __init__(
         self,

@@ -44,8 +44,8 @@ class OwnWeights(Method[O]):
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """Those of the layers that gradients reach."""
-        count = len(base.modules) // base.layers * self.trained_layers(base, options)
-        return list(base.modules[-count:])
+        first = base.layers - self.trained_layers(base, options)
+        return [module for module in base.modules if module.layer >= first]
 
     def chosen(self, base: PreTrainedModel, options: O) -> set[str]:
         """Names of the parameters to train."""

@@ -47,7 +47,7 @@ class LastLayers(OwnWeights[LastLayersOptions]):
         first = count - options.layers
         names = {name for name, _ in base.named_parameters()}
         layers = {name for name in names if (match := _LAYER.search(name)) and int(match[1]) >= first}
-        return layers | {name for name in names if name.endswith("model.norm.weight")}
+        return layers | {name for name in names if name.endswith("norm.weight") and not _LAYER.search(name)}
 
 
 METHOD = LastLayers()

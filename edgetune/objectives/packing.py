@@ -2,19 +2,22 @@
 
 The rows of a step are concatenated into one sequence, so that no matrix product is spent on padding. The common prefix
 of all rows (chat header, system prompt) is computed once and attended to by every row, which does not change any row's
-result. Only attention runs per row, padded to the longest; rows of similar length keep this padding small.
+result. Only attention and convolutions run per row, padded to the longest; rows of similar length keep this padding
+small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from itertools import takewhile
 from typing import Any, Self
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.models.lfm2 import modeling_lfm2
 
 from edgetune.objectives.example import Example
 
@@ -173,6 +176,36 @@ def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
+
+
+def on_packed_rows(convolution: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A causal convolution of inputs [1, channels, n] that also takes packed rows; without, nothing changes."""
+
+    @wraps(convolution)
+    def convolve(
+        inputs: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        packed: PackedRows | None = None,
+        **options: object,
+    ) -> torch.Tensor:
+        if packed is None:
+            return convolution(inputs, weight, bias, **options)
+        outputs = []
+        for group in packed.groups:
+            rows, width = group.queries.shape
+            # Of the shared tokens only those that the kernel reaches.
+            read = group.keys[:, -(width + weight.shape[-1] - 1) :]
+            of_rows = inputs[0].index_select(1, read.flatten()).view(-1, rows, read.shape[1]).transpose(0, 1)
+            outputs.append(convolution(of_rows, weight, bias, **options)[:, :, -width:].transpose(0, 1).flatten(1))
+        return torch.cat(outputs, 1).index_select(1, packed.place)[None]
+
+    return convolve
+
+
+# transformers has no registry of convolutions, but passes the options of a forward pass on to them too.
+modeling_lfm2.causal_conv1d_fn = on_packed_rows(modeling_lfm2.causal_conv1d_fn)
 
 
 def shared_length(examples: Sequence[Example]) -> int:

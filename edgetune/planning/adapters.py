@@ -11,7 +11,7 @@ from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
 from edgetune.methods import MethodOptions
@@ -59,6 +59,9 @@ def with_options(
     planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
+    if base.recurrent_values and "prefix" in planned.shapes.values():
+        message = f"adapter {planned.name!r} is a prefix of keys and values, which some layers of this base do not have"
+        raise IncompatibleError(message, "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)
     values = {

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from edgetune_export import architectures
 from edgetune_runtime.errors import UsageError
 from torch.autograd.function import once_differentiable
 
@@ -91,13 +92,15 @@ def in_int8(model: torch.nn.Module) -> Iterator[PackedLayers]:
 
 
 def _frozen(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    kept = {name for architecture in architectures.known().values() for name in architecture.not_in_int8}
     return [
         module
         for layer in layers_of(model)
-        for module in layer.modules()
+        for name, module in layer.named_modules()
         # An instance attribute `forward` was set by other code, such as a hook of accelerate.
         if type(module) is torch.nn.Linear
         and "forward" not in vars(module)
+        and name.removesuffix(".base_layer") not in kept
         and not any(p.requires_grad for p in module.parameters())
     ]
 

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from edgetune_export.adapters import shapes
 from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.architectures.shape import linear_modules
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx import backend as onnx
 from edgetune_runtime.bundle import (
@@ -32,6 +33,8 @@ from edgetune_runtime.routing.classifier import ROUTER_FILE, PromptClassifier, w
 from edgetune_runtime.routing.features import count_buckets
 
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
+# Of a base whose first layer is recurrent.
+IN_PLACE = {"blk.0.attn_q.weight": "blk.0.shortconv.in_proj.weight"}
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -40,7 +43,7 @@ def low_rank(base: Path, seed: int, rank: int = 4, modules: Sequence[str] = MODU
     tensors = read_header(base).tensors
     random = np.random.default_rng(seed)
     pairs = {}
-    for name in modules:
+    for name in (name if name in tensors else IN_PLACE[name] for name in modules):
         columns, rows = tensors[name].shape
         a, b = random.normal(0, size, (rank, columns)), random.normal(0, size, (rows, rank))
         pairs[name] = (a.astype(np.float32), b.astype(np.float32))
@@ -78,9 +81,7 @@ def folded(base: Path, pairs: LowRank, name: str = "adapter") -> shapes.LowRank:
     """The same adapter by the names, and with the rows in the order, of the Hugging Face model."""
     header = read_header(base)
     names = name_map(header)
-    layers = range(header.metadata[f"{header.architecture}.block_count"])
-    kinds = [f"self_attn.{which}_proj" for which in "qkvo"] + [f"mlp.{which}_proj" for which in ("gate", "up", "down")]
-    known = {f"{names.get_name(m)}.weight": m for m in (f"model.layers.{n}.{kind}" for n in layers for kind in kinds)}
+    known = {f"{names.get_name(name)}.weight": name for name in linear_modules(header)}
     modules = {}
     for tensor, (a, b) in pairs.items():
         order = base_rows(header.tensors[tensor], header)

@@ -115,9 +115,11 @@ def choose(
     """
     options = job.options
     assert isinstance(options, LoraOptions)
-    if architectures.of(base.header).fuses_projections:
-        message = f"target_modules: auto does not support the fused modules of base {base.name!r}"
-        raise UsageError(message, "list modules, such as [qkv_proj, o_proj], or use all-linear")
+    architecture = architectures.of(base.header)
+    if architecture.has_other_modules:
+        names = sorted({module.name.rpartition(".")[2] for module in architecture.linear_modules})
+        message = f"target_modules: auto does not support the modules of base {base.name!r}"
+        raise UsageError(message, f"list modules, of {', '.join(names)}, or use all-linear")
     candidates, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
         costs_by_placement = costs(candidates, plan, base, recipe, folder=folder, progress=progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,10 @@ class Architecture:
     """Whether llama.cpp's rotary embedding rotates neighbouring values of a head, where Hugging Face rotates the two
     halves; the rows of q and k in GGUF files, and the keys, then have another order (see layout.py)."""
     linear_modules: tuple[LinearModule, ...] = LINEAR_MODULES
+    recurrent_block: str = ""
+    """In layers with a recurrent state, the block in place of `self_attn`; empty if all layers attend."""
+    not_in_int8: tuple[str, ...] = ()
+    """Modules that training in int8 leaves in float32, because the outputs of each are multiplied by each other."""
     split_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Modules of a folder that the converter splits into equal parts by rows, with the tensors of these."""
     transformers_reads_gguf: bool = True
@@ -79,14 +83,19 @@ class Architecture:
         return f"{self.class_prefix}ForCausalLM"
 
     @property
-    def fuses_projections(self) -> bool:
-        """Whether q, k and v are one linear module in transformers, and gate and up another."""
+    def has_other_modules(self) -> bool:
+        """Whether its linear modules are others than LLaMA's."""
         return self.linear_modules != LINEAR_MODULES
 
     @property
     def rms_norm(self) -> str:
         """The class of its norms in transformers."""
         return f"{self.class_prefix}RMSNorm"
+
+    def modules_of(self, *, is_recurrent: bool) -> Iterator[LinearModule]:
+        """The linear modules of a layer, which has either attention or a recurrent state."""
+        absent = "self_attn" if is_recurrent else self.recurrent_block
+        return (module for module in self.linear_modules if module.name.partition(".")[0] != absent)
 
     def check_formats(self, formats: Sequence[str]) -> None:
         """IncompatibleError if one of the formats does not support such a base."""
@@ -130,6 +139,11 @@ class Architecture:
     def logits_divisor(self, _config: Any) -> float:  # noqa: ANN401 - transformers' configuration
         """The divisor that turns the output of the last layer into logits."""
         return 1.0
+
+    def header_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Hyperparameters that llama.cpp's converter computes from config.json, by their keys after the architecture's
+        name."""
+        return {}
 
     def converter_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Entries of config.json that llama.cpp's converter needs in another form than transformers writes."""

@@ -20,6 +20,8 @@ from . import of
 
 _QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
 
+_KERNEL = re.compile(r"blk\.\d+\.shortconv\.conv\.weight")
+
 
 def name_map(header: GgufHeader) -> gguf.TensorNameMap:
     """Maps module names of the Hugging Face model to names in the GGUF file."""
@@ -49,6 +51,11 @@ def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | 
         message = f"{tensor.name} has {rows} rows, which do not divide into {heads} heads"
         raise IncompatibleError(message, "use a base that llama.cpp can run")
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
+
+
+def is_kernel(tensor: TensorInfo) -> bool:
+    """Whether it has the kernels of a depthwise convolution: [channels, width], in torch [channels, 1, width]."""
+    return _KERNEL.fullmatch(tensor.name) is not None
 
 
 def count(metadata: Mapping[str, Any], key: str) -> int:

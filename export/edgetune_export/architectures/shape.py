@@ -8,8 +8,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
-from edgetune_runtime.formats.gguf_sizes import kv_values_per_token, number
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import (
+    head_lengths,
+    kv_values_per_token,
+    number,
+    recurrent_layers,
+    recurrent_values,
+)
 
 from . import of
 from .base import OUTPUT_LAYER
@@ -21,12 +27,14 @@ _LAYER = re.compile(r"blk\.(\d+)\.")
 @dataclass(frozen=True)
 class SizedModule:
     """A linear module of a base: its full name in transformers, the `product` of an ONNX graph that computes it
-    together with the modules that read the same inputs, and its inputs (`columns`) and outputs (`rows`)."""
+    together with the modules that read the same inputs, its inputs (`columns`) and outputs (`rows`), and its layer, -1
+    for the output layer."""
 
     name: str
     product: str
     columns: int
     rows: int
+    layer: int = -1
 
     @property
     def values_per_rank(self) -> int:
@@ -40,6 +48,7 @@ class BaseShape:
 
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
+    `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend.
     """
 
     modules: tuple[SizedModule, ...]
@@ -51,13 +60,14 @@ class BaseShape:
     kv_values_per_token: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
+    recurrent_values: int = 0
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
         """The shape of a GGUF base; IncompatibleError if layers lack a module or differ in their heads."""
-        architecture, cache = of(header), cache_shape(header)
-        queries = number(header, "attention.head_count") * cache.key_size
-        keys = cache.heads * cache.key_size
+        architecture, key_size = of(header), head_lengths(header)[0]
+        queries = number(header, "attention.head_count") * key_size
+        keys = number(header, "attention.head_count_kv") * key_size
         per_head = queries + keys if architecture.norms_queries_and_keys else 0
         modules = linear_modules(header)
         output_layer = modules.pop(OUTPUT_LAYER)
@@ -77,8 +87,9 @@ class BaseShape:
             keys=keys,
             norms=output_layer.columns * architecture.norms_per_layer + per_head,
             kv_values_per_token=kv_values_per_token(header),
-            parameters_by_layer=tuple(by_layer[layer] for layer in range(cache.layers)),
+            parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=parameters,
+            recurrent_values=recurrent_values(header),
         )
 
     @property
@@ -104,11 +115,11 @@ class BaseShape:
 
 def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
     """The linear modules of all layers, and the output layer, by name; IncompatibleError if the base lacks one."""
-    table, sized = of(header).linear_modules, {}
+    architecture, recurrent, sized = of(header), recurrent_layers(header), {}
     for layer in range(count(header.metadata, f"{header.architecture}.block_count")):
-        for module in table:
+        for module in architecture.modules_of(is_recurrent=layer in recurrent):
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
-            sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"))
+            sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"), layer)
     return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, header.output_tensor))}
 
 

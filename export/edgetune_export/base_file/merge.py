@@ -14,7 +14,7 @@ from edgetune_runtime.wording import first_of
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Merged
-from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.architectures.layout import base_rows, is_kernel, name_map
 
 from .rounding import rounded, rounded_on_grid
 
@@ -61,6 +61,8 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
 
 def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
     """A parameter as the file stores it: rows in the base's order, norms with the architecture's offset."""
+    if is_kernel(tensor):
+        values = values.squeeze(1)
     if values.shape[::-1] != tensor.shape:
         message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
         raise IncompatibleError(message, "give the base that the model was trained from")

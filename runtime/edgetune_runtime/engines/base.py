@@ -88,6 +88,14 @@ class Engine(Protocol):
         """The share of a single-token step that logits take, less that in the base that BATCH_COST was measured on."""
 
     @property
+    def max_rollback(self) -> int | None:
+        """How many tokens of a step `truncate` can drop, one of up to 32 tokens; None for any part of a sequence.
+
+        With a number, the sequence can also be cut to the ends of the tokens of each `decode`, as far as the engine has
+        kept what that needs, and a restored state only to its end.
+        """
+
+    @property
     def kv_bytes(self) -> float:
         """Bytes per number in the KV cache."""
 
@@ -142,7 +150,7 @@ class Engine(Protocol):
         """The longest sequence with these adapters: `context_length` minus the tokens of a prefix among them."""
 
     def truncate(self, keep: int) -> int:
-        """Truncate the sequence to its first `keep` tokens; returns the new length (0 if it cannot be truncated)."""
+        """Truncate the sequence to its first `keep` tokens, or to fewer if it cannot be; returns the new length."""
 
     def use_threads(self, count: int) -> None:
         """Set the number of threads of the next steps, which does not change a bit of the results."""

@@ -15,6 +15,7 @@ from edgetune_runtime.states.cache import CACHE_MB
 from . import load_needs
 
 MB = 10**6
+_FLOAT_BYTES = 4
 ADAPTERS_MB = 256
 """Memory limit of loaded adapters by default, in MB."""
 _CONSTRAINT_MB, _CONSTRAINT_BYTES = 5.5, 340
@@ -83,8 +84,9 @@ class Needs:
     those of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the
     embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
     are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
-    all draft tables; `constrained`: the answers of an adapter are held to a schema or a grammar. Saved states have up
-    to `cache_mb`, adapters in memory up to `adapters_mb`.
+    all draft tables; `recurrent_values` are the numbers in the recurrent state of a sequence, and `recurrent_states`
+    how many of them a loaded model holds; `constrained`: the answers of an adapter are held to a schema or a grammar.
+    Saved states have up to `cache_mb`, adapters in memory up to `adapters_mb`.
     """
 
     base_bytes: int
@@ -111,6 +113,8 @@ class Needs:
     serves: bool = False
     kv: str | None = None
     head_lengths: tuple[int, ...] = ()
+    recurrent_values: int = 0
+    recurrent_states: int = 0
 
     @property
     def cost(self) -> EngineCost:
@@ -133,7 +137,13 @@ class Needs:
     @property
     def engine_bytes(self) -> int:
         """Memory of one loaded model in addition to its weights: keys and values, computing, vocabulary."""
-        return self.kv_bytes_per_token * self.context_length + self.compute_bytes + self.vocabulary_bytes
+        cached = self.kv_bytes_per_token * self.context_length + self.recurrent_bytes
+        return cached + self.compute_bytes + self.vocabulary_bytes
+
+    @property
+    def recurrent_bytes(self) -> int:
+        """Memory of the recurrent states of one loaded model."""
+        return _FLOAT_BYTES * self.recurrent_values * self.recurrent_states
 
     @property
     def compute_bytes(self) -> int:
@@ -152,7 +162,7 @@ class Needs:
     def state_bytes(self) -> int:
         """Saved states of the base and each adapter, half a context long, as many as the limit allows."""
         states = len(self.adapters) + 1 if self.adapters else 0
-        size = self.kv_bytes_per_token * self.context_length // 2
+        size = self.kv_bytes_per_token * self.context_length // 2 + _FLOAT_BYTES * self.recurrent_values
         return min(states, int(self.cache_mb * MB) // max(size, 1)) * size
 
     @property

@@ -55,7 +55,22 @@ class _Flags:
         return f"{self.number}, or 0 or 1 for each layer"
 
 
-Allowed = _Between | _Flags | Sequence[Any]
+@dataclass(frozen=True)
+class _HeadsPerLayer:
+    """An array with the number of heads of each layer: 0, or `number`, which is the same in all layers."""
+
+    number: _Between
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, tuple) or len(value) > _LAYERS or not all(type(item) is int for item in value):
+            return False
+        return len({*value} - {0}) == 1 and max(value) in self.number
+
+    def __str__(self) -> str:
+        return f"0 or {self.number} for each layer, the same in all"
+
+
+Allowed = _Between | _Flags | _HeadsPerLayer | Sequence[Any]
 
 _FACTOR, _ROPE_FACTOR = _Between(1e-6, 1e6), _Between(0.0, 1e6)
 _WIDTH = _Between(1, 1 << 20)
@@ -135,6 +150,11 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     },
     "ernie4_5": {},
     "hunyuan-dense": {},
+    "lfm2": {
+        "attention.head_count_kv": _HeadsPerLayer(_Between(1, 1 << 10)),
+        "attention.sliding_window": (0,),
+        "shortconv.l_cache": _Between(2, 64),
+    },
     "olmo2": _SLIDING,
     "phi3": {},
 }
@@ -201,6 +221,10 @@ def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
     own: dict[str, Any] = {key: header.metadata.get(f"{header.architecture}.{key}") for key in _COMMON}
     layers, width, heads = own["block_count"], own["embedding_length"], own["attention.head_count"]
     kv_heads = own["attention.head_count_kv"] or heads
+    if isinstance(kv_heads, tuple):
+        if len(kv_heads) != layers:
+            yield f"{header.architecture}.attention.head_count_kv has {len(kv_heads)} numbers for {layers} layers"
+        kv_heads = max(kv_heads)
     size = own["attention.key_length"] or width // heads
     rotated = own["rope.dimension_count"] or size
     tokens = len(header.metadata["tokenizer.ggml.tokens"])

@@ -29,6 +29,22 @@ def kv_values_per_token(header: GgufHeader) -> int:
     return number(header, "attention.head_count_kv", total=True) * sum(head_lengths(header))
 
 
+def recurrent_layers(header: GgufHeader) -> frozenset[int]:
+    """The layers that have a recurrent state in place of keys and values: those without heads of keys."""
+    heads = header.metadata.get(f"{header.architecture}.attention.head_count_kv")
+    by_layer = heads if isinstance(heads, Sequence) else ()
+    return frozenset(layer for layer, count in enumerate(by_layer) if not count)
+
+
+def recurrent_values(header: GgufHeader) -> int:
+    """Numbers in the recurrent state of one sequence, over all layers, whatever its length."""
+    layers = recurrent_layers(header)
+    if not layers:
+        return 0
+    # Of a short convolution: the inputs of the tokens before the next one.
+    return len(layers) * number(header, "embedding_length") * (number(header, "shortconv.l_cache") - 1)
+
+
 def head_lengths(header: GgufHeader) -> tuple[int, int]:
     """The numbers in a key and in a value of one head."""
     default = number(header, "embedding_length") // number(header, "attention.head_count")

@@ -167,7 +167,10 @@ class Context:
         lost = self.tokens[kept:count]
         self.tokens, self._ends = self.tokens[:kept], [end for end in self._ends if end <= kept]
         if lost:
-            self.extend(lost, last=1)
+            assert self._key is not None
+            for begin, end in batches(kept, count, [start for start, _ in self._key.spans]):
+                self._activate(_active_at(self._key, begin))
+                self.extend(lost[begin - kept : end - kept], last=1)
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed."""
@@ -270,7 +273,8 @@ class Context:
         """
         live = self._reusable_tokens(key, job, boundaries)
         # Look up before saving, which may evict the state.
-        best, cached = self.shared.cache.best(key, job.tokens, job.owner, boundaries if self.shared.exact else None)
+        exact, whole = boundaries if self.shared.exact else None, self.engine.max_rollback is not None
+        best, cached = self.shared.cache.best(key, job.tokens, job.owner, exact, whole=whole)
         if (key, job.owner) != (self._key, self.owner):
             self._save()
         # Activate first: changing the prefix drops the sequence, and a state is restored after its own prefix.

@@ -49,6 +49,7 @@ def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
         *adapters,
         *((f"merged model {name}", size + needs.engine_bytes) for name, size in needs.merged.items()),
         (f"keys and values of {needs.context_length} tokens", needs.kv_bytes_per_token * needs.context_length),
+        ("recurrent states", needs.recurrent_bytes),
         ("saved states", needs.state_bytes),
         ("draft tables", needs.draft_bytes),
         ("computing", needs.compute_bytes),

@@ -159,12 +159,19 @@ class StateCache:
             return next((saved for slot, saved in reversed(self._states.items()) if slot[:2] == (owner, base)), None)
 
     def best(
-        self, key: Key, tokens: Sequence[int], owner: str = CALLS, boundaries: Sequence[int] | None = None
+        self,
+        key: Key,
+        tokens: Sequence[int],
+        owner: str = CALLS,
+        boundaries: Sequence[int] | None = None,
+        *,
+        whole: bool = False,
     ) -> tuple[SavedState | None, int]:
         """The state with the longest reusable prefix of these tokens, marked as recently used, and that length.
 
         With `boundaries`, where the tokens are split into batches, states that are not a session's own are reused only
-        up to the last boundary in common.
+        up to the last boundary in common. With `whole`, only states that are reused to their end are found, and that of
+        all tokens is not: it cannot be cut to compute the last one.
         """
         with self._lock:
             best, longest = None, 0
@@ -174,6 +181,8 @@ class StateCache:
                 reused = reusable((saved.key, saved.tokens), (key, tokens))
                 if boundaries is not None and slot[0] in (CALLS, *_SHARED):
                     reused = common_boundary(saved.ends, boundaries, reused)
+                if whole and not reused == len(saved.tokens) < len(tokens):
+                    continue
                 if reused > longest:
                     best, longest = slot, reused
             if best is None:

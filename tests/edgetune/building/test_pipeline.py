@@ -101,6 +101,47 @@ def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
         assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
 
 
+def test_a_base_with_recurrent_layers_is_converted_trained_and_answers(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path, tiny_folder("lfm2"), ("plain", "whole"), quantization="q8_0")
+    result = build(recipe, tmp_path / "home", progress=QUIET)
+    assert set(result.figures) == {"plain", "whole"}
+    manifest = read_manifest(tmp_path / "home")
+    assert (manifest.base.architecture, manifest.base.quantization) == ("lfm2", "q8_0")
+    adapted = read_header(tmp_path / "home" / manifest.adapters["plain"].files["gguf"]).tensors
+    assert any("shortconv" in name for name in adapted)
+    with Runtime.open(tmp_path / "home") as runtime:
+        answers = [runtime.generate(QUESTION, adapter=name, max_tokens=8).text for name in (None, "plain", "whole")]
+        assert len(set(answers)) == 3
+        assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "method", "message"),
+    [
+        ({"targets": ["gguf", "onnx"]}, "lora", r"onnx does not support bases of architecture 'lfm2': .*; remove"),
+        ({}, "prefix", r"adapter 'plain' is a prefix of keys and values, which some layers .*; train it with lora"),
+        ({}, "cartridge", r"'plain' is a prefix of keys and values"),
+        (
+            {},
+            {"name": "lora", "target_modules": "auto"},
+            r"auto does not support the modules .*; list modules, of in_p",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_base_with_recurrent_layers_cannot_have_is_refused(
+    keys: dict[str, Any], method: object, message: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapters = {"plain": adapter_of(method)}
+    recipe = make_recipe(tmp_path, tiny_gguf("lfm2"), adapters, data={"rows.jsonl": lights()}, **keys)
+    progress = Listening()
+    with pytest.raises((IncompatibleError, UsageError), match=message):
+        build(recipe, tmp_path / "home", progress=progress)
+    assert not any(line.startswith("training") for line in progress.lines)
+
+
 def test_a_merged_model_in_4_bits_is_trained_on_the_bases_grid_and_keeps_its_size(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:

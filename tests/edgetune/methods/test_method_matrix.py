@@ -80,9 +80,19 @@ COUNTED: list[tuple[str, dict[str, Any]]] = [
 ]
 # A method of each shape, the least that an architecture needs: low rank, scalings, networks, prefix, merged model.
 OF_EACH_SHAPE = ("bottleneck", "full", "ia3", "lora", "prefix")
-# Where q, k and v are one module.
-FUSED_MODULES = {"ia3": {"target_modules": ("qkv_proj", "down_proj")}}
+# Where modules have other names, or q, k and v are one module.
+OWN_MODULES: dict[str, dict[str, dict[str, Any]]] = {
+    "lfm2": {"ia3": {"target_modules": ("k_proj", "v_proj", "w2"), "feedforward_modules": ("w2",)}},
+    "phi3": {"ia3": {"target_modules": ("qkv_proj", "down_proj")}},
+}
+# Layers without attention have no keys and values.
+NOT_OF_HYBRIDS = ("bottleneck", "prefix")
 TRUNCATED: dict[str, dict[str, Any]] = {name: {**TABLE[name][1], "max_error": 0.3} for name in ("dora", "oft")}
+
+
+def methods_for(arch: str) -> list[str]:
+    """One of each shape that an architecture supports."""
+    return [name for name in OF_EACH_SHAPE if not (known()[arch].recurrent_block and name in NOT_OF_HYBRIDS)]
 
 
 @dataclass(frozen=True)
@@ -202,10 +212,8 @@ def test_a_method_knows_how_many_parameters_it_trains(name: str, options: dict[s
 def test_methods_know_how_many_parameters_they_train_on_every_architecture(
     arch: str, tiny_base: Callable[[str], Base]
 ) -> None:
-    fused = known()[arch].fuses_projections
-    for name in (*OF_EACH_SHAPE, "last_layers"):
-        options = {**TABLE[name][1], **(FUSED_MODULES.get(name, {}) if fused else {})}
-        check_count(name, options, arch, tiny_base(arch))
+    for name in (*methods_for(arch), "last_layers"):
+        check_count(name, {**TABLE[name][1], **OWN_MODULES.get(arch, {}).get(name, {})}, arch, tiny_base(arch))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -235,7 +243,7 @@ def test_each_engine_computes_what_was_trained(
     [
         (arch, name, backend)
         for arch in ARCHITECTURES
-        for name in OF_EACH_SHAPE
+        for name in methods_for(arch)
         for backend in TABLE[name][0]
         if backend not in known()[arch].refusals
     ],
@@ -249,7 +257,7 @@ def test_every_architecture_runs_what_was_trained(
     tmp_path: Path,
 ) -> None:
     (shapes, options), source = TABLE[name], tiny_source(arch)
-    trained = tuned(name, arch, **options, **FUSED_MODULES.get(name, {}) if known()[arch].fuses_projections else {})
+    trained = tuned(name, arch, **options, **OWN_MODULES.get(arch, {}).get(name, {}))
     with closing(engine_of(trained, shapes[backend], backend, source, tmp_path)) as engine:
         assert compare(logits(trained), engine, ROWS).kl < CLOSE[shapes[backend]]
         assert compare(logits_of(source.model), engine, ROWS).kl > 20 * CLOSE[shapes[backend]]

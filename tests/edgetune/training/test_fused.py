@@ -38,7 +38,7 @@ def _fused_modules(model: torch.nn.Module) -> list[str]:
     return [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("targets", ["all-linear", ["o_proj", "out_proj", "down_proj", "w2"]], ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_losses_and_gradients_are_those_of_the_own_layers(arch: str, targets: Any) -> None:  # noqa: ANN401
     model = _tuned(arch, target_modules=targets)

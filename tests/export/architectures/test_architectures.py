@@ -65,6 +65,16 @@ def test_a_granite_without_rotary_embedding_is_refused() -> None:
         architectures.of(header).whole_config(header)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"layer_types": ["conv"]}, {"layer_types": ["conv", "moe"]}, {"conv_bias": True}, {"sliding_window": 8}]
+)
+def test_an_lfm2_that_llama_cpp_would_compute_in_another_way_is_refused(changes: dict[str, object]) -> None:
+    config = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    architectures.known()["lfm2"].check_config(config)
+    with pytest.raises(IncompatibleError, match=r"use an LFM2 or LFM2\.5 of text"):
+        architectures.known()["lfm2"].check_config(config | changes)
+
+
 @pytest.mark.parametrize("name", architectures.names())
 def test_linear_modules_have_the_tensors_that_llama_cpps_converter_gives_them(name: str) -> None:
     known = architectures.known()[name]

@@ -62,6 +62,7 @@ _NAMES = (
     "gpt2",
     "phi3",
     "deepseek2",
+    "lfm2",
     "olmo2",
     "bpe",
     "spm",

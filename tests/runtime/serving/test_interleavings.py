@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runtime.fresh import STEPS, Fresh, greedy
 
+CASES = (("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2"))
 CHOICES: tuple[Any, ...] = (None, "one", "two", {"one": 0.5}, {"one": 1.0, "two": 1.0})
 PROMPTS = ("turn on the light", "turn on the light in the hall", "stop", "play " * 30)
 
@@ -38,34 +39,35 @@ ACTIONS = st.one_of(
 
 @pytest.fixture(scope="module")
 def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a generator fixture
-    """`fresh_of(engine)`: what a runtime of that engine answers that knows nothing."""
-    made: dict[str, Fresh] = {}
+    """`fresh_of(engine, arch)`: what a runtime of that engine answers that knows nothing."""
+    made: dict[tuple[str, str], Fresh] = {}
 
-    def make(engine: str) -> Fresh:
-        if engine not in made:
-            made[engine] = Fresh(prompted_of("llama"), engine, CHOICES)
-        return made[engine]
+    def make(engine: str, arch: str) -> Fresh:
+        if (engine, arch) not in made:
+            made[engine, arch] = Fresh(prompted_of(arch), engine, CHOICES)
+        return made[engine, arch]
 
     yield make
     for fresh in made.values():
         fresh.close()
 
 
-@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize(("engine", "arch"), CASES)
 @pytest.mark.parametrize("budgets", [(64, 64), (0.2, 0), (0, 64), (0, 0)])
 @given(actions=st.lists(ACTIONS, min_size=3, max_size=10))
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_order_of_calls_changes_an_answer(
     engine: str,
+    arch: str,
     budgets: tuple[float, float],
     actions: list[tuple[Any, ...]],
     prompted_of: Callable[[str], Path],
-    fresh_of: Callable[[str], Fresh],
+    fresh_of: Callable[[str, str], Fresh],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    fresh, folder = fresh_of(engine), tmp_path_factory.mktemp("states")
+    fresh, folder = fresh_of(engine, arch), tmp_path_factory.mktemp("states")
     options: dict[str, Any] = {"cache_mb": budgets[0], "disk_mb": budgets[1], "cache_folder": folder}
-    runtime = Runtime.open(prompted_of("llama"), engine=engine, contexts=2, **options)
+    runtime = Runtime.open(prompted_of(arch), engine=engine, contexts=2, **options)
     sessions: dict[int, Session] = {}
     try:
         for kind, *rest in actions:
@@ -75,7 +77,7 @@ def test_no_order_of_calls_changes_an_answer(
                 for number, session in sessions.items():
                     session.save(folder / f"{number}.session")
                 runtime.close()
-                runtime = Runtime.open(prompted_of("llama"), engine=engine, contexts=2, **options)
+                runtime = Runtime.open(prompted_of(arch), engine=engine, contexts=2, **options)
                 sessions = {number: runtime.load_session(folder / f"{number}.session") for number in sessions}
             else:
                 _act(kind, rest, runtime, sessions, fresh)
@@ -105,12 +107,12 @@ def _act(kind: str, rest: list[int], runtime: Runtime, sessions: dict[int, Sessi
         assert runtime.generate(messages, adapter=CHOICES[choice], deadline_s=1e-9).stop_reason == "deadline"
 
 
-@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize(("engine", "arch"), CASES)
 def test_eight_threads_change_no_answer(
-    engine: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str], Fresh], tmp_path: Path
+    engine: str, arch: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str, str], Fresh], tmp_path: Path
 ) -> None:
     jobs = list(itertools.product(range(len(CHOICES)), range(3))) * 3
-    with Runtime.open(prompted_of("llama"), engine=engine, contexts=3, cache_mb=0.5, cache_folder=tmp_path) as runtime:
+    with Runtime.open(prompted_of(arch), engine=engine, contexts=3, cache_mb=0.5, cache_folder=tmp_path) as runtime:
 
         def answer(job: tuple[int, int]) -> list[Logits]:
             return greedy(loaded_bundle(runtime).call(PROMPTS[job[1]], CHOICES[job[0]]))
@@ -118,7 +120,7 @@ def test_eight_threads_change_no_answer(
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(answer, jobs))
     for (choice, prompt), found in zip(jobs, answers, strict=True):
-        expected = fresh_of(engine).greedy([{"role": "user", "content": PROMPTS[prompt]}], choice)
+        expected = fresh_of(engine, arch).greedy([{"role": "user", "content": PROMPTS[prompt]}], choice)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -137,19 +139,19 @@ with Runtime.open(bundle, engine=engine, cache_folder=folder, contexts=1) as run
 """
 
 
-@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize(("engine", "arch"), CASES)
 def test_states_of_a_process_that_was_killed_while_it_wrote_change_no_answer(
-    engine: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str], Fresh], tmp_path: Path
+    engine: str, arch: str, prompted_of: Callable[[str], Path], fresh_of: Callable[[str, str], Fresh], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", WRITER, str(prompted_of("llama")), engine, str(tmp_path)]
+    command = [sys.executable, "-c", WRITER, str(prompted_of(arch)), engine, str(tmp_path)]
     for delay_s in (0.0, 0.004, 0.011):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"warm\n"
             time.sleep(delay_s)
             writer.kill()
-        with Runtime.open(prompted_of("llama"), engine=engine, contexts=1, cache_folder=tmp_path) as runtime:
+        with Runtime.open(prompted_of(arch), engine=engine, contexts=1, cache_folder=tmp_path) as runtime:
             for choice in range(3):
                 found = greedy(loaded_bundle(runtime).call(PROMPTS[1], CHOICES[choice]))
-                expected = fresh_of(engine).greedy([{"role": "user", "content": PROMPTS[1]}], choice)
+                expected = fresh_of(engine, arch).greedy([{"role": "user", "content": PROMPTS[1]}], choice)
                 np.testing.assert_array_equal(found, expected)

@@ -225,40 +225,43 @@ def run(runtime: Runtime, folder: Path, schedule: Schedule) -> Run:
 
 
 @pytest.fixture(scope="module")
-def fresh_of(merged_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Fresh]]:
-    """`fresh_of(engine)`: what a runtime of that engine answers that knows nothing, on a copy of the bundle."""
-    copy = Path(shutil.copytree(merged_bundle, tmp_path_factory.mktemp("fresh") / "home"))
-    made: dict[str, Fresh] = {}
+def fresh_of(
+    merged_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str, str], Fresh]]:
+    """`fresh_of(engine, arch)`: what a runtime of that engine answers that knows nothing, on a copy of the bundle."""
+    made: dict[tuple[str, str], Fresh] = {}
 
-    def make(engine: str) -> Fresh:
-        if engine not in made:
-            made[engine] = Fresh(copy, engine, CHOICES)
-        return made[engine]
+    def make(engine: str, arch: str) -> Fresh:
+        if (engine, arch) not in made:
+            copy = Path(shutil.copytree(merged_of(arch), tmp_path_factory.mktemp("fresh") / "home"))
+            made[engine, arch] = Fresh(copy, engine, CHOICES)
+        return made[engine, arch]
 
     yield make
     for fresh in made.values():
         fresh.close()
 
 
-@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+@pytest.mark.parametrize(("engine", "arch"), [("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2")])
 @pytest.mark.parametrize("merged_mb", [None, 0])
 @given(contexts=st.integers(1, 2), schedule=SCHEDULES)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_schedule_changes_an_answer_hangs_or_leaves_anything(
     engine: str,
+    arch: str,
     merged_mb: float | None,
     contexts: int,
     schedule: Schedule,
-    merged_bundle: Path,
-    fresh_of: Callable[[str], Fresh],
+    merged_of: Callable[[str], Path],
+    fresh_of: Callable[[str, str], Fresh],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    fresh, folder = fresh_of(engine), tmp_path_factory.mktemp("schedule")
+    fresh, folder = fresh_of(engine, arch), tmp_path_factory.mktemp("schedule")
     options: dict[str, Any] = {"contexts": contexts, "cache_mb": 0.5, "cache_folder": folder / "states"}
     options["on_event"] = lambda event: time.sleep(SWITCH_S if event.kind == "switched" else 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(places, "PATIENCE_S", 0.05)
-        runtime = Runtime.open(merged_bundle, engine=engine, merged_mb=merged_mb, **options)
+        runtime = Runtime.open(merged_of(arch), engine=engine, merged_mb=merged_mb, **options)
         going = run(runtime, folder, schedule)
         runtime.close()
     assert not going.errors

@@ -44,6 +44,8 @@ with Runtime.open(sys.argv[1], disk_mb=0, map_large_blocks=sys.argv[2] == "mappe
 """
 
 ENGINES = ("gguf", "onnx")
+# A state of LFM2 cannot be cut.
+CASES = (("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2"))
 ENGINE_CLASSES = {"gguf": gguf.GgufEngine, "onnx": onnx.OnnxEngine}
 
 
@@ -66,24 +68,24 @@ def fixed(runtime: Runtime, adapter: str | None) -> int:
     return loaded_bundle(runtime).call("?", adapter).job.fixed
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "arch"), CASES)
 def test_a_new_process_finds_the_state_of_a_prompt_and_answers_the_same(
-    engine: str, open_: Callable[..., Runtime], tmp_path: Path
+    engine: str, arch: str, open_: Callable[..., Runtime], tmp_path: Path
 ) -> None:
-    with open_(engine) as first:
+    with open_(engine, arch) as first:
         cold = first.generate(PROMPT, adapter="one", max_tokens=6)
         count = fixed(first, "one")
     assert cold.timings.reused_tokens == 0
     assert len(files_of(tmp_path)) == 1
-    with open_(engine) as second:
+    with open_(engine, arch) as second:
         warm = second.generate(PROMPT, adapter="one", max_tokens=6)
     assert (warm.text, warm.timings.reused_tokens) == (cold.text, count)
     assert count > 16
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_switching_computes_the_message_alone(engine: str, open_: Callable[..., Runtime]) -> None:
-    with open_(engine, disk_mb=0) as runtime:
+@pytest.mark.parametrize(("engine", "arch"), CASES)
+def test_switching_computes_the_message_alone(engine: str, arch: str, open_: Callable[..., Runtime]) -> None:
+    with open_(engine, arch, disk_mb=0) as runtime:
         for adapter in ("one", "two"):
             runtime.generate(PROMPT, adapter=adapter, max_tokens=2)
         for message in ("play", "stop the music", PROMPT):
@@ -204,8 +206,9 @@ def test_a_state_that_the_engine_refuses_is_made_again(
     assert (answer.text, answer.timings.reused_tokens) == (expected, 0)
 
 
-def test_a_sliding_window_keeps_the_state_of_the_fixed_prompt(open_: Callable[..., Runtime]) -> None:
-    with open_("gguf", "gemma3", disk_mb=0) as runtime:
+@pytest.mark.parametrize("arch", ["gemma3", "lfm2"])
+def test_a_state_that_cannot_be_cut_leaves_that_of_the_fixed_prompt(arch: str, open_: Callable[..., Runtime]) -> None:
+    with open_("gguf", arch, disk_mb=0) as runtime:
         for message in ("play", "stop the music now " * 4, "turn on the light", "play " * 9):
             for adapter in ("one", "two"):
                 runtime.generate(message, adapter=adapter, max_tokens=4)

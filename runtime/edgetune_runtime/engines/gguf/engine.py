@@ -21,6 +21,7 @@ from edgetune_runtime.engines.base import (
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
+from edgetune_runtime.formats.gguf_sizes import recurrent_layers, recurrent_values
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
@@ -28,7 +29,8 @@ from edgetune_runtime.threads.machine import usable_cores
 from . import NAME
 from .adapters import GgufAdapters
 from .base import GgufBase, GgufTokenizer
-from .kv_cache import MAIN, KvCache
+from .hybrid_cache import HybridCache
+from .kv_cache import BRANCHES, MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
@@ -38,10 +40,8 @@ __all__ = ["BRANCHES", "ENGINE", "GgufEngine", "GgufTokenizer"]
 
 T = TypeVar("T")
 
-BRANCHES = 32
-"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB with a vocabulary of 150,000."""
-
 _CONTEXT_FULL, _STOPPED = 1, 2
+_FLOAT_BYTES = 4
 _MEASURED_OUTPUT_SHARE = 0.21
 """That of SmolLM2-135M."""
 
@@ -96,13 +96,23 @@ class GgufEngine:
         self._base, self.context_length, self._threads = base, context_length, threads
         self._adapters = base.adapters
         self._prefix: PrefixState | None = None
-        model, sequences, llama = base.model, BRANCHES + 1, library()
+        model, llama, state_bytes = base.model, library(), _FLOAT_BYTES * recurrent_values(base.header)
+        kind = HybridCache if state_bytes else KvCache
         with self._adapters.in_first_step():
-            self._context = make_context(model, context_length, threads, batch=batch, sequences=sequences, kv=self._kv)
+            self._context = make_context(
+                model,
+                context_length,
+                threads,
+                batch=batch,
+                sequences=kind.branches + 1,
+                outputs=BRANCHES + 1,
+                rollback=kind.max_rollback or 0,
+                kv=self._kv,
+            )
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
         self._stop = StopFlag(self._context)
         self._used_threads = threads
-        self._cache = KvCache(self._context, model)
+        self._cache = HybridCache(self._context, model, state_bytes) if state_bytes else KvCache(self._context, model)
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
         self.tokenizer = base.vocabulary
@@ -114,6 +124,11 @@ class GgufEngine:
     def kv_bytes(self) -> float:
         """Bytes per number in the KV cache."""
         return TENSOR_TYPES[self._kv].bytes_per_value
+
+    @property
+    def max_rollback(self) -> int | None:
+        """See `Engine`: a number for bases with recurrent layers."""
+        return self._cache.max_rollback
 
     @property
     def logits_excess(self) -> float:
@@ -179,14 +194,15 @@ class GgufEngine:
         return self.context_length - (prefix.tokens if prefix else 0)
 
     def truncate(self, keep: int) -> int:
-        """Truncate the sequence to its first `keep` tokens; returns the new length (0 if it cannot be truncated)."""
+        """See `Engine`."""
         start = self._prefix.tokens if self._prefix else 0
         end = min(start + max(keep, 0), self._length)
         if start < end == self._length:
             return end - start
         self._last = None
-        if 0 < end <= self._length and self._cache.truncate(end):
-            self._length = end
+        kept = self._cache.truncate(end) if 0 < end <= self._length else 0
+        if kept:
+            self._length = kept
         else:
             self._rewind()
         return self._length - start
@@ -204,11 +220,12 @@ class GgufEngine:
     def decode(self, tokens: Sequence[int]) -> Logits:
         """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
-        with self._undoing_if_stopped():
+        with self._step(len(tokens)):
             for part in _parts(tokens, self._batch):
                 self._append(part, [False] * (len(part) - 1) + [True])
                 self._last = self._view(1)[0].copy()
         assert self._last is not None
+        self._cache.keep(self._length)
         return self._last
 
     def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
@@ -216,7 +233,7 @@ class GgufEngine:
         check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         first = len(tokens) - (len(tokens) if last is None else last)
         logits = np.empty((len(tokens) - first, self.tokenizer.vocab_size), np.float32)
-        with self._undoing_if_stopped():
+        with self._step(len(tokens)):
             for start in range(0, len(tokens), self._outputs):
                 part = tokens[start : start + self._outputs]
                 outputs = [place >= first for place in range(start, start + len(part))]
@@ -234,7 +251,7 @@ class GgufEngine:
         ordered = sorted({tuple(tokens) for tokens in continuations})
         check_continuations(ordered, self._length, self.context_length, self.tokenizer.vocab_size)
         scores: dict[Continuation, float] = {}
-        for group in groups(ordered, BRANCHES, self._cache.cells - self._length):
+        for group in groups(ordered, self._cache.branches, self._cache.cells - self._length):
             scores.update(self._score_group(group))
         return [scores[tuple(tokens)] for tokens in continuations]
 
@@ -246,7 +263,7 @@ class GgufEngine:
         """Replace the sequence by a saved one with the same prefix; decode at least one token before `score`."""
         self._last = None
         try:
-            check_state(state, self.context_length)
+            check_state(state, self.context_length, len(recurrent_layers(self._base.header)))
             self._length = self._cache.restore(state)
         except VerificationError:
             self._rewind()
@@ -271,7 +288,7 @@ class GgufEngine:
             raise IncompatibleError(message, "open the bundle with kv f16")
         # A context of its own, as others may compute on those that there are.
         with self._adapters.in_first_step():
-            context = make_context(self._base.model, prefix.tokens, 1, batch=1, sequences=1, kv=self._kv)
+            context = make_context(self._base.model, prefix.tokens, 1, batch=1, kv=self._kv)
         try:
             cache = KvCache(context, self._base.model)
             cache.restore(prefix.data)
@@ -294,24 +311,21 @@ class GgufEngine:
             self._length = self._cache.restore(self._prefix.data)
 
     @contextmanager
-    def _undoing_if_stopped(self) -> Iterator[None]:
-        """Undo a step that is stopped: drop the tokens that it appended."""
+    def _step(self, tokens: int) -> Iterator[None]:
+        """Undo a step that fails or is stopped: drop the tokens that it appended."""
         length = self._length
+        self._cache.begin_step(length, tokens)
         try:
             yield
-        except StepStopped:
-            self._cache.drop(length)
+        except (StepStopped, EdgetuneError):
+            self._cache.undo_step(length)
             self._length, self._last = length, None
             raise
 
     def _append(self, tokens: Sequence[int], outputs: Sequence[bool]) -> None:
         self._last = None
         positions = range(self._length, self._length + len(tokens))
-        try:
-            self._submit(tokens, positions, [(MAIN,)] * len(tokens), outputs)
-        except EdgetuneError:
-            self._cache.drop(self._length)
-            raise
+        self._submit(tokens, positions, [(MAIN,)] * len(tokens), outputs)
         self._length += len(tokens)
 
     def _submit(

@@ -81,15 +81,21 @@ def make_context(
     threads: int,
     *,
     batch: int,
-    sequences: int,
     kv: str,
+    sequences: int = 1,
+    outputs: int = 1,
+    rollback: int = 0,
 ) -> Any:  # noqa: ANN401 - as above
-    """A context for `context_length` tokens in `sequences` sequences; IncompatibleError if llama.cpp cannot make it."""
+    """A context for `context_length` tokens in `sequences` sequences, with up to `outputs` rows of logits per batch.
+
+    It keeps the recurrent states before the last `rollback` tokens. IncompatibleError if llama.cpp cannot make it.
+    """
     llama = library()
     params = llama.llama_context_default_params()
     params.n_ctx = context_length
     params.n_batch = params.n_ubatch = batch
-    params.n_seq_max = params.n_outputs_max = sequences
+    params.n_seq_max, params.n_outputs_max = sequences, outputs
+    params.n_rs_seq = rollback
     params.n_threads = params.n_threads_batch = threads
     params.type_k = params.type_v = TENSOR_TYPES[kv].number
     # Flash attention takes a third more time than plain attention for a short message after a long state, but

@@ -9,10 +9,18 @@ from pathlib import Path
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines.needs import EngineCost, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
-from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
+from edgetune_runtime.formats.gguf_sizes import (
+    data_start,
+    head_lengths,
+    kv_values_per_token,
+    number,
+    recurrent_values,
+    vocabulary,
+)
 
 from . import KV_TYPES, NAME
-from .engine import BRANCHES
+from .hybrid_cache import states_of
+from .kv_cache import BRANCHES
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
@@ -68,4 +76,6 @@ def needs_of_sizes(
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=head_lengths(header),
+        recurrent_values=recurrent_values(header),
+        recurrent_states=states_of(4 * recurrent_values(header), context_length),
     )

@@ -2,8 +2,8 @@
 
 The layout is the one of `llama_kv_cache::state_write` at llama.cpp 0c1e57098: a magic number and the sequence, then for
 each KV cache of the model (one, and a second one for sliding-window layers) the cells with their positions, the keys of
-all its layers, and the values of all its layers. llama.cpp itself refuses other sizes and types than its own; the
-engine checks that llama.cpp returns the same bytes.
+all its layers, and the values of all its layers. If some layers are recurrent, their states follow. llama.cpp itself
+refuses other sizes and types than its own; the engine checks that llama.cpp returns the same bytes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_prefix(path: Path, adapter: GgufHeader, base: GgufHeader, name: str) ->
     return PrefixState(tokens, _state(keys, values, shape))
 
 
-def check_state(state: memoryview, context_length: int) -> None:
+def check_state(state: memoryview, context_length: int, recurrent_layers: int = 0) -> None:
     """Raise VerificationError unless the bytes are exactly a state of sequence 0 that fits in the context.
 
     llama.cpp compares types and sizes with its cache itself.
@@ -62,6 +62,9 @@ def check_state(state: memoryview, context_length: int) -> None:
     try:
         magic, sequence = struct.unpack_from("<Ii", state)
         offset = 8 if (magic, sequence) == (_MAGIC, 0) else len(state) + 1
+        if recurrent_layers:
+            offset = _end_of_cache(state, offset, context_length)
+            offset = _end_of_recurrent(state, offset, context_length, recurrent_layers)
         while offset < len(state):
             offset = _end_of_cache(state, offset, context_length)
     except (struct.error, ValueError):
@@ -92,6 +95,21 @@ def _end_of_cache(state: memoryview, offset: int, context_length: int) -> int:
             offset += 12 + size * rows * count
             if offset > len(state):
                 raise ValueError("layers")
+    return offset
+
+
+def _end_of_recurrent(state: memoryview, offset: int, context_length: int, layers: int) -> int:
+    """The end of the recurrent states that start at `offset`: of one cell, in each layer one of the convolution and one
+    of the sums. Errors as in `_end_of_cache`."""
+    count, position, sequences, transposed, _ = struct.unpack_from("<IiIII", state, offset)
+    if (count, sequences, transposed) != (1, 0, 0) or not 0 <= position < context_length:
+        raise ValueError("recurrent states")
+    offset += 20
+    for _ in range(2 * layers):
+        _, size = struct.unpack_from("<iQ", state, offset)
+        offset += 12 + size
+        if offset > len(state):
+            raise ValueError("layers")
     return offset
 
 

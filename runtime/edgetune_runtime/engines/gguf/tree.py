@@ -47,7 +47,7 @@ class ContinuationTree:
         # Row by row, because all rows at once in float64 would use more memory than a small base.
         for node, row in zip(nodes, rows, strict=True):
             total = log_total(row)
-            steps.update({(*node, token): float(row[token]) - total for token in self._following[node]})
+            steps.update({(*node, token): float(row[token]) - total for token in self._following.get(node, ())})
         return steps
 
     def totals(self, steps: dict[Continuation, float]) -> dict[Continuation, float]:

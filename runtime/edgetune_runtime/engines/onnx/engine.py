@@ -77,6 +77,7 @@ class OnnxEngine:
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0}
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
+    max_rollback = None
     # Keys and values are f32.
     kv_bytes = 4.0
     adjusts_threads = False

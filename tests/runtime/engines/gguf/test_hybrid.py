@@ -1,0 +1,133 @@
+"""A base with recurrent layers continues from every cut as if it had computed only what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from edgetune_runtime import VerificationError
+from edgetune_runtime.engines.base import StepStopped
+from edgetune_runtime.engines.gguf import hybrid_cache
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.hybrid_cache import ROLLBACK
+
+CONTEXT = 300
+# Longer than a step of which llama.cpp drops tokens.
+PARTS = [list(range(start, start + 40)) for start in (100, 200, 300)]
+NEXT = list(range(50, 58))
+
+
+@pytest.fixture
+def engine(tiny_gguf: Callable[[str], Path]) -> Iterator[GgufEngine]:
+    with closing(GgufEngine(tiny_gguf("lfm2"), context_length=CONTEXT, threads=1)) as opened:
+        yield opened
+
+
+def decoded(engine: GgufEngine, parts: list[list[int]]) -> np.ndarray:
+    """The logits after all parts, each a step, of an empty sequence."""
+    engine.truncate(0)
+    return [engine.decode(part) for part in parts][-1]
+
+
+def test_a_cut_to_the_end_of_a_part_continues_bit_for_bit(engine: GgufEngine) -> None:
+    for count in range(1, 4):
+        expected = decoded(engine, [*PARTS[:count], NEXT])
+        decoded(engine, PARTS)
+        engine.decode_all(NEXT)
+        assert engine.truncate(40 * count) == 40 * count
+        assert np.array_equal(engine.decode(NEXT), expected)
+
+
+def test_a_cut_elsewhere_leaves_what_the_last_part_before_it_ended_with(engine: GgufEngine) -> None:
+    expected = decoded(engine, [*PARTS[:2], NEXT])
+    decoded(engine, PARTS)
+    assert engine.truncate(119) == 80
+    assert np.array_equal(engine.decode(NEXT), expected)
+    assert engine.truncate(39) == 0
+    assert np.array_equal(decoded(engine, [*PARTS[:2], NEXT]), expected)
+
+
+@pytest.mark.parametrize("dropped", range(1, len(NEXT)))
+def test_rejected_tokens_of_a_step_are_dropped(engine: GgufEngine, dropped: int) -> None:
+    decoded(engine, PARTS)
+    expected = engine.decode_all(NEXT)
+    decoded(engine, PARTS)
+    engine.decode_all([*NEXT[:-dropped], *[7] * dropped])
+    assert engine.truncate(120 + len(NEXT) - dropped) == 120 + len(NEXT) - dropped
+    state = engine.save_state()
+    found = engine.decode_all(NEXT[-dropped:])
+    assert found == pytest.approx(expected[-dropped:], abs=0.01)
+    engine.restore_state(state)
+    assert np.array_equal(engine.decode_all(NEXT[-dropped:]), found)
+
+
+def test_tokens_are_dropped_once_per_step_and_then_back_to_before_it(engine: GgufEngine) -> None:
+    decoded(engine, PARTS)
+    engine.decode_all([5])
+    expected = engine.decode_all(NEXT)
+    decoded(engine, PARTS)
+    engine.decode_all([5])
+    engine.decode_all([8] * ROLLBACK)
+    assert engine.truncate(123) == 123
+    assert engine.truncate(122) == 121
+    assert np.array_equal(engine.decode_all(NEXT), expected)
+
+
+def test_more_tokens_than_llama_cpp_drops_are_dropped_to_before_the_step(engine: GgufEngine) -> None:
+    decoded(engine, PARTS)
+    for tokens in (ROLLBACK + 2, 40):
+        engine.decode_all([8] * tokens)
+        assert engine.truncate(121) == 120
+
+
+def test_a_restored_state_is_a_place_to_cut_to(engine: GgufEngine) -> None:
+    expected = decoded(engine, [*PARTS[:2], NEXT])
+    decoded(engine, PARTS[:2])
+    state = engine.save_state()
+    decoded(engine, [[9] * 30])
+    engine.restore_state(state)
+    engine.decode(PARTS[2])
+    engine.decode_all([5])
+    assert engine.truncate(80) == 80
+    assert np.array_equal(engine.decode(NEXT), expected)
+
+
+def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: GgufEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for before in ([*PARTS], [*PARTS, [5]], []):
+        expected = decoded(engine, [*before, NEXT])
+        engine.truncate(0)
+        for part in before:
+            engine.decode_all(part)
+        # `_submit` clears the flag, which another thread would set during the step.
+        with monkeypatch.context() as patch, pytest.raises(StepStopped):
+            patch.setattr(engine._stop, "clear", lambda: None)
+            engine.stop_step()
+            engine.decode(NEXT)
+        engine._stop.clear()
+        assert engine.decode(NEXT) == pytest.approx(expected, abs=0.01)
+
+
+def test_the_first_checkpoints_are_dropped_when_there_are_too_many(
+    engine: GgufEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid_cache, "CHECKPOINTS_BYTES", 1)
+    with closing(engine.fork()) as small:
+        decoded(small, PARTS)
+        assert small.truncate(100) == 80
+        decoded(small, PARTS)
+        assert small.truncate(79) == 0
+
+
+def test_a_state_whose_recurrent_part_is_damaged_is_refused(engine: GgufEngine) -> None:
+    decoded(engine, PARTS)
+    state = bytes(engine.save_state())
+    expected = engine.decode(NEXT)
+    for broken in (state[:-1], state + b"\0", state[:-600], state[:-4] + b"\1\0\0\0"):
+        with pytest.raises(VerificationError, match="state"):
+            engine.restore_state(memoryview(broken))
+        assert engine.truncate(5) == 0
+    engine.restore_state(memoryview(state))
+    assert np.array_equal(engine.decode(NEXT), expected)

@@ -1,0 +1,80 @@
+"""A base with recurrent layers: what is reused of prompts, sessions and drafts, and that answers stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.states.batches import CHUNK
+
+LONG = "turn on the warm light in the hall and the kitchen " * 16
+
+
+@pytest.fixture
+def open_(prompted_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Runtime]:
+    """Opens the bundle of a tiny LFM2 with one context."""
+
+    def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
+        return Runtime.open(prompted_of("lfm2"), contexts=1, context_length=512, cache_folder=tmp_path, **options)
+
+    return make
+
+
+def logits_of(runtime: Runtime, prompt: str) -> tuple[int, np.ndarray]:
+    """The reused tokens, and the logits after a prompt."""
+    call = loaded_bundle(runtime).call(prompt, "one")
+    with call.lease() as context:
+        found = context.run(call.job)
+        return found.reused, found.logits.copy()
+
+
+def test_prompts_that_begin_alike_share_their_first_batches(open_: Callable[..., Runtime]) -> None:
+    with open_(cache_mb=0, disk_mb=0) as runtime:
+        _, expected = logits_of(runtime, LONG + "now")
+    with open_() as runtime:
+        logits_of(runtime, LONG + "please, and stop the music")
+        # Of the sequence, then of the state that was saved when another call came.
+        for between in ([], ["play"]):
+            for prompt in between:
+                runtime.generate(prompt, adapter="two", max_tokens=2)
+            reused, found = logits_of(runtime, LONG + "now")
+            assert reused == CHUNK
+            assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("switches", [False, True])
+def test_a_session_goes_on_from_its_state(open_: Callable[..., Runtime], tmp_path: Path, switches: bool) -> None:
+    with open_() as runtime:
+        session = runtime.session("one")
+        session.send("turn on the light", max_tokens=4)
+        if switches:
+            session.use("two")
+        runtime.generate("play", adapter="two", max_tokens=2)
+        before = session.send("and in the hall", max_tokens=4)
+        session.save(tmp_path / "a.session")
+        expected = session.send("stop", max_tokens=4)
+        assert (before.timings.reused_tokens > 30) == (not switches)
+    with open_() as runtime:
+        found = runtime.load_session(tmp_path / "a.session").send("stop", max_tokens=4)
+        assert (found.text, found.timings.reused_tokens) == (expected.text, expected.timings.reused_tokens)
+
+
+def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[..., Runtime]) -> None:
+    prompts = ["turn on the light", "turn on the light in the hall", LONG]
+    with open_(learn_drafts="off") as runtime:
+        expected = [runtime.generate(prompt, adapter="one", max_tokens=40).text for prompt in prompts]
+        words = [runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts]
+    with open_(learn_drafts="memory") as runtime:
+        for _ in range(2):
+            answers = [runtime.generate(prompt, adapter="one", max_tokens=40) for prompt in prompts]
+            assert [answer.text for answer in answers] == expected
+        assert sum(answer.timings.accepted for answer in answers) > 20
+        stopped = [
+            runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts
+        ]
+        assert [answer.text for answer in stopped] == [answer.text for answer in words]
