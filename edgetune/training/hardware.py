@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from edgetune_runtime.errors import UsageError
 
 from edgetune.methods import Method
@@ -24,6 +25,16 @@ def processes() -> PartialState:
     """This process among those of the launcher; the first call sets the device, unless `use_device` has."""
     # By default accelerate assumes that several processes mean several GPUs, even on a machine without one.
     return PartialState(cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()))
+
+
+def over_processes(values: Sequence[float], accelerator: Accelerator) -> Sequence[float]:
+    """The sums of the values over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    # In float64, which the GPUs of Apple silicon lack; but there training has a single process.
+    totals = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
+    sums: list[float] = accelerator.reduce(totals, "sum").tolist()
+    return sums
 
 
 def use_device(key: str) -> TrainingDevice:

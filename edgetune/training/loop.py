@@ -29,7 +29,7 @@ from .checkpointing import checkpointed, layers_of
 from .device_memory import peak_mb
 from .duration import TimeTrial, tokens_left
 from .fused import fused
-from .hardware import precision_of, processes
+from .hardware import over_processes, precision_of, processes
 from .job import Point, TrainingJob, TrainResult
 from .memory import PassPlan
 from .on_device import on_device
@@ -359,7 +359,7 @@ class _Run:
             val_sum += self._loss(batch, self.model).item()
             val_tokens += len(batch.targets)
         sums = (val_sum, val_tokens, self.state.loss_sum, self.state.loss_tokens)
-        val_sum, val_tokens, train_sum, train_tokens = self._over_processes(sums)
+        val_sum, val_tokens, train_sum, train_tokens = over_processes(sums, self.accelerator)
         self._require_finite(val_sum, self.state.step)
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
         point = Point(
@@ -374,15 +374,6 @@ class _Run:
         self.state.history.append(point)
         self.model.train()
         return point
-
-    def _over_processes(self, values: Sequence[float]) -> Sequence[float]:
-        """The sums of the values over all processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        # In float64, which the GPUs of Apple silicon lack; but there training has a single process.
-        totals = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        summed: list[float] = self.accelerator.reduce(totals, "sum").tolist()
-        return summed
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
