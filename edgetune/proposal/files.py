@@ -83,7 +83,7 @@ def tasks_of(files: Sequence[Path]) -> list[TaskFiles]:
 
 
 def read_sample(path: Path) -> Sample:
-    """The entries in the first `SAMPLE_BYTES` of a file; the errors of `row_files.entries`, and UsageError without any."""
+    """Entries in the first `SAMPLE_BYTES` of a file; errors of `row_files.entries`, and UsageError without any."""
     if not path.is_file() and not path.is_dir():
         raise NotFoundError(f"no data file {path}", "check the path")
     sampled: list[tuple[str, Any]] = []

@@ -28,6 +28,11 @@ _RECURRENT = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY."""
 
 
+def rollback_of(state_bytes: int) -> int:
+    """How many tokens llama.cpp can drop from the end of a step; none if the states for it would take too much."""
+    return ROLLBACK if (1 + _BRANCHES) * (1 + ROLLBACK) * state_bytes <= CHECKPOINTS_BYTES else 0
+
+
 def most_checkpoints(state_bytes: int) -> int:
     """Checkpoints that are kept of a sequence whose recurrent state has this size."""
     return max(2, CHECKPOINTS_BYTES // state_bytes)
@@ -38,17 +43,17 @@ def states_of(state_bytes: int, context_length: int) -> int:
     if not state_bytes:
         return 0
     parts = context_length // CHUNK + 2
-    return (1 + _BRANCHES) * (1 + ROLLBACK) + min(parts, most_checkpoints(state_bytes)) + 1
+    return (1 + _BRANCHES) * (1 + rollback_of(state_bytes)) + min(parts, most_checkpoints(state_bytes)) + 1
 
 
 class HybridCache(KvCache):
     """As `KvCache`, with checkpoints; `state_bytes` is the size of the recurrent state of a sequence."""
 
     branches = _BRANCHES
-    max_rollback = ROLLBACK
 
     def __init__(self, context: Any, model: Any, state_bytes: int) -> None:  # noqa: ANN401 - bare pointers
         super().__init__(context, model)
+        self.max_rollback = rollback_of(state_bytes)
         self._most = most_checkpoints(state_bytes)
         self._checkpoints: dict[int, memoryview] = {}
         self._before: dict[int, memoryview] = {}
