@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Logits
-from edgetune_runtime.inference.generation import Call, Outcome, generate
+from edgetune_runtime.inference.answer import Outcome
+from edgetune_runtime.inference.call import Call
+from edgetune_runtime.inference.generation import generate
 from edgetune_runtime.inference.loaded import LoadedBundle
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import CallLimits

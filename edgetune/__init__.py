@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgetune_runtime.errors import EdgetuneError
 
-    from .api import build, compare, evaluate, export, learn, plan
+    from .api import build, compare, evaluate, export, learn, plan, rebase
     from .building.result import Build
     from .comparison.comparison import Comparison
     from .evaluation import Evaluation, ScoredRow
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from .learning.learn import Learned
     from .planning.records import BuildPlan
     from .progress import ProgressEvent
+    from .rebasing.rebase import BundleFigures, Rebased
     from .recipe.model import Recipe
     from .training.job import Point
 
 __all__ = [
     "Build",
     "BuildPlan",
+    "BundleFigures",
     "Change",
     "Comparison",
     "EdgetuneError",
@@ -34,6 +36,7 @@ __all__ = [
     "Learned",
     "Point",
     "ProgressEvent",
+    "Rebased",
     "Recipe",
     "ScoredRow",
     "build",
@@ -42,12 +45,14 @@ __all__ = [
     "export",
     "learn",
     "plan",
+    "rebase",
 ]
 
 # Loaded on first use: most of them need numpy, pydantic or torch.
 _LAZY = {
     "Build": "edgetune.building.result",
     "BuildPlan": "edgetune.planning.records",
+    "BundleFigures": "edgetune.rebasing.rebase",
     "Change": "edgetune.learning.change",
     "Comparison": "edgetune.comparison.comparison",
     "EdgetuneError": "edgetune_runtime.errors",
@@ -55,6 +60,7 @@ _LAZY = {
     "Learned": "edgetune.learning.learn",
     "Point": "edgetune.training.job",
     "ProgressEvent": "edgetune.progress",
+    "Rebased": "edgetune.rebasing.rebase",
     "Recipe": "edgetune.recipe.model",
     "ScoredRow": "edgetune.evaluation",
     "build": "edgetune.api",
@@ -63,6 +69,7 @@ _LAZY = {
     "export": "edgetune.api",
     "learn": "edgetune.api",
     "plan": "edgetune.api",
+    "rebase": "edgetune.api",
 }
 
 

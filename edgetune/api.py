@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation
     from .learning.learn import Learned
     from .planning.records import BuildPlan
+    from .rebasing.rebase import Rebased
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
 """A recipe, its keys and values, or the path of a recipe file."""
@@ -185,6 +186,56 @@ def learn(
     entries = learning.read_logs(folder, [Path(log)])
     with _interruptible():
         return learning.learn(folder, entries, path, None if into is None else Path(into), Progress(on_progress))
+
+
+def rebase(
+    bundle: str | Path,
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    quantization: str | None = None,
+    recipe: str | Path | None = None,
+    folder: str | Path = "",
+    settings: Mapping[str, Any] | None = None,
+    data: Mapping[str, AnyRows] | None = None,
+    margin: float = 1.0,
+    without_worse: bool = False,
+    converter: str | Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Rebased:
+    """Train all adapters of a bundle again on another base, or on another quantization of the same one.
+
+    `recipe` has the rows, by default the recipe beside the bundle, or the one in it, whose paths start in `folder`;
+    `settings` are dotted keys of it. A .gguf file ships unchanged unless there is a `quantization`; for other bases it
+    is by default the recipe's. Both bundles answer the validation rows, and test rows in `data`, by adapter. If none
+    got worse by more than `margin` standard errors, the new bundle is packed as `out`, by default `BUNDLE-rebased`;
+    with `without_worse`, without those that did.
+
+    Raises EdgetuneError, before any training, for a bundle without a recipe, rows that are gone, and a base that cannot
+    hold the adapters or is that of the bundle; and what `build` raises.
+    """
+    from .rebasing import rebase as rebasing  # noqa: PLC0415 - torch
+    from .rebasing.recipe import RecipeSource  # noqa: PLC0415 - as above
+
+    path = Path(bundle)
+    source = RecipeSource(
+        None if base is None else str(base),
+        quantization,
+        None if recipe is None else Path(recipe),
+        Path(folder),
+        settings,
+    )
+    with _interruptible():
+        return rebasing.rebase(
+            path,
+            path.with_name(f"{path.name}-rebased") if out is None else Path(out),
+            source,
+            {name: _source(f"data.{name}", rows) for name, rows in (data or {}).items()},
+            progress=Progress(on_progress),
+            margin=margin,
+            without_worse=without_worse,
+            converter=None if converter is None else Path(converter),
+        )
 
 
 def compare(

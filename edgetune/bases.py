@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.base_file.convert import convert_folder, part_of
+from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, part_of
 from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
@@ -288,11 +288,15 @@ def _packaged(name: str, packaged: PackagedBase) -> Path:
 
 def _downloaded(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415 - only for hub ids
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError  # noqa: PLC0415
 
-    patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", WEIGHT_FILES, "tokenizer.model", "*.jinja", "*.txt"]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except GatedRepoError as error:
+        message = f"base {hub_id!r} is gated: its owner gives access to those who ask for it"
+        remedy = "ask on its page of the hub, and set HF_TOKEN or run hf auth login, or use a local folder"
+        raise NotFoundError(message, remedy) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         message = f"cannot download base {hub_id!r} from the hub: {reason}"

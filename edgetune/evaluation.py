@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import MARK, AdapterEntry
+from edgetune_runtime.bundle import MARK, AdapterEntry, Manifest
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -39,8 +39,9 @@ Pair = tuple[TaskRow, Example | None]
 class ScoredRow:
     """One row: prompt, expected answer, actual answer, and score between 0 and 1.
 
-    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token. `kind`, `log_odds`
-    and `confidence` are those of `edgetune_runtime.Answer`.
+    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token; `bits_per_byte`
+    says the same without regard to the tokenizer, and is None for other metrics. `kind`, `log_odds` and `confidence`
+    are those of `edgetune_runtime.Answer`.
     """
 
     where: str
@@ -51,6 +52,7 @@ class ScoredRow:
     kind: str | None = None
     log_odds: float | None = None
     confidence: float | None = None
+    bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ def evaluate(
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
     with Runtime.open(bundle, engine=engine, kv=kv, disk_mb=0) as runtime:
-        entry = runtime.manifest.adapter(adapter) if adapter is not None else None
-        source = str(data) if isinstance(data, Path) else data
-        rows = spread(_read(source, _columns(runtime, adapter), entry), limit)
+        rows = spread(rows_for(runtime.manifest, adapter, data), limit)
         return score(runtime, adapter, rows, progress)
 
 
@@ -141,7 +141,8 @@ def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, 
     details, total_nats, total_tokens = [], 0.0, 0
     for row, example in pairs:
         nats, tokens = _loss(task, row, example)
-        details.append(_detail(row, "", nats / tokens))
+        size = len((row.completion or row.text or "").encode()) or 1
+        details.append(_detail(row, "", nats / tokens, bits_per_byte=nats / math.log(2) / size))
         total_nats += nats
         total_tokens += tokens
         step.update()
@@ -192,9 +193,21 @@ def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredR
     return ScoredRow(row.where, prompt, row.completion or "", answer, score, **sureness)
 
 
-def _read(source: str | Rows, columns: Columns | None, entry: AdapterEntry | None) -> list[TaskRow]:
-    """The rows read with the adapter's columns; if that fails, by their keys, if these give prompt rows."""
+def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> list[TaskRow]:
+    """The rows of `data` for an adapter (None: the base): with the columns from its training, or if that fails, by
+    their keys, if these give prompt rows.
+
+    Raises what `read_rows` raises, and UsageError for rows that the adapter's metric cannot score.
+    """
+    entry = manifest.adapter(adapter) if adapter is not None else None
+    source, columns = str(data) if isinstance(data, Path) else data, _columns(manifest, adapter)
     labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
+    rows = _read(source, columns, labels)
+    _check_rows(rows, metrics.metric_for(_metric(entry), rows, labels))
+    return rows
+
+
+def _read(source: str | Rows, columns: Columns | None, labels: Sequence[str] | None) -> list[TaskRow]:
     try:
         return read_rows(source, columns, labels=labels)
     except UsageError:
@@ -210,15 +223,15 @@ def _read(source: str | Rows, columns: Columns | None, entry: AdapterEntry | Non
         return rows
 
 
-def _columns(runtime: Runtime, adapter: str | None) -> Columns | None:
+def _columns(manifest: Manifest, adapter: str | None) -> Columns | None:
     """The columns of the adapter's data in the bundle's recipe; None if it sets none."""
-    node: Any = runtime.manifest.recipe
+    node: Any = manifest.recipe
     for key in ("adapters", adapter, "data", "columns"):
         node = node.get(key) if isinstance(node, dict) else None
     try:
         return None if node is None else Columns.model_validate(node)
     except ValidationError as error:
-        message = f"the recipe in bundle {runtime.manifest.name!r} has invalid columns: {node}"
+        message = f"the recipe in bundle {manifest.name!r} has invalid columns: {node}"
         raise VerificationError(message, "build the bundle again") from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.architectures.layout import name_map, tensor_name
-from edgetune_export.base_file.convert import check_folder
+from edgetune_export.base_file.convert import check_folder, weight_files
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
@@ -46,7 +46,7 @@ def predict_header(folder: Path) -> GgufHeader:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     known = name_map(GgufHeader(metadata, {}))
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         for name, shape in _shapes(file):
             if name.startswith(_NOT_TEXT):
                 continue
@@ -79,10 +79,11 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
             (length,) = struct.unpack("<Q", opened.read(8))
             # Do not allocate memory for a damaged length.
             head: Mapping[str, Any] = json.loads(opened.read(min(length, file.stat().st_size)))
-            if opened.tell() != 8 + length:
-                raise ValueError("the file is truncated")
+        end = max((entry["data_offsets"][1] for name, entry in head.items() if name != "__metadata__"), default=0)
+        if file.stat().st_size != 8 + length + end:
+            raise ValueError("the file is truncated")
         for name, entry in head.items():
             if name != "__metadata__":
                 yield name, [operator.index(size) for size in entry["shape"]]
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"{file} is not a .safetensors file", "download the model again") from error
+        raise VerificationError(f"{file} is not a whole .safetensors file", "download the model again") from error

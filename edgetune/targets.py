@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from edgetune_export import backends
 from edgetune_runtime.bundle import GENERATION
@@ -22,6 +23,15 @@ def shapes_in(
         target: methods.shape_for(loaded, options, target, backends.load(target, task).SHAPES, merged=merged)
         for target in targets
     }
+
+
+def supported_shapes(targets: Sequence[str], method: str) -> dict[str, str]:
+    """The shape of a method with its defaults in each of these targets that supports it."""
+    shapes: dict[str, str] = {}
+    for target in targets:
+        with suppress(IncompatibleError):
+            shapes |= shapes_in((target,), method, methods.load(method).options())
+    return shapes
 
 
 def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:

@@ -68,6 +68,8 @@ def build_folder(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.Temp
     with contextlib.chdir(folder):
         Path("examples").symlink_to(ROOT / "examples")
         assert run(BUILD, tiny_gguf("llama")) == 0
+    # The base to move to, beside the other one.
+    tiny_gguf("qwen2")
     return folder / "build"
 
 
@@ -82,6 +84,9 @@ def run(words: list[str], base: Path) -> int:
         return run_script(rest)
     if program == "edgetune" and rest[0] in {"build", "plan"}:
         rest += [word for setting in (f"base={base}", *QUICK) for word in ("--set", setting)]
+    if program == "edgetune" and rest[0] == "rebase":
+        rest[rest.index("--base") + 1] = str(base.with_name("qwen2.gguf"))
+        rest += ["--margin", "inf", *(word for setting in QUICK for word in ("--set", setting))]
     if program == "edgetune" and rest[0] == "evaluate":
         rest += ["--limit", "5"]
     project = ROOT / "runtime" if program == "edgetune-run" else ROOT

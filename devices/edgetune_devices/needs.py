@@ -47,7 +47,7 @@ def needs_of_header(
         context_length=context_length,
         engine=engine,
         main_type=main_type.name,
-        head_type="" if chosen is None else _row_type(chosen.head, width).name,
+        head_type="" if chosen is None else row_type(chosen.head, width).name,
     )
     merged_bytes = {}
     for name, trains_on_grid in (merged or {}).items():
@@ -62,7 +62,7 @@ def main_type_of(header: GgufHeader, quantization: str | None) -> TensorType:
     """The type with the most bytes of a base as its file is, or after quantization."""
     if quantization is None:
         return header.main_type
-    return _row_type(quantization_named(quantization).most, number(header, "embedding_length"))
+    return row_type(quantization_named(quantization).most, number(header, "embedding_length"))
 
 
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:
@@ -104,11 +104,11 @@ def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quant
 
 
 def _row_bytes(type_name: str, columns: int) -> int:
-    kind = _row_type(type_name, columns)
+    kind = row_type(type_name, columns)
     return columns // kind.block * kind.block_bytes
 
 
-def _row_type(type_name: str, columns: int) -> TensorType:
+def row_type(type_name: str, columns: int) -> TensorType:
     """The type that llama.cpp stores rows of this length in."""
     kind = TENSOR_TYPES[type_name]
-    return _row_type(kind.narrow or "f16", columns) if columns % kind.block else kind
+    return row_type(kind.narrow or "f16", columns) if columns % kind.block else kind

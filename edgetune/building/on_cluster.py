@@ -60,7 +60,8 @@ def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) ->
     recipe = save_recipe(_recipe_of_nodes(prepared.plan, prepared.base, work), folder)
     failures = []
     with connected() as cluster:
-        cpus, gpus = (1, 1) if cluster.has_gpus else (cluster.cpus_each(len(left)), 0)
+        takes_gpu = cluster.has_gpus and prepared.plan.recipe.training.device != "cpu"
+        cpus, gpus = (1, 1) if takes_gpu else (cluster.cpus_each(len(left)), 0)
         needs = prepared.plan.needs
         memory_mb = 0.0 if needs is None else needs.needs.training_mb
         tasks = []

@@ -29,7 +29,7 @@ from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from edgetune.shipping.ship import ship
 from edgetune.targets import shapes_in
 from edgetune.tasks.data import TaskRow
-from edgetune.training.hardware import processes
+from edgetune.training.hardware import processes, use_device
 from edgetune.training.jobs import train_all
 from edgetune.work_folder import clear, locked, work_folder
 
@@ -70,6 +70,7 @@ def build(
     `on_cluster`, they are trained on a Ray cluster. With several processes under a launcher, all train and the first
     one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
     """
+    use_device(recipe.training.device)
     state = processes()
     if not state.is_main_process:
         progress = Progress(quiet=True)
@@ -178,11 +179,12 @@ def export_trained(
 
 
 def _say_plan(plan: BuildPlan, progress: Progress) -> None:
-    """Report what the build needs, and why it has the settings that it has."""
+    """Report what the build needs, what trains, and why it has the settings that it has."""
     if plan.needs is not None:
         progress.say(f"needs {plan.needs.summary}")
         for warning in plan.needs.warnings:
             progress.say(f"warning: {warning}")
+    progress.say(f"trains on {plan.training_device}")
     if plan.board is not None:
         progress.say(f"{plan.recipe.device}: {plan.board.reason}")
 

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.wording import printable, shortened
 
 from .arguments import AsJson, BundlePath, Quiet, data_option, output_option, print_json
-from .tables import print_table
+from .changes import print_changes
 
 if TYPE_CHECKING:
     from edgetune.learning.learn import Learned
-
-_SHOWN = 3
 
 
 def learn(
@@ -93,18 +90,7 @@ def _reply_to(question: str) -> str:
 
 
 def _print(result: Learned) -> None:
-    """The scores before and after, and some answers that changed."""
-    rows, answers = [], []
-    for name, sets in result.changes.items():
-        for kind, change in sets.items():
-            scores = f"{change.before:.1%}", f"{change.after:.1%}", change.difference
-            rows.append([name, kind, str(change.rows), *scores])
-            answers += [(name, answer) for answer in change.answers[:_SHOWN]]
-    titles = ("adapter", "rows", "number", "before", "after", "difference in points")
-    print_table(titles, rows, texts=titles[:2])
-    for name, answer in answers:
-        print(printable(f"{name}: {shortened(answer.prompt)}"))
-        for what in ("expected", "before", "after"):
-            print(f"  {what:<10}{printable(shortened(getattr(answer, what)))}")
+    """The scores before and after, some answers that changed, and how many corrections were learned."""
+    print_changes(result.changes)
     learned = ", ".join(f"{count} corrections of {name}" for name, count in result.learned.items())
     print(f"learned {learned}; " + ("nothing packed" if result.bundle is None else f"packed {result.bundle}"))

@@ -18,6 +18,7 @@ from edgetune.failure import PROGRAM, drop_output, fail
 
 from . import data, devices, fleet, keys
 from .augment import augment
+from .bases import bases
 from .build import build, export
 from .compare import compare
 from .deploy import deploy
@@ -31,6 +32,7 @@ from .methods import methods
 from .oci import pull, push
 from .plan import plan
 from .publish import publish
+from .rebase import rebase
 from .report import report
 from .wheel import wheel
 
@@ -100,8 +102,8 @@ def schema() -> None:
 
 # By the titles of the groups in --help.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Recipe commands": (init, plan, augment, imatrix, methods, schema),
-    "Bundle commands": (build, learn, export, report, deploy, kit, publish, push, pull, wheel),
+    "Recipe commands": (init, plan, augment, imatrix, bases, methods, schema),
+    "Bundle commands": (build, learn, rebase, export, report, deploy, kit, publish, push, pull, wheel),
     "Measurement commands": (evaluate, compare),
 }
 for _title, _commands in COMMANDS.items():

@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 from edgetune_export import backends
-from edgetune_runtime.errors import IncompatibleError
 
 from .arguments import AsJson, print_json
 from .tables import print_columns
@@ -35,14 +34,15 @@ def _described(name: str) -> dict[str, Any]:
     """A method as JSON values: description, shapes, shape in each backend (null: not supported) and options."""
     from edgetune.methods import load
     from edgetune.recipe.problems import other_names
+    from edgetune.targets import supported_shapes
 
-    method = load(name)
+    method, shapes = load(name), supported_shapes(backends.names(), name)
     defaults = method.options()
     schema = method.options.model_json_schema(by_alias=False)["properties"]
     return {
         "about": inspect.cleandoc(type(method).__doc__ or "").splitlines()[0],
         "shapes": list(method.shapes(defaults)),
-        "backends": {target: _shape_in(target, name) for target in backends.names()},
+        "backends": {target: shapes.get(target) for target in backends.names()},
         "options": {
             key: {
                 "default": value,
@@ -52,13 +52,3 @@ def _described(name: str) -> dict[str, Any]:
             for key, value in defaults.model_dump(mode="json").items()
         },
     }
-
-
-def _shape_in(target: str, name: str) -> str | None:
-    from edgetune.methods import load
-    from edgetune.targets import shapes_in
-
-    try:
-        return shapes_in((target,), name, load(name).options())[target]
-    except IncompatibleError:
-        return None

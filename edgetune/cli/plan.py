@@ -61,6 +61,7 @@ def _summary(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
         yield "architecture", base.architecture or "-"
     yield "board", build_plan.recipe.device or "-" if build_plan.board is None else build_plan.board.reason
     yield "needs", "-" if build_plan.needs is None else build_plan.needs.summary
+    yield "trains on", str(build_plan.training_device)
     if build_plan.domain is not None:
         yield "domain", build_plan.domain
     if build_plan.recipe.route is not None:

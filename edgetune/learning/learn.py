@@ -20,18 +20,16 @@ from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.recipe.saved import RECIPE, save_recipe
 from edgetune.report.answers import split_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
-from edgetune.work_folder import locked, work_folder
+from edgetune.work_folder import locked
 
-from .change import Change, change_between, scored
-from .rows import LearnedRows, learned_rows, values_of
+from .change import Changes, changes_between, scored, worse_sets
+from .kept import adapter_folders, keep, kept_folder, recipe_beside
+from .rows import learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
-_ADAPTERS = "adapters"
-"""Folder in `OUT.learn` with the adapters of the packed bundle as they were trained: the next call starts from them."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,13 @@ class Learned:
     """
 
     bundle: Path | None
-    changes: Mapping[str, Mapping[str, Change]]
+    changes: Changes
     learned: Mapping[str, int]
 
     @property
     def worse(self) -> list[str]:
         """The adapters that got worse, each with the rows on which it did."""
-        return [
-            f"{name} on {kind}" for name, sets in self.changes.items() for kind, each in sets.items() if each.is_worse
-        ]
+        return [f"{name} on {kind}" for name, kind in worse_sets(self.changes)]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
@@ -77,7 +73,7 @@ def learn(
     """
     manifest, out = read_manifest(bundle), into or bundle
     check_destination(out)
-    work = _work_of(out)
+    work = kept_folder(out)
     with locked(work):
         names = _adapters_of(entries, manifest)
         loaded = Recipe.from_file(_recipe_of(bundle, recipe), split_of(manifest, names))
@@ -95,16 +91,13 @@ def learn(
         }
         again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
         build(again, staged, progress=progress, into=True)
-        changes = _changes(bundle, staged, rows, progress)
+        sets = {name: {VALIDATION: own.validation, CORRECTIONS: own.held_out} for name, own in rows.items()}
+        changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
         learned = Learned(out, changes, {name: own.learned for name, own in rows.items()})
         if learned.worse:
             return replace(learned, bundle=None)
         specs = {name: _spec(tasks[name], own.train, [*own.validation, *own.held_out]) for name, own in rows.items()}
-        save_recipe(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), work)
-        for name in names:
-            trained, kept = work_folder(staged) / "train" / name / "adapter", work / _ADAPTERS / name
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(trained, kept)
+        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), names, staged, out)
         swap_in(staged, out)
         return learned
 
@@ -112,22 +105,15 @@ def learn(
 def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
     """The section with the bundle's adapter as a start, if the adapter as it was trained is still there and fits."""
     method = spec.method
-    for folder in (_work_of(bundle) / _ADAPTERS / name, work_folder(bundle) / "train" / name / "adapter"):
-        if isinstance(method.options, LoraOptions) and not method.is_auto and folder.is_dir():
-            return spec if other_option(folder, method.options) else spec.model_copy(update={"start_from": str(folder)})
+    if isinstance(method.options, LoraOptions) and not method.is_auto:
+        for folder in adapter_folders(bundle, name):
+            fits = not other_option(folder, method.options)
+            return spec.model_copy(update={"start_from": str(folder)}) if fits else spec
     return spec
 
 
-def _work_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.learn")
-
-
 def _recipe_of(bundle: Path, recipe: Path | None) -> Path:
-    """The recipe with the rows of the bundle: that of an earlier call, or the one that a build of data files made."""
-    if recipe is not None:
-        return recipe
-    candidates = (_work_of(bundle) / RECIPE, bundle.with_name(f"{bundle.name}.yaml"))
-    found = next((path for path in candidates if path.is_file()), None)
+    found = recipe or recipe_beside(bundle)
     if found is None:
         message = f"the old rows of {bundle} are in its recipe, which is not beside it"
         raise NotFoundError(message, "give it: --recipe RECIPE")
@@ -163,13 +149,3 @@ def _of_base(recipe: Recipe, bundle: Path, manifest: Manifest) -> Recipe:
     if file is None:
         return recipe
     return recipe.model_copy(update={"base": str((bundle / file).absolute()), "domain": None})
-
-
-def _changes(
-    before: Path, after: Path, rows: Mapping[str, LearnedRows], progress: Progress
-) -> dict[str, dict[str, Change]]:
-    sets = {name: {VALIDATION: own.validation, CORRECTIONS: own.held_out} for name, own in rows.items()}
-    old, new = (scored(folder, sets, progress) for folder in (before, after))
-    return {
-        name: {kind: change_between(old[name][kind], new[name][kind]) for kind in own} for name, own in sets.items()
-    }

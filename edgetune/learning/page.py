@@ -1,13 +1,13 @@
-"""Renders what learning changed as one HTML page: the scores of both bundles, and the rows with another answer."""
+"""Renders two bundles compared as one HTML page: scores and figures of both, and the rows with another answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgetune.templates import environment_of
 
-from .change import ChangedAnswer
+from .change import ChangedAnswer, Changes
 from .learn import Learned
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -16,13 +16,49 @@ SHOWN = 60
 
 
 def page_of(name: str, result: Learned) -> str:
-    """The page of a bundle that learned, which needs neither a network nor a script."""
+    """The page of a bundle that learned."""
+    worse = ", ".join(result.worse)
+    verdict = f"Nothing was packed: {worse} got worse by more than one standard error."
+    if result.bundle is not None:
+        verdict = f"Packed as {result.bundle}: no adapter got worse by more than one standard error."
+    about = {
+        adapter: f"Trained again with {count} corrections. Both bundles answered the old validation rows, and "
+        "corrections that were held out."
+        for adapter, count in result.learned.items()
+    }
+    return page_of_changes(f"What {name} learned", verdict, result.changes, about, command="learn")
+
+
+def page_of_changes(
+    title: str,
+    verdict: str,
+    changes: Changes,
+    about: Mapping[str, str],
+    *,
+    command: str,
+    figures: Sequence[Sequence[str]] = (),
+    margin: float = 1.0,
+) -> str:
+    """A page that needs neither a network nor a script.
+
+    `about` is a sentence per adapter, `figures` a table of both bundles with its titles as the first row; `command` is
+    the one whose `--json` lists all answers.
+    """
     template = environment_of(TEMPLATE.parent).get_template(TEMPLATE.name)
     groups = {
-        adapter: {kind: _groups(change.answers) for kind, change in sets.items()}
-        for adapter, sets in result.changes.items()
+        adapter: {kind: _groups(change.answers) for kind, change in sets.items()} for adapter, sets in changes.items()
     }
-    return template.render(name=name, result=result, groups=groups, shown=SHOWN)
+    return template.render(
+        title=title,
+        verdict=verdict,
+        changes=changes,
+        about=about,
+        command=command,
+        figures=figures,
+        margin=margin,
+        groups=groups,
+        shown=SHOWN,
+    )
 
 
 def _groups(answers: Sequence[ChangedAnswer]) -> list[tuple[str, str, list[ChangedAnswer]]]:

@@ -93,9 +93,10 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
         return {**{key: dict(getattr(allocator, key)) for key in _IMPORTANCE}, "ranks": _config(model).rank_pattern}
 
     def restore(self, model: PeftModel, state: Mapping[str, Any]) -> None:
-        """Restore the importances and ranks."""
+        """Restore the importances and ranks; the state comes from the CPU."""
         for key in _IMPORTANCE:
-            setattr(model.base_model.rankallocator, key, dict(state[key]))
+            values = {name: value.to(model.device) for name, value in state[key].items()}
+            setattr(model.base_model.rankallocator, key, values)
         _config(model).rank_pattern = state["ranks"]
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types

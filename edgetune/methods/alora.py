@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 class AloraOptions(LoraOptions):
     """Options of LoRA, and the invocation from which on it acts."""
 
+    token_options = ("invocation_tokens",)
+
     invocation: str | None = Field(
         default=None,
         min_length=1,

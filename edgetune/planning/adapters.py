@@ -11,7 +11,7 @@ from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
 from edgetune.methods import MethodOptions
@@ -23,9 +23,24 @@ from .records import AdapterPlan
 
 
 def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: BaseShape | None) -> AdapterPlan:
-    """The plan of one adapter of the recipe, without its data."""
+    """The plan of one adapter of the recipe, without its data. Raises UsageError for a module that the base lacks."""
     planned = plan_export(name, recipe.adapters[name], shapes)
     return with_options(planned, planned.options, base, recipe.format_options)
+
+
+def plan_adapters(
+    recipe: Recipe, shapes: Mapping[str, Mapping[str, str]], base: BaseShape | None
+) -> dict[str, AdapterPlan]:
+    """The plans of all adapters; one UsageError for the adapters that have modules which the base lacks."""
+    plans, problems = {}, []
+    for name in recipe.adapters:
+        try:
+            plans[name] = plan_adapter(recipe, name, shapes[name], base)
+        except UsageError as error:
+            problems.append(f"adapter {name!r}: {error}")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return plans
 
 
 def plan_export(name: str, spec: AdapterSpec, shapes: Mapping[str, str]) -> AdapterPlan:

@@ -12,7 +12,7 @@ from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, Texts
 
-from .adapters import plan_adapter
+from .adapters import plan_adapters
 from .board import choose_settings
 from .needs import plan_rows, report
 from .records import AdapterPlan, BuildPlan, Room
@@ -26,13 +26,13 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> Bu
     """The plan without the data: the base, the settings that recipe and board choose, the adapters and their sizes.
 
     `source` None: the base must be downloaded first, and all that depends on its header is missing. Raises UsageError
-    for a context that the base does not support, IncompatibleError if the bundle cannot fit on the recipe's board.
+    for a context or a module that the base does not support, IncompatibleError if the bundle cannot fit on the
+    recipe's board.
     """
     if source is not None:
         _check_lengths(recipe, source.trained_context_length)
     base = None if source is None else source.shape
-    adapters = {name: plan_adapter(recipe, name, shapes[name], base) for name in recipe.adapters}
-    return choose_settings(recipe, adapters, source)
+    return choose_settings(recipe, plan_adapters(recipe, shapes, base), source)
 
 
 def plan_data(
@@ -47,14 +47,16 @@ def plan_data(
     `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
     `needs.check`.
     """
-    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name]) for task in tasks}
-    plan = replace(plan.with_adapters(adapters), domain=None if texts is None else str(texts))
+    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name], plan.width) for task in tasks}
+    plan = replace(
+        plan.with_adapters(adapters), domain=None if texts is None else str(texts), training_device=room.device
+    )
     base = None if plan.source is None else plan.source.shape
     return plan if base is None else replace(plan, needs=report(plan, base, room))
 
 
-def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None) -> AdapterPlan:
-    training, reason = choose_training(task.training, len(task.trained_rows))
+def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, width: int | None) -> AdapterPlan:
+    training, reason = choose_training(task.training, len(task.trained_rows), width)
     own = {"training": training} if reason else {}
     return replace(
         adapter,

@@ -18,7 +18,9 @@ from edgetune import methods
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 from edgetune.tasks.task import Task
-from edgetune.training.memory import saved_states_mb, training_need
+from edgetune.training.device import CPU, TrainingDevice
+from edgetune.training.memory import IMPORTS_MB, saved_states_mb, training_need
+from edgetune.training.precision import precision_on
 from edgetune.training.schedule import Schedule
 from edgetune.work_folder import work_folder
 
@@ -26,6 +28,8 @@ from .quantization import MAX_TOKENS
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
 _FLOAT_BYTES = 4
+# Of weights in float32, those in bf16 take this share.
+_BF16_SHARE = 0.5
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
@@ -33,12 +37,12 @@ def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
 
     Raises OutOfSpaceError or IncompatibleError, with what would fit instead, if the build cannot work.
     """
-    needs = needs_of(plan, base)
+    needs = needs_of(plan, base, room.device)
     return NeedsReport(needs, room, tuple(check(plan.recipe, needs, room)))
 
 
-def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
-    """What the build needs, whose adapters have `rows`; a high estimate."""
+def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildNeeds:
+    """What the build, whose adapters have `rows`, needs if it trains on `device`; a high estimate."""
     recipe, parameters = plan.recipe, base.parameters
     weights_mb, base_mb = parameters * _FLOAT_BYTES / 1e6, (plan.base.gguf_bytes or 0) / 1e6
     formats = {target: backends.format_of(target) for target in recipe.targets}
@@ -56,7 +60,7 @@ def needs_of(plan: BuildPlan, base: BaseShape) -> BuildNeeds:
     staged_mb = bundle_mb - base_mb * any(item.links_base for item in formats.values())
     # Not at the same time: training has ended before the bundle is staged.
     temporary_mb = max(saved_states_mb(max(trained, default=0)), staged_mb + bundle_mb, _measuring_mb(plan, weights_mb))
-    min_mb, training_mb = _training_mb(plan, base)
+    min_mb, training_mb = _training_mb(plan, base, device)
     export_mb = max(item.export_mb(base_mb * 1e6, parameters, options) for item in formats.values())
     return BuildNeeds(
         parameters=parameters,
@@ -80,11 +84,11 @@ def plan_rows(task: Task, training: TrainingSpec) -> RowsPlan:
     return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, steps)
 
 
-def room_for(out: Path) -> Room:
-    """The free memory and disk space for building `out`, which need not exist yet."""
+def room_for(out: Path, device: TrainingDevice = CPU) -> Room:
+    """The free memory and disk space for building `out`, which need not exist yet, with training on `device`."""
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     left = sum(path.stat().st_size for path in _files(work_folder(out)))
-    return Room(folder, machine.free_mb(), (shutil.disk_usage(folder).free + left) / 1e6)
+    return Room(folder, machine.free_mb(), (shutil.disk_usage(folder).free + left) / 1e6, device)
 
 
 def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
@@ -102,6 +106,7 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
     limit_mb = recipe.training.memory_mb
     if limit_mb is not None and limit_mb < needs.min_training_mb:
         warnings.append(_refused_limit(limit_mb, needs))
+    warnings += _device_warnings(recipe, needs, room.device)
     if room.memory_mb is None:
         return warnings
     if room.memory_mb < needs.weights_mb:
@@ -110,19 +115,39 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
             f"of memory in float32, and {mb(room.memory_mb)} are free"
         )
         raise IncompatibleError(message, _memory_remedy(room.memory_mb))
-    if room.memory_mb < needs.min_memory_mb:
-        part = "training" if needs.min_training_mb >= needs.min_export_mb else "export"
-        what = f"{part} takes about {mb(needs.min_memory_mb)} of memory, and {mb(room.memory_mb)} are free"
+    stages = {"export": needs.min_export_mb}
+    if not room.device.has_memory:
+        stages["training"] = needs.min_training_mb
+    part = max(stages, key=lambda stage: stages[stage])
+    if room.memory_mb < stages[part]:
+        what = f"{part} takes about {mb(stages[part])} of memory, and {mb(room.memory_mb)} are free"
         warnings.append(f"{what}; {_memory_remedy(room.memory_mb)}")
     return warnings
+
+
+def _device_warnings(recipe: Recipe, needs: BuildNeeds, device: TrainingDevice) -> list[str]:
+    """A warning if a GPU has too little free memory for training; IncompatibleError if it cannot hold the weights."""
+    if device.free_mb is None or device.total_mb is None:
+        return []
+    remedy = "set training.device: cpu, or choose a smaller base"
+    if device.total_mb < needs.weights_mb * _BF16_SHARE:
+        message = (
+            f"base {recipe.base!r} of {needs.parameters / 1e6:,.0f}M parameters takes at least "
+            f"{mb(needs.weights_mb * _BF16_SHARE)} of memory on {device.name} ({device.title}), which has "
+            f"{mb(device.total_mb)}"
+        )
+        raise IncompatibleError(message, remedy)
+    if device.free_mb < needs.min_training_mb:
+        what = f"training takes about {mb(needs.min_training_mb)} of memory on {device}"
+        return [f"{what}; close other programs that use it, {remedy}"]
+    return []
 
 
 def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
     """A warning about a memory limit that is too small; UsageError if even the weights do not fit."""
     what = f"training.memory_mb is {limit_mb:,}, and training takes at least about {mb(needs.min_training_mb)}"
     remedy = f"set it to {math.ceil(needs.min_training_mb):,} or more, or leave it out"
-    # Weights in bf16 take half.
-    if limit_mb < needs.weights_mb / 2:
+    if limit_mb < needs.weights_mb * _BF16_SHARE:
         raise UsageError(what, remedy)
     return f"{what}; {remedy}"
 
@@ -156,9 +181,10 @@ def _measuring_mb(plan: BuildPlan, weights_mb: float) -> float:
     return weights_mb * plan.source.is_folder + plan.base.candidates[0].bytes / 1e6 + logits_mb
 
 
-def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
+def _training_mb(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> tuple[float, float]:
     """The memory of the largest training run: with the smallest forward passes, and with the largest useful ones."""
     recipe = plan.recipe
+    process_mb = 0.0 if device.has_memory else IMPORTS_MB
     needs = []
     for adapter in plan.adapters.values():
         if adapter.rows is None or not adapter.rows.train or adapter.trained is None:
@@ -170,7 +196,8 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
                 adapter.trained,
                 longest_row=min(recipe.context_length, adapter.rows.longest_tokens),
                 batch_tokens=math.ceil(adapter.rows.mean_tokens * adapter.training.batch_size),
-                precision=_precision(adapter.training),
+                precision=_precision(adapter.training, device),
+                process_mb=process_mb,
                 on_grid=adapter.on_grid,
             )
         )
@@ -186,7 +213,8 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
                 trained,
                 longest_row=window,
                 batch_tokens=window * training.batch_size,
-                precision=_precision(training),
+                precision=_precision(training, device),
+                process_mb=process_mb,
             )
         )
     min_mb, max_mb = max(need.min_mb for need in needs), max(need.max_mb for need in needs)
@@ -194,9 +222,9 @@ def _training_mb(plan: BuildPlan, base: BaseShape) -> tuple[float, float]:
     return min_mb, max_mb if limit_mb is None else max(min_mb, min(max_mb, limit_mb))
 
 
-def _precision(training: TrainingSpec) -> str:
-    """`fp32` unless the recipe says otherwise: only torch knows which formats the hardware computes fast."""
-    return "fp32" if training.precision == "auto" else training.precision
+def _precision(training: TrainingSpec, device: TrainingDevice) -> str:
+    """The precision on a GPU; on the CPU fp32 for `auto`: only torch knows what it computes fast, and is not asked."""
+    return precision_on(device if device.has_memory else CPU, training)
 
 
 def _files(folder: Path) -> Iterator[Path]:

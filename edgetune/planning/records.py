@@ -16,6 +16,7 @@ from edgetune.methods import MethodOptions, TrainedModules
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, TrainingSpec
 from edgetune.tasks.task import Task, Texts
+from edgetune.training.device import CPU, TrainingDevice
 
 from .quantization import Candidate
 
@@ -161,11 +162,6 @@ class BuildNeeds:
         """The memory of the largest stage."""
         return max(self.training_mb, self.export_mb)
 
-    @property
-    def min_memory_mb(self) -> float:
-        """The memory of the largest stage where memory is short."""
-        return max(self.min_training_mb, self.min_export_mb)
-
     def to_json(self) -> dict[str, int]:
         """The figures as JSON values, in whole MB."""
         return {key: math.ceil(value) for key, value in {"memory_mb": self.memory_mb, **asdict(self)}.items()}
@@ -173,7 +169,8 @@ class BuildNeeds:
 
 @dataclass(frozen=True)
 class Room:
-    """Free memory (None if the system does not report it) and free disk space of `folder`, in 10^6 bytes.
+    """Free memory (None if the system does not report it) and free disk space of `folder`, in 10^6 bytes, and the
+    training device.
 
     The work folder of an earlier build of the same bundle counts as free, because it is reused.
     """
@@ -181,6 +178,7 @@ class Room:
     folder: Path
     memory_mb: float | None
     disk_mb: float
+    device: TrainingDevice = CPU
 
 
 @dataclass(frozen=True)
@@ -196,11 +194,13 @@ class NeedsReport:
         """What is needed and what is free, in one line."""
         needs, room = self.needs, self.room
         free = "" if room.memory_mb is None else f" ({mb(room.memory_mb)} free)"
+        device = f" on {room.device}" if room.device.has_memory else ""
         smallest = ""
         if needs.min_training_mb < needs.training_mb:
             smallest = f" ({mb(needs.min_training_mb)} with the smallest forward passes)"
         return (
-            f"memory about {mb(needs.training_mb)} for training{smallest} and {mb(needs.export_mb)} for export{free}; "
+            f"memory about {mb(needs.training_mb)} for training{smallest}{device} and {mb(needs.export_mb)} for "
+            f"export{free}; "
             f"disk up to {mb(needs.disk_mb)}, the bundle {mb(needs.bundle_mb)} of it ({mb(room.disk_mb)} free)"
         )
 
@@ -221,7 +221,8 @@ class BuildPlan:
     """Everything that a build decides or predicts before any work.
 
     `recipe` has the choices for the board. `source` is the base that was found, None if it must be downloaded first;
-    then, and for encoders, there are no `board` and no `needs`. `domain` describes the text of continued pretraining.
+    then, and for encoders, there are no `board` and no `needs`. `domain` describes the text of continued pretraining,
+    `training_device` is what trains.
     """
 
     recipe: Recipe
@@ -231,6 +232,13 @@ class BuildPlan:
     board: BoardPlan | None = None
     domain: str | None = None
     needs: NeedsReport | None = None
+    training_device: TrainingDevice = CPU
+
+    @property
+    def width(self) -> int | None:
+        """The width of the base's layers; None if it is not known yet, and for encoders."""
+        shape = None if self.source is None else self.source.shape
+        return None if shape is None else shape.output_layer.columns
 
     def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
         """The plan with these adapters in place of its own, and with the options of their methods in the recipe."""
@@ -250,6 +258,7 @@ class BuildPlan:
             "threads": recipe.threads,
             "board": None if self.board is None else self.board.to_json(),
             "domain": self.domain,
+            "training_device": {"name": self.training_device.name, "title": self.training_device.title},
             "router": None if recipe.route is None else recipe.route.model_dump(mode="json"),
             "adapters": {name: adapter.to_json() for name, adapter in self.adapters.items()},
             "needs": None if self.needs is None else self.needs.to_json(),

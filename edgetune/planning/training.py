@@ -1,4 +1,4 @@
-"""Chooses the training options that a recipe leaves to `training: auto`, by the number of training rows."""
+"""Chooses the training options that a recipe leaves to `training: auto`, by its rows and its base."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ _ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
 _MANY_ROWS = 20_000
 # Rows per step, by the fewest rows for which it is used.
 _BATCHES = ((400, 16), (100, 8), (0, 4))
+# The width of SmolLM2-135M, for which the default learning rate was chosen. Wider bases need a lower one.
+_WIDTH = 576
 
 
-def choose_training(given: TrainingSpec, rows: int) -> tuple[TrainingSpec, str]:
+def choose_training(given: TrainingSpec, rows: int, width: int | None) -> tuple[TrainingSpec, str]:
     """The options with `auto` resolved for so many training rows, and the reason, "" without `auto`.
+
+    `width` is that of the base's layers, None if it is unknown or an encoder's.
 
     Options that the recipe sets stay. All options of the result count as set.
     """
@@ -20,8 +24,11 @@ def choose_training(given: TrainingSpec, rows: int) -> tuple[TrainingSpec, str]:
         return given, ""
     epochs = 1 if rows > _MANY_ROWS else max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
     batch_size = next(size for least, size in _BATCHES if rows >= least)
-    chosen = {"epochs": epochs, "batch_size": batch_size}
+    chosen: dict[str, float] = {"epochs": epochs, "batch_size": batch_size}
+    if width is not None and width > _WIDTH:
+        chosen["learning_rate"] = float(f"{given.learning_rate * _WIDTH / width:.2g}")
     chosen = {key: value for key, value in chosen.items() if key not in given.model_fields_set}
     training = TrainingSpec.model_validate({**dict(given), **chosen, "auto": False})
     said = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "as set"
-    return training, f"{said}: for {rows:,} training rows"
+    layers = f" and layers of width {width}" if "learning_rate" in chosen else ""
+    return training, f"{said}: for {rows:,} training rows{layers}"

@@ -111,15 +111,18 @@ class Recipe(RecipePart):
         return _validated(document, Path(path).parent, settings or {})
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], folder: str | Path = "") -> Recipe:
+    def from_dict(
+        cls, values: Mapping[str, Any], folder: str | Path = "", settings: Mapping[str, Any] | None = None
+    ) -> Recipe:
         """Validate a recipe that is written in Python, with the keys of a recipe file; paths are relative to `folder`.
+        `settings` are those of `from_file`.
 
         `train` and `validation` can also be rows: a list or iterator of mappings, a pandas DataFrame or a
         datasets.Dataset. They are read once, here.
 
         Raises UsageError with all problems, one per line, or with the number of a row that cannot be read.
         """
-        return _validated(Document(plain_recipe(values)), Path(folder), {})
+        return _validated(Document(plain_recipe(values)), Path(folder), settings or {})
 
     @property
     def folder(self) -> Path:

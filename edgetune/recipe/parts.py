@@ -43,6 +43,7 @@ from .rows import Rows
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?|mps")
 SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 
@@ -76,6 +77,17 @@ Target = Annotated[
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
 
 
+def _check_device(key: str) -> str:
+    if not _DEVICE.fullmatch(key):
+        raise ValueError(f"{key!r} is not a device; use auto, cpu, cuda, cuda:N (N from 0) or mps")
+    return key
+
+
+DeviceKey = Annotated[
+    str, AfterValidator(_check_device), Field(json_schema_extra={"pattern": f"^({_DEVICE.pattern})$"})
+]
+
+
 class TrainingSpec(RecipePart):
     """Training options. At the top of a recipe they apply to all adapters, under an adapter to that one.
 
@@ -83,7 +95,8 @@ class TrainingSpec(RecipePart):
     """
 
     auto: bool = False
-    """Choose the options that the recipe does not set by the number of training rows (docs/how-to/few-rows.md)."""
+    """Choose the options that the recipe does not set by the number of training rows and the width of the base
+    (docs/how-to/few-rows.md)."""
     epochs: PositiveFloat = 3.0
     """Passes over the training rows; may be a fraction."""
     max_steps: PositiveInt | None = None
@@ -110,6 +123,9 @@ class TrainingSpec(RecipePart):
     """Number format of the base's weights in training. auto: bf16 if the hardware computes it fast, otherwise fp32.
     int8: 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, but with a higher loss, because products
     with frozen weights are rounded; it uses 6 bytes per weight instead of 4, and validation stays in fp32."""
+    device: DeviceKey = "auto"
+    """Device for training (docs/how-to/gpu.md): auto (the first GPU that torch finds, otherwise the CPU), cpu, cuda (an
+    NVIDIA or AMD GPU), cuda:1 (the second one), or mps (Apple silicon). One for all trainings of a build."""
     memory_mb: PositiveInt | None = None
     """Memory limit of the training process in MB; on a GPU, the limit of GPU memory. null: all free memory. Forward
     passes are made small enough for the limit, with activation checkpointing if a single row does not fit; the result
@@ -128,10 +144,11 @@ class TrainingSpec(RecipePart):
 
     @model_serializer(mode="wrap")
     def _values(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        """All values; as JSON for keys and manifests, without `memory_mb`, which no result depends on."""
+        """All values; as JSON for keys and manifests, without those that depend on the machine: another can resume."""
         values: dict[str, Any] = dump(self)
         if info.mode == "json":
-            values.pop("memory_mb", None)
+            for key in ("device", "memory_mb"):
+                values.pop(key, None)
             if not self.auto:
                 values.pop("auto", None)
         return values
@@ -142,10 +159,17 @@ class TrainingSpec(RecipePart):
 
 
 def _set_values(own: TrainingSpec, info: SerializationInfo) -> dict[str, Any]:
-    return own.model_dump(mode=info.mode, exclude_unset=True)
+    # A plan sets all options of an adapter if it chooses some; only the recipe can have the device.
+    return own.model_dump(mode=info.mode, exclude_unset=True, exclude={"device"})
 
 
-OwnTraining = Annotated[TrainingSpec, PlainSerializer(_set_values)]
+def _without_device(own: TrainingSpec) -> TrainingSpec:
+    if "device" in own.model_fields_set:
+        raise ValueError("device is one for all trainings of a build; set it under training at the top of the recipe")
+    return own
+
+
+OwnTraining = Annotated[TrainingSpec, AfterValidator(_without_device), PlainSerializer(_set_values)]
 """Training options that override those of the recipe; unset ones stay unset."""
 
 

@@ -27,8 +27,8 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
     if recipe.domain is not None:
         parts.append((values["domain"], recipe.domain))
     for part, spec in parts:
-        for key in ("train", "validation"):
-            source = getattr(spec.data, key)
+        for key in ("train", "validation", "confidence"):
+            source = getattr(spec.data, key, None)
             if source is not None:
                 part["data"][key] = save_source(source, folder)
         document = part.get("method", {}).get("document")

@@ -49,14 +49,13 @@ def layer_cost(run: Callable[[], object], layers: Sequence[torch.nn.Module]) -> 
 
     Only these layers run with gradients.
     """
-    counted = {p.untyped_storage().data_ptr(): _ref(p) for layer in layers for p in layer.parameters()}
+    # A weak reference keeps the storage's identity, so that no other tensor takes it when the storage is freed.
+    counted = {_ref(p) for layer in layers for p in layer.parameters()}
     sizes = [0, 0]
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        # Another tensor may have reused the address of a freed one.
-        if address not in counted or counted[address].expired():  # type: ignore[no-untyped-call]
-            counted[address] = _ref(tensor)
+        if (reference := _ref(tensor)) not in counted:
+            counted.add(reference)
             sizes[0] += tensor.untyped_storage().nbytes()
         return tensor
 

@@ -49,7 +49,10 @@ class Point:
 
 @dataclass
 class TrainResult:
-    """The result of a training run. `overfit_step` is the step after which validation loss rose, None if it did not."""
+    """The result of a training run. `overfit_step` is the step after which validation loss rose, None if it did not.
+
+    `device` is torch's name of the kind of device that the run ended on: cpu, cuda or mps.
+    """
 
     train_loss: float
     val_loss: float
@@ -63,6 +66,7 @@ class TrainResult:
     peak_memory_mb: float
     seconds: float
     precision: str
+    device: str
     history: list[Point] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:

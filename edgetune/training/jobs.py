@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune.progress import Progress
 
 from .duration import tokens_left
-from .hardware import DTYPES, precision_of, processes
+from .hardware import DTYPES, precision_of, processes, use_device
 from .job import TrainingJob, TrainResult, finished
 from .loop import VALIDATION_ROWS, train
 from .plot import plot_training
@@ -40,6 +40,7 @@ def train_all(
         result = finished(folder, job.key)
         left.pop(job.name, None)
         if result is None:
+            use_device(job.training.device)
             # Updates of the base's own weights are too small for bf16.
             dtype = DTYPES["fp32" if job.method.trains_base else precision_of(job.training, job.method)]
             if model is None or dtype != model.dtype:
@@ -61,6 +62,6 @@ def _summary(name: str, result: TrainResult) -> str:
     share = result.trainable_parameters / result.total_parameters
     return (
         f"{name}: validation loss {result.val_loss:.3f} at step {result.best_step} of {result.steps}{turned}; "
-        f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s, "
-        f"peak memory {result.peak_memory_mb:.0f} MB"
+        f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s "
+        f"in {result.precision} on {result.device}, peak memory {result.peak_memory_mb:.0f} MB"
     )

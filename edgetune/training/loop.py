@@ -26,12 +26,14 @@ from edgetune.objectives.base import Batch, TrainingRow, row_length
 from edgetune.progress import Progress, Step
 
 from .checkpointing import checkpointed, layers_of
+from .device_memory import peak_mb
 from .duration import TimeTrial, tokens_left
 from .fused import fused
-from .hardware import precision_of
+from .hardware import precision_of, processes
 from .job import Point, TrainingJob, TrainResult
 from .memory import PassPlan
-from .pass_sizes import pass_cost, passes_within, peak_memory_mb
+from .on_device import on_device
+from .pass_sizes import pass_cost, passes_within
 from .rounding import rounded_layers
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
@@ -66,25 +68,29 @@ def train(
 
     Reports the estimated time left after ten steps; `later` is the number of tokens in the runs after this one.
     Writes the checkpoint with the best validation loss to `folder/adapter` in PEFT's format. Raises CancelledError
-    after saving when the user interrupts; EdgetuneError if the loss is not finite; UsageError if the longest row does
-    not fit the recipe's memory limit.
+    after saving when the user interrupts; EdgetuneError if the loss is not finite, or the device fails; UsageError if
+    the longest row does not fit the recipe's memory limit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(base, job, folder)
+    with on_device(base, processes().device, job.name):
+        return _trained(_Run(base, job, folder), progress, later)
+
+
+def _trained(run: _Run, progress: Progress, later: float) -> TrainResult:
     try:
         with run.layers():
             run.plan_passes()
             if message := run.passes_message():
                 progress.say(message)
-            left = tokens_left(run.train_rows, run.validation, job.training, run.state.step)
-            with progress.step(f"training {job.name}", run.schedule.steps) as step:
-                run.loop(step, TimeTrial(job.name, left, later), progress.say)
+            left = tokens_left(run.train_rows, run.validation, run.training, run.state.step)
+            with progress.step(f"training {run.name}", run.schedule.steps) as step:
+                run.loop(step, TimeTrial(run.name, left, later), progress.say)
         return run.finish()
     except KeyboardInterrupt as error:
         # In the middle of a weight update only the state saved before it is consistent.
         if not run.is_changing:
             run.save()
-        message = f"training {job.name} stopped at step {run.state.step}"
+        message = f"training {run.name} stopped at step {run.state.step}"
         raise CancelledError(message, "run the same command to resume") from error
     finally:
         run.detach()
@@ -117,6 +123,7 @@ class _Run:
         if self.objective.attention is not None:
             base.set_attn_implementation(self.objective.attention)
         self.objective.extend(self.tuned)
+        self.tuned.to(self.accelerator.device)
         named = trainable(self.tuned)
         groups = method.parameter_groups(self.tuned, job.options, training.learning_rate)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
@@ -211,12 +218,14 @@ class _Run:
             total_parameters=self.counts[1],
             tokens=self.state.row_tokens,
             tokens_per_s=self._speed(),
-            peak_memory_mb=peak_memory_mb(self.accelerator.device),
+            peak_memory_mb=peak_mb(self.accelerator.device),
             seconds=self.state.seconds,
             precision=self.precision,
+            device=self.accelerator.device.type,
             history=history,
         )
         self._load_weights(self.best)
+        self.tuned.to("cpu")
         if self.accelerator.is_main_process:
             self.method.save(self.tuned, self.folder / "adapter")
             self.objective.save(self.tuned, self.folder / "adapter")
@@ -343,14 +352,14 @@ class _Run:
     @torch.no_grad()
     def _validate(self) -> Point:
         self.model.eval()
-        totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        val_sum, val_tokens = 0.0, 0.0
         own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
         for part in passes(sorted(own, key=row_length), self.passes.validation_tokens):
             batch = self.objective.batch(part).to(self.accelerator.device)
-            totals[0] += self._loss(batch, self.model).double()
-            totals[1] += len(batch.targets)
-        totals[2], totals[3] = self.state.loss_sum, self.state.loss_tokens
-        val_sum, val_tokens, train_sum, train_tokens = self.accelerator.reduce(totals, "sum").tolist()
+            val_sum += self._loss(batch, self.model).item()
+            val_tokens += len(batch.targets)
+        sums = (val_sum, val_tokens, self.state.loss_sum, self.state.loss_tokens)
+        val_sum, val_tokens, train_sum, train_tokens = self._over_processes(sums)
         self._require_finite(val_sum, self.state.step)
         self.state.loss_sum, self.state.loss_tokens = 0.0, 0
         point = Point(
@@ -365,6 +374,15 @@ class _Run:
         self.state.history.append(point)
         self.model.train()
         return point
+
+    def _over_processes(self, values: Sequence[float]) -> Sequence[float]:
+        """The sums of the values over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        # In float64, which the GPUs of Apple silicon lack; but there training has a single process.
+        totals = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        summed: list[float] = self.accelerator.reduce(totals, "sum").tolist()
+        return summed
 
     def _require_finite(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):

@@ -122,18 +122,20 @@ def training_need(
     longest_row: int,
     batch_tokens: int,
     precision: str,
+    process_mb: float = IMPORTS_MB,
     on_grid: bool = False,
 ) -> TrainingNeed:
     """Predict the memory for training `method` on the base of these modules, for a longest row of `longest_row` tokens
-    and steps of `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. `on_grid`: with `rounded_layers`. Loading the
-    base may temporarily need more."""
+    and steps of `batch_tokens`; `precision` is `bf16`, `fp32` or `int8`. `process_mb`: what the process takes of the
+    device's memory before; nothing of a GPU's. `on_grid`: with `rounded_layers`. Loading the base may temporarily need
+    more."""
     cost, shape = predicted(method, options, trained, precision), trained.base
     parameters = method.trained_parameters(trained, options)
     added = _FLOAT_BYTES * parameters if method.adds_parameters else 0
     packed = _PACKED_BYTES * shape.linear_weights if precision == "int8" else 0
     rounded = 2 * _FLOAT_BYTES * sum(module.rows * module.columns for module in trained.modules) if on_grid else 0
     weights = shape.parameters * _width(method, precision) + packed + rounded
-    fixed = IMPORTS_MB + (weights + added) / _MB + state_mb(parameters)
+    fixed = process_mb + (weights + added) / _MB + state_mb(parameters)
     longest = longest_row + method.prefix_tokens(options)
     least = cost.pass_mb(longest, cost.most_checkpointed)
     whole = max(longest, min(batch_tokens, MOST_TOKENS))

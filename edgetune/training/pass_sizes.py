@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from edgetune_runtime.threads.machine import free_mb, peak_mb, resident_mb
 
 from edgetune.objectives.base import TrainingRow, row_length
 from edgetune.recipe.parts import TrainingSpec
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .checkpointing import layer_cost, layers_of, trained_layers
+from .device_memory import free_mb, used_mb
 from .memory import FREE_SHARE, PassCost, PassPlan, measured, plan_passes, state_mb
 
 # A layer's memory is measured on rows of at most this many tokens if there are any.
@@ -66,34 +65,10 @@ def passes_within(
         cost,
         longest_row=max(map(row_length, rows)),
         batch_size=training.batch_size,
-        used_mb=_used_mb(device) + states,
+        used_mb=used_mb(device) + states,
         limit_mb=training.memory_mb,
-        room_mb=_free_mb(device) * FREE_SHARE / sharing - states,
+        room_mb=free_mb(device) * FREE_SHARE / sharing - states,
         name=name,
     )
     (keep_freed_memory if planned.keeps_freed else give_back_freed_memory)()
     return planned
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory so far: GPU memory when training on CUDA, else that of this process; NaN if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = peak_mb()
-    return math.nan if peak is None else peak
-
-
-def _used_mb(device: torch.device) -> float:
-    """Memory that this process uses: GPU memory when training on CUDA, else resident memory; 0 if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 1e6
-    return resident_mb() or 0.0
-
-
-def _free_mb(device: torch.device) -> float:
-    """Memory that this process can still allocate; infinite if the system does not report it."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e6
-    free = free_mb() if device.type == "cpu" else None
-    return math.inf if free is None else free

@@ -1,9 +1,9 @@
-"""Checks that this machine and the recipe's methods support the precision that the recipe sets."""
+"""The precision of a training, and whether the device and the method support it. Needs no torch."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
@@ -13,21 +13,27 @@ from edgetune.methods import Method
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 
+from .device import TrainingDevice
+
 _X86 = frozenset({"x86_64", "amd64"})
 
 
-def check_precision(recipe: Recipe, device: Callable[[], str]) -> None:
-    """UsageError for the first training run of the recipe that sets int8 where it is not supported.
-
-    `device` returns torch's name of the training device; it is called only if the recipe sets int8.
-    """
+def check_precision(recipe: Recipe, device: TrainingDevice) -> None:
+    """UsageError for the first training run of the recipe that sets int8 where `device` does not support it."""
     for where, training, method in _trainings(recipe):
         if training.precision == "int8":
-            require_int8(method, device(), where=where)
+            require_int8(method, device.kind, where=where)
+
+
+def precision_on(device: TrainingDevice, training: TrainingSpec) -> str:
+    """The precision of a training on `device`: what the recipe sets, or for `auto` bf16 if it multiplies that fast."""
+    if training.precision != "auto":
+        return training.precision
+    return "bf16" if device.multiplies_bf16 else "fp32"
 
 
 def require_int8(method: Method[Any], device: str, *, machine: str = "", where: str = "") -> None:
-    """UsageError if `method` cannot train in int8 on torch's `device`.
+    """UsageError if `method` cannot train in int8 on a `device` of that kind.
 
     `machine` is a name as in `platform.machine()`, by default this machine's; `where` is the prefix of the recipe key.
     """

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
     from .decoding.output import OutputSpec
     from .events import Event
     from .inference.adapter_changes import AdapterChanges
+    from .inference.answer import Answer, Stream, Timings
     from .inference.async_stream import AsyncStream
     from .inference.asynchronous import AsyncRuntime, AsyncSession
     from .inference.deferring import DeferTo
-    from .inference.generation import Answer, Stream, Timings
     from .inference.loaded import Adapters
     from .inference.opening_options import RuntimeOptions
     from .inference.options import AnswerOptions, SamplingOptions
@@ -125,10 +125,10 @@ _LAZY = {
     "decoding.output": "OutputSpec",
     "events": "Event",
     "inference.adapter_changes": "AdapterChanges",
+    "inference.answer": "Answer Stream Timings",
     "inference.async_stream": "AsyncStream",
     "inference.asynchronous": "AsyncRuntime AsyncSession",
     "inference.deferring": "DeferTo",
-    "inference.generation": "Answer Stream Timings",
     "inference.loaded": "Adapters",
     "inference.opening_options": "RuntimeOptions",
     "inference.options": "AnswerOptions SamplingOptions",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from edgetune.bases import BaseSource
 from edgetune.cli.devices import app
-from edgetune.planning.adapters import plan_adapter
+from edgetune.planning.adapters import plan_adapters
 from edgetune.planning.board import bundle_needs, choose_settings
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.recipe.model import Recipe
@@ -117,8 +117,7 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
 
 
 def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
-    shapes, base = shapes_of(recipe), BaseShape.of_header(header)
-    return {name: plan_adapter(recipe, name, shapes[name], base) for name in recipe.adapters}
+    return plan_adapters(recipe, shapes_of(recipe), BaseShape.of_header(header))
 
 
 def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:

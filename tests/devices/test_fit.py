@@ -299,7 +299,7 @@ def _bundle(folder: Path, base: Path, shape: str = "low_rank") -> Path:
         {"gguf": shape},
         {"gguf": "adapters/intent/adapter.gguf"},
         digest,
-        {f"m{n}": 8 for n in range(14)},
+        {8: 14},
     )
     manifest = Manifest(
         name="home",

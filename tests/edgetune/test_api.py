@@ -28,20 +28,24 @@ SIGNATURES = {
     "converter=None, on_progress=None)",
     "learn": "(bundle, log, *, recipe=None, into=None, on_progress=None)",
     "plan": "(recipe, out=None)",
+    "rebase": "(bundle, base=None, out=None, *, quantization=None, recipe=None, folder='', settings=None, data=None, "
+    "margin=1.0, without_worse=False, converter=None, on_progress=None)",
     "Recipe.from_file": "(path, settings=None)",
-    "Recipe.from_dict": "(values, folder='')",
+    "Recipe.from_dict": "(values, folder='', settings=None)",
     "Build.open": "(self, **options)",
 }
 FIELDS = {
     "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds", "router"],
-    "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs"],
-    "Change": ["before", "after", "error", "rows", "answers"],
+    "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs", "training_device"],
+    "BundleFigures": ["base", "quantization", "parameters", "base_mb", "adapters_mb", "total_mb"],
+    "Change": ["before", "after", "error", "rows", "answers", "is_loss", "before_ms", "after_ms", "left_out"],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],
     "Learned": ["bundle", "changes", "learned"],
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],
     "ProgressEvent": ["message", "step", "done", "total", "train_loss", "val_loss"],
-    "ScoredRow": ["where", "prompt", "reference", "answer", "score", "kind", "log_odds", "confidence"],
+    "Rebased": ["bundle", "changes", "before", "after", "margin", "left_out"],
+    "ScoredRow": ["where", "prompt", "reference", "answer", "score", "kind", "log_odds", "confidence", "bits_per_byte"],
 }
 PROBE = """
 import sys

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import gguf
@@ -12,16 +17,26 @@ import numpy as np
 import pytest
 import torch
 from edgetune_export import architectures
+from edgetune_export.base_file.convert import find_converter
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
 from tiny import ARCHITECTURES
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
 
 from edgetune import bases
 from edgetune.bases import Base, load_torch
 from edgetune.progress import Progress
+from edgetune.weights import GgufWeights
 
 
 @pytest.fixture
@@ -93,6 +108,63 @@ def test_a_hub_id_without_network_is_one_line(resolve: Callable[..., Base]) -> N
     name = "edgetune-tests/no-such-model"
     message = f"cannot download base '{name}' from the hub: "
     assert_refused(NotFoundError, message, lambda: resolve(name))
+
+
+class _Gate(BaseHTTPRequestHandler):
+    """Refuses all, as the hub does for a model that its owner gives access to."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_gated_base_says_how_to_get_access(resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        message = (
+            "base 'edgetune-tests/gated' is gated: its owner gives access to those who ask for it; ask on its page"
+        )
+        assert_refused(NotFoundError, message, lambda: resolve("edgetune-tests/gated"))
+        server.shutdown()
+
+
+def test_a_base_in_several_files_is_the_same(
+    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "whole")
+    shutil.copytree(tiny_folder("llama"), tmp_path / "parts", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    whole, parts = (resolve(name, quantization="f16", converter=None) for name in ("whole", "parts"))
+    assert parts.header.tensors.keys() == whole.header.tensors.keys()
+    assert all(
+        np.array_equal(GgufWeights(whole.path).values(name), GgufWeights(parts.path).values(name))
+        for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight")
+    )
+
+
+def test_the_text_part_of_a_multimodal_base_is_used_as_its_gguf_file(
+    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("gemma3"), tmp_path / "both", ignore=shutil.ignore_patterns("*.safetensors"))
+    text = Gemma3TextConfig.from_pretrained(folder).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    message = "is a multimodal model (gemma3), of which only the text part can be a base; use its .gguf file"
+    assert_refused(IncompatibleError, message, lambda: resolve("both"))
+    script = find_converter()
+    command = [sys.executable, str(script), str(folder), "--outfile", str(tmp_path / "text.gguf")]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert bases.load_torch(resolve("text.gguf"), torch.float32).config.model_type == "gemma3_text"
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

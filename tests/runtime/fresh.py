@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from edgetune_runtime import Runtime
 from edgetune_runtime.engines.base import Logits
-from edgetune_runtime.inference.generation import Call
+from edgetune_runtime.inference.call import Call
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.chat import Message
 

@@ -18,6 +18,7 @@ from edgetune.planning.records import PlannedBuild
 from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.tasks.task import Texts, read_task, read_texts
+from edgetune.training.device import CPU, TrainingDevice, may_have_gpu
 from edgetune.training.precision import check_precision
 
 from . import load
@@ -43,8 +44,10 @@ def plan_build(
     with _collected(problems):
         if not problems:
             plan = plan_bundle(whole, source, shapes)
+    device = CPU
     with _collected(problems):
-        check_precision(recipe, _device)
+        device = _device(recipe.training.device)
+        check_precision(recipe, device)
     with _collected(problems):
         texts = read_texts(recipe)
     tasks, outputs = [], {}
@@ -56,7 +59,8 @@ def plan_build(
                 prompts_of(tasks[-1])
     if problems:
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
-    return PlannedBuild(plan_data(plan, tasks, outputs, texts, room_for(out or recipe.default_out)), tasks, texts)
+    room = room_for(out or recipe.default_out, device)
+    return PlannedBuild(plan_data(plan, tasks, outputs, texts, room), tasks, texts)
 
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:
@@ -76,7 +80,8 @@ def _planned_again(planned: PlannedBuild, recipe: Recipe, out: Path) -> PlannedB
     shapes = {name: adapter.shapes for name, adapter in adapters.items()}
     outputs = {name: adapter.output for name, adapter in adapters.items()}
     plan = plan_bundle(recipe, load(recipe.task).find(recipe, download=True), shapes)
-    return replace(planned, plan=plan_data(plan, planned.tasks, outputs, planned.texts, room_for(out)))
+    room = room_for(out, planned.plan.training_device)
+    return replace(planned, plan=plan_data(plan, planned.tasks, outputs, planned.texts, room))
 
 
 @contextmanager
@@ -88,7 +93,10 @@ def _collected(problems: list[EdgetuneError]) -> Iterator[None]:
         problems.append(error)
 
 
-def _device() -> str:
-    from edgetune.training.hardware import processes  # noqa: PLC0415 - torch, which nothing else here needs
+def _device(key: str) -> TrainingDevice:
+    """The device of `key`, a value of `training.device`; torch is asked only where there may be a GPU."""
+    if key == "cpu" or (key == "auto" and not may_have_gpu()):
+        return CPU
+    from edgetune.training.hardware import use_device  # noqa: PLC0415 - torch, which nothing else here needs
 
-    return str(processes().device.type)
+    return use_device(key)

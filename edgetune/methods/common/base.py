@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -38,6 +38,12 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     learning_rate_factor: float = rate_factor(1.0)
+    token_options: ClassVar[tuple[str, ...]] = ()
+    """Options with token ids, which are other texts on a base with another tokenizer."""
+
+    def without_tokens(self) -> Self:
+        """The options without token ids, which a build then finds for its base."""
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.token_options})
 
 
 def with_defaults(options: type[P], **defaults: object) -> type[P]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import fields
@@ -74,9 +74,10 @@ class PeftMethod(Method[O]):
     """A PEFT method that changes linear modules, which `peft_type` selects."""
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
-        """The target modules."""
+        """The target modules. Raises UsageError for one that the base lacks."""
         assert isinstance(options, TargetOptions)
         modules = (*base.modules, base.output_layer)
+        check_names({module.name for module in modules}, options.target_modules)
         return [module for module in modules if is_target(module.name, options.target_modules)]
 
     def trained_parameters(self, trained: TrainedModules, options: O) -> int:
@@ -265,14 +266,18 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
     if target_modules == ALL_LINEAR:
         return linear
-    names = sorted({name.rpartition(".")[2] for name in linear})
-    adapted: set[str] = set()
+    check_names(linear, target_modules)
+    return {name for name in linear if is_target(name, target_modules)}
+
+
+def check_names(linear: Collection[str], target_modules: str | tuple[str, ...]) -> None:
+    """UsageError for a target that none of the linear modules `linear` is."""
+    if target_modules in (ALL_LINEAR, AUTO):
+        return
     for target in as_names(target_modules):
-        matched = {name for name in linear if is_target(name, (target,))}
-        if not matched:
+        if not any(is_target(name, (target,)) for name in linear):
+            names = sorted({name.rpartition(".")[2] for name in linear})
             near = nearest(target, names)
             hint = f"did you mean {near!r}? Or " if near else ""
             remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(names)}"
             raise UsageError(f"the base has no module {target!r}", remedy)
-        adapted |= matched
-    return adapted

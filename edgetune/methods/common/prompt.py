@@ -37,6 +37,8 @@ class PromptOptions(MethodOptions):
 class InitializedOptions(PromptOptions):
     """Options of the methods that are initialized from a text."""
 
+    token_options = ("init_tokens",)
+
     init_text: str | None = Field(
         None, description="Text that initializes the virtual tokens. null: the first training rows."
     )

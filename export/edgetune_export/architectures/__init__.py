@@ -11,7 +11,7 @@ from edgetune_runtime.registry import Registry
 
 from .base import Architecture
 
-__all__ = ["Architecture", "known", "names", "of", "of_model_type"]
+__all__ = ["Architecture", "known", "names", "of", "of_model_type", "title_of"]
 
 _ARCHITECTURES = Registry(__name__, "architecture", shared=("base", "layout", "shape"))
 
@@ -25,6 +25,11 @@ def names() -> list[str]:
 def known() -> Mapping[str, Architecture]:
     """All architectures by their names."""
     return {name: _ARCHITECTURES.load(name).ARCHITECTURE for name in names()}
+
+
+def title_of(name: str) -> str:
+    """What people call the bases of an architecture: the beginning of its file, up to a colon."""
+    return (_ARCHITECTURES.load(name).__doc__ or name).partition(":")[0]
 
 
 def of(header: GgufHeader, base: str = "") -> Architecture:

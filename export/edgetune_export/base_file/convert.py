@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -34,6 +35,9 @@ PARTS = (SCRIPT, "conversion", "gguf-py/gguf", "LICENSE")
 _PROGRAM = Path(__file__).with_name("run_converter.py")
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _MAX_LAYERS = 1024
+WEIGHT_FILES = "model*.safetensors"
+"""The names of the files with weights."""
+_SHARD = re.compile(r"model-\d+-of-(\d{1,6})\.safetensors")
 
 
 def check_folder(folder: Path) -> Architecture:
@@ -45,6 +49,11 @@ def check_folder(folder: Path) -> Architecture:
     config, path = read_config(folder), folder / CONFIG_NAME
     if not isinstance(config.get("model_type"), str):
         raise VerificationError(f"{path} has no model_type", "download the model again")
+    multimodal = {known.multimodal[0] for known in architectures.known().values()}
+    if isinstance(config.get("text_config"), dict) and config["model_type"] not in multimodal:
+        message = f"{folder} is a multimodal model ({config['model_type']}), of which only the text part can be a base"
+        remedy = f"use its .gguf file: that of llama.cpp's {SCRIPT} has the text part"
+        raise IncompatibleError(message, remedy)
     architecture = architectures.of_model_type(config["model_type"], str(folder))
     text = architecture.text_part(config)
     _check_sizes(text, path)
@@ -65,12 +74,21 @@ def part_of(folder: Path) -> str:
     return f"the text part of {folder.name}" if is_multimodal else folder.name
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder from which the converter takes the weights, in order."""
+    return sorted(folder.glob(WEIGHT_FILES))
+
+
 def _check_weights(folder: Path) -> None:
     """Without such files the converter would read pickles; it follows the index wherever that leads."""
-    names = {path.name for path in folder.glob("model*.safetensors")}
+    names = {path.name for path in weight_files(folder)}
     if not names:
-        remedy = "save the model with save_pretrained, not as a pickle"
+        remedy = "download its .safetensors files, or save the model with save_pretrained, not as a pickle"
         raise NotFoundError(f"{folder} has no .safetensors file of a model", remedy)
+    counts = {int(match[1]) for name in names if (match := _SHARD.fullmatch(name))}
+    if counts and len(names) < max(counts):
+        message = f"{folder} has {len(names)} of the {max(counts)} .safetensors files of its model"
+        raise VerificationError(message, "download the rest")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weights = dict(entries(read_json(index))).get("weight_map")

@@ -15,7 +15,7 @@ from edgetune_runtime.states.cache import name_of
 
 if TYPE_CHECKING:
     from edgetune_runtime.decoding.logprobs import TokenLogprob
-    from edgetune_runtime.inference.generation import Answer, Stream
+    from edgetune_runtime.inference.answer import Answer, Stream
     from edgetune_runtime.inference.runtime import Runtime
     from edgetune_runtime.inference.session import Session
     from edgetune_runtime.tools.calls import ToolCall

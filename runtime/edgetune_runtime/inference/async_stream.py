@@ -10,7 +10,7 @@ from typing import Self
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import CLOSED
 
-from .generation import Answer, Stream
+from .answer import Answer, Stream
 
 _AHEAD = 16
 """Pieces that are computed before they are read, so that decoding does not wait for a reader that keeps up."""

@@ -16,8 +16,8 @@ from edgetune_runtime.text.chat import Message, Prompt
 from edgetune_runtime.tools.definitions import Tools
 
 from .adapter_changes import AdapterChanges
+from .answer import Answer, Stream
 from .async_stream import AsyncStream, StreamThreads
-from .generation import Answer, Stream
 from .loaded import Adapters
 from .opening_options import RuntimeOptions
 from .options import AnswerOptions

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 
-from edgetune_runtime.decoding.constraint import Constraint
-from edgetune_runtime.decoding.drafts import EMPTY, Drafter, DraftTable
-from edgetune_runtime.decoding.logprobs import LogprobRecord, TokenLogprob
-from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.decoding.past_answers import PastAnswer
+from edgetune_runtime.decoding.drafts import EMPTY, Drafter
+from edgetune_runtime.decoding.logprobs import LogprobRecord
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.limits import CallLimits, Stopped
-from edgetune_runtime.routing.router import Route
-from edgetune_runtime.serving.adapters import Entries, LoadedAdapters
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
-from edgetune_runtime.serving.merged import MergedPool
-from edgetune_runtime.serving.pool import Pool
-from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from edgetune_runtime.text.stream import TextStream
-from edgetune_runtime.tools.calls import CallReader, ToolCall
 
-from .confidence import Curves, confidence, kind_of, log_chance, log_odds
+from .answer import Answer, Outcome, Timings
+from .call import Call
+from .confidence import confidence, kind_of, log_chance, log_odds
 
 _WHOLE = ("end", "stop", "length")
 """Reasons to stop that the next answer to the prompt will have too."""
@@ -34,174 +25,6 @@ _COMPLETE = ("end", "stop")
 """Reasons to stop that leave a whole answer."""
 _MAX_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Timings of one answer: `switch_us` of the switch alone, `ttft_ms` from the call to the first token.
-
-    `tokens_per_s` is the decode speed after the first token, 0 if there was only one. Of the `prompt_tokens`,
-    `reused_tokens` came from a cached state, and `carried_tokens` were computed with other adapters, because a session
-    carried its state over. Time spent waiting for other calls does not count. `slow` means that other processes took
-    the cores, or that steps took much longer than before.
-
-    `tokens_per_step` is the mean number of tokens per step after the prompt. Steps verified `drafted` tokens (see
-    `decoding.drafts`), and `accepted` of them were right; `forced` tokens were the only ones that the output constraint
-    allowed.
-    """
-
-    switch_us: float
-    ttft_ms: float
-    tokens_per_s: float
-    prompt_tokens: int
-    reused_tokens: int
-    carried_tokens: int = 0
-    slow: bool = False
-    tokens_per_step: float = 0.0
-    forced: int = 0
-    accepted: int = 0
-    drafted: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated text of `tokens` tokens.
-
-    With `tools`, `text` is all that the model wrote, `tool_calls` are the calls in it, and `content` is the text before
-    them. A call that was cut off is in `text` only.
-
-    `stop_reason` is `end` (of turn), `stop` (a stop text), `length`, `deadline`, `cancelled`, or `dead_end` where no
-    token satisfies the output constraint; with the last three the text is incomplete. `output` is that constraint.
-    `logprobs` has one entry per token if requested; the end token is not part of the answer. `route` is the choice of
-    the router if the adapter was `auto`.
-
-    `confidence` is the probability that the answer is right, from the curve that the build fitted for answers of this
-    `kind` (`value`, `choice`, `nothing` or `question`). It is made from `log_odds`: the model's own log odds that a
-    token is the chosen one rather than the best other one, for the geometric mean of these chances over the tokens that
-    the output constraint did not force. All three are None for an incomplete answer, and `confidence` where there is no
-    curve: for the base, several adapters, another scale, a raw prompt, a constraint of the call's own, and kinds that
-    too few validation rows had.
-
-    With `min_confidence`, of the call or the recipe, `is_unsure` says whether the confidence is lower, or not known.
-    `instead` is what answered in place of an unsure answer, whose confidence is still that of the unsure one: `ask`,
-    `base`, an adapter, `defer`, or None.
-    """
-
-    text: str
-    tokens: int
-    timings: Timings
-    stop_reason: str
-    output: OutputSpec | None = None
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    content: str = ""
-    route: Route | None = None
-    confidence: float | None = None
-    kind: str | None = None
-    log_odds: float | None = None
-    is_unsure: bool = False
-    instead: str | None = None
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """The answer as a chat message: the assistant's `content`, and its `tool_calls` if there are any."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
-        return message | ({"tool_calls": [call.to_message() for call in self.tool_calls]} if self.tool_calls else {})
-
-    @property
-    def parsed(self) -> Any:  # noqa: ANN401 - whatever the schema describes
-        """The answer as an object; the text itself without a schema, and None if it calls tools beside one.
-
-        VerificationError if the answer ended too early to parse, or a pydantic model rejects it.
-        """
-        if self.output is None:
-            return self.text
-        return None if self.tool_calls else self.output.parse(self.text)
-
-
-@dataclass(frozen=True)
-class Call:
-    """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over.
-
-    `entries` are its adapters, which are loaded in `adapters`; `drafts` reads the first one's draft table. `stopped` is
-    why it had to stop before it was prepared, if it had to; the job is then empty. `curves` give the confidence.
-    """
-
-    pool: Pool | MergedPool
-    job: PromptJob
-    system: str | None
-    prepared_s: float
-    adapters: LoadedAdapters
-    entries: Entries
-    carried: int = 0
-    drafts: Callable[[], DraftTable | None] | None = None
-    output: OutputSpec | None = None
-    constraint: Constraint | None = None
-    reader: CallReader | None = None
-    past: PastAnswer | None = None
-    stopped: str = ""
-    route: Route | None = None
-    curves: Curves = field(default_factory=dict)
-
-    def lease(self, job: PromptJob | None = None) -> AbstractContextManager[Context]:
-        """A context for the call's job, or another one, with its adapters loaded; see `LoadedAdapters.lease`."""
-        return self.adapters.lease(self.pool, self.job if job is None else job, self.entries)
-
-
-@dataclass(frozen=True)
-class CarriedState:
-    """Tokens whose state is carried over unchanged: the adapters that computed each span, and the system prompt."""
-
-    tokens: Sequence[int]
-    spans: Spans
-    system: str | None
-
-
-@dataclass
-class Outcome:
-    """The result of a generation: the answer, and the tokens of the context's state.
-
-    Separate from the stream, so that deleting the stream ends the generation.
-    """
-
-    answer: Answer | None = None
-    tokens: list[int] = field(default_factory=list)
-
-
-class Stream(Iterator[str]):
-    """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
-
-    `close`, and leaving its `with` block, end the answer early.
-    """
-
-    def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
-        self._pieces = pieces
-        self._outcome = outcome
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def answer(self) -> Answer | None:
-        """The whole answer with its timings; None until the stream is exhausted."""
-        return self._outcome.answer
-
-    def read(self) -> Answer:
-        """Wait for the whole answer and return it."""
-        for _ in self:
-            pass
-        assert self._outcome.answer is not None
-        return self._outcome.answer
-
-    def close(self) -> None:
-        """Stop generating and let other calls run."""
-        self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
 
 
 def generate(

@@ -43,8 +43,8 @@ from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.wording import CLOSED
 
 from .adapter_files import AdapterFiles
+from .call import Call, CarriedState
 from .confidence import Curves
-from .generation import Call, CarriedState
 from .opening import open_merged
 from .opening_options import ALL, DISK, OFF, OpeningOptions
 from .options import AnswerForm

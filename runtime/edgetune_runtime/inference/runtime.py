@@ -24,7 +24,7 @@ from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
 from .adapter_changes import AdapterChanges, add_adapter, reload, remove_adapter
-from .generation import Answer, Outcome, Stream
+from .answer import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
 from .opening import open_base

@@ -16,7 +16,8 @@ from edgetune_runtime.states.cache import Key, SavedState
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 
-from .generation import Answer, Call, CarriedState, Outcome, Stream
+from .answer import Answer, Outcome, Stream
+from .call import Call, CarriedState
 from .loaded import Adapters, LoadedBundle
 from .options import AnswerOptions, split_options
 from .unsure import AnswerCall, answer_pieces

@@ -13,9 +13,11 @@ from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.text.chat import Prompt, messages_for
 from edgetune_runtime.wording import suggestion
 
+from .answer import Answer, Outcome
+from .call import Call
 from .confidence import QUESTION, Curves
 from .deferring import DeferError, ask
-from .generation import Answer, Call, Outcome, generate
+from .generation import generate
 from .loaded import LoadedBundle
 from .options import AnswerForm
 

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.routing.router import Route
 from edgetune_runtime.text.chat import Prompt

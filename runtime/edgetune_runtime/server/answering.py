@@ -14,8 +14,8 @@ from functools import partial
 from edgetune_runtime.answer_log import AnswerLog
 from edgetune_runtime.bundle import MANIFEST_NAME, pinned, sha256_of
 from edgetune_runtime.errors import BusyError, EdgetuneError
+from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
-from edgetune_runtime.inference.generation import Answer
 from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
 

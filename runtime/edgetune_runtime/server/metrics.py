@@ -15,7 +15,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.loaded import Adapters
 
 from .answer_queue import AnswerQueue

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.formats.quantization import describe
-from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.answer import Answer
 
 from .answering import Answering
 from .models import ModelInfo, Models

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, ClassVar
 
-from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.answer import Answer
 
 from .answering import Answering
 from .openai_answers import arguments_of, finish_reason, route_of, sureness_of

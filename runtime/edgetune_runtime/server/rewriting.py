@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.inference.generation import Answer
+from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.tools.calls import ToolCall
 
 from .answer_request import AnswerRequest

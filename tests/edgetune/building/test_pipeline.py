@@ -326,8 +326,9 @@ def test_rows_that_are_too_long_are_left_out_and_told(tmp_path: Path, tiny_gguf:
     listening = Listening(stop_at="loading the base")
     with pytest.raises(KeyboardInterrupt):
         build(recipe, tmp_path / "home", progress=listening)
-    needs, first = listening.lines[:2]
+    needs, device, first = listening.lines[:3]
     assert needs.startswith("needs memory about ")
+    assert device.startswith("trains on ")
     assert first.startswith("scaled: 1 rows are longer than 96 tokens: ")
     assert "scaled.jsonl:11" in first
 

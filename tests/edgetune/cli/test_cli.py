@@ -18,6 +18,7 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
 from edgetune.recipe.model import TEMPLATE, json_schema
+from edgetune.training.device import may_have_gpu
 
 EDGETUNE = [sys.executable, "-m", "edgetune"]
 ROWS = lights(9, ("on",))
@@ -150,7 +151,9 @@ def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], 
 
 def test_help_and_plan_need_no_torch(recipe: Path) -> None:
     slow = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
-    for arguments in (["--help"], ["plan", str(recipe)]):
+    # Where there may be a GPU, torch is asked for it.
+    on_cpu = ["--set", "training.device=cpu"] if may_have_gpu() else []
+    for arguments in (["--help"], ["plan", str(recipe), *on_cpu]):
         probe = f"import sys; from edgetune.cli.main import main; code = main({arguments}); "
         probe += f"sys.exit(code or [name for name in {slow} if name in sys.modules])"
         done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)

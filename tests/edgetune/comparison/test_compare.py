@@ -81,7 +81,7 @@ def test_a_failing_trial_does_not_stop_the_others(compared: Compared) -> None:
         "rslora-r2": "failed",
     }
     reason = compared.outcome("rslora-r2").reason
-    assert reason.startswith("the base has no module 'nothing_like_it'; ")
+    assert reason.startswith("adapter 'lights': the base has no module 'nothing_like_it'; ")
     assert "\n" not in reason
 
 

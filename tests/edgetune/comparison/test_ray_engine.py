@@ -37,7 +37,7 @@ def trials(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> list[Trial]:
 def test_trials_on_a_cluster_have_the_same_outcomes_as_here(trials: list[Trial]) -> None:
     found = {outcome.name: outcome for outcome in run_on_ray(trials, QUIET)}
     assert {name: outcome.status for name, outcome in found.items()} == {"lora-r2": "done", "rslora-r2": "failed"}
-    assert found["rslora-r2"].reason.startswith("the base has no module 'nothing_like_it'; ")
+    assert found["rslora-r2"].reason.startswith("adapter 'lights': the base has no module 'nothing_like_it'; ")
     lora = found["lora-r2"]
     assert lora == read_outcome(Path(trials[0].folder), trials[0].key)
     assert list(lora.engines) == ["gguf"]

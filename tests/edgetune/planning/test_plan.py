@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.errors import NotFoundError
+from edgetune_runtime.errors import NotFoundError, UsageError
 from recipes import adapter_of, lights, make_recipe
 
 from edgetune import methods
@@ -14,6 +14,7 @@ from edgetune.building.builders.plan import plan_build
 from edgetune.planning.adapters import with_options
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan
+from edgetune.planning.training import choose_training
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import TrainingSpec
 
@@ -67,6 +68,19 @@ def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_p
     assert completed.recipe.adapters["command"].method.options == options
 
 
+def test_every_adapter_with_modules_that_the_base_lacks_is_named(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chosen = {"keys": "ia3", "queries": {"name": "lora", "target_modules": ["q_proj"]}, "all": "lora"}
+    recipe = make_recipe(tmp_path, tiny_gguf("phi3"), {name: adapter_of(method) for name, method in chosen.items()})
+    with pytest.raises(UsageError) as refused:
+        bundle_of(recipe)
+    of_keys, of_queries = str(refused.value).splitlines()
+    remedy = "set target_modules to all-linear, or to some of down_proj, gate_up_proj, lm_head, o_proj, qkv_proj"
+    assert of_keys.startswith("adapter 'keys': the base has no module 'k_proj'; ") and of_keys.endswith(remedy)
+    assert of_queries.startswith("adapter 'queries': the base has no module 'q_proj'; ")
+
+
 def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     planned = plan_build(
         recipe_of(tmp_path, tiny_gguf("llama"), training={"max_steps": None, "epochs": 2, "batch_size": 8})
@@ -117,6 +131,17 @@ def test_auto_training_follows_the_rows_and_is_in_the_plan(tiny_gguf: Callable[[
     assert stored["training_reason"] == adapter.training_reason
     again = plan.recipe.training.under(plan.recipe.adapters["command"].training)
     assert (again, again.auto) == (adapter.training, False)
+
+
+def test_auto_training_lowers_the_learning_rate_for_wide_bases() -> None:
+    rates = {
+        width: choose_training(TrainingSpec(auto=True), 100, width)[0].learning_rate
+        for width in (None, 64, 576, 896, 2048)
+    }
+    assert rates == {None: 1e-3, 64: 1e-3, 576: 1e-3, 896: 6.4e-4, 2048: 2.8e-4}
+    training, reason = choose_training(TrainingSpec(auto=True, learning_rate=2e-3), 100, 2048)
+    assert training.learning_rate == 2e-3
+    assert "width" not in reason
 
 
 def test_auto_training_keeps_what_the_recipe_sets(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_data_set_on_this_machine_is_read_with_the_names_of_its_labels(
     # A folder whose name has the form of a hub id is loaded by the same call as one from the hub.
     import datasets  # noqa: PLC0415 - slow
 
-    from edgetune.tasks import data  # noqa: PLC0415 - for its private reader
+    from edgetune.tasks import row_files  # noqa: PLC0415 - for its private reader
 
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
@@ -257,7 +257,7 @@ def test_a_data_set_on_this_machine_is_read_with_the_names_of_its_labels(
     (folder / "train.csv").write_text("text,label\non,0\nwarm,1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    read = [values for _, values in data._hub_rows("owner/name")]
+    read = [values for _, values in row_files._hub_rows("owner/name")]
     assert read == [{"text": "on", "label": "light"}, {"text": "warm", "label": "heat"}]
 
 

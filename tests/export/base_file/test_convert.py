@@ -22,6 +22,7 @@ from tiny import ARCHITECTURES
 
 VERSION = importlib.metadata.version("llama-cpp-python")
 LONG = '{"model_type": "phi3", "rope_scaling": {"type": "longrope", "long_factor": [1.5]}}'
+MULTIMODAL = '{"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}}'
 LLAMA = '{"model_type": "llama"}'
 INDEX = "model.safetensors.index.json"
 ELSEWHERE = '{"weight_map": {"a": "../x.safetensors", "b": "model.safetensors"}}'
@@ -171,6 +172,8 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         ({"config.json": LLAMA, "pytorch_model.bin": "", "x.safetensors": ""}, NotFoundError, "no .safetensors file"),
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: ELSEWHERE}, VerificationError, "names '../x.safe"),
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: "[]"}, VerificationError, "names 'None'"),
+        ({"config.json": LLAMA, "model-00002-of-00003.safetensors": ""}, VerificationError, "has 1 of the 3 .safeten"),
+        ({"config.json": MULTIMODAL}, IncompatibleError, "is a multimodal model (gemma3), of which only the text part"),
     ],
 )
 def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(

@@ -11,7 +11,7 @@ import pytest
 from edgetune_runtime import Runtime, UsageError
 from edgetune_runtime.decoding import grammars
 from edgetune_runtime.events import Event
-from edgetune_runtime.inference.generation import Stream
+from edgetune_runtime.inference.answer import Stream
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.serving.waiting import is_waiting, opening
 

@@ -11,7 +11,7 @@ import pytest
 from edgetune_runtime import IncompatibleError, Runtime, UsageError
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.events import Event
-from edgetune_runtime.inference.generation import Stream
+from edgetune_runtime.inference.answer import Stream
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.places import PATIENCE_S
 from edgetune_runtime.threads.machine import free_mb

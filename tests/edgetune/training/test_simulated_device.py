@@ -1,0 +1,46 @@
+"""Training leaves no tensor on the CPU that belongs on the device, which no machine for tests has: a simulated one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simulated_trainings
+from trainings import QUIET
+
+from edgetune import bases, methods
+
+CASES = [
+    *methods.names(),
+    "distilled cartridge", "windows", "rounded", "encoder", "adalora, to the device", "adalora, to the device and back",
+    "lora, to the device", "lora, to the device and back",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the trainings of a process of their own found: the device stays registered."""
+    work = tmp_path_factory.mktemp("base")
+    source = str(wide_gguf(256))
+    base = bases.resolve(source, folder=Path(), quantization="q4_0", work=work, progress=QUIET, converter=None)
+    command = [sys.executable, simulated_trainings.__file__, str(base.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert list(told) == CASES
+    return told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_on_the_device_computes_there_and_has_the_losses_of_the_cpu(
+    case: str, found: dict[str, Any]
+) -> None:
+    assert found[case]["on_device"] == pytest.approx(found[case]["on_cpu"], abs=1e-4)
+    assert found[case]["on_cpu"][-1] < found[case]["on_cpu"][0]
+    assert found[case]["device"] == ("cpu" if case.endswith("back") else "simulated")
+    assert found[case]["base"] == ["cpu"]
