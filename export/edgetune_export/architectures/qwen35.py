@@ -57,7 +57,7 @@ class _Qwen35(Architecture):
 def _check_heads(keys: object, values: object) -> None:
     if keys != values:
         message = f"the base has {keys} heads of keys and {values} of values in its delta nets, which is not supported"
-        raise IncompatibleError(message, "use Qwen3.5-0.8B or Qwen3.5-2B, which have as many of both")
+        raise IncompatibleError(message, "use a Qwen3.5 with as many of both, such as Qwen3.5-0.8B")
 
 
 _DELTA_NET = (
