@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_runtime import Runtime
+from edgetune_runtime.cli.main import main
+from edgetune_runtime.engines.gguf import hybrid_cache
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 
@@ -82,3 +85,18 @@ def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[.
             runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts
         ]
         assert [answer.text for answer in stopped] == [answer.text for answer in words]
+
+
+def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
+    prompted_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = str(prompted_of("lfm2"))
+    assert main(["info", bundle]) == 0
+    assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(hybrid_cache, "CHECKPOINTS_BYTES", 1)
+    assert main(["info", bundle]) == 0
+    assert "MB each, no drafts because these are too large" in capsys.readouterr().out
+    with Runtime.open(bundle, learn_drafts="memory") as runtime:
+        texts = {runtime.generate("turn on the light", adapter="one", max_tokens=20).text for _ in range(2)}
+        answer = runtime.generate("turn on the light", adapter="one", max_tokens=20)
+    assert (texts, answer.timings.drafted) == ({answer.text}, 0)
