@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -19,6 +19,10 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 NAME = "simulated"
 Keywords = Mapping[str, Any]
+# The operators of autocast's list for bf16 that training uses.
+_IN_BF16 = ("addmm", "bmm", "linear", "matmul", "mm", "scaled_dot_product_attention")
+_AUTOCAST = "AutocastPrivateUse1"
+_LIBRARIES = list[torch.library.Library]()
 _COPIES = (torch.ops.aten.copy_, torch.ops.aten._to_copy)
 
 
@@ -26,8 +30,8 @@ class _Module(_DummyBackendModule):
     """What torch asks of `torch.simulated`."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        """None: there are no kernels for autocast."""
-        return []
+        """That of `register`."""
+        return [torch.bfloat16]
 
 
 class _OnDevice(torch.Tensor):
@@ -93,8 +97,25 @@ def simulated() -> Iterator[torch.device]:
 
 
 def register() -> None:
-    """Make the device known to torch, in this process and for good."""
+    """Make the device and its autocast to bf16 known to torch, in this process and for good."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
+    # Freed libraries would take their kernels with them.
+    _LIBRARIES.extend(torch.library.Library(name, "IMPL", _AUTOCAST) for name in ("_", "aten"))
+    others, aten = _LIBRARIES
+    others.fallback(torch.library.fallthrough_kernel)
+    for name in _IN_BF16:
+        aten.impl(name, _in_bf16(getattr(torch.ops.aten, name)), _AUTOCAST)
+
+
+def _in_bf16(operator: OpOverloadPacket) -> Callable[..., object]:
+    def cast(value: object) -> object:
+        return value.bfloat16() if isinstance(value, torch.Tensor) and value.dtype == torch.float32 else value
+
+    def run(*args: object, **kwargs: object) -> object:
+        with torch._C._DisableAutocast():
+            return operator(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return run
 
 
 def _is_simulated(given: object) -> bool:

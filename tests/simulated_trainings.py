@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cartridge": {"num_virtual_tokens": 4},
     "last_layers": {"layers": 1},
 }
-STEPS = 6
+STEPS = 4
 
 MakeBase = Callable[[], PreTrainedModel]
 
@@ -57,9 +57,12 @@ def cases(gguf: Path) -> Iterator[tuple[str, MakeBase, TrainingJob[Any]]]:
         replace(work := job("cartridge", **short), options=document, objective=work.method.objective(document)),
     )
     yield "windows", partial(make_model, "gemma3", VOCABULARY), job("lora", **short)
+    in_bf16: dict[str, Any] = {**short, "precision": "bf16"}
+    for name in ("lora", "prefix", "bottleneck"):
+        yield f"{name} in bf16", lambda: untied().bfloat16(), job(name, OPTIONS.get(name), **in_bf16)
     quantized = Base("base", gguf, sha256_of(gguf), read_header(gguf), None)
-    rounded = replace(job("lora", **short), rounds_to=gguf)
-    yield "rounded", partial(bases.load_torch, quantized, torch.float32), rounded
+    for name, dtype, options in (("rounded", torch.float32, short), ("rounded in bf16", torch.bfloat16, in_bf16)):
+        yield name, partial(bases.load_torch, quantized, dtype), replace(job("lora", **options), rounds_to=gguf)
     encoder = job("lora", {"target_modules": ["query", "value"]}, **short)
     rows = [Labelled(tuple(range(5, 9 + number % 3)), number % 2) for number in range(12)]
     classify = Classify(64, 2)

@@ -87,8 +87,11 @@ def compare(
 ) -> Parity:
     """Compare logits on the token `rows` and greedy answers to the token `prompts` (`greedy` is 0 without prompts).
 
-    The engine uses its active adapters; its sequence is dropped. Raises VerificationError if the vocabularies differ
-    and UsageError if there are no tokens to compare.
+    The logits after the first token of a row count only if it is the only one: nothing is answered there, and many
+    models have far larger activations at that position than at others (arXiv 2402.17762), which an engine that rounds
+    activations to 8 bits computes coarsely: Qwen2.5-1.5B in q4_k_m is 4 nats off there. The engine uses its active
+    adapters; its sequence is dropped. Raises VerificationError if the vocabularies differ and UsageError if there are
+    no tokens to compare.
     """
     nats, same, count = 0.0, 0, 0
     for row in rows:
@@ -98,12 +101,13 @@ def compare(
         engine.truncate(0)
         exported, expected = engine.decode_all(tokens), trained(tokens)
         _require_same_shape(expected, exported)
-        for start in range(0, len(tokens), _POSITIONS):
+        first = min(1, len(tokens) - 1)
+        for start in range(first, len(tokens), _POSITIONS):
             part = slice(start, start + _POSITIONS)
             expected_part, exported_part = expected[part], exported[part]
             nats += float(divergence(expected_part, exported_part).sum())
             same += int((expected_part.argmax(-1) == exported_part.argmax(-1)).sum())
-        count += len(tokens)
+        count += len(tokens) - first
     if count == 0:
         raise UsageError("there are no tokens to compare the exported adapter on", "add validation rows")
     greedy = greedy_agreement(trained, engine, prompts, max_tokens) if prompts else 0

@@ -86,11 +86,6 @@ class Architecture:
         """The class in transformers, which config.json names in `architectures`."""
         return f"{self.class_prefix}ForCausalLM"
 
-    @property
-    def takes_prefixes(self) -> bool:
-        """Whether all layers have keys and values that a prefix can be put before."""
-        return not self.recurrent_block
-
     def text_part(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The settings of the text part of a config.json: those within it, if it is multimodal."""
         within = config.get("text_config")

@@ -17,8 +17,9 @@ from edgetune import bases, methods
 
 CASES = [
     *methods.names(),
-    "distilled cartridge", "windows", "rounded", "encoder", "adalora, to the device", "adalora, to the device and back",
-    "lora, to the device", "lora, to the device and back",
+    "distilled cartridge", "windows", "lora in bf16", "prefix in bf16", "bottleneck in bf16", "rounded",
+    "rounded in bf16", "encoder", "adalora, to the device", "adalora, to the device and back", "lora, to the device",
+    "lora, to the device and back",
 ]  # fmt: skip
 
 
@@ -40,7 +41,9 @@ def found(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFac
 def test_a_training_on_the_device_computes_there_and_has_the_losses_of_the_cpu(
     case: str, found: dict[str, Any]
 ) -> None:
-    assert found[case]["on_device"] == pytest.approx(found[case]["on_cpu"], abs=1e-4)
+    # In bf16 a value has 8 bits, and the CPU rounds at other points.
+    tolerance = 1e-2 if case.endswith("bf16") else 1e-4
+    assert found[case]["on_device"] == pytest.approx(found[case]["on_cpu"], abs=tolerance)
     assert found[case]["on_cpu"][-1] < found[case]["on_cpu"][0]
     assert found[case]["device"] == ("cpu" if case.endswith("back") else "simulated")
     assert found[case]["base"] == ["cpu"]

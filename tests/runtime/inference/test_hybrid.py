@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.cli.main import main
-from edgetune_runtime.engines.gguf import hybrid_cache
+from edgetune_runtime.engines.gguf import sizes
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 
@@ -93,7 +93,7 @@ def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
     bundle = str(prompted_of("lfm2"))
     assert main(["info", bundle]) == 0
     assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
-    monkeypatch.setattr(hybrid_cache, "CHECKPOINTS_BYTES", 1)
+    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
     assert main(["info", bundle]) == 0
     assert "MB each, no drafts because these are too large" in capsys.readouterr().out
     with Runtime.open(bundle, learn_drafts="memory") as runtime:

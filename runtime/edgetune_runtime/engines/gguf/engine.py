@@ -29,9 +29,10 @@ from edgetune_runtime.threads.machine import usable_cores
 from . import NAME
 from .adapters import GgufAdapters
 from .base import GgufBase, GgufTokenizer
-from .hybrid_cache import HybridCache, rollback_of
-from .kv_cache import BRANCHES, MAIN, KvCache
+from .hybrid_cache import HybridCache
+from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
+from .sizes import BRANCHES, rollback_of
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups

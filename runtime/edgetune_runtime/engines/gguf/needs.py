@@ -19,8 +19,7 @@ from edgetune_runtime.formats.gguf_sizes import (
 )
 
 from . import KV_TYPES, NAME
-from .hybrid_cache import rollback_of, states_of
-from .kv_cache import BRANCHES
+from .sizes import BRANCHES, rollback_of, states_of
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""

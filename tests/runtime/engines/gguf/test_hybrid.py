@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from edgetune_runtime import VerificationError
 from edgetune_runtime.engines.base import StepStopped
-from edgetune_runtime.engines.gguf import hybrid_cache
+from edgetune_runtime.engines.gguf import sizes
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.engines.gguf.hybrid_cache import ROLLBACK
+from edgetune_runtime.engines.gguf.sizes import ROLLBACK
 
 CONTEXT = 300
 # Longer than a step of which llama.cpp drops tokens.
@@ -111,7 +111,7 @@ def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: GgufEngine, monkey
 
 
 def test_a_large_state_is_cut_to_before_the_step(engine: GgufEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hybrid_cache, "CHECKPOINTS_BYTES", 1)
+    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
     with closing(engine.fork()) as large:
         assert large.max_rollback == 0
         expected = decoded(large, [*PARTS[:2], NEXT])
@@ -124,7 +124,7 @@ def test_a_large_state_is_cut_to_before_the_step(engine: GgufEngine, monkeypatch
 def test_the_first_checkpoints_are_dropped_when_there_are_too_many(
     engine: GgufEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hybrid_cache, "CHECKPOINTS_BYTES", 1)
+    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
     with closing(engine.fork()) as small:
         decoded(small, PARTS)
         assert small.truncate(100) == 80
