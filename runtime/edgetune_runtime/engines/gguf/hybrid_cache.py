@@ -1,7 +1,7 @@
 """The cache of a model with recurrent layers, whose state cannot be rolled back by position as keys and values can.
 
-llama.cpp drops up to ROLLBACK tokens (sizes.py) from the end of the last step only. Every other cut needs a checkpoint of
-the recurrent state at its position: there is one at the end of each part of a prompt and of each restored state, and
+llama.cpp drops up to ROLLBACK tokens (sizes.py) from the end of the last step only. Every other cut needs a checkpoint
+of the recurrent state at its position: there is one at the end of each part of a prompt, of each restored state, and
 before the last step. The engine cuts to the last checkpoint before any other position.
 """
 
