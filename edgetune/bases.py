@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder
+from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, part_of
 from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import read_config
@@ -169,7 +169,7 @@ def before_quantization(source: BaseSource, folder: Path, progress: Progress, co
     """The GGUF file that the base is quantized from: that of the source, or one converted into `folder`."""
     if not source.is_folder:
         return source.path
-    progress.say(f"converting {source.path.name} to GGUF")
+    progress.say(f"converting {part_of(source.path)} to GGUF")
     out = folder / f"{source.path.name}.gguf"
     convert_folder(source.path, out, dtype="auto", converter=converter)
     return out
@@ -319,14 +319,14 @@ def _converted(
         return out
     work.mkdir(parents=True, exist_ok=True)
     if quantization in FLOATS:
-        progress.say(f"converting {folder.name} to GGUF {quantization}")
+        progress.say(f"converting {part_of(folder)} to GGUF {quantization}")
         whole = work / f".{out.name}.part"
         convert_folder(folder, whole, dtype=quantization, converter=converter)
         whole.replace(out)
         return out
     whole = work / f".{folder.name}-{key}.part.gguf"
     try:
-        progress.say(f"converting {folder.name} to GGUF")
+        progress.say(f"converting {part_of(folder)} to GGUF")
         convert_folder(folder, whole, dtype="auto", converter=converter)
         matrix = None if importance is None else importance.collect(whole)
         progress.say(f"quantizing {folder.name} to {quantization}")

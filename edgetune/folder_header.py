@@ -13,7 +13,7 @@ from typing import Any
 
 from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
-from edgetune_export.architectures.layout import name_map
+from edgetune_export.architectures.layout import name_map, tensor_name
 from edgetune_export.base_file.convert import check_folder, weight_files
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.errors import VerificationError
@@ -23,6 +23,10 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 HEADER_BYTES_PER_TOKEN = 36
 """Size of the tokenizer in a GGUF file, per token; measured on SmolLM2: 1.79 MB for 49,152 tokens."""
 
+_NOT_TEXT = ("model.visual.", "mtp.")
+"""The beginnings of names of tensors that no text part has."""
+_OF_MULTIMODAL = "model.language_model."
+"""The beginning of names where others have `model.`."""
 _F16 = TENSOR_TYPES["f16"].number
 
 
@@ -33,7 +37,7 @@ def predict_header(folder: Path) -> GgufHeader:
     VerificationError if a file is damaged.
     """
     found = check_folder(folder)
-    architecture, config = found.gguf, read_config(folder)
+    architecture, config = found.gguf, found.text_part(read_config(folder))
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
@@ -44,8 +48,11 @@ def predict_header(folder: Path) -> GgufHeader:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         for name, shape in _shapes(file):
-            tensor = known.get_name(name, try_suffixes=(".weight", ".bias"))
-            parts = [tensor] if tensor else _parts(name, found) or [name]
+            if name.startswith(_NOT_TEXT):
+                continue
+            parameter = name.replace(_OF_MULTIMODAL, "model.", 1)
+            tensor = tensor_name(parameter, known)
+            parts = [tensor] if tensor else _parts(parameter, found) or [parameter]
             for part in parts:
                 # Of a convolution with one input per channel, the converter drops the dimension of the inputs.
                 sizes = [shape[0], shape[2]] if len(shape) == 3 and shape[1] == 1 else shape

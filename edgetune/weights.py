@@ -13,7 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.architectures.layout import base_rows, is_kernel, name_map
+from edgetune_export.architectures.layout import as_parameter, base_rows, name_map, tensor_name
 from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.errors import IncompatibleError
@@ -119,9 +119,7 @@ class GgufWeights:
         # Allocated by torch for its alignment, which makes matrix products faster.
         values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
         dequantize_rows(data, tensor, out=values.numpy())
-        if tensor.name.endswith("norm.weight"):
-            values -= architectures.of(self._header).norm_offset
-        return values.unsqueeze(1) if is_kernel(tensor) else values
+        return torch.from_numpy(as_parameter(values.numpy(), tensor, self._header))
 
     def grid(self, parameter: str) -> tuple[Grid, Floats] | None:
         """The grid of a quantized matrix with its `dither_of`; None if it is stored as floats.
@@ -136,8 +134,7 @@ class GgufWeights:
         return self._tensor(parameter) is not None
 
     def _tensor(self, parameter: str) -> TensorInfo | None:
-        module, _, kind = parameter.rpartition(".")
-        return self._header.tensors.get(f"{self._names.get_name(module)}.{kind}")
+        return self._header.tensors.get(tensor_name(parameter, self._names))
 
     def _bytes(self, parameter: str) -> tuple[Bytes, TensorInfo]:
         tensor = self._tensor(parameter)

@@ -42,6 +42,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
@@ -64,6 +66,7 @@ ARCHITECTURES = (
     "lfm2",
     "olmo2",
     "phi3",
+    "qwen35",
 )
 GRANITE: dict[str, Any] = {
     "embedding_multiplier": 3.0,
@@ -128,6 +131,25 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"pad_token_id": None}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"original_max_position_embeddings": 512, "pad_token_id": None}),
+    "qwen35": (
+        Qwen3_5ForCausalLM,
+        Qwen3_5TextConfig,
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 """Model class, configuration class and special configuration values of each architecture."""
 SAME_MODULES = tuple(arch for arch in ARCHITECTURES if not known()[arch].split_modules)
@@ -197,6 +219,9 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.08)
+            if name.endswith(".A_log"):
+                # With larger ones, a delta net would forget all but the last token.
+                torch.nn.init.uniform_(parameter, -5.0, -1.0)
     return model.float()
 
 
@@ -205,7 +230,7 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
 
     llama.cpp converts some only with a BPE tokenizer that it knows, so they get SmolLM2's.
     """
-    if arch in {"hunyuan_dense", "lfm2", "olmo2"}:
+    if arch in {"hunyuan_dense", "lfm2", "olmo2", "qwen35"}:
         smollm2 = locate("smollm2-135m", folder)
         make_model(arch, len(read_header(smollm2).metadata["tokenizer.ggml.tokens"])).save_pretrained(folder)
         write_tokenizer(smollm2, folder)

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.models.lfm2 import modeling_lfm2
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from edgetune.objectives.example import Example
 
@@ -204,8 +205,34 @@ def on_packed_rows(convolution: Callable[..., torch.Tensor]) -> Callable[..., to
     return convolve
 
 
-# transformers has no registry of convolutions, but passes the options of a forward pass on to them too.
-modeling_lfm2.causal_conv1d_fn = on_packed_rows(modeling_lfm2.causal_conv1d_fn)
+def after_prefix(rule: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """A delta rule on tensors [1, n, …] that also takes packed rows, each after the state of the shared tokens."""
+
+    @wraps(rule)
+    def compute(
+        *states: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, packed: PackedRows | None = None, **options: object
+    ) -> tuple[torch.Tensor, Any]:
+        if packed is None:
+            return rule(*states, g=g, beta=beta, **options)
+        outputs, state = [], None
+        for group in packed.groups:
+            rows = len(group.queries)
+            *read, decay, gain = (
+                part[0].index_select(0, group.queries.flatten()).view(rows, -1, *part.shape[2:])
+                for part in (*states, g, beta)
+            )
+            given = {"initial_state": None if state is None else state.expand(rows, -1, -1, -1)}
+            out, state = rule(*read, g=decay, beta=gain, **{**options, **given, "output_final_state": True})
+            outputs.append(out.flatten(0, 1))
+        return torch.cat(outputs).index_select(0, packed.place)[None], None
+
+    return compute
+
+
+# transformers has no registry of these functions, but passes the options of a forward pass on to them too.
+for _module in (modeling_lfm2, modeling_qwen3_5):
+    _module.causal_conv1d_fn = on_packed_rows(_module.causal_conv1d_fn)
+modeling_qwen3_5.torch_chunk_gated_delta_rule = after_prefix(modeling_qwen3_5.torch_chunk_gated_delta_rule)
 
 
 def shared_length(examples: Sequence[Example]) -> int:

@@ -34,7 +34,7 @@ from edgetune_runtime.routing.features import count_buckets
 
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
 # Of a base whose first layer is recurrent.
-IN_PLACE = {"blk.0.attn_q.weight": "blk.0.shortconv.in_proj.weight"}
+IN_PLACE = ("blk.0.shortconv.in_proj.weight", "blk.0.attn_gate.weight")
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -43,7 +43,7 @@ def low_rank(base: Path, seed: int, rank: int = 4, modules: Sequence[str] = MODU
     tensors = read_header(base).tensors
     random = np.random.default_rng(seed)
     pairs = {}
-    for name in (name if name in tensors else IN_PLACE[name] for name in modules):
+    for name in (name if name in tensors else next(filter(tensors.get, IN_PLACE)) for name in modules):
         columns, rows = tensors[name].shape
         a, b = random.normal(0, size, (rank, columns)), random.normal(0, size, (rows, rank))
         pairs[name] = (a.astype(np.float32), b.astype(np.float32))

@@ -46,7 +46,7 @@ def of(header: GgufHeader, base: str = "") -> Architecture:
 def of_model_type(model_type: str, base: str = "") -> Architecture:
     """The architecture of a config.json with this `model_type`; errors as in `of`."""
     for architecture in known().values():
-        if model_type in architecture.model_types:
+        if model_type in (*architecture.model_types, architecture.multimodal[0]):
             return architecture
     raise _unsupported(model_type, base)
 

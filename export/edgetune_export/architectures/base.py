@@ -69,9 +69,13 @@ class Architecture:
     recurrent_block: str = ""
     """In layers with a recurrent state, the block in place of `self_attn`; empty if all layers attend."""
     not_in_int8: tuple[str, ...] = ()
-    """Modules that training in int8 leaves in float32, because the outputs of each are multiplied by each other."""
+    """Modules that training in int8 leaves in float32, because their outputs are multiplied by each other."""
     split_modules: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Modules of a folder that the converter splits into equal parts by rows, with the tensors of these."""
+    multimodal: tuple[str, str] = ("", "")
+    """The `model_type` and the class of checkpoints that have such a model as their text part."""
+    converter_options: tuple[str, ...] = ()
+    """Options of llama.cpp's converter."""
     transformers_reads_gguf: bool = True
     """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +85,11 @@ class Architecture:
     def model_class(self) -> str:
         """The class in transformers, which config.json names in `architectures`."""
         return f"{self.class_prefix}ForCausalLM"
+
+    def text_part(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings of the text part of a config.json: those within it, if it is multimodal."""
+        within = config.get("text_config")
+        return {**config, **within} if isinstance(within, dict) else config
 
     @property
     def has_other_modules(self) -> bool:

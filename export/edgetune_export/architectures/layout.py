@@ -1,4 +1,4 @@
-"""Maps module names and row order of a Hugging Face model to those of its GGUF file.
+"""Maps names, row order and values of a Hugging Face model's parameters to those of its GGUF file.
 
 In GGUF files of some architectures the rows of q and k have another order: llama.cpp's rotary embedding rotates
 neighbouring rows, Hugging Face's the two halves of a head, so the converter interleaves the halves of each head.
@@ -18,9 +18,12 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 
 from . import of
 
+Floats = npt.NDArray[np.float32]
+
 _QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
 
-_KERNEL = re.compile(r"blk\.\d+\.shortconv\.conv\.weight")
+_KERNEL = re.compile(r"blk\.\d+\.(shortconv\.conv|ssm_conv1d)\.weight")
+_DECAY = re.compile(r"blk\.\d+\.ssm_a")
 
 
 def name_map(header: GgufHeader) -> gguf.TensorNameMap:
@@ -53,9 +56,39 @@ def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | 
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
 
 
-def is_kernel(tensor: TensorInfo) -> bool:
-    """Whether it has the kernels of a depthwise convolution: [channels, width], in torch [channels, 1, width]."""
-    return _KERNEL.fullmatch(tensor.name) is not None
+def tensor_name(parameter: str, names: gguf.TensorNameMap) -> str:
+    """The name in the GGUF file of a parameter of the Hugging Face model; empty if none is known."""
+    module, _, kind = parameter.rpartition(".")
+    if kind == "A_log":
+        return names.get_name(parameter) or ""
+    if kind == "dt_bias":
+        module, kind = f"{module}.dt_proj", "bias"
+    found = names.get_name(module)
+    return f"{found}.{kind}" if found else ""
+
+
+def as_parameter(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
+    """Values of a tensor as the Hugging Face model has them, apart from the order of rows; may change `values`."""
+    if offset := _norm_offset(tensor, header):
+        values -= offset
+    if _DECAY.fullmatch(tensor.name):
+        return np.log(-values, out=values)
+    return values[:, None] if _KERNEL.fullmatch(tensor.name) else values
+
+
+def as_stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
+    """The reverse of `as_parameter`."""
+    if offset := _norm_offset(tensor, header):
+        return values + np.float32(offset)
+    if _DECAY.fullmatch(tensor.name):
+        return -np.exp(values)
+    return values[:, 0] if _KERNEL.fullmatch(tensor.name) else values
+
+
+def _norm_offset(tensor: TensorInfo, header: GgufHeader) -> float:
+    # The gated norm of a delta net multiplies by its weights alone.
+    is_norm = tensor.name.endswith("norm.weight") and not tensor.name.endswith("ssm_norm.weight")
+    return of(header).norm_offset if is_norm else 0.0
 
 
 def count(metadata: Mapping[str, Any], key: str) -> int:

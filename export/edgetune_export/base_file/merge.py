@@ -6,15 +6,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import replacing, require_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.wording import first_of
 
-from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Merged
-from edgetune_export.architectures.layout import base_rows, is_kernel, name_map
+from edgetune_export.architectures.layout import as_stored, base_rows, name_map, tensor_name
 
 from .rounding import rounded, rounded_on_grid
 
@@ -47,8 +45,7 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
     names = name_map(header)
     placed, problems = [], []
     for parameter, compute in merged.parameters.items():
-        module, _, kind = parameter.rpartition(".")
-        tensor = header.tensors.get(f"{names.get_name(module)}.{kind}")
+        tensor = header.tensors.get(tensor_name(parameter, names))
         if tensor is None:
             problems.append(f"the base has no tensor for {parameter}")
         else:
@@ -60,13 +57,10 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
 
 
 def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
-    """A parameter as the file stores it: rows in the base's order, norms with the architecture's offset."""
-    if is_kernel(tensor):
-        values = values.squeeze(1)
+    """A parameter as the file stores it, with rows in the base's order."""
+    values = as_stored(values, tensor, header)
     if values.shape[::-1] != tensor.shape:
         message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
         raise IncompatibleError(message, "give the base that the model was trained from")
-    if tensor.name.endswith("norm.weight"):
-        return values + np.float32(architectures.of(header).norm_offset)
     order = base_rows(tensor, header)
     return values if order is None else values[order]

@@ -6,12 +6,15 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from edgetune_runtime import engines
 from edgetune_runtime.bundle import AUTO, CLASSIFY, ERROR, Manifest, RouterEntry, read_manifest, verify_files
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.confinement import MAX_S, confine, limits_of
+from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.wording import printable
 
 from .conversation import Conversation, adapter_choice, show
@@ -40,7 +43,7 @@ def info(options: argparse.Namespace) -> None:
         shapes = " and ".join(dict.fromkeys(entry.shapes.values()))
         lines.append(f"adapter   {entry.name}: {entry.method}, {shapes}, {_size(manifest, entry.files.values())}")
     lines += [] if manifest.router is None else _router_lines(manifest.router)
-    lines.append(f"opening   {_described(manifest, opening)}")
+    lines.append(f"opening   {_described(manifest, opening)}{_recurrence(options.bundle, opening)}")
     print("\n".join(map(printable, lines)))
 
 
@@ -61,6 +64,17 @@ def _described(manifest: Manifest, opening: OpeningOptions) -> str:
     if opening.kv is None:
         return text
     return f"{text}, KV cache {opening.kv}, {context_mb(manifest, opening):.1f} MB each"
+
+
+def _recurrence(bundle: Path, opening: OpeningOptions) -> str:
+    """The recurrent states of the base, if it has any, and whether there are drafts."""
+    if opening.kv is None or opening.engine not in engines.names_with_needs():
+        return ""
+    needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=opening.engine)
+    if not needs.recurrent_bytes:
+        return ""
+    drafts = "" if needs.max_rollback else ", no drafts because these are too large to keep one for each token"
+    return f", recurrent states {needs.recurrent_bytes / 1e6:.1f} MB each{drafts}"
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> str:

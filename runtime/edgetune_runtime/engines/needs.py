@@ -85,8 +85,8 @@ class Needs:
     embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
     are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
     all draft tables; `recurrent_values` are the numbers in the recurrent state of a sequence, and `recurrent_states`
-    how many of them a loaded model holds; `constrained`: the answers of an adapter are held to a schema or a grammar.
-    Saved states have up to `cache_mb`, adapters in memory up to `adapters_mb`.
+    how many of them a loaded model holds; for `max_rollback` see `Engine`. `constrained`: the answers of an adapter are
+    held to a schema or a grammar. Saved states have up to `cache_mb`, adapters in memory up to `adapters_mb`.
     """
 
     base_bytes: int
@@ -115,6 +115,7 @@ class Needs:
     head_lengths: tuple[int, ...] = ()
     recurrent_values: int = 0
     recurrent_states: int = 0
+    max_rollback: int | None = None
 
     @property
     def cost(self) -> EngineCost:

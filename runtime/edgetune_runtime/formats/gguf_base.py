@@ -70,7 +70,22 @@ class _HeadsPerLayer:
         return f"0 or {self.number} for each layer, the same in all"
 
 
-Allowed = _Between | _Flags | _HeadsPerLayer | Sequence[Any]
+@dataclass(frozen=True)
+class _Sections:
+    """An array with the sizes of the four sections of a rotary embedding of positions in space."""
+
+    number: _Between
+
+    def __contains__(self, value: object) -> bool:
+        return (
+            isinstance(value, tuple) and len(value) == 4 and all(item in self.number for item in value) and any(value)
+        )
+
+    def __str__(self) -> str:
+        return f"four of {self.number}"
+
+
+Allowed = _Between | _Flags | _HeadsPerLayer | _Sections | Sequence[Any]
 
 _FACTOR, _ROPE_FACTOR = _Between(1e-6, 1e6), _Between(0.0, 1e6)
 _WIDTH = _Between(1, 1 << 20)
@@ -157,6 +172,16 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     },
     "olmo2": _SLIDING,
     "phi3": {},
+    "qwen35": {
+        "attention.recurrent_layers": _Flags(_Between(0, 1)),
+        "full_attention_interval": _Between(1, _LAYERS),
+        "rope.dimension_sections": _Sections(_Between(0, _HEAD_SIZE)),
+        "ssm.conv_kernel": _Between(2, 64),
+        "ssm.state_size": _Between(1, _HEAD_SIZE),
+        "ssm.group_count": _Between(1, 1 << 10),
+        "ssm.inner_size": _WIDTH,
+        "ssm.time_step_rank": _Between(1, 1 << 10),
+    },
 }
 """The supported architectures, by their names in GGUF files, with the hyperparameters that only they have."""
 
@@ -241,12 +266,31 @@ def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
     if rotated % 2 or rotated > size:
         yield f"{header.architecture}.rope.dimension_count {rotated} does not fit heads of size {size}"
     sizes = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads, "attn_qkv": heads + 2 * kv_heads}
+    if header.architecture == "qwen35":
+        # Queries have a gate of the same size; the modules of a delta net are compared by llama.cpp.
+        sizes = {"attn_q": 2 * heads, "attn_k": kv_heads, "attn_v": kv_heads}
+        yield from _wrong_delta_nets(header, layers)
+        if sum(header.metadata.get("qwen35.rope.dimension_sections", ())) > size:
+            yield f"qwen35.rope.dimension_sections have more than the {size} numbers of a head"
     for tensor in header.tensors.values():
         kind = tensor.name.split(".")[-2] if tensor.name.endswith(".weight") and "." in tensor.name else ""
         if tensor.type.name in _NOT_OF_WEIGHTS or (len(tensor.shape) == 1 and tensor.type.name != "f32"):
             yield f"{tensor.name[:80]} is stored as {tensor.type.name}"
         if kind in sizes and tensor.shape[-1] != sizes[kind] * size:
             yield f"{tensor.name[:80]} of shape {tensor.shape} is not that of {sizes[kind]} heads of size {size}"
+
+
+def _wrong_delta_nets(header: GgufHeader, layers: int) -> Iterator[str]:
+    """Sizes that llama.cpp reads without comparing them."""
+    state, groups, heads, inner = (
+        header.metadata.get(f"qwen35.ssm.{key}", 0)
+        for key in ("state_size", "group_count", "time_step_rank", "inner_size")
+    )
+    if not groups or heads % groups or inner != heads * state:
+        yield f"{heads} heads of size {state} in {groups} groups are no delta nets of qwen35.ssm.inner_size {inner}"
+    flags = header.metadata.get("qwen35.attention.recurrent_layers")
+    if isinstance(flags, tuple) and len(flags) != layers:
+        yield f"qwen35.attention.recurrent_layers has {len(flags)} flags for {layers} layers"
 
 
 def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:

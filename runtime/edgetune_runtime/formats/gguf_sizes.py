@@ -10,30 +10,37 @@ from edgetune_runtime.errors import IncompatibleError
 from .gguf_file import GgufHeader
 
 
-def number(header: GgufHeader, key: str, *, total: bool = False) -> int:
-    """An integer of the architecture; of a number per layer, the largest, or with `total` the sum over all layers.
+def number(header: GgufHeader, key: str) -> int:
+    """An integer of the architecture; of a number per layer, the largest.
 
     IncompatibleError if the header has no such number.
     """
     value = _metadata(header, key)
-    if isinstance(value, Sequence):
-        return sum(map(int, value)) if total else max(map(int, value))
-    return int(value) * (number(header, "block_count") if total else 1)
+    return max(map(int, value)) if isinstance(value, Sequence) else int(value)
 
 
 def kv_values_per_token(header: GgufHeader) -> int:
-    """Numbers in the keys and values that one token adds, over all layers.
+    """Numbers in the keys and values that one token adds, over all layers that attend.
 
     Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
     """
-    return number(header, "attention.head_count_kv", total=True) * sum(head_lengths(header))
+    heads = _metadata(header, "attention.head_count_kv")
+    attending = number(header, "block_count") - len(recurrent_layers(header))
+    total = sum(map(int, heads)) if isinstance(heads, Sequence) else int(heads) * attending
+    return total * sum(head_lengths(header))
 
 
 def recurrent_layers(header: GgufHeader) -> frozenset[int]:
-    """The layers that have a recurrent state in place of keys and values: those without heads of keys."""
-    heads = header.metadata.get(f"{header.architecture}.attention.head_count_kv")
-    by_layer = heads if isinstance(heads, Sequence) else ()
-    return frozenset(layer for layer, count in enumerate(by_layer) if not count)
+    """The layers that have a recurrent state in place of keys and values, as llama.cpp finds them."""
+    if header.architecture == "lfm2":
+        flags = [not heads for heads in _metadata(header, "attention.head_count_kv")]
+    elif header.architecture == "qwen35":
+        interval = header.metadata.get("qwen35.full_attention_interval", 4)
+        usual = [bool((layer + 1) % interval) for layer in range(number(header, "block_count"))]
+        flags = header.metadata.get("qwen35.attention.recurrent_layers", usual)
+    else:
+        flags = []
+    return frozenset(layer for layer, is_recurrent in enumerate(flags) if is_recurrent)
 
 
 def recurrent_values(header: GgufHeader) -> int:
@@ -41,8 +48,15 @@ def recurrent_values(header: GgufHeader) -> int:
     layers = recurrent_layers(header)
     if not layers:
         return 0
-    # Of a short convolution: the inputs of the tokens before the next one.
-    return len(layers) * number(header, "embedding_length") * (number(header, "shortconv.l_cache") - 1)
+    # Of a short convolution the inputs of the tokens before the next one, and of a delta net a matrix per head.
+    if header.architecture == "lfm2":
+        per_layer = number(header, "embedding_length") * (number(header, "shortconv.l_cache") - 1)
+    else:
+        kernel, size, groups, inner = (
+            number(header, f"ssm.{key}") for key in ("conv_kernel", "state_size", "group_count", "inner_size")
+        )
+        per_layer = (kernel - 1) * (inner + 2 * groups * size) + size * inner
+    return len(layers) * per_layer
 
 
 def head_lengths(header: GgufHeader) -> tuple[int, int]:

@@ -235,7 +235,8 @@ class _Answering:
         if self._drafter is None:
             return [], []
         # A step gives one token more than its draft.
-        draft, chances = self._drafter.propose(self._max_tokens - self._count - len(self._held) - 1)
+        room, rollback = self._max_tokens - self._count - len(self._held) - 1, self._context.engine.max_rollback
+        draft, chances = self._drafter.propose(room if rollback is None else min(room, rollback))
         if self._constraint is not None:
             draft = draft[: self._constraint.valid_prefix(draft)]
         count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))

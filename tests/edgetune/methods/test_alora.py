@@ -93,7 +93,7 @@ def loss_alone(model: Any, rows: list[Example]) -> float:  # noqa: ANN401 - as a
     return total
 
 
-@pytest.mark.parametrize("arch", [*FEW, "lfm2"])
+@pytest.mark.parametrize("arch", [*FEW, "lfm2", "qwen35"])
 def test_packed_rows_lose_what_pefts_own_gate_loses_on_each_alone(arch: str, tmp_path: Path) -> None:
     model = attached(arch)
     ALORA.save(model, tmp_path)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from edgetune_export.base_file.convert import part_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from recipes import adapter_of, make_recipe
+from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from trainings import QUIET, Listening
 
@@ -53,6 +56,23 @@ def test_the_header_of_a_folder_is_that_of_the_file_it_is_converted_to(
     assert {name: tensor.shape for name, tensor in predicted.tensors.items()} == sizes
     for key, value in predicted.metadata.items():
         assert converted.metadata[key] == value, key
+
+
+def test_of_a_multimodal_folder_the_text_part_is_planned_and_said(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("qwen35"), tmp_path / "multimodal"))
+    text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "vision_config": {}}
+    del text["architectures"]
+    (folder / "config.json").write_text(json.dumps({**whole, "text_config": text}), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("model.", "model.language_model.", 1): values for name, values in weights.items()}
+    others = {"model.visual.patch_embed.weight": torch.zeros(4, 4), "mtp.norm.weight": torch.zeros(64)}
+    save_file(renamed | others, folder / "model.safetensors")
+    assert predict_header(folder) == predict_header(tiny_folder("qwen35"))
+    assert part_of(folder) == "the text part of multimodal"
+    assert part_of(tiny_folder("qwen35")) == "qwen35"
 
 
 def test_a_format_that_cannot_hold_the_architecture_is_refused(

@@ -18,6 +18,7 @@ Engine = GgufEngine | OnnxEngine
 Open = Callable[..., Engine]
 Files = Callable[[str, str], dict[str, Path]]
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
+HYBRIDS = ("lfm2", "qwen35")
 ENGINES: dict[str, type[Engine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
 CONTEXT = 200
 TEXT = "turn on the warm light in the kitchen and close the blind"
@@ -42,7 +43,10 @@ def open_(files_of: Files) -> Iterator[Open]:
         yield make
 
 
-@pytest.fixture(params=[*((backend, arch) for arch in FEW for backend in ENGINES), ("gguf", "lfm2")], ids="-".join)
+@pytest.fixture(
+    params=[*((backend, arch) for arch in FEW for backend in ENGINES), *(("gguf", arch) for arch in HYBRIDS)],
+    ids="-".join,
+)
 def engine(request: pytest.FixtureRequest, open_: Open) -> Engine:
     """Each engine with each architecture."""
     return open_(*request.param)
@@ -272,15 +276,15 @@ def test_a_truncated_or_restored_sequence_continues_as_a_new_one(
     state = engine.save_state()
     is_cut, (_, arch) = keep < len(tokens), request.node.callspec.params["engine"]
     kept = engine.truncate(keep)
-    # The recurrent states of LFM2 are known at the ends of prompts only.
-    assert kept == (0 if is_cut and arch == "lfm2" else keep)
+    # Recurrent states are known at the ends of prompts only.
+    assert kept == (0 if is_cut and arch in HYBRIDS else keep)
     assert engine.decode([*tokens[kept:keep], *other]) == close_to(expected, engine)
     fresh(engine, {}, [9] * 20)
     engine.activate({"first": 1})
     engine.restore_state(state)
     lacks_window = request.node.callspec.params["engine"] == ("gguf", "gemma3")
     kept = engine.truncate(keep)
-    assert kept == (0 if is_cut and (lacks_window or arch == "lfm2") else keep)
+    assert kept == (0 if is_cut and (lacks_window or arch in HYBRIDS) else keep)
     assert engine.decode([*tokens[kept:keep], *other]) == close_to(expected, engine)
     assert engine.truncate(0) == 0
 

@@ -242,7 +242,9 @@ def fresh_of(
         fresh.close()
 
 
-@pytest.mark.parametrize(("engine", "arch"), [("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2")])
+@pytest.mark.parametrize(
+    ("engine", "arch"), [("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2"), ("gguf", "qwen35")]
+)
 @pytest.mark.parametrize("merged_mb", [None, 0])
 @given(contexts=st.integers(1, 2), schedule=SCHEDULES)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

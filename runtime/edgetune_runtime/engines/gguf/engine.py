@@ -21,7 +21,7 @@ from edgetune_runtime.engines.base import (
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
-from edgetune_runtime.formats.gguf_sizes import recurrent_layers, recurrent_values
+from edgetune_runtime.formats.gguf_sizes import recurrent_values
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
@@ -30,8 +30,9 @@ from . import NAME
 from .adapters import GgufAdapters
 from .base import GgufBase, GgufTokenizer
 from .hybrid_cache import HybridCache
-from .kv_cache import BRANCHES, MAIN, KvCache
+from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
+from .sizes import BRANCHES, rollback_of
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups
@@ -106,7 +107,7 @@ class GgufEngine:
                 batch=batch,
                 sequences=kind.branches + 1,
                 outputs=BRANCHES + 1,
-                rollback=kind.max_rollback or 0,
+                rollback=rollback_of(state_bytes) if state_bytes else 0,
                 kv=self._kv,
             )
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
@@ -263,7 +264,7 @@ class GgufEngine:
         """Replace the sequence by a saved one with the same prefix; decode at least one token before `score`."""
         self._last = None
         try:
-            check_state(state, self.context_length, len(recurrent_layers(self._base.header)))
+            check_state(state, self.context_length, self._base.header)
             self._length = self._cache.restore(state)
         except VerificationError:
             self._rewind()

@@ -1,6 +1,6 @@
 """The cache of a model with recurrent layers, whose state cannot be rolled back by position as keys and values can.
 
-llama.cpp drops tokens from the end of the last step only, of up to ROLLBACK tokens. Every other cut needs a checkpoint
+llama.cpp drops up to ROLLBACK tokens (sizes.py) from the end of the last step only. Every other cut needs a checkpoint
 of the recurrent state at its position: there is one at the end of each part of a prompt, of each restored state, and
 before the last step. The engine cuts to the last checkpoint before any other position.
 """
@@ -10,45 +10,25 @@ from __future__ import annotations
 from typing import Any
 
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.states.batches import CHUNK
 
 from .kv_cache import KvCache
 from .llama import last_errors
+from .sizes import HYBRID_BRANCHES, most_checkpoints, rollback_of
 
-ROLLBACK = 16
-"""Tokens that llama.cpp can drop after a step: more than a draft has. It keeps a recurrent state for each."""
 _ONE_BATCH = 32
 """Tokens of a longer step are in several batches, and llama.cpp drops only tokens of the last one."""
-_BRANCHES = 1
-"""Each branch needs as many recurrent states as the sequence itself."""
-CHECKPOINTS_BYTES = 32_000_000
-"""Bytes of checkpoints of one sequence; at least two are kept, whatever their size."""
-
 _RECURRENT = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY."""
-
-
-def most_checkpoints(state_bytes: int) -> int:
-    """Checkpoints that are kept of a sequence whose recurrent state has this size."""
-    return max(2, CHECKPOINTS_BYTES // state_bytes)
-
-
-def states_of(state_bytes: int, context_length: int) -> int:
-    """The recurrent states of this size that a context holds, in llama.cpp and as checkpoints; 0 without any."""
-    if not state_bytes:
-        return 0
-    parts = context_length // CHUNK + 2
-    return (1 + _BRANCHES) * (1 + ROLLBACK) + min(parts, most_checkpoints(state_bytes)) + 1
 
 
 class HybridCache(KvCache):
     """As `KvCache`, with checkpoints; `state_bytes` is the size of the recurrent state of a sequence."""
 
-    branches = _BRANCHES
-    max_rollback = ROLLBACK
+    branches = HYBRID_BRANCHES
 
     def __init__(self, context: Any, model: Any, state_bytes: int) -> None:  # noqa: ANN401 - bare pointers
         super().__init__(context, model)
+        self.max_rollback = rollback_of(state_bytes)
         self._most = most_checkpoints(state_bytes)
         self._checkpoints: dict[int, memoryview] = {}
         self._before: dict[int, memoryview] = {}

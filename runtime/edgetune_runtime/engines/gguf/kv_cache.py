@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from edgetune_runtime.errors import EdgetuneError, VerificationError
 
 from .llama import last_errors, library
+from .sizes import BRANCHES
 
 MAIN = 0
 """The main sequence; the others are branches of it."""
-BRANCHES = 32
-"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB with a vocabulary of 150,000."""
 _WHOLE = 0
 """LLAMA_STATE_SEQ_FLAGS_NONE."""
 

@@ -19,8 +19,7 @@ from edgetune_runtime.formats.gguf_sizes import (
 )
 
 from . import KV_TYPES, NAME
-from .hybrid_cache import states_of
-from .kv_cache import BRANCHES
+from .sizes import BRANCHES, rollback_of, states_of
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
@@ -55,6 +54,7 @@ def needs_of_sizes(
 
     `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
     """
+    state_bytes = 4 * recurrent_values(header)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
     looked_up = "" if tied else "token_embd.weight"
@@ -77,5 +77,6 @@ def needs_of_sizes(
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=head_lengths(header),
         recurrent_values=recurrent_values(header),
-        recurrent_states=states_of(4 * recurrent_values(header), context_length),
+        recurrent_states=states_of(state_bytes, context_length),
+        max_rollback=rollback_of(state_bytes) if state_bytes else None,
     )

