@@ -19,7 +19,7 @@ from edgetune.building.builders.plan import plan_build, with_download
 from edgetune.building.pipeline import build
 from edgetune.evaluation import rows_for
 from edgetune.learning.change import Changes, changes_between, scored, worse_sets
-from edgetune.learning.kept import forget_adapters, keep
+from edgetune.learning.kept import forget_adapters, keep, kept_folder
 from edgetune.planning.records import BasePlan, BuildPlan
 from edgetune.progress import Progress
 from edgetune.recipe.rows import Rows
@@ -130,9 +130,14 @@ def rebase(
             return Rebased(None, changes, *figures, margin)
         for name in worse:
             remove_from_bundle(staged, name)
-        forget_adapters(out)
-        keep(recipe, [name for name in sets if name not in worse], staged, out)
-        swap_in(staged, out)
+        # A `learn` of this bundle changes the same files.
+        with locked(kept_folder(out)):
+            if out == bundle and read_manifest(bundle) != manifest:
+                raise UsageError(f"{bundle} was changed while it was rebased", "run the same command again")
+            # If this is cut off, no adapter of another base is left to start from.
+            forget_adapters(out)
+            swap_in(staged, out)
+            keep(recipe, [name for name in sets if name not in worse], staged, out)
         return Rebased(out, changes, *figures, margin, worse)
 
 

@@ -68,9 +68,10 @@ def test_ranks_by_module_in_an_earlier_manifest_are_counted(copy: Path) -> None:
     change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(earlier))
     change_manifest(copy, lambda raw: raw["adapters"]["tone"].pop("modules_by_rank"))
     assert read_manifest(copy).adapter("tone").modules_by_rank == {4: 3, 2: 1}
-    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(modules_by_rank={"four": 3}))
-    with pytest.raises(VerificationError, match="is not a manifest"):
-        read_manifest(copy)
+    for wrong in ({"four": 3}, {"4": -3}, {"0": 3}, {"4": None}):
+        change_manifest(copy, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))
+        with pytest.raises(VerificationError, match="is not a manifest"):
+            read_manifest(copy)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:

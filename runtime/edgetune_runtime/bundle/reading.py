@@ -99,7 +99,9 @@ def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
     unsure = None if raw.get("unsure") is None else dataclass_of(UnsureRule, raw["unsure"])
     # Manifests used to have the rank of each module by its name.
     counts = raw["modules_by_rank"] if "modules_by_rank" in raw else Counter(raw.get("ranks", {}).values())
-    ranks = {int(rank): count for rank, count in counts.items()}
+    ranks = {int(rank): int(count) for rank, count in counts.items()}
+    if any(number < 1 for number in (*ranks, *ranks.values())):
+        raise ValueError(f"modules_by_rank is {ranks}")
     parsed = {"golden": golden, "scope": scope, "confidence": curves, "unsure": unsure, "modules_by_rank": ranks}
     return dataclass_of(AdapterEntry, {**raw, **parsed})
 

@@ -7,6 +7,8 @@ before the last step. The engine cuts to the last checkpoint before any other po
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from edgetune_runtime.errors import EdgetuneError
@@ -44,7 +46,7 @@ class HybridCache(KvCache):
 
     def keep(self, length: int) -> None:
         """Keep a checkpoint at the end of the sequence, in place of the first one if there are too many."""
-        if len(self._checkpoints) == self._most:
+        if len(self._checkpoints) == self._most and length not in self._checkpoints:
             del self._checkpoints[min(self._checkpoints)]
         self._checkpoints[length] = self._save(_RECURRENT)
 
@@ -66,6 +68,13 @@ class HybridCache(KvCache):
         )
         self._step = range(0)
         return super().drop(start)
+
+    @contextmanager
+    def branched(self, count: int) -> Iterator[None]:
+        """See `KvCache`. Branches make steps of their own, and llama.cpp drops tokens of the last one only."""
+        self._step = range(0)
+        with super().branched(count):
+            yield
 
     def restore(self, state: bytes | memoryview) -> int:
         """See `KvCache`."""

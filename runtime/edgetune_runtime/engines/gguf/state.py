@@ -67,18 +67,19 @@ def check_state(state: memoryview, context_length: int, header: GgufHeader) -> N
         magic, sequence = struct.unpack_from("<Ii", state)
         offset = 8 if (magic, sequence) == (_MAGIC, 0) else len(state) + 1
         if recurrent:
-            offset = _end_of_cache(state, offset, context_length, cell)
-            offset = _end_of_recurrent(state, offset, context_length, recurrent)
+            offset, last = _end_of_cache(state, offset, context_length, cell)
+            offset = _end_of_recurrent(state, offset, last, recurrent)
         while offset < len(state):
-            offset = _end_of_cache(state, offset, context_length, cell)
+            offset, _ = _end_of_cache(state, offset, context_length, cell)
     except (struct.error, ValueError):
         offset = -1
     if offset != len(state):
         raise VerificationError("a saved state does not have llama.cpp's layout", "start without it")
 
 
-def _end_of_cache(state: memoryview, offset: int, context_length: int, cell: int) -> int:
-    """The end of the KV cache that starts at `offset`; ValueError or struct.error if there is none."""
+def _end_of_cache(state: memoryview, offset: int, context_length: int, cell: int) -> tuple[int, int]:
+    """The end of the KV cache that starts at `offset`, and its last position; ValueError or struct.error if there is
+    none."""
     streams, count = struct.unpack_from("<II", state, offset)
     if streams != _STREAMS or not 0 < count <= context_length:
         raise ValueError("cells")
@@ -99,14 +100,14 @@ def _end_of_cache(state: memoryview, offset: int, context_length: int, cell: int
             offset += 12 + size * rows * count
             if offset > len(state):
                 raise ValueError("layers")
-    return offset
+    return offset, int(positions.max())
 
 
-def _end_of_recurrent(state: memoryview, offset: int, context_length: int, layers: int) -> int:
-    """The end of the recurrent states that start at `offset`: of one cell, in each layer one of the convolution and one
-    of the sums. Errors as in `_end_of_cache`."""
+def _end_of_recurrent(state: memoryview, offset: int, last: int, layers: int) -> int:
+    """The end of the recurrent states that start at `offset`: of one cell at position `last`, in each layer one of the
+    convolution and one of the sums. Errors as in `_end_of_cache`."""
     count, position, sequences, transposed, _ = struct.unpack_from("<IiIII", state, offset)
-    if (count, sequences, transposed) != (1, 0, 0) or not 0 <= position < context_length:
+    if (count, sequences, transposed) != (1, 0, 0) or position != last:
         raise ValueError("recurrent states")
     offset += 20
     for _ in range(2 * layers):

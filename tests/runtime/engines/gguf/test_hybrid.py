@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -62,6 +63,16 @@ def test_rejected_tokens_of_a_step_are_dropped(engine: GgufEngine, dropped: int)
     assert found == pytest.approx(expected[-dropped:], abs=0.01)
     engine.restore_state(state)
     assert np.array_equal(engine.decode_all(NEXT[-dropped:]), found)
+
+
+def test_a_cut_after_scoring_goes_back_to_before_the_step(engine: GgufEngine) -> None:
+    decoded(engine, PARTS)
+    expected = engine.decode_all(NEXT)
+    decoded(engine, PARTS)
+    engine.decode_all([8] * len(NEXT))
+    engine.score([[5, 6], [7]])
+    assert engine.truncate(122) == 120
+    assert np.array_equal(engine.decode_all(NEXT), expected)
 
 
 def test_tokens_are_dropped_once_per_step_and_then_back_to_before_it(engine: GgufEngine) -> None:
@@ -136,7 +147,9 @@ def test_a_state_whose_recurrent_part_is_damaged_is_refused(engine: GgufEngine) 
     decoded(engine, PARTS)
     state = bytes(engine.save_state())
     expected = engine.decode(NEXT)
-    for broken in (state[:-1], state + b"\0", state[:-600]):
+    (position,) = (at for at in range(len(state) - 12) if state[at : at + 12] == struct.pack("<IiI", 1, 119, 0))
+    elsewhere = state[: position + 4] + struct.pack("<i", 118) + state[position + 8 :]
+    for broken in (state[:-1], state + b"\0", state[:-600], elsewhere):
         with pytest.raises(VerificationError, match="state"):
             engine.restore_state(memoryview(broken))
         assert engine.truncate(5) == 0
