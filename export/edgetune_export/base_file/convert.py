@@ -59,13 +59,24 @@ def check_folder(folder: Path) -> Architecture:
     _check_sizes(text, path)
     try:
         architecture.check_config(text)
-    except (ValueError, TypeError) as error:
+        entries = architecture.header_entries(text)
+        wrong = [key for key, value in entries.items() if not _is_whole(value)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} would be {entries[wrong[0]]!r}")
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise VerificationError(f"{path} is damaged: {error}", "download the model again") from error
     _check_weights(folder)
     multimodal_type, multimodal_class = architecture.multimodal
     is_multimodal = config["model_type"] == multimodal_type
     _check_class(config, path, multimodal_class if is_multimodal else architecture.model_class)
     return architecture
+
+
+def _is_whole(value: object) -> bool:
+    """Whether a hyperparameter is a whole number from 1 on, or an array of such from 0 on."""
+    if isinstance(value, tuple):
+        return all(isinstance(item, int) and item >= 0 for item in value)
+    return isinstance(value, int) and value > 0
 
 
 def part_of(folder: Path) -> str:

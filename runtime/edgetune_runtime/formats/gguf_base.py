@@ -40,6 +40,18 @@ class _Between:
         return f"{'a whole number' if isinstance(self.low, int) else 'a number'} from {self.low} to {self.high}"
 
 
+class _FlagPerLayer:
+    """An array with a flag for each layer."""
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, tuple) or len(value) > _LAYERS:
+            return False
+        return all(type(item) in (bool, int) and item in (0, 1) for item in value)
+
+    def __str__(self) -> str:
+        return "0 or 1 for each layer"
+
+
 @dataclass(frozen=True)
 class _Flags:
     """An array with a flag for each layer, or a number."""
@@ -47,12 +59,10 @@ class _Flags:
     number: _Between
 
     def __contains__(self, value: object) -> bool:
-        if isinstance(value, tuple):
-            return len(value) <= _LAYERS and all(type(item) in (bool, int) and item in (0, 1) for item in value)
-        return value in self.number
+        return value in _FlagPerLayer() or value in self.number
 
     def __str__(self) -> str:
-        return f"{self.number}, or 0 or 1 for each layer"
+        return f"{self.number}, or {_FlagPerLayer()}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class _Sections:
         return f"four of {self.number}"
 
 
-Allowed = _Between | _Flags | _HeadsPerLayer | _Sections | Sequence[Any]
+Allowed = _Between | _Flags | _FlagPerLayer | _HeadsPerLayer | _Sections | Sequence[Any]
 
 _FACTOR, _ROPE_FACTOR = _Between(1e-6, 1e6), _Between(0.0, 1e6)
 _WIDTH = _Between(1, 1 << 20)
@@ -173,7 +183,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     "olmo2": _SLIDING,
     "phi3": {},
     "qwen35": {
-        "attention.recurrent_layers": _Flags(_Between(0, 1)),
+        "attention.recurrent_layers": _FlagPerLayer(),
         "full_attention_interval": _Between(1, _LAYERS),
         "rope.dimension_sections": _Sections(_Between(0, _HEAD_SIZE)),
         "ssm.conv_kernel": _Between(2, 64),

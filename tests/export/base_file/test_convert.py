@@ -265,3 +265,24 @@ def test_a_folder_that_llama_cpp_refuses_gives_its_last_words(
     out = tmp_path / "out.gguf"
     assert_refused(IncompatibleError, "ModelProto", lambda: convert_folder(folder, out))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        ("lfm2", {"num_key_value_heads": None}),
+        ("lfm2", {"intermediate_size": "64", "block_auto_adjust_ff_dim": False}),
+        ("lfm2", {"block_multiple_of": 0}),
+        ("lfm2", {"block_ffn_dim_multiplier": float("inf")}),
+        ("qwen35", {"linear_num_key_heads": "2", "linear_num_value_heads": "2"}),
+        ("qwen35", {"linear_conv_kernel_dim": None}),
+    ],
+)
+def test_odd_sizes_of_recurrent_layers_are_damage(
+    model: str, change: dict[str, object], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder(model), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(VerificationError, match=r"config\.json"):
+        check_folder(folder)
