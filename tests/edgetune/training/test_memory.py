@@ -35,7 +35,7 @@ WIDTHS |= {"gate": (192, 512), "up": (192, 512), "down": (512, 192)}
 PRODUCTS = {**dict.fromkeys("qkv", "qkv"), "gate": "gate_up", "up": "gate_up"}
 SHAPE = BaseShape(
     modules=tuple(
-        SizedModule(f"model.layers.{layer}.{name}_proj", f"{layer}.{PRODUCTS.get(name, name)}", *widths)
+        SizedModule(f"model.layers.{layer}.{name}_proj", f"{layer}.{PRODUCTS.get(name, name)}", *widths, layer)
         for layer in range(2)
         for name, widths in WIDTHS.items()
     ),
