@@ -59,8 +59,8 @@ def with_options(
     planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
-    if base.recurrent_values and "prefix" in planned.shapes.values():
-        message = f"adapter {planned.name!r} is a prefix of keys and values, which some layers of this base do not have"
+    if not base.takes_prefixes and "prefix" in planned.shapes.values():
+        message = f"adapter {planned.name!r} is a prefix of keys and values, which differ in the layers of this base"
         raise IncompatibleError(message, "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)

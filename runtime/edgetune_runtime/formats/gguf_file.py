@@ -33,11 +33,12 @@ _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
-_SLIDING_WINDOW_PATTERN = {"gemma3": 6}
+_SAME_HEADS = "a prefix needs a base with the same number of heads in each layer"
+_SLIDING_WINDOW_PATTERN = {"gemma3": 6, "gemma4": 6}
 """Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
 
 Other architectures have such layers too, but llama.cpp runs them with full attention. Training reads this through
-`cache_shape`.
+`sliding_layers`.
 """
 
 
@@ -155,20 +156,28 @@ def digest_of_chat_template(header: GgufHeader) -> str:
 
 def cache_shape(base: GgufHeader) -> CacheShape:
     """The shape of the base's KV cache; IncompatibleError when it is not the same in all layers."""
+    if base.architecture == "gemma4":
+        message = "the layers of a gemma4 base have keys and values of two sizes, or those of another layer"
+        raise IncompatibleError(message, _SAME_HEADS)
     layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
     width = _count(base, "embedding_length") // heads
     kv_heads = _count(base, "attention.head_count_kv", heads)
     key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
-    window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
+    sliding = sliding_layers(base)
+    window = _count(base, "attention.sliding_window") if sliding else 0
+    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
+
+
+def sliding_layers(base: GgufHeader) -> tuple[int, ...]:
+    """The layers that attend only to a window of positions in llama.cpp; IncompatibleError without a `block_count`."""
+    layers, window = _count(base, "block_count"), base.metadata.get(f"{base.architecture}.attention.sliding_window")
     usual = _SLIDING_WINDOW_PATTERN.get(base.architecture)
     if usual is None or not isinstance(window, int) or window < 1:
-        return CacheShape(layers, kv_heads, key_size, value_size)
+        return ()
     pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", usual)
     if isinstance(pattern, tuple):
-        sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
-    else:
-        sliding = tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
-    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
+        return tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
+    return tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
 
 
 def prefix_tensor(layer: int, which: str) -> str:
@@ -252,7 +261,7 @@ def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
     value = base.metadata.get(f"{base.architecture}.{key}", default)
     if not isinstance(value, int) or value < 1:
         message = f"the base's {base.architecture}.{key} is {str(value)[:80]!r}"
-        raise IncompatibleError(message, "a prefix needs a base with the same number of heads in each layer")
+        raise IncompatibleError(message, _SAME_HEADS)
     return value
 
 

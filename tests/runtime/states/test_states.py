@@ -206,7 +206,7 @@ def test_a_state_that_the_engine_refuses_is_made_again(
     assert (answer.text, answer.timings.reused_tokens) == (expected, 0)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "lfm2", "qwen35"])
+@pytest.mark.parametrize("arch", ["gemma3", "gemma4", "lfm2", "qwen35"])
 def test_a_state_that_cannot_be_cut_leaves_that_of_the_fixed_prompt(arch: str, open_: Callable[..., Runtime]) -> None:
     with open_("gguf", arch, disk_mb=0) as runtime:
         for message in ("play", "stop the music now " * 4, "turn on the light", "play " * 9):

@@ -10,6 +10,7 @@ from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines.needs import EngineCost, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.gguf_sizes import (
+    PER_LAYER_EMBEDDING,
     data_start,
     head_lengths,
     kv_values_per_token,
@@ -57,12 +58,12 @@ def needs_of_sizes(
     state_bytes = 4 * recurrent_values(header)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
-    looked_up = "" if tied else "token_embd.weight"
+    looked_up = [PER_LAYER_EMBEDDING] if tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
     head = "token_embd.weight" if tied else "output.weight"
     return Needs(
         base_bytes=data_start(header) + sum(sizes.values()),
-        read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
-        read_parameters=sum(counts.values()) - counts.get(looked_up, 0),
+        read_bytes=sum(sizes.values()) - sum(sizes.get(name, 0) for name in looked_up),
+        read_parameters=sum(counts.values()) - sum(counts.get(name, 0) for name in looked_up),
         head_parameters=counts.get(head, 0),
         layers=number(header, "block_count"),
         heads=number(header, "attention.head_count"),
@@ -75,7 +76,8 @@ def needs_of_sizes(
         head_bytes=sizes.get(head, 0) if tied else 0,
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
-        head_lengths=head_lengths(header),
+        head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),
+        per_layer_bytes=sizes.get(PER_LAYER_EMBEDDING, 0),
         recurrent_values=recurrent_values(header),
         recurrent_states=states_of(state_bytes, context_length),
         max_rollback=rollback_of(state_bytes) if state_bytes else None,
