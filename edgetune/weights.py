@@ -85,13 +85,13 @@ def model_of(
 ) -> PreTrainedModel:
     """The causal model of `config` on the CPU, in evaluation mode, with the weights of the GGUF file `path` in `dtype`.
 
-    Needs memory for the model and one tensor in float32; `embeddings_in_file` of its architecture stay in the file,
-    and take no part in training. With `mapped`, float32 weights are written to that file and
-    mapped from it: when memory is short, the system drops their pages and reads them again. Parameters without a tensor
-    in the GGUF file stay on the meta device.
+    Needs memory for the model and one tensor in float32. With `mapped`, float32 weights are written to that file and
+    mapped from it: when memory is short, the system drops their pages and reads them again. The `embeddings_in_file` of
+    its architecture stay in the GGUF file, and are no parameters. Parameters without a tensor there stay on the meta
+    device.
 
     Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
-    has an unknown type.
+    has an unknown type or an embedding is missing.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
@@ -111,18 +111,24 @@ def model_of(
 class FileEmbedding(torch.nn.Module):
     """A frozen embedding of which only the rows of the tokens that occur are read from a GGUF file, and dequantized."""
 
+    scale: torch.Tensor
+
     def __init__(self, file: GgufWeights, name: str, embedding: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - transformers' class
-        """`embedding` is the module `name` that it replaces, which multiplies by `scalar_embed_scale`."""
+        """`embedding` is the module `name` that it replaces, which multiplies by `scalar_embed_scale`.
+
+        Raises IncompatibleError if the file does not have it, or in an unknown type.
+        """
         super().__init__()
         self._read = partial(file.rows, f"{name}.weight")
+        self._read(np.zeros(1, np.int64))
         scale = torch.tensor(embedding.scalar_embed_scale, dtype=dtype)
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The rows of tokens of any shape, with a dimension for the columns added."""
-        different, places = tokens.unique(return_inverse=True)
-        rows = self._read(different.cpu().numpy()).to(self.scale)
-        return torch.nn.functional.embedding(places, rows * self.scale)
+        different, places = np.unique(tokens.cpu().numpy(), return_inverse=True)
+        rows = self._read(different).to(self.scale) * self.scale
+        return rows[torch.from_numpy(places.reshape(tokens.shape)).to(rows.device)]
 
 
 class GgufWeights:

@@ -80,7 +80,7 @@ class _Gemma4(Architecture):
             "use_double_wide_mlp": isinstance(widths, tuple) and max(widths) > narrow,
             "hidden_size_per_layer_input": number(header, "embedding_length_per_layer_input"),
             "vocab_size_per_layer_input": header.tensors["token_embd.weight"].shape[1],
-            "final_logit_softcapping": header.metadata.get(f"{own}final_logit_softcapping"),
+            "final_logit_softcapping": header.metadata.get(f"{own}final_logit_softcapping") or None,
             "rope_parameters": {
                 _SLIDING: {"rope_type": "default", "rope_theta": theta},
                 _WHOLE: {**_ROPE, "rope_theta": header.metadata[f"{own}rope.freq_base"]},

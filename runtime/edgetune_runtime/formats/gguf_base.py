@@ -260,25 +260,19 @@ def _wrong_delta_nets(header: GgufHeader, layers: int, size: int) -> Iterator[st
         yield f"qwen35.rope.dimension_sections have more than the {size} numbers of a head"
 
 
-def _wrong_sharing(header: GgufHeader, layers: int, _size: int) -> Iterator[str]:
+def _wrong_sharing(header: GgufHeader, layers: int, size: int) -> Iterator[str]:
     """Layers that would share the keys and values of a layer of another kind, or of none: llama.cpp aborts."""
-    flags, shared, rotated, size = (
-        header.metadata.get(f"gemma4.{key}", default)
-        for key, default in (
-            ("attention.sliding_window_pattern", ()),
-            ("attention.shared_kv_layers", 0),
-            ("rope.dimension_count_swa", 2),
-            ("attention.key_length_swa", _HEAD_SIZE),
-        )
-    )
-    widths = header.metadata["gemma4.feed_forward_length"]
-    for key, values in (("attention.sliding_window_pattern", flags), ("feed_forward_length", widths)):
+    own = {key.removeprefix("gemma4."): value for key, value in header.metadata.items()}
+    flags, shared = own.get("attention.sliding_window_pattern", ()), own.get("attention.shared_kv_layers", 0)
+    for key in ("attention.sliding_window_pattern", "feed_forward_length"):
+        values = own.get(key, ())
         if isinstance(values, tuple) and len(values) != layers:
             yield f"gemma4.{key} has {len(values)} entries for {layers} layers"
     if [*map(bool, flags[: max(0, layers - shared)])][-2:] != [True, False]:
         yield f"the last two of {layers} layers before gemma4.attention.shared_kv_layers {shared} are not of both kinds"
-    if rotated % 2 or rotated > size:
-        yield f"gemma4.rope.dimension_count_swa {rotated} does not fit heads of size {size}"
+    for kind, heads in (("", size), ("_swa", own.get("attention.key_length_swa", size))):
+        if own.get(f"rope.dimension_count{kind}", heads) != heads:
+            yield f"gemma4.rope.dimension_count{kind} is not the size {heads} of heads"
 
 
 _MORE_CHECKS = {"gemma4": _wrong_sharing, "qwen35": _wrong_delta_nets}
