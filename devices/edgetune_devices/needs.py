@@ -9,8 +9,8 @@ from dataclasses import replace
 from edgetune_runtime.engines import gguf, load_needs
 from edgetune_runtime.engines.gguf.needs import needs_of_sizes
 from edgetune_runtime.engines.needs import AdapterSize, Needs
-from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
-from edgetune_runtime.formats.gguf_sizes import PER_LAYER_EMBEDDING, data_start, number
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_sizes import data_start, number
 from edgetune_runtime.formats.quantization import (
     TENSOR_TYPES,
     Quantization,

@@ -18,10 +18,10 @@ from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from edgetune_runtime.formats.gguf_sizes import PER_LAYER_EMBEDDING, recurrent_values
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_sizes import recurrent_values
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.sizing.needs import needed_mb
+from edgetune_runtime.sizing.needs import items_of, needed_mb
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.states.batches import CHUNK
 
@@ -102,6 +102,8 @@ def test_needs_of_a_file_count_its_bytes_and_leave_out_an_untied_embedding(
     embedding = {"qwen2": "token_embd.weight", "gemma4": PER_LAYER_EMBEDDING}.get(arch)
     looked_up = header.tensors[embedding].nbytes if embedding else 0
     assert needs.read_bytes == everything - looked_up
+    dropped = {item.name: item.droppable_mb for item in items_of(needs, repacks=())}
+    assert dropped.get("embedding for the inputs of each layer", 0) * 1e6 == (looked_up if arch == "gemma4" else 0)
     assert needs.layers == sum(name.endswith("attn_norm.weight") for name in header.tensors)
 
 

@@ -8,9 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader
 from edgetune_runtime.formats.gguf_sizes import (
-    PER_LAYER_EMBEDDING,
     head_lengths,
     kv_values_per_token,
     number,

@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,9 @@ _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
 _SAME_HEADS = "a prefix needs a base with the same number of heads in each layer"
+PER_LAYER_EMBEDDING = "per_layer_token_embd.weight"
+"""The tensor with an input of each layer for each token (Gemma 4), often most of the file. llama.cpp reads the rows of
+the tokens that occur, and leaves the tensor in the mapped file."""
 _SLIDING_WINDOW_PATTERN = {"gemma3": 6, "gemma4": 6}
 """Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
 
@@ -82,15 +85,13 @@ class GgufHeader:
     @property
     def values_by_type(self) -> dict[str, int]:
         """The number of values in each tensor type."""
-        values: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            values[tensor.type.name] += math.prod(tensor.shape)
-        return dict(values)
+        return _values_by_type(self.tensors.values())
 
     @property
     def main_type(self) -> TensorType:
-        """The tensor type with the most bytes in the file."""
-        return main_type(self.values_by_type)
+        """The tensor type with the most bytes in the file, but for `PER_LAYER_EMBEDDING`."""
+        counted = (tensor for name, tensor in self.tensors.items() if name != PER_LAYER_EMBEDDING)
+        return main_type(_values_by_type(counted))
 
     @property
     def output_tensor(self) -> str:
@@ -100,7 +101,7 @@ class GgufHeader:
     @property
     def output_share(self) -> float:
         """The share of the output matrix in the values that a decode step reads; 0 without a vocabulary."""
-        counts = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items()}
+        counts = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items() if name != PER_LAYER_EMBEDDING}
         embedding = counts.get("token_embd.weight", 0)
         # Without an output matrix of its own, a base uses its embedding, of which a step reads one row otherwise.
         read = sum(counts.values()) - (embedding if "output.weight" in counts else 0)
@@ -255,6 +256,13 @@ def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_typ
     if adapter.architecture != base.architecture:
         message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def _values_by_type(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    values: Counter[str] = Counter()
+    for tensor in tensors:
+        values[tensor.type.name] += math.prod(tensor.shape)
+    return dict(values)
 
 
 def _count(base: GgufHeader, key: str, default: int | None = None) -> int:

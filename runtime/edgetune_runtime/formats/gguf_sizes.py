@@ -9,9 +9,6 @@ from edgetune_runtime.errors import IncompatibleError
 
 from .gguf_file import GgufHeader, sliding_layers
 
-PER_LAYER_EMBEDDING = "per_layer_token_embd.weight"
-"""The tensor with an input of each layer for each token (Gemma 4), often most of the file. llama.cpp reads the rows of
-the tokens that occur, and leaves the tensor in the mapped file."""
 _SHARED = "attention.shared_kv_layers"
 
 

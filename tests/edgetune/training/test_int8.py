@@ -123,8 +123,9 @@ def test_a_base_without_adapters_in_its_layers_computes_in_int8_too() -> None:
     assert all(_cosine(found[name], gradient) > 0.99 for name, gradient in exact.items())
 
 
-def test_checkpointed_layers_have_the_same_gradients() -> None:
-    model = _tuned("llama")
+@pytest.mark.parametrize("arch", ["llama", "gemma4"])
+def test_checkpointed_layers_have_the_same_gradients(arch: str) -> None:
+    model = _tuned(arch)
     with fused(model, int8=True):
         whole = _gradients(model)
         with checkpointed(layers_of(model)):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines.needs import EngineCost, Needs
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, read_header
 from edgetune_runtime.formats.gguf_sizes import (
-    PER_LAYER_EMBEDDING,
     data_start,
     head_lengths,
     kv_values_per_token,
