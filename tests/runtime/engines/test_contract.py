@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from close import Close
 from edgetune_runtime import NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
@@ -70,7 +71,7 @@ def fresh(engine: Engine, adapters: dict[str, float], tokens: Sequence[int]) -> 
 
 
 def close_to(expected: object, engine: Engine) -> object:
-    return pytest.approx(expected, abs=CLOSE[type(engine)])
+    return Close(expected, CLOSE[type(engine)])
 
 
 def log_p(logits: np.ndarray) -> np.ndarray:

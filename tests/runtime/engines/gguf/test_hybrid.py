@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from close import Close
 from edgetune_runtime import VerificationError
 from edgetune_runtime.engines.base import StepStopped
 from edgetune_runtime.engines.gguf import sizes
@@ -60,7 +61,7 @@ def test_rejected_tokens_of_a_step_are_dropped(engine: GgufEngine, dropped: int)
     assert engine.truncate(120 + len(NEXT) - dropped) == 120 + len(NEXT) - dropped
     state = engine.save_state()
     found = engine.decode_all(NEXT[-dropped:])
-    assert found == pytest.approx(expected[-dropped:], abs=0.01)
+    assert found == Close(expected[-dropped:], 0.01)
     engine.restore_state(state)
     assert np.array_equal(engine.decode_all(NEXT[-dropped:]), found)
 
@@ -118,7 +119,7 @@ def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: GgufEngine, monkey
             engine.stop_step()
             engine.decode(NEXT)
         engine._stop.clear()
-        assert engine.decode(NEXT) == pytest.approx(expected, abs=0.01)
+        assert engine.decode(NEXT) == Close(expected, 0.01)
 
 
 def test_a_large_state_is_cut_to_before_the_step(engine: GgufEngine, monkeypatch: pytest.MonkeyPatch) -> None:
