@@ -20,9 +20,9 @@ from edgetune_runtime.inference.session import Session
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runtime.bundles import CASES
 from runtime.fresh import STEPS, Fresh, greedy
 
-CASES = (("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2"), ("gguf", "qwen35"))
 CHOICES: tuple[Any, ...] = (None, "one", "two", {"one": 0.5}, {"one": 1.0, "two": 1.0})
 PROMPTS = ("turn on the light", "turn on the light in the hall", "stop", "play " * 30)
 
