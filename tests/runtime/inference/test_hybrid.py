@@ -92,8 +92,9 @@ def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
     prompted_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = str(prompted_of("lfm2"))
-    assert main(["info", bundle]) == 0
-    assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
+    for engine in ("gguf", "onnx"):
+        assert main(["info", bundle, "--engine", engine]) == 0
+        assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(sizes, "ROLLBACK_BYTES", 1)
     assert main(["info", bundle]) == 0
     assert "MB each, no drafts because these are too large" in capsys.readouterr().out

@@ -70,11 +70,11 @@ class _Rows(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, model: ir.Model, rows: Sequence[Sequence[int]], head_size: int) -> None:
         self._empty = {}
         for value in model.graph.inputs:
-            name, sizes = value.name or "", value.shape or ()
-            if name.startswith("past_key_values."):
-                self._empty[name] = np.zeros((1, int(str(sizes[1])), 0, head_size), np.float32)
-            elif name.startswith("past."):
-                self._empty[name] = np.zeros((1, *(int(str(size)) for size in sizes[1:])), np.float32)
+            name, shape = value.name or "", value.shape
+            if shape is not None and name.startswith("past_key_values."):
+                self._empty[name] = np.zeros((1, int(str(shape[1])), 0, head_size), np.float32)
+            elif shape is not None and name.startswith("past."):
+                self._empty[name] = np.zeros((1, *(int(str(size)) for size in shape.dims[1:])), np.float32)
         self._rows = iter(rows)
 
     def get_next(self) -> dict[str, Any] | None:
