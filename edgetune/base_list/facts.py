@@ -102,10 +102,12 @@ def encoders() -> ArchitectureFacts:
 
 def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
     formats = tuple(target for target in backends.of_task(GENERATION) if target not in architecture.refusals)
-    shapes = {method: supported_shapes(formats, method) for method in methods.names()}
-    if architecture.recurrent_block:
-        # Layers without keys and values cannot take a prefix of them.
-        shapes = {method: kinds for method, kinds in shapes.items() if "prefix" not in kinds.values()}
+    usable = [
+        method
+        for method in methods.names()
+        if methods.load(method).takes_recurrent_layers or not architecture.recurrent_block
+    ]
+    shapes = {method: supported_shapes(formats, method) for method in usable}
     held = {target: tuple(method for method in shapes if target in shapes[method]) for target in formats}
     without = tuple(method for method in shapes if not _has_modules(architecture, method))
     return ArchitectureFacts(architectures.title_of(name), held, without)
