@@ -104,8 +104,13 @@ def encoders() -> ArchitectureFacts:
 
 def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
     formats = tuple(target for target in backends.of_task(GENERATION) if target not in architecture.refusals)
-    shapes = {method: supported_shapes(formats, method) for method in methods.names()}
-    if not architecture.takes_prefixes:
+    usable = [
+        method
+        for method in methods.names()
+        if methods.load(method).takes_recurrent_layers or not architecture.recurrent_block
+    ]
+    shapes = {method: supported_shapes(formats, method) for method in usable}
+    if not architecture.has_equal_caches:
         shapes = {method: kinds for method, kinds in shapes.items() if "prefix" not in kinds.values()}
     held = {target: tuple(method for method in shapes if target in shapes[method]) for target in formats}
     without = tuple(method for method in shapes if not _has_modules(architecture, method))

@@ -72,7 +72,7 @@ class Architecture:
     embeddings_in_file: tuple[str, ...] = ()
     """Embeddings beside that of tokens, too large for memory, of which training reads rows from the file."""
     has_equal_caches: bool = True
-    """Whether all layers have keys and values of their own, and of the same size."""
+    """Whether all layers that attend have keys and values of their own, and of the same size."""
     recurrent_block: str = ""
     """In layers with a recurrent state, the block in place of `self_attn`; empty if all layers attend."""
     not_in_int8: tuple[str, ...] = ()
@@ -104,11 +104,6 @@ class Architecture:
     def has_other_modules(self) -> bool:
         """Whether its linear modules are others than LLaMA's."""
         return self.linear_modules != LINEAR_MODULES
-
-    @property
-    def takes_prefixes(self) -> bool:
-        """Whether all layers have keys and values of the same size before which those of a prefix fit."""
-        return self.has_equal_caches and not self.recurrent_block
 
     @property
     def rms_norm(self) -> str:

@@ -53,7 +53,7 @@ class BaseShape:
     `parameters_in_file` are embeddings that training does not load. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
     `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend. For
-    `takes_prefixes` see `Architecture`.
+    `has_equal_caches` see `Architecture`.
     """
 
     modules: tuple[SizedModule, ...]
@@ -66,7 +66,7 @@ class BaseShape:
     parameters_by_layer: tuple[int, ...]
     parameters: int
     recurrent_values: int = 0
-    takes_prefixes: bool = True
+    has_equal_caches: bool = True
     parameters_in_file: int = 0
 
     @classmethod
@@ -99,7 +99,7 @@ class BaseShape:
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=by_layer.total(),
             recurrent_values=recurrent_values(header),
-            takes_prefixes=architecture.takes_prefixes,
+            has_equal_caches=architecture.has_equal_caches,
             parameters_in_file=math.prod(embedding.shape) if embedding else 0,
         )
 

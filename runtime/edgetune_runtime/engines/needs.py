@@ -76,6 +76,15 @@ def adapter_size(manifest: Manifest, entry: AdapterEntry, engine: str) -> Adapte
 
 
 @dataclass(frozen=True)
+class RecurrentSizes:
+    """Numbers in the recurrent state of a sequence, 0 if all layers attend, and those that convolutions read per token,
+    0 unless earlier states can be computed from them alone."""
+
+    values: int
+    inputs_per_token: int
+
+
+@dataclass(frozen=True)
 class Needs:
     """Sizes that determine the memory and the speed of a base with its adapters in an engine.
 
@@ -190,6 +199,9 @@ class EngineNeeds(Protocol):
 
     def needs_of_base(self, path: Path, manifest: Manifest, context_length: int) -> Needs:
         """The needs of the base at `path`, from its header or the files beside it; weights are not read."""
+
+    def recurrence_of(self, sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
+        """How many recurrent states of these sizes a sequence holds, and the engine's `max_rollback` with them."""
 
     def model_bytes(self, manifest: Manifest, file: str) -> int:
         """Bytes of all files of the model `file` of a bundle."""

@@ -72,6 +72,11 @@ def recurrent_values(header: GgufHeader) -> int:
     return len(layers) * per_layer
 
 
+def recurrent_inputs_per_token(header: GgufHeader) -> int:
+    """Numbers that the convolutions of all layers read per token, if the states are the last ones of these; else 0."""
+    return len(recurrent_layers(header)) * number(header, "embedding_length") if header.architecture == "lfm2" else 0
+
+
 def head_lengths(header: GgufHeader, *, sliding: bool = False) -> tuple[int, int]:
     """The numbers in a key and in a value of one head; those of `sliding` layers may be fewer (Gemma 4)."""
     own, default = header.architecture, number(header, "embedding_length") // number(header, "attention.head_count")

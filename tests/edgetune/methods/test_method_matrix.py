@@ -92,8 +92,9 @@ TRUNCATED: dict[str, dict[str, Any]] = {name: {**TABLE[name][1], "max_error": 0.
 
 def methods_for(arch: str) -> list[str]:
     """One of each shape that an architecture supports."""
-    left_out = {"bottleneck": not known()[arch].recurrent_block, "prefix": known()[arch].takes_prefixes}
-    return [name for name in OF_EACH_SHAPE if left_out.get(name, True)]
+    attends = not known()[arch].recurrent_block
+    supported = {"bottleneck": attends, "prefix": attends and known()[arch].has_equal_caches}
+    return [name for name in OF_EACH_SHAPE if supported.get(name, True)]
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,19 @@ from edgetune_runtime.cli.main import main
 from edgetune_runtime.engines.gguf import sizes
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
+from runtime.bundles import HYBRIDS
 
 LONG = "turn on the warm light in the hall and the kitchen " * 16
 
 
-@pytest.fixture(params=["lfm2", "qwen35"])
+@pytest.fixture(params=HYBRIDS, ids="-".join)
 def open_(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Runtime]:
     """Opens the bundle of a tiny hybrid with one context."""
 
     def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
-        return Runtime.open(
-            prompted_of(request.param), contexts=1, context_length=512, cache_folder=tmp_path, **options
-        )
+        engine, arch = request.param
+        folder = {"context_length": 512, "cache_folder": tmp_path}
+        return Runtime.open(prompted_of(arch), engine=engine, contexts=1, **folder, **options)
 
     return make
 
@@ -91,9 +92,10 @@ def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
     prompted_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = str(prompted_of("lfm2"))
-    assert main(["info", bundle]) == 0
-    assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
-    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
+    for engine in ("gguf", "onnx"):
+        assert main(["info", bundle, "--engine", engine]) == 0
+        assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(sizes, "ROLLBACK_BYTES", 1)
     assert main(["info", bundle]) == 0
     assert "MB each, no drafts because these are too large" in capsys.readouterr().out
     with Runtime.open(bundle, learn_drafts="memory") as runtime:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
-from edgetune_runtime.engines.needs import EngineCost, Needs
+from edgetune_runtime.engines import load_needs
+from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, read_header
 from edgetune_runtime.formats.gguf_sizes import (
     data_start,
     head_lengths,
     kv_values_per_token,
     number,
+    recurrent_inputs_per_token,
     recurrent_values,
     vocabulary,
 )
@@ -36,6 +38,12 @@ def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs
     return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
 
 
+def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
+    """See `EngineNeeds`."""
+    state_bytes = 4 * sizes.values
+    return states_of(state_bytes, context_length), rollback_of(state_bytes) if state_bytes else None
+
+
 def model_bytes(manifest: Manifest, file: str) -> int:
     """See `EngineNeeds`."""
     return manifest.files[file].bytes
@@ -54,7 +62,8 @@ def needs_of_sizes(
 
     `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
     """
-    state_bytes = 4 * recurrent_values(header)
+    recurrence = RecurrentSizes(recurrent_values(header), recurrent_inputs_per_token(header))
+    states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
     looked_up = [PER_LAYER_EMBEDDING] if tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
@@ -77,7 +86,7 @@ def needs_of_sizes(
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),
         per_layer_bytes=sizes.get(PER_LAYER_EMBEDDING, 0),
-        recurrent_values=recurrent_values(header),
-        recurrent_states=states_of(state_bytes, context_length),
-        max_rollback=rollback_of(state_bytes) if state_bytes else None,
+        recurrent_values=recurrence.values,
+        recurrent_states=states,
+        max_rollback=max_rollback,
     )
