@@ -17,11 +17,15 @@ import numpy as np
 import pytest
 import torch
 from edgetune_export import architectures
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.base_file.convert import find_converter
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
+from edgetune_runtime.formats.gguf_base import check_base
+from edgetune_runtime.formats.gguf_file import read_header
+from runtime.gguf_files import rewritten
 from tiny import ARCHITECTURES
 from transformers import (
     AutoConfig,
@@ -238,6 +242,24 @@ def test_the_weights_in_torch_are_those_of_the_folder(
             # The file has matrices in f16, and kernels of convolutions, which have three dimensions, in f32.
             parameter.copy_(parameter.half() if parameter.dim() == 2 else parameter)
         torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_keys_may_have_some_in_the_file(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    # Published checkpoints of Gemma 4 have them, and llama.cpp's converter keeps them.
+    own = {"attn_k.weight": (32, 64), "attn_v.weight": (32, 64), "attn_k_norm.weight": (16,)}
+    unused = {f"blk.4.{name}": np.full(shape, np.nan, np.float32) for name, shape in own.items()}
+    files = (rewritten(tiny_gguf("gemma4"), tmp_path / "base.gguf", tensors=unused), tiny_gguf("gemma4"))
+    for file in files:
+        check_base(read_header(file), file)
+    found, expected = (BaseShape.of_header(read_header(file)) for file in files)
+    assert found == expected
+    logits = [
+        load_torch(Base("", file, "", read_header(file)), torch.float32)(torch.tensor([[5, 6]])).logits
+        for file in files
+    ]
+    assert torch.equal(*logits)
+    with closing(GgufEngine(files[0], context_length=64, threads=1)) as engine:
+        assert np.isfinite(engine.decode([5, 6])).all()
 
 
 def test_rows_of_an_embedding_that_stays_in_the_file_are_those_of_the_whole(
