@@ -283,7 +283,10 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if arch == "gemma4":
         # llama.cpp converts it only with a tokenizer.json, in which the names of control tokens are special.
-        loaded = AutoTokenizer.from_pretrained(folder, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        controls = [pieces.id_to_piece(number) for number in range(3, vocab_size) if pieces.is_control(number)]
+        specials = ["<|im_start|>", "<|im_end|>", *controls]
+        loaded = AutoTokenizer.from_pretrained(folder, additional_special_tokens=specials)
         (folder / "tokenizer.model").unlink()
         loaded.save_pretrained(folder)
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 from edgetune_runtime.text.stream import TextStream
 
 from . import escaped
-from .formats import ESCAPED, CallFormat, Placeholder
+from .formats import CallFormat, Placeholder
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
 _DECODER = json.JSONDecoder()
@@ -148,8 +148,8 @@ def _value(text: str, at: int, placeholder: Placeholder, spacing: str) -> tuple[
     if placeholder is not Placeholder.ARGUMENTS:
         match = _WORD.match(text, at)
         return (match[0], match.end()) if match else (None, None)
-    if spacing == ESCAPED:
-        value, end = escaped.read(text, at) or (None, at)
+    if spacing in escaped.MARKS:
+        value, end = escaped.read(text, at, escaped.MARKS[spacing]) or (None, at)
         return value, end if isinstance(value, dict) else None
     try:
         value, end = _DECODER.raw_decode(text, at)

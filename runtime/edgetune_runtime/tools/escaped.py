@@ -1,6 +1,7 @@
-"""Arguments of calls as FunctionGemma writes them: names bare and sorted, each text between two marks, else JSON.
+"""Arguments of calls as FunctionGemma and Gemma 4 write them: names bare and sorted, each text between two marks, else
+JSON.
 
-Its template sorts names regardless of case.
+Their templates sort names regardless of case.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 from edgetune_runtime.decoding.output import SPACINGS
 from edgetune_runtime.errors import UsageError
 
-MARK = "<escape>"
+MARKS = {"escaped": "<escape>", "quoted": '<|"|>'}
+"""What is before and after a text: FunctionGemma's mark and that of Gemma 4, by the `spacing` of their formats."""
 _DEPTH = 32
 _NAME = re.compile(r"[^\s:,{}\[\]<>]+")
 _SCALAR = re.compile(r"true|false|null|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
@@ -26,31 +28,31 @@ _KEYWORDS = _ANNOTATIONS.union(
 )
 
 
-def write(value: object) -> str:
+def write(value: object, mark: str) -> str:
     """The text of a value."""
     if isinstance(value, str):
-        return f"{MARK}{value}{MARK}"
+        return f"{mark}{value}{mark}"
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{write(value[key])}" for key in sorted(value, key=str.lower)) + "}"
+        return "{" + ",".join(f"{key}:{write(value[key], mark)}" for key in sorted(value, key=str.lower)) + "}"
     if isinstance(value, Sequence):
-        return "[" + ",".join(map(write, value)) + "]"
+        return "[" + ",".join(write(item, mark) for item in value) + "]"
     return json.dumps(value)
 
 
-def read(text: str, at: int, depth: int = 0) -> tuple[Any, int] | None:
+def read(text: str, at: int, mark: str, depth: int = 0) -> tuple[Any, int] | None:
     """The value at this place, and where it ends; None if there is none, or one that is too deep."""
     if depth > _DEPTH:
         return None
-    if text.startswith(MARK, at):
-        end = text.find(MARK, at + len(MARK))
-        return None if end < 0 else (text[at + len(MARK) : end], end + len(MARK))
+    if text.startswith(mark, at):
+        end = text.find(mark, at + len(mark))
+        return None if end < 0 else (text[at + len(mark) : end], end + len(mark))
     if text[at : at + 1] in ("{", "["):
-        return _read_items(text, at, depth)
+        return _read_items(text, at, mark, depth)
     match = _SCALAR.match(text, at)
     return (json.loads(match[0]), match.end()) if match else None
 
 
-def _read_items(text: str, at: int, depth: int) -> tuple[Any, int] | None:
+def _read_items(text: str, at: int, mark: str, depth: int) -> tuple[Any, int] | None:
     """The object or list that begins at this place."""
     close, named = {"{": ("}", True), "[": ("]", False)}[text[at]]
     items: list[tuple[str, Any]] = []
@@ -65,7 +67,7 @@ def _read_items(text: str, at: int, depth: int) -> tuple[Any, int] | None:
             if name is None or not text.startswith(":", name.end()):
                 return None
             at = name.end() + 1
-        found = read(text, at, depth + 1)
+        found = read(text, at, mark, depth + 1)
         if found is None:
             return None
         value, at = found
@@ -73,19 +75,19 @@ def _read_items(text: str, at: int, depth: int) -> tuple[Any, int] | None:
     return dict(items) if named else [value for _, value in items], at + 1
 
 
-def rules(name: str, schema: Mapping[str, Any], literal: Callable[[str], str]) -> list[str]:
+def rules(name: str, schema: Mapping[str, Any], mark: str, literal: Callable[[str], str]) -> list[str]:
     """Rules of llguidance for values of a schema, of which the first is called `name`.
 
     `literal` writes a text in a rule. UsageError for a keyword that these rules cannot express, such as `pattern`.
     """
-    return list(_Rules(name, schema, literal).of(name, schema))
+    return list(_Rules(name, schema, mark, literal).of(name, schema))
 
 
 class _Rules:
     """Writes the rules of one schema."""
 
-    def __init__(self, name: str, root: Mapping[str, Any], literal: Callable[[str], str]) -> None:
-        self._prefix, self._root, self._literal = name, root, literal
+    def __init__(self, name: str, root: Mapping[str, Any], mark: str, literal: Callable[[str], str]) -> None:
+        self._prefix, self._root, self._mark, self._literal = name, root, mark, literal
         self._count = 0
         self._references: dict[str, str] = {}
 
@@ -99,7 +101,7 @@ class _Rules:
             yield from self._reference(name, schema["$ref"])
         elif "enum" in schema or "const" in schema:
             values = schema["enum"] if "enum" in schema else [schema["const"]]
-            yield f"{name}: {' | '.join(self._literal(write(value)) for value in values)}"
+            yield f"{name}: {' | '.join(self._literal(write(value, self._mark)) for value in values)}"
         elif choices := schema.get("anyOf", schema.get("oneOf")):
             yield from self._one_of(name, choices)
         else:
@@ -141,14 +143,14 @@ class _Rules:
     def _text(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         """A text up to the next mark, which may be a control token or letters."""
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        mark, text = self._literal(MARK), self._new()
+        mark, text, letters = self._literal(self._mark), self._new(), re.escape(self._mark)
         if mark.startswith("<["):
             yield f"{name}: {mark} {text} {mark}" if least else f"{name}: {mark} {text}? {mark}"
-            yield rf"{text.upper()}: /(.|\n){{{max(least, 1)},{most}}}/ & ~/(.|\n)*{MARK}(.|\n)*/"
+            yield rf"{text.upper()}: /(.|\n){{{max(least, 1)},{most}}}/ & ~/(.|\n)*{letters}(.|\n)*/"
             yield f"{text}: {text.upper()}"
         else:
             yield f"{name}: {mark} {text}"
-            yield rf"{text}[lazy]: /(.|\n){{{least},{most}}}{MARK}/"
+            yield rf"{text}[lazy]: /(.|\n){{{least},{most}}}{letters}/"
 
     def _list(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         item, least, most = self._new(), schema.get("minItems", 0), schema.get("maxItems")

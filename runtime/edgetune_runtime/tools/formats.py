@@ -16,8 +16,6 @@ from edgetune_runtime.text.chat import Message, render
 
 from . import escaped
 
-ESCAPED = "escaped"
-"""The `spacing` of arguments that are not JSON but as in `escaped`."""
 SEPARATORS = {"spaced": (", ", ": "), "compact": (",", ":")}
 """What stands between the items and after the keys of JSON, as `decoding.output.SPACINGS` names it."""
 
@@ -56,7 +54,7 @@ class CallFormat:
     """How calls are written: `begin`, the parts of each call with `between` them, `end`.
 
     `between` is None where a message has one call at most. `spacing` is that of the arguments' JSON, a key of
-    SEPARATORS, or ESCAPED.
+    SEPARATORS, or a key of `escaped.MARKS`.
     """
 
     begin: str
@@ -170,7 +168,7 @@ class _Probe:
     def format(self) -> CallFormat | None:
         """The format of calls, from what stands where an answer's text would; None if none is found."""
         one, two = self._body(1), self._body(2)
-        for spacing in (*SEPARATORS, ESCAPED):
+        for spacing in (*SEPARATORS, *escaped.MARKS):
             arguments = _arguments(_ARGUMENTS, spacing)
             first = _cut(one, 0, arguments)
             if first is None or not first[0].strip():
@@ -199,8 +197,8 @@ class _Probe:
 
 def _arguments(value: object, spacing: str) -> str:
     """The text of arguments."""
-    if spacing == ESCAPED:
-        return escaped.write(value)
+    if spacing in escaped.MARKS:
+        return escaped.write(value, escaped.MARKS[spacing])
     return json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgetune_runtime.decoding.output import SPACINGS, OutputSpec
@@ -15,7 +16,7 @@ from edgetune_runtime.states.cache import common_prefix
 
 from . import escaped
 from .definitions import Tool, ToolSet
-from .formats import ESCAPED, CallFormat, Placeholder
+from .formats import CallFormat, Placeholder
 
 _NAMED = re.compile(r"<[^<>\s]{1,60}>|\[/?[A-Z_]{2,60}\]")
 _ID = "/[A-Za-z0-9]{9}/"
@@ -24,8 +25,7 @@ _ID = "/[A-Za-z0-9]{9}/"
 def control_tokens(form: CallFormat, tokenizer: Tokenizer) -> dict[str, int]:
     """The control tokens in a format, which have no text of their own, by their names."""
     literals = [form.begin, form.between or "", form.end, *(part for part in form.parts if isinstance(part, str))]
-    if form.spacing == ESCAPED:
-        literals.append(escaped.MARK)
+    literals.append(escaped.MARKS.get(form.spacing, ""))
     tokens = {}
     for name in _NAMED.findall("\n".join(literals)):
         ids = tokenizer.tokenize(name, continues=True)
@@ -35,10 +35,15 @@ def control_tokens(form: CallFormat, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def written_form(form: CallFormat, controls: Mapping[str, int], tokenizer: Tokenizer) -> CallFormat:
-    """The format as answers have it: a vocabulary of SentencePiece begins each text after a control token with a space.
+    """The format as answers have it.
 
-    In prompts the tokenizer adds that space.
+    It lacks a token at its end with which answers end (Gemma 4). A vocabulary of SentencePiece begins each text after a
+    control token with a space; in prompts the tokenizer adds that space.
     """
+    *_, last = _NAMED.findall(form.end) or [""]
+    ids = tokenizer.tokenize(last, continues=True) if last and form.end.endswith(last) else []
+    if len(ids) == 1 and tokenizer.is_end(ids[0]):
+        form = replace(form, end=form.end.removesuffix(last))
     for name, token in controls.items():
         tokens = tokenizer.tokenize(f"{name}[", continues=True)
         if tokens[:1] == [token] and b"".join(map(tokenizer.piece, tokens)).startswith(b" "):
@@ -149,10 +154,11 @@ class _Writer:
         return [f"{name}: {' '.join(texts)}", *rules]
 
     def _arguments(self, name: str, tool: Tool) -> list[str]:
-        if self._form.spacing != ESCAPED:
+        mark = escaped.MARKS.get(self._form.spacing)
+        if mark is None:
             return [_json(name, tool.schema, self._form.spacing)]
         try:
-            return escaped.rules(name, tool.schema, self._literal)
+            return escaped.rules(name, tool.schema, mark, self._literal)
         except UsageError as error:
             raise UsageError(f"the parameters of tool {tool.name!r}: {error.message}", error.remedy) from error
 

@@ -193,6 +193,19 @@ FUNCTION_GEMMA = """\
 {%- if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}
 """
 
+GEMMA4 = FUNCTION_GEMMA
+for _own, _other in {
+    "<escape>": '<|"|>',
+    "<start_function_declaration>": "<|tool>",
+    "<end_function_declaration>": "<tool|>",
+    "<start_function_call>": "<|tool_call>",
+    "<end_function_call>": "<tool_call|>",
+    "<start_function_response>": "<|tool_response>",
+    "<end_function_response>": "<tool_response|>",
+    "developer\\n": "system\\n",
+}.items():
+    GEMMA4 = GEMMA4.replace(_own, _other)
+
 NOT_JSON = """\
 {%- for tool in tools or [] %}{{ '<declaration>' + tool | tojson + '</declaration>' }}{% endfor %}
 {%- for message in messages %}
@@ -214,6 +227,7 @@ FAMILIES = {
     "phi4": PHI4,
     "gemma3": GEMMA3,
     "function-gemma": FUNCTION_GEMMA,
+    "gemma4": GEMMA4,
     "not-json": NOT_JSON,
 }
 CONTROLS = ("[TOOL_CALLS]", "[ARGS]", "<|tool_call|>", "<|/tool_call|>")

@@ -1,4 +1,4 @@
-"""Calls as FunctionGemma writes them, also with a Gemma whose vocabulary has its control tokens."""
+"""Calls as FunctionGemma and Gemma 4 write them, also with bases whose vocabulary has their tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, UsageError
 from edgetune_runtime.inference.measuring import loaded_bundle
-from edgetune_runtime.tools.escaped import MARK, read, write
+from edgetune_runtime.tools.escaped import MARKS, read, write
 from edgetune_runtime.tools.formats import template_tools
 from edgetune_runtime.tools.grammar import control_tokens
 from jsonschema import validate
@@ -18,8 +18,11 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.tools.templates import FAMILIES
 from tiny import make_folder, make_tokenizer
 
-MARKS = ("<start_function_call>", "<end_function_call>", "<start_function_response>", MARK)
-TEMPLATE = FAMILIES["function-gemma"]
+MARK = MARKS["escaped"]
+CONTROLS = {
+    "function-gemma": ("<start_function_call>", "<end_function_call>", "<start_function_response>", MARK),
+    "gemma4": ("<|tool_call>", "<tool_call|>", "<|tool_response>", MARKS["quoted"]),
+}
 CONTEXT = 2048
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -45,14 +48,23 @@ HEAT = {"name": "heat", "description": "Set the heat", "parameters": SCHEMA}
 VALUES = [{}, {"b": [1, -2.5, True, None], "a": "x, {y}: [z]"}, {"a": {"b": {"c": []}}, "d": ["", "e"]}]
 
 
+@pytest.fixture(scope="module", params=["function-gemma", "gemma4"])
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def gemma(convert: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    """A Gemma 3 with FunctionGemma's control tokens and the form of its chat template."""
-    root = tmp_path_factory.mktemp("gemma")
-    folder = make_folder("gemma3", root / "gemma3", make_tokenizer(root, MARKS, begins_with_space=False))
+def gemma(
+    family: str, convert: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runtime]:
+    """A Gemma 3 with FunctionGemma's control tokens, or a Gemma 4, and the form of its chat template."""
+    root, arch = tmp_path_factory.mktemp("gemma"), "gemma4" if family == "gemma4" else "gemma3"
+    folder = make_folder(arch, root / arch, make_tokenizer(root, CONTROLS[family], begins_with_space=False))
+    # Newer versions of transformers save the template in a file of its own.
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     for name, changes in {
         "config.json": {"max_position_embeddings": CONTEXT},
-        "tokenizer_config.json": {"chat_template": TEMPLATE},
+        "tokenizer_config.json": {"chat_template": FAMILIES[family]},
     }.items():
         file = folder / name
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -67,26 +79,27 @@ def gemma(convert: Callable[[Path, Path], None], tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def letters(templated: Callable[[str], Runtime]) -> Runtime:
     """A base whose vocabulary has none of the control tokens."""
-    return templated(TEMPLATE)
+    return templated(FAMILIES["function-gemma"])
 
 
+@pytest.mark.parametrize("mark", MARKS.values())
 @pytest.mark.parametrize("value", VALUES, ids=str)
-def test_values_are_read_as_they_were_written(value: dict[str, Any]) -> None:
-    text = write(value)
-    assert read(f"call:x{text}<end>", 6) == (value, 6 + len(text))
-    assert all(read(text[:length], 0) is None for length in range(len(text)))
+def test_values_are_read_as_they_were_written(value: dict[str, Any], mark: str) -> None:
+    text = write(value, mark)
+    assert read(f"call:x{text}<end>", 6, mark) == (value, 6 + len(text))
+    assert all(read(text[:length], 0, mark) is None for length in range(len(text)))
 
 
 @pytest.mark.parametrize("text", ["{a}", "{a:}", "{:1}", "[1 2]", "[1,]", "{a:x}", "[" * 99 + "]" * 99])
 def test_other_texts_are_no_values(text: str) -> None:
-    assert read(text, 0) is None
+    assert read(text, 0, MARK) is None
 
 
 def test_names_are_sorted_as_the_template_sorts_them() -> None:
-    assert write({"b": "on", "C": [], "a": 1}) == "{a:1,b:<escape>on<escape>,C:[]}"
+    assert write({"b": "on", "C": [], "a": 1}, MARK) == "{a:1,b:<escape>on<escape>,C:[]}"
 
 
-def check_calls(runtime: Runtime) -> None:
+def check_calls(runtime: Runtime, begin: str, end: str, mark: str) -> None:
     whole = 0
     for seed in range(8):
         options: dict[str, Any] = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 300}
@@ -94,23 +107,29 @@ def check_calls(runtime: Runtime) -> None:
         if answer.stop_reason == "end":
             (call,) = answer.tool_calls
             validate(call.arguments, SCHEMA)
-            assert answer.text == f"{MARKS[0]}call:heat{write(call.arguments)}{MARKS[1]}{MARKS[2]}"
+            assert answer.text == f"{begin}call:heat{write(call.arguments, mark)}{end}"
             whole += 1
     assert whole > 4
 
 
-def test_calls_with_control_tokens_parse_and_fit_their_schema(gemma: Runtime) -> None:
-    check_calls(gemma)
+def test_calls_with_own_tokens_parse_and_fit_their_schema(family: str, gemma: Runtime) -> None:
+    begin, end, response, mark = CONTROLS[family]
+    # Gemma 4 ends answers with the token of a response.
+    check_calls(gemma, begin, end if family == "gemma4" else end + response, mark)
 
 
-def test_calls_in_letters_parse_and_fit_their_schema(letters: Runtime) -> None:
-    check_calls(letters)
+def test_calls_in_letters_parse_and_fit_their_schema(family: str, templated: Callable[[str], Runtime]) -> None:
+    begin, end, response, mark = CONTROLS[family]
+    check_calls(templated(FAMILIES[family]), begin, end + response, mark)
 
 
-def test_its_marks_are_control_tokens(gemma: Runtime) -> None:
+def test_its_marks_are_tokens(family: str, gemma: Runtime) -> None:
     tokenizer = loaded_bundle(gemma).context()[0].engine.tokenizer
     form = template_tools(tokenizer.chat_template, tokenizer.bos, tokenizer.eos).format
-    assert set(control_tokens(form, tokenizer)) == set(MARKS)
+    assert all(len(tokenizer.tokenize(name, continues=True)) == 1 for name in CONTROLS[family])
+    # Of those of Gemma 4, llama.cpp writes all but the last one into texts.
+    controls = {"<|tool_response>"} if family == "gemma4" else set(CONTROLS[family])
+    assert set(control_tokens(form, tokenizer)) == controls
 
 
 def test_a_session_continues_after_a_call(gemma: Runtime) -> None:

@@ -19,6 +19,7 @@ CALLS = [
 ]
 FIRST, SECOND = '{"area": "hall", "on": [true, null]}', "{}"
 ESCAPED = "{area:<escape>hall<escape>,on:[true,null]}"
+QUOTED = ESCAPED.replace("<escape>", '<|"|>')
 WRITTEN = {
     "qwen": f'<tool_call>\n{{"name": "set_light", "arguments": {FIRST}}}\n</tool_call>\n'
     f'<tool_call>\n{{"name": "get_time", "arguments": {SECOND}}}\n</tool_call>',
@@ -32,6 +33,8 @@ WRITTEN = {
     "llama3": f'{{"name": "set_light", "parameters": {FIRST}}}',
     "function-gemma": f"<start_function_call>call:set_light{ESCAPED}<end_function_call>"
     "<start_function_call>call:get_time{}<end_function_call><start_function_response>",
+    "gemma4": f"<|tool_call>call:set_light{QUOTED}<tool_call|>"
+    "<|tool_call>call:get_time{}<tool_call|><|tool_response>",
 }
 HERMES_FAMILIES = ("smollm3", "gemma3", "not-json")
 TOOLS = tool_set([{"name": "set_light", "description": "Switch", "parameters": {}}, {"name": "get_time"}])
@@ -71,7 +74,7 @@ def test_a_template_without_a_known_format_gets_that_of_hermes(family: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_template_drops_tools_or_calls_or_results(family: str) -> None:
     text = prompt_text(Template(FAMILIES[family]), TALK, TOOLS)  # type: ignore[arg-type]
-    first = ESCAPED if family == "function-gemma" else FIRST
+    first = {"function-gemma": ESCAPED, "gemma4": QUOTED}.get(family, FIRST)
     for said in ("Switch", "get_time", "light", first, "done"):
         assert said in text
     assert text.index("Switch") < text.rindex(first) < text.rindex("done")
