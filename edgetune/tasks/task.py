@@ -132,8 +132,8 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
 
 def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The labels with the one of texts that are out of scope, if the adapter has any labels and asks for it."""
-    own = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
-    return tuple(dict.fromkeys((*labels, *own)))
+    extra = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
+    return tuple(dict.fromkeys((*labels, *extra)))
 
 
 def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
@@ -148,9 +148,9 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
         with suppress(EdgetuneError):
             if name != task.name:
                 others[name] = read(spec.data.train, spec.data.columns)
-    made = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
-    learned = [row for number, row in enumerate(made) if number % _NEGATIVE_PARTS]
-    validation = [*task.validation, *made[::_NEGATIVE_PARTS]]
+    negatives = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
+    learned = [row for number, row in enumerate(negatives) if number % _NEGATIVE_PARTS]
+    validation = [*task.validation, *negatives[::_NEGATIVE_PARTS]]
     return replace(task, train=[*task.train, *learned], validation=validation, choosing=validation)
 
 
