@@ -93,9 +93,9 @@ class LimitedProcess:
                 self._exceed(f"did not end in {self._limit_s:.0f} s")
                 return
 
-    def _exceed(self, what: str) -> None:
+    def _exceed(self, problem: str) -> None:
         # Before its end, which others wait for.
         with self._printed:
-            self.exceeded = self.exceeded or what
+            self.exceeded = self.exceeded or problem
             self._printed.notify_all()
         self._process.kill()
