@@ -86,8 +86,8 @@ def described(scope: Scope) -> str:
 
 
 def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[Logits]:
-    known = [row for row in adapter.known_rows if row.completion != label]
-    for row in spread(known, MAX_ROWS):
+    rows = [row for row in adapter.known_rows if row.completion != label]
+    for row in spread(rows, MAX_ROWS):
         with suppress(PromptTooLongError):
             yield logits_after(runtime, row.messages or (), adapter.name)
 
@@ -95,15 +95,15 @@ def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> I
 def _answers(
     runtime: Runtime, adapter: TrainedAdapter, label: str, prompts: TrainingPrompts | None
 ) -> Iterator[_Found]:
-    known = [row for row in adapter.scope_rows if row.completion != label]
-    made = [row for row in adapter.scope_rows if row.completion == label]
-    for row in (*spread(known, MAX_ROWS), *made):
+    in_scope = [row for row in adapter.scope_rows if row.completion != label]
+    out_of_scope = [row for row in adapter.scope_rows if row.completion == label]
+    for row in (*spread(in_scope, MAX_ROWS), *out_of_scope):
         messages, similarity = row.messages or (), 1.0
         with suppress(PromptTooLongError):
-            found = runtime.classify(messages, adapter=adapter.name)
+            classification = runtime.classify(messages, adapter=adapter.name)
             if prompts is not None:
                 similarity = prompts.similarity(logits_after(runtime, messages, adapter.name))
-            yield _Found(row.completion != label, found.label != label, found.log_odds, similarity)
+            yield _Found(row.completion != label, classification.label != label, classification.log_odds, similarity)
 
 
 def _scope(spec: OutOfScopeSpec, answers: Sequence[_Found]) -> Scope:
