@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> Architecture:
     config, path = read_config(folder), folder / CONFIG_NAME
     if not isinstance(config.get("model_type"), str):
         raise VerificationError(f"{path} has no model_type", "download the model again")
-    multimodal = {known.multimodal[0] for known in architectures.known().values()}
+    multimodal = {each.multimodal[0] for each in architectures.known().values()}
     if isinstance(config.get("text_config"), dict) and config["model_type"] not in multimodal:
         message = f"{folder} is a multimodal model ({config['model_type']}), of which only the text part can be a base"
         remedy = f"use its .gguf file: that of llama.cpp's {SCRIPT} has the text part"
@@ -140,12 +140,12 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
         # -P: none of the working folder's modules, or of those beside the program.
         command = [sys.executable, "-P", str(_PROGRAM), str(script), str(source)]
         command += ["--outfile", str(out), "--outtype", dtype, *architecture.converter_options]
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, text=True, env=environment, check=False
         )
-    if done.returncode != 0 or not out.is_file():
+    if process.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
 
 
