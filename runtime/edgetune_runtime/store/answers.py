@@ -83,9 +83,9 @@ def questions(bundle: Path, engine: str) -> list[Question]:
     return [_question(manifest, name, golden) for name, golden in answers.items() if golden is not None]
 
 
-def check(url: str, key: str | None, asked: Sequence[Question]) -> None:
+def check(url: str, key: str | None, questions: Sequence[Question]) -> None:
     """Ask the server at this address; VerificationError if it fails to answer, or answers differently."""
-    for question in asked:
+    for question in questions:
         answer = _ask(url, key, question)
         if question.expected not in (None, answer):
             message = f"adapter {question.adapter} answers {answer!r}, expected {question.expected!r}"

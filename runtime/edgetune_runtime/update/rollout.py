@@ -77,5 +77,5 @@ def _why_not_yet(release: Release, device: str) -> str | None:
     place = int(hashlib.sha256(f"{device} {release.bundle}".encode()).hexdigest()[:8], 16) / 2**32
     if place < release.share:
         return None
-    what = f"release {release.version} of {release.name}"
-    return f"{what} is for {release.share:.0%} of the devices so far, and this is not one of them"
+    title = f"release {release.version} of {release.name}"
+    return f"{title} is for {release.share:.0%} of the devices so far, and this is not one of them"
