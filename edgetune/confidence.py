@@ -20,7 +20,7 @@ _FOLDS = 5
 _BINS = 10
 _PRIOR_MEAN = np.array([1.0, 0.0])
 _PRIOR_PRECISION = np.diag([1.0, 0.25])
-"""Of slope and offset: before any row is seen, a model is as sure as it should be."""
+"""Gaussian prior of slope and offset: before any row is seen, a model is as sure as it should be."""
 _STEPS, _PRECISION = 50, 1e-6
 _DRAWS = 200
 

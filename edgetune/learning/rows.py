@@ -16,7 +16,7 @@ from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 
 MIN_CORRECTIONS = 4
-"""Of one adapter: a part of them is held out."""
+"""Fewest corrections of an adapter to learn from; a part of them is held out."""
 _HELD_OUT_PARTS = 4
 """One of so many parts of the corrections is not learned, but only compared."""
 

@@ -99,7 +99,7 @@ class Lora(LoraCheckpoint[L]):
         return super().wrote(config) and plain
 
     def shipped_ranks(self, modules: Sequence[SizedModule], options: L) -> list[int]:
-        """That of the first pattern that matches a module, else `r`."""
+        """The rank of each module: that of the first pattern that matches it, else `r`."""
         names = [module.name for module in modules]
         matched = matching([of_key(pattern) for pattern in options.rank_pattern], names, "rank_pattern")
         ranks = dict.fromkeys(names, options.r)

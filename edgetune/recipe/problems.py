@@ -28,7 +28,7 @@ ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
 
 MAX_SHOWN = 60
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES, MOST_VALUES = 250_000, 50, 100, 100_000
-"""Of a recipe."""
+"""Limits of a recipe file: bytes, levels of nesting, YAML aliases and values."""
 NAME = "name"
 """The key of an adapter's name in a file of its own."""
 RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
@@ -37,7 +37,7 @@ _SHORT_FORMS: Mapping[str, Callable[[str], dict[str, Plain]]] = {
     "method": lambda name: {"name": name},
     "training": lambda word: {word: True},
 }
-"""What a text stands for where a mapping is expected."""
+"""The mapping that a text stands for, by its key."""
 PLAIN = {
     "missing": "is missing",
     "float_type": "{value} is not a number",

@@ -25,13 +25,13 @@ class RouteSpec(RecipePart):
     that this separates best, with at most 2 % of the validation rows lost."""
 
     def summary(self, adapters: Iterable[str]) -> str:
-        """What the router chooses among, in one line."""
+        """The adapters that the router chooses among, in one line."""
         threshold = "calibrated" if self.threshold is None else f"{self.threshold:g}"
         below = "" if self.below is None else f", below it {self.below}"
         return f"chooses among {', '.join(self.adapters or adapters)}; threshold {threshold}{below}"
 
     def problems(self, bundle: str, adapters: Mapping[str, object], *, generates: bool) -> list[str]:
-        """What does not fit the recipe's other keys, each with the remedy."""
+        """Contradictions to the recipe's other keys, each with the remedy."""
         chosen = tuple(adapters) if self.adapters is None else self.adapters
         problems = [
             f"no adapter {name!r}; {suggestion(name, list(adapters))}" for name in chosen if name not in adapters

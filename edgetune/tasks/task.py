@@ -137,7 +137,7 @@ def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
-    """With made rows that are out of scope, some of them for validation; UsageError for a task without labels."""
+    """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels."""
     assert task.spec.out_of_scope is not None
     if task.metric != "label":
         message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
@@ -155,7 +155,7 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
 
 
 def _with_confidence(task: Task, read: Reader) -> Task:
-    """With the rows that the confidence of answers is fitted on; UsageError where they do not do."""
+    """The task with the rows that the confidence of answers is fitted on; UsageError if they are unfit."""
     spec, choosing, rows = task.spec, task.validation, task.validation
     if not spec.confidence or task.metric not in EITHER_RIGHT_OR_WRONG:
         rows = []

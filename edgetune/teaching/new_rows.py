@@ -27,7 +27,7 @@ from .teacher import Teacher
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
 """Temperatures of a new prompt, and of the two answers to it."""
 _MOST_CHARACTERS = 2000
-"""Of a prompt; what is longer is no request."""
+"""Length of a prompt; a longer text is no request."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Lesson:
 
     @cached_property
     def output(self) -> OutputSpec | None:
-        """What answers may be: the recipe's output, or what the rows suggest; None for labels and free text."""
+        """The output constraint: the recipe's, or one inferred from the rows; None for labels and free text."""
         option = self.task.spec.output
         if option is not None and option.spec is not None:
             return option.spec
@@ -59,7 +59,7 @@ class Lesson:
         return Questions(self.task.train, self.task.spec.system, self.task.training.seed)
 
     def first_request(self) -> dict[str, Any]:
-        """What is sent first; later ones have other rows of the task."""
+        """The request that is sent first; later ones have other rows of the task."""
         return self.teacher.request(self._questions.for_prompt(0), temperature=_WORDING, seed=0)
 
     def learn(self, out: Path, rows: int, progress: Progress) -> Counter[str]:

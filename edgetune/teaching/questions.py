@@ -1,4 +1,4 @@
-"""What a teacher is asked: to word new prompts of a task, and to answer them like its rows."""
+"""Writes the requests to a teacher: to word new prompts of a task, and to answer them like its rows."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _TRIES, _LONGEST_WAIT_S = 5, 60.0
 _AGAIN = frozenset((408, 429, 500, 502, 503, 504))
 """Statuses after which the same request may succeed later."""
 _MOST_BYTES = 1_000_000
-"""Of an answer."""
+"""Part of an error's body that is read."""
 
 
 class TeacherError(EdgetuneError):

@@ -65,7 +65,7 @@ def _groups(
 
 
 def _without_unclear(prompts: Sequence[TaskPrompts], progress: Progress) -> Sequence[TaskPrompts]:
-    """Without the tasks with labels whose prompts look like those of a task without: a prompt alone cannot decide."""
+    """Leave out tasks with labels whose prompts look like those of tasks without: a prompt alone cannot decide."""
     if len({task.has_labels for task in prompts}) < 2:
         return prompts
     odds, expected = _validation(prompts, _fitted(prompts, GENERAL_REQUESTS))

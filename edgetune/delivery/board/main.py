@@ -24,7 +24,7 @@ from . import check, install, uninstall
 from .updates import updates_from_options
 
 PROGRAM = "edgetune-board"
-"""Its name in front of messages."""
+"""The program's name in front of messages."""
 
 
 class _Parser(argparse.ArgumentParser):

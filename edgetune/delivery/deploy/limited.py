@@ -13,7 +13,7 @@ MOST_BYTES = 10**6
 _CHUNK_BYTES = 1 << 16
 _LOOK_EVERY_S = 0.2
 _REST_S = 5.0
-"""For output that is still in the pipes when the process ends."""
+"""Time to read output that is still in the pipes when the process ends."""
 
 
 class LimitedProcess:

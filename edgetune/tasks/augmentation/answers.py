@@ -41,7 +41,7 @@ class Answer:
 
     @property
     def parts(self) -> list[Any]:
-        """What says something of its own: each call, each item of a list, or the whole."""
+        """The independent parts: each call, each item of a list, or the whole answer."""
         return self.value if isinstance(self.value, list) else [self.value]
 
     def scalars(self) -> Iterator[tuple[FieldPath, Scalar]]:

@@ -19,9 +19,9 @@ from .slots import Mention
 from .values import SlottedRow, Values
 
 _TRIES = 3
-"""How often a copy is tried that turns out like another row."""
+"""Attempts at a copy whose prompt no other row has."""
 _MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
-"""What nobody says or types in haste."""
+"""Characters that nobody says or types in haste."""
 _WORD = re.compile(r"\w+(?:[.:,]\d+)*")
 _NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
 
@@ -183,7 +183,7 @@ def _kind(number: str, prompt: str) -> str:
 
 
 def _kept(row: TaskRow) -> list[Mention]:
-    """What noise must not change: the texts of the prompt that the answer has too."""
+    """The texts of the prompt that noise must not change, since the answer has them too."""
     item = SlottedRow.of(row)
     if item is not None:
         return [mention for slot in item.slots if isinstance(slot.value, str) for mention in slot.mentions]

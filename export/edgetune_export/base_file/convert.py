@@ -80,7 +80,7 @@ def _is_whole(value: object) -> bool:
 
 
 def part_of(folder: Path) -> str:
-    """What is converted of a folder that `check_folder` has accepted, in words."""
+    """The part of a folder that is converted, in words, after `check_folder` has accepted it."""
     is_multimodal = "text_config" in read_config(folder)
     return f"the text part of {folder.name}" if is_multimodal else folder.name
 
@@ -91,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Without such files the converter would read pickles; it follows the index wherever that leads."""
+    """Check that all weights are in .safetensors files here: the converter would read pickles, and follow an index."""
     names = {path.name for path in weight_files(folder)}
     if not names:
         remedy = "download its .safetensors files, or save the model with save_pretrained, not as a pickle"

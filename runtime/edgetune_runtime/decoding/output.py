@@ -51,7 +51,7 @@ class OutputSpec:
 
     @cached_property
     def _matcher(self) -> Any:  # noqa: ANN401 - llguidance's matcher
-        """At the beginning of an answer in single bytes."""
+        """llguidance's matcher at the beginning of an answer, whose tokens are single bytes."""
         matcher, error = compile_grammar(byte_tokenizer(), self.grammar)
         if error:
             raise refusal(self.kind, self.text, error)
@@ -144,7 +144,7 @@ def spec_of(
 
 
 def output_of(**constraint: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
-    """As `spec_of`, compiled once to see that it can be used.
+    """Like `spec_of`, compiled once to see that it can be used.
 
     UsageError too for what llguidance cannot read or does not support, what is too complex, and what no answer fits.
     IncompatibleError when llguidance is not installed.

@@ -31,7 +31,7 @@ MAX_WAITING = 64
 OFF, MEMORY, DISK = "off", "memory", "disk"
 LEARN_DRAFTS = (OFF, MEMORY, DISK)
 ALL = "all"
-"""In `preload`: all adapters."""
+"""Value of `preload` for all adapters."""
 
 
 class RuntimeOptions(TypedDict, total=False):

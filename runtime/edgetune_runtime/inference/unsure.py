@@ -1,4 +1,4 @@
-"""What becomes of an unsure answer: it is marked, or something else answers in its place."""
+"""Applies the rule for unsure answers: marks one, or lets something else answer in its place."""
 
 from __future__ import annotations
 

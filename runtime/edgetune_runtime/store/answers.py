@@ -17,7 +17,7 @@ from edgetune_runtime.errors import EdgetuneError, VerificationError
 
 _READY_S = 5.0
 _ANSWER_S = 300.0
-"""As long as the server itself lets a request take."""
+"""The server's own limit of a request."""
 _BUSY = 503
 # The server runs on this machine: a proxy of the environment is never asked.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))

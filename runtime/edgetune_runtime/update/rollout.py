@@ -1,4 +1,4 @@
-"""Which release a device takes: the newest one that its runtime can run, and that is for this device already.
+"""Chooses the release for a device: the newest that its runtime can run, and that is rolled out to it already.
 
 A release can be for a share of the devices. A device is among them or not by a hash of its id and the bundle, so that
 it stays so when the share grows, and other bundles are for others first.
