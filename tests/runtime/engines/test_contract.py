@@ -79,7 +79,7 @@ def log_p(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("arch", [*FEW, "lfm2"])
+@pytest.mark.parametrize("arch", [*FEW, "lfm2", "qwen35"])
 def test_both_engines_compute_the_same_logits(arch: str, open_: Open) -> None:
     onnx, gguf = open_("onnx", arch), open_("gguf", arch)
     tokens = onnx.tokenizer.tokenize(TEXT)
