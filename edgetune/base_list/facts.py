@@ -103,8 +103,7 @@ def encoders() -> ArchitectureFacts:
 def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
     formats = tuple(target for target in backends.of_task(GENERATION) if target not in architecture.refusals)
     shapes = {method: supported_shapes(formats, method) for method in methods.names()}
-    if architecture.recurrent_block:
-        # Layers without keys and values cannot take a prefix of them.
+    if not architecture.takes_prefixes:
         shapes = {method: kinds for method, kinds in shapes.items() if "prefix" not in kinds.values()}
     held = {target: tuple(method for method in shapes if target in shapes[method]) for target in formats}
     without = tuple(method for method in shapes if not _has_modules(architecture, method))

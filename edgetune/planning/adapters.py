@@ -59,7 +59,7 @@ def with_options(
     planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
-    if base.recurrent_values and "prefix" in planned.shapes.values():
+    if "prefix" in planned.shapes.values() and not base.takes_prefixes:
         message = f"adapter {planned.name!r} is a prefix of keys and values, which some layers of this base do not have"
         raise IncompatibleError(message, "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes

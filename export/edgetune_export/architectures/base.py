@@ -97,6 +97,11 @@ class Architecture:
         return self.linear_modules != LINEAR_MODULES
 
     @property
+    def takes_prefixes(self) -> bool:
+        """Whether keys and values can be put before a sequence: layers with a recurrent state have none."""
+        return not self.recurrent_block
+
+    @property
     def rms_norm(self) -> str:
         """The class of its norms in transformers."""
         return f"{self.class_prefix}RMSNorm"

@@ -9,13 +9,7 @@ from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.gguf_sizes import (
-    head_lengths,
-    kv_values_per_token,
-    number,
-    recurrent_layers,
-    recurrent_values,
-)
+from edgetune_runtime.formats.gguf_sizes import head_lengths, kv_values_per_token, number, recurrent_layers
 
 from . import of
 from .base import OUTPUT_LAYER
@@ -48,7 +42,7 @@ class BaseShape:
 
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
-    `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend.
+    For `takes_prefixes` see `Architecture`.
     """
 
     modules: tuple[SizedModule, ...]
@@ -60,7 +54,7 @@ class BaseShape:
     kv_values_per_token: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
-    recurrent_values: int = 0
+    takes_prefixes: bool = True
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -89,7 +83,7 @@ class BaseShape:
             kv_values_per_token=kv_values_per_token(header),
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=parameters,
-            recurrent_values=recurrent_values(header),
+            takes_prefixes=architecture.takes_prefixes,
         )
 
     @property
