@@ -9,6 +9,8 @@ from edgetune_runtime.errors import IncompatibleError
 
 from .gguf_file import GgufHeader
 
+_FLOAT_BYTES = 4
+
 
 def number(header: GgufHeader, key: str) -> int:
     """An integer of the architecture; of a number per layer, the largest.
@@ -43,8 +45,8 @@ def recurrent_layers(header: GgufHeader) -> frozenset[int]:
     return frozenset(layer for layer, is_recurrent in enumerate(flags) if is_recurrent)
 
 
-def recurrent_values(header: GgufHeader) -> int:
-    """Numbers in the recurrent state of one sequence, over all layers, whatever its length."""
+def recurrent_bytes(header: GgufHeader) -> int:
+    """Bytes of the recurrent state of one sequence, over all layers, in float32, whatever its length."""
     layers = recurrent_layers(header)
     if not layers:
         return 0
@@ -56,7 +58,7 @@ def recurrent_values(header: GgufHeader) -> int:
             number(header, f"ssm.{key}") for key in ("conv_kernel", "state_size", "group_count", "inner_size")
         )
         per_layer = (kernel - 1) * (inner + 2 * groups * size) + size * inner
-    return len(layers) * per_layer
+    return _FLOAT_BYTES * len(layers) * per_layer
 
 
 def head_lengths(header: GgufHeader) -> tuple[int, int]:

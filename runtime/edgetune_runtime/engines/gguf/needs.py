@@ -14,7 +14,7 @@ from edgetune_runtime.formats.gguf_sizes import (
     head_lengths,
     kv_values_per_token,
     number,
-    recurrent_values,
+    recurrent_bytes,
     vocabulary,
 )
 
@@ -54,7 +54,7 @@ def needs_of_sizes(
 
     `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
     """
-    state_bytes = 4 * recurrent_values(header)
+    state_bytes = recurrent_bytes(header)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
     looked_up = "" if tied else "token_embd.weight"
@@ -76,7 +76,7 @@ def needs_of_sizes(
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=head_lengths(header),
-        recurrent_values=recurrent_values(header),
+        recurrent_state_bytes=state_bytes,
         recurrent_states=states_of(state_bytes, context_length),
         max_rollback=rollback_of(state_bytes) if state_bytes else None,
     )
