@@ -14,11 +14,9 @@ from typing import Any
 from edgetune_runtime.errors import EdgetuneError
 
 from .kv_cache import KvCache
-from .llama import last_errors
-from .sizes import HYBRID_BRANCHES, most_checkpoints, rollback_of
+from .llama import last_errors, library
+from .sizes import BRANCHES, HYBRID_BRANCHES, most_checkpoints, rollback_of
 
-_ONE_BATCH = 32
-"""Tokens of a longer step are in several batches, and llama.cpp drops only tokens of the last one."""
 _RECURRENT = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY."""
 
@@ -32,6 +30,9 @@ class HybridCache(KvCache):
         super().__init__(context, model)
         self.max_rollback = rollback_of(state_bytes)
         self._most = most_checkpoints(state_bytes)
+        # Tokens of a longer step are in several batches, and llama.cpp can drop only tokens of the last one: beyond it,
+        # it goes back to a state of an earlier step.
+        self._one_batch = min(BRANCHES, library().llama_n_batch(context))
         self._checkpoints: dict[int, memoryview] = {}
         self._before: dict[int, memoryview] = {}
         self._step = range(0)
@@ -42,7 +43,7 @@ class HybridCache(KvCache):
             self._before = {length: self._checkpoints[length]}
         else:
             self._before = {length: self._save(_RECURRENT)} if length else {}
-        self._step = range(length, length + tokens) if tokens <= _ONE_BATCH else range(0)
+        self._step = range(length, length + tokens) if tokens <= self._one_batch else range(0)
 
     def keep(self, length: int) -> None:
         """Keep a checkpoint at the end of the sequence, in place of the first one if there are too many."""

@@ -94,6 +94,13 @@ def test_more_tokens_than_llama_cpp_drops_are_dropped_to_before_the_step(engine:
         assert engine.truncate(121) == 120
 
 
+def test_a_step_in_several_batches_is_dropped_to_before_it(tiny_gguf: Callable[[str], Path]) -> None:
+    with closing(GgufEngine(tiny_gguf("lfm2"), context_length=CONTEXT, threads=1, batch=20)) as small:
+        decoded(small, PARTS)
+        small.decode_all([8] * 24)
+        assert small.truncate(134) == 120
+
+
 def test_a_restored_state_is_a_place_to_cut_to(engine: GgufEngine) -> None:
     expected = decoded(engine, [*PARTS[:2], NEXT])
     decoded(engine, PARTS[:2])
