@@ -8,7 +8,8 @@ from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines.needs import EngineCost, Needs
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_base import read_base
+from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.gguf_sizes import (
     data_start,
     head_lengths,
@@ -30,8 +31,8 @@ COST = EngineCost(
 
 
 def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs:
-    """See `EngineNeeds`; IncompatibleError if the header lacks a size."""
-    header = read_header(path)
+    """See `EngineNeeds`; errors as in `read_base`."""
+    header = read_base(path)
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
     return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
 
