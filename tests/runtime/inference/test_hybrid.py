@@ -72,15 +72,19 @@ def test_a_session_goes_on_from_its_state(open_: Callable[..., Runtime], tmp_pat
 
 
 def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[..., Runtime]) -> None:
-    prompts = ["turn on the light", "turn on the light in the hall", LONG]
+    prompts, others = ["turn on the light", "turn on the light in the hall", LONG], {"temperature": 0.3, "seed": 3}
     with open_(learn_drafts="off") as runtime:
         expected = [runtime.generate(prompt, adapter="one", max_tokens=40).text for prompt in prompts]
+        drawn = [runtime.generate(prompt, adapter="one", max_tokens=40, **others).text for prompt in prompts]
         words = [runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts]
     with open_(learn_drafts="memory") as runtime:
         for _ in range(2):
             answers = [runtime.generate(prompt, adapter="one", max_tokens=40) for prompt in prompts]
             assert [answer.text for answer in answers] == expected
         assert sum(answer.timings.accepted for answer in answers) > 20
+        answers = [runtime.generate(prompt, adapter="one", max_tokens=40, **others) for prompt in prompts]
+        assert [answer.text for answer in answers] == drawn
+        assert all(answer.timings.drafted > answer.timings.accepted for answer in answers)
         stopped = [
             runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts
         ]
