@@ -12,6 +12,9 @@ TUF_CONFORMANCE ?= build/tuf-conformance
 TUF_ADDRESS := https://github.com/theupdateframework/tuf-conformance
 TUF_COMMIT := eec841c186f81f2d9d8d30460c7e7deefa615f9e
 
+# Containers often set it. Each process would then compile all that it imports again: 4 s for torch and transformers.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-full demo-with-recipe check fast test fuzz test-tuf test-arm64 test-systemd dist docs clean
 

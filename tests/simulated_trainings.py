@@ -7,6 +7,7 @@ a quantized base, for rounded layers.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
@@ -99,6 +100,8 @@ def compared(make_base: MakeBase, work: TrainingJob[Any], *devices: torch.device
 def main(gguf: Path) -> None:
     """Run all cases."""
     register()
+    # As in conftest.py: accelerate collects garbage at the end of every training.
+    gc.freeze()
     cpu = torch.device("cpu")
     found = {name: compared(make_base, work, device()) for name, make_base, work in cases(gguf)}
     for name in ("adalora", "lora"):

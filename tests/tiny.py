@@ -124,7 +124,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "num_hidden_layers": 3,
             "layer_types": ["conv", "full_attention", "conv"],
-            "block_multiple_of": 32,
+            "block_multiple_of": 64,
             "pad_token_id": None,
             "tie_word_embeddings": True,
         },

@@ -102,9 +102,10 @@ def encoders() -> ArchitectureFacts:
 
 def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
     formats = tuple(target for target in backends.of_task(GENERATION) if target not in architecture.refusals)
-    shapes = {method: supported_shapes(formats, method) for method in methods.names()}
-    if not architecture.takes_prefixes:
-        shapes = {method: kinds for method, kinds in shapes.items() if "prefix" not in kinds.values()}
+    usable = [
+        name for name in methods.names() if methods.load(name).takes_recurrent_layers or not architecture.is_recurrent
+    ]
+    shapes = {method: supported_shapes(formats, method) for method in usable}
     held = {target: tuple(method for method in shapes if target in shapes[method]) for target in formats}
     without = tuple(method for method in shapes if not _has_modules(architecture, method))
     return ArchitectureFacts(architectures.title_of(name), held, without)

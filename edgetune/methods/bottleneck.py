@@ -63,6 +63,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
     """A small network after or parallel to a layer's blocks: use it with ONNX, when LoRA is not enough."""
 
     takes_scale = True
+    takes_recurrent_layers = False
     options = BottleneckOptions
 
     def shapes(self, options: BottleneckOptions) -> tuple[str, ...]:

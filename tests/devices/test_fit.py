@@ -17,9 +17,9 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from edgetune_runtime.formats.gguf_sizes import recurrent_bytes
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
 from edgetune_runtime.sizing.needs import needed_mb
 from edgetune_runtime.sizing.options import with_options
@@ -81,7 +81,7 @@ def test_kv_values_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable
     finally:
         engine.close()
     if arch == "lfm2":
-        assert short > recurrent_bytes(read_header(tiny_gguf(arch))) > 0
+        assert short > recurrent_sizes(read_header(tiny_gguf(arch))).state_bytes > 0
     # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
     cell_bytes = 24 if arch == "gemma3" else 12
     assert grown == 10 * (2 * fit.kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
@@ -161,6 +161,7 @@ import sys
 from pathlib import Path
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
 engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1, repack=sys.argv[2] == "repacked")
 engine.decode([3 + number % 300 for number in range(500)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

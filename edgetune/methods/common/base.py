@@ -92,7 +92,8 @@ class Method(ABC, Generic[O]):
     weights, which are float32 then, so the base cannot be used again. `takes_scale`: the adapter can be scaled.
     `trains_on_grid`: merged models can be trained through the rounding to the base's grid (`training.rounding`).
     `takes_start`: training can start from a saved adapter.
-    `takes_encoders`: the method can tune encoders. `takes_cache`: the model of `loaded` takes transformers' KV cache.
+    `takes_encoders`: the method can tune encoders. `takes_recurrent_layers`: it can tune bases in which layers have a
+    recurrent state in place of attention. `takes_cache`: the model of `loaded` takes transformers' KV cache.
     `adds_parameters`: what it trains is not part of the base.
     `variant`: the name of a method that is another one with other defaults, in the file of that one.
     """
@@ -104,6 +105,7 @@ class Method(ABC, Generic[O]):
     trains_on_grid: ClassVar[bool] = False
     takes_start: ClassVar[bool] = False
     takes_encoders: ClassVar[bool] = False
+    takes_recurrent_layers: ClassVar[bool] = True
     takes_cache: ClassVar[bool] = True
     adds_parameters: ClassVar[bool] = True
     variant: ClassVar[str] = ""

@@ -54,6 +54,7 @@ class PromptMethod(Method[P]):
     """A method that puts trained virtual tokens before every sequence; the base's weights do not change."""
 
     takes_cache = False
+    takes_recurrent_layers = False
 
     def shapes(self, options: P) -> tuple[str, ...]:
         """A prefix, which is exact."""

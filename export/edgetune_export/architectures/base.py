@@ -97,9 +97,9 @@ class Architecture:
         return self.linear_modules != LINEAR_MODULES
 
     @property
-    def takes_prefixes(self) -> bool:
-        """Whether keys and values can be put before a sequence: layers with a recurrent state have none."""
-        return not self.recurrent_block
+    def is_recurrent(self) -> bool:
+        """Whether some layers have a recurrent state in place of attention."""
+        return bool(self.recurrent_block)
 
     @property
     def rms_norm(self) -> str:

@@ -42,7 +42,7 @@ class BaseShape:
 
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
-    For `takes_prefixes` see `Architecture`.
+    For `is_recurrent` see `Architecture`.
     """
 
     modules: tuple[SizedModule, ...]
@@ -54,7 +54,7 @@ class BaseShape:
     kv_values_per_token: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
-    takes_prefixes: bool = True
+    is_recurrent: bool = False
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -83,7 +83,7 @@ class BaseShape:
             kv_values_per_token=kv_values_per_token(header),
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=parameters,
-            takes_prefixes=architecture.takes_prefixes,
+            is_recurrent=architecture.is_recurrent,
         )
 
     @property

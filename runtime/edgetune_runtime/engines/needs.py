@@ -15,6 +15,7 @@ from edgetune_runtime.states.cache import CACHE_MB
 from . import load_needs
 
 MB = 10**6
+_FLOAT_BYTES = 4
 ADAPTERS_MB = 256
 """Memory limit of loaded adapters by default, in MB."""
 _CONSTRAINT_MB, _CONSTRAINT_BYTES = 5.5, 340
@@ -75,6 +76,20 @@ def adapter_size(manifest: Manifest, entry: AdapterEntry, engine: str) -> Adapte
 
 
 @dataclass(frozen=True)
+class RecurrentSizes:
+    """Numbers in the recurrent state of a sequence, 0 if all layers attend, and those that convolutions read per token,
+    0 unless earlier states can be computed from them alone."""
+
+    values: int
+    inputs_per_token: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state, in float32."""
+        return _FLOAT_BYTES * self.values
+
+
+@dataclass(frozen=True)
 class Needs:
     """Sizes that determine the memory and the speed of a base with its adapters in an engine.
 
@@ -83,7 +98,7 @@ class Needs:
     those of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the
     embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
     are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
-    all draft tables; `recurrent_state_bytes` is the size of the recurrent state of a sequence, and `recurrent_states`
+    all draft tables; `recurrent_values` are the numbers in the recurrent state of a sequence, and `recurrent_states`
     how many of them a loaded model holds; for `max_rollback` see `Engine`. `constrained`: the answers of an adapter are
     held to a schema or a grammar. Saved states have up to `cache_mb`, adapters in memory up to `adapters_mb`.
     """
@@ -112,7 +127,7 @@ class Needs:
     serves: bool = False
     kv: str | None = None
     head_lengths: tuple[int, ...] = ()
-    recurrent_state_bytes: int = 0
+    recurrent_values: int = 0
     recurrent_states: int = 0
     max_rollback: int | None = None
 
@@ -143,7 +158,7 @@ class Needs:
     @property
     def recurrent_bytes(self) -> int:
         """Memory of the recurrent states of one loaded model."""
-        return self.recurrent_state_bytes * self.recurrent_states
+        return _FLOAT_BYTES * self.recurrent_values * self.recurrent_states
 
     @property
     def compute_bytes(self) -> int:
@@ -162,7 +177,7 @@ class Needs:
     def state_bytes(self) -> int:
         """Saved states of the base and each adapter, half a context long, as many as the limit allows."""
         states = len(self.adapters) + 1 if self.adapters else 0
-        size = self.kv_bytes_per_token * self.context_length // 2 + self.recurrent_state_bytes
+        size = self.kv_bytes_per_token * self.context_length // 2 + _FLOAT_BYTES * self.recurrent_values
         return min(states, int(self.cache_mb * MB) // max(size, 1)) * size
 
     @property
@@ -186,6 +201,9 @@ class EngineNeeds(Protocol):
 
     def needs_of_base(self, path: Path, manifest: Manifest, context_length: int) -> Needs:
         """The needs of the base at `path`, from its header or the files beside it; weights are not read."""
+
+    def recurrence_of(self, sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
+        """How many recurrent states of these sizes a sequence holds, and the engine's `max_rollback` with them."""
 
     def model_bytes(self, manifest: Manifest, file: str) -> int:
         """Bytes of all files of the model `file` of a bundle."""

@@ -9,8 +9,6 @@ from edgetune_runtime.errors import IncompatibleError
 
 from .gguf_file import GgufHeader
 
-_FLOAT_BYTES = 4
-
 
 def number(header: GgufHeader, key: str) -> int:
     """An integer of the architecture; of a number per layer, the largest.
@@ -45,8 +43,8 @@ def recurrent_layers(header: GgufHeader) -> frozenset[int]:
     return frozenset(layer for layer, is_recurrent in enumerate(flags) if is_recurrent)
 
 
-def recurrent_bytes(header: GgufHeader) -> int:
-    """Bytes of the recurrent state of one sequence, over all layers, in float32, whatever its length."""
+def recurrent_values(header: GgufHeader) -> int:
+    """Numbers in the recurrent state of one sequence, over all layers, whatever its length."""
     layers = recurrent_layers(header)
     if not layers:
         return 0
@@ -58,7 +56,12 @@ def recurrent_bytes(header: GgufHeader) -> int:
             number(header, f"ssm.{key}") for key in ("conv_kernel", "state_size", "group_count", "inner_size")
         )
         per_layer = (kernel - 1) * (inner + 2 * groups * size) + size * inner
-    return _FLOAT_BYTES * len(layers) * per_layer
+    return len(layers) * per_layer
+
+
+def recurrent_inputs_per_token(header: GgufHeader) -> int:
+    """Numbers that the convolutions of all layers read per token, if the states are the last ones of these; else 0."""
+    return len(recurrent_layers(header)) * number(header, "embedding_length") if header.architecture == "lfm2" else 0
 
 
 def head_lengths(header: GgufHeader) -> tuple[int, int]:

@@ -30,6 +30,7 @@ OPERATORS = frozenset((
     "Slice",
     "Split",
     "Sub",
+    "com.microsoft::CausalConvWithState",
     "com.microsoft::GatherBlockQuantized",
     "com.microsoft::GroupQueryAttention",
     "com.microsoft::MatMulNBits",

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from edgetune_devices.fit import needs_of_header
 from edgetune_export import parity
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
 from recipes import adapter_of, lights, make_recipe, write_rows
@@ -104,25 +106,29 @@ def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
 def test_a_base_with_recurrent_layers_is_converted_trained_and_answers(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(tmp_path, tiny_folder("lfm2"), ("plain", "whole"), quantization="q8_0")
+    keys: dict[str, Any] = {"quantization": "q8_0", "targets": ["gguf", "onnx"]}
+    recipe = recipe_of(tmp_path, tiny_folder("lfm2"), ("plain", "whole"), **keys)
     result = build(recipe, tmp_path / "home", progress=QUIET)
     assert set(result.figures) == {"plain", "whole"}
     manifest = read_manifest(tmp_path / "home")
     assert (manifest.base.architecture, manifest.base.quantization) == ("lfm2", "q8_0")
     adapted = read_header(tmp_path / "home" / manifest.adapters["plain"].files["gguf"]).tensors
     assert any("shortconv" in name for name in adapted)
-    with Runtime.open(tmp_path / "home") as runtime:
-        answers = [runtime.generate(QUESTION, adapter=name, max_tokens=8).text for name in (None, "plain", "whole")]
-        assert len(set(answers)) == 3
-        assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
+    header = read_header(tmp_path / "home" / manifest.base.files["gguf"])
+    predicted = needs_of_header(header, context_length=manifest.context_length, engine="onnx").recurrent_bytes
+    assert needs_of_bundle(tmp_path / "home", engine="onnx").recurrent_bytes == predicted > 0
+    for engine in recipe.targets:
+        with Runtime.open(tmp_path / "home", engine=engine) as runtime:
+            answers = [runtime.generate(QUESTION, adapter=name, max_tokens=8).text for name in (None, "plain", "whole")]
+            assert len(set(answers)) == 3
+            assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
 
 
 @pytest.mark.parametrize(
     ("keys", "method", "message"),
     [
-        ({"targets": ["gguf", "onnx"]}, "lora", r"onnx does not support bases of architecture 'lfm2': .*; remove"),
-        ({}, "prefix", r"adapter 'plain' is a prefix of keys and values, which some layers .*; train it with lora"),
-        ({}, "cartridge", r"'plain' is a prefix of keys and values"),
+        ({}, "prefix", r"adapter 'plain' of prefix needs attention, which some layers .*; train it with lora"),
+        ({"targets": ["onnx"]}, "bottleneck", r"'plain' of bottleneck needs attention"),
         (
             {},
             {"name": "lora", "target_modules": "auto"},

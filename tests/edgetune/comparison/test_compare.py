@@ -19,10 +19,11 @@ from trainings import QUIET
 
 from edgetune.cli.main import main
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
-from edgetune.comparison.figures import TrialResult, read_outcome
+from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
-from edgetune.comparison.process import failed, run_here
+from edgetune.comparison.process import failed, outcome_of, write_request
 from edgetune.comparison.sweep import Comparison, compare
+from edgetune.comparison.trial import run as run_trial
 from edgetune.progress import Progress
 from edgetune.tasks.task import read_task
 
@@ -57,7 +58,19 @@ def request_of(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPa
 def compared(request_of: Callable[..., Request]) -> Compared:
     """lora, an rslora that fails, and bottleneck, which GGUF cannot hold."""
     request = request_of(methods=("lora", "rslora", "bottleneck"), settings=SETTINGS)
-    return Compared(request, compare(request, run_here, QUIET))
+    return Compared(request, compare(request, run_in_this_process, QUIET))
+
+
+def run_in_this_process(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialResult]:
+    """As `run_here`, without a process for each, which imports torch first; test_api.py starts one."""
+    for trial in trials:
+        try:
+            folder, outcome = write_request(trial), run_trial(trial, progress)
+        except EdgetuneError as error:
+            yield failed(trial, str(error))
+        else:
+            write_outcome(outcome, folder, trial.key)
+            yield outcome_of(trial, "")
 
 
 def no_run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from close import Close
 from edgetune_runtime import NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
+from runtime.bundles import HYBRIDS
 from runtime.conftest import LABELS
 
 Engine = GgufEngine | OnnxEngine
 Open = Callable[..., Engine]
 Files = Callable[[str, str], dict[str, Path]]
 FEW = ("llama", "qwen2", "qwen3", "gemma3")
-HYBRIDS = ("lfm2", "qwen35")
 ENGINES: dict[str, type[Engine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
 CONTEXT = 200
 TEXT = "turn on the warm light in the kitchen and close the blind"
@@ -44,7 +45,7 @@ def open_(files_of: Files) -> Iterator[Open]:
 
 
 @pytest.fixture(
-    params=[*((backend, arch) for arch in FEW for backend in ENGINES), *(("gguf", arch) for arch in HYBRIDS)],
+    params=[*((backend, arch) for arch in FEW for backend in ENGINES), *HYBRIDS],
     ids="-".join,
 )
 def engine(request: pytest.FixtureRequest, open_: Open) -> Engine:
@@ -70,7 +71,7 @@ def fresh(engine: Engine, adapters: dict[str, float], tokens: Sequence[int]) -> 
 
 
 def close_to(expected: object, engine: Engine) -> object:
-    return pytest.approx(expected, abs=CLOSE[type(engine)])
+    return Close(expected, CLOSE[type(engine)])
 
 
 def log_p(logits: np.ndarray) -> np.ndarray:
@@ -78,7 +79,7 @@ def log_p(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("arch", FEW)
+@pytest.mark.parametrize("arch", [*FEW, "lfm2"])
 def test_both_engines_compute_the_same_logits(arch: str, open_: Open) -> None:
     onnx, gguf = open_("onnx", arch), open_("gguf", arch)
     tokens = onnx.tokenizer.tokenize(TEXT)
@@ -274,17 +275,16 @@ def test_a_truncated_or_restored_sequence_continues_as_a_new_one(
     expected = fresh(engine, {"first": 1}, [*tokens[:keep], *other])
     fresh(engine, {"first": 1}, tokens)
     state = engine.save_state()
-    is_cut, (_, arch) = keep < len(tokens), request.node.callspec.params["engine"]
+    is_cut, case = keep < len(tokens), request.node.callspec.params["engine"]
     kept = engine.truncate(keep)
     # Recurrent states are known at the ends of prompts only.
-    assert kept == (0 if is_cut and arch in HYBRIDS else keep)
+    assert kept == (0 if is_cut and case in HYBRIDS else keep)
     assert engine.decode([*tokens[kept:keep], *other]) == close_to(expected, engine)
     fresh(engine, {}, [9] * 20)
     engine.activate({"first": 1})
     engine.restore_state(state)
-    lacks_window = request.node.callspec.params["engine"] == ("gguf", "gemma3")
     kept = engine.truncate(keep)
-    assert kept == (0 if is_cut and (lacks_window or arch in HYBRIDS) else keep)
+    assert kept == (0 if is_cut and case in (("gguf", "gemma3"), *HYBRIDS) else keep)
     assert engine.decode([*tokens[kept:keep], *other]) == close_to(expected, engine)
     assert engine.truncate(0) == 0
 

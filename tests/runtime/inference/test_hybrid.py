@@ -14,18 +14,19 @@ from edgetune_runtime.cli.main import main
 from edgetune_runtime.engines.gguf import sizes
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
+from runtime.bundles import HYBRIDS
 
 LONG = "turn on the warm light in the hall and the kitchen " * 16
 
 
-@pytest.fixture(params=["lfm2", "qwen35"])
+@pytest.fixture(params=HYBRIDS, ids="-".join)
 def open_(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path], tmp_path: Path) -> Callable[..., Runtime]:
     """Opens the bundle of a tiny hybrid with one context."""
 
     def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of `Runtime.open`
-        return Runtime.open(
-            prompted_of(request.param), contexts=1, context_length=512, cache_folder=tmp_path, **options
-        )
+        engine, arch = request.param
+        folder = {"context_length": 512, "cache_folder": tmp_path}
+        return Runtime.open(prompted_of(arch), engine=engine, contexts=1, **folder, **options)
 
     return make
 
@@ -72,22 +73,27 @@ def test_a_session_goes_on_from_its_state(open_: Callable[..., Runtime], tmp_pat
 
 
 def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[..., Runtime]) -> None:
-    prompts, others = ["turn on the light", "turn on the light in the hall", LONG], {"temperature": 0.3, "seed": 3}
+    prompts = ["turn on the light", "turn on the light in the hall", LONG]
+    options: dict[str, Any] = {"adapter": "one", "max_tokens": 40}
     with open_(learn_drafts="off") as runtime:
-        expected = [runtime.generate(prompt, adapter="one", max_tokens=40).text for prompt in prompts]
-        drawn = [runtime.generate(prompt, adapter="one", max_tokens=40, **others).text for prompt in prompts]
-        words = [runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts]
+        expected = [runtime.generate(prompt, logprobs=0, **options) for prompt in prompts]
+        stop = expected[0].text[20:24]
+        words = [runtime.generate(prompt, stop=stop, **options) for prompt in prompts]
+    texts = [answer.text for answer in expected]
     with open_(learn_drafts="memory") as runtime:
-        for _ in range(2):
-            answers = [runtime.generate(prompt, adapter="one", max_tokens=40) for prompt in prompts]
-            assert [answer.text for answer in answers] == expected
+        for prompt, answer in zip(prompts, expected, strict=True):
+            # An answer that went on in another way after six tokens.
+            tokens = [one.token for one in answer.logprobs or ()]
+            past = loaded_bundle(runtime).call(prompt, "one").past
+            assert past is not None
+            past.keep([*tokens[:6], *(token ^ 1 for token in tokens[6:])])
+        answers = [runtime.generate(prompt, **options) for prompt in prompts]
+        assert [answer.text for answer in answers] == texts
+        assert all(answer.timings.drafted > answer.timings.accepted > 0 for answer in answers)
+        answers = [runtime.generate(prompt, **options) for prompt in prompts]
+        assert [answer.text for answer in answers] == texts
         assert sum(answer.timings.accepted for answer in answers) > 20
-        answers = [runtime.generate(prompt, adapter="one", max_tokens=40, **others) for prompt in prompts]
-        assert [answer.text for answer in answers] == drawn
-        assert all(answer.timings.drafted > answer.timings.accepted for answer in answers)
-        stopped = [
-            runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts
-        ]
+        stopped = [runtime.generate(prompt, stop=stop, **options) for prompt in prompts]
         assert [answer.text for answer in stopped] == [answer.text for answer in words]
 
 
@@ -95,9 +101,10 @@ def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
     prompted_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = str(prompted_of("lfm2"))
-    assert main(["info", bundle]) == 0
-    assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
-    monkeypatch.setattr(sizes, "CHECKPOINTS_BYTES", 1)
+    for engine in ("gguf", "onnx"):
+        assert main(["info", bundle, "--engine", engine]) == 0
+        assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(sizes, "ROLLBACK_BYTES", 1)
     assert main(["info", bundle]) == 0
     assert "MB each, no drafts because these are too large" in capsys.readouterr().out
     with Runtime.open(bundle, learn_drafts="memory") as runtime:

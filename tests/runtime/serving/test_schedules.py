@@ -24,6 +24,7 @@ from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runtime.bundles import CASES
 from runtime.fresh import STEPS, Fresh
 
 THREADS = 3
@@ -242,9 +243,7 @@ def fresh_of(
         fresh.close()
 
 
-@pytest.mark.parametrize(
-    ("engine", "arch"), [("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2"), ("gguf", "qwen35")]
-)
+@pytest.mark.parametrize(("engine", "arch"), CASES)
 @pytest.mark.parametrize("merged_mb", [None, 0])
 @given(contexts=st.integers(1, 2), schedule=SCHEDULES)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

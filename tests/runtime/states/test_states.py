@@ -18,7 +18,7 @@ from edgetune_runtime.engines.onnx import engine as onnx
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.store import StateStore
-from runtime.bundles import change_manifest, write_manifest
+from runtime.bundles import CASES, HYBRIDS, change_manifest, write_manifest
 from runtime.conftest import LONG_PROMPTS
 
 PROMPT = "turn on the light"
@@ -44,8 +44,6 @@ with Runtime.open(sys.argv[1], disk_mb=0, map_large_blocks=sys.argv[2] == "mappe
 """
 
 ENGINES = ("gguf", "onnx")
-# States of the last two cannot be cut.
-CASES = (("gguf", "llama"), ("onnx", "llama"), ("gguf", "lfm2"), ("gguf", "qwen35"))
 ENGINE_CLASSES = {"gguf": gguf.GgufEngine, "onnx": onnx.OnnxEngine}
 
 
@@ -206,9 +204,11 @@ def test_a_state_that_the_engine_refuses_is_made_again(
     assert (answer.text, answer.timings.reused_tokens) == (expected, 0)
 
 
-@pytest.mark.parametrize("arch", ["gemma3", "lfm2", "qwen35"])
-def test_a_state_that_cannot_be_cut_leaves_that_of_the_fixed_prompt(arch: str, open_: Callable[..., Runtime]) -> None:
-    with open_("gguf", arch, disk_mb=0) as runtime:
+@pytest.mark.parametrize(("engine", "arch"), [("gguf", "gemma3"), *HYBRIDS])
+def test_a_state_that_cannot_be_cut_leaves_that_of_the_fixed_prompt(
+    engine: str, arch: str, open_: Callable[..., Runtime]
+) -> None:
+    with open_(engine, arch, disk_mb=0) as runtime:
         for message in ("play", "stop the music now " * 4, "turn on the light", "play " * 9):
             for adapter in ("one", "two"):
                 runtime.generate(message, adapter=adapter, max_tokens=4)

@@ -25,7 +25,7 @@ from edgetune_export.base_file import merge
 from . import slots as onnx_slots
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, add_logits_start, load_structure, put_vectors, put_weights, save_model
+from .graph import GRAPH, add_conv_inputs, add_logits_start, load_structure, put_vectors, put_weights, save_model
 from .options import OnnxOptions
 from .prefix import prefix_tensors
 from .structure import run_builder
@@ -42,6 +42,7 @@ PACKAGES = ("onnxruntime", "onnxruntime-genai")
 values_by_type = value_types.values_by_type
 
 _CONFIG = "genai_config.json"
+_MATRIX = 2
 
 
 def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Path:
@@ -92,9 +93,9 @@ def weight_type(source: Source) -> str:
 
 
 def _vectors(source: Source) -> dict[str, torch.Tensor]:
-    """The base's norms and biases, which the graph takes from the builder and not from the GGUF file."""
+    """The base's norms, biases and kernels, which the graph takes from the builder and not from the GGUF file."""
     assert source.model is not None
-    return {name: parameter for name, parameter in source.model.named_parameters() if parameter.dim() == 1}
+    return {name: parameter for name, parameter in source.model.named_parameters() if parameter.dim() != _MATRIX}
 
 
 def _write_model(
@@ -117,6 +118,7 @@ def _write_model(
         model = requantize(model, options, source.calibration, config["model"]["decoder"]["head_size"])
     header = read_header(file)
     add_logits_start(model.graph)
+    add_conv_inputs(model.graph)
     # Before the low-rank slots, so that they act on the outputs of these.
     add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])
     modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}

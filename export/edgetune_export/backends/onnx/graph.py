@@ -15,6 +15,7 @@ import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.onnx_recurrence import CONV_INPUTS
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgetune_export import architectures
@@ -35,12 +36,13 @@ LOGITS_START = "logits_start"
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
-_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp)/(?P<product>\w+)/MatMul")
+_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp|conv)/(?P<product>\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _POSITIONS = "position_ids"
-_BLOCKS = {"attn": "self_attn", "mlp": "mlp"}
+_BLOCKS = {"attn": "self_attn"}
+_CONVOLUTION = re.compile(r"/model/layers\.(?P<layer>\d+)/conv/CausalConvWithState")
 # The builder's names of norms and biases that have another name in the Hugging Face model.
 _VECTORS = (
     (re.compile(r"\.attn\.(\w+_norm)\.layernorm\."), r".self_attn.\1."),
@@ -95,7 +97,7 @@ def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
         if match:
             layer, block, product = f"model.{match['layer']}", match["block"], match["product"]
             # The builder leaves some modules apart, whose names are those in transformers.
-            parts = fused.get(module := f"{_BLOCKS[block]}.{product}", [module])
+            parts = fused.get(module := f"{_BLOCKS.get(block, block)}.{product}", [module])
             found.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
         elif name == HEAD:
             found.append(Projection(node, "lm_head", ("lm_head",)))
@@ -252,6 +254,15 @@ def add_logits_start(graph: ir.Graph) -> None:
     rows = named_node("Slice", [head.inputs[0], start, ends, axes], "/lm_head/Slice")
     head.replace_input_with(0, rows.outputs[0])
     graph.insert_before(head, rows)
+
+
+def add_conv_inputs(graph: ir.Graph) -> None:
+    """Add what each short convolution reads to the graph's outputs: with it, the engine can drop rejected tokens."""
+    for node in list(graph):
+        layer, read = _CONVOLUTION.fullmatch(node.name or ""), node.inputs[0] if node.inputs else None
+        if layer is not None and read is not None:
+            read.name = CONV_INPUTS.format(layer["layer"])
+            graph.outputs.append(read)
 
 
 def named_node(

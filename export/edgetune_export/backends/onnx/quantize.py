@@ -65,14 +65,16 @@ def _config(model: ir.Model, options: OnnxOptions, calibration: Sequence[Sequenc
 
 
 class _Rows(CalibrationDataReader):  # type: ignore[misc]
-    """Token rows as inputs of the graph, with an empty KV cache."""
+    """Token rows as inputs of the graph, with an empty KV cache and recurrent states of zeros."""
 
     def __init__(self, model: ir.Model, rows: Sequence[Sequence[int]], head_size: int) -> None:
-        self._empty = {
-            value.name: np.zeros((1, int(str(value.shape[1])), 0, head_size), np.float32)
-            for value in model.graph.inputs
-            if value.name is not None and value.name.startswith("past_key_values.") and value.shape is not None
-        }
+        self._empty = {}
+        for value in model.graph.inputs:
+            name, shape = value.name or "", value.shape
+            if shape is not None and name.startswith("past_key_values."):
+                self._empty[name] = np.zeros((1, int(str(shape[1])), 0, head_size), np.float32)
+            elif shape is not None and name.startswith("past."):
+                self._empty[name] = np.zeros((1, *(int(str(size)) for size in shape.dims[1:])), np.float32)
         self._rows = iter(rows)
 
     def get_next(self) -> dict[str, Any] | None:

@@ -7,20 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
-from edgetune_runtime.engines.needs import EngineCost, Needs
+from edgetune_runtime.engines import load_needs
+from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.gguf_sizes import (
-    data_start,
-    head_lengths,
-    kv_values_per_token,
-    number,
-    recurrent_bytes,
-    vocabulary,
-)
+from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
 
 from . import KV_TYPES, NAME
-from .sizes import BRANCHES, rollback_of, states_of
+from .sizes import BRANCHES, recurrent_sizes, rollback_of, states_of
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
@@ -35,6 +29,12 @@ def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs
     header = read_base(path)
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
     return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
+
+
+def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
+    """See `EngineNeeds`."""
+    size = sizes.state_bytes
+    return states_of(size, context_length), rollback_of(size) if size else None
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:
@@ -55,7 +55,8 @@ def needs_of_sizes(
 
     `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
     """
-    state_bytes = recurrent_bytes(header)
+    recurrence = recurrent_sizes(header)
+    states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
     looked_up = "" if tied else "token_embd.weight"
@@ -77,7 +78,7 @@ def needs_of_sizes(
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=head_lengths(header),
-        recurrent_state_bytes=state_bytes,
-        recurrent_states=states_of(state_bytes, context_length),
-        max_rollback=rollback_of(state_bytes) if state_bytes else None,
+        recurrent_values=recurrence.values,
+        recurrent_states=states,
+        max_rollback=max_rollback,
     )

@@ -7,7 +7,6 @@ mask is the filled length. Each set of active adapters has its own binding, and 
 
 from __future__ import annotations
 
-import struct
 from collections import ChainMap, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from typing import Any, ClassVar, Literal
 from weakref import WeakSet
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgetune_runtime.engines import check_kv
 from edgetune_runtime.engines.base import (
@@ -37,6 +35,7 @@ from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
+from edgetune_runtime.formats.onnx_recurrence import recurrence_of
 from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, tensor_slots_of
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import threads_for
@@ -44,15 +43,14 @@ from edgetune_runtime.threads.machine import threads_for
 from . import NAME
 from .arrays import Arrays, sum_of_adapters
 from .config import read_config
+from .hybrid_cache import HybridCache
+from .kv_cache import KvCache
 from .ort import graph_error, library, open_session, run_binding, run_options
 from .scores import scores_in_order
 from .tokenizers import JsonTokenizer
 
 _BINDINGS = 32
 """Number of adapter sets whose bindings are cached; a set of several adapters also caches the summed tensors."""
-
-_STATE = struct.Struct("<4sII")
-_MAGIC = b"ETS2"
 
 
 @dataclass
@@ -77,7 +75,6 @@ class OnnxEngine:
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0}
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
-    max_rollback = None
     # Keys and values are f32.
     kv_bytes = 4.0
     adjusts_threads = False
@@ -101,6 +98,7 @@ class OnnxEngine:
         config = read_config(path.with_name("genai_config.json"))
         check_context_length(context_length, config.trained_context_length)
         self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
+        self._recurrence = recurrence_of(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
         self.threads = threads_for(threads)
@@ -122,18 +120,29 @@ class OnnxEngine:
 
     def _new_sequence(self) -> None:
         """Make the buffers of a sequence, and the bindings that point to them."""
-        self._buffers = _buffers(self._session, self.context_length, self._head_size)
+        self._cache = self._new_cache()
         self._mask = np.ones(self.context_length, np.int64)
         self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
         self._options = run_options()
         self._prefix: str | None = None
         self._begin = 0
-        self._bindings: OrderedDict[tuple[tuple[str, float], ...], _Binding] = OrderedDict()
-        self._binding = _Binding(None, {})
+        self._bindings: OrderedDict[tuple[tuple[str, float], ...], tuple[_Binding, ...]] = OrderedDict()
+        self._binding: tuple[_Binding, ...] = ()
         self._length = 0
         self._last: Logits | None = None
         self._engines.add(self)
         self.activate({})
+
+    def _new_cache(self) -> KvCache:
+        sizes = {"context_length": self.context_length, "head_size": self._head_size}
+        if self._recurrence.shapes:
+            return HybridCache(self._past, self._recurrence, batch=self._batch, **sizes)
+        return KvCache(self._past, **sizes)
+
+    @property
+    def max_rollback(self) -> int | None:
+        """See `Engine`: a number for bases with recurrent layers."""
+        return self._cache.max_rollback
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -185,8 +194,8 @@ class OnnxEngine:
             if self._bindings.pop(key, None) is self._binding:
                 self._binding = self._binding_of({})
         if self._prefix == name:
-            self._prefix, self._last = None, None
-            self._begin = self._length = 0
+            self._prefix = None
+            self._rewind()
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """See `Engine`."""
@@ -195,20 +204,17 @@ class OnnxEngine:
         self._binding = self._binding_of({name: scale for name, scale in adapters.items() if name in self._adapters})
         if prefix != self._prefix:
             self._prefix = prefix
-            self._begin = self._length = self._tokens_of(prefix)
-            self._last = None
-            for slot, array in self._prefixes[prefix].items() if prefix else ():
-                self._buffers[slot][:, : self._begin] = array
+            self._rewind()
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
         """The number of tokens that fit in the context after the prefix among these adapters, if any."""
         return self.context_length - self._tokens_of(prefix_among(adapters, self._prefixes))
 
     def truncate(self, keep: int) -> int:
-        """Truncate the sequence to its first `keep` tokens; returns the new length."""
+        """See `Engine`."""
         end = self._begin + max(keep, 0)
         if end < self._length:
-            self._length, self._last = end, None
+            self._length, self._last = max(self._cache.truncate(end), self._begin), None
         return self._length - self._begin
 
     def use_threads(self, count: int) -> None:
@@ -222,16 +228,17 @@ class OnnxEngine:
         """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
         row = np.empty((1, self._vocab_size), np.float32)
-        with self._undoing_if_stopped():
+        with self._step(len(tokens)):
             for start in range(0, len(tokens), self._batch):
                 self._run(tokens[start : start + self._batch], row)
         self._last = row[0]
+        self._cache.keep(self._length)
         return self._last
 
     def decode_all(self, tokens: Sequence[int], *, last: int | None = None) -> Logits:
         """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
-        with self._undoing_if_stopped():
+        with self._step(len(tokens)):
             logits = self._run_all(tokens, last)
         self._last = logits[-1].copy()
         return logits
@@ -243,41 +250,25 @@ class OnnxEngine:
         start, last = self._length, self._last
         check_continuations(continuations, start, self.context_length, self._vocab_size)
 
-        def logits_after(kept: int, tokens: Sequence[int]) -> Logits:
-            self._length = start + kept
-            return self._run_all(tokens)
-
         try:
-            return scores_in_order(continuations, last, logits_after)
+            with self._cache.branched(start) as cut:
+
+                def keep(count: int) -> int:
+                    self._length = cut(start + count)
+                    return self._length - start
+
+                return scores_in_order(continuations, last, keep, self._run_all)
         finally:
             self._length, self._last = start, last
 
     def save_state(self) -> memoryview:
         """The keys and values of the sequence, for `restore_state` on the same base with the same prefix."""
-        parts = [buffer[:, self._begin : self._length] for buffer in self._buffers.values()]
-        state = np.empty(_STATE.size + sum(part.nbytes for part in parts), np.uint8)
-        _STATE.pack_into(state.data, 0, _MAGIC, self._begin, self._length)
-        offset = _STATE.size
-        for part in parts:
-            state[offset : offset + part.nbytes].view(np.float32).reshape(part.shape)[...] = part
-            offset += part.nbytes
-        return state.data
+        return self._cache.save(self._begin, self._length)
 
     def restore_state(self, state: memoryview) -> None:
         """Replace the sequence by a saved one; decode at least one token before `score`."""
-        magic, begin, length = _STATE.unpack_from(state) if len(state) >= _STATE.size else (b"", 0, 0)
-        part = slice(begin, length)
-        sizes = [buffer[:, part].nbytes for buffer in self._buffers.values()]
         self.truncate(0)
-        fits = begin == self._begin <= length <= self.context_length
-        if magic != _MAGIC or not fits or len(state) != _STATE.size + sum(sizes):
-            raise VerificationError("a saved state does not fit this engine", "start without it")
-        offset = _STATE.size
-        for buffer, size in zip(self._buffers.values(), sizes, strict=True):
-            rows = buffer[:, part]
-            rows[...] = np.frombuffer(state, np.float32, rows.size, offset).reshape(rows.shape)
-            offset += size
-        self._length = length
+        self._length = self._cache.restore(state, self._begin)
 
     def close(self) -> None:
         """Free everything; a second call does nothing, and no other call may follow."""
@@ -288,22 +279,32 @@ class OnnxEngine:
         self._length, self._last = 0, None
         # A binding keeps the session, and with it the mapped weights.
         self._bindings.clear()
-        self._binding = _Binding(None, {})
+        self._binding = ()
         self._adapters, self._prefixes, self._loaded = {}, {}, {}
         self._session = None
-        self._buffers = {}
+        self._cache = KvCache({}, 0, 0)
+
+    def _rewind(self) -> None:
+        """Drop the sequence; the keys and values of the active prefix, if any, come before the next one."""
+        self._last = None
+        self._cache.truncate(0)
+        self._begin = self._length = self._tokens_of(self._prefix)
+        if self._prefix:
+            self._cache.put_prefix(self._prefixes[self._prefix])
 
     def _tokens_of(self, prefix: str | None) -> int:
         """The length of a prefix in tokens; 0 without one."""
         return next(iter(self._prefixes[prefix].values())).shape[1] if prefix else 0
 
-    def _binding_of(self, adapters: Mapping[str, float]) -> _Binding:
-        """The binding of a set of adapters, made on first use and kept in an LRU cache."""
+    def _binding_of(self, adapters: Mapping[str, float]) -> tuple[_Binding, ...]:
+        """The bindings of a set of adapters, made on first use and kept in an LRU cache."""
         key = tuple(adapters.items())
         if key not in self._bindings:
             tensors = sum_of_adapters([(self._adapters[name], scale) for name, scale in key])
             try:
-                self._bindings[key] = _Binding(self._bind(tensors), tensors)
+                self._bindings[key] = tuple(
+                    _Binding(self._bind(tensors, side), tensors) for side in range(self._cache.sides)
+                )
             except Exception as error:
                 raise graph_error(error) from error
             if len(self._bindings) > _BINDINGS:
@@ -311,26 +312,24 @@ class OnnxEngine:
         self._bindings.move_to_end(key)
         return self._bindings[key]
 
-    def _bind(self, tensors: Arrays) -> Any:  # noqa: ANN401 - onnxruntime's own
-        """A binding of the KV buffers and an adapter's tensors; other adapter slots keep their empty defaults."""
+    def _bind(self, tensors: Arrays, side: int) -> Any:  # noqa: ANN401 - onnxruntime's own
+        """A binding of the cache and an adapter's tensors; other adapter slots keep their empty defaults."""
         binding = self._session.io_binding()
-        for name, buffer in self._buffers.items():
-            shape = (1, *buffer.shape)
-            binding.bind_input(name, "cpu", 0, np.float32, shape, buffer.ctypes.data)
-            present = name.replace("past_key_values", "present")
-            binding.bind_output(present, "cpu", 0, np.float32, shape, buffer.ctypes.data)
+        self._cache.bind(binding, side)
         for name, tensor in tensors.items():
             binding.bind_input(name, "cpu", 0, np.float32, tensor.shape, tensor.ctypes.data)
         binding.bind_input("logits_start", "cpu", 0, np.int64, (1,), self._start.ctypes.data)
         return binding
 
     @contextmanager
-    def _undoing_if_stopped(self) -> Iterator[None]:
+    def _step(self, tokens: int) -> Iterator[None]:
         """Undo a step that is stopped: drop the tokens that it appended."""
         length = self._length
+        self._cache.begin_step(length, tokens)
         try:
             yield
         except StepStopped:
+            self._cache.undo_step(length)
             self._length, self._last = length, None
             raise
 
@@ -346,7 +345,7 @@ class OnnxEngine:
 
     def _run(self, tokens: Sequence[int], out: Logits) -> None:
         """Append tokens; write the logits after the last `len(out)` of them to `out`."""
-        count, binding = len(tokens), self._binding
+        count, binding = len(tokens), self._binding[self._cache.side]
         self._last = None
         self._ids[:count] = tokens
         self._start[0] = count - len(out)
@@ -354,11 +353,13 @@ class OnnxEngine:
         # Binding takes longer than the smallest operators, so bind only what changed.
         if binding.count != count:
             binding.io.bind_input("input_ids", "cpu", 0, np.int64, (1, count), self._ids.ctypes.data)
+            self._cache.bind_step(binding.io, count)
             binding.count = count
         binding.io.bind_output("logits", "cpu", 0, np.float32, (1, *out.shape), out.ctypes.data)
         binding.io.bind_input("attention_mask", "cpu", 0, np.int64, (1, total), self._mask.ctypes.data)
         self._options.terminate = False
         run_binding(self._session, binding.io, self._options)
+        self._cache.end_run()
         self._length = total
 
 
@@ -367,16 +368,7 @@ def model_version(fingerprint: str) -> int:
     return int(fingerprint[:7], 16)
 
 
-def _buffers(session: Any, context_length: int, head_size: int) -> dict[str, NDArray[np.float32]]:  # noqa: ANN401 - an InferenceSession
-    """A buffer [heads, context, head size] for each input with past keys or values."""
-    inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    try:
-        return {value.name: np.zeros((int(value.shape[1]), context_length, head_size), np.float32) for value in inputs}
-    except (MemoryError, ValueError) as error:
-        raise VerificationError(f"the graph of the base has keys and values of no usable size: {error}") from error
-
-
-def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - as above
+def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - an InferenceSession
     size = next((value.shape[-1] for value in session.get_outputs() if value.name == name), None)
     if not isinstance(size, int):
         raise VerificationError(f"{path} has no {name} of a known size", "build the bundle again")

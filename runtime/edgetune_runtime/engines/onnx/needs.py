@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from edgetune_runtime.bundle import Manifest
-from edgetune_runtime.engines.needs import EngineCost, Needs
+from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
+from edgetune_runtime.formats import onnx_recurrence
+from edgetune_runtime.formats.onnx_file import read_onnx
 
 from . import KV_TYPES, NAME
 from .config import read_config
+from .sizes import rollback_of, states_of
 
 COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_adapters=True)
 
 
 def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
-    """See `EngineNeeds`; errors as those of `read_config`."""
+    """See `EngineNeeds`; errors as those of `read_config` and `read_onnx`."""
     config = read_config(path.with_name("genai_config.json"))
+    graph = onnx_recurrence.recurrence_of(read_onnx(path))
+    states, max_rollback = recurrence_of(RecurrentSizes(graph.values, graph.inputs_per_token), context_length)
     base_bytes = model_bytes(manifest, manifest.base.files[NAME])
     return Needs(
         base_bytes=base_bytes,
@@ -33,7 +38,15 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
         engine=NAME,
         # 8 bits per weight.
         head_bytes=config.vocabulary * config.width,
+        recurrent_values=graph.values,
+        recurrent_states=states,
+        max_rollback=max_rollback,
     )
+
+
+def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
+    """See `EngineNeeds`."""
+    return states_of(sizes, context_length), rollback_of(sizes) if sizes.values else None
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:

@@ -10,12 +10,16 @@ from edgetune_runtime.states.cache import common_prefix
 
 
 def scores_in_order(
-    continuations: Sequence[Sequence[int]], last: Logits, logits_after: Callable[[int, Sequence[int]], Logits]
+    continuations: Sequence[Sequence[int]],
+    last: Logits,
+    keep: Callable[[int], int],
+    logits_of: Callable[[Sequence[int]], Logits],
 ) -> list[float]:
     """The sum of log probabilities (nats) of each continuation of a sequence whose last logits are given.
 
-    `logits_after(kept, tokens)` keeps so many tokens after the sequence, appends more, and returns the logits after
-    each of them. The continuations are taken in sorted order, so that common prefixes are computed once.
+    `keep(count)` drops all but so many tokens after the sequence, or more of them, and returns how many are left;
+    `logits_of(tokens)` appends tokens and returns the logits after each of them. The continuations are taken in sorted
+    order, so that common prefixes are computed once.
     """
     scores: dict[tuple[int, ...], float] = {}
     # rows[i] has the logits after the first i tokens of `path`, and their log-sum-exp.
@@ -24,8 +28,10 @@ def scores_in_order(
     for tokens in sorted({tuple(tokens) for tokens in continuations}):
         kept = max(0, min(common_prefix(path, tokens), len(tokens) - 1))
         path = tokens[:-1]
+        if path[kept:]:
+            kept = keep(kept)
         del rows[kept + 1 :]
         if path[kept:]:
-            rows += [(row, log_total(row)) for row in logits_after(kept, path[kept:])]
+            rows += [(row, log_total(row)) for row in logits_of(path[kept:])]
         scores[tokens] = math.fsum(float(rows[i][0][token]) - rows[i][1] for i, token in enumerate(tokens))
     return [scores[tuple(tokens)] for tokens in continuations]

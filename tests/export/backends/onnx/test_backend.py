@@ -327,14 +327,15 @@ def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.n
         np.testing.assert_allclose(part, whole[:, start:], atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", FEW)
+# The patterns name modules that LFM2 does not have.
+@pytest.mark.parametrize(("arch", "kinds"), [*((arch, KINDS) for arch in FEW), ("lfm2", KINDS[:2])])
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
-    arch: str, made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
+    arch: str, kinds: list[str], made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
 ) -> None:
     base = made(arch)
     engine, model = open_engine(base), og.Model(str(base.parent))
     adapters, tokenizer = og.Adapters(model), og.Tokenizer(model)
-    for kind in KINDS:
+    for kind in kinds:
         path = tmp_path / kind.replace(" ", "-")
         write_adapter(fold_peft(tune(arch, kind).folder, kind), base, path, base_fingerprint="0" * 64)
         engine.load_adapter(kind, path)
@@ -343,20 +344,25 @@ def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     assert tokenizer.encode("turn on the lamp").tolist() == engine.tokenizer.tokenize("turn on the lamp")
 
     texts = set()
-    for kind in (None, *KINDS, None):
+    for kind in (None, *kinds, None):
         ours = greedy(engine, prompt, {kind: 1.0} if kind else {}, 12)
         assert greedy_in_genai(model, adapters, prompt, kind, 12) == ours, kind
         texts.add(tuple(ours))
-    assert len(texts) == 1 + len(KINDS)
+    assert len(texts) == 1 + len(kinds)
 
 
-INT4_KL = 0.03
-"""Bound of the mean KL between a random base and its 4-bit graph: 0.007 to 0.013 were seen."""
+INT4_KL = 0.05
+"""Bound of the mean KL between a random base and its 4-bit graph: 0.007 to 0.013 were seen, and 0.03 with LFM2."""
 
 
-@pytest.mark.parametrize("method", ["rtn", "k_quant", "gptq"])
+@pytest.mark.parametrize(
+    ("method", "arch", "products"),
+    [*((method, "llama", 8) for method in ("rtn", "k_quant", "gptq")), ("gptq", "lfm2", 12)],
+)
 def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     method: str,
+    arch: str,
+    products: int,
     made: Made,
     source_of: Sources,
     tune: Callable[..., Any],
@@ -367,20 +373,20 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
 ) -> None:
     random = np.random.default_rng(1)
     calibration = tuple(tuple(random.integers(5, 380, 48).tolist()) for _ in range(8)) if method == "gptq" else ()
-    base = made("llama", "plain", "f16", OnnxOptions(weights="int4", method=method), calibration)
+    base = made(arch, "plain", "f16", OnnxOptions(weights="int4", method=method), calibration)
     assert capsys.readouterr().out == ""
     onnx.checker.check_model(base)
     bits = [a.i for node in onnx.load(base).graph.node for a in node.attribute if a.name == "bits"]
-    assert sorted(bits) == [4] * 8 + [8] * 2
+    assert sorted(bits) == [4] * products + [8] * 2
     counted = values_by_type(base)
     # The embedding and the output layer stay at 8 bits and are one tensor here; f32 are norms and rotary tables.
-    matrices = sum(p.numel() for p in source_of("llama").model.parameters() if p.dim() == 2)
+    matrices = sum(p.numel() for p in source_of(arch).model.parameters() if p.dim() == 2)
     assert counted["int4"] + counted["int8"] == matrices
     assert set(counted) == {"int4", "int8", "f32"}
-    engine, model = open_engine(base), source_of("llama").model
+    engine, model = open_engine(base), source_of(arch).model
     plain = compare(lambda tokens: logits_of(model, tokens), engine, rows)
     assert 1e-3 < plain.kl < INT4_KL
-    tuned = tune("llama")
+    tuned = tune(arch)
     write_adapter(fold_peft(tuned.folder, "command"), base, tmp_path / "a", base_fingerprint="0" * 64)
     engine.load_adapter("command", tmp_path / "a")
     engine.activate({"command": 1.0})
