@@ -1,4 +1,4 @@
-"""Command line in, exit code out: `python -m edgetune` is `edgetune`."""
+"""`python -m edgetune` runs `edgetune`."""
 
 import sys
 

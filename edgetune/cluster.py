@@ -176,11 +176,11 @@ def _on_node(module: str, folder: str, wanted: str) -> tuple[str, int, str]:
 
     node = ray.get_runtime_context().get_node_id()
     try:
-        found = f"edgetune {version('edgetune')}"
+        installed = f"edgetune {version('edgetune')}"
     except PackageNotFoundError:
-        found = "no edgetune"
-    if found != f"edgetune {wanted}":
-        return node, TRY_ELSEWHERE, f"it has {found}; run there: pip install edgetune=={wanted}"
+        installed = "no edgetune"
+    if installed != f"edgetune {wanted}":
+        return node, TRY_ELSEWHERE, f"it has {installed}; run there: pip install edgetune=={wanted}"
     if not Path(folder).is_dir():
         return node, TRY_ELSEWHERE, f"it has no folder {folder}; share it with all nodes"
     # This function is sent to the node alone.

@@ -20,7 +20,7 @@ _FOLDS = 5
 _BINS = 10
 _PRIOR_MEAN = np.array([1.0, 0.0])
 _PRIOR_PRECISION = np.diag([1.0, 0.25])
-"""Of slope and offset: before any row is seen, a model is as sure as it should be."""
+"""Gaussian prior of slope and offset: before any row is seen, a model is as sure as it should be."""
 _STEPS, _PRECISION = 50, 1e-6
 _DRAWS = 200
 
@@ -90,14 +90,14 @@ def _curve(answers: Sequence[RatedAnswer]) -> ConfidenceCurve:
 
 def _left_out(answers: Sequence[RatedAnswer]) -> list[float]:
     """The confidence of each answer by a curve that was fitted without it."""
-    found = [0.0] * len(answers)
+    confidences = [0.0] * len(answers)
     for fold in range(_FOLDS):
         slope, offset = _fitted([answer for number, answer in enumerate(answers) if number % _FOLDS != fold])
         curve = ConfidenceCurve(1, 1.0, slope, offset)
         for number in range(fold, len(answers), _FOLDS):
             answer = answers[number]
-            found[number] = confidence({answer.kind: curve}, answer.kind, answer.log_odds) or 0.0
-    return found
+            confidences[number] = confidence({answer.kind: curve}, answer.kind, answer.log_odds) or 0.0
+    return confidences
 
 
 def _fitted(answers: Sequence[RatedAnswer]) -> tuple[float, float]:

@@ -23,7 +23,7 @@ from .progress import Progress, Step
 from .recipe.parts import Columns, Metric
 from .recipe.rows import Rows
 from .tasks import metrics
-from .tasks.data import TaskRow, labelled_text, read_rows, said
+from .tasks.data import TaskRow, answer_text, labelled_text, read_rows
 from .tasks.tokenization import tokenize_rows
 
 # Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
@@ -166,14 +166,18 @@ def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
     """The most likely label, or a greedy answer; not scored yet."""
     prompt = row.messages or ()
     if task.metric == "label":
-        found = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
-        sureness: dict[str, Any] = {"kind": found.kind, "log_odds": found.log_odds, "confidence": found.confidence}
-        return _detail(row, found.label, 0.0, **sureness)
+        classification = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
+        sureness: dict[str, Any] = {
+            "kind": classification.kind,
+            "log_odds": classification.log_odds,
+            "confidence": classification.confidence,
+        }
+        return _detail(row, classification.label, 0.0, **sureness)
     tools = None if row.tools is None else row.tools.definitions
     generate = task.runtime.generate
     options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
     answer = generate(prompt, adapter=task.adapter, **options)
-    text = said(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
+    text = answer_text(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
     return _detail(row, text, 0.0, kind=answer.kind, log_odds=answer.log_odds, confidence=answer.confidence)
 
 
@@ -279,12 +283,12 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
 
 def _fitting_texts(engine: LabelEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
     """Like `_fitting`, for an engine that needs no room for an answer."""
-    tokens = [tuple(engine.tokenizer.tokenize(labelled_text(row))) for row in rows]
+    texts = [tuple(engine.tokenizer.tokenize(labelled_text(row))) for row in rows]
     capacity = engine.context_length
     pairs: list[Pair] = [
-        (row, Example(own, (False,) * len(own), len(own)))
-        for row, own in zip(rows, tokens, strict=True)
-        if len(own) <= capacity
+        (row, Example(tokens, (False,) * len(tokens), len(tokens)))
+        for row, tokens in zip(rows, texts, strict=True)
+        if len(tokens) <= capacity
     ]
     if not pairs:
         raise _nothing_fits(len(rows), capacity)

@@ -52,8 +52,8 @@ def _reported(error: BaseException) -> EdgetuneError:
         return _wrong_command_line(error)
     if isinstance(error, OSError) and error.filename is not None:
         return UsageError(f"{error.filename}: {error.strerror}", "check the path and its permissions")
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return EdgetuneError(f"unexpected {what}", "run the command again with --debug and report it")
+    description = " ".join(f"{type(error).__name__}: {error}".split())
+    return EdgetuneError(f"unexpected {description}", "run the command again with --debug and report it")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

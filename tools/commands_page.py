@@ -54,10 +54,10 @@ def help_of(program: str, path: tuple[str, ...]) -> str:
     module, _, function = scripts[program].partition(":")
     code = f"import sys; from {module} import {function} as main; sys.argv[0] = {program!r}; sys.exit(main())"
     environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, *path, "--help"], capture_output=True, text=True, check=True, env=environment
     )
-    return done.stdout.strip()
+    return process.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -126,9 +126,9 @@ def elapsed(start_s: float) -> str:
 
 def own_cache() -> list[str]:
     """The option of pip for a cache that has only wheels of these settings, which pip's cache does not tell apart."""
-    found = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=False)
+    process = subprocess.run([sys.executable, "-m", "pip", "cache", "dir"], capture_output=True, text=True, check=False)
     # Without a cache, pip says so and fails.
-    return [f"--cache-dir={found.stdout.strip()}/edgetune-{SETTINGS_DIGEST}"] if found.returncode == 0 else []
+    return [f"--cache-dir={process.stdout.strip()}/edgetune-{SETTINGS_DIGEST}"] if process.returncode == 0 else []
 
 
 def installed_build() -> str:

@@ -155,10 +155,10 @@ def choose(
     fast = [choice for choice in fitting if choice[2].speed.adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
     usable = fast or [max(fitting, key=lambda choice: choice[2].speed.adapter_tokens_per_s)]
     chosen, length, predicted = usable[0]
-    what = f"{chosen or 'the base as it is'} with a context of {length} tokens"
+    setup = f"{chosen or 'the base as it is'} with a context of {length} tokens"
     why = "the best that fits" if fast else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
-        f"{what} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
+        f"{setup} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
         f"about {predicted.speed.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
     return BoardChoice(board, chosen, length, reason, [name for name, _, _ in usable])

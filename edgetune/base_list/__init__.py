@@ -1,1 +1,1 @@
-"""What is known about bases: architectures with their formats and methods, and published weights."""
+"""Facts about bases: architectures with their formats and methods, and published weights."""

@@ -82,5 +82,5 @@ def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) ->
 
 def _recipe_of_nodes(plan: BuildPlan, base: BuildBase, work: Path) -> Recipe:
     """The recipe with everything that was chosen, and with the base that was made in the work folder."""
-    made = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None, "domain": None}
-    return plan.recipe.model_copy(update=made if base.path.is_relative_to(work) else {})
+    base_keys = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None, "domain": None}
+    return plan.recipe.model_copy(update=base_keys if base.path.is_relative_to(work) else {})

@@ -94,8 +94,8 @@ def build(
                 for folder in [work] if existing is None else [work / "train" / name for name in recipe.adapters]:
                     clear(folder)
             if planned.plan.base.candidates:
-                made = planned.plan, planned.tasks, work / "base"
-                planned = with_quantization(planned, choose_quantization(*made, progress, converter), out)
+                quantization = choose_quantization(planned.plan, planned.tasks, work / "base", progress, converter)
+                planned = with_quantization(planned, quantization, out)
         return _built(planned, out, progress, converter, existing, on_cluster=on_cluster)
 
 
@@ -220,8 +220,8 @@ def _from_peft_folder(plan: AdapterPlan, folder: Path, base: Base) -> TrainedAda
     """The adapter in a folder saved by PEFT, with built-in prompts for the parity check."""
     with closing(GgufTokenizer(base.path)) as tokenizer:
         rows = [prompt_tokens(tokenizer, messages_for(probe, plan.spec.system)) for probe in PROBES]
-    asked = [TaskRow(BUILT_IN, messages=tuple(messages_for(probe, None))) for probe in PROBES]
-    return TrainedAdapter(plan, folder, rows, [len(row) for row in rows], golden_rows=asked)
+    golden_rows = [TaskRow(BUILT_IN, messages=tuple(messages_for(probe, None))) for probe in PROBES]
+    return TrainedAdapter(plan, folder, rows, [len(row) for row in rows], golden_rows=golden_rows)
 
 
 def _figures(manifest: Manifest, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a build made: the bundle, and the figures and losses of each adapter."""
+"""The result of a build: the bundle, and the figures and losses of each adapter."""
 
 from __future__ import annotations
 

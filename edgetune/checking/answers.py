@@ -146,10 +146,10 @@ def _fields(value: object, path: str) -> Iterator[tuple[str, str]]:
     """The path and the type of each field; null says nothing about a type."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            own = f"{path}.{key}" if path else str(key)
+            inner_path = f"{path}.{key}" if path else str(key)
             if inner is not None:
-                yield own, _TYPES[type(inner)]
-            yield from _fields(inner, own)
+                yield inner_path, _TYPES[type(inner)]
+            yield from _fields(inner, inner_path)
     elif isinstance(value, list):
         for inner in value:
             yield from _fields(inner, f"{path}[]")
@@ -176,7 +176,7 @@ def _kind_field(parsed: Sequence[object]) -> str | None:
         for key, text in value.items():
             if isinstance(text, str):
                 texts.setdefault(key, []).append(text)
-    fitting = {key: found for key, found in texts.items() if 1 < len(set(found)) <= len(found) / 2}
+    fitting = {key: values for key, values in texts.items() if 1 < len(set(values)) <= len(values) / 2}
     return min(fitting, key=lambda key: (-len(fitting[key]), len(set(fitting[key]))), default=None)
 
 

@@ -73,7 +73,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         *duplicates(rows, has_one_answer=task.metric in ONE_ANSWER),
         *answers.rare(kinds),
     ]
-    found = TaskCheck(
+    check = TaskCheck(
         name,
         task.metric,
         recipe.context_length,
@@ -84,10 +84,10 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         is_estimated,
         kinds,
     )
-    return found if minutes is None else _with_estimate(found, task, recipe, minutes, progress)
+    return check if minutes is None else _with_estimate(check, task, recipe, minutes, progress)
 
 
-def _with_estimate(found: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:
+def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:
     from .folds import estimate  # noqa: PLC0415 - torch
 
     judged = estimate(task, recipe, minutes, progress)
@@ -99,7 +99,7 @@ def _with_estimate(found: TaskCheck, task: Task, recipe: Recipe, minutes: float,
         for row in judged.rows
         if row.own is not None
     ]
-    return replace(found, findings=[*wrong, *found.findings], estimate=judged)
+    return replace(check, findings=[*wrong, *check.findings], estimate=judged)
 
 
 class _LenientReader:
@@ -132,8 +132,8 @@ def _without_copies(name: str, recipe: Recipe) -> Recipe:
 
 def _test_beside(train: str | Rows, validation: str | Rows | None) -> str | None:
     path = Path(str(train))
-    found = test_file_of(path) if isinstance(train, str) and path.is_file() else None
-    return None if found is None or str(found) == str(validation) else str(found)
+    test_file = test_file_of(path) if isinstance(train, str) and path.is_file() else None
+    return None if test_file is None or str(test_file) == str(validation) else str(test_file)
 
 
 def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[int], bool]:

@@ -16,7 +16,7 @@ from edgetune.tasks.row_files import entries
 from .findings import REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
 
 
-def write_clean(found: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
+def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
     """Write the rows of the training data to `out`, as JSON lines with the same columns.
 
     Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
@@ -26,11 +26,11 @@ def write_clean(found: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     sources = [data.train, *([] if data.validation is None else [data.validation])]
     if any(Path(str(source)).resolve() == out.resolve() for source in sources):
         raise UsageError(f"{out} is a file of the recipe", "write the clean rows to another file")
-    left_out = _left_out(found, is_split_by_build=data.validation is None)
+    left_out = _left_out(check, is_split_by_build=data.validation is None)
     weights: dict[str, float] = {}
-    if weighted and found.estimate is not None:
+    if weighted and check.estimate is not None:
         left_out = {where: kind for where, kind in left_out.items() if kind != WRONG}
-        weights = {row.where: round(row.relative, 3) for row in found.estimate.rows}
+        weights = {row.where: round(row.relative, 3) for row in check.estimate.rows}
     column = WEIGHT if data.columns is None else data.columns.weight
     counted: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,10 @@ def write_clean(found: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     return counted
 
 
-def _left_out(found: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
+def _left_out(check: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
     """Where the rows to leave out are, with the kind of the problem."""
     places: dict[str, str] = {}
-    for finding in found.findings:
+    for finding in check.findings:
         if finding.kind in (UNUSABLE, WRONG):
             places |= dict.fromkeys(finding.where, finding.kind)
         elif finding.kind == REPEAT:

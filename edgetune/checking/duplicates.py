@@ -15,7 +15,7 @@ from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Findin
 NEAR = 0.75
 """Share of their trigrams that nearly the same prompts have in common."""
 _MOST_CHARACTERS = 2000
-"""Of longer prompts, only these are compared."""
+"""Only this many characters of a longer prompt are compared."""
 _ENDS = ".,;:!?\"'()…"
 
 

@@ -1,4 +1,4 @@
-"""What a check of a task's rows found: problems with their rows, lengths, balance, and how likely the answers are."""
+"""The result of checking a task's rows: problems with their rows, lengths, balance, and likelihoods of answers."""
 
 from __future__ import annotations
 

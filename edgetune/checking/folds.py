@@ -68,8 +68,8 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
         # Changed copies of the rows that are judged would tell their answers.
         part = replace(task, train=train, copies=(), validation=validation, choosing=validation)
-        own = replace(plan.adapters[task.name], training=options, on_grid=False)
-        planned = plan.with_adapters({**plan.adapters, task.name: own})
+        adapter = replace(plan.adapters[task.name], training=options, on_grid=False)
+        planned = plan.with_adapters({**plan.adapters, task.name: adapter})
         return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
 
     rows = [*task.train, *task.validation]

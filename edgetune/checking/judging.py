@@ -53,19 +53,19 @@ def judge(
     At `deadline` (of time.monotonic), the longest rows that are left are not judged, and the model's own answers are
     cut.
     """
-    found: dict[int, _Likelihood] = {}
+    likelihoods: dict[int, _Likelihood] = {}
     most = max(1, _LOGITS_PER_PASS // tokenizer.vocab_size)
     for part in passes(sorted(examples, key=row_length), most):
-        if found and time.monotonic() > deadline:
+        if likelihoods and time.monotonic() > deadline:
             break
         for example, logits in zip(part, reader.answer_logits(part), strict=True):
-            found[id(example)] = _likelihood(logits.double().log_softmax(-1), example)
+            likelihoods[id(example)] = _likelihood(logits.double().log_softmax(-1), example)
             step.update()
     # The threshold of confident learning.
-    usual = sum(item.likelihood for item in found.values()) / len(found)
+    usual = sum(item.likelihood for item in likelihoods.values()) / len(likelihoods)
     judged = []
     for row, example in zip(rows, examples, strict=True):
-        item, own = found.get(id(example)), None
+        item, own = likelihoods.get(id(example)), None
         if item is None:
             continue
         if item.other >= usual and item.relative <= _WRONG:
@@ -78,30 +78,34 @@ def judge(
 def _likelihood(scores: torch.Tensor, example: Example) -> _Likelihood:
     """The likelihood of an answer by the log probabilities (nats) in the place of each of its tokens."""
     answer = list(example.tokens[example.prompt_length :])
-    given, (best, tokens) = scores[range(len(answer)), answer].numpy(), (part.numpy() for part in scores.max(-1))
-    likelihood, relative = float(np.exp(given.min())), float(np.exp((given - best).min()))
-    differing = np.flatnonzero(given < best)
+    answer_scores = scores[range(len(answer)), answer].numpy()
+    best, tokens = (part.numpy() for part in scores.max(-1))
+    likelihood, relative = float(np.exp(answer_scores.min())), float(np.exp((answer_scores - best).min()))
+    differing = np.flatnonzero(answer_scores < best)
     if not len(differing):
         return _Likelihood(likelihood, relative)
     first = int(differing[0])
     return _Likelihood(likelihood, relative, first, int(tokens[first]), float(np.exp(best[first])))
 
 
-def _own_answer(reader: RowReader, example: Example, found: _Likelihood, tokenizer: Tokenizer, deadline: float) -> str:
-    """The model's answer, which is that of the row up to `found.place`.
+def _own_answer(
+    reader: RowReader, example: Example, likelihood: _Likelihood, tokenizer: Tokenizer, deadline: float
+) -> str:
+    """The model's answer, which is that of the row up to `likelihood.place`.
 
     The rest of the row's answer is a guess, so that one pass reads many tokens: after one other token, such as a value
     in JSON, it is often right again.
     """
-    start, place = example.prompt_length, example.prompt_length + found.place
-    known, guess = [*example.tokens[:place], found.token], list(example.tokens[place + 1 :])
+    start, place = example.prompt_length, example.prompt_length + likelihood.place
+    tokens, guess = [*example.tokens[:place], likelihood.token], list(example.tokens[place + 1 :])
     most = start + int(len(example.tokens[start:]) * _LENGTH_FACTOR) + _EXTRA_TOKENS
-    while not tokenizer.is_end(known[-1]) and len(known) < most and time.monotonic() <= deadline:
-        read = reader.logits([*known, *guess], len(known) - 1).argmax(-1).tolist()
-        agreed = next((n for n, (own, other) in enumerate(zip(read, guess, strict=False)) if own != other), len(guess))
+    while not tokenizer.is_end(tokens[-1]) and len(tokens) < most and time.monotonic() <= deadline:
+        read = reader.logits([*tokens, *guess], len(tokens) - 1).argmax(-1).tolist()
+        misses = (n for n, (token, guessed) in enumerate(zip(read, guess, strict=False)) if token != guessed)
+        agreed = next(misses, len(guess))
         new = read[: agreed + 1]
-        known += new[: next((n for n, token in enumerate(new, 1) if tokenizer.is_end(token)), len(new))]
+        tokens += new[: next((n for n, token in enumerate(new, 1) if tokenizer.is_end(token)), len(new))]
         guess = guess[agreed + 1 :]
-    is_whole = tokenizer.is_end(known[-1])
-    text = b"".join(map(tokenizer.piece, known[start : -1 if is_whole else None])).decode(errors="replace").strip()
+    is_whole = tokenizer.is_end(tokens[-1])
+    text = b"".join(map(tokenizer.piece, tokens[start : -1 if is_whole else None])).decode(errors="replace").strip()
     return text if is_whole else f"{text}…"

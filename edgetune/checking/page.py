@@ -36,8 +36,8 @@ def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
         name=name,
         checks=checks,
         kinds=KINDS,
-        lengths={found.name: length_bars(found.tokens) for found in checks},
-        curves={found.name: doubt_curve(found) for found in checks},
+        lengths={check.name: length_bars(check.tokens) for check in checks},
+        curves={check.name: doubt_curve(check) for check in checks},
         width=WIDTH,
         height=HEIGHT,
         shown=SHOWN,
@@ -58,11 +58,11 @@ def length_bars(tokens: Sequence[int]) -> list[Bar]:
     ]
 
 
-def doubt_curve(found: TaskCheck) -> str:
+def doubt_curve(check: TaskCheck) -> str:
     """The relative likelihoods of all answers, from the lowest, as points of a polyline; empty without an estimate."""
-    if found.estimate is None:
+    if check.estimate is None:
         return ""
-    rows = found.estimate.rows
+    rows = check.estimate.rows
     return " ".join(
         f"{WIDTH * place / max(1, len(rows) - 1):.1f},{HEIGHT * (1 - row.relative):.1f}"
         for place, row in enumerate(rows)

@@ -59,6 +59,6 @@ class RowReader:
 
     def logits(self, tokens: Sequence[int], first: int) -> torch.Tensor:
         """The logits after `tokens[first:]`, [tokens, vocabulary]; the tokens before are those of the last call."""
-        known = min(first, self._cache.get_seq_length())
-        self._cache.crop(known - self._cache.get_seq_length())
-        return self._reader.read([tokens[known:]], self._cache, len(tokens) - first)[0]
+        cached = min(first, self._cache.get_seq_length())
+        self._cache.crop(cached - self._cache.get_seq_length())
+        return self._reader.read([tokens[cached:]], self._cache, len(tokens) - first)[0]

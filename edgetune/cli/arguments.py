@@ -83,8 +83,8 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     """Key and value of each text, split at its first =; UsageError if there is none, or a key is repeated."""
     pairs: dict[str, str] = {}
     for text in texts:
-        key, given, value = text.partition("=")
-        if not key or not given:
+        key, separator, value = text.partition("=")
+        if not key or not separator:
             raise UsageError(f"{flag} {text!r} is not of the form {form}", f"write {flag} {form}")
         if key in pairs:
             raise UsageError(f"{flag}: {key!r} is set twice", "keep one")

@@ -151,20 +151,20 @@ def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any])
     """The recipe with the flags applied; `training` overrides all adapters, also those that set their own values."""
     changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
     recipe = edgetune.Recipe.from_file(path, changes)
-    own = {
+    adapter_changes = {
         f"adapters.{name}.training.{key}": value
         for name, spec in recipe.adapters.items()
         for key, value in training.items()
         if key in spec.training.model_fields_set
     }
-    return edgetune.Recipe.from_file(path, {**own, **changes}) if own else recipe
+    return edgetune.Recipe.from_file(path, {**adapter_changes, **changes}) if adapter_changes else recipe
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in texts:
-        name, given, folder = text.partition("=")
-        if not given or Path(text).is_dir():
+        name, separator, folder = text.partition("=")
+        if not separator or Path(text).is_dir():
             name, folder = Path(text).resolve().name, text
         if name in folders:
             raise UsageError(f"--adapter {text!r}: the name {name!r} is used twice", "write --adapter NAME=DIR")

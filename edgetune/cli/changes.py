@@ -26,7 +26,9 @@ def print_changes(changes: Changes) -> None:
                 lines.append(f"{name}: {change.left_out} more {kind} rows do not fit in the context of one bundle")
             for answer in change.answers[:_SHOWN]:
                 lines.append(f"{name}: {shortened(answer.prompt)}")
-                lines += [f"  {what:<10}{shortened(getattr(answer, what))}" for what in ("expected", "before", "after")]
+                lines += [
+                    f"  {field:<10}{shortened(getattr(answer, field))}" for field in ("expected", "before", "after")
+                ]
     titles = ("adapter", "rows", "number", "before", "after", "difference in points", "ms per row before", "after")
     print_table(titles, rows, texts=titles[:2])
     for line in lines:

@@ -92,10 +92,10 @@ def check(
     data = loaded.adapters[checks[0].name].data
     left_out = {} if out is None else write_clean(checks[0], data, out, weighted=weights)
     if as_json:
-        print_json({found.name: found.to_json() for found in checks})
+        print_json({check.name: check.to_json() for check in checks})
         return
-    for found in checks:
-        _print_check(found)
+    for check in checks:
+        _print_check(check)
     if out is not None:
         print(f"{out}: without {sum(left_out.values())} rows")
     if page is not None:
@@ -149,19 +149,19 @@ def _shown(row: TaskRow) -> str:
     return f"{shortened(prompt, 100)!r} → {shortened(row.completion or '', 120)}"
 
 
-def _print_check(found: TaskCheck) -> None:
+def _print_check(check: TaskCheck) -> None:
     from edgetune.checking.findings import KINDS
 
-    rows = ", ".join(f"{count} {split}" for split, count in found.rows.items() if count)
-    tokens = sorted(found.tokens)
-    about = "about " * found.is_estimated
+    rows = ", ".join(f"{count} {split}" for split, count in check.rows.items() if count)
+    tokens = sorted(check.tokens)
+    about = "about " * check.is_estimated
     lengths = f"{about}{tokens[0]} to {tokens[-1]} tokens, half of them at most {tokens[len(tokens) // 2]}"
-    print(printable(f"{found.name}: {rows} rows of {lengths}"))
-    if found.estimate is not None and found.estimate.unjudged:
-        print(f"  judged {found.estimate.share:.0%} of the rows, the shortest: more need a larger --minutes")
-    for kind, count in found.counts.items():
+    print(printable(f"{check.name}: {rows} rows of {lengths}"))
+    if check.estimate is not None and check.estimate.unjudged:
+        print(f"  judged {check.estimate.share:.0%} of the rows, the shortest: more need a larger --minutes")
+    for kind, count in check.counts.items():
         print(f"  {count} {KINDS[kind]}")
-        for finding in found.of_kind(kind)[:SHOWN]:
+        for finding in check.of_kind(kind)[:SHOWN]:
             print(f"    {_line(finding)}")
 
 

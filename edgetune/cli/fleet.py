@@ -37,16 +37,16 @@ def status(
     """
     from edgetune.delivery.publish.reports import ReleaseCount, fleet_status
 
-    found = fleet_status(repo, silent_days)
+    fleet = fleet_status(repo, silent_days)
     if as_json:
-        print_json(found.to_json())
+        print_json(fleet.to_json())
         return
     titles = [field.name for field in fields(ReleaseCount)]
-    rows = [[str(value) for value in asdict(count).values()] for count in found.releases]
+    rows = [[str(value) for value in asdict(count).values()] for count in fleet.releases]
     print_table([title.replace("_", " ") for title in titles], rows, texts=("name", "channel"))
-    for report in found.failing[:_SHOWN]:
+    for report in fleet.failing[:_SHOWN]:
         print(printable(f"{report.device} has release {report.release}: {report.error}"))
-    if len(found.failing) > _SHOWN:
-        print(f"and {len(found.failing) - _SHOWN} more that fail; see --json")
-    if found.damaged:
-        print(f"{found.damaged} reports are damaged")
+    if len(fleet.failing) > _SHOWN:
+        print(f"and {len(fleet.failing) - _SHOWN} more that fail; see --json")
+    if fleet.damaged:
+        print(f"{fleet.damaged} reports are damaged")

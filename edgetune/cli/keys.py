@@ -82,7 +82,7 @@ def add(keys: KeysPath, role: Role, *, uri: Uri = None, public_key: PublicKey = 
     can publish this bundle and no other.
     """
     folder = open_keys(keys)
-    folder.add(role if role.startswith("bundles/") else _known(role, folder), _external(uri, public_key))
+    folder.add(role if role.startswith("bundles/") else _checked_role(role, folder), _external(uri, public_key))
     _show(folder, as_json)
 
 
@@ -92,7 +92,7 @@ def rotate(
 ) -> None:
     """Make a key in place of the oldest one of a role; publish again so that devices learn of it."""
     folder = open_keys(keys)
-    folder.rotate(_known(role, folder), _external(uri, public_key))
+    folder.rotate(_checked_role(role, folder), _external(uri, public_key))
     _show(folder, as_json)
 
 
@@ -108,7 +108,7 @@ def revoke(
 ) -> None:
     """Trust a key no longer; publish again so that devices learn of it."""
     folder = open_keys(keys)
-    folder.revoke(key, None if role is None else _known(role, folder))
+    folder.revoke(key, None if role is None else _checked_role(role, folder))
     _show(folder, as_json)
 
 
@@ -120,7 +120,7 @@ def sign(keys: KeysPath, bundle: BundlePath) -> None:
     print(sign_bundle(bundle, open_keys(keys)))
 
 
-def _known(role: str, folder: KeyFolder) -> str:
+def _checked_role(role: str, folder: KeyFolder) -> str:
     if role not in folder.roles:
         raise UsageError(f"there is no role {role!r}", suggestion(role, folder.roles))
     return role
@@ -134,10 +134,10 @@ def _external(uri: str | None, public_key: Path | None) -> ExternalKey | None:
         return None
     if uri is None or public_key is None:
         raise UsageError("--uri and --public-key belong together", "give both")
-    found = external_key(uri, public_key)
-    if found.key.keytype != "ed25519":
+    external = external_key(uri, public_key)
+    if external.key.keytype != "ed25519":
         print("edgetune: devices need the package cryptography to verify signatures of this key", file=sys.stderr)
-    return found
+    return external
 
 
 def _show(folder: KeyFolder, as_json: bool) -> None:

@@ -69,8 +69,8 @@ def learn(
         return
     if chosen:
         print(asking.HELP, file=sys.stderr)
-        asked = asking.ask(chosen, _reply_to)
-        entries = list({entry.id: entry for entry in (*entries, *asking.kept(asked, log[-1]))}.values())
+        corrected = asking.ask(chosen, _reply_to)
+        entries = list({entry.id: entry for entry in (*entries, *asking.logged(corrected, log[-1]))}.values())
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
     if page is not None:
         write_page(page, page_of(read_manifest(bundle).name, result))

@@ -60,12 +60,12 @@ def push(
     from edgetune.progress import Progress
 
     store = open_artifact(reference, username, insecure=insecure)
-    done = transfer.push(bundle, store, Progress(quiet=quiet))
+    pushed = transfer.push(bundle, store, Progress(quiet=quiet))
     if as_json:
-        print_json(done.to_json())
+        print_json(pushed.to_json())
         return
-    print(f"{done.sent_bytes / 1e6:.1f} of {done.bytes / 1e6:.1f} MB sent")
-    print(done.reference)
+    print(f"{pushed.sent_bytes / 1e6:.1f} of {pushed.bytes / 1e6:.1f} MB sent")
+    print(pushed.reference)
 
 
 def pull(
@@ -86,9 +86,9 @@ def pull(
     from edgetune.progress import Progress
 
     store = open_artifact(reference, username, insecure=insecure)
-    found = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
+    resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
     if as_json:
-        print_json({"reference": str(found), "path": str(out)})
+        print_json({"reference": str(resolved), "path": str(out)})
         return
-    print(found)
+    print(resolved)
     print(out)

@@ -69,7 +69,7 @@ def publish(
             publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)
             print(repo)
             return
-        done = publishing.publish(
+        published = publishing.publish(
             bundle,
             repo,
             folder,
@@ -81,10 +81,10 @@ def publish(
             keep=keep,
         )
     if as_json:
-        print_json(done.to_json())
+        print_json(published.to_json())
         return
-    release, state = done.release, "published" if done.changed else "was published already"
-    deleted = "" if keep is None else f", {done.deleted_bytes / 1e6:.1f} MB deleted"
-    copied = f"{done.copied_bytes / 1e6:.1f} MB copied"
+    release, state = published.release, "published" if published.changed else "was published already"
+    deleted = "" if keep is None else f", {published.deleted_bytes / 1e6:.1f} MB deleted"
+    copied = f"{published.copied_bytes / 1e6:.1f} MB copied"
     print(f"{release.name} version {release.version} in {channel} {state}, {copied}{deleted}")
     print(repo)

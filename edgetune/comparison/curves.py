@@ -26,13 +26,15 @@ class Curve:
         """The measured gain of the most rows over the fewest, and an estimate for twice as many, in one sentence."""
         first, last = self.figures[0], self.figures[-1]
         measured = f"{self.name}: {self.metric} {first.score:.3f} with {self.rows[0]} rows, {last.score:.3f} with"
-        said = f"{measured} {self.rows[-1]}"
+        sentence = f"{measured} {self.rows[-1]}"
         if self.metric in LOWER_IS_BETTER:
-            return said
+            return sentence
         error, more = max(first.standard_error, last.standard_error), _MORE * self.rows[-1]
         if last.score - first.score <= error:
-            return f"{said}, within one standard error ({error:.2g}); the scores do not show that more rows would help"
-        return f"{said}; {more} rows would give about {max(last.score, self.estimate(more)):.2f}"
+            return (
+                f"{sentence}, within one standard error ({error:.2g}); the scores do not show that more rows would help"
+            )
+        return f"{sentence}; {more} rows would give about {max(last.score, self.estimate(more)):.2f}"
 
     def estimate(self, rows: int) -> float:
         """The score with so many rows: the share of errors as a power of the rows, fitted to the measured ones."""

@@ -47,53 +47,53 @@ class _Point:
 
 def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
     """Write all plots of the finished trials to the folder `out`; none if no trial is finished."""
-    done = [outcome for outcome in outcomes if outcome.status == "done"]
-    if not done:
+    finished = [outcome for outcome in outcomes if outcome.status == "done"]
+    if not finished:
         return []
     speeds = "Score on the device against decoding speed, with unmerged and merged adapters"
-    busy = f"; {BUSY} timed on a busy machine" if any(map(_was_slow, done)) else ""
+    busy = f"; {BUSY} timed on a busy machine" if any(map(_was_slow, finished)) else ""
     drawn: tuple[tuple[str, Callable[[Sequence[TrialResult]], Figure], str], ...] = (
         ("score-size.png", _sizes, "Score on the device against the size of the adapter on disk"),
         ("score-speed.png", _speeds, speeds + busy),
         ("loss.png", _losses, "Validation loss during training; a ring marks the checkpoint that ships"),
     )
-    if curves_of(done):
+    if curves_of(finished):
         drawn += (("rows.png", _rows, "Score on the device against the number of training rows"),)
     pictures = []
     for name, draw, caption in drawn:
-        draw(done).savefig(out / name)
+        draw(finished).savefig(out / name)
         pictures.append(Picture(out / name, caption))
     return pictures
 
 
-def _sizes(done: Sequence[TrialResult]) -> Figure:
-    figure, axes = _figure(done[0].metric)
-    points = [_Point(figures.bytes / 1e6, figures, target, color) for target, figures, color in _each(done)]
+def _sizes(finished: Sequence[TrialResult]) -> Figure:
+    figure, axes = _figure(finished[0].metric)
+    points = [_Point(figures.bytes / 1e6, figures, target, color) for target, figures, color in _each(finished)]
     axes.set(xlabel="adapter on disk (MB)", xscale="log")
     _plain_ticks(axes.xaxis, [point.x for point in points])
     _draw(axes, points)
-    _add_legend(axes, [outcome.name for outcome in done])
+    _add_legend(axes, [outcome.name for outcome in finished])
     return figure
 
 
-def _speeds(done: Sequence[TrialResult]) -> Figure:
-    figure, axes = _figure(done[0].metric)
+def _speeds(finished: Sequence[TrialResult]) -> Figure:
+    figure, axes = _figure(finished[0].metric)
     points = [
         _Point(speed, figures, target, color, is_hollow)
-        for target, figures, color in _each(done)
+        for target, figures, color in _each(finished)
         for speed, is_hollow in ((figures.tokens_per_s, False), (figures.merged_tokens_per_s, True))
         if speed is not None
     ]
     axes.set(xlabel="decoding (tokens/s); hollow: merged into the base")
     axes.set_xlim(0, max(point.x for point in points) * 1.12)
     _draw(axes, points)
-    _add_legend(axes, [outcome.name + (BUSY if _was_slow(outcome) else "") for outcome in done])
+    _add_legend(axes, [outcome.name + (BUSY if _was_slow(outcome) else "") for outcome in finished])
     return figure
 
 
-def _losses(done: Sequence[TrialResult]) -> Figure:
+def _losses(finished: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure("")
-    for outcome, color in zip(done, _colors(len(done)), strict=True):
+    for outcome, color in zip(finished, _colors(len(finished)), strict=True):
         assert outcome.training is not None
         epochs, _, losses = zip(*outcome.training.history, strict=True)
         axes.plot(epochs, losses, "o-", color=color, markersize=3.5)
@@ -104,14 +104,14 @@ def _losses(done: Sequence[TrialResult]) -> Figure:
     if low > 0 and high > 10 * max(low, 1e-9):
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis, [low, high])
-    _add_legend(axes, [outcome.name for outcome in done])
+    _add_legend(axes, [outcome.name for outcome in finished])
     return figure
 
 
-def _rows(done: Sequence[TrialResult]) -> Figure:
+def _rows(finished: Sequence[TrialResult]) -> Figure:
     """Learning curves, with bands of one standard error."""
-    curves = curves_of(done)
-    figure, axes = _figure(done[0].metric)
+    curves = curves_of(finished)
+    figure, axes = _figure(finished[0].metric)
     for curve, color in zip(curves, _colors(len(curves)), strict=True):
         scores, errors = zip(*((point.score, point.standard_error) for point in curve.figures), strict=True)
         low, high = ([score + sign * error for score, error in zip(scores, errors, strict=True)] for sign in (-1, 1))
@@ -150,9 +150,9 @@ def _figure(metric: str) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _each(done: Sequence[TrialResult]) -> Iterator[tuple[str, EngineFigures, Any]]:
+def _each(finished: Sequence[TrialResult]) -> Iterator[tuple[str, EngineFigures, Any]]:
     """Format, figures and colour of each trial in each format."""
-    for outcome, color in zip(done, _colors(len(done)), strict=True):
+    for outcome, color in zip(finished, _colors(len(finished)), strict=True):
         for target, figures in outcome.engines.items():
             yield target, figures, color
 

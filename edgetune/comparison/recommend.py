@@ -39,11 +39,11 @@ def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
     with the better score. If all scored 0, or are within one standard error of each other, it is the smallest of all,
     and `undecided`. Times and speeds are not considered. None if no trial succeeded.
     """
-    done = [outcome for outcome in outcomes if outcome.status == "done"]
-    fitting = [outcome for outcome in done if outcome.board is None or outcome.board.fits]
+    finished = [outcome for outcome in outcomes if outcome.status == "done"]
+    fitting = [outcome for outcome in finished if outcome.board is None or outcome.board.fits]
     candidates = [
         _Candidate(outcome, target, figures)
-        for outcome in fitting or done
+        for outcome in fitting or finished
         for target, figures in outcome.engines.items()
     ]
     if not candidates:
@@ -53,7 +53,7 @@ def recommend(outcomes: Sequence[TrialResult]) -> Recommendation | None:
     lowest = best.goodness - best.figures.standard_error
     eligible = candidates if undecided else [candidate for candidate in candidates if candidate.goodness >= lowest]
     chosen = min(eligible, key=lambda candidate: (candidate.figures.bytes, -candidate.goodness))
-    board = _board(done, fitting)
+    board = _board(finished, fitting)
     reason = _smallest(chosen, board) if undecided else _reason(chosen, best, board)
     return Recommendation(chosen.outcome.name, chosen.target, reason, undecided)
 
@@ -76,8 +76,8 @@ def _undecided(candidates: Sequence[_Candidate], best: _Candidate) -> str:
         return f"{trials} scored {best.figures.score:.4g}; score on more than {rows} rows, or on harder ones"
     if apart > error:
         return ""
-    what = f"{trials} are within one standard error ({error:.2g}) of each other"
-    return f"{what}; score on more than {rows} rows, or train longer"
+    reason = f"{trials} are within one standard error ({error:.2g}) of each other"
+    return f"{reason}; score on more than {rows} rows, or train longer"
 
 
 def _smallest(chosen: _Candidate, board: str) -> str:
@@ -85,8 +85,8 @@ def _smallest(chosen: _Candidate, board: str) -> str:
     return f"{chosen.outcome.name} in {chosen.target}, only by size: the smallest adapter ({size} MB){board}"
 
 
-def _board(done: Sequence[TrialResult], fitting: Sequence[TrialResult]) -> str:
-    board = next((outcome.board.name for outcome in done if outcome.board is not None), None)
+def _board(finished: Sequence[TrialResult], fitting: Sequence[TrialResult]) -> str:
+    board = next((outcome.board.name for outcome in finished if outcome.board is not None), None)
     if board is None:
         return ""
     return f" that fits {board}" if fitting else f", though none fits {board}"

@@ -111,8 +111,8 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     base = bases.make(source, quantization, work=work, progress=progress, converter=None, importance=importance)
     if importance is not None:
         # The matrix of fewer rows would make another base.
-        made = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None}
-        request = replace(request, settings={**request.settings, **made})
+        base_keys = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None}
+        request = replace(request, settings={**request.settings, **base_keys})
     return recipe, trials_of(request, recipe, base.fingerprint)
 
 
@@ -122,12 +122,12 @@ def _refused(trial: Trial) -> TrialResult:
 
 
 def _compared(task: str, base: str, outcomes: Sequence[TrialResult]) -> Comparison:
-    done = [outcome for outcome in outcomes if outcome.status == "done"]
-    first = done[0] if done else None
-    ordered = [*sorted(done, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
+    finished = [outcome for outcome in outcomes if outcome.status == "done"]
+    first = finished[0] if finished else None
+    ordered = [*sorted(finished, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
     metric, rows = (first.metric, first.rows) if first else ("", 0)
-    most = max((outcome.trained_rows for outcome in done), default=0)
-    chosen = recommend([outcome for outcome in done if outcome.trained_rows == most])
+    most = max((outcome.trained_rows for outcome in finished), default=0)
+    chosen = recommend([outcome for outcome in finished if outcome.trained_rows == most])
     return Comparison(task, base, metric, rows, ordered, chosen)
 
 

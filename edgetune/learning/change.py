@@ -104,7 +104,7 @@ def scored(bundle: Path, rows: RowsByAdapter, progress: Progress) -> Scores:
     progress.say(f"scoring {bundle}")
     with Runtime.open(bundle, disk_mb=0) as runtime:
         return {
-            name: {kind: _scored_set(runtime, name, own, progress) for kind, own in sets.items()}
+            name: {kind: _scored_set(runtime, name, kind_rows, progress) for kind, kind_rows in sets.items()}
             for name, sets in rows.items()
         }
 

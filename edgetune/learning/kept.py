@@ -36,9 +36,9 @@ def keep(recipe: Recipe, names: Iterable[str], staged: Path, out: Path) -> None:
     folder = kept_folder(out)
     save_recipe(recipe, folder)
     for name in names:
-        kept = folder / _ADAPTERS / name
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(_trained(staged, name), kept)
+        target = folder / _ADAPTERS / name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(_trained(staged, name), target)
 
 
 def forget_adapters(bundle: Path) -> None:

@@ -87,16 +87,19 @@ def learn(
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
         specs = {
-            name: _started(_spec(tasks[name], own.train, own.validation), bundle, name) for name, own in rows.items()
+            name: _started(_spec(tasks[name], split.train, split.validation), bundle, name)
+            for name, split in rows.items()
         }
         again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
         build(again, staged, progress=progress, into=True)
-        sets = {name: {VALIDATION: own.validation, CORRECTIONS: own.held_out} for name, own in rows.items()}
+        sets = {name: {VALIDATION: split.validation, CORRECTIONS: split.held_out} for name, split in rows.items()}
         changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
-        learned = Learned(out, changes, {name: own.learned for name, own in rows.items()})
+        learned = Learned(out, changes, {name: split.learned for name, split in rows.items()})
         if learned.worse:
             return replace(learned, bundle=None)
-        specs = {name: _spec(tasks[name], own.train, [*own.validation, *own.held_out]) for name, own in rows.items()}
+        specs = {
+            name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
+        }
         keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), names, staged, out)
         swap_in(staged, out)
         return learned
@@ -113,11 +116,11 @@ def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
 
 
 def _recipe_of(bundle: Path, recipe: Path | None) -> Path:
-    found = recipe or recipe_beside(bundle)
-    if found is None:
+    path = recipe or recipe_beside(bundle)
+    if path is None:
         message = f"the old rows of {bundle} are in its recipe, which is not beside it"
         raise NotFoundError(message, "give it: --recipe RECIPE")
-    return found
+    return path
 
 
 def _adapters_of(entries: Sequence[LoggedAnswer], manifest: Manifest) -> list[str]:

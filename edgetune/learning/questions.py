@@ -18,9 +18,9 @@ HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the rig
 def most_informative(entries: Sequence[LoggedAnswer], count: int) -> list[LoggedAnswer]:
     """Up to `count` answers that nobody corrected, to different prompts, the least sure first."""
     open_ = [entry for entry in entries if entry.correction is None]
-    known = {_key(entry) for entry in entries if entry.correction is not None}
+    corrected = {_key(entry) for entry in entries if entry.correction is not None}
     ordered = sorted(open_, key=lambda entry: math.inf if entry.confidence is None else entry.confidence)
-    first = {_key(entry): entry for entry in reversed(ordered) if _key(entry) not in known}
+    first = {_key(entry): entry for entry in reversed(ordered) if _key(entry) not in corrected}
     return list(reversed(first.values()))[:count]
 
 
@@ -37,7 +37,7 @@ def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator
             yield replace(entry, correction=reply or entry.answer)
 
 
-def kept(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
+def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
     """The answers, each once it is written to the end of a log, so that none has to be asked again."""
     for entry in entries:
         with log.open("a", encoding="utf-8", errors="replace") as file:

@@ -16,7 +16,7 @@ from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 
 MIN_CORRECTIONS = 4
-"""Of one adapter: a part of them is held out."""
+"""Fewest corrections of an adapter to learn from; a part of them is held out."""
 _HELD_OUT_PARTS = 4
 """One of so many parts of the corrections is not learned, but only compared."""
 
@@ -41,12 +41,12 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     that of a validation row is left out. Raises one UsageError for all corrections that cannot be answers of the task.
     """
     _check(task, entries)
-    known = {row.prompt_key for row in task.validation}
+    validation_prompts = {row.prompt_key for row in task.validation}
     rows = {row.prompt_key: row for row in map(_row, entries)}
-    new = [row for prompt, row in rows.items() if prompt not in known]
+    new = [row for prompt, row in rows.items() if prompt not in validation_prompts]
     if len(new) < MIN_CORRECTIONS:
-        what = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
-        raise UsageError(f"{what}, fewer than {MIN_CORRECTIONS}", "correct more answers, or label some with --ask N")
+        message = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
+        raise UsageError(f"{message}, fewer than {MIN_CORRECTIONS}", "correct more answers, or label some with --ask N")
     held_out = new[::_HELD_OUT_PARTS]
     learned = [row for number, row in enumerate(new) if number % _HELD_OUT_PARTS]
     corrected = {row.prompt_key for row in new}
@@ -80,7 +80,7 @@ def _check(task: Task, entries: Sequence[LoggedAnswer]) -> None:
         except UsageError as error:
             problems.append(f"answer {entry.id}: {error.message}")
         if task.metric == "label" and answer not in task.labels:
-            what = f"the correction {answer!r} is not one of the labels"
-            problems.append(f"answer {entry.id}: {what}; {suggestion(answer, task.labels)}")
+            problem = f"the correction {answer!r} is not one of the labels"
+            problems.append(f"answer {entry.id}: {problem}; {suggestion(answer, task.labels)}")
     if problems:
         raise UsageError("\n".join(problems))

@@ -101,12 +101,12 @@ class Alora(Lora[AloraOptions]):
 
 def _tokens(options: AloraOptions, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The given tokens, or those of the invocation text."""
-    given = options.invocation_tokens
-    if given and options.invocation is None:
-        return given
+    chosen = options.invocation_tokens
+    if chosen and options.invocation is None:
+        return chosen
     tokens = tuple(tokenizer.tokenize(options.invocation or _before_answer(tokenizer), continues=True))
-    if given and given != tokens:
-        message = f"invocation_tokens {list(given)} are not the tokens of invocation {options.invocation!r}"
+    if chosen and chosen != tokens:
+        message = f"invocation_tokens {list(chosen)} are not the tokens of invocation {options.invocation!r}"
         raise UsageError(message, f"set only one of them, or invocation_tokens to {list(tokens)}")
     return tokens
 

@@ -99,7 +99,7 @@ class Lora(LoraCheckpoint[L]):
         return super().wrote(config) and plain
 
     def shipped_ranks(self, modules: Sequence[SizedModule], options: L) -> list[int]:
-        """That of the first pattern that matches a module, else `r`."""
+        """The rank of each module: that of the first pattern that matches it, else `r`."""
         names = [module.name for module in modules]
         matched = matching([of_key(pattern) for pattern in options.rank_pattern], names, "rank_pattern")
         ranks = dict.fromkeys(names, options.r)
@@ -125,8 +125,8 @@ class Lora(LoraCheckpoint[L]):
         difference = other_option(folder, options)
         if not difference:
             try:
-                found = set_peft_model_state_dict(model, load_file(find_weights(folder)))
-                unlike = [*found.unexpected_keys, *(key for key in found.missing_keys if ".lora_" in key)]
+                result = set_peft_model_state_dict(model, load_file(find_weights(folder)))
+                unlike = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
                 difference = "other modules" if unlike else ""
             except RuntimeError:
                 difference = "other sizes"
@@ -147,9 +147,9 @@ def other_option(folder: Path, options: LoraOptions) -> str:
     """The first option that a saved LoRA has with another value, as text; empty if there is none."""
     saved = read_config(folder)
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        value, own = saved.get(key), getattr(options, key)
-        if (value or own) and value != own:
-            return f"{key} {value} and not {own}"
+        value, option = saved.get(key), getattr(options, key)
+        if (value or option) and value != option:
+            return f"{key} {value} and not {option}"
     return ""
 
 

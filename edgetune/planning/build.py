@@ -57,10 +57,10 @@ def plan_data(
 
 def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, width: int | None) -> AdapterPlan:
     training, reason = choose_training(task.training, len(task.trained_rows), width)
-    own = {"training": training} if reason else {}
+    changes = {"training": training} if reason else {}
     return replace(
         adapter,
-        spec=adapter.spec.model_copy(update=own),
+        spec=adapter.spec.model_copy(update=changes),
         metric=task.metric,
         labels=task.labels,
         output=output,

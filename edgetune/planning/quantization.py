@@ -76,12 +76,12 @@ def candidates_of(recipe: Recipe, header: GgufHeader, bytes_of: Callable[[str | 
         kind, size = main_type_of(header, name), bytes_of(name)
         if keeps_types or kind.onnx_bits is not None:
             by_result.setdefault((kind.name, size), Candidate(name, size))
-    found = sorted(by_result.values(), key=lambda item: item.bytes, reverse=True)
+    candidates = sorted(by_result.values(), key=lambda item: item.bytes, reverse=True)
     if not header.main_type.is_float:
         # Requantizing a file to more bytes than it has would lose quality for nothing.
         unchanged = Candidate(None, bytes_of(None))
-        found = [unchanged, *(item for item in found if item.bytes < unchanged.bytes)]
-    return _within_budget(recipe, found)
+        candidates = [unchanged, *(item for item in candidates if item.bytes < unchanged.bytes)]
+    return _within_budget(recipe, candidates)
 
 
 def worth_measuring(recipe: Recipe, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:

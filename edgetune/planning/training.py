@@ -13,22 +13,22 @@ _BATCHES = ((400, 16), (100, 8), (0, 4))
 _WIDTH = 576
 
 
-def choose_training(given: TrainingSpec, rows: int, width: int | None) -> tuple[TrainingSpec, str]:
+def choose_training(options: TrainingSpec, rows: int, width: int | None) -> tuple[TrainingSpec, str]:
     """The options with `auto` resolved for so many training rows, and the reason, "" without `auto`.
 
     `width` is that of the base's layers, None if it is unknown or an encoder's.
 
     Options that the recipe sets stay. All options of the result count as set.
     """
-    if not given.auto:
-        return given, ""
+    if not options.auto:
+        return options, ""
     epochs = 1 if rows > _MANY_ROWS else max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
     batch_size = next(size for least, size in _BATCHES if rows >= least)
     chosen: dict[str, float] = {"epochs": epochs, "batch_size": batch_size}
     if width is not None and width > _WIDTH:
-        chosen["learning_rate"] = float(f"{given.learning_rate * _WIDTH / width:.2g}")
-    chosen = {key: value for key, value in chosen.items() if key not in given.model_fields_set}
-    training = TrainingSpec.model_validate({**dict(given), **chosen, "auto": False})
-    said = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "as set"
+        chosen["learning_rate"] = float(f"{options.learning_rate * _WIDTH / width:.2g}")
+    chosen = {key: value for key, value in chosen.items() if key not in options.model_fields_set}
+    training = TrainingSpec.model_validate({**dict(options), **chosen, "auto": False})
+    values = ", ".join(f"{key} {value}" for key, value in chosen.items()) or "as set"
     layers = f" and layers of width {width}" if "learning_rate" in chosen else ""
-    return training, f"{said}: for {rows:,} training rows{layers}"
+    return training, f"{values}: for {rows:,} training rows{layers}"

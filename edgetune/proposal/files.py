@@ -15,7 +15,7 @@ from edgetune.tasks.row_files import DELIMITERS, JSONL_SUFFIXES, entries
 
 SUFFIXES = (*JSONL_SUFFIXES, *DELIMITERS)
 SAMPLE_BYTES = 8_000_000
-"""Of a larger file, only this part is read."""
+"""Only this part of a larger file is read."""
 # intent-train.jsonl, intent_validation.csv, test.csv
 _ROLE = re.compile(r"(?:(?P<name>.+)[-_. ])?(?P<role>train|training|validation|valid|val|dev|test)", re.IGNORECASE)
 _ROLES = {"training": "train", "valid": "validation", "val": "validation", "dev": "validation"}

@@ -155,8 +155,8 @@ def _base_of(plan: BuildPlan, work: Path, progress: Progress, converter: Path | 
     if plan.base.candidates:
         return None
     with locked(work):
-        made: BuildBase = builders.load(plan.recipe.task).make_base(plan, work, progress, converter)
-        return made
+        base: BuildBase = builders.load(plan.recipe.task).make_base(plan, work, progress, converter)
+        return base
 
 
 def _same_base(plan: BasePlan, bundle: Path) -> UsageError:

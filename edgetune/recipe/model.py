@@ -222,7 +222,7 @@ class Recipe(RecipePart):
     @classmethod
     def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
         task_type = task_types.load(_task_of(info))
-        problems = [f"{name}: {what}" for name, spec in adapters.items() for what in spec.unfit_for(task_type)]
+        problems = [f"{name}: {problem}" for name, spec in adapters.items() for problem in spec.unfit_for(task_type)]
         answers = (MARK, ASK, BASE, ERROR, DEFER, *adapters)
         problems += [
             f"{name}: unsure is {spec.unsure!r}; {suggestion(spec.unsure, answers)}"
@@ -333,9 +333,9 @@ TEMPLATE_DATA = Path(__file__).with_name("template_data")
 """The folder with its data."""
 
 
-def _one_of(value: str, known: list[str], what: str) -> str:
-    if value not in known:
-        raise ValueError(f"no {what} {value!r}; {suggestion(value, known)}")
+def _one_of(value: str, choices: list[str], kind: str) -> str:
+    if value not in choices:
+        raise ValueError(f"no {kind} {value!r}; {suggestion(value, choices)}")
     return value
 
 

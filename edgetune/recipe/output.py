@@ -33,12 +33,12 @@ class OutputOption(BaseModel):
         if not isinstance(value, dict):
             raise ValueError(f"{value!r} is not an output constraint; {_REMEDY}")
         folder: Path = (info.context or {}).get("folder", Path())
-        given: dict[str, Any] = {key: _read(key, content, folder) for key, content in value.items()}
-        unknown = sorted(given.keys() - {*KINDS, "spacing"})
+        constraint: dict[str, Any] = {key: _read(key, content, folder) for key, content in value.items()}
+        unknown = sorted(constraint.keys() - {*KINDS, "spacing"})
         if unknown:
             raise ValueError(f"there is no key {unknown[0]!r} here; {_REMEDY}")
         try:
-            return {"stored": output_of(**given).to_json()}
+            return {"stored": output_of(**constraint).to_json()}
         except EdgetuneError as error:
             raise ValueError(f"{error.message}; {error.remedy}") from error
 

@@ -153,20 +153,20 @@ class TrainingSpec(RecipePart):
                 values.pop("auto", None)
         return values
 
-    def under(self, own: TrainingSpec) -> TrainingSpec:
-        """These options, overridden by those that are set in `own`."""
-        return self.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+    def under(self, overrides: TrainingSpec) -> TrainingSpec:
+        """These options, overridden by those that are set in `overrides`."""
+        return self.model_copy(update={name: getattr(overrides, name) for name in overrides.model_fields_set})
 
 
-def _set_values(own: TrainingSpec, info: SerializationInfo) -> dict[str, Any]:
+def _set_values(training: TrainingSpec, info: SerializationInfo) -> dict[str, Any]:
     # A plan sets all options of an adapter if it chooses some; only the recipe can have the device.
-    return own.model_dump(mode=info.mode, exclude_unset=True, exclude={"device"})
+    return training.model_dump(mode=info.mode, exclude_unset=True, exclude={"device"})
 
 
-def _without_device(own: TrainingSpec) -> TrainingSpec:
-    if "device" in own.model_fields_set:
+def _without_device(training: TrainingSpec) -> TrainingSpec:
+    if "device" in training.model_fields_set:
         raise ValueError("device is one for all trainings of a build; set it under training at the top of the recipe")
-    return own
+    return training
 
 
 OwnTraining = Annotated[TrainingSpec, AfterValidator(_without_device), PlainSerializer(_set_values)]
@@ -237,8 +237,8 @@ class Columns(RecipePart):
     def _one_form(self) -> Columns:
         named = [key for key in ("prompt", "completion", "messages", "text") if getattr(self, key) is not None]
         if named not in (["prompt", "completion"], ["messages"], ["text"]):
-            what = f"{' and '.join(named)} do not make a form of rows" if named else "names no column"
-            raise ValueError(f"{what}; name prompt and completion, or messages, or text")
+            problem = f"{' and '.join(named)} do not make a form of rows" if named else "names no column"
+            raise ValueError(f"{problem}; name prompt and completion, or messages, or text")
         return self
 
 
@@ -289,14 +289,14 @@ class MethodSpec(RecipePart):
     def _from_recipe(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, cls):
             return value
-        given = {"name": value} if isinstance(value, str) else value
-        if not isinstance(given, dict):
+        mapping = {"name": value} if isinstance(value, str) else value
+        if not isinstance(mapping, dict):
             raise ValueError(f"{shown(value)} is not a method; write a name, or a mapping of name and options")
-        name = given.get("name", cls.model_fields["name"].default)
+        name = mapping.get("name", cls.model_fields["name"].default)
         error = methods.unknown(str(name))
         if error is not None:
             raise ValueError(str(error))
-        options = {key: option for key, option in given.items() if key != "name"}
+        options = {key: option for key, option in mapping.items() if key != "name"}
         return {"name": name, "options": methods.load(name).options.model_validate(options, context=info.context)}
 
     @model_serializer
@@ -440,7 +440,7 @@ class AdapterSpec(RecipePart):
 
     def unfit_for(self, task_type: TaskType) -> list[str]:
         """The settings that do not work for this task, each with the remedy."""
-        asked = {
+        used = {
             "merged": self.merged,
             "system": self.system is not None,
             "metric": self.metric not in ("auto", task_type.metric),
@@ -449,7 +449,7 @@ class AdapterSpec(RecipePart):
             "start_from": self.start_from is not None,
         }
         refused = task_type.refused_adapter_keys
-        return [refused[key].format(value=self.metric) for key, is_set in asked.items() if is_set and key in refused]
+        return [refused[key].format(value=self.metric) for key, is_set in used.items() if is_set and key in refused]
 
 
 class TextSpec(RecipePart):

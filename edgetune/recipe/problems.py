@@ -28,7 +28,7 @@ ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
 
 MAX_SHOWN = 60
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES, MOST_VALUES = 250_000, 50, 100, 100_000
-"""Of a recipe."""
+"""Limits of a recipe file: bytes, levels of nesting, YAML aliases and values."""
 NAME = "name"
 """The key of an adapter's name in a file of its own."""
 RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
@@ -37,7 +37,7 @@ _SHORT_FORMS: Mapping[str, Callable[[str], dict[str, Plain]]] = {
     "method": lambda name: {"name": name},
     "training": lambda word: {word: True},
 }
-"""What a text stands for where a mapping is expected."""
+"""The mapping that a text stands for, by its key."""
 PLAIN = {
     "missing": "is missing",
     "float_type": "{value} is not a number",
@@ -102,8 +102,8 @@ class Document:
         return 0, self, loc
 
 
-def read_document(path: Path, what: str = "recipe") -> Document:
-    """Read a YAML file that contains one mapping, which messages call `what`.
+def read_document(path: Path, kind: str = "recipe") -> Document:
+    """Read a YAML file that contains one mapping, which messages call `kind`.
 
     Raises NotFoundError if the file is missing, and UsageError with file and line if it is something else.
     """
@@ -129,7 +129,7 @@ def read_document(path: Path, what: str = "recipe") -> Document:
         raise UsageError(f"{path} is nested too deeply", "see the template of `edgetune init`") from error
     if not isinstance(root, dict):
         problem = "is empty" if root is None else "is not a mapping of keys to values"
-        raise UsageError(f"{path}:1: the {what} {problem}", "see the template of `edgetune init`")
+        raise UsageError(f"{path}:1: the {kind} {problem}", "see the template of `edgetune init`")
     return Document(values, path, lines)
 
 
@@ -160,39 +160,45 @@ def explain(
     error: ValidationError, values: dict[str, Any], document: Document, overrides: Iterable[str], model_at: ModelAt
 ) -> list[str]:
     """One line per invalid value: first those set by the dotted `overrides`, then the others in the file's order."""
-    found: dict[Loc, str] = {}
+    problems: dict[Loc, str] = {}
     for item in error.errors():
         loc = _existing(item["loc"], item["type"], values)
         field = _field_at(loc, values, model_at)
         if loc[-1:] != item["loc"][-1:] and item["loc"][-1] != "[key]" and field is not None:
             meaning = " ".join(str(field.description).split()).rstrip(".")
-            found[loc] = f"{shown(value_at(loc, values))} is not valid; expected: {meaning}"
+            problems[loc] = f"{shown(value_at(loc, values))} is not valid; expected: {meaning}"
         else:
-            found.setdefault(loc, _in_english(item, model_at(loc[:-1], values), _keys_at(loc[:-1], values, model_at)))
+            problems.setdefault(
+                loc, _in_english(item, model_at(loc[:-1], values), _keys_at(loc[:-1], values, model_at))
+            )
     # Of a union's members, the one with keys says which of them is wrong; the others only that it is a mapping.
-    found = {loc: what for loc, what in found.items() if not any(loc == other[: len(loc)] != other for other in found)}
+    problems = {
+        loc: problem
+        for loc, problem in problems.items()
+        if not any(loc == other[: len(loc)] != other for other in problems)
+    }
     flags = {tuple(key.split(".")): f"--set {key}: " for key in overrides}
     lines = []
-    for loc, what in found.items():
+    for loc, problem in problems.items():
         flag = next((key for key in flags if loc[: len(key)] == key), None)
         if flag is not None:
             name = "" if loc == flag else f"{'.'.join(map(str, loc))}: "
-            lines.append((0, 0, f"{flags[flag]}{name}{what}"))
+            lines.append((0, 0, f"{flags[flag]}{name}{problem}"))
             continue
         number, part, inside = document.part_of(loc)
         line = part.line(inside or (NAME,))
         name = f"{'.'.join(map(str, inside))}: " if inside else ""
-        lines.append((number, line, f"{part.place(line)}{name}{what}"))
+        lines.append((number, line, f"{part.place(line)}{name}{problem}"))
     return [text for *_, text in sorted(lines, key=lambda line: line[:2])]
 
 
-def _suggested_key(name: str, known: Sequence[str]) -> str:
+def _suggested_key(name: str, keys: Sequence[str]) -> str:
     """Like `suggestion`, for a key that may belong to a nested section: a similar key is given with its path; if there
     is none, the keys of this section are listed."""
-    short = {key.rpartition(".")[2]: key for key in reversed(known)}
+    short = {key.rpartition(".")[2]: key for key in reversed(keys)}
     near = RENAMED.get(name) or nearest(name, short)
-    direct = [key for key in known if "." not in key]
-    return f"did you mean {short[near]!r}?" if near in short else f"choose one of: {', '.join(direct or known)}"
+    direct = [key for key in keys if "." not in key]
+    return f"did you mean {short[near]!r}?" if near in short else f"choose one of: {', '.join(direct or keys)}"
 
 
 def shown(value: object) -> str:
@@ -264,12 +270,12 @@ def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:
     return node
 
 
-def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, known: Sequence[str]) -> str:
+def _in_english(error: Mapping[str, Any], model: type[BaseModel] | None, keys: Sequence[str]) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
         key = str(error["loc"][-1])
         same = other_names(key, model)
-        return f"is an alias of {same[0]!r}; keep one" if same else f"unknown key; {_suggested_key(key, known)}"
+        return f"is an alias of {same[0]!r}; keep one" if same else f"unknown key; {_suggested_key(key, keys)}"
     if kind in PLAIN:
         text = PLAIN[kind].format(value=shown(error["input"]), **context)
         if kind == "literal_error":

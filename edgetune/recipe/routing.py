@@ -25,23 +25,27 @@ class RouteSpec(RecipePart):
     that this separates best, with at most 2 % of the validation rows lost."""
 
     def summary(self, adapters: Iterable[str]) -> str:
-        """What the router chooses among, in one line."""
+        """The adapters that the router chooses among, in one line."""
         threshold = "calibrated" if self.threshold is None else f"{self.threshold:g}"
         below = "" if self.below is None else f", below it {self.below}"
         return f"chooses among {', '.join(self.adapters or adapters)}; threshold {threshold}{below}"
 
     def problems(self, bundle: str, adapters: Mapping[str, object], *, generates: bool) -> list[str]:
-        """What does not fit the recipe's other keys, each with the remedy."""
+        """Contradictions to the recipe's other keys, each with the remedy."""
         chosen = tuple(adapters) if self.adapters is None else self.adapters
-        found = [f"no adapter {name!r}; {suggestion(name, list(adapters))}" for name in chosen if name not in adapters]
+        problems = [
+            f"no adapter {name!r}; {suggestion(name, list(adapters))}" for name in chosen if name not in adapters
+        ]
         if len(set(chosen)) < 2:
-            found.append(f"a router needs 2 adapters to choose from, not {len(set(chosen))}; add one, or remove route")
-        found += [
+            problems.append(
+                f"a router needs 2 adapters to choose from, not {len(set(chosen))}; add one, or remove route"
+            )
+        problems += [
             f"{name!r} cannot be a name here, as it has another meaning with route; choose another"
             for name in (AUTO, BASE, ERROR)
             if name in adapters or name == bundle == AUTO
         ]
         answers = [*([BASE] if generates else []), ERROR, *adapters]
         if self.below is not None and self.below not in answers:
-            found.append(f"below is {self.below!r}; {suggestion(self.below, answers)}")
-        return found
+            problems.append(f"below is {self.below!r}; {suggestion(self.below, answers)}")
+        return problems

@@ -26,7 +26,7 @@ def with_task_files(document: Document, folder: Path) -> Document:
         return document
     place = document.place(document.line(("adapters", FROM)))
     files, problems = _matching(adapters[FROM], folder, place)
-    found: dict[str, Any] = {name: spec for name, spec in adapters.items() if name != FROM}
+    specs: dict[str, Any] = {name: spec for name, spec in adapters.items() if name != FROM}
     parts: dict[Loc, Document] = {}
     for path in files:
         try:
@@ -38,14 +38,14 @@ def with_task_files(document: Document, folder: Path) -> Document:
         line = part.place(part.line((NAME,)))
         if not isinstance(name, str):
             problems.append(f"{line}name: {shown(name)} is not a string; put it in quotes")
-        elif name in found:
+        elif name in specs:
             other = parts[loc].path if (loc := ("adapters", name)) in parts else document.path or "the recipe"
             problems.append(f"{line}{other} has an adapter {name!r} too; set another name")
         else:
-            found[name], parts["adapters", name] = FileMapping(part.values, path.parent), part
+            specs[name], parts["adapters", name] = FileMapping(part.values, path.parent), part
     if problems:
         raise UsageError("\n".join(problems))
-    return replace(document, values={**document.values, "adapters": found}, parts=parts)
+    return replace(document, values={**document.values, "adapters": specs}, parts=parts)
 
 
 def _matching(patterns: Plain, folder: Path, place: str) -> tuple[list[Path], list[str]]:
@@ -67,6 +67,6 @@ def _files(pattern: str, folder: Path) -> Iterator[Path]:
     path = Path(pattern).expanduser()
     root, relative = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (folder, path)
     try:
-        yield from sorted(found for found in root.glob(str(relative)) if found.is_file())
+        yield from sorted(file for file in root.glob(str(relative)) if file.is_file())
     except (ValueError, RuntimeError):  # no pattern, or a loop of links
         return

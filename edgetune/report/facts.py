@@ -150,8 +150,8 @@ def scores_of(files: Iterable[tuple[str, Path]]) -> dict[str, Score]:
 def _base_mb(bundle: Path, manifest: Manifest, format_: str) -> float:
     """The size of a base in MB: its file, or all files of its folder if it has its own."""
     file = bundle / manifest.base.files[format_]
-    own = file.parent.name != "base"
-    files = [path for path in file.parent.rglob("*") if path.is_file()] if own else [file]
+    has_folder = file.parent.name != "base"
+    files = [path for path in file.parent.rglob("*") if path.is_file()] if has_folder else [file]
     return sum(path.stat().st_size for path in files) / MB
 
 

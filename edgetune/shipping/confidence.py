@@ -30,12 +30,12 @@ def with_confidence(
 ) -> Manifest:
     """The manifest of `bundle` with the curves of each adapter that has enough `confidence_rows`, in each format."""
     rows = {adapter.name: spread(adapter.confidence_rows, MAX_ROWS) for adapter in adapters}
-    for name, own in list(rows.items()):
-        if len(own) < MIN_ROWS:
+    for name, adapter_rows in list(rows.items()):
+        if len(adapter_rows) < MIN_ROWS:
             del rows[name]
-            if own:
-                what = f"{len(own)} validation rows are too few ({MIN_ROWS} are needed)"
-                progress.say(f"  {name}: no confidence, as {what}; give data.validation or data.confidence")
+            if adapter_rows:
+                reason = f"{len(adapter_rows)} validation rows are too few ({MIN_ROWS} are needed)"
+                progress.say(f"  {name}: no confidence, as {reason}; give data.validation or data.confidence")
     if not rows:
         return manifest
     progress.say("fitting the confidence of answers")
@@ -68,9 +68,9 @@ def described(curves: Mapping[str, ConfidenceCurve]) -> str:
     """The curves of an adapter in words."""
     parts = []
     for kind, curve in curves.items():
-        what = f"{curve.right:.1%} of {curve.rows} {kind} answers right"
+        share = f"{curve.right:.1%} of {curve.rows} {kind} answers right"
         error = "too few for a confidence"
         if curve.slope is not None:
             error = f"calibration error {curve.error:.3f} ({curve.error_if_exact:.3f} if exact)"
-        parts.append(f"{what}, {error}")
+        parts.append(f"{share}, {error}")
     return "; ".join(parts) or "no complete answers"

@@ -1,4 +1,4 @@
-"""Opens a bundle that is being built, for what only its answers can tell: golden answers, scopes and confidence."""
+"""Opens a bundle that is being built, for what is computed from its answers: golden answers, scopes and confidence."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _LOWEST = -1e6
 """The score of a text with the label of those that are out of scope."""
 
 
-class _Found(NamedTuple):
+class _ScopeAnswer(NamedTuple):
     """Whether a row has a label of the task, whether it got one, how likely this is, and how similar the prompt is."""
 
     is_known: bool
@@ -86,33 +86,35 @@ def described(scope: Scope) -> str:
 
 
 def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[Logits]:
-    known = [row for row in adapter.known_rows if row.completion != label]
-    for row in spread(known, MAX_ROWS):
+    rows = [row for row in adapter.known_rows if row.completion != label]
+    for row in spread(rows, MAX_ROWS):
         with suppress(PromptTooLongError):
             yield logits_after(runtime, row.messages or (), adapter.name)
 
 
 def _answers(
     runtime: Runtime, adapter: TrainedAdapter, label: str, prompts: TrainingPrompts | None
-) -> Iterator[_Found]:
-    known = [row for row in adapter.scope_rows if row.completion != label]
-    made = [row for row in adapter.scope_rows if row.completion == label]
-    for row in (*spread(known, MAX_ROWS), *made):
+) -> Iterator[_ScopeAnswer]:
+    in_scope = [row for row in adapter.scope_rows if row.completion != label]
+    out_of_scope = [row for row in adapter.scope_rows if row.completion == label]
+    for row in (*spread(in_scope, MAX_ROWS), *out_of_scope):
         messages, similarity = row.messages or (), 1.0
         with suppress(PromptTooLongError):
-            found = runtime.classify(messages, adapter=adapter.name)
+            classification = runtime.classify(messages, adapter=adapter.name)
             if prompts is not None:
                 similarity = prompts.similarity(logits_after(runtime, messages, adapter.name))
-            yield _Found(row.completion != label, found.label != label, found.log_odds, similarity)
+            yield _ScopeAnswer(
+                row.completion != label, classification.label != label, classification.log_odds, similarity
+            )
 
 
-def _scope(spec: OutOfScopeSpec, answers: Sequence[_Found]) -> Scope:
+def _scope(spec: OutOfScopeSpec, answers: Sequence[_ScopeAnswer]) -> Scope:
     """The threshold below which are at most as many of the known rows as the recipe allows, and what it does."""
     labelled = [answer for answer in answers if answer.is_known and answer.is_labelled]
     log_odds, similarities = ([answer.log_odds for answer in labelled], [answer.similarity for answer in labelled])
     scope = Scope(spec.label, _LOWEST, 0.0, 0.0, _spread_of(log_odds), _spread_of(similarities))
 
-    def score(answer: _Found) -> float:
+    def score(answer: _ScopeAnswer) -> float:
         return scope.score(answer.log_odds, answer.similarity) if answer.is_labelled else _LOWEST
 
     known = sorted(score(answer) for answer in answers if answer.is_known)

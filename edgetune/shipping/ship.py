@@ -187,8 +187,8 @@ class _Stage:
 
     def packages(self) -> list[str]:
         """The packages of the task and of the formats."""
-        found = [*self.builder.packages, *(name for backend in self.backends.values() for name in backend.PACKAGES)]
-        return list(dict.fromkeys(found))
+        packages = [*self.builder.packages, *(name for backend in self.backends.values() for name in backend.PACKAGES)]
+        return list(dict.fromkeys(packages))
 
     def _write(self, target: str, folded: Adapter, adapter: TrainedAdapter, base: Path) -> WrittenAdapter:
         backend = self.backends[target]
@@ -206,8 +206,8 @@ class _Stage:
         source = source_of_merged(self.source, self.spec.merged_quantization, trains_on_grid=on_grid)
         weight_type = backend.weight_type(source)
         if not adapter.plan.spec.merged or source is not self.source:
-            what = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"
-            self.progress.say(f"  {adapter.name}: {what}, {source.path.stat().st_size / 1e6:.0f} MB")
+            description = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"
+            self.progress.say(f"  {adapter.name}: {description}, {source.path.stat().st_size / 1e6:.0f} MB")
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
         backend.write_merged(replace(merged, on_grid=on_grid), source, out)

@@ -23,5 +23,5 @@ def load(task: str) -> TaskType:
     """The facts of a task; UsageError for an unknown task."""
     if task not in names():
         raise UsageError(f"no task {task!r}", suggestion(task, names()))
-    found: TaskType = _FILES.load(task.replace("-", "_")).TASK_TYPE
-    return found
+    task_type: TaskType = _FILES.load(task.replace("-", "_")).TASK_TYPE
+    return task_type

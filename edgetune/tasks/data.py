@@ -42,8 +42,8 @@ class TaskRow:
 
     `is_labelled`: the completion is what the row calls its label.
 
-    `tools` are those of the prompt. If the last turn calls some, it is `turn`, and `completion` is `said` of it: its
-    text depends on the base's chat template.
+    `tools` are those of the prompt. If the last turn calls some, it is `turn`, and `completion` is its `answer_text`,
+    since how it is written depends on the base's chat template.
 
     `weight`, from 0 to 1, multiplies its loss in training.
     """
@@ -87,14 +87,14 @@ def read_rows(
 
 def rows_of(
     source: str | Rows,
-    found: Iterable[tuple[str, Any]],
+    entries: Iterable[tuple[str, Any]],
     columns: Columns | None = None,
     *,
     labels: Sequence[str] | None = None,
 ) -> list[TaskRow]:
     """The rows of these entries of `source`; raises what `read_rows` does for bad rows and for none."""
     rows, problems = [], []
-    for where, values in found:
+    for where, values in entries:
         try:
             if isinstance(values, BadRowError):
                 raise values
@@ -121,8 +121,10 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
         key = row.text if row.messages is None else json.dumps([dict(m) for m in row.messages])
         groups.setdefault(str(key), []).append(index)
     if len(groups) < 2:
-        what = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
-        raise UsageError(f"{what} cannot be split for validation", "add rows, or set `validation` to a separate file")
+        problem = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
+        raise UsageError(
+            f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
+        )
     wanted = min(max(1, round(held_out * len(rows))), len(rows) - 1)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
@@ -136,8 +138,8 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
     return train, [rows[index] for index in sorted(chosen)]
 
 
-def said(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """What an answer says, to compare it with another: its text, or JSON with the name and arguments of its calls."""
+def answer_text(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The answer as one text, to compare it with another: its content, or JSON with names and arguments of calls."""
     if not calls:
         return content
     listed = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
@@ -215,8 +217,8 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
         _check_message(number, message)
     try:
         # Columns of data sets have a null where a message lacks a key.
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        turns = messages_for(given, None)
+        stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        turns = messages_for(stated, None)
         offered = tool_set(json.loads(tools) if isinstance(tools, str) else tools)
         if offered is not None:
             check_schemas(offered)
@@ -228,7 +230,9 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
     turn = turns.pop()
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
     _check_calls([call["function"]["name"] for each in (*turns, turn) for call in each.get("tool_calls", ())], offered)
-    return TaskRow(where, tuple(turns), said(turn["content"], calls), tools=offered, turn=turn if calls else None)
+    return TaskRow(
+        where, tuple(turns), answer_text(turn["content"], calls), tools=offered, turn=turn if calls else None
+    )
 
 
 def _check_order(turns: Sequence[Message]) -> None:
@@ -249,10 +253,10 @@ def _check_order(turns: Sequence[Message]) -> None:
 def _check_calls(names: Sequence[str], tools: ToolSet | None) -> None:
     if names and tools is None:
         raise BadRowError(f"calls {names[0]!r}, but has no tools; add the key tools")
-    known = [tool.name for tool in tools.tools] if tools is not None else []
+    tool_names = [tool.name for tool in tools.tools] if tools is not None else []
     for name in names:
-        if name not in known:
-            raise BadRowError(f"calls {name!r}, which is not one of its tools; {suggestion(name, known)}")
+        if name not in tool_names:
+            raise BadRowError(f"calls {name!r}, which is not one of its tools; {suggestion(name, tool_names)}")
 
 
 def _check_message(number: int, message: object) -> None:

@@ -38,12 +38,12 @@ def negative_rows(
     in common with `rows` is left out: what it is asked is in the scope of both.
     """
     rng, own = random.Random(seed), list(dict.fromkeys(map(_text_of, rows)))
-    known = {text.casefold() for text in own}
+    folded = {text.casefold() for text in own}
     foreign = [list(dict.fromkeys(map(_text_of, other))) for other in others.values()]
-    apart = [texts for texts in foreign if known.isdisjoint(map(str.casefold, texts))]
+    apart = [texts for texts in foreign if folded.isdisjoint(map(str.casefold, texts))]
     kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *apart)]
     turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *kinds))
-    texts = dict.fromkeys(text for text in turns if text and text.casefold() not in known)
+    texts = dict.fromkeys(text for text in turns if text and text.casefold() not in folded)
     return [_row(number, text, label) for number, text in enumerate(islice(texts, round(len(rows) * _SHARE)), 1)]
 
 

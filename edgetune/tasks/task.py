@@ -132,12 +132,12 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
 
 def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The labels with the one of texts that are out of scope, if the adapter has any labels and asks for it."""
-    own = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
-    return tuple(dict.fromkeys((*labels, *own)))
+    extra = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
+    return tuple(dict.fromkeys((*labels, *extra)))
 
 
 def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
-    """With made rows that are out of scope, some of them for validation; UsageError for a task without labels."""
+    """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels."""
     assert task.spec.out_of_scope is not None
     if task.metric != "label":
         message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
@@ -148,14 +148,14 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
         with suppress(EdgetuneError):
             if name != task.name:
                 others[name] = read(spec.data.train, spec.data.columns)
-    made = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
-    learned = [row for number, row in enumerate(made) if number % _NEGATIVE_PARTS]
-    validation = [*task.validation, *made[::_NEGATIVE_PARTS]]
+    negatives = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
+    learned = [row for number, row in enumerate(negatives) if number % _NEGATIVE_PARTS]
+    validation = [*task.validation, *negatives[::_NEGATIVE_PARTS]]
     return replace(task, train=[*task.train, *learned], validation=validation, choosing=validation)
 
 
 def _with_confidence(task: Task, read: Reader) -> Task:
-    """With the rows that the confidence of answers is fitted on; UsageError where they do not do."""
+    """The task with the rows that the confidence of answers is fitted on; UsageError if they are unfit."""
     spec, choosing, rows = task.spec, task.validation, task.validation
     if not spec.confidence or task.metric not in EITHER_RIGHT_OR_WRONG:
         rows = []

@@ -27,7 +27,7 @@ from .teacher import Teacher
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
 """Temperatures of a new prompt, and of the two answers to it."""
 _MOST_CHARACTERS = 2000
-"""Of a prompt; what is longer is no request."""
+"""Length of a prompt; a longer text is no request."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Lesson:
 
     @cached_property
     def output(self) -> OutputSpec | None:
-        """What answers may be: the recipe's output, or what the rows suggest; None for labels and free text."""
+        """The output constraint: the recipe's, or one inferred from the rows; None for labels and free text."""
         option = self.task.spec.output
         if option is not None and option.spec is not None:
             return option.spec
@@ -59,7 +59,7 @@ class Lesson:
         return Questions(self.task.train, self.task.spec.system, self.task.training.seed)
 
     def first_request(self) -> dict[str, Any]:
-        """What is sent first; later ones have other rows of the task."""
+        """The request that is sent first; later ones have other rows of the task."""
         return self.teacher.request(self._questions.for_prompt(0), temperature=_WORDING, seed=0)
 
     def learn(self, out: Path, rows: int, progress: Progress) -> Counter[str]:
@@ -67,40 +67,40 @@ class Lesson:
 
         Ends earlier when all requests are sent. Raises TeacherError, with all rows kept, if the teacher fails.
         """
-        known = [*self.task.train, *self.task.validation, *(read_rows(str(out)) if _has_rows(out) else [])]
-        prompts = {prompt_key(SplitRow(TRAIN, row)) for row in known}
-        done = len(known) - len(self.task.train) - len(self.task.validation)
+        existing = [*self.task.train, *self.task.validation, *(read_rows(str(out)) if _has_rows(out) else [])]
+        prompts = {prompt_key(SplitRow(TRAIN, row)) for row in existing}
+        written = len(existing) - len(self.task.train) - len(self.task.validation)
         left_out: Counter[str] = Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file, progress.step("asking the teacher", rows) as step:
-            step.update(done=done)
+            step.update(done=written)
             # Behind the questions of earlier runs, as no row takes so few bytes.
-            new_rows = self._made(prompts, left_out, first=file.tell())
-            while done < rows and (made := next(new_rows, None)) is not None:
-                file.write(json.dumps(made, ensure_ascii=False) + "\n")
+            new_rows = self._new_rows(prompts, left_out, first=file.tell())
+            while written < rows and (new_row := next(new_rows, None)) is not None:
+                file.write(json.dumps(new_row, ensure_ascii=False) + "\n")
                 file.flush()
-                done += 1
+                written += 1
                 step.update()
-        if done < rows:
+        if written < rows:
             progress.say(
-                f"{done} of {rows} rows are made with {self.teacher.sent} requests; allow more with --requests"
+                f"{written} of {rows} rows are made with {self.teacher.sent} requests; allow more with --requests"
             )
         return left_out
 
-    def _made(self, prompts: set[str], left_out: Counter[str], first: int) -> Iterator[dict[str, str]]:
+    def _new_rows(self, prompts: set[str], left_out: Counter[str], first: int) -> Iterator[dict[str, str]]:
         """New rows, until too few requests for another one are left."""
         number = first
         while self.teacher.sent + 1 + len(_ANSWERS) <= self.teacher.most_requests:
             number += 1
-            prompt = _request_of(self._asked(self._questions.for_prompt(number), _WORDING, number))
+            prompt = _request_of(self._answer(self._questions.for_prompt(number), _WORDING, number))
             key = prompt_key(SplitRow(TRAIN, TaskRow("", ({"role": "user", "content": prompt},))))
             if not 0 < len(prompt) <= _MOST_CHARACTERS or key in prompts:
                 left_out["prompts that are there already, or are none"] += 1
                 continue
             prompts.add(key)
             schema = json.loads(self.output.text) if self.output is not None and self.output.kind == "schema" else None
-            asked = self._questions.for_answer(prompt, number)
-            answers = [self._written(self._asked(asked, temperature, number, schema)) for temperature in _ANSWERS]
+            question = self._questions.for_answer(prompt, number)
+            answers = [self._written(self._answer(question, temperature, number, schema)) for temperature in _ANSWERS]
             if not all(map(self._fits, answers)):
                 left_out["answers that do not fit the task"] += 1
             elif len({answer_key(SplitRow(TRAIN, TaskRow("", completion=answer))) for answer in answers}) > 1:
@@ -108,13 +108,13 @@ class Lesson:
             else:
                 yield {"prompt": prompt, "completion": answers[0]}
 
-    def _asked(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> str:
+    def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> str:
         body = self.teacher.request(messages, temperature=temperature, seed=seed, schema=schema)
         return self.teacher.ask(body).strip()
 
     def _written(self, answer: str) -> str:
         """An answer in JSON as the rows write it; others as they are."""
-        style = next((found.style for row in self.task.train if (found := Answer.of(row)) is not None), None)
+        style = next((parsed.style for row in self.task.train if (parsed := Answer.of(row)) is not None), None)
         try:
             return answer if style is None else json.dumps(json.loads(answer), **style)
         except (ValueError, RecursionError):

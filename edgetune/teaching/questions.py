@@ -1,4 +1,4 @@
-"""What a teacher is asked: to word new prompts of a task, and to answer them like its rows."""
+"""Writes the requests to a teacher: to word new prompts of a task, and to answer them like its rows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Questions:
         about = f"The task: {self._system}\n" if self._system else ""
         examples = "\n".join(f"- {prompt_of(row)}" for row in shown)
         wish = "Write one more request, in other words and about something else that the task can do."
-        made = self._values.exchanged(rng.choice(self._slotted), rng) if self._slotted and number % 2 else None
-        if made is not None:
-            wish = f"Write one more request, in other words, whose right answer is: {made[0].completion}"
+        exchanged = self._values.exchanged(rng.choice(self._slotted), rng) if self._slotted and number % 2 else None
+        if exchanged is not None:
+            wish = f"Write one more request, in other words, whose right answer is: {exchanged[0].completion}"
         content = f"{about}Requests that people made:\n{examples}\n\n{wish} Answer with the request alone."
         return [{"role": "user", "content": content}]
 

@@ -18,7 +18,7 @@ _TRIES, _LONGEST_WAIT_S = 5, 60.0
 _AGAIN = frozenset((408, 429, 500, 502, 503, 504))
 """Statuses after which the same request may succeed later."""
 _MOST_BYTES = 1_000_000
-"""Of an answer."""
+"""Part of an error's body that is read."""
 
 
 class TeacherError(EdgetuneError):
@@ -97,8 +97,8 @@ class Teacher:
             raw = post(self.url, body, key=self.key, timeout_s=self.timeout_s)
             return message_of(raw).get("content") or ""
         except ValueError as error:
-            said = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
-            message = f"the teacher at {self.url} answers {said!r}"
+            reply = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
+            message = f"the teacher at {self.url} answers {reply!r}"
             raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
 
 

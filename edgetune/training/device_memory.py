@@ -21,8 +21,8 @@ def total_mb(device: torch.device) -> float:
 def free_mb(device: torch.device) -> float:
     """Memory that this process can still allocate; infinite if the system does not report it."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + kept) / 1e6
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) / 1e6
     if device.type == "mps":
         return (torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()) / 1e6
     free = machine.free_mb()

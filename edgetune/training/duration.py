@@ -31,7 +31,7 @@ def tokens_left(
     schedule = Schedule(len(train), training)
     lengths = [len(row.tokens) for row in train]
     rows = sum(lengths[index] for indices in plan(lengths, schedule, training)[step:] for index in indices)
-    passes = sum(done > step for done in schedule.evals)
+    passes = sum(eval_step > step for eval_step in schedule.evals)
     return rows + passes * sum(len(row.tokens) for row in validation) * _VALIDATION_COST
 
 

@@ -1,4 +1,4 @@
-"""What training runs on: its processes and device, and the precision that the device multiplies fast."""
+"""The processes and the device of a training, and the precision in which the device multiplies fast."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def in_int8(model: torch.nn.Module) -> Iterator[PackedLayers]:
 
 
 def _frozen(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    kept = {name for architecture in architectures.known().values() for name in architecture.not_in_int8}
+    excluded = {name for architecture in architectures.known().values() for name in architecture.not_in_int8}
     return [
         module
         for layer in layers_of(model)
@@ -100,7 +100,7 @@ def _frozen(model: torch.nn.Module) -> list[torch.nn.Linear]:
         # An instance attribute `forward` was set by other code, such as a hook of accelerate.
         if type(module) is torch.nn.Linear
         and "forward" not in vars(module)
-        and name.removesuffix(".base_layer") not in kept
+        and name.removesuffix(".base_layer") not in excluded
         and not any(p.requires_grad for p in module.parameters())
     ]
 

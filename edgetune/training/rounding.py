@@ -35,9 +35,9 @@ def rounded_layers(model: Any, base: Path | None) -> Iterator[None]:  # noqa: AN
     try:
         for name, layer in tuned_layers(model):
             weight = f"{name}.weight"
-            if (found := file.grid(weight)) is not None:
+            if (grid := file.grid(weight)) is not None:
                 # From the file, since a base in bfloat16 is not exactly on its grid.
-                layer.forward = _RoundedLayer(layer, file.values(weight), *found)
+                layer.forward = _RoundedLayer(layer, file.values(weight), *grid)
                 layers.append(layer)
         yield
     finally:

@@ -35,8 +35,8 @@ class Schedule:
         """Factor on the learning rate at `step`, counting from 0."""
         if step < self._warmup_steps:
             return (step + 1) / (self._warmup_steps + 1)
-        done = (step - self._warmup_steps) / max(1, self.steps - self._warmup_steps)
-        return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self._form]
+        progress = (step - self._warmup_steps) / max(1, self.steps - self._warmup_steps)
+        return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[self._form]
 
 
 def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec) -> list[list[int]]:

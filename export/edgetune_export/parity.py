@@ -150,9 +150,9 @@ def check(
         limit = max(limit, table.get(dtype, loosest))
     # In this form NaN fails too.
     if not parity.kl <= limit:
-        what = "the plain base" if name is None else f"adapter {name!r}"
+        subject = "the plain base" if name is None else f"adapter {name!r}"
         message = (
-            f"{what} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
+            f"{subject} does not match the trained model: mean KL {parity.kl:.2g} on {parity.tokens} tokens, "
             f"expected at most {limit:.2g} on a {weight_type} base ({parity.top1:.0%} of top tokens agree)"
         )
         coarse = merged or weight_type in requantized_kl

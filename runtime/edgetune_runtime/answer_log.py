@@ -83,10 +83,10 @@ class AnswerLog:
         answer_id: str | None = None,
     ) -> str:
         """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log."""
-        given = messages_for(prompt, None)
-        text, *contents = self._redaction.clean([answer, *(message["content"] for message in given)])
+        turns = messages_for(prompt, None)
+        text, *contents = self._redaction.clean([answer, *(message["content"] for message in turns)])
         messages = tuple(
-            {"role": message["role"], "content": content} for message, content in zip(given, contents, strict=True)
+            {"role": message["role"], "content": content} for message, content in zip(turns, contents, strict=True)
         )
         now = datetime.now(UTC).isoformat(timespec="seconds")
         bundle, base = self._manifest.name, self._manifest.base.fingerprint

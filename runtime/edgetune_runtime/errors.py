@@ -99,13 +99,13 @@ class CancelledError(EdgetuneError):
 
 
 @contextmanager
-def importing(what: str, install: str) -> Iterator[None]:
-    """Turn an ImportError in the block into an IncompatibleError: `what` (such as "serving needs") and the library.
+def importing(need: str, install: str) -> Iterator[None]:
+    """Turn an ImportError in the block into an IncompatibleError: `need` (such as "serving needs") and the library.
 
     `install` is what pip installs for it.
     """
     try:
         yield
     except ImportError as error:
-        message = f"{what} {error.name}, which is not installed"
+        message = f"{need} {error.name}, which is not installed"
         raise IncompatibleError(message, f"run: pip install {install}") from error

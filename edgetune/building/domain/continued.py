@@ -131,8 +131,8 @@ class _Stage:
 
     def base(self, figures: Mapping[str, Any]) -> Base:
         """The continued base with its figures, for the rest of the build."""
-        made = sha256_of(self.path), read_header(self.path)
-        return Base(self.source.name, self.path, *made, self.source.quantization, figures)
+        digest, header = sha256_of(self.path), read_header(self.path)
+        return Base(self.source.name, self.path, digest, header, self.source.quantization, figures)
 
     def finished(self) -> dict[str, Any] | None:
         """The figures of a continued base that is already written, else None."""
@@ -152,8 +152,8 @@ class _Stage:
         with self.job.method.loaded(checkpoint) as tuned, rounded_layers(tuned, self.job.rounds_to):
             trained = _perplexity(logits_of(tuned), self.job.validation)
         before = self._on_engines(self.source, model)
-        made = self.base({})
-        after = self._on_engines(made, bases.load_torch(made, torch.float32))
+        continued = self.base({})
+        after = self._on_engines(continued, bases.load_torch(continued, torch.float32))
         self._require_finite(after)
         self._report(before, trained, after)
         figures = {
@@ -165,7 +165,7 @@ class _Stage:
             "measured_tokens": sum(len(window.tokens) - 1 for window in self.job.validation),
         }
         with replacing(self.folder / "figures.json") as path:
-            stored = {"key": self.key, "sha256": made.fingerprint, "figures": figures}
+            stored = {"key": self.key, "sha256": continued.fingerprint, "figures": figures}
             path.write_text(json.dumps(stored, indent=2), encoding="utf-8")
         return figures
 

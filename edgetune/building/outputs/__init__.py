@@ -1,1 +1,1 @@
-"""What the answers of a task may be: given by the recipe, or inferred from its training rows."""
+"""Output constraints of tasks: given by the recipe, or inferred from the training rows."""

@@ -158,10 +158,10 @@ def _contenders(tried: Sequence[PlacementTrial], budget: float) -> list[Placemen
 
 def _over_budget(name: str, tried: Sequence[PlacementTrial], budget: float, source: str) -> UsageError:
     cheapest = min(tried, key=lambda item: item.cost)
-    what = f"{cheapest.placement.title} at rank {cheapest.placement.r}"
+    placement = f"{cheapest.placement.title} at rank {cheapest.placement.r}"
     message = (
         f"adapter {name!r} slows decoding by {_percent(budget)} or more with every placement; "
-        f"the cheapest, {what}, costs {cheapest.cost:.1%} ({source})"
+        f"the cheapest, {placement}, costs {cheapest.cost:.1%} ({source})"
     )
     enough = math.floor(cheapest.cost * 100) + 1
     return UsageError(message, f"set max_decode_overhead: {enough}% or more")

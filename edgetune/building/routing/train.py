@@ -65,7 +65,7 @@ def _groups(
 
 
 def _without_unclear(prompts: Sequence[TaskPrompts], progress: Progress) -> Sequence[TaskPrompts]:
-    """Without the tasks with labels whose prompts look like those of a task without: a prompt alone cannot decide."""
+    """Leave out tasks with labels whose prompts look like those of tasks without: a prompt alone cannot decide."""
     if len({task.has_labels for task in prompts}) < 2:
         return prompts
     odds, expected = _validation(prompts, _fitted(prompts, GENERAL_REQUESTS))
@@ -73,8 +73,8 @@ def _without_unclear(prompts: Sequence[TaskPrompts], progress: Progress) -> Sequ
     for number, task in enumerate(prompts):
         share = (odds.argmax(1) == number)[expected == number].mean()
         if task.has_labels and share < _DISTINCT:
-            what = f"{1 - share:.0%} of its validation prompts look like those of other tasks"
-            progress.say(f"router: {GENERATE} leaves out {task.name}, which has labels, as {what}")
+            reason = f"{1 - share:.0%} of its validation prompts look like those of other tasks"
+            progress.say(f"router: {GENERATE} leaves out {task.name}, which has labels, as {reason}")
         else:
             clear.append(task)
     return clear
@@ -88,22 +88,22 @@ def _trained(tasks: Sequence[TaskPrompts], threshold: float) -> tuple[PromptClas
     classifier = _fitted(tasks, GENERAL_REQUESTS)
     (odds, expected), others = _validation(tasks, classifier), _odds_of_others(tasks)
 
-    def kept(shift: float, threshold: float) -> NDArray[np.bool_]:
+    def routed(shift: float, threshold: float) -> NDArray[np.bool_]:
         chances = probabilities(odds + shift)
         is_kept: NDArray[np.bool_] = (chances.argmax(1) == expected) & (chances.max(1) >= threshold)
         return is_kept
 
-    def found(shift: float, threshold: float) -> float:
+    def rejected(shift: float, threshold: float) -> float:
         return float((probabilities(others + shift).max(1) < threshold).mean())
 
-    most = max(kept(shift, _EVEN).mean() for shift in _SHIFTS)
+    most = max(routed(shift, _EVEN).mean() for shift in _SHIFTS)
     limit = max(most - _MOST_LOST, min(most - _LEAST_LOST, _GOAL))
-    candidates = [shift for shift in _SHIFTS if kept(shift, _EVEN).mean() >= limit]
-    shift = max(candidates, key=lambda each: kept(each, _EVEN).mean() + found(each, _EVEN))
-    is_kept = kept(shift, threshold)
+    candidates = [shift for shift in _SHIFTS if routed(shift, _EVEN).mean() >= limit]
+    shift = max(candidates, key=lambda each: routed(each, _EVEN).mean() + rejected(each, _EVEN))
+    is_kept = routed(shift, threshold)
     right = {task.name: round(float(is_kept[expected == number].mean()), 4) for number, task in enumerate(tasks)}
     shifted = replace(classifier, biases=classifier.biases + np.float32(shift))
-    return shifted, RoutedCall(tuple(right), threshold, right, round(found(shift, threshold), 4))
+    return shifted, RoutedCall(tuple(right), threshold, right, round(rejected(shift, threshold), 4))
 
 
 def _validation(
@@ -122,9 +122,9 @@ def _odds_of_others(tasks: Sequence[TaskPrompts]) -> NDArray[np.float32]:
     rows = []
     rounds = tasks[:_MAX_ROUNDS] if len(tasks) > 1 else [None, None]
     for number, left_out in enumerate(rounds):
-        learned, asked = GENERAL_REQUESTS[number % 2 :: 2], GENERAL_REQUESTS[1 - number % 2 :: 2]
+        learned, unseen = GENERAL_REQUESTS[number % 2 :: 2], GENERAL_REQUESTS[1 - number % 2 :: 2]
         classifier = _fitted([task for task in tasks if task is not left_out], learned)
-        prompts = [*asked, *(() if left_out is None else left_out.validation)]
+        prompts = [*unseen, *(() if left_out is None else left_out.validation)]
         rows += [classifier.log_odds(prompt) for prompt in prompts]
     missing = np.float32(-np.inf)
     return np.stack([np.append(row, [missing] * (len(tasks) - len(row))) for row in rows])

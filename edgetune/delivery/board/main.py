@@ -24,7 +24,7 @@ from . import check, install, uninstall
 from .updates import updates_from_options
 
 PROGRAM = "edgetune-board"
-"""Its name in front of messages."""
+"""The program's name in front of messages."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,11 +143,11 @@ def _unit(options: argparse.Namespace, kit: Kit, name: str) -> service.Unit | No
     return service.unit_from_options(name, options.host or service.LOOPBACK, port)
 
 
-def _linger_warnings(what: str) -> list[str]:
+def _linger_warnings(unit: str) -> list[str]:
     if os.geteuid() == 0 or systemd.lingers():
         return []
     remedy = f"run once: sudo loginctl enable-linger {systemd.user_name()}"
-    return [f"{what} ends when you log out, and does not start with the board; {remedy}"]
+    return [f"{unit} ends when you log out, and does not start with the board; {remedy}"]
 
 
 def _check(options: argparse.Namespace) -> None:

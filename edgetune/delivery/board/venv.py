@@ -58,8 +58,8 @@ def _call(command: list[str]) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON"))}
     # Without the settings of a pip.conf either.
     clean["PIP_CONFIG_FILE"] = os.devnull
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
+    if process.returncode:
+        lines = (process.stderr or process.stdout).strip().splitlines() or [f"exit code {process.returncode}"]
         message = f"making the virtual environment failed: {lines[-1]}"
         raise IncompatibleError(message, "free some space, or report it with the output of board.pyz check")

@@ -25,9 +25,9 @@ def on_each(targets: Sequence[Target], parallel: int, act: Callable[[Target], Ou
     with ThreadPoolExecutor(parallel) as pool:
         started = {pool.submit(act, target): target for target in targets}
         try:
-            for done in as_completed(started):
-                target, error = started[done], done.exception()
+            for future in as_completed(started):
+                target, error = started[future], future.exception()
                 text = str(error).removeprefix(f"{target}: ")
-                yield done.result() if error is None else Failed(target, text)
+                yield future.result() if error is None else Failed(target, text)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

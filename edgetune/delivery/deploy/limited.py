@@ -13,7 +13,7 @@ MOST_BYTES = 10**6
 _CHUNK_BYTES = 1 << 16
 _LOOK_EVERY_S = 0.2
 _REST_S = 5.0
-"""For output that is still in the pipes when the process ends."""
+"""Time to read output that is still in the pipes when the process ends."""
 
 
 class LimitedProcess:
@@ -93,9 +93,9 @@ class LimitedProcess:
                 self._exceed(f"did not end in {self._limit_s:.0f} s")
                 return
 
-    def _exceed(self, what: str) -> None:
+    def _exceed(self, problem: str) -> None:
         # Before its end, which others wait for.
         with self._printed:
-            self.exceeded = self.exceeded or what
+            self.exceeded = self.exceeded or problem
             self._printed.notify_all()
         self._process.kill()

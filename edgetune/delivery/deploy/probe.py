@@ -56,7 +56,7 @@ _FORMS = {
 """The forms of a board's answers; a hostile one may print anything."""
 _X86_BOARD = "laptop"
 _KEPT_SHARE = 0.75
-"""Of its memory, a board reports at least this share: a Pi 4 with 1,024 MiB reports 909, less with a display."""
+"""Least share of its memory that a board reports: a Pi 4 with 1,024 MiB reports 909, less with a display."""
 
 
 @dataclass(frozen=True)

@@ -177,8 +177,8 @@ class Connection:
 
 def _class_of(code: int) -> type[EdgetuneError]:
     """The class of errors with this exit code."""
-    own = (cls for cls in EdgetuneError.__subclasses__() if "exit_code" in vars(cls))
-    return next((cls for cls in own if cls.exit_code == code), EdgetuneError)
+    classes = (cls for cls in EdgetuneError.__subclasses__() if "exit_code" in vars(cls))
+    return next((cls for cls in classes if cls.exit_code == code), EdgetuneError)
 
 
 def _printable(data: bytes) -> str:

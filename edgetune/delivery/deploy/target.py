@@ -1,4 +1,4 @@
-"""Which boards a deploy goes to: USER@HOST[:PORT], or an inventory file of such lines."""
+"""Parses the boards to deploy to: USER@HOST[:PORT], or an inventory file of such lines."""
 
 from __future__ import annotations
 

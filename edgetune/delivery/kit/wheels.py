@@ -91,16 +91,16 @@ def require_wheel_of(name: str, path: Path, target: TargetPython) -> None:
 
 
 def collect(
-    extras: Sequence[str], target: TargetPython, own: Sequence[Path], cache: Path, progress: Progress
+    extras: Sequence[str], target: TargetPython, local: Sequence[Path], cache: Path, progress: Progress
 ) -> list[Wheel]:
     """The wheels of the runtime with `extras`, of all that they import, and of pip, sorted by name.
 
-    `own` are the wheels that are not downloaded: the runtime's, and llama-cpp-python's if an extra needs it. The others
-    have the versions that are installed here, with which bundles were checked, or else the newest; they are downloaded
-    into the folder `cache`, unless it has them.
+    The `local` wheels are not downloaded: the runtime's, and llama-cpp-python's if an extra needs it. The others have
+    the versions that are installed here, with which bundles were checked, or else the newest; they are downloaded into
+    the folder `cache`, unless it has them.
     """
-    wheels = {wheel.name: wheel for wheel in map(read_wheel, own)}
-    done: dict[str, set[str]] = {}
+    wheels = {wheel.name: wheel for wheel in map(read_wheel, local)}
+    extras_of: dict[str, set[str]] = {}
     pending = [Requirement(f"{DISTRIBUTION}[{','.join(extras)}]"), Requirement(_PIP)]
     while pending:
         missing = [item for item in pending if canonicalize_name(item.name) not in wheels]
@@ -115,11 +115,11 @@ def collect(
             if not wheel.meets(requirement):
                 message = f"{wheel.path.name} does not meet {requirement}"
                 raise IncompatibleError(message, f"install a fitting {requirement.name} here, then make the kit again")
-            if name not in done or not requirement.extras <= done[name]:
-                done[name] = done.get(name, set()) | requirement.extras
-                following += dependencies(wheel, done[name], target)
+            if name not in extras_of or not requirement.extras <= extras_of[name]:
+                extras_of[name] = extras_of.get(name, set()) | requirement.extras
+                following += dependencies(wheel, extras_of[name], target)
         pending = following
-    return [wheels[name] for name in sorted(done)]
+    return [wheels[name] for name in sorted(extras_of)]
 
 
 def dependencies(wheel: Wheel, extras: set[str], target: TargetPython) -> Iterator[Requirement]:
@@ -187,13 +187,13 @@ def _pip_download(requirements: Sequence[Requirement], target: TargetPython, fol
     options = ("--quiet", "--no-deps", "--disable-pip-version-check", "--dest", folder)
     words = [f"{item.name}{item.specifier}" for item in requirements]
     command = [sys.executable, "-P", "-m", _PIP, "download", *options, *target.pip_options(), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode == 0:
         return
-    lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+    lines = [line.removeprefix("ERROR: ") for line in process.stderr.splitlines() if line.startswith("ERROR: ")]
     missing = next((line.removeprefix(_NO_MATCH) for line in lines if line.startswith(_NO_MATCH)), None)
     if missing is not None:
         message = f"there is no wheel of {missing} for Python {target.python} on {target.machine}"
         raise IncompatibleError(message, "choose another --python, or check the network")
-    reason = (lines or done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    reason = (lines or process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
     raise UnreachableError(f"pip could not download {words[0]}: {reason}", "check the network")

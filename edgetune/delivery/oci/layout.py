@@ -79,8 +79,8 @@ class ImageLayout:
             "annotations": {_TAG: self.reference.tag},
         }
         with FileLock(self._folder / ".lock"):
-            kept = [item for item in self._index() if _tag_of(item) != self.reference.tag]
-            index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*kept, described]}
+            others = [item for item in self._index() if _tag_of(item) != self.reference.tag]
+            index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, described]}
             _write(self._folder / _INDEX_NAME, index)
 
     def _blob(self, digest: str) -> Path:
@@ -89,9 +89,9 @@ class ImageLayout:
     def _digest_of_tag(self) -> str:
         tags = {_tag_of(item): item["digest"] for item in self._index()}
         if self.reference.tag not in tags:
-            known = first_of(sorted(filter(None, tags)), 10, ", ") or "none"
+            names = first_of(sorted(filter(None, tags)), 10, ", ") or "none"
             message = f"{self._folder} has no tag {self.reference.tag}"
-            raise NotFoundError(message, f"its tags are: {known}")
+            raise NotFoundError(message, f"its tags are: {names}")
         return str(tags[self.reference.tag]).removeprefix("sha256:")
 
     def _index(self) -> list[dict[str, Any]]:
@@ -99,8 +99,8 @@ class ImageLayout:
         path = self._folder / _INDEX_NAME
         try:
             with open_regular(path, follows_links=True) as file:
-                found = json.loads(file.read(_MOST_INDEX_BYTES))["manifests"]
-            for item in found:
+                artifacts = json.loads(file.read(_MOST_INDEX_BYTES))["manifests"]
+            for item in artifacts:
                 file_entry({"sha256": item["digest"].removeprefix("sha256:"), "bytes": item["size"]})
                 if not isinstance(_tag_of(item), str | None):
                     raise TypeError("a tag is not text")
@@ -108,7 +108,7 @@ class ImageLayout:
             return []
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise VerificationError(f"{path} is damaged: {error}", "restore it from a backup") from error
-        return list(found)
+        return list(artifacts)
 
 
 def _tag_of(described: dict[str, Any]) -> str | None:

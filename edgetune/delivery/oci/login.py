@@ -106,12 +106,12 @@ def _of_docker(host: str) -> Credentials | None:
 def _of_helper(program: str, host: str) -> Credentials | None:
     """What a program of Docker's has stored for a registry; None if it knows nothing of it."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [program, "get"], input=host, capture_output=True, text=True, timeout=_HELPER_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"{program} of Docker's settings cannot be run: {error}", "give --username") from error
-    if done.returncode != 0:
+    if process.returncode != 0:
         return None
-    found = json.loads(done.stdout)
-    return Credentials(found["Username"], found["Secret"])
+    stored = json.loads(process.stdout)
+    return Credentials(stored["Username"], stored["Secret"])

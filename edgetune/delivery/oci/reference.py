@@ -55,8 +55,8 @@ class Reference:
 
 def parse_reference(text: str) -> Reference:
     """The reference that a user wrote; UsageError for anything else."""
-    found = _REGISTRY.fullmatch(text) or _LAYOUT.fullmatch(text)
-    if found is None:
+    match = _REGISTRY.fullmatch(text) or _LAYOUT.fullmatch(text)
+    if match is None:
         remedy = "write oci://REGISTRY/NAME:TAG with the name in lower case, or oci-layout:DIR:TAG"
         raise UsageError(f"{text!r} is not a reference to an artifact", remedy)
-    return Reference(**found.groupdict())
+    return Reference(**match.groupdict())

@@ -93,9 +93,9 @@ def push(bundle: Path, store: ArtifactStore, progress: Progress) -> Pushed:
     manifest = read_manifest(bundle)
     progress.say(f"checking the files of {manifest.name}")
     verify_files(bundle, manifest)
-    own = [name for name in (MANIFEST_NAME, SIGNATURE_NAME) if (bundle / name).exists()]
-    sources = {name: resolve(bundle, name) for name in (*manifest.files, *own)}
-    files = {**manifest.files, **{name: _entry(sources[name]) for name in own}}
+    unlisted = [name for name in (MANIFEST_NAME, SIGNATURE_NAME) if (bundle / name).exists()]
+    sources = {name: resolve(bundle, name) for name in (*manifest.files, *unlisted)}
+    files = {**manifest.files, **{name: _entry(sources[name]) for name in unlisted}}
     config = config_of(manifest, files)
     blobs: dict[FileEntry, Path | bytes] = {entry: sources[name] for name, entry in files.items()}
     blobs[FileEntry(hashlib.sha256(config).hexdigest(), len(config))] = config
@@ -164,14 +164,15 @@ def _fetch_manifest(
     store: ArtifactStore, files: Mapping[str, FileEntry], received: Store, folder: Path, trusted_keys: Path | None
 ) -> Manifest:
     """Fetch the manifest and its signature into `folder`; VerificationError unless `files` has the bundle's files."""
-    own = {name: files[name] for name in (MANIFEST_NAME, SIGNATURE_NAME) if name in files}
+    unlisted = {name: files[name] for name in (MANIFEST_NAME, SIGNATURE_NAME) if name in files}
     for name, most in ((MANIFEST_NAME, LONGEST_MANIFEST), (SIGNATURE_NAME, LONGEST_SIGNATURE)):
-        if name in own and own[name].bytes > most:
-            raise VerificationError(f"{name} of {store.reference} has {own[name].bytes} bytes", "push the bundle again")
-    for entry in own.values():
+        if name in unlisted and unlisted[name].bytes > most:
+            message = f"{name} of {store.reference} has {unlisted[name].bytes} bytes"
+            raise VerificationError(message, "push the bundle again")
+    for entry in unlisted.values():
         if received.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
             received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), _GOES_ON)
-    _place(received, own, folder)
+    _place(received, unlisted, folder)
     manifest = with_present_formats(read_signed_manifest(folder, trusted_keys), files.__contains__)
     wrong = [name for name, entry in manifest.files.items() if files.get(name) != entry]
     if wrong:

@@ -48,8 +48,8 @@ def open_external(uri: str, key: Key) -> Signer:
 
 
 @contextmanager
-def signing(what: str) -> Iterator[None]:
-    """Turn the errors of signing with a key of `what` in the block into a UsageError."""
+def signing(holder: str) -> Iterator[None]:
+    """Turn the errors of signing in the block into a UsageError; `holder` is the role or the URI that has the key."""
     try:
         yield
     except EdgetuneError:
@@ -57,14 +57,14 @@ def signing(what: str) -> Iterator[None]:
     except Exception as error:
         # Each library of tokens and services has errors of its own, some without a text; TUF wraps them.
         cause = error.__cause__ or error
-        message = f"a key of {what} cannot sign: {shortened(str(cause)) or type(cause).__name__}"
+        message = f"a key of {holder} cannot sign: {shortened(str(cause)) or type(cause).__name__}"
         raise UsageError(message, f"check the token or service, its settings and {PIN}") from error
 
 
 @cache
 def _secret_of_user(secret: str) -> str:
     """The PIN of a token: in the environment, or else asked for once."""
-    found = os.environ.get(PIN)
-    if found is None and not sys.stdin.isatty():
+    pin = os.environ.get(PIN)
+    if pin is None and not sys.stdin.isatty():
         raise UsageError(f"the keys have a {secret}, and nobody is there to ask for it", f"set {PIN}")
-    return getpass(f"The {secret} of the keys: ") if found is None else found
+    return getpass(f"The {secret} of the keys: ") if pin is None else pin

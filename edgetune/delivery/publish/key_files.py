@@ -38,16 +38,16 @@ def passphrase_of_user(*, is_new: bool) -> Passphrase:
 
     @cache
     def ask() -> str:
-        found = os.environ.get(PASSPHRASE)
-        if found is None and not sys.stdin.isatty():
+        passphrase = os.environ.get(PASSPHRASE)
+        if passphrase is None and not sys.stdin.isatty():
             raise UsageError("the keys have a passphrase, and nobody is there to ask for it", f"set {PASSPHRASE}")
-        found = getpass("Passphrase of the keys: ") if found is None else found
-        if is_new and len(found) < _MIN_CHARACTERS:
-            message = f"the passphrase has {len(found)} characters"
+        passphrase = getpass("Passphrase of the keys: ") if passphrase is None else passphrase
+        if is_new and len(passphrase) < _MIN_CHARACTERS:
+            message = f"the passphrase has {len(passphrase)} characters"
             raise UsageError(message, f"use {_MIN_CHARACTERS} or more")
-        if is_new and PASSPHRASE not in os.environ and getpass("Again: ") != found:
+        if is_new and PASSPHRASE not in os.environ and getpass("Again: ") != passphrase:
             raise UsageError("the two passphrases differ", "run the command again")
-        return found
+        return passphrase
 
     return ask
 

@@ -43,10 +43,10 @@ class KeyFolder:
     @property
     def roots(self) -> list[Path]:
         """The versions of the root, oldest first; NotFoundError if there is none."""
-        found = sorted(self.folder.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0]))
-        if not found:
+        paths = sorted(self.folder.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0]))
+        if not paths:
             raise NotFoundError(f"{self.folder} has no keys", f"make them: edgetune keys init {self.folder}")
-        return found
+        return paths
 
     def root(self) -> Metadata[Root]:
         """The newest root."""
@@ -63,8 +63,8 @@ class KeyFolder:
 
     def role_of(self, bundle: str) -> str:
         """The role that signs a bundle."""
-        own = f"{OF_ONE_BUNDLE}{bundle}"
-        return own if self.trusted_keys(own).is_file() else BUNDLES
+        role = f"{OF_ONE_BUNDLE}{bundle}"
+        return role if self.trusted_keys(role).is_file() else BUNDLES
 
     def trusted_keys(self, role: str) -> Path:
         """The file with the keys of a role that signs bundles."""
@@ -138,13 +138,13 @@ class KeyFolder:
         UsageError if its role needs it.
         """
         roles = self.roles if role is None else [role]
-        found = {(role, key.keyid) for role in roles for key in self.keys(role) if key.keyid.startswith(keyid)}
-        if len(found) != 1:
+        matches = {(role, key.keyid) for role in roles for key in self.keys(role) if key.keyid.startswith(keyid)}
+        if len(matches) != 1:
             raise NotFoundError(
-                f"{len(found)} keys have an id that begins with {keyid!r}",
+                f"{len(matches)} keys have an id that begins with {keyid!r}",
                 f"see: edgetune keys list {self.folder}; give more digits, or --role",
             )
-        ((role, full),) = found
+        ((role, full),) = matches
         rest = [key for key in self.keys(role) if key.keyid != full]
         least = self.root().signed.roles[role].threshold if role in ROOT_ROLES else 1
         if len(rest) < least:
@@ -214,10 +214,10 @@ def missing_keys(role: str, keys: KeyFolder) -> NotFoundError:
     return NotFoundError(message, f"copy them there, or replace them: edgetune keys rotate {keys.folder} {role}")
 
 
-def require_name(what: str, name: str) -> None:
+def require_name(field: str, name: str) -> None:
     """UsageError unless a name can be part of a repository's paths."""
     if not NAME.fullmatch(name):
-        raise UsageError(f"{what} is {name!r}", "use up to 100 letters, digits, dots, - and _")
+        raise UsageError(f"{field} is {name!r}", "use up to 100 letters, digits, dots, - and _")
 
 
 def _write(path: Path, data: bytes) -> None:

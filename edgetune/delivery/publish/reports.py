@@ -60,8 +60,8 @@ def fleet_status(repo: Path, silent_days: float) -> FleetStatus:
         if each is not None:
             by_release[each.name, each.channel, each.release].append(each)
     limit = datetime.now(UTC) - timedelta(days=silent_days)
-    counts = [_count(key, found, limit) for key, found in sorted(by_release.items(), reverse=True)]
-    failing = [each for found in by_release.values() for each in found if each.error]
+    counts = [_count(key, group, limit) for key, group in sorted(by_release.items(), reverse=True)]
+    failing = [each for group in by_release.values() for each in group if each.error]
     return FleetStatus(counts, failing, reports.count(None))
 
 

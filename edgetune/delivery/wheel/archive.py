@@ -35,5 +35,5 @@ def _python_files(package: Path) -> Iterable[Path]:
 
 def _licenses(source: Path) -> dict[str, Path]:
     llama = source / "vendor/llama.cpp"
-    own = {"LICENSE.md": source / "LICENSE.md", "llama.cpp/LICENSE": llama / "LICENSE"}
-    return own | {f"llama.cpp/{path.name}": path for path in sorted(llama.glob("licenses/LICENSE*"))}
+    licenses = {"LICENSE.md": source / "LICENSE.md", "llama.cpp/LICENSE": llama / "LICENSE"}
+    return licenses | {f"llama.cpp/{path.name}": path for path in sorted(llama.glob("licenses/LICENSE*"))}

@@ -37,8 +37,8 @@ class PrefixedModel(torch.nn.Module):
         encoder, tokens = self.peft.prompt_encoder[name], self.peft.prompt_tokens[name]
         device = next(encoder.parameters()).device
         with torch.autocast(device.type, enabled=False):
-            made: torch.Tensor = encoder(tokens[None].to(device))[0]
-        return made
+            encoded: torch.Tensor = encoder(tokens[None].to(device))[0]
+        return encoded
 
 
 class CachePrefixedModel(PrefixedModel):
@@ -64,13 +64,13 @@ class TokenPrefixedModel(PrefixedModel):
     ) -> Any:  # noqa: ANN401 - transformers' output
         """Logits at `logits_to_keep`, counted from the first given token."""
         base = self.peft.get_base_model()
-        soft, given = self.positions(), base.get_input_embeddings()(input_ids)
-        shifted = packed.after_tokens(len(soft))
+        virtual, embedded = self.positions(), base.get_input_embeddings()(input_ids)
+        shifted = packed.after_tokens(len(virtual))
         return base(
-            inputs_embeds=torch.cat([soft[None].to(given.dtype), given], 1),
+            inputs_embeds=torch.cat([virtual[None].to(embedded.dtype), embedded], 1),
             position_ids=shifted.positions,
             packed=shifted,
-            logits_to_keep=logits_to_keep + len(soft),
+            logits_to_keep=logits_to_keep + len(virtual),
             **inputs,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetune.tasks.data import TaskRow, said
+from edgetune.tasks.data import TaskRow, answer_text
 
 FieldPath = tuple[str | int, ...]
 """Keys and positions that lead to a value."""
@@ -41,7 +41,7 @@ class Answer:
 
     @property
     def parts(self) -> list[Any]:
-        """What says something of its own: each call, each item of a list, or the whole."""
+        """The independent parts: each call, each item of a list, or the whole answer."""
         return self.value if isinstance(self.value, list) else [self.value]
 
     def scalars(self) -> Iterator[tuple[FieldPath, Scalar]]:
@@ -57,12 +57,12 @@ class Answer:
 
     def record(self, place: int) -> dict[str, Scalar]:
         """The fields of one of the parts that occur once in it; "" is the function of a call."""
-        found: dict[str, list[Scalar]] = {}
+        by_field: dict[str, list[Scalar]] = {}
         for path, value in self.scalars():
             if not isinstance(self.value, list) or path[0] == place:
-                found.setdefault(self.field(path), []).append(value)
+                by_field.setdefault(self.field(path), []).append(value)
         function = {"": self.value[place]["name"]} if self.has_calls else {}
-        return {**{name: values[0] for name, values in found.items() if len(values) == 1}, **function}
+        return {**{name: values[0] for name, values in by_field.items() if len(values) == 1}, **function}
 
     def with_scalars(self, changes: Mapping[FieldPath, Scalar]) -> Any:  # noqa: ANN401 - any JSON value
         """The value with other texts and numbers at these paths."""
@@ -70,12 +70,16 @@ class Answer:
 
     def row(self, row: TaskRow, prompt: str, value: Any) -> TaskRow:  # noqa: ANN401 - any JSON value
         """The row with another last turn of the user, and with `value` in place of this one's."""
-        asked = with_prompt(row, prompt)
+        changed = with_prompt(row, prompt)
         if row.turn is None:
-            return replace(asked, completion=json.dumps(value, **self.style))
-        made = [{**call, "function": own} for call, own in zip(row.turn["tool_calls"], value, strict=True)]
+            return replace(changed, completion=json.dumps(value, **self.style))
+        tool_calls = [
+            {**call, "function": function} for call, function in zip(row.turn["tool_calls"], value, strict=True)
+        ]
         calls = [(function["name"], function["arguments"]) for function in value]
-        return replace(asked, completion=said(row.turn["content"], calls), turn={**row.turn, "tool_calls": made})
+        return replace(
+            changed, completion=answer_text(row.turn["content"], calls), turn={**row.turn, "tool_calls": tool_calls}
+        )
 
 
 def prompt_of(row: TaskRow) -> str:

@@ -49,16 +49,16 @@ def reordered(item: SlottedRow, rng: random.Random) -> TaskRow | None:
 def _are_independent(prompt: str, clauses: list[str]) -> bool:
     words = [clause.lower().split() for clause in clauses]
     refers = _REFERRING & set(re.findall(r"\w+", prompt.lower()))
-    return not refers and all(len(own) >= _SHORTEST and own[0] not in _INCOMPLETE for own in words)
+    return not refers and all(len(clause) >= _SHORTEST and clause[0] not in _INCOMPLETE for clause in words)
 
 
 def _are_pairs(item: SlottedRow, pieces: list[str]) -> bool:
     """Whether the clause of each part has its values, and only these."""
-    start, found = 0, []
+    start, parts = 0, []
     for place, piece in enumerate(pieces):
         end = start + len(piece)
         inside = [slot for slot in item.slots if any(start <= m.start and m.end <= end for m in slot.mentions)]
         if place % 2 == 0:
-            found.append({path[0] for slot in inside for path in slot.paths})
+            parts.append({path[0] for slot in inside for path in slot.paths})
         start = end
-    return found == [{place} for place in range(len(found))]
+    return parts == [{place} for place in range(len(parts))]

@@ -19,9 +19,9 @@ from .slots import Mention
 from .values import SlottedRow, Values
 
 _TRIES = 3
-"""How often a copy is tried that turns out like another row."""
+"""Attempts at a copy whose prompt no other row has."""
 _MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
-"""What nobody says or types in haste."""
+"""Characters that nobody says or types in haste."""
 _WORD = re.compile(r"\w+(?:[.:,]\d+)*")
 _NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
 
@@ -61,15 +61,15 @@ def copies_of(
     `schema` is that of the recipe's output. Raises UsageError for values of fields that no answer has.
     """
     maker = _Maker(rows, spec, schema, validation)
-    made = [
+    copies = [
         changed
         for place, row in enumerate(rows)
         for number in range(1, spec.copies + 1)
         if (changed := maker.copy(row, number, f"{seed}/{place}/{number}"))
     ]
     if spec.negatives is None:
-        return made
-    return made + maker.negatives(spec.negatives, others, random.Random(f"{seed}/negatives"))
+        return copies
+    return copies + maker.negatives(spec.negatives, others, random.Random(f"{seed}/negatives"))
 
 
 class _Maker:
@@ -97,11 +97,11 @@ class _Maker:
         if not prompt_of(row):
             return None
         for attempt in range(_TRIES):
-            made, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))
+            changed, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))
             if not changes:
                 return None
-            if self._is_new(made):
-                return ChangedRow(replace(made, where=f"{row.where}, copy {number}"), row, tuple(changes))
+            if self._is_new(changed):
+                return ChangedRow(replace(changed, where=f"{row.where}, copy {number}"), row, tuple(changes))
         return None
 
     def negatives(self, spec: NegativesSpec, others: Sequence[TaskRow], rng: random.Random) -> list[ChangedRow]:
@@ -110,20 +110,20 @@ class _Maker:
         answer = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
         prompts = [*spec.prompts, *(prompt for row in others if (prompt := prompt_of(row)))]
         rng.shuffle(prompts)
-        made: list[ChangedRow] = []
+        negatives: list[ChangedRow] = []
         for prompt in prompts:
             source = rng.choice(self._rows)
-            if len(made) >= spec.share * len(self._rows):
+            if len(negatives) >= spec.share * len(self._rows):
                 break
             if not source.messages:
                 continue
             before = [turn for turn in source.messages[:1] if turn["role"] == "system"]
             messages = (*before, {"role": "user", "content": prompt})
-            where = f"negative {len(made) + 1}"
+            where = f"negative {len(negatives) + 1}"
             row = replace(source, where=where, messages=messages, completion=answer, turn=None, weight=1.0)
             if self._is_new(row):
-                made.append(ChangedRow(row, row, ("negative",)))
-        return made
+                negatives.append(ChangedRow(row, row, ("negative",)))
+        return negatives
 
     def _changed(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
         changes: list[str] = []
@@ -152,8 +152,8 @@ class _Maker:
         def changed(text: str) -> str:
             return _NUMBER.sub(lambda match: others.get(match[0], match[0]), text)
 
-        made = replace(with_prompt(row, changed(prompt)), completion=changed(row.completion or ""))
-        return made, [f"{number} → {other}" for number, other in others.items()]
+        changed_row = replace(with_prompt(row, changed(prompt)), completion=changed(row.completion or ""))
+        return changed_row, [f"{number} → {other}" for number, other in others.items()]
 
     def _is_new(self, row: TaskRow) -> bool:
         """Whether no other row has its prompt; remembers it."""
@@ -183,7 +183,7 @@ def _kind(number: str, prompt: str) -> str:
 
 
 def _kept(row: TaskRow) -> list[Mention]:
-    """What noise must not change: the texts of the prompt that the answer has too."""
+    """The texts of the prompt that noise must not change, since the answer has them too."""
     item = SlottedRow.of(row)
     if item is not None:
         return [mention for slot in item.slots if isinstance(slot.value, str) for mention in slot.mentions]

@@ -77,8 +77,8 @@ def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
     word = word.lower()
     if not english:
         return word
-    if word.isdigit() and (said := number_word(int(word))) is not None:
-        return said.replace("-", " ")
+    if word.isdigit() and (words := number_word(int(word))) is not None:
+        return words.replace("-", " ")
     return _misheard(word, rng) if rng.random() < _WORD_RATE else word
 
 

@@ -53,9 +53,9 @@ def slots_of(prompt: str, answer: Answer) -> list[Slot]:
 def mentions_of(text: str, value: Scalar) -> list[Mention]:
     """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words."""
     pattern = _text_pattern(value) if isinstance(value, str) else _number_pattern(value)
-    found = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
+    mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
     is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
-    return [] if is_short and len(found) > 1 else found
+    return [] if is_short and len(mentions) > 1 else mentions
 
 
 def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]]) -> str:
@@ -85,8 +85,8 @@ def _text_pattern(value: str) -> re.Pattern[str] | None:
     if not words or (len(words) == 1 and len(spoken(value)) < 2 and not value.isdigit()):
         return None
     plural = "(?P<plural>(?:e?s)?)" if value[-1].isalpha() and not value.lower().endswith("s") else "(?P<plural>)"
-    said = r"[\s_-]+".join(words)
-    return re.compile(rf"{_NOT_INSIDE}{said}{plural}{_NOT_BEFORE}", re.IGNORECASE)
+    phrase = r"[\s_-]+".join(words)
+    return re.compile(rf"{_NOT_INSIDE}{phrase}{plural}{_NOT_BEFORE}", re.IGNORECASE)
 
 
 @lru_cache(maxsize=4096)
@@ -108,12 +108,12 @@ def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:
         return word or (f"{new:g}" if isinstance(new, float) else str(new))
     if text == old:
         return new
-    said = _plural(spoken(new)) if is_plural else spoken(new)
+    phrase = _plural(spoken(new)) if is_plural else spoken(new)
     if text.islower() and not str(old).islower():
-        return said.lower()
-    if said.islower() and text[0].isupper():
-        return said.upper() if text.isupper() and len(text) > 1 else said[0].upper() + said[1:]
-    return said
+        return phrase.lower()
+    if phrase.islower() and text[0].isupper():
+        return phrase.upper() if text.isupper() and len(text) > 1 else phrase[0].upper() + phrase[1:]
+    return phrase
 
 
 def _plural(word: str) -> str:

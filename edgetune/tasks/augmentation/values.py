@@ -49,22 +49,24 @@ class SlottedRow:
 class Values:
     """The values that can take the place of others, by field.
 
-    `given` are those of the user, `schema` that of the recipe's output. Raises UsageError for a given field that no
+    `listed` are those of the user, `schema` that of the recipe's output. Raises UsageError for a given field that no
     answer has, and for given texts where answers have numbers or the reverse.
     """
 
     def __init__(
-        self, rows: Sequence[SlottedRow], given: Mapping[str, Sequence[Scalar]], schema: Mapping[str, Any] | None
+        self, rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scalar]], schema: Mapping[str, Any] | None
     ) -> None:
-        _check_given(rows, given)
-        said = Counter(slot.field for item in rows for slot in item.slots)
+        _check_listed(rows, listed)
+        mentioned = Counter(slot.field for item in rows for slot in item.slots)
         records = [item.answer.record(place) for item in rows for place in range(len(item.answer.parts))]
         having = Counter(field for record in records for field in record)
-        self._unsaid = {field for field, count in having.items() if said[field] * 2 < count}
+        self._unmentioned = {field for field, count in having.items() if mentioned[field] * 2 < count}
         # The user knows better.
-        open_fields = said.keys() - given.keys()
-        self._fixed = {field for field in open_fields if any(_depends(field, other, records) for other in self._unsaid)}
-        self._given, self._allowed = given, {} if schema is None else dict(_enums(schema))
+        open_fields = mentioned.keys() - listed.keys()
+        self._fixed = {
+            field for field in open_fields if any(_depends(field, other, records) for other in self._unmentioned)
+        }
+        self._listed, self._allowed = listed, {} if schema is None else dict(_enums(schema))
         self._near: dict[tuple[str, object], dict[Scalar, None]] = {}
         self._all: dict[str, dict[Scalar, None]] = {}
         self._pools: dict[tuple[str, object, bool], Sequence[Scalar]] = {}
@@ -75,7 +77,7 @@ class Values:
 
     def exchanged(self, item: SlottedRow, rng: random.Random) -> tuple[TaskRow, list[str]] | None:
         """The row with some other values, and what was exchanged; None if there are none that fit."""
-        options = {slot: found for slot in item.slots if len(found := self._options(item, slot)) > 1}
+        options = {slot: choices for slot in item.slots if len(choices := self._options(item, slot)) > 1}
         chosen = [slot for slot in options if rng.random() < _EXCHANGED]
         if not chosen and options:
             chosen = [rng.choice(list(options))]
@@ -86,8 +88,8 @@ class Values:
         value = item.answer.with_scalars({path: new for slot, new in changes for path in slot.paths})
         row = item.answer.row(item.row, prompt, value)
         # A new value may also be a part of another one, or be there already.
-        made = SlottedRow.of(row)
-        if made is None or len(made.slots) != len(item.slots):
+        reread = SlottedRow.of(row)
+        if reread is None or len(reread.slots) != len(item.slots):
             return None
         return row, [f"{slot.field}: {slot.value} → {new}" for slot, new in changes]
 
@@ -95,7 +97,7 @@ class Values:
         """The unsaid fields of the part of the answer that the slot is in."""
         place = slot.paths[0][0] if isinstance(item.answer.value, list) else 0
         record = item.answer.record(int(place))
-        return tuple(sorted((field, str(record[field])) for field in self._unsaid & record.keys()))
+        return tuple(sorted((field, str(record[field])) for field in self._unmentioned & record.keys()))
 
     def _options(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar]:
         """The values that can take the place of that of a slot, and its own."""
@@ -114,7 +116,7 @@ class Values:
         """The values of a field in rows with the same unsaid fields, in all rows where these are few, and the given."""
         key = (field, context, is_text)
         if key not in self._pools:
-            near = {**self._near.get((field, context), {}), **dict.fromkeys(self._given.get(field, ()))}
+            near = {**self._near.get((field, context), {}), **dict.fromkeys(self._listed.get(field, ()))}
             if len(near) <= _ENOUGH:
                 near |= self._all[field]
             fitting = [value for value in near if isinstance(value, str) == is_text]
@@ -136,12 +138,12 @@ def _other_texts(row: TaskRow) -> str:
     return "\n".join([*turns, row.tools.text if row.tools else ""])
 
 
-def _check_given(rows: Sequence[SlottedRow], given: Mapping[str, Sequence[Scalar]]) -> None:
+def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scalar]]) -> None:
     types: dict[str, set[bool]] = {}
     for item in rows:
         for path, value in item.answer.scalars():
             types.setdefault(item.answer.field(path), set()).add(isinstance(value, str))
-    for field, values in given.items():
+    for field, values in listed.items():
         if field not in types:
             message = f"data.augment.values has the field {field!r}, which no answer has"
             raise UsageError(message, suggestion(field, sorted(types)))

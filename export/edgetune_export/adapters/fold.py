@@ -144,8 +144,8 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):
         remedy = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
         problems.append(f"init_lora_weights: {initialization}, which changes the base ({remedy})")
-    what = f"adapter {name!r} has options that a GGUF LoRA does not support"
-    _raise_all(IncompatibleError, what, problems, f"or {_MERGE}")
+    summary = f"adapter {name!r} has options that a GGUF LoRA does not support"
+    _raise_all(IncompatibleError, summary, problems, f"or {_MERGE}")
 
 
 def _read_scaling(config: Mapping[str, Any], path: Path, modules: Sequence[str]) -> _Scaling:
@@ -263,6 +263,6 @@ def _mismatch(module: str, a: Floats, b: Floats, rank: int) -> str:
     return ""
 
 
-def _raise_all(error: type[EdgetuneError], what: str, problems: Sequence[str], remedy: str) -> None:
+def _raise_all(error: type[EdgetuneError], summary: str, problems: Sequence[str], remedy: str) -> None:
     if problems:
-        raise error(f"{what}: {first_of(problems)}", remedy)
+        raise error(f"{summary}: {first_of(problems)}", remedy)

@@ -32,20 +32,20 @@ def of_key(key: str) -> str:
 
 
 def matching(
-    expressions: Sequence[str], names: Sequence[str], what: str, *, whole: bool = False
+    expressions: Sequence[str], names: Sequence[str], subject: str, *, whole: bool = False
 ) -> list[set[str] | None]:
     """The names that begin with a match of each expression, or are one; None for what is no regular expression.
 
-    IncompatibleError, which says `what` the expressions are, if that takes more than LIMIT_S.
+    IncompatibleError, which says `subject` the expressions are, if that takes more than LIMIT_S.
     """
     if not expressions:
         return []
     command = [sys.executable, "-I", "-S", "-c", _PROGRAM]
     text = json.dumps([list(expressions), list(names), "fullmatch" if whole else "match"])
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+        process = subprocess.run(command, input=text, capture_output=True, text=True, timeout=LIMIT_S, check=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        message = f"matching the regular expressions of {what} takes more than {LIMIT_S:.0f} s"
+        message = f"matching the regular expressions of {subject} takes more than {LIMIT_S:.0f} s"
         raise IncompatibleError(message, "write module names in their place") from error
-    matches: list[list[int] | None] = json.loads(done.stdout)
+    matches: list[list[int] | None] = json.loads(process.stdout)
     return [None if numbers is None else {names[number] for number in numbers} for numbers in matches]

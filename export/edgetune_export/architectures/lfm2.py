@@ -26,7 +26,7 @@ class _Lfm2(Architecture):
             raise IncompatibleError(message, "use an LFM2 or LFM2.5 of text, such as LFM2.5-350M")
 
     def header_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """As llama.cpp's converter computes them."""
+        """The entries, computed as llama.cpp's converter does."""
         width = config.get("block_ff_dim") or config["intermediate_size"]
         if config.get("block_auto_adjust_ff_dim", True):
             multiple = config.get("block_multiple_of", 256)

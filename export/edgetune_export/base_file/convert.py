@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> Architecture:
     config, path = read_config(folder), folder / CONFIG_NAME
     if not isinstance(config.get("model_type"), str):
         raise VerificationError(f"{path} has no model_type", "download the model again")
-    multimodal = {known.multimodal[0] for known in architectures.known().values()}
+    multimodal = {each.multimodal[0] for each in architectures.known().values()}
     if isinstance(config.get("text_config"), dict) and config["model_type"] not in multimodal:
         message = f"{folder} is a multimodal model ({config['model_type']}), of which only the text part can be a base"
         remedy = f"use its .gguf file: that of llama.cpp's {SCRIPT} has the text part"
@@ -80,7 +80,7 @@ def _is_whole(value: object) -> bool:
 
 
 def part_of(folder: Path) -> str:
-    """What is converted of a folder that `check_folder` has accepted, in words."""
+    """The part of a folder that is converted, in words, after `check_folder` has accepted it."""
     is_multimodal = "text_config" in read_config(folder)
     return f"the text part of {folder.name}" if is_multimodal else folder.name
 
@@ -91,7 +91,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_weights(folder: Path) -> None:
-    """Without such files the converter would read pickles; it follows the index wherever that leads."""
+    """Check that all weights are in .safetensors files here: the converter would read pickles, and follow an index."""
     names = {path.name for path in weight_files(folder)}
     if not names:
         remedy = "download its .safetensors files, or save the model with save_pretrained, not as a pickle"
@@ -140,12 +140,12 @@ def convert_folder(folder: Path, out: Path, *, dtype: str = "auto", converter: P
         # -P: none of the working folder's modules, or of those beside the program.
         command = [sys.executable, "-P", str(_PROGRAM), str(script), str(source)]
         command += ["--outfile", str(out), "--outtype", dtype, *architecture.converter_options]
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, text=True, env=environment, check=False
         )
-    if done.returncode != 0 or not out.is_file():
+    if process.returncode != 0 or not out.is_file():
         out.unlink(missing_ok=True)
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
         raise IncompatibleError(f"llama.cpp cannot convert {folder}: {reason}", "check the model's files and tokenizer")
 
 

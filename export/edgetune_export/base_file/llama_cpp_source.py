@@ -23,9 +23,9 @@ def download_source(version: str, folder: Path, alternative: str = "") -> Path:
     # -P: a pip.py in the working folder is not pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     command += ["--no-binary", "llama-cpp-python", requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = list(folder.glob("*.tar.gz"))
-    if done.returncode != 0 or not archives:
+    if process.returncode != 0 or not archives:
         message = f"pip could not download the source of {requirement}"
         raise NotFoundError(message, _or("connect to the network once", alternative))
     expected = SDIST_SHA256.get(version)

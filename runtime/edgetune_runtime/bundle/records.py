@@ -31,7 +31,7 @@ LONGEST_MANIFEST = 1 << 26
 
 AUTO = "auto"
 
-"""In place of an adapter's name: the adapter that the bundle's router chooses."""
+"""Stands for an adapter's name: the adapter that the bundle's router chooses."""
 
 BASE, ERROR = "base", "error"
 
@@ -209,7 +209,7 @@ class AdapterEntry:
 
     @property
     def shared_files(self) -> list[str]:
-        """Its files that are for all formats."""
+        """The adapter's files that are for all formats."""
         return [file for file in (self.draft, self.similarity) if file is not None]
 
     def is_merged(self, engine: str) -> bool:

@@ -47,9 +47,9 @@ def clear_states(options: argparse.Namespace) -> None:
 
     store = StateStore(options.cache_folder or default_folder(), 0)
     count, answers = store.clear(), clear_all(store.folder)
-    found = {"deleted": count, "past_answers": answers}
+    result = {"deleted": count, "past_answers": answers}
     text = f"deleted {count} states, and the past answers of {answers} bundles, in {store.folder}"
-    print(json.dumps(found) if options.json else text)
+    print(json.dumps(result) if options.json else text)
 
 
 def bench(options: argparse.Namespace) -> None:

@@ -67,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgetuneError as error:
         return _fail(error, debug=options.debug)
     except Exception as error:
-        what = EdgetuneError(f"unexpected {type(error).__name__}: {error}", "run again with --debug and report it")
-        return _fail(what, debug=options.debug)
+        unexpected = EdgetuneError(
+            f"unexpected {type(error).__name__}: {error}", "run again with --debug and report it"
+        )
+        return _fail(unexpected, debug=options.debug)
     return 0
 
 
@@ -176,11 +178,11 @@ def _add_cache(commands: argparse._SubParsersAction[_Parser]) -> None:
     text = "list the prompt states saved on disk, or delete them and past answers"
     cache = commands.add_parser("cache", help=text, description=f"{text[0].upper()}{text[1:]}.")
     actions = cache.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, run, what in (
+    for name, run, effect in (
         ("ls", machine.list_states, "list states, most recently used first"),
         ("clear", machine.clear_states, "delete all states and past answers"),
     ):
-        command = actions.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+        command = actions.add_parser(name, help=effect, description=f"{effect[0].upper()}{effect[1:]}.")
         add_cache_folder(_common(command, run))
 
 

@@ -24,7 +24,7 @@ LONGEST_DRAFT = 8
 LONGEST_REPETITION = 15
 """Tokens of the longest draft from the last answer to the same prompt."""
 END = (1 << 32) - 1
-"""In a table: the answer ends here."""
+"""Entry of a table in place of a token: the answer ends here."""
 
 _MASK = (1 << 64) - 1
 _PRIME = 0x9E3779B97F4A7C15
@@ -91,7 +91,7 @@ def write_table(path: Path, table: DraftTable) -> None:
 
 
 def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
-    """What `write_table` wrote.
+    """Read a table that `write_table` wrote.
 
     Raises VerificationError for a damaged file, IncompatibleError for the table of another tokenizer.
     """

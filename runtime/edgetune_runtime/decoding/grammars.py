@@ -47,7 +47,7 @@ class Grammars:
         return compiled.deep_copy()
 
     def _restart(self, spec: OutputSpec) -> Any:  # noqa: ANN401 - llguidance's matcher
-        """As `_start`, with an automaton that has no states of other answers."""
+        """Like `_start`, with an automaton that has no states of other answers."""
         self._compiled(spec).drop(spec.digest)
         return self._start(spec)
 

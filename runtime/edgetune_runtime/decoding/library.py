@@ -14,9 +14,9 @@ from edgetune_runtime.wording import shortened
 from .child_compiler import TOO_EXPENSIVE, reason_against
 
 DEAD_END = "NoExtensionBias"
-"""In llguidance's error where no token of the vocabulary fits, and the answer may not end."""
+"""Part of llguidance's error where no token of the vocabulary fits, and the answer may not end."""
 UNKNOWN_TOKEN = "unknown special token"
-"""In llguidance's error for a control token that the vocabulary does not have."""
+"""Part of llguidance's error for a control token that the vocabulary does not have."""
 
 _SIMPLIFY = "simplify it, or bound its repetitions"
 _REMEDIES = {

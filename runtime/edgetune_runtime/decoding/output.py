@@ -51,7 +51,7 @@ class OutputSpec:
 
     @cached_property
     def _matcher(self) -> Any:  # noqa: ANN401 - llguidance's matcher
-        """At the beginning of an answer in single bytes."""
+        """llguidance's matcher at the beginning of an answer, whose tokens are single bytes."""
         matcher, error = compile_grammar(byte_tokenizer(), self.grammar)
         if error:
             raise refusal(self.kind, self.text, error)
@@ -143,13 +143,13 @@ def spec_of(
     return OutputSpec(kind, value)
 
 
-def output_of(**given: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
-    """As `spec_of`, compiled once to see that it can be used.
+def output_of(**constraint: Any) -> OutputSpec:  # noqa: ANN401 - as `spec_of`
+    """Like `spec_of`, compiled once to see that it can be used.
 
     UsageError too for what llguidance cannot read or does not support, what is too complex, and what no answer fits.
     IncompatibleError when llguidance is not installed.
     """
-    spec = spec_of(**given)
+    spec = spec_of(**constraint)
     error = compile_grammar(byte_tokenizer(), spec.grammar)[1]
     # Only a base has control tokens.
     if error and UNKNOWN_TOKEN not in error:
@@ -195,9 +195,9 @@ def _choices_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
 
 def _check_lark(text: str) -> None:
     # llguidance overflows the stack where some 2,000 rules, or 600 references in schemas, lead from one to the next.
-    for what, count, max_count in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
+    for kind, count, max_count in (("rules", len(_RULE.findall(text)), 500), ("references", text.count('"$ref"'), 200)):
         if count > max_count:
-            raise UsageError(f"grammar has {count} {what}", f"give at most {max_count}")
+            raise UsageError(f"grammar has {count} {kind}", f"give at most {max_count}")
 
 
 def _lark_of(choices: Sequence[str]) -> str:

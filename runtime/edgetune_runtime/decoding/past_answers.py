@@ -21,12 +21,12 @@ from edgetune_runtime.formats.checked_file import read_checked, write_checked
 
 KIND = "edgetune_past_answers"
 MAX_BYTES = 4_000_000
-"""Of all answers in memory: those of about 13,000 short answers."""
+"""Memory of all answers together: about 13,000 short ones."""
 
 _FOLDER = "past-answers"
 _KEY_BYTES = 16
 _ENTRY_BYTES = 250
-"""Of an answer without its tokens: its key, and its place in the dictionary."""
+"""Memory of an answer besides its tokens: its key, and its place in the dictionary."""
 _SAVE_EVERY_S = 3600.0
 """Rarely, as each time the whole file is written."""
 

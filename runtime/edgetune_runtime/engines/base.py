@@ -255,7 +255,7 @@ class EngineClass(Protocol):
 
 
 class LabelEngineClass(Protocol):
-    """As `EngineClass`, for engines without a sequence and a KV cache."""
+    """Like `EngineClass`, for engines without a sequence and a KV cache."""
 
     has_sequence: Literal[False]
 
@@ -263,10 +263,10 @@ class LabelEngineClass(Protocol):
         """Load the base at `path`; `context_length` is in tokens."""
 
     def examine(self, path: Path, sha256: str) -> tuple[list[Path], str | None]:
-        """As that of `EngineClass`."""
+        """See `EngineClass.examine`."""
 
     def library_version(self) -> str:
-        """As that of `EngineClass`."""
+        """See `EngineClass.library_version`."""
 
 
 def check_options(context_length: int, threads: int | None, batch: int) -> None:

@@ -164,8 +164,8 @@ def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
     names = [module + suffix for suffix in SLOT_SUFFIXES]
     for name in names:
         if name not in header.inputs or name not in header.initializers:
-            what = "default" if name in header.inputs else "input"
-            return f"has no {what} {name[len(module) + 1 :]}"
+            lacking = "default" if name in header.inputs else "input"
+            return f"has no {lacking} {name[len(module) + 1 :]}"
     inputs, defaults = ([table[name] for name in names] for table in (header.inputs, header.initializers))
     match [value.shape for value in inputs + defaults]:
         case [(int(width_in), str(rank)), (str(other), int(width_out)), empty_a, empty_b] if (
@@ -304,14 +304,14 @@ class _Header:
         shape = tuple(_dimension(dimension) for dimension in dimensions)
         return Value(info.get("name", ""), tensor.get("elem_type", 0), shape)
 
-    def _by_name(self, what: str, values: Iterator[Value]) -> dict[str, Value]:
-        return self._unique(what, ((value.name, value) for value in values))
+    def _by_name(self, kind: str, values: Iterator[Value]) -> dict[str, Value]:
+        return self._unique(kind, ((value.name, value) for value in values))
 
-    def _unique(self, what: str, pairs: Iterable[tuple[str, _T]]) -> dict[str, _T]:
+    def _unique(self, kind: str, pairs: Iterable[tuple[str, _T]]) -> dict[str, _T]:
         table: dict[str, _T] = {}
         for name, value in pairs:
             if name in table:
-                raise self._damaged(f"has the {what} {name[:80]!r} twice")
+                raise self._damaged(f"has the {kind} {name[:80]!r} twice")
             table[name] = value
         return table
 
@@ -319,8 +319,8 @@ class _Header:
         if len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
             raise self._damaged(f"has {called} of invalid shape {tuple(shape[:8])} with {len(shape)} dimensions")
 
-    def _damaged(self, what: str) -> VerificationError:
-        return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)
+    def _damaged(self, problem: str) -> VerificationError:
+        return VerificationError(f"{self._path} {problem}", COPY_FILE_AGAIN)
 
 
 def _domain(message: Message) -> str:

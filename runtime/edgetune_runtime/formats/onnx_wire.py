@@ -226,5 +226,5 @@ class _Decoder:
         if self._fields_left < 0:
             raise self._damaged(f"has more than {_MAX_FIELDS} fields")
 
-    def _damaged(self, what: str) -> VerificationError:
-        return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)
+    def _damaged(self, problem: str) -> VerificationError:
+        return VerificationError(f"{self._path} {problem}", COPY_FILE_AGAIN)

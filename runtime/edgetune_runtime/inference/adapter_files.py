@@ -90,8 +90,8 @@ class AdapterFiles:
 
     def forget(self, name: str) -> None:
         """Forget an adapter that was removed."""
-        for known in (self._folders, self._drafts, self._outputs, self._prompts):
-            known.pop(name, None)
+        for table in (self._folders, self._drafts, self._outputs, self._prompts):
+            table.pop(name, None)
 
     def _read_draft(self, entry: AdapterEntry, file: str) -> DraftTable:
         with self.reading(entry, file) as path:
@@ -102,12 +102,12 @@ class AdapterFiles:
             return read_prompts(path)
 
 
-def _remembered(known: dict[str, tuple[AdapterEntry, T]], entry: AdapterEntry, read: Callable[[], T]) -> T:
+def _remembered(cache: dict[str, tuple[AdapterEntry, T]], entry: AdapterEntry, read: Callable[[], T]) -> T:
     """What was read for this entry, or what `read` returns now."""
-    found = known.get(entry.name)
-    if found is None or found[0] is not entry:
-        found = known[entry.name] = (entry, read())
-    return found[1]
+    cached = cache.get(entry.name)
+    if cached is None or cached[0] is not entry:
+        cached = cache[entry.name] = (entry, read())
+    return cached[1]
 
 
 def _output_of(entry: AdapterEntry) -> OutputSpec:

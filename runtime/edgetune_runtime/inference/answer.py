@@ -1,4 +1,4 @@
-"""What an answer has: its text, tool calls, confidence and timings, and the stream of its pieces."""
+"""The records of an answer (text, tool calls, confidence, timings), and the stream of its pieces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is prepared before an answer is generated: the job, its pool and adapters, and what constrains the answer."""
+"""A prepared call, before the answer is generated: the job, its pool and adapters, and the output constraint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How sure an answer is: the model's log odds for it, its kind, and from both the probability that it is right.
+"""The confidence of an answer: the probability that it is right, from the model's log odds for it and its kind.
 
 The log odds come from the leads of the chosen tokens over the best other ones, which costs two maxima per token.
 The build fits a curve per kind of answer that turns them into a probability (`edgetune/shipping/confidence.py`).

@@ -77,28 +77,28 @@ def ask(
 
 def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> bytes:
     """The reply, read by another thread, which ends soon after the time limit."""
-    found: list[bytes | Exception] = []
+    outcome: list[bytes | Exception] = []
     end_s = time.monotonic() + to.timeout_s
 
     def run() -> None:
         try:
-            found.append(post(to.url, body, key=to.key, timeout_s=to.timeout_s))
+            outcome.append(post(to.url, body, key=to.key, timeout_s=to.timeout_s))
         except urllib.error.HTTPError as error:
             error.close()
-            found.append(error)
+            outcome.append(error)
         except (OSError, HTTPException, ValueError) as error:
-            found.append(error)
+            outcome.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
     thread.start()
     while thread.is_alive() and (left_s := end_s - time.monotonic()) > 0:
         thread.join(min(_POLL_S, left_s))
         check()
-    if not found or isinstance(found[0], TimeoutError):
+    if not outcome or isinstance(outcome[0], TimeoutError):
         raise _error(to, f"did not answer within {to.timeout_s:g} s")
-    if isinstance(found[0], Exception):
-        raise _error(to, f"failed: {found[0]}") from found[0]
-    return found[0]
+    if isinstance(outcome[0], Exception):
+        raise _error(to, f"failed: {outcome[0]}") from outcome[0]
+    return outcome[0]
 
 
 def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
@@ -110,8 +110,8 @@ def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
     return message.get("content") or "", tuple(calls)
 
 
-def _error(to: DeferTo, what: str) -> DeferError:
-    return DeferError(f"{to.model!r} at {to.url} {what}", "check the address, the model and the time limit")
+def _error(to: DeferTo, problem: str) -> DeferError:
+    return DeferError(f"{to.model!r} at {to.url} {problem}", "check the address, the model and the time limit")
 
 
 def _sent(message: Message) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ class LabelTree:
         for step in steps:
             heappush(self._prefixes, step)
 
-    def known(self) -> dict[Path, float]:
+    def known_scores(self) -> dict[Path, float]:
         """The log probability (nats) of each label that is known."""
         return {path: -nats for nats, path in self._prefixes if path in self._labels}
 
@@ -91,16 +91,16 @@ def score_labels(context: Context, logits: Logits, labels: Sequence[Path], *, ex
         return LabelScores(context.score(labels))
     tree = LabelTree(labels, logits)
     _search(context, tree)
-    known = tree.known()
+    scores = tree.known_scores()
     if tree.is_decided:
-        return LabelScores([known.get(label) for label in labels], tree.unseen())
+        return LabelScores([scores.get(label) for label in labels], tree.unseen())
     # Scoring needs the logits after the prompt, which are those of its last token.
     last = context.tokens[-1:]
     context.truncate(len(context.tokens) - 1)
     context.extend(last)
-    others = [label for label in labels if label not in known]
-    known |= zip(others, context.score(others), strict=True)
-    return LabelScores([known[label] for label in labels])
+    others = [label for label in labels if label not in scores]
+    scores |= zip(others, context.score(others), strict=True)
+    return LabelScores([scores[label] for label in labels])
 
 
 def _search(context: Context, tree: LabelTree) -> None:

@@ -31,7 +31,7 @@ MAX_WAITING = 64
 OFF, MEMORY, DISK = "off", "memory", "disk"
 LEARN_DRAFTS = (OFF, MEMORY, DISK)
 ALL = "all"
-"""In `preload`: all adapters."""
+"""Value of `preload` for all adapters."""
 
 
 class RuntimeOptions(TypedDict, total=False):
@@ -203,10 +203,10 @@ def context_mb(manifest: Manifest, options: OpeningOptions) -> float:
     return values * TENSOR_TYPES[options.kv].bytes_per_value / 1e6
 
 
-def file_of(files: Mapping[str, str], engine: str, what: str) -> str:
+def file_of(files: Mapping[str, str], engine: str, owner: str) -> str:
     """The file for an engine; IncompatibleError where there is none."""
     if engine not in files:
-        message = f"{what} has no file for engine {engine!r}"
+        message = f"{owner} has no file for engine {engine!r}"
         raise IncompatibleError(message, f"use one of: {', '.join(files) or 'none'}")
     return files[engine]
 

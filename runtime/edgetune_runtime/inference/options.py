@@ -106,8 +106,8 @@ def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, d
     """
     limits = CallLimits(options.get("deadline_s"), options.get("cancel"))
     rule, stop = ("min_confidence", "unsure", "ask"), ("deadline_s", "cancel")
-    own = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", *rule, *stop)
-    others = {key: value for key, value in options.items() if key not in own}
+    handled = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", *rule, *stop)
+    others = {key: value for key, value in options.items() if key not in handled}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
     constraints = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
     unconstrained = bool(options.get("unconstrained", False))

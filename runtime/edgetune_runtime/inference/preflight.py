@@ -103,8 +103,8 @@ def tried(manifest: Manifest, engine: str) -> list[AdapterEntry]:
 def _digest_of(bundle: Path, manifest: Manifest, options: OpeningOptions, added: NewAdapter | None) -> str:
     """A digest of everything that determines what native code reads and does; the manifest has those of the files."""
     # Not imported, because the package imports everything.
-    own = sys.modules[__name__.partition(".")[0]].__version__
-    versions = (own, engines.load(options.engine, manifest.task).library_version(), platform.machine())
+    version = sys.modules[__name__.partition(".")[0]].__version__
+    versions = (version, engines.load(options.engine, manifest.task).library_version(), platform.machine())
     opening = (options.engine, options.context_length, options.kv, options.repack)
     paths = {
         bundle / name: manifest.files[name] for name in files_beside(manifest, manifest.base.files[options.engine])

@@ -106,8 +106,8 @@ def chat_tokens(
 def raw_tokens(tokenizer: Tokenizer, prompt: Prompt, form: AnswerForm, max_tokens: int) -> list[int]:
     """The tokens of a text that is not rendered. PromptTooLongError for more than `max_tokens`."""
     if not isinstance(prompt, str) or form.tools is not None:
-        what = "messages" if form.tools is None else "tools"
-        raise UsageError(f"a raw prompt has no {what}", "give a text, without tools, or leave raw out")
+        refused = "messages" if form.tools is None else "tools"
+        raise UsageError(f"a raw prompt has no {refused}", "give a text, without tools, or leave raw out")
     return _not_empty(tokens_within(tokenizer, prompt, max_tokens))
 
 

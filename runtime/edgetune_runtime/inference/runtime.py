@@ -198,8 +198,10 @@ class Runtime:
         if labels is None:
             labels = first.labels if first is not None else ()
         if not labels or len(set(labels)) != len(labels) or not all(labels):
-            what = f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
-            raise UsageError(what, "give labels that are unique and not empty, or an adapter that has labels")
+            problem = (
+                f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
+            )
+            raise UsageError(problem, "give labels that are unique and not empty, or an adapter that has labels")
         scope = None if first is None else first.scope.get(self.engine)
         if scope is not None and scope.label not in labels:
             scope = None
@@ -213,21 +215,21 @@ class Runtime:
 
         prompts = None if scope is None or first is None else self._loaded.files.training_prompts_of(first)
 
-        def found(scores: LabelScores, similarity: float = 1.0) -> Classification:
+        def classified(scores: LabelScores, similarity: float = 1.0) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarity)
             return likeliest(scope=scope, curves=curves, min_confidence=min_confidence)
 
         if classifier is not None:
             assert first is not None
             with self._loaded.adapters.use({first.name: first}, Holder()):
-                return found(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])))
+                return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])))
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
             logits = context.run(call.job).logits
             similarity = 1.0 if prompts is None else prompts.similarity(logits)
-            return found(score_labels(context, logits, endings, exact=exact), similarity)
+            return classified(score_labels(context, logits, endings, exact=exact), similarity)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.

@@ -81,17 +81,17 @@ def most_likely(
 
     `similarity` is that of the prompt to the adapter's training prompts, 1 if it is not known.
     """
-    known = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
-    shares = softmax(np.array([*known.values(), scores.unseen])).tolist()
+    scored = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
+    shares = softmax(np.array([*scored.values(), scores.unseen])).tolist()
     # The last share is that of the others.
-    probabilities = dict(zip(known, shares, strict=False))
+    probabilities = dict(zip(scored, shares, strict=False))
     label = max(probabilities, key=probabilities.__getitem__)
-    found = Classification(label, probabilities)
-    if scope is not None and (label == scope.label or scope.score(found.log_odds, similarity) < scope.threshold):
-        found = Classification(scope.label, probabilities, is_out_of_scope=True)
-    sure = confidence(curves, found.kind, found.log_odds)
+    result = Classification(label, probabilities)
+    if scope is not None and (label == scope.label or scope.score(result.log_odds, similarity) < scope.threshold):
+        result = Classification(scope.label, probabilities, is_out_of_scope=True)
+    sure = confidence(curves, result.kind, result.log_odds)
     is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
-    return replace(found, confidence=sure, is_unsure=is_unsure)
+    return replace(result, confidence=sure, is_unsure=is_unsure)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

@@ -71,8 +71,8 @@ class Session:
         outcome = Outcome()
         if call.route is not None:
             self._answering = call.route.adapter
-        own = AnswerCall(call, messages, form, limits, others)
-        pieces = answer_pieces(self._loaded, own, outcome, options)
+        answer_call = AnswerCall(call, messages, form, limits, others)
+        pieces = answer_pieces(self._loaded, answer_call, outcome, options)
         return Stream(self._recorded(messages, call, pieces, outcome), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:

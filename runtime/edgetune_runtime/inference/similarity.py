@@ -1,4 +1,4 @@
-"""How similar a prompt is to those that an adapter was trained on, by the model's state after it.
+"""The similarity of a prompt to those that an adapter was trained on, by the model's state after it.
 
 A trained adapter moves the prompts of its task to a few places; what is far from all of them is probably none of its
 task, however likely one of the labels is (nearest neighbours: Sun et al. 2022, arXiv 2204.06507). The state of the last
@@ -76,7 +76,7 @@ def write_prompts(path: Path, prompts: TrainingPrompts) -> None:
 
 
 def read_prompts(path: Path) -> TrainingPrompts:
-    """What `write_prompts` wrote; VerificationError for any other file."""
+    """Read the file that `write_prompts` wrote; VerificationError for any other file."""
     stored = read_checked(path, KIND, max_bytes=2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH)
     try:
         if stored is None:

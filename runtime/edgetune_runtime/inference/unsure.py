@@ -1,4 +1,4 @@
-"""What becomes of an unsure answer: it is marked, or something else answers in its place."""
+"""Applies the rule for unsure answers: marks one, or lets something else answer in its place."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class AnswerCall:
 
 
 def answer_pieces(
-    loaded: LoadedBundle, own: AnswerCall, outcome: Outcome, options: Mapping[str, Any]
+    loaded: LoadedBundle, answer_call: AnswerCall, outcome: Outcome, options: Mapping[str, Any]
 ) -> Generator[str, None, None]:
     """The pieces of an answer, or of what the rule of the options, or of the adapter, puts in place of an unsure one.
 
     With a rule that does more than mark, no piece comes before the whole answer.
     """
-    pieces, rule = own.generate(outcome), rule_of(loaded, own.call, options)
-    return pieces if rule is None else _Settling(loaded, own, outcome, rule).pieces(pieces)
+    pieces, rule = answer_call.generate(outcome), rule_of(loaded, answer_call.call, options)
+    return pieces if rule is None else _Settling(loaded, answer_call, outcome, rule).pieces(pieces)
 
 
 def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> UnsureRule | None:
@@ -102,7 +102,7 @@ def check_min_confidence(value: object, curves: Curves) -> None:
 @dataclass(frozen=True)
 class _Settling:
     loaded: LoadedBundle
-    own: AnswerCall
+    answer_call: AnswerCall
     outcome: Outcome
     rule: UnsureRule
 
@@ -130,8 +130,8 @@ class _Settling:
     def _instead(self, answer: Answer) -> Generator[str, None, None]:
         rule, then = self.rule, self.rule.then
         if then == ERROR:
-            known = "unknown" if answer.confidence is None else f"{answer.confidence:.2f}"
-            message = f"the confidence of the answer is {known}, and {rule.min_confidence:g} is asked for"
+            sureness = "unknown" if answer.confidence is None else f"{answer.confidence:.2f}"
+            message = f"the confidence of the answer is {sureness}, and {rule.min_confidence:g} is asked for"
             raise UnsureError(message, "ask in other words, or with a lower min_confidence")
         if then == ASK:
             self._replace(answer, ASK, rule.question)
@@ -146,9 +146,9 @@ class _Settling:
 
     def _other(self, answer: Answer, adapter: str | None) -> Generator[str, None, None]:
         """Let the base or another adapter answer."""
-        own, outcome = self.own, Outcome()
-        call = self.loaded.call(own.prompt, adapter, form=own.form, check=own.limits.check)
-        yield from replace(own, call=call).generate(outcome)
+        answer_call, outcome = self.answer_call, Outcome()
+        call = self.loaded.call(answer_call.prompt, adapter, form=answer_call.form, check=answer_call.limits.check)
+        yield from replace(answer_call, call=call).generate(outcome)
         assert outcome.answer is not None
         self.outcome.answer = replace(
             outcome.answer,
@@ -161,18 +161,18 @@ class _Settling:
         )
 
     def _defer(self, answer: Answer) -> None:
-        own, to = self.own, self.loaded.options.defer_to
+        answer_call, to = self.answer_call, self.loaded.options.defer_to
         if to is None:
             return
-        messages = messages_for(own.prompt, own.call.system)
+        messages = messages_for(answer_call.prompt, answer_call.call.system)
         try:
-            text, calls = ask(to, messages, own.form.tools, own.call.output, own.limits.check)
+            text, calls = ask(to, messages, answer_call.form.tools, answer_call.call.output, answer_call.limits.check)
         except DeferError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:
             self.outcome.answer = replace(answer, stop_reason=stopped.reason)
         else:
-            self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=own.call.output)
+            self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=answer_call.call.output)
 
     def _replace(self, answer: Answer, by: str, text: str, **fields: Any) -> None:  # noqa: ANN401 - those of Answer
         changed = {"kind": QUESTION, "output": None, "tool_calls": (), **fields}

@@ -21,13 +21,13 @@ from edgetune_runtime.limits import no_limits
 from edgetune_runtime.wording import printable
 
 _MAX_BYTES = 1 << 20
-"""Kept of each stream: of what a child writes without end, only the end stays in memory."""
+"""Size of the end of each stream that stays in memory: a child may write without end."""
 _LINE_CHARACTERS = 300
 _CHECK_S = 0.05
 _FOLDERS = re.compile(r"\S*/(?=[^/\s]+:\d+: )")
-"""Of the source file that an assertion names: those of the machine that compiled it."""
+"""Folders of the source file that an assertion names, which are those of the machine that compiled it."""
 _CLOSING_S = 10.0
-"""For the end of a process that has closed its output."""
+"""Time to end for a process that has closed its output."""
 
 _LOG = logging.getLogger(__name__)
 

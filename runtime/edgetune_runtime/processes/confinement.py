@@ -19,12 +19,12 @@ from edgetune_runtime.threads.machine import free_mb
 _COPIES = 4
 """An engine may have a file twice while it repacks weights; the rest is for buffers that grow with it."""
 _KV_BYTES = 4
-"""Of a number in keys and values: f32, the widest type of any engine."""
+"""Size of a number in keys and values: f32, the widest type of any engine."""
 _SPARE_BYTES = 1_000_000_000
-"""For Python, the libraries, and what is allocated but never used, such as most of the stacks of threads."""
+"""Memory of Python, the libraries, and allocations that are never used, such as most of the stacks of threads."""
 _MIN_S, MAX_S = 60, 3600
 _BYTES_PER_S = 1_000_000
-"""Of the slowest disk and processor: a bundle has a second more for each of these."""
+"""Bytes per second of the slowest disk and processor, by which a larger bundle gets more time."""
 _OPEN_FILES = 256
 # Numbers of Linux: sched.h, prctl.h and capability.h.
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000

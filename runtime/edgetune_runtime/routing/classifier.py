@@ -34,9 +34,11 @@ class PromptClassifier:
     biases: NDArray[np.float32]
 
     def log_odds(self, text: str) -> NDArray[np.float32]:
-        """Of each task."""
-        found = features(count_buckets(text, len(self.rarities)), self.rarities)
-        odds: NDArray[np.float32] = found.values @ self.weights[found.buckets].astype(np.float32) + self.biases
+        """The log odds of each task."""
+        text_features = features(count_buckets(text, len(self.rarities)), self.rarities)
+        odds: NDArray[np.float32] = (
+            text_features.values @ self.weights[text_features.buckets].astype(np.float32) + self.biases
+        )
         return odds
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAX_CHARACTERS = 2000
-"""Of a longer text, the beginning and the end are read: that is where a task is named."""
+"""Only the beginning and the end of a longer text are read: that is where a task is named."""
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|\w+|[^\w\s]")
 """A word, a Chinese or Japanese character, or another sign."""
 _LETTERS = (4, 5, 6)

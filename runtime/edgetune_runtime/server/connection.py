@@ -17,7 +17,7 @@ from .settings import ServerLimits
 T = TypeVar("T")
 
 _MAX_VALUES = 100_000
-"""In a body, counted by its commas and opening brackets, also those in texts."""
+"""JSON values in a body, counted by its commas and opening brackets, also those in texts."""
 
 
 class BodyReader:

@@ -17,9 +17,9 @@ class GoodAnswers:
 
     def __init__(self, bundle: Path) -> None:
         version = bundle.resolve().parent
-        found = acknowledgement.read(version.parent.parent)
+        pending = acknowledgement.read(version.parent.parent)
         self._version, self._count, self._lock = version.name, 0, threading.Lock()
-        self._needed = found.answers_needed if found is not None and found.version == version.name else 0
+        self._needed = pending.answers_needed if pending is not None and pending.version == version.name else 0
 
     def add(self) -> None:
         """Count an answer."""

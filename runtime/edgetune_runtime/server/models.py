@@ -105,7 +105,7 @@ class Models:
         if chosen is not None:
             message = f"adapters are given, and model {name!r} is an adapter"
             raise RequestError(message, f"give model {self.manifest.name!r}, or no adapters", param="adapters")
-        return name, self._given(fields), None
+        return name, self._listed(fields), None
 
     def adapters(self, name: str) -> Adapters:
         """The adapters of a model name; RequestError (404) if there is no such model."""
@@ -132,7 +132,7 @@ class Models:
         route = self._route(prompts[0])
         return route.adapter or self.manifest.name, route.adapter, route
 
-    def _given(self, fields: Fields) -> Adapters:
+    def _listed(self, fields: Fields) -> Adapters:
         value = fields.values["adapters"]
         if isinstance(value, dict):
             scales = Fields(value, "adapters")

@@ -150,11 +150,11 @@ class OpenAIReply:
         count = self.request.count
         prompt = sum(answer.timings.prompt_tokens for answer in answers[::count])
         reused = sum(answer.timings.reused_tokens for answer in answers[::count])
-        made = sum(answer.tokens for answer in answers)
+        generated = sum(answer.tokens for answer in answers)
         usage = {
             "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": reused},
         }
         return {"usage": usage, "timings": asdict(answers[-1].timings), **route_of(self.request)}
@@ -176,15 +176,15 @@ def sureness_of(answer: Answer) -> dict[str, Any]:
     """How sure an answer is, if that is known or was asked for, and what answered instead of an unsure one."""
     if answer.confidence is None and not answer.is_unsure:
         return {}
-    known = None if answer.confidence is None else round(answer.confidence, 4)
-    return {"confidence": known, "is_unsure": answer.is_unsure, "instead": answer.instead}
+    rounded = None if answer.confidence is None else round(answer.confidence, 4)
+    return {"confidence": rounded, "is_unsure": answer.is_unsure, "instead": answer.instead}
 
 
 def sureness_headers(answers: Sequence[Answer]) -> dict[str, str]:
     """The lowest confidence of a reply's answers, and what answered in place of the first unsure one, or `mark`."""
-    known = [answer.confidence for answer in answers if answer.confidence is not None]
+    confidences = [answer.confidence for answer in answers if answer.confidence is not None]
     unsure = [answer.instead or MARK for answer in answers if answer.is_unsure]
-    headers = {"X-Edgetune-Confidence": f"{min(known):.4f}"} if known else {}
+    headers = {"X-Edgetune-Confidence": f"{min(confidences):.4f}"} if confidences else {}
     return headers | ({"X-Edgetune-Unsure": quote(unsure[0])} if unsure else {})
 
 

@@ -37,13 +37,13 @@ class ResponsesReply:
         calls = self._calls(answer)
         # Without calls there is a message, even an empty one.
         messages = [self._message(answer.content, status)] if answer.content or not calls else []
-        prompt, made = answer.timings.prompt_tokens, answer.tokens
+        prompt, generated = answer.timings.prompt_tokens, answer.tokens
         usage = {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": answer.timings.reused_tokens, "cache_write_tokens": 0},
-            "output_tokens": made,
+            "output_tokens": generated,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": prompt + made,
+            "total_tokens": prompt + generated,
         }
         return self._head(status) | {
             "output": [*messages, *calls],
@@ -91,9 +91,9 @@ class ResponsesReply:
     def _end(self, item: Item) -> bytes:
         """The events after the last piece of text."""
         part = item["content"][0]
-        done = self._part("output_text.done", text=part["text"], logprobs=[])
-        done += self._part("content_part.done", part=part)
-        return done + self._event("response.output_item.done", output_index=0, item=item)
+        events = self._part("output_text.done", text=part["text"], logprobs=[])
+        events += self._part("content_part.done", part=part)
+        return events + self._event("response.output_item.done", output_index=0, item=item)
 
     def _call(self, index: int, item: Item) -> bytes:
         """The events of a call, which comes as a whole."""

@@ -111,7 +111,7 @@ class Rewriter:
         return replace(request, adapters=rewritten.adapter, prompts=[rewritten.prompt], options=options, finish=finish)
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, action: str) -> Iterator[None]:
         """Turn an exception of the user's function into a RequestError, with its traceback in the log."""
         try:
             yield
@@ -119,5 +119,5 @@ class Rewriter:
             raise
         except Exception as error:
             _LOG.exception("the rewriter %s failed", self.name)
-            message = f"model {self.name!r} cannot {what}: {type(error).__name__}: {error}"
+            message = f"model {self.name!r} cannot {action}: {type(error).__name__}: {error}"
             raise RequestError(message, "see the server's log") from error

@@ -48,8 +48,8 @@ class Access:
     _names: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        own = socket.gethostname().lower()
-        names = {"localhost", own, f"{own}.local", *(host.lower() for host in self.hosts)}
+        hostname = socket.gethostname().lower()
+        names = {"localhost", hostname, f"{hostname}.local", *(host.lower() for host in self.hosts)}
         object.__setattr__(self, "_names", frozenset(names))
 
     def allows_host(self, header: str) -> bool:

@@ -188,6 +188,6 @@ class LoadedAdapters:
         total_mb = sum(sizes.values()) / 1e6
         if total_mb > self._limit_mb:
             beside = " beside those that are preloaded" if pinned.keys() - entries.keys() else ""
-            what = " and ".join(map(repr, entries))
-            message = f"adapters_mb is {self._limit_mb:g}, and {what}{beside} need {total_mb:.1f} MB"
+            names = " and ".join(map(repr, entries))
+            message = f"adapters_mb is {self._limit_mb:g}, and {names}{beside} need {total_mb:.1f} MB"
             raise IncompatibleError(message, "open the bundle with a larger adapters_mb")

@@ -168,36 +168,36 @@ class MergedPool:
 
     @property
     def places(self) -> Places:
-        """Those of all models."""
+        """The places of calls, which all models share."""
         return self._base.places
 
     @contextmanager
     def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
-        """As `Pool.take`, on the model, which is opened if it is not."""
+        """Like `Pool.take`, on the merged model, which is opened if it is not open."""
         with self._models.use(self._name, job.check) as pool, pool.take(job, holder) as context:
             yield context
 
     @contextmanager
     def tokenizer(self) -> Iterator[Tokenizer]:
-        """As `Pool.tokenizer`."""
+        """See `Pool.tokenizer`."""
         with self._base.tokenizer() as tokenizer:
             yield tokenizer
 
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
-        """As `Pool.spans`."""
+        """See `Pool.spans`."""
         return self._base.spans(adapters, tokens)
 
     def saved(self, owner: str) -> SavedState | None:
-        """As `Pool.saved`."""
+        """See `Pool.saved`."""
         with self._models.use(self._name) as pool:
             return pool.saved(owner)
 
     def identity_of(self, saved: SavedState) -> str:
-        """As `Pool.identity_of`."""
+        """See `Pool.identity_of`."""
         with self._models.use(self._name) as pool:
             return pool.identity_of(saved)
 
     def keep(self, saved: SavedState, owner: str) -> None:
-        """As `Pool.keep`."""
+        """See `Pool.keep`."""
         with self._models.use(self._name) as pool:
             pool.keep(saved, owner)

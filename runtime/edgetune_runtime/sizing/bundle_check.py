@@ -18,7 +18,7 @@ from .needs import items_of
 from .speed import adapter_seconds, prefill_speed, token_seconds
 
 _LAPTOP_LAYER_US = 10
-"""Of a laptop, for machines without a calibration."""
+"""Time per layer that was measured on a laptop, for machines without a calibration."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def _best_seconds(calls: Sequence[Callable[[], object]]) -> float:
     with ThreadPoolExecutor(len(calls)) as pool:
         while best == float("inf") or time.perf_counter() < end:
             begin = time.perf_counter()
-            for done in [pool.submit(call) for call in calls]:
-                done.result()
+            for future in [pool.submit(call) for call in calls]:
+                future.result()
             best = min(best, time.perf_counter() - begin)
     return best

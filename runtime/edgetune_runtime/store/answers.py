@@ -17,7 +17,7 @@ from edgetune_runtime.errors import EdgetuneError, VerificationError
 
 _READY_S = 5.0
 _ANSWER_S = 300.0
-"""As long as the server itself lets a request take."""
+"""The server's own limit of a request."""
 _BUSY = 503
 # The server runs on this machine: a proxy of the environment is never asked.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -83,9 +83,9 @@ def questions(bundle: Path, engine: str) -> list[Question]:
     return [_question(manifest, name, golden) for name, golden in answers.items() if golden is not None]
 
 
-def check(url: str, key: str | None, asked: Sequence[Question]) -> None:
+def check(url: str, key: str | None, questions: Sequence[Question]) -> None:
     """Ask the server at this address; VerificationError if it fails to answer, or answers differently."""
-    for question in asked:
+    for question in questions:
         answer = _ask(url, key, question)
         if question.expected not in (None, answer):
             message = f"adapter {question.adapter} answers {answer!r}, expected {question.expected!r}"

@@ -1,4 +1,4 @@
-"""How a kit's bundle is opened on the board, where its defaults need too much memory."""
+"""The options with which a board opens a kit's bundle, where the defaults need too much memory."""
 
 from __future__ import annotations
 

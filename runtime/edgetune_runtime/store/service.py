@@ -259,14 +259,14 @@ class Unit:
 
         VerificationError for an adapter that does not answer, or answers differently.
         """
-        asked = self.questions(prefix, kit)
+        questions = self.questions(prefix, kit)
         key = (prefix / KEYS_NAME).read_text(encoding="utf-8").split()[0] if self.needs_key else None
         try:
-            answers.check(self.url, key, asked)
+            answers.check(self.url, key, questions)
         except VerificationError as error:
             remedy = f"see {self.manager.journal(self.name)}"
             raise VerificationError(f"unit {self.name}: {error.message}", remedy) from error
-        return len(asked)
+        return len(questions)
 
 
 def unit_from_options(name: str, host: str, port: int) -> Unit:

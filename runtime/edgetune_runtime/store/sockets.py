@@ -1,4 +1,4 @@
-"""Who listens on a TCP port of this machine."""
+"""Checks whether a TCP port of this machine is free, and whether a process listens on it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from edgetune_runtime.errors import UsageError
 
 _ENDING_S = 5.0
-"""For a program that is about to end to free its port."""
+"""Time to free its port for a program that is about to end."""
 _LISTENING = "0A"
 """State of a socket in Linux' include/net/tcp_states.h."""
 

@@ -129,7 +129,7 @@ def roll_back(prefix: Path, *, say: Say) -> str:
 
 
 def roll_back_at_start(prefix: Path, *, say: Say) -> str:
-    """As `roll_back`, by what the unit runs before it starts: this start goes on with the version before."""
+    """Like `roll_back`, in the command that the unit runs before it starts: it then starts the version before."""
     kit, unit = _begin_rollback(prefix, say)
     say(f"going back to version {kit.version}")
     versions.switch(prefix, kit.version)

@@ -35,19 +35,19 @@ class Manager:
         """Run systemctl; its standard output. IncompatibleError if it fails or is missing."""
         command = ["systemctl", *(["--user"] if self.user else []), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            process = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
             raise IncompatibleError("this system has no systemctl", "install without --service") from error
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        if process.returncode:
+            reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             raise IncompatibleError(f"{' '.join(command)} failed: {reason}", "install without --service")
-        return done.stdout
+        return process.stdout
 
     def file_of(self, unit: str) -> Path | None:
         """The file that defines a unit, whose name or alias ends in its type, in whatever folder; None without it."""
         # A file that was put there since the last daemon-reload is not known to systemd.
-        own = self.folder / unit
-        shown = own if own.exists() else Path(self._shown(unit, "FragmentPath").get("FragmentPath", ""))
+        path = self.folder / unit
+        shown = path if path.exists() else Path(self._shown(unit, "FragmentPath").get("FragmentPath", ""))
         return shown if shown.exists() and shown != Path() else None
 
     def is_active(self, name: str) -> bool:
@@ -88,7 +88,7 @@ def _lingers() -> bool:
 def _loginctl(*words: str) -> str:
     """What loginctl prints; empty if it fails or is missing."""
     try:
-        done = subprocess.run(["loginctl", *words], capture_output=True, text=True, check=False, timeout=_LOGINCTL_S)
+        process = subprocess.run(["loginctl", *words], capture_output=True, text=True, check=False, timeout=_LOGINCTL_S)
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return process.stdout.strip() if process.returncode == 0 else ""

@@ -32,7 +32,7 @@ def golden_answers(prefix: Path, kit: Kit) -> dict[str, Any] | None:
         return None
     if ended.code:
         reason = ended.last_line or "no reason is given"
-        what = f"it {ended.how}: {reason}" if ended.code < 0 else reason
-        raise VerificationError(f"version {kit.version} fails its check: {what}", "the version before still runs")
+        problem = f"it {ended.how}: {reason}" if ended.code < 0 else reason
+        raise VerificationError(f"version {kit.version} fails its check: {problem}", "the version before still runs")
     answers: dict[str, Any] = json.loads(ended.output)
     return answers

@@ -43,7 +43,7 @@ class ControlTokens:
 
     def count(self, text: str) -> int:
         """How many tokens the control tokens and marks of a text take at least."""
-        return len(self._found(text)) + text.count(MARK)
+        return len(self._starts(text)) + text.count(MARK)
 
     def pieces(self, text: str) -> list[str]:
         """The parts of a text to tokenize one after another: one, unless it has marks or is expensive to tokenize."""
@@ -62,14 +62,14 @@ class ControlTokens:
     def _mark(self, match: re.Match[str]) -> str:
         return match[2] + MARK if match[1] in self._names else match[2]
 
-    def _found(self, text: str) -> list[int]:
+    def _starts(self, text: str) -> list[int]:
         """Where control tokens begin."""
         return [match.start() for match in self._name.finditer(text) if match[0] in self._names]
 
     def _with_few_controls(self, text: str) -> list[str]:
         if len(text) <= _MAX_AT_ONCE:
             return [text]
-        begins = self._found(text)
+        begins = self._starts(text)
         if len(begins) <= _MAX_AT_ONCE:
             return [text]
         cuts = [0, *begins[_AT_ONCE::_AT_ONCE], len(text)]

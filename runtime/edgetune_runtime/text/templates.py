@@ -43,7 +43,7 @@ _GROWING = _GROWING_METHODS | {"batch", "indent", "round", "slice", "tojson", "z
 """Filters and methods of texts whose result can be much longer than what they are given."""
 _FOR_PAGES = ("forceescape", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 """Filters that no chat template has a use for, some of them slow for some texts."""
-_STEP, _MADE, _JOINED = "a step", "made", "joined"
+_STEP, _COUNTED, _JOINED = "a step", "counted value", "joined text"
 """Filters that only `_Counting` can write: no template has names with spaces, and more steps do no harm."""
 
 
@@ -57,8 +57,8 @@ class Budget:
     `check` ends it by raising, with an exception that is kept in `stopped`.
     """
 
-    def __init__(self, given: object, check: Callable[[], None]) -> None:
-        self._given = given
+    def __init__(self, values: object, check: Callable[[], None]) -> None:
+        self._values = values
         self._left = _MAX_WORK
         self._next_look = self._left
         self._end = time.monotonic() + LONGEST_S
@@ -75,8 +75,8 @@ class Budget:
     def _look(self) -> None:
         if self._left < 0:
             # Most messages need no more than the work that all may do.
-            self._left += _WORK_PER_CHARACTER * _characters(self._given)
-            self._given = None
+            self._left += _WORK_PER_CHARACTER * _characters(self._values)
+            self._values = None
         self._next_look = self._left - _WORK_PER_LOOK
         if self._left < 0:
             raise LimitError("it makes too many steps or too much text")
@@ -88,7 +88,7 @@ class Budget:
             self.stopped = error
             raise
 
-    def made(self, value: Any) -> Any:  # noqa: ANN401 - any value of a template
+    def counted(self, value: Any) -> Any:  # noqa: ANN401 - any value of a template
         """The value, counted with all that is in it."""
         if isinstance(value, str):
             self.spend(_STEP_WORK + len(value))
@@ -190,7 +190,7 @@ class _Counting(NodeTransformer):
     def _making(self, node: Any) -> nodes.Node:  # noqa: ANN401 - a literal list, tuple or dictionary
         self.generic_visit(node)
         changing = getattr(node, "ctx", "load") == "load" and any(map(_varies, node.items))
-        return _filter(node, _MADE) if changing else node
+        return _filter(node, _COUNTED) if changing else node
 
     visit_List = visit_Tuple = visit_Dict = _making  # noqa: N815 - as above
 
@@ -235,22 +235,22 @@ class _Environment(ImmutableSandboxedEnvironment):
             budget.refuse_growth(bound, [*args, *kwargs.values()])
         if isinstance(__obj, Macro):
             # Its varargs and kwargs are new lists.
-            budget.made((args, kwargs))
+            budget.counted((args, kwargs))
         with budget:
-            return budget.made(super().call(__context, __obj, *args, **kwargs))
+            return budget.counted(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401 - as above
         """Compute with two values of a template."""
         budget = _BUDGET.get()
         if operator == "+":
-            return budget.made(left + right)
+            return budget.counted(left + right)
         if operator == "%" and isinstance(left, str):
             budget.refuse_growth(left, right if isinstance(right, tuple) else [right])
         elif operator == "*" and (isinstance(left, Sequence) or isinstance(right, Sequence)):
             budget.refuse_growth(left, [right])
         elif operator == "**":
             budget.refuse_growth(None, [left, right])
-        return budget.made(super().call_binop(context, operator, left, right))
+        return budget.counted(super().call_binop(context, operator, left, right))
 
 
 def _environment() -> _Environment:
@@ -268,7 +268,7 @@ def _environment() -> _Environment:
         environment.filters[name] = _counted(function, grows=name in _GROWING)
     for name, function in environment.tests.items():
         environment.tests[name] = _counted(function, grows=False)
-    environment.filters |= {_STEP: _step, _MADE: _made, _JOINED: _joined}
+    environment.filters |= {_STEP: _step, _COUNTED: _count, _JOINED: _joined}
     del environment.globals["lipsum"]
     environment.globals |= {"namespace": _Namespace, "raise_exception": _raise, "strftime_now": _now}
     return environment
@@ -284,9 +284,9 @@ def _counted(function: Any, *, grows: bool) -> Callable[..., Any]:  # noqa: ANN4
         budget.spend()
         if grows:
             if isinstance(values[passed], Iterator):
-                values[passed] = budget.made(list(values[passed]))
+                values[passed] = budget.counted(list(values[passed]))
             budget.refuse_growth(values[passed], [*values[passed + 1 :], *kwargs.values()])
-        return budget.made(function(*values, **kwargs))
+        return budget.counted(function(*values, **kwargs))
 
     return counting
 
@@ -303,8 +303,8 @@ def _step(literals: object) -> None:
     _BUDGET.get().spend(_STEP_WORK + (max(literals, 0) if isinstance(literals, int) else 0))
 
 
-def _made(value: object) -> object:
-    return _BUDGET.get().made(value)
+def _count(value: object) -> object:
+    return _BUDGET.get().counted(value)
 
 
 def _joined(values: Iterable[object]) -> str:

@@ -141,10 +141,10 @@ def _vcgencmd_throttled(root: Path) -> str:
     if root != ROOT or program is None:
         return ""
     try:
-        done = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=False)
+        process = subprocess.run([program, "get_throttled"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip().removeprefix("throttled=")
+    return process.stdout.strip().removeprefix("throttled=")
 
 
 def disturbance(root: Path = ROOT) -> str | None:

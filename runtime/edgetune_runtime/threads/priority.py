@@ -1,4 +1,4 @@
-"""Compute threads with a priority: normal, low or idle."""
+"""Sets the priority of compute threads: normal, low or idle."""
 
 from __future__ import annotations
 

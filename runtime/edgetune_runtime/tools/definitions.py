@@ -19,7 +19,7 @@ from edgetune_runtime.wording import suggestion
 MODES = ("auto", "none", "required")
 MAX_TOOLS = 128
 MAX_CHARACTERS = 131_072
-"""Of all definitions as JSON."""
+"""Length of all definitions as JSON."""
 _MAX_KEPT = 8
 """Lists of definitions that are kept: apps give the same ones with each call."""
 
@@ -53,7 +53,7 @@ class ToolSet:
 
     @property
     def definitions(self) -> list[Mapping[str, Any]]:
-        """What chat templates get as `tools`."""
+        """The definitions that chat templates get as `tools`."""
         return [tool.definition for tool in self.tools]
 
     @property

@@ -65,10 +65,10 @@ def _read_items(text: str, at: int, depth: int) -> tuple[Any, int] | None:
             if name is None or not text.startswith(":", name.end()):
                 return None
             at = name.end() + 1
-        found = read(text, at, depth + 1)
-        if found is None:
+        parsed = read(text, at, depth + 1)
+        if parsed is None:
             return None
-        value, at = found
+        value, at = parsed
         items.append((name[0] if name else "", value))
     return dict(items) if named else [value for _, value in items], at + 1
 
@@ -166,19 +166,19 @@ class _Rules:
             if not _NAME.fullmatch(key):
                 raise _not_held(key)
             value_name = self._new()
-            for begun, own in enumerate(rest[number]):
+            for begun, rule in enumerate(rest[number]):
                 text = json.dumps(f"{',' if begun else ''}{key}:", ensure_ascii=False)
                 skipped = "" if key in required else f" | {rest[number + 1][begun]}"
-                yield f"{own}: {text} {value_name} {rest[number + 1][1]}{skipped}"
+                yield f"{rule}: {text} {value_name} {rest[number + 1][1]}{skipped}"
             yield from self.of(value_name, properties[key])
-        for own in rest[-1]:
-            yield f'{own}: ""'
+        for rule in rest[-1]:
+            yield f'{rule}: ""'
 
     def _new(self) -> str:
         self._count += 1
         return f"{self._prefix}_{self._count}"
 
 
-def _not_held(what: str) -> UsageError:
-    message = f"a schema has {what[:80]!r}, which calls in the base's format cannot be held to"
+def _not_held(part: str) -> UsageError:
+    message = f"a schema has {part[:80]!r}, which calls in the base's format cannot be held to"
     return UsageError(message, "leave it out of the tool's parameters")

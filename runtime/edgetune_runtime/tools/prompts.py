@@ -24,7 +24,7 @@ You may call these functions:
 To call one, answer with its name and its arguments as JSON:
 {example}"""
 _USUAL_CHARACTERS = 16
-"""Of a token: the longest token of the vocabulary is looked up for texts that have more only."""
+"""Length of a token; the longest token of the vocabulary is looked up only for texts that need it."""
 _EXAMPLE = {"name": "NAME", "arguments": {"ARGUMENT": "VALUE"}, "id": "000000000"}
 
 

@@ -51,8 +51,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Run the action that was asked for, and print what it did; OutOfSpaceError where the disk is full."""
-    own = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
-    prefix = (options.prefix or Path(own)).absolute()
+    default = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
+    prefix = (options.prefix or Path(default)).absolute()
     try:
         with raising_out_of_space(prefix):
             _act(prefix, options)
@@ -83,13 +83,13 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
     report_to = None if options.report is None else report.checked_address(options.report)
     source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, report_to)
     try:
-        found, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
+        newest, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except EdgetuneError as error:
         report.report(prefix, _say, error=error)
         raise
-    report.report(prefix, _say, held_back=found.choice.held_back)
-    done = {} if options.check else {"available": False, "changed": changed, **_where(prefix)}
-    _show({**found.to_json(), **done}, options.json)
+    report.report(prefix, _say, held_back=newest.choice.held_back)
+    result = {} if options.check else {"available": False, "changed": changed, **_where(prefix)}
+    _show({**newest.to_json(), **result}, options.json)
 
 
 def _where(prefix: Path) -> dict[str, Any]:

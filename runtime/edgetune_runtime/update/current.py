@@ -1,4 +1,4 @@
-"""The current version of a device: what is remembered of it, whether it is acknowledged, and the way back from it.
+"""The current version of a device: its record, whether it is acknowledged, and how to go back from it.
 
 It needs no library of an extra.
 """

@@ -17,7 +17,7 @@ from edgetune_runtime.store.service import PORT
 from .release import Release
 
 _MEMORY_MAX_MB = 10**6
-"""Of a unit, where no kit has predicted it."""
+"""The unit's limit of memory where no kit has predicted it."""
 _PYTHON = """\
 #!/bin/sh
 # Runs the Python that has edgetune-runtime.

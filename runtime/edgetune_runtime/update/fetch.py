@@ -20,7 +20,7 @@ from edgetune_runtime.wording import shortened
 from .slow_replies import HANDLERS, is_too_slow
 
 SILENT_S = 30.0
-"""For a connection, and between two bytes."""
+"""Limit of connecting, and of the pause between two bytes."""
 _CHUNK_BYTES = 1 << 16
 _MOST_REDIRECTS = 3
 _PARTIAL = 206

@@ -1,4 +1,4 @@
-"""A release: which files a bundle of a repository has in one version. Standard library only."""
+"""A release: the files of one version of a bundle in a repository. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgetune_runtime.wording import printable, shortened
 
 SCHEMA_VERSION = 1
 ROLE_PREFIX = "bundle-"
-"""Before the name of a bundle: the role that signs its releases, whose name is unique in the repository."""
+"""Prefix of the role that signs a bundle's releases; the bundle's name follows."""
 METADATA_FOLDER, TARGETS_FOLDER, BLOBS_FOLDER = "metadata", "targets", "blobs"
 """Folders of a repository: TUF's metadata, the releases, and the files of bundles by digest."""
 LONGEST_RELEASE = 4 * 10**6
@@ -29,7 +29,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 _LONGEST_PATH_BYTES = 255
-"""That of one name in common file systems."""
+"""The limit of one name in common file systems."""
 _WORD = re.compile("[a-z0-9_]{1,60}")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 _MOST_BYTES, _MOST_VERSION = 10**15, 10**9

@@ -27,7 +27,7 @@ from .state import read_state
 NOBODY = "off"
 """Instead of an address: reports end."""
 LONGEST_REPORT = 10_000
-"""In bytes."""
+"""Size of a report in bytes."""
 _TIMEOUT_S = 30.0
 _ID = re.compile("[0-9a-f]{32}")
 _ADDRESS = re.compile("https?://[!-~]+")

@@ -1,4 +1,4 @@
-"""Which release a device takes: the newest one that its runtime can run, and that is for this device already.
+"""Chooses the release for a device: the newest that its runtime can run, and that is rolled out to it already.
 
 A release can be for a share of the devices. A device is among them or not by a hash of its id and the bundle, so that
 it stays so when the share grows, and other bundles are for others first.
@@ -77,5 +77,5 @@ def _why_not_yet(release: Release, device: str) -> str | None:
     place = int(hashlib.sha256(f"{device} {release.bundle}".encode()).hexdigest()[:8], 16) / 2**32
     if place < release.share:
         return None
-    what = f"release {release.version} of {release.name}"
-    return f"{what} is for {release.share:.0%} of the devices so far, and this is not one of them"
+    title = f"release {release.version} of {release.name}"
+    return f"{title} is for {release.share:.0%} of the devices so far, and this is not one of them"

@@ -1,4 +1,4 @@
-"""What a device remembers of its updates: where they come from, which versions it refuses, and the time."""
+"""The state of updates on a device: where they come from, which versions are refused, and the time."""
 
 from __future__ import annotations
 

@@ -66,15 +66,15 @@ class TrustedRepository:
 
         UnreachableError if the repository cannot be reached, VerificationError if its metadata is not acceptable.
         """
-        known = self._folder / _TIMESTAMP
-        before = known.read_bytes() if known.is_file() else b""
+        path = self._folder / _TIMESTAMP
+        before = path.read_bytes() if path.is_file() else b""
         newest_root = _root_version_in(before)
         # Timestamps of other tools do not name it: there, TUF's order is kept, in which the root comes first.
         if newest_root is not None and self._fetcher.read_timestamp() == before:
             self._fetcher.newest_root = newest_root
         with self._errors():
             self._updater.refresh()
-            timestamp = Metadata[Timestamp].from_file(str(known)).signed
+            timestamp = Metadata[Timestamp].from_file(str(path)).signed
             self.issued = max(self.issued, issued_of(timestamp))
 
     def names(self) -> list[str]:

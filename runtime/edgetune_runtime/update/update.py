@@ -50,7 +50,7 @@ class UpdateSource:
 
 
 @dataclass(frozen=True)
-class Found:
+class DeviceRelease:
     """The release for a device, and what it has: `reason` says why it does not want another one."""
 
     choice: Choice
@@ -93,7 +93,7 @@ class Found:
         }
 
 
-def check(prefix: Path, source: UpdateSource) -> Found:
+def check(prefix: Path, source: UpdateSource) -> DeviceRelease:
     """Look for a newer release, and remember where it comes from.
 
     Raises UnreachableError if the repository cannot be reached, VerificationError if it is not acceptable, UsageError
@@ -103,33 +103,33 @@ def check(prefix: Path, source: UpdateSource) -> Found:
         return _find(prefix, source)
 
 
-def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[Found, bool]:
+def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, bool]:
     """Install the newest release and switch to it if it answers as built; whether anything changed.
 
     Raises what `check` does, OutOfSpaceError if the disk has too little room, IncompatibleError if the release needs a
     newer runtime, VerificationError if it does not answer as built. The version before runs on then.
     """
     with locked(prefix):
-        found = _find(prefix, source)
-        if not found.is_new:
-            changed = _finish(prefix, found, say)
-            return found, changed
-        unfit = why_not_run(found.release)
+        newest = _find(prefix, source)
+        if not newest.is_new:
+            changed = _finish(prefix, newest, say)
+            return newest, changed
+        unfit = why_not_run(newest.release)
         if unfit is not None:
             raise IncompatibleError(unfit, "update edgetune-runtime")
-        if found.reason is not None:
-            return found, False
-        location = Location(found.state.repo)
-        kit = describe(of_wanted_formats(prefix, found.release, found.formats, location), found.current)
+        if newest.reason is not None:
+            return newest, False
+        location = Location(newest.state.repo)
+        kit = describe(of_wanted_formats(prefix, newest.release, newest.formats, location), newest.current)
         download(prefix, kit, location, say)
         make_environment(prefix, kit)
         versions.place(prefix, kit)
-        _check_manifest(prefix, kit, found.release)
-        _activate(prefix, kit, found, say)
-        return found, True
+        _check_manifest(prefix, kit, newest.release)
+        _activate(prefix, kit, newest, say)
+        return newest, True
 
 
-def _find(prefix: Path, source: UpdateSource) -> Found:
+def _find(prefix: Path, source: UpdateSource) -> DeviceRelease:
     state, current = read_state(prefix), current_kit(prefix)
     repo = source.repo or state.repo
     if not repo:
@@ -166,7 +166,7 @@ def _find(prefix: Path, source: UpdateSource) -> Found:
         write_trusted_root(prefix, root)
     write_state(prefix, state)
     choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
-    return Found(choice, current, state)
+    return DeviceRelease(choice, current, state)
 
 
 def _name_among(names: list[str], current: Kit | None) -> str:
@@ -187,9 +187,9 @@ def _check_manifest(prefix: Path, kit: Kit, release: Release) -> None:
         raise VerificationError(message, "publish the bundle again")
 
 
-def _activate(prefix: Path, kit: Kit, found: Found, say: Say) -> bool:
+def _activate(prefix: Path, kit: Kit, newest: DeviceRelease, say: Say) -> bool:
     """Switch to a version, and remember how that ended."""
-    state, release = found.state, found.release
+    state, release = newest.state, newest.release
     write_state(prefix, replace(state, switching=kit.version))
     try:
         changed = switch.activate(prefix, kit, None, say)
@@ -201,10 +201,12 @@ def _activate(prefix: Path, kit: Kit, found: Found, say: Say) -> bool:
     return changed
 
 
-def _finish(prefix: Path, found: Found, say: Say) -> bool:
+def _finish(prefix: Path, newest: DeviceRelease, say: Say) -> bool:
     """Complete a switch to the current version that was cut off; whether anything changed."""
-    assert found.current is not None
-    if found.state.switching == found.current.version:
-        return _activate(prefix, found.current, found, say)
-    write_state(prefix, replace(found.state, floors={**found.state.floors, found.release.name: found.release.version}))
+    assert newest.current is not None
+    if newest.state.switching == newest.current.version:
+        return _activate(prefix, newest.current, newest, say)
+    write_state(
+        prefix, replace(newest.state, floors={**newest.state.floors, newest.release.name: newest.release.version})
+    )
     return False

@@ -13,7 +13,7 @@ from edgetune_runtime.update.release import Release, parse_release, path_of
 from edgetune_runtime.update.rollout import choose, device_id
 from edgetune_runtime.update.state import read_state
 from edgetune_runtime.update.trust import TrustedRepository
-from edgetune_runtime.update.update import Found, UpdateSource
+from edgetune_runtime.update.update import DeviceRelease, UpdateSource
 from kits import ask
 from repositories import START, Publisher
 
@@ -24,7 +24,7 @@ def silent(_: str) -> None:
     pass
 
 
-def apply(prefix: Path, publisher: Publisher) -> Found:
+def apply(prefix: Path, publisher: Publisher) -> DeviceRelease:
     return update.apply(prefix, UpdateSource(repo=str(publisher.repo), root=publisher.root), silent)[0]
 
 

@@ -42,14 +42,14 @@ def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fing
 
 def check_prefix_fits(prefix: Prefix, shape: CacheShape) -> None:
     """IncompatibleError if the base's keys and values have another shape, VerificationError if any overflows f16."""
-    for what, array, size in (("keys", prefix.keys, shape.key_size), ("values", prefix.values, shape.value_size)):
+    for part, array, size in (("keys", prefix.keys, shape.key_size), ("values", prefix.values, shape.value_size)):
         needed = (shape.layers, shape.heads, prefix.tokens, size)
         if array.shape != needed or not prefix.tokens:
-            message = f"prefix {prefix.name!r} has {what} of shape {array.shape}, but the base needs {needed}"
+            message = f"prefix {prefix.name!r} has {part} of shape {array.shape}, but the base needs {needed}"
             raise IncompatibleError(message, "use the base that the prefix was trained on")
         largest = float(np.abs(array).max())
         if not largest <= _F16_MAX:
-            message = f"prefix {prefix.name!r} has {what} up to {largest:.3g}, above the f16 maximum of {_F16_MAX:.0f}"
+            message = f"prefix {prefix.name!r} has {part} up to {largest:.3g}, above the f16 maximum of {_F16_MAX:.0f}"
             raise VerificationError(message, "train it again with a lower learning rate")
 
 

@@ -9,11 +9,11 @@ from .options import OnnxOptions
 
 class _Onnx(Format):
     def writes_floats(self, options: OptionsByFormat) -> bool:
-        """With `weights: fp32`."""
+        """Whether the recipe has `weights: fp32`."""
         return OnnxOptions.of(options).weights == "fp32"
 
     def export_mb(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
-        """With `weights: int4`, also a copy of the weights in float32, which is requantized."""
+        """See `Format.export_mb`; `weights: int4` adds a copy of the weights in float32, which is requantized."""
         copy_mb = parameters * 4 / 1e6 if OnnxOptions.of(options).weights == "int4" else 0.0
         return super().export_mb(gguf_bytes, parameters, options) + copy_mb
 

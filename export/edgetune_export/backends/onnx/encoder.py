@@ -150,12 +150,12 @@ def _quiet() -> Iterator[None]:
 
 def _products(graph: ir.Graph, linear: Collection[str]) -> list[Projection]:
     """The products of linear modules, named as the modules."""
-    found = []
+    products = []
     for node in graph:
         module = _module_of(node)
         if node.op_type == "MatMul" and module in linear:
-            found.append(Projection(node, module, (module,)))
-    return found
+            products.append(Projection(node, module, (module,)))
+    return products
 
 
 def _module_of(node: ir.Node) -> str:

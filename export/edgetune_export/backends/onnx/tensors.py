@@ -100,8 +100,11 @@ def _misfits(scalings: Mapping[str, Scaling], inputs: Mapping[str, _Parts]) -> l
 
 
 def _without_slot(bottlenecks: Mapping[str, Bottleneck], slots: Mapping[str, Shape]) -> list[str]:
-    missing = [(block, own) for block, own in bottlenecks.items() if _slot_of(block, own) + DOWN not in slots]
-    return [f"no slot for a bottleneck ({own.activation}, reads {own.reads}) of {block}" for block, own in missing]
+    return [
+        f"no slot for a bottleneck ({bottleneck.activation}, reads {bottleneck.reads}) of {block}"
+        for block, bottleneck in bottlenecks.items()
+        if _slot_of(block, bottleneck) + DOWN not in slots
+    ]
 
 
 def _slot_of(block: str, bottleneck: Bottleneck) -> str:
@@ -172,8 +175,8 @@ def _add_bottlenecks(
     """Add one slot per kind of bottleneck to each block's output."""
     kinds: dict[str, dict[tuple[Activation, _Reads], None]] = {}
     for adapter in adapters:
-        for block, own in adapter.bottlenecks.items():
-            kinds.setdefault(block, {})[own.activation, own.reads] = None
+        for block, bottleneck in adapter.bottlenecks.items():
+            kinds.setdefault(block, {})[bottleneck.activation, bottleneck.reads] = None
     for block, variants in kinds.items():
         own_products = [product for product in products if product.modules[0].rpartition(".")[0] == block]
         if not own_products:

@@ -1,4 +1,4 @@
-"""How many branches and recurrent states a context has. Needs no library."""
+"""The number of branches and of recurrent states of a context. Needs no library."""
 
 from __future__ import annotations
 

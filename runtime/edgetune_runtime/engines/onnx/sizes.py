@@ -1,4 +1,4 @@
-"""How many recurrent states a sequence has, and how much of a step can be undone. Needs no library."""
+"""The number of recurrent states of a sequence, and of tokens of a step that can be undone. Needs no library."""
 
 from __future__ import annotations
 

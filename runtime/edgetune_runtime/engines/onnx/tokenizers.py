@@ -140,14 +140,14 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 @contextmanager
-def panics_as_errors(what: str) -> Iterator[None]:
+def panics_as_errors(problem: str) -> Iterator[None]:
     """Turn all that the library raises into a VerificationError: plain Exceptions, and panics, which are none."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise VerificationError(f"{what}: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
+        raise VerificationError(f"{problem}: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
 
 
 def _config(path: Path) -> dict[str, Any]:
