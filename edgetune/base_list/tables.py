@@ -22,7 +22,7 @@ A recipe names its base in one of four ways:
 
 | `base:` | what it is | what the build does |
 | --- | --- | --- |
-| {aliases} | weights in a Python package | uses its file as it is |
+| {aliases} | weights in a Python package | uses its file as it is; that of a decoder also in the recipe's `quantization` |
 | `models/my.gguf` | a file that llama.cpp's converter wrote | ships it unchanged, or in the recipe's `quantization` |
 | `models/my-model` | a Hugging Face folder, with safetensors and tokenizer | converts it, by default to q8_0 |
 | `Qwen/Qwen3-0.6B` | a hub id | downloads the folder, then the same |
@@ -33,8 +33,8 @@ that you copied there.
 ## Architectures
 
 The formats and methods that a base can use are those of its architecture, which `config.json` and GGUF files name. A
-base of another one is refused before any work. {encoders} are encoders, which classify and do not generate
-([encoders](encoders.md)).
+base of another one is refused before any work. The last row has the [encoders](encoders.md), which classify and do not
+generate.
 
 {architectures}
 [methods.md](methods.md) explains the methods. "With listed target_modules" means that the architecture lacks the
@@ -49,6 +49,9 @@ before you ship it. "Gated" means that the hub asks you to accept the license fi
 login`).
 
 {weights}
+Of Qwen 3.5, sizes are supported whose delta nets have as many heads of values as of keys, such as 0.8B; others are
+refused before any work.
+
 Of multimodal checkpoints, such as those of Gemma 4 and Qwen 3.5, the text part is used. Google trained Gemma 4 for 4
 bits too: download the `.gguf` file of `google/gemma-4-E2B-it-qat-q4_0-gguf` (`hf download`) and give its path without a
 `quantization`, so that it ships as it is. About half of such a file is an embedding for the inputs of each layer: in
@@ -83,7 +86,6 @@ def page() -> str:
     return PAGE.format(
         aliases=", ".join(f"`{name}`" for name in aliases),
         extras=",".join(packaged.extra for packaged in aliases.values()),
-        encoders=", ".join(ENCODER_TYPES),
         architectures=_table(ARCHITECTURES, architecture_rows()),
         weights=_table(WEIGHTS, weights),
     )

@@ -87,12 +87,12 @@ def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[.
             past = loaded_bundle(runtime).call(prompt, "one").past
             assert past is not None
             past.keep([*tokens[:6], *(token ^ 1 for token in tokens[6:])])
-        with loaded_bundle(runtime).call("play", None).lease() as context:
-            undoes_steps = bool(context.engine.max_rollback)
         answers = [runtime.generate(prompt, **options) for prompt in prompts]
         assert [answer.text for answer in answers] == texts
-        rejected = [answer.timings.drafted > answer.timings.accepted > 0 for answer in answers]
-        assert rejected == [undoes_steps] * len(answers)
+        with loaded_bundle(runtime).call("play", None).lease() as context:
+            undoes_steps = bool(context.engine.max_rollback)
+        for timings in (answer.timings for answer in answers):
+            assert (timings.drafted > timings.accepted > 0) == undoes_steps
         answers = [runtime.generate(prompt, **options) for prompt in prompts]
         assert [answer.text for answer in answers] == texts
         assert (sum(answer.timings.accepted for answer in answers) > 20) == undoes_steps
