@@ -23,7 +23,7 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 HEADER_BYTES_PER_TOKEN = 36
 """Size of the tokenizer in a GGUF file, per token; measured on SmolLM2: 1.79 MB for 49,152 tokens."""
 
-_NOT_TEXT = ("model.visual.", "mtp.")
+_NOT_TEXT = ("model.visual.", "model.vision_", "model.audio_", "model.embed_vision.", "model.embed_audio.", "mtp.")
 """The beginnings of names of tensors that no text part has."""
 _OF_MULTIMODAL = "model.language_model."
 """The beginning of names where others have `model.`."""
@@ -41,9 +41,9 @@ def predict_header(folder: Path) -> GgufHeader:
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
-    metadata |= {f"{architecture}.{key}": value for key, value in found.header_entries(config).items()}
     if "head_dim" in config:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
+    metadata |= {f"{architecture}.{key}": value for key, value in found.header_entries(config).items()}
     known = name_map(GgufHeader(metadata, {}))
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):

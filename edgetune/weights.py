@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import init_empty_weights
 from edgetune_export import architectures
@@ -83,23 +86,49 @@ def model_of(
     """The causal model of `config` on the CPU, in evaluation mode, with the weights of the GGUF file `path` in `dtype`.
 
     Needs memory for the model and one tensor in float32. With `mapped`, float32 weights are written to that file and
-    mapped from it: when memory is short, the system drops their pages and reads them again. Parameters without a tensor
-    in the GGUF file stay on the meta device.
+    mapped from it: when memory is short, the system drops their pages and reads them again. The `embeddings_in_file` of
+    its architecture stay in the GGUF file, and are no parameters. Parameters without a tensor there stay on the meta
+    device.
 
     Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
-    has an unknown type.
+    has an unknown type or an embedding is missing.
     """
     from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
 
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     file = GgufWeights(path, header)
+    for name in architectures.of(header).embeddings_in_file:
+        model.set_submodule(name, FileEmbedding(file, name, model.get_submodule(name), dtype))
     read = ((name, file.values(name)) for name in model.state_dict() if name in file)
     weights = {name: values.to(dtype) for name, values in read} if mapped is None else _mapped(read, mapped)
     # Assigned tensors become the parameters; copying would need memory for both.
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+class FileEmbedding(torch.nn.Module):
+    """A frozen embedding of which only the rows of the tokens that occur are read from a GGUF file, and dequantized."""
+
+    scale: torch.Tensor
+
+    def __init__(self, file: GgufWeights, name: str, embedding: Any, dtype: torch.dtype) -> None:  # noqa: ANN401 - transformers' class
+        """`embedding` is the module `name` that it replaces, which multiplies by `scalar_embed_scale`.
+
+        Raises IncompatibleError if the file does not have it, or in an unknown type.
+        """
+        super().__init__()
+        self._read = partial(file.rows, f"{name}.weight")
+        self._read(np.zeros(1, np.int64))
+        scale = torch.tensor(embedding.scalar_embed_scale, dtype=dtype)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The rows of tokens of any shape, with a dimension for the columns added."""
+        different, places = np.unique(tokens.cpu().numpy(), return_inverse=True)
+        rows = self._read(different).to(self.scale) * self.scale
+        return rows[torch.from_numpy(places.reshape(tokens.shape)).to(rows.device)]
 
 
 class GgufWeights:
@@ -121,6 +150,14 @@ class GgufWeights:
         dequantize_rows(data, tensor, out=values.numpy())
         return torch.from_numpy(as_parameter(values.numpy(), tensor, self._header))
 
+    def rows(self, parameter: str, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+        """The dequantized values of some rows of a matrix, whose order is that of the file, in float32."""
+        tensor = self._found(parameter)
+        data = np.memmap(self._path, np.uint8, "r", tensor.offset, (tensor.shape[1], tensor.nbytes // tensor.shape[1]))
+        columns, picked = tensor.shape[0], data[numbers]
+        part = replace(tensor, shape=(columns, len(numbers)), nbytes=picked.nbytes)
+        return torch.from_numpy(dequantize_rows(picked.reshape(-1), part))
+
     def grid(self, parameter: str) -> tuple[Grid, Floats] | None:
         """The grid of a quantized matrix with its `dither_of`; None if it is stored as floats.
 
@@ -136,11 +173,15 @@ class GgufWeights:
     def _tensor(self, parameter: str) -> TensorInfo | None:
         return self._header.tensors.get(tensor_name(parameter, self._names))
 
-    def _bytes(self, parameter: str) -> tuple[Bytes, TensorInfo]:
+    def _found(self, parameter: str) -> TensorInfo:
         tensor = self._tensor(parameter)
         if tensor is None:
             message = f"{self._path} has no tensor for {parameter}"
             raise IncompatibleError(message, "use the base that the adapter was trained on")
+        return tensor
+
+    def _bytes(self, parameter: str) -> tuple[Bytes, TensorInfo]:
+        tensor = self._found(parameter)
         data = np.fromfile(self._path, np.uint8, tensor.nbytes, offset=tensor.offset)
         # Reorder rows before dequantizing, when there are fewer bytes to move.
         return self._ordered(data, tensor), tensor

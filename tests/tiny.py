@@ -16,6 +16,7 @@ from edgetune_runtime.formats.gguf_file import read_header
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
+    AutoTokenizer,
     BertConfig,
     DistilBertConfig,
     ElectraConfig,
@@ -23,6 +24,8 @@ from transformers import (
     Ernie4_5ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     GraniteMoeHybridConfig,
@@ -62,6 +65,7 @@ ARCHITECTURES = (
     "granite",
     "granitemoehybrid",
     "ernie4_5",
+    "gemma4",
     "hunyuan_dense",
     "lfm2",
     "olmo2",
@@ -83,6 +87,21 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
     # llama.cpp uses full attention in every sixth layer of a Gemma 3, so one of six layers has it.
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"num_hidden_layers": 6, "sliding_window": 16}),
+    # The last two of six layers share keys and values, and have wider feed-forward blocks, as in E2B.
+    "gemma4": (
+        Gemma4ForCausalLM,
+        Gemma4TextConfig,
+        {
+            "num_hidden_layers": 6,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "sliding_window": 16,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 32,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
     # Every fourth layer has no rotary embedding.
     "smollm3": (
         SmolLM3ForCausalLM,
@@ -209,6 +228,8 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
         # GGUF files of these architectures have no head size.
         del common["head_dim"]
     model_class, config_class, own = MODELS[arch]
+    if arch == "gemma4":
+        own = {**own, "vocab_size_per_layer_input": vocab_size}
     torch.manual_seed(0)
     model: PreTrainedModel = model_class(config_class(**common | own))
     with torch.no_grad():
@@ -222,6 +243,15 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
             if name.endswith(".A_log"):
                 # With larger ones, a delta net would forget all but the last token.
                 torch.nn.init.uniform_(parameter, -5.0, -1.0)
+            if arch == "gemma4" and name.endswith(("q_norm.weight", "k_norm.weight")):
+                # It scales the scores of attention by these weights alone.
+                torch.nn.init.constant_(parameter, parameter.numel() ** -0.25)
+            if name.endswith("post_per_layer_input_norm.weight"):
+                # Random inputs of layers are small, and so would be as large as all else, with their rounding errors.
+                torch.nn.init.constant_(parameter, 0.3)
+        for name, buffer in model.named_buffers():
+            if name.endswith(".layer_scalar"):
+                torch.nn.init.uniform_(buffer, 0.7, 1.0)
     return model.float()
 
 
@@ -251,6 +281,11 @@ def make_folder(arch: str, folder: Path, tokenizer: Path, hidden_size: int = 64)
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if arch == "gemma4":
+        # llama.cpp converts it only with a tokenizer.json, in which the names of control tokens are special.
+        loaded = AutoTokenizer.from_pretrained(folder, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        (folder / "tokenizer.model").unlink()
+        loaded.save_pretrained(folder)
     return folder
 
 

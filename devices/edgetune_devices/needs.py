@@ -9,7 +9,7 @@ from dataclasses import replace
 from edgetune_runtime.engines import gguf, load_needs
 from edgetune_runtime.engines.gguf.needs import needs_of_sizes
 from edgetune_runtime.engines.needs import AdapterSize, Needs
-from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo
 from edgetune_runtime.formats.gguf_sizes import data_start, number
 from edgetune_runtime.formats.quantization import (
     TENSOR_TYPES,
@@ -19,6 +19,8 @@ from edgetune_runtime.formats.quantization import (
     quantization_of_merged,
 )
 
+_UNCHANGED = "per_layer_model_proj.weight"
+"""A matrix that llama.cpp does not quantize."""
 # A scale in f32 for each block of 32 weights.
 _ONNX_SCALE_BITS = 1
 
@@ -96,7 +98,9 @@ def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quant
     """Bytes of the matrix; half of the value and down projections get another type, so each counts with the mean."""
     columns = tensor.shape[0]
     rows = math.prod(tensor.shape[1:])
-    if tensor.name == header.output_tensor:
+    if tensor.name == _UNCHANGED:
+        return tensor.nbytes
+    if tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING):
         return rows * _row_bytes(quantization.head, columns)
     if tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
         return rows * (_row_bytes(quantization.most, columns) + _row_bytes(quantization.some, columns)) // 2

@@ -28,7 +28,8 @@ SIZES_IN = ("q4_0", "q8_0")
 class PublishedWeights:
     """Weights on the hub. Their architecture has a file of this name; `tried` are formats, `figures` places in docs/.
 
-    `parameters_m` is in millions. The output layer has `width` columns and `vocabulary` rows.
+    `parameters_m` is in millions. The output layer has `width` columns and `vocabulary` rows; of the other parameters,
+    `per_layer_m` are an embedding for the inputs of each layer, which llama.cpp stores like the output layer.
     """
 
     hub_id: str
@@ -37,6 +38,7 @@ class PublishedWeights:
     parameters_m: float
     width: int
     vocabulary: int
+    per_layer_m: float = 0.0
     alias: str | None = None
     gated: bool = False
     tried: tuple[str, ...] = ()
@@ -44,7 +46,7 @@ class PublishedWeights:
 
     def mb_in(self, quantization: str) -> float:
         """Approximate size of the GGUF file in MB, 10^6 bytes, without the tokenizer."""
-        kind, head = QUANTIZATIONS[quantization], self.width * self.vocabulary
+        kind, head = QUANTIZATIONS[quantization], self.width * self.vocabulary + self.per_layer_m * 1e6
         body = self.parameters_m * 1e6 - head
         sizes = (row_type(name, self.width).bytes_per_value for name in (kind.most, kind.head))
         return sum(values * size for values, size in zip((body, head), sizes, strict=True)) / 1e6
@@ -108,6 +110,8 @@ def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
         if methods.load(method).takes_recurrent_layers or not architecture.recurrent_block
     ]
     shapes = {method: supported_shapes(formats, method) for method in usable}
+    if not architecture.has_equal_caches:
+        shapes = {method: kinds for method, kinds in shapes.items() if "prefix" not in kinds.values()}
     held = {target: tuple(method for method in shapes if target in shapes[method]) for target in formats}
     without = tuple(method for method in shapes if not _has_modules(architecture, method))
     return ArchitectureFacts(architectures.title_of(name), held, without)

@@ -49,6 +49,11 @@ before you ship it. "Gated" means that the hub asks you to accept the license fi
 login`).
 
 {weights}
+Of multimodal checkpoints, such as those of Gemma 4 and Qwen 3.5, the text part is used. Google trained Gemma 4 for 4
+bits too: download the `.gguf` file of `google/gemma-4-E2B-it-qat-q4_0-gguf` (`hf download`) and give its path without a
+`quantization`, so that it ships as it is. About half of such a file is an embedding for the inputs of each layer, of
+which a board needs only the rows of the tokens that occur in memory.
+
 What was tried was trained, exported, compared and run with the real weights. The rest was tested only as tiny models
 with random weights, through the same converter, libraries and engines.
 

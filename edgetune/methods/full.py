@@ -39,8 +39,8 @@ class OwnWeights(Method[O]):
         return ("merged",)
 
     def trained_parameters(self, trained: TrainedModules, options: O) -> int:
-        """All parameters of the base."""
-        return trained.base.parameters
+        """All parameters of the base that are in memory."""
+        return trained.base.loaded_parameters
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """Those of the layers that gradients reach."""

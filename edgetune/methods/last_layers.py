@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_LAST_NORMS = ("model.norm.weight", "model.embedding_norm.weight")
 
 
 class LastLayersOptions(MethodOptions):
@@ -47,7 +48,7 @@ class LastLayers(OwnWeights[LastLayersOptions]):
         first = count - options.layers
         names = {name for name, _ in base.named_parameters()}
         layers = {name for name in names if (match := _LAYER.search(name)) and int(match[1]) >= first}
-        return layers | {name for name in names if name.endswith("norm.weight") and not _LAYER.search(name)}
+        return layers | {name for name in names if name.endswith(_LAST_NORMS)}
 
 
 METHOD = LastLayers()

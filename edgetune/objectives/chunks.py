@@ -6,13 +6,14 @@ next chunk, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989); nothing is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
 from edgetune_export import architectures
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from edgetune.objectives.base import LOGITS_PER_CHUNK
 
@@ -23,14 +24,29 @@ LossOf = Callable[[torch.Tensor, slice], torch.Tensor]
 def summed_loss(run: Callable[[], torch.Tensor], model: torch.nn.Module, loss_of: LossOf) -> torch.Tensor:
     """Summed loss of all predictions of `run`, which calls `model` and returns its logits [predictions, vocabulary]."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    if getattr(base.config, "final_logit_softcapping", None) is not None:
-        # Softcapping changes the logits after the head, so the head cannot return a loss.
-        return loss_of(run().float(), slice(None))
-    divisor = architectures.of_model_type(base.config.model_type).logits_divisor(base.config)
-    loss_of_output = loss_of if divisor == 1 else lambda output, rows: loss_of(output / divisor, rows)
-    with _loss_as_logits(base.get_output_embeddings(), base.config.vocab_size, loss_of_output):
-        # The base divides the head's output, here the loss.
-        return run().sum() * divisor
+    architecture, config = architectures.of_model_type(base.config.model_type), copy(base.config)
+
+    def loss_of_output(output: torch.Tensor, rows: slice) -> torch.Tensor:
+        return loss_of(architecture.logits_of(output, config), rows)
+
+    with (
+        _changed(base.config, architecture.unchanged_logits),
+        _loss_as_logits(base.get_output_embeddings(), config.vocab_size, loss_of_output),
+    ):
+        return run().sum()
+
+
+@contextmanager
+def _changed(config: PreTrainedConfig, entries: Mapping[str, Any]) -> Iterator[None]:
+    """Change entries of a base's config, so that it returns what its head returns: here the loss."""
+    before = {name: getattr(config, name) for name in entries}
+    try:
+        for name, value in entries.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 @contextmanager

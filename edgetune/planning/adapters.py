@@ -59,9 +59,12 @@ def with_options(
     planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
+    name, kind = planned.name, planned.method
     if base.recurrent_values and not method.takes_recurrent_layers:
-        name, kind = planned.name, planned.method
         message = f"adapter {name!r} of {kind} needs attention, which some layers of this base do not have"
+        raise IncompatibleError(message, "train it with lora")
+    if not base.has_equal_caches and "prefix" in planned.shapes.values():
+        message = f"adapter {name!r} of {kind} is a prefix of keys and values, which differ in the layers of this base"
         raise IncompatibleError(message, "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)

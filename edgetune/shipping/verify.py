@@ -215,24 +215,25 @@ def _compare(trained: Model, adapter: TrainedAdapter, engine: Decoder, capacity:
 
 @dataclass(frozen=True)
 class _Logits:
-    """The logits of a row, computed on demand from the inputs of the output layer."""
+    """The logits of a row, computed on demand from the inputs of the base's output layer."""
 
-    head: Any
+    base: PreTrainedModel
     states: Any
-    vocabulary: int
-    divisor: float
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Tokens and vocabulary."""
-        return len(self.states), self.vocabulary
+        return len(self.states), self.base.config.vocab_size
 
     def __getitem__(self, part: slice) -> Floats:
         """The logits after these tokens."""
         import torch  # noqa: PLC0415 - only where something is exported
 
+        config, head = self.base.config, self.base.get_output_embeddings()
         with torch.inference_mode():
-            return np.asarray((self.head(self.states[part]).float() / self.divisor).numpy(), np.float32)
+            output = head(self.states[part]).float()
+            logits = architectures.of_model_type(config.model_type).logits_of(output, config)
+        return np.asarray(logits.numpy(), np.float32)
 
 
 @dataclass(frozen=True)
@@ -248,15 +249,14 @@ class _Trained:
 
     def logits(self, tuned: Any, name: str | None) -> Model:  # noqa: ANN401 - with or without PEFT around it
         """The logits of the base with the adapter `name`, which is `tuned`."""
-        head: Any = self.base.get_output_embeddings()
-        divisor = architectures.of_model_type(self.base.config.model_type).logits_divisor(self.base.config)
+        head = self.base.get_output_embeddings()
 
         def logits(tokens: list[int]) -> Rows:
             key = name, tuple(tokens)
             if key not in self.states:
                 with self.threads.step(len(tokens)):
                     self.states[key] = _states(head, tuned, tokens)
-            return _Logits(head, self.states[key], self.base.config.vocab_size, divisor)
+            return _Logits(self.base, self.states[key])
 
         return logits
 

@@ -47,7 +47,8 @@ def _fused_forward(module: Any, packed: PackedLayers) -> Forward | None:  # noqa
     if _is_plain_lora(module):
         return partial(_lora_forward, module, packed.get(module.base_layer))
     addend = _norms().get(type(module).__name__)
-    if addend is None or any(p.requires_grad for p in module.parameters()):
+    # Gemma 4's norms of values have no weights.
+    if addend is None or not [*module.parameters()] or any(p.requires_grad for p in module.parameters()):
         return None
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return partial(_norm_forward, module, addend, epsilon)

@@ -134,7 +134,7 @@ def training_need(
     added = _FLOAT_BYTES * parameters if method.adds_parameters else 0
     packed = _PACKED_BYTES * shape.linear_weights if precision == "int8" else 0
     rounded = 2 * _FLOAT_BYTES * sum(module.rows * module.columns for module in trained.modules) if on_grid else 0
-    weights = shape.parameters * _width(method, precision) + packed + rounded
+    weights = shape.loaded_parameters * _width(method, precision) + packed + rounded
     fixed = process_mb + (weights + added) / _MB + state_mb(parameters)
     longest = longest_row + method.prefix_tokens(options)
     least = cost.pass_mb(longest, cost.most_checkpointed)

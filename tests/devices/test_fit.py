@@ -18,14 +18,14 @@ from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.gguf_sizes import recurrent_values
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.sizing.needs import needed_mb
+from edgetune_runtime.sizing.needs import items_of, needed_mb
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.states.batches import CHUNK
 
-TINY = ("llama", "qwen2", "qwen3", "gemma3", "lfm2")
+TINY = ("llama", "qwen2", "qwen3", "gemma3", "gemma4", "lfm2")
 
 
 def _header(layers: int, width: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> GgufHeader:
@@ -80,7 +80,7 @@ def test_kv_values_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable
     if arch == "lfm2":
         assert short > 4 * recurrent_values(read_header(tiny_gguf(arch))) > 0
     # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
-    cell_bytes = 24 if arch == "gemma3" else 12
+    cell_bytes = 24 if arch.startswith("gemma") else 12
     assert grown == 10 * (2 * fit.kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
 
 
@@ -99,14 +99,18 @@ def test_needs_of_a_file_count_its_bytes_and_leave_out_an_untied_embedding(
     needs = fit.needs_of_header(header, context_length=128)
     assert needs.base_bytes == pytest.approx(path.stat().st_size, rel=0.01)
     everything = sum(tensor.nbytes for tensor in header.tensors.values())
-    looked_up = header.tensors["token_embd.weight"].nbytes if arch == "qwen2" else 0
+    embedding = {"qwen2": "token_embd.weight", "gemma4": PER_LAYER_EMBEDDING}.get(arch)
+    looked_up = header.tensors[embedding].nbytes if embedding else 0
     assert needs.read_bytes == everything - looked_up
+    dropped = {item.name: item.droppable_mb for item in items_of(needs, repacks=())}
+    assert dropped.get("embedding for the inputs of each layer", 0) * 1e6 == (looked_up if arch == "gemma4" else 0)
     assert needs.layers == sum(name.endswith("attn_norm.weight") for name in header.tensors)
 
 
 @pytest.mark.parametrize(
     ("arch", "quantization"),
-    [("llama", name) for name in (*QUANTIZATIONS, "q5_0+q4_0", "iq4_nl+iq4_nl")] + [("lfm2", "q4_0"), ("lfm2", "q8_0")],
+    [("llama", name) for name in (*QUANTIZATIONS, "q5_0+q4_0", "iq4_nl+iq4_nl")]
+    + [(arch, name) for arch in ("gemma4", "lfm2") for name in ("q4_0", "q8_0")],
 )
 def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
     tiny_gguf: Callable[[str], Path], tmp_path: Path, arch: str, quantization: str

@@ -240,6 +240,17 @@ def test_the_weights_in_torch_are_those_of_the_folder(
         torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_of_an_embedding_that_stays_in_the_file_are_those_of_the_whole(
+    tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
+) -> None:
+    base, name = resolve(str(tiny_gguf("gemma4")), quantization="q4_0"), "model.embed_tokens_per_layer"
+    embedding = load_torch(base, torch.bfloat16).get_submodule(name)
+    tokens = torch.tensor([[7, 300, 7], [0, 383, 12]])
+    assert not [*embedding.parameters()]
+    whole = GgufWeights(base.path).values(f"{name}.weight").to(torch.bfloat16)
+    assert torch.equal(embedding(tokens), whole[tokens] * torch.tensor(32**0.5, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "arch", [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edgetune_export import architectures
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 
@@ -68,7 +69,8 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
         for parameter in base.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(parameter.half().float())
-    peft = get_peft_model(base, LoraConfig(**options, task_type="CAUSAL_LM")).eval()
+    fixed = architectures.of_model_type(config.model_type).fixed_modules
+    peft = get_peft_model(base, LoraConfig(**options, task_type="CAUSAL_LM", exclude_modules=[*fixed] or None)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():

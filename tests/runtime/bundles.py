@@ -35,7 +35,7 @@ from edgetune_runtime.routing.features import count_buckets
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
 # Of a base whose first layer is recurrent.
 IN_PLACE = ("blk.0.shortconv.in_proj.weight", "blk.0.attn_gate.weight")
-HYBRIDS = (("gguf", "lfm2"), ("gguf", "qwen35"), ("onnx", "lfm2"))
+HYBRIDS = (("gguf", "lfm2"), ("gguf", "qwen35"), ("onnx", "lfm2"), ("onnx", "qwen35"))
 """The engines of bases with recurrent layers, whose states cannot be cut."""
 CASES = (("gguf", "llama"), ("onnx", "llama"), *HYBRIDS)
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]

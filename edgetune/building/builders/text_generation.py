@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgetune_devices.fit import kv_values_per_token
 from edgetune_export import backends
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
@@ -149,7 +150,7 @@ class TextGeneration(Builder[Base]):
 
 def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
-    weights_mb, free_mb = base.header.parameters * 4 / 1e6, machine.free_mb()
+    weights_mb, free_mb = BaseShape.of_header(base.header).loaded_parameters * 4 / 1e6, machine.free_mb()
     sizes = base.path.stat().st_size, base.header.parameters, spec.format_options
     needed_mb = weights_mb + max(backends.format_of(target).export_mb(*sizes) for target in spec.targets)
     if free_mb is None or free_mb >= needed_mb:

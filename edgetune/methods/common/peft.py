@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
 from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import IncompatibleError, UsageError
@@ -249,6 +250,9 @@ def peft_config(
     values = options.model_dump(include={field.name for field in fields(config_class)})
     if isinstance(options, TargetOptions):
         values["target_modules"] = peft_targets(options.target_modules)
+        if values["target_modules"] == ALL_LINEAR and _fixed_modules(base):
+            linear = check_targets(base, ALL_LINEAR) - {OUTPUT_LAYER}
+            values["target_modules"] = sorted({name.rpartition(".")[2] for name in linear})
     # An encoder lacks methods that PEFT calls for CAUSAL_LM.
     task_type = "CAUSAL_LM" if base.can_generate() else None
     return config_class(**{"task_type": task_type, **values, **settings})
@@ -264,10 +268,17 @@ def is_target(module: str, target_modules: str | tuple[str, ...]) -> bool:
 def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
     """The names of the linear modules selected by `target_modules`. Raises UsageError for one that the base lacks."""
     linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
+    linear -= _fixed_modules(base)
     if target_modules == ALL_LINEAR:
         return linear
     check_names(linear, target_modules)
     return {name for name in linear if is_target(name, target_modules)}
+
+
+def _fixed_modules(base: PreTrainedModel) -> set[str]:
+    """The linear modules that no adapter may change; none of an encoder."""
+    found = (item for item in architectures.known().values() if base.config.model_type in item.model_types)
+    return {module for item in found for module in item.fixed_modules}
 
 
 def check_names(linear: Collection[str], target_modules: str | tuple[str, ...]) -> None:

@@ -41,6 +41,7 @@ LINEAR_MODULES = (
     LinearModule("mlp.down_proj", "ffn_down", "mlp.down_proj"),
 )
 """Those of LLaMA; `shape.py` reads their sizes from a header."""
+_KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj")
 OUTPUT_LAYER = "lm_head"
 """The name of the linear module after the layers."""
 
@@ -66,6 +67,12 @@ class Architecture:
     """Whether llama.cpp's rotary embedding rotates neighbouring values of a head, where Hugging Face rotates the two
     halves; the rows of q and k in GGUF files, and the keys, then have another order (see layout.py)."""
     linear_modules: tuple[LinearModule, ...] = LINEAR_MODULES
+    fixed_modules: tuple[str, ...] = ()
+    """Linear modules outside the layers, before the output layer, to which llama.cpp applies no adapter."""
+    embeddings_in_file: tuple[str, ...] = ()
+    """Embeddings beside that of tokens, too large for memory, of which training reads rows from the file."""
+    has_equal_caches: bool = True
+    """Whether all layers that attend have keys and values of their own, and of the same size."""
     recurrent_block: str = ""
     """In layers with a recurrent state, the block in place of `self_attn`; empty if all layers attend."""
     not_in_int8: tuple[str, ...] = ()
@@ -76,6 +83,8 @@ class Architecture:
     """The `model_type` and the class of checkpoints that have such a model as their text part."""
     converter_options: tuple[str, ...] = ()
     """Options of llama.cpp's converter."""
+    unchanged_logits: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of transformers' config with which `logits_of` changes nothing."""
     transformers_reads_gguf: bool = True
     """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -101,10 +110,13 @@ class Architecture:
         """The class of its norms in transformers."""
         return f"{self.class_prefix}RMSNorm"
 
-    def modules_of(self, *, is_recurrent: bool) -> Iterator[LinearModule]:
-        """The linear modules of a layer, which has either attention or a recurrent state."""
+    def modules_of(self, *, is_recurrent: bool, shares_keys: bool) -> Iterator[LinearModule]:
+        """The linear modules of a layer, which has either attention or a recurrent state; with `shares_keys`, it has
+        the keys and values of another layer."""
         absent = "self_attn" if is_recurrent else self.recurrent_block
-        return (module for module in self.linear_modules if module.name.partition(".")[0] != absent)
+        for module in self.linear_modules:
+            if module.name.partition(".")[0] != absent and not (shares_keys and module.name in _KEYS_AND_VALUES):
+                yield module
 
     def check_formats(self, formats: Sequence[str]) -> None:
         """IncompatibleError if one of the formats does not support such a base."""
@@ -145,9 +157,9 @@ class Architecture:
             "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         }
 
-    def logits_divisor(self, _config: Any) -> float:  # noqa: ANN401 - transformers' configuration
-        """The divisor that turns the output of the last layer into logits."""
-        return 1.0
+    def logits_of(self, output: Any, _config: Any) -> Any:  # noqa: ANN401 - a tensor, and transformers' configuration
+        """The logits that a model of this config computes from those that its output layer returns."""
+        return output
 
     def header_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Hyperparameters that llama.cpp's converter computes from config.json, by their keys after the architecture's

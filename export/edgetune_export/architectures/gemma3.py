@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune_runtime.formats.gguf_file import GgufHeader, cache_shape
+from edgetune_runtime.formats.gguf_file import GgufHeader, sliding_layers
+from edgetune_runtime.formats.gguf_sizes import number
 
 from .base import Architecture
 
@@ -22,8 +23,8 @@ class _Gemma3(Architecture):
         scalar = metadata.get("gemma3.attention.key_length")
         if metadata["gemma3.block_count"] == _LAYERS_OF_27B:
             scalar = metadata["gemma3.embedding_length"] // metadata["gemma3.attention.head_count"]
-        cache = cache_shape(header)
-        kinds = ["sliding_attention" if layer in cache.sliding else "full_attention" for layer in range(cache.layers)]
+        sliding, layers = sliding_layers(header), range(number(header, "block_count"))
+        kinds = ["sliding_attention" if layer in sliding else "full_attention" for layer in layers]
         return {**super().config_entries(header), "query_pre_attn_scalar": scalar, "layer_types": kinds}
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,9 +27,16 @@ class _Granite(Architecture):
         factors = {name: header.metadata[key] for name, key in _FACTORS.items() if key in header.metadata}
         return {**super().whole_config(header), **factors}
 
-    def logits_divisor(self, config: Any) -> float:  # noqa: ANN401 - transformers' configuration
-        """The logits_scaling of the config."""
-        return float(config.logits_scaling)
+    def logits_of(self, output: Any, config: Any) -> Any:  # noqa: ANN401 - a tensor, and transformers' configuration
+        """Divided by the logits_scaling of the config."""
+        return output / config.logits_scaling
 
 
-ARCHITECTURE = _Granite("granite", ("granite",), "Granite", interleaves_rows=True, transformers_reads_gguf=False)
+ARCHITECTURE = _Granite(
+    "granite",
+    ("granite",),
+    "Granite",
+    interleaves_rows=True,
+    transformers_reads_gguf=False,
+    unchanged_logits={"logits_scaling": 1.0},
+)

@@ -61,6 +61,8 @@ def tensor_name(parameter: str, names: gguf.TensorNameMap) -> str:
     module, _, kind = parameter.rpartition(".")
     if kind == "A_log":
         return names.get_name(parameter) or ""
+    if kind == "layer_scalar":
+        module, kind = parameter, "weight"
     if kind == "dt_bias":
         module, kind = f"{module}.dt_proj", "bias"
     found = names.get_name(module)

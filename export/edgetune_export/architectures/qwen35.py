@@ -53,6 +53,10 @@ class _Qwen35(Architecture):
             ],
         }
 
+    def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The builder knows the multimodal class only, of which it writes the text part."""
+        return {"architectures": [self.multimodal[1]]}
+
 
 def _check_heads(keys: object, values: object) -> None:
     if keys != values:
@@ -61,10 +65,10 @@ def _check_heads(keys: object, values: object) -> None:
 
 
 _DELTA_NET = (
-    LinearModule("linear_attn.in_proj_qkv", "attn_qkv", "linear_attn.in_proj_qkv"),
-    LinearModule("linear_attn.in_proj_z", "attn_gate", "linear_attn.in_proj_z"),
-    LinearModule("linear_attn.in_proj_b", "ssm_beta", "linear_attn.in_proj_b"),
-    LinearModule("linear_attn.in_proj_a", "ssm_alpha", "linear_attn.in_proj_a"),
+    LinearModule("linear_attn.in_proj_qkv", "attn_qkv", "linear_attn.qkv_proj"),
+    LinearModule("linear_attn.in_proj_z", "attn_gate", "linear_attn.z_proj"),
+    LinearModule("linear_attn.in_proj_b", "ssm_beta", "linear_attn.b_proj"),
+    LinearModule("linear_attn.in_proj_a", "ssm_alpha", "linear_attn.a_proj"),
     LinearModule("linear_attn.out_proj", "ssm_out", "linear_attn.out_proj"),
 )
 
@@ -78,7 +82,6 @@ ARCHITECTURE = _Qwen35(
     recurrent_block="linear_attn",
     not_in_int8=tuple(module.name for module in _DELTA_NET),
     transformers_reads_gguf=False,
-    refusals={"onnx": "its gated delta nets are not supported there yet"},
     multimodal=("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     converter_options=("--no-mtp",),
 )

@@ -8,20 +8,23 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader
 from edgetune_runtime.formats.gguf_sizes import (
     head_lengths,
     kv_values_per_token,
     number,
     recurrent_layers,
     recurrent_values,
+    sharing_layers,
 )
 
 from . import of
 from .base import OUTPUT_LAYER
 from .layout import count
 
-_LAYER = re.compile(r"blk\.(\d+)\.")
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
+_OUTSIDE = -1
+_KEYS_AND_VALUES = ("attn_k", "attn_k_norm", "attn_v")
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,11 @@ class SizedModule:
 class BaseShape:
     """The sizes of a base. `modules` are the linear modules of all layers.
 
-    `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all. `queries` and `keys`
+    `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all, of which
+    `parameters_in_file` are embeddings that training does not load. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
-    `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend.
+    `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend. For
+    `has_equal_caches` see `Architecture`.
     """
 
     modules: tuple[SizedModule, ...]
@@ -61,6 +66,8 @@ class BaseShape:
     parameters_by_layer: tuple[int, ...]
     parameters: int
     recurrent_values: int = 0
+    has_equal_caches: bool = True
+    parameters_in_file: int = 0
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -72,13 +79,15 @@ class BaseShape:
         modules = linear_modules(header)
         output_layer = modules.pop(OUTPUT_LAYER)
         by_layer: Counter[int] = Counter()
-        parameters = 0
+        sharing, embedding = sharing_layers(header), header.tensors.get(PER_LAYER_EMBEDDING)
         for name, tensor in header.tensors.items():
-            # Angles of the rotary embedding are no parameters of the model.
-            if not name.startswith("rope_"):
-                parameters += math.prod(tensor.shape)
-                if layer := _LAYER.match(name):
-                    by_layer[int(layer[1])] += math.prod(tensor.shape)
+            match = _LAYER.match(name)
+            layer, kind = (int(match[1]), match[2]) if match else (_OUTSIDE, name)
+            # Angles of the rotary embedding and the scales of layers are no parameters of the model, and llama.cpp's
+            # converter also writes the keys and values of layers that do not use them.
+            is_unused = layer in sharing and kind in _KEYS_AND_VALUES
+            if not (kind.startswith("rope_") or kind == "layer_output_scale" or is_unused):
+                by_layer[layer] += math.prod(tensor.shape)
         return cls(
             modules=tuple(modules.values()),
             output_layer=output_layer,
@@ -88,14 +97,21 @@ class BaseShape:
             norms=output_layer.columns * architecture.norms_per_layer + per_head,
             kv_values_per_token=kv_values_per_token(header),
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
-            parameters=parameters,
+            parameters=by_layer.total(),
             recurrent_values=recurrent_values(header),
+            has_equal_caches=architecture.has_equal_caches,
+            parameters_in_file=math.prod(embedding.shape) if embedding else 0,
         )
 
     @property
     def layers(self) -> int:
         """The number of layers."""
         return len(self.parameters_by_layer)
+
+    @property
+    def loaded_parameters(self) -> int:
+        """The parameters that training has in memory."""
+        return self.parameters - self.parameters_in_file
 
     @property
     def hidden(self) -> int:
@@ -115,9 +131,10 @@ class BaseShape:
 
 def linear_modules(header: GgufHeader) -> dict[str, SizedModule]:
     """The linear modules of all layers, and the output layer, by name; IncompatibleError if the base lacks one."""
-    architecture, recurrent, sized = of(header), recurrent_layers(header), {}
+    architecture, sized = of(header), {}
+    recurrent, sharing = recurrent_layers(header), sharing_layers(header)
     for layer in range(count(header.metadata, f"{header.architecture}.block_count")):
-        for module in architecture.modules_of(is_recurrent=layer in recurrent):
+        for module in architecture.modules_of(is_recurrent=layer in recurrent, shares_keys=layer in sharing):
             name, product = (f"model.layers.{layer}.{part}" for part in (module.name, module.product))
             sized[name] = SizedModule(name, product, *_size(header, f"blk.{layer}.{module.tensor}.weight"), layer)
     return {**sized, OUTPUT_LAYER: SizedModule(OUTPUT_LAYER, OUTPUT_LAYER, *_size(header, header.output_tensor))}

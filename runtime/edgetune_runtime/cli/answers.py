@@ -73,7 +73,7 @@ def _recurrence(bundle: Path, opening: OpeningOptions) -> str:
     needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=opening.engine)
     if not needs.recurrent_bytes:
         return ""
-    drafts = "" if needs.max_rollback else ", no drafts because these are too large to keep one for each token"
+    drafts = "" if needs.max_rollback else ", no drafts because rejected tokens could not be dropped"
     return f", recurrent states {needs.recurrent_bytes / 1e6:.1f} MB each{drafts}"
 
 

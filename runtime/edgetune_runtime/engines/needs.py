@@ -88,14 +88,16 @@ class RecurrentSizes:
 class Needs:
     """Sizes that determine the memory and the speed of a base with its adapters in an engine.
 
-    `read_bytes` and `read_parameters` count the weights read per token: all except an embedding that is not also the
-    output head. `kv_values_per_token` are held in the data type `kv`, None for the engine's default. `head_lengths` are
-    those of a key and a value of one head, if known. `head_bytes` is the size of an output head that is also the
-    embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they
-    are unknown. `merged` maps each adapter that is a full model to the bytes of its file. `draft_bytes` is the size of
-    all draft tables; `recurrent_values` are the numbers in the recurrent state of a sequence, and `recurrent_states`
-    how many of them a loaded model holds; for `max_rollback` see `Engine`. `constrained`: the answers of an adapter are
-    held to a schema or a grammar. Saved states have up to `cache_mb`, adapters in memory up to `adapters_mb`.
+    `read_bytes` and `read_parameters` count the weights read per token: all except embeddings that are not also the
+    output head. `per_layer_bytes` is the size of the embedding for the inputs of each layer, of which only the rows of
+    tokens that occur are read. `kv_values_per_token` are held in the data type `kv`, None for the engine's default.
+    `head_lengths` are those of a key and a value of one head, if known. `head_bytes` is the size of an output head
+    that is also the embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the
+    head; empty if they are unknown. `merged` maps each adapter that is a full model to the bytes of its file.
+    `draft_bytes` is the size of all draft tables; `recurrent_values` are the numbers in the recurrent state of a
+    sequence, and `recurrent_states` how many of them a loaded model holds; for `max_rollback` see `Engine`.
+    `constrained`: the answers of an adapter are held to a schema or a grammar. Saved states have up to `cache_mb`,
+    adapters in memory up to `adapters_mb`.
     """
 
     base_bytes: int
@@ -113,6 +115,7 @@ class Needs:
     adapters: Mapping[str, AdapterSize] = field(default_factory=dict)
     merged: Mapping[str, int] = field(default_factory=dict)
     head_bytes: int = 0
+    per_layer_bytes: int = 0
     main_type: str = ""
     head_type: str = ""
     draft_bytes: int = 0

@@ -12,119 +12,46 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import first_of
 
+from .gguf_bounds import LAYERS, Between, FlagPerLayer, Flags, HeadsPerLayer, Sections, Widths
 from .gguf_file import GgufHeader
 
-_Number = int | float
-_LAYERS = 512
 _HEAD_SIZE = 2048
+Allowed = Between | Flags | FlagPerLayer | HeadsPerLayer | Widths | Sections | Sequence[Any]
 
-
-@dataclass(frozen=True)
-class _Between:
-    """Numbers from `low` to `high`, of the type of `low`; NaN is none of them."""
-
-    low: _Number
-    high: _Number
-
-    def __contains__(self, value: object) -> bool:
-        return type(value) is type(self.low) and self.low <= value <= self.high
-
-    def __str__(self) -> str:
-        return f"{'a whole number' if isinstance(self.low, int) else 'a number'} from {self.low} to {self.high}"
-
-
-class _FlagPerLayer:
-    """An array with a flag for each layer."""
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, tuple) or len(value) > _LAYERS:
-            return False
-        return all(type(item) in (bool, int) and item in (0, 1) for item in value)
-
-    def __str__(self) -> str:
-        return "0 or 1 for each layer"
-
-
-@dataclass(frozen=True)
-class _Flags:
-    """An array with a flag for each layer, or a number."""
-
-    number: _Between
-
-    def __contains__(self, value: object) -> bool:
-        return value in _FlagPerLayer() or value in self.number
-
-    def __str__(self) -> str:
-        return f"{self.number}, or {_FlagPerLayer()}"
-
-
-@dataclass(frozen=True)
-class _HeadsPerLayer:
-    """An array with the number of heads of each layer: 0, or `number`, which is the same in all layers."""
-
-    number: _Between
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, tuple) or len(value) > _LAYERS or not all(type(item) is int for item in value):
-            return False
-        return len({*value} - {0}) == 1 and max(value) in self.number
-
-    def __str__(self) -> str:
-        return f"0 or {self.number} for each layer, the same in all"
-
-
-@dataclass(frozen=True)
-class _Sections:
-    """An array with the sizes of the four sections of a rotary embedding of positions in space."""
-
-    number: _Between
-
-    def __contains__(self, value: object) -> bool:
-        return (
-            isinstance(value, tuple) and len(value) == 4 and all(item in self.number for item in value) and any(value)
-        )
-
-    def __str__(self) -> str:
-        return f"four of {self.number}"
-
-
-Allowed = _Between | _Flags | _FlagPerLayer | _HeadsPerLayer | _Sections | Sequence[Any]
-
-_FACTOR, _ROPE_FACTOR = _Between(1e-6, 1e6), _Between(0.0, 1e6)
-_WIDTH = _Between(1, 1 << 20)
-_WINDOW, _EPSILON = _Between(0, 1 << 24), _Between(1e-12, 0.1)
+_FACTOR, _ROPE_FACTOR = Between(1e-6, 1e6), Between(0.0, 1e6)
+_WIDTH = Between(1, 1 << 20)
+_WINDOW, _EPSILON = Between(0, 1 << 24), Between(1e-12, 0.1)
 _COMMON: Mapping[str, Allowed] = {
-    "vocab_size": _Between(1, 1 << 20),
-    "context_length": _Between(1, 1 << 24),
-    "embedding_length": _Between(1, 1 << 16),
-    "block_count": _Between(1, _LAYERS),
+    "vocab_size": Between(1, 1 << 20),
+    "context_length": Between(1, 1 << 24),
+    "embedding_length": Between(1, 1 << 16),
+    "block_count": Between(1, LAYERS),
     "feed_forward_length": _WIDTH,
-    "attention.head_count": _Between(1, 1 << 10),
-    "attention.head_count_kv": _Between(1, 1 << 10),
-    "attention.key_length": _Between(1, _HEAD_SIZE),
-    "attention.value_length": _Between(1, _HEAD_SIZE),
+    "attention.head_count": Between(1, 1 << 10),
+    "attention.head_count_kv": Between(1, 1 << 10),
+    "attention.key_length": Between(1, _HEAD_SIZE),
+    "attention.value_length": Between(1, _HEAD_SIZE),
     "attention.layer_norm_epsilon": _EPSILON,
     "attention.layer_norm_rms_epsilon": _EPSILON,
     "attention.causal": (True,),
     "attention.sliding_window": _WINDOW,
-    "rope.dimension_count": _Between(2, _HEAD_SIZE),
-    "rope.freq_base": _Between(1.0, 1e12),
+    "rope.dimension_count": Between(2, _HEAD_SIZE),
+    "rope.freq_base": Between(1.0, 1e12),
     "rope.scale_linear": _ROPE_FACTOR,
     "rope.scaling.type": ("none", "linear", "yarn", "longrope"),
     "rope.scaling.factor": _ROPE_FACTOR,
     "rope.scaling.attn_factor": _FACTOR,
-    "rope.scaling.original_context_length": _Between(1, 1 << 24),
+    "rope.scaling.original_context_length": Between(1, 1 << 24),
     "rope.scaling.finetuned": (True, False),
     "rope.scaling.yarn_log_multiplier": _ROPE_FACTOR,
-    "rope.scaling.yarn_ext_factor": _Between(-1.0, 1e6),
-    "rope.scaling.yarn_attn_factor": _Between(-1.0, 1e6),
+    "rope.scaling.yarn_ext_factor": Between(-1.0, 1e6),
+    "rope.scaling.yarn_attn_factor": Between(-1.0, 1e6),
     "rope.scaling.yarn_beta_fast": _ROPE_FACTOR,
     "rope.scaling.yarn_beta_slow": _ROPE_FACTOR,
     # No supported architecture has experts, or is an encoder.
@@ -146,8 +73,8 @@ _REQUIRED = (
     "attention.layer_norm_rms_epsilon",
 )
 _SLIDING: Mapping[str, Allowed] = {
-    "attention.sliding_window_pattern": _Flags(_WINDOW),
-    "rope.freq_base_swa": _Between(1.0, 1e12),
+    "attention.sliding_window_pattern": Flags(_WINDOW),
+    "rope.freq_base_swa": Between(1.0, 1e12),
 }
 
 ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
@@ -156,8 +83,20 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     "qwen3": {},
     "gemma3": {
         **_SLIDING,
-        "final_logit_softcapping": _Between(0.0, 1e6),
-        "attn_logit_softcapping": _Between(0.0, 1e6),
+        "final_logit_softcapping": Between(0.0, 1e6),
+        "attn_logit_softcapping": Between(0.0, 1e6),
+    },
+    "gemma4": {
+        "attention.sliding_window": Between(1, 1 << 24),
+        "attention.sliding_window_pattern": FlagPerLayer(),
+        "attention.key_length_swa": Between(1, _HEAD_SIZE),
+        "attention.value_length_swa": Between(1, _HEAD_SIZE),
+        "attention.shared_kv_layers": Between(0, LAYERS),
+        "embedding_length_per_layer_input": _WIDTH,
+        "feed_forward_length": Widths(_WIDTH),
+        "final_logit_softcapping": Between(0.0, 1e6),
+        "rope.dimension_count_swa": Between(2, _HEAD_SIZE),
+        "rope.freq_base_swa": Between(1.0, 1e12),
     },
     "smollm3": {},
     "granite": {
@@ -176,26 +115,26 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
     "ernie4_5": {},
     "hunyuan-dense": {},
     "lfm2": {
-        "attention.head_count_kv": _HeadsPerLayer(_Between(1, 1 << 10)),
+        "attention.head_count_kv": HeadsPerLayer(Between(1, 1 << 10)),
         "attention.sliding_window": (0,),
-        "shortconv.l_cache": _Between(2, 64),
+        "shortconv.l_cache": Between(2, 64),
     },
     "olmo2": _SLIDING,
     "phi3": {},
     "qwen35": {
-        "attention.recurrent_layers": _FlagPerLayer(),
-        "full_attention_interval": _Between(1, _LAYERS),
-        "rope.dimension_sections": _Sections(_Between(0, _HEAD_SIZE)),
-        "ssm.conv_kernel": _Between(2, 64),
-        "ssm.state_size": _Between(1, _HEAD_SIZE),
-        "ssm.group_count": _Between(1, 1 << 10),
+        "attention.recurrent_layers": FlagPerLayer(),
+        "full_attention_interval": Between(1, LAYERS),
+        "rope.dimension_sections": Sections(Between(0, _HEAD_SIZE)),
+        "ssm.conv_kernel": Between(2, 64),
+        "ssm.state_size": Between(1, _HEAD_SIZE),
+        "ssm.group_count": Between(1, 1 << 10),
         "ssm.inner_size": _WIDTH,
-        "ssm.time_step_rank": _Between(1, 1 << 10),
+        "ssm.time_step_rank": Between(1, 1 << 10),
     },
 }
 """The supported architectures, by their names in GGUF files, with the hyperparameters that only they have."""
 
-_SENTENCEPIECE, _BYTE_LEVEL = "llama", "gpt2"
+_SENTENCEPIECE, _BYTE_LEVEL, _MERGED_PIECES = _KINDS = "llama", "gpt2", "gemma4"
 _ABORTS_AT_SPACES = "whitespace"
 _MAX_TOKENS = 1 << 20
 _TOKEN_TYPES = frozenset(range(7))
@@ -212,12 +151,21 @@ _NOT_OF_WEIGHTS = frozenset(("q8_1", "q8_k", "f64", "i64", "i32", "i16", "i8"))
 def check_base(header: GgufHeader, path: Path) -> None:
     """Check that llama.cpp can load this base safely, from the header of the file at `path`.
 
-    IncompatibleError for an architecture that is not supported; VerificationError, with up to three problems, for a
-    hyperparameter, a tensor type or a tokenizer that no file of this architecture has, or that do not fit together.
+    IncompatibleError for an architecture that is not supported, or a Gemma 4 with other layers; VerificationError, with
+    up to three problems, for a hyperparameter, a tensor type or a tokenizer that no file of this architecture has, or
+    that do not fit together.
     """
     check_vocabulary(header, path)
+    _check_gemma4(header, path)
     _refuse(list(_wrong_hyperparameters(header)), path)
     _refuse(list(_wrong_shapes(header)), path)
+
+
+def _check_gemma4(header: GgufHeader, path: Path) -> None:
+    """Refuse the larger ones, some of which have experts, with what they lack."""
+    if header.architecture == "gemma4" and header.metadata.get("gemma4.embedding_length_per_layer_input") == 0:
+        message = f"{path} is a Gemma 4 without inputs for each layer, which is not supported"
+        raise IncompatibleError(message, "use a Gemma 4 E2B or E4B")
 
 
 def check_vocabulary(header: GgufHeader, path: Path) -> None:
@@ -275,13 +223,9 @@ def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
         yield f"{heads} heads do not share {kv_heads} heads of keys and values of the same size"
     if rotated % 2 or rotated > size:
         yield f"{header.architecture}.rope.dimension_count {rotated} does not fit heads of size {size}"
-    sizes = {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads, "attn_qkv": heads + 2 * kv_heads}
-    if header.architecture == "qwen35":
-        # Queries have a gate of the same size; the modules of a delta net are compared by llama.cpp.
-        sizes = {"attn_q": 2 * heads, "attn_k": kv_heads, "attn_v": kv_heads}
-        yield from _wrong_delta_nets(header, layers)
-        if sum(header.metadata.get("qwen35.rope.dimension_sections", ())) > size:
-            yield f"qwen35.rope.dimension_sections have more than the {size} numbers of a head"
+    sizes = _heads_in(header.architecture, heads, kv_heads)
+    if more := _MORE_CHECKS.get(header.architecture):
+        yield from more(header, layers, size)
     for tensor in header.tensors.values():
         kind = tensor.name.split(".")[-2] if tensor.name.endswith(".weight") and "." in tensor.name else ""
         if tensor.type.name in _NOT_OF_WEIGHTS or (len(tensor.shape) == 1 and tensor.type.name != "f32"):
@@ -290,7 +234,18 @@ def _wrong_shapes(header: GgufHeader) -> Iterator[str]:
             yield f"{tensor.name[:80]} of shape {tensor.shape} is not that of {sizes[kind]} heads of size {size}"
 
 
-def _wrong_delta_nets(header: GgufHeader, layers: int) -> Iterator[str]:
+def _heads_in(architecture: str, heads: int, kv_heads: int) -> Mapping[str, int]:
+    """How many heads the rows of each kind of matrix are; those that are not named are compared by llama.cpp."""
+    if architecture == "gemma4":
+        # Layers differ in the size of their heads.
+        return {}
+    if architecture == "qwen35":
+        # Queries have a gate of the same size, and a delta net's `attn_qkv` is another matrix.
+        return {"attn_q": 2 * heads, "attn_k": kv_heads, "attn_v": kv_heads}
+    return {"attn_q": heads, "attn_k": kv_heads, "attn_v": kv_heads, "attn_qkv": heads + 2 * kv_heads}
+
+
+def _wrong_delta_nets(header: GgufHeader, layers: int, size: int) -> Iterator[str]:
     """Sizes that llama.cpp reads without comparing them."""
     state, groups, heads, inner = (
         header.metadata.get(f"qwen35.ssm.{key}", 0)
@@ -301,6 +256,26 @@ def _wrong_delta_nets(header: GgufHeader, layers: int) -> Iterator[str]:
     flags = header.metadata.get("qwen35.attention.recurrent_layers")
     if isinstance(flags, tuple) and len(flags) != layers:
         yield f"qwen35.attention.recurrent_layers has {len(flags)} flags for {layers} layers"
+    if sum(header.metadata.get("qwen35.rope.dimension_sections", ())) > size:
+        yield f"qwen35.rope.dimension_sections have more than the {size} numbers of a head"
+
+
+def _wrong_sharing(header: GgufHeader, layers: int, size: int) -> Iterator[str]:
+    """Layers that would share the keys and values of a layer of another kind, or of none: llama.cpp aborts."""
+    own = {key.removeprefix("gemma4."): value for key, value in header.metadata.items()}
+    flags, shared = own.get("attention.sliding_window_pattern", ()), own.get("attention.shared_kv_layers", 0)
+    for key in ("attention.sliding_window_pattern", "feed_forward_length"):
+        values = own.get(key, ())
+        if isinstance(values, tuple) and len(values) != layers:
+            yield f"gemma4.{key} has {len(values)} entries for {layers} layers"
+    if [*map(bool, flags[: max(0, layers - shared)])][-2:] != [True, False]:
+        yield f"the last two of {layers} layers before gemma4.attention.shared_kv_layers {shared} are not of both kinds"
+    for kind, heads in (("", size), ("_swa", own.get("attention.key_length_swa", size))):
+        if own.get(f"rope.dimension_count{kind}", heads) != heads:
+            yield f"gemma4.rope.dimension_count{kind} is not the size {heads} of heads"
+
+
+_MORE_CHECKS = {"gemma4": _wrong_sharing, "qwen35": _wrong_delta_nets}
 
 
 def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:
@@ -322,7 +297,7 @@ def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:
         yield f"its scores are not finite numbers for {len(tokens)} tokens"
     if types != () and not (_is_array(types, int, len(tokens)) and _TOKEN_TYPES.issuperset(types)):
         yield f"its token types are not numbers from 0 to 6 for {len(tokens)} tokens"
-    ids = _Between(0, len(tokens) - 1)
+    ids = Between(0, len(tokens) - 1)
     for key, value in metadata.items():
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and value not in ids:
             yield f"{key} is {str(value)[:80]}, which is none of its {len(tokens)} tokens"
@@ -331,13 +306,13 @@ def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:
 def _wrong_kind(metadata: Mapping[str, Any], texts: set[str]) -> Iterator[str]:
     """What a tokenizer of its kind lacks."""
     kind, merges = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.merges", ())
-    if kind not in (_SENTENCEPIECE, _BYTE_LEVEL):
-        yield f"tokenizer.ggml.model is {str(kind)[:80]!r}, not one of {_SENTENCEPIECE}, {_BYTE_LEVEL}"
+    if kind not in _KINDS:
+        yield f"tokenizer.ggml.model is {str(kind)[:80]!r}, not one of {', '.join(_KINDS)}"
     if kind == _BYTE_LEVEL and metadata.get("tokenizer.ggml.pre") == _ABORTS_AT_SPACES:
         yield f"its pre-tokenizer is {_ABORTS_AT_SPACES!r}, which byte-level tokenizers do not have"
-    # llama.cpp aborts the process at the first text without a token.
-    missing = [byte for byte in range(256) if kind == _SENTENCEPIECE and f"<0x{byte:02X}>" not in texts]
-    if missing:
+    # llama.cpp aborts the process at the first text without a token, or leaves it out.
+    missing = [byte for byte in range(256) if kind != _BYTE_LEVEL and f"<0x{byte:02X}>" not in texts]
+    if missing and kind in _KINDS:
         yield f"its SentencePiece tokenizer has no token for byte {missing[0]:#04x}"
     if not _is_array(merges, str):
         yield "its merges are no list of texts"

@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,11 +33,15 @@ _UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
-_SLIDING_WINDOW_PATTERN = {"gemma3": 6}
+_SAME_HEADS = "a prefix needs a base with the same number of heads in each layer"
+PER_LAYER_EMBEDDING = "per_layer_token_embd.weight"
+"""The tensor with an input of each layer for each token (Gemma 4), often most of the file. llama.cpp reads the rows of
+the tokens that occur, and leaves the tensor in the mapped file."""
+_SLIDING_WINDOW_PATTERN = {"gemma3": 6, "gemma4": 6}
 """Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
 
 Other architectures have such layers too, but llama.cpp runs them with full attention. Training reads this through
-`cache_shape`.
+`sliding_layers`.
 """
 
 
@@ -81,15 +85,13 @@ class GgufHeader:
     @property
     def values_by_type(self) -> dict[str, int]:
         """The number of values in each tensor type."""
-        values: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            values[tensor.type.name] += math.prod(tensor.shape)
-        return dict(values)
+        return _values_by_type(self.tensors.values())
 
     @property
     def main_type(self) -> TensorType:
-        """The tensor type with the most bytes in the file."""
-        return main_type(self.values_by_type)
+        """The tensor type with the most bytes in the file, but for `PER_LAYER_EMBEDDING`."""
+        counted = (tensor for name, tensor in self.tensors.items() if name != PER_LAYER_EMBEDDING)
+        return main_type(_values_by_type(counted))
 
     @property
     def output_tensor(self) -> str:
@@ -99,7 +101,7 @@ class GgufHeader:
     @property
     def output_share(self) -> float:
         """The share of the output matrix in the values that a decode step reads; 0 without a vocabulary."""
-        counts = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items()}
+        counts = {name: math.prod(tensor.shape) for name, tensor in self.tensors.items() if name != PER_LAYER_EMBEDDING}
         embedding = counts.get("token_embd.weight", 0)
         # Without an output matrix of its own, a base uses its embedding, of which a step reads one row otherwise.
         read = sum(counts.values()) - (embedding if "output.weight" in counts else 0)
@@ -155,20 +157,28 @@ def digest_of_chat_template(header: GgufHeader) -> str:
 
 def cache_shape(base: GgufHeader) -> CacheShape:
     """The shape of the base's KV cache; IncompatibleError when it is not the same in all layers."""
+    if base.architecture == "gemma4":
+        message = "the layers of a gemma4 base have keys and values of two sizes, or those of another layer"
+        raise IncompatibleError(message, _SAME_HEADS)
     layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
     width = _count(base, "embedding_length") // heads
     kv_heads = _count(base, "attention.head_count_kv", heads)
     key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
-    window = base.metadata.get(f"{base.architecture}.attention.sliding_window")
+    sliding = sliding_layers(base)
+    window = _count(base, "attention.sliding_window") if sliding else 0
+    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
+
+
+def sliding_layers(base: GgufHeader) -> tuple[int, ...]:
+    """The layers that attend only to a window of positions in llama.cpp; IncompatibleError without a `block_count`."""
+    layers, window = _count(base, "block_count"), base.metadata.get(f"{base.architecture}.attention.sliding_window")
     usual = _SLIDING_WINDOW_PATTERN.get(base.architecture)
     if usual is None or not isinstance(window, int) or window < 1:
-        return CacheShape(layers, kv_heads, key_size, value_size)
+        return ()
     pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", usual)
     if isinstance(pattern, tuple):
-        sliding = tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
-    else:
-        sliding = tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
-    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
+        return tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
+    return tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
 
 
 def prefix_tensor(layer: int, which: str) -> str:
@@ -248,11 +258,18 @@ def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_typ
         raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
+def _values_by_type(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    values: Counter[str] = Counter()
+    for tensor in tensors:
+        values[tensor.type.name] += math.prod(tensor.shape)
+    return dict(values)
+
+
 def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
     value = base.metadata.get(f"{base.architecture}.{key}", default)
     if not isinstance(value, int) or value < 1:
         message = f"the base's {base.architecture}.{key} is {str(value)[:80]!r}"
-        raise IncompatibleError(message, "a prefix needs a base with the same number of heads in each layer")
+        raise IncompatibleError(message, _SAME_HEADS)
     return value
 
 

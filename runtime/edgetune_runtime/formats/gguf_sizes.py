@@ -7,7 +7,9 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
 
-from .gguf_file import GgufHeader
+from .gguf_file import GgufHeader, sliding_layers
+
+_SHARED = "attention.shared_kv_layers"
 
 
 def number(header: GgufHeader, key: str) -> int:
@@ -20,14 +22,25 @@ def number(header: GgufHeader, key: str) -> int:
 
 
 def kv_values_per_token(header: GgufHeader) -> int:
-    """Numbers in the keys and values that one token adds, over all layers that attend.
+    """Numbers in the keys and values that one token adds, over all layers that have their own.
 
     Sliding-window layers (Gemma 3) count in full: the engine keeps all positions (`swa_full`), so that it can truncate.
     """
-    heads = _metadata(header, "attention.head_count_kv")
-    attending = number(header, "block_count") - len(recurrent_layers(header))
-    total = sum(map(int, heads)) if isinstance(heads, Sequence) else int(heads) * attending
-    return total * sum(head_lengths(header))
+    heads, layers = _metadata(header, "attention.head_count_kv"), number(header, "block_count")
+    per_layer = heads if isinstance(heads, Sequence) else [heads] * layers
+    sliding = sliding_layers(header)
+    without = {*recurrent_layers(header), *sharing_layers(header)}
+    return sum(
+        int(count) * sum(head_lengths(header, sliding=layer in sliding))
+        for layer, count in enumerate(per_layer)
+        if layer not in without
+    )
+
+
+def sharing_layers(header: GgufHeader) -> range:
+    """The layers, always the last ones, that attend to the keys and values of an earlier layer (Gemma 4)."""
+    layers, shared = number(header, "block_count"), header.metadata.get(f"{header.architecture}.{_SHARED}", 0)
+    return range(layers - int(shared), layers)
 
 
 def recurrent_layers(header: GgufHeader) -> frozenset[int]:
@@ -64,10 +77,13 @@ def recurrent_inputs_per_token(header: GgufHeader) -> int:
     return len(recurrent_layers(header)) * number(header, "embedding_length") if header.architecture == "lfm2" else 0
 
 
-def head_lengths(header: GgufHeader) -> tuple[int, int]:
-    """The numbers in a key and in a value of one head."""
-    default = number(header, "embedding_length") // number(header, "attention.head_count")
-    key, value = (header.metadata.get(f"{header.architecture}.attention.{n}_length", default) for n in ("key", "value"))
+def head_lengths(header: GgufHeader, *, sliding: bool = False) -> tuple[int, int]:
+    """The numbers in a key and in a value of one head; those of `sliding` layers may be fewer (Gemma 4)."""
+    own, default = header.architecture, number(header, "embedding_length") // number(header, "attention.head_count")
+    key, value = (header.metadata.get(f"{own}.attention.{which}_length", default) for which in ("key", "value"))
+    if sliding:
+        key = header.metadata.get(f"{own}.attention.key_length_swa", key)
+        value = header.metadata.get(f"{own}.attention.value_length_swa", value)
     return int(key), int(value)
 
 

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from edgetune_export import architectures
 from edgetune_export.architectures.layout import name_map
 from edgetune_export.base_file.importance import Importance, write_imatrix
 from edgetune_export.base_file.quantize import dequantize_rows, quantize_gguf
@@ -56,7 +57,12 @@ def test_the_matrix_has_the_mean_squares_of_the_inputs_of_each_matrix(
     assert found.tokens == tokens
     assert found.mean_squares[base.header.output_tensor] == pytest.approx(squares / tokens, rel=1e-4)
     names = name_map(base.header)
-    linear = {names.get_name(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    fixed = architectures.of(base.header).fixed_modules
+    linear = {
+        names.get_name(name)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name not in fixed
+    }
     tied = {} if "output.weight" in base.header.tensors else {"output": base.header.output_tensor}
     assert set(found.mean_squares) == {tied.get(name, f"{name}.weight") for name in linear}
     assert {name: values.size for name, values in found.mean_squares.items()} == {

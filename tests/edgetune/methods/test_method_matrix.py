@@ -87,14 +87,14 @@ OWN_OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     # Of so short a training, its answers change less than others'.
     "qwen35": {"full": {"learning_rate_factor": 0.06}, "ia3": {"learning_rate_factor": 30.0}},
 }
-# Layers without attention have no keys and values.
-NOT_OF_HYBRIDS = ("bottleneck", "prefix")
 TRUNCATED: dict[str, dict[str, Any]] = {name: {**TABLE[name][1], "max_error": 0.3} for name in ("dora", "oft")}
 
 
 def methods_for(arch: str) -> list[str]:
     """One of each shape that an architecture supports."""
-    return [name for name in OF_EACH_SHAPE if not (known()[arch].recurrent_block and name in NOT_OF_HYBRIDS)]
+    attends = not known()[arch].recurrent_block
+    supported = {"bottleneck": attends, "prefix": attends and known()[arch].has_equal_caches}
+    return [name for name in OF_EACH_SHAPE if supported.get(name, True)]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,8 @@ def check_count(name: str, options: dict[str, Any], arch: str, base: Base) -> No
         # PEFT warns of a block size that it changes, and of adapters on a tied output layer.
         warnings.simplefilter("ignore")
         tuned = method.attach(make_model(arch, shape.vocabulary), chosen, 10)
-    counted = sum(p.numel() for _, p in trainable(tuned))
+    in_file = {f"{name}.weight" for name in known()[arch].embeddings_in_file}
+    counted = sum(p.numel() for parameter, p in trainable(tuned) if parameter not in in_file)
     method.detach(tuned)
     assert method.trained_parameters(method.trained(shape, chosen), chosen) == counted
 

@@ -23,7 +23,7 @@ def batch() -> Any:  # noqa: ANN401 - of an objective
     return NEXT_TOKEN.batch([Example(tuple(row), (False,) * 10 + (True,) * 20, 10) for row in tokens])
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "granite"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "granite", "gemma4"])
 @pytest.mark.parametrize(
     ("method", "options"), [("lora", {"r": 4}), ("full", {}), ("lora", {"target_modules": ("q_proj", "lm_head")})]
 )

@@ -84,7 +84,7 @@ def gradients(model: PreTrainedModel, loss: torch.Tensor) -> Gradients:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2", "qwen35"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "lfm2", "qwen35"])
 @pytest.mark.parametrize("case", ROWS)
 def test_packed_rows_learn_as_rows_run_alone(arch: str, case: str, model_of: Callable[[str], PreTrainedModel]) -> None:
     model, examples = model_of(arch), ROWS[case]
@@ -98,7 +98,7 @@ def test_packed_rows_learn_as_rows_run_alone(arch: str, case: str, model_of: Cal
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "lfm2", "qwen35"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "lfm2", "qwen35"])
 def test_a_row_changes_no_other_row(arch: str, model_of: Callable[[str], PreTrainedModel]) -> None:
     examples = ROWS["rows with a shared beginning"]
     middle = examples[1].tokens

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from edgetune_export.architectures import known
 from edgetune_export.base_file.convert import part_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
@@ -58,21 +59,24 @@ def test_the_header_of_a_folder_is_that_of_the_file_it_is_converted_to(
         assert converted.metadata[key] == value, key
 
 
+@pytest.mark.parametrize("arch", ["gemma4", "qwen35"])
 def test_of_a_multimodal_folder_the_text_part_is_planned_and_said(
-    tiny_folder: Callable[[str], Path], tmp_path: Path
+    arch: str, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(tiny_folder("qwen35"), tmp_path / "multimodal"))
+    folder = Path(shutil.copytree(tiny_folder(arch), tmp_path / "multimodal"))
     text = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    whole = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "vision_config": {}}
+    model_type, model_class = known()[arch].multimodal
+    whole = {"model_type": model_type, "architectures": [model_class], "vision_config": {}}
     del text["architectures"]
     (folder / "config.json").write_text(json.dumps({**whole, "text_config": text}), encoding="utf-8")
     weights = load_file(folder / "model.safetensors")
     renamed = {name.replace("model.", "model.language_model.", 1): values for name, values in weights.items()}
-    others = {"model.visual.patch_embed.weight": torch.zeros(4, 4), "mtp.norm.weight": torch.zeros(64)}
+    other_parts = ("model.visual.patch", "model.vision_tower.norm", "model.embed_audio.norm", "mtp.norm")
+    others = {f"{name}.weight": torch.zeros(64) for name in other_parts}
     save_file(renamed | others, folder / "model.safetensors")
-    assert predict_header(folder) == predict_header(tiny_folder("qwen35"))
+    assert predict_header(folder) == predict_header(tiny_folder(arch))
     assert part_of(folder) == "the text part of multimodal"
-    assert part_of(tiny_folder("qwen35")) == "qwen35"
+    assert part_of(tiny_folder(arch)) == arch
 
 
 def test_a_format_that_cannot_hold_the_architecture_is_refused(

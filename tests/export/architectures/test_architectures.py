@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_export import architectures
@@ -73,6 +74,25 @@ def test_an_lfm2_that_llama_cpp_would_compute_in_another_way_is_refused(changes:
     architectures.known()["lfm2"].check_config(config)
     with pytest.raises(IncompatibleError, match=r"use an LFM2 or LFM2\.5 of text"):
         architectures.known()["lfm2"].check_config(config | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"enable_moe_block": True}, "the base has experts"),
+        ({"attention_k_eq_v": True}, "layers whose values are their keys"),
+        ({"num_kv_shared_layers": 2}, "with one of each before the 2 that share"),
+        ({"layer_types": ["full_attention"]}, "layer_types .*, not sliding_attention or full_attention for each"),
+        ({"rope_parameters": {}}, "the base has rope_parameters '{}'"),
+        ({"vocab_size_per_layer_input": 8}, "the base has vocab_size_per_layer_input '8'"),
+    ],
+)
+def test_a_gemma4_that_llama_cpp_would_compute_in_another_way_is_refused(changes: dict[str, Any], told: str) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = {"num_hidden_layers": 3, "layer_types": kinds, "num_kv_shared_layers": 1, "vocab_size": 9}
+    architectures.known()["gemma4"].check_config(config)
+    with pytest.raises(IncompatibleError, match=f"{told}.*; use the text part of a Gemma 4 E2B or E4B"):
+        architectures.known()["gemma4"].check_config(config | changes)
 
 
 @pytest.mark.parametrize("name", architectures.names())

@@ -117,6 +117,30 @@ def test_a_base_that_no_converter_writes_is_refused(name: str, llama: Path, tmp_
     assert "\n" not in str(raised.value)
 
 
+SHARED, FLAGS = "gemma4.attention.shared_kv_layers", "gemma4.attention.sliding_window_pattern"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (setting(SHARED, 3, UINT32), "the last two of 6 layers before .* 3 are not of both kinds"),
+        (setting(SHARED, 5, UINT32), "the last two of 6 layers before .* 5 are not"),
+        (setting(SHARED, 7, UINT32), "the last two of 6 layers before .* 7 are not"),
+        (items(FLAGS, lambda flags: [*flags[:3], True, *flags[4:]]), "the last two of 6 layers before"),
+        (items(FLAGS, lambda flags: flags[:5]), "has 5 entries for 6 layers"),
+        (items("gemma4.feed_forward_length", lambda widths: widths[:5]), "has 5 entries for 6 layers"),
+        (setting("gemma4.rope.dimension_count_swa", 8, UINT32), "not the size 16 of heads"),
+        (setting("gemma4.embedding_length_per_layer_input", 0, UINT32), "without inputs .*; use a Gemma 4 E2B or E4B"),
+    ],
+)
+def test_layers_of_a_gemma4_that_cannot_share_keys_are_refused(
+    change: Change, told: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = rewritten(tiny_gguf("gemma4"), tmp_path / "base.gguf", change)
+    with pytest.raises((IncompatibleError, VerificationError), match=told):
+        check_base(read_header(path), path)
+
+
 @pytest.fixture(scope="module")
 def byte_level(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with the first 400 tokens of a byte-level vocabulary: all bytes, and some of their merges."""

@@ -15,12 +15,15 @@ import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import (
     INVOCATION_TOKENS,
+    PER_LAYER_EMBEDDING,
     GgufHeader,
+    TensorInfo,
     check_adapter,
     digest_of_chat_template,
     digest_of_tokenizer,
     read_header,
 )
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from runtime.bundles import low_rank, write_adapter
 
 Gguf = Callable[[str], Path]
@@ -326,3 +329,17 @@ def test_the_output_share_is_that_of_the_matrix_that_gives_logits(tiny_gguf: Ggu
     read = sum(tensors.values()) - (embedding if "output.weight" in tensors else 0)
     assert read_header(tiny_gguf(arch)).output_share == pytest.approx(embedding / read)
     assert 0 < embedding / read < 1
+
+
+def test_an_embedding_for_the_inputs_of_each_layer_decides_neither_the_main_type_nor_the_output_share() -> None:
+    def matrix(name: str, kind: str, rows: int) -> TensorInfo:
+        return TensorInfo(name, (256, rows), TENSOR_TYPES[kind].number, 0, 0)
+
+    whole = [
+        matrix("token_embd.weight", "q6_k", 100),
+        matrix("blk.0.ffn_up.weight", "q4_0", 300),
+        matrix(PER_LAYER_EMBEDDING, "q6_k", 9000),
+    ]
+    header = GgufHeader({}, {tensor.name: tensor for tensor in whole})
+    assert (header.main_type.name, header.output_share) == ("q4_0", 0.25)
+    assert header.values_by_type == {"q6_k": 256 * 9100, "q4_0": 256 * 300}

@@ -204,7 +204,7 @@ def test_a_state_that_the_engine_refuses_is_made_again(
     assert (answer.text, answer.timings.reused_tokens) == (expected, 0)
 
 
-@pytest.mark.parametrize(("engine", "arch"), [("gguf", "gemma3"), *HYBRIDS])
+@pytest.mark.parametrize(("engine", "arch"), [("gguf", "gemma3"), ("gguf", "gemma4"), *HYBRIDS])
 def test_a_state_that_cannot_be_cut_leaves_that_of_the_fixed_prompt(
     engine: str, arch: str, open_: Callable[..., Runtime]
 ) -> None:

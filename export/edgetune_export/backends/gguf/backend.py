@@ -92,7 +92,7 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[tuple[TensorInfo, Delta
 
     IncompatibleError lists the modules that do not fit.
     """
-    architectures.of(header)
+    fixed = architectures.of(header).fixed_modules
     if not adapter.modules:
         raise IncompatibleError(f"adapter {adapter.name!r} changes no module", "train it with target modules")
     names = name_map(header)
@@ -100,7 +100,7 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[tuple[TensorInfo, Delta
     problems: list[str] = []
     for module, delta in adapter.modules.items():
         tensor = header.tensors.get(f"{names.get_name(module)}.weight")
-        problem = _misfit(module, delta, tensor)
+        problem = f"llama.cpp applies no adapter to {module}" if module in fixed else _misfit(module, delta, tensor)
         if problem or tensor is None:
             problems.append(problem)
         else:

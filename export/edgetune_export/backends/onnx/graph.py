@@ -36,18 +36,20 @@ LOGITS_START = "logits_start"
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
-_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp|conv)/(?P<product>\w+)/MatMul")
+_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp|conv|linear_attn)/(?P<product>\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _POSITIONS = "position_ids"
 _BLOCKS = {"attn": "self_attn"}
 _CONVOLUTION = re.compile(r"/model/layers\.(?P<layer>\d+)/conv/CausalConvWithState")
+_DECAY = ".A_log"
 # The builder's names of norms and biases that have another name in the Hugging Face model.
 _VECTORS = (
     (re.compile(r"\.attn\.(\w+_norm)\.layernorm\."), r".self_attn.\1."),
     (re.compile(r"\.layers\.\d+\.final_norm_layernorm\."), ".norm."),
     (re.compile(r"\.attn\.(\w+_proj)\.Add\."), r".self_attn.\1."),
+    (re.compile(r"\.neg_exp_A$"), _DECAY),
 )
 
 
@@ -188,7 +190,12 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
         parts = [name] if product is None else [name.replace(product, module) for module in fused[product]]
         if unplaced.isdisjoint(parts):
             continue
-        values = np.concatenate([vectors[part] for part in parts]) + (norm_offset if "norm." in name else 0)
+        values = np.concatenate([vectors[part] for part in parts])
+        if name.endswith(_DECAY):
+            values = -np.exp(values)
+        # The gated norm of a delta net multiplies by its weights alone.
+        elif "norm." in name and ".linear_attn." not in name:
+            values = values + norm_offset
         initial.const_value = ir.Tensor(values.astype(np.float32), name=initial.name)
         unplaced.difference_update(parts)
     if unplaced:

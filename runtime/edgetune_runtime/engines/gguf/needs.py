@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines import load_needs
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, read_header
 from edgetune_runtime.formats.gguf_sizes import (
     data_start,
     head_lengths,
@@ -66,12 +66,12 @@ def needs_of_sizes(
     states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors
-    looked_up = "" if tied else "token_embd.weight"
+    looked_up = [PER_LAYER_EMBEDDING] if tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
     head = "token_embd.weight" if tied else "output.weight"
     return Needs(
         base_bytes=data_start(header) + sum(sizes.values()),
-        read_bytes=sum(sizes.values()) - sizes.get(looked_up, 0),
-        read_parameters=sum(counts.values()) - counts.get(looked_up, 0),
+        read_bytes=sum(sizes.values()) - sum(sizes.get(name, 0) for name in looked_up),
+        read_parameters=sum(counts.values()) - sum(counts.get(name, 0) for name in looked_up),
         head_parameters=counts.get(head, 0),
         layers=number(header, "block_count"),
         heads=number(header, "attention.head_count"),
@@ -84,7 +84,8 @@ def needs_of_sizes(
         head_bytes=sizes.get(head, 0) if tied else 0,
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
-        head_lengths=head_lengths(header),
+        head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),
+        per_layer_bytes=sizes.get(PER_LAYER_EMBEDDING, 0),
         recurrent_values=recurrence.values,
         recurrent_states=states,
         max_rollback=max_rollback,

@@ -327,8 +327,10 @@ def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.n
         np.testing.assert_allclose(part, whole[:, start:], atol=1e-5)
 
 
-# The patterns name modules that LFM2 does not have.
-@pytest.mark.parametrize(("arch", "kinds"), [*((arch, KINDS) for arch in FEW), ("lfm2", KINDS[:2])])
+# The other kinds name modules that bases with recurrent layers do not have in each layer.
+@pytest.mark.parametrize(
+    ("arch", "kinds"), [*((arch, KINDS) for arch in FEW), *((arch, KINDS[:2]) for arch in ("lfm2", "qwen35"))]
+)
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     arch: str, kinds: list[str], made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
 ) -> None:
