@@ -105,9 +105,7 @@ def encoders() -> ArchitectureFacts:
 def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
     formats = tuple(target for target in backends.of_task(GENERATION) if target not in architecture.refusals)
     usable = [
-        method
-        for method in methods.names()
-        if methods.load(method).takes_recurrent_layers or not architecture.recurrent_block
+        name for name in methods.names() if methods.load(name).takes_recurrent_layers or not architecture.is_recurrent
     ]
     shapes = {method: supported_shapes(formats, method) for method in usable}
     if not architecture.has_equal_caches:

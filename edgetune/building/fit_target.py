@@ -12,7 +12,8 @@ from edgetune_runtime import engines
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_base import read_base
+from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from edgetune import task_types
 from edgetune.planning.board import bundle_needs
@@ -35,14 +36,15 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
     """The needs of the target at `path`, for a context length and an engine, by default its own.
 
     NotFoundError if there is no such file, or if the size of a recipe's base is not known; UsageError for another kind
-    of file, and for a task without a prediction; IncompatibleError if the target has no such engine.
+    of file, and for a task without a prediction; IncompatibleError if the target has no such engine; and what
+    `read_base` raises.
     """
     if not path.exists():
         raise NotFoundError(f"no bundle, recipe or GGUF file {path}", "check the path")
     if path.is_dir() or path.name == MANIFEST_NAME:
         return _of_bundle(path if path.is_dir() else path.parent, context_length, engine)
     if path.suffix == ".gguf":
-        header = read_header(path)
+        header = read_base(path)
         length = context_length or fit.CONTEXT_LENGTHS[0]
         return FitTarget(fit.needs_of_header(header, context_length=length, engine=engine or gguf.NAME), None, header)
     if path.suffix in (".yaml", ".yml"):
@@ -54,7 +56,7 @@ def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> 
     manifest = read_manifest(bundle)
     task_types.load(manifest.task).check_offers("fit", bundle)
     file = manifest.base.files.get(gguf.NAME)
-    header = None if file is None else read_header(resolve(bundle, file))
+    header = None if file is None else read_base(resolve(bundle, file))
 
     def needs_in(name: str | None) -> fit.Needs:
         return fit.needs_of_bundle(bundle, context_length=context_length, engine=name)

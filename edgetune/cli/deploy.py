@@ -45,6 +45,14 @@ def deploy(
         ),
     ] = None,
     port: Annotated[int | None, board_option(metavar="N", help="With --service: its port (default: 8080).")] = None,
+    updates: Annotated[
+        str | None,
+        board_option(metavar="URL", help="Update once a day from the signed repository at this address, by a timer."),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        board_option(metavar="FILE", help="With --updates: trust this root, the 1.root.json of `edgetune keys init`."),
+    ] = None,
     prefix: Annotated[
         str | None,
         board_option(
@@ -80,6 +88,7 @@ def deploy(
     from edgetune_runtime.bundle import read_manifest
     from edgetune_runtime.store.opening import Opening
 
+    from edgetune.delivery.board.updates import repository_from_options
     from edgetune.delivery.deploy import deploy as actions
     from edgetune.delivery.deploy.fleet import Failed, on_each
     from edgetune.delivery.deploy.target import parse_target, read_inventory
@@ -94,6 +103,7 @@ def deploy(
         raise UsageError(f"--prefix {prefix!r} is not an absolute path", "write for example /opt/edgetune/home")
     if service is None and (listen is not None or port is not None):
         raise UsageError("--listen and --port are those of a unit", "add --service NAME")
+    repository = repository_from_options(updates, root)
     if board is not None:
         boards.find(board)
     where = actions.Where(read_manifest(bundle).name, prefix)
@@ -109,7 +119,8 @@ def deploy(
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else actions.UnitOptions(service, listen, port)
-        options = actions.DeployOptions(board, unit, waits_healthy=wait_healthy)
+        timer = None if repository is None else actions.UpdateOptions(*repository)
+        options = actions.DeployOptions(board, unit, timer, waits_healthy=wait_healthy)
         act = partial(actions.deploy, where=where, assemble=assemble, options=options, progress=progress)
     if host is not None:
         _print(act(targets[0]), as_json=as_json)

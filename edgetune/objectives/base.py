@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 LOGITS_PER_CHUNK = 2**23
 """The loss is computed on this many logits at a time."""
@@ -42,9 +43,10 @@ R_contra = TypeVar("R_contra", bound=TrainingRow, contravariant=True)
 
 
 class Objective(Protocol[R_contra]):
-    """What is learned from rows. `attention` is the implementation that its batches need; None keeps the base's own."""
+    """What is learned from rows."""
 
-    attention: str | None
+    def prepare(self, base: PreTrainedModel) -> None:
+        """Make `base` take the batches of this objective; the attention that it sets is undone after the training."""
 
     def extend(self, model: PeftModel) -> None:
         """Add the weights that are trained besides the method's own to `model`."""

@@ -13,16 +13,19 @@ from torch.nn.functional import cross_entropy
 from edgetune.objectives.example import Example
 
 from .chunks import summed_loss
-from .packing import ATTENTION, PackedRows, pack
+from .packing import PackedRows, pack, take_packed_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class NextToken:
     """Predict each learned token from the tokens before it, in rows packed without padding."""
 
-    attention: str | None = ATTENTION
+    def prepare(self, base: PreTrainedModel) -> None:
+        """The base takes packed rows."""
+        take_packed_rows(base)
 
     def extend(self, model: PeftModel) -> None:
         """Nothing to add: only the method's weights are trained."""

@@ -8,21 +8,20 @@ small.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
+from functools import cache, wraps
 from itertools import takewhile
 from typing import Any, Self
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.models.lfm2 import modeling_lfm2
-from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers import AttentionInterface, PreTrainedModel
 
 from edgetune.objectives.example import Example
 
-ATTENTION = "edgetune_packed"
+_ATTENTION = "edgetune_packed"
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _gathered(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return states[0].transpose(0, 1).flatten(1).index_select(0, indices.flatten())
 
 
-AttentionInterface.register(ATTENTION, packed_attention)
+AttentionInterface.register(_ATTENTION, packed_attention)
 
 
 def on_packed_rows(convolution: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -229,10 +228,24 @@ def after_prefix(rule: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[...,
     return compute
 
 
-# transformers has no registry of these functions, but passes the options of a forward pass on to them too.
-for _module in (modeling_lfm2, modeling_qwen3_5):
-    _module.causal_conv1d_fn = on_packed_rows(_module.causal_conv1d_fn)
-modeling_qwen3_5.torch_chunk_gated_delta_rule = after_prefix(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+_WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "causal_conv1d_fn": on_packed_rows,
+    "torch_chunk_gated_delta_rule": after_prefix,
+}
+
+
+def take_packed_rows(model: PreTrainedModel) -> None:
+    """Make `model` attend within packed rows, and its convolutions and delta rules take them too."""
+    model.set_attn_implementation(_ATTENTION)
+    _wrap_functions(type(model).__module__)
+
+
+@cache
+def _wrap_functions(module: str) -> None:
+    # transformers has no registry of these functions, but passes the options of a forward pass on to them too.
+    for name, wrapper in _WRAPPERS.items():
+        if hasattr(sys.modules[module], name):
+            setattr(sys.modules[module], name, wrapper(getattr(sys.modules[module], name)))
 
 
 def shared_length(examples: Sequence[Example]) -> int:

@@ -60,7 +60,7 @@ def with_options(
     if base is None:
         return planned
     name, kind = planned.name, planned.method
-    if base.recurrent_values and not method.takes_recurrent_layers:
+    if base.is_recurrent and not method.takes_recurrent_layers:
         message = f"adapter {name!r} of {kind} needs attention, which some layers of this base do not have"
         raise IncompatibleError(message, "train it with lora")
     if not base.has_equal_caches and "prefix" in planned.shapes.values():

@@ -120,8 +120,7 @@ class _Run:
             except EdgetuneError:
                 method.detach(self.tuned)
                 raise
-        if self.objective.attention is not None:
-            base.set_attn_implementation(self.objective.attention)
+        self.objective.prepare(base)
         self.objective.extend(self.tuned)
         self.tuned.to(self.accelerator.device)
         named = trainable(self.tuned)

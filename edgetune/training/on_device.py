@@ -28,10 +28,21 @@ def on_device(base: torch.nn.Module, device: torch.device, name: str) -> Iterato
         finally:
             base.to("cpu")
     except RuntimeError as error:
-        failure = failure_of(error, device, name)
+        # A lost device fails again when the base is taken back from it.
+        failure = next(filter(None, (failure_of(earlier, device, name) for earlier in reversed(_chain(error)))), None)
         if failure is None:
             raise
         raise failure from error
+
+
+def _chain(error: BaseException | None) -> list[RuntimeError]:
+    """The RuntimeErrors that led to an error, with itself, the last first."""
+    chain = []
+    while error is not None:
+        if isinstance(error, RuntimeError):
+            chain.append(error)
+        error = error.__context__
+    return chain
 
 
 def failure_of(error: RuntimeError, device: torch.device, name: str) -> EdgetuneError | None:

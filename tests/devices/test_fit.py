@@ -17,13 +17,16 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo, read_header
-from edgetune_runtime.formats.gguf_sizes import recurrent_values
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
 from edgetune_runtime.sizing.needs import items_of, needed_mb
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.states.batches import CHUNK
+from runtime.gguf_files import UINT32, rewritten, setting
+
+from edgetune.building.fit_target import read_target
 
 TINY = ("llama", "qwen2", "qwen3", "gemma3", "gemma4", "lfm2")
 
@@ -78,7 +81,7 @@ def test_kv_values_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable
     finally:
         engine.close()
     if arch == "lfm2":
-        assert short > 4 * recurrent_values(read_header(tiny_gguf(arch))) > 0
+        assert short > recurrent_sizes(read_header(tiny_gguf(arch))).state_bytes > 0
     # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
     cell_bytes = 24 if arch.startswith("gemma") else 12
     assert grown == 10 * (2 * fit.kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
@@ -162,6 +165,7 @@ import sys
 from pathlib import Path
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
 engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1, repack=sys.argv[2] == "repacked")
 engine.decode([3 + number % 300 for number in range(500)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
@@ -333,6 +337,16 @@ def test_a_merged_adapter_is_a_second_model(tiny_gguf: Callable[[str], Path], tm
     merged = next(item for item in result.items if item.name == "merged model intent")
     assert merged.mb * fit.MB > needs.base_bytes
     assert not needs.adapters
+
+
+@pytest.mark.parametrize("key", ["lfm2.attention.head_count_kv", "qwen35.attention.recurrent_layers"])
+def test_a_number_in_place_of_one_per_layer_is_damage(
+    key: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = rewritten(tiny_gguf(key.partition(".")[0]), tmp_path / "base.gguf", setting(key, 2, UINT32))
+    for target in (path, _bundle(tmp_path / "bundle", path)):
+        with pytest.raises(VerificationError, match=f"{key} is '2', not 0 or .* for each layer"):
+            read_target(target, None, None)
 
 
 def test_a_folder_that_is_no_bundle_is_not_found(tmp_path: Path) -> None:

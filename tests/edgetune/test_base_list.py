@@ -55,6 +55,8 @@ def test_formats_and_methods_are_those_of_the_architecture() -> None:
     assert {name for name, item in facts.items() if item.without_defaults} == {"phi3", "lfm2"}
     for name in ("gemma4", "lfm2", "qwen35"):
         assert {"prefix", "prompt"}.isdisjoint(facts[name].methods["gguf"])
+    for name in ("lfm2", "qwen35"):
+        assert facts[name].methods["onnx"] == facts[name].methods["gguf"]
 
 
 def test_the_command_prints_tables_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,7 @@ from .names import (
     RECIPE,
     REPORT,
     REPOSITORY,
+    RUN,
     SESSION,
     SIGNED,
     STATES,
@@ -301,6 +302,8 @@ KINDS = {
     "trusted-keys": Kind(updates.TRUSTED_KEYS, Json(), partial(updates.signature, updates.TRUSTED_KEYS)),
     "update-state": Kind(f"{DEVICE}/{updates.STATE}", Json(), updates.state),
     "device-report": Kind(REPORT, Json(), updates.report),
+    "start-note": Kind(updates.NOTE, Json(), partial(updates.start, updates.NOTE)),
+    "run-report": Kind(RUN, Json(), partial(updates.start, RUN)),
     "oci-artifact": Kind(LAYOUT, Json(), layouts.artifact, layouts.only_artifact),
     "oci-index": Kind(f"{LAYOUT}/{layouts.INDEX}", Json(), layouts.index),
 }

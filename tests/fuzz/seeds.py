@@ -18,6 +18,7 @@ from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_file import cache_shape, read_header
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
+from edgetune_runtime.store.acknowledgement import RunReport, begin
 from edgetune_runtime.update.report import DeviceReport
 from edgetune_runtime.update.state import write_state
 from edgetune_runtime.update.update import UpdateSource, check
@@ -47,6 +48,7 @@ from .names import (
     RECIPE,
     REPORT,
     REPOSITORY,
+    RUN,
     SESSION,
     SIGNED,
     STATES,
@@ -103,7 +105,7 @@ def write_seeds(folder: Path, source: Source, model: Path) -> Path:
     (work / RECIPE).write_text(_RECIPE, encoding="utf-8")
     _repository(work, folder)
     _layout(work)
-    _report(work / REPORT)
+    _reports(work)
     work.rename(folder)
     return folder
 
@@ -201,10 +203,14 @@ def _layout(work: Path) -> None:
     push(work / SIGNED, store, Progress(quiet=True))
 
 
-def _report(path: Path) -> None:
+def _reports(work: Path) -> None:
+    """The reports of a device and of a server's run, and the note that its version is not acknowledged."""
+    path, version = work / REPORT, "ab" * 8
     about = DeviceReport(path.stem, "home", "stable", 1, "ab" * 32, "0.1.0", "2026-01-01T00:00:00+00:00", True)
     path.parent.mkdir()
     path.write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
+    (work / RUN).write_text(json.dumps(asdict(RunReport(version, answers=1))), encoding="utf-8")
+    begin(work / DEVICE, version, asked=2)
 
 
 def _peft(out: Path, source: Source) -> None:

@@ -1,19 +1,21 @@
-"""Opens changed files of signed updates: a repository's metadata, releases, signatures, a device's state and report."""
+"""Opens changed files of signed updates: a repository's metadata, releases, signatures, and what a device writes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.store import acknowledgement, versions
 from edgetune_runtime.update.fetch import Location
 from repositories import open_keys
 
-from .names import DEVICE, KEYS, REPORT, REPOSITORY, SIGNED
+from .names import DEVICE, KEYS, REPORT, REPOSITORY, RUN, SIGNED
 
 Open = Callable[[bytes], None]
 METADATA = {
@@ -26,6 +28,7 @@ METADATA = {
 """Files of a repository's metadata by what they are."""
 TRUSTED_KEYS = f"{KEYS}/trusted-keys.json"
 STATE = "update/state.json"
+NOTE = f"{DEVICE}/{acknowledgement.NAME}"
 
 
 def metadata(role: str, file: str, folder: Path) -> Open:
@@ -138,5 +141,24 @@ def report(folder: Path) -> Open:
         fleet_status(folder, 7).to_json()
         # The count hides why a report is refused.
         parse_report(data)
+
+    return open_changed
+
+
+def start(file: str, folder: Path) -> Open:
+    """Counts two starts of the current version, with a changed note of it or a changed report of its last run."""
+    prefix, valid = folder / DEVICE, {name: (folder / name).read_bytes() for name in (NOTE, RUN)}
+    noted = json.loads(valid[NOTE])[0]["version"]
+    versions.path_of(prefix, noted).mkdir(parents=True)
+    (prefix / versions.CURRENT).symlink_to(versions.path_of(prefix, noted))
+    os.environ[acknowledgement.REPORT_VARIABLE] = str(folder / RUN)
+
+    def open_changed(data: bytes) -> None:
+        for name, content in {**valid, file: data}.items():
+            (folder / name).write_bytes(content)
+        for _ in range(2):
+            acknowledgement.count_start(prefix)
+        if file == RUN and (folder / NOTE).exists() and acknowledgement.read(prefix) is None:
+            raise AssertionError("a report of a run has damaged the note of its version")
 
     return open_changed

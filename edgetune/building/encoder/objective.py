@@ -22,6 +22,7 @@ from edgetune.tasks.data import TaskRow, labelled_text
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 HEAD_FILE = "head.safetensors"
 
@@ -74,10 +75,11 @@ def tokenize_labelled(
 class Classify:
     """Trains a head of `labels` outputs on `hidden_size` inputs, together with the weights of the method."""
 
-    attention: str | None = None
-
     def __init__(self, hidden_size: int, labels: int) -> None:
         self._hidden_size, self._labels = hidden_size, labels
+
+    def prepare(self, _base: PreTrainedModel) -> None:
+        """Nothing: an encoder takes padded rows as it is."""
 
     def extend(self, model: PeftModel) -> None:
         """Add a new head in float32 to the model."""

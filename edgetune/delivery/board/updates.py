@@ -37,8 +37,20 @@ class Updates:
 def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Updates | None:
     """What the user asks for, if anything; the timer is named after the unit.
 
-    UsageError for a wrong address or a file that is not a root, NotFoundError without it, IncompatibleError without
-    systemd.
+    IncompatibleError without systemd, and errors as those of `repository_from_options`.
+    """
+    repository = repository_from_options(repo, root)
+    if repository is None:
+        return None
+    if shutil.which("systemctl") is None:
+        raise IncompatibleError("this system has no systemctl", "install without --updates")
+    return Updates(*repository, Timer(f"{unit}-update", os.geteuid() != 0))
+
+
+def repository_from_options(repo: str | None, root: Path | None) -> tuple[str, bytes] | None:
+    """The address of a repository and its root metadata, if the user gives any.
+
+    UsageError for a wrong address or a file that is not a root, NotFoundError without it.
     """
     if repo is None and root is None:
         return None
@@ -48,6 +60,4 @@ def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Upda
         raise UsageError(f"--updates {repo!r} is not an address of a repository", "use http:// or https://")
     if root is None:
         raise UsageError("no root says which keys to trust", "add --root FILE, the 1.root.json of `edgetune keys init`")
-    if shutil.which("systemctl") is None:
-        raise IncompatibleError("this system has no systemctl", "install without --updates")
-    return Updates(repo.rstrip("/"), read_root_file(root), Timer(f"{unit}-update", os.geteuid() != 0))
+    return repo.rstrip("/"), read_root_file(root)

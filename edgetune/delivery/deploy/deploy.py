@@ -34,6 +34,7 @@ T = TypeVar("T")
 Assemble = Callable[[str, str], AssembledKit]
 """Makes the kit of a bundle for a board and a Python version, such as 3.13."""
 
+_ROOT_NAME = "root.json"
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
 _LONG_S = 7200.0
@@ -70,14 +71,23 @@ class UnitOptions:
 
 
 @dataclass(frozen=True)
+class UpdateOptions:
+    """The signed repository that a board asks once a day: its address, and the root metadata to trust."""
+
+    repo: str
+    root: bytes
+
+
+@dataclass(frozen=True)
 class DeployOptions:
-    """`board` is None to go by the board's own model, `unit` to leave its unit as it is.
+    """`board` is None to go by the board's own model, `unit` and `updates` to leave its unit and its timer as they are.
 
     An install waits until the unit answers, if there is one; with `waits_healthy` there must be one.
     """
 
     board: str | None = None
     unit: UnitOptions | None = None
+    updates: UpdateOptions | None = None
     waits_healthy: bool = False
 
 
@@ -176,6 +186,10 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
         incoming = f"{facts.prefix}/{INCOMING}"
         sent = sum(_put(connection, assembled.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
         words = ["--receive", assembled.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
+        if options.updates is not None:
+            root = f"{incoming}/{_ROOT_NAME}"
+            sent += _put(connection, options.updates.root, root)
+            words += ["--updates", options.updates.repo, "--root", root]
         command = program.command("install", incoming, *words)
         text = connection.converse(command, LACKING, sending.files, limit_s=_LONG_S)
         _, changed, warnings = program.parsed(text, replies.installed)

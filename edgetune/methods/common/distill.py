@@ -10,16 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edgetune.objectives.chunks import summed_loss
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import packed_logits
-from edgetune.objectives.packing import ATTENTION, PackedRows, pack
+from edgetune.objectives.packing import PackedRows, pack, take_packed_rows
 
 from .prompt_model import States, after_states, states_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
@@ -55,12 +58,14 @@ class Distill:
     """Learn to predict as the base does with the tokens `document` before each row; the end of the document is cut if
     it does not fit in the context. The teacher runs once per row."""
 
-    attention: str | None = ATTENTION
-
     def __init__(self, document: Sequence[int]) -> None:
         self.document = tuple(document)
         self._states: States | None = None
         self._lessons: dict[Example, Lesson] = {}
+
+    def prepare(self, base: PreTrainedModel) -> None:
+        """The base takes packed rows."""
+        take_packed_rows(base)
 
     def extend(self, model: Any) -> None:  # noqa: ANN401 - as the method attached it
         """Adds nothing: only the method's weights are trained."""

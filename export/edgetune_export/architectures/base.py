@@ -106,6 +106,11 @@ class Architecture:
         return self.linear_modules != LINEAR_MODULES
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers have a recurrent state in place of attention."""
+        return bool(self.recurrent_block)
+
+    @property
     def rms_norm(self) -> str:
         """The class of its norms in transformers."""
         return f"{self.class_prefix}RMSNorm"

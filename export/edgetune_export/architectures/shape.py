@@ -14,7 +14,6 @@ from edgetune_runtime.formats.gguf_sizes import (
     kv_values_per_token,
     number,
     recurrent_layers,
-    recurrent_values,
     sharing_layers,
 )
 
@@ -52,8 +51,7 @@ class BaseShape:
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all, of which
     `parameters_in_file` are embeddings that training does not load. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
-    `recurrent_values` are the numbers in the recurrent states of a sequence, 0 if all layers attend. For
-    `has_equal_caches` see `Architecture`.
+    For `is_recurrent` and `has_equal_caches` see `Architecture`.
     """
 
     modules: tuple[SizedModule, ...]
@@ -65,7 +63,7 @@ class BaseShape:
     kv_values_per_token: int
     parameters_by_layer: tuple[int, ...]
     parameters: int
-    recurrent_values: int = 0
+    is_recurrent: bool = False
     has_equal_caches: bool = True
     parameters_in_file: int = 0
 
@@ -98,7 +96,7 @@ class BaseShape:
             kv_values_per_token=kv_values_per_token(header),
             parameters_by_layer=tuple(by_layer[layer] for layer in range(number(header, "block_count"))),
             parameters=by_layer.total(),
-            recurrent_values=recurrent_values(header),
+            is_recurrent=architecture.is_recurrent,
             has_equal_caches=architecture.has_equal_caches,
             parameters_in_file=math.prod(embedding.shape) if embedding else 0,
         )

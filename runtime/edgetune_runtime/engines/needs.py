@@ -83,6 +83,11 @@ class RecurrentSizes:
     values: int
     inputs_per_token: int
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state, in float32."""
+        return _FLOAT_BYTES * self.values
+
 
 @dataclass(frozen=True)
 class Needs:

@@ -19,7 +19,7 @@ from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import first_of
 
 from .gguf_bounds import LAYERS, Between, FlagPerLayer, Flags, HeadsPerLayer, Sections, Widths
-from .gguf_file import GgufHeader
+from .gguf_file import GgufHeader, read_header
 
 _HEAD_SIZE = 2048
 Allowed = Between | Flags | FlagPerLayer | HeadsPerLayer | Widths | Sections | Sequence[Any]
@@ -146,6 +146,13 @@ _TOKENIZER_KEYS = re.compile(
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 _NOT_OF_WEIGHTS = frozenset(("q8_1", "q8_k", "f64", "i64", "i32", "i16", "i8"))
 """Types that no weight has; vectors are f32."""
+
+
+def read_base(path: Path) -> GgufHeader:
+    """The header of the base at `path`; raises what `read_header` and `check_base` raise."""
+    header = read_header(path)
+    check_base(header, path)
+    return header
 
 
 def check_base(header: GgufHeader, path: Path) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from edgetune_runtime.answer_log import AnswerLog
-from edgetune_runtime.bundle import MANIFEST_NAME, pinned, sha256_of
 from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
 
@@ -29,7 +29,6 @@ from .rewriting import Rewriter
 from .settings import ServerLimits
 
 _LOG = logging.getLogger(__name__)
-_WATCH_S = 1.0
 _MAX_TEXTS = 2048
 """Texts in one request for embeddings, as in OpenAI's API."""
 
@@ -66,8 +65,7 @@ class Answering:
         self.is_warming, self._warms = False, warms
         self._end = threading.Event()
         self._reloading = asyncio.Lock()
-        self._folder = pinned(runtime.runtime.bundle)
-        self.bundle_digest = sha256_of(self._folder / MANIFEST_NAME)
+        self.bundle = FollowedBundle(runtime)
         self._look()
 
     async def pieces(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
@@ -127,38 +125,21 @@ class Answering:
             self.is_warming = False
 
     async def reload(self) -> None:
-        """Take over the bundle on disk; a warning says what is wrong with an adapter, or with the bundle."""
+        """Take over the bundle on disk; see `FollowedBundle`."""
         async with self._reloading:
-            self._folder = pinned(self.runtime.runtime.bundle)
-            try:
-                digest = sha256_of(self._folder / MANIFEST_NAME)
-                changes = await self.runtime.reload()
-            except (EdgetuneError, OSError) as error:
-                _LOG.warning("cannot reload the adapters of %s: %s", self.runtime.runtime.bundle, error)
+            changes = await self.bundle.reload()
+            if changes is None:
                 return
             self._look()
-            if not changes.refused:
-                self.bundle_digest = digest
-            for name, reason in changes.refused.items():
-                _LOG.warning("did not load adapter %r: %s", name, reason)
             for name in changes.removed:
                 self.metrics.forget(name)
-            counts = (len(changes.added), len(changes.replaced), len(changes.removed))
-            _LOG.info("reloaded the adapters: %d added, %d replaced, %d removed", *counts)
             if self._warms:
                 await self.warm()
-
-    async def watch(self) -> None:
-        """Take over each version that the bundle's path is switched to, until this is cancelled."""
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            if pinned(self.runtime.runtime.bundle) != self._folder:
-                await self.reload()
 
     def _look(self) -> None:
         """See what the bundle has now."""
         self.models = self._models()
-        self.good_answers = GoodAnswers(self._folder)
+        self.good_answers = GoodAnswers(self.bundle.folder)
 
     def stop(self) -> None:
         """Refuse the requests that wait and all later ones."""

@@ -55,7 +55,7 @@ def application(answering: Answering, access: Access) -> ASGIApp:
 
 def _common(answering: Answering) -> list[Route]:
     async def health(_: Request) -> Response:
-        return json_response({"status": "ok", "bundle": answering.bundle_digest})
+        return json_response({"status": "ok", "bundle": answering.bundle.digest})
 
     async def ready(_: Request) -> Response:
         status = "stopping" if answering.queue.stopping else "warming" if answering.is_warming else "ready"

@@ -56,7 +56,7 @@ async def _serve(
         ending=answering.end,
     )
     warming: Awaitable[None] = asyncio.ensure_future(answering.warm()) if serving.warms else asyncio.sleep(0)
-    watching = asyncio.ensure_future(answering.watch())
+    watching = asyncio.ensure_future(answering.bundle.watch(answering.reload))
     await server.serve(sockets=[listening])
     watching.cancel()
     answering.good_answers.end()

@@ -171,6 +171,8 @@ class Context:
             for begin, end in batches(kept, count, [start for start, _ in self._key.spans]):
                 self._activate(_active_at(self._key, begin))
                 self.extend(lost[begin - kept : end - kept], last=1)
+            # What follows is of the last span, also if the cut is at its start.
+            self._activate(dict(self._key.spans[-1][1]))
 
     def score(self, continuations: Sequence[Sequence[int]]) -> list[float]:
         """Sum of log probabilities (nats) of each continuation of the sequence, which is not changed."""

@@ -86,7 +86,7 @@ def count_start(prefix: Path) -> bool:
     report = _take_report()
     if report is not None and report.version == found.version:
         starts = max(0, found.starts - report.has_ended)
-        found = replace(found, starts=starts, answers_needed=found.answers_needed - report.answers)
+        found = replace(found, starts=starts, answers_needed=found.answers_needed - max(0, report.answers))
     if found.answers_needed <= 0:
         acknowledge(prefix)
         return False

@@ -23,6 +23,7 @@ from wyoming.ping import Ping, Pong
 from edgetune_runtime import __version__
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.server.accepting import BACKLOG, connections_within_files
 from edgetune_runtime.server.connections import Connections
@@ -81,7 +82,7 @@ def serve(
 
 
 async def run(service: WyomingService, listening: socket.socket, ready: Callable[[], None]) -> None:
-    """Answer clients until the task is cancelled."""
+    """Answer clients until the task is cancelled, and take over each version that the bundle's path is switched to."""
     limits, tasks = service.limits, set[asyncio.Task[None]]()
     connections = Connections(connections_within_files(limits.connections), limits.connections_per_address)
 
@@ -120,12 +121,14 @@ async def run(service: WyomingService, listening: socket.socket, ready: Callable
     # Not on Windows, and not outside the main thread.
     with suppress(NotImplementedError, RuntimeError, ValueError):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
+    bundle = FollowedBundle(service.runtime)
+    watching = asyncio.create_task(bundle.watch(bundle.reload))
     try:
         ready()
         await server.serve_forever()
     finally:
         server.close()
-        for task in tasks:
+        for task in (watching, *tasks):
             task.cancel()
 
 

@@ -29,7 +29,16 @@ from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, writ
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
-from edgetune.delivery.deploy.deploy import Assemble, Deployed, DeployOptions, Where, deploy, list_versions, roll_back
+from edgetune.delivery.deploy.deploy import (
+    Assemble,
+    Deployed,
+    DeployOptions,
+    UpdateOptions,
+    Where,
+    deploy,
+    list_versions,
+    roll_back,
+)
 from edgetune.delivery.deploy.probe import BoardFacts
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
@@ -359,6 +368,14 @@ def test_the_unit_of_a_board_answers_with_the_new_version(board: Board, bundle: 
             assert reply.read().decode() == answer
 
 
+def test_a_board_reads_the_root_of_the_repository_to_update_from_before_it_installs(board: Board, bundle: Path) -> None:
+    # test_timer.py has what a board does with a root: this one would write to the folder of units of this machine.
+    options = DeployOptions("laptop", updates=UpdateOptions("https://example.org/repo", b"{}"))
+    with pytest.raises(UsageError, match=r"incoming/root\.json has no root of a repository"):
+        deploy(board.target, board.where, board.assemble(bundle), options, Progress(quiet=True))
+    assert not (board.prefix / "current").exists()
+
+
 def test_a_login_shell_may_print_something(board: Board, bundle: Path) -> None:
     greeting = board.sshd.folder / ".bashrc"
     try:
@@ -459,6 +476,7 @@ def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[
         ([], 2, "give one board, or several with --inventory"),
         (["pi@host", "--rollback", "--list"], 2, "--rollback and --list are given together"),
         (["pi@host", "--board", "pi-44"], 3, "no board 'pi-44'"),
+        (["pi@host", "--updates", "http://x"], 2, "no root says which keys to trust; add --root FILE"),
         (["pi@host", "--port", "80"], 2, "--listen and --port are those of a unit; add --service NAME"),
         (["pi host"], 2, "'pi host' is not of the form USER@HOST"),
     ],

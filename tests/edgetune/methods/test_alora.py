@@ -23,7 +23,7 @@ from edgetune.methods import Checkpoint
 from edgetune.methods.alora import start_of
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.example import Example
-from edgetune.objectives.packing import ATTENTION
+from edgetune.objectives.packing import take_packed_rows
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -78,7 +78,7 @@ def packed_loss(model: Any, rows: list[Example]) -> torch.Tensor:  # noqa: ANN40
     objective = ALORA.objective(ALORA.options.model_validate(OPTIONS))
     batch = objective.batch(rows)
     assert len(batch.targets) == sum(objective.learned(row) for row in rows)
-    model.base_model.model.set_attn_implementation(ATTENTION)
+    take_packed_rows(model.base_model.model)
     return objective.loss(model, model, batch)
 
 

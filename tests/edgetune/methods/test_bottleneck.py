@@ -17,7 +17,7 @@ from trainings import QUIET, VOCABULARY, answer, job, learn, logits_of, stopped_
 from edgetune import methods
 from edgetune.methods import Checkpoint
 from edgetune.methods.common.base import trainable
-from edgetune.objectives.packing import ATTENTION, pack
+from edgetune.objectives.packing import pack, take_packed_rows
 from edgetune.training.loop import train
 
 BOTTLENECK = methods.load("bottleneck")
@@ -143,7 +143,7 @@ def test_packed_rows_see_what_single_rows_see() -> None:
     rows = [answer(number) for number in range(3)]
     alone = torch.cat([logits_of(model, row.tokens)[row.prompt_length - 1 : -1] for row in rows])
     packed = pack(rows)
-    model.base.set_attn_implementation(ATTENTION)
+    take_packed_rows(model.base)
     with torch.no_grad():
         together = model(
             input_ids=packed.tokens,

@@ -48,6 +48,8 @@ def test_methods_are_found_by_their_files_names() -> None:
 def test_a_variant_is_its_method_with_other_defaults(name: str, of: str) -> None:
     variant, method = methods.load(name), methods.load(of)
     assert isinstance(variant, type(method)) and issubclass(variant.options, method.options)
+    defaults = [(each.options().model_dump(), getattr(each, "start", None)) for each in (variant, method)]
+    assert defaults[0] != defaults[1]
     options = variant.options.model_validate({"rank": 4, "alpha": 3, "learning_rate_factor": 1})
     assert (options.r, options.lora_alpha, options.learning_rate_factor) == (4, 3, 1)
     assert not variant.wrote({"peft_type": "LORA"})

@@ -26,7 +26,7 @@ from edgetune.methods.common.distill import Distill
 from edgetune.methods.common.prompt_model import GivenTokensModel, split_states
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
-from edgetune.objectives.packing import ATTENTION
+from edgetune.objectives.packing import take_packed_rows
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
 
@@ -85,7 +85,7 @@ def attached(case: str, base: PreTrainedModel, **more: object) -> Iterator[Any]:
 
 
 def loss_packed(base: PreTrainedModel, model: Any, rows: Sequence[Example]) -> torch.Tensor:  # noqa: ANN401 - as attached
-    base.set_attn_implementation(ATTENTION)
+    take_packed_rows(base)
     batch = NEXT_TOKEN.batch(rows)
     loss = NEXT_TOKEN.loss(model, model, batch) / len(batch.targets)
     base.set_attn_implementation("sdpa")
@@ -239,7 +239,7 @@ def test_a_cartridge_keeps_its_frozen_tokens(document: str, base_of: BaseOf, tmp
 
 def test_a_document_longer_than_the_context_is_read_as_far_as_it_fits(base_of: BaseOf) -> None:
     base, row = base_of("llama"), SHORT[3]
-    base.set_attn_implementation(ATTENTION)
+    take_packed_rows(base)
     text = [60 + number * number % 97 for number in range(700)]
     long, cut = Distill(text)._lesson(base, row), Distill(text[: 512 - len(row.tokens)])._lesson(base, row)
     base.set_attn_implementation("sdpa")

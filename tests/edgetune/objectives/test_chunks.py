@@ -33,7 +33,7 @@ def test_a_loss_by_chunks_has_the_value_and_gradients_of_one_on_all_logits(
 ) -> None:
     base, kind = make_model(arch, VOCABULARY), methods.load(method)
     tuned = kind.attach(base, kind.options.model_validate(options), 1)
-    base.set_attn_implementation(NEXT_TOKEN.attention)
+    NEXT_TOKEN.prepare(base)
     packed = batch()
 
     def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def test_a_loss_by_chunks_has_the_value_and_gradients_of_one_on_all_logits(
 
 def test_the_loss_of_a_row_is_multiplied_by_its_weight() -> None:
     base = make_model("llama", VOCABULARY)
-    base.set_attn_implementation(NEXT_TOKEN.attention)
+    NEXT_TOKEN.prepare(base)
     rows = [Example(tuple(range(start, start + 12)), (False,) * 4 + (True,) * 8, 4) for start in (5, 40)]
     with torch.no_grad():
         first, second = (NEXT_TOKEN.loss(base, base, NEXT_TOKEN.batch([row])).item() for row in rows)
@@ -72,7 +72,7 @@ def test_the_loss_of_a_row_is_multiplied_by_its_weight() -> None:
 
 def test_logits_are_made_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     base, rows = make_model("llama", VOCABULARY), []
-    base.set_attn_implementation(NEXT_TOKEN.attention)
+    NEXT_TOKEN.prepare(base)
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 25 * VOCABULARY)
 
     def loss_of(logits: torch.Tensor, part: slice) -> torch.Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -10,8 +12,9 @@ from tiny import make_model
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
+from edgetune.objectives import packing
 from edgetune.objectives.example import Example
-from edgetune.objectives.packing import ATTENTION, PackedRows, pack, shared_length
+from edgetune.objectives.packing import PackedRows, pack, shared_length, take_packed_rows
 
 VOCABULARY = 384
 SYSTEM = range(10, 22)
@@ -53,7 +56,7 @@ ROWS = {
 
 
 def packed_logits(model: PreTrainedModel, packed: PackedRows, keep: torch.Tensor | int = 0) -> torch.Tensor:
-    model.set_attn_implementation(ATTENTION)
+    take_packed_rows(model)
     out = model(
         input_ids=packed.tokens, position_ids=packed.positions, logits_to_keep=keep, packed=packed, use_cache=False
     )
@@ -130,7 +133,7 @@ def test_rows_behind_a_cache_or_tokens_are_as_with_these_in_front(
             packed.after_tokens(len(front)), tokens=torch.cat([torch.tensor([front]), packed.tokens], 1)
         )
         after_tokens = packed_logits(model, behind_tokens)[len(front) :]
-        model.set_attn_implementation(ATTENTION)
+        take_packed_rows(model)
         behind_cache = packed.after_cache(len(front))
         after_cache = model(
             input_ids=packed.tokens, position_ids=behind_cache.positions, packed=behind_cache, cache=cache
@@ -139,6 +142,14 @@ def test_rows_behind_a_cache_or_tokens_are_as_with_these_in_front(
     in_order = torch.cat([wanted[0][:shared], *(logits[shared:] for logits in wanted)])
     torch.testing.assert_close(after_tokens, in_order, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after_cache, in_order, rtol=1e-4, atol=1e-5)
+
+
+def test_no_architecture_is_imported_before_a_model_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    recurrent = ("transformers.models.lfm2", "transformers.models.qwen3_5")
+    for name in [name for name in sys.modules if name.startswith(recurrent)]:
+        monkeypatch.delitem(sys.modules, name)
+    runpy.run_path(packing.__file__)
+    assert not [name for name in sys.modules if name.startswith(recurrent)]
 
 
 def test_the_shared_beginning_is_in_the_sequence_once() -> None:

@@ -183,6 +183,7 @@ def test_the_model_card_has_metadata_and_a_row_per_adapter(bundle: Path) -> None
     rows = [line for line in body.splitlines() if line.startswith(("| task", "| other"))]
     assert [row.split(" | ")[3] for row in rows if "gguf | 2.0e-02" not in row] == ["rows.jsonl", "-"]
     assert "| task | gguf | 2.0e-02 | 97.5% |" in rows
+    assert "`edgetune-run adapters ls .` lists those that it has now" in body
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,7 +83,7 @@ def test_split_and_checkpointed_passes_have_the_gradient_of_one_whole_pass(name:
 
 def test_checkpointed_layers_keep_their_input_and_run_again() -> None:
     base, batch = make_model("llama", VOCABULARY), NEXT_TOKEN.batch(rows([20, 9]))
-    base.set_attn_implementation(NEXT_TOKEN.attention)
+    NEXT_TOKEN.prepare(base)
     base.train()
     layers, runs = layers_of(base), []
     hook = layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))

@@ -25,7 +25,7 @@ from edgetune.training.device import CPU, TorchReport, TrainingDevice, choose_de
 from edgetune.training.hardware import device_of, processes, torch_report, use_device
 from edgetune.training.loop import train
 from edgetune.training.memory import PassCost, plan_passes
-from edgetune.training.on_device import failure_of
+from edgetune.training.on_device import failure_of, on_device
 from edgetune.training.precision import precision_on
 
 FOR_CPUS = TorchReport("2.13.0+cpu")
@@ -222,6 +222,18 @@ def test_a_device_that_fails_is_one_line(error: RuntimeError, message: str | Non
         assert str(failure).startswith(f"training reply {message}")
         assert str(failure).endswith(" run the same command to resume")
         assert "\n" not in str(failure)
+
+
+def test_a_lost_device_that_fails_again_is_reported_as_it_was_lost() -> None:
+    class Lost(torch.nn.Linear):
+        def to(self, *_args: Any, **_options: Any) -> Any:  # noqa: ANN401 - as torch's
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasCreate(handle)`")
+
+    with (
+        pytest.raises(EdgetuneError, match="training reply lost cuda:0: CUDA error: unspecified launch failure; check"),
+        on_device(Lost(1, 1), torch.device("cuda:0"), "reply"),
+    ):
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be")
 
 
 def test_what_the_allocator_of_the_cpu_raises_is_recognized() -> None:

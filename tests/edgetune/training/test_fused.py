@@ -11,13 +11,13 @@ from tiny import ARCHITECTURES, make_model
 from trainings import VOCABULARY, answer
 
 from edgetune.objectives.next_token import NEXT_TOKEN
-from edgetune.objectives.packing import ATTENTION
+from edgetune.objectives.packing import take_packed_rows
 from edgetune.training.fused import fused
 
 
 def _tuned(arch: str, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
     base = make_model(arch, VOCABULARY)
-    base.set_attn_implementation(ATTENTION)
+    take_packed_rows(base)
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **options))
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():

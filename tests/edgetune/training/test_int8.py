@@ -45,7 +45,7 @@ def _tuned(arch: str, method: str = "lora", options: dict[str, Any] | None = Non
     base, kind = make_model(arch, VOCABULARY), methods.load(method)
     torch.manual_seed(0)
     model: Any = kind.attach(base, kind.options.model_validate(options or {"r": 4}), 10)
-    base.set_attn_implementation(NEXT_TOKEN.attention)
+    NEXT_TOKEN.prepare(base)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

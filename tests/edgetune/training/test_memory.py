@@ -124,7 +124,7 @@ def test_what_a_pass_keeps_is_predicted_by_the_shape(method: str, options: dict[
     base, kind = LlamaForCausalLM(config), methods.load(method)
     chosen = kind.options.model_validate(options)
     tuned = kind.attach(base, chosen, 1)
-    base.set_attn_implementation(NEXT_TOKEN.attention)
+    NEXT_TOKEN.prepare(base)
     tuned.train()
     row = Example(tuple(range(100)), (False,) * 50 + (True,) * 50, 50)
     batch = NEXT_TOKEN.batch([row])

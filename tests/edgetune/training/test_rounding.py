@@ -22,7 +22,7 @@ from edgetune.bases import Base
 from edgetune.methods import Checkpoint
 from edgetune.methods.common.peft import tuned_layers
 from edgetune.objectives.next_token import NEXT_TOKEN
-from edgetune.objectives.packing import ATTENTION
+from edgetune.objectives.packing import take_packed_rows
 from edgetune.shipping.verify import logits_of
 from edgetune.training.checkpointing import layer_cost, layers_of
 from edgetune.training.loop import train
@@ -48,7 +48,7 @@ def base_in(wide_gguf: Callable[[int], Path], tmp_path: Path) -> Callable[[str],
 def tuned(base: Base, dtype: torch.dtype = torch.float32, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
     """A random LoRA on the base, in training mode."""
     model = bases.load_torch(base, dtype)
-    model.set_attn_implementation(ATTENTION)
+    take_packed_rows(model)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4, lora_alpha=8, **options)
     torch.manual_seed(0)
     peft = get_peft_model(model, config)

@@ -108,6 +108,17 @@ def test_more_tokens_than_an_engine_drops_are_dropped_to_before_the_step(engine:
         assert engine.truncate(121) == 120
 
 
+@pytest.mark.parametrize(("backend", "arch"), HYBRIDS)
+def test_a_step_in_several_batches_is_dropped_to_before_it(
+    backend: str, arch: str, files_of: Callable[[str, str], dict[str, Path]]
+) -> None:
+    base = files_of(backend, arch)["base"]
+    with closing(ENGINES[backend](base, context_length=CONTEXT, threads=1, batch=20)) as small:
+        decoded(small, PARTS)
+        small.decode_all([8] * 24)
+        assert small.truncate(134) == 120
+
+
 def test_a_restored_state_is_a_place_to_cut_to(engine: Engine) -> None:
     expected = decoded(engine, [*PARTS[:2], NEXT])
     decoded(engine, PARTS[:2])

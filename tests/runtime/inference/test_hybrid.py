@@ -74,19 +74,29 @@ def test_a_session_goes_on_from_its_state(open_: Callable[..., Runtime], tmp_pat
 
 def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[..., Runtime]) -> None:
     prompts = ["turn on the light", "turn on the light in the hall", LONG]
+    options: dict[str, Any] = {"adapter": "one", "max_tokens": 40}
     with open_(learn_drafts="off") as runtime:
-        expected = [runtime.generate(prompt, adapter="one", max_tokens=40).text for prompt in prompts]
-        words = [runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts]
+        expected = [runtime.generate(prompt, logprobs=0, **options) for prompt in prompts]
+        stop = expected[0].text[20:24]
+        words = [runtime.generate(prompt, stop=stop, **options) for prompt in prompts]
+    texts = [answer.text for answer in expected]
     with open_(learn_drafts="memory") as runtime:
-        for _ in range(2):
-            answers = [runtime.generate(prompt, adapter="one", max_tokens=40) for prompt in prompts]
-            assert [answer.text for answer in answers] == expected
+        for prompt, answer in zip(prompts, expected, strict=True):
+            # An answer that went on in another way after six tokens.
+            tokens = [one.token for one in answer.logprobs or ()]
+            past = loaded_bundle(runtime).call(prompt, "one").past
+            assert past is not None
+            past.keep([*tokens[:6], *(token ^ 1 for token in tokens[6:])])
         with loaded_bundle(runtime).call("play", None).lease() as context:
-            undoes_steps = context.engine.max_rollback
-        assert (sum(answer.timings.accepted for answer in answers) > 20) == bool(undoes_steps)
-        stopped = [
-            runtime.generate(prompt, adapter="one", max_tokens=40, stop=expected[0][20:24]) for prompt in prompts
-        ]
+            undoes_steps = bool(context.engine.max_rollback)
+        answers = [runtime.generate(prompt, **options) for prompt in prompts]
+        assert [answer.text for answer in answers] == texts
+        rejected = [answer.timings.drafted > answer.timings.accepted > 0 for answer in answers]
+        assert rejected == [undoes_steps] * len(answers)
+        answers = [runtime.generate(prompt, **options) for prompt in prompts]
+        assert [answer.text for answer in answers] == texts
+        assert (sum(answer.timings.accepted for answer in answers) > 20) == undoes_steps
+        stopped = [runtime.generate(prompt, stop=stop, **options) for prompt in prompts]
         assert [answer.text for answer in stopped] == [answer.text for answer in words]
 
 

@@ -24,7 +24,7 @@ from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime.bundles import CASES
+from runtime.bundles import CASES, HYBRIDS
 from runtime.fresh import STEPS, Fresh
 
 THREADS = 3
@@ -243,8 +243,10 @@ def fresh_of(
         fresh.close()
 
 
-@pytest.mark.parametrize(("engine", "arch"), CASES)
-@pytest.mark.parametrize("merged_mb", [None, 0])
+@pytest.mark.parametrize(
+    ("engine", "arch", "merged_mb"),
+    [(*case, merged_mb) for case in CASES for merged_mb in ([None] if case in HYBRIDS else [None, 0])],
+)
 @given(contexts=st.integers(1, 2), schedule=SCHEDULES)
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_no_schedule_changes_an_answer_hangs_or_leaves_anything(

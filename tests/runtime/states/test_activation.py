@@ -192,6 +192,23 @@ def test_no_state_of_one_answer_shapes_another(backend: str, context_of: Callabl
         assert divergence(known[adapters, row][None], found[None]).max() < CLOSE[backend] * 100
 
 
+def test_tokens_that_a_cut_recomputes_leave_the_adapter_on(
+    activated: Callable[[str], tuple[Any, LowRank]],
+    context_of: Callable[..., Context],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, row = context_of("llama", "gguf"), ROWS["at the end"]
+    truncate = context.engine.truncate
+    with context.hold():
+        context.start({"wait": 1.0}, row)
+        # As a recurrent state that has no place to go back to but the beginning.
+        monkeypatch.setattr(context.engine, "truncate", lambda _keep: truncate(0))
+        context.truncate(len(HEAD))
+        found = context.extend(INVOCATION)
+    expected = torch_logits(activated("llama")[0], row)[len(HEAD) :]
+    assert divergence(expected, found).mean() < CLOSE["gguf"] * 10
+
+
 @pytest.mark.parametrize("backend", ["gguf", "onnx"])
 def test_beside_another_adapter_both_act_behind_the_tokens_and_one_before(
     backend: str, context_of: Callable[..., Context]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.base import check_context_length
-from edgetune_runtime.formats.gguf_base import check_base, check_vocabulary
+from edgetune_runtime.formats.gguf_base import check_vocabulary, read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from .adapters import GgufAdapters
@@ -35,8 +35,7 @@ class GgufBase:
     """A loaded GGUF base and its adapters, shared by the engines on it and freed with the last of them."""
 
     def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
-        self.header = read_header(path)
-        check_base(self.header, path)
+        self.header = read_base(path)
         self.repacks = _can_repack(self.header) if repack is None else repack
         self.model = load_model(path, vocabulary_only=False, repack=self.repacks)
         self.adapters = GgufAdapters(self.model)

@@ -21,7 +21,6 @@ from edgetune_runtime.engines.base import (
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
-from edgetune_runtime.formats.gguf_sizes import recurrent_values
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
@@ -32,7 +31,7 @@ from .base import GgufBase, GgufTokenizer
 from .hybrid_cache import HybridCache
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, last_errors, library, make_context
-from .sizes import BRANCHES, rollback_of
+from .sizes import BRANCHES, recurrent_sizes, rollback_of
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups
@@ -42,7 +41,6 @@ __all__ = ["BRANCHES", "ENGINE", "GgufEngine", "GgufTokenizer"]
 T = TypeVar("T")
 
 _CONTEXT_FULL, _STOPPED = 1, 2
-_FLOAT_BYTES = 4
 _MEASURED_OUTPUT_SHARE = 0.21
 """That of SmolLM2-135M."""
 
@@ -97,7 +95,7 @@ class GgufEngine:
         self._base, self.context_length, self._threads = base, context_length, threads
         self._adapters = base.adapters
         self._prefix: PrefixState | None = None
-        model, llama, state_bytes = base.model, library(), _FLOAT_BYTES * recurrent_values(base.header)
+        model, llama, state_bytes = base.model, library(), recurrent_sizes(base.header).state_bytes
         kind = HybridCache if state_bytes else KvCache
         with self._adapters.in_first_step():
             self._context = make_context(

@@ -15,11 +15,9 @@ from edgetune_runtime.engines.checkpoints import Checkpoints
 from edgetune_runtime.errors import EdgetuneError
 
 from .kv_cache import KvCache
-from .llama import last_errors
-from .sizes import HYBRID_BRANCHES, rollback_of
+from .llama import last_errors, library
+from .sizes import BRANCHES, HYBRID_BRANCHES, rollback_of
 
-_ONE_BATCH = 32
-"""Tokens of a longer step are in several batches, and llama.cpp drops only tokens of the last one."""
 _RECURRENT = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY."""
 
@@ -33,10 +31,14 @@ class HybridCache(KvCache):
         super().__init__(context, model)
         self.max_rollback = rollback_of(state_bytes)
         self._checkpoints = Checkpoints[memoryview](state_bytes)
+        # Tokens of a longer step are in several batches, and llama.cpp can drop only tokens of the last one: beyond it,
+        # it goes back to a state of an earlier step.
+        self._one_batch = min(BRANCHES, library().llama_n_batch(context))
 
     def begin_step(self, length: int, tokens: int) -> None:
         """See `KvCache`."""
-        self._checkpoints.begin_step(length, tokens if tokens <= _ONE_BATCH else 0, partial(self._save, _RECURRENT))
+        undone = tokens if tokens <= self._one_batch else 0
+        self._checkpoints.begin_step(length, undone, partial(self._save, _RECURRENT))
 
     def keep(self, length: int) -> None:
         """See `KvCache`."""

@@ -9,19 +9,12 @@ from pathlib import Path
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines import load_needs
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
-from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, read_header
-from edgetune_runtime.formats.gguf_sizes import (
-    data_start,
-    head_lengths,
-    kv_values_per_token,
-    number,
-    recurrent_inputs_per_token,
-    recurrent_values,
-    vocabulary,
-)
+from edgetune_runtime.formats.gguf_base import read_base
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader
+from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
 
 from . import KV_TYPES, NAME
-from .sizes import BRANCHES, rollback_of, states_of
+from .sizes import BRANCHES, recurrent_sizes, rollback_of, states_of
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
@@ -32,16 +25,16 @@ COST = EngineCost(
 
 
 def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs:
-    """See `EngineNeeds`; IncompatibleError if the header lacks a size."""
-    header = read_header(path)
+    """See `EngineNeeds`; errors as in `read_base`."""
+    header = read_base(path)
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
     return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
 
 
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
     """See `EngineNeeds`."""
-    state_bytes = 4 * sizes.values
-    return states_of(state_bytes, context_length), rollback_of(state_bytes) if state_bytes else None
+    size = sizes.state_bytes
+    return states_of(size, context_length), rollback_of(size) if size else None
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:
@@ -62,7 +55,7 @@ def needs_of_sizes(
 
     `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
     """
-    recurrence = RecurrentSizes(recurrent_values(header), recurrent_inputs_per_token(header))
+    recurrence = recurrent_sizes(header)
     states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
     tied = "output.weight" not in header.tensors

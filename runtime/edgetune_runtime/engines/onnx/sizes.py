@@ -20,4 +20,4 @@ def states_of(sizes: RecurrentSizes, context_length: int) -> int:
     if not sizes.values:
         return 0
     inputs = -(-UNDONE * sizes.inputs_per_token // sizes.values)
-    return 2 + checkpoints_of(4 * sizes.values, context_length) + inputs
+    return 2 + checkpoints_of(sizes.state_bytes, context_length) + inputs

@@ -1,0 +1,54 @@
+"""Takes over the bundle on disk in a server: each version that the bundle's path is switched to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from edgetune_runtime.bundle import MANIFEST_NAME, pinned, sha256_of
+from edgetune_runtime.errors import EdgetuneError
+
+from .adapter_changes import AdapterChanges
+from .asynchronous import AsyncRuntime
+
+_LOG = logging.getLogger(__name__)
+_WATCH_S = 1.0
+
+
+class FollowedBundle:
+    """The bundle of a runtime: the `folder` that was looked at last, and the `digest` of the manifest in use.
+
+    A warning in the log says what is wrong with an adapter, or with the bundle, which then stays as it is.
+    """
+
+    def __init__(self, runtime: AsyncRuntime) -> None:
+        self._runtime = runtime
+        # Not where the path leads now: it may have been switched while the bundle was opened.
+        self.folder = runtime.runtime._loaded.folder
+        self.digest = sha256_of(self.folder / MANIFEST_NAME)
+
+    async def reload(self) -> AdapterChanges | None:
+        """Take over the bundle on disk; None if that is not possible."""
+        bundle = self._runtime.runtime.bundle
+        self.folder = pinned(bundle)
+        try:
+            digest = sha256_of(self.folder / MANIFEST_NAME)
+            changes = await self._runtime.reload()
+        except (EdgetuneError, OSError) as error:
+            _LOG.warning("cannot reload the adapters of %s: %s", bundle, error)
+            return None
+        if not changes.refused:
+            self.digest = digest
+        for name, reason in changes.refused.items():
+            _LOG.warning("did not load adapter %r: %s", name, reason)
+        counts = (len(changes.added), len(changes.replaced), len(changes.removed))
+        _LOG.info("reloaded the adapters: %d added, %d replaced, %d removed", *counts)
+        return changes
+
+    async def watch(self, reload: Callable[[], Awaitable[object]]) -> None:
+        """Await `reload` at each version that the bundle's path is switched to, until this is cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if pinned(self._runtime.runtime.bundle) != self.folder:
+                await reload()
