@@ -96,7 +96,7 @@ def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
     if sum(structured) < max(1, _USUAL * len(rows)):
         return
     odd: dict[int, str] = {
-        place: f"is no JSON, as {sum(structured)} of {len(rows)} answers are"
+        place: f"is not JSON, as {sum(structured)} of {len(rows)} answers are"
         for place, fits in enumerate(structured)
         if not fits
     }

@@ -36,7 +36,7 @@ def init(
 
     files = [*(data or ()), *(path for path in paths or () if is_data(path))]
     if base is not None and not files:
-        raise UsageError("--base is for a recipe of your data", "give data too: --data FILE")
+        raise UsageError("--base is only for a recipe of your data", "give data too: --data FILE")
     target = _target([path for path in paths or () if not is_data(path)])
     if target.exists() and not force:
         raise UsageError(

@@ -177,7 +177,7 @@ class Recipe(RecipePart):
     def _chosen_by_default(cls, quantization: object) -> object:
         if not isinstance(quantization, str | dict | QuantizationSpec | None):
             raise ValueError(
-                f"{quantization!r} is no quantization; use q4_0, auto, or a mapping such as {{budget_mb: 90}}"
+                f"{quantization!r} is not a quantization; use q4_0, auto, or a mapping such as {{budget_mb: 90}}"
             )
         return QuantizationSpec() if quantization == AUTO else quantization
 

@@ -167,12 +167,12 @@ def _entries(path: Path) -> Iterator[tuple[str, LoggedAnswer]]:
             try:
                 yield where, _entry(raw)
             except (TypeError, UsageError, RecursionError) as error:
-                raise VerificationError(f"{where} is no line of a log: {error}", "remove the line") from error
+                raise VerificationError(f"{where} is not a line of a log: {error}", "remove the line") from error
 
 
 def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
     if not isinstance(raw, dict) or raw.keys() != _checks().keys():
-        raise TypeError(f"it has not the keys {', '.join(_checks())}")
+        raise TypeError(f"it does not have the keys {', '.join(_checks())}")
     for name, fits in _checks().items():
         if not fits(raw[name]):
             raise TypeError(f"{name} cannot be {str(raw[name])[:80]!r}")

@@ -28,7 +28,7 @@ def check_address(url: str) -> None:
     """Raise UsageError unless it is the address of an API up to `/v1`."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise UsageError(f"{url!r} is no address of a model", "give one such as http://192.168.1.2:8080/v1")
+        raise UsageError(f"{url!r} is not an address of a model", "give one such as http://192.168.1.2:8080/v1")
 
 
 def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float) -> bytes:
@@ -56,7 +56,7 @@ def message_of(reply: bytes) -> dict[str, Any]:
     try:
         message = json.loads(reply)["choices"][0]["message"]
         if not isinstance(message.get("content") or "", str):
-            raise TypeError("its content is no text")
+            raise TypeError("its content is not text")
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no chat completion: {error}") from error
     return dict(message)

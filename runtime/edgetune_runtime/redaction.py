@@ -30,7 +30,7 @@ class Redaction:
                     f"{pattern!r} is not a regular expression: {error}", "see Python's module re"
                 ) from error
         if patterns and not has_python():
-            raise UsageError("texts are redacted by a Python of their own, which this app has not", "leave out redact")
+            raise UsageError("redaction runs in a Python of its own, which this app does not have", "leave out redact")
         self.patterns = list(patterns)
 
     def clean(self, texts: Sequence[str]) -> list[str]:

@@ -46,7 +46,7 @@ def read_trusted_keys(path: Path) -> TrustedKeys:
         remedy = "give the trusted-keys.json of `edgetune keys init`"
         raise NotFoundError(f"cannot read the trusted keys {path}: {error.strerror}", remedy) from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        message = f"{path} is no file of trusted keys: {shortened(str(error))}"
+        message = f"{path} is not a file of trusted keys: {shortened(str(error))}"
         raise VerificationError(message, "copy it again") from error
     if not keys:
         raise VerificationError(f"{path} has no keys", "copy it again")

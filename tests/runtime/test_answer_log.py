@@ -130,7 +130,7 @@ def test_a_line_that_is_not_one_of_a_log_is_refused(
     path = tmp_path / "answers.jsonl"
     AnswerLog(path, manifest).answered("one", "1", adapter="command")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}) + "\n")
-    with pytest.raises(VerificationError, match=r"answers\.jsonl:1 is no line of a log"):
+    with pytest.raises(VerificationError, match=r"answers\.jsonl:1 is not a line of a log"):
         read_answer_log(path, manifest)
 
 

@@ -198,11 +198,11 @@ def test_a_file_that_changes_while_it_is_opened_is_noticed(change: Callable[[Pat
 
 def test_a_manifest_that_is_a_pipe_or_larger_than_any_is_refused(copy: Path) -> None:
     os.truncate(copy / MANIFEST_NAME, 1 << 40)
-    with pytest.raises(VerificationError, match="no regular file"):
+    with pytest.raises(VerificationError, match="not a regular file"):
         read_manifest(copy)
     (copy / MANIFEST_NAME).unlink()
     os.mkfifo(copy / MANIFEST_NAME)
-    with pytest.raises(VerificationError, match="no regular file"):
+    with pytest.raises(VerificationError, match="not a regular file"):
         read_manifest(copy)
 
 

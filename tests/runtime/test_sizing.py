@@ -193,7 +193,7 @@ def test_a_calibration_keeps_the_figures_of_each_engine_and_weights_of_the_same_
 def test_another_file_is_not_taken_for_a_calibration(both: Path, tmp_path: Path, text: str) -> None:
     path = tmp_path / "board.json"
     path.write_text(text)
-    with pytest.raises(UsageError, match=r"is no JSON|is not a file of doctor --calibrate"):
+    with pytest.raises(UsageError, match=r"is not JSON|is not a file of doctor --calibrate"):
         read_calibration(path, needs_of_bundle(both))
 
 

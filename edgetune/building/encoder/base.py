@@ -134,7 +134,7 @@ def _checked(name: str, folder: Path) -> str:
 
 def _no_encoder(name: str, why: str) -> IncompatibleError:
     types = ", ".join(bases.ENCODER_TYPES)
-    message = f"base {name!r} is no encoder for task: text-classification: {why}"
+    message = f"base {name!r} is not an encoder for task: text-classification: {why}"
     return IncompatibleError(
         message, f"give {', '.join(bases.ENCODERS)}, a folder or hub id of {types}, or leave task out"
     )

@@ -100,7 +100,7 @@ def _compare_tasks(
     for task in tasks:
         again = zip(first[task.name], _answers(engine, task), strict=True)
         if not all(np.array_equal(before, after) for before, after in again):
-            message = f"task {task.name!r} answers otherwise after a switch to other tasks and back"
+            message = f"task {task.name!r} answers differently after a switch to other tasks and back"
             raise VerificationError(message, "report this as a bug, with the recipe")
     return agreements
 

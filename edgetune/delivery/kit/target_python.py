@@ -85,7 +85,7 @@ def target_python(board: Board, python: str) -> TargetPython:
         raise IncompatibleError(message, "choose another --board; on this one, install edgetune-runtime with pip")
     is_x86 = any(name.startswith("x86-64") for name in board.instruction_sets)
     if not re.fullmatch(r"3\.\d{1,2}", python):
-        raise UsageError(f"--python {python!r} is no version", f"write one such as {SYSTEM_PYTHON}")
+        raise UsageError(f"--python {python!r} is not a version", f"write one such as {SYSTEM_PYTHON}")
     if tuple(map(int, python.split("."))) < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
         raise UsageError(f"--python {python}: edgetune-runtime needs Python {oldest} or newer", f"use {SYSTEM_PYTHON}")

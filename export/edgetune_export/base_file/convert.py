@@ -105,7 +105,7 @@ def _check_weights(folder: Path) -> None:
         weights = dict(entries(read_json(index))).get("weight_map")
         files = set(map(str, weights.values())) if isinstance(weights, dict) else {str(weights)}
         if files - names:
-            message = f"{index} names {min(files - names)[:80]!r}, which is no .safetensors file of the folder"
+            message = f"{index} names {min(files - names)[:80]!r}, which is not a .safetensors file of the folder"
             raise VerificationError(message, "download the model again")
 
 

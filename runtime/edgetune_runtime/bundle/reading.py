@@ -46,7 +46,7 @@ def read_manifest(bundle: Path) -> Manifest:
     """
     path = bundle / MANIFEST_NAME
     if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_MANIFEST):
-        raise VerificationError(f"{path} is no regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
+        raise VerificationError(f"{path} is not a regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -190,7 +190,7 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - any JSON
     try:
         return json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {error}", "give a list of tools") from error
+        raise UsageError(f"{path} is not JSON: {error}", "give a list of tools") from error
 
 
 def _read(path: Path) -> str:

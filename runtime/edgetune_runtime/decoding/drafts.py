@@ -98,7 +98,7 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
     stored = read_checked(path, KIND)
     try:
         if stored is None:
-            raise ValueError("its bytes are not those that were written")
+            raise ValueError("its checksum or length is wrong")
         count, copied = int(stored.about["entries"]), tuple(map(float, stored.about["copied"]))
         made_for = str(stored.about["tokenizer_sha256"])
         if count < 0 or len(stored.data) != count * _ENTRY_BYTES or len(copied) != LONGEST_CONTEXT:

@@ -166,11 +166,11 @@ def _schema_text(value: Any) -> str:  # noqa: ANN401 - it is checked here
         elif isinstance(value, Mapping):
             value = dict(value)
         if not isinstance(value, dict):
-            raise UsageError(f"schema is a {type(value).__name__}, no JSON object", _GIVE_SCHEMA)
+            raise UsageError(f"schema is a {type(value).__name__}, not a JSON object", _GIVE_SCHEMA)
         text = _bounded(json.dumps(value, allow_nan=False))
         check(value)
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"schema is no JSON: {one_line(str(error))}", _GIVE_SCHEMA) from error
+        raise UsageError(f"schema is not JSON: {one_line(str(error))}", _GIVE_SCHEMA) from error
     return text
 
 

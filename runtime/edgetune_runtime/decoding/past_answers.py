@@ -120,7 +120,7 @@ def _read(path: Path, vocab_size: int) -> list[tuple[bytes, array[int]]]:
     stored, tokens = read_checked(path, KIND, max_bytes=MAX_BYTES, follows_links=False), array("I")
     try:
         if stored is None:
-            raise ValueError("its bytes are not those that were written")
+            raise ValueError("its checksum or length is wrong")
         tokens.frombytes(stored.data)
         entries = [(bytes.fromhex(key), int(length)) for key, length in stored.about["answers"]]
         lengths = [length for _, length in entries]

@@ -64,8 +64,8 @@ def report(runtime: Runtime, *, as_json: bool) -> None:
         remedy = "compare the margins (--json) and try another engine, or report it as a bug"
         raise VerificationError(f"{message}: {', '.join(different)}", remedy)
     if all(item.golden is None for item in comparisons.values()):
-        what = f"bundle {runtime.manifest.name!r} has no golden answer for {runtime.engine}"
-        message = f"the files are intact, but {what}"
+        bundle = f"bundle {runtime.manifest.name!r}"
+        message = f"the files are intact, but {bundle} has no golden answer for {runtime.engine}"
         raise NotFoundError(message, "build it again with this version, without golden: false")
 
 

@@ -80,13 +80,13 @@ def read_prompts(path: Path) -> TrainingPrompts:
     stored = read_checked(path, KIND, max_bytes=2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH)
     try:
         if stored is None:
-            raise ValueError("its bytes are not those that were written")
+            raise ValueError("its checksum or length is wrong")
         tokens, prompts, width = (int(stored.about[name]) for name in ("tokens", "prompts", "width"))
         if min(tokens, prompts, width) < 1:
             raise ValueError(f"it has {tokens} tokens, {prompts} prompts and {width} values per state")
         values = np.frombuffer(stored.data, "<f2").reshape(tokens + prompts, width)
         if not np.isfinite(values).all():
-            raise ValueError("it has values that are no numbers")
+            raise ValueError("it has values that are not finite")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         message = f"{path} does not have training prompts: {shortened(str(error))}"
         raise VerificationError(message, COPY_BUNDLE_AGAIN) from error

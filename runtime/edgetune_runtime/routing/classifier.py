@@ -67,7 +67,7 @@ def read_classifiers(path: Path, tasks: Mapping[str, Sequence[str]]) -> dict[str
     stored = read_checked(path, KIND, max_bytes=_MAX_BYTES)
     try:
         if stored is None:
-            raise ValueError("its bytes are not those that were written")
+            raise ValueError("its checksum or length is wrong")
         if list(stored.about) != list(tasks):
             raise ValueError(f"it is for the calls {', '.join(stored.about)}")
         classifiers, begin = {}, 0
@@ -79,7 +79,7 @@ def read_classifiers(path: Path, tasks: Mapping[str, Sequence[str]]) -> dict[str
             end = begin + 2 * count * (1 + len(names))
             values = np.frombuffer(stored.data[begin:end], "<f2")
             if not (np.isfinite(values).all() and np.isfinite(biases).all()):
-                raise ValueError("it has values that are no numbers")
+                raise ValueError("it has values that are not finite")
             rarities, weights = values[:count], values[count:].reshape(count, len(names))
             classifiers[call], begin = PromptClassifier(rarities, weights, biases), end
         if begin != len(stored.data):

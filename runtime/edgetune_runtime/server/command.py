@@ -142,5 +142,5 @@ def _keys(path: Path | None) -> tuple[str, ...]:
 def _origins(origins: list[str]) -> list[str]:
     for origin in origins:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
-            raise UsageError(f"origin {origin!r} is no scheme and host", "give one such as https://example.org")
+            raise UsageError(f"origin {origin!r} is not a scheme and host", "give one such as https://example.org")
     return origins

@@ -85,7 +85,7 @@ class Rewriter:
             remedy = f"check the name, and that --app-dir (now {folder}) is the folder that has {module}"
             raise UsageError(f"--rewrite {spec!r} cannot be loaded: {error}", remedy) from error
         if not callable(rewrite):
-            raise UsageError(f"--rewrite {spec!r} is no function", "name a function of messages and tools")
+            raise UsageError(f"--rewrite {spec!r} is not a function", "name a function of messages and tools")
         return cls(name, rewrite)
 
     async def rewrite(self, request: AnswerRequest) -> AnswerRequest:

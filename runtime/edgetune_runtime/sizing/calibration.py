@@ -167,7 +167,7 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise NotFoundError(f"cannot read {path}: {error.strerror}", "give a file of doctor --calibrate") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no JSON: {error}", "give a file of doctor --calibrate") from error
+        raise UsageError(f"{path} is not JSON: {error}", "give a file of doctor --calibrate") from error
     engines = document.get("engines") if isinstance(document, dict) and document.get("kind") == KIND else None
     is_whole = isinstance(engines, dict) and all(
         isinstance(by_weights, dict) and all(map(_is_figures, by_weights.values())) for by_weights in engines.values()

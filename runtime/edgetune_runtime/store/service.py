@@ -272,13 +272,13 @@ class Unit:
 def unit_from_options(name: str, host: str, port: int) -> Unit:
     """The unit that this user asks for; UsageError for a name that systemd would not take, or a wrong address."""
     if not NAME.fullmatch(name):
-        raise UsageError(f"--service {name!r} is no name of a unit", "use letters, digits, _, . and -")
+        raise UsageError(f"--service {name!r} is not a name of a unit", "use letters, digits, _, . and -")
     if not 0 < port < 1 << 16:
-        raise UsageError(f"--port {port} is no port", "use 1 to 65535")
+        raise UsageError(f"--port {port} is not a port", "use 1 to 65535")
     try:
         ipaddress.ip_address(host)
     except ValueError as error:
-        raise UsageError(f"--host {host!r} is no IP address", "use 0.0.0.0 to let others in") from error
+        raise UsageError(f"--host {host!r} is not an IP address", "use 0.0.0.0 to let others in") from error
     if shutil.which("systemctl") is None:
         raise IncompatibleError("this system has no systemctl", "install without --service")
     return Unit(name, port, os.geteuid() != 0, host)

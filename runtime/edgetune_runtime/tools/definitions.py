@@ -84,7 +84,7 @@ def tool_set(tools: Tools | None, choice: str | None = None) -> ToolSet | None:
     try:
         text = json.dumps(plain, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"tools are no JSON: {error}", _GIVE) from error
+        raise UsageError(f"tools are not JSON: {error}", _GIVE) from error
     if len(text) > MAX_CHARACTERS:
         message = f"the definitions of tools have {len(text)} characters, and at most {MAX_CHARACTERS} are allowed"
         raise UsageError(message, "give fewer tools")
@@ -125,9 +125,9 @@ def _tool(number: int, value: object) -> Tool:
     if not _NAME.fullmatch(name):
         raise UsageError(f"tool {number} has the name {name!r}", "use 1 to 64 letters, digits and _ . : / -")
     if not isinstance(function.get("description", ""), str | None):
-        raise UsageError(f"the description of tool {name!r} is no text", _GIVE)
+        raise UsageError(f"the description of tool {name!r} is not text", _GIVE)
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-        raise UsageError(f"the parameters of tool {name!r} are no JSON schema of an object", _GIVE)
+        raise UsageError(f"the parameters of tool {name!r} are not a JSON schema of an object", _GIVE)
     # Templates expect the description and the parameters to be there.
     plain = {"type": "object", "properties": {}}
     definition = {**function, "description": function.get("description") or "", "parameters": parameters or plain}
@@ -157,7 +157,7 @@ def _of_function(function: Callable[..., Any]) -> dict[str, Any]:
         adapter: Any = TypeAdapter
         schema = adapter(function).json_schema()
     except (PydanticUserError, NameError) as error:
-        message = f"function {name!r} is no tool: {str(error).splitlines()[0]}"
+        message = f"function {name!r} is not a tool: {str(error).splitlines()[0]}"
         raise UsageError(message, "use types that JSON has, or give a definition") from error
     for parameter in schema.get("properties", {}).values():
         # Pydantic's title is the name again, and costs tokens.

@@ -62,7 +62,7 @@ def parse_report(data: bytes) -> DeviceReport:
         has_time = datetime.fromisoformat(report.time).tzinfo is not None
         texts = (report.bundle, report.runtime, report.held_back, report.error)
         if not is_named or not has_time or report.release < 0 or any(text != printable(text) for text in texts):
-            raise ValueError(f"no device has written it: {str(report)[:150]!r}")
+            raise ValueError(f"it is not what a device writes: {str(report)[:150]!r}")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"the report is damaged: {str(error)[:200]}", "delete it") from error
     return report

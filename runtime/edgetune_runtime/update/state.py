@@ -65,7 +65,7 @@ def read_state(prefix: Path) -> UpdateState:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.pop("crc32", None) != _crc32(values):
-            raise ValueError("its checksum is another one")
+            raise ValueError("its checksum is wrong")
         state = dataclass_of(UpdateState, values)
         _ = state.time
     except FileNotFoundError:

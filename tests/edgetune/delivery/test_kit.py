@@ -251,7 +251,7 @@ def test_the_base_has_the_licence_that_its_file_states(
     [
         ({"board": "pi4"}, NotFoundError, "did you mean 'pi-4'"),
         ({"python": "3.10"}, UsageError, "needs Python 3.11 or newer"),
-        ({"python": "3"}, UsageError, "'3' is no version"),
+        ({"python": "3"}, UsageError, "'3' is not a version"),
         ({"python": "3.99"}, IncompatibleError, "for Python 3.99 on "),
         ({"engine": "torch"}, IncompatibleError, "no files for --engine torch"),
         ({"wheel": Path(__file__)}, VerificationError, "is not a wheel"),

@@ -361,9 +361,9 @@ def test_a_server_that_others_can_reach_gets_a_key(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--service", "a/b"), "no name of a unit"),
-        (("--service", "--port", 70000), "no port"),
-        (("--service", "--host", "board.local"), "no IP address"),
+        (("--service", "a/b"), "not a name of a unit"),
+        (("--service", "--port", 70000), "not a port"),
+        (("--service", "--host", "board.local"), "not an IP address"),
     ],
 )
 def test_a_wrong_unit_is_refused_before_anything_is_installed(

@@ -204,7 +204,7 @@ adapters:
         ("quantization", "q4_9", "no quantization 'q4_9'"),
         ("quantization", "q5_0+q4", "no type of the output layer 'q4'"),
         ("quantization", "f16+q4_0", "f16 has no other type of the output layer; use f16"),
-        ("quantization", "8", "8 is no quantization; use q4_0, auto, or a mapping such as {budget_mb: 90}"),
+        ("quantization", "8", "8 is not a quantization; use q4_0, auto, or a mapping such as {budget_mb: 90}"),
         ("quantization", "{budget: 90}", "quantization.budget: unknown key; did you mean 'budget_mb'?"),
         ("quantization.budget_mb", "0", "0 must be greater than 0"),
         ("quantization.optimize", "seize", "'seize' is not one of: 'score', 'size' or 'speed'; did you mean 'size'?"),

@@ -179,7 +179,7 @@ def test_a_teacher_that_is_down_is_named(recipe: str, tmp_path: Path, monkeypatc
     asking = Teacher("http://127.0.0.1:1/v1", "m", per_minute=100_000)
     with pytest.raises(TeacherError, match=r"at http://127.0.0.1:1/v1 does not answer after 5 tries: .*refused"):
         asking.ask({})
-    with pytest.raises(UsageError, match="'ftp://x' is no address"):
+    with pytest.raises(UsageError, match="'ftp://x' is not an address"):
         Teacher("ftp://x", "m")
 
 

@@ -52,5 +52,5 @@ def test_a_file_of_anything_else_is_refused(about: dict[str, object], data: byte
     with pytest.raises(VerificationError, match="does not have training prompts"):
         read_prompts(tmp_path / "similarity.bin")
     (tmp_path / "similarity.bin").write_bytes(b"{}")
-    with pytest.raises(VerificationError, match="not those that were written"):
+    with pytest.raises(VerificationError, match="its checksum or length is wrong"):
         read_prompts(tmp_path / "similarity.bin")

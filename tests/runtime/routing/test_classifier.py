@@ -92,8 +92,8 @@ def test_a_file_of_other_tasks_is_refused(
         read_classifiers(tmp_path / "router.bin", tasks)
 
 
-def test_values_that_are_no_numbers_are_refused(classifiers: dict[str, PromptClassifier], tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused(classifiers: dict[str, PromptClassifier], tmp_path: Path) -> None:
     classifiers["classify"].weights[3] = np.nan
     write_classifiers(tmp_path / "router.bin", classifiers)
-    with pytest.raises(VerificationError, match="no numbers"):
+    with pytest.raises(VerificationError, match="values that are not finite"):
         read_classifiers(tmp_path / "router.bin", TASKS)

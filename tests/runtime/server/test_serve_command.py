@@ -108,7 +108,7 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
         (["--api-key-file", "short"], "short has no key, or one of fewer than 16 characters; make one: openssl"),
         (["--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is unknown"),
         (["--port", "70000"], "port is 70000; give 0 to 65535"),
-        (["--allow-origin", "example.org"], "origin 'example.org' is no scheme and host"),
+        (["--allow-origin", "example.org"], "origin 'example.org' is not a scheme and host"),
         (["--max-answers", "0"], "--max-answers 0"),
         (["--engine", "onnx"], "onnx"),
     ],

@@ -185,7 +185,7 @@ def _hidden_size(header: OnnxHeader, path: Path) -> int:
         hidden = weight.shape[0] if len(weight.shape) == 2 else ""
         if isinstance(hidden, int) and hidden > 0 and pooled.shape[-1:] == (hidden,):
             return hidden
-    raise VerificationError(f"{path} is no encoder's graph", COPY_BUNDLE_AGAIN)
+    raise VerificationError(f"{path} is not an encoder's graph", COPY_BUNDLE_AGAIN)
 
 
 def _trained_context_length(header: OnnxHeader, path: Path) -> int:

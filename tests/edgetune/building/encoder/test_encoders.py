@@ -243,7 +243,7 @@ def test_a_base_that_writes_text_is_refused_by_name(
     for base in ("smollm2-135m", tiny_gguf("llama"), tiny_folder("llama")):
         recipe = Recipe.from_file(write_recipe(tmp_path, base))
         for run in (plan_build, lambda recipe: build(recipe, tmp_path / "out", progress=QUIET)):
-            with pytest.raises(IncompatibleError, match="is no encoder for task: text-classification") as caught:
+            with pytest.raises(IncompatibleError, match="is not an encoder for task: text-classification") as caught:
                 run(recipe)
             assert str(base) in caught.value.message
 
