@@ -22,7 +22,7 @@ A recipe names its base in one of four ways:
 
 | `base:` | what it is | what the build does |
 | --- | --- | --- |
-| {aliases} | weights in a Python package | uses its file as it is; that of a decoder also in the recipe's `quantization` |
+| {aliases} | weights in a Python package | uses its file as it is; a decoder also in `quantization` |
 | `models/my.gguf` | a file that llama.cpp's converter wrote | ships it unchanged, or in the recipe's `quantization` |
 | `models/my-model` | a Hugging Face folder, with safetensors and tokenizer | converts it, by default to q8_0 |
 | `Qwen/Qwen3-0.6B` | a hub id | downloads the folder, then the same |
