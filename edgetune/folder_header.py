@@ -36,23 +36,23 @@ def predict_header(folder: Path) -> GgufHeader:
     Reads config.json and the headers of the .safetensors files. Raises what `check_folder` raises, and
     VerificationError if a file is damaged.
     """
-    found = check_folder(folder)
-    architecture, config = found.gguf, found.text_part(read_config(folder))
+    spec = check_folder(folder)
+    architecture, config = spec.gguf, spec.text_part(read_config(folder))
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
     if "head_dim" in config:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
-    metadata |= {f"{architecture}.{key}": value for key, value in found.header_entries(config).items()}
-    known = name_map(GgufHeader(metadata, {}))
+    metadata |= {f"{architecture}.{key}": value for key, value in spec.header_entries(config).items()}
+    names = name_map(GgufHeader(metadata, {}))
     shapes: dict[str, tuple[int, ...]] = {}
     for file in weight_files(folder):
         for name, shape in _shapes(file):
             if name.startswith(_NOT_TEXT):
                 continue
             parameter = name.replace(_OF_MULTIMODAL, "model.", 1)
-            tensor = tensor_name(parameter, known)
-            parts = [tensor] if tensor else _parts(parameter, found) or [parameter]
+            tensor = tensor_name(parameter, names)
+            parts = [tensor] if tensor else _parts(parameter, spec) or [parameter]
             for part in parts:
                 # Of a convolution with one input per channel, the converter drops the dimension of the inputs.
                 sizes = [shape[0], shape[2]] if len(shape) == 3 and shape[1] == 1 else shape

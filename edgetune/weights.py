@@ -152,7 +152,7 @@ class GgufWeights:
 
     def rows(self, parameter: str, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
         """The dequantized values of some rows of a matrix, whose order is that of the file, in float32."""
-        tensor = self._found(parameter)
+        tensor = self._required(parameter)
         data = np.memmap(self._path, np.uint8, "r", tensor.offset, (tensor.shape[1], tensor.nbytes // tensor.shape[1]))
         columns, picked = tensor.shape[0], data[numbers]
         part = replace(tensor, shape=(columns, len(numbers)), nbytes=picked.nbytes)
@@ -173,7 +173,7 @@ class GgufWeights:
     def _tensor(self, parameter: str) -> TensorInfo | None:
         return self._header.tensors.get(tensor_name(parameter, self._names))
 
-    def _found(self, parameter: str) -> TensorInfo:
+    def _required(self, parameter: str) -> TensorInfo:
         tensor = self._tensor(parameter)
         if tensor is None:
             message = f"{self._path} has no tensor for {parameter}"
@@ -181,7 +181,7 @@ class GgufWeights:
         return tensor
 
     def _bytes(self, parameter: str) -> tuple[Bytes, TensorInfo]:
-        tensor = self._found(parameter)
+        tensor = self._required(parameter)
         data = np.fromfile(self._path, np.uint8, tensor.nbytes, offset=tensor.offset)
         # Reorder rows before dequantizing, when there are fewer bytes to move.
         return self._ordered(data, tensor), tensor

@@ -98,7 +98,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # noqa: ANN401 - torch's
-        hidden, *trained = (found * gradient for found in ctx.saved_tensors)
+        hidden, *trained = (saved * gradient for saved in ctx.saved_tensors)
         return hidden, None, None, None, None, *trained
 
 

@@ -220,8 +220,8 @@ def after_prefix(rule: Callable[..., tuple[torch.Tensor, Any]]) -> Callable[...,
                 part[0].index_select(0, group.queries.flatten()).view(rows, -1, *part.shape[2:])
                 for part in (*states, g, beta)
             )
-            given = {"initial_state": None if state is None else state.expand(rows, -1, -1, -1)}
-            out, state = rule(*read, g=decay, beta=gain, **{**options, **given, "output_final_state": True})
+            initial = {"initial_state": None if state is None else state.expand(rows, -1, -1, -1)}
+            out, state = rule(*read, g=decay, beta=gain, **{**options, **initial, "output_final_state": True})
             outputs.append(out.flatten(0, 1))
         return torch.cat(outputs).index_select(0, packed.place)[None], None
 

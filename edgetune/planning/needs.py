@@ -101,8 +101,8 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
     is_mapped = room.memory_mb is not None and room.memory_mb < needs.export_mb
     disk_mb = needs.disk_mb + (needs.weights_mb if is_mapped else 0)
     if room.disk_mb < disk_mb:
-        what = f"building takes up to {mb(disk_mb)} of disk, and {room.folder} has {mb(room.disk_mb)} free"
-        warnings.append(f"{what}; {_disk_remedy(recipe, needs, disk_mb - room.disk_mb)}")
+        message = f"building takes up to {mb(disk_mb)} of disk, and {room.folder} has {mb(room.disk_mb)} free"
+        warnings.append(f"{message}; {_disk_remedy(recipe, needs, disk_mb - room.disk_mb)}")
     limit_mb = recipe.training.memory_mb
     if limit_mb is not None and limit_mb < needs.min_training_mb:
         warnings.append(_refused_limit(limit_mb, needs))
@@ -120,8 +120,8 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
         stages["training"] = needs.min_training_mb
     part = max(stages, key=lambda stage: stages[stage])
     if room.memory_mb < stages[part]:
-        what = f"{part} takes about {mb(stages[part])} of memory, and {mb(room.memory_mb)} are free"
-        warnings.append(f"{what}; {_memory_remedy(room.memory_mb)}")
+        message = f"{part} takes about {mb(stages[part])} of memory, and {mb(room.memory_mb)} are free"
+        warnings.append(f"{message}; {_memory_remedy(room.memory_mb)}")
     return warnings
 
 
@@ -138,18 +138,18 @@ def _device_warnings(recipe: Recipe, needs: BuildNeeds, device: TrainingDevice) 
         )
         raise IncompatibleError(message, remedy)
     if device.free_mb < needs.min_training_mb:
-        what = f"training takes about {mb(needs.min_training_mb)} of memory on {device}"
-        return [f"{what}; close other programs that use it, {remedy}"]
+        problem = f"training takes about {mb(needs.min_training_mb)} of memory on {device}"
+        return [f"{problem}; close other programs that use it, {remedy}"]
     return []
 
 
 def _refused_limit(limit_mb: int, needs: BuildNeeds) -> str:
     """A warning about a memory limit that is too small; UsageError if even the weights do not fit."""
-    what = f"training.memory_mb is {limit_mb:,}, and training takes at least about {mb(needs.min_training_mb)}"
+    problem = f"training.memory_mb is {limit_mb:,}, and training takes at least about {mb(needs.min_training_mb)}"
     remedy = f"set it to {math.ceil(needs.min_training_mb):,} or more, or leave it out"
     if limit_mb < needs.weights_mb * _BF16_SHARE:
-        raise UsageError(what, remedy)
-    return f"{what}; {remedy}"
+        raise UsageError(problem, remedy)
+    return f"{problem}; {remedy}"
 
 
 def _refuse_disk(recipe: Recipe, needs: BuildNeeds, room: Room) -> None:

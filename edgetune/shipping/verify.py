@@ -104,7 +104,7 @@ def _adapter_parity(
     method, rounds_to = methods.load(adapter.plan.method), base if adapter.plan.on_grid else None
     with method.loaded(adapter.checkpoint(trained.base)) as tuned, rounded_layers(tuned, rounds_to):
         parity = _parity(trained.logits(tuned, adapter.name), adapter, export, engine)
-    progress.say(f"  {export.backend} {adapter.name}: {_said(parity)}")
+    progress.say(f"  {export.backend} {adapter.name}: {_described(parity)}")
     check(
         parity,
         adapter.name,
@@ -141,7 +141,7 @@ def _compare_bases(
             return governed.decode_all(tokens)
 
         parity = compare(logits, GovernedEngine(other), rows)
-    progress.say(f"  bases of {first.backend} and {second.backend} beside each other: {_said(parity)}")
+    progress.say(f"  bases of {first.backend} and {second.backend} beside each other: {_described(parity)}")
     return parity
 
 
@@ -158,12 +158,12 @@ def logits_of(model: Any) -> LogitsOf:  # noqa: ANN401 - with or without PEFT ar
 
 @contextmanager
 def _engine(name: str, base: Path, context_length: int) -> Iterator[Engine]:
-    made = engines.load(name)
-    with closing(made(base, context_length=context_length)) as engine:
+    engine_class = engines.load(name)
+    with closing(engine_class(base, context_length=context_length)) as engine:
         yield engine
 
 
-def _said(parity: Parity) -> str:
+def _described(parity: Parity) -> str:
     return f"mean KL {parity.kl:.1e}, {parity.top1:.1%} of top tokens agree"
 
 
@@ -184,7 +184,7 @@ def _base_parity(
 ) -> Parity:
     engine.activate({})
     parity = compare(plain, GovernedEngine(engine), _base_rows(adapters))
-    progress.say(f"  {export.backend} base after switching back: {_said(parity)}")
+    progress.say(f"  {export.backend} base after switching back: {_described(parity)}")
     check(parity, None, export.weight_type, requantized_kl=backends.format_of(export.backend).requantized_kl)
     return parity
 

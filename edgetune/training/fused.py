@@ -29,7 +29,7 @@ def fused(model: torch.nn.Module, *, int8: bool = False) -> Iterator[None]:
     """
     packing: AbstractContextManager[PackedLayers] = in_int8(model) if int8 else nullcontext({})
     with packing as packed:
-        forwards = {module: found for module in model.modules() if (found := _fused_forward(module, packed))}
+        forwards = {module: forward for module in model.modules() if (forward := _fused_forward(module, packed))}
         for module, forward in forwards.items():
             module.forward = forward
         try:

@@ -381,8 +381,8 @@ class _Run:
 
     def _is_validation_due(self) -> bool:
         """Whether validation is due after the last step; also true when a run was interrupted while validating."""
-        done = self.state.history[-1].step if self.state.history else 0
-        return self.state.step in self.schedule.evals and self.state.step > done
+        validated = self.state.history[-1].step if self.state.history else 0
+        return self.state.step in self.schedule.evals and self.state.step > validated
 
     def _is_out_of_patience(self) -> bool:
         history, patience = self.state.history, self.training.patience

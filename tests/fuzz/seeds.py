@@ -210,7 +210,7 @@ def _reports(work: Path) -> None:
     path.parent.mkdir()
     path.write_text(json.dumps(asdict(about), indent=1), encoding="utf-8")
     (work / RUN).write_text(json.dumps(asdict(RunReport(version, answers=1))), encoding="utf-8")
-    begin(work / DEVICE, version, asked=2)
+    begin(work / DEVICE, version, golden_prompts=2)
 
 
 def _peft(out: Path, source: Source) -> None:

@@ -22,8 +22,8 @@ class _Gemma4(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """The larger models have experts, or layers whose values are their keys."""
         if config.get("enable_moe_block") or config.get("attention_k_eq_v"):
-            what = "experts" if config.get("enable_moe_block") else "layers whose values are their keys"
-            raise IncompatibleError(f"the base has {what}, which are not supported for gemma4", _REMEDY)
+            unsupported = "experts" if config.get("enable_moe_block") else "layers whose values are their keys"
+            raise IncompatibleError(f"the base has {unsupported}, which are not supported for gemma4", _REMEDY)
         kinds, shared = config.get("layer_types") or (), config.get("num_kv_shared_layers", 0)
         # llama.cpp takes these two for all layers that share.
         own = kinds[: len(kinds) - shared]

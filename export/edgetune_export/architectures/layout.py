@@ -65,8 +65,8 @@ def tensor_name(parameter: str, names: gguf.TensorNameMap) -> str:
         module, kind = parameter, "weight"
     if kind == "dt_bias":
         module, kind = f"{module}.dt_proj", "bias"
-    found = names.get_name(module)
-    return f"{found}.{kind}" if found else ""
+    tensor = names.get_name(module)
+    return f"{tensor}.{kind}" if tensor else ""
 
 
 def as_parameter(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:

@@ -98,13 +98,17 @@ def classify(options: argparse.Namespace) -> None:
         if adapter == AUTO and AUTO not in runtime.adapters:
             route = runtime.route(prompt, CLASSIFY)
             adapter, fields["route"] = route.adapter, asdict(route)
-        found = runtime.classify(
+        classification = runtime.classify(
             prompt, labels, adapter=adapter, exact=options.exact, min_confidence=options.min_confidence
         )
-    label, probabilities = found
+    label, probabilities = classification
     if options.json:
-        values = {"label": label, "scores": probabilities, "unseen": found.unseen}
-        values |= {"out_of_scope": found.is_out_of_scope, "confidence": found.confidence, "is_unsure": found.is_unsure}
+        values = {"label": label, "scores": probabilities, "unseen": classification.unseen}
+        values |= {
+            "out_of_scope": classification.is_out_of_scope,
+            "confidence": classification.confidence,
+            "is_unsure": classification.is_unsure,
+        }
         print(json.dumps(values | fields, ensure_ascii=False))
         return
     # The label of texts that are out of scope comes first, whatever its own probability.

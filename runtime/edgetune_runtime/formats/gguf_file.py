@@ -427,5 +427,5 @@ class _Reader:
         if count > self._size - self._position:
             raise self._damaged("is truncated: it ends within its header")
 
-    def _damaged(self, what: str) -> VerificationError:
-        return VerificationError(f"{self._path} {what}", COPY_FILE_AGAIN)
+    def _damaged(self, problem: str) -> VerificationError:
+        return VerificationError(f"{self._path} {problem}", COPY_FILE_AGAIN)

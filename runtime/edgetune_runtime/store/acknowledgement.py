@@ -53,20 +53,20 @@ class RunReport:
     has_ended: bool = False
 
 
-def begin(prefix: Path, version: str, asked: int) -> None:
-    """Note before a switch that the version is unacknowledged; the answers to the `asked` golden prompts do not count.
+def begin(prefix: Path, version: str, golden_prompts: int) -> None:
+    """Note before a switch that the version is unacknowledged; answers to its `golden_prompts` do not count.
 
     What is noted of the current version stays, and holds while this is the current one.
     """
     current = read(prefix)
-    noted = Unacknowledged(version, answers_needed=GOOD_ANSWERS + asked)
+    noted = Unacknowledged(version, answers_needed=GOOD_ANSWERS + golden_prompts)
     _write(prefix, [noted] if current is None else [noted, current])
 
 
 def read(prefix: Path) -> Unacknowledged | None:
     """What is noted of the current version; None if it is acknowledged, or the note is damaged."""
     current = versions.linked(prefix, versions.CURRENT)
-    return next((found for found in _noted(prefix) if found.version == current), None)
+    return next((each for each in _noted(prefix) if each.version == current), None)
 
 
 def acknowledge(prefix: Path) -> None:
@@ -80,20 +80,20 @@ def count_start(prefix: Path) -> bool:
 
     The lock of the prefix must be held.
     """
-    found = read(prefix)
-    if found is None:
+    pending = read(prefix)
+    if pending is None:
         return False
     report = _take_report()
-    if report is not None and report.version == found.version:
-        starts = max(0, found.starts - report.has_ended)
-        found = replace(found, starts=starts, answers_needed=found.answers_needed - max(0, report.answers))
-    if found.answers_needed <= 0:
+    if report is not None and report.version == pending.version:
+        starts = max(0, pending.starts - report.has_ended)
+        pending = replace(pending, starts=starts, answers_needed=pending.answers_needed - max(0, report.answers))
+    if pending.answers_needed <= 0:
         acknowledge(prefix)
         return False
-    if found.starts >= MOST_STARTS:
+    if pending.starts >= MOST_STARTS:
         return True
-    others = [each for each in _noted(prefix) if each.version != found.version]
-    _write(prefix, [replace(found, starts=found.starts + 1), *others])
+    others = [each for each in _noted(prefix) if each.version != pending.version]
+    _write(prefix, [replace(pending, starts=pending.starts + 1), *others])
     return False
 
 

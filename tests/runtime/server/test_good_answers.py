@@ -25,7 +25,7 @@ def test_a_server_reports_good_answers_until_its_version_is_acknowledged(
     bundle: Path, report: Path, tmp_path: Path
 ) -> None:
     current = switch_to(tmp_path / "home", "a" * 16, bundle)
-    acknowledgement.begin(tmp_path / "home", "a" * 16, asked=0)
+    acknowledgement.begin(tmp_path / "home", "a" * 16, golden_prompts=0)
     with serving(current, "--contexts", 1) as (process, url):
         assert not report.exists()
         assert [ask(url), ask(url, model="none"), ask(url)] == [200, 404, 200]
@@ -46,7 +46,7 @@ def test_a_report_that_cannot_be_written_keeps_nobody_from_an_answer(
 ) -> None:
     report.mkdir()
     current = switch_to(tmp_path / "home", "a" * 16, bundle)
-    acknowledgement.begin(tmp_path / "home", "a" * 16, asked=0)
+    acknowledgement.begin(tmp_path / "home", "a" * 16, golden_prompts=0)
     with serving(current, "--contexts", 1) as (process, url):
         assert ask(url) == 200
         process.send_signal(signal.SIGTERM)

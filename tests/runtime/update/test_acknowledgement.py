@@ -92,7 +92,7 @@ def test_a_version_that_was_marked_as_good_is_kept(switched: Path, capsys: pytes
 
 def test_what_is_counted_of_a_version_holds_if_a_switch_from_it_is_cut_off(switched: Path) -> None:
     assert start(switched) == "one"
-    acknowledgement.begin(switched, "0" * 16, asked=2)
+    acknowledgement.begin(switched, "0" * 16, golden_prompts=2)
     assert not current.status(switched, silent)["acknowledged"]
     assert [start(switched) for _ in range(3)] == ["one", "zero", "zero"]
 

@@ -92,7 +92,7 @@ class Matrix:
 def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
     """The matrix products with weights of the base, in the graph's order."""
     fused = _modules_by_product(base)
-    found = []
+    products = []
     for node in graph:
         name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
         match = _PROJECTION.fullmatch(name)
@@ -100,10 +100,10 @@ def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
             layer, block, product = f"model.{match['layer']}", match["block"], match["product"]
             # The builder leaves some modules apart, whose names are those in transformers.
             parts = fused.get(module := f"{_BLOCKS.get(block, block)}.{product}", [module])
-            found.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
+            products.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
         elif name == HEAD:
-            found.append(Projection(node, "lm_head", ("lm_head",)))
-    return found
+            products.append(Projection(node, "lm_head", ("lm_head",)))
+    return products
 
 
 def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
@@ -395,5 +395,5 @@ def _replace(
 ) -> None:
     """Replace the node by another operator with the same name and output."""
     graph.opset_imports[MICROSOFT] = 1
-    made = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)
+    replacement = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], node.outputs, replacement.outputs)
