@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgetune.recipe.parts import DataSpec
+from edgetune.recipe.data import DataSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEVICES = "devices"

@@ -33,7 +33,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 
 from benchmarks.training_setups import SETUPS, SpeedTrial
 from edgetune.objectives.example import Example
-from edgetune.recipe.parts import Columns
+from edgetune.recipe.data import Columns
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.tokenization import tokenize_rows
 

@@ -47,7 +47,7 @@ def train_with_edgetune(trial: SpeedTrial) -> SpeedRun:
     """One epoch, with a validation on one row at the end."""
     from edgetune import bases, methods
     from edgetune.progress import Progress
-    from edgetune.recipe.parts import TrainingSpec
+    from edgetune.recipe.training import TrainingSpec
     from edgetune.training.hardware import DTYPES, use_device
     from edgetune.training.job import TrainingJob
     from edgetune.training.loop import train

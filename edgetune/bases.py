@@ -31,8 +31,8 @@ from edgetune.digests import key_of
 
 from .folder_header import predict_header
 from .progress import Progress
+from .recipe.data import is_hub_id
 from .recipe.model import Recipe
-from .recipe.parts import is_hub_id
 
 if TYPE_CHECKING:
     import torch

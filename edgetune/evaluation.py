@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from edgetune.objectives.example import Example
 
 from .progress import Progress, Step
-from .recipe.parts import Columns, Metric
+from .recipe.data import Columns
+from .recipe.parts import Metric
 from .recipe.rows import Rows
 from .tasks import metrics
 from .tasks.data import TaskRow, answer_text, labelled_text, read_rows

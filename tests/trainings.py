@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from edgetune import methods
 from edgetune.objectives.example import Example
 from edgetune.progress import Progress, Step
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train
 

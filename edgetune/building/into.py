@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from edgetune import bases
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec
+from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.existing import ExistingBundle
 
 # Settings of a recipe that a bundle has once for all its adapters, besides those that its manifest has elsewhere.

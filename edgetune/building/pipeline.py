@@ -22,8 +22,9 @@ from edgetune.bases import Base, trained_context_length
 from edgetune.planning.adapters import plan_export
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.progress import Progress
+from edgetune.recipe.data import DataSpec
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, DataSpec, MethodSpec
+from edgetune.recipe.parts import AdapterSpec, MethodSpec
 from edgetune.shipping.existing import ExistingBundle
 from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from edgetune.shipping.ship import ship

@@ -14,8 +14,8 @@ from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune import bases
 from edgetune.progress import Progress
 from edgetune.proposal.files import test_file_of
+from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import Columns
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.row_files import entries

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
-from edgetune.recipe.parts import DataSpec
+from edgetune.recipe.data import DataSpec
 from edgetune.tasks.data import WEIGHT
 from edgetune.tasks.row_files import entries
 

@@ -30,7 +30,7 @@ from edgetune.planning.build import plan_bundle
 from edgetune.planning.training import choose_training
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task

@@ -16,7 +16,7 @@ from edgetune_runtime.threads import machine
 
 from edgetune import methods
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
 from edgetune.training.memory import IMPORTS_MB, saved_states_mb, training_need

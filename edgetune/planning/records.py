@@ -14,7 +14,8 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions, TrainedModules
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec
+from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task, Texts
 from edgetune.training.device import CPU, TrainingDevice
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 # A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them.
 _ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20

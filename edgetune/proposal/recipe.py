@@ -14,8 +14,8 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.wording import printable
 
 from edgetune import bases
+from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import Columns
 from edgetune.tasks.data import TaskRow, rows_of, split
 from edgetune.tasks.tokenization import tokenize_rows
 

@@ -14,8 +14,9 @@ from edgetune_runtime.wording import first_of
 
 from edgetune import bases
 from edgetune.learning.kept import recipe_beside
+from edgetune.recipe.data import is_hub_id
 from edgetune.recipe.model import Recipe, gains_from_matrix
-from edgetune.recipe.parts import AdapterSpec, is_hub_id
+from edgetune.recipe.parts import AdapterSpec
 from edgetune.report.answers import split_of
 
 

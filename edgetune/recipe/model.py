@@ -29,20 +29,13 @@ from pydantic import (
 from edgetune import methods, task_types
 
 from .part import RecipePart, Text
-from .parts import (
-    AdapterSpec,
-    DomainSpec,
-    MethodSpec,
-    Name,
-    Target,
-    TaskName,
-    TrainingSpec,
-)
+from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, Target, TaskName
 from .problems import Document, Loc, explain, override, read_document, value_at
 from .quantization import AUTO, QuantizationSpec
 from .routing import RouteSpec
 from .rows import plain_recipe
 from .task_files import FROM, with_task_files
+from .training import TrainingSpec
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

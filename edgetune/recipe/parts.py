@@ -1,4 +1,4 @@
-"""The nested sections of a recipe: data, method, training, adapters and domain.
+"""The sections of a recipe for methods, adapters and the domain.
 
 The text under a field describes its key. The JSON schema and docs/recipe.md are generated from these texts.
 """
@@ -6,7 +6,6 @@ The text under a field describes its key. The JSON schema and docs/recipe.md are
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from edgetune_export import backends
@@ -14,37 +13,26 @@ from edgetune_runtime.bundle import ASK, MARK, UnsureRule
 from pydantic import (
     AfterValidator,
     Field,
-    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
-    PlainSerializer,
-    PositiveFloat,
-    PositiveInt,
     SerializationInfo,
     SerializeAsAny,
-    SerializerFunctionWrapHandler,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     field_validator,
     model_serializer,
     model_validator,
 )
-from pydantic_core import CoreSchema
 
 from edgetune import methods, task_types
 from edgetune.methods.lora import LoraOptions
 from edgetune.task_types import TaskType
 
-from .augment import AugmentSpec
-from .output import AUTO, OutputOption
+from .data import DataSpec, Folder, TextSpec
+from .output import OutputOption
 from .part import RecipePart, Text
 from .problems import FileMapping, other_names, shown
-from .rows import Rows
+from .training import OwnTraining, TrainingSpec
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
-HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?|mps")
-SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 
 def _check_name(name: str) -> str:
@@ -75,205 +63,6 @@ Target = Annotated[
 ]
 """The name of a format for which there is a backend."""
 Metric = Literal["auto", "exact", "json", "label", "rouge_l", "chrf", "perplexity"]
-
-
-def _check_device(key: str) -> str:
-    if not _DEVICE.fullmatch(key):
-        raise ValueError(f"{key!r} is not a device; use auto, cpu, cuda, cuda:N (N from 0) or mps")
-    return key
-
-
-DeviceKey = Annotated[
-    str, AfterValidator(_check_device), Field(json_schema_extra={"pattern": f"^({_DEVICE.pattern})$"})
-]
-
-
-class TrainingSpec(RecipePart):
-    """Training options. At the top of a recipe they apply to all adapters, under an adapter to that one.
-
-    `training: auto` is short for `training: {auto: true}`.
-    """
-
-    auto: bool = False
-    """Choose the options that the recipe does not set by the number of training rows and the width of the base
-    (docs/how-to/few-rows.md)."""
-    epochs: PositiveFloat = 3.0
-    """Passes over the training rows; may be a fraction."""
-    max_steps: PositiveInt | None = None
-    """Stop after this many steps, even before the last epoch ends."""
-    learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate, reached at the end of the warmup."""
-    batch_size: PositiveInt = 16
-    """Rows per optimizer step."""
-    warmup: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning rate schedule after the warmup."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Weight decay of AdamW."""
-    max_grad_norm: PositiveFloat = 1.0
-    """Gradients are clipped to this norm."""
-    seed: int = Field(default=0, ge=0)
-    """Random seed for the held-out split, the order of the rows and the adapter's initial weights."""
-    evals: PositiveInt = 8
-    """Validation passes per training run; there is at least one per epoch."""
-    patience: PositiveInt | None = 3
-    """Early stopping: stop after this many validation passes without a lower loss. null: train to the end."""
-    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
-    """Number format of the base's weights in training. auto: bf16 if the hardware computes it fast, otherwise fp32.
-    int8: 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, but with a higher loss, because products
-    with frozen weights are rounded; it uses 6 bytes per weight instead of 4, and validation stays in fp32."""
-    device: DeviceKey = "auto"
-    """Device for training (docs/how-to/gpu.md): auto (the first GPU that torch finds, otherwise the CPU), cpu, cuda (an
-    NVIDIA or AMD GPU), cuda:1 (the second one), or mps (Apple silicon). One for all trainings of a build."""
-    memory_mb: PositiveInt | None = None
-    """Memory limit of the training process in MB; on a GPU, the limit of GPU memory. null: all free memory. Forward
-    passes are made small enough for the limit, with activation checkpointing if a single row does not fit; the result
-    is the same."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_form(cls, value: object) -> object:
-        if isinstance(value, str) and value != AUTO:
-            raise ValueError(f"{shown(value)} is not a mapping of options; write one, or auto")
-        return {"auto": True} if value == AUTO else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"const": AUTO}, handler(core)]}
-
-    @model_serializer(mode="wrap")
-    def _values(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        """All values; as JSON for keys and manifests, without those that depend on the machine: another can resume."""
-        values: dict[str, Any] = dump(self)
-        if info.mode == "json":
-            for key in ("device", "memory_mb"):
-                values.pop(key, None)
-            if not self.auto:
-                values.pop("auto", None)
-        return values
-
-    def under(self, overrides: TrainingSpec) -> TrainingSpec:
-        """These options, overridden by those that are set in `overrides`."""
-        return self.model_copy(update={name: getattr(overrides, name) for name in overrides.model_fields_set})
-
-
-def _set_values(training: TrainingSpec, info: SerializationInfo) -> dict[str, Any]:
-    # A plan sets all options of an adapter if it chooses some; only the recipe can have the device.
-    return training.model_dump(mode=info.mode, exclude_unset=True, exclude={"device"})
-
-
-def _without_device(training: TrainingSpec) -> TrainingSpec:
-    if "device" in training.model_fields_set:
-        raise ValueError("device is one for all trainings of a build; set it under training at the top of the recipe")
-    return training
-
-
-OwnTraining = Annotated[TrainingSpec, AfterValidator(_without_device), PlainSerializer(_set_values)]
-"""Training options that override those of the recipe; unset ones stay unset."""
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether `source` looks like a hub id: owner/name without a file suffix such as .jsonl."""
-    match = HUB_ID.fullmatch(source)
-    return match is not None and not SUFFIX.search(match["id"])
-
-
-def _beside_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str | Rows:
-    if isinstance(value, Rows):
-        return value
-    source: str = text(value)
-    folder: Path | None = (info.context or {}).get("folder")
-    if folder is None:
-        return source
-    path = folder / Path(source).expanduser()
-    return source if is_hub_id(source) and not path.exists() else str(path)
-
-
-def _from_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str:
-    folder: Path = (info.context or {}).get("folder", Path())
-    return str(folder / Path(text(value)).expanduser())
-
-
-def _without_rows(source: str | Rows) -> str:
-    return source.summary if isinstance(source, Rows) else source
-
-
-if TYPE_CHECKING:
-    Data = str | Rows
-else:
-    # Only Python code can give rows, so schema and messages know texts alone.
-    Data = Annotated[Text, WrapValidator(_beside_the_recipe), PlainSerializer(_without_rows)]
-    """A data file, a hub id, or rows from memory."""
-
-Folder = Annotated[Text, WrapValidator(_from_the_recipe)]
-"""A folder, relative to that of the recipe."""
-
-
-class Columns(RecipePart):
-    """Which columns of the data have other names: prompt and completion, or messages and tools, or text."""
-
-    prompt: Text | None = None
-    """Column of the prompt."""
-    completion: Text | tuple[Text, ...] | None = None
-    """Column of the completion, or a list of columns, which become one JSON object."""
-    messages: Text | None = None
-    """Column of the conversation."""
-    tools: Text = "tools"
-    """Column of a conversation's tools."""
-    text: Text | None = None
-    """Column of plain text."""
-    weight: Text = "weight"
-    """Column of a row's weight in training, from 0 to 1, where rows have one."""
-
-    @field_validator("completion")
-    @classmethod
-    def _some(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if value is not None and not value:
-            raise ValueError("the list is empty; name at least one column")
-        return value
-
-    @model_validator(mode="after")
-    def _one_form(self) -> Columns:
-        named = [key for key in ("prompt", "completion", "messages", "text") if getattr(self, key) is not None]
-        if named not in (["prompt", "completion"], ["messages"], ["text"]):
-            problem = f"{' and '.join(named)} do not make a form of rows" if named else "names no column"
-            raise ValueError(f"{problem}; name prompt and completion, or messages, or text")
-        return self
-
-
-class DataSpec(RecipePart):
-    """The rows of one task: JSONL, CSV or TSV files, or a hub id.
-
-    A row has one of four forms: `messages`, ending with an assistant message; `prompt` and `completion`; `text` and
-    `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON.
-    Messages may have `tool_calls` and results of the role `tool`; the row's `tools` define the tools. A `weight` from 0
-    to 1 in a row multiplies its loss in training.
-    A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
-    """
-
-    train: Data
-    """Training rows: a file (path relative to the recipe) or a hub id such as owner/name:config@split."""
-    validation: Data | None = None
-    """Validation rows, given like `train`. null: part of the training rows is held out."""
-    held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the training rows that is held out for validation if `validation` is not given."""
-    confidence: Data | None = None
-    """Rows on which the confidence of answers is fitted, given like `train`; none may be a training row. null: every
-    second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200."""
-    rows: PositiveInt | None = None
-    """Train on at most this many of the training rows, chosen by the seed. null: all."""
-    columns: Columns | None = None
-    """Names of the columns; not needed for rows in one of the four standard forms."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Which tokens count in the loss: those of the completions, or all."""
-    augment: AugmentSpec | None = None
-    """Changed copies of the training rows: true, or a mapping of options."""
-
-    @field_validator("augment", mode="before")
-    @classmethod
-    def _with_defaults(cls, augment: object) -> object:
-        return {True: {}, False: None}[augment] if isinstance(augment, bool) else augment
 
 
 class MethodSpec(RecipePart):
@@ -450,18 +239,6 @@ class AdapterSpec(RecipePart):
         }
         refused = task_type.refused_adapter_keys
         return [refused[key].format(value=self.metric) for key, is_set in used.items() if is_set and key in refused]
-
-
-class TextSpec(RecipePart):
-    """Plain text: a .txt file (one text), or JSONL, CSV or TSV files or a hub id with a column `text` (one text per
-    row)."""
-
-    train: Data
-    """Training text: a file (path relative to the recipe) or a hub id."""
-    validation: Data | None = None
-    """Validation text, given like `train`. null: the end of the training text is held out."""
-    held_out: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the training text that is held out if `validation` is not given."""
 
 
 class DomainSpec(RecipePart):

@@ -20,22 +20,14 @@ from pydantic.fields import FieldInfo
 from edgetune import methods
 
 from .augment import AugmentSpec, NegativesSpec
+from .data import Columns, DataSpec, TextSpec
 from .model import Recipe
 from .output import OutputOption
-from .parts import (
-    AdapterSpec,
-    Columns,
-    DataSpec,
-    DomainSpec,
-    MethodSpec,
-    OutOfScopeSpec,
-    Target,
-    TextSpec,
-    TrainingSpec,
-)
+from .parts import AdapterSpec, DomainSpec, MethodSpec, OutOfScopeSpec, Target
 from .problems import other_names
 from .quantization import QuantizationSpec
 from .routing import RouteSpec
+from .training import TrainingSpec
 
 INTRODUCTION = """\
 # Recipe reference

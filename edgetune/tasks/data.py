@@ -16,7 +16,7 @@ from edgetune_runtime.text.chat import Message, messages_for, text_of
 from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
 from edgetune_runtime.wording import nearest, shortened, suggestion
 
-from edgetune.recipe.parts import Columns
+from edgetune.recipe.data import Columns
 from edgetune.recipe.rows import Rows
 
 from .row_files import BadRowError, entries

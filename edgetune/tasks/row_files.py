@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 
-from edgetune.recipe.parts import HUB_ID, is_hub_id
+from edgetune.recipe.data import HUB_ID, is_hub_id
 from edgetune.recipe.rows import Rows, with_label_names
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -16,8 +16,9 @@ from edgetune import task_types
 from edgetune.confidence import MIN_ROWS
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec, Metric, TrainingSpec
+from edgetune.recipe.parts import AdapterSpec, Metric
 from edgetune.recipe.rows import Rows
+from edgetune.recipe.training import TrainingSpec
 
 from .augmentation.copies import ChangedRow, copies_of
 from .data import TaskRow, read_rows, split

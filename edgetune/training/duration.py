@@ -10,7 +10,7 @@ from .schedule import Schedule, plan
 
 if TYPE_CHECKING:
     from edgetune.objectives.base import TrainingRow
-    from edgetune.recipe.parts import TrainingSpec
+    from edgetune.recipe.training import TrainingSpec
 
 TRIAL_STEPS = 10
 """Steps after which the speed of this machine is estimated."""

@@ -11,7 +11,7 @@ from accelerate import Accelerator, PartialState
 from edgetune_runtime.errors import UsageError
 
 from edgetune.methods import Method
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 from .device import TorchReport, TrainingDevice, choose_device, may_have_gpu
 from .device_memory import free_mb, total_mb

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from edgetune.methods import Method, MethodOptions
 from edgetune.objectives.base import Objective, TrainingRow
 from edgetune.objectives.next_token import NEXT_TOKEN
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 R = TypeVar("R", bound=TrainingRow)
 

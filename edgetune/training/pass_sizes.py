@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from edgetune.objectives.base import TrainingRow, row_length
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 from .allocator import give_back_freed_memory, keep_freed_memory
 from .checkpointing import layer_cost, layers_of, trained_layers

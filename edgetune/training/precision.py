@@ -11,7 +11,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune import methods
 from edgetune.methods import Method
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 from .device import TrainingDevice
 

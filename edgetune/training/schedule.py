@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 if TYPE_CHECKING:
     from edgetune.objectives.base import TrainingRow

@@ -238,7 +238,9 @@ def _recipe(folder: Path) -> Open:
 
 def _log(folder: Path) -> Open:
     from edgetune.learning.rows import learned_rows, values_of  # noqa: PLC0415 - as above
-    from edgetune.recipe.parts import AdapterSpec, DataSpec, TrainingSpec  # noqa: PLC0415
+    from edgetune.recipe.data import DataSpec  # noqa: PLC0415
+    from edgetune.recipe.parts import AdapterSpec  # noqa: PLC0415
+    from edgetune.recipe.training import TrainingSpec  # noqa: PLC0415
     from edgetune.tasks.data import read_rows  # noqa: PLC0415
     from edgetune.tasks.task import Task  # noqa: PLC0415
 

@@ -16,7 +16,8 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log import AnswerLog, line_of, read_answer_log
 from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
-from edgetune_runtime.formats.gguf_file import cache_shape, read_header
+from edgetune_runtime.formats.gguf_adapter import cache_shape
+from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
 from edgetune_runtime.store.acknowledgement import RunReport, begin
 from edgetune_runtime.update.report import DeviceReport

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from edgetune_runtime.formats.gguf_file import GgufHeader
 
 Fields = dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
 """Values by key, with the type of the value and of an array's items."""
@@ -50,3 +52,8 @@ def rewritten(
 def setting(key: str, value: object, kind: gguf.GGUFValueType) -> Callable[[Fields], object]:
     """A change that sets one value."""
     return lambda fields: fields.update({key: (value, kind, None)})
+
+
+def changed(header: GgufHeader, key: str, value: object) -> GgufHeader:
+    """The header with another value in its metadata."""
+    return replace(header, metadata={**header.metadata, key: value})

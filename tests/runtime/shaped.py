@@ -14,7 +14,8 @@ from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf import backend as gguf
 from edgetune_export.backends.onnx import backend as onnx
 from edgetune_runtime.bundle import AdapterEntry, read_manifest
-from edgetune_runtime.formats.gguf_file import cache_shape, read_header
+from edgetune_runtime.formats.gguf_adapter import cache_shape
+from edgetune_runtime.formats.gguf_file import read_header
 from runtime.bundles import write_bundle, write_manifest
 
 BACKENDS: dict[str, Any] = {"gguf": gguf, "onnx": onnx}

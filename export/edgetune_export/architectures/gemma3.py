@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from edgetune_runtime.formats.gguf_file import GgufHeader, sliding_layers
-from edgetune_runtime.formats.gguf_sizes import number
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import number, sliding_layers
 
 from .base import Architecture
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_file import GgufHeader, sliding_layers
-from edgetune_runtime.formats.gguf_sizes import head_lengths, number, sharing_layers
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import head_lengths, number, sharing_layers, sliding_layers
 
 from .base import LINEAR_MODULES, Architecture, LinearModule
 

@@ -1,4 +1,4 @@
-"""Strict reader of GGUF headers (metadata and tensor table), and the checks of adapters against a base.
+"""Strict reader of GGUF headers: metadata and tensor table.
 
 llama.cpp aborts the process, or worse, on some malformed files, so this module refuses them first. Standard library
 only.
@@ -23,26 +23,14 @@ from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 from .quantization import TYPES_BY_NUMBER, TensorType, main_type
 
-ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
-PREFIX_TYPES = ("f32", "f16")
-INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
-"""Metadata key of the invocation tokens of an activated LoRA."""
-
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_UINT32, _FLOAT32, _STRING, _ARRAY = 4, 6, 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 _VERSIONS = (2, 3)
 _MAX_DIMENSIONS = 4
 _MAX_NAME_BYTES = 63
-_SAME_HEADS = "a prefix needs a base with the same number of heads in each layer"
 PER_LAYER_EMBEDDING = "per_layer_token_embd.weight"
 """The tensor with an input of each layer for each token (Gemma 4), often most of the file. llama.cpp reads the rows of
 the tokens that occur, and leaves the tensor in the mapped file."""
-_SLIDING_WINDOW_PATTERN = {"gemma3": 6, "gemma4": 6}
-"""Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
-
-Other architectures have such layers too, but llama.cpp runs them with full attention. Training reads this through
-`sliding_layers`.
-"""
 
 
 @dataclass(frozen=True)
@@ -108,21 +96,6 @@ class GgufHeader:
         return counts.get("output.weight", embedding) / max(read, 1)
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """The shape of a base's KV cache: in each layer `heads` heads with keys of `key_size` and values of `value_size`.
-
-    Layers in `sliding` attend only to the last `window` positions.
-    """
-
-    layers: int
-    heads: int
-    key_size: int
-    value_size: int
-    sliding: tuple[int, ...] = ()
-    window: int = 0
-
-
 def read_header(path: Path) -> GgufHeader:
     """Read a GGUF file's metadata and tensor table, and check that all tensors are inside the file.
 
@@ -155,147 +128,11 @@ def digest_of_chat_template(header: GgufHeader) -> str:
     return hashlib.sha256(template.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def cache_shape(base: GgufHeader) -> CacheShape:
-    """The shape of the base's KV cache; IncompatibleError when it is not the same in all layers."""
-    if base.architecture == "gemma4":
-        message = "the layers of a gemma4 base have keys and values of two sizes, or those of another layer"
-        raise IncompatibleError(message, _SAME_HEADS)
-    layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
-    width = _count(base, "embedding_length") // heads
-    kv_heads = _count(base, "attention.head_count_kv", heads)
-    key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
-    sliding = sliding_layers(base)
-    window = _count(base, "attention.sliding_window") if sliding else 0
-    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
-
-
-def sliding_layers(base: GgufHeader) -> tuple[int, ...]:
-    """The layers that attend only to a window of positions in llama.cpp; IncompatibleError without a `block_count`."""
-    layers, window = _count(base, "block_count"), base.metadata.get(f"{base.architecture}.attention.sliding_window")
-    usual = _SLIDING_WINDOW_PATTERN.get(base.architecture)
-    if usual is None or not isinstance(window, int) or window < 1:
-        return ()
-    pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", usual)
-    if isinstance(pattern, tuple):
-        return tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
-    return tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
-
-
-def prefix_tensor(layer: int, which: str) -> str:
-    """Name of the tensor with a layer's keys (`k`) or values (`v`) in a prefix file."""
-    return f"blk.{layer}.prefix_{which}"
-
-
-def check_prefix(adapter: GgufHeader, base: GgufHeader, name: str) -> int:
-    """Check that a prefix file is valid and fits the base; returns the prefix's length in tokens.
-
-    Same errors as `check_adapter`.
-    """
-    _check_metadata(adapter, base, name, "prefix")
-    shape = cache_shape(base)
-    sizes = {"k": shape.key_size, "v": shape.value_size}
-    widths = {prefix_tensor(n, which): size for n in range(shape.layers) for which, size in sizes.items()}
-    tokens = {tensor.shape[2] if len(tensor.shape) == 3 else 0 for tensor in adapter.tensors.values()}
-    if len(tokens) != 1 or 0 in tokens:
-        message = f"adapter {name!r} has no tensors, or tensors that do not have the same number of tokens"
-        raise VerificationError(message, COPY_FILE_AGAIN)
-    for tensor in adapter.tensors.values():
-        if tensor.type.name not in PREFIX_TYPES:
-            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type.name}"
-            raise IncompatibleError(message, f"export it again as one of: {', '.join(PREFIX_TYPES)}")
-        if tensor.shape[:2] != (widths.get(tensor.name), shape.heads):
-            message = f"adapter {name!r} has {tensor.name!r} of shape {tensor.shape}, which does not fit the base"
-            raise IncompatibleError(message, "use the base that the adapter was trained on")
-    if len(adapter.tensors) != len(widths):
-        message = f"adapter {name!r} has {len(adapter.tensors)} tensors, the base needs {len(widths)}"
-        raise IncompatibleError(message, "use the base that the adapter was trained on")
-    return tokens.pop()
-
-
-def invocation_of(adapter: GgufHeader, name: str) -> tuple[int, ...]:
-    """The invocation tokens of an activated LoRA, none for other adapters; VerificationError if they are invalid."""
-    tokens = adapter.metadata.get(INVOCATION_TOKENS, ())
-    if not isinstance(tokens, tuple) or not all(type(token) is int and token >= 0 for token in tokens):
-        message = f"adapter {name!r} has invalid {INVOCATION_TOKENS}: {str(tokens)[:80]!r}"
-        raise VerificationError(message, COPY_FILE_AGAIN)
-    return tokens
-
-
-def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
-    """Check that a LoRA file is valid and fits the base, so that llama.cpp can load it safely.
-
-    Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this base.
-    `name` is the adapter's name in errors.
-    """
-    _check_metadata(adapter, base, name, "lora")
-    alpha, kind = (table.get("adapter.lora.alpha") for table in (adapter.metadata, adapter.value_types))
-    # llama.cpp aborts the process for any other type.
-    if kind != _FLOAT32 or not isinstance(alpha, float) or not math.isfinite(alpha):
-        message = f"adapter {name!r} has adapter.lora.alpha {alpha!r}, which is not a finite float32"
-        raise VerificationError(message, COPY_FILE_AGAIN)
-    invocation_of(adapter, name)
-    pairs: dict[str, dict[str, TensorInfo]] = {}
-    for tensor in adapter.tensors.values():
-        target, _, suffix = tensor.name.rpartition(".")
-        if suffix not in ("lora_a", "lora_b"):
-            message = f"adapter {name!r} has tensor {tensor.name!r}, which is not a LoRA matrix"
-            raise IncompatibleError(message, "export it again, or merge it into the base")
-        pairs.setdefault(target, {})[suffix] = tensor
-    if not pairs:
-        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
-    for target, pair in pairs.items():
-        _check_pair(target, pair, base, name)
-
-
-def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_type: str) -> None:
-    for key, expected in (("general.type", "adapter"), ("adapter.type", wanted_type)):
-        actual = adapter.metadata.get(key)
-        if actual != expected:
-            message = f"adapter {name!r} has {key} {actual!r} instead of {expected!r}"
-            raise VerificationError(message, "give a GGUF LoRA file, or a prefix file from edgetune")
-    if adapter.architecture != base.architecture:
-        message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
-        raise IncompatibleError(message, "use the base that the adapter was trained on")
-
-
 def _values_by_type(tensors: Iterable[TensorInfo]) -> dict[str, int]:
     values: Counter[str] = Counter()
     for tensor in tensors:
         values[tensor.type.name] += math.prod(tensor.shape)
     return dict(values)
-
-
-def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
-    value = base.metadata.get(f"{base.architecture}.{key}", default)
-    if not isinstance(value, int) or value < 1:
-        message = f"the base's {base.architecture}.{key} is {str(value)[:80]!r}"
-        raise IncompatibleError(message, _SAME_HEADS)
-    return value
-
-
-def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, name: str) -> None:
-    if len(pair) != 2:
-        raise VerificationError(f"adapter {name!r} has only {next(iter(pair))} for {target!r}", COPY_FILE_AGAIN)
-    a, b = pair["lora_a"], pair["lora_b"]
-    for tensor in (a, b):
-        if tensor.type.name not in ADAPTER_TYPES:
-            message = f"adapter {name!r} stores {tensor.name!r} as {tensor.type.name}"
-            raise IncompatibleError(message, f"export it again as one of: {', '.join(ADAPTER_TYPES)}")
-    weight = base.tensors.get(target)
-    if weight is None:
-        message = f"adapter {name!r} changes {target!r}, which the base does not have"
-        raise IncompatibleError(message, "use the base that the adapter was trained on")
-    if any(len(tensor.shape) != 2 for tensor in (a, b, weight)):
-        message = f"adapter {name!r} changes {target!r}, which is not a matrix"
-        raise IncompatibleError(message, "remove that module from the adapter's target modules")
-    columns, rows = weight.shape
-    # For the embedding, llama.cpp looks up rows of A by token, so both matrices are stored transposed.
-    fits = a.shape[0] == b.shape[0] and (a.shape[1], b.shape[1]) == (rows, columns)
-    if target != "token_embd.weight":
-        fits = a.shape[1] == b.shape[0] and (a.shape[0], b.shape[1]) == (columns, rows)
-    if not fits:
-        message = f"adapter {name!r} has shapes {a.shape} and {b.shape} for {target!r} of shape {weight.shape}"
-        raise IncompatibleError(message, "use the base that the adapter was trained on")
 
 
 def _join_heads(metadata: dict[str, Any], value_types: dict[str, int]) -> None:

@@ -7,9 +7,15 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
 
-from .gguf_file import GgufHeader, sliding_layers
+from .gguf_file import GgufHeader
 
 _SHARED = "attention.shared_kv_layers"
+_SLIDING_WINDOW_PATTERN = {"gemma3": 6, "gemma4": 6}
+"""Architectures with sliding-window layers, and the default interval of the layers with full attention: every sixth.
+
+Other architectures have such layers too, but llama.cpp runs them with full attention. Training reads this through
+`sliding_layers`.
+"""
 
 
 def number(header: GgufHeader, key: str) -> int:
@@ -35,6 +41,18 @@ def kv_values_per_token(header: GgufHeader) -> int:
         for layer, count in enumerate(per_layer)
         if layer not in without
     )
+
+
+def sliding_layers(base: GgufHeader) -> tuple[int, ...]:
+    """The layers that attend only to a window of positions in llama.cpp; IncompatibleError without a `block_count`."""
+    layers, window = number(base, "block_count"), base.metadata.get(f"{base.architecture}.attention.sliding_window")
+    usual = _SLIDING_WINDOW_PATTERN.get(base.architecture)
+    if usual is None or not isinstance(window, int) or window < 1:
+        return ()
+    pattern = base.metadata.get(f"{base.architecture}.attention.sliding_window_pattern", usual)
+    if isinstance(pattern, tuple):
+        return tuple(layer for layer, slides in enumerate(pattern[:layers]) if slides)
+    return tuple(layer for layer in range(layers) if pattern == 0 or (layer + 1) % pattern)
 
 
 def sharing_layers(header: GgufHeader) -> range:

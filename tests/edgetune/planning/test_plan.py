@@ -16,7 +16,7 @@ from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan
 from edgetune.planning.training import choose_training
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 
 
 def recipe_of(folder: Path, base: Path | str, method: object = "lora", **keys: object) -> Recipe:

@@ -13,8 +13,8 @@ from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from pydantic import ValidationError
 
 from edgetune import methods
+from edgetune.recipe.data import is_hub_id
 from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
-from edgetune.recipe.parts import is_hub_id
 from edgetune.recipe.reference import reference
 from edgetune.recipe.routing import RouteSpec
 from edgetune.tasks.data import read_rows

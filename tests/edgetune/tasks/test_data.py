@@ -16,7 +16,7 @@ from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.tools.prompts import prompt_tokens
 
 from edgetune.objectives.example import Example
-from edgetune.recipe.parts import Columns
+from edgetune.recipe.data import Columns
 from edgetune.tasks.data import TaskRow, read_rows, split
 from edgetune.tasks.tokenization import tokenize_rows
 

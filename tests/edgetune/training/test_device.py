@@ -19,8 +19,8 @@ from edgetune.building.pipeline import build
 from edgetune.planning.needs import check, report
 from edgetune.planning.records import BuildNeeds, NeedsReport, Room
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import TrainingSpec
 from edgetune.recipe.saved import save_recipe
+from edgetune.recipe.training import TrainingSpec
 from edgetune.training.device import CPU, TorchReport, TrainingDevice, choose_device, may_have_gpu
 from edgetune.training.hardware import device_of, processes, torch_report, use_device
 from edgetune.training.loop import train

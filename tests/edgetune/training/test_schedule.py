@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edgetune.objectives.example import Example
-from edgetune.recipe.parts import TrainingSpec
+from edgetune.recipe.training import TrainingSpec
 from edgetune.training.schedule import Schedule, passes, plan
 
 LENGTHS = random.Random(0).choices(range(5, 200), k=203)

@@ -12,7 +12,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.gguf_file import INVOCATION_TOKENS, GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_adapter import INVOCATION_TOKENS
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.wording import first_of
 

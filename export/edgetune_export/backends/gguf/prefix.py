@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.gguf_file import CacheShape, cache_shape, prefix_tensor, read_header
+from edgetune_runtime.formats.gguf_adapter import CacheShape, cache_shape, prefix_tensor
+from edgetune_runtime.formats.gguf_file import read_header
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Prefix

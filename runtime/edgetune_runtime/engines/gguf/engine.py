@@ -20,7 +20,8 @@ from edgetune_runtime.engines.base import (
     check_tokens_fit,
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.gguf_file import check_adapter, invocation_of, read_header
+from edgetune_runtime.formats.gguf_adapter import check_adapter, invocation_of
+from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores

@@ -17,14 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.formats.gguf_file import (
-    CacheShape,
-    GgufHeader,
-    TensorInfo,
-    cache_shape,
-    check_prefix,
-    prefix_tensor,
-)
+from edgetune_runtime.formats.gguf_adapter import CacheShape, cache_shape, check_prefix, prefix_tensor
+from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 from edgetune_runtime.formats.gguf_sizes import recurrent_layers
 from edgetune_runtime.wording import COPY_FILE_AGAIN
 

@@ -1,0 +1,143 @@
+"""The data of a recipe: the rows of a task, their columns, and plain text.
+
+The text under a field describes its key. The JSON schema and docs/recipe.md are generated from these texts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
+
+from .augment import AugmentSpec
+from .part import RecipePart, Text
+from .rows import Rows
+
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
+SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` looks like a hub id: owner/name without a file suffix such as .jsonl."""
+    match = HUB_ID.fullmatch(source)
+    return match is not None and not SUFFIX.search(match["id"])
+
+
+def _beside_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str | Rows:
+    if isinstance(value, Rows):
+        return value
+    source: str = text(value)
+    folder: Path | None = (info.context or {}).get("folder")
+    if folder is None:
+        return source
+    path = folder / Path(source).expanduser()
+    return source if is_hub_id(source) and not path.exists() else str(path)
+
+
+def _from_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str:
+    folder: Path = (info.context or {}).get("folder", Path())
+    return str(folder / Path(text(value)).expanduser())
+
+
+def _without_rows(source: str | Rows) -> str:
+    return source.summary if isinstance(source, Rows) else source
+
+
+if TYPE_CHECKING:
+    Data = str | Rows
+else:
+    # Only Python code can give rows, so schema and messages know texts alone.
+    Data = Annotated[Text, WrapValidator(_beside_the_recipe), PlainSerializer(_without_rows)]
+    """A data file, a hub id, or rows from memory."""
+
+Folder = Annotated[Text, WrapValidator(_from_the_recipe)]
+"""A folder, relative to that of the recipe."""
+
+
+class Columns(RecipePart):
+    """Which columns of the data have other names: prompt and completion, or messages and tools, or text."""
+
+    prompt: Text | None = None
+    """Column of the prompt."""
+    completion: Text | tuple[Text, ...] | None = None
+    """Column of the completion, or a list of columns, which become one JSON object."""
+    messages: Text | None = None
+    """Column of the conversation."""
+    tools: Text = "tools"
+    """Column of a conversation's tools."""
+    text: Text | None = None
+    """Column of plain text."""
+    weight: Text = "weight"
+    """Column of a row's weight in training, from 0 to 1, where rows have one."""
+
+    @field_validator("completion")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value is not None and not value:
+            raise ValueError("the list is empty; name at least one column")
+        return value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Columns:
+        named = [key for key in ("prompt", "completion", "messages", "text") if getattr(self, key) is not None]
+        if named not in (["prompt", "completion"], ["messages"], ["text"]):
+            problem = f"{' and '.join(named)} do not make a form of rows" if named else "names no column"
+            raise ValueError(f"{problem}; name prompt and completion, or messages, or text")
+        return self
+
+
+class DataSpec(RecipePart):
+    """The rows of one task: JSONL, CSV or TSV files, or a hub id.
+
+    A row has one of four forms: `messages`, ending with an assistant message; `prompt` and `completion`; `text` and
+    `label`; or only `text`, all of which is learned. A completion that is an object or a list is learned as JSON.
+    Messages may have `tool_calls` and results of the role `tool`; the row's `tools` define the tools. A `weight` from 0
+    to 1 in a row multiplies its loss in training.
+    A hub id is `owner/name`, `owner/name:config` or `owner/name:config@split`; the default split is `train`.
+    """
+
+    train: Data
+    """Training rows: a file (path relative to the recipe) or a hub id such as owner/name:config@split."""
+    validation: Data | None = None
+    """Validation rows, given like `train`. null: part of the training rows is held out."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training rows that is held out for validation if `validation` is not given."""
+    confidence: Data | None = None
+    """Rows on which the confidence of answers is fitted, given like `train`; none may be a training row. null: every
+    second validation row, which then does not choose the checkpoint; all of them if there are fewer than 200."""
+    rows: PositiveInt | None = None
+    """Train on at most this many of the training rows, chosen by the seed. null: all."""
+    columns: Columns | None = None
+    """Names of the columns; not needed for rows in one of the four standard forms."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Which tokens count in the loss: those of the completions, or all."""
+    augment: AugmentSpec | None = None
+    """Changed copies of the training rows: true, or a mapping of options."""
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _with_defaults(cls, augment: object) -> object:
+        return {True: {}, False: None}[augment] if isinstance(augment, bool) else augment
+
+
+class TextSpec(RecipePart):
+    """Plain text: a .txt file (one text), or JSONL, CSV or TSV files or a hub id with a column `text` (one text per
+    row)."""
+
+    train: Data
+    """Training text: a file (path relative to the recipe) or a hub id."""
+    validation: Data | None = None
+    """Validation text, given like `train`. null: the end of the training text is held out."""
+    held_out: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training text that is held out if `validation` is not given."""
