@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from edgetune_export import architectures
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 
@@ -128,6 +129,8 @@ def _judged(
 ) -> Iterator[JudgedRow]:
     """The rows, each judged by the adapter that was validated on its fold; each fold has the same part of the time."""
     model = bases.load_torch(base, torch.float32)
+    # A recurrent state cannot be cut back to the beginning that rows have in common.
+    takes_cache = not architectures.of(base.header).is_recurrent
     total = sum(map(len, folds))
     with closing(GgufTokenizer(base.path)) as tokenizer, progress.step("asking the adapters", total) as step:
         for number, (fold, job) in enumerate(zip(folds, jobs, strict=True)):
@@ -135,5 +138,5 @@ def _judged(
             until = now + (deadline - now) / (len(folds) - number)
             checkpoint = methods.Checkpoint(job.name, folder / job.name / "adapter", model, job.options)
             with job.method.loaded(checkpoint) as tuned:
-                reader = Reader(tuned, job.validation, takes_cache=job.method.takes_cache)
+                reader = Reader(tuned, job.validation, takes_cache=takes_cache and job.method.takes_cache)
                 yield from judge(reader, tokenizer, fold, job.validation, step, deadline=until)

@@ -242,13 +242,13 @@ def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str
         check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
 
 
-@pytest.mark.parametrize("method", ["prefix", "full"])
-def test_methods_without_modules_find_wrong_answers_too(
-    method: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(("method", "arch"), [("prefix", "llama"), ("full", "llama"), ("lora", "lfm2")])
+def test_methods_without_modules_and_recurrent_bases_find_wrong_answers_too(
+    method: str, arch: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{word} {thing}", "completion": word} for word in ("turn", "stop") for thing in ROOMS[:5]]
     adapters = {"home": adapter_of(method)}
-    recipe = write_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": rows}, training={"max_steps": 2})
+    recipe = write_recipe(tmp_path, tiny_gguf(arch), adapters, data={"rows.jsonl": rows}, training={"max_steps": 2})
     (found,) = check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
     assert found.estimate is not None
     assert all(0 <= row.likelihood <= 1 and 0 <= row.relative <= 1 for row in found.estimate.rows)
