@@ -63,7 +63,7 @@ def check_folder(folder: Path) -> Architecture:
         wrong = [key for key, value in entries.items() if not _is_whole(value)]
         if wrong:
             raise ValueError(f"{wrong[0]} would be {entries[wrong[0]]!r}")
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         raise VerificationError(f"{path} is damaged: {error}", "download the model again") from error
     _check_weights(folder)
     multimodal_type, multimodal_class = architecture.multimodal

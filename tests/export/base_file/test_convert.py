@@ -26,6 +26,13 @@ MULTIMODAL = '{"model_type": "gemma3", "text_config": {"model_type": "gemma3_tex
 LLAMA = '{"model_type": "llama"}'
 INDEX = "model.safetensors.index.json"
 ELSEWHERE = '{"weight_map": {"a": "../x.safetensors", "b": "model.safetensors"}}'
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "vocab_size": 9,
+}
+LISTED_ROTATION = json.dumps({**GEMMA4, "rope_parameters": [1]})
 NO_ROTATION = '{"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 1]}'
 GRANITE = {
     "model_type": "granitemoehybrid",
@@ -155,6 +162,7 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": ""}, IncompatibleError, "architecture 'gpt2'"),
         ({"config.json": '{"model_type": ["llama"]}'}, VerificationError, "has no model_type"),
         ({"config.json": '{"model_type": "phi3", "rope_scaling": "long"}'}, VerificationError, "is damaged"),
+        ({"config.json": LISTED_ROTATION}, VerificationError, "is damaged"),
         (
             {"config.json": '{"model_type": "smollm3", "num_hidden_layers": 1e9}'},
             VerificationError,
