@@ -37,7 +37,7 @@ class BuildBase(Protocol):
 
     @property
     def name(self) -> str:
-        """The adapter's name in the recipe."""
+        """The base's name in the recipe."""
 
     @property
     def path(self) -> Path:
