@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from edgetune_devices import fit
+from edgetune_export import architectures
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
@@ -36,8 +37,8 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
     """The needs of the target at `path`, for a context length and an engine, by default its own.
 
     NotFoundError if there is no such file, or if the size of a recipe's base is not known; UsageError for another kind
-    of file, and for a task without a prediction; IncompatibleError if the target has no such engine; and what
-    `read_base` raises.
+    of file, and for a task without a prediction; IncompatibleError if the target has no such engine, or cannot have it;
+    and what `read_base` raises.
     """
     if not path.exists():
         raise NotFoundError(f"no bundle, recipe or GGUF file {path}", "check the path")
@@ -45,6 +46,7 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
         return _of_bundle(path if path.is_dir() else path.parent, context_length, engine)
     if path.suffix == ".gguf":
         header = read_base(path)
+        architectures.of(header).check_formats([engine or gguf.NAME])
         length = context_length or fit.CONTEXT_LENGTHS[0]
         return FitTarget(fit.needs_of_header(header, context_length=length, engine=engine or gguf.NAME), None, header)
     if path.suffix in (".yaml", ".yml"):

@@ -349,6 +349,11 @@ def test_a_number_in_place_of_one_per_layer_is_damage(
             read_target(target, None, None)
 
 
+def test_nothing_is_predicted_for_a_base_in_a_format_that_cannot_hold_it(tiny_gguf: Callable[[str], Path]) -> None:
+    with pytest.raises(IncompatibleError, match="onnx does not support bases of architecture 'gemma4'"):
+        read_target(tiny_gguf("gemma4"), None, "onnx")
+
+
 def test_a_folder_that_is_no_bundle_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="is not a bundle"):
         fit.needs_of_bundle(tmp_path)

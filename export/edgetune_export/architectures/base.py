@@ -128,7 +128,7 @@ class Architecture:
         for name in formats:
             if name in self.refusals:
                 message = f"{name} does not support bases of architecture {self.gguf!r}: {self.refusals[name]}"
-                raise IncompatibleError(message, "remove that target")
+                raise IncompatibleError(message, f"leave out {name}")
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """IncompatibleError if a model with this config.json would compute something else as a GGUF file."""
