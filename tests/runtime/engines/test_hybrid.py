@@ -119,6 +119,21 @@ def test_a_step_in_several_batches_is_dropped_to_before_it(
         assert small.truncate(134) == 120
 
 
+def test_what_convolutions_read_in_long_steps_takes_the_same_memory_with_all_adapters(
+    files_of: Callable[[str, str], dict[str, Path]],
+) -> None:
+    files = files_of("onnx", "lfm2")
+    with closing(OnnxEngine(files["base"], context_length=CONTEXT, threads=1)) as engine:
+        for name in ("first", "second"):
+            engine.load_adapter(name, files[name])
+            engine.activate({name: 1.0})
+            decoded(engine, PARTS)
+        outputs = [one for sides in engine._bindings.values() for side in sides for one in side.io.get_outputs()]
+        read = [one.data_ptr() for one in outputs if one.shape() == [1, 64, 40]]
+        # Two layers, and the bindings of two sides for each adapter.
+        assert (len(read), len({*read})) == (8, 1)
+
+
 def test_a_restored_state_is_a_place_to_cut_to(engine: Engine) -> None:
     expected = decoded(engine, [*PARTS[:2], NEXT])
     decoded(engine, PARTS[:2])
