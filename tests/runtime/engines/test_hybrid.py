@@ -196,6 +196,12 @@ def test_the_first_checkpoints_are_dropped_when_there_are_too_many(
         assert small.truncate(79) == 0
 
 
+def test_many_short_parts_have_no_more_checkpoints_than_are_counted_as_memory(engine: Engine) -> None:
+    decoded(engine, [[number] for number in range(100, 140)])
+    kept = checkpoints.checkpoints_of(1, CONTEXT)
+    assert [engine.truncate(40 - dropped) for dropped in range(1, kept + 1)] == [*range(39, 40 - kept, -1), 0]
+
+
 def test_a_state_whose_recurrent_part_is_damaged_is_refused(engine: Engine) -> None:
     decoded(engine, PARTS)
     state = bytes(engine.save_state())

@@ -39,7 +39,7 @@ class HybridCache(KvCache):
         widest = max((self._shapes[name][0] for name in self._outputs), default=0)
         self._unread = zeros(widest * batch)
         self.max_rollback = rollback_of(RecurrentSizes(recurrence.values, recurrence.inputs_per_token))
-        self._checkpoints = Checkpoints[Floats](self._states[0].nbytes)
+        self._checkpoints = Checkpoints[Floats](self._states[0].nbytes, context_length)
 
     def bind(self, binding: Any, side: int) -> None:  # noqa: ANN401 - onnxruntime's own
         """See `KvCache`."""
