@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from edgetune_runtime.states.batches import CHUNK
 
 CHECKPOINTS_BYTES = 32_000_000
-"""Bytes of checkpoints of one sequence, of which at least two are kept."""
+"""Bytes of checkpoints of one sequence, of which at least two are kept, and no more than its context has parts."""
 
 State = TypeVar("State")
 
@@ -21,11 +21,11 @@ State = TypeVar("State")
 class Checkpoints(Generic[State]):
     """The checkpoints of a sequence by its length at each of them, and the positions of the last step.
 
-    `state_bytes` is the size of the recurrent state.
+    `state_bytes` is the size of the recurrent state, and `context_length` that of the longest sequence.
     """
 
-    def __init__(self, state_bytes: int) -> None:
-        self._most = _most(state_bytes)
+    def __init__(self, state_bytes: int, context_length: int) -> None:
+        self._most = checkpoints_of(state_bytes, context_length)
         self._kept: dict[int, State] = {}
         self._before: dict[int, State] = {}
         self.step = range(0)
@@ -71,8 +71,4 @@ class Checkpoints(Generic[State]):
 
 def checkpoints_of(state_bytes: int, context_length: int) -> int:
     """How many checkpoints of this size a sequence has at most, without the one before the last step."""
-    return min(context_length // CHUNK + 2, _most(state_bytes))
-
-
-def _most(state_bytes: int) -> int:
-    return max(2, CHECKPOINTS_BYTES // state_bytes)
+    return min(context_length // CHUNK + 2, max(2, CHECKPOINTS_BYTES // state_bytes))

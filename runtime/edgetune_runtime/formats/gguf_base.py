@@ -277,9 +277,14 @@ def _wrong_sharing(header: GgufHeader, layers: int, size: int) -> Iterator[str]:
             yield f"gemma4.{key} has {len(values)} entries for {layers} layers"
     if [*map(bool, flags[: max(0, layers - shared)])][-2:] != [True, False]:
         yield f"the last two of {layers} layers before gemma4.attention.shared_kv_layers {shared} are not of both kinds"
-    for kind, heads in (("", size), ("_swa", own.get("attention.key_length_swa", size))):
-        if own.get(f"rope.dimension_count{kind}", heads) != heads:
-            yield f"gemma4.rope.dimension_count{kind} is not the size {heads} of heads"
+    rotated = own.get("rope.dimension_count", size)
+    # llama.cpp takes the size of the other layers where a header has none for those with a window.
+    for kind, value, heads in (
+        ("", rotated, size),
+        ("_swa", own.get("rope.dimension_count_swa", rotated), own.get("attention.key_length_swa", size)),
+    ):
+        if value != heads:
+            yield f"gemma4.rope.dimension_count{kind} is {value}, not the size {heads} of heads"
 
 
 _MORE_CHECKS = {"gemma4": _wrong_sharing, "qwen35": _wrong_delta_nets}

@@ -119,6 +119,21 @@ def test_a_step_in_several_batches_is_dropped_to_before_it(
         assert small.truncate(134) == 120
 
 
+def test_what_convolutions_read_in_long_steps_takes_the_same_memory_with_all_adapters(
+    files_of: Callable[[str, str], dict[str, Path]],
+) -> None:
+    files = files_of("onnx", "lfm2")
+    with closing(OnnxEngine(files["base"], context_length=CONTEXT, threads=1)) as engine:
+        for name in ("first", "second"):
+            engine.load_adapter(name, files[name])
+            engine.activate({name: 1.0})
+            decoded(engine, PARTS)
+        outputs = [one for sides in engine._bindings.values() for side in sides for one in side.io.get_outputs()]
+        read = [one.data_ptr() for one in outputs if one.shape() == [1, 64, 40]]
+        # Two layers, and the bindings of two sides for each adapter.
+        assert (len(read), len({*read})) == (8, 1)
+
+
 def test_a_restored_state_is_a_place_to_cut_to(engine: Engine) -> None:
     expected = decoded(engine, [*PARTS[:2], NEXT])
     decoded(engine, PARTS[:2])
@@ -179,6 +194,12 @@ def test_the_first_checkpoints_are_dropped_when_there_are_too_many(
         assert small.truncate(100) == 80
         decoded(small, PARTS)
         assert small.truncate(79) == 0
+
+
+def test_many_short_parts_have_no_more_checkpoints_than_are_counted_as_memory(engine: Engine) -> None:
+    decoded(engine, [[number] for number in range(100, 140)])
+    kept = checkpoints.checkpoints_of(1, CONTEXT)
+    assert [engine.truncate(40 - dropped) for dropped in range(1, kept + 1)] == [*range(39, 40 - kept, -1), 0]
 
 
 def test_a_state_whose_recurrent_part_is_damaged_is_refused(engine: Engine) -> None:

@@ -129,7 +129,8 @@ SHARED, FLAGS = "gemma4.attention.shared_kv_layers", "gemma4.attention.sliding_w
         (items(FLAGS, lambda flags: [*flags[:3], True, *flags[4:]]), "the last two of 6 layers before"),
         (items(FLAGS, lambda flags: flags[:5]), "has 5 entries for 6 layers"),
         (items("gemma4.feed_forward_length", lambda widths: widths[:5]), "has 5 entries for 6 layers"),
-        (setting("gemma4.rope.dimension_count_swa", 8, UINT32), "not the size 16 of heads"),
+        (setting("gemma4.rope.dimension_count_swa", 8, UINT32), "is 8, not the size 16 of heads"),
+        (without("gemma4.rope.dimension_count_swa"), "is 32, not the size 16 of heads"),
         (setting("gemma4.embedding_length_per_layer_input", 0, UINT32), "without inputs .*; use a Gemma 4 E2B or E4B"),
     ],
 )

@@ -112,7 +112,11 @@ class GgufEngine:
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
         self._stop = StopFlag(self._context)
         self._used_threads = threads
-        self._cache = HybridCache(self._context, model, state_bytes) if state_bytes else KvCache(self._context, model)
+        self._cache = (
+            HybridCache(self._context, model, state_bytes, context_length)
+            if state_bytes
+            else KvCache(self._context, model)
+        )
         self._batch: int = llama.llama_n_batch(self._context)
         self._outputs = min(BRANCHES, self._batch)
         self.tokenizer = base.vocabulary

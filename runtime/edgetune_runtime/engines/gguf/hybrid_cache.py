@@ -23,14 +23,14 @@ _RECURRENT = 1
 
 
 class HybridCache(KvCache):
-    """As `KvCache`, with checkpoints; `state_bytes` is the size of the recurrent state of a sequence."""
+    """As `KvCache`, with checkpoints of a recurrent state of `state_bytes`; `context_length` is in tokens."""
 
     branches = HYBRID_BRANCHES
 
-    def __init__(self, context: Any, model: Any, state_bytes: int) -> None:  # noqa: ANN401 - bare pointers
+    def __init__(self, context: Any, model: Any, state_bytes: int, context_length: int) -> None:  # noqa: ANN401 - bare pointers
         super().__init__(context, model)
         self.max_rollback = rollback_of(state_bytes)
-        self._checkpoints = Checkpoints[memoryview](state_bytes)
+        self._checkpoints = Checkpoints[memoryview](state_bytes, context_length)
         # Tokens of a longer step are in several batches, and llama.cpp can drop only tokens of the last one: beyond it,
         # it goes back to a state of an earlier step.
         self._one_batch = min(BRANCHES, library().llama_n_batch(context))

@@ -34,8 +34,12 @@ class HybridCache(KvCache):
         self._shapes, self._outputs, self._batch = recurrence.shapes, recurrence.conv_inputs, batch
         self._states = zeros(self.sides, recurrence.values)
         self._inputs = {name: zeros(self._shapes[name][0] * UNDONE) for name in self._outputs}
+        # Longer steps are not undone in part, so all layers write the same buffer. Left to onnxruntime, it would stay
+        # allocated for each layer in each binding.
+        widest = max((self._shapes[name][0] for name in self._outputs), default=0)
+        self._unread = zeros(widest * batch)
         self.max_rollback = rollback_of(RecurrentSizes(recurrence.values, recurrence.inputs_per_token))
-        self._checkpoints = Checkpoints[Floats](self._states[0].nbytes)
+        self._checkpoints = Checkpoints[Floats](self._states[0].nbytes, context_length)
 
     def bind(self, binding: Any, side: int) -> None:  # noqa: ANN401 - onnxruntime's own
         """See `KvCache`."""
@@ -48,10 +52,7 @@ class HybridCache(KvCache):
     def bind_step(self, binding: Any, tokens: int) -> None:  # noqa: ANN401 - as above
         """See `KvCache`."""
         for name, output in self._outputs.items():
-            if tokens <= UNDONE:
-                bind_output(binding, output, self._inputs_of(name, tokens))
-            else:
-                binding.bind_output(output, "cpu")
+            bind_output(binding, output, self._inputs_of(name, tokens))
 
     def begin_step(self, length: int, tokens: int) -> None:
         """See `KvCache`: keep a checkpoint. It is the side that the step reads, unless it writes that too."""
@@ -127,4 +128,5 @@ class HybridCache(KvCache):
     def _inputs_of(self, name: str, tokens: int) -> Floats:
         """What the convolution of a state read in a step of so many tokens, [channels, tokens]."""
         channels = self._shapes[name][0]
-        return self._inputs[name][: channels * tokens].reshape(channels, tokens)
+        buffer = self._inputs[name] if tokens <= UNDONE else self._unread
+        return buffer[: channels * tokens].reshape(channels, tokens)

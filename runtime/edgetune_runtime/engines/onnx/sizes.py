@@ -15,9 +15,9 @@ def rollback_of(sizes: RecurrentSizes) -> int:
 
 
 def states_of(sizes: RecurrentSizes, context_length: int) -> int:
-    """The recurrent states that a sequence holds: before and after a step, as checkpoints, and with as many values
-    as what convolutions read; 0 without any."""
+    """The recurrent states that a sequence holds: before and after a step, before branches or a step of several
+    batches, as checkpoints, and with as many values as what convolutions read; 0 without any."""
     if not sizes.values:
         return 0
     inputs = -(-UNDONE * sizes.inputs_per_token // sizes.values)
-    return 2 + checkpoints_of(sizes.state_bytes, context_length) + inputs
+    return 3 + checkpoints_of(sizes.state_bytes, context_length) + inputs
