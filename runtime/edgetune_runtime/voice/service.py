@@ -115,13 +115,13 @@ async def run(service: WyomingService, listening: socket.socket, ready: Callable
             connections.leave(connection)
             tasks.discard(task)
 
+    bundle = FollowedBundle(service.runtime)
     server = await asyncio.start_server(connected, sock=listening, limit=MAX_BYTES, backlog=BACKLOG)
     serving = asyncio.current_task()
     assert serving is not None
     # Not on Windows, and not outside the main thread.
     with suppress(NotImplementedError, RuntimeError, ValueError):
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, serving.cancel)
-    bundle = FollowedBundle(service.runtime)
     watching = asyncio.create_task(bundle.watch(bundle.reload))
     try:
         ready()
