@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A worker takes up to 2 GB of memory; tests compute with one thread each.
-WORKERS ?= 2
+# Tests compute with one thread each and often wait for other processes: three workers keep two cores busy. A worker takes
+# up to 2 GB of memory.
+WORKERS ?= 3
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 BUNDLE := build/smart-home
 DATA := examples/smart-home/data

@@ -13,6 +13,7 @@ import pytest
 from edgetune_export.backends.base import Source
 from fuzz import corpus
 from fuzz.kinds import KINDS
+from fuzz.names import OTHER_BASES
 from fuzz.pool import Worker
 from fuzz.seeds import write_seeds
 
@@ -21,11 +22,16 @@ CASES = 3
 
 @pytest.fixture(scope="session")
 def seeds(
-    tiny_source: Callable[[str], Source], tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    tiny_source: Callable[[str], Source],
+    tiny_folder: Callable[[str], Path],
+    tiny_gguf: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The folder with the valid files."""
     folder = tmp_path_factory.mktemp("fuzz") / "seeds"
-    return write_seeds(folder, tiny_source("llama"), tiny_folder("llama"))
+    return write_seeds(
+        folder, tiny_source("llama"), tiny_folder("llama"), {name: tiny_gguf(name) for name in OTHER_BASES}
+    )
 
 
 @pytest.mark.parametrize("kind", corpus.kinds())

@@ -2,6 +2,8 @@
 
 PLAIN, ADAPTERS, ONNX = "plain", "adapters", "onnx"
 """Bundles: the base alone, in GGUF; with a LoRA, a prefix and a draft table; the LoRA and its base in ONNX."""
+OTHER_BASES = ("gemma4", "qwen35")
+"""Architectures with hyperparameters of their own, in a bundle each, whose name it is."""
 STATES, SESSION, KIT, PEFT, MODEL, RECIPE = "states", "session.kv", "kit.json", "peft", "model", "recipe.yaml"
 LOG = "answers.jsonl"
 REPOSITORY, KEYS, SIGNED, DEVICE = "repository", "keys", "signed", "device"

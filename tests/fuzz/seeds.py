@@ -42,6 +42,7 @@ from .names import (
     LORA,
     MODEL,
     ONNX,
+    OTHER_BASES,
     PEFT,
     PLAIN,
     PREFIX,
@@ -79,21 +80,27 @@ def make_seeds(folder: Path) -> Path:
 
     from edgetune.bases import Base, load_torch  # noqa: PLC0415
 
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        model = make_folder("llama", work / "llama", make_tokenizer(work))
-        path = work / "llama.gguf"
-        convert_folder(model, path, dtype="f16")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        tokenizer = make_tokenizer(work)
+        paths = {name: work / f"{name}.gguf" for name in ("llama", *OTHER_BASES)}
+        for name, file in paths.items():
+            convert_folder(make_folder(name, work / name, tokenizer), file, dtype="f16")
+        path = paths.pop("llama")
         base = Base("llama", path, sha256_of(path), read_header(path))
         source = Source(path, base.fingerprint, load_torch(base, torch.float32), work / "onnx")
-        return write_seeds(folder, source, model)
+        return write_seeds(folder, source, work / "llama", paths)
 
 
-def write_seeds(folder: Path, source: Source, model: Path) -> Path:
-    """Write all files to `folder`, which must not exist; `model` is the Hugging Face folder of the base `source`."""
+def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, Path]) -> Path:
+    """Write all files to `folder`, which must not exist; `model` is the Hugging Face folder of the base `source`.
+
+    `others` are the GGUF files of OTHER_BASES.
+    """
     work = folder.with_name(f".{folder.name}.part")
     work.mkdir(parents=True)
-    write_bundle(work / PLAIN, source.path, {})
+    for name, path in {PLAIN: source.path, **others}.items():
+        write_bundle(work / name, path, {})
     adapters = {LORA: Adapter(low_rank(source.path, seed=1), system=SYSTEM)}
     write_bundle(work / ADAPTERS, source.path, adapters)
     _add_parts(work / ADAPTERS, source)

@@ -62,7 +62,7 @@ def open_(sharp_bundle: Path, both_of: Callable[[str], Path]) -> Iterator[Callab
 @pytest.mark.parametrize("sharpness", [SHARP, FLAT])
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
 @given(labels=st.lists(TEXTS, min_size=1, max_size=40, unique=True), adapter=st.sampled_from([None, "command", "tone"]))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_search_finds_the_label_that_scoring_all_labels_finds(
     open_: Callable[[str, float], Runtime], engine: str, sharpness: float, labels: list[str], adapter: str | None
 ) -> None:
@@ -76,14 +76,16 @@ def test_the_search_finds_the_label_that_scoring_all_labels_finds(
 
 def check_bounds(found: Classification, everything: Classification) -> None:
     """The label is the most likely one, and no probability is outside of what was said of it."""
-    exact, rounding = everything.probabilities, 0.02
+    exact, rounding, smallest = everything.probabilities, 0.02, 1e-9
     # llama.cpp's last bits depend on the other tokens in a step, and may decide between labels that are equally likely.
     assert exact[found.label] >= exact[everything.label] * (1 - rounding)
     assert found.probabilities[found.label] == max(found.probabilities.values())
     for label, lowest in found.probabilities.items():
-        assert lowest * (1 - rounding) <= exact[label] <= (lowest + found.unseen) * (1 + rounding)
+        # Sharp logits multiply their rounding, too, which shows in the smallest probabilities.
+        assert lowest * (1 - rounding) - smallest <= exact[label]
+        assert exact[label] <= (lowest + found.unseen) * (1 + rounding) + smallest
     others = math.fsum(share for label, share in exact.items() if label not in found.probabilities)
-    assert others <= found.unseen * (1 + rounding) + 1e-9
+    assert others <= found.unseen * (1 + rounding) + smallest
 
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
