@@ -96,4 +96,6 @@ class Benchmark:
 def work_folder(options: argparse.Namespace) -> Iterator[Path]:
     """The folder of `--work`, or a temporary one."""
     with tempfile.TemporaryDirectory() as temporary:
-        yield options.work or Path(temporary)
+        folder = options.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
