@@ -1,9 +1,10 @@
-"""Matches tuning methods with the formats of a recipe, before any work."""
+"""Matches tuning methods with the formats of a recipe and the layers of its base, before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Protocol
 
 from edgetune_export import backends
 from edgetune_runtime.bundle import GENERATION
@@ -12,6 +13,27 @@ from edgetune_runtime.errors import IncompatibleError
 from . import methods
 from .methods import MethodOptions
 from .recipe.model import Recipe
+
+
+class BaseLayers(Protocol):
+    """What a method needs to know of a base's layers; see `Architecture`."""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers have a recurrent state in place of attention."""
+
+    @property
+    def has_equal_caches(self) -> bool:
+        """Whether all layers that attend have keys and values of their own, and of the same size."""
+
+
+def misfit(method: str, shapes: Mapping[str, str], layers: BaseLayers) -> str:
+    """Why a method with these shapes cannot tune a base with such layers, after its name; empty if it can."""
+    if layers.is_recurrent and not methods.load(method).takes_recurrent_layers:
+        return "needs attention, which some layers of this base do not have"
+    if not layers.has_equal_caches and "prefix" in shapes.values():
+        return "is a prefix of keys and values, which differ in the layers of this base"
+    return ""
 
 
 def shapes_in(

@@ -17,7 +17,7 @@ from edgetune_runtime.formats.quantization import QUANTIZATIONS
 
 from edgetune import methods
 from edgetune.methods.common.peft import TargetOptions, check_names
-from edgetune.targets import supported_shapes
+from edgetune.targets import misfit, supported_shapes
 
 WEIGHTS = Path(__file__).with_name("weights.toml")
 SIZES_IN = ("q4_0", "q8_0")
@@ -104,12 +104,8 @@ def encoders() -> ArchitectureFacts:
 
 def _facts(name: str, architecture: Architecture) -> ArchitectureFacts:
     formats = tuple(target for target in backends.of_task(GENERATION) if target not in architecture.refusals)
-    usable = [
-        name for name in methods.names() if methods.load(name).takes_recurrent_layers or not architecture.is_recurrent
-    ]
-    shapes = {method: supported_shapes(formats, method) for method in usable}
-    if not architecture.has_equal_caches:
-        shapes = {method: kinds for method, kinds in shapes.items() if "prefix" not in kinds.values()}
+    shapes = {method: supported_shapes(formats, method) for method in methods.names()}
+    shapes = {method: kinds for method, kinds in shapes.items() if not misfit(method, kinds, architecture)}
     held = {target: tuple(method for method in shapes if target in shapes[method]) for target in formats}
     without = tuple(method for method in shapes if not _has_modules(architecture, method))
     return ArchitectureFacts(architectures.title_of(name), held, without)

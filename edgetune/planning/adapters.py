@@ -18,6 +18,7 @@ from edgetune.methods import MethodOptions
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
+from edgetune.targets import misfit
 
 from .records import AdapterPlan
 
@@ -59,13 +60,8 @@ def with_options(
     planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
-    name, kind = planned.name, planned.method
-    if base.is_recurrent and not method.takes_recurrent_layers:
-        message = f"adapter {name!r} of {kind} needs attention, which some layers of this base do not have"
-        raise IncompatibleError(message, "train it with lora")
-    if not base.has_equal_caches and "prefix" in planned.shapes.values():
-        message = f"adapter {name!r} of {kind} is a prefix of keys and values, which differ in the layers of this base"
-        raise IncompatibleError(message, "train it with lora")
+    if reason := misfit(planned.method, planned.shapes, base):
+        raise IncompatibleError(f"adapter {planned.name!r} of {planned.method} {reason}", "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)
     values = {

@@ -277,8 +277,7 @@ def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) 
 
 def _fixed_modules(base: PreTrainedModel) -> set[str]:
     """The linear modules that no adapter may change; none of an encoder."""
-    matches = (item for item in architectures.known().values() if base.config.model_type in item.model_types)
-    return {module for item in matches for module in item.fixed_modules}
+    return set(architectures.of_model_type(base.config.model_type).fixed_modules) if base.can_generate() else set()
 
 
 def check_names(linear: Collection[str], target_modules: str | tuple[str, ...]) -> None:
