@@ -11,6 +11,7 @@ from edgetune_runtime.errors import EdgetuneError
 
 from .adapter_changes import AdapterChanges
 from .asynchronous import AsyncRuntime
+from .measuring import loaded_bundle
 
 _LOG = logging.getLogger(__name__)
 _WATCH_S = 1.0
@@ -25,7 +26,7 @@ class FollowedBundle:
     def __init__(self, runtime: AsyncRuntime) -> None:
         self._runtime = runtime
         # Not where the path leads now: it may have been switched while the bundle was opened.
-        self.folder = runtime.runtime._loaded.folder
+        self.folder = loaded_bundle(runtime.runtime).folder
         self.digest = sha256_of(self.folder / MANIFEST_NAME)
 
     async def reload(self) -> AdapterChanges | None:
