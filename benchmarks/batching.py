@@ -63,7 +63,7 @@ def main() -> None:
     lacking = {name: reason for name in options.only if (reason := SETUPS[name].lacks(manifest))}
     for name, reason in lacking.items():
         progress(f"{name} is left out: {reason}")
-    asks = {kind: list(islice(cycle(found), options.requests)) for kind, found in requests(options).items()}
+    asks = {kind: list(islice(cycle(own), options.requests)) for kind, own in requests(options).items()}
     place = Place(options.bundle, options.threads, max(options.callers))
     with ExitStack() as stack:
         workers = {
@@ -74,10 +74,9 @@ def main() -> None:
         rounds = in_turns(workers, options.rounds)
     tokenizer = GgufTokenizer(resolve(options.bundle, manifest.base.files["gguf"]))
     loads = [
-        {"setup": setup, "adapters": kind, "callers": callers}
-        | figures([one[kind, callers] for one in found], tokenizer)
-        for setup, found in rounds.items()
-        for kind, callers in found[0]
+        {"setup": setup, "adapters": kind, "callers": callers} | figures([one[kind, callers] for one in own], tokenizer)
+        for setup, own in rounds.items()
+        for kind, callers in own[0]
     ]
     BENCHMARK.report(options, {"left_out": lacking, "loads": loads})
 
@@ -162,11 +161,9 @@ def plot(result: Result, out: Path) -> None:
     with subplots(out, 1, 2, dpi=130, figsize=(10, 4), sharey=True) as panels:
         for kind, axes in zip((SAME, DIFFERENT), panels, strict=True):
             for setup in dict.fromkeys(load["setup"] for load in loads):
-                found = [load for load in loads if (load["setup"], load["adapters"]) == (setup, kind)]
+                own = [load for load in loads if (load["setup"], load["adapters"]) == (setup, kind)]
                 style = "o-" if setup.startswith("edgetune") else "o--"
-                axes.plot(
-                    [load["callers"] for load in found], [load["tokens_per_s"] for load in found], style, label=setup
-                )
+                axes.plot([load["callers"] for load in own], [load["tokens_per_s"] for load in own], style, label=setup)
             axes.set_title(f"{kind}: tokens/s of all callers", loc="left", fontsize=10)
             axes.set_xlabel("callers at the same time")
             axes.set_xticks(sorted({load["callers"] for load in loads}))

@@ -100,7 +100,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, folder: Folder) -> dict[str, Any]:
     """Measure each setup under each condition."""
-    found: dict[str, dict[str, Any]] = {setup: {} for setup in options.only}
+    by_setup: dict[str, dict[str, Any]] = {setup: {} for setup in options.only}
     makes = {setup: partial(Worker, setup_rounds, setup, folder, options.requests) for setup in options.only}
     with ExitStack() as stack:
         workers = {setup: stack.enter_context(make()) for setup, make in makes.items()}
@@ -112,12 +112,12 @@ def measure(options: argparse.Namespace, folder: Folder) -> dict[str, Any]:
                     progress(f"  {setup}: {_tokens_per_s(took):.1f} tokens/s")
                     raw.setdefault((setup, condition.name), []).append(took)
     for (setup, condition), rounds in raw.items():
-        found[setup][condition] = _figures(rounds)
-    for figures in found.values():
+        by_setup[setup][condition] = _figures(rounds)
+    for figures in by_setup.values():
         for one in figures.values():
             one["share_of_quiet"] = one["tokens_per_s"] / figures[QUIET]["tokens_per_s"]
             one["first_token_times_quiet"] = one["first_token_ms_p50"] / figures[QUIET]["first_token_ms_p50"]
-    return found
+    return by_setup
 
 
 def _round(
@@ -238,8 +238,8 @@ def table(result: Result) -> str:
     """The figures as a Markdown table."""
     rows = [
         {"setup": setup, "condition": condition, **figures}
-        for setup, found in result["setups"].items()
-        for condition, figures in found.items()
+        for setup, conditions in result["setups"].items()
+        for condition, figures in conditions.items()
     ]
     columns = {
         "setup": "{setup}",
@@ -263,12 +263,12 @@ def table(result: Result) -> str:
 def plot(result: Result, out: Path) -> None:
     """Plot the tokens/s of each setup under each condition."""
     setups = result["setups"]
-    conditions = [c.name for c in CONDITIONS if all(c.name in found for found in setups.values())]
+    conditions = [c.name for c in CONDITIONS if all(c.name in figures for figures in setups.values())]
     with subplots(out, dpi=130, figsize=(9, 4.5)) as axes:
-        for number, (setup, found) in enumerate(setups.items()):
+        for number, (setup, figures) in enumerate(setups.items()):
             places = [place + (number - len(setups) / 2 + 0.5) * 0.15 for place in range(len(conditions))]
             color = ("#1d6b43", "#56a878", "#4a5663", "#8794a1", "#c0c8d0")[number % 5]
-            axes.bar(places, [found[name]["tokens_per_s"] for name in conditions], 0.14, label=setup, color=color)
+            axes.bar(places, [figures[name]["tokens_per_s"] for name in conditions], 0.14, label=setup, color=color)
         axes.set_xticks(range(len(conditions)), [name.replace(" ", "\n", 1) for name in conditions])
         axes.set_ylabel("tokens/s")
         axes.set_title("Decode speed under CPU contention", loc="left")

@@ -111,21 +111,21 @@ def recipe_of(task: str, folder: Path, options: Namespace, epochs: float, out: P
 
 def figures(details: Sequence[ScoredRow]) -> Result:
     """The calibration of these answers, and what leaving out the least sure tenth brings."""
-    known = [row for row in details if row.confidence is not None and row.log_odds is not None]
-    right = [row.score >= 1 for row in known]
-    confidences = [row.confidence or 0.0 for row in known]
-    own = [1 / (1 + float(np.exp(-(row.log_odds or 0.0)))) for row in known]
-    surest = np.argsort(confidences, kind="stable")[len(known) // 10 :]
+    rated = [row for row in details if row.confidence is not None and row.log_odds is not None]
+    right = [row.score >= 1 for row in rated]
+    confidences = [row.confidence or 0.0 for row in rated]
+    own = [1 / (1 + float(np.exp(-(row.log_odds or 0.0)))) for row in rated]
+    surest = np.argsort(confidences, kind="stable")[len(rated) // 10 :]
     return {
         "rows": len(details),
-        "without": len(details) - len(known),
+        "without": len(details) - len(rated),
         "wrong": 1 - float(np.mean(right)),
         "wrong_of_surest_90": 1 - float(np.mean(np.asarray(right)[surest])),
         "error": calibration_error(bins_of(confidences, right)),
         "error_if_exact": error_if_exact(confidences),
         "own_error": calibration_error(bins_of(own, right)),
         "auroc": auroc(confidences, right),
-        "kinds": sorted({str(row.kind) for row in known}),
+        "kinds": sorted({str(row.kind) for row in rated}),
     }
 
 

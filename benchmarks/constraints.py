@@ -92,12 +92,12 @@ def main() -> int:
     options = BENCHMARK.options(parser, prompts=2)
     result = measure(options)
     BENCHMARK.report(options, result)
-    return int(any(found["misfits"] for found in result["schemas"].values()))
+    return int(any(figures["misfits"] for figures in result["schemas"].values()))
 
 
 def measure(options: argparse.Namespace) -> Result:
     """The figures of each schema."""
-    found, clock = {}, Clock()
+    figures, clock = {}, Clock()
     opened = Runtime.open(options.bundle, engine=options.engine, threads=options.threads, disk_mb=0)
     with opened as runtime, clock.running():
         begin = time.perf_counter()
@@ -107,9 +107,9 @@ def measure(options: argparse.Namespace) -> Result:
         runtime.generate("?", choices=["yes", "no"])
         for path in sorted(SCHEMAS.glob("*.json")):
             progress(f"{path.stem} ...")
-            found[path.stem] = _figures(runtime, json.loads(path.read_text(encoding="utf-8")), options, clock)
+            figures[path.stem] = _figures(runtime, json.loads(path.read_text(encoding="utf-8")), options, clock)
         about = {"bundle": runtime.manifest.name, "base": runtime.manifest.base.name, "engine": runtime.engine}
-    return {**about, "vocabulary_ms": vocabulary_ms, "schemas": found}
+    return {**about, "vocabulary_ms": vocabulary_ms, "schemas": figures}
 
 
 def _figures(runtime: Runtime, schema: dict[str, Any], options: argparse.Namespace, clock: Clock) -> dict[str, Any]:
@@ -165,11 +165,11 @@ def table(result: Result) -> str:
     rows = [
         {
             "schema": name,
-            "cut": found["answers"] - found["stop_reasons"].get("end", 0),
-            "misfit": len(found["misfits"]),
-            **found,
+            "cut": figures["answers"] - figures["stop_reasons"].get("end", 0),
+            "misfit": len(figures["misfits"]),
+            **figures,
         }
-        for name, found in result["schemas"].items()
+        for name, figures in result["schemas"].items()
     ]
     columns = {
         "schema": "{schema}",

@@ -23,6 +23,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,13 @@ def figures(answers: Sequence[Timed]) -> dict[str, Any]:
     decoded = sum(answer.tokens - 1 for answer in answers)
     seconds = sum(answer.whole_s - answer.first_s for answer in answers)
     steps = [answer.tokens_per_step for answer in answers if answer.tokens_per_step]
-    found = {
+    medians = {
         "answer_ms": round(statistics.median(answer.whole_s for answer in answers) * 1e3, 1),
         "ttft_ms": round(statistics.median(answer.first_s for answer in answers) * 1e3, 1),
         "tokens_per_s": round(decoded / seconds, 1) if decoded else 0.0,
         "tokens": round(sum(answer.tokens for answer in answers) / len(answers), 1),
     }
-    return found | ({"tokens_per_step": round(statistics.fmean(steps), 2)} if steps else {})
+    return medians | ({"tokens_per_step": round(statistics.fmean(steps), 2)} if steps else {})
 
 
 def compared(answers: Sequence[Timed], plain: Sequence[Timed]) -> dict[str, Any]:
@@ -97,10 +98,10 @@ def _adapter(bundle: Path, task: Task, engine: str, options: argparse.Namespace)
     }
     margins: list[Timed] = in_own_process(measure, MARGINS, place, prompts)
     rounds = in_turns(runs, options.rounds)
-    answers = {name: [answer for found in lists for answer in found] for name, lists in rounds.items()}
+    answers = {name: [*chain.from_iterable(lists)] for name, lists in rounds.items()}
     return {
-        name: figures(found) | (compared(found[: len(margins)], margins) if name.startswith(PLAIN) else {})
-        for name, found in answers.items()
+        name: figures(own) | (compared(own[: len(margins)], margins) if name.startswith(PLAIN) else {})
+        for name, own in answers.items()
     }
 
 
@@ -138,8 +139,8 @@ def table(result: Result) -> str:
     for task in result["tasks"]:
         plain = task["setups"].get(PLAIN, {}).get("tokens_per_s")
         rows = [
-            {"name": name, "speedup": found["tokens_per_s"] / plain if plain else None, **found}
-            for name, found in task["setups"].items()
+            {"name": name, "speedup": measured["tokens_per_s"] / plain if plain else None, **measured}
+            for name, measured in task["setups"].items()
         ]
         parts.append(f"{_title(task)}\n\n{markdown(rows, columns)}")
     return "\n".join(parts)

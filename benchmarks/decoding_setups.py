@@ -112,13 +112,13 @@ def edgetune(
 
         def answer(prompt: Prompt) -> Timed:
             begin = time.perf_counter()
-            found = runtime.generate(
+            made = runtime.generate(
                 prompt, adapter=name, max_tokens=MOST_TOKENS, logprobs=2 if records_margins else None, **options
             )
-            whole_s, timings = time.perf_counter() - begin, found.timings
+            whole_s, timings = time.perf_counter() - begin, made.timings
             # The end of turn counts as a token in all setups.
-            margins = tuple((token.text, token.top[0].logprob - token.top[1].logprob) for token in found.logprobs or ())
-            return Timed(found.text, found.tokens + 1, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step, margins)
+            margins = tuple((token.text, token.top[0].logprob - token.top[1].logprob) for token in made.logprobs or ())
+            return Timed(made.text, made.tokens + 1, whole_s, timings.ttft_ms / 1e3, timings.tokens_per_step, margins)
 
         return answer
 

@@ -54,8 +54,8 @@ def main() -> None:
         result = build(_recipe(options, folder), folder / "bundle", progress=Progress())
         built_s = time.monotonic() - started
         test = (folder / "test.txt").read_text(encoding="utf-8")
-        found = {target: _perplexity(folder / "bundle", target, test) for target in options.targets.split(",")}
-    print(json.dumps({"build": result.domain, "build_s": round(built_s, 1), "runtime": found}))
+        perplexities = {target: _perplexity(folder / "bundle", target, test) for target in options.targets.split(",")}
+    print(json.dumps({"build": result.domain, "build_s": round(built_s, 1), "runtime": perplexities}))
 
 
 def _recipe(options: argparse.Namespace, folder: Path) -> Recipe:

@@ -73,8 +73,8 @@ def main() -> None:
     with work_folder(options) as work:
         if {"memory", "speed"} & set(options.only):
             make_bundles(work)
-        found = {part: parts[part](work, options.threads) for part in options.only}
-    BENCHMARK.report(options, {"limits": LIMITS, **found})
+        measured = {part: parts[part](work, options.threads) for part in options.only}
+    BENCHMARK.report(options, {"limits": LIMITS, **measured})
 
 
 def make_bundles(work: Path) -> None:
@@ -154,11 +154,11 @@ def speed(work: Path, threads: int) -> dict[str, Any]:
     return {"busy": busy, "rows": rows}
 
 
-def _median(found: Sequence[MeasuredSpeed]) -> MeasuredSpeed:
+def _median(measured: Sequence[MeasuredSpeed]) -> MeasuredSpeed:
     """The median of each speed."""
     speeds = ("decode", "prefill", "adapter_decode", "long_decode")
-    taken = {name: [getattr(one, name) for one in found] for name in speeds}
-    return replace(found[0], **{name: statistics.median(values) for name, values in taken.items() if all(values)})
+    taken = {name: [getattr(one, name) for one in measured] for name in speeds}
+    return replace(measured[0], **{name: statistics.median(values) for name, values in taken.items() if all(values)})
 
 
 def published(_work: Path, _threads: int) -> list[dict[str, Any]]:
@@ -230,9 +230,9 @@ def _compared(predicted: float, measured: float) -> dict[str, float]:
 def table(result: Result) -> str:
     """The comparisons as Markdown tables, and the largest error of each part."""
     speed = result.get("speed", {"busy": None, "rows": []})
-    found = {"memory": result.get("memory", []), "speed": speed["rows"], "boards": result.get("boards", [])}
+    rows_by_part = {"memory": result.get("memory", []), "speed": speed["rows"], "boards": result.get("boards", [])}
     texts: list[str] = []
-    for part, rows in found.items():
+    for part, rows in rows_by_part.items():
         if not rows:
             continue
         worst = max(abs(row["error"]) for row in rows)

@@ -104,8 +104,8 @@ def main() -> int:
         progress(f"{attack.name}: {', '.join(results[-1].missed) or 'ok'}")
     opened = hostile_files.run_all(options.bundle, files, GROWTH_MB) if files else []
     if options.json:
-        found = {"requests": [asdict(result) for result in results], "files": [asdict(result) for result in opened]}
-        text = json.dumps({"machine": this_machine(), **found}, indent=1)
+        figures = {"requests": [asdict(result) for result in results], "files": [asdict(result) for result in opened]}
+        text = json.dumps({"machine": this_machine(), **figures}, indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
     print(table(results, opened))
     return int(any(result.missed for result in [*results, *opened]))
@@ -186,9 +186,9 @@ def table(results: Sequence[Result], opened: Sequence[hostile_files.FileResult])
         "missed": "{missed}",
     }
     parts = []
-    for found, columns in ((results, requests), (opened, files)):
-        if found:
-            parts.append(markdown([_row(result) for result in found], columns))
+    for figures, columns in ((results, requests), (opened, files)):
+        if figures:
+            parts.append(markdown([_row(result) for result in figures], columns))
     failed = sum(bool(result.missed) for result in [*results, *opened])
     return "\n".join([*parts, f"{failed} of {len(results) + len(opened)} attacks miss a target"])
 

@@ -85,8 +85,8 @@ def _run(bundle: Path, attack: FileAttack, most_mb: float) -> FileResult:
         manifest = read_manifest(bundle)
         base = str(bundle / manifest.base.files[attack.engine])
         adapter = next(iter(manifest.adapters), "")
-        known = {"BUNDLE": str(copy), "ADAPTER": adapter, "BASE": base, "WORK": folder}
-        words = [_filled(word, known) for word in attack.words]
+        values_by_name = {"BUNDLE": str(copy), "ADAPTER": adapter, "BASE": base, "WORK": folder}
+        words = [_filled(word, values_by_name) for word in attack.words]
         if words[0] == "generate":
             words += ["--engine", attack.engine]
         command = [sys.executable, "-m", attack.program, *words]
@@ -108,8 +108,8 @@ def _run(bundle: Path, attack: FileAttack, most_mb: float) -> FileResult:
     return FileResult(attack.name, attack.item, attack.does, code, round(seconds, 2), round(peak_mb, 1), error, missed)
 
 
-def _filled(word: str, known: Mapping[str, str]) -> str:
-    for name, value in known.items():
+def _filled(word: str, values_by_name: Mapping[str, str]) -> str:
+    for name, value in values_by_name.items():
         word = word.replace(name, value)
     return word
 

@@ -56,7 +56,7 @@ def main() -> None:
     examples = _examples(recipe, source, options.rows)
     exact = _logits(source)
     expected = [exact(list(example.tokens)) for example in examples]
-    matrix, found = importance_of(recipe, Progress()), []
+    matrix, lines = importance_of(recipe, Progress()), []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "base.gguf")
         for quantization in options.only:
@@ -64,8 +64,8 @@ def main() -> None:
                 progress(f"{quantization}, {'no matrix' if importance is None else 'matrix'}")
                 quantize_gguf(source, out, quantization, again=True, importance=importance)
                 row = {"quantization": quantization, "matrix": importance is not None, "mb": out.stat().st_size / 1e6}
-                found.append({**row, **_figures(examples, expected, _logits(out))})
-    print(markdown(found, COLUMNS))
+                lines.append({**row, **_figures(examples, expected, _logits(out))})
+    print(markdown(lines, COLUMNS))
 
 
 def _examples(recipe: Recipe, source: Path, count: int) -> list[Example]:

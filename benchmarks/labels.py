@@ -3,7 +3,7 @@
     python benchmarks/labels.py build/banking77 --adapter banking77 --rows DIR/banking77/test.jsonl --labels 21 77
 
 The adapter has labels; the rows are of text and label. Of N labels, only rows with the first N are asked. "prompt" is
-the time of the prompt alone, which both ways need.
+the time of the prompt alone, which both modes need.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edgetune.evaluation import spread as spread_rows
 from edgetune.tasks.data import labelled_text, read_rows
 
 ENGINES = ("gguf", "onnx")
-SEARCH, ALL, PROMPT = WAYS = ("search", "all", "prompt")
+SEARCH, ALL, PROMPT = MODES = ("search", "all", "prompt")
 
 
 class Pass(NamedTuple):
@@ -42,15 +42,15 @@ def asks(bundle: Path, engine: str, threads: int, adapter: str) -> Callable[[Seq
     """Open the bundle; returns a function that asks for the label of each sentence among the first so many."""
     runtime = Runtime.open(bundle, engine=engine, threads=threads, disk_mb=0, contexts=1)
 
-    def ask(sentences: Sequence[str], count: int, way: str) -> Pass:
+    def ask(sentences: Sequence[str], count: int, mode: str) -> Pass:
         labels, begin = runtime.manifest.adapter(adapter).labels[:count], time.perf_counter()
-        if way == PROMPT:
+        if mode == PROMPT:
             for sentence in sentences:
                 runtime.generate(sentence, adapter=adapter, max_tokens=1)
             return Pass((time.perf_counter() - begin) / len(sentences) * 1e3, [], 0.0)
-        found = [runtime.classify(sentence, labels, adapter=adapter, exact=way == ALL) for sentence in sentences]
+        answers = [runtime.classify(sentence, labels, adapter=adapter, exact=mode == ALL) for sentence in sentences]
         ms = (time.perf_counter() - begin) / len(sentences) * 1e3
-        return Pass(ms, [each.label for each in found], sum(each.unseen for each in found) / len(found))
+        return Pass(ms, [each.label for each in answers], sum(each.unseen for each in answers) / len(answers))
 
     return ask
 
@@ -65,26 +65,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = BENCHMARK.options(parser, rounds=1, sentences=4)
     with Runtime.open(options.bundle, disk_mb=0) as runtime:
-        known = runtime.manifest.adapter(options.adapter).labels
-    rows = read_rows(str(options.rows), labels=known)
-    found = {}
+        labels = runtime.manifest.adapter(options.adapter).labels
+    rows = read_rows(str(options.rows), labels=labels)
+    results = {}
     for engine in options.only:
         with ExitStack() as stack:
             worker = stack.enter_context(Worker(asks, options.bundle, engine, options.threads, options.adapter))
             for count in options.labels:
-                fitting = [row for row in rows if row.completion in known[:count]]
+                fitting = [row for row in rows if row.completion in labels[:count]]
                 chosen = spread_rows(fitting, options.sentences)
                 sentences = [labelled_text(row) for row in chosen]
-                runs = {way: partial(worker, sentences, count, way) for way in WAYS}
+                runs = {mode: partial(worker, sentences, count, mode) for mode in MODES}
                 passes = in_turns(runs, options.rounds, warmups=1)
                 expected = [str(row.completion) for row in chosen]
-                found[f"{engine} {count}"] = figures(passes, expected)
-    BENCHMARK.report(options, {"classify": found})
+                results[f"{engine} {count}"] = figures(passes, expected)
+    BENCHMARK.report(options, {"classify": results})
 
 
 def figures(passes: dict[str, list[Pass]], expected: Sequence[str]) -> dict[str, object]:
-    """The times of each way, and the labels of the search against those of all and against the rows'."""
-    ms = {way: spread([each.ms for each in found]) for way, found in passes.items()}
+    """The times of each mode, and the labels of the search against those of all and against the rows'."""
+    ms = {mode: spread([each.ms for each in own]) for mode, own in passes.items()}
     search, everything = passes[SEARCH][0], passes[ALL][0]
     return {
         "ms": ms,
@@ -102,13 +102,18 @@ def share(labels: Sequence[str], others: Sequence[str]) -> float:
 
 def table(result: Result) -> str:
     rows = [
-        {"engine": name.split()[0], "labels": name.split()[1], **found, **{way: found["ms"][way] for way in WAYS}}
-        for name, found in result["classify"].items()
+        {
+            "engine": name.split()[0],
+            "labels": name.split()[1],
+            **measured,
+            **{mode: measured["ms"][mode] for mode in MODES},
+        }
+        for name, measured in result["classify"].items()
     ]
     columns = {
         "engine": "{engine}",
         "labels": "{labels}",
-        **{f"{way}, ms": f"{{{way}[median]:.0f}} ({{{way}[min]:.0f}} to {{{way}[max]:.0f}})" for way in WAYS},
+        **{f"{mode}, ms": f"{{{mode}[median]:.0f}} ({{{mode}[min]:.0f}} to {{{mode}[max]:.0f}})" for mode in MODES},
         "times as fast": "{times_as_fast}",
         "same label": "{same:.0%}",
         "right": "{right:.0%}",

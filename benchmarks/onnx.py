@@ -75,8 +75,8 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, Any]:
         workers = {name: stack.enter_context(Worker(make, folder, threads)) for name, make in ENGINES.items()}
         runs = {f"{engine} {name}": partial(workers[engine], name) for name in names for engine in ENGINES}
         times = in_turns(runs, rounds, warmups=1)
-    prefill = {setup: PROMPT / statistics.median(first for first, _ in found) for setup, found in times.items()}
-    decode = {setup: 1 / statistics.median(step for _, step in found) for setup, found in times.items()}
+    prefill = {setup: PROMPT / statistics.median(first for first, _ in timed) for setup, timed in times.items()}
+    decode = {setup: 1 / statistics.median(step for _, step in timed) for setup, timed in times.items()}
     return {
         "decode_tokens_per_s": {setup: round(speed, 1) for setup, speed in decode.items()},
         "prefill_tokens_per_s": {setup: round(speed) for setup, speed in prefill.items()},

@@ -50,10 +50,10 @@ def main() -> None:
     with closing(GgufTokenizer(shipped)) as tokenizer:
         tokens = tokenizer.tokenize(options.text.read_text(encoding="utf-8")[:60_000])
     rows = [tokens[start : start + ROW_TOKENS] for start in range(300, 300 + 1000 * ROWS, 1000)]
-    found = []
+    lines = []
     for quantization in options.only:
         progress(quantization)
-        found.append(_row(quantization, shipped, rows, options.out))
+        lines.append(_row(quantization, shipped, rows, options.out))
     columns = {
         "base": "{base}",
         "mostly": "{mostly}",
@@ -65,7 +65,7 @@ def main() -> None:
         "merged KL": "{merged.kl:.1e}",
         "merged top-1": "{merged.top1:.3f}",
     }
-    print(markdown(found, columns))
+    print(markdown(lines, columns))
 
 
 def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: P
     model = bases.load_torch(base, torch.float32)
     lora = methods.load("lora")
     with closing(GgufEngine(base.path, context_length=ROW_TOKENS)) as engine:
-        found: dict[str, Any] = {"plain": compare(logits_of(model), engine, rows)}
+        comparisons: dict[str, Any] = {"plain": compare(logits_of(model), engine, rows)}
         peft = lora.attach(model, lora.options(r=16, lora_alpha=32), 1)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -89,13 +89,13 @@ def _row(quantization: str, shipped: Path, rows: Sequence[Sequence[int]], out: P
             write_adapter(folded, base.path, file, dtype=dtype, base_fingerprint=sha256_of(base.path))
             engine.load_adapter(dtype, file)
             engine.activate({dtype: 1.0})
-            found[dtype] = compare(logits_of(peft), engine, rows)
+            comparisons[dtype] = compare(logits_of(peft), engine, rows)
     plain = bases.load_torch(base, torch.float32)
     merged = merge(folded, partial(module_weight, plain))
     write_merged(merged, Source(base.path, base.fingerprint), out / "merged.gguf")
     with closing(GgufEngine(out / "merged.gguf", context_length=ROW_TOKENS)) as engine:
-        found["merged"] = compare(logits_of(peft), engine, rows)
-    return {"base": quantization, "mostly": base.header.main_type.name, **found}
+        comparisons["merged"] = compare(logits_of(peft), engine, rows)
+    return {"base": quantization, "mostly": base.header.main_type.name, **comparisons}
 
 
 def _quantized(quantization: str, shipped: Path, out: Path) -> Path:

@@ -75,7 +75,7 @@ def margins_of(logits: Logits, best: Sequence[int], second: Sequence[int]) -> Lo
 
 def measure_steps(runtime: Runtime, adapter: str, scale: float, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
     """Figures of each kind of step."""
-    loaded, found = loaded_bundle(runtime), defaultdict[str, list[tuple[float, float, bool]]](list)
+    loaded, differences = loaded_bundle(runtime), defaultdict[str, list[tuple[float, float, bool]]](list)
     context, _ = loaded.context(adapter)
     for prompt in prompts:
         tokens = loaded.call(prompt, adapter).job.tokens
@@ -85,9 +85,9 @@ def measure_steps(runtime: Runtime, adapter: str, scale: float, prompts: Sequenc
                 second, best = np.argsort(expected, -1)[:, -2:].T
                 moved = np.abs(margins_of(rows, best, second) - margins_of(expected, best, second))
                 apart, others = np.abs(rows - expected).max(-1), rows.argmax(-1) != best
-                found[kind] += zip(apart.tolist(), moved.tolist(), others.tolist(), strict=True)
+                differences[kind] += zip(apart.tolist(), moved.tolist(), others.tolist(), strict=True)
             context.reset()
-    return [{"kind": kind, **figures(values)} for kind, values in found.items()]
+    return [{"kind": kind, **figures(values)} for kind, values in differences.items()]
 
 
 def figures(values: Sequence[tuple[float, float, bool]]) -> dict[str, Any]:
@@ -118,15 +118,15 @@ def measure(bundle: Path, engine: str, prompts: dict[str, list[Prompt]], parts: 
     """All figures of an engine, by adapter and scale."""
     options: dict[str, Any] = {"engine": engine, "threads": threads, "disk_mb": 0, "contexts": 1}
     with Runtime.open(bundle, **options) as fast, Runtime.open(bundle, **options, drafts=False) as plain:
-        found = {"steps": list[Result](), "answers": list[Result]()}
+        results = {"steps": list[Result](), "answers": list[Result]()}
         for adapter, given in prompts.items():
             for scale in SCALES:
                 setup = {"engine": engine, "adapter": adapter, "scale": scale}
                 if "steps" in parts:
-                    found["steps"] += [setup | row for row in measure_steps(plain, adapter, scale, given)]
+                    results["steps"] += [setup | row for row in measure_steps(plain, adapter, scale, given)]
                 if "answers" in parts:
-                    found["answers"].append(setup | measure_answers(fast, plain, adapter, scale, given))
-    return found
+                    results["answers"].append(setup | measure_answers(fast, plain, adapter, scale, given))
+    return results
 
 
 def main() -> None:
@@ -142,8 +142,8 @@ def main() -> None:
         prompts[adapter] = [prompt_of(row) for row in rows]
     result: Result = {"steps": [], "answers": []}
     for engine in manifest.base.files:
-        found: Result = in_own_process(measure, bundle, engine, prompts, options.only, options.threads)
-        result = {part: result[part] + found[part] for part in result}
+        measured: Result = in_own_process(measure, bundle, engine, prompts, options.only, options.threads)
+        result = {part: result[part] + measured[part] for part in result}
     BENCHMARK.report(options, result)
 
 

@@ -83,8 +83,8 @@ def main() -> None:
     options = BENCHMARK.options(parser, row_tokens=128, steps=1)
     find_converter()  # download it now, so that the download does not count as conversion
     with work_folder(options) as work:
-        found = {size: _measure(size, options, work / size) for size in options.only}
-    BENCHMARK.report(options, {"rank": RANK, "quantization": QUANTIZATION, "sizes": found})
+        figures = {size: _measure(size, options, work / size) for size in options.only}
+    BENCHMARK.report(options, {"rank": RANK, "quantization": QUANTIZATION, "sizes": figures})
 
 
 def _measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -92,14 +92,14 @@ def _measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     # In processes of their own, so that the memory of one is not that of the other.
     parameters = in_own_process(write_base, folder / "base", SIZES[size])
     write_rows(folder / "rows.jsonl", options.steps + 2, options.row_tokens)
-    found = {"parameters": parameters, **_run(folder, options)}
-    if options.limit and "failed" not in found:
-        limit_mb = options.limit * _training_mb(found["stages"])
+    figures = {"parameters": parameters, **_run(folder, options)}
+    if options.limit and "failed" not in figures:
+        limit_mb = options.limit * _training_mb(figures["stages"])
         for built in folder.glob("bundle*"):
             shutil.rmtree(built)
         with memory_limit(limit_mb) as limit:
-            found["limited"] = {"limit_mb": round(limit_mb), **_run(folder, options, limit.procs)}
-    return found
+            figures["limited"] = {"limit_mb": round(limit_mb), **_run(folder, options, limit.procs)}
+    return figures
 
 
 def _run(folder: Path, options: argparse.Namespace, procs: Path | None = None) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def build_one(folder: Path, row_tokens: int, steps: int) -> dict[str, Any]:
             build(recipe, folder / "bundle", progress=stages)
         except EdgetuneError as error:
             failed = {"failed": str(error)}
-    return {**failed, "stages": stages.found}
+    return {**failed, "stages": stages.figures}
 
 
 def write_base(folder: Path, shape: Shape) -> int:
@@ -183,7 +183,7 @@ class Stages(Progress):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, dict[str, float]] = {}
+        self.figures: dict[str, dict[str, float]] = {}
         self._stage, self._started, self._most = "", 0.0, 0.0
         self._ended = threading.Event()
 
@@ -217,7 +217,7 @@ class Stages(Progress):
         peak = max(self._most, status_mb(os.getpid(), "VmHWM"))
         if self._stage:
             seconds = time.monotonic() - self._started
-            self.found[self._stage] = {"peak_mb": round(peak), "seconds": round(seconds, 1)}
+            self.figures[self._stage] = {"peak_mb": round(peak), "seconds": round(seconds, 1)}
         with Path("/proc/self/clear_refs").open("w") as file:
             file.write("5")
         self._stage, self._started, self._most = stage, time.monotonic(), 0.0
@@ -234,22 +234,24 @@ def table(result: Result) -> str:
         f"(rows of {result['row_tokens']} tokens, {result['steps']} steps of one row, {result['machine']['cpu']})."
     )
     rows = []
-    for size, found in result["sizes"].items():
-        stages = found["stages"]
-        cells = {stage: _cell(figures, found["parameters"]) for stage, figures in stages.items()}
-        share = found.get("failed") or f"{_peak(stages) / _training_mb(stages):.2f}"
+    for size, measured in result["sizes"].items():
+        stages = measured["stages"]
+        cells = {stage: _cell(figures, measured["parameters"]) for stage, figures in stages.items()}
+        share = measured.get("failed") or f"{_peak(stages) / _training_mb(stages):.2f}"
         rows.append({"base": size, **cells, "share": share})
     columns = {"base": "{base}", **{stage: f"{{{stage}}}" for stage in STAGES}, "build / training": "{share}"}
-    limited = [f"\n{_said_of_limit(size, found)}\n" for size, found in result["sizes"].items() if "limited" in found]
+    limited = [
+        f"\n{_said_of_limit(size, measured)}\n" for size, measured in result["sizes"].items() if "limited" in measured
+    ]
     return f"{about}\n\n{markdown(rows, columns)}" + "".join(limited)
 
 
-def _said_of_limit(size: str, found: dict[str, Any]) -> str:
-    limited = found["limited"]
+def _said_of_limit(size: str, unlimited: dict[str, Any]) -> str:
+    limited = unlimited["limited"]
     within = f"{size} within {limited['limit_mb']:,} MB"
     if "failed" in limited:
         return f"{within}: {limited['failed']}"
-    seconds = [sum(stage["seconds"] for stage in of["stages"].values()) for of in (limited, found)]
+    seconds = [sum(stage["seconds"] for stage in of["stages"].values()) for of in (limited, unlimited)]
     return f"{within}: built in {seconds[0]:.0f} s, without a limit in {seconds[1]:.0f} s."
 
 
@@ -267,11 +269,11 @@ def _peak(stages: dict[str, dict[str, float]]) -> float:
 
 def plot(result: Result, out: Path) -> None:
     """Plot peak memory and time of each stage by the number of parameters."""
-    sizes = [found for found in result["sizes"].values() if "failed" not in found]
-    parameters = [found["parameters"] / 1e9 for found in sizes]
+    sizes = [size for size in result["sizes"].values() if "failed" not in size]
+    parameters = [size["parameters"] / 1e9 for size in sizes]
     with subplots(out, 1, 2, dpi=120, figsize=(11, 4.5)) as (memory, seconds):
         for stage in STAGES:
-            stages = [found["stages"][stage] for found in sizes]
+            stages = [size["stages"][stage] for size in sizes]
             memory.plot(parameters, [figures["peak_mb"] / 1e3 for figures in stages], marker="o", label=stage)
             seconds.plot(parameters, [figures["seconds"] for figures in stages], marker="o", label=stage)
         memory.set(xlabel="billion parameters", ylabel="peak memory in GB", ylim=(0, None))

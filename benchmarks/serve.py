@@ -92,13 +92,13 @@ def main() -> None:
     options = BENCHMARK.options(parser, requests=8, at_once=4, rows=2)
     asks = asks_of(options)
     tokenizer = GgufTokenizer(resolve(options.bundle, read_manifest(options.bundle).base.files["gguf"]))
-    found = {}
+    figures = {}
     for name in options.only:
         with SERVERS[name](options) as target:
             reference = references(options, asks) if name == "edgetune" else one_at_a_time(target, asks)
             sent = list(islice(cycle(asks), options.requests))
-            found[name] = measure(target, sent, options.at_once, reference, tokenizer.tokenize)
-    BENCHMARK.report(options, {"servers": found})
+            figures[name] = measure(target, sent, options.at_once, reference, tokenizer.tokenize)
+    BENCHMARK.report(options, {"servers": figures})
 
 
 def asks_of(options: argparse.Namespace) -> list[Ask]:
@@ -116,11 +116,11 @@ def asks_of(options: argparse.Namespace) -> list[Ask]:
 def references(options: argparse.Namespace, asks: Sequence[Ask]) -> dict[Ask, str]:
     """Answers of a runtime that keeps no states, one after another."""
     with Runtime.open(options.bundle, threads=options.threads, cache_mb=0, disk_mb=0, contexts=1) as runtime:
-        found = {}
+        texts = {}
         for ask in asks:
             runtime.clear_cache()
-            found[ask] = runtime.generate(ask.prompt, adapter=ask.adapter, max_tokens=MOST_TOKENS).text
-        return found
+            texts[ask] = runtime.generate(ask.prompt, adapter=ask.adapter, max_tokens=MOST_TOKENS).text
+        return texts
 
 
 def one_at_a_time(target: Target, asks: Sequence[Ask]) -> dict[Ask, str]:
@@ -269,8 +269,8 @@ def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, st
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 SERVERS = {"edgetune": edgetune, "llama-server": llama_server}
@@ -293,7 +293,7 @@ def table(result: Result) -> str:
         "answer p50 / p99": "{answer_ms[p50]:.0f} / {answer_ms[p99]:.0f}",
         "RSS, MB": "{rss_mb[after_100]:.0f} / {rss_mb[end]:.0f}",
     }
-    rows = [{"name": name, **found} for name, found in result["servers"].items()]
+    rows = [{"name": name, **figures} for name, figures in result["servers"].items()]
     return f"{about}\n\n{markdown(rows, columns)}"
 
 

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--limit-mb", type=float, default=280)
     options = BENCHMARK.options(parser)
-    found = {}
+    figures = {}
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         copies = Path(folder)
         bundle = shutil.copytree(options.bundle, copies / "bundle")
@@ -57,8 +57,8 @@ def main() -> None:
             copy_library(name, copies / "site")
         for engine in options.only:
             drop_from_cache(copies)
-            found[engine] = measure(bundle, copies / "site", engine, options.limit_mb)
-    BENCHMARK.report(options, {"context_length": CONTEXT, "engines": found})
+            figures[engine] = measure(bundle, copies / "site", engine, options.limit_mb)
+    BENCHMARK.report(options, {"context_length": CONTEXT, "engines": figures})
 
 
 def measure(bundle: Path, site: Path, engine: str, limit_mb: float) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def table(result: Result) -> str:
         f"fits {BOARD}, limit": "{predicted_fits_board}, {predicted_fits_limit}",
     }
     rows = [
-        {"engine": engine, "limit_mb": result["limit_mb"], "answered": len(found["answers"]), **found}
-        for engine, found in result["engines"].items()
+        {"engine": engine, "limit_mb": result["limit_mb"], "answered": len(figures["answers"]), **figures}
+        for engine, figures in result["engines"].items()
     ]
     return markdown(rows, columns)
 

@@ -54,10 +54,10 @@ def main() -> None:
     options = BENCHMARK.options(parser, requests=4, adapters=2, prompt_tokens=32)
     with work_folder(options) as work:
         prepare(options, work)
-        found = {name: _measured(name, Folder(work, options.adapters, options.threads)) for name in options.only}
-        for name in [name for name in found if name.startswith("edgetune") and "failed" not in found[name]]:
-            found[name]["rss_mb_of_one_adapter"] = _measured(name, Folder(work, 1, options.threads))["rss_mb"]
-    BENCHMARK.report(options, {"rank": RANK, "setups": found})
+        figures = {name: _measured(name, Folder(work, options.adapters, options.threads)) for name in options.only}
+        for name in [name for name in figures if name.startswith("edgetune") and "failed" not in figures[name]]:
+            figures[name]["rss_mb_of_one_adapter"] = _measured(name, Folder(work, 1, options.threads))["rss_mb"]
+    BENCHMARK.report(options, {"rank": RANK, "setups": figures})
 
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
@@ -128,33 +128,33 @@ def measure(name: str, folder: Folder) -> dict[str, Any]:
     # Use each adapter once, so that nothing is left to create on first use.
     for adapter in range(folder.adapters):
         setup.answer(next(request for request in orders[ORDERS[0]] if request.adapter == adapter))
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     answers: list[tuple[Request, list[int]]] = []
     for order, asked in orders.items():
-        found[order] = _figures(setup, asked, answers)
-    found["rss_mb"] = resident_mb()
+        figures[order] = _figures(setup, asked, answers)
+    figures["rss_mb"] = resident_mb()
     if isinstance(setup, Edgetune):
-        found.update(adapters=folder.adapters, states_mb=setup.states_mb(), adapters_mb=setup.adapters_mb())
+        figures.update(adapters=folder.adapters, states_mb=setup.states_mb(), adapters_mb=setup.adapters_mb())
     expected: dict[tuple[int, str], list[int]] = {}
     for request, _ in answers:
         key = (request.adapter, request.message)
         if key not in expected:
             setup.cold()
             expected[key] = setup.answer(request).tokens
-    found["wrong"] = sum(expected[request.adapter, request.message] != given for request, given in answers)
-    found["answers"] = len(answers)
-    return found
+    figures["wrong"] = sum(expected[request.adapter, request.message] != given for request, given in answers)
+    figures["answers"] = len(answers)
+    return figures
 
 
 def _figures(setup: Setup, asked: Sequence[Request], answers: list[tuple[Request, list[int]]]) -> dict[str, float]:
     switches, firsts, last = [], [], -1
     begin = time.perf_counter()
     for number, request in enumerate(asked):
-        found = setup.answer(request)
-        answers.append((request, found.tokens))
+        answer = setup.answer(request)
+        answers.append((request, answer.tokens))
         if request.adapter != last:
-            switches.append(found.switch_s * 1e6)
-            firsts.append(found.first_s * 1e3)
+            switches.append(answer.switch_s * 1e6)
+            firsts.append(answer.first_s * 1e3)
         last = request.adapter
         if number % 50 == 49:
             progress(f"  {number + 1} of {len(asked)}")
@@ -177,11 +177,11 @@ def read_requests(folder: Path) -> dict[str, list[Request]]:
 def table(result: Result) -> str:
     """The figures as a Markdown table."""
     rows = []
-    for name, found in result["setups"].items():
-        if "failed" in found:
-            rows.append({"name": name, "order": f"failed with {found['failed']}"})
+    for name, figures in result["setups"].items():
+        if "failed" in figures:
+            rows.append({"name": name, "order": f"failed with {figures['failed']}"})
         else:
-            rows += [{"name": name, "order": order, **found, **found[order]} for order in ORDERS]
+            rows += [{"name": name, "order": order, **figures, **figures[order]} for order in ORDERS]
     columns = {
         "setup": "{name}",
         "order": "{order}",
@@ -203,19 +203,19 @@ def table(result: Result) -> str:
 
 def summary(setups: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Compare edgetune's TTFT with the alternatives without wrong answers, and explain its memory."""
-    setups = {name: found for name, found in setups.items() if "failed" not in found}
-    others = [name for name, found in setups.items() if not name.startswith("edgetune") and not found["wrong"]]
+    setups = {name: figures for name, figures in setups.items() if "failed" not in figures}
+    others = [name for name, figures in setups.items() if not name.startswith("edgetune") and not figures["wrong"]]
     for name in [name for name in setups if name.startswith("edgetune")]:
-        found, firsts = setups[name], {other: setups[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
-        times = {other: first / found[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
+        figures, firsts = setups[name], {other: setups[other][ORDERS[0]]["first_token_ms_p50"] for other in others}
+        times = {other: first / figures[ORDERS[0]]["first_token_ms_p50"] for other, first in firsts.items()}
         ratios = ", ".join(f"{other} {times[other]:.1f}x" for other in sorted(times, key=times.__getitem__))
         yield f"- TTFT after a switch (round robin), relative to {name}: {ratios}."
-        one, parts = found["rss_mb_of_one_adapter"], found["adapters_mb"] + found["states_mb"]
-        more = parts * (1 - 1 / found["adapters"])
+        one, parts = figures["rss_mb_of_one_adapter"], figures["adapters_mb"] + figures["states_mb"]
+        more = parts * (1 - 1 / figures["adapters"])
         yield (
-            f"- {name}: RSS is {found['rss_mb']:.0f} MB with all adapters and {one:.0f} MB with one. The other "
+            f"- {name}: RSS is {figures['rss_mb']:.0f} MB with all adapters and {one:.0f} MB with one. The other "
             f"adapters and their states take {more:.0f} MB; measured against this sum, RSS is "
-            f"{found['rss_mb'] / (one + more) - 1:+.1%}."
+            f"{figures['rss_mb'] / (one + more) - 1:+.1%}."
         )
 
 
@@ -223,7 +223,7 @@ def plot(result: Result, out: Path) -> None:
     """Plot the TTFT after a switch in round-robin order, median and 99th percentile, on a logarithmic scale."""
     from matplotlib import ticker
 
-    setups = {name: found["round robin"] for name, found in result["setups"].items() if "failed" not in found}
+    setups = {name: figures["round robin"] for name, figures in result["setups"].items() if "failed" not in figures}
     names = sorted(setups, key=lambda name: -setups[name]["first_token_ms_p50"])
     with subplots(out, dpi=150, figsize=(8, 0.5 * len(names) + 1.5)) as axes:
         for name in names:
@@ -235,7 +235,7 @@ def plot(result: Result, out: Path) -> None:
             axes.plot([median], [name], color=color, marker="o", markersize=9)
             axes.text(late * 1.12, name, f"{median:.0f} ms", va="center", fontsize=9)
         axes.set_xscale("log")
-        firsts = [found[f"first_token_ms_{which}"] for found in setups.values() for which in ("p50", "p99")]
+        firsts = [figures[f"first_token_ms_{which}"] for figures in setups.values() for which in ("p50", "p99")]
         axes.set_xlim(min(firsts) / 2, max(firsts) * 2)
         axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
         axes.grid(axis="x", color="#e3e7eb")

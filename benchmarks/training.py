@@ -62,10 +62,10 @@ def main() -> None:
             own = {f"edgetune_{each}": ("edgetune", replace(trial, precision=each)) for each in options.precision}
             trials = {**own, **trials}
         runs = {name: partial(in_own_process, SETUPS[setup], given) for name, (setup, given) in trials.items()}
-        found = in_turns(runs, options.rounds)
+        results_by_name = in_turns(runs, options.rounds)
     tokens = sum(len(example.tokens) for example in examples)
-    skipped = {name: reasons[0] for name, reasons in found.items() if isinstance(reasons[0], str)}
-    measured = {name: results for name, results in found.items() if name not in skipped}
+    skipped = {name: reasons[0] for name, reasons in results_by_name.items() if isinstance(reasons[0], str)}
+    measured = {name: results for name, results in results_by_name.items() if name not in skipped}
     speeds = {name: spread([tokens / run.seconds for run in results]) for name, results in measured.items()}
     medians = {name: speed["median"] for name, speed in speeds.items()}
     figures = {

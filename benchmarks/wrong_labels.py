@@ -62,26 +62,26 @@ def measured(options: Any, work: Path) -> Result:  # noqa: ANN401 - argparse's n
     for name, own in files.items():
         write(work / f"{name}.jsonl", own)
     recipe = recipe_for(options, work / "wrong.jsonl")
-    (found,) = check(recipe, adapter=options.adapter, minutes=options.minutes, progress=progress)
-    assert found.estimate is not None
-    ranked = [line_of(row.where) for row in found.estimate.rows]
+    (report,) = check(recipe, adapter=options.adapter, minutes=options.minutes, progress=progress)
+    assert report.estimate is not None
+    ranked = [line_of(row.where) for row in report.estimate.rows]
     first = ranked[: round(FIRST * len(ranked))]
-    named = [line_of(finding.where[0]) for finding in found.of_kind(WRONG)]
+    named = [line_of(finding.where[0]) for finding in report.of_kind(WRONG)]
     result: Result = {
         "found": len(wrong.keys() & set(first)) / len(wrong),
         "named": len(named),
         "named_wrong": len(wrong.keys() & set(named)),
         "wrong_rows": len(wrong),
-        "judged": found.estimate.share,
-        "epochs": found.estimate.epochs,
-        "seconds": round(found.estimate.seconds),
-        "ranked": [[line_of(row.where), row.likelihood, row.relative] for row in found.estimate.rows],
+        "judged": report.estimate.share,
+        "epochs": report.estimate.epochs,
+        "seconds": round(report.estimate.seconds),
+        "ranked": [[line_of(row.where), row.likelihood, row.relative] for row in report.estimate.rows],
         "wrong_lines": sorted(wrong),
     }
     if options.test:
         data = recipe.adapters[options.adapter].data
-        write_clean(found, data, work / "clean.jsonl")
-        write_clean(found, data, work / "weighted.jsonl", weighted=True)
+        write_clean(report, data, work / "clean.jsonl")
+        write_clean(report, data, work / "weighted.jsonl", weighted=True)
         result["scores"] = {name: scored(options, work, name, progress) for name in SCORED}
     return result
 

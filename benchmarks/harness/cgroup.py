@@ -66,15 +66,15 @@ def cpu_quota(cores: float) -> Iterator[Cgroup]:
 def _cgroup(controller: str, version_1: Mapping[str, str], version_2: Mapping[str, str]) -> Iterator[Cgroup]:
     is_version_1 = (_PARENT / controller).is_dir()
     parent = _PARENT / controller if is_version_1 else _PARENT
-    found = Cgroup(parent / f"edgetune-{os.getpid()}-{time.monotonic_ns()}")
-    found.folder.mkdir()
+    cgroup = Cgroup(parent / f"edgetune-{os.getpid()}-{time.monotonic_ns()}")
+    cgroup.folder.mkdir()
     try:
         for name, value in (version_1 if is_version_1 else version_2).items():
             # A kernel that does not count swap has no file for it.
-            if "sw" not in name or (found.folder / name).exists():
-                (found.folder / name).write_text(value)
-        yield found
+            if "sw" not in name or (cgroup.folder / name).exists():
+                (cgroup.folder / name).write_text(value)
+        yield cgroup
     finally:
         # The kernel takes a moment to forget processes that have ended.
         time.sleep(0.2)
-        found.folder.rmdir()
+        cgroup.folder.rmdir()

@@ -9,12 +9,12 @@ from pathlib import Path
 
 def family(pid: int) -> list[int]:
     """The process and all its descendants."""
-    found = [pid]
-    for member in found:
+    pids = [pid]
+    for member in pids:
         with suppress(OSError):
             for thread in Path(f"/proc/{member}/task").iterdir():
-                found += map(int, (thread / "children").read_text().split())
-    return found
+                pids += map(int, (thread / "children").read_text().split())
+    return pids
 
 
 def status_mb(pid: int, key: str) -> float:

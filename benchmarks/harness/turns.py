@@ -17,14 +17,14 @@ def in_turns(runs: Mapping[str, Callable[[], T]], rounds: int, *, warmups: int =
     Each round runs all of them, so that slow phases of the machine affect all. `warmups` rounds come first and do not
     count.
     """
-    found: dict[str, list[T]] = {name: [] for name in runs}
+    results: dict[str, list[T]] = {name: [] for name in runs}
     for number in range(-warmups, rounds):
         for name, run in runs.items():
             progress(f"round {number + 1} of {rounds}: {name}")
             result = run()
             if number >= 0:
-                found[name].append(result)
-    return found
+                results[name].append(result)
+    return results
 
 
 def spread(values: Sequence[float], digits: int = 1) -> dict[str, float]:

@@ -48,17 +48,17 @@ def main() -> int:
     return 0
 
 
-def answer(runtime: Runtime, adapter: str, task: Task, known: dict[str, Reply], seconds: list[float]) -> Reply:
+def answer(runtime: Runtime, adapter: str, task: Task, replies: dict[str, Reply], seconds: list[float]) -> Reply:
     """The reply to a task, computed once per prompt and set of tools."""
     messages = [{"role": "system", "content": task["system"]}, {"role": "user", "content": task["text"]}]
     request = rewrite(messages, task["tools"])
     key = json.dumps([request.prompt, request.schema])
-    if key not in known:
+    if key not in replies:
         start = time.perf_counter()
         made = runtime.generate(request.prompt, adapter=adapter, schema=request.schema, max_tokens=MAX_TOKENS)
         seconds.append(time.perf_counter() - start)
-        known[key] = request.reply(made.text)
-    return known[key]
+        replies[key] = request.reply(made.text)
+    return replies[key]
 
 
 def is_accepted(calls: Iterable[Mapping[str, Any]], accepted: Iterable[Iterable[Mapping[str, Any]]]) -> bool:

@@ -179,10 +179,10 @@ def expand(call: Call, home: Home, tools: Mapping[str, Mapping[str, Any]]) -> Js
         arguments["domain"] = [domain]
     renamed = _KEYS.get(tool.name, {})
     arguments = {renamed.get(key, key): value for key, value in arguments.items()}
-    known = (tools.get(tool.name, {}).get("parameters") or {}).get("properties")
+    listed = (tools.get(tool.name, {}).get("parameters") or {}).get("properties")
     return {
         "name": tool.name,
-        "arguments": arguments if not known else {k: v for k, v in arguments.items() if k in known},
+        "arguments": arguments if not listed else {k: v for k, v in arguments.items() if k in listed},
     }
 
 

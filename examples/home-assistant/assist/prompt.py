@@ -160,10 +160,10 @@ def _before(turn: tuple[str, list[Message]]) -> tuple[str, str] | None:
     if calls := [call for call in _calls_of(after) if call]:
         return sentence, json.dumps(calls, ensure_ascii=False)
     texts = [str(message.get("content") or "") for message in after if message["role"] == "assistant"]
-    found = _ASKED.match(texts[-1]) if texts else None
-    if found is None:
+    match = _ASKED.match(texts[-1]) if texts else None
+    if match is None:
         return None
-    domain = {"list": "todo", "thermostat": "climate"}.get(found[1], found[1].replace(" ", "_"))
+    domain = {"list": "todo", "thermostat": "climate"}.get(match[1], match[1].replace(" ", "_"))
     return sentence, json.dumps({"ask": domain})
 
 
@@ -177,12 +177,12 @@ def _results_of(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
     return [_result(_object(message.get("content"))) for message in messages if message["role"] == "tool"]
 
 
-def _result(found: Mapping[str, Any]) -> Mapping[str, Any]:
+def _result(returned: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a tool returned; newer versions of Home Assistant put it into `data`, beside whether it is an error."""
-    if found.keys() != {"data", "error"}:
-        return found
-    failed = {"error": "failed"} if found["error"] else {}
-    return failed | _object(found["data"])
+    if returned.keys() != {"data", "error"}:
+        return returned
+    failed = {"error": "failed"} if returned["error"] else {}
+    return failed | _object(returned["data"])
 
 
 def _object(value: object) -> dict[str, Any]:

@@ -42,8 +42,8 @@ def _outcome(sentence: str, result: Mapping[str, Any]) -> str:
     """What a result says: an error, what was asked for, or the names of what was changed."""
     if "error" in result or result.get("success") is False:
         return f"error: {result.get('error_text') or result.get('error', 'failed')}"
-    if (found := result.get("result")) is not None:
-        return _found(sentence, found)
+    if (requested := result.get("result")) is not None:
+        return _result_text(sentence, requested)
     data = result.get("data")
     if not isinstance(data, dict):
         return "done"
@@ -52,15 +52,15 @@ def _outcome(sentence: str, result: Mapping[str, Any]) -> str:
     return f"done: {_names(data.get('success'))}".rstrip(": ")
 
 
-def _found(sentence: str, found: object) -> str:
+def _result_text(sentence: str, requested: object) -> str:
     """What was asked for: states that the sentence is about, the time, or the items of a list."""
-    if isinstance(found, dict):
-        return ", ".join(f"{key} {value}" for key, value in found.items() if key != "timezone")
-    if isinstance(found, list):
-        texts = [str(item.get("summary", item)) if isinstance(item, dict) else str(item) for item in found]
+    if isinstance(requested, dict):
+        return ", ".join(f"{key} {value}" for key, value in requested.items() if key != "timezone")
+    if isinstance(requested, list):
+        texts = [str(item.get("summary", item)) if isinstance(item, dict) else str(item) for item in requested]
         return ", ".join(texts) or "nothing"
-    devices = pick(Home(read_devices(str(found))), f"{sentence}?", MAX_STATES)
-    return "; ".join(state_line(device) for device in devices) or str(found).strip()[:200]
+    devices = pick(Home(read_devices(str(requested))), f"{sentence}?", MAX_STATES)
+    return "; ".join(state_line(device) for device in devices) or str(requested).strip()[:200]
 
 
 def _names(targets: object) -> str:

@@ -149,12 +149,12 @@ def _states(home: Home, rng: random.Random, *, training: bool) -> Row | None:
         devices = [device for device in devices if device.domain in {"climate", "sensor", "weather"}]
     if not devices or len(devices) > 4:
         return None
-    known = [_with_state(device, rng) for device in devices]
+    with_states = [_with_state(device, rng) for device in devices]
     result = {
         "success": True,
-        "result": "Live Context: An overview of the areas and the devices in this smart home:\n" + listing(known),
+        "result": "Live Context: An overview of the areas and the devices in this smart home:\n" + listing(with_states),
     }
-    text = " ".join(_state_text(device) for device in known)
+    text = " ".join(_state_text(device) for device in with_states)
     return _row(made, call, result, text, rng)
 
 

@@ -72,10 +72,10 @@ def _row(home: Home, rng: random.Random, *, training: bool, excluded: Collection
     sentence = say(made.sentence, rng)
     answer = made.answer
     if made.copied is not None:
-        found = re.search(re.escape(made.copied), sentence, re.IGNORECASE)
-        if found is None:
-            sentence, found = made.sentence, re.search(re.escape(made.copied), made.sentence)
-        answer = _copied(answer, made.copied, found[0] if found else made.copied)
+        match = re.search(re.escape(made.copied), sentence, re.IGNORECASE)
+        if match is None:
+            sentence, match = made.sentence, re.search(re.escape(made.copied), made.sentence)
+        answer = _copied(answer, made.copied, match[0] if match else made.copied)
     if normal(sentence) in excluded:
         return None
     before = (made.before[0], _json(made.before[1])) if made.before else None

@@ -53,14 +53,14 @@ def _polite(sentence: str, rng: random.Random) -> str:
 def _heard(sentence: str, rng: random.Random) -> str:
     text = sentence.lower().replace("%", " percent").replace("°", " degrees")
     if rng.random() < 0.8:
-        text = re.sub(r"\d+\.5\b", lambda found: f"{in_words(int(found[0][:-2]))} point five", text)
-        text = re.sub(r"\b\d+\b", lambda found: in_words(int(found[0])), text)
+        text = re.sub(r"\d+\.5\b", lambda match: f"{in_words(int(match[0][:-2]))} point five", text)
+        text = re.sub(r"\b\d+\b", lambda match: in_words(int(match[0])), text)
     text = re.sub(r"[,.!?:]", "", text)
     return text.replace("'s", "s") if rng.random() < 0.2 else text
 
 
 def _with_typo(sentence: str, rng: random.Random) -> str:
-    places = [found.span() for found in re.finditer(r"\b[A-Za-z]{5,}\b", sentence)]
+    places = [match.span() for match in re.finditer(r"\b[A-Za-z]{5,}\b", sentence)]
     if not places:
         return sentence
     start, end = rng.choice(places)

@@ -133,9 +133,9 @@ def missing(home: Home, domain: str, rng: random.Random) -> Target | None:
 
 def noun(devices: Sequence[Device], domain: str, rng: random.Random) -> tuple[str, str]:
     """What to call these devices, singular and plural: the usual word, or one from the name of one of them."""
-    known = words()["nouns"].get(domain, [[domain, f"{domain}s"]])
-    named = [pair for pair in known if any(share_said(pair[0], spoken(device.name)) == 1 for device in devices)]
-    one, many = rng.choice(named) if named and (domain in {"cover", "valve"} or rng.random() < 0.5) else known[0]
+    nouns = words()["nouns"].get(domain, [[domain, f"{domain}s"]])
+    named = [pair for pair in nouns if any(share_said(pair[0], spoken(device.name)) == 1 for device in devices)]
+    one, many = rng.choice(named) if named and (domain in {"cover", "valve"} or rng.random() < 0.5) else nouns[0]
     return one, many
 
 

@@ -36,7 +36,7 @@ def is_held_out(template: str) -> bool:
 def choose(templates: Sequence[str], rng: random.Random, *, training: bool) -> str:
     """One of the templates; in training none that is held out, otherwise one that is in half of the cases."""
     held_out = [template for template in templates if is_held_out(template)]
-    known = [template for template in templates if template not in held_out]
+    in_training = [template for template in templates if template not in held_out]
     if training or not held_out:
-        return rng.choice(known or templates)
-    return rng.choice(held_out if rng.random() < 0.5 or not known else known)
+        return rng.choice(in_training or templates)
+    return rng.choice(held_out if rng.random() < 0.5 or not in_training else in_training)
