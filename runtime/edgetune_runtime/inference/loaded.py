@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -12,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgetune_runtime import engines
 from edgetune_runtime.bundle import (
     AUTO,
     GENERATE,
@@ -23,35 +21,31 @@ from edgetune_runtime.bundle import (
     without_adapter,
 )
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
-from edgetune_runtime.engines.base import Tokenizer, prefix_among
-from edgetune_runtime.engines.needs import adapter_size
+from edgetune_runtime.engines.base import prefix_among
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.events import Event
 from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.routing.router import Route, Router
-from edgetune_runtime.serving.adapters import AdapterLoader, LoadedAdapters
+from edgetune_runtime.serving.adapters import LoadedAdapters
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
-from edgetune_runtime.serving.merged import MakeRoom, MergedModels, MergedPool
+from edgetune_runtime.serving.merged import MergedModels, MergedPool
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import join_spans
 from edgetune_runtime.states.cache import CALLS, common_prefix
 from edgetune_runtime.states.store import default_folder
-from edgetune_runtime.text.chat import Message, Prompt, messages_for
+from edgetune_runtime.text.chat import Prompt, messages_for
 from edgetune_runtime.wording import CLOSED
 
 from .adapter_files import AdapterFiles
+from .adapter_loading import BundleAdapterLoader
 from .call import Call, CarriedState
 from .confidence import Curves
-from .opening import open_merged
 from .opening_options import ALL, DISK, OFF, OpeningOptions
 from .options import AnswerForm
-from .preparing import Constraints, FixedParts, chat_tokens, raw_tokens
+from .preparing import Constraints, FixedParts, TokenizedPrompt, raw_tokens
 from .replaced_adapters import ReplacedAdapters
-
-_LOG = logging.getLogger(__name__)
 
 Adapters = str | Mapping[str, float] | None
 """An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
@@ -67,16 +61,15 @@ class LoadedBundle:
         self.folder = folder
         self.manifest = manifest
         self.options = options
-        self.adapters = LoadedAdapters(
-            AdapterLoader(self._load, self._unload, self._bytes_of), lambda: self.manifest.adapters, options.adapters_mb
-        )
+        self.files = AdapterFiles(folder, lambda: self.manifest, options)
         self.changing = threading.Lock()
         """Held by whoever changes which adapters there are."""
         self._running = running
         self._process = os.getpid()
-        self._merged = MergedModels(self._open_merged, options.merged_mb)
+        loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, self.contexts)
+        self.adapters = LoadedAdapters(loader, lambda: self.manifest.adapters, options.adapters_mb)
+        self._merged = MergedModels(loader.open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}
-        self.files = AdapterFiles(folder, lambda: self.manifest, options)
         self._constraints = Constraints()
         self.router = Router(folder, manifest, verify=options.verify)
         self.replaced = ReplacedAdapters()
@@ -147,58 +140,50 @@ class LoadedBundle:
         # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
         entries = self._entries(self.scales(adapter))
         pool, active = self.pool(adapter)
-        capacity = self.capacity(active)
         first = next(iter(entries.values()), None)
-        own = None if first is None else first.system
-        system = carried.system if carried is not None else own
+        own_system = None if first is None else first.system
+        system = carried.system if carried is not None else own_system
         form = AnswerForm() if form is None else form
         output = self.files.output_of(first) if form.uses_adapter_output and first is not None else form.output
+        call = Call(pool, PromptJob((), ()), system, 0.0, self.adapters, entries, output=output, route=route)
+        capacity = self.capacity(active)
         try:
             with pool.tokenizer() as tokenizer:
                 if raw:
-                    tokens, fixed, comes_with_call = (
-                        raw_tokens(tokenizer, prompt, form, capacity),
-                        0,
-                        False,
-                    )
+                    prepared = TokenizedPrompt(raw_tokens(tokenizer, prompt, form, capacity))
                 else:
-                    messages = messages_for(prompt, system)
-                    tokens = chat_tokens(tokenizer, messages, form, check, capacity)
-                    system_text = _system_in(messages)
-                    comes_with_call = system_text != own or form.tools is not None or form.think is not None
-                    # Other adapters computed the beginning of a session that was carried over.
-                    is_shared = carried is None or system_text == own
-                    fixed = 0
-                    if is_shared:
-                        fixed = self._fixed.count(tokenizer, id(pool), system_text, form, tokens=tokens, check=check)
+                    prepared = self._fixed.tokenized(
+                        tokenizer,
+                        id(pool),
+                        messages_for(prompt, system),
+                        form,
+                        own_system=own_system,
+                        is_carried=carried is not None,
+                        max_tokens=capacity,
+                        check=check,
+                    )
                 # Merged models have the base's vocabulary.
                 reader, constraint = self._constraints.of(tokenizer, output, form.tools, check)
         except Stopped as stopped:
-            job, prepared_s = PromptJob((), ()), time.perf_counter() - begin
-            return Call(
-                pool,
-                job,
-                system,
-                prepared_s,
-                self.adapters,
-                entries,
-                output=output,
-                stopped=stopped.reason,
-                route=route,
-            )
+            return replace(call, stopped=stopped.reason, prepared_s=time.perf_counter() - begin)
+        tokens = prepared.tokens
         spans, kept = pool.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
             entries = self._entries({name for _, others in carried.spans for name in others}) | entries
-        past = None
-        if self._past is not None:
-            past = self._past.of((None if first is None else first.name, spans), tokens)
-        drafts = None if first is None or first.draft is None else partial(self.files.draft_of, first)
-        job, prepared_s = PromptJob(tokens, spans, fixed, owner, comes_with_call), time.perf_counter() - begin
-        call = Call(pool, job, system, prepared_s, self.adapters, entries, kept, drafts, output, constraint, reader)
-        curves = self.curves(adapter) if form.uses_confidence and not raw else {}
-        return replace(call, past=past, route=route, curves=curves)
+        return replace(
+            call,
+            job=PromptJob(tokens, spans, prepared.fixed, owner, prepared.comes_with_call),
+            entries=entries,
+            carried=kept,
+            drafts=None if first is None or first.draft is None else partial(self.files.draft_of, first),
+            constraint=constraint,
+            reader=reader,
+            past=None if self._past is None else self._past.of((None if first is None else first.name, spans), tokens),
+            curves=self.curves(adapter) if form.uses_confidence and not raw else {},
+            prepared_s=time.perf_counter() - begin,
+        )
 
     @contextmanager
     def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
@@ -382,70 +367,14 @@ class LoadedBundle:
         if self._is_closed:
             raise UsageError(*CLOSED)
 
-    def _is_merged(self, entry: AdapterEntry) -> bool:
-        return entry.is_merged(self.options.engine)
-
     def _is_prefix(self, name: str) -> bool:
         return self.manifest.adapter(name).shapes.get(self.options.engine) == "prefix"
 
     def _entries(self, names: Iterable[str]) -> dict[str, AdapterEntry]:
         return {name: self.manifest.adapter(name) for name in names}
 
-    def _load(self, entry: AdapterEntry) -> None:
-        """Check an adapter and load it; a merged one has a model of its own, and torch's are in the model."""
-        if self._is_merged(entry) or not entry.files:
-            return
-        begin = time.perf_counter()
-        with self.files.reading(entry, self.files.weights_of(entry)) as path:
-            self._running.load(entry, path, self.manifest.base.fingerprint)
-        elapsed_s = time.perf_counter() - begin
-        _LOG.debug("loaded adapter %r in %.1f ms", entry.name, elapsed_s * 1e3)
-        self.options.emit(Event("loaded", entry.name, seconds=elapsed_s, bytes=self._bytes_of(entry)))
-
-    def _unload(self, name: str) -> None:
-        self._running.unload(name)
-        self.files.drop(name)
-        _LOG.debug("dropped adapter %r from memory", name)
-
-    def _bytes_of(self, entry: AdapterEntry) -> int:
-        """The memory that an adapter takes with what is read beside it; none where its model is one of its own."""
-        engine = self.options.engine
-        if self._is_merged(entry) or engine not in entry.files:
-            return 0
-        files = self.manifest.files
-        shared = sum(files[file].bytes for file in entry.shared_files)
-        if engine not in engines.names_with_needs():
-            return files[entry.files[engine]].bytes + shared
-        size = adapter_size(self.manifest, entry, engine)
-        return size.file_bytes + shared + self.contexts * size.modules * engines.load_needs(engine).COST.module_bytes
-
-    def _open_merged(self, name: str, make_room: MakeRoom) -> Pool:
-        entry = self.manifest.adapter(name)
-        begin = time.perf_counter()
-        assert isinstance(self._running, Pool)
-        base, folder = self._running.first.shared, self.files.folder_of(name)
-        file = self.files.weights_of(entry)
-        pool = open_merged(folder, self.manifest, file, self.options, base=base, make_room=make_room)
-        with self._running.tokenizer() as tokenizer:
-            if _described(pool.first.engine.tokenizer) != _described(tokenizer):
-                pool.close()
-                message = f"merged adapter {name!r} has another vocabulary or chat template than the base"
-                raise IncompatibleError(message, "build the bundle again")
-        elapsed_s = time.perf_counter() - begin
-        _LOG.info("loaded merged adapter %r in %.2f s", name, elapsed_s)
-        self.options.emit(Event("loaded", name, seconds=elapsed_s))
-        return pool
-
     @contextmanager
     def _pools(self) -> Iterator[list[Pool]]:
         """The pools of all models that are open."""
         with self._merged.use_opened() as models:
             yield [*([self._running] if isinstance(self._running, Pool) else []), *models.values()]
-
-
-def _described(tokenizer: Tokenizer) -> tuple[object, ...]:
-    return tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.chat_template
-
-
-def _system_in(messages: Sequence[Message]) -> str | None:
-    return messages[0]["content"] if messages[0]["role"] == "system" else None

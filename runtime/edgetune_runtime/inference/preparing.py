@@ -7,6 +7,7 @@ import json
 import threading
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from edgetune_runtime.decoding.child_compiler import TOO_EXPENSIVE
 from edgetune_runtime.decoding.constraint import Constraint
@@ -33,6 +34,15 @@ Check = Callable[[], None]
 """Ends the work by raising; called before each part of it."""
 
 
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """The tokens of a prompt, how many of them are its fixed part, and whether that part may not come again."""
+
+    tokens: list[int]
+    fixed: int = 0
+    comes_with_call: bool = False
+
+
 class FixedParts:
     """The first tokens that all prompts with one system prompt and tools have in common. Thread-safe."""
 
@@ -40,7 +50,31 @@ class FixedParts:
         self._lock = threading.Lock()
         self._tokens: dict[tuple[int, bytes], array[int]] = {}
 
-    def count(
+    def tokenized(
+        self,
+        tokenizer: Tokenizer,
+        model: int,
+        messages: Sequence[Message],
+        form: AnswerForm,
+        *,
+        own_system: str | None,
+        is_carried: bool,
+        max_tokens: int,
+        check: Check,
+    ) -> TokenizedPrompt:
+        """The prompt of messages made by `messages_for`, for this model and an adapter with this system prompt.
+
+        PromptTooLongError for more than `max_tokens`.
+        """
+        tokens = chat_tokens(tokenizer, messages, form, check, max_tokens)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
+        # Other adapters computed the beginning of a session that was carried over.
+        is_shared = not is_carried or system == own_system
+        fixed = self._count(tokenizer, model, system, form, tokens=tokens, check=check) if is_shared else 0
+        comes_with_call = system != own_system or form.tools is not None or form.think is not None
+        return TokenizedPrompt(tokens, fixed, comes_with_call)
+
+    def _count(
         self,
         tokenizer: Tokenizer,
         model: int,

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
@@ -34,13 +35,17 @@ class _Loaded:
     users: list[Holder] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class AdapterLoader:
+class AdapterLoader(Protocol):
     """How an adapter's files get into an engine and out of it, and the bytes that they take in memory."""
 
-    load: Callable[[AdapterEntry], None]
-    unload: Callable[[str], None]
-    bytes_of: Callable[[AdapterEntry], int]
+    def load(self, entry: AdapterEntry, /) -> None:
+        """Load an adapter."""
+
+    def unload(self, name: str, /) -> None:
+        """Drop one from memory."""
+
+    def bytes_of(self, entry: AdapterEntry, /) -> int:
+        """The bytes that one takes while it is loaded."""
 
 
 class LoadedAdapters:

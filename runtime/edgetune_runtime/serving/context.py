@@ -108,7 +108,8 @@ class Context:
         """
         self._check, self.usage = job.check, AnswerUsage()
         key = key_of(self.shared.base, job.spans)
-        boundaries, keeps, seen = self._boundaries(key, job), self._keeps(job), self._seen(key, job)
+        boundaries, keeps = self._boundaries(key, job), self.shared.keeps_fixed(job)
+        seen = self.shared.count_sighting(key, job)
         with self._resetting():
             reused, switch_ns = self._begin(key, job, boundaries)
             if keeps and seen == _AGAIN and reused >= job.fixed:
@@ -127,7 +128,8 @@ class Context:
                 if begin == _last(self._ends) and end in boundaries:
                     self._ends.append(end)
                 if keeps and end == job.fixed:
-                    self._keep_prompt(key, job, FROM_CALL if seen == 1 else PROMPTS)
+                    state = SavedState(key.until(end), tuple(self.tokens), self.engine.save_state(), tuple(self._ends))
+                    self.shared.keep_fixed(state, FROM_CALL if seen == 1 else PROMPTS, job)
         assert logits is not None
         return PrefillResult(logits, reused, switch_ns / 1e3)
 
@@ -235,7 +237,7 @@ class Context:
         if job.owner != self.owner:
             live = min(live, self._fixed)
         is_own = job.owner == self.owner != CALLS
-        if (self.shared.exact and not is_own) or (live < job.fixed and self._keeps(job)):
+        if (self.shared.exact and not is_own) or (live < job.fixed and self.shared.keeps_fixed(job)):
             # Others will reuse the state of a fixed prompt, so it must be exact.
             live = common_boundary(self._ends, boundaries, live)
         return live
@@ -290,7 +292,7 @@ class Context:
         if best is not None and cached > live:
             live = cached if self._restored(best.state, best.ends) else 0
         keep = self.engine.truncate(min(live, len(job.tokens) - 1))
-        if keep < job.fixed and self._keeps(job):
+        if keep < job.fixed and self.shared.keeps_fixed(job):
             keep = self._restore_prompt(key, job, boundaries, keep)
         self.tokens, self._ends = list(job.tokens[:keep]), [end for end in self._ends if end <= keep]
         return keep, switch_ns
@@ -300,11 +302,6 @@ class Context:
         cuts = [start for start, _ in key.spans]
         rows = CHUNK if self.shared.exact else self.shared.governor.chunk(CHUNK)
         return boundaries_of(len(job.tokens), [*cuts, job.fixed] if job.is_worth_a_state else cuts, rows)
-
-    def _keeps(self, job: PromptJob) -> bool:
-        """Whether the state of the prompt's fixed part will be saved, in memory or on disk."""
-        fits = self.shared.prompts is not None or self.shared.cache.admits(job.fixed * self.shared.kv_bytes_per_token)
-        return fits and job.is_worth_a_state
 
     def _restore_prompt(self, key: Key, job: PromptJob, boundaries: Sequence[int], live: int) -> int:
         """Restore the state of the fixed part from memory, or from disk into memory.
@@ -340,18 +337,12 @@ class Context:
         self._ends = list(ends)
         return True
 
-    def _seen(self, key: Key, job: PromptJob) -> int:
-        """How often a fixed part that came with calls was seen; 0 for the adapter's own, which is always kept."""
-        if not job.comes_with_call or not job.is_worth_a_state:
-            return 0
-        return self.shared.sightings.count(key.until(job.fixed), job.tokens[: job.fixed])
-
     def _keep_reused(self, key: Key, job: PromptJob, reused: int) -> int:
         """Keep the state of a fixed part that was reused, also on disk; the number of tokens that are still reused."""
         key, tokens = key.until(job.fixed), tuple(job.tokens[: job.fixed])
         ends = tuple(end for end in self._ends if end <= job.fixed)
         if (state := self.shared.cache.prompt(key, tokens)) is not None:
-            self._keep(SavedState(key, tokens, state, ends), PROMPTS, job)
+            self.shared.keep_fixed(SavedState(key, tokens, state, ends), PROMPTS, job)
             return reused
         if job.fixed not in ends:
             return reused
@@ -359,18 +350,8 @@ class Context:
         kept = self.engine.truncate(job.fixed)
         self.tokens, self._ends = self.tokens[:kept], [end for end in ends if end <= kept]
         if kept == job.fixed:
-            self._keep(SavedState(key, tokens, self.engine.save_state(), ends), PROMPTS, job)
+            self.shared.keep_fixed(SavedState(key, tokens, self.engine.save_state(), ends), PROMPTS, job)
         return kept
-
-    def _keep_prompt(self, key: Key, job: PromptJob, owner: str) -> None:
-        state = self.engine.save_state()
-        self._keep(SavedState(key.until(job.fixed), tuple(self.tokens), state, tuple(self._ends)), owner, job)
-
-    def _keep(self, saved: SavedState, owner: str, job: PromptJob) -> None:
-        """Keep the state of a fixed part in memory, and on disk unless it may not come again."""
-        self.shared.cache.put(saved, owner)
-        if self.shared.prompts is not None and owner == PROMPTS:
-            self.shared.prompts.save(saved.key, saved.tokens, saved.state, is_warmed=job.is_warmed)
 
     def _activate(self, adapters: Mapping[str, float]) -> int:
         """Switch to these adapters; returns the time in ns."""

@@ -10,7 +10,7 @@ from edgetune_runtime.events import Emit, ignore
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.states.activation import Spans
-from edgetune_runtime.states.cache import CALLS, StateCache
+from edgetune_runtime.states.cache import CALLS, PROMPTS, Key, SavedState, StateCache
 from edgetune_runtime.states.prompts import SHORTEST, PromptStates
 from edgetune_runtime.states.sightings import Sightings
 from edgetune_runtime.threads.priority import ComputeThreads
@@ -74,6 +74,23 @@ class SharedResources:
     exact: bool = True
     threads: ComputeThreads | None = None
     emit: Emit = ignore
+
+    def keeps_fixed(self, job: PromptJob) -> bool:
+        """Whether the state of the prompt's fixed part will be saved, in memory or on disk."""
+        fits = self.prompts is not None or self.cache.admits(job.fixed * self.kv_bytes_per_token)
+        return fits and job.is_worth_a_state
+
+    def count_sighting(self, key: Key, job: PromptJob) -> int:
+        """How often a fixed part that comes with calls was seen; 0 for the adapter's own, which is always kept."""
+        if not job.comes_with_call or not job.is_worth_a_state:
+            return 0
+        return self.sightings.count(key.until(job.fixed), job.tokens[: job.fixed])
+
+    def keep_fixed(self, saved: SavedState, owner: str, job: PromptJob) -> None:
+        """Keep the state of a fixed part in memory, and on disk unless it may not come again."""
+        self.cache.put(saved, owner)
+        if self.prompts is not None and owner == PROMPTS:
+            self.prompts.save(saved.key, saved.tokens, saved.state, is_warmed=job.is_warmed)
 
     def know_adapter(self, name: str, digest: str, invocation: Sequence[int]) -> None:
         """Have states of a new adapter, whose file has this digest."""
