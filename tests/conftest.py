@@ -164,17 +164,36 @@ def tiny_folder(kept_graphs: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def tiny_gguf(
+def converted_gguf(
     tiny_folder: Callable[[str], Path],
     convert: Callable[[Path, Path], None],
     once: Callable[[str, Callable[[Path], object]], Path],
 ) -> Callable[[str], Path]:
-    """`tiny_gguf(arch)`: the f16 GGUF of the same base."""
+    """`converted_gguf(arch)`: the f16 GGUF of the same base, as llama.cpp's converter writes it."""
 
     @cache
     def make(arch: str) -> Path:
         folder = tiny_folder(arch)
         return Path(shutil.copy(once(f"{arch}.gguf", partial(convert, folder)), folder.with_suffix(".gguf")))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(
+    converted_gguf: Callable[[str], Path], once: Callable[[str, Callable[[Path], object]], Path]
+) -> Callable[[str], Path]:
+    """`tiny_gguf(arch)`: the same, with the first tokens of the vocabulary only if it is large (see tiny.py)."""
+    from runtime.gguf_files import with_first_tokens  # noqa: PLC0415 - as above
+    from tiny import FIRST_TOKENS, WITH_SMOLLM2_TOKENS  # noqa: PLC0415
+
+    @cache
+    def make(arch: str) -> Path:
+        converted = converted_gguf(arch)
+        if arch not in WITH_SMOLLM2_TOKENS:
+            return converted
+        kept = once(f"{arch}-cut.gguf", lambda out: with_first_tokens(converted, out, FIRST_TOKENS))
+        return Path(shutil.copy(kept, converted.with_stem(f"{arch}-cut")))
 
     return make
 

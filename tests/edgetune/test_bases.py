@@ -229,9 +229,12 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_weights_in_torch_are_those_of_the_folder(
-    arch: str, tiny_folder: Callable[[str], Path], tiny_base: Callable[[str], Base]
+    arch: str,
+    tiny_folder: Callable[[str], Path],
+    converted_gguf: Callable[[str], Path],
+    resolve: Callable[..., Base],
 ) -> None:
-    base, folder = tiny_base(arch), tiny_folder(arch)
+    base, folder = resolve(str(converted_gguf(arch))), tiny_folder(arch)
     config = AutoConfig.from_pretrained(folder)
     for name, value in architectures.of(base.header).config_entries(base.header).items():
         setattr(config, name, value)

@@ -58,6 +58,7 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
     """Put a random LoRA with these options on the model and save it in `folder`."""
     import torch  # noqa: PLC0415 - seconds, which only some tests need
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from tiny import FIRST_TOKENS  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
     config = AutoConfig.from_pretrained(model)
@@ -65,6 +66,8 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
         # GGUF does not carry this number; llama.cpp takes the head's size, which all but the largest Gemma 3 have.
         config.query_pre_attn_scalar = config.head_dim
     base = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+    if config.vocab_size > FIRST_TOKENS:
+        base.resize_token_embeddings(FIRST_TOKENS)
     with torch.no_grad():
         for parameter in base.parameters():
             if parameter.dim() > 1:
@@ -76,7 +79,8 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
         for name, parameter in peft.named_parameters():
             if ".lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    peft.save_pretrained(folder)
+    # Fewer embeddings than the folder has are no change to save.
+    peft.save_pretrained(folder, save_embedding_layers=False)
 
     def adapted(tokens: Sequence[int]) -> np.ndarray:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 Fields = dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
 """Values by key, with the type of the value and of an array's items."""
@@ -47,6 +47,30 @@ def rewritten(
     writer.write_tensors_to_file()
     writer.close()
     return out
+
+
+def with_first_tokens(base: Path, out: Path, count: int) -> Path:
+    """A copy of an f16 base with byte-level BPE that has only the first tokens, and the merges that make them."""
+    header = read_header(base)
+    whole = len(header.metadata["tokenizer.ggml.tokens"])
+    rows = {
+        tensor.name: np.fromfile(base, np.float16, count * tensor.shape[0], offset=tensor.offset).reshape(count, -1)
+        for tensor in header.tensors.values()
+        if tensor.shape[1:] == (whole,)
+    }
+
+    def cut(fields: Fields) -> None:
+        for key, (value, kind, items) in fields.items():
+            if isinstance(value, list) and len(value) == whole:
+                fields[key] = value[:count], kind, items
+            elif key.endswith(".vocab_size"):
+                fields[key] = count, kind, items
+        known = set(fields["tokenizer.ggml.tokens"][0])
+        merges, kind, items = fields["tokenizer.ggml.merges"]
+        possible = [merge for merge in merges if known.issuperset([*merge.split(" "), merge.replace(" ", "")])]
+        fields["tokenizer.ggml.merges"] = possible, kind, items
+
+    return rewritten(base, out, cut, rows)
 
 
 def setting(key: str, value: object, kind: gguf.GGUFValueType) -> Callable[[Fields], object]:

@@ -50,9 +50,9 @@ def needs_of(recipe: Recipe) -> BuildNeeds:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_header_of_a_folder_is_that_of_the_file_it_is_converted_to(
-    arch: str, tiny_folder: Callable[[str], Path], tiny_gguf: Callable[[str], Path]
+    arch: str, tiny_folder: Callable[[str], Path], converted_gguf: Callable[[str], Path]
 ) -> None:
-    predicted, converted = predict_header(tiny_folder(arch)), read_header(tiny_gguf(arch))
+    predicted, converted = predict_header(tiny_folder(arch)), read_header(converted_gguf(arch))
     sizes = {name: tensor.shape for name, tensor in converted.tensors.items() if name != "rope_freqs.weight"}
     assert {name: tensor.shape for name, tensor in predicted.tensors.items()} == sizes
     for key, value in predicted.metadata.items():

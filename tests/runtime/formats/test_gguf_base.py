@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from edgetune_export import architectures
 from edgetune_runtime import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_base import ARCHITECTURES, check_base
 from edgetune_runtime.formats.gguf_file import read_header
-from runtime.gguf_files import ARRAY, BOOL, FLOAT32, STRING, UINT32, Fields, rewritten, setting
+from runtime.gguf_files import ARRAY, BOOL, FLOAT32, STRING, UINT32, Fields, rewritten, setting, with_first_tokens
 
 from edgetune.bases import locate
 
@@ -96,8 +95,8 @@ def llama(tiny_gguf: Callable[[str], Path]) -> Path:
 
 
 @pytest.mark.parametrize("arch", sorted(architectures.known()))
-def test_converted_bases_pass(arch: str, tiny_gguf: Callable[[str], Path]) -> None:
-    check_base(read_header(tiny_gguf(arch)), tiny_gguf(arch))
+def test_converted_bases_pass(arch: str, converted_gguf: Callable[[str], Path]) -> None:
+    check_base(read_header(converted_gguf(arch)), converted_gguf(arch))
 
 
 def test_a_base_of_another_converter_passes(tmp_path: Path) -> None:
@@ -145,17 +144,7 @@ def test_layers_of_a_gemma4_that_cannot_share_keys_are_refused(
 @pytest.fixture(scope="module")
 def byte_level(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with the first 400 tokens of a byte-level vocabulary: all bytes, and some of their merges."""
-    whole = tiny_gguf("olmo2")
-    embeddings = {tensor.name: tensor.data for tensor in gguf.GGUFReader(whole).tensors if len(tensor.data) > 10_000}
-
-    def cut(fields: Fields) -> None:
-        for key in (TOKENS, "tokenizer.ggml.token_type"):
-            items(key, lambda values: values[:400])(fields)
-        items("tokenizer.ggml.merges", lambda merges: merges[:50])(fields)
-        fields["olmo2.vocab_size"] = (400, UINT32, None)
-
-    path = tmp_path_factory.mktemp("byte-level") / "base.gguf"
-    rewritten(whole, path, cut, {name: values[:400] for name, values in embeddings.items()})
+    path = with_first_tokens(tiny_gguf("olmo2"), tmp_path_factory.mktemp("byte-level") / "base.gguf", 400)
     check_base(read_header(path), path)
     return path
 

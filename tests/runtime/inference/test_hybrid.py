@@ -16,7 +16,7 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 from runtime.bundles import HYBRIDS
 
-LONG = "turn on the warm light in the hall and the kitchen " * 16
+LONG = "turn on the warm light in the hall and the kitchen " * 12
 
 
 @pytest.fixture(params=HYBRIDS, ids="-".join)
