@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import http.server
 import json
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -22,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
-from ports import free_port, wait_for
+from ports import free_port, http_server, wait_for
 
 DOCKER_REGISTRY = shutil.which("docker-registry")
 needs_registry = pytest.mark.skipif(
@@ -61,7 +60,7 @@ Reply = tuple[int, dict[str, str], bytes]
 def replying(reply: Callable[[str, str, dict[str, str]], Reply]) -> Iterator[str]:
     """HOST:PORT of a server that answers a method, a path and headers with a status, headers and a body."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def _answer(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, headers, body = reply(self.command, self.path, dict(self.headers))
@@ -74,17 +73,8 @@ def replying(reply: Callable[[str, str, dict[str, str]], Reply]) -> Iterator[str
 
         do_GET = do_HEAD = do_PUT = do_POST = _answer  # noqa: N815 - names of http.server
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(Handler) as address:
+        yield address.removeprefix("http://")
 
 
 class TokenService:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import http.server
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
 from kits import write_bundle
+from ports import http_server
 
 from edgetune.delivery.publish.key_folder import KeyFolder
 from edgetune.delivery.publish.publish import Published
@@ -104,7 +104,7 @@ def serving(folder: Path) -> Iterator[Server]:
     """Serve a folder on loopback in the block."""
     server = Server(folder)
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.lstrip("/")
             server.requests.append(path)
@@ -132,15 +132,5 @@ def serving(folder: Path) -> Iterator[Server]:
             server.sent.append(len(body))
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
-        server.url = f"http://127.0.0.1:{found.server_port}"
-        thread = threading.Thread(target=found.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            found.shutdown()
-            thread.join()
+    with http_server(Handler) as server.url:
+        yield server

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import gguf
@@ -25,6 +24,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import read_header
+from ports import http_server
 from runtime.gguf_files import rewritten
 from tiny import ARCHITECTURES
 from transformers import (
@@ -123,22 +123,18 @@ class _Gate(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 def test_a_gated_base_says_how_to_get_access(resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Gate) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    with http_server(_Gate) as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         message = (
             "base 'edgetune-tests/gated' is gated: its owner gives access to those who ask for it; ask on its page"
         )
         assert_refused(NotFoundError, message, lambda: resolve("edgetune-tests/gated"))
-        server.shutdown()
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_a_base_in_several_files_is_the_same(
     resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +19,7 @@ from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.store import answers
+from ports import http_server
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 
@@ -119,20 +119,10 @@ class Busy(BaseHTTPRequestHandler):
             self.wfile.write(b'{"choices": [{"text": "on"}]}')
         self.refused.append(503)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 def test_a_busy_server_is_asked_again_and_no_proxy_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    with HTTPServer(("127.0.0.1", 0), Busy) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            question = answers.Question("one", "/v1/completions", {}, "on")
-            answers.check(f"http://127.0.0.1:{server.server_port}", None, [question])
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(Busy) as address:
+        answers.check(address, None, [answers.Question("one", "/v1/completions", {}, "on")])
     assert len(Busy.refused) == 2

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.server.settings import Access, ServerLimits
+from ports import http_server
 from recipes import adapter_of, write_recipe
 from runtime.bundles import write_bundle
 from runtime.server.conftest import started
@@ -40,30 +41,23 @@ def said(text: str) -> tuple[int, Mapping[str, str], bytes]:
 @pytest.fixture
 def teacher() -> Iterator[Callable[[Reply], str]]:
     """`teacher(reply)`: the address of a server whose answers `reply` makes of the requests' bodies."""
-    servers: list[ThreadingHTTPServer] = []
+    with ExitStack() as servers:
 
-    def make(reply: Reply) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                status, headers, content = reply({**body, "key": self.headers.get("Authorization"), "path": self.path})
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
+        def make(reply: Reply) -> str:
+            class Handler(BaseHTTPRequestHandler):
+                def do_POST(self) -> None:
+                    body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                    request = {**body, "key": self.headers.get("Authorization"), "path": self.path}
+                    status, headers, content = reply(request)
+                    self.send_response(status)
+                    for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(content)
 
-            def log_message(self, *_: object) -> None:
-                """Print nothing."""
+            return servers.enter_context(http_server(Handler)) + "/v1"
 
-        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{servers[-1].server_port}/v1"
-
-    yield make
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        yield make
 
 
 @pytest.fixture

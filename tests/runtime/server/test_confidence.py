@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import shutil
 import socket
@@ -10,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime import DeferTo, Runtime, UsageError
 from openai import OpenAI, UnprocessableEntityError
-from ports import free_port
+from ports import free_port, http_server
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Running, Start
 from runtime.server.test_health import figures
@@ -143,7 +143,7 @@ def answering(status: int, body: bytes, wait_s: float = 0.0) -> Iterator[tuple[s
     """The address of a server that answers every request with these bytes, and the requests it got."""
     got: list[dict[str, Any]] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             got.append({"path": self.path, "key": self.headers["Authorization"], **request})
@@ -154,18 +154,8 @@ def answering(status: int, body: bytes, wait_s: float = 0.0) -> Iterator[tuple[s
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", got
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with http_server(Handler) as address:
+        yield f"{address}/v1", got
 
 
 def unsure_answer(bundle: Path, stop: str, to: DeferTo, **options: Any) -> Any:  # noqa: ANN401 - an Answer

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import http.server
 import json
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from edgetune_runtime.errors import UnreachableError, UsageError, VerificationEr
 from edgetune_runtime.update import slow_replies
 from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, checked_address, parse_report
 from edgetune_runtime.update.state import read_state, write_state
+from ports import http_server
 from repositories import Publisher
 
 from edgetune.cli.main import main as host
@@ -37,24 +37,15 @@ def receiving(status: int = 200) -> Iterator[tuple[str, list[bytes]]]:
     """A server for reports: its address, and the bodies that it got."""
     bodies: list[bytes] = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(status)
             self.send_header("Location", "/other")
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/reports", bodies
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(Handler) as address:
+        yield f"{address}/reports", bodies
 
 
 def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
