@@ -45,7 +45,9 @@ def test_fuzzing_runs_cases_of_each_form_and_of_the_kinds_without_a_corpus(seeds
     of_forms = {type(kind.form): name for name, kind in KINDS.items()}
     kinds = {*of_forms.values(), *KINDS} - ({*corpus.kinds()} - {*of_forms.values()})
     flags = [word for kind in sorted(kinds) for word in ("--kind", kind)]
-    command = [sys.executable, "-m", "fuzz", "--cases", str(CASES), "--out", str(seeds.parent), *flags]
+    # Each worker takes a second or more to start.
+    options = ["--cases", str(CASES), "--workers", "1", "--out", str(seeds.parent)]
+    command = [sys.executable, "-m", "fuzz", *options, *flags]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert {line.partition(":")[0] for line in done.stdout.splitlines() if not line.startswith(" ")} == kinds

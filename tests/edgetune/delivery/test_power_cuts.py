@@ -14,7 +14,7 @@ from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import LOCK_NAME
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, read_kit
 from kills import KILLED, killed_at
-from kits import KitMaker
+from kits import KitMaker, answer_of, copied
 
 from edgetune.delivery.board import main, transfer
 
@@ -51,12 +51,6 @@ def answers(prefix: Path) -> tuple[str, str]:
     assert all(os.access(folder / "venv/bin/python", os.X_OK) for folder in folders)
     current, previous = ((folder / "bundle/answer.txt").read_text() for folder in folders)
     return current, previous
-
-
-def copied(prefix: Path, to: Path) -> Path:
-    subprocess.run(["rm", "-rf", str(to)], check=True)
-    subprocess.run(["cp", "-a", str(prefix), str(to)], check=True)
-    return to
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +165,6 @@ def test_a_transfer_that_is_killed_at_any_write_is_continued(installed: Path, ma
             break
         assert code == KILLED
         assert receive(prefix, 0) == 0
-        assert ask(prefix) == "two"
+        assert answer_of(prefix) == "two"
     assert ask(prefix) == "two"
     assert kill_at > 5

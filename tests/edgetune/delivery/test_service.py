@@ -13,19 +13,34 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
-from kits import KitMaker, ask, with_fields
+from kits import KitMaker, ask, copied, with_fields
+from ports import http_server
 
 from edgetune.delivery.board import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
+
+
+@pytest.fixture(scope="module")
+def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The virtual environments that an install makes, which takes pip a second."""
+    prefix = tmp_path_factory.mktemp("installed") / "home"
+    assert run("install", make("one"), "--prefix", prefix) == 0
+    return prefix / "venvs"
+
+
+@pytest.fixture
+def prefix(environments: Path, tmp_path: Path) -> Path:
+    """A prefix with no version, and with the environment of the kits."""
+    (tmp_path / "home").mkdir()
+    return copied(environments, tmp_path / "home/venvs").parent
 
 
 def run(*words: object) -> int:
@@ -54,17 +69,8 @@ def other_server(port: int) -> Iterator[None]:
             self.send_response(200)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", port), Ready) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-            thread.join()
+    with http_server(Ready, port):
+        yield
 
 
 def kit_with_golden(make: KitMaker, answer: str) -> Path:
@@ -85,9 +91,8 @@ def kit_with_golden(make: KitMaker, answer: str) -> Path:
 
 
 def test_the_unit_follows_the_versions_and_goes_with_them(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path
+    make: KitMaker, systemd: Path, port: int, prefix: Path
 ) -> None:
-    prefix = tmp_path / "home"
     options = ("--prefix", prefix)
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
     # An install that was killed may have written the unit and no more.
@@ -110,9 +115,9 @@ def test_the_unit_follows_the_versions_and_goes_with_them(
 
 
 def test_an_install_that_changes_nothing_starts_a_unit_that_does_not_run(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--prefix", tmp_path / "home")
+    options = ("--prefix", prefix)
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
     service.Manager(user=True).call("stop", "edgetune-home")
     with pytest.raises(OSError, match=r"refused|reset"):
@@ -124,9 +129,9 @@ def test_an_install_that_changes_nothing_starts_a_unit_that_does_not_run(
 
 @pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM])
 def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+    make: KitMaker, systemd: Path, port: int, prefix: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
 ) -> None:
-    options = ("--prefix", tmp_path / "home")
+    options = ("--prefix", prefix)
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
     two = make("two")
     monkeypatch.setattr(switch, "free_mb", lambda: 0.0)
@@ -145,9 +150,8 @@ def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
 
 
 def test_a_unit_that_was_stopped_to_make_room_runs_again_if_the_switch_cannot_be_noted(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: KitMaker, systemd: Path, port: int, prefix: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix = tmp_path / "home"
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     monkeypatch.setattr(switch, "free_mb", lambda: 0.0)
     (prefix / acknowledgement.NAME / "full").mkdir(parents=True)
@@ -173,9 +177,8 @@ def test_the_address_of_a_unit_needs_one(make: KitMaker, tmp_path: Path, capfd: 
 
 
 def test_a_version_whose_unit_does_not_answer_is_left_again(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = tmp_path / "home"
     for answer in ("one", "two"):
         assert run("install", make(answer), "--prefix", prefix, "--service", "--port", port) == 0
     capfd.readouterr()
@@ -189,20 +192,19 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
 
 
 def test_a_unit_that_computes_the_states_of_its_prompts_is_waited_for(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: KitMaker, systemd: Path, port: int, prefix: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "_READY_S", 2.0)
-    options = ("--prefix", tmp_path / "home", "--service", "--port", port)
+    options = ("--prefix", prefix, "--service", "--port", port)
     assert run("install", make("slow"), *options) == 0
     monkeypatch.setattr(service, "_WARM_S", 1.0)
-    assert run("uninstall", "--prefix", tmp_path / "home") == 0
+    assert run("uninstall", "--prefix", prefix) == 0
     assert run("install", make("slow"), *options) == 4
 
 
 def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = tmp_path / "home"
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     kit = kit_with_golden(make, "two")
     acknowledgement.begin(prefix, str(versions.linked(prefix, versions.CURRENT)), 0)
@@ -220,9 +222,8 @@ def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
 
 
 def test_a_switch_that_was_cut_off_before_the_unit_ran_is_undone_too(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path
+    make: KitMaker, systemd: Path, port: int, prefix: Path
 ) -> None:
-    prefix = tmp_path / "home"
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     mute = make("mute")
     kit = read_kit(mute)
@@ -235,9 +236,8 @@ def test_a_switch_that_was_cut_off_before_the_unit_ran_is_undone_too(
 
 
 def test_a_port_that_another_program_has_is_refused(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = tmp_path / "home"
     assert run("install", make("two"), "--prefix", prefix, "--service", "--port", port) == 0
     with socket.create_server(("127.0.0.1", 0)) as taken:
         used = taken.getsockname()[1]
@@ -250,9 +250,8 @@ def test_a_port_that_another_program_has_is_refused(
 
 
 def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = tmp_path / "home"
     kit = make("one")
     assert run("install", kit, "--prefix", prefix, "--service", "--port", port) == 0
     assert run("install", kit, "--prefix", prefix) == 0
@@ -300,11 +299,11 @@ def test_a_unit_of_others_is_neither_replaced_nor_removed(
 
 @pytest.mark.parametrize("is_allowed", [True, False])
 def test_a_user_is_told_if_the_unit_ends_with_their_session(
-    is_allowed: bool, make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    is_allowed: bool, make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if not is_allowed:
         (systemd / "allowed").unlink()
-    words = ("install", make("one"), "--prefix", tmp_path / "home", "--service", "--port", port)
+    words = ("install", make("one"), "--prefix", prefix, "--service", "--port", port)
     assert run(*words) == 0
     assert (systemd / "lingers").exists() == is_allowed
     told = [line for line in capfd.readouterr().err.splitlines() if "loginctl" in line]
@@ -318,9 +317,8 @@ def test_a_user_is_told_if_the_unit_ends_with_their_session(
     "damage", ["", "[]", '{"name": "a/b", "port": 1, "user": true}', '{"name": "home", "port": "1", "user": true}']
 )
 def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
-    damage: str, make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    damage: str, make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = tmp_path / "home"
     unit = ("--service", "--port", port)
     assert run("install", make("one"), "--prefix", prefix, *unit) == 0
     settings = prefix / "service.json"
@@ -340,9 +338,9 @@ def test_damaged_settings_of_the_unit_are_said_and_count_as_none(
 
 
 def test_a_server_that_others_can_reach_gets_a_key(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prefix, kit = tmp_path / "home", make("one")
+    kit = make("one")
     options = ("--prefix", prefix, "--service", "--port", port)
     assert run("install", kit, *options) == 0
     assert not (prefix / "keys").exists()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from edgetune_runtime.update import current, update
 from edgetune_runtime.update.state import read_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import KILLED, killed_at
-from kits import KitMaker, ask
+from kits import KitMaker, ask, copied
 from repositories import Publisher
 
 from edgetune.delivery.board import main as board
@@ -151,8 +150,7 @@ def test_going_back_at_a_start_that_is_killed_at_any_write_is_completed_by_the_n
     kept = tmp_path / "kept"
     switched.rename(kept)
     for write in range(1, 100):
-        shutil.rmtree(switched, ignore_errors=True)
-        shutil.copytree(kept, switched, symlinks=True)
+        copied(kept, switched)
         code = killed_at(write, lambda: int(current.count_start(switched, silent) == ""))
         assert start(switched) == "zero"
         assert not apply(switched, publisher)

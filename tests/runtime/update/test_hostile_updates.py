@@ -13,7 +13,7 @@ from edgetune_runtime.cli import main
 from edgetune_runtime.errors import OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.store.kit import read_installed
 from kills import KILLED, full_from, killed_at, read_only_from
-from kits import ask
+from kits import answer_of, ask, copied
 from repositories import Publisher
 
 from edgetune.delivery.publish.repository import Repository
@@ -43,11 +43,6 @@ def files_in(folder: Path, *left_out: str) -> list[str]:
     return [str(path) for path in paths if path.parts[0] not in left_out]
 
 
-def copied(kept: Path, to: Path) -> Path:
-    shutil.rmtree(to, ignore_errors=True)
-    return Path(shutil.copytree(kept, to, symlinks=True))
-
-
 def test_a_flipped_bit_in_a_repository_is_refused_or_does_no_harm(
     prefix: Path, publisher: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +62,7 @@ def test_a_flipped_bit_in_a_repository_is_refused_or_does_no_harm(
         assert codes[name] in (0, VerificationError.exit_code) and "Traceback" not in error, (name, error)
         copied(repo, publisher.repo)
         assert apply(prefix, publisher) == 0
-        assert ask(prefix) == "two"
+        assert answer_of(prefix) == "two"
     newest = ("2.root", "2.snapshot", "2.targets", "2.bundle-home", "timestamp")
     assert all(codes[f"metadata/{name}.json"] for name in newest)
 
@@ -135,7 +130,7 @@ def test_a_first_update_that_is_killed_at_any_write_can_be_run_again(
         if (new / "current").exists():
             assert ask(new) == "one"
         assert apply(new, publisher) == 0
-        assert ask(new) == "one"
+        assert answer_of(new) == "one"
         if code == 0:
             break
         assert code == KILLED
@@ -154,10 +149,11 @@ def test_a_rollback_where_nothing_can_be_written_leaves_a_version_running(
     for write in range(1, 100, 3):
         copied(kept, prefix)
         code = failing(write, lambda: run(prefix, "--rollback"))
-        assert ask(prefix) in ("one", "two")
-        if ask(prefix) == "two" or (prefix / ".rollback").is_symlink():
+        answer = ask(prefix)
+        assert answer in ("one", "two")
+        if answer == "two" or (prefix / ".rollback").is_symlink():
             assert run(prefix, "--rollback") == 0
-        assert ask(prefix) == "one"
+        assert answer_of(prefix) == "one"
         if code == 0:
             break
         assert code == expected.exit_code
@@ -177,7 +173,7 @@ def test_a_disk_that_becomes_read_only_at_any_write_leaves_the_old_version_runni
         code = read_only_from(write, lambda: run(prefix, "--apply"))
         seen.append(ask(prefix))
         assert run(prefix, "--apply") == 0
-        assert ask(prefix) == "two"
+        assert answer_of(prefix) == "two"
         if code == 0:
             break
         assert code == UsageError.exit_code

@@ -27,7 +27,7 @@ from edgetune_runtime.update import current, trust, update
 from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import KILLED, full_from, killed_at
-from kits import KitMaker, ask, write_bundle
+from kits import KitMaker, answer_of, ask, copied, write_bundle
 from repositories import Publisher, Server, publish, serving
 
 from edgetune.delivery.board import main as board
@@ -425,15 +425,14 @@ def test_an_update_that_is_killed_at_any_write_leaves_a_version_running(
     prefix.rename(kept)
 
     for write in range(1, 500):
-        shutil.rmtree(prefix, ignore_errors=True)
-        shutil.copytree(kept, prefix, symlinks=True)
+        copied(kept, prefix)
         code = killed_at(write, lambda: int(not apply(prefix)))
         seen.append(ask(prefix))
         if code == 0:
             break
         assert code == KILLED
         apply(prefix)
-        assert ask(prefix) == "two"
+        assert answer_of(prefix) == "two"
         assert read_state(prefix).floors == {"home": 2}
         assert len(list((prefix / "versions").iterdir())) == 2
     assert write > 30
@@ -449,12 +448,11 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_old_version_running(
     kept, seen = tmp_path / "kept", []
     prefix.rename(kept)
     for write in range(1, 500, 5):
-        shutil.rmtree(prefix, ignore_errors=True)
-        shutil.copytree(kept, prefix, symlinks=True)
+        copied(kept, prefix)
         code = full_from(write, lambda: main(["update", "--apply", "--prefix", str(prefix)]))
         seen.append(ask(prefix))
         apply(prefix)
-        assert ask(prefix) == "two"
+        assert answer_of(prefix) == "two"
         if code == 0:
             break
         assert code == OutOfSpaceError.exit_code
@@ -491,12 +489,11 @@ def test_a_rollback_that_is_killed_at_any_write_can_be_run_again(
         return 0
 
     for write in range(1, 100):
-        shutil.rmtree(prefix, ignore_errors=True)
-        shutil.copytree(kept, prefix, symlinks=True)
+        copied(kept, prefix)
         code = killed_at(write, go_back)
         if ask(prefix) == "two" or (prefix / ".rollback").is_symlink():
             go_back()
-        assert ask(prefix) == "one"
+        assert answer_of(prefix) == "one"
         assert not apply(prefix)
         if code == 0:
             break
