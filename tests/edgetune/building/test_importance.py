@@ -169,6 +169,7 @@ def test_the_file_has_what_llama_quantize_reads(tmp_path: Path) -> None:
         assert (tensors[f"{name}.in_sum2"].data[0] / counts).tolist() == values.tolist()
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_imatrix_writes_the_file_and_prints_its_path(
     tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

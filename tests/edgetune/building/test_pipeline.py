@@ -103,6 +103,7 @@ def test_the_bundle_answers_with_each_adapter(built: Built) -> None:
         assert runtime.generate(QUESTION, max_tokens=8).text == answers[0]
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_a_base_with_recurrent_layers_is_converted_trained_and_answers(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

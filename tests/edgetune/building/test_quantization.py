@@ -98,6 +98,7 @@ def test_an_interrupted_measurement_goes_on_with_what_is_left(tiny_gguf: Callabl
     assert [path.name for path in work.iterdir()] == ["quantizations.json"]
 
 
+@pytest.mark.usefixtures("forked_converter")
 def test_a_folder_is_measured_with_the_matrix_of_its_rows(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_folder("llama"), {"optimize": "size"}, imatrix="auto")
     plain = recipe_of(tmp_path, tiny_folder("llama"), {"optimize": "size"})
