@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .forms.raw import Edit
-from .worker import READY, WORK
+from .worker import LENGTH_BYTES, READY, WORK
 
 TIMEOUT = "timeout"
 CASE_S = 10.0
@@ -66,13 +65,13 @@ class Worker:
 
     def __init__(self, kind: str, seeds: Path, *, is_guarded: bool = False) -> None:
         self._kind, self._seeds, self._is_guarded = kind, seeds, is_guarded
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in `close`
         self._work = tempfile.TemporaryDirectory(prefix="fuzz-")
         self._count = self._fork = 0
 
-    def run(self, edits: list[Edit]) -> Outcome:
-        """Open the file with these edits."""
+    def run(self, data: bytes) -> Outcome:
+        """Open a file with these bytes."""
         if self._count >= CASES_PER_WORKER:
             self._end()
         if self._process is None:
@@ -80,7 +79,7 @@ class Worker:
         assert self._process is not None
         assert self._process.stdin is not None
         self._count += 1
-        self._process.stdin.write(json.dumps(edits) + "\n")
+        self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
         self._process.stdin.flush()
         answer = self._answer(GUARDED_CASE_S if self._is_guarded else CASE_S)
         if answer is None:
@@ -107,7 +106,6 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
             env=environment,
             start_new_session=True,
         )

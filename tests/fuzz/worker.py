@@ -1,4 +1,4 @@
-"""A child process that opens changed files of one kind: a JSON line per case in, a JSON line per outcome out."""
+"""A child process that opens changed files of one kind: their bytes after their length in, a JSON line each out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+LENGTH_BYTES = 8
 READY = "ready"
 """The first outcome of a fork, with its process id."""
 WORK = "EDGETUNE_FUZZ_WORK"
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
-    from .kinds import KINDS, opener  # noqa: PLC0415 - after standard output is out of the way
+    from .kinds import opener  # noqa: PLC0415 - after standard output is out of the way
 
     # Not in the fork's memory alone: a fork that a case ends cannot remove it.
     with tempfile.TemporaryDirectory(dir=os.environ[WORK]) as work:
@@ -72,12 +73,10 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
         open_changed(valid)
         _limit_memory()
         _say({"outcome": READY, "pid": os.getpid()}, answers)
-        # Without a buffer, in which the next fork's cases would be.
-        while line := _line():
-            edits = json.loads(line)
+        while length := _read(LENGTH_BYTES):
+            changed = _read(int.from_bytes(length, "little"))
             os.lseek(2, 0, os.SEEK_SET)
             os.ftruncate(2, 0)
-            changed = KINDS[kind].form.applied(valid, edits)
             _say(_outcome(open_changed, changed, kind), answers)
 
 
@@ -89,13 +88,11 @@ def import_libraries(kind: str) -> None:
         import_module(name)
 
 
-def _line() -> bytes:
+def _read(size: int) -> bytes:
+    """So many bytes of standard input, fewer at its end; without a buffer, in which the next fork's case would be."""
     data = bytearray()
-    while not data.endswith(b"\n"):
-        read = os.read(0, 1)
-        if not read:
-            return b""
-        data += read
+    while len(data) < size and (block := os.read(0, size - len(data))):
+        data += block
     return bytes(data)
 
 
