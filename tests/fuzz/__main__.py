@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import queue
 import random
 import sys
@@ -48,7 +49,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
     parser.add_argument("--case", type=int, help="run one case, and print its edits and its outcome")
     parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument(
         "--out", type=Path, default=Path("build/fuzz"), help="folder for findings (default: %(default)s)"
     )

@@ -36,6 +36,10 @@ LIBRARIES = {
     "peft": ("peft", "edgetune.methods"),
     "tuf": ("tuf.ngclient",),
 }
+CASES_PER_FORK = 1000
+"""A fork is replaced after so many cases, so that memory that native code loses does not add up."""
+_WORN = 3
+"""Exit code of a fork that is to be replaced."""
 MEMORY_BYTES = 1_500_000_000
 """Address space that a case may add to what the worker has after its first file."""
 SAME_LINE_KINDS = {"recipe", "answer-log"}
@@ -46,7 +50,7 @@ def main() -> None:
     """Open the files of the kind in the first argument, with the seeds in the folder of the second one.
 
     A fork does it, as libraries are slow to import: when a case has ended it, that is the outcome, and the next fork
-    goes on.
+    goes on, as it does after CASES_PER_FORK cases.
     """
     kind, seeds = sys.argv[1], Path(sys.argv[2])
     # What libraries print is not an outcome.
@@ -56,15 +60,16 @@ def main() -> None:
     while True:
         fork = os.fork()
         if not fork:
-            _run_cases(kind, seeds, answers)
-            os._exit(0)
+            os._exit(_run_cases(kind, seeds, answers))
         code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
         if code == 0:
             break
-        _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
+        if code != _WORN:
+            _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
 
 
-def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
+def _run_cases(kind: str, seeds: Path, answers: TextIO) -> int:
+    """Open files until there are no more, or it must be replaced; the exit code that says which."""
     from .kinds import opener  # noqa: PLC0415 - after standard output is out of the way
 
     # Not in the fork's memory alone: a fork that a case ends cannot remove it.
@@ -73,11 +78,15 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
         open_changed(valid)
         _limit_memory()
         _say({"outcome": READY, "pid": os.getpid()}, answers)
-        while length := _read(LENGTH_BYTES):
+        for _ in range(CASES_PER_FORK):
+            length = _read(LENGTH_BYTES)
+            if not length:
+                return 0
             changed = _read(int.from_bytes(length, "little"))
             os.lseek(2, 0, os.SEEK_SET)
             os.ftruncate(2, 0)
             _say(_outcome(open_changed, changed, kind), answers)
+    return _WORN
 
 
 def import_libraries(kind: str) -> None:
