@@ -27,11 +27,11 @@ from kits import KitMaker
 from kits import write_bundle as write_signable
 from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
+from runtime.gguf_files import with_first_tokens
 
 from edgetune.delivery.oci.transfer import open_store, push
 from edgetune.progress import Progress
 
-from .forms.gguf_file import read, written
 from .layouts import TAG
 from .names import (
     ADAPTERS,
@@ -103,8 +103,8 @@ def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, 
     work.mkdir(parents=True)
     small = work / "small.gguf"
     for name, path in {PLAIN: source.path, **others}.items():
-        small.write_bytes(with_few_tokens(path.read_bytes()))
-        write_bundle(work / name, small, {})
+        # With more, each case would be read for a fifth of a second.
+        write_bundle(work / name, with_first_tokens(path, small, _TOKENS), {})
     small.unlink()
     adapters = {LORA: Adapter(low_rank(source.path, seed=1), system=SYSTEM)}
     write_bundle(work / ADAPTERS, source.path, adapters)
@@ -121,29 +121,6 @@ def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, 
     _reports(work)
     work.rename(folder)
     return folder
-
-
-def with_few_tokens(data: bytes) -> bytes:
-    """A GGUF file with the first tokens only, if it has many: each case would be read for a fifth of a second."""
-    file = read(data)
-    items = {item[0].removeprefix("tokenizer.ggml."): item for item in file.metadata}
-    size = len(items["tokens"][2][1])
-    if size <= _TOKENS:
-        return data
-    # After the control tokens and the 256 bytes, each merge makes the next token.
-    merges = _TOKENS - size + len(items["merges"][2][1])
-    for key, kept in (("tokens", _TOKENS), ("token_type", _TOKENS), ("merges", merges)):
-        kind, values = items[key][2]
-        items[key][2] = [kind, values[:kept]]
-    parts, ends = [], [*(offset for *_, offset in file.tensors[1:]), len(file.data)]
-    for tensor, end in zip(file.tensors, ends, strict=True):
-        part = file.data[tensor[3] : end]
-        if tensor[1][-1] == size:
-            part = part[: len(part) // size * _TOKENS]
-            tensor[1] = [*tensor[1][:-1], _TOKENS]
-        tensor[3] = sum(map(len, parts))
-        parts.append(part)
-    return written(replace(file, data=b"".join(parts), counts=[len(file.tensors), len(file.metadata)]))
 
 
 def _add_parts(bundle: Path, source: Source) -> None:

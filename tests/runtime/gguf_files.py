@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from fuzz.forms.gguf_file import read as parts_of
+from fuzz.forms.gguf_file import written
 
 Fields = dict[str, tuple[Any, gguf.GGUFValueType, gguf.GGUFValueType | None]]
 """Values by key, with the type of the value and of an array's items."""
@@ -50,27 +53,31 @@ def rewritten(
 
 
 def with_first_tokens(base: Path, out: Path, count: int) -> Path:
-    """A copy of an f16 base with byte-level BPE that has only the first tokens, and the merges that make them."""
-    header = read_header(base)
-    whole = len(header.metadata["tokenizer.ggml.tokens"])
-    rows = {
-        tensor.name: np.fromfile(base, np.float16, count * tensor.shape[0], offset=tensor.offset).reshape(count, -1)
-        for tensor in header.tensors.values()
-        if tensor.shape[1:] == (whole,)
-    }
-
-    def cut(fields: Fields) -> None:
-        for key, (value, kind, items) in fields.items():
-            if isinstance(value, list) and len(value) == whole:
-                fields[key] = value[:count], kind, items
-            elif key.endswith(".vocab_size"):
-                fields[key] = count, kind, items
-        known = set(fields["tokenizer.ggml.tokens"][0])
-        merges, kind, items = fields["tokenizer.ggml.merges"]
-        possible = [merge for merge in merges if known.issuperset([*merge.split(" "), merge.replace(" ", "")])]
-        fields["tokenizer.ggml.merges"] = possible, kind, items
-
-    return rewritten(base, out, cut, rows)
+    """A copy of a base with only its first tokens, and the merges that make them; all, if it has no more."""
+    file = parts_of(base.read_bytes())
+    items = {item[0].removeprefix("tokenizer.ggml."): item for item in file.metadata}
+    size = len(items["tokens"][2][1])
+    if size <= count:
+        return Path(shutil.copy(base, out))
+    for key in ("tokens", "token_type"):
+        kind, values = items[key][2]
+        items[key][2] = [kind, values[:count]]
+    known = set(items["tokens"][2][1])
+    kind, merges = items["merges"][2]
+    items["merges"][2] = [kind, [merge for merge in merges if known >= {*merge.split(" "), merge.replace(" ", "")}]]
+    for item in file.metadata:
+        if item[0].endswith(".vocab_size"):
+            item[2] = count
+    data, ends = list[bytes](), [*(offset for *_, offset in file.tensors[1:]), len(file.data)]
+    for tensor, end in zip(file.tensors, ends, strict=True):
+        part = file.data[tensor[3] : end]
+        if tensor[1][-1] == size:
+            part = part[: len(part) // size * count]
+            tensor[1] = [*tensor[1][:-1], count]
+        tensor[3] = sum(map(len, data))
+        data.append(part)
+    out.write_bytes(written(replace(file, data=b"".join(data), counts=[len(file.tensors), len(file.metadata)])))
+    return out
 
 
 def setting(key: str, value: object, kind: gguf.GGUFValueType) -> Callable[[Fields], object]:
