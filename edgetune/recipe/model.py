@@ -28,7 +28,7 @@ from pydantic import (
 
 from edgetune import methods, task_types
 
-from .part import RecipePart, Text
+from .part import OrSwitch, RecipePart, Text
 from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, Target, TaskName
 from .problems import Document, Loc, explain, override, read_document, value_at
 from .quantization import AUTO, QuantizationSpec
@@ -86,7 +86,7 @@ class Recipe(RecipePart):
     """The tasks, one adapter each, by name (a-z, 0-9, _ and -). `from` adds the adapters of files: a pattern, such as
     tasks/*.yaml, or a list of patterns. Such a file has the keys of one adapter; its name is that of the file, or the
     key `name`, and its paths are relative to the file."""
-    route: RouteSpec | None = None
+    route: OrSwitch[RouteSpec] = None
     """A router, which chooses the adapter of a prompt (`adapter="auto"`): true, or a mapping of options."""
 
     _folder: Path = PrivateAttr(default=Path())
@@ -226,11 +226,6 @@ class Recipe(RecipePart):
             raise ValueError("; ".join(problems))
         return adapters
 
-    @field_validator("route", mode="before")
-    @classmethod
-    def _with_defaults(cls, route: object) -> object:
-        return {True: {}, False: None}[route] if isinstance(route, bool) else route
-
     @field_validator("route")
     @classmethod
     def _routes_adapters(cls, route: RouteSpec | None, info: ValidationInfo) -> RouteSpec | None:
@@ -305,13 +300,6 @@ def json_schema() -> dict[str, Any]:
     quantizations = schema["properties"]["quantization"]["anyOf"]
     quantizations[0]["enum"] = sorted(QUANTIZATIONS)
     quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": AUTO}]
-    definitions = schema["$defs"]
-    for section, key in (
-        (schema, "route"),
-        (definitions["DataSpec"], "augment"),
-        (definitions["AdapterSpec"], "out_of_scope"),
-    ):
-        section["properties"][key]["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()
