@@ -19,9 +19,13 @@ def run_here(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialResul
     """Run the trials on this machine; KeyboardInterrupt stops the running one after it saved its training."""
     for number, trial in enumerate(trials, 1):
         progress.say(f"trial {number} of {len(trials)}: {trial.name}")
-        folder = write_request(Path(trial.folder), trial)
-        _, reason = run_module(MODULE, folder, lambda line, name=trial.name: progress.say(f"{name}: {line}"))
-        yield outcome_of(trial, reason)
+        yield _run(trial, progress)
+
+
+def _run(trial: Trial, progress: Progress) -> TrialResult:
+    folder = write_request(Path(trial.folder), trial)
+    _, reason = run_module(MODULE, folder, lambda line: progress.say(f"{trial.name}: {line}"))
+    return outcome_of(trial, reason)
 
 
 def outcome_of(trial: Trial, reason: str) -> TrialResult:
