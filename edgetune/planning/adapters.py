@@ -23,20 +23,15 @@ from edgetune.targets import misfit
 from .records import AdapterPlan
 
 
-def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: BaseShape | None) -> AdapterPlan:
-    """The plan of one adapter of the recipe, without its data. Raises UsageError for a module that the base lacks."""
-    planned = plan_export(name, recipe.adapters[name], shapes)
-    return with_options(planned, planned.options, base, recipe.format_options)
-
-
 def plan_adapters(
     recipe: Recipe, shapes: Mapping[str, Mapping[str, str]], base: BaseShape | None
 ) -> dict[str, AdapterPlan]:
-    """The plans of all adapters; one UsageError for the adapters that have modules which the base lacks."""
+    """The plans of all adapters without their data; one UsageError for those with modules that the base lacks."""
     plans, problems = {}, []
-    for name in recipe.adapters:
+    for name, spec in recipe.adapters.items():
+        planned = plan_export(name, spec, shapes[name])
         try:
-            plans[name] = plan_adapter(recipe, name, shapes[name], base)
+            plans[name] = with_options(planned, planned.options, base, recipe.format_options)
         except UsageError as error:
             problems.append(f"adapter {name!r}: {error}")
     if problems:

@@ -20,7 +20,7 @@ from edgetune import methods
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.building.placement.cost import ATTENTION, MLP, costs, placements
-from edgetune.planning.adapters import plan_adapter
+from edgetune.planning.adapters import plan_adapters
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
@@ -44,7 +44,7 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
 
 
 def planned(recipe: Recipe, base: Base) -> AdapterPlan:
-    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], BaseShape.of_header(base.header))
+    return plan_adapters(recipe, shapes_of(recipe), BaseShape.of_header(base.header))["command"]
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
