@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,7 +33,7 @@ from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, Target, TaskName
 from .problems import Document, Loc, explain, override, read_document, value_at
 from .quantization import AUTO, QuantizationSpec
 from .routing import RouteSpec
-from .rows import plain_recipe
+from .rows import Rows, plain_recipe
 from .task_files import FROM, with_task_files
 from .training import TrainingSpec
 
@@ -254,15 +254,22 @@ class Recipe(RecipePart):
         """
         values = self.model_dump(mode="json")
         values["base"] = self._portable(values["base"])
-        domains = [values["domain"]] if values["domain"] else []
-        for part in (*values["adapters"].values(), *domains):
-            for key in ("train", "validation", "confidence"):
-                if part["data"].get(key):
-                    part["data"][key] = self._portable(part["data"][key])
-        for adapter in values["adapters"].values():
-            if adapter["method"].get("document"):
-                adapter["method"]["document"] = self._portable(adapter["method"]["document"])
+        for loc, _ in self.sources():
+            section = value_at(loc[:-1], values)
+            section[loc[-1]] = self._portable(section[loc[-1]])
         return values
+
+    def sources(self) -> Iterator[tuple[Loc, str | Rows]]:
+        """The data files, hub ids and rows, each with its path, such as adapters, command, data, train."""
+        parts: list[tuple[Loc, AdapterSpec | DomainSpec]]
+        parts = [(("adapters", name), spec) for name, spec in self.adapters.items()]
+        parts += [(("domain",), self.domain)] if self.domain is not None else []
+        for loc, part in parts:
+            for section, values in (("data", part.data), ("method", part.method.options)):
+                for key in ("train", "validation", "confidence", "document"):
+                    source = getattr(values, key, None)
+                    if source is not None:
+                        yield (*loc, section, key), source
 
     def _portable(self, source: str) -> str:
         inside = source.removeprefix(f"{self._folder}{os.sep}")
