@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
@@ -85,7 +86,7 @@ def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:
     if recipe.device is None:
         return None
     try:
-        needs = fit.needs_of_bundle(bundle)
+        needs = needs_of_bundle(bundle)
     except IncompatibleError:
         return None
     predicted = fit.fit(needs, boards.load(recipe.device))

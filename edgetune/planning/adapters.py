@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edgetune_devices import fit
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
@@ -89,10 +89,10 @@ def with_options(
     )
 
 
-def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> fit.AdapterSize:
+def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> AdapterSize:
     """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
     cost = engines.load_needs(engine).COST
     if shape == "prefix":
-        return fit.AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
+        return AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
     size = backends.format_of(engine).adapter_bytes(values, "f32" if cost.f32_adapters else dtype, shape)
-    return fit.AdapterSize(int(size), modules if shape == "low_rank" else 0)
+    return AdapterSize(int(size), modules if shape == "low_rank" else 0)

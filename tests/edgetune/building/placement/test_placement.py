@@ -11,6 +11,7 @@ from edgetune_devices import boards, fit
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import UsageError
 from pydantic import ValidationError
 from recipes import LIGHTS, adapter_of, make_recipe
@@ -159,7 +160,7 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
     board, needs = boards.load("pi-5"), bundle_needs(recipe, {}, base.header, None)
     rank_8 = 8 * (64 + 32)
-    size = fit.AdapterSize(2 * 2 * rank_8, 2)
+    size = AdapterSize(2 * 2 * rank_8, 2)
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.speed.adapter_tokens_per_s / predicted.speed.decode_tokens_per_s
     assert progress.lines == []
