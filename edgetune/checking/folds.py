@@ -74,7 +74,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
 
     rows = [*task.train, *task.validation]
-    whole = job_of(rows, rows[:1], choose_training(task.training, len(rows), plan.width)[0])
+    whole = job_of(rows, rows[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
     folds = folds_of([row for row in rows if row.where not in whole.too_long], task.training.seed)
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
@@ -115,7 +115,9 @@ def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> Train
     """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
     tokens = max(seconds, 1) * _TRAINING_SHARE * tokens_per_s / FOLDS
     epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
-    return job.training.model_copy(update={"epochs": min(job.training.epochs, tokens / epoch), "evals": 2})
+    # The last checkpoint knows more of the wrong answers by heart.
+    shorter = {"epochs": min(job.training.epochs, tokens / epoch), "evals": 2, "checkpoint": "best"}
+    return job.training.model_copy(update=shorter)
 
 
 def _judged(
