@@ -73,7 +73,7 @@ test: check fast  ## Run all checks and tests, as CI does
 	@echo "== all other tests"
 	@$(PYTEST) -m "model or slow"
 
-fuzz: setup  ## Open 10,000 mutations of each kind of file, in about three hours; ARGS="--kind kit --case 7" runs one
+fuzz: setup  ## Open 10,000 mutations of each kind of file, in half an hour of CPU time; ARGS="--kind kit --case 7" runs one
 	@PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 test-tuf: setup $(TUF_CONFORMANCE)  ## Run TUF's conformance suite, fetched once, against the trust of updates; needs faketime

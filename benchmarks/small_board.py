@@ -31,6 +31,7 @@ from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 
 BOARD = "pi-zero-2w"
@@ -64,7 +65,7 @@ def main() -> None:
 def measure(bundle: Path, site: Path, engine: str, limit_mb: float) -> dict[str, Any]:
     """What the server used within the limit, the answers that came in time, and what was predicted."""
     names = ("", *read_manifest(bundle).adapters)
-    needs = fit.needs_of_bundle(bundle, context_length=CONTEXT, engine=engine)
+    needs = needs_of_bundle(bundle, context_length=CONTEXT, engine=engine)
     needs = with_options(needs, cache_mb=CACHE_MB, serves=True)
     board = boards.load(BOARD)
     limited = replace(board, ram_free_mib=int(limit_mb * 1e6 / 2**20))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -152,26 +153,54 @@ def make(
         work /= importance.key[:12]
     if source.is_folder:
         quantization = quantization or DEFAULT
-        file = _converted(path, quantization, work, progress=progress, converter=converter, importance=importance)
-        return _base(name, file, quantization)
-    fingerprint = sha256_of(path)
-    if name in ALIASES and fingerprint != ALIASES[name].sha256:
-        message = f"{path} is not the file that base {name!r} refers to: its sha256 is {fingerprint}"
-        raise VerificationError(message, f"reinstall {ALIASES[name].package}, or use the path of a .gguf file")
-    if quantization is None:
-        assert source.header is not None
-        return Base(name, path, fingerprint, source.header)
-    file = _requantized(path, fingerprint, quantization, work, progress=progress, importance=importance)
-    return _base(name, file, quantization)
+        out = work / f"{path.name}-{_key_of_folder(path)}-{quantization}.gguf"
+    else:
+        fingerprint = sha256_of(path)
+        if name in ALIASES and fingerprint != ALIASES[name].sha256:
+            message = f"{path} is not the file that base {name!r} refers to: its sha256 is {fingerprint}"
+            raise VerificationError(message, f"reinstall {ALIASES[name].package}, or use the path of a .gguf file")
+        if quantization is None:
+            assert source.header is not None
+            return Base(name, path, fingerprint, source.header)
+        out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', path.stem)}.{quantization}.gguf"
+    if not out.is_file():
+        _write(source, out, quantization, progress=progress, converter=converter, importance=importance)
+    return Base(name, out, sha256_of(out), read_header(out), quantization)
 
 
-def before_quantization(source: BaseSource, folder: Path, progress: Progress, converter: Path | None) -> Path:
-    """The GGUF file that the base is quantized from: that of the source, or one converted into `folder`."""
+def _write(
+    source: BaseSource,
+    out: Path,
+    quantization: str,
+    *,
+    progress: Progress,
+    converter: Path | None,
+    importance: ImportanceSource | None,
+) -> None:
+    """Convert and quantize a base to the file `out`, which appears complete or not."""
+    part = out.with_name(f".{out.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.is_folder and quantization in FLOATS:
+            before_quantization(source, part, progress, converter, dtype=quantization).replace(out)
+            return
+        file = before_quantization(source, part, progress, converter)
+        matrix = None if importance is None else importance.collect(file)
+        progress.say(f"quantizing {source.path.name} to {quantization}")
+        quantize_gguf(file, out, quantization, again=not source.is_folder, importance=matrix)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def before_quantization(
+    source: BaseSource, folder: Path, progress: Progress, converter: Path | None, *, dtype: str = "auto"
+) -> Path:
+    """The GGUF file that the base is quantized from: that of the source, or one of `dtype` converted into `folder`."""
     if not source.is_folder:
         return source.path
-    progress.say(f"converting {part_of(source.path)} to GGUF")
+    progress.say(f"converting {part_of(source.path)} to GGUF" + (f" {dtype}" if dtype in FLOATS else ""))
     out = folder / f"{source.path.name}.gguf"
-    convert_folder(source.path, out, dtype="auto", converter=converter)
+    convert_folder(source.path, out, dtype=dtype, converter=converter)
     return out
 
 
@@ -268,10 +297,6 @@ def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
     return BaseSource(name, path, header.architecture, length, path.is_dir(), header, shape)
 
 
-def _base(name: str, path: Path, quantization: str | None = None) -> Base:
-    return Base(name, path, sha256_of(path), read_header(path), quantization)
-
-
 def _as_path(name: str, folder: Path) -> Path:
     path = Path(name).expanduser()
     beside = folder / path
@@ -301,58 +326,6 @@ def _downloaded(hub_id: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         message = f"cannot download base {hub_id!r} from the hub: {reason}"
         raise NotFoundError(message, "check the name, your token and the network, or use a local folder") from error
-
-
-def _converted(
-    folder: Path,
-    quantization: str,
-    work: Path,
-    *,
-    progress: Progress,
-    converter: Path | None,
-    importance: ImportanceSource | None,
-) -> Path:
-    """Convert and quantize a Hugging Face folder into `work`, unless the file is already there."""
-    key = _key_of_folder(folder)
-    out = work / f"{folder.name}-{key}-{quantization}.gguf"
-    if out.is_file():
-        return out
-    work.mkdir(parents=True, exist_ok=True)
-    if quantization in FLOATS:
-        progress.say(f"converting {part_of(folder)} to GGUF {quantization}")
-        whole = work / f".{out.name}.part"
-        convert_folder(folder, whole, dtype=quantization, converter=converter)
-        whole.replace(out)
-        return out
-    whole = work / f".{folder.name}-{key}.part.gguf"
-    try:
-        progress.say(f"converting {part_of(folder)} to GGUF")
-        convert_folder(folder, whole, dtype="auto", converter=converter)
-        matrix = None if importance is None else importance.collect(whole)
-        progress.say(f"quantizing {folder.name} to {quantization}")
-        quantize_gguf(whole, out, quantization, importance=matrix)
-    finally:
-        whole.unlink(missing_ok=True)
-    return out
-
-
-def _requantized(
-    source: Path,
-    fingerprint: str,
-    quantization: str,
-    work: Path,
-    *,
-    progress: Progress,
-    importance: ImportanceSource | None,
-) -> Path:
-    """Requantize a GGUF file into `work`, unless the file is already there."""
-    out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', source.stem)}.{quantization}.gguf"
-    if not out.is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        matrix = None if importance is None else importance.collect(source)
-        progress.say(f"quantizing {source.name} to {quantization}")
-        quantize_gguf(source, out, quantization, again=True, importance=matrix)
-    return out
 
 
 def _key_of_folder(folder: Path) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
-from edgetune_runtime import Runtime
+from edgetune_runtime import Answer, Classification, Runtime
 from edgetune_runtime.bundle import MARK, AdapterEntry, Manifest
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
@@ -166,20 +166,16 @@ def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, lis
 def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
     """The most likely label, or a greedy answer; not scored yet."""
     prompt = row.messages or ()
+    reply: Classification | Answer
     if task.metric == "label":
-        classification = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
-        sureness: dict[str, Any] = {
-            "kind": classification.kind,
-            "log_odds": classification.log_odds,
-            "confidence": classification.confidence,
-        }
-        return _detail(row, classification.label, 0.0, **sureness)
-    tools = None if row.tools is None else row.tools.definitions
-    generate = task.runtime.generate
-    options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
-    answer = generate(prompt, adapter=task.adapter, **options)
-    text = answer_text(answer.content, [(call.name, call.arguments) for call in answer.tool_calls])
-    return _detail(row, text, 0.0, kind=answer.kind, log_odds=answer.log_odds, confidence=answer.confidence)
+        reply = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
+        text = reply.label
+    else:
+        tools = None if row.tools is None else row.tools.definitions
+        options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
+        reply = task.runtime.generate(prompt, adapter=task.adapter, **options)
+        text = answer_text(reply.content, [(call.name, call.arguments) for call in reply.tool_calls])
+    return _detail(row, text, 0.0, kind=reply.kind, log_odds=reply.log_odds, confidence=reply.confidence)
 
 
 def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.processes.child_process import ProcessResult
 
 from edgetune.failure import PROGRAM
 
-LOG_FILE = "log.txt"
+LOG_FILE, REQUEST_FILE = "log.txt", "request.json"
 # Prefix of the error line that a failed module prints.
 _ERROR = f"{PROGRAM}: "
 # Time for a stopped module to save its training.
@@ -40,6 +43,19 @@ def run_module(module: str, folder: Path, say: Callable[[str], None]) -> tuple[i
             _stop(process)
             raise
     return code, "" if code == 0 else "; ".join(errors) or _ended(code)
+
+
+def write_request(folder: Path, request: Any) -> Path:  # noqa: ANN401 - a dataclass
+    """Write the fields of a request, for a module that runs in `folder`; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=2), encoding="utf-8")
+    return folder
+
+
+def read_request(folder: Path) -> dict[str, Any]:
+    """The fields of the request in a folder."""
+    values: dict[str, Any] = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+    return values
 
 
 def end_with_parent() -> None:

@@ -9,32 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
-from edgetune_runtime.sizing.needs import Item, items_of, needs_of_bundle
+from edgetune_runtime.sizing.needs import Item, items_of
 from edgetune_runtime.sizing.speed import Speed, speed_of
 
 from .boards import Board
 from .changes import BOARD_QUANTIZATIONS, SHORTEST_CONTEXT, longest_context
-from .needs import main_type_of, needs_of_header
-
-__all__ = [
-    "BOARD_QUANTIZATIONS",
-    "MB",
-    "AdapterSize",
-    "BoardChoice",
-    "Fit",
-    "Needs",
-    "choose",
-    "fit",
-    "kv_values_per_token",
-    "main_type_of",
-    "needs_of_bundle",
-    "needs_of_header",
-    "require_fit",
-    "table",
-]
 
 USABLE_TOKENS_PER_S = 5.0
 """About reading speed; a quantization that decodes slower is chosen only if no smaller one is faster."""

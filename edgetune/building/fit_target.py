@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from edgetune_devices import fit
+from edgetune_devices.needs import needs_of_header
 from edgetune_export import architectures
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest, resolve
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune import task_types
 from edgetune.planning.board import bundle_needs
@@ -28,8 +31,8 @@ from . import builders
 class FitTarget:
     """The needs in an engine and, if there is one, in another; and the header of the base if it has a GGUF file."""
 
-    needs: fit.Needs
-    other: fit.Needs | None = None
+    needs: Needs
+    other: Needs | None = None
     header: GgufHeader | None = None
 
 
@@ -48,7 +51,7 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
         header = read_base(path)
         architectures.of(header).check_formats([engine or gguf.NAME])
         length = context_length or fit.CONTEXT_LENGTHS[0]
-        return FitTarget(fit.needs_of_header(header, context_length=length, engine=engine or gguf.NAME), None, header)
+        return FitTarget(needs_of_header(header, context_length=length, engine=engine or gguf.NAME), None, header)
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path, context_length, engine)
     raise UsageError(f"{path} is not a bundle, recipe or GGUF file", "give a bundle's folder, a .yaml or a .gguf file")
@@ -60,8 +63,8 @@ def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> 
     file = manifest.base.files.get(gguf.NAME)
     header = None if file is None else read_base(resolve(bundle, file))
 
-    def needs_in(name: str | None) -> fit.Needs:
-        return fit.needs_of_bundle(bundle, context_length=context_length, engine=name)
+    def needs_in(name: str | None) -> Needs:
+        return needs_of_bundle(bundle, context_length=context_length, engine=name)
 
     return _in_both(manifest.base.files, engine, needs_in, header)
 
@@ -84,7 +87,7 @@ def _of_recipe(path: Path, context_length: int | None, engine: str | None) -> Fi
 
 
 def _in_both(
-    formats: Iterable[str], engine: str | None, needs_in: Callable[[str | None], fit.Needs], header: GgufHeader | None
+    formats: Iterable[str], engine: str | None, needs_in: Callable[[str | None], Needs], header: GgufHeader | None
 ) -> FitTarget:
     needs = needs_in(engine)
     other = next((name for name in formats if name in engines.names_with_needs() and name != needs.engine), None)

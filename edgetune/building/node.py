@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from edgetune.cluster import TRY_ELSEWHERE
 from edgetune.failure import fail
-from edgetune.module_process import end_with_parent
+from edgetune.module_process import end_with_parent, read_request
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.builder import Builder
@@ -34,7 +34,7 @@ def main(folder: Path) -> int:
     """Train the adapter in the request of `folder` and return the exit code; an error is printed as one line."""
     end_with_parent()
     try:
-        request = AdapterRequest.read(folder)
+        request = AdapterRequest(**read_request(folder))
         with FileLock(folder / "lock", timeout=_WAIT_S):
             try:
                 builder, base, job = _prepared(request, Progress())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 
 from edgetune.cluster import ClusterTask, connected
+from edgetune.module_process import write_request
 from edgetune.planning.records import BuildPlan
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -19,7 +19,6 @@ from edgetune.training.job import finished
 
 MODULE = "edgetune.building.node"
 """The module that trains an adapter in the folder of its request."""
-REQUEST_FILE = "request.json"
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,6 @@ class AdapterRequest:
     name: str
     work: str
     key: str
-
-    def write(self, folder: Path) -> Path:
-        """Write the request into its folder; returns the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REQUEST_FILE).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
-        return folder
-
-    @classmethod
-    def read(cls, folder: Path) -> AdapterRequest:
-        """The request in a folder."""
-        return cls(**json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8")))
 
 
 def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) -> None:
@@ -67,7 +55,8 @@ def train_on_cluster(prepared: Prepared[Any], work: Path, progress: Progress) ->
         tasks = []
         for job in left:
             request = AdapterRequest(str(recipe.absolute()), job.name, str(work.absolute()), job.key)
-            tasks.append(ClusterTask(job.name, MODULE, request.write(folder / job.name), cpus, gpus, memory_mb))
+            asked = write_request(folder / job.name, request)
+            tasks.append(ClusterTask(job.name, MODULE, asked, cpus, gpus, memory_mb))
         reserved = f"GPUs for each: {gpus}" if gpus else f"cores for each: {cpus}"
         progress.say(f"training {len(tasks)} adapters on the cluster; {reserved}")
         try:

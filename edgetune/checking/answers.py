@@ -11,8 +11,8 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 
-from edgetune.building.outputs.infer import infer
-from edgetune.tasks.data import TaskRow
+from edgetune.building.outputs.infer import infer, rejected
+from edgetune.tasks.data import TaskRow, kind_of
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
@@ -35,7 +35,8 @@ def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
         if item.row.turn is not None and (problem := _bad_call(item.row)):
             yield Finding.of(MISFIT, [item], problem)
     if spec is not None:
-        yield from _breaking(answered, spec, f"breaks the {spec.kind} of the recipe")
+        for place in rejected(spec, (item.row.completion or "" for item in answered)):
+            yield Finding.of(MISFIT, [answered[place]], f"breaks the {spec.kind} of the recipe")
     elif task.metric != "label":
         yield from _odd(answered)
 
@@ -64,12 +65,6 @@ def rare(kinds: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
         if trained < _FEW_ROWS:
             others = ", ".join(f"{count} in {split}" for split, count in counts.items() if split != TRAIN)
             yield Finding(RARE, (), note=f"{kind}: {trained} training rows{f', {others}' if others else ''}")
-
-
-def _breaking(rows: Sequence[SplitRow], spec: OutputSpec, note: str) -> Iterator[Finding]:
-    for item in rows:
-        if not spec.accepts(item.row.completion or ""):
-            yield Finding.of(MISFIT, [item], note)
 
 
 def _bad_call(row: TaskRow) -> str | None:
@@ -148,16 +143,11 @@ def _fields(value: object, path: str) -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             inner_path = f"{path}.{key}" if path else str(key)
             if inner is not None:
-                yield inner_path, _TYPES[type(inner)]
+                yield inner_path, kind_of(inner)
             yield from _fields(inner, inner_path)
     elif isinstance(value, list):
         for inner in value:
             yield from _fields(inner, f"{path}[]")
-
-
-_TYPES: dict[type, str] = {
-    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number",
-}  # fmt: skip
 
 
 def _value(row: TaskRow) -> Any:  # noqa: ANN401 - any JSON value

@@ -119,8 +119,7 @@ def deploy(
         # Boards of an inventory have one line each.
         progress = Progress(quiet=quiet or inventory is not None)
         unit = None if service is None else actions.UnitOptions(service, listen, port)
-        timer = None if repository is None else actions.UpdateOptions(*repository)
-        options = actions.DeployOptions(board, unit, timer, waits_healthy=wait_healthy)
+        options = actions.DeployOptions(board, unit, repository, waits_healthy=wait_healthy)
         act = partial(actions.deploy, where=where, assemble=assemble, options=options, progress=progress)
     if host is not None:
         _print(act(targets[0]), as_json=as_json)

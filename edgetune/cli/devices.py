@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from edgetune_devices import boards, changes, detect, fit
 from edgetune_runtime import engines
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
@@ -137,7 +138,7 @@ def detect_board(
     print(f"wrote {out}; use it with: edgetune devices fit TARGET --device {out}")
 
 
-def _calibrated(path: Path, needs: fit.Needs, other: fit.Needs | None) -> Mapping[str, SpeedFigures]:
+def _calibrated(path: Path, needs: Needs, other: Needs | None) -> Mapping[str, SpeedFigures]:
     """The figures of a calibration by engine; those of the other engine only if it has them."""
     measured = read_calibration(path, needs)
     if caution := measured.caution(needs):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .arguments import AsJson, BundlePath, Quiet, output_option, print_json
-
-if TYPE_CHECKING:
-    from edgetune.delivery.oci.transfer import ArtifactStore
 
 # Options by the groups in --help.
 registry_option = partial(typer.Option, rich_help_panel="Registry")
@@ -35,13 +32,6 @@ TrustedKeys = Annotated[
 ]
 
 
-def open_artifact(text: str, username: str | None, *, insecure: bool) -> ArtifactStore:
-    """The registry or layout of a reference."""
-    from edgetune.delivery.oci.transfer import open_store
-
-    return open_store(text, username, insecure=insecure)
-
-
 def push(
     bundle: BundlePath,
     reference: Artifact,
@@ -59,7 +49,7 @@ def push(
     from edgetune.delivery.oci import transfer
     from edgetune.progress import Progress
 
-    store = open_artifact(reference, username, insecure=insecure)
+    store = transfer.open_store(reference, username, insecure=insecure)
     pushed = transfer.push(bundle, store, Progress(quiet=quiet))
     if as_json:
         print_json(pushed.to_json())
@@ -85,7 +75,7 @@ def pull(
     from edgetune.delivery.oci import transfer
     from edgetune.progress import Progress
 
-    store = open_artifact(reference, username, insecure=insecure)
+    store = transfer.open_store(reference, username, insecure=insecure)
     resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
     if as_json:
         print_json({"reference": str(resolved), "path": str(out)})

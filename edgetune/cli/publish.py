@@ -11,7 +11,7 @@ from edgetune_runtime.errors import UsageError
 
 from .arguments import AsJson, Quiet, output_option, print_json
 from .keys import open_keys
-from .oci import Insecure, TrustedKeys, Username, open_artifact, registry_option
+from .oci import Insecure, TrustedKeys, Username, registry_option
 
 
 def publish(
@@ -54,6 +54,7 @@ def publish(
     signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
     With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys.
     """
+    from edgetune.delivery.oci.transfer import open_store
     from edgetune.delivery.publish import mirror
     from edgetune.delivery.publish import publish as publishing
     from edgetune.progress import Progress
@@ -63,7 +64,7 @@ def publish(
         raise UsageError(f"both {bundle} and --from {source} are given", "give one bundle")
     with ExitStack() as stack:
         if source is not None:
-            store = open_artifact(source, username, insecure=insecure)
+            store = open_store(source, username, insecure=insecure)
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
         if bundle is None:
             publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,14 +41,9 @@ class Curve:
         """The score with so many rows: the share of errors as a power of the rows, fitted to the measured ones."""
         # Half an error stands for none, which has no logarithm.
         least = 0.5 / max(self.rows)
-        points = [
-            (math.log(count), math.log(max(1 - figures.score, least)))
-            for count, figures in zip(self.rows, self.figures, strict=True)
-        ]
-        x_mean, y_mean = (sum(values) / len(points) for values in zip(*points, strict=True))
-        variance = sum((x - x_mean) ** 2 for x, _ in points)
-        slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / variance
-        return 1 - math.exp(y_mean + slope * (math.log(rows) - x_mean))
+        errors = [math.log(max(1 - figures.score, least)) for figures in self.figures]
+        line = statistics.linear_regression([math.log(count) for count in self.rows], errors)
+        return 1 - math.exp(line.intercept + line.slope * math.log(rows))
 
 
 def curves_of(outcomes: Sequence[TrialResult]) -> list[Curve]:

@@ -5,13 +5,12 @@ A trial is the recipe reduced to one task, with one method at one rank.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgetune_runtime.bundle import MARK, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
@@ -24,8 +23,8 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
 from edgetune.targets import shapes_in
 
-REQUEST_FILE = "request.json"
-"""The trial in its folder, for the trial's process."""
+from .figures import TrialResult
+
 RANK = "r"
 """The option for a method's rank."""
 MEAN_RANK = "target_r"
@@ -88,14 +87,9 @@ class Trial:
         """Whether no format supports the method."""
         return not self.targets
 
-    def to_json(self) -> str:
-        """The trial as text, for `of_json`."""
-        return json.dumps(asdict(self), indent=2)
-
-    @classmethod
-    def of_json(cls, text: str) -> Trial:
-        """The trial from the text of `to_json`."""
-        return cls(**json.loads(text))
+    def without_figures(self, status: Literal["failed", "refused"], reason: str) -> TrialResult:
+        """The outcome of the trial if it is not done."""
+        return TrialResult(self.name, self.method, self.rank, status, reason, refused=self.refused)
 
 
 def recipe_of(request: Request) -> Recipe:

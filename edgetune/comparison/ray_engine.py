@@ -6,13 +6,15 @@ The machines must share the comparison's folder, the recipe and its data.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from edgetune.cluster import ClusterTask, connected
+from edgetune.module_process import write_request
 from edgetune.progress import Progress
 
 from .figures import TrialResult
 from .grid import Trial
-from .process import MODULE, outcome_of, write_request
+from .process import MODULE, outcome_of
 
 DEFAULT_CPUS = 1
 """Cores per trial if the recipe does not set threads."""
@@ -27,7 +29,7 @@ def run_on_ray(trials: Sequence[Trial], progress: Progress) -> Iterator[TrialRes
     by_name = {trial.name: trial for trial in trials}
     with connected() as cluster:
         tasks = [
-            ClusterTask(name, MODULE, write_request(trial), trial.one_task.threads or DEFAULT_CPUS)
+            ClusterTask(name, MODULE, write_request(Path(trial.folder), trial), trial.one_task.threads or DEFAULT_CPUS)
             for name, trial in by_name.items()
         ]
         progress.say(f"{len(tasks)} trials queued on the cluster")

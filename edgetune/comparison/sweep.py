@@ -50,7 +50,11 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
     except KeyboardInterrupt as error:
         message = f"comparison stopped with {len(outcomes)} of {len(todo)} trials finished"
         raise CancelledError(message, "run the same command to resume") from error
-    refused = {trial.name: _refused(trial) for trial in trials if trial.is_refused}
+    refused = {
+        trial.name: trial.without_figures("refused", next(iter(trial.refused.values())))
+        for trial in trials
+        if trial.is_refused
+    }
     comparison = _compared(request.task, recipe.base, [(outcomes | refused)[trial.name] for trial in trials])
     write(comparison, request.out)
     shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
@@ -114,11 +118,6 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
         base_keys = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None}
         request = replace(request, settings={**request.settings, **base_keys})
     return recipe, trials_of(request, recipe, base.fingerprint)
-
-
-def _refused(trial: Trial) -> TrialResult:
-    reason = next(iter(trial.refused.values()))
-    return TrialResult(trial.name, trial.method, trial.rank, "refused", reason, refused=trial.refused)
 
 
 def _compared(task: str, base: str, outcomes: Sequence[TrialResult]) -> Comparison:

@@ -13,19 +13,20 @@ from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.evaluation import spread
 from edgetune.failure import fail
-from edgetune.module_process import end_with_parent
+from edgetune.module_process import end_with_parent, read_request
 from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.task import read_task
 
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
-from .grid import REQUEST_FILE, Trial
+from .grid import Trial
 from .measure import BundleMeasurement, TorchMeasurement
 
 
@@ -85,7 +86,7 @@ def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:
     if recipe.device is None:
         return None
     try:
-        needs = fit.needs_of_bundle(bundle)
+        needs = needs_of_bundle(bundle)
     except IncompatibleError:
         return None
     predicted = fit.fit(needs, boards.load(recipe.device))
@@ -96,7 +97,7 @@ def main(folder: Path) -> int:
     """Run the trial in `folder` and return the exit code; an error is printed as one line on standard error."""
     end_with_parent()
     try:
-        trial = Trial.of_json((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+        trial = Trial(**read_request(folder))
         write_outcome(run(trial, Progress()), folder, trial.key)
     except (Exception, KeyboardInterrupt) as error:
         return fail(error)

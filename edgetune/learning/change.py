@@ -64,12 +64,7 @@ class Change:
         """How much better the later score is."""
         return self.before - self.after if self.is_loss else self.after - self.before
 
-    @property
-    def is_worse(self) -> bool:
-        """Whether the score got worse by more than one standard error."""
-        return self.is_worse_by(1.0)
-
-    def is_worse_by(self, margin: float) -> bool:
+    def is_worse(self, margin: float = 1.0) -> bool:
         """Whether the score got worse by more than `margin` standard errors."""
         return self.gain < -margin * self.error
 
@@ -79,7 +74,7 @@ class Change:
 
     def to_json(self, margin: float = 1.0) -> dict[str, Any]:
         """The figures as JSON values, with `is_worse`."""
-        return {**asdict(self), "is_worse": self.is_worse_by(margin)}
+        return {**asdict(self), "is_worse": self.is_worse(margin)}
 
 
 Changes = Mapping[str, Mapping[str, Change]]
@@ -119,7 +114,7 @@ def changes_between(before: Scores, after: Scores) -> Changes:
 
 def worse_sets(changes: Changes, margin: float = 1.0) -> list[tuple[str, str]]:
     """The adapters that got worse by more than `margin` standard errors, each with the set of rows on which it did."""
-    return [(name, kind) for name, sets in changes.items() for kind, each in sets.items() if each.is_worse_by(margin)]
+    return [(name, kind) for name, sets in changes.items() for kind, each in sets.items() if each.is_worse(margin)]
 
 
 def change_between(before: ScoredSet, after: ScoredSet) -> Change:

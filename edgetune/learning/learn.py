@@ -75,14 +75,14 @@ def learn(
     check_destination(out)
     work = kept_folder(out)
     with locked(work):
-        names = _adapters_of(entries, manifest)
-        loaded = Recipe.from_file(_recipe_of(bundle, recipe), split_of(manifest, names))
-        unknown = [name for name in names if name not in loaded.adapters]
+        corrected = _by_adapter(entries, manifest)
+        loaded = Recipe.from_file(_recipe_of(bundle, recipe), split_of(manifest, list(corrected)))
+        unknown = [name for name in corrected if name not in loaded.adapters]
         if unknown:
             message = f"the recipe of {bundle} has no adapter {unknown[0]!r}, of which the log has corrections"
             raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
-        tasks = {name: read_task(name, loaded) for name in names}
-        rows = {name: learned_rows(task, _corrected(entries, name)) for name, task in tasks.items()}
+        tasks = {name: read_task(name, loaded) for name in corrected}
+        rows = {name: learned_rows(task, corrected[name]) for name, task in tasks.items()}
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
@@ -100,7 +100,7 @@ def learn(
         specs = {
             name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
         }
-        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), names, staged, out)
+        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), corrected, staged, out)
         swap_in(staged, out)
         return learned
 
@@ -123,17 +123,16 @@ def _recipe_of(bundle: Path, recipe: Path | None) -> Path:
     return path
 
 
-def _adapters_of(entries: Sequence[LoggedAnswer], manifest: Manifest) -> list[str]:
-    """The adapters that have corrections; UsageError if there are none."""
-    names = dict.fromkeys(entry.adapter for entry in entries if entry.adapter and entry.correction is not None)
-    if not names:
+def _by_adapter(entries: Sequence[LoggedAnswer], manifest: Manifest) -> dict[str, list[LoggedAnswer]]:
+    """The corrected answers of each adapter that has some; UsageError if there are none."""
+    corrected: dict[str, list[LoggedAnswer]] = {}
+    for entry in entries:
+        if entry.adapter and entry.correction is not None:
+            corrected.setdefault(manifest.adapter(entry.adapter).name, []).append(entry)
+    if not corrected:
         message = f"none of the {len(entries)} answers in the log is a corrected one of an adapter"
         raise UsageError(message, "correct some on the server's page, or label some with --ask N")
-    return [manifest.adapter(name).name for name in names]
-
-
-def _corrected(entries: Sequence[LoggedAnswer], name: str) -> list[LoggedAnswer]:
-    return [entry for entry in entries if entry.adapter == name and entry.correction is not None]
+    return corrected
 
 
 def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -> AdapterSpec:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edgetune_devices import fit
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
@@ -23,20 +23,15 @@ from edgetune.targets import misfit
 from .records import AdapterPlan
 
 
-def plan_adapter(recipe: Recipe, name: str, shapes: Mapping[str, str], base: BaseShape | None) -> AdapterPlan:
-    """The plan of one adapter of the recipe, without its data. Raises UsageError for a module that the base lacks."""
-    planned = plan_export(name, recipe.adapters[name], shapes)
-    return with_options(planned, planned.options, base, recipe.format_options)
-
-
 def plan_adapters(
     recipe: Recipe, shapes: Mapping[str, Mapping[str, str]], base: BaseShape | None
 ) -> dict[str, AdapterPlan]:
-    """The plans of all adapters; one UsageError for the adapters that have modules which the base lacks."""
+    """The plans of all adapters without their data; one UsageError for those with modules that the base lacks."""
     plans, problems = {}, []
-    for name in recipe.adapters:
+    for name, spec in recipe.adapters.items():
+        planned = plan_export(name, spec, shapes[name])
         try:
-            plans[name] = plan_adapter(recipe, name, shapes[name], base)
+            plans[name] = with_options(planned, planned.options, base, recipe.format_options)
         except UsageError as error:
             problems.append(f"adapter {name!r}: {error}")
     if problems:
@@ -94,10 +89,10 @@ def with_options(
     )
 
 
-def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> fit.AdapterSize:
+def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> AdapterSize:
     """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
     cost = engines.load_needs(engine).COST
     if shape == "prefix":
-        return fit.AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
+        return AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
     size = backends.format_of(engine).adapter_bytes(values, "f32" if cost.f32_adapters else dtype, shape)
-    return fit.AdapterSize(int(size), modules if shape == "low_rank" else 0)
+    return AdapterSize(int(size), modules if shape == "low_rank" else 0)

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from edgetune_devices import boards, fit
+from edgetune_devices.changes import BOARD_QUANTIZATIONS
+from edgetune_devices.needs import main_type_of, needs_of_header
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
+from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 
@@ -53,7 +56,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     needs = {engine: bundle_needs(recipe, adapters, source.header, quantization, engine) for engine in counted}
     base = _plan_base(recipe, source, quantization, needs[gguf.NAME].base_bytes)
     base = replace(base, candidates=worth_measuring(recipe, candidates))
-    adapters = with_grid(recipe, adapters, base, fit.main_type_of(source.header, quantization))
+    adapters = with_grid(recipe, adapters, base, main_type_of(source.header, quantization))
     if choice is None:
         return BuildPlan(recipe, source, base, adapters)
     fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
@@ -107,7 +110,7 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
 def _choose(
     recipe: Recipe, adapters: Adapters, header: GgufHeader, candidates: Sequence[Candidate], *, requantize: bool
 ) -> fit.BoardChoice:
-    def needs_of(quantization: str | None, context_length: int) -> fit.Needs:
+    def needs_of(quantization: str | None, context_length: int) -> Needs:
         candidate = recipe.model_copy(update={"context_length": context_length})
         return bundle_needs(candidate, adapters, header, quantization)
 
@@ -115,7 +118,7 @@ def _choose(
         boards.load(str(recipe.device)),
         needs_of,
         quantization=recipe.quantization if isinstance(recipe.quantization, str) else None,
-        quantizations=[item.quantization for item in candidates] or fit.BOARD_QUANTIZATIONS,
+        quantizations=[item.quantization for item in candidates] or BOARD_QUANTIZATIONS,
         context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
         requantize=requantize,
     )
@@ -123,14 +126,14 @@ def _choose(
 
 def bundle_needs(
     recipe: Recipe, adapters: Adapters, header: GgufHeader, quantization: str | None, engine: str | None = None
-) -> fit.Needs:
+) -> Needs:
     """What the bundle will need in `engine`, by default that of its first target.
 
     `quantization` None: the file with this header ships unchanged.
     """
     engine = engine or _engine(recipe)
     sizes, merged = _sizes(adapters, engine)
-    return fit.needs_of_header(
+    return needs_of_header(
         header,
         context_length=recipe.context_length,
         quantization=quantization,
@@ -153,7 +156,7 @@ def _engine(recipe: Recipe) -> str:
     return recipe.targets[0] if recipe.targets[0] in engines.names_with_needs() else gguf.NAME
 
 
-def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, fit.AdapterSize], dict[str, bool]]:
+def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, AdapterSize], dict[str, bool]]:
     """The memory of the adapters in an engine; of its merged models, whether they can be trained on the base's grid."""
     sizes = {name: adapter.memory[engine] for name, adapter in adapters.items() if engine in adapter.memory}
     return sizes, {name: trains_on_grid(adapter) for name, adapter in adapters.items() if name not in sizes}

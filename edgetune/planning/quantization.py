@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edgetune_devices.fit import main_type_of
+from edgetune_devices.needs import main_type_of
 from edgetune_runtime import engines
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune_devices.fit import AdapterSize, Fit
+from edgetune_devices.fit import Fit
 from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.engines.needs import AdapterSize
 
 from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions, TrainedModules

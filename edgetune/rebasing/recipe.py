@@ -94,13 +94,6 @@ def _without_old_base(spec: AdapterSpec) -> AdapterSpec:
 
 def _missing(recipe: Recipe) -> Iterator[str]:
     """The files of the recipe that are gone, each with what it is for."""
-    parts: dict[str, Any] = {name: spec.data for name, spec in recipe.adapters.items()}
-    if recipe.domain is not None:
-        parts["domain"] = recipe.domain.data
-    for name, data in parts.items():
-        sources = [getattr(data, key, None) for key in ("train", "validation", "confidence")]
-        if name in recipe.adapters:
-            sources.append(getattr(recipe.adapters[name].method.options, "document", None))
-        for source in sources:
-            if isinstance(source, str) and not Path(source).exists() and not is_hub_id(source):
-                yield f"{source} ({name})"
+    for (*_, part, _, _), source in recipe.sources():
+        if isinstance(source, str) and not Path(source).exists() and not is_hub_id(source):
+            yield f"{source} ({part})"

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from .augment import AugmentSpec
-from .part import RecipePart, Text
+from .part import OrSwitch, RecipePart, Text
 from .rows import Rows
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
@@ -122,13 +122,8 @@ class DataSpec(RecipePart):
     """Names of the columns; not needed for rows in one of the four standard forms."""
     loss_on: Literal["completion", "all"] = "completion"
     """Which tokens count in the loss: those of the completions, or all."""
-    augment: AugmentSpec | None = None
+    augment: OrSwitch[AugmentSpec] = None
     """Changed copies of the training rows: true, or a mapping of options."""
-
-    @field_validator("augment", mode="before")
-    @classmethod
-    def _with_defaults(cls, augment: object) -> object:
-        return {True: {}, False: None}[augment] if isinstance(augment, bool) else augment
 
 
 class TextSpec(RecipePart):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,12 +28,12 @@ from pydantic import (
 
 from edgetune import methods, task_types
 
-from .part import RecipePart, Text
+from .part import OrSwitch, RecipePart, Text
 from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, Target, TaskName
 from .problems import Document, Loc, explain, override, read_document, value_at
 from .quantization import AUTO, QuantizationSpec
 from .routing import RouteSpec
-from .rows import plain_recipe
+from .rows import Rows, plain_recipe
 from .task_files import FROM, with_task_files
 from .training import TrainingSpec
 
@@ -86,7 +86,7 @@ class Recipe(RecipePart):
     """The tasks, one adapter each, by name (a-z, 0-9, _ and -). `from` adds the adapters of files: a pattern, such as
     tasks/*.yaml, or a list of patterns. Such a file has the keys of one adapter; its name is that of the file, or the
     key `name`, and its paths are relative to the file."""
-    route: RouteSpec | None = None
+    route: OrSwitch[RouteSpec] = None
     """A router, which chooses the adapter of a prompt (`adapter="auto"`): true, or a mapping of options."""
 
     _folder: Path = PrivateAttr(default=Path())
@@ -226,11 +226,6 @@ class Recipe(RecipePart):
             raise ValueError("; ".join(problems))
         return adapters
 
-    @field_validator("route", mode="before")
-    @classmethod
-    def _with_defaults(cls, route: object) -> object:
-        return {True: {}, False: None}[route] if isinstance(route, bool) else route
-
     @field_validator("route")
     @classmethod
     def _routes_adapters(cls, route: RouteSpec | None, info: ValidationInfo) -> RouteSpec | None:
@@ -259,15 +254,22 @@ class Recipe(RecipePart):
         """
         values = self.model_dump(mode="json")
         values["base"] = self._portable(values["base"])
-        domains = [values["domain"]] if values["domain"] else []
-        for part in (*values["adapters"].values(), *domains):
-            for key in ("train", "validation", "confidence"):
-                if part["data"].get(key):
-                    part["data"][key] = self._portable(part["data"][key])
-        for adapter in values["adapters"].values():
-            if adapter["method"].get("document"):
-                adapter["method"]["document"] = self._portable(adapter["method"]["document"])
+        for loc, _ in self.sources():
+            section = value_at(loc[:-1], values)
+            section[loc[-1]] = self._portable(section[loc[-1]])
         return values
+
+    def sources(self) -> Iterator[tuple[Loc, str | Rows]]:
+        """The data files, hub ids and rows, each with its path, such as adapters, command, data, train."""
+        parts: list[tuple[Loc, AdapterSpec | DomainSpec]]
+        parts = [(("adapters", name), spec) for name, spec in self.adapters.items()]
+        parts += [(("domain",), self.domain)] if self.domain is not None else []
+        for loc, part in parts:
+            for section, values in (("data", part.data), ("method", part.method.options)):
+                for key in ("train", "validation", "confidence", "document"):
+                    source = getattr(values, key, None)
+                    if source is not None:
+                        yield (*loc, section, key), source
 
     def _portable(self, source: str) -> str:
         inside = source.removeprefix(f"{self._folder}{os.sep}")
@@ -305,13 +307,6 @@ def json_schema() -> dict[str, Any]:
     quantizations = schema["properties"]["quantization"]["anyOf"]
     quantizations[0]["enum"] = sorted(QUANTIZATIONS)
     quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": AUTO}]
-    definitions = schema["$defs"]
-    for section, key in (
-        (schema, "route"),
-        (definitions["DataSpec"], "augment"),
-        (definitions["AdapterSpec"], "out_of_scope"),
-    ):
-        section["properties"][key]["anyOf"].append({"type": "boolean"})
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Text = Annotated[str, StringConstraints(min_length=1)]
+
+
+def _section_of(value: object) -> object:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+S = TypeVar("S")
+OrSwitch = Annotated[
+    S | None,
+    BeforeValidator(_section_of),
+    Field(json_schema_extra=lambda schema: schema["anyOf"].append({"type": "boolean"})),
+]
+"""An optional section, which `true` turns on with all defaults."""
 
 
 class RecipePart(BaseModel):

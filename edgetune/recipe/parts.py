@@ -28,7 +28,7 @@ from edgetune.task_types import TaskType
 
 from .data import DataSpec, Folder, TextSpec
 from .output import OutputOption
-from .part import RecipePart, Text
+from .part import OrSwitch, RecipePart, Text
 from .problems import FileMapping, other_names, shown
 from .training import OwnTraining, TrainingSpec
 
@@ -122,7 +122,7 @@ class AdapterSpec(RecipePart):
     labels: tuple[Text, ...] | None = None
     """The possible answers of a classification task. null: those of the training rows, if these have a `label` or the
     metric is label."""
-    out_of_scope: OutOfScopeSpec | None = None
+    out_of_scope: OrSwitch[OutOfScopeSpec] = None
     """A label for texts that none of the others fits: true, or a mapping of options. The build makes rows of it."""
     metric: Metric = "auto"
     """How answers are scored. auto: chosen by the form of the rows."""
@@ -161,11 +161,6 @@ class AdapterSpec(RecipePart):
     """Number format of the adapter's .onnx_adapter file. f16 halves the file, but onnxruntime-genai loads f32 only."""
     training: OwnTraining = TrainingSpec()
     """Training options of this adapter; they override those of the recipe."""
-
-    @field_validator("out_of_scope", mode="before")
-    @classmethod
-    def _with_defaults(cls, out_of_scope: object) -> object:
-        return {True: {}, False: None}[out_of_scope] if isinstance(out_of_scope, bool) else out_of_scope
 
     @field_validator("labels")
     @classmethod

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from .model import Recipe
-from .parts import AdapterSpec, DomainSpec
+from .problems import value_at
 from .rows import Rows
 
 RECIPE = "recipe.json"
@@ -22,18 +21,8 @@ def save_recipe(recipe: Recipe, folder: Path) -> Path:
     base = recipe.folder / Path(recipe.base).expanduser()
     if base.exists():
         values["base"] = str(base.absolute())
-    parts: list[tuple[dict[str, Any], AdapterSpec | DomainSpec]]
-    parts = [(values["adapters"][name], spec) for name, spec in recipe.adapters.items()]
-    if recipe.domain is not None:
-        parts.append((values["domain"], recipe.domain))
-    for part, spec in parts:
-        for key in ("train", "validation", "confidence"):
-            source = getattr(spec.data, key, None)
-            if source is not None:
-                part["data"][key] = save_source(source, folder)
-        document = part.get("method", {}).get("document")
-        if document is not None:
-            part["method"]["document"] = save_source(document, folder)
+    for loc, source in recipe.sources():
+        value_at(loc[:-1], values)[loc[-1]] = save_source(source, folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECIPE
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")

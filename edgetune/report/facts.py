@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_devices import boards
-from edgetune_devices.fit import Fit, fit, needs_of_bundle
+from edgetune_devices.fit import Fit, fit
 from edgetune_runtime.bundle import AdapterEntry, Manifest
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import describe
+from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune import task_types
 

@@ -35,8 +35,5 @@ class GovernedEngine:
 
     def _step(self, tokens: int, compute: Callable[[], Logits]) -> Logits:
         kind = DECODE if tokens == 1 else PREFILL
-        return self._governor.step(self._engine, tokens, compute, _go_on, AnswerUsage(), kind=kind)
-
-
-def _go_on() -> None:
-    """Nothing stops a step but its stalling."""
+        # Nothing stops a step but its stalling.
+        return self._governor.step(self._engine, tokens, compute, lambda: None, AnswerUsage(), kind=kind)

@@ -118,8 +118,7 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
     """
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        key = row.text if row.messages is None else json.dumps([dict(m) for m in row.messages])
-        groups.setdefault(str(key), []).append(index)
+        groups.setdefault(row.prompt_key, []).append(index)
     if len(groups) < 2:
         problem = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
         raise UsageError(
@@ -158,7 +157,7 @@ def labelled_text(row: TaskRow) -> str:
 
 def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:
     if not isinstance(values, dict):
-        raise BadRowError(f"is {_kind(values)}, not an object; write one object per line")
+        raise BadRowError(f"is {kind_of(values)}, not an object; write one object per line")
     if columns is not None:
         row = _mapped_row(where, values, columns)
     elif "messages" in values:
@@ -210,7 +209,7 @@ def _check_keys(values: Mapping[str, Any], needed: Sequence[str]) -> None:
 
 def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa: ANN401 - it is checked here
     if not isinstance(messages, list):
-        raise BadRowError(f"messages is {_kind(messages)}, not a list of messages")
+        raise BadRowError(f"messages is {kind_of(messages)}, not a list of messages")
     if not messages:
         raise BadRowError("messages is empty; give at least one message")
     for number, message in enumerate(messages, 1):
@@ -261,7 +260,7 @@ def _check_calls(names: Sequence[str], tools: ToolSet | None) -> None:
 
 def _check_message(number: int, message: object) -> None:
     if not isinstance(message, dict):
-        raise BadRowError(f"message {number} is {_kind(message)}, not an object with role and content")
+        raise BadRowError(f"message {number} is {kind_of(message)}, not an object with role and content")
     role = message.get("role")
     if role not in ("system", "user", "assistant", "tool"):
         raise BadRowError(f"message {number} has role {role!r}; use system, user, assistant or tool")
@@ -291,7 +290,7 @@ def _text(value: object, name: str) -> str:
     if value is None:
         raise BadRowError(f"{name} is missing or null")
     if not isinstance(value, str):
-        raise BadRowError(f"{name} is {_kind(value)}, not text")
+        raise BadRowError(f"{name} is {kind_of(value)}, not text")
     if not value.strip():
         raise BadRowError(f"{name} is empty")
     try:
@@ -309,6 +308,7 @@ def _check_label(row: TaskRow, labels: Sequence[str]) -> None:
         raise BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null")

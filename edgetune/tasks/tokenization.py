@@ -5,8 +5,8 @@ Uses the runtime's tokenizer and chat template, so training and device see the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
@@ -14,9 +14,12 @@ from edgetune_runtime.text.chat import Message, messages_for
 from edgetune_runtime.tools.definitions import ToolSet
 from edgetune_runtime.tools.prompts import prompt_tokens, support_of, turn_text
 
+from edgetune.objectives.base import TrainingRow, row_length
 from edgetune.objectives.example import Example
 
 from .data import TaskRow
+
+E = TypeVar("E", bound=TrainingRow)
 
 
 def tokenize_rows(
@@ -32,18 +35,18 @@ def tokenize_rows(
     Prompts are rendered and tokenized exactly as in the runtime, followed by the completion and the end-of-turn token.
     Raises UsageError if no row fits, or the chat template rejects a row.
     """
-    examples, too_long, shortest = [], [], 0
-    for row in rows:
-        example = _example(row, tokenizer, system, loss_on)
-        if len(example.tokens) <= max_tokens:
-            examples.append(example)
-        else:
-            too_long.append(row.where)
-            shortest = min(shortest or len(example.tokens), len(example.tokens))
-    if too_long and not examples:
+    return fitting(rows, (_example(row, tokenizer, system, loss_on) for row in rows), max_tokens)
+
+
+def fitting(rows: Sequence[TaskRow], examples: Iterable[E], max_tokens: int) -> tuple[list[E], tuple[str, ...]]:
+    """The examples of the rows that fit in `max_tokens`, and where the other rows are; UsageError if none fits."""
+    pairs = list(zip(rows, examples, strict=True))
+    kept = [example for _, example in pairs if row_length(example) <= max_tokens]
+    if pairs and not kept:
+        shortest = min(row_length(example) for _, example in pairs)
         message = f"all {len(rows)} rows are longer than {max_tokens} tokens; the shortest has {shortest}"
         raise UsageError(message, "raise context_length or shorten the rows")
-    return examples, tuple(too_long)
+    return kept, tuple(row.where for row, example in pairs if row_length(example) > max_tokens)
 
 
 def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: str) -> Example:

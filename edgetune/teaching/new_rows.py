@@ -67,7 +67,8 @@ class Lesson:
 
         Ends earlier when all requests are sent. Raises TeacherError, with all rows kept, if the teacher fails.
         """
-        existing = [*self.task.train, *self.task.validation, *(read_rows(str(out)) if _has_rows(out) else [])]
+        has_rows = out.is_file() and out.stat().st_size > 0
+        existing = [*self.task.train, *self.task.validation, *(read_rows(str(out)) if has_rows else [])]
         prompts = {prompt_key(SplitRow(TRAIN, row)) for row in existing}
         written = len(existing) - len(self.task.train) - len(self.task.validation)
         left_out: Counter[str] = Counter()
@@ -124,10 +125,6 @@ class Lesson:
         if self.task.labels:
             return answer in self.task.labels
         return bool(answer) and (self.output is None or self.output.accepts(answer))
-
-
-def _has_rows(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def _request_of(text: str) -> str:

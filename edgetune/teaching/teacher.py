@@ -14,7 +14,7 @@ from edgetune_runtime.chat_client import check_address, message_of, post
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.wording import shortened
 
-_TRIES, _LONGEST_WAIT_S = 5, 60.0
+_TRIES, _LONGEST_WAIT_S, _TIMEOUT_S = 5, 60.0, 120.0
 _AGAIN = frozenset((408, 429, 500, 502, 503, 504))
 """Statuses after which the same request may succeed later."""
 _MOST_BYTES = 1_000_000
@@ -39,17 +39,11 @@ class Teacher:
     key: str | None = field(default=None, repr=False)
     per_minute: float = 60.0
     most_requests: int = 1000
-    timeout_s: float = 120.0
     sent: int = 0
     _free_at: float = 0.0
 
     def __post_init__(self) -> None:
         check_address(self.url)
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether all requests are sent that may be."""
-        return self.sent >= self.most_requests
 
     def request(
         self, messages: Sequence[Mapping[str, str]], *, temperature: float, seed: int, schema: object = None
@@ -67,7 +61,7 @@ class Teacher:
         """
         problem = ""
         for attempt in range(_TRIES):
-            if self.is_spent:
+            if self.sent >= self.most_requests:
                 raise TeacherError(f"{self.sent} requests are sent", "allow more with --requests")
             self._wait()
             self.sent += 1
@@ -94,7 +88,7 @@ class Teacher:
     def _sent(self, body: Mapping[str, Any]) -> str:
         raw = b""
         try:
-            raw = post(self.url, body, key=self.key, timeout_s=self.timeout_s)
+            raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
             return message_of(raw).get("content") or ""
         except ValueError as error:
             reply = shortened(raw.decode(errors="replace"), 80) if raw else str(error)

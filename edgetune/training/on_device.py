@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,23 +23,24 @@ def on_device(base: torch.nn.Module, device: torch.device, name: str) -> Iterato
     All else runs there, and so each training begins with the same values. A device that runs out of memory, or that
     fails or disappears, is an EdgetuneError.
     """
+    before = sys.exception()
     try:
         try:
             yield
         finally:
             base.to("cpu")
     except RuntimeError as error:
-        # A lost device fails again when the base is taken back from it.
-        failure = next(filter(None, (failure_of(earlier, device, name) for earlier in reversed(_chain(error)))), None)
-        if failure is None:
-            raise
-        raise failure from error
+        # A lost device fails again when the base is taken back from it: the first error says what happened.
+        failures = (failure_of(each, device, name) for each in reversed(_since(before, error)))
+        if failure := next(filter(None, failures), None):
+            raise failure from error
+        raise
 
 
-def _chain(error: BaseException | None) -> list[RuntimeError]:
-    """The RuntimeErrors that led to an error, with itself, the last first."""
+def _since(before: BaseException | None, error: BaseException | None) -> list[RuntimeError]:
+    """An error and the RuntimeErrors that it came after, the last first, without those from `before` the block."""
     chain = []
-    while error is not None:
+    while error is not None and error is not before:
         if isinstance(error, RuntimeError):
             chain.append(error)
         error = error.__context__

@@ -11,11 +11,9 @@ SIZE_INCHES = (7.0, 4.0)
 
 def plot_training(result: TrainResult, title: str, out: Path) -> None:
     """Plot training and validation loss by epoch, with the checkpoint that ships and the range of overfitting."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     epochs = [point.epoch for point in result.history]
     axes.plot(epochs, [point.train_loss for point in result.history], "o-", color="tab:gray", label="training")

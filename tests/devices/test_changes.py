@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 from edgetune_devices import boards, changes, fit
-from edgetune_runtime.engines.needs import Needs
+from edgetune_devices.needs import needs_of_header
+from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import kept_mb
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.sizing.speed import speed_of
 
-ADAPTERS = {"command": fit.AdapterSize(5_000_000, 210), "reply": fit.AdapterSize(9_000_000, 210)}
+ADAPTERS = {"command": AdapterSize(5_000_000, 210), "reply": AdapterSize(9_000_000, 210)}
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def header(tiny_gguf: Callable[[str], Path]) -> GgufHeader:
 
 def _needs(header: GgufHeader, **sizes: int) -> Needs:
     """The needs of a base as large as SmolLM2-135M, with two adapters."""
-    needs = fit.needs_of_header(header, context_length=2048, quantization="q8_0", adapters=ADAPTERS)
+    needs = needs_of_header(header, context_length=2048, quantization="q8_0", adapters=ADAPTERS)
     needs = replace(needs, head_lengths=(64, 64))
     large = {"base_bytes": 145_000_000, "read_bytes": 145_000_000, "read_parameters": 134_000_000, "layers": 30}
     return replace(needs, **{**large, "kv_values_per_token": 11520, "vocabulary": 49152, **sizes})
@@ -64,7 +65,7 @@ def test_keys_and_values_in_8_bits_are_not_halved_again(header: GgufHeader) -> N
 
 def test_keys_and_values_in_8_bits_are_proposed_only_where_llama_cpp_has_them(header: GgufHeader) -> None:
     needs = _needs(header)
-    prefix = replace(needs, adapters={**needs.adapters, "prefix": fit.AdapterSize(5_000_000, 0, is_prefix=True)})
+    prefix = replace(needs, adapters={**needs.adapters, "prefix": AdapterSize(5_000_000, 0, is_prefix=True)})
     for other in (replace(needs, head_lengths=(80, 80)), prefix):
         assert not any("--kv" in change.what for change in changes.changes_for(other, _with_free_mb(1)))
 
@@ -102,7 +103,7 @@ def test_a_smaller_quantization_is_proposed_where_the_header_is_known() -> None:
     names = [f"blk.{layer}.attn_{name}.weight" for layer in range(16) for name in layers]
     tensors = {name: TensorInfo(name, (1024, 4096), 8, 0, 1024 * 4096 * 34 // 32) for name in names}
     header = GgufHeader(metadata, tensors)
-    needs = fit.needs_of_header(header, context_length=256)
+    needs = needs_of_header(header, context_length=256)
     board = _with_free_mb(kept_mb(needs, repacks=()) - 60)
     last = changes.changes_for(needs, board, header=header)[-1]
     assert (last.what, last.fits) == ("build with quantization: q5_k_m", True)

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_devices import boards, fit
+from edgetune_devices import boards
+from edgetune_devices.needs import needs_of_header
 from edgetune_export.architectures.shape import BaseShape
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import write_calibration
@@ -76,7 +78,7 @@ def test_fit_predicts_from_a_calibration_and_says_when_it_is_of_other_weights(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     path, file = tiny_gguf("llama"), tmp_path / "board.json"
-    needs = fit.needs_of_header(read_header(path), context_length=1024)
+    needs = needs_of_header(read_header(path), context_length=1024)
     write_calibration(file, needs, SpeedFigures(0.001, 0.1, 50.0, 5.0, 0.001), {})
     command = ["fit", str(path), "--device", "pi-4", "--json"]
     slow = CliRunner().invoke(app, [*command, "--calibration", str(file)])
@@ -109,7 +111,7 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_folder("llama"))
     figures = json.loads(_run("fit", recipe, "--device", "pi-4", "--json"))
-    needs = fit.needs_of_header(read_header(tiny_gguf("llama")), context_length=1024, quantization="q8_0")
+    needs = needs_of_header(read_header(tiny_gguf("llama")), context_length=1024, quantization="q8_0")
     weights = next(item["mb"] for item in figures["items"] if item["name"] == "base weights")
     assert weights == pytest.approx(needs.base_bytes / 1e6, abs=0.1)
     with pytest.raises(IncompatibleError, match=r"recipe\.yaml has no target onnx; choose one of: gguf"):
@@ -120,7 +122,7 @@ def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
     return plan_adapters(recipe, shapes_of(recipe), BaseShape.of_header(header))
 
 
-def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> fit.Needs:
+def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> Needs:
     return bundle_needs(recipe, _planned(recipe, header), header, quantization)
 
 

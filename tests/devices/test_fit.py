@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 from edgetune_devices import boards, fit
+from edgetune_devices.needs import needs_of_header
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
+from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
-from edgetune_runtime.sizing.needs import items_of, needed_mb
+from edgetune_runtime.sizing.needs import items_of, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.states.batches import CHUNK
 from runtime.gguf_files import UINT32, rewritten, setting
@@ -84,13 +87,13 @@ def test_kv_values_per_token_are_those_that_the_engine_saves(tiny_gguf: Callable
         assert short > recurrent_sizes(read_header(tiny_gguf(arch))).state_bytes > 0
     # Each cell has a position, a count of sequences and a sequence; sliding-window layers have cells of their own.
     cell_bytes = 24 if arch.startswith("gemma") else 12
-    assert grown == 10 * (2 * fit.kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
+    assert grown == 10 * (2 * kv_values_per_token(read_header(tiny_gguf(arch))) + cell_bytes)
 
 
 def test_keys_and_values_of_layers_that_differ_are_summed() -> None:
     metadata = {**QWEN_0_5B.metadata, "llama.attention.head_count_kv": (2,) * 20 + (1,) * 4}
     header = replace(QWEN_0_5B, metadata=metadata)
-    assert fit.kv_values_per_token(header) == 44 * 128
+    assert kv_values_per_token(header) == 44 * 128
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -99,7 +102,7 @@ def test_needs_of_a_file_count_its_bytes_and_leave_out_an_untied_embedding(
 ) -> None:
     path = tiny_gguf(arch)
     header = read_header(path)
-    needs = fit.needs_of_header(header, context_length=128)
+    needs = needs_of_header(header, context_length=128)
     assert needs.base_bytes == pytest.approx(path.stat().st_size, rel=0.01)
     everything = sum(tensor.nbytes for tensor in header.tensors.values())
     embedding = {"qwen2": "token_embd.weight", "gemma4": PER_LAYER_EMBEDDING}.get(arch)
@@ -120,7 +123,7 @@ def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
 ) -> None:
     out = tmp_path / "out.gguf"
     quantize_gguf(tiny_gguf(arch), out, quantization)
-    needs = fit.needs_of_header(read_header(tiny_gguf(arch)), context_length=128, quantization=quantization)
+    needs = needs_of_header(read_header(tiny_gguf(arch)), context_length=128, quantization=quantization)
     assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=0.03)
 
 
@@ -129,7 +132,7 @@ def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
     [(QWEN_0_5B, "q4_k_m", 398), (QWEN_0_5B, "q5_k_m", 420), (QWEN_0_5B, "q8_0", 531), (QWEN_0_5B, "q3_k_m", 355)],
 )
 def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, quantization: str, published_mb: int) -> None:
-    needs = fit.needs_of_header(header, context_length=128, quantization=quantization)
+    needs = needs_of_header(header, context_length=128, quantization=quantization)
     assert needs.base_bytes / 1e6 == pytest.approx(published_mb, rel=0.02)
 
 
@@ -150,13 +153,13 @@ def test_predicted_sizes_are_those_of_published_files(header: GgufHeader, quanti
 def test_decode_prediction_is_near_published_figures(
     board: str, header: GgufHeader, quantization: str, published: float, margin: float
 ) -> None:
-    needs = fit.needs_of_header(header, context_length=256, quantization=quantization)
+    needs = needs_of_header(header, context_length=256, quantization=quantization)
     assert fit.fit(needs, boards.load(board)).speed.decode_tokens_per_s == pytest.approx(published, rel=margin)
 
 
 @pytest.mark.parametrize(("header", "published"), [(QWEN_0_5B, 27.5), (LLAMA_1B, 11.4)])
 def test_prefill_prediction_is_near_published_figures(header: GgufHeader, published: float) -> None:
-    needs = fit.needs_of_header(header, context_length=512, quantization="q4_0")
+    needs = needs_of_header(header, context_length=512, quantization="q4_0")
     assert fit.fit(needs, boards.load("pi-4")).speed.prefill_tokens_per_s == pytest.approx(published, rel=0.15)
 
 
@@ -182,13 +185,13 @@ def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, tm
     run = [sys.executable, "-c", MEASURE, str(path), weights]
     measured = subprocess.run(run, check=True, capture_output=True, text=True, env=environment).stdout
     repacks = repacked_types(instructions()) if weights == "repacked" else ()
-    needs = fit.needs_of_header(read_header(path), context_length=512)
+    needs = needs_of_header(read_header(path), context_length=512)
     assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
 
 
 def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> None:
     header = read_header(_smollm2())
-    needs = fit.needs_of_header(header, context_length=512, quantization="q4_0")
+    needs = needs_of_header(header, context_length=512, quantization="q4_0")
     assert (needs.main_type, needs.head_type) == ("q4_0", "q8_0")
     plain, x86, arm, amx = (
         needed_mb(needs, repacks=repacked_types(sets))
@@ -197,28 +200,28 @@ def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> Non
     assert plain == x86
     assert arm - plain == amx - plain == pytest.approx(needs.head_bytes / 1e6)
     # Its rows are too narrow for q4_k.
-    assert fit.needs_of_header(header, context_length=512, quantization="q4_k_m").main_type == "q5_0"
-    fine = fit.needs_of_header(header, context_length=512, quantization="q8_0")
+    assert needs_of_header(header, context_length=512, quantization="q4_k_m").main_type == "q5_0"
+    fine = needs_of_header(header, context_length=512, quantization="q8_0")
     mapped = needed_mb(fine, repacks=())
     assert needed_mb(fine, repacks=repacked_types(["dotprod"])) == mapped, "weights in q8_0 are mapped"
 
 
 def test_an_adapter_costs_memory_and_speed() -> None:
     header = read_header(_smollm2())
-    size = fit.AdapterSize(9_768_960, 210)
+    size = AdapterSize(9_768_960, 210)
     board = boards.load("laptop")
-    plain = fit.fit(fit.needs_of_header(header, context_length=512), board)
-    result = fit.fit(fit.needs_of_header(header, context_length=512, adapters={"command": size}), board)
-    states_mb = 2 * 256 * 2 * fit.kv_values_per_token(header) / fit.MB
-    assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / fit.MB + states_mb)
+    plain = fit.fit(needs_of_header(header, context_length=512), board)
+    result = fit.fit(needs_of_header(header, context_length=512, adapters={"command": size}), board)
+    states_mb = 2 * 256 * 2 * kv_values_per_token(header) / MB
+    assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / MB + states_mb)
     assert result.speed.decode_tokens_per_s == plain.speed.decode_tokens_per_s
     assert result.speed.adapter_tokens_per_s / plain.speed.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
 
 
 def test_adapters_take_no_more_than_their_limit() -> None:
     header = read_header(_smollm2())
-    many = {f"a{number}": fit.AdapterSize(1_000_000, 210) for number in range(300)}
-    needs = with_options(fit.needs_of_header(header, context_length=512, adapters=many), adapters_mb=40)
+    many = {f"a{number}": AdapterSize(1_000_000, 210) for number in range(300)}
+    needs = with_options(needs_of_header(header, context_length=512, adapters=many), adapters_mb=40)
     items = {item.name: item.mb for item in fit.fit(needs, boards.load("laptop")).items if "adapter" in item.name}
     assert items == {"adapters in memory, of 300 MB": 40}
 
@@ -228,7 +231,7 @@ def test_a_batch_of_llama_cpp_is_one_chunk() -> None:
 
 
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
-    needs = fit.needs_of_header(LLAMA_1B, context_length=1024, quantization="q8_0")
+    needs = needs_of_header(LLAMA_1B, context_length=1024, quantization="q8_0")
     with pytest.raises(IncompatibleError) as caught:
         fit.require_fit(needs, boards.load("pi-zero-2w"))
     text = str(caught.value)
@@ -242,14 +245,14 @@ def test_require_fit_names_the_context_that_would_fit() -> None:
     header = read_header(_smollm2())
     board = boards.load("pi-zero-2w")
     with pytest.raises(IncompatibleError, match=r"set context_length to \d+ or less") as caught:
-        fit.require_fit(fit.needs_of_header(header, context_length=8192), board)
+        fit.require_fit(needs_of_header(header, context_length=8192), board)
     tokens = int(str(caught.value).split("context_length to ")[1].split()[0])
-    assert fit.require_fit(fit.needs_of_header(header, context_length=tokens), board).fits
+    assert fit.require_fit(needs_of_header(header, context_length=tokens), board).fits
 
 
 def choose(name: str | boards.Board, header: GgufHeader, **given: Any) -> fit.BoardChoice:  # noqa: ANN401 - options of choose
-    def needs_of(quantization: str | None, context_length: int) -> fit.Needs:
-        return fit.needs_of_header(header, quantization=quantization, context_length=context_length)
+    def needs_of(quantization: str | None, context_length: int) -> Needs:
+        return needs_of_header(header, quantization=quantization, context_length=context_length)
 
     return fit.choose(name if isinstance(name, boards.Board) else boards.load(name), needs_of, **given)
 
@@ -270,7 +273,7 @@ def test_choose_keeps_what_the_recipe_sets() -> None:
 
 def test_choose_shortens_the_context_before_it_gives_up() -> None:
     header = _header(30, 576, 1536, 9, 3, 49152)
-    shortest = fit.needs_of_header(header, context_length=256, quantization="q4_0")
+    shortest = needs_of_header(header, context_length=256, quantization="q4_0")
     roomless = replace(
         boards.load("pi-4"), ram_free_mib=int(fit.fit(shortest, boards.load("pi-4")).kept_mb * 1e6 / 2**20) + 1
     )
@@ -292,7 +295,7 @@ def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
 
 def test_an_unknown_quantization_is_refused() -> None:
     with pytest.raises(UsageError, match=r"no quantization 'q9_9'; choose one of: .*q8_0"):
-        fit.needs_of_header(QWEN_0_5B, context_length=128, quantization="q9_9")
+        needs_of_header(QWEN_0_5B, context_length=128, quantization="q9_9")
 
 
 def _bundle(folder: Path, base: Path, shape: str = "low_rank") -> Path:
@@ -325,17 +328,17 @@ def _bundle(folder: Path, base: Path, shape: str = "low_rank") -> Path:
 
 def test_needs_of_a_bundle_hold_its_context_and_adapters(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     bundle = _bundle(tmp_path / "bundle", tiny_gguf("llama"))
-    needs = fit.needs_of_bundle(bundle)
+    needs = needs_of_bundle(bundle)
     assert needs.context_length == 512
-    assert needs.adapters == {"intent": fit.AdapterSize(3 * 2**20, 14)}
-    assert fit.needs_of_bundle(bundle, context_length=128).context_length == 128
+    assert needs.adapters == {"intent": AdapterSize(3 * 2**20, 14)}
+    assert needs_of_bundle(bundle, context_length=128).context_length == 128
 
 
 def test_a_merged_adapter_is_a_second_model(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    needs = fit.needs_of_bundle(_bundle(tmp_path / "bundle", tiny_gguf("llama"), "merged"))
+    needs = needs_of_bundle(_bundle(tmp_path / "bundle", tiny_gguf("llama"), "merged"))
     result = fit.fit(needs, boards.load("pi-4"))
     merged = next(item for item in result.items if item.name == "merged model intent")
-    assert merged.mb * fit.MB > needs.base_bytes
+    assert merged.mb * MB > needs.base_bytes
     assert not needs.adapters
 
 
@@ -356,11 +359,11 @@ def test_nothing_is_predicted_for_a_base_in_a_format_that_cannot_hold_it(tiny_gg
 
 def test_a_folder_that_is_no_bundle_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="is not a bundle"):
-        fit.needs_of_bundle(tmp_path)
+        needs_of_bundle(tmp_path)
 
 
 def test_json_and_table_carry_the_sum() -> None:
-    result = fit.fit(fit.needs_of_header(QWEN_0_5B, context_length=1024, quantization="q4_0"), boards.load("pi-4"))
+    result = fit.fit(needs_of_header(QWEN_0_5B, context_length=1024, quantization="q4_0"), boards.load("pi-4"))
     figures = json.loads(json.dumps(result.to_json()))
     assert set(figures) >= {"device", "fits", "items", "needed_mb", "available_mb", "decode_tokens_per_s"}
     assert figures["needed_mb"] == pytest.approx(sum(item["mb"] for item in figures["items"]), abs=0.5)

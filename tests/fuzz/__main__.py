@@ -49,7 +49,9 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
     parser.add_argument("--case", type=int, help="run one case, and print its edits and its outcome")
     parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    # They wait for each other's threads and for this process.
+    workers = (os.cpu_count() or 1) + 1
+    parser.add_argument("--workers", type=int, default=workers, help="processes (default: cores + 1)")
     parser.add_argument(
         "--out", type=Path, default=Path("build/fuzz"), help="folder for findings (default: %(default)s)"
     )

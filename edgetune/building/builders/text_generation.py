@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune_devices.fit import kv_values_per_token
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
 from edgetune_runtime.bundle import GENERATION, BaseEntry
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
+from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.threads import machine
 
 from edgetune import bases

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from edgetune_export.pooling import mean_pooled
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderTokenizer
-from edgetune_runtime.errors import UsageError
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 from edgetune.tasks.data import TaskRow, labelled_text
+from edgetune.tasks.tokenization import fitting
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -59,17 +59,11 @@ def tokenize_labelled(
     Raises UsageError for rows other than text and label, and if no row fits.
     """
     numbers = {label: number for number, label in enumerate(labels)}
-    examples, too_long = [], []
-    for row in rows:
-        tokens = tokenizer.tokenize(labelled_text(row))
-        if len(tokens) <= max_tokens:
-            examples.append(Labelled(tuple(tokens), numbers[row.completion or ""], row.weight))
-        else:
-            too_long.append(row.where)
-    if too_long and not examples:
-        message = f"all {len(rows)} rows are longer than {max_tokens} tokens"
-        raise UsageError(message, "raise context_length, or shorten the rows")
-    return examples, tuple(too_long)
+    examples = (
+        Labelled(tuple(tokenizer.tokenize(labelled_text(row))), numbers[row.completion or ""], row.weight)
+        for row in rows
+    )
+    return fitting(rows, examples, max_tokens)
 
 
 class Classify:

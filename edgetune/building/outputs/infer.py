@@ -145,6 +145,6 @@ def _escaped(key: str) -> str:
     return "".join(character if character.isalnum() or character in "_ " else f"\\{character}" for character in key)
 
 
-def misfits(spec: OutputSpec, answers: Iterable[str]) -> list[int]:
+def rejected(spec: OutputSpec, answers: Iterable[str]) -> list[int]:
     """Positions of the answers that the constraint rejects."""
     return [place for place, answer in enumerate(answers) if not spec.accepts(answer)]

@@ -14,7 +14,7 @@ from edgetune.progress import Progress
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 
-from .infer import infer, misfits
+from .infer import infer, rejected
 
 
 def output_of_task(task: Task) -> OutputSpec | None:
@@ -46,7 +46,7 @@ def _inferred(task: Task) -> OutputSpec | None:
     answers = [row.completion or "" for row in _answered((*task.train, *task.validation))]
     output = infer(answers)
     copied = [row.completion or "" for row in _answered([copy.row for copy in task.copies])]
-    new = [] if output is None else misfits(output, copied)
+    new = [] if output is None else rejected(output, copied)
     return infer([*answers, *(copied[place] for place in new)]) if new else output
 
 
@@ -58,7 +58,7 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
         raise UsageError(message, "leave output out")
     if spec is None:
         return
-    wrong = [rows[place] for place in misfits(spec, (row.completion or "" for row in rows))]
+    wrong = [rows[place] for place in rejected(spec, (row.completion or "" for row in rows))]
     if wrong:
         examples = first_of([f"{row.where} {(row.completion or '')[:60]!r}" for row in wrong])
         message = (

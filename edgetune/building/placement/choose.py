@@ -26,7 +26,7 @@ from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.schedule import Schedule
 
-from .cost import Placement, busy, costs, describe, placements
+from .cost import Placement, costs, placements
 
 Trials = Callable[[Sequence[TrainingJob[Example]]], Mapping[str, TrainResult]]
 """Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
@@ -122,11 +122,11 @@ def choose(
         raise UsageError(message, f"list modules, of {', '.join(names)}, or use all-linear")
     candidates, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
-        costs_by_placement = costs(candidates, plan, base, recipe, folder=folder, progress=progress)
-    tried = [PlacementTrial(placement, costs_by_placement[placement]) for placement in candidates]
+        overheads = costs(candidates, plan, base, recipe, folder=folder, progress=progress)
+    tried = [PlacementTrial(placement, overheads.by_placement[placement]) for placement in candidates]
     contenders = _contenders(tried, budget)
     if not contenders:
-        raise _over_budget(job.name, tried, budget, describe(recipe))
+        raise _over_budget(job.name, tried, budget, overheads.source)
     steps = 0
     if len(contenders) > 1:
         steps = _steps(job)
@@ -135,7 +135,7 @@ def choose(
         tried = [replace(item, val_loss=losses.get(item.placement)) for item in tried]
         contenders = [item for item in tried if item.val_loss is not None]
     best = min(contenders, key=lambda item: (item.val_loss or 0.0, item.cost))
-    choice = PlacementChoice(best, tried, budget, describe(recipe), steps, busy(plan, base, recipe, folder))
+    choice = PlacementChoice(best, tried, budget, overheads.source, steps, overheads.busy)
     progress.say(f"{job.name}: modules and rank for a decode overhead below {_percent(budget)}, {choice.source}")
     for line in choice.table():
         progress.say(line)

@@ -91,40 +91,40 @@ def placements(r: int) -> list[Placement]:
     return [Placement(modules, rank) for modules in MODULES for rank in ranks]
 
 
-def describe(recipe: Recipe) -> str:
-    """The source of the costs for a recipe, as text."""
-    if recipe.device is not None:
-        return f"predicted for {recipe.device}"
-    return f"measured here with {recipe.targets[0]}"
+@dataclass(frozen=True)
+class Costs:
+    """The share of the base's decode speed lost with an adapter of each placement, at least 0, and where it is from.
+
+    `busy` is the reason why measured costs are unreliable, None if the machine was quiet.
+    """
+
+    by_placement: Mapping[Placement, float]
+    source: str
+    busy: str | None = None
 
 
 def costs(
     candidates: Sequence[Placement], plan: AdapterPlan, base: Base, recipe: Recipe, *, folder: Path, progress: Progress
-) -> dict[Placement, float]:
-    """The share of the base's decode speed lost with an adapter of each placement, at least 0.
+) -> Costs:
+    """The costs of the placements.
 
-    For a recipe with a board it is predicted as in `edgetune devices fit`. Otherwise the engine of the recipe's first
-    target runs random adapters and the plain base in turn; the figures are kept in `folder`.
+    For a recipe with a board they are predicted as in `edgetune devices fit`. Otherwise the engine of the recipe's
+    first target runs random adapters and the plain base in turn; the figures are kept in `folder`.
     """
     if recipe.device is not None:
-        return {placement: _predicted(placement, plan, base.header, recipe) for placement in candidates}
+        predicted = {placement: _predicted(placement, plan, base.header, recipe) for placement in candidates}
+        return Costs(predicted, f"predicted for {recipe.device}")
     bench = _Bench(base, recipe, plan, folder)
-    measured = bench.read()
-    missing = [placement for placement in candidates if placement.key not in measured]
+    missing = [placement for placement in candidates if placement.key not in bench.costs]
     if missing:
         progress.say(f"measuring the decode overhead of adapters with {bench.target}")
         with progress.step("placements", len(missing)) as step, bench.plain() as plain:
             for modules, group in groupby(missing, lambda placement: placement.target_modules):
-                measured |= bench.measure(plain, modules, list(group))
-                bench.write(measured)
+                bench.measure(plain, modules, list(group))
                 step.update("", step.done + sum(placement.target_modules == modules for placement in missing))
-    return {placement: measured[placement.key] for placement in candidates}
-
-
-def busy(plan: AdapterPlan, base: Base, recipe: Recipe, folder: Path) -> str | None:
-    """Why the costs measured in `folder` are unreliable, as text; None if the machine was quiet."""
-    spread = 0.0 if recipe.device is not None else _Bench(base, recipe, plan, folder).spread
-    return f"costs varied by {spread:.0%}" if spread > _MAX_SPREAD else None
+    busy = f"costs varied by {bench.spread:.0%}" if bench.spread > _MAX_SPREAD else None
+    measured = {placement: bench.costs[placement.key] for placement in candidates}
+    return Costs(measured, f"measured here with {bench.target}", busy)
 
 
 def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, recipe: Recipe) -> float:
@@ -138,7 +138,8 @@ def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, reci
 class _Bench:
     """Measures with the engine of a recipe's first target, with temporary files in a folder.
 
-    `spread` is the largest interquartile range of a placement's rounds so far, including earlier runs.
+    `costs` are those measured so far, including earlier runs, by placement key; `spread` is the largest interquartile
+    range of a placement's rounds.
     """
 
     def __init__(self, base: Base, recipe: Recipe, plan: AdapterPlan, folder: Path) -> None:
@@ -151,20 +152,8 @@ class _Bench:
         self._engine = engines.load(self.target)
         stored = recipe.model_dump(mode="json", include={*recipe.format_options})
         state = [base.fingerprint, self.target, self.threads, self.dtype, stored]
-        digest = key_of(state)
-        self._file, self._folder = folder / f"costs-{digest[:12]}.json", folder / "bench"
-        self._spread_file = folder / f"spread-{digest[:12]}.json"
-        self.spread = max(_read(self._spread_file).values(), default=0.0)
-
-    def read(self) -> dict[str, float]:
-        """The costs measured so far, by placement key."""
-        return _read(self._file)
-
-    def write(self, costs_by_key: Mapping[str, float]) -> None:
-        """Write the costs and the spread."""
-        for file, values in ((self._spread_file, {"spread": self.spread}), (self._file, costs_by_key)):
-            with replacing(file) as path:
-                path.write_text(json.dumps(values), encoding="utf-8")
+        self._file, self._folder = folder / f"costs-{key_of(state)[:12]}.json", folder / "bench"
+        self.costs, self.spread = _read(self._file)
 
     @contextmanager
     def plain(self) -> Iterator[Engine]:
@@ -177,15 +166,12 @@ class _Bench:
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
 
-    def measure(
-        self, plain: Engine, target_modules: str | tuple[str, ...], group: Sequence[Placement]
-    ) -> dict[str, float]:
-        """The cost of placements on the same modules, by key, on a base written for these modules."""
+    def measure(self, plain: Engine, target_modules: str | tuple[str, ...], group: Sequence[Placement]) -> None:
+        """Measure placements on the same modules, on a base written for these modules, and keep the figures."""
         modules = [module for module in self._modules if is_target(module.name, target_modules)]
         adapters = {placement.key: _random(modules, placement) for placement in group}
         folder = self._folder / "adapted"
         path = self._backend.write_base(self._source, folder, list(adapters.values()))
-        costs_by_key: dict[str, float] = {}
         with closing(self._open(path)) as engine:
             for key, adapter in adapters.items():
                 out = folder / f"{key}.adapter"
@@ -195,11 +181,12 @@ class _Bench:
                 engine.load_adapter(key, out)
                 engine.activate({key: 1.0})
                 lost = _rounds(plain, engine)
-                costs_by_key[key] = max(0.0, statistics.median(lost))
+                self.costs[key] = max(0.0, statistics.median(lost))
                 lower, _, upper = statistics.quantiles(lost, n=4)
                 self.spread = max(self.spread, upper - lower)
         shutil.rmtree(folder)
-        return costs_by_key
+        with replacing(self._file) as file:
+            file.write_text(json.dumps({"costs": self.costs, "spread": self.spread}), encoding="utf-8")
 
     @cached_property
     def _source(self) -> Source:
@@ -213,12 +200,13 @@ class _Bench:
         return self._engine(path, context_length=length, threads=self.threads)
 
 
-def _read(file: Path) -> dict[str, float]:
-    """Numbers by name from a JSON file; empty if the file is missing or truncated."""
+def _read(file: Path) -> tuple[dict[str, float], float]:
+    """The costs by placement key and the spread in a file; none if it is missing or truncated."""
     try:
-        return {str(key): float(value) for key, value in json.loads(file.read_bytes()).items()}
-    except (FileNotFoundError, ValueError, AttributeError, TypeError):
-        return {}
+        stored = json.loads(file.read_bytes())
+        return {str(key): float(value) for key, value in stored["costs"].items()}, float(stored["spread"])
+    except (FileNotFoundError, ValueError, LookupError, AttributeError, TypeError):
+        return {}, 0.0
 
 
 def _random(modules: Sequence[SizedModule], placement: Placement) -> LowRank:

@@ -16,18 +16,25 @@ from edgetune_runtime.update.state import read_root_file, read_state, write_stat
 
 
 @dataclass(frozen=True)
-class Updates:
-    """The address of a repository, its root metadata, and the timer of updates from it."""
+class Repository:
+    """The address of a signed repository, and its root metadata, which says which keys to trust."""
 
-    repo: str
+    url: str
     root: bytes
+
+
+@dataclass(frozen=True)
+class Updates:
+    """A repository, and the timer of updates from it."""
+
+    repository: Repository
     timer: Timer
 
     def set_up(self, prefix: Path, bundle: str, say: Say) -> None:
         """Follow the bundle in the repository, whose root is trusted from now on, and update once a day."""
         with locked(prefix):
-            write_state(prefix, replace(read_state(prefix), repo=self.repo, bundle=bundle))
-            write_trusted_root(prefix, self.root)
+            write_state(prefix, replace(read_state(prefix), repo=self.repository.url, bundle=bundle))
+            write_trusted_root(prefix, self.repository.root)
             before = timer.installed(prefix, say)
             if before not in (None, self.timer):
                 before.remove(prefix)
@@ -44,11 +51,11 @@ def updates_from_options(repo: str | None, root: Path | None, unit: str) -> Upda
         return None
     if shutil.which("systemctl") is None:
         raise IncompatibleError("this system has no systemctl", "install without --updates")
-    return Updates(*repository, Timer(f"{unit}-update", os.geteuid() != 0))
+    return Updates(repository, Timer(f"{unit}-update", os.geteuid() != 0))
 
 
-def repository_from_options(repo: str | None, root: Path | None) -> tuple[str, bytes] | None:
-    """The address of a repository and its root metadata, if the user gives any.
+def repository_from_options(repo: str | None, root: Path | None) -> Repository | None:
+    """The repository that the user gives, if any.
 
     UsageError for a wrong address or a file that is not a root, NotFoundError without it.
     """
@@ -60,4 +67,4 @@ def repository_from_options(repo: str | None, root: Path | None) -> tuple[str, b
         raise UsageError(f"--updates {repo!r} is not an address of a repository", "use http:// or https://")
     if root is None:
         raise UsageError("no root says which keys to trust", "add --root FILE, the 1.root.json of `edgetune keys init`")
-    return repo.rstrip("/"), read_root_file(root)
+    return Repository(repo.rstrip("/"), read_root_file(root))

@@ -21,6 +21,7 @@ from edgetune_runtime.store.versions import CURRENT
 
 from edgetune.delivery.board.transfer import LACKING
 from edgetune.delivery.board.uninstall import INCOMING
+from edgetune.delivery.board.updates import Repository
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit
 from edgetune.progress import Progress
@@ -71,23 +72,16 @@ class UnitOptions:
 
 
 @dataclass(frozen=True)
-class UpdateOptions:
-    """The signed repository that a board asks once a day: its address, and the root metadata to trust."""
-
-    repo: str
-    root: bytes
-
-
-@dataclass(frozen=True)
 class DeployOptions:
-    """`board` is None to go by the board's own model, `unit` and `updates` to leave its unit and its timer as they are.
+    """`board` is None to go by the board's own model, `unit` and `repository` to leave its unit and its timer as they
+    are; a timer asks the repository once a day.
 
     An install waits until the unit answers, if there is one; with `waits_healthy` there must be one.
     """
 
     board: str | None = None
     unit: UnitOptions | None = None
-    updates: UpdateOptions | None = None
+    repository: Repository | None = None
     waits_healthy: bool = False
 
 
@@ -186,10 +180,10 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
         incoming = f"{facts.prefix}/{INCOMING}"
         sent = sum(_put(connection, assembled.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
         words = ["--receive", assembled.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
-        if options.updates is not None:
+        if options.repository is not None:
             root = f"{incoming}/{_ROOT_NAME}"
-            sent += _put(connection, options.updates.root, root)
-            words += ["--updates", options.updates.repo, "--root", root]
+            sent += _put(connection, options.repository.root, root)
+            words += ["--updates", options.repository.url, "--root", root]
         command = program.command("install", incoming, *words)
         text = connection.converse(command, LACKING, sending.files, limit_s=_LONG_S)
         _, changed, warnings = program.parsed(text, replies.installed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import platformdirs
@@ -15,11 +15,16 @@ from filelock import FileLock
 
 from edgetune.progress import Progress
 
-from .archive import BUILD, PACKAGE, wheel_name, write_wheel
 from .compile import compile_libraries
 from .platforms import platform_of
 from .toolchain import find_toolchain
+from .wheel_file import wheel_bytes
 
+PACKAGE = "llama_cpp"
+LIBRARIES = f"{PACKAGE}/lib"
+"""Where the wheel has its libraries, and where llama_cpp looks for them."""
+BUILD = 2
+"""The wheel's build number; a change of the flags or of the layout needs the next one."""
 # Parts of the source distribution; without llama.cpp's tests, documents and models.
 _LLAMA_PARTS = ("CMakeLists.txt", "LICENSE", "licenses/", "cmake/", "ggml/", "include/", "src/", "vendor/")
 _PARTS = ("PKG-INFO", "LICENSE.md", f"{PACKAGE}/", *(f"vendor/llama.cpp/{part}" for part in _LLAMA_PARTS))
@@ -65,13 +70,29 @@ def llama_wheel(platform: str, *, progress: Progress) -> Path:
     return wheel
 
 
+def wheel_name(version: str, tag: str) -> str:
+    """The file name of the wheel. Installers prefer the highest build number of a version."""
+    return f"llama_cpp_python-{version}-{BUILD}-{tag}.whl"
+
+
+def write_wheel(out: Path, source: Path, libraries: Iterable[Path], *, version: str, tag: str, generator: str) -> None:
+    """Write the wheel `out` from an unpacked source distribution and the libraries compiled from it."""
+    paths = (path for path in (source / PACKAGE).rglob("*") if path.suffix == ".py" or path.name == "py.typed")
+    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
+    files |= {f"{LIBRARIES}/{path.name}": path.read_bytes() for path in libraries}
+    llama = source / "vendor/llama.cpp"
+    licenses = {"LICENSE.md": source / "LICENSE.md", "llama.cpp/LICENSE": llama / "LICENSE"}
+    licenses |= {f"llama.cpp/{path.name}": path for path in sorted(llama.glob("licenses/LICENSE*"))}
+    metadata = {f"licenses/{name}": path.read_bytes() for name, path in licenses.items()}
+    metadata["METADATA"] = (source / "PKG-INFO").read_bytes()
+    head = f"Generator: {generator}\nRoot-Is-Purelib: false\nTag: {tag}\nBuild: {BUILD}\n"
+    out.write_bytes(wheel_bytes(files, metadata, f"llama_cpp_python-{version}.dist-info", head, compressed=True))
+
+
 def _unpack(archive: Path, folder: Path) -> Path:
     """Unpack what the wheel is made from; returns the folder of the source distribution."""
     root = archive.name.removesuffix(".tar.gz")
+    parts = tuple(f"{root}/{part}" for part in _PARTS)
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, _members(tar, f"{root}/"), filter="data")
+        tar.extractall(folder, (member for member in tar if member.name.startswith(parts)), filter="data")
     return folder / root
-
-
-def _members(tar: tarfile.TarFile, root: str) -> Iterator[tarfile.TarInfo]:
-    return (member for member in tar if member.name.startswith(tuple(root + part for part in _PARTS)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import fields
 from functools import partial
@@ -109,11 +109,9 @@ class PeftMethod(Method[O]):
         """Remove PEFT's layers from the base."""
         model.unload()
 
-    @contextmanager
-    def loaded(self, checkpoint: Checkpoint) -> Iterator[torch.nn.Module]:
+    def loaded(self, checkpoint: Checkpoint) -> AbstractContextManager[torch.nn.Module]:
         """PEFT's model of the checkpoint on the base."""
-        with peft_model(checkpoint) as model:
-            yield model
+        return peft_model(checkpoint)
 
 
 class WeightMethod(PeftMethod[O]):
@@ -230,11 +228,6 @@ def no_grad() -> Any:  # noqa: ANN401 - a context of torch's
     return torch.no_grad()
 
 
-def peft_targets(target_modules: str | tuple[str, ...]) -> str | list[str]:
-    """Target modules for PEFT, which would read any string but all-linear as a regular expression."""
-    return ALL_LINEAR if target_modules == ALL_LINEAR else list(as_names(target_modules))
-
-
 def as_names(target_modules: str | tuple[str, ...]) -> tuple[str, ...]:
     """Target modules as a list of names."""
     return (target_modules,) if isinstance(target_modules, str) else target_modules
@@ -249,8 +242,10 @@ def peft_config(
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     values = options.model_dump(include={field.name for field in fields(config_class)})
     if isinstance(options, TargetOptions):
-        values["target_modules"] = peft_targets(options.target_modules)
-        if values["target_modules"] == ALL_LINEAR and _fixed_modules(base):
+        if options.target_modules != ALL_LINEAR:
+            # PEFT would read any other string as a regular expression.
+            values["target_modules"] = list(as_names(options.target_modules))
+        elif _fixed_modules(base):
             linear = check_targets(base, ALL_LINEAR) - {OUTPUT_LAYER}
             values["target_modules"] = sorted({name.rpartition(".")[2] for name in linear})
     # An encoder lacks methods that PEFT calls for CAUSAL_LM.

@@ -285,5 +285,5 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        # Little indented: an update of one adapter of many downloads it all.
+        # In lines, of which an update of one adapter of many downloads few, and little indented.
         return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from edgetune_devices.fit import needs_of_header
+from edgetune_devices.needs import needs_of_header
 from edgetune_export import parity
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files

@@ -145,7 +145,7 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
     assert {f.where[0].rpartition("home-")[2]: f.note for f in found.of_kind("misfit")} == {
         "train.jsonl:41": "is not JSON, as 43 of 44 answers are",
         "train.jsonl:42": "has the field aera, which no other answer has; area is meant?",
-        "train.jsonl:43": "area is a number, and a text in 41 answers",
+        "train.jsonl:43": "area is a number, and text in 41 answers",
         "validation.jsonl:1": "has a form or a value that no training row has",
     }
 

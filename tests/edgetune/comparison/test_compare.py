@@ -21,9 +21,10 @@ from edgetune.cli.main import main
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
 from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
-from edgetune.comparison.process import failed, outcome_of, write_request
+from edgetune.comparison.process import outcome_of
 from edgetune.comparison.sweep import Comparison, compare
 from edgetune.comparison.trial import run as run_trial
+from edgetune.module_process import write_request
 from edgetune.progress import Progress
 from edgetune.tasks.task import read_task
 
@@ -65,9 +66,9 @@ def run_in_this_process(trials: Sequence[Trial], progress: Progress) -> Iterator
     """As `run_here`, without a process for each, which imports torch first; test_api.py starts one."""
     for trial in trials:
         try:
-            folder, outcome = write_request(trial), run_trial(trial, progress)
+            folder, outcome = write_request(Path(trial.folder), trial), run_trial(trial, progress)
         except EdgetuneError as error:
-            yield failed(trial, str(error))
+            yield trial.without_figures("failed", str(error))
         else:
             write_outcome(outcome, folder, trial.key)
             yield outcome_of(trial, "")
@@ -288,7 +289,7 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         for trial in trials:
             given.append(trial.one_task.quantization)
-            yield failed(trial, "for the test")
+            yield trial.without_figures("failed", "for the test")
 
     recipe = write_recipe(tmp_path, tiny_folder("llama"), TASKS, device=slow_board())
     request = Request(recipe, "lights", ("lora", "full"), tmp_path / "out", ranks=(2,), limit=3)
@@ -305,7 +306,7 @@ def test_all_trials_get_the_base_of_one_importance_matrix(request_of: Callable[.
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         for trial in trials:
             given.append((trial.one_task.base, trial.one_task.imatrix, trial.rows))
-            yield failed(trial, "for the test")
+            yield trial.without_figures("failed", "for the test")
 
     settings = {"quantization": "q4_0", "imatrix": "auto"}
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
@@ -322,7 +323,7 @@ def test_all_trials_get_the_quantization_that_was_measured_once(
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         for trial in trials:
             given.append(trial.one_task.quantization)
-            yield failed(trial, "for the test")
+            yield trial.without_figures("failed", "for the test")
 
     request = request_of(rows=(8, 16), settings={"quantization": "auto"}, out=tmp_path)
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
@@ -333,7 +334,7 @@ def test_all_trials_get_the_quantization_that_was_measured_once(
 
 def test_an_interrupt_reports_how_many_trials_are_finished(request_of: Callable[..., Request], tmp_path: Path) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
-        yield failed(trials[0], "for the test")
+        yield trials[0].without_figures("failed", "for the test")
         raise KeyboardInterrupt
 
     request = request_of(out=tmp_path / "out", ranks=(2, 4))

@@ -33,11 +33,11 @@ from repositories import Publisher
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
+from edgetune.delivery.board.updates import Repository
 from edgetune.delivery.deploy.deploy import (
     Assemble,
     Deployed,
     DeployOptions,
-    UpdateOptions,
     Where,
     deploy,
     list_versions,
@@ -373,7 +373,7 @@ def test_the_unit_of_a_board_answers_with_the_new_version(board: Board, bundle: 
 
 
 def test_a_board_reads_the_root_of_the_repository_to_update_from_before_it_installs(board: Board, bundle: Path) -> None:
-    options = DeployOptions("laptop", updates=UpdateOptions("https://example.org/repo", b"{}"))
+    options = DeployOptions("laptop", repository=Repository("https://example.org/repo", b"{}"))
     with pytest.raises(UsageError, match=r"incoming/root\.json has no root of a repository"):
         deploy(board.target, board.where, board.assemble(bundle), options, Progress(quiet=True))
     assert not (board.prefix / "current").exists()

@@ -27,6 +27,7 @@ from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.signatures import require_signed
+from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import read_kit
 from edgetune_runtime.store.opening import Opening
@@ -316,7 +317,7 @@ def board_file(folder: Path, free_mb: float) -> Path:
 
 @pytest.mark.usefixtures("_offline")
 def test_a_board_file_is_a_board_and_the_unit_gets_what_it_leaves(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
-    found = fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
+    found = fit.fit(needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
     path = board_file(tmp_path, found.kept_mb)
     free_mb = boards.read(path).free_mb
     assert found.kept_mb <= free_mb < found.needed_mb
@@ -328,9 +329,9 @@ def test_a_board_file_is_a_board_and_the_unit_gets_what_it_leaves(home: Path, wh
 
 @pytest.mark.usefixtures("_offline")
 def test_a_bundle_that_devices_fit_refuses_gets_no_kit(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
-    found = fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
+    found = fit.fit(needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
     path = board_file(tmp_path, found.kept_mb - 2)
-    assert not fit.fit(fit.needs_of_bundle(home, engine="gguf"), boards.read(path)).fits
+    assert not fit.fit(needs_of_bundle(home, engine="gguf"), boards.read(path)).fits
     assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
 
 
@@ -339,10 +340,10 @@ def test_a_bundle_that_fits_with_other_options_is_opened_with_them(
     wide: Path, wheelhouse: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     board = boards.load(BOARD)
-    needs = fit.needs_of_bundle(wide, context_length=64, engine="gguf")
+    needs = needs_of_bundle(wide, context_length=64, engine="gguf")
     kept_mb = fit.fit(with_options(needs, kv="q8_0", cache_mb=0.5), board).kept_mb
     path = board_file(tmp_path, kept_mb)
-    assert fit.fit(fit.needs_of_bundle(wide, engine="gguf"), board).kept_mb > boards.read(path).free_mb
+    assert fit.fit(needs_of_bundle(wide, engine="gguf"), board).kept_mb > boards.read(path).free_mb
     assert make(wide, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
     assert f"edgetune devices fit {wide} --device {path}" in capfd.readouterr().err
     assert make(wide, tmp_path / "kit", wheelhouse, "--kv", "q3") == UsageError.exit_code

@@ -22,17 +22,17 @@ def read_set(*bits: float) -> ScoredSet:
 def test_a_score_is_worse_if_it_fell_by_more_than_the_margin() -> None:
     change = change_between(scored_set(1, 1, 1, 1), scored_set(1, 1, 1, 0))
     assert (change.before, change.after, change.error) == (1.0, 0.75, 0.25)
-    assert not change.is_worse and change.is_worse_by(0.5) and not change.is_worse_by(2)
-    assert change_between(scored_set(1, 1), scored_set(0, 0)).is_worse
-    assert not change_between(scored_set(0, 0), scored_set(1, 1)).is_worse_by(0)
+    assert not change.is_worse() and change.is_worse(0.5) and not change.is_worse(2)
+    assert change_between(scored_set(1, 1), scored_set(0, 0)).is_worse()
+    assert not change_between(scored_set(0, 0), scored_set(1, 1)).is_worse(0)
     assert change.text(change.after) == "75.0%" and change.difference == "-25.0 ± 25.0"
 
 
 def test_more_bits_per_byte_are_worse() -> None:
     change = change_between(read_set(1.0, 1.2), read_set(2.0, 2.2))
-    assert change.is_loss and change.is_worse and change.gain == pytest.approx(-1)
+    assert change.is_loss and change.is_worse() and change.gain == pytest.approx(-1)
     assert change.text(change.after) == "2.100 bits/byte" and change.difference == "+1.000 ± 0.000"
-    assert not change_between(read_set(2.0, 2.2), read_set(1.0, 1.2)).is_worse
+    assert not change_between(read_set(2.0, 2.2), read_set(1.0, 1.2)).is_worse()
 
 
 def test_only_rows_that_fit_both_bundles_are_compared() -> None:

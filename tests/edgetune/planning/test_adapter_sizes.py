@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_devices.fit import AdapterSize
 from edgetune_export import backends
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Prefix
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.gguf.backend import write_adapter
+from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.formats.gguf_file import read_header
 from tiny import FINGERPRINT, make_model
 

@@ -236,6 +236,17 @@ def test_a_lost_device_that_fails_again_is_reported_as_it_was_lost() -> None:
         raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be")
 
 
+def test_an_error_that_the_caller_was_handling_is_not_the_devices() -> None:
+    try:
+        raise RuntimeError("CUDA out of memory")
+    except RuntimeError:
+        with (
+            pytest.raises(RuntimeError, match=r"^a wrong size$"),
+            on_device(torch.nn.Linear(1, 1), torch.device("cuda:0"), "reply"),
+        ):
+            raise RuntimeError("a wrong size") from None
+
+
 def test_what_the_allocator_of_the_cpu_raises_is_recognized() -> None:
     with pytest.raises(RuntimeError) as error:
         torch.empty(2**50)

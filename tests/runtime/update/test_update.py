@@ -105,6 +105,10 @@ def test_only_the_changed_adapter_of_many_is_downloaded(prefix: Path, publisher:
         assert (prefix / "current/bundle/adapters/task-50/adapter.gguf").read_bytes() == data
         assert 150_000 < sum(server.sent) < 150_000 + 32_000
     publisher("three")
+    for path in (publisher.repo / "pieces").iterdir():
+        path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(VerificationError, match="is refused"):
+        apply(prefix)
     # A mirror that has not all of it.
     shutil.rmtree(publisher.repo / "pieces")
     assert apply(prefix)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.building.outputs.infer import infer, misfits
+from edgetune.building.outputs.infer import infer, rejected
 
 COMMANDS = [
     {"service": service, "room": room, **extra}
@@ -36,9 +36,9 @@ def test_all_rows_fit_what_is_inferred_from_them() -> None:
     answers = [json.dumps(value) for value in COMMANDS]
     spec = infer(answers)
     assert spec is not None
-    assert misfits(spec, answers) == []
+    assert rejected(spec, answers) == []
     wrong = ['{"service": "turn_on"}', '{"service": "explode", "room": "hall"}', "{}", '{"service": "turn_on", "room"']
-    assert misfits(spec, [*answers[:2], *wrong]) == [2, 3, 4, 5]
+    assert rejected(spec, [*answers[:2], *wrong]) == [2, 3, 4, 5]
 
 
 def test_values_that_occur_once_are_no_complete_list() -> None:
@@ -52,8 +52,8 @@ def test_keys_in_changing_order_are_all_accepted() -> None:
     spec = infer(answers)
     assert spec is not None
     assert "patternProperties" in json.loads(spec.text)
-    assert misfits(spec, answers) == []
-    assert misfits(spec, ['{"c": 1}']) == [0]
+    assert rejected(spec, answers) == []
+    assert rejected(spec, ['{"c": 1}']) == [0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from edgetune_devices import boards, fit
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.engines.needs import AdapterSize
 from edgetune_runtime.errors import UsageError
 from pydantic import ValidationError
 from recipes import LIGHTS, adapter_of, make_recipe
@@ -20,7 +21,7 @@ from edgetune import methods
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.building.placement.cost import ATTENTION, MLP, costs, placements
-from edgetune.planning.adapters import plan_adapter
+from edgetune.planning.adapters import plan_adapters
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.records import AdapterPlan
 from edgetune.progress import Progress
@@ -44,7 +45,7 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
 
 
 def planned(recipe: Recipe, base: Base) -> AdapterPlan:
-    return plan_adapter(recipe, "command", shapes_of(recipe)["command"], BaseShape.of_header(base.header))
+    return plan_adapters(recipe, shapes_of(recipe), BaseShape.of_header(base.header))["command"]
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -129,10 +130,10 @@ def test_a_resumed_build_keeps_costs_that_were_measured(
     wanted = placements(4)[:6]
     first = costs(wanted[:3], plan, base, recipe, folder=tmp_path, progress=QUIET)
     both = costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)
-    assert {placement: both[placement] for placement in wanted[:3]} == first
+    assert {placement: both.by_placement[placement] for placement in wanted[:3]} == first.by_placement
     (file,) = tmp_path.glob("costs-*.json")
     file.write_bytes(file.read_bytes()[:20])
-    assert set(costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)) == set(wanted)
+    assert set(costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET).by_placement) == set(wanted)
 
 
 def test_a_budget_that_no_placement_meets_is_refused_with_the_cheapest_one(
@@ -142,7 +143,7 @@ def test_a_budget_that_no_placement_meets_is_refused_with_the_cheapest_one(
         figures_of(recipe_of(tmp_path, tiny_gguf("llama"), "0%", rank=1), tmp_path / "home")
     message = str(caught.value)
     (file,) = (tmp_path / "home.work" / "placement").glob("costs-*.json")
-    measured = json.loads(file.read_bytes())
+    measured = json.loads(file.read_bytes())["costs"]
     title = min(measured, key=measured.__getitem__).removesuffix("-r1").replace("+", ", ").replace("mlp", "MLP")
     assert f"the cheapest, {title} at rank 1, costs {min(measured.values()):.1%} (measured here with gguf)" in message
     assert "set max_decode_overhead: " in message
@@ -155,11 +156,11 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     recipe = recipe_of(tmp_path, base.path, "10%", device="pi-5")
     wanted = placements(16)
     found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path / "none", progress=progress)
-    cost = {placement.key: share for placement, share in found.items()}
+    cost = {placement.key: share for placement, share in found.by_placement.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
     board, needs = boards.load("pi-5"), bundle_needs(recipe, {}, base.header, None)
     rank_8 = 8 * (64 + 32)
-    size = fit.AdapterSize(2 * 2 * rank_8, 2)
+    size = AdapterSize(2 * 2 * rank_8, 2)
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.speed.adapter_tokens_per_s / predicted.speed.decode_tokens_per_s
     assert progress.lines == []
@@ -172,7 +173,7 @@ def test_onnx_is_measured_on_graphs_of_the_placements_own(
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%", targets=["onnx"])
     wanted = [placement for placement in placements(1) if placement.target_modules == ("v_proj",)]
     base = tiny_base("llama")
-    found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET)
+    found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET).by_placement
     assert set(found) == set(wanted)
     assert all(0 <= cost < 1 for cost in found.values())
     assert not (tmp_path / "bench").exists()
@@ -182,7 +183,7 @@ def test_a_single_placement_that_fits_needs_no_trial(tiny_base: Callable[[str], 
     base = tiny_base("llama")
     keys: dict[str, Any] = {"rank": 1, "device": "pi-5", "context_length": 64}
     recipe = recipe_of(tmp_path, base.path, "100%", **keys)
-    cost = costs(placements(1), planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET)
+    cost = costs(placements(1), planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET).by_placement
     cheapest, next_one = sorted(placements(1), key=cost.__getitem__)[:2]
     between = (cost[cheapest] + cost[next_one]) / 2
     progress = Listening()

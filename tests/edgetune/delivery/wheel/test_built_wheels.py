@@ -19,7 +19,7 @@ import platformdirs
 import pytest
 from runtime.bundles import Adapter, low_rank, write_bundle
 
-from edgetune.delivery.wheel.archive import LIBRARIES, wheel_name
+from edgetune.delivery.wheel.build import LIBRARIES, wheel_name
 from edgetune.delivery.wheel.platforms import GLIBC, PLATFORMS
 
 # Before a test gives edgetune another cache folder.

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
-from edgetune.delivery.wheel import archive, toolchain
-from edgetune.delivery.wheel.archive import wheel_name, write_wheel
-from edgetune.delivery.wheel.build import llama_wheel
+from edgetune.delivery.wheel import toolchain
+from edgetune.delivery.wheel.build import llama_wheel, wheel_name, write_wheel
 from edgetune.delivery.wheel.platforms import PLATFORMS
 from edgetune.delivery.wheel.toolchain import Toolchain, find_toolchain
 from edgetune.progress import Progress
@@ -90,7 +89,7 @@ def test_a_wheel_in_the_cache_needs_no_compiler(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(IncompatibleError, match=r'needs zig.*pip install "edgetune\[wheel\]"'):
         llama_wheel("linux-aarch64", progress=QUIET)
-    name = archive.wheel_name(toolchain.importlib.metadata.version("llama-cpp-python"), PLATFORMS["linux-aarch64"].tag)
+    name = wheel_name(toolchain.importlib.metadata.version("llama-cpp-python"), PLATFORMS["linux-aarch64"].tag)
     kept = tmp_path / "edgetune/wheels" / name
     kept.touch()
     assert llama_wheel("linux-aarch64", progress=QUIET) == kept
