@@ -269,10 +269,10 @@ class LabelEngineClass(Protocol):
         """See `EngineClass.library_version`."""
 
 
-def check_options(context_length: int, threads: int | None, batch: int) -> None:
-    """Raise UsageError unless all numbers are positive."""
-    if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
-        message = f"context_length {context_length}, batch {batch} and threads {threads} must all be positive"
+def check_options(context_length: int, threads: int | None) -> None:
+    """Raise UsageError unless both numbers are positive."""
+    if context_length < 1 or (threads is not None and threads < 1):
+        message = f"context_length {context_length} and threads {threads} must both be positive"
         raise UsageError(message, "give numbers of at least 1")
 
 

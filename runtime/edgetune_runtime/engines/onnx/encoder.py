@@ -66,7 +66,7 @@ class EncoderEngine:
     has_sequence: ClassVar[Literal[False]] = False
 
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
-        check_options(context_length, threads, 1)
+        check_options(context_length, threads)
         header = read_onnx(path)
         check_operators(header, path)
         self._hidden = _hidden_size(header, path)

@@ -65,10 +65,10 @@ class _Binding:
 class OnnxEngine:
     """One ONNX base with its adapters and one sequence; see `Engine`.
 
-    `path` is model.onnx, next to its other files. `context_length` and `batch` are in tokens. `threads` defaults to the
-    cores that this process may use, at most 8, and is limited to the available cores. onnxruntime always repacks the
-    weights, whatever `repack` is. UsageError when a number is not positive or the context is longer than the base was
-    trained for.
+    `path` is model.onnx, next to its other files. `context_length` is in tokens. `threads` defaults to the cores that
+    this process may use, at most 8, and is limited to the available cores. onnxruntime always repacks the weights,
+    whatever `repack` is. UsageError when a number is not positive or the context is longer than the base was trained
+    for.
     """
 
     has_sequence: ClassVar[Literal[True]] = True
@@ -85,14 +85,12 @@ class OnnxEngine:
         *,
         context_length: int,
         threads: int | None = None,
-        batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
     ) -> None:
-        check_options(context_length, threads, batch)
+        check_options(context_length, threads)
         check_kv(NAME, kv)
         self.context_length = context_length
-        self._batch = batch
         header = read_onnx(path)
         check_operators(header, path)
         config = read_config(path.with_name("genai_config.json"))
@@ -122,7 +120,7 @@ class OnnxEngine:
         """Make the buffers of a sequence, and the bindings that point to them."""
         self._cache = self._new_cache()
         self._mask = np.ones(self.context_length, np.int64)
-        self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
+        self._ids, self._start = np.zeros(CHUNK, np.int64), np.zeros(1, np.int64)
         self._options = run_options()
         self._prefix: str | None = None
         self._begin = 0
@@ -136,7 +134,7 @@ class OnnxEngine:
     def _new_cache(self) -> KvCache:
         sizes = {"context_length": self.context_length, "head_size": self._head_size}
         if self._recurrence.shapes:
-            return HybridCache(self._past, self._recurrence, batch=self._batch, **sizes)
+            return HybridCache(self._past, self._recurrence, **sizes)
         return KvCache(self._past, **sizes)
 
     @property
@@ -229,8 +227,8 @@ class OnnxEngine:
         check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
         row = np.empty((1, self._vocab_size), np.float32)
         with self._step(len(tokens)):
-            for start in range(0, len(tokens), self._batch):
-                self._run(tokens[start : start + self._batch], row)
+            for start in range(0, len(tokens), CHUNK):
+                self._run(tokens[start : start + CHUNK], row)
         self._last = row[0]
         self._cache.keep(self._length)
         return self._last
@@ -337,8 +335,8 @@ class OnnxEngine:
         """Append tokens; logits after each of the `last` ones, shape [last, vocab]."""
         first = len(tokens) - (len(tokens) if last is None else last)
         logits = np.empty((len(tokens) - first, self._vocab_size), np.float32)
-        for start in range(0, len(tokens), self._batch):
-            part = tokens[start : start + self._batch]
+        for start in range(0, len(tokens), CHUNK):
+            part = tokens[start : start + CHUNK]
             rows = logits[max(0, start - first) : max(0, start + len(part) - first)]
             self._run(part, rows if len(rows) else np.empty((1, self._vocab_size), np.float32))
         return logits
