@@ -105,7 +105,7 @@ class GgufEngine:
                 batch=CHUNK,
                 sequences=kind.branches + 1,
                 outputs=BRANCHES + 1,
-                rollback=rollback_of(state_bytes) if state_bytes else 0,
+                rollback=rollback_of(state_bytes),
                 kv=self._kv,
             )
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)

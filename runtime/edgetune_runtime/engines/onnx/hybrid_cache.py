@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from edgetune_runtime.engines.checkpoints import Checkpoints
-from edgetune_runtime.engines.needs import RecurrentSizes
 from edgetune_runtime.formats.onnx_recurrence import Recurrence, present_name
 from edgetune_runtime.states.batches import CHUNK
 
@@ -39,7 +38,7 @@ class HybridCache(KvCache):
         # allocated for each layer in each binding.
         widest = max((self._shapes[name][0] for name in self._outputs), default=0)
         self._unread = zeros(widest * CHUNK)
-        self.max_rollback = rollback_of(RecurrentSizes(recurrence.values, recurrence.inputs_per_token))
+        self.max_rollback = rollback_of(recurrence.inputs_per_token)
         self._checkpoints = Checkpoints[Floats](self._states[0].nbytes, context_length)
 
     def bind(self, binding: Any, side: int) -> None:  # noqa: ANN401 - onnxruntime's own
