@@ -14,23 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import Logits, check_context_length, check_options
-from edgetune_runtime.errors import (
-    IncompatibleError,
-    NotFoundError,
-    PromptTooLongError,
-    UsageError,
-    VerificationError,
-)
-from edgetune_runtime.formats.onnx_adapter import adapter_arrays
+from edgetune_runtime.errors import NotFoundError, PromptTooLongError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
 
-from .arrays import Arrays
-from .engine import model_version
-from .ort import graph_error, library, open_session
+from .arrays import Arrays, read_arrays, to_float32
+from .ort import graph_error, library_version, open_session
 from .tokenizers import encode, load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
@@ -78,10 +70,7 @@ class EncoderEngine:
         self._session: Any = open_session(path, self.threads)
         self._adapters: dict[str, Arrays] = {}
 
-    @staticmethod
-    def library_version() -> str:
-        """onnxruntime and its version."""
-        return f"onnxruntime {library().__version__}"
+    library_version = staticmethod(library_version)
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
@@ -94,15 +83,11 @@ class EncoderEngine:
         """See `LabelEngine`."""
         if name in self._adapters:
             return
-        arrays, version = adapter_arrays(path, name)
-        if fingerprint is not None and version != model_version(fingerprint):
-            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        arrays = read_arrays(path, name, fingerprint)
         head = {key: arrays.pop(key) for key in (HEAD_WEIGHT, HEAD_BIAS) if key in arrays}
         _check_head(head, self._hidden, labels, name)
         check_adapter_arrays(arrays, self._slots, name)
-        self._adapters[name] = {
-            key: np.ascontiguousarray(array, np.float32) for key, array in {**arrays, **head}.items()
-        }
+        self._adapters[name] = to_float32(arrays | head)
 
     def unload_adapter(self, name: str) -> None:
         """See `LabelEngine`."""

@@ -30,8 +30,7 @@ from edgetune_runtime.engines.base import (
     check_tokens_fit,
     prefix_among,
 )
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.onnx_adapter import adapter_arrays
+from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
@@ -41,11 +40,11 @@ from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import threads_for
 
 from . import NAME
-from .arrays import Arrays, sum_of_adapters
+from .arrays import Arrays, read_arrays, sum_of_adapters, to_float32
 from .config import read_config
 from .hybrid_cache import HybridCache
 from .kv_cache import KvCache
-from .ort import graph_error, library, open_session, run_binding, run_options
+from .ort import graph_error, library_version, open_session, run_binding, run_options
 from .scores import scores_in_order
 from .tokenizers import JsonTokenizer
 
@@ -147,10 +146,7 @@ class OnnxEngine:
         """The library, its version, and the KV data type."""
         return (f"{self.library_version()}, f32",)
 
-    @staticmethod
-    def library_version() -> str:
-        """onnxruntime and its version."""
-        return f"onnxruntime {library().__version__}"
+    library_version = staticmethod(library_version)
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
@@ -165,9 +161,7 @@ class OnnxEngine:
         """See `Engine`; these files do not contain invocation tokens. VerificationError for a damaged file."""
         if name in self._loaded:
             return
-        arrays, version = adapter_arrays(path, name)
-        if fingerprint is not None and version != model_version(fingerprint):
-            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        arrays = read_arrays(path, name, fingerprint)
         if any(is_past(slot) for slot in arrays):
             tokens = check_prefix_arrays(arrays, self._past, self._head_size, name)
             check_prefix_fits(name, tokens, self.context_length)
@@ -177,7 +171,7 @@ class OnnxEngine:
             check_tensor_arrays(arrays, self._tensor_slots, name)
         else:
             check_adapter_arrays(arrays, self._slots, name)
-        self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
+        self._adapters[name] = to_float32(arrays)
 
     def unload_adapter(self, name: str) -> None:
         """See `Engine`."""
@@ -359,11 +353,6 @@ class OnnxEngine:
         run_binding(self._session, binding.io, self._options)
         self._cache.end_run()
         self._length = total
-
-
-def model_version(fingerprint: str) -> int:
-    """The model version in an adapter file: the first 28 bits of the base's fingerprint, in a 32-bit field."""
-    return int(fingerprint[:7], 16)
 
 
 def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - an InferenceSession

@@ -15,7 +15,8 @@ from edgetune_runtime import EdgetuneError, IncompatibleError, Runtime, Verifica
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx import ort as _ort
-from edgetune_runtime.engines.onnx.engine import OnnxEngine, model_version
+from edgetune_runtime.engines.onnx.arrays import model_version
+from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest, write_manifest
