@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
-from edgetune_runtime.errors import NotFoundError, VerificationError, importing
+from edgetune_runtime.errors import VerificationError, importing
+from edgetune_runtime.formats.regular_file import reading
 from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
@@ -169,12 +170,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {path}", "check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise VerificationError(f"cannot read {path}: {error}", COPY_BUNDLE_AGAIN) from error
+    with reading(path) as file:
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError as error:
+            raise VerificationError(f"cannot read {path}: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _sentencepiece_bytes(text: str) -> bytes:
