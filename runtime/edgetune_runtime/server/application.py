@@ -29,7 +29,7 @@ from .openai_answers import ChatShape, CompletionShape, OpenAIReply
 from .problems import RequestError, error_response, json_response
 from .responses_answers import ResponsesReply
 from .responses_requests import responses_request
-from .settings import Access, ServerLimits
+from .settings import ServerLimits
 from .streaming import NDJSON, LineResponse, line
 
 T = TypeVar("T")
@@ -37,8 +37,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 Reply = OpenAIReply | OllamaReply | ResponsesReply
 
 
-def application(answering: Answering, access: Access) -> ASGIApp:
-    """The application that answers with `answering` whoever `access` allows."""
+def application(answering: Answering) -> ASGIApp:
+    """The application that answers with `answering`."""
     bodies = BodyReader(answering.limits)
     own = [*_common(answering), *corrections.routes(answering, bodies)]
     routes = [*own, *_OpenAI(answering, bodies).routes(), *_Ollama(answering, bodies).routes()]
@@ -46,7 +46,7 @@ def application(answering: Answering, access: Access) -> ASGIApp:
         routes=routes,
         middleware=[
             Middleware(MetricsMiddleware, metrics=answering.metrics),
-            Middleware(Guard, access=access),
+            Middleware(Guard, access=answering.serving.access),
             Middleware(LargeBodies),
         ],
         exception_handlers={HTTPException: _http_error},
