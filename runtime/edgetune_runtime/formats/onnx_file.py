@@ -141,8 +141,6 @@ def value_problem(array: NDArray[np.generic]) -> str | None:
     """What is wrong with the values of an adapter's array, if anything."""
     import numpy as np  # noqa: PLC0415 - reading a graph does not need it
 
-    if array.dtype not in (np.float32, np.float16):
-        return f"is stored as {array.dtype}, not as float32 or float16"
     return None if np.isfinite(array).all() else "has values that are not finite"
 
 

@@ -53,12 +53,8 @@ class AsyncStream(AsyncIterator[str]):
         self._threads, self._open, self._cancel = threads, open_stream, cancel
         self._thread: _StreamThread | None = None
         self._ended = False
-        self._answer: Answer | None = None
-
-    @property
-    def answer(self) -> Answer | None:
+        self.answer: Answer | None = None
         """The whole answer with its timings; None until the stream is exhausted."""
-        return self._answer
 
     async def __anext__(self) -> str:
         if self._ended:
@@ -71,7 +67,7 @@ class AsyncStream(AsyncIterator[str]):
             await self.aclose()
             raise
         if piece is None:
-            self._ended, self._answer = True, self._thread.answer
+            self._ended, self.answer = True, self._thread.answer
             raise StopAsyncIteration
         return piece
 
@@ -79,9 +75,9 @@ class AsyncStream(AsyncIterator[str]):
         """Wait for the whole answer and return it; UsageError if the stream was closed before its end."""
         async for _ in self:
             pass
-        if self._answer is None:
+        if self.answer is None:
             raise UsageError("the stream was closed before its end", "read it first")
-        return self._answer
+        return self.answer
 
     async def aclose(self) -> None:
         """Stop generating; returns once other calls can have the context."""

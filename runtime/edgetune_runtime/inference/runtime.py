@@ -23,7 +23,7 @@ from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
-from .adapter_changes import AdapterChanges, add_adapter, reload, remove_adapter
+from .adapter_changes import AdapterChanges, add_adapter, reload
 from .answer import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
@@ -311,7 +311,8 @@ class Runtime:
         context, raise NotFoundError. NotFoundError for an unknown name, UsageError, which changes nothing, if only
         streams that this thread read last use it.
         """
-        remove_adapter(self._loaded, name)
+        with self._loaded.changing:
+            self._loaded.drop(name)
 
     def reload(self) -> AdapterChanges:
         """Take over the bundle on disk, which another process may have changed or switched to another version.

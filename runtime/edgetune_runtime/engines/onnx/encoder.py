@@ -152,11 +152,11 @@ def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: in
         case [(int(width), int(columns)), (int(outputs),)] if (
             width == hidden
             and columns == outputs == (outputs if labels is None else labels) > 0
-            and all(array.dtype in (np.float32, np.float16) and np.isfinite(array).all() for array in head.values())
+            and all(np.isfinite(array).all() for array in head.values())
         ):
             return
     expected = f"[{hidden}, {'labels' if labels is None else labels}]"
-    actual = ", ".join(f"{key} {list(array.shape)} {array.dtype}" for key, array in head.items()) or "none"
+    actual = ", ".join(f"{key} {list(array.shape)}" for key, array in head.items()) or "none"
     message = f"adapter {name!r} has no usable head: {HEAD_WEIGHT} should be finite {expected}, there is {actual}"
     raise VerificationError(message, COPY_BUNDLE_AGAIN)
 

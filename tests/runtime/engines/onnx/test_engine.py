@@ -147,7 +147,7 @@ B = "model.layers.1.mlp.down_proj.lora_B.weight"
         (lambda t: {**t, "model.layers.9.q.lora_A.weight": t[A]}, IncompatibleError, "unknown slot"),
         (lambda t: {**t, A: t[A][:-1].copy()}, IncompatibleError, r"shapes \(127, 3\)"),
         (lambda t: {**t, A: t[A][:, :-1].copy()}, VerificationError, "rank 2 in A and 3 in B"),
-        (lambda t: {**t, A: t[A].astype(np.float64)}, VerificationError, "float64"),
+        (lambda t: {**t, A: t[A].astype(np.float64)}, VerificationError, "type 11, not float32"),
         (lambda t: {**t, A: np.full_like(t[A], np.nan)}, VerificationError, "not finite"),
         (lambda t: {**t, A: t[A].reshape(-1)}, VerificationError, "not matrices"),
     ],
