@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .base import EngineClass, LabelEngineClass
     from .needs import EngineNeeds
 
-_ENGINES = Registry(__name__, "engine", shared=("base", "checkpoints", "needs", "piecewise", "scores", "trial"))
+_ENGINES = Registry(__name__, "engine", shared=("base", "checkpoints", "needs"))
 
 
 def names() -> list[str]:
