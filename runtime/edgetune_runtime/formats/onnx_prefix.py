@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
-from .onnx_file import OnnxHeader, value_problem
+from .onnx_file import OnnxHeader
+from .onnx_slots import value_problem
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import Logits, check_context_length, check_options
 from edgetune_runtime.errors import NotFoundError, PromptTooLongError, UsageError, VerificationError
-from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
+from edgetune_runtime.formats.onnx_slots import LORA_B, check_arrays, slots_of
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
@@ -86,7 +87,7 @@ class EncoderEngine:
         arrays = read_arrays(path, name, fingerprint)
         head = {key: arrays.pop(key) for key in (HEAD_WEIGHT, HEAD_BIAS) if key in arrays}
         _check_head(head, self._hidden, labels, name)
-        check_adapter_arrays(arrays, self._slots, name)
+        check_arrays(arrays, self._slots, name)
         self._adapters[name] = to_float32(arrays | head)
 
     def unload_adapter(self, name: str) -> None:
@@ -142,7 +143,7 @@ def _scaled(adapter: Arrays, scale: float) -> Arrays:
     if scale == 1:
         return adapter
     factor = np.float32(scale)
-    return {key: array * factor if key.endswith(".lora_B.weight") else array for key, array in adapter.items()}
+    return {key: array * factor if key.endswith(LORA_B) else array for key, array in adapter.items()}
 
 
 def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: int | None, name: str) -> None:

@@ -31,11 +31,11 @@ from edgetune_runtime.engines.base import (
     prefix_among,
 )
 from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_recurrence import recurrence_of
-from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, tensor_slots_of
+from edgetune_runtime.formats.onnx_slots import check_arrays, slots_of
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import threads_for
 
@@ -94,7 +94,7 @@ class OnnxEngine:
         check_operators(header, path)
         config = read_config(path.with_name("genai_config.json"))
         check_context_length(context_length, config.trained_context_length)
-        self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
+        self._slots, self._past = slots_of(header), past_inputs(header)
         self._recurrence = recurrence_of(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
@@ -167,10 +167,7 @@ class OnnxEngine:
             check_prefix_fits(name, tokens, self.context_length)
             self._prefixes[name] = {slot: np.asarray(array[0], np.float32) for slot, array in arrays.items()}
             return
-        if any(is_tensor(slot) for slot in arrays):
-            check_tensor_arrays(arrays, self._tensor_slots, name)
-        else:
-            check_adapter_arrays(arrays, self._slots, name)
+        check_arrays(arrays, self._slots, name)
         self._adapters[name] = to_float32(arrays)
 
     def unload_adapter(self, name: str) -> None:
