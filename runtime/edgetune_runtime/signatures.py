@@ -108,10 +108,10 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     raise VerificationError(message, "do not use this bundle")
 
 
-def _read(path: Path, most: int = LONGEST_SIGNATURE) -> bytes:
-    """The bytes of a file; ValueError if there are more than `most`."""
+def _read(path: Path, max_bytes: int = LONGEST_SIGNATURE) -> bytes:
+    """The bytes of a file; ValueError if there are more than `max_bytes`."""
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path.name} has more than {most} bytes")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{path.name} has more than {max_bytes} bytes")
     return data

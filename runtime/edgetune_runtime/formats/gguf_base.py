@@ -134,7 +134,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
 }
 """The supported architectures, by their names in GGUF files, with the hyperparameters that only they have."""
 
-_SENTENCEPIECE, _BYTE_LEVEL, _MERGED_PIECES = _KINDS = "llama", "gpt2", "gemma4"
+_BYTE_LEVEL = "gpt2"
+_KINDS = ("llama", _BYTE_LEVEL, "gemma4")
 _ABORTS_AT_SPACES = "whitespace"
 _MAX_TOKENS = 1 << 20
 _TOKEN_TYPES = frozenset(range(7))
