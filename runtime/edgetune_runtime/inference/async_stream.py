@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Self
+from contextlib import AbstractAsyncContextManager
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import CLOSED
@@ -42,7 +42,7 @@ class StreamThreads:
             await thread.stop()
 
 
-class AsyncStream(AsyncIterator[str]):
+class AsyncStream(AsyncIterator[str], AbstractAsyncContextManager["AsyncStream"]):
     """Asynchronous iterator over the pieces of an answer; afterwards `answer` has all of it.
 
     It starts when it is first read, computes a few pieces ahead of its reader and then waits for it. `aclose`,
@@ -84,9 +84,6 @@ class AsyncStream(AsyncIterator[str]):
         self._ended = True
         if self._thread is not None:
             await self._thread.stop()
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *_error: object) -> None:
         await self.aclose()

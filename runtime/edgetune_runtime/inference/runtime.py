@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from .unsure import AnswerCall, answer_pieces, check_min_confidence
 _LOG = logging.getLogger(__name__)
 
 
-class Runtime:
+class Runtime(AbstractContextManager["Runtime"]):
     """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Thread-safe."""
 
     def __init__(self, bundle: Path, loaded: LoadedBundle) -> None:
@@ -338,9 +339,6 @@ class Runtime:
         with last.
         """
         self._loaded.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()

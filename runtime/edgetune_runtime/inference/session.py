@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
@@ -29,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """A conversation: a history of messages, the current adapters, and a KV state that no other session reuses.
 
     with runtime.session(adapter="chat") as session:
@@ -148,9 +149,6 @@ class Session:
         """Drop the session's state; a second call does nothing."""
         self._loaded.drop_states(self._owner)
         self._last = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()
