@@ -64,8 +64,8 @@ def check_prefix_arrays(
 
 
 def _check_names(names: Collection[str], inputs: Collection[str], name: str) -> None:
-    odd = sorted(set(names) ^ set(inputs))
-    if odd:
-        different = first_of([repr(item[:80]) for item in odd], 1)
+    differing = sorted(set(names) ^ set(inputs))
+    if differing:
+        different = first_of([repr(item[:80]) for item in differing], 1)
         message = f"adapter {name!r} and the graph have different inputs: {different}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
