@@ -63,9 +63,9 @@ def needs_of_sizes(
     recurrence = recurrent_sizes(header)
     states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
-    tied = "output.weight" not in header.tensors
-    looked_up = [PER_LAYER_EMBEDDING] if tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
-    head = "token_embd.weight" if tied else "output.weight"
+    head = header.output_tensor
+    is_tied = head == "token_embd.weight"
+    looked_up = [PER_LAYER_EMBEDDING] if is_tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
     return Needs(
         base_bytes=data_start(header) + sum(sizes.values()),
         read_bytes=sum(sizes.values()) - sum(sizes.get(name, 0) for name in looked_up),
@@ -79,7 +79,7 @@ def needs_of_sizes(
         kv_values_per_token=kv_values_per_token(header),
         context_length=context_length,
         engine=engine,
-        head_bytes=sizes.get(head, 0) if tied else 0,
+        head_bytes=sizes.get(head, 0) if is_tied else 0,
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),
