@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 _CONTEXT_FULL, _STOPPED = 1, 2
 _MEASURED_OUTPUT_SHARE = 0.21
-"""That of SmolLM2-135M."""
+"""The share of the output matrix in the parameters of SmolLM2-135M, for `Engine.logits_excess`."""
 
 
 class GgufEngine:
@@ -88,11 +88,13 @@ class GgufEngine:
         """Another engine with its own sequence, on the same base and adapters."""
         other = object.__new__(GgufEngine)
         other._kv, other._is_fork = self._kv, True
-        other._begin(self._base, self.context_length, self._threads)
+        other._begin(self._base, self.context_length, self.threads)
         return other
 
     def _begin(self, base: GgufBase, context_length: int, threads: int) -> None:
-        self._base, self.context_length, self._threads = base, context_length, threads
+        self._base, self.context_length, self.threads = base, context_length, threads
+        self.kv_bytes = TENSOR_TYPES[self._kv].bytes_per_value
+        self.logits_excess = max(0.0, base.header.output_share - _MEASURED_OUTPUT_SHARE)
         self._adapters = base.adapters
         self._prefix: PrefixState | None = None
         model, state_bytes = base.model, recurrent_sizes(base.header).state_bytes
@@ -116,32 +118,14 @@ class GgufEngine:
             if state_bytes
             else KvCache(self._context, model)
         )
+        # A number for bases with recurrent layers.
+        self.max_rollback = self._cache.max_rollback
         # llama.cpp's batches are no longer than the context.
         self._outputs = min(BRANCHES, context_length)
         self.tokenizer = base.vocabulary
         self._is_switched = False
         self._length = 0
         self._last: Logits | None = None
-
-    @property
-    def kv_bytes(self) -> float:
-        """Bytes per number in the KV cache."""
-        return TENSOR_TYPES[self._kv].bytes_per_value
-
-    @property
-    def max_rollback(self) -> int | None:
-        """See `Engine`: a number for bases with recurrent layers."""
-        return self._cache.max_rollback
-
-    @property
-    def logits_excess(self) -> float:
-        """The share of the parameters in the output matrix beyond that in SmolLM2-135M; at least 0."""
-        return max(0.0, self._base.header.output_share - _MEASURED_OUTPUT_SHARE)
-
-    @property
-    def threads(self) -> int:
-        """Maximum number of threads of a step."""
-        return self._threads
 
     @property
     def signatures(self) -> tuple[str, ...]:

@@ -118,6 +118,8 @@ class OnnxEngine:
     def _new_sequence(self) -> None:
         """Make the buffers of a sequence, and the bindings that point to them."""
         self._cache = self._new_cache()
+        # A number for bases with recurrent layers.
+        self.max_rollback = self._cache.max_rollback
         self._mask = np.ones(self.context_length, np.int64)
         self._ids, self._start = np.zeros(CHUNK, np.int64), np.zeros(1, np.int64)
         self._options = run_options()
@@ -135,11 +137,6 @@ class OnnxEngine:
         if self._recurrence.shapes:
             return HybridCache(self._past, self._recurrence, **sizes)
         return KvCache(self._past, **sizes)
-
-    @property
-    def max_rollback(self) -> int | None:
-        """See `Engine`: a number for bases with recurrent layers."""
-        return self._cache.max_rollback
 
     @property
     def signatures(self) -> tuple[str, ...]:
