@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 
+from edgetune.tasks.augmentation.values import SlottedRow
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.metrics import metric_for
 
@@ -17,9 +18,12 @@ _MOST_LABELS, _LABEL_WORDS, _LABEL_CHARACTERS = 50, 5, 60
 # Rows per distinct answer before the answers are labels: in a column that is called so, and in any other.
 _NAMED_REPEATS, _OTHER_REPEATS = 2, 5
 _FEW_ROWS = 200
+# From so many rows on, changed copies are not worth their time; and the least share of rows with values to exchange.
+_MANY_ROWS, _SHARE_OF_VALUES = 400, 0.25
 # Enough to choose a checkpoint; more only take time.
 _MOST_VALIDATION = 2000
 _TRAINING = "epochs and rows per step follow from the number of rows: `edgetune plan` shows them"
+_AUGMENT = "few rows, so changed copies with other values teach the rest: `edgetune data preview` shows them"
 _METRICS = {
     "label": "the share of right labels",
     "json": "the share of answers with the right keys and values",
@@ -37,6 +41,8 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
     choices = []
     if share is not None:
         choices.append(Choice("data.held_out", share, _held_out_reason(sample.rows, share)))
+    if sample.rows < _MANY_ROWS and _has_values(rows):
+        choices.append(Choice("data.augment", True, _AUGMENT))
     system = form.system or _common_system(rows)
     if system is not None:
         choices.append(Choice("system", system, "the rows have it in common"))
@@ -79,6 +85,12 @@ def _held_out(rows: int) -> float:
 def _held_out_reason(rows: int, share: float) -> str:
     count = max(1, round(rows * share))
     return f"the share for validation, which chooses the checkpoint that ships: about {count:,} of {rows:,} rows"
+
+
+def _has_values(rows: Sequence[TaskRow]) -> bool:
+    """Whether the prompts have enough of the values of their answers, which changed copies can exchange."""
+    slotted = [SlottedRow.of(row) for row in rows]
+    return sum(item is not None and bool(item.slots) for item in slotted) >= _SHARE_OF_VALUES * len(rows)
 
 
 def _common_system(rows: Sequence[TaskRow]) -> str | None:

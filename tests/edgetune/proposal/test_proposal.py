@@ -164,6 +164,17 @@ def test_few_rows_get_more_epochs_smaller_steps_and_more_validation(write: Write
     ]  # fmt: skip
 
 
+def test_changed_copies_are_for_few_rows_whose_prompts_have_values_of_the_answer(write: Write, propose: Make) -> None:
+    def augments(completion: Callable[[int], object], rows: int) -> bool:
+        pairs = [{"prompt": f"page {n} please", "completion": completion(n)} for n in range(rows)]
+        return propose(write("t.jsonl", pairs)).adapters["t"].data.augment is not None
+
+    assert augments(lambda n: {"page": n}, 30)
+    assert not augments(lambda n: {"page": n}, 600)
+    assert not augments(lambda n: {"is_open": n % 2 == 0}, 30)
+    assert not augments(lambda n: f"page {n}", 30)
+
+
 def test_the_context_fits_the_longest_row_within_the_base(write: Write, propose: Make) -> None:
     def context(text: str) -> int:
         rows = [*numbered({"prompt": "p {}", "completion": "c"}), {"prompt": text, "completion": "c"}]
