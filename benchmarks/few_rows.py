@@ -28,6 +28,7 @@ from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
 ROWS = (30, 100, 300, 1000)
+_FIGURES = ("steps", "shipped_step", "train_loss", "val_loss", "tokens")
 Run = dict[str, Any]
 
 
@@ -109,7 +110,7 @@ def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Pat
         "base": options.base,
         "context_length": 512,
         "training": {"seed": draw.seed},
-        "adapters": {way: _with_way(common, WAYS[way](draw.rows)) for way in ways},
+        "adapters": {way: _with_way(common, WAYS[way]) for way in ways},
     }
     from edgetune.building.pipeline import build  # after the options, as it takes seconds
 
@@ -117,7 +118,7 @@ def _run(draw: Draw, ways: Sequence[str], options: argparse.Namespace, work: Pat
     runs = []
     for way in ways:
         scored = evaluate(out, way, folder / task.test, limit=options.test_rows, progress=Progress())
-        figures = {key: built.figures[way][key] for key in ("steps", "best_step", "train_loss", "val_loss", "tokens")}
+        figures = {key: built.figures[way][key] for key in _FIGURES}
         place = {"task": draw.task, "rows": draw.rows, "seed": draw.seed, "way": way}
         place |= {"base": options.base, "limit": options.test_rows}
         runs.append({**place, "score": scored.score, "metric": scored.metric, "test_rows": scored.rows, **figures})

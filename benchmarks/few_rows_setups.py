@@ -6,13 +6,11 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from edgetune.recipe.data import DataSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DEVICES = "devices"
@@ -102,29 +100,22 @@ def adapter_of(task: FewRowsTask, folder: Path, count: int, seed: int, work: Pat
     return {"data": data, **keys}
 
 
-def _until_overfit(rows: int) -> dict[str, Any]:
-    """Many passes over few rows; the checkpoint with the lowest validation loss ships."""
-    trained = rows * (0.8 if rows < 200 else 0.9)
-    batch = 4 if trained < 100 else 8 if trained < 400 else 16
-    return {"training": {"epochs": max(3, min(round(3000 / trained), 20)), "batch_size": batch}}
-
-
-def _auto(method: Mapping[str, Any] | None = None, **training: object) -> Callable[[int], dict[str, Any]]:
+def _auto(method: Mapping[str, Any] | None = None, **training: object) -> dict[str, Any]:
     """`training: auto`, with these options in place of what it chooses."""
     own = {} if method is None else {"method": {"name": "lora", **method}}
-    return lambda _: {"training": {"auto": True, **training}, **own}
+    return {"training": {"auto": True, **training}, **own}
 
 
-WAYS: Mapping[str, Callable[[int], dict[str, Any]]] = {
-    "defaults": lambda _: {},
-    "until-overfit": _until_overfit,
+WAYS: Mapping[str, dict[str, Any]] = {
+    "defaults": {},
+    "lowest-loss": _auto(patience=3, checkpoint="best"),
     "auto": _auto(),
-    "augment": lambda _: {"training": "auto", "data": {"augment": True}},
+    "augment": {**_auto(), "data": {"augment": True}},
     "rate-5e-4": _auto(learning_rate=5e-4),
     "rate-2e-3": _auto(learning_rate=2e-3),
     "rank-8": _auto({"r": 8, "lora_alpha": 16}),
     "rank-32": _auto({"r": 32, "lora_alpha": 64}),
     "dropout": _auto({"lora_dropout": 0.1}),
 }
-"""The ways to train, as keys of an adapter by the number of its rows; the first ones are what `few_rows.py` runs."""
-DEFAULT_WAYS = tuple(WAYS)[:4] if "augment" in DataSpec.model_fields else tuple(WAYS)[:3]
+"""The ways to train, as keys of an adapter; the first ones are what `few_rows.py` runs."""
+DEFAULT_WAYS = tuple(WAYS)[:4]

@@ -85,5 +85,5 @@ def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
         for name, entry in head.items():
             if name != "__metadata__":
                 yield name, [operator.index(size) for size in entry["shape"]]
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"{file} is not a whole .safetensors file", "download the model again") from error

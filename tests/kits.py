@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, BaseEntry, FileEntry, Manifest, sha256_of
+from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, BaseEntry, FileEntry, Manifest, sha256_of
 from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
 from edgetune_runtime.store.opening import DEFAULTS
@@ -95,8 +95,10 @@ esac
 BASES = {"gguf": "base/model.gguf", "onnx": "base/onnx/model.onnx"}
 
 
-def write_bundle(folder: Path, answer: str, formats: Sequence[str] = ("gguf",)) -> Path:
-    """A bundle that answers with a text; nothing else in it can be used."""
+def write_bundle(
+    folder: Path, answer: str, formats: Sequence[str] = ("gguf",), adapters: Mapping[str, AdapterEntry] | None = None
+) -> Path:
+    """A bundle that answers with a text; nothing else in it, such as the files of `adapters`, can be used."""
     for name in formats:
         (folder / BASES[name]).parent.mkdir(parents=True, exist_ok=True)
         (folder / BASES[name]).write_bytes(b"weights" if name == "gguf" else name.encode())
@@ -105,7 +107,7 @@ def write_bundle(folder: Path, answer: str, formats: Sequence[str] = ("gguf",)) 
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST_NAME]
     files = {str(path.relative_to(folder)): FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
     base = BaseEntry("base", "ab" * 32, "llama", None, 1, 1, 1, 1, "", "", {name: BASES[name] for name in formats})
-    manifest = Manifest(folder.name, base, {}, files, context_length=1)
+    manifest = Manifest(folder.name, base, adapters or {}, files, context_length=1)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return folder
 

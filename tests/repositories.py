@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
@@ -63,12 +64,13 @@ def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> 
 
 
 class Publisher:
-    """A repository of a bundle "home" that answers with a text, in `formats`."""
+    """A repository of a bundle "home" that answers with a text, in `formats`, and has `adapters`."""
 
     def __init__(self, folder: Path) -> None:
         self.repo, self.bundle = folder / "repo", folder / "home"
         self.keys = make_keys(folder / "keys")
         self.formats = ["gguf"]
+        self.adapters: dict[str, AdapterEntry] = {}
 
     @property
     def root(self) -> Path:
@@ -77,7 +79,7 @@ class Publisher:
 
     def __call__(self, answer: str, **options: object) -> Published:
         """Publish the bundle with another answer."""
-        bundle = write_bundle(self.bundle, answer, self.formats)
+        bundle = write_bundle(self.bundle, answer, self.formats, self.adapters)
         return publish(bundle, self.repo, self.keys, **options)  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from edgetune_export.backends.base import Source
 from fuzz import corpus
+from fuzz.__main__ import SEEDS, valid_file
 from fuzz.kinds import KINDS
 from fuzz.names import OTHER_BASES
 from fuzz.pool import Worker
@@ -28,7 +29,7 @@ def seeds(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The folder with the valid files."""
-    folder = tmp_path_factory.mktemp("fuzz") / "seeds"
+    folder = tmp_path_factory.mktemp("fuzz") / SEEDS
     return write_seeds(
         folder, tiny_source("llama"), tiny_folder("llama"), {name: tiny_gguf(name) for name in OTHER_BASES}
     )
@@ -36,8 +37,10 @@ def seeds(
 
 @pytest.mark.parametrize("kind", corpus.kinds())
 def test_a_file_that_once_did_harm_is_opened_or_refused_in_one_line(kind: str, seeds: Path) -> None:
+    form, valid = KINDS[kind].form, valid_file(kind, seeds)
+    files = [(entry.cause, form.applied(valid, entry.edits)) for entry in corpus.entries(kind)]
     with closing(Worker(kind, seeds, is_guarded=True)) as worker:
-        outcomes = [(entry.cause, worker.run(list(entry.edits))) for entry in corpus.entries(kind)]
+        outcomes = [(once, worker.run(file)) for once, file in files]
     assert [f"{once} | {now.kind}: {now.cause}" for once, now in outcomes if now.is_finding] == []
 
 

@@ -115,7 +115,9 @@ def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> Train
     """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
     tokens = max(seconds, 1) * _TRAINING_SHARE * tokens_per_s / FOLDS
     epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
-    return job.training.model_copy(update={"epochs": min(job.training.epochs, tokens / epoch), "evals": 2})
+    # The last checkpoint knows more of the wrong answers by heart.
+    shorter = {"epochs": min(job.training.epochs, tokens / epoch), "evals": 2, "checkpoint": "best"}
+    return job.training.model_copy(update=shorter)
 
 
 def _judged(

@@ -75,7 +75,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
             f"{training.tokens_per_s:.0f}",
             f"{training.peak_memory_mb:.0f}",
             f"{training.val_loss:.3f}",
-            f"{training.best_step}/{training.steps}",
+            f"{training.shipped_step}/{training.steps}",
             _number(training.overfit_step, "{}"),
             _number(outcome.torch_score),
         )

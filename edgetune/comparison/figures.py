@@ -57,7 +57,7 @@ class TrainingFigures:
     peak_memory_mb: float
     train_loss: float
     val_loss: float
-    best_step: int
+    shipped_step: int
     steps: int
     overfit_step: int | None
     history: tuple[tuple[float, float, float], ...] = ()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from edgetune.recipe.training import TrainingSpec
 
 # A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them.
@@ -11,6 +9,8 @@ _ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
 _MANY_ROWS = 20_000
 # Rows per step, by the fewest rows for which it is used.
 _BATCHES = ((400, 16), (100, 8), (0, 4))
+# Of few rows, the validation loss is lowest while the rate is high: wrong answers become surer, yet fewer are wrong.
+_TO_THE_END = {"patience": None, "checkpoint": "last"}
 # The width of SmolLM2-135M, for which the default learning rate was chosen. Wider bases need a lower one.
 _WIDTH = 576
 
@@ -26,12 +26,11 @@ def choose_training(options: TrainingSpec, rows: int, width: int | None) -> tupl
         return options, ""
     epochs = 1 if rows > _MANY_ROWS else max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
     batch_size = next(size for least, size in _BATCHES if rows >= least)
-    # Early stopping on a few validation rows ships a checkpoint of a rate that is still high.
-    chosen: dict[str, float | None] = {"epochs": epochs, "batch_size": batch_size, "patience": None}
+    chosen: dict[str, float | str | None] = {"epochs": epochs, "batch_size": batch_size, **_TO_THE_END}
     if width is not None and width > _WIDTH:
         chosen["learning_rate"] = float(f"{options.learning_rate * _WIDTH / width:.2g}")
     chosen = {key: value for key, value in chosen.items() if key not in options.model_fields_set}
     training = TrainingSpec.model_validate({**dict(options), **chosen, "auto": False})
-    values = ", ".join(f"{key} {json.dumps(value)}" for key, value in chosen.items()) or "as set"
+    values = ", ".join(f"{key} {'null' if value is None else value}" for key, value in chosen.items()) or "as set"
     layers = f" and layers of width {width}" if "learning_rate" in chosen else ""
     return training, f"{values}: for {rows:,} training rows{layers}"

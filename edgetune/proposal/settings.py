@@ -84,7 +84,8 @@ def _held_out(rows: int) -> float:
 
 def _held_out_reason(rows: int, share: float) -> str:
     count = max(1, round(rows * share))
-    return f"the share for validation, which chooses the checkpoint that ships: about {count:,} of {rows:,} rows"
+    shown = "the share for validation, which shows overfitting and how sure answers can be"
+    return f"{shown}: about {count:,} of {rows:,} rows"
 
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:

@@ -71,6 +71,9 @@ class TrainingSpec(RecipePart):
     """Validation passes per training run; there is at least one per epoch."""
     patience: PositiveInt | None = 3
     """Early stopping: stop after this many validation passes without a lower loss. null: train to the end."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint that ships. best: that with the lowest validation loss. last: that of the last step, whose answers
+    are more often right after many passes over few rows, although the loss may have risen."""
     precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
     """Number format of the base's weights in training. auto: bf16 if the hardware computes it fast, otherwise fp32.
     int8: 1.2 to 1.6 times as fast as fp32 on x86 CPUs without bf16 arithmetic, but with a higher loss, because products

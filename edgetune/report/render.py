@@ -22,8 +22,8 @@ WIDTH, HEIGHT = 520, 150
 class Curve:
     """The losses of a training run as points of SVG polylines, and the values at the ends of the axes.
 
-    `ships` is where the checkpoint that ships is, None if the manifest does not say; the validation loss rose after it
-    if `rose`.
+    `ships` is where the checkpoint that ships is, None if the manifest does not say; `rose_from` is the x after which
+    the validation loss rose, None if it did not.
     """
 
     train: str
@@ -33,7 +33,7 @@ class Curve:
     first_step: int
     last_step: int
     ships: tuple[float, float] | None
-    rose: bool
+    rose_from: float | None
 
 
 def page(facts: Facts, fits: Sequence[Fit]) -> str:
@@ -64,7 +64,8 @@ def curve(adapter: AdapterFacts) -> Curve | None:
         return " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in zip(steps, losses, strict=True))
 
     training = adapter.entry.training
-    ships = next((place(step, loss) for step, _, loss in points if step == training.get("best_step")), None)
+    by_step: dict[int | None, tuple[float, float]] = {step: place(step, loss) for step, _, loss in points}
+    rose_from = by_step.get(training.get("overfit_step"))
     return Curve(
         train=line(train for _, train, _ in points),
         validation=line(validation for _, _, validation in points),
@@ -72,8 +73,8 @@ def curve(adapter: AdapterFacts) -> Curve | None:
         lowest=lowest,
         first_step=steps[0],
         last_step=steps[-1],
-        ships=ships,
-        rose=training.get("overfit_step") is not None,
+        ships=by_step.get(training.get("shipped_step")),
+        rose_from=None if rose_from is None else rose_from[0],
     )
 
 

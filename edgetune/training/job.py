@@ -49,14 +49,16 @@ class Point:
 
 @dataclass
 class TrainResult:
-    """The result of a training run. `overfit_step` is the step after which validation loss rose, None if it did not.
+    """The result of a training run; the losses are those of the checkpoint that ships, after `shipped_step` steps.
+
+    `overfit_step` is the step after which validation loss rose, None if it did not.
 
     `device` is torch's name of the kind of device that the run ended on: cpu, cuda or mps.
     """
 
     train_loss: float
     val_loss: float
-    best_step: int
+    shipped_step: int
     steps: int
     overfit_step: int | None
     trainable_parameters: int

@@ -61,7 +61,7 @@ def _summary(name: str, result: TrainResult) -> str:
     turned = "" if result.overfit_step is None else f", overfitting after step {result.overfit_step}"
     share = result.trainable_parameters / result.total_parameters
     return (
-        f"{name}: validation loss {result.val_loss:.3f} at step {result.best_step} of {result.steps}{turned}; "
+        f"{name}: validation loss {result.val_loss:.3f} at step {result.shipped_step} of {result.steps}{turned}; "
         f"{result.trainable_parameters:,} trainable parameters ({share:.1%}), {result.tokens_per_s:.0f} tokens/s "
         f"in {result.precision} on {result.device}, peak memory {result.peak_memory_mb:.0f} MB"
     )

@@ -67,7 +67,7 @@ def train(
     """Run the job and restore `base` afterwards. Resumes an interrupted run of the same key in `folder`.
 
     Reports the estimated time left after ten steps; `later` is the number of tokens in the runs after this one.
-    Writes the checkpoint with the best validation loss to `folder/adapter` in PEFT's format. Raises CancelledError
+    Writes the checkpoint that the options choose to `folder/adapter` in PEFT's format. Raises CancelledError
     after saving when the user interrupts; EdgetuneError if the loss is not finite, or the device fails; UsageError if
     the longest row does not fit the recipe's memory limit.
     """
@@ -203,14 +203,15 @@ class _Run:
             progress.update(note, self.state.step)
 
     def finish(self) -> TrainResult:
-        """Write the best checkpoint and the result, and delete the saved state."""
+        """Write the checkpoint that ships and the result, and delete the saved state."""
         history = self.state.history
         best = min(history, key=lambda point: point.val_loss)
-        turned = best is not history[-1] and history[-1].val_loss > best.val_loss * _OVERFIT
+        shipped = best if self.training.checkpoint == "best" else history[-1]
+        turned = history[-1].val_loss > best.val_loss * _OVERFIT
         result = TrainResult(
-            train_loss=best.train_loss,
-            val_loss=best.val_loss,
-            best_step=best.step,
+            train_loss=shipped.train_loss,
+            val_loss=shipped.val_loss,
+            shipped_step=shipped.step,
             steps=self.state.step,
             overfit_step=best.step if turned else None,
             trainable_parameters=self.counts[0],
@@ -223,7 +224,8 @@ class _Run:
             device=self.accelerator.device.type,
             history=history,
         )
-        self._load_weights(self.best)
+        if shipped is best:
+            self._load_weights(self.best)
         self.tuned.to("cpu")
         if self.accelerator.is_main_process:
             self.method.save(self.tuned, self.folder / "adapter")

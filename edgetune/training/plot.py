@@ -10,7 +10,7 @@ SIZE_INCHES = (7.0, 4.0)
 
 
 def plot_training(result: TrainResult, title: str, out: Path) -> None:
-    """Plot training and validation loss by epoch, with the best checkpoint and the range of overfitting."""
+    """Plot training and validation loss by epoch, with the checkpoint that ships and the range of overfitting."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -20,11 +20,13 @@ def plot_training(result: TrainResult, title: str, out: Path) -> None:
     epochs = [point.epoch for point in result.history]
     axes.plot(epochs, [point.train_loss for point in result.history], "o-", color="tab:gray", label="training")
     axes.plot(epochs, [point.val_loss for point in result.history], "o-", color="tab:blue", label="validation")
-    best = next(point for point in result.history if point.step == result.best_step)
-    shipped = f"shipped: {best.val_loss:.3f}"
-    axes.plot([best.epoch], [best.val_loss], "o", color="tab:green", markersize=10, label=shipped)
+    by_step = {point.step: point for point in result.history}
+    shipped = by_step[result.shipped_step]
+    label = f"shipped: {shipped.val_loss:.3f}"
+    axes.plot([shipped.epoch], [shipped.val_loss], "o", color="tab:green", markersize=10, label=label)
     if result.overfit_step is not None:
-        axes.axvspan(best.epoch, epochs[-1], color="tab:red", alpha=0.1, label="overfitting")
+        start = by_step[result.overfit_step].epoch
+        axes.axvspan(start, epochs[-1], color="tab:red", alpha=0.1, label="overfitting")
     axes.set(title=title, xlabel="epoch", ylabel="loss (nats per token)", ylim=(0, None))
     axes.legend()
     axes.grid(alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Collection
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -19,8 +20,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """The names of the things, in alphabetical order; imports none of them."""
-        names = {module.name for module in pkgutil.iter_modules(import_module(self._package).__path__)}
-        return sorted(names.difference(self._shared))
+        return sorted(_modules(tuple(import_module(self._package).__path__)).difference(self._shared))
 
     def unknown(self, name: str) -> UsageError | None:
         """What is wrong with a name that nothing has, to be raised; else None."""
@@ -33,3 +33,9 @@ class Registry:
         if error is not None:
             raise error
         return import_module(".".join(filter(None, (self._package, name, part))))
+
+
+@cache
+def _modules(folders: tuple[str, ...]) -> frozenset[str]:
+    """The names of the modules in these folders; opening a bundle asks for them ten times."""
+    return frozenset(module.name for module in pkgutil.iter_modules(folders))

@@ -3,15 +3,18 @@
     make fuzz ARGS="--kind gguf-base --cases 500"
     make fuzz ARGS="--kind gguf-base --case 123"
 
-Case N of a kind and a seed has the same edits in every run. A finding is a JSON line in OUT/KIND.jsonl with its
-edits; the first one of a cause only has those that it needs. `contained` are files that would do harm if no child
-process opened the bundle first. tests/corpus has the findings of earlier runs, which `make test` opens.
+Case N of a kind and a seed has the same edits in every run; cases with the same file are opened once. A finding is a
+JSON line in OUT/KIND.jsonl with its edits; the first one of a cause only has those that it needs. `contained` are files
+that would do harm if no child process opened the bundle first. tests/corpus has the findings of earlier runs, which
+`make test` opens.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import queue
 import random
 import sys
@@ -31,8 +34,9 @@ from .pool import CONTAINED, Outcome, Worker
 from .seeds import make_seeds
 
 CASES = 10_000
-GENERATOR = 1
-"""Version of the edits that a case has: raise it with a change that gives cases other edits."""
+GENERATOR = 2
+"""Version of the edits that a case has: raise it with a change of forms or seeds that gives cases other edits."""
+SEEDS = f"seeds-{GENERATOR}"
 _SAME_CAUSE = 3
 """Findings of one cause that are written down; more are counted."""
 
@@ -45,13 +49,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
     parser.add_argument("--case", type=int, help="run one case, and print its edits and its outcome")
     parser.add_argument("--seed", type=int, default=1, help="seed of all cases (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument(
         "--out", type=Path, default=Path("build/fuzz"), help="folder for findings (default: %(default)s)"
     )
     parser.add_argument("--keep", action="store_true", help="add the first finding of each cause to tests/corpus")
     options = parser.parse_args()
-    seeds = (options.out / "seeds").resolve()
+    seeds = (options.out / SEEDS).resolve()
     if not seeds.is_dir():
         make_seeds(seeds)
     if options.case is not None:
@@ -63,11 +67,11 @@ def main() -> int:
 def run_case(options: argparse.Namespace, seeds: Path) -> int:
     """Run one case, and keep its changed file."""
     (kind,) = options.kind
-    edits = edits_of(kind, seeds, options.seed, options.case)
-    with closing(Runner(kind, seeds)) as runner:
-        outcome = runner.run(edits)
     changed = options.out / f"{kind}-{options.case}"
-    changed.write_bytes(KINDS[kind].form.applied(valid_file(kind, seeds), edits))
+    with closing(Runner(kind, seeds)) as runner:
+        edits = runner.edits_of(options.seed, options.case)
+        changed.write_bytes(runner.file_of(edits))
+        outcome = runner.run(runner.file_of(edits))
     print(json.dumps({**asdict(outcome), "edits": edits}, indent=1))
     print(f"the changed file is {changed}", file=sys.stderr)
     return int(outcome.is_finding)
@@ -90,7 +94,8 @@ def run_kind(kind: str, options: argparse.Namespace, seeds: Path) -> int:
                 corpus.add(kind, line["cause"], line["edits"])
     rate = len(cases) / (time.monotonic() - begin)
     counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
-    print(f"{kind}: {len(cases)} cases, {rate:.0f} per second: {counts}", flush=True)
+    files = f"{len(cases)} cases with {outcomes.total()} files"
+    print(f"{kind}: {files}, {rate:.0f} cases per second: {counts}", flush=True)
     for (outcome, what), count in causes.most_common():
         print(f"    {count} x {outcome}: {what}", flush=True)
     return sum(count for (outcome, _), count in causes.items() if outcome != CONTAINED)
@@ -100,7 +105,7 @@ def _lines(
     kind: str, cases: Iterable[int], options: argparse.Namespace, seeds: Path, outcomes: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """A line for each case that is not just opened or refused; the first of a cause only has the edits it needs."""
-    known: set[str] = set()
+    known, opened = set[str](), set[bytes]()
     left = iter(cases)
     found: queue.Queue[dict[str, Any] | BaseException | None] = queue.Queue()
 
@@ -109,8 +114,13 @@ def _lines(
             with closing(Runner(kind, seeds)) as runner:
                 # `next` of a range's iterator is atomic.
                 while (case := next(left, None)) is not None:
-                    edits = edits_of(kind, seeds, options.seed, case)
-                    outcome = runner.run(edits)
+                    edits = runner.edits_of(options.seed, case)
+                    file = runner.file_of(edits)
+                    digest = hashlib.sha256(file).digest()
+                    if digest in opened:
+                        continue
+                    opened.add(digest)
+                    outcome = runner.run(file)
                     outcomes[outcome.kind] += 1
                     if outcome.is_finding or outcome.kind == CONTAINED:
                         if outcome.cause not in known:
@@ -140,11 +150,21 @@ class Runner:
 
     def __init__(self, kind: str, seeds: Path) -> None:
         self._worker, self._guarded = Worker(kind, seeds), Worker(kind, seeds, is_guarded=True)
+        self._kind, self._form, self._valid = kind, KINDS[kind].form, valid_file(kind, seeds)
 
-    def run(self, edits: list[Edit]) -> Outcome:
-        """What becomes of a file with these edits."""
-        outcome = self._worker.run(edits)
-        if outcome.is_finding and not self._guarded.run(edits).is_finding:
+    def edits_of(self, seed: int, case: int) -> list[Edit]:
+        """The edits of a case, as they are written down: none shares a value with another one."""
+        edits = self._form.edits(self._valid, random.Random(f"{seed} {self._kind} {case}"))
+        return list(json.loads(json.dumps(edits)))
+
+    def file_of(self, edits: list[Edit]) -> bytes:
+        """The valid file with these edits."""
+        return self._form.applied(self._valid, edits)
+
+    def run(self, file: bytes) -> Outcome:
+        """What becomes of a file."""
+        outcome = self._worker.run(file)
+        if outcome.is_finding and not self._guarded.run(file).is_finding:
             return replace(outcome, kind=CONTAINED, text=f"{outcome.kind}: {outcome.text}")
         return outcome
 
@@ -152,7 +172,7 @@ class Runner:
         """The edits without those that the outcome does not need."""
         for edit in list(edits):
             fewer = [other for other in edits if other is not edit]
-            if fewer and self._worker.run(fewer).cause == outcome.cause:
+            if fewer and self._worker.run(self.file_of(fewer)).cause == outcome.cause:
                 edits = fewer
         return edits
 
@@ -160,11 +180,6 @@ class Runner:
         """End the workers."""
         self._worker.close()
         self._guarded.close()
-
-
-def edits_of(kind: str, seeds: Path, seed: int, case: int) -> list[Edit]:
-    """The edits of a case."""
-    return KINDS[kind].form.edits(valid_file(kind, seeds), random.Random(f"{seed} {kind} {case}"))
 
 
 def valid_file(kind: str, seeds: Path) -> bytes:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .forms.raw import Edit
-from .worker import READY, WORK
+from .worker import CASES_PER_FORK, LENGTH_BYTES, READY, WORK
 
 TIMEOUT = "timeout"
 CASE_S = 10.0
@@ -24,8 +23,6 @@ GUARDED_CASE_S = 60.0
 """For a case that ends a child process by its own limit of time."""
 START_S = 120.0
 _ABORT_S = 10.0
-CASES_PER_WORKER = 1000
-"""A worker is replaced after so many cases, so that memory that native code loses does not add up."""
 _TESTS = Path(__file__).parents[1]
 _VARIABLES = {
     "OMP_NUM_THREADS": "1",
@@ -66,21 +63,21 @@ class Worker:
 
     def __init__(self, kind: str, seeds: Path, *, is_guarded: bool = False) -> None:
         self._kind, self._seeds, self._is_guarded = kind, seeds, is_guarded
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed in `close`
         self._work = tempfile.TemporaryDirectory(prefix="fuzz-")
         self._count = self._fork = 0
 
-    def run(self, edits: list[Edit]) -> Outcome:
-        """Open the file with these edits."""
-        if self._count >= CASES_PER_WORKER:
-            self._end()
+    def run(self, data: bytes) -> Outcome:
+        """Open a file with these bytes."""
         if self._process is None:
             self._start()
+        elif self._count == CASES_PER_FORK:
+            self._expect_ready()
         assert self._process is not None
         assert self._process.stdin is not None
         self._count += 1
-        self._process.stdin.write(json.dumps(edits) + "\n")
+        self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
         self._process.stdin.flush()
         answer = self._answer(GUARDED_CASE_S if self._is_guarded else CASE_S)
         if answer is None:
@@ -107,18 +104,16 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
             env=environment,
             start_new_session=True,
         )
-        self._count = 0
         self._expect_ready()
 
     def _expect_ready(self) -> None:
         answer = self._answer(START_S)
         if answer is None or answer["outcome"] != READY:
             raise RuntimeError(f"the worker for {self._kind} does not open the valid file: {self._said()[-5:]}")
-        self._fork = answer["pid"]
+        self._fork, self._count = answer["pid"], 0
 
     def _answer(self, seconds: float) -> Any:  # noqa: ANN401 - the worker's JSON
         assert self._process is not None

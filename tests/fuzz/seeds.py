@@ -31,6 +31,7 @@ from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundl
 from edgetune.delivery.oci.transfer import open_store, push
 from edgetune.progress import Progress
 
+from .forms.gguf_file import read, written
 from .layouts import TAG
 from .names import (
     ADAPTERS,
@@ -56,6 +57,7 @@ from .names import (
     STATES,
 )
 
+_TOKENS = 512
 SYSTEM = "answer in one word and play " * 6
 _RECIPE = """\
 name: home
@@ -99,8 +101,11 @@ def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, 
     """
     work = folder.with_name(f".{folder.name}.part")
     work.mkdir(parents=True)
+    small = work / "small.gguf"
     for name, path in {PLAIN: source.path, **others}.items():
-        write_bundle(work / name, path, {})
+        small.write_bytes(with_few_tokens(path.read_bytes()))
+        write_bundle(work / name, small, {})
+    small.unlink()
     adapters = {LORA: Adapter(low_rank(source.path, seed=1), system=SYSTEM)}
     write_bundle(work / ADAPTERS, source.path, adapters)
     _add_parts(work / ADAPTERS, source)
@@ -116,6 +121,29 @@ def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, 
     _reports(work)
     work.rename(folder)
     return folder
+
+
+def with_few_tokens(data: bytes) -> bytes:
+    """A GGUF file with the first tokens only, if it has many: each case would be read for a fifth of a second."""
+    file = read(data)
+    items = {item[0].removeprefix("tokenizer.ggml."): item for item in file.metadata}
+    size = len(items["tokens"][2][1])
+    if size <= _TOKENS:
+        return data
+    # After the control tokens and the 256 bytes, each merge makes the next token.
+    merges = _TOKENS - size + len(items["merges"][2][1])
+    for key, kept in (("tokens", _TOKENS), ("token_type", _TOKENS), ("merges", merges)):
+        kind, values = items[key][2]
+        items[key][2] = [kind, values[:kept]]
+    parts, ends = [], [*(offset for *_, offset in file.tensors[1:]), len(file.data)]
+    for tensor, end in zip(file.tensors, ends, strict=True):
+        part = file.data[tensor[3] : end]
+        if tensor[1][-1] == size:
+            part = part[: len(part) // size * _TOKENS]
+            tensor[1] = [*tensor[1][:-1], _TOKENS]
+        tensor[3] = sum(map(len, parts))
+        parts.append(part)
+    return written(replace(file, data=b"".join(parts), counts=[len(file.tensors), len(file.metadata)]))
 
 
 def _add_parts(bundle: Path, source: Source) -> None:
@@ -194,6 +222,9 @@ def _kit() -> str:
 def _repository(work: Path, folder: Path) -> None:
     """A signed repository that will be in `folder`, and what a device remembers that has looked at it."""
     keys = make_keys(work / KEYS)
+    (work / SIGNED).mkdir()
+    # Large enough to be listed in pieces.
+    (work / SIGNED / "README.md").write_text("".join(f"line {number}\n" for number in range(2000)), encoding="utf-8")
     repo, bundle = work / REPOSITORY, write_signable(work / SIGNED, "answer")
     release = publish(bundle, repo, keys, expires_days=36_500).release
     source = UpdateSource(str(repo), root=work / KEYS / "1.root.json")

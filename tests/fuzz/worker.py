@@ -1,4 +1,4 @@
-"""A child process that opens changed files of one kind: a JSON line per case in, a JSON line per outcome out."""
+"""A child process that opens changed files of one kind: their bytes after their length in, a JSON line each out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+LENGTH_BYTES = 8
 READY = "ready"
 """The first outcome of a fork, with its process id."""
 WORK = "EDGETUNE_FUZZ_WORK"
@@ -35,6 +36,10 @@ LIBRARIES = {
     "peft": ("peft", "edgetune.methods"),
     "tuf": ("tuf.ngclient",),
 }
+CASES_PER_FORK = 1000
+"""A fork is replaced after so many cases, so that memory that native code loses does not add up."""
+_WORN = 3
+"""Exit code of a fork that is to be replaced."""
 MEMORY_BYTES = 1_500_000_000
 """Address space that a case may add to what the worker has after its first file."""
 SAME_LINE_KINDS = {"recipe", "answer-log"}
@@ -45,7 +50,7 @@ def main() -> None:
     """Open the files of the kind in the first argument, with the seeds in the folder of the second one.
 
     A fork does it, as libraries are slow to import: when a case has ended it, that is the outcome, and the next fork
-    goes on.
+    goes on, as it does after CASES_PER_FORK cases.
     """
     kind, seeds = sys.argv[1], Path(sys.argv[2])
     # What libraries print is not an outcome.
@@ -55,16 +60,17 @@ def main() -> None:
     while True:
         fork = os.fork()
         if not fork:
-            _run_cases(kind, seeds, answers)
-            os._exit(0)
+            os._exit(_run_cases(kind, seeds, answers))
         code = os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
         if code == 0:
             break
-        _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
+        if code != _WORN:
+            _say({"outcome": signal.Signals(-code).name if code < 0 else f"exit {code}"}, answers)
 
 
-def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
-    from .kinds import KINDS, opener  # noqa: PLC0415 - after standard output is out of the way
+def _run_cases(kind: str, seeds: Path, answers: TextIO) -> int:
+    """Open files until there are no more, or it must be replaced; the exit code that says which."""
+    from .kinds import opener  # noqa: PLC0415 - after standard output is out of the way
 
     # Not in the fork's memory alone: a fork that a case ends cannot remove it.
     with tempfile.TemporaryDirectory(dir=os.environ[WORK]) as work:
@@ -72,13 +78,15 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> None:
         open_changed(valid)
         _limit_memory()
         _say({"outcome": READY, "pid": os.getpid()}, answers)
-        # Without a buffer, in which the next fork's cases would be.
-        while line := _line():
-            edits = json.loads(line)
+        for _ in range(CASES_PER_FORK):
+            length = _read(LENGTH_BYTES)
+            if not length:
+                return 0
+            changed = _read(int.from_bytes(length, "little"))
             os.lseek(2, 0, os.SEEK_SET)
             os.ftruncate(2, 0)
-            changed = KINDS[kind].form.applied(valid, edits)
             _say(_outcome(open_changed, changed, kind), answers)
+    return _WORN
 
 
 def import_libraries(kind: str) -> None:
@@ -89,13 +97,11 @@ def import_libraries(kind: str) -> None:
         import_module(name)
 
 
-def _line() -> bytes:
+def _read(size: int) -> bytes:
+    """So many bytes of standard input, fewer at its end; without a buffer, in which the next fork's case would be."""
     data = bytearray()
-    while not data.endswith(b"\n"):
-        read = os.read(0, 1)
-        if not read:
-            return b""
-        data += read
+    while len(data) < size and (block := os.read(0, size - len(data))):
+        data += block
     return bytes(data)
 
 

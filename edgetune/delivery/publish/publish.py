@@ -84,9 +84,12 @@ def publish(
         files = {name: FileEntry(sha256_of(path), path.stat().st_size) for name, path in sources.items()}
         releases = repository.releases(manifest.name)
         newest = max((target.custom["version"] for target in releases.values()), default=0)
+        # Of those that all adapters share, and each changed adapter changes.
+        pieces = {name: repository.put_pieces(path.read_bytes()) for name, path in sources.items() if "/" not in name}
         release = Release(
-            manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime, share
-        )
+            manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime, share,
+            pieces={name: listed for name, listed in pieces.items() if listed},
+        )  # fmt: skip
         before = _read(repository, manifest.name, channel)
         copied = sum(files[name].bytes for name in names if repository.put_blob(sources[name], files[name]))
         changed = before is None or _content(before) != _content(release)

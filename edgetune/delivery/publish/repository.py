@@ -11,10 +11,13 @@ from pathlib import Path
 from edgetune_runtime.bundle import FileEntry, sha256_of
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
+from edgetune_runtime.update.pieces import FOLDER as PIECES_FOLDER
+from edgetune_runtime.update.pieces import Piece, cut
 from edgetune_runtime.update.release import (
     BLOBS_FOLDER,
     ISSUED,
     METADATA_FOLDER,
+    PIECES,
     ROLE_PREFIX,
     ROOT_VERSION,
     TARGETS_FOLDER,
@@ -98,10 +101,23 @@ class Repository:
         flush_to_disk(blob.parent)
         return True
 
+    def put_pieces(self, text: bytes) -> tuple[Piece, ...]:
+        """Write the pieces of a text that are not there; all of its pieces, none if it is small."""
+        pieces, folder = cut(text), self.folder / PIECES_FOLDER
+        for piece, part in pieces:
+            path = folder / piece.digest
+            if not (path.is_file() and path.stat().st_size == piece.bytes and path.read_bytes() == part):
+                with replacing(path) as temporary:
+                    temporary.write_bytes(part)
+        if pieces:
+            flush_to_disk(folder)
+        return tuple(piece for piece, _ in pieces)
+
     def put_release(self, name: str, path: str, data: bytes, version: int) -> None:
-        """Make `data` the release at a path among the targets; its version is readable without the file."""
+        """Make `data` the release at a path among the targets; its version and pieces are readable without the file."""
         target = TargetFile.from_data(path, data, ["sha256"])
-        target.unrecognized_fields["custom"] = {"version": version}
+        pieces = [str(piece) for piece in self.put_pieces(data)]
+        target.unrecognized_fields["custom"] = {"version": version, PIECES: pieces}
         _write(self.release_file(target), data)
         role = self._roles.setdefault(f"{ROLE_PREFIX}{name}", _unwritten(Targets()))
         role.targets[path] = target

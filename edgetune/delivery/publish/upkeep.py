@@ -9,6 +9,8 @@ from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.atomic import flush_to_disk
+from edgetune_runtime.update.pieces import FOLDER as PIECES_FOLDER
+from edgetune_runtime.update.pieces import cut
 from edgetune_runtime.update.release import BLOBS_FOLDER, TARGETS_FOLDER, Release, parse_release
 
 from .repository import Repository
@@ -38,9 +40,12 @@ def delete_old(repository: Repository, keep: int) -> int:
         kept |= {path: release for path, release in releases if release.version in newest}
     # Releases first: one that is there has all of its files.
     freed = _delete_others(targets.glob("*/*"), set(kept))
-    blobs = repository.folder / BLOBS_FOLDER
+    blobs, pieces = repository.folder / BLOBS_FOLDER, repository.folder / PIECES_FOLDER
     needed = {blobs / entry.sha256 for release in kept.values() for entry in release.files.values()}
-    return freed + _delete_others(blobs.iterdir(), needed)
+    of_files = {piece for release in kept.values() for listed in release.pieces.values() for piece in listed}
+    of_releases = {piece for path in kept for piece, _ in cut(path.read_bytes())}
+    needed |= {pieces / piece.digest for piece in of_files | of_releases}
+    return freed + _delete_others([*blobs.glob("*"), *pieces.glob("*")], needed)
 
 
 def _delete_others(paths: Iterable[Path], kept: Container[Path]) -> int:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import write_text
@@ -49,6 +50,14 @@ def describe(release: Release, current: Kit | None) -> Kit:
         "release": release.version,
     }
     return parse_kit(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+
+
+def text_of_release(kit: Kit, channel: str) -> str:
+    """A release with the bundle of a version, of which the repository's text may have pieces."""
+    files = {
+        file.path.removeprefix(f"{BUNDLE_FOLDER}/"): FileEntry(file.sha256, file.bytes) for file in kit.bundle_files
+    }
+    return Release(kit.name, channel, kit.release, files, kit.engines, manifest_schema=1).to_json()
 
 
 def make_environment(prefix: Path, kit: Kit) -> None:

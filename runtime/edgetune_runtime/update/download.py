@@ -1,13 +1,16 @@
-"""Downloads what a version lacks, by digest: the manifest first where the device wants some formats only."""
+"""Downloads what a version lacks, by digest: the manifest first where the device wants some formats only.
+
+Of a large text, such as the manifest, only the pieces are downloaded that the current version's file does not have.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, of_formats, parse_manifest
+from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, of_formats, parse_manifest
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.store.files import Store
@@ -15,17 +18,46 @@ from edgetune_runtime.store.kit import Kit
 from edgetune_runtime.store.versions import Say
 
 from .fetch import Location
+from .pieces import assembled, known_pieces
 from .release import BLOBS_FOLDER, Release
 
 _RESERVE_BYTES = 50 * 10**6
 """Left free on the disk for everything else on the device."""
 
 
-def of_wanted_formats(prefix: Path, release: Release, formats: tuple[str, ...], location: Location) -> Release:
+@dataclass(frozen=True)
+class Blobs:
+    """The files of a release in a repository; `bundle` is the current one of the device, None if there is none."""
+
+    release: Release
+    location: Location
+    bundle: Path | None
+
+    def receive(self, store: Store, sha256: str, size: int) -> None:
+        """Receive a file, and go on where a connection was lost."""
+        path, release = f"{BLOBS_FOLDER}/{sha256}", self.release
+        name = next((name for name in release.pieces if release.files[name].sha256 == sha256), None)
+        pieces, known = release.pieces.get(name or "", ()), known_pieces(self._older(name))
+
+        def rest_from(offset: int) -> Iterator[bytes]:
+            if pieces:
+                return assembled(self.location, path, pieces, known, offset)
+            return self.location.blocks(path, size - offset, offset)
+
+        store.receive(sha256, size, rest_from, "update again, it goes on from there")
+
+    def _older(self, name: str | None) -> list[bytes]:
+        """The file of this name in the current bundle, if it is there."""
+        path = None if self.bundle is None or name is None else self.bundle / name
+        return [path.read_bytes()] if path and path.is_file() and path.stat().st_size <= LONGEST_MANIFEST else []
+
+
+def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...]) -> Release:
     """The release with the files of these formats, which its manifest names; that is downloaded for it.
 
     IncompatibleError if the release lacks one of the formats.
     """
+    release = blobs.release
     lacking = [name for name in formats if name not in release.formats]
     if lacking:
         message = f"release {release.version} of {release.name} has no files for {lacking[0]}"
@@ -34,14 +66,14 @@ def of_wanted_formats(prefix: Path, release: Release, formats: tuple[str, ...], 
         return release
     store, entry = Store(prefix), release.files[MANIFEST_NAME]
     if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
-        _receive(store, entry.sha256, entry.bytes, location)
+        blobs.receive(store, entry.sha256, entry.bytes)
     path = store.path(entry.sha256)
     names = {*of_formats(parse_manifest(path.read_bytes(), path), formats).files, MANIFEST_NAME, SIGNATURE_NAME}
     files = {name: file for name, file in release.files.items() if name in names}
     return replace(release, files=files, formats=formats)
 
 
-def download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
+def download(prefix: Path, kit: Kit, blobs: Blobs, say: Say) -> None:
     """Receive the files of a version that the store lacks, and compare their digests; OutOfSpaceError without room."""
     store = Store(prefix)
     sizes = {file.sha256: file.bytes for file in kit.version_files}
@@ -59,13 +91,4 @@ def download(prefix: Path, kit: Kit, location: Location, say: Say) -> None:
     if missing:
         say(f"downloading {needed / 1e6:.1f} MB")
     for sha256, size in missing.items():
-        _receive(store, sha256, size, location)
-
-
-def _receive(store: Store, sha256: str, size: int, location: Location) -> None:
-    """Receive a file, and go on where a connection was lost."""
-
-    def rest_from(offset: int) -> Iterator[bytes]:
-        return location.blocks(f"{BLOBS_FOLDER}/{sha256}", size - offset, offset)
-
-    store.receive(sha256, size, rest_from, "update again, it goes on from there")
+        blobs.receive(store, sha256, size)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import printable, shortened
+
+from .pieces import Piece, parse_pieces
 
 SCHEMA_VERSION = 1
 ROLE_PREFIX = "bundle-"
@@ -25,6 +27,8 @@ ISSUED = "issued"
 """Field of TUF's root and timestamp with the time of their signature: no clock may be before it."""
 ROOT_VERSION = "root_version"
 """Field of TUF's timestamp with the version of the newest root: who has both need not ask for a newer one."""
+PIECES = "pieces"
+"""Field of a release's own data in TUF's metadata with its pieces (`update.pieces`)."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
 _DIGEST = re.compile("[0-9a-f]{64}")
@@ -43,7 +47,8 @@ class Release:
     `version` grows with each release of the name, in whatever channel. `files` are those of the bundle by their paths
     in it, the manifest and its signature included. `formats` are those of its base. `manifest_schema` is that of the
     manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any. It is for a `share` of the
-    devices, and `older` has the versions that others can take instead, newest first.
+    devices, and `older` has the versions that others can take instead, newest first. `pieces` has those of the large
+    texts among the files.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Release:
     min_runtime: str = ""
     share: float = 1.0
     older: tuple[int, ...] = ()
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     @property
     def bundle(self) -> str:
@@ -64,7 +70,8 @@ class Release:
     def to_json(self) -> str:
         """The text of a release."""
         files = {path: vars(entry) for path, entry in sorted(self.files.items())}
-        return json.dumps({"schema": SCHEMA_VERSION, **vars(self), "files": files}, indent=1) + "\n"
+        pieces = {path: list(map(str, listed)) for path, listed in self.pieces.items()}
+        return json.dumps({"schema": SCHEMA_VERSION, **vars(self), "files": files, "pieces": pieces}, indent=1) + "\n"
 
 
 def path_of(name: str, channel: str, version: int | None = None) -> str:
@@ -84,16 +91,19 @@ def parse_release(data: bytes) -> Release:
         if raw["schema"] != SCHEMA_VERSION:
             message = f"the release has schema {shortened(str(raw['schema']))}, this runtime reads {SCHEMA_VERSION}"
             raise IncompatibleError(message, "update edgetune-runtime")
+        files = {bundle_path(path): file_entry(entry) for path, entry in raw["files"].items()}
+        pieces = raw.get("pieces", {})
         release = Release(
             name=_text(raw["name"], NAME),
             channel=_text(raw["channel"], NAME),
             version=_number(raw["version"], _MOST_VERSION),
-            files={bundle_path(path): file_entry(entry) for path, entry in raw["files"].items()},
+            files=files,
             formats=tuple(_text(name, _WORD) for name in raw["formats"]),
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
             share=_share(raw.get("share", 1.0)),
             older=tuple(_number(version, _MOST_VERSION) for version in raw.get("older", [])[:MOST_OLDER]),
+            pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in pieces.items()},
         )
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:

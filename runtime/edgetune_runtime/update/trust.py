@@ -6,7 +6,7 @@ or signed by others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,10 +16,12 @@ from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, Ve
 from edgetune_runtime.wording import shortened
 
 from .fetch import Location, MissingError
+from .pieces import KnownPieces, Piece, assembled, known_pieces, parse_pieces
 from .release import (
     ISSUED,
     LONGEST_RELEASE,
     METADATA_FOLDER,
+    PIECES,
     ROLE_PREFIX,
     ROOT_VERSION,
     TARGETS_FOLDER,
@@ -30,14 +32,17 @@ from .release import (
 
 with importing("updates need", '"edgetune-runtime[update]"'):
     from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
-    from tuf.api.metadata import Metadata, Root, Targets, Timestamp
+    from tuf.api.metadata import Metadata, Root, TargetFile, Targets, Timestamp
     from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 if TYPE_CHECKING:
     from tuf.api.metadata import Signed
 
+_REMEDY = "publish the bundle again"
 _TIMESTAMP = "timestamp.json"
 _MOST_TIMESTAMP_BYTES = 4000
+_NEWEST, _OLDER = "release.json", "older-release.json"
+"""Files of releases that were read before."""
 _CONFIG = UpdaterConfig(max_root_rotations=256, timestamp_max_length=_MOST_TIMESTAMP_BYTES)
 
 
@@ -45,11 +50,13 @@ class TrustedRepository:
     """The view of a repository that a device trusts: metadata in `folder`, which begins with `root`.
 
     `not_before` is a time that has passed for certain, whatever the clock says; `issued` is a later one, after
-    `refresh`.
+    `refresh`. Pieces of a release that are in `known`, or in one that was read before, are not read again.
     """
 
-    def __init__(self, location: Location, folder: Path, root: bytes, not_before: datetime) -> None:
-        self._location, self._folder = location, folder
+    def __init__(
+        self, location: Location, folder: Path, root: bytes, not_before: datetime, known: Sequence[bytes] = ()
+    ) -> None:
+        self._location, self._folder, self._known = location, folder, known
         self.issued = max(not_before, issued_of(read_root(root)))
         self._fetcher = _Fetcher(location)
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +94,7 @@ class TrustedRepository:
     def release(self, name: str, channel: str, version: int | None = None) -> Release:
         """The newest release of a bundle in a channel, or an older one, after `refresh`; NotFoundError without it."""
         path = path_of(name, channel, version)
-        data = self.read_target(path, self._folder / ("release.json" if version is None else "older-release.json"))
+        data = self.read_target(path, self._folder / (_NEWEST if version is None else _OLDER))
         if data is None:
             names = ", ".join(self.names()) or "none"
             message = f"the repository has no bundle {name!r} in the channel {channel!r}"
@@ -95,7 +102,7 @@ class TrustedRepository:
         release = parse_release(data)
         if (release.name, release.channel) != (name, channel) or version not in {None, release.version}:
             message = f"the release {path} is {release.version} of {release.name} in {release.channel}"
-            raise VerificationError(message, "publish the bundle again")
+            raise VerificationError(message, _REMEDY)
         return release
 
     def read_target(self, path: str, cached: Path) -> bytes | None:
@@ -105,8 +112,11 @@ class TrustedRepository:
             if target is None:
                 return None
             if target.length > LONGEST_RELEASE:
-                raise VerificationError(f"the release {path} has {target.length} bytes", "publish the bundle again")
+                raise VerificationError(f"the release {path} has {target.length} bytes", _REMEDY)
             if self._updater.find_cached_target(target, str(cached)) is None:
+                self._fetcher.pieces = _pieces_of(target)
+                before = (path for path in (self._folder / _NEWEST, self._folder / _OLDER) if path.is_file())
+                self._fetcher.known = known_pieces([*self._known, *(path.read_bytes() for path in before)])
                 self._updater.download_target(target, str(cached), f"{self._location.text}/{TARGETS_FOLDER}")
             return cached.read_bytes()
 
@@ -129,12 +139,17 @@ class TrustedRepository:
 
 
 class _Fetcher(FetcherInterface):
-    """Reads TUF's files from a repository, the timestamp once, and no root after `newest_root`."""
+    """Reads TUF's files from a repository, the timestamp once, and no root after `newest_root`.
+
+    The `pieces` of the target to read next that are `known` are copied from there.
+    """
 
     def __init__(self, location: Location) -> None:
         self._location = location
         self._timestamp: bytes | None = None
         self.newest_root: int | None = None
+        self.pieces: tuple[Piece, ...] = ()
+        self.known: KnownPieces = {}
 
     def read_timestamp(self) -> bytes:
         """The timestamp, as it was first read; UnreachableError if that fails."""
@@ -152,8 +167,11 @@ class _Fetcher(FetcherInterface):
 
     def _blocks(self, path: str) -> Iterator[bytes]:
         try:
-            # The caller ends a file that is longer than it may be.
-            yield from self._location.blocks(path, LONGEST_RELEASE + 1)
+            if path.startswith(f"{TARGETS_FOLDER}/") and self.pieces:
+                yield from assembled(self._location, path, self.pieces, self.known)
+            else:
+                # The caller ends a file that is longer than it may be.
+                yield from self._location.blocks(path, LONGEST_RELEASE + 1)
         except MissingError as error:
             raise DownloadHTTPError(str(error), 404) from error
         except EdgetuneError as error:
@@ -169,6 +187,15 @@ def read_root(data: bytes) -> Root:
         remedy = "give a N.root.json of `edgetune keys init` with --root"
         raise UsageError("the trusted file has no root of a repository", remedy) from error
     return metadata.signed
+
+
+def _pieces_of(target: TargetFile) -> tuple[Piece, ...]:
+    """The pieces of a release that its metadata lists; VerificationError if the list is damaged."""
+    custom = target.custom if isinstance(target.custom, dict) else {}
+    try:
+        return parse_pieces(custom.get(PIECES, []), target.length)
+    except (ValueError, TypeError) as error:
+        raise VerificationError(f"the metadata of the release {target.path} is damaged: {error}", _REMEDY) from error
 
 
 def _root_version_in(timestamp: bytes) -> int | None:

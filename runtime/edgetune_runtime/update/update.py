@@ -15,8 +15,8 @@ from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
 from .current import current_kit
-from .description import describe, make_environment
-from .download import download, of_wanted_formats
+from .description import describe, make_environment, text_of_release
+from .download import Blobs, download, of_wanted_formats
 from .fetch import Location
 from .release import NAME, Release
 from .rollout import Choice, choose, device_id, why_not_run
@@ -119,9 +119,10 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
             raise IncompatibleError(unfit, "update edgetune-runtime")
         if newest.reason is not None:
             return newest, False
-        location = Location(newest.state.repo)
-        kit = describe(of_wanted_formats(prefix, newest.release, newest.formats, location), newest.current)
-        download(prefix, kit, location, say)
+        bundle = None if newest.current is None else prefix / versions.CURRENT / BUNDLE_FOLDER
+        blobs = Blobs(newest.release, Location(newest.state.repo), bundle)
+        kit = describe(of_wanted_formats(prefix, blobs, newest.formats), newest.current)
+        download(prefix, kit, blobs, say)
         make_environment(prefix, kit)
         versions.place(prefix, kit)
         _check_manifest(prefix, kit, newest.release)
@@ -141,7 +142,8 @@ def _find(prefix: Path, source: UpdateSource) -> DeviceRelease:
         message = f"{prefix} trusts no repository yet"
         raise UsageError(message, "add --root FILE once, with the 1.root.json of `edgetune keys init`")
     location = Location(repo)
-    trusted = TrustedRepository(location, prefix / FOLDER / METADATA_FOLDER, root, state.time)
+    known = [] if current is None else [text_of_release(current, state.channel).encode()]
+    trusted = TrustedRepository(location, prefix / FOLDER / METADATA_FOLDER, root, state.time, known)
     trusted.refresh()
     name = source.bundle or state.bundle or _name_among(trusted.names(), current)
     release = trusted.release(name, source.channel or state.channel)

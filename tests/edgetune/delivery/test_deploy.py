@@ -3,7 +3,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 import urllib.request
@@ -25,7 +27,9 @@ from edgetune_runtime.errors import (
 )
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME
+from edgetune_runtime.update.state import read_state, read_trusted_root
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
+from repositories import Publisher
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
@@ -369,7 +373,6 @@ def test_the_unit_of_a_board_answers_with_the_new_version(board: Board, bundle: 
 
 
 def test_a_board_reads_the_root_of_the_repository_to_update_from_before_it_installs(board: Board, bundle: Path) -> None:
-    # test_timer.py has what a board does with a root: this one would write to the folder of units of this machine.
     options = DeployOptions("laptop", updates=UpdateOptions("https://example.org/repo", b"{}"))
     with pytest.raises(UsageError, match=r"incoming/root\.json has no root of a repository"):
         deploy(board.target, board.where, board.assemble(bundle), options, Progress(quiet=True))
@@ -459,11 +462,36 @@ def test_an_inventory_has_a_line_per_board_and_fails_if_one_fails(
     assert [item["state"] for item in found[board.sshd.target]["versions"]] == ["current"]
 
 
-def test_one_board_shows_its_progress(board: Board, bundle: Path, run: Callable[..., Any]) -> None:
-    code, out, err = run(bundle, board.sshd.target)
+@pytest.fixture
+def units(sshd: Sshd) -> Iterator[Path]:
+    """The folder of units of a board where the user is not root, with a stand-in for systemctl."""
+    run = "runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import os, runpy, sys; os.geteuid = lambda: 1000; del sys.argv[0]; {run}"
+    python = f'case "$1" in -I) shift; set -- -I -c "{code}" "$@" ;; esac; exec {sys.executable} "$@"'
+    scripts = {"systemctl": SYSTEMCTL, "loginctl": "#!/bin/sh\necho yes\n", "python3": f"#!/bin/sh\n{python}\n"}
+    for name, text in scripts.items():
+        (sshd.board_programs / name).write_text(text)
+        (sshd.board_programs / name).chmod(0o755)
+    yield sshd.folder / ".config/systemd/user"
+    for name in scripts:
+        (sshd.board_programs / name).unlink()
+    shutil.rmtree(sshd.folder / ".config")
+
+
+def test_one_board_shows_its_progress_and_follows_a_repository(
+    board: Board, bundle: Path, run: Callable[..., Any], units: Path
+) -> None:
+    root = Publisher(board.work / "host").root
+    code, out, err = run(bundle, board.sshd.target, "--updates", "https://example.org/repo/", "--root", root)
     assert code == 0
     assert f"{board.sshd.target}: checking the board" in err
     assert " is the current one, " in out
+    state = read_state(board.prefix)
+    assert (state.repo, state.bundle) == ("https://example.org/repo", "home")
+    assert read_trusted_root(board.prefix) == root.read_bytes()
+    assert "ExecStart" in (units / "edgetune-home-update.service").read_text()
+    calls = (board.sshd.board_programs / "calls").read_text()
+    assert "--user enable --quiet --now edgetune-home-update.timer" in calls
     code, out, _ = run(bundle, board.sshd.target, "--json")
     assert json.loads(out)["sent_bytes"] == 0
     code, out, _ = run(bundle, board.sshd.target, "--list")

@@ -125,9 +125,9 @@ def test_auto_training_follows_the_rows_and_is_in_the_plan(tiny_gguf: Callable[[
     adapter = plan.adapters["command"]
     assert adapter.rows is not None
     assert (adapter.training.epochs, adapter.training.batch_size, adapter.training.seed) == (20, 4, 5)
-    assert adapter.training.patience is None
+    assert (adapter.training.patience, adapter.training.checkpoint) == (None, "last")
     assert adapter.rows.steps == 80
-    assert adapter.training_reason == "epochs 20, batch_size 4, patience null: for 16 training rows"
+    assert adapter.training_reason == "epochs 20, batch_size 4, patience null, checkpoint last: for 16 training rows"
     stored = plan.for_manifest()["adapters"]["command"]
     assert stored["training_reason"] == adapter.training_reason
     again = plan.recipe.training.under(plan.recipe.adapters["command"].training)
@@ -148,4 +148,4 @@ def test_auto_training_lowers_the_learning_rate_for_wide_bases() -> None:
 def test_auto_training_keeps_what_the_recipe_sets(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = auto_plan(tmp_path, tiny_gguf("llama"), epochs=2, learning_rate=5e-3).adapters["command"]
     assert (adapter.training.epochs, adapter.training.batch_size, adapter.training.learning_rate) == (2, 4, 5e-3)
-    assert adapter.training_reason == "batch_size 4, patience null: for 16 training rows"
+    assert adapter.training_reason == "batch_size 4, patience null, checkpoint last: for 16 training rows"

@@ -24,7 +24,7 @@ HISTORY = [
     {"step": 40, "train_loss": 0.5, "val_loss": 0.75},
 ]
 TRAINING: dict[str, Any] = {
-    "train_loss": 0.5, "val_loss": 0.5, "best_step": 20, "steps": 40, "overfit_step": 20, "tokens": 12345,
+    "train_loss": 0.5, "val_loss": 0.5, "shipped_step": 20, "steps": 40, "overfit_step": 20, "tokens": 12345,
     "seconds": 3.0, "history": HISTORY,
 }  # fmt: skip
 BINS = [[0.55, 0.5, 10], [0.95, 0.9, 40]]
@@ -152,7 +152,7 @@ def test_the_recipe_gives_the_rows_that_the_build_held_out(bundle: Path, tmp_pat
 def test_a_curve_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) -> None:
     drawn = curve(facts_of(bundle, read_manifest(bundle)).adapters[0])
     assert drawn is not None
-    assert (drawn.first_step, drawn.rose, drawn.ships) == (10, True, (pytest.approx(WIDTH / 3), HEIGHT))
+    assert (drawn.first_step, drawn.rose_from, drawn.ships) == (10, WIDTH / 3, (WIDTH / 3, HEIGHT))
 
 
 def test_a_golden_answer_is_shown_where_no_row_is_answered(bundle: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_training_learns_its_task_and_returns_its_figures(run: Callable[..., A
     losses = [point.val_loss for point in result.history]
     assert losses[-1] == result.val_loss < 0.7 * losses[0]
     assert [point.step for point in result.history] == [2, 5, 8, 11, 14, 17, 20, 22, 25, 28, 31, 34, 37, 40]
-    assert (result.steps, result.best_step, result.overfit_step, result.precision) == (40, 40, None, "fp32")
+    assert (result.steps, result.shipped_step, result.overfit_step, result.precision) == (40, 40, None, "fp32")
     assert result.tokens == 40 * 8 * 8
     assert 0 < result.trainable_parameters < result.total_parameters
     assert min(result.seconds, result.tokens_per_s, result.peak_memory_mb) > 0
@@ -255,12 +255,18 @@ def test_a_training_state_with_another_key_is_ignored(run: Callable[..., Any], t
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
-def test_the_adapter_is_the_best_checkpoint_by_validation_loss(run: Callable[..., Any], tmp_path: Path) -> None:
-    result = run(OVERFITTING)
+@pytest.mark.parametrize("checkpoint", ["best", "last"])
+def test_the_checkpoint_that_ships_is_that_of_the_options(
+    checkpoint: str, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    training = OVERFITTING.training.model_copy(update={"checkpoint": checkpoint})
+    result = run(replace(OVERFITTING, training=training))
     losses = {point.step: point.val_loss for point in result.history}
-    assert result.best_step == min(losses, key=lambda step: losses[step]) < result.steps == 40
-    assert (result.overfit_step, result.val_loss) == (result.best_step, losses[result.best_step])
-    assert losses[40] > 1.1 * result.val_loss
+    best = min(losses, key=lambda step: losses[step])
+    assert result.overfit_step == best < result.steps == 40
+    assert losses[40] > 1.1 * losses[best]
+    shipped = {"best": best, "last": 40}[checkpoint]
+    assert (result.shipped_step, result.val_loss) == (shipped, losses[shipped])
     tuned = PeftModel.from_pretrained(make_model("llama", VOCABULARY), tmp_path / "run/adapter").eval()
     with torch.no_grad():
         assert loss_of(tuned, OVERFITTING.validation) == pytest.approx(result.val_loss, rel=1e-4)
@@ -275,7 +281,7 @@ def test_patience_ends_a_run_that_gets_no_better(stopped: int | None, run: Calla
         with pytest.raises(CancelledError):
             run(impatient, progress=Stopping(stopped, KeyboardInterrupt))
     result = run(impatient)
-    after_best = [point for point in result.history if point.step > result.best_step]
+    after_best = [point for point in result.history if point.step > result.shipped_step]
     assert len(after_best) == 2
     assert all(point.val_loss >= result.val_loss for point in after_best)
     assert result.steps == after_best[-1].step < 40

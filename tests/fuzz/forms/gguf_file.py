@@ -6,7 +6,8 @@ import math
 import random
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from .json_file import NOT_FINITE, NUMBERS, WORDS
@@ -307,7 +308,14 @@ class _Reader:
 
 
 def read(data: bytes) -> Gguf:
-    """The parts of a valid file."""
+    """The parts of a valid file; what is in them may be replaced, but not changed."""
+    file = _read(data)
+    metadata, tensors = ([list(item) for item in items] for items in (file.metadata, file.tensors))
+    return replace(file, metadata=metadata, tensors=tensors, counts=list(file.counts))
+
+
+@lru_cache(2)
+def _read(data: bytes) -> Gguf:
     reader = _Reader(data)
     reader.place = 4
     version, tensors, keys = reader.number("I"), reader.number("Q"), reader.number("Q")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.bundle import AdapterEntry, GoldenAnswer, read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import (
     BusyError,
@@ -79,19 +79,36 @@ def test_a_device_that_is_up_to_date_makes_one_small_request(
     assert sum(server.sent) < 4000
 
 
-def test_only_the_changed_adapter_is_downloaded(prefix: Path, publisher: Publisher, server: Server) -> None:
-    adapters = publisher.bundle / "adapters"
-    adapters.mkdir()
-    for name in ("one", "two", "three"):
-        (adapters / name).write_bytes(name.encode() * 100_000)
+def adapter(name: str, data: bytes, answer: str, publisher: Publisher) -> None:
+    file = f"adapters/{name}/adapter.gguf"
+    path = publisher.bundle / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    golden = GoldenAnswer(f"What does {name} say, and why? " * 40, f"{name} says {answer}", 20)
+    entry = AdapterEntry(name, "lora", {"gguf": "low_rank"}, {"gguf": file}, "ab" * 32, golden={"gguf": golden})
+    publisher.adapters[name] = entry
+
+
+def test_only_the_changed_adapter_of_many_is_downloaded(prefix: Path, publisher: Publisher, server: Server) -> None:
+    for number in range(100):
+        adapter(f"task-{number}", b"%d" % number, "yes", publisher)
     publisher("two")
     assert apply(prefix, source_of(publisher, server))
-    (adapters / "two").write_bytes(b"new" * 50_000)
-    publisher("two")
-    server.sent.clear()
+    assert sum(server.sent) > 200_000
+    # Also without the release that the device has read, as after an install from a kit.
+    for data, forgotten in ((b"new" * 50_000, "none"), (b"old" * 50_000, "release.json")):
+        adapter("task-50", data, data[:3].decode(), publisher)
+        publisher("two")
+        (prefix / "update/metadata" / forgotten).unlink(missing_ok=True)
+        server.sent.clear()
+        assert apply(prefix)
+        assert (prefix / "current/bundle/adapters/task-50/adapter.gguf").read_bytes() == data
+        assert 150_000 < sum(server.sent) < 150_000 + 32_000
+    publisher("three")
+    # A mirror that has not all of it.
+    shutil.rmtree(publisher.repo / "pieces")
     assert apply(prefix)
-    assert (prefix / "current/bundle/adapters/two").read_bytes() == b"new" * 50_000
-    assert 150_000 < sum(server.sent) < 150_000 + 16_000
+    assert ask(prefix) == "three"
 
 
 def installed_files(prefix: Path) -> set[str]:
