@@ -56,7 +56,7 @@ def plan_data(
 
 
 def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, width: int | None) -> AdapterPlan:
-    training, reason = choose_training(task.training, len(task.trained_rows), width)
+    training, reason = choose_training(task.training, len(task.trained_rows), width, task.metric)
     changes = {"training": training} if reason else {}
     return replace(
         adapter,

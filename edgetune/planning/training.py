@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgetune.recipe.parts import Metric
 from edgetune.recipe.training import TrainingSpec
 
 # A few hundred rows take 10 to 30 passes before a rank-16 adapter answers from them.
@@ -9,16 +10,17 @@ _ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
 _MANY_ROWS = 20_000
 # Rows per step, by the fewest rows for which it is used.
 _BATCHES = ((400, 16), (100, 8), (0, 4))
-# Of few rows, the validation loss is lowest while the rate is high: wrong answers become surer, yet fewer are wrong.
+# After few rows, the loss of answers of several tokens rises while more become right. Scores of these follow the loss.
+_BY_LOSS: tuple[Metric, ...] = ("label", "perplexity")
 _TO_THE_END = {"patience": None, "checkpoint": "last"}
 # The width of SmolLM2-135M, for which the default learning rate was chosen. Wider bases need a lower one.
 _WIDTH = 576
 
 
-def choose_training(options: TrainingSpec, rows: int, width: int | None) -> tuple[TrainingSpec, str]:
+def choose_training(options: TrainingSpec, rows: int, width: int | None, metric: Metric) -> tuple[TrainingSpec, str]:
     """The options with `auto` resolved for so many training rows, and the reason, "" without `auto`.
 
-    `width` is that of the base's layers, None if it is unknown or an encoder's.
+    `width` is that of the base's layers, None if it is unknown or an encoder's; `metric` is that of the answers.
 
     Options that the recipe sets stay. All options of the result count as set.
     """
@@ -26,7 +28,9 @@ def choose_training(options: TrainingSpec, rows: int, width: int | None) -> tupl
         return options, ""
     epochs = 1 if rows > _MANY_ROWS else max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
     batch_size = next(size for least, size in _BATCHES if rows >= least)
-    chosen: dict[str, float | str | None] = {"epochs": epochs, "batch_size": batch_size, **_TO_THE_END}
+    chosen: dict[str, float | str | None] = {"epochs": epochs, "batch_size": batch_size}
+    if metric not in _BY_LOSS:
+        chosen |= _TO_THE_END
     if width is not None and width > _WIDTH:
         chosen["learning_rate"] = float(f"{options.learning_rate * _WIDTH / width:.2g}")
     chosen = {key: value for key, value in chosen.items() if key not in options.model_fields_set}

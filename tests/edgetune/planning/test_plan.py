@@ -16,6 +16,7 @@ from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan
 from edgetune.planning.training import choose_training
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import Metric
 from edgetune.recipe.training import TrainingSpec
 
 
@@ -136,13 +137,19 @@ def test_auto_training_follows_the_rows_and_is_in_the_plan(tiny_gguf: Callable[[
 
 def test_auto_training_lowers_the_learning_rate_for_wide_bases() -> None:
     rates = {
-        width: choose_training(TrainingSpec(auto=True), 100, width)[0].learning_rate
+        width: choose_training(TrainingSpec(auto=True), 100, width, "json")[0].learning_rate
         for width in (None, 64, 576, 896, 2048)
     }
     assert rates == {None: 1e-3, 64: 1e-3, 576: 1e-3, 896: 6.4e-4, 2048: 2.8e-4}
-    training, reason = choose_training(TrainingSpec(auto=True, learning_rate=2e-3), 100, 2048)
+    training, reason = choose_training(TrainingSpec(auto=True, learning_rate=2e-3), 100, 2048, "json")
     assert training.learning_rate == 2e-3
     assert "width" not in reason
+
+
+def test_auto_training_ships_the_lowest_loss_where_scores_follow_it() -> None:
+    metrics: tuple[Metric, ...] = ("json", "rouge_l", "label", "perplexity")
+    specs = [choose_training(TrainingSpec(auto=True), 50, None, metric)[0] for metric in metrics]
+    assert [(spec.checkpoint, spec.patience) for spec in specs] == [("last", None)] * 2 + [("best", 3)] * 2
 
 
 def test_auto_training_keeps_what_the_recipe_sets(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
