@@ -9,17 +9,16 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from .bundle import Manifest
 from .errors import NotFoundError, UsageError, VerificationError
 from .redaction import Redaction
 from .text.chat import Message, Prompt, messages_for
-from .type_checks import type_check
+from .type_checks import dataclass_of
 from .wording import printable
 
 MAX_BYTES = 64_000_000
@@ -171,17 +170,11 @@ def _entries(path: Path) -> Iterator[tuple[str, LoggedAnswer]]:
 
 
 def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
-    if not isinstance(raw, dict) or raw.keys() != _checks().keys():
-        raise TypeError(f"it does not have the keys {', '.join(_checks())}")
-    for name, fits in _checks().items():
-        if not fits(raw[name]):
-            raise TypeError(f"{name} cannot be {str(raw[name])[:80]!r}")
-    return LoggedAnswer(**{**raw, "messages": tuple(messages_for(raw["messages"], None))})
-
-
-@cache
-def _checks() -> dict[str, Any]:
-    return {name: type_check(hint) for name, hint in get_type_hints(LoggedAnswer).items()}
+    names = [field.name for field in fields(LoggedAnswer)]
+    if not isinstance(raw, dict) or raw.keys() != {*names}:
+        raise TypeError(f"it does not have the keys {', '.join(names)}")
+    entry = dataclass_of(LoggedAnswer, raw)
+    return replace(entry, messages=tuple(messages_for(entry.messages, None)))
 
 
 def _ends_with_a_line(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +22,13 @@ LONGEST_SIGNATURE = 1 << 16
 _UNSIGNED = "use a bundle that is signed: edgetune publish, or edgetune keys sign"
 
 
-@dataclass(frozen=True)
-class TrustedKeys:
-    """Public keys by their ids; a bundle must be signed by one of them."""
-
-    keys: Mapping[str, Key]
-
-    def to_json(self) -> str:
-        """The text of a file of trusted keys."""
-        return json.dumps({"keys": {keyid: key.to_dict() for keyid, key in self.keys.items()}}, indent=1) + "\n"
+def trusted_keys_text(keys: Iterable[Key]) -> str:
+    """The text of a file of trusted keys: a bundle must be signed by one of them."""
+    return json.dumps({"keys": {key.keyid: key.to_dict() for key in keys}}, indent=1) + "\n"
 
 
-def read_trusted_keys(path: Path) -> TrustedKeys:
-    """The keys in a file; NotFoundError if it cannot be read, VerificationError if it is no file of keys."""
+def read_trusted_keys(path: Path) -> Mapping[str, Key]:
+    """The keys in a file by their ids; NotFoundError if it cannot be read, VerificationError if it is no such file."""
     with importing("signatures need", '"edgetune-runtime[update]"'):
         from securesystemslib.signer import Key  # noqa: PLC0415 - part of an extra
 
@@ -50,7 +43,7 @@ def read_trusted_keys(path: Path) -> TrustedKeys:
         raise VerificationError(message, "copy it again") from error
     if not keys:
         raise VerificationError(f"{path} has no keys", "copy it again")
-    return TrustedKeys(keys)
+    return keys
 
 
 def signature_file(manifest: bytes, signers: Iterable[Signer]) -> bytes:
@@ -77,7 +70,7 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
 
     Reads no other file of the bundle. NotFoundError if the folder has no manifest, or the keys cannot be read.
     """
-    keys = read_trusted_keys(trusted).keys
+    keys = read_trusted_keys(trusted)
     from securesystemslib.exceptions import Error as SigningError  # noqa: PLC0415 - as above
     from securesystemslib.signer import Signature  # noqa: PLC0415
 
@@ -108,10 +101,10 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     raise VerificationError(message, "do not use this bundle")
 
 
-def _read(path: Path, most: int = LONGEST_SIGNATURE) -> bytes:
-    """The bytes of a file; ValueError if there are more than `most`."""
+def _read(path: Path, max_bytes: int = LONGEST_SIGNATURE) -> bytes:
+    """The bytes of a file; ValueError if there are more than `max_bytes`."""
     with path.open("rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"{path.name} has more than {most} bytes")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{path.name} has more than {max_bytes} bytes")
     return data

@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
-from edgetune_runtime.signatures import TrustedKeys, read_trusted_keys
+from edgetune_runtime.signatures import read_trusted_keys, trusted_keys_text
 from edgetune_runtime.update.release import ISSUED, NAME
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
@@ -74,7 +74,7 @@ class KeyFolder:
         """The keys of a role, oldest first; none for a bundle that has no keys of its own."""
         if role not in ROOT_ROLES:
             path = self.trusted_keys(role)
-            return [] if role != BUNDLES and not path.is_file() else list(read_trusted_keys(path).keys.values())
+            return [] if role != BUNDLES and not path.is_file() else list(read_trusted_keys(path).values())
         root = self.root().signed
         return [root.keys[keyid] for keyid in root.roles[role].keyids]
 
@@ -204,8 +204,7 @@ class KeyFolder:
         _write(self.folder / f"{root.version}.root.json", metadata.to_bytes())
 
     def _write_bundle_keys(self, role: str, keys: Sequence[Key]) -> None:
-        trusted = TrustedKeys({key.keyid: key for key in keys})
-        _write(self.trusted_keys(role), trusted.to_json().encode())
+        _write(self.trusted_keys(role), trusted_keys_text(keys).encode())
 
 
 def missing_keys(role: str, keys: KeyFolder) -> NotFoundError:

@@ -81,11 +81,11 @@ def files_of(manifest: Manifest, entry: AdapterEntry) -> list[str]:
 
 def without_adapter(manifest: Manifest, name: str) -> Manifest:
     """The manifest without an adapter, without the files that only it uses, and without a router that chooses it."""
-    gone, router = {*files_only_of(manifest, manifest.adapter(name))}, manifest.router
+    removed, router = {*files_only_of(manifest, manifest.adapter(name))}, manifest.router
     if router is not None and (name == router.below or any(name in call.adapters for call in router.calls.values())):
-        gone, router = {*gone, router.file}, None
+        removed, router = {*removed, router.file}, None
     adapters = {other: entry for other, entry in manifest.adapters.items() if other != name}
-    files = {file: entry for file, entry in manifest.files.items() if file not in gone}
+    files = {file: entry for file, entry in manifest.files.items() if file not in removed}
     return replace(manifest, adapters=adapters, files=files, router=router)
 
 
@@ -93,7 +93,7 @@ def of_formats(manifest: Manifest, formats: Iterable[str]) -> Manifest:
     """The manifest with these formats, and without the files that only the others use."""
     kept, unwanted = [*formats], [name for name in manifest.base.files if name not in {*formats}]
     used = {file for name in kept for file in files_of_format(manifest, name)}
-    gone = {file for name in unwanted for file in files_of_format(manifest, name)} - used
+    removed = {file for name in unwanted for file in files_of_format(manifest, name)} - used
 
     def only(by_format: Mapping[str, str]) -> dict[str, str]:
         return {name: value for name, value in by_format.items() if name not in unwanted}
@@ -105,7 +105,7 @@ def of_formats(manifest: Manifest, formats: Iterable[str]) -> Manifest:
             name: replace(entry, files=only(entry.files), shapes=only(entry.shapes))
             for name, entry in manifest.adapters.items()
         },
-        files={file: entry for file, entry in manifest.files.items() if file not in gone},
+        files={file: entry for file, entry in manifest.files.items() if file not in removed},
     )
 
 

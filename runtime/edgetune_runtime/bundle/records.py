@@ -12,37 +12,21 @@ from edgetune_runtime.errors import NotFoundError
 from edgetune_runtime.wording import first_of
 
 MANIFEST_NAME = "manifest.json"
-
 STATES_FOLDER = "states"
-
 """Folder in the bundle with the states that ship with it."""
-
 SCHEMA_VERSION = 2
-
 SHAPES = ("low_rank", "prefix", "tensors", "merged")
-
 GENERATION = "text-generation"
-
 CLASSIFICATION = "text-classification"
-
 TASKS = (GENERATION, CLASSIFICATION)
-
 LONGEST_MANIFEST = 1 << 26
-
 AUTO = "auto"
-
 """Stands for an adapter's name: the adapter that the bundle's router chooses."""
-
 BASE, ERROR = "base", "error"
-
 """What can answer a prompt of none of the router's tasks, besides an adapter."""
-
 MARK, ASK, DEFER = "mark", "ask", "defer"
-
 """What can become of an unsure answer, besides BASE, ERROR and an adapter."""
-
 GENERATE, CLASSIFY = "generate", "classify"
-
 """The kinds of calls that a router tells apart."""
 
 

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
-from edgetune_runtime.formats.checked_file import read_checked, write_checked
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats.checked_file import parsing_checked, write_checked
 
 DRAFT_FILE = "draft.bin"
 KIND = "edgetune_draft"
@@ -95,18 +94,13 @@ def read_table(path: Path, tokenizer_sha256: str) -> DraftTable:
 
     Raises VerificationError for a damaged file, IncompatibleError for the table of another tokenizer.
     """
-    stored = read_checked(path, KIND)
-    try:
-        if stored is None:
-            raise ValueError("its checksum or length is wrong")
+    with parsing_checked(path, KIND, "a draft table") as stored:
         count, copied = int(stored.about["entries"]), tuple(map(float, stored.about["copied"]))
         made_for = str(stored.about["tokenizer_sha256"])
         if count < 0 or len(stored.data) != count * _ENTRY_BYTES or len(copied) != LONGEST_CONTEXT:
             raise ValueError(f"it has {len(stored.data)} bytes for {count} entries")
         keys, tokens = stored.data[: 8 * count].cast("Q"), stored.data[8 * count : 12 * count].cast("I")
         confidences = stored.data[12 * count :]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise VerificationError(f"{path} is not a draft table: {error}", COPY_BUNDLE_AGAIN) from error
     if made_for != tokenizer_sha256:
         raise IncompatibleError(f"{path} is the draft table of another tokenizer", "build the bundle again")
     return DraftTable(made_for, keys, tokens, confidences, copied)

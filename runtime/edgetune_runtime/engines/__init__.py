@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .base import EngineClass, LabelEngineClass
     from .needs import EngineNeeds
 
-_ENGINES = Registry(__name__, "engine", shared=("base", "checkpoints", "needs", "piecewise", "scores", "trial"))
+_ENGINES = Registry(__name__, "engine", shared=("base", "checkpoints", "needs"))
 
 
 def names() -> list[str]:
@@ -52,7 +52,8 @@ def check_kv(name: str, kv: str | None) -> str:
     """The data type of an engine's KV cache, by default its first one; UsageError for one that it does not have."""
     types: tuple[str, ...] = _ENGINES.load(name).KV_TYPES
     if kv is not None and kv not in types:
-        raise UsageError(f"{name} has no KV cache of type {kv!r}", f"choose one of: {', '.join(types)}")
+        message = f"{name} has no data type {kv!r} for keys and values"
+        raise UsageError(message, f"choose one of: {', '.join(types)}")
     return kv or types[0]
 
 

@@ -1,9 +1,11 @@
-"""The interface of all engines (tokens in, logits out), and checks that they share."""
+"""The interface of all engines (tokens in, logits out), the base class of their tokenizers, and checks they share."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol, Self
 
@@ -21,21 +23,56 @@ class StepStopped(Exception):  # noqa: N818 - not an error: the step was asked t
     """`Engine.stop_step` stopped a step; the sequence is the same as before the step."""
 
 
-class Tokenizer(Protocol):
-    """The tokenizer of an engine's model. Thread-safe."""
+class Tokenizer(ABC):
+    """The tokenizer of an engine's model, whose subclass tokenizes one piece of a text. Thread-safe.
+
+    Texts that would be tokenized wrongly, or slowly, as a whole are split. A text begins with `_added_bos`, if it is
+    not empty. With `_adds_space`, the library adds a space before the first word, but not after `_newline`. After
+    `close`, `vocab_size` is 0.
+    """
 
     bos: str
     eos: str
     chat_template: str | None
     vocab_size: int
+    _added_bos: Sequence[int]
+    _adds_space: bool
+    _newline: int | None
 
     @property
+    @abstractmethod
     def controls(self) -> ControlTokens:
         """The control tokens by their names."""
 
     @property
+    @abstractmethod
+    def end_token(self) -> int:
+        """The end-of-turn token, or the end-of-text token if there is none."""
+
+    @abstractmethod
+    def piece(self, token: int) -> bytes:
+        """The bytes of `token`, which may be a part of a UTF-8 character; empty for control tokens."""
+
+    @abstractmethod
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token, as `piece` gives them, in a fraction of the time."""
+
+    @abstractmethod
+    def is_end(self, token: int) -> bool:
+        """Whether generation ends with `token`."""
+
+    @abstractmethod
+    def ends(self) -> list[int]:
+        """All tokens that generation ends with, in order."""
+
+    @abstractmethod
+    def _raw(self, text: str) -> list[int]:
+        """The library's tokens of one piece."""
+
+    @cached_property
     def longest(self) -> int:
         """Bytes of the longest token."""
+        return max(map(len, self.pieces()))
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
         """Token ids of `text`, with control tokens parsed, and with BOS first if the vocabulary asks for it.
@@ -43,22 +80,30 @@ class Tokenizer(Protocol):
         Those that `controls.as_text` marked are not parsed. With `continues` the text follows other tokens: without BOS
         and without the leading space of SentencePiece.
         """
+        first, *others = self.controls.pieces(text)
+        tokens = self._continued(first) if continues else self._raw(first)
+        if not continues and tokens[:1] != self._added_bos:
+            tokens = [*self._added_bos, *tokens]
+        return tokens + [token for piece in others for token in self._continued(piece)]
 
-    def piece(self, token: int) -> bytes:
-        """The bytes of `token`, which may be a part of a UTF-8 character; empty for control tokens."""
+    def close(self) -> None:
+        """Refuse all further calls, because what the tokens are looked up in may be freed."""
+        self.vocab_size = 0
 
-    def pieces(self) -> list[bytes]:
-        """The bytes of every token, as `piece` gives them, in a fraction of the time."""
+    def _continued(self, text: str) -> list[int]:
+        """Tokens of a piece that follows others."""
+        if not self._adds_space:
+            return self._raw(text)
+        tokens = self._raw("\n" + text)
+        return tokens[tokens.index(self._newline) + 1 :] if self._newline in tokens else self._raw(text)
 
-    def is_end(self, token: int) -> bool:
-        """Whether generation ends with `token`."""
-
-    def ends(self) -> list[int]:
-        """All tokens that generation ends with, in order."""
-
-    @property
-    def end_token(self) -> int:
-        """The end-of-turn token, or the end-of-text token if there is none."""
+    def _check(self, token: int = 0) -> None:
+        """Raise UsageError after `close` and for a token outside the vocabulary: at one, llama.cpp ends the process."""
+        if self.vocab_size == 0:
+            raise UsageError("the tokenizer is closed", "open it again")
+        if not 0 <= token < self.vocab_size:
+            message = f"no token {token} in a vocabulary of {self.vocab_size}"
+            raise UsageError(message, "use the tokenizer of this base")
 
 
 class TextTokenizer(Protocol):
@@ -269,10 +314,10 @@ class LabelEngineClass(Protocol):
         """See `EngineClass.library_version`."""
 
 
-def check_options(context_length: int, threads: int | None, batch: int) -> None:
-    """Raise UsageError unless all numbers are positive."""
-    if context_length < 1 or batch < 1 or (threads is not None and threads < 1):
-        message = f"context_length {context_length}, batch {batch} and threads {threads} must all be positive"
+def check_options(context_length: int, threads: int | None) -> None:
+    """Raise UsageError unless both numbers are positive."""
+    if context_length < 1 or (threads is not None and threads < 1):
+        message = f"context_length {context_length} and threads {threads} must both be positive"
         raise UsageError(message, "give numbers of at least 1")
 
 

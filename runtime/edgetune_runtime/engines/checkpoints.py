@@ -25,7 +25,7 @@ class Checkpoints(Generic[State]):
     """
 
     def __init__(self, state_bytes: int, context_length: int) -> None:
-        self._most = checkpoints_of(state_bytes, context_length)
+        self._max_kept = checkpoints_of(state_bytes, context_length)
         self._kept: dict[int, State] = {}
         self._before: dict[int, State] = {}
         self.step = range(0)
@@ -49,7 +49,7 @@ class Checkpoints(Generic[State]):
 
     def keep(self, length: int, state: State) -> None:
         """Keep a checkpoint at the end of the sequence, in place of the first one if there are too many."""
-        if len(self._kept) == self._most and length not in self._kept:
+        if len(self._kept) == self._max_kept and length not in self._kept:
             del self._kept[min(self._kept)]
         self._kept[length] = state
 

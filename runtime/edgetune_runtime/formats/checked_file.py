@@ -9,12 +9,16 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
 from .atomic import replacing
 from .regular_file import open_regular
@@ -58,6 +62,22 @@ def read_checked(
         return CheckedFile(head["about"], data) if zlib.crc32(data) == head["crc32"] else None
     except _UNREADABLE:
         return None
+
+
+@contextmanager
+def parsing_checked(path: Path, kind: str, what: str, *, max_bytes: float = math.inf) -> Iterator[CheckedFile]:
+    """A file of `write_checked`, for a block that parses it.
+
+    VerificationError, which says that it is not `what` (such as "a router"), if `read_checked` gives None, and for what
+    the block raises at values that it does not expect.
+    """
+    stored = read_checked(path, kind, max_bytes=max_bytes)
+    try:
+        if stored is None:
+            raise ValueError("its checksum or length is wrong")
+        yield stored
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise VerificationError(f"{path} is not {what}: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
 
 
 def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:

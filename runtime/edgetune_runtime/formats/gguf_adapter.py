@@ -10,13 +10,12 @@ from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 from .gguf_file import GgufHeader, TensorInfo
-from .gguf_sizes import sliding_layers
+from .gguf_sizes import head_lengths, number, sliding_layers
 
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 PREFIX_TYPES = ("f32", "f16")
 INVOCATION_TOKENS = "adapter.alora.invocation_tokens"
 """Metadata key of the invocation tokens of an activated LoRA."""
-
 
 _FLOAT32 = 6
 _SAME_HEADS = "a prefix needs a base with the same number of heads in each layer"
@@ -42,13 +41,13 @@ def cache_shape(base: GgufHeader) -> CacheShape:
     if base.architecture == "gemma4":
         message = "the layers of a gemma4 base have keys and values of two sizes, or those of another layer"
         raise IncompatibleError(message, _SAME_HEADS)
-    layers, heads = (_count(base, key) for key in ("block_count", "attention.head_count"))
-    width = _count(base, "embedding_length") // heads
-    kv_heads = _count(base, "attention.head_count_kv", heads)
-    key_size, value_size = (_count(base, f"attention.{which}_length", width) for which in ("key", "value"))
+    key = f"{base.architecture}.attention.head_count_kv"
+    heads = base.metadata.get(key, number(base, "attention.head_count"))
+    if not isinstance(heads, int):
+        raise IncompatibleError(f"the base's {key} is {str(heads)[:80]!r}", _SAME_HEADS)
     sliding = sliding_layers(base)
-    window = _count(base, "attention.sliding_window") if sliding else 0
-    return CacheShape(layers, kv_heads, key_size, value_size, sliding, window)
+    window = number(base, "attention.sliding_window") if sliding else 0
+    return CacheShape(number(base, "block_count"), heads, *head_lengths(base), sliding, window)
 
 
 def prefix_tensor(layer: int, which: str) -> str:
@@ -117,8 +116,8 @@ def check_adapter(adapter: GgufHeader, base: GgufHeader, name: str) -> None:
         _check_pair(target, pair, base, name)
 
 
-def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_type: str) -> None:
-    for key, expected in (("general.type", "adapter"), ("adapter.type", wanted_type)):
+def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, adapter_type: str) -> None:
+    for key, expected in (("general.type", "adapter"), ("adapter.type", adapter_type)):
         actual = adapter.metadata.get(key)
         if actual != expected:
             message = f"adapter {name!r} has {key} {actual!r} instead of {expected!r}"
@@ -126,14 +125,6 @@ def _check_metadata(adapter: GgufHeader, base: GgufHeader, name: str, wanted_typ
     if adapter.architecture != base.architecture:
         message = f"adapter {name!r} is for architecture {adapter.architecture!r}, the base is {base.architecture!r}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
-
-
-def _count(base: GgufHeader, key: str, default: int | None = None) -> int:
-    value = base.metadata.get(f"{base.architecture}.{key}", default)
-    if not isinstance(value, int) or value < 1:
-        message = f"the base's {base.architecture}.{key} is {str(value)[:80]!r}"
-        raise IncompatibleError(message, _SAME_HEADS)
-    return value
 
 
 def _check_pair(target: str, pair: Mapping[str, TensorInfo], base: GgufHeader, name: str) -> None:

@@ -134,7 +134,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, Allowed]] = {
 }
 """The supported architectures, by their names in GGUF files, with the hyperparameters that only they have."""
 
-_SENTENCEPIECE, _BYTE_LEVEL, _MERGED_PIECES = _KINDS = "llama", "gpt2", "gemma4"
+_BYTE_LEVEL = "gpt2"
+_KINDS = ("llama", _BYTE_LEVEL, "gemma4")
 _ABORTS_AT_SPACES = "whitespace"
 _MAX_TOKENS = 1 << 20
 _TOKEN_TYPES = frozenset(range(7))
@@ -163,16 +164,12 @@ def check_base(header: GgufHeader, path: Path) -> None:
     that do not fit together.
     """
     check_vocabulary(header, path)
-    _check_gemma4(header, path)
-    _refuse(list(_wrong_hyperparameters(header)), path)
-    _refuse(list(_wrong_shapes(header)), path)
-
-
-def _check_gemma4(header: GgufHeader, path: Path) -> None:
-    """Refuse the larger ones, some of which have experts, with what they lack."""
+    # The larger ones, some of which have experts.
     if header.architecture == "gemma4" and header.metadata.get("gemma4.embedding_length_per_layer_input") == 0:
         message = f"{path} is a Gemma 4 without inputs for each layer, which is not supported"
         raise IncompatibleError(message, "use a Gemma 4 E2B or E4B")
+    _refuse(list(_wrong_hyperparameters(header)), path)
+    _refuse(list(_wrong_shapes(header)), path)
 
 
 def check_vocabulary(header: GgufHeader, path: Path) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 from .quantization import TYPES_BY_NUMBER, TensorType, main_type
+from .regular_file import reading
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _UINT32, _STRING, _ARRAY = 4, 8, 9
@@ -103,17 +103,8 @@ def read_header(path: Path) -> GgufHeader:
     VerificationError for a wrong magic, a truncated file, duplicate names, unknown types, invalid sizes, or tensors
     that overlap or extend past the end.
     """
-    try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise VerificationError(f"{path} is not a regular file", "give the .gguf file itself")
-        with path.open("rb") as file:
-            return _Reader(file, path).header()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {path}", "check the path") from error
-    except IsADirectoryError as error:
-        raise VerificationError(f"{path} is a folder, not a GGUF file", "give the .gguf file in it") from error
-    except OSError as error:
-        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+    with reading(path) as file:
+        return _Reader(file, path).header()
 
 
 def digest_of_tokenizer(header: GgufHeader) -> str:
@@ -145,10 +136,6 @@ def _join_heads(metadata: dict[str, Any], value_types: dict[str, int]) -> None:
     heads = metadata.get(key)
     if isinstance(heads, tuple) and len(set(heads)) == 1 and len(heads) == metadata.get(f"{own}.block_count"):
         metadata[key], value_types[key] = heads[0], _UINT32
-
-
-def _is_tensor_name(name: str) -> bool:
-    return 1 <= len(name.encode("utf-8", "surrogateescape")) <= _MAX_NAME_BYTES and "\0" not in name
 
 
 class _Reader:
@@ -196,7 +183,8 @@ class _Reader:
         places: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._string()
-            if name in places or not _is_tensor_name(name):
+            size = len(name.encode("utf-8", "surrogateescape"))
+            if name in places or not 1 <= size <= _MAX_NAME_BYTES or "\0" in name:
                 raise self._damaged(f"has the tensor name {name[:80]!r}, which is empty, too long, invalid or repeated")
             dimensions = self._unsigned(4)
             if not 1 <= dimensions <= _MAX_DIMENSIONS:

@@ -1,4 +1,4 @@
-"""Strict reader of ONNX graphs: inputs, outputs, initializers and external files, and the check of LoRA arrays.
+"""Strict reader of ONNX graphs: inputs, outputs, initializers and external files.
 
 onnxruntime opens any file that a graph names, and takes some locations as memory addresses, so this module refuses such
 graphs first. Reading needs only the standard library; weights are skipped, not copied.
@@ -12,19 +12,12 @@ import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
-from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.wording import COPY_FILE_AGAIN
 
 from .onnx_wire import Message, decode
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-SLOT_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
-"""Suffixes of the two inputs of a LoRA slot."""
 
 _TYPE_BITS = {
     **dict.fromkeys((22, 21, 23), 4),
@@ -38,7 +31,6 @@ _TYPE_BITS = {
 }
 """Bits per value by number in TensorProto.DataType; strings are not listed."""
 
-_FLOAT = 1
 _EXTERNAL = 1
 _EXTERNAL_KEYS = ("location", "offset", "length", "checksum")
 _MAX_DIMENSIONS = 64
@@ -84,99 +76,6 @@ def read_onnx(path: Path) -> OnnxHeader:
     names, and external data that is missing, too short or outside the model's folder.
     """
     return _Header(decode(path), path).header()
-
-
-def slots_of(header: OnnxHeader) -> dict[str, tuple[int, int]]:
-    """The graph's LoRA slots: module to (input width, output width).
-
-    A slot is two float32 inputs, `<module>.lora_A.weight` of shape [in, rank] and `<module>.lora_B.weight` of shape
-    [rank, out], with initializers of rank 0 as defaults. VerificationError names the modules with invalid slots.
-    """
-    inputs = [name for name in header.inputs if name.endswith(SLOT_SUFFIXES)]
-    modules = dict.fromkeys(name[: -len(SLOT_SUFFIXES[0])] for name in inputs)
-    slots = {module: _slot(header, module) for module in modules}
-    problems = [f"{module[:80]!r} {slot}" for module, slot in slots.items() if isinstance(slot, str)]
-    if problems:
-        raise VerificationError(f"the graph's adapter slots are damaged: {first_of(problems)}", COPY_FILE_AGAIN)
-    return {module: slot for module, slot in slots.items() if not isinstance(slot, str)}
-
-
-def check_adapter_arrays(
-    arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, tuple[int, int]], name: str
-) -> None:
-    """Check that an adapter's arrays are valid and fit the graph's slots; `name` is the adapter's name in errors.
-
-    Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph,
-    with up to three problems.
-    """
-    slot_names = {module + suffix for module in slots for suffix in SLOT_SUFFIXES}
-    foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slot_names]
-    damaged: list[str] = []
-    for module, widths in slots.items():
-        pair = [arrays.get(module + suffix) for suffix in SLOT_SUFFIXES]
-        if all(array is None for array in pair):
-            continue
-        if pair[0] is None or pair[1] is None:
-            damaged.append(f"{module!r} has no lora_{'A' if pair[0] is None else 'B'}")
-            continue
-        damaged += _contradictions(module, pair[0], pair[1])
-        if pair[0].ndim == pair[1].ndim == 2 and (pair[0].shape[0], pair[1].shape[1]) != widths:
-            actual = f"{pair[0].shape} and {pair[1].shape}"
-            foreign.append(f"{module!r} has shapes {actual}, but the graph's widths are {widths}")
-    refuse_adapter(name, arrays, damaged, foreign)
-
-
-def refuse_adapter(name: str, arrays: Mapping[str, object], damaged: list[str], foreign: list[str]) -> None:
-    """Raise VerificationError for no arrays or damaged ones, IncompatibleError for those of another graph."""
-    if not arrays:
-        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
-    if damaged:
-        raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
-    if foreign:
-        message = f"adapter {name!r} does not fit the graph: {first_of(foreign)}"
-        raise IncompatibleError(message, "use the base that the adapter was trained on")
-
-
-def value_problem(array: NDArray[np.generic]) -> str | None:
-    """What is wrong with the values of an adapter's array, if anything."""
-    import numpy as np  # noqa: PLC0415 - reading a graph does not need it
-
-    if array.dtype not in (np.float32, np.float16):
-        return f"is stored as {array.dtype}, not as float32 or float16"
-    return None if np.isfinite(array).all() else "has values that are not finite"
-
-
-def _contradictions(module: str, a: NDArray[np.generic], b: NDArray[np.generic]) -> list[str]:
-    """The problems of a module's two matrices that do not depend on the graph."""
-    problems = []
-    if a.ndim != 2 or b.ndim != 2:
-        problems.append(f"{module!r} has shapes {a.shape} and {b.shape}, which are not matrices")
-    elif a.shape[1] != b.shape[0]:
-        problems.append(f"{module!r} has rank {a.shape[1]} in A and {b.shape[0]} in B")
-    elif a.shape[1] == 0:
-        problems.append(f"{module!r} has rank 0")
-    named = {suffix: value_problem(array) for suffix, array in (("A", a), ("B", b))}
-    return problems + [f"lora_{suffix} of {module!r} {problem}" for suffix, problem in named.items() if problem]
-
-
-def _slot(header: OnnxHeader, module: str) -> tuple[int, int] | str:
-    """The widths of a slot, or its problem."""
-    names = [module + suffix for suffix in SLOT_SUFFIXES]
-    for name in names:
-        if name not in header.inputs or name not in header.initializers:
-            lacking = "default" if name in header.inputs else "input"
-            return f"has no {lacking} {name[len(module) + 1 :]}"
-    inputs, defaults = ([table[name] for name in names] for table in (header.inputs, header.initializers))
-    match [value.shape for value in inputs + defaults]:
-        case [(int(width_in), str(rank)), (str(other), int(width_out)), empty_a, empty_b] if (
-            min(width_in, width_out) > 0
-            and rank == other != ""
-            and (empty_a, empty_b) == ((width_in, 0), (0, width_out))
-            and all(value.elem_type == _FLOAT for value in inputs + defaults)
-        ):
-            return width_in, width_out
-    actual = " and ".join(f"{value.shape} of type {value.elem_type}" for value in inputs + defaults)
-    return f"is not float32 [in, rank], [rank, out] with defaults [in, 0], [0, out] but {actual}"
 
 
 class _Header:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
-from .onnx_file import OnnxHeader, value_problem
+from .onnx_file import OnnxHeader
+from .onnx_slots import value_problem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,8 +64,8 @@ def check_prefix_arrays(
 
 
 def _check_names(names: Collection[str], inputs: Collection[str], name: str) -> None:
-    odd = sorted(set(names) ^ set(inputs))
-    if odd:
-        different = first_of([repr(item[:80]) for item in odd], 1)
+    differing = sorted(set(names) ^ set(inputs))
+    if differing:
+        different = first_of([repr(item[:80]) for item in differing], 1)
         message = f"adapter {name!r} and the graph have different inputs: {different}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")

@@ -6,13 +6,15 @@ Weights are skipped, not copied. Standard library only.
 from __future__ import annotations
 
 import mmap
-import stat
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN
+
+from .regular_file import reading
 
 _MESSAGES: dict[str, dict[int, tuple[str, str]]] = {
     "Model": {
@@ -112,18 +114,11 @@ def decode(path: Path) -> Message:
     Raises NotFoundError when there is no such file, and VerificationError for a file that is truncated, malformed or
     nested too deeply, for text that is not UTF-8, and for numbers out of range.
     """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise VerificationError(f"{path} is not a regular file", "give the .onnx file itself")
-        if not status.st_size:
+    with reading(path) as file:
+        if not os.fstat(file.fileno()).st_size:
             raise VerificationError(f"{path} is empty", COPY_FILE_AGAIN)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Decoder(data, path).model()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {path}", "check the path") from error
-    except OSError as error:
-        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
 
 
 class _Decoder:

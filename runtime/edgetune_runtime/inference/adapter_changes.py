@@ -61,12 +61,6 @@ def add_adapter(loaded: LoadedBundle, folder: Path, name: str | None) -> str:
     return new.entry.name
 
 
-def remove_adapter(loaded: LoadedBundle, name: str) -> None:
-    """Remove an adapter; see `Runtime.remove_adapter`."""
-    with loaded.changing:
-        loaded.drop(name)
-
-
 def reload(loaded: LoadedBundle, folder: Path) -> AdapterChanges:
     """Take over the bundle in `folder`; see `Runtime.reload`."""
     with loaded.changing:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.decoding.output import OutputSpec
@@ -106,7 +107,7 @@ class Outcome:
     tokens: list[int] = field(default_factory=list)
 
 
-class Stream(Iterator[str]):
+class Stream(Iterator[str], AbstractContextManager["Stream"]):
     """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
 
     `close`, and leaving its `with` block, end the answer early.
@@ -134,9 +135,6 @@ class Stream(Iterator[str]):
     def close(self) -> None:
         """Stop generating and let other calls run."""
         self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()

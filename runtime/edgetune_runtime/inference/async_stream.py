@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from typing import Self
+from contextlib import AbstractAsyncContextManager
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import CLOSED
@@ -42,7 +42,7 @@ class StreamThreads:
             await thread.stop()
 
 
-class AsyncStream(AsyncIterator[str]):
+class AsyncStream(AsyncIterator[str], AbstractAsyncContextManager["AsyncStream"]):
     """Asynchronous iterator over the pieces of an answer; afterwards `answer` has all of it.
 
     It starts when it is first read, computes a few pieces ahead of its reader and then waits for it. `aclose`,
@@ -53,12 +53,8 @@ class AsyncStream(AsyncIterator[str]):
         self._threads, self._open, self._cancel = threads, open_stream, cancel
         self._thread: _StreamThread | None = None
         self._ended = False
-        self._answer: Answer | None = None
-
-    @property
-    def answer(self) -> Answer | None:
+        self.answer: Answer | None = None
         """The whole answer with its timings; None until the stream is exhausted."""
-        return self._answer
 
     async def __anext__(self) -> str:
         if self._ended:
@@ -71,7 +67,7 @@ class AsyncStream(AsyncIterator[str]):
             await self.aclose()
             raise
         if piece is None:
-            self._ended, self._answer = True, self._thread.answer
+            self._ended, self.answer = True, self._thread.answer
             raise StopAsyncIteration
         return piece
 
@@ -79,18 +75,15 @@ class AsyncStream(AsyncIterator[str]):
         """Wait for the whole answer and return it; UsageError if the stream was closed before its end."""
         async for _ in self:
             pass
-        if self._answer is None:
+        if self.answer is None:
             raise UsageError("the stream was closed before its end", "read it first")
-        return self._answer
+        return self.answer
 
     async def aclose(self) -> None:
         """Stop generating; returns once other calls can have the context."""
         self._ended = True
         if self._thread is not None:
             await self._thread.stop()
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *_error: object) -> None:
         await self.aclose()

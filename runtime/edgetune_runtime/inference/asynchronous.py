@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack, cast
@@ -26,7 +27,7 @@ from .scoring import Classification, NegativeLogLikelihood
 from .session import Carry, Session
 
 
-class AsyncRuntime:
+class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
     """A `Runtime` whose calls are awaited: the same names, options, answers and errors.
 
     async with await AsyncRuntime.open("build/smart-home") as runtime:
@@ -155,14 +156,11 @@ class AsyncRuntime:
         await self._threads.close()
         await asyncio.to_thread(self.runtime.close)
 
-    async def __aenter__(self) -> Self:
-        return self
-
     async def __aexit__(self, *_error: object) -> None:
         await self.close()
 
 
-class AsyncSession:
+class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):
     """A `Session` whose calls are awaited, one after another."""
 
     def __init__(self, session: Session, threads: StreamThreads) -> None:
@@ -197,9 +195,6 @@ class AsyncSession:
     async def close(self) -> None:
         """Drop the session's state; a second call does nothing."""
         await asyncio.to_thread(self._session.close)
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *_error: object) -> None:
         await self.close()

@@ -198,7 +198,7 @@ class _Answering:
 
     def _forced_after(self, length: int) -> list[int]:
         """Accept the forced tokens after `length` ones of prompt and answer, as many as the answer has room for."""
-        if self._constraint is None or not self._pending or self._is_end(self._pending[0]):
+        if self._constraint is None or not self._pending or self._context.engine.tokenizer.is_end(self._pending[0]):
             return []
         room = len(self._call.job.tokens) + self._max_tokens - length
         if self._record is not None:
@@ -258,9 +258,6 @@ class _Answering:
         if self._constraint is not None and self._constraint.is_complete and not self._held:
             self._reason = "end"
         self._reason = self._reason or self._reason_at_end
-
-    def _is_end(self, token: int) -> bool:
-        return self._context.engine.tokenizer.is_end(token)
 
     def _push(self, piece: str) -> Iterator[str]:
         self._pieces.append(piece)

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
-from .adapter_changes import AdapterChanges, add_adapter, reload, remove_adapter
+from .adapter_changes import AdapterChanges, add_adapter, reload
 from .answer import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
 from .loaded import Adapters, LoadedBundle
@@ -38,7 +39,7 @@ from .unsure import AnswerCall, answer_pieces, check_min_confidence
 _LOG = logging.getLogger(__name__)
 
 
-class Runtime:
+class Runtime(AbstractContextManager["Runtime"]):
     """A bundle that is ready to answer. Use it in a `with` block, or call `close`. Thread-safe."""
 
     def __init__(self, bundle: Path, loaded: LoadedBundle) -> None:
@@ -311,7 +312,8 @@ class Runtime:
         context, raise NotFoundError. NotFoundError for an unknown name, UsageError, which changes nothing, if only
         streams that this thread read last use it.
         """
-        remove_adapter(self._loaded, name)
+        with self._loaded.changing:
+            self._loaded.drop(name)
 
     def reload(self) -> AdapterChanges:
         """Take over the bundle on disk, which another process may have changed or switched to another version.
@@ -337,9 +339,6 @@ class Runtime:
         with last.
         """
         self._loaded.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
@@ -29,7 +30,7 @@ _LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")
 
 
-class Session:
+class Session(AbstractContextManager["Session"]):
     """A conversation: a history of messages, the current adapters, and a KV state that no other session reuses.
 
     with runtime.session(adapter="chat") as session:
@@ -101,8 +102,10 @@ class Session:
 
         OutOfSpaceError on a full disk, OSError when the file cannot be written.
         """
-        pool, last = self._pool(), self._last
-        saved = pool.saved(self._owner)
+        last = self._last
+        with self._pool().opened() as pool:
+            saved = pool.saved(self._owner)
+            identity = saved and pool.identity_of(saved)
         conversation = {
             "base": self._loaded.manifest.base.fingerprint,
             "adapter": self.adapter if self.adapter is None or isinstance(self.adapter, str) else dict(self.adapter),
@@ -111,7 +114,7 @@ class Session:
             "last": last and {"tokens": last.tokens, "spans": last.spans, "system": last.system},
         }
         key = saved and {"base": saved.key.base, "spans": saved.key.spans, "tokens": saved.tokens}
-        state = saved and {"key": key, "identity": pool.identity_of(saved)}
+        state = saved and {"key": key, "identity": identity}
         about = {"conversation": conversation, "state": state}
         write_checked(Path(path), KIND, about, saved.state if saved is not None else memoryview(b""))
 
@@ -132,14 +135,14 @@ class Session:
             if not isinstance(adapter, str | dict | None):
                 raise TypeError(f"its adapter is {adapter!r}")
             session = cls(loaded, adapter, messages_for(history, None) if history else ())
-            pool = session._pool()
             session._carries, session._last = bool(conversation["carries"]), _carried_of(conversation["last"])
             if state is not None:
                 saved = _saved_of(state["key"], stored.data)
-                if pool.identity_of(saved) == state["identity"]:
-                    pool.keep(saved, session._owner)
-                else:
-                    _LOG.warning("dropped the state in %s: it was made with other files or another engine", path)
+                with session._pool().opened() as pool:
+                    if pool.identity_of(saved) == state["identity"]:
+                        pool.keep(saved, session._owner)
+                    else:
+                        _LOG.warning("dropped the state in %s: it was made with other files or another engine", path)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, UsageError) as error:
             raise VerificationError(f"{path} is not a saved session: {error}", "save the session again") from error
         return session
@@ -148,9 +151,6 @@ class Session:
         """Drop the session's state; a second call does nothing."""
         self._loaded.drop_states(self._owner)
         self._last = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_error: object) -> None:
         self.close()

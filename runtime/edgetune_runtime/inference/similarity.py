@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.formats.checked_file import read_checked, write_checked
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
+from edgetune_runtime.formats.checked_file import parsing_checked, write_checked
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 SIMILARITY_FILE = "similarity.bin"
 KIND = "edgetune-similarity"
@@ -77,17 +77,12 @@ def write_prompts(path: Path, prompts: TrainingPrompts) -> None:
 
 def read_prompts(path: Path) -> TrainingPrompts:
     """Read the file that `write_prompts` wrote; VerificationError for any other file."""
-    stored = read_checked(path, KIND, max_bytes=2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH)
-    try:
-        if stored is None:
-            raise ValueError("its checksum or length is wrong")
+    max_bytes = 2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH
+    with parsing_checked(path, KIND, "a file of training prompts", max_bytes=max_bytes) as stored:
         tokens, prompts, width = (int(stored.about[name]) for name in ("tokens", "prompts", "width"))
         if min(tokens, prompts, width) < 1:
             raise ValueError(f"it has {tokens} tokens, {prompts} prompts and {width} values per state")
         values = np.frombuffer(stored.data, "<f2").reshape(tokens + prompts, width)
         if not np.isfinite(values).all():
             raise ValueError("it has values that are not finite")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        message = f"{path} does not have training prompts: {shortened(str(error))}"
-        raise VerificationError(message, COPY_BUNDLE_AGAIN) from error
-    return TrainingPrompts(values[:tokens], values[tokens:])
+        return TrainingPrompts(values[:tokens], values[tokens:])

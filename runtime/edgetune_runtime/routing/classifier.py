@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.formats.checked_file import read_checked, write_checked
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
+from edgetune_runtime.formats.checked_file import parsing_checked, write_checked
 
 from .features import count_buckets, features
 
@@ -64,10 +62,7 @@ def write_classifiers(path: Path, classifiers: Mapping[str, PromptClassifier]) -
 
 def read_classifiers(path: Path, tasks: Mapping[str, Sequence[str]]) -> dict[str, PromptClassifier]:
     """What `write_classifiers` wrote, for these tasks per kind of call; VerificationError for any other file."""
-    stored = read_checked(path, KIND, max_bytes=_MAX_BYTES)
-    try:
-        if stored is None:
-            raise ValueError("its checksum or length is wrong")
+    with parsing_checked(path, KIND, "a router", max_bytes=_MAX_BYTES) as stored:
         if list(stored.about) != list(tasks):
             raise ValueError(f"it is for the calls {', '.join(stored.about)}")
         classifiers, begin = {}, 0
@@ -84,6 +79,4 @@ def read_classifiers(path: Path, tasks: Mapping[str, Sequence[str]]) -> dict[str
             classifiers[call], begin = PromptClassifier(rarities, weights, biases), end
         if begin != len(stored.data):
             raise ValueError(f"it has {len(stored.data) - begin} bytes too many")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise VerificationError(f"{path} is not a router: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
-    return classifiers
+        return classifiers

@@ -26,7 +26,7 @@ from .metrics import Metrics
 from .models import Models, base_name
 from .problems import RequestError
 from .rewriting import Rewriter
-from .settings import ServerLimits
+from .settings import Access, ServerLimits
 
 _LOG = logging.getLogger(__name__)
 _MAX_TEXTS = 2048
@@ -42,27 +42,29 @@ class Piece:
     answer: Answer | None = None
 
 
-class Answering:
-    """Answers requests with one runtime. `rewriters` add models of their own; answers are written to `log`, if any.
+@dataclass(frozen=True)
+class Serving:
+    """How a bundle is served. With `warms`, the states of all fixed prompts are computed first, and after a change.
 
-    With `warms`, the states of all fixed prompts are computed again when the bundle has changed.
+    Each of `rewriters` is a model of its own. Answers are written to `log`, if any.
     """
 
-    def __init__(
-        self,
-        runtime: AsyncRuntime,
-        limits: ServerLimits,
-        rewriters: Sequence[Rewriter] = (),
-        log: AnswerLog | None = None,
-        *,
-        warms: bool = False,
-    ) -> None:
-        self.runtime, self.limits, self.log = runtime, limits, log
-        self._rewriters = {rewriter.name: rewriter for rewriter in rewriters}
-        self._rewriter_names = [rewriter.name for rewriter in rewriters]
-        self.queue = AnswerQueue(runtime.contexts, limits.waiting)
+    access: Access
+    limits: ServerLimits
+    warms: bool
+    rewriters: Sequence[Rewriter]
+    log: AnswerLog | None
+
+
+class Answering:
+    """Answers requests with one runtime."""
+
+    def __init__(self, runtime: AsyncRuntime, serving: Serving) -> None:
+        self.runtime, self.serving, self.limits, self.log = runtime, serving, serving.limits, serving.log
+        self._rewriters = {rewriter.name: rewriter for rewriter in serving.rewriters}
+        self.queue = AnswerQueue(runtime.contexts, self.limits.waiting)
         self.metrics = Metrics(self.queue)
-        self.is_warming, self._warms = False, warms
+        self.is_warming = False
         self._end = threading.Event()
         self._reloading = asyncio.Lock()
         self.bundle = FollowedBundle(runtime)
@@ -133,17 +135,15 @@ class Answering:
             self._look()
             for name in changes.removed:
                 self.metrics.forget(name)
-            if self._warms:
+            if self.serving.warms:
                 await self.warm()
 
     def _look(self) -> None:
         """See what the bundle has now."""
-        self.models = self._models()
+        names = [rewriter.name for rewriter in self.serving.rewriters]
+        runtime = self.runtime.runtime
+        self.models = Models(runtime.manifest, runtime.engine, names, runtime.route)
         self.good_answers = GoodAnswers(self.bundle.folder)
-
-    def stop(self) -> None:
-        """Refuse the requests that wait and all later ones."""
-        self.queue.stop()
 
     def end(self) -> None:
         """End running answers, which then fail with BusyError."""
@@ -191,9 +191,6 @@ class Answering:
             return
         log = partial(self.log.answered, prompt, answer.text, adapter=name, confidence=answer.confidence)
         await asyncio.to_thread(log, answer_id=answer_id(request.id, index))
-
-    def _models(self) -> Models:
-        return Models(self.runtime.manifest, self.runtime.engine, self._rewriter_names, self.runtime.runtime.route)
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():

@@ -23,13 +23,12 @@ from .guard import Guard
 from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
 from .metrics_middleware import MetricsMiddleware
-from .models import Models
 from .ollama_answers import OllamaReply
 from .openai_answers import ChatShape, CompletionShape, OpenAIReply
 from .problems import RequestError, error_response, json_response
 from .responses_answers import ResponsesReply
 from .responses_requests import responses_request
-from .settings import Access, ServerLimits
+from .settings import ServerLimits
 from .streaming import NDJSON, LineResponse, line
 
 T = TypeVar("T")
@@ -37,8 +36,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 Reply = OpenAIReply | OllamaReply | ResponsesReply
 
 
-def application(answering: Answering, access: Access) -> ASGIApp:
-    """The application that answers with `answering` whoever `access` allows."""
+def application(answering: Answering) -> ASGIApp:
+    """The application that answers with `answering`."""
     bodies = BodyReader(answering.limits)
     own = [*_common(answering), *corrections.routes(answering, bodies)]
     routes = [*own, *_OpenAI(answering, bodies).routes(), *_Ollama(answering, bodies).routes()]
@@ -46,7 +45,7 @@ def application(answering: Answering, access: Access) -> ASGIApp:
         routes=routes,
         middleware=[
             Middleware(MetricsMiddleware, metrics=answering.metrics),
-            Middleware(Guard, access=access),
+            Middleware(Guard, access=answering.serving.access),
             Middleware(LargeBodies),
         ],
         exception_handlers={HTTPException: _http_error},
@@ -71,23 +70,17 @@ class _Api:
     """The routes of one API."""
 
     def __init__(self, answering: Answering, bodies: BodyReader) -> None:
-        self._answering, self._limits = answering, answering.limits
-        self._bodies = bodies
-
-    @property
-    def _models(self) -> Models:
-        """The models that there are now."""
-        return self._answering.models
+        self._answering, self._bodies = answering, bodies
 
     async def _read(self, request: Request, parse: Callable[..., T], *limits: ServerLimits) -> T:
         """What `parse` makes of the body, with the models of the bundle and `limits`."""
-        return await self._bodies.read(request, lambda body: parse(body, self._models, *limits))
+        return await self._bodies.read(request, lambda body: parse(body, self._answering.models, *limits))
 
     def _answers(self, parse: Callable[..., T], reply_to: Callable[[T], Reply]) -> Endpoint:
         """Answers the request that `parse` makes of a body, as `reply_to` writes it."""
 
         async def endpoint(request: Request) -> Response:
-            reply = reply_to(await self._read(request, parse, self._limits))
+            reply = reply_to(await self._read(request, parse, self._answering.limits))
             if not reply.request.prompts:
                 return json_response(reply.whole([]))
             if reply.request.streams:
@@ -111,11 +104,11 @@ class _OpenAI(_Api):
         ]
 
     async def _list(self, _: Request) -> Response:
-        return json_response(openai_answers.model_list(self._models))
+        return json_response(openai_answers.model_list(self._answering.models))
 
     async def _show(self, request: Request) -> Response:
-        info = self._models.info(request.path_params["model"])
-        return json_response(openai_answers.model_object(self._models, info))
+        info = self._answering.models.info(request.path_params["model"])
+        return json_response(openai_answers.model_object(self._answering.models, info))
 
     async def _embed(self, request: Request) -> Response:
         model, texts, as_base64 = await self._read(request, openai_requests.embedding_request)
@@ -142,20 +135,20 @@ class _Ollama(_Api):
         return json_response({"version": ollama_answers.VERSION, "edgetune": __version__})
 
     async def _list(self, _: Request) -> Response:
-        return json_response(ollama_answers.model_list(self._models))
+        return json_response(ollama_answers.model_list(self._answering.models))
 
     async def _loaded(self, _: Request) -> Response:
         length = self._answering.runtime.context_length
-        return json_response(ollama_answers.loaded_list(self._models, length))
+        return json_response(ollama_answers.loaded_list(self._answering.models, length))
 
     async def _show(self, request: Request) -> Response:
-        info = self._models.info(await self._bodies.read(request, ollama_requests.model_name))
+        info = self._answering.models.info(await self._bodies.read(request, ollama_requests.model_name))
         length = self._answering.runtime.context_length
-        return json_response(ollama_answers.model_facts(self._models, info, length))
+        return json_response(ollama_answers.model_facts(self._answering.models, info, length))
 
     async def _pull(self, request: Request) -> Response:
         body = await self._bodies.read(request, dict)
-        self._models.adapters(ollama_requests.model_name(body))
+        self._answering.models.adapters(ollama_requests.model_name(body))
         if body.get("stream") is False:
             return json_response({"status": "success"})
         lines = [line({"status": status}) for status in ("pulling manifest", "success")]

@@ -84,10 +84,11 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     Raises UsageError for a host that others can reach without a key, or a port in use, before the bundle is opened.
     """
     with importing("serving needs", '"edgetune-runtime[server]"'):
-        from .binding import bind, can_be_reached, url_of  # noqa: PLC0415 - only `serve` needs the extra
+        from .answering import Serving  # noqa: PLC0415 - only `serve` needs the extra
+        from .binding import bind, can_be_reached, url_of  # noqa: PLC0415
         from .metrics_middleware import LOG  # noqa: PLC0415
         from .rewriting import Rewriter  # noqa: PLC0415
-        from .serve import Serving, serve  # noqa: PLC0415
+        from .serve import serve  # noqa: PLC0415
     if options.log_requests:
         LOG.setLevel(logging.INFO)
     limits = _limits(options)

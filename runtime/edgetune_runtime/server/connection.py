@@ -65,16 +65,16 @@ async def _read(request: Request, limits: ServerLimits) -> bytes:
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """Do the work, or cancel it and raise ClientGoneError once the client disconnects."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGoneError
         return task.result()
     finally:
-        for each in (task, gone):
+        for each in (task, leaving):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, leaving, return_exceptions=True)
 
 
 async def _disconnect(receive: Receive) -> None:

@@ -28,9 +28,6 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, or say why it is refused."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         is_foreign = origin is not None and not _is_own(origin, headers.get("host", ""))

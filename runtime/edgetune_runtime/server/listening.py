@@ -7,15 +7,15 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from .accepting import BACKLOG
+from .answering import Answering
 from .protocol import protocol
-from .settings import ServerLimits
 
 _EXTRA_S = 5
 """Seconds after the last answer to send its end to the clients."""
@@ -25,26 +25,15 @@ _POLL_S = 0.02
 class Server(uvicorn.Server):
     """Serves an application until SIGTERM or SIGINT, or until `stop` is called from any thread.
 
-    `ready` is called when it accepts requests, and `stopping` when it begins to stop: it still accepts requests,
-    which should be refused from then on, until nothing `is_busy` or the grace time is over. Then `ending` is called,
-    which should end the answers that still run. `reload` is awaited at each SIGHUP, unless standard input is a
-    terminal, whose end is such a signal too.
+    `ready` is called when it accepts requests. When it begins to stop, it still accepts requests, which `answering`
+    refuses from then on, until none is answered or the grace time is over, which ends the answers that still run. The
+    bundle is reloaded at each SIGHUP, unless standard input is a terminal, whose end is such a signal too.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        limits: ServerLimits,
-        *,
-        ready: Callable[[], None],
-        reload: Callable[[], Coroutine[None, None, None]],
-        stopping: Callable[[], None],
-        is_busy: Callable[[], bool],
-        ending: Callable[[], None],
-    ) -> None:
+    def __init__(self, app: ASGIApp, answering: Answering, ready: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
-            http=protocol(limits),
+            http=protocol(answering.limits),
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -56,8 +45,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_EXTRA_S,
         )
         super().__init__(config)
-        self._grace_s, self._ready, self._stopping, self._ending = limits.grace_s, ready, stopping, ending
-        self._is_busy, self._reload = is_busy, reload
+        self._answering, self._ready = answering, ready
         self._reloading: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -81,23 +69,23 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         if self._draining is not None:
-            self._ending()
+            self._answering.end()
             return
-        self._stopping()
+        self._answering.queue.stop()
         self._draining = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
         try:
-            async with asyncio.timeout(self._grace_s):
-                while self._is_busy():
+            async with asyncio.timeout(self._answering.limits.grace_s):
+                while self._answering.queue.running:
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            self._ending()
+            self._answering.end()
         self.should_exit = True
 
     def _begin_reload(self) -> None:
         assert self._loop is not None
-        task = self._loop.create_task(self._reload())
+        task = self._loop.create_task(self._answering.reload())
         # The loop keeps no reference to it.
         self._reloading.add(task)
         task.add_done_callback(self._reloading.discard)

@@ -26,9 +26,6 @@ class MetricsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the request, with an error if anything raises one."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         status = GONE
         has_started = False
         begin_s = time.monotonic()

@@ -206,7 +206,8 @@ def model_object(models: Models, info: ModelInfo) -> dict[str, Any]:
 
 def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, *, as_base64: bool) -> dict[str, Any]:
     """The reply to /v1/embeddings."""
-    encoded = [_base64(vector) if as_base64 else vector for vector in vectors]
+    packed = (struct.pack(f"<{len(vector)}f", *vector) for vector in vectors)
+    encoded = [base64.b64encode(vector).decode() for vector in packed] if as_base64 else vectors
     data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(encoded)]
     return {
         "object": "list",
@@ -241,7 +242,3 @@ def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
 
 def _text_choice(index: int, text: str) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
-
-
-def _base64(vector: Sequence[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

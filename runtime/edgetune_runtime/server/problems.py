@@ -83,8 +83,11 @@ def body_of(error: EdgetuneError, path: str) -> Mapping[str, Any]:
     if not path.startswith(OPENAI_PREFIX):
         return {"error": text}
     param = _shortened(error.param) if isinstance(error, RequestError) and error.param else None
+    code = error.code if isinstance(error, RequestError) else None
+    if isinstance(error, PromptTooLongError):
+        code = "context_length_exceeded"
     kind = _KINDS.get(status_of(error), "server_error")
-    return {"error": {"message": text, "type": kind, "param": param, "code": _code_of(error)}}
+    return {"error": {"message": text, "type": kind, "param": param, "code": code}}
 
 
 def error_response(error: EdgetuneError, path: str) -> Response:
@@ -111,9 +114,3 @@ def dump(body: object) -> bytes:
 def _shortened(text: str) -> str:
     """The beginning, and the end with the remedy."""
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-
-
-def _code_of(error: EdgetuneError) -> str | None:
-    if isinstance(error, PromptTooLongError):
-        return "context_length_exceeded"
-    return error.code if isinstance(error, RequestError) else None

@@ -102,7 +102,9 @@ class ResponsesReply:
         events = [
             self._event("response.output_item.added", output_index=index, item=begun),
             self._event("response.function_call_arguments.delta", delta=item["arguments"], **place),
-            self._event("response.function_call_arguments.done", **place, **_only(item, "name", "arguments")),
+            self._event(
+                "response.function_call_arguments.done", **place, name=item["name"], arguments=item["arguments"]
+            ),
             self._event("response.output_item.done", output_index=index, item=item),
         ]
         return b"".join(events)
@@ -153,7 +155,3 @@ class ResponsesReply:
 
 def _text(text: str) -> Item:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _only(item: Item, *names: str) -> Item:
-    return {name: item[name] for name in names}

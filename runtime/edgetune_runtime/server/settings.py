@@ -5,7 +5,8 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 _HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[\w.~%-]+)?)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?", re.ASCII)
 
@@ -45,12 +46,11 @@ class Access:
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
-    _names: frozenset[str] = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _names(self) -> frozenset[str]:
         hostname = socket.gethostname().lower()
-        names = {"localhost", hostname, f"{hostname}.local", *(host.lower() for host in self.hosts)}
-        object.__setattr__(self, "_names", frozenset(names))
+        return frozenset(("localhost", hostname, f"{hostname}.local", *(host.lower() for host in self.hosts)))
 
     def allows_host(self, header: str) -> bool:
         """Whether a request with this Host header may be answered."""

@@ -13,7 +13,6 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.states.activation import Spans
-from edgetune_runtime.states.cache import SavedState
 from edgetune_runtime.threads.machine import free_mb
 from edgetune_runtime.wording import CLOSED
 
@@ -187,17 +186,8 @@ class MergedPool:
         """See `Pool.spans`."""
         return self._base.spans(adapters, tokens)
 
-    def saved(self, owner: str) -> SavedState | None:
-        """See `Pool.saved`."""
+    @contextmanager
+    def opened(self) -> Iterator[Pool]:
+        """The model's pool, which is not closed for others until the block ends."""
         with self._models.use(self._name) as pool:
-            return pool.saved(owner)
-
-    def identity_of(self, saved: SavedState) -> str:
-        """See `Pool.identity_of`."""
-        with self._models.use(self._name) as pool:
-            return pool.identity_of(saved)
-
-    def keep(self, saved: SavedState, owner: str) -> None:
-        """See `Pool.keep`."""
-        with self._models.use(self._name) as pool:
-            pool.keep(saved, owner)
+            yield pool

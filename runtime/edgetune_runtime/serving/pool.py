@@ -70,6 +70,11 @@ class Pool:
                 self._uses -= 1
                 self.places.gate.notify_all()
 
+    @contextmanager
+    def opened(self) -> Iterator[Pool]:
+        """This pool; see `MergedPool.opened`."""
+        yield self
+
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """The adapters that are active in each span of these tokens."""
         return self.first.spans(adapters, tokens)

@@ -8,32 +8,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from edgetune_runtime.threads.machine import free_mb, usable_cores
+from edgetune_runtime.threads.machine import free_mb
 
 _SECONDS = 0.3
 _MAX_BYTES, _MIN_BYTES = 256_000_000, 16_000_000
 _SIDE = 384
 
 
-def read_bandwidth(threads: int | None = None) -> float:
+def read_bandwidth(threads: int) -> float:
     """GB/s (10^9 bytes) that `threads` threads read from memory together; the best of several passes.
 
     Reads blocks of at most 256 MB, or an eighth of the free memory if that is less.
     """
-    count = threads or usable_cores()
     free = free_mb()
     total = _MAX_BYTES if free is None else max(_MIN_BYTES, min(_MAX_BYTES, int(free * 1e6 / 8)))
-    blocks = np.array_split(np.ones(total // 4, np.float32), count)
+    blocks = np.array_split(np.ones(total // 4, np.float32), threads)
     # A maximum needs no addition after addition, so that only the memory limits it.
     return total / _best_seconds([block.max for block in blocks]) / 1e9
 
 
-def arithmetic(threads: int | None = None) -> float:
+def arithmetic(threads: int) -> float:
     """GFLOP/s of float32 matrix products on `threads` threads together; a multiply-add counts as two operations."""
-    count = threads or usable_cores()
     matrix = np.ones((_SIDE, _SIDE), np.float32)
-    product = [lambda: matrix @ matrix for _ in range(count)]
-    return count * 2 * _SIDE**3 / _best_seconds(product) / 1e9
+    product = [lambda: matrix @ matrix for _ in range(threads)]
+    return threads * 2 * _SIDE**3 / _best_seconds(product) / 1e9
 
 
 def _best_seconds(calls: Sequence[Callable[[], object]]) -> float:

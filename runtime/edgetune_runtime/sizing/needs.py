@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import Manifest, read_manifest, resolve
-from edgetune_runtime.engines.needs import MB, AdapterSize, Needs, adapter_size
+from edgetune_runtime.bundle import read_manifest, resolve
+from edgetune_runtime.engines.needs import MB, Needs, adapter_size
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
@@ -90,25 +90,13 @@ def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: 
         raise IncompatibleError(message, remedy)
     engine = engine or choices[0]
     path = resolve(bundle, manifest.base.files[engine])
-    base = engines.load_needs(engine).needs_of_base(path, manifest, context_length or manifest.context_length)
-    return _with_adapters(base, manifest)
-
-
-def _with_adapters(base: Needs, manifest: Manifest) -> Needs:
-    """The needs of a base with the adapters of its bundle."""
-    engine = base.engine
-    adapters: dict[str, AdapterSize] = {}
-    merged: dict[str, int] = {}
-    for name, entry in manifest.adapters.items():
-        if entry.is_merged(engine):
-            merged[name] = engines.load_needs(engine).model_bytes(manifest, entry.files[engine])
-            continue
-        adapters[name] = adapter_size(manifest, entry, engine)
-    entries = manifest.adapters.values()
+    engine_needs, entries = engines.load_needs(engine), manifest.adapters.values()
+    base = engine_needs.needs_of_base(path, manifest, context_length or manifest.context_length)
+    merged = [entry for entry in entries if entry.is_merged(engine)]
     return replace(
         base,
-        adapters=adapters,
-        merged=merged,
+        adapters={entry.name: adapter_size(manifest, entry, engine) for entry in entries if entry not in merged},
+        merged={entry.name: engine_needs.model_bytes(manifest, entry.files[engine]) for entry in merged},
         draft_bytes=sum(manifest.files[entry.draft].bytes for entry in entries if entry.draft),
         constrained=any(entry.output for entry in entries),
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from edgetune_runtime import engines
 from edgetune_runtime.engines.needs import Needs
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 
@@ -35,13 +36,10 @@ def with_kv(needs: Needs, kv: str) -> Needs:
 
     UsageError if the engine does not have it, IncompatibleError if the base or one of its adapters cannot have it.
     """
-    types = needs.cost.kv_types
-    if kv not in types:
-        message = f"{needs.engine} has no data type {kv!r} for keys and values"
-        raise UsageError(message, f"choose one of: {', '.join(types)}")
+    engines.check_kv(needs.engine, kv)
     reason = _obstacle(needs, kv)
     if reason is not None:
-        raise IncompatibleError(f"keys and values cannot be {kv}: {reason}", f"use {types[0]}")
+        raise IncompatibleError(f"keys and values cannot be {kv}: {reason}", f"use {needs.cost.kv_types[0]}")
     return replace(needs, kv=kv)
 
 

@@ -142,21 +142,21 @@ class _Rules:
 
     def _text(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         """A text up to the next mark, which may be a control token or letters."""
-        least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+        shortest, longest = schema.get("minLength", 0), schema.get("maxLength", "")
         mark, text, letters = self._literal(self._mark), self._new(), re.escape(self._mark)
         if mark.startswith("<["):
-            yield f"{name}: {mark} {text} {mark}" if least else f"{name}: {mark} {text}? {mark}"
-            yield rf"{text.upper()}: /(.|\n){{{max(least, 1)},{most}}}/ & ~/(.|\n)*{letters}(.|\n)*/"
+            yield f"{name}: {mark} {text} {mark}" if shortest else f"{name}: {mark} {text}? {mark}"
+            yield rf"{text.upper()}: /(.|\n){{{max(shortest, 1)},{longest}}}/ & ~/(.|\n)*{letters}(.|\n)*/"
             yield f"{text}: {text.upper()}"
         else:
             yield f"{name}: {mark} {text}"
-            yield rf"{text}[lazy]: /(.|\n){{{least},{most}}}{letters}/"
+            yield rf"{text}[lazy]: /(.|\n){{{shortest},{longest}}}{letters}/"
 
     def _list(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
-        item, least, most = self._new(), schema.get("minItems", 0), schema.get("maxItems")
-        more = f'("," {item}){{{max(least - 1, 0)},{"" if most is None else max(most - 1, 0)}}}'
-        items = f"{item} {more}" if least else f"({item} {more})?"
-        yield f'{name}: "[" {"" if most == 0 else items} "]"'
+        item, min_items, max_items = self._new(), schema.get("minItems", 0), schema.get("maxItems")
+        more = f'("," {item}){{{max(min_items - 1, 0)},{"" if max_items is None else max(max_items - 1, 0)}}}'
+        items = f"{item} {more}" if min_items else f"({item} {more})?"
+        yield f'{name}: "[" {"" if max_items == 0 else items} "]"'
         yield from self.of(item, schema.get("items", {}))
 
     def _object(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:

@@ -34,6 +34,7 @@ _MARKER = re.compile(r"\s*(<[^<>\s]{1,60}>|\[[A-Z_]{2,60}\])")
 _NAMES = ("edgetune_probe", "edgetune_other")
 _IDS = ("probe0001", "probe0002")
 _ARGUMENTS = {"edgetune_key": "edgetune_value", "edgetune_number": 7}
+_FIRST_CALL = {"name": _NAMES[0], "arguments": _ARGUMENTS, "id": _IDS[0]}
 _ANSWER = "edgetune_answer"
 _ASK = {"role": "user", "content": "edgetune_question"}
 _TOOLS = [
@@ -135,7 +136,7 @@ def template_tools(template: str | None, bos: str, eos: str) -> TemplateTools:
     form = rendered or mentioned
     if form is None or not (shows_tools or rendered):
         return unknown
-    called = probe.called(1) if rendered else {"role": "assistant", "content": form.write([_call_of(0)])}
+    called = probe.called(1) if rendered else {"role": "assistant", "content": form.write([_FIRST_CALL])}
     result = {"role": "tool", "name": _NAMES[0], "tool_call_id": _IDS[0], "content": "edgetune_result"}
     shows_results = "edgetune_result" in probe.text([_ASK, called, result], prompt=True)
     return TemplateTools(shows_tools, rendered is not None, shows_results, form)
@@ -176,7 +177,7 @@ class _Probe:
             begin, parts, end = first
             form = CallFormat(begin, parts, None, end, spacing)
             second = _cut(two.removeprefix(begin), 1, arguments)
-            first_call = CallFormat("", parts, None, "", spacing).write([_call_of(0)])
+            first_call = CallFormat("", parts, None, "", spacing).write([_FIRST_CALL])
             if second is not None and second[0].startswith(first_call):
                 form = replace(form, between=second[0].removeprefix(first_call))
             return form
@@ -200,10 +201,6 @@ def _arguments(value: object, spacing: str) -> str:
     if spacing in escaped.MARKS:
         return escaped.write(value, escaped.MARKS[spacing])
     return json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])
-
-
-def _call_of(number: int) -> dict[str, Any]:
-    return {"name": _NAMES[number], "arguments": _ARGUMENTS, "id": _IDS[number]}
 
 
 def _cut(body: str, number: int, arguments: str) -> tuple[str, tuple[Part, ...], str] | None:

@@ -15,10 +15,7 @@ from edgetune_runtime.errors import UsageError, importing
 from edgetune_runtime.server.binding import bind, can_be_reached
 
 if TYPE_CHECKING:
-    from edgetune_runtime.inference.asynchronous import AsyncRuntime
     from edgetune_runtime.inference.runtime import Runtime
-
-    from .service import WyomingService
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -45,6 +42,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     """
     with importing("the Wyoming service needs", '"edgetune-runtime[wyoming]"'):
         from .service import WyomingService, serve  # noqa: PLC0415 - only `wyoming` needs the extra
+    from edgetune_runtime.inference.asynchronous import AsyncRuntime  # noqa: PLC0415 - it imports numpy
+
     adapter = _adapter(options.adapter, read_manifest(options.bundle))
     host, port = _address(options.uri)
     if can_be_reached(host) and not options.no_api_key:
@@ -52,13 +51,11 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         raise UsageError(message, "give --no-api-key to let everyone use the service")
     languages = tuple(name.strip() for name in options.languages.split(","))
 
-    def make(runtime: AsyncRuntime) -> WyomingService:
-        return WyomingService(runtime, adapter, languages, options.max_tokens, options.deadline_s)
-
     with bind(host, port) as listening, open_bundle() as runtime:
+        service = WyomingService(AsyncRuntime(runtime), adapter, languages, options.max_tokens, options.deadline_s)
         uri = f"tcp://{host}:{listening.getsockname()[1]}"
         line = json.dumps({"uri": uri, "pid": os.getpid()}) if options.json else f"serving {options.bundle} at {uri}"
-        serve(runtime, listening, make, lambda: print(line, flush=True))
+        serve(service, listening, lambda: print(line, flush=True))
 
 
 def _adapter(name: str | None, manifest: Manifest) -> str | None:

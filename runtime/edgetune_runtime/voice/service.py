@@ -24,7 +24,6 @@ from edgetune_runtime import __version__
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
-from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.server.accepting import BACKLOG, connections_within_files
 from edgetune_runtime.server.connections import Connections
 from edgetune_runtime.server.settings import ServerLimits
@@ -70,15 +69,10 @@ class WyomingService:
         return Info(handle=[program])
 
 
-def serve(
-    runtime: Runtime,
-    listening: socket.socket,
-    make: Callable[[AsyncRuntime], WyomingService],
-    ready: Callable[[], None],
-) -> None:
+def serve(service: WyomingService, listening: socket.socket, ready: Callable[[], None]) -> None:
     """Answer clients on a socket until SIGTERM or SIGINT, then close the socket. The runtime stays open."""
     with suppress(asyncio.CancelledError):
-        asyncio.run(run(make(AsyncRuntime(runtime)), listening, ready))
+        asyncio.run(run(service, listening, ready))
 
 
 async def run(service: WyomingService, listening: socket.socket, ready: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 from edgetune_export.backends.onnx.adapter import write_tensors
 from edgetune_runtime import VerificationError
-from edgetune_runtime.engines.onnx.engine import model_version
+from edgetune_runtime.engines.onnx.arrays import model_version
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 
 FINGERPRINT = "ab" * 32

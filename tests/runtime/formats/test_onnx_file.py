@@ -11,15 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
-from edgetune_runtime.formats.onnx_file import (
-    SLOT_SUFFIXES,
-    OnnxHeader,
-    Value,
-    check_adapter_arrays,
-    read_onnx,
-    slots_of,
-)
+from edgetune_runtime import NotFoundError, VerificationError
+from edgetune_runtime.formats.onnx_file import OnnxHeader, Value, read_onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 
@@ -36,17 +29,12 @@ def external(name: str, values: np.ndarray, file: str = "weights.data", **entrie
     return tensor
 
 
-def slot_parts(
-    module: str = MODULE,
-    a: tuple[object, ...] = (64, "rank"),
-    b: tuple[object, ...] = ("rank", 32),
-    empty: tuple[tuple[int, ...], tuple[int, ...]] = ((64, 0), (0, 32)),
-    dtype: type = np.float32,
-) -> tuple[list[onnx.ValueInfoProto], list[TensorProto]]:
-    names = [module + suffix for suffix in SLOT_SUFFIXES]
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    inputs = [helper.make_tensor_value_info(n, kind, s) for n, s in zip(names, (a, b), strict=True)]
-    defaults = [numpy_helper.from_array(np.zeros(s, dtype), n) for n, s in zip(names, empty, strict=True)]
+def slot_parts() -> tuple[list[onnx.ValueInfoProto], list[TensorProto]]:
+    """The inputs of a low-rank slot and their defaults."""
+    names = [f"{MODULE}.lora_{part}.weight" for part in "AB"]
+    shapes, empty = ((64, "rank"), ("rank", 32)), ((64, 0), (0, 32))
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in zip(names, shapes, strict=True)]
+    defaults = [numpy_helper.from_array(np.zeros(s, np.float32), n) for n, s in zip(names, empty, strict=True)]
     return inputs, defaults
 
 
@@ -501,102 +489,3 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     for model in (make_model(defaults * 2), make_model([], inputs * 2)):
         with pytest.raises(VerificationError, match="twice"):
             read_onnx(saved(model, tmp_path))
-
-
-def header_of(folder: Path, *parts: tuple[list[onnx.ValueInfoProto], list[TensorProto]]) -> OnnxHeader:
-    inputs = [value for values, _ in parts for value in values]
-    return read_onnx(saved(make_model([tensor for _, tensors in parts for tensor in tensors], inputs), folder))
-
-
-def test_slots_have_the_widths_of_their_modules(tmp_path: Path) -> None:
-    second = slot_parts("lm_head", ("64", "r"), ("r", 7), ((64, 0), (0, 7)))
-    second[0][0].type.tensor_type.shape.dim[0].dim_value = 64
-    header = header_of(tmp_path, slot_parts(), second)
-    assert slots_of(header) == {MODULE: (64, 32), "lm_head": (64, 7)}
-
-
-def test_constants_with_the_names_of_slots_are_none(tmp_path: Path) -> None:
-    assert slots_of(header_of(tmp_path, ([], slot_parts()[1]))) == {}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"a": (64, "other")},
-        {"a": (64, None), "b": (None, 32)},
-        {"a": (64, 0), "b": (0, 32)},
-        {"a": ("width", "rank")},
-        {"a": (64, "rank", 1)},
-        {"a": (32, "rank")},
-        {"b": ("rank", 64)},
-        {"empty": ((64, 1), (1, 32))},
-        {"empty": ((64, 0), (0, 33))},
-        {"a": (0, "rank"), "empty": ((0, 0), (0, 32))},
-        {"dtype": np.float16},
-    ],
-)
-def test_a_slot_that_does_not_fit_is_named(options: dict[str, object], tmp_path: Path) -> None:
-    with pytest.raises(VerificationError, match=MODULE):
-        slots_of(header_of(tmp_path, slot_parts(**options)))
-
-
-@pytest.mark.parametrize("kept", [0, 1])
-def test_half_a_slot_is_named(kept: int, tmp_path: Path) -> None:
-    inputs, defaults = slot_parts()
-    parts = slice(kept, kept + 1)
-    for half in ((inputs[parts], defaults[parts]), (inputs, defaults[parts])):
-        with pytest.raises(VerificationError, match=MODULE):
-            slots_of(header_of(tmp_path, half))
-
-
-def test_of_many_damaged_slots_three_are_named(tmp_path: Path) -> None:
-    header = header_of(tmp_path, *[slot_parts(f"m{i}", a=(64, "other")) for i in range(5)])
-    with pytest.raises(VerificationError, match=r"m0.*m1.*m2.*2 more"):
-        slots_of(header)
-
-
-SLOTS = {MODULE: (64, 32), "lm_head": (64, 7)}
-A, B = (MODULE + suffix for suffix in SLOT_SUFFIXES)
-
-
-def matrix(*shape: int, dtype: type = np.float32, value: float = 1) -> np.ndarray:
-    return np.full(shape, value, dtype)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_a_sound_adapter_passes(dtype: type) -> None:
-    pair = {A: matrix(64, 4, dtype=dtype), B: matrix(4, 32, dtype=dtype)}
-    head = {"lm_head.lora_A.weight": matrix(64, 2), "lm_head.lora_B.weight": matrix(2, 7)}
-    check_adapter_arrays({**pair, **head}, SLOTS, "command")
-
-
-@pytest.mark.parametrize(
-    ("arrays", "error", "reason"),
-    [
-        ({}, VerificationError, "no tensors"),
-        ({A: matrix(64, 4)}, VerificationError, "no lora_B"),
-        ({B: matrix(4, 32)}, VerificationError, "no lora_A"),
-        ({A: matrix(64, 4), B: matrix(5, 32)}, VerificationError, "rank 4 in A and 5 in B"),
-        ({A: matrix(64, 0), B: matrix(0, 32)}, VerificationError, "rank 0"),
-        ({A: matrix(64, 4, value=np.nan), B: matrix(4, 32)}, VerificationError, "lora_A of .* that are not finite"),
-        ({A: matrix(64, 4), B: matrix(4, 32, value=np.inf)}, VerificationError, "lora_B of .* that are not finite"),
-        ({A: matrix(64, 4, dtype=np.int8), B: matrix(4, 32)}, VerificationError, "int8"),
-        ({A: matrix(64), B: matrix(4, 32)}, VerificationError, "not matrices"),
-        ({A: matrix(63, 4), B: matrix(4, 32)}, IncompatibleError, "widths are"),
-        ({A: matrix(64, 4), B: matrix(4, 31)}, IncompatibleError, "widths are"),
-        ({"other.lora_A.weight": matrix(64, 4)}, IncompatibleError, "unknown slot 'other"),
-        ({MODULE: matrix(64, 4)}, IncompatibleError, "unknown slot"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(
-    arrays: dict[str, np.ndarray], error: type[EdgetuneError], reason: str
-) -> None:
-    with pytest.raises(error, match=rf"'command'.*{reason}") as caught:
-        check_adapter_arrays(arrays, SLOTS, "command")
-    assert "\n" not in str(caught.value)
-
-
-def test_of_many_problems_of_an_adapter_three_are_named() -> None:
-    arrays = {f"m{i}.lora_A.weight": matrix(64, 4) for i in range(5)}
-    with pytest.raises(VerificationError, match=r"no lora_B.*m0.*m1.* and 3 more"):
-        check_adapter_arrays({A: matrix(64, 4), **arrays}, SLOTS, "command")

@@ -49,7 +49,7 @@ def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
 )
 def test_a_file_of_anything_else_is_refused(about: dict[str, object], data: bytes, tmp_path: Path) -> None:
     write_checked(tmp_path / "similarity.bin", KIND, about, memoryview(data))
-    with pytest.raises(VerificationError, match="does not have training prompts"):
+    with pytest.raises(VerificationError, match="is not a file of training prompts"):
         read_prompts(tmp_path / "similarity.bin")
     (tmp_path / "similarity.bin").write_bytes(b"{}")
     with pytest.raises(VerificationError, match="its checksum or length is wrong"):

@@ -14,9 +14,10 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log import AnswerLog
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.server.answering import Serving
 from edgetune_runtime.server.binding import bind, url_of
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.serve import Serving, serve
+from edgetune_runtime.server.serve import serve
 from edgetune_runtime.server.settings import Access, ServerLimits
 from openai import OpenAI
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from edgetune_runtime.engines.onnx.engine import model_version
+from edgetune_runtime.engines.onnx.arrays import model_version
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 

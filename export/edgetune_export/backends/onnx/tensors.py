@@ -15,7 +15,7 @@ import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.onnx_file import OnnxHeader
-from edgetune_runtime.formats.onnx_tensors import (
+from edgetune_runtime.formats.onnx_slots import (
     DOWN,
     DOWN_BIAS,
     SCALINGS,
@@ -23,8 +23,8 @@ from edgetune_runtime.formats.onnx_tensors import (
     UP_BIAS,
     Shape,
     bottleneck_slot,
-    check_tensor_arrays,
-    tensor_slots_of,
+    check_arrays,
+    slots_of,
 )
 from edgetune_runtime.wording import first_of
 
@@ -64,7 +64,7 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
 
     IncompatibleError lists modules and blocks without a slot or with another size.
     """
-    slots = tensor_slots_of(header)
+    slots = slots_of(header)
     inputs: Mapping[str, _Parts] = json.loads(header.metadata.get(METADATA, "{}"))
     refuse_misfits(adapter.name, [*_misfits(adapter.scalings, inputs), *_without_slot(adapter.bottlenecks, slots)])
     tensors: dict[str, Floats] = {}
@@ -77,7 +77,7 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
         slot = _slot_of(block, bottleneck)
         tensors[slot + DOWN], tensors[slot + DOWN_BIAS] = bottleneck.down.T, bottleneck.down_bias
         tensors[slot + UP], tensors[slot + UP_BIAS] = bottleneck.up.T, bottleneck.up_bias
-    check_tensor_arrays(tensors, slots, adapter.name)
+    check_arrays(tensors, slots, adapter.name)
     return tensors
 
 

@@ -43,15 +43,15 @@ T = TypeVar("T")
 
 _CONTEXT_FULL, _STOPPED = 1, 2
 _MEASURED_OUTPUT_SHARE = 0.21
-"""That of SmolLM2-135M."""
+"""The share of the output matrix in the parameters of SmolLM2-135M, for `Engine.logits_excess`."""
 
 
 class GgufEngine:
     """One GGUF base, mapped once, with its adapters (LoRA files and prefixes) and one sequence; see `Engine`.
 
-    `context_length` and `batch` are in tokens; `threads` defaults to the cores that this process may use, at most 8.
-    For `kv` and `repack` see `Runtime.open`; prefixes need `kv` f16. UsageError when a number is not positive or the
-    context is longer than the base was trained for.
+    `context_length` is in tokens; `threads` defaults to the cores that this process may use, at most 8. For `kv` and
+    `repack` see `Runtime.open`; prefixes need `kv` f16. UsageError when a number is not positive or the context is
+    longer than the base was trained for.
     """
 
     has_sequence: ClassVar[Literal[True]] = True
@@ -76,37 +76,38 @@ class GgufEngine:
         *,
         context_length: int,
         threads: int | None = None,
-        batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
     ) -> None:
-        check_options(context_length, threads, batch)
+        check_options(context_length, threads)
         self._kv = check_kv(NAME, kv)
         self._is_fork = False
-        self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores(), batch)
+        self._begin(GgufBase(path, context_length, repack), context_length, threads or usable_cores())
 
     def fork(self) -> GgufEngine:
         """Another engine with its own sequence, on the same base and adapters."""
         other = object.__new__(GgufEngine)
         other._kv, other._is_fork = self._kv, True
-        other._begin(self._base, self.context_length, self._threads, self._batch)
+        other._begin(self._base, self.context_length, self.threads)
         return other
 
-    def _begin(self, base: GgufBase, context_length: int, threads: int, batch: int) -> None:
-        self._base, self.context_length, self._threads = base, context_length, threads
+    def _begin(self, base: GgufBase, context_length: int, threads: int) -> None:
+        self._base, self.context_length, self.threads = base, context_length, threads
+        self.kv_bytes = TENSOR_TYPES[self._kv].bytes_per_value
+        self.logits_excess = max(0.0, base.header.output_share - _MEASURED_OUTPUT_SHARE)
         self._adapters = base.adapters
         self._prefix: PrefixState | None = None
-        model, llama, state_bytes = base.model, library(), recurrent_sizes(base.header).state_bytes
+        model, state_bytes = base.model, recurrent_sizes(base.header).state_bytes
         kind = HybridCache if state_bytes else KvCache
         with self._adapters.in_first_step():
             self._context = make_context(
                 model,
                 context_length,
                 threads,
-                batch=batch,
+                batch=CHUNK,
                 sequences=kind.branches + 1,
                 outputs=BRANCHES + 1,
-                rollback=rollback_of(state_bytes) if state_bytes else 0,
+                rollback=rollback_of(state_bytes),
                 kv=self._kv,
             )
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
@@ -117,32 +118,14 @@ class GgufEngine:
             if state_bytes
             else KvCache(self._context, model)
         )
-        self._batch: int = llama.llama_n_batch(self._context)
-        self._outputs = min(BRANCHES, self._batch)
+        # A number for bases with recurrent layers.
+        self.max_rollback = self._cache.max_rollback
+        # llama.cpp's batches are no longer than the context.
+        self._outputs = min(BRANCHES, context_length)
         self.tokenizer = base.vocabulary
         self._is_switched = False
         self._length = 0
         self._last: Logits | None = None
-
-    @property
-    def kv_bytes(self) -> float:
-        """Bytes per number in the KV cache."""
-        return TENSOR_TYPES[self._kv].bytes_per_value
-
-    @property
-    def max_rollback(self) -> int | None:
-        """See `Engine`: a number for bases with recurrent layers."""
-        return self._cache.max_rollback
-
-    @property
-    def logits_excess(self) -> float:
-        """The share of the parameters in the output matrix beyond that in SmolLM2-135M; at least 0."""
-        return max(0.0, self._base.header.output_share - _MEASURED_OUTPUT_SHARE)
-
-    @property
-    def threads(self) -> int:
-        """Maximum number of threads of a step."""
-        return self._threads
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -225,7 +208,7 @@ class GgufEngine:
         """See `Engine`."""
         check_tokens_fit(tokens, self._length, self.context_length, self.tokenizer.vocab_size)
         with self._step(len(tokens)):
-            for part in _parts(tokens, self._batch):
+            for part in _parts(tokens, CHUNK):
                 self._append(part, [False] * (len(part) - 1) + [True])
                 self._last = self._view(1)[0].copy()
         assert self._last is not None

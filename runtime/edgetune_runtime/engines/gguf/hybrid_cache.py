@@ -15,7 +15,7 @@ from edgetune_runtime.engines.checkpoints import Checkpoints
 from edgetune_runtime.errors import EdgetuneError
 
 from .kv_cache import KvCache
-from .llama import last_errors, library
+from .llama import last_errors
 from .sizes import BRANCHES, HYBRID_BRANCHES, rollback_of
 
 _RECURRENT = 1
@@ -31,13 +31,12 @@ class HybridCache(KvCache):
         super().__init__(context, model)
         self.max_rollback = rollback_of(state_bytes)
         self._checkpoints = Checkpoints[memoryview](state_bytes, context_length)
-        # Tokens of a longer step are in several batches, and llama.cpp can drop only tokens of the last one: beyond it,
-        # it goes back to a state of an earlier step.
-        self._one_batch = min(BRANCHES, library().llama_n_batch(context))
 
     def begin_step(self, length: int, tokens: int) -> None:
         """See `KvCache`."""
-        undone = tokens if tokens <= self._one_batch else 0
+        # Tokens of a longer step are in several batches, and llama.cpp can drop only tokens of the last one: beyond it,
+        # it goes back to a state of an earlier step.
+        undone = tokens if tokens <= BRANCHES else 0
         self._checkpoints.begin_step(length, undone, partial(self._save, _RECURRENT))
 
     def keep(self, length: int) -> None:

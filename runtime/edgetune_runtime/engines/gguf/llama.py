@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
+from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, VerificationError
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
@@ -162,7 +162,7 @@ def decode_batch(
     return result
 
 
-class Vocabulary(PiecewiseTokenizer):
+class Vocabulary(Tokenizer):
     """The tokenizer of a loaded model."""
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - a bare pointer

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines import load_needs
+from edgetune_runtime.engines.checkpoints import checkpoints_of
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader
 from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
 
 from . import KV_TYPES, NAME
-from .sizes import BRANCHES, recurrent_sizes, rollback_of, states_of
+from .sizes import BRANCHES, HYBRID_BRANCHES, recurrent_sizes, rollback_of
 
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
@@ -34,7 +35,11 @@ def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
     """See `EngineNeeds`."""
     size = sizes.state_bytes
-    return states_of(size, context_length), rollback_of(size) if size else None
+    if not size:
+        return 0, None
+    rollback = rollback_of(size)
+    # In llama.cpp, as checkpoints, and one before a step.
+    return (1 + HYBRID_BRANCHES) * (1 + rollback) + checkpoints_of(size, context_length) + 1, rollback
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:
@@ -58,9 +63,9 @@ def needs_of_sizes(
     recurrence = recurrent_sizes(header)
     states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
     counts = {name: math.prod(tensor.shape) for name, tensor in header.tensors.items()}
-    tied = "output.weight" not in header.tensors
-    looked_up = [PER_LAYER_EMBEDDING] if tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
-    head = "token_embd.weight" if tied else "output.weight"
+    head = header.output_tensor
+    is_tied = head == "token_embd.weight"
+    looked_up = [PER_LAYER_EMBEDDING] if is_tied else [PER_LAYER_EMBEDDING, "token_embd.weight"]
     return Needs(
         base_bytes=data_start(header) + sum(sizes.values()),
         read_bytes=sum(sizes.values()) - sum(sizes.get(name, 0) for name in looked_up),
@@ -74,7 +79,7 @@ def needs_of_sizes(
         kv_values_per_token=kv_values_per_token(header),
         context_length=context_length,
         engine=engine,
-        head_bytes=sizes.get(head, 0) if tied else 0,
+        head_bytes=sizes.get(head, 0) if is_tied else 0,
         main_type=main_type,
         head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
         head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),

@@ -1,8 +1,7 @@
-"""The number of branches and of recurrent states of a context. Needs no library."""
+"""The number of branches of a context, and of tokens that it can drop after a step. Needs no library."""
 
 from __future__ import annotations
 
-from edgetune_runtime.engines.checkpoints import checkpoints_of
 from edgetune_runtime.engines.needs import RecurrentSizes
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.gguf_sizes import recurrent_inputs_per_token, recurrent_values
@@ -23,13 +22,8 @@ def recurrent_sizes(header: GgufHeader) -> RecurrentSizes:
 
 
 def rollback_of(state_bytes: int) -> int:
-    """How many tokens llama.cpp can drop from the end of a step; none if the states for it would take too much."""
-    return ROLLBACK if (1 + HYBRID_BRANCHES) * (1 + ROLLBACK) * state_bytes <= ROLLBACK_BYTES else 0
+    """How many tokens llama.cpp can drop from the end of a step by recurrent states of this size.
 
-
-def states_of(state_bytes: int, context_length: int) -> int:
-    """The recurrent states of this size that a context holds, in llama.cpp and as checkpoints; 0 without any."""
-    if not state_bytes:
-        return 0
-    in_llama_cpp = (1 + HYBRID_BRANCHES) * (1 + rollback_of(state_bytes))
-    return in_llama_cpp + checkpoints_of(state_bytes, context_length) + 1
+    0 if there are none, or if those for it would take too much.
+    """
+    return ROLLBACK if 0 < (1 + HYBRID_BRANCHES) * (1 + ROLLBACK) * state_bytes <= ROLLBACK_BYTES else 0

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune_runtime.errors import NotFoundError, VerificationError
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.regular_file import reading
 
 _LONGEST_CONTEXT, _LARGEST_HEAD = 1 << 24, 2048
 _SIZES = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
@@ -28,8 +28,10 @@ class OnnxConfig:
 
 def read_config(path: Path) -> OnnxConfig:
     """Read the file; NotFoundError when it is missing, VerificationError when a value is missing or wrong."""
+    with reading(path) as file:
+        text = file.read()
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = json.loads(text.decode())["model"]
         ends = model["eos_token_id"]
         end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
         context_length, decoder = int(model["context_length"]), model["decoder"]
@@ -37,8 +39,6 @@ def read_config(path: Path) -> OnnxConfig:
         if not (0 < context_length <= _LONGEST_CONTEXT and 0 < head_size <= _LARGEST_HEAD):
             raise ValueError(f"a context of {context_length} tokens and heads of size {head_size}")
         return OnnxConfig(context_length, head_size, end_tokens, width, heads, layers, int(model["vocab_size"]))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path} is missing", COPY_BUNDLE_AGAIN) from error
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         message = f"{path} is not a genai_config.json as onnxruntime-genai's builder writes it: {error}"
         raise VerificationError(message, "build the bundle again") from error

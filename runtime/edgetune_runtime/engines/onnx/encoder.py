@@ -14,23 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import Logits, check_context_length, check_options
-from edgetune_runtime.errors import (
-    IncompatibleError,
-    NotFoundError,
-    PromptTooLongError,
-    UsageError,
-    VerificationError,
-)
-from edgetune_runtime.formats.onnx_adapter import adapter_arrays
-from edgetune_runtime.formats.onnx_file import OnnxHeader, check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.errors import NotFoundError, PromptTooLongError, UsageError, VerificationError
+from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
+from edgetune_runtime.formats.onnx_slots import LORA_B, check_arrays, slots_of
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
 
-from .arrays import Arrays
-from .engine import model_version
-from .ort import graph_error, library, open_session
+from .arrays import Arrays, read_arrays, to_float32
+from .ort import graph_error, library_version, open_session
 from .tokenizers import encode, load_tokenizer
 
 HEAD_WEIGHT, HEAD_BIAS = "classifier.weight", "classifier.bias"
@@ -66,7 +59,7 @@ class EncoderEngine:
     has_sequence: ClassVar[Literal[False]] = False
 
     def __init__(self, path: Path, *, context_length: int, threads: int | None = None) -> None:
-        check_options(context_length, threads, 1)
+        check_options(context_length, threads)
         header = read_onnx(path)
         check_operators(header, path)
         self._hidden = _hidden_size(header, path)
@@ -78,10 +71,7 @@ class EncoderEngine:
         self._session: Any = open_session(path, self.threads)
         self._adapters: dict[str, Arrays] = {}
 
-    @staticmethod
-    def library_version() -> str:
-        """onnxruntime and its version."""
-        return f"onnxruntime {library().__version__}"
+    library_version = staticmethod(library_version)
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
@@ -94,15 +84,11 @@ class EncoderEngine:
         """See `LabelEngine`."""
         if name in self._adapters:
             return
-        arrays, version = adapter_arrays(path, name)
-        if fingerprint is not None and version != model_version(fingerprint):
-            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        arrays = read_arrays(path, name, fingerprint)
         head = {key: arrays.pop(key) for key in (HEAD_WEIGHT, HEAD_BIAS) if key in arrays}
         _check_head(head, self._hidden, labels, name)
-        check_adapter_arrays(arrays, self._slots, name)
-        self._adapters[name] = {
-            key: np.ascontiguousarray(array, np.float32) for key, array in {**arrays, **head}.items()
-        }
+        check_arrays(arrays, self._slots, name)
+        self._adapters[name] = to_float32(arrays | head)
 
     def unload_adapter(self, name: str) -> None:
         """See `LabelEngine`."""
@@ -157,7 +143,7 @@ def _scaled(adapter: Arrays, scale: float) -> Arrays:
     if scale == 1:
         return adapter
     factor = np.float32(scale)
-    return {key: array * factor if key.endswith(".lora_B.weight") else array for key, array in adapter.items()}
+    return {key: array * factor if key.endswith(LORA_B) else array for key, array in adapter.items()}
 
 
 def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: int | None, name: str) -> None:
@@ -167,11 +153,11 @@ def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: in
         case [(int(width), int(columns)), (int(outputs),)] if (
             width == hidden
             and columns == outputs == (outputs if labels is None else labels) > 0
-            and all(array.dtype in (np.float32, np.float16) and np.isfinite(array).all() for array in head.values())
+            and all(np.isfinite(array).all() for array in head.values())
         ):
             return
     expected = f"[{hidden}, {'labels' if labels is None else labels}]"
-    actual = ", ".join(f"{key} {list(array.shape)} {array.dtype}" for key, array in head.items()) or "none"
+    actual = ", ".join(f"{key} {list(array.shape)}" for key, array in head.items()) or "none"
     message = f"adapter {name!r} has no usable head: {HEAD_WEIGHT} should be finite {expected}, there is {actual}"
     raise VerificationError(message, COPY_BUNDLE_AGAIN)
 

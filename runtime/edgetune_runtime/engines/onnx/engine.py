@@ -30,22 +30,21 @@ from edgetune_runtime.engines.base import (
     check_tokens_fit,
     prefix_among,
 )
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
-from edgetune_runtime.formats.onnx_adapter import adapter_arrays
-from edgetune_runtime.formats.onnx_file import check_adapter_arrays, read_onnx, slots_of
+from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_recurrence import recurrence_of
-from edgetune_runtime.formats.onnx_tensors import check_tensor_arrays, is_tensor, tensor_slots_of
+from edgetune_runtime.formats.onnx_slots import check_arrays, slots_of
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import threads_for
 
 from . import NAME
-from .arrays import Arrays, sum_of_adapters
+from .arrays import Arrays, read_arrays, sum_of_adapters, to_float32
 from .config import read_config
 from .hybrid_cache import HybridCache
 from .kv_cache import KvCache
-from .ort import graph_error, library, open_session, run_binding, run_options
+from .ort import graph_error, library_version, open_session, run_binding, run_options
 from .scores import scores_in_order
 from .tokenizers import JsonTokenizer
 
@@ -65,10 +64,10 @@ class _Binding:
 class OnnxEngine:
     """One ONNX base with its adapters and one sequence; see `Engine`.
 
-    `path` is model.onnx, next to its other files. `context_length` and `batch` are in tokens. `threads` defaults to the
-    cores that this process may use, at most 8, and is limited to the available cores. onnxruntime always repacks the
-    weights, whatever `repack` is. UsageError when a number is not positive or the context is longer than the base was
-    trained for.
+    `path` is model.onnx, next to its other files. `context_length` is in tokens. `threads` defaults to the cores that
+    this process may use, at most 8, and is limited to the available cores. onnxruntime always repacks the weights,
+    whatever `repack` is. UsageError when a number is not positive or the context is longer than the base was trained
+    for.
     """
 
     has_sequence: ClassVar[Literal[True]] = True
@@ -85,19 +84,17 @@ class OnnxEngine:
         *,
         context_length: int,
         threads: int | None = None,
-        batch: int = CHUNK,
         kv: str | None = None,
         repack: bool | None = None,
     ) -> None:
-        check_options(context_length, threads, batch)
+        check_options(context_length, threads)
         check_kv(NAME, kv)
         self.context_length = context_length
-        self._batch = batch
         header = read_onnx(path)
         check_operators(header, path)
         config = read_config(path.with_name("genai_config.json"))
         check_context_length(context_length, config.trained_context_length)
-        self._slots, self._tensor_slots, self._past = slots_of(header), tensor_slots_of(header), past_inputs(header)
+        self._slots, self._past = slots_of(header), past_inputs(header)
         self._recurrence = recurrence_of(header)
         self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
@@ -121,8 +118,10 @@ class OnnxEngine:
     def _new_sequence(self) -> None:
         """Make the buffers of a sequence, and the bindings that point to them."""
         self._cache = self._new_cache()
+        # A number for bases with recurrent layers.
+        self.max_rollback = self._cache.max_rollback
         self._mask = np.ones(self.context_length, np.int64)
-        self._ids, self._start = np.zeros(self._batch, np.int64), np.zeros(1, np.int64)
+        self._ids, self._start = np.zeros(CHUNK, np.int64), np.zeros(1, np.int64)
         self._options = run_options()
         self._prefix: str | None = None
         self._begin = 0
@@ -136,23 +135,15 @@ class OnnxEngine:
     def _new_cache(self) -> KvCache:
         sizes = {"context_length": self.context_length, "head_size": self._head_size}
         if self._recurrence.shapes:
-            return HybridCache(self._past, self._recurrence, batch=self._batch, **sizes)
+            return HybridCache(self._past, self._recurrence, **sizes)
         return KvCache(self._past, **sizes)
-
-    @property
-    def max_rollback(self) -> int | None:
-        """See `Engine`: a number for bases with recurrent layers."""
-        return self._cache.max_rollback
 
     @property
     def signatures(self) -> tuple[str, ...]:
         """The library, its version, and the KV data type."""
         return (f"{self.library_version()}, f32",)
 
-    @staticmethod
-    def library_version() -> str:
-        """onnxruntime and its version."""
-        return f"onnxruntime {library().__version__}"
+    library_version = staticmethod(library_version)
 
     @staticmethod
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
@@ -167,19 +158,14 @@ class OnnxEngine:
         """See `Engine`; these files do not contain invocation tokens. VerificationError for a damaged file."""
         if name in self._loaded:
             return
-        arrays, version = adapter_arrays(path, name)
-        if fingerprint is not None and version != model_version(fingerprint):
-            raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
+        arrays = read_arrays(path, name, fingerprint)
         if any(is_past(slot) for slot in arrays):
             tokens = check_prefix_arrays(arrays, self._past, self._head_size, name)
             check_prefix_fits(name, tokens, self.context_length)
             self._prefixes[name] = {slot: np.asarray(array[0], np.float32) for slot, array in arrays.items()}
             return
-        if any(is_tensor(slot) for slot in arrays):
-            check_tensor_arrays(arrays, self._tensor_slots, name)
-        else:
-            check_adapter_arrays(arrays, self._slots, name)
-        self._adapters[name] = {slot: np.ascontiguousarray(array, np.float32) for slot, array in arrays.items()}
+        check_arrays(arrays, self._slots, name)
+        self._adapters[name] = to_float32(arrays)
 
     def unload_adapter(self, name: str) -> None:
         """See `Engine`."""
@@ -229,8 +215,8 @@ class OnnxEngine:
         check_tokens_fit(tokens, self._length, self.context_length, self._vocab_size)
         row = np.empty((1, self._vocab_size), np.float32)
         with self._step(len(tokens)):
-            for start in range(0, len(tokens), self._batch):
-                self._run(tokens[start : start + self._batch], row)
+            for start in range(0, len(tokens), CHUNK):
+                self._run(tokens[start : start + CHUNK], row)
         self._last = row[0]
         self._cache.keep(self._length)
         return self._last
@@ -337,8 +323,8 @@ class OnnxEngine:
         """Append tokens; logits after each of the `last` ones, shape [last, vocab]."""
         first = len(tokens) - (len(tokens) if last is None else last)
         logits = np.empty((len(tokens) - first, self._vocab_size), np.float32)
-        for start in range(0, len(tokens), self._batch):
-            part = tokens[start : start + self._batch]
+        for start in range(0, len(tokens), CHUNK):
+            part = tokens[start : start + CHUNK]
             rows = logits[max(0, start - first) : max(0, start + len(part) - first)]
             self._run(part, rows if len(rows) else np.empty((1, self._vocab_size), np.float32))
         return logits
@@ -361,11 +347,6 @@ class OnnxEngine:
         run_binding(self._session, binding.io, self._options)
         self._cache.end_run()
         self._length = total
-
-
-def model_version(fingerprint: str) -> int:
-    """The model version in an adapter file: the first 28 bits of the base's fingerprint, in a 32-bit field."""
-    return int(fingerprint[:7], 16)
 
 
 def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - an InferenceSession

@@ -15,30 +15,30 @@ from typing import Any
 import numpy as np
 
 from edgetune_runtime.engines.checkpoints import Checkpoints
-from edgetune_runtime.engines.needs import RecurrentSizes
 from edgetune_runtime.formats.onnx_recurrence import Recurrence, present_name
+from edgetune_runtime.states.batches import CHUNK
 
 from .kv_cache import Floats, KvCache, bind_input, bind_output, zeros
 from .sizes import UNDONE, rollback_of
 
 
 class HybridCache(KvCache):
-    """As `KvCache`, with a recurrent state; `batch` is the number of tokens that a run of the graph can have."""
+    """As `KvCache`, with a recurrent state."""
 
     sides = 2
 
     def __init__(
-        self, heads: Mapping[str, int], recurrence: Recurrence, *, context_length: int, head_size: int, batch: int
+        self, heads: Mapping[str, int], recurrence: Recurrence, *, context_length: int, head_size: int
     ) -> None:
         super().__init__(heads, context_length, head_size)
-        self._shapes, self._outputs, self._batch = recurrence.shapes, recurrence.conv_inputs, batch
+        self._shapes, self._outputs = recurrence.shapes, recurrence.conv_inputs
         self._states = zeros(self.sides, recurrence.values)
         self._inputs = {name: zeros(self._shapes[name][0] * UNDONE) for name in self._outputs}
         # Longer steps are not undone in part, so all layers write the same buffer. Left to onnxruntime, it would stay
         # allocated for each layer in each binding.
         widest = max((self._shapes[name][0] for name in self._outputs), default=0)
-        self._unread = zeros(widest * batch)
-        self.max_rollback = rollback_of(RecurrentSizes(recurrence.values, recurrence.inputs_per_token))
+        self._unread = zeros(widest * CHUNK)
+        self.max_rollback = rollback_of(recurrence.inputs_per_token)
         self._checkpoints = Checkpoints[Floats](self._states[0].nbytes, context_length)
 
     def bind(self, binding: Any, side: int) -> None:  # noqa: ANN401 - onnxruntime's own
@@ -57,8 +57,8 @@ class HybridCache(KvCache):
     def begin_step(self, length: int, tokens: int) -> None:
         """See `KvCache`: keep a checkpoint. It is the side that the step reads, unless it writes that too."""
         state = self._states[self.side]
-        undone = tokens if self.max_rollback and tokens <= min(UNDONE, self._batch) else 0
-        self._checkpoints.begin_step(length, undone, lambda: state if tokens <= self._batch else state.copy())
+        undone = tokens if self.max_rollback and tokens <= UNDONE else 0
+        self._checkpoints.begin_step(length, undone, lambda: state if tokens <= CHUNK else state.copy())
 
     def end_run(self) -> None:
         """See `KvCache`."""

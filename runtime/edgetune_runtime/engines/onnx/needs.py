@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.engines.checkpoints import checkpoints_of
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats import onnx_recurrence
 from edgetune_runtime.formats.onnx_file import read_onnx
 
 from . import KV_TYPES, NAME
 from .config import read_config
-from .sizes import rollback_of, states_of
+from .sizes import UNDONE, rollback_of
 
 COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_adapters=True)
 
@@ -46,7 +47,11 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
 
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
     """See `EngineNeeds`."""
-    return states_of(sizes, context_length), rollback_of(sizes) if sizes.values else None
+    if not sizes.values:
+        return 0, None
+    # Before and after a step, and before branches or a step of several batches; then what convolutions read.
+    inputs = -(-UNDONE * sizes.inputs_per_token // sizes.values)
+    return 3 + checkpoints_of(sizes.state_bytes, context_length) + inputs, rollback_of(sizes.inputs_per_token)
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:

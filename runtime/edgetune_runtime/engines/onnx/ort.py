@@ -53,6 +53,11 @@ def library() -> Any:  # noqa: ANN401 - a module without types
     return onnxruntime
 
 
+def library_version() -> str:
+    """onnxruntime and its version."""
+    return f"onnxruntime {library().__version__}"
+
+
 def _has_callback(ort: Any) -> bool:  # noqa: ANN401 - as above; onnxruntime 1.31 has none
     return hasattr(ort, "set_default_logger_callback")
 

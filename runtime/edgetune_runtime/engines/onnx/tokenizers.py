@@ -10,8 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_runtime.engines.piecewise import PiecewiseTokenizer
-from edgetune_runtime.errors import NotFoundError, VerificationError, importing
+from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.errors import VerificationError, importing
+from edgetune_runtime.formats.regular_file import reading
 from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
@@ -28,7 +29,7 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _SHORT = 10_000
 
 
-class JsonTokenizer(PiecewiseTokenizer):
+class JsonTokenizer(Tokenizer):
     """The tokenizer in a folder written by `edgetune_export.backends.onnx.tokenizer`; see `Tokenizer`.
 
     `end_tokens` end a generation; the first one is the end-of-turn token. NotFoundError when a file is missing,
@@ -128,11 +129,11 @@ def byte_character(byte: int) -> str:
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Load a `tokenizer.json` so that it neither pads nor truncates; same errors as `JsonTokenizer`."""
     with importing("ONNX bundles need", '"edgetune-runtime[onnx]"'):
-        from tokenizers import Tokenizer  # noqa: PLC0415 - optional
+        import tokenizers  # noqa: PLC0415 - optional
     text = _read(path)
     check_tokenizer(text, path)
     with panics_as_errors(f"{path} is not a tokenizer"):
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = tokenizers.Tokenizer.from_str(text)
         # Many such files of encoders do so by default.
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -169,12 +170,11 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"no file {path}", "check the path") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise VerificationError(f"cannot read {path}: {error}", COPY_BUNDLE_AGAIN) from error
+    with reading(path) as file:
+        try:
+            return file.read().decode()
+        except UnicodeDecodeError as error:
+            raise VerificationError(f"cannot read {path}: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def _sentencepiece_bytes(text: str) -> bytes:

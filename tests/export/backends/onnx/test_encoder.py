@@ -19,7 +19,8 @@ from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_export.pooling import mean_pooled
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
-from edgetune_runtime.formats.onnx_file import read_onnx, slots_of
+from edgetune_runtime.formats.onnx_file import read_onnx
+from edgetune_runtime.formats.onnx_slots import slots_of
 from peft import LoraConfig, get_peft_model
 from tiny import ENCODERS, FINGERPRINT, load_encoder
 
@@ -96,7 +97,8 @@ def test_one_graph_answers_for_every_task_as_torch_does(
     folded = [task.folded for task in made]
     graph = write_base(in_int8(source) if int8 else source, tmp_path, folded)
     onnx.checker.check_model(str(graph))
-    assert slots_of(read_onnx(graph)).keys() == {module for adapter in folded for module in adapter.modules}
+    modules = {module for adapter in folded for module in adapter.modules}
+    assert {name.rpartition(".lora_")[0] for name in slots_of(read_onnx(graph))} == modules
     for task, adapter in zip(made, folded, strict=True):
         out = tmp_path / f"{adapter.name}.onnx_adapter"
         write_adapter(adapter, graph, out, base_fingerprint=FINGERPRINT)
@@ -125,7 +127,7 @@ def test_only_adapted_modules_get_a_slot(encoder_source: Source, tmp_path: Path)
     module = "encoder.layer.1.output.dense"
     graph = write_base(in_int8(encoder_source("bert")), tmp_path, [changing(module)])
     header = read_onnx(graph)
-    assert slots_of(header) == {module: (128, 64)}
+    assert slots_of(header) == {f"{module}.lora_A.weight": (128, None), f"{module}.lora_B.weight": (None, 64)}
     assert json.loads(header.metadata["edgetune.slots"]) == {module: [[module, 128, 64]]}
 
 

@@ -15,7 +15,8 @@ from edgetune_runtime import EdgetuneError, IncompatibleError, Runtime, Verifica
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx import ort as _ort
-from edgetune_runtime.engines.onnx.engine import OnnxEngine, model_version
+from edgetune_runtime.engines.onnx.arrays import model_version
+from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.formats.onnx_adapter import adapter_arrays
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest, write_manifest
@@ -144,11 +145,11 @@ B = "model.layers.1.mlp.down_proj.lora_B.weight"
         (lambda t: {k: v for k, v in t.items() if k != A}, VerificationError, "has no lora_A"),
         (lambda t: {}, VerificationError, "no tensors"),
         (lambda t: {**t, "model.layers.9.q.lora_A.weight": t[A]}, IncompatibleError, "unknown slot"),
-        (lambda t: {**t, A: t[A][:-1].copy()}, IncompatibleError, r"shapes \(127, 3\)"),
-        (lambda t: {**t, A: t[A][:, :-1].copy()}, VerificationError, "rank 2 in A and 3 in B"),
-        (lambda t: {**t, A: t[A].astype(np.float64)}, VerificationError, "float64"),
+        (lambda t: {**t, A: t[A][:-1].copy()}, IncompatibleError, r"shape \(127, 3\)"),
+        (lambda t: {**t, A: t[A][:, :-1].copy()}, VerificationError, "different ranks: 2 and 3"),
+        (lambda t: {**t, A: t[A].astype(np.float64)}, VerificationError, "type 11, not float32"),
         (lambda t: {**t, A: np.full_like(t[A], np.nan)}, VerificationError, "not finite"),
-        (lambda t: {**t, A: t[A].reshape(-1)}, VerificationError, "not matrices"),
+        (lambda t: {**t, A: t[A].reshape(-1)}, VerificationError, "instead of 2 dimensions"),
     ],
 )
 def test_an_adapter_that_contradicts_itself_or_the_graph_is_named(

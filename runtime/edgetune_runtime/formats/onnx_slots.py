@@ -1,7 +1,8 @@
-"""The graph's slots for scalings and bottlenecks, and the check and the sum of adapters' arrays for them.
+"""The graph's slots for adapters, and the check and the sum of adapters' arrays for them.
 
-A slot is a group of optional inputs. A scaling is one input, of ones by default. A bottleneck is four inputs, of rank 0
-by default; its name contains its activation function and its input, because both are fixed in the graph.
+A slot is a group of optional inputs. A low-rank update is two inputs, of rank 0 by default. A scaling is one input, of
+ones by default. A bottleneck is four inputs, of rank 0 by default; its name contains its activation function and its
+input, because both are fixed in the graph.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import COPY_FILE_AGAIN, first_of
 
-from .onnx_file import OnnxHeader, refuse_adapter, value_problem
+from .onnx_file import OnnxHeader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
 Shape = tuple[int | None, ...]
 """The shape of a slot's input; None is the rank, which differs between adapters."""
 
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+
 SCALINGS = {"output": ".output_scaling", "input": ".input_scaling"}
 """Suffix of a scaling's input, by the side of the matrix product that it scales."""
 
 DOWN, DOWN_BIAS, UP, UP_BIAS = ".down", ".down_bias", ".up", ".up_bias"
 
+_LOW_RANK = {LORA_A: ("columns", "rank"), LORA_B: ("rank", "rows")}
 _BOTTLENECK = {DOWN: ("columns", "rank"), DOWN_BIAS: ("rank",), UP: ("rank", "rows"), UP_BIAS: ("rows",)}
 _SCALING = {"": ("width",)}
-_NAME = re.compile(r"(?P<slot>.+\.bottleneck_[a-z]+_[a-z]+)(?P<part>\.down|\.down_bias|\.up|\.up_bias)")
+_BOTTLENECK_NAME = re.compile(r"(?P<slot>.+\.bottleneck_[a-z]+_[a-z]+)(\.down|\.down_bias|\.up|\.up_bias)")
 _FLOAT = 1
 
 
@@ -38,16 +42,12 @@ def bottleneck_slot(block: str, activation: str, reads: str) -> str:
     return f"{block}.bottleneck_{activation}_{reads}"
 
 
-def is_tensor(name: str) -> bool:
-    """Whether the input of this name belongs to a scaling or a bottleneck."""
-    return name.endswith(tuple(SCALINGS.values())) or _NAME.fullmatch(name) is not None
+def slots_of(header: OnnxHeader) -> dict[str, Shape]:
+    """The inputs of the graph's slots with their shapes.
 
-
-def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
-    """The inputs of the graph's scalings and bottlenecks with their shapes.
-
-    All are float32: a scaling [width], a bottleneck [in, rank], [rank], [rank, out] and [out]. VerificationError names
-    the slots without an input or a default, and those with shapes that do not fit together.
+    All are float32: a low-rank update [in, rank] and [rank, out], a scaling [width], a bottleneck [in, rank], [rank],
+    [rank, out] and [out]. VerificationError names the slots without an input or a default, and those with shapes that
+    do not fit together.
     """
     slots: dict[str, Shape] = {}
     problems = []
@@ -62,7 +62,7 @@ def tensor_slots_of(header: OnnxHeader) -> dict[str, Shape]:
     return slots
 
 
-def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, Shape], name: str) -> None:
+def check_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, Shape], name: str) -> None:
     """Check that an adapter's arrays are valid and fit `slots`; `name` is the adapter's name in errors.
 
     Raises VerificationError when the file is invalid, and IncompatibleError when it is valid but not for this graph,
@@ -78,14 +78,27 @@ def check_tensor_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mappin
             if any(width is not None and size != width for size, width in misfits):
                 shape = tuple("rank" if width is None else width for width in slots[key])
                 foreign.append(f"{key!r} has shape {arrays[key].shape}, the graph needs {shape}")
-    refuse_adapter(name, arrays, damaged, foreign)
+    if not arrays:
+        raise VerificationError(f"adapter {name!r} has no tensors", COPY_FILE_AGAIN)
+    if damaged:
+        raise VerificationError(f"adapter {name!r} is damaged: {first_of(damaged + foreign)}", COPY_FILE_AGAIN)
+    if foreign:
+        message = f"adapter {name!r} does not fit the graph: {first_of(foreign)}"
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def value_problem(array: NDArray[np.generic]) -> str | None:
+    """What is wrong with the values of an adapter's array, if anything."""
+    import numpy as np  # noqa: PLC0415 - reading a graph does not need it
+
+    return None if np.isfinite(array).all() else "has values that are not finite"
 
 
 def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDArray[np.float32]:
     """Combine several adapters' arrays for the input `name`, given with their scales.
 
-    Scalings l are combined as the product of 1 + scale·(l - 1); bottlenecks are concatenated, with the scale in the up
-    projection.
+    Low-rank factors and bottlenecks are concatenated, with the scale in B and in the up projection. Scalings l are
+    combined as the product of 1 + scale·(l - 1).
     """
     import numpy as np  # noqa: PLC0415 - reading a graph does not need it
 
@@ -94,18 +107,22 @@ def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDA
         one = np.float32(1)
         factors = [one + scale * (array - one) for array, scale in zip(arrays, scales, strict=True)]
         return np.asarray(np.prod(factors, axis=0), np.float32)
-    if name.endswith((DOWN, DOWN_BIAS)):
+    if name.endswith((LORA_A, DOWN, DOWN_BIAS)):
         return np.concatenate(arrays, axis=-1)
     scaled = [array * scale for array, scale in zip(arrays, scales, strict=True)]
-    return np.concatenate(scaled) if name.endswith(UP) else np.asarray(np.sum(scaled, axis=0), np.float32)
+    return np.concatenate(scaled) if name.endswith((LORA_B, UP)) else np.asarray(np.sum(scaled, axis=0), np.float32)
 
 
 def _grouped(names: Iterable[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
-    """The slots of these inputs; each maps the suffix of an input to its dimensions."""
+    """The slots of those of these inputs that have one; each maps the suffix of an input to its dimensions."""
     groups: dict[str, Mapping[str, tuple[str, ...]]] = {}
-    for name in filter(is_tensor, names):
-        match = _NAME.fullmatch(name)
-        groups[match["slot"] if match else name] = _BOTTLENECK if match else _SCALING
+    for name in names:
+        if name.endswith((LORA_A, LORA_B)):
+            groups[name[: -len(LORA_A)]] = _LOW_RANK
+        elif name.endswith(tuple(SCALINGS.values())):
+            groups[name] = _SCALING
+        elif bottleneck := _BOTTLENECK_NAME.fullmatch(name):
+            groups[bottleneck["slot"]] = _BOTTLENECK
     return groups
 
 
