@@ -28,8 +28,8 @@ from kits import write_bundle as write_signable
 from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.oci.transfer import open_store, push
-from edgetune.progress import Progress
 
 from .forms.gguf_file import read, written
 from .layouts import TAG
