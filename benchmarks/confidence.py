@@ -25,11 +25,11 @@ import yaml
 from edgetune_runtime import Runtime
 from edgetune_runtime.inference.confidence import log_chance
 
-from edgetune.confidence import bins_of, calibration_error, error_if_exact
-from edgetune.evaluation import ScoredRow, score
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.confidence import bins_of, calibration_error, error_if_exact
 from edgetune.tasks.data import read_rows
+from edgetune.tasks.evaluation import ScoredRow, score
 
 EXAMPLE = Path(__file__).parents[1] / "examples/smart-home/data"
 COLUMNS = {"prompt": "text", "completion": ["intent", "slots"]}

@@ -20,7 +20,7 @@ from typing import Any
 from edgetune_export import backends
 from edgetune_runtime import Runtime
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 
 # The adapter of the second stage does not matter here: one step on a few rows.

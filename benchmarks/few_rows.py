@@ -23,9 +23,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from benchmarks.few_rows_setups import DEFAULT_WAYS, DEVICES, TASKS, WAYS, adapter_of, make_devices, rows_of
-from edgetune.evaluation import evaluate
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.evaluation import evaluate
 
 ROWS = (30, 100, 300, 1000)
 _FIGURES = ("steps", "shipped_step", "train_loss", "val_loss", "tokens")

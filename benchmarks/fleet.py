@@ -46,9 +46,9 @@ from edgetune_runtime.update import update
 from edgetune_runtime.update.update import UpdateSource
 
 from benchmarks.fleet_server import Load, serving
+from edgetune.common.progress import Progress
 from edgetune.delivery.publish.key_folder import KeyFolder
 from edgetune.delivery.publish.publish import publish
-from edgetune.progress import Progress
 
 ADAPTER = "adapters/command/adapter.gguf"
 TINY_ADAPTER_BYTES = 8192

@@ -27,8 +27,8 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 
 from edgetune import bases
 from edgetune.building.decoder.importance import importance_of
+from edgetune.common.progress import Progress
 from edgetune.objectives.example import Example
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.verify import LogitsOf, logits_of
 from edgetune.tasks.task import read_task

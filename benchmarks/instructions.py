@@ -27,8 +27,8 @@ from arm64.rootfs import missing, prepare
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import read_manifest
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.kit.make import KitOptions, make_kit
-from edgetune.progress import Progress
 
 CPUS = {"cortex-a72": "Pi 4", "cortex-a76": "Pi 5"}
 QUANTIZATIONS = ("q4_0", "q8_0")

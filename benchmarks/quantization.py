@@ -29,9 +29,9 @@ from typing import Any
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
 from benchmarks.few_rows_setups import DEVICES, TASKS, adapter_of
-from edgetune.evaluation import evaluate
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.evaluation import evaluate
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")
 ENGINES = ("gguf", "onnx")

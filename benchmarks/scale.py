@@ -37,7 +37,7 @@ from typing import Any
 from edgetune_export.base_file.convert import find_converter
 from edgetune_runtime.errors import EdgetuneError
 
-from edgetune.progress import Progress, Step
+from edgetune.common.progress import Progress, Step
 
 RANK = 16
 QUANTIZATION = "q4_0"

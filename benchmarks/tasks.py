@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgetune.evaluation import Evaluation, evaluate
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.evaluation import Evaluation, evaluate
 
 RECIPES = Path(__file__).parent / "recipes"
 TRAINING_ROWS = {"snips": 3000, "banking77": None}

@@ -46,7 +46,7 @@ class SpeedRun:
 def train_with_edgetune(trial: SpeedTrial) -> SpeedRun:
     """One epoch, with a validation on one row at the end."""
     from edgetune import bases, methods
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
     from edgetune.recipe.training import TrainingSpec
     from edgetune.training.hardware import DTYPES, use_device
     from edgetune.training.job import TrainingJob

@@ -21,15 +21,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgetune.checking.check import check
-from edgetune.checking.clean import write_clean
-from edgetune.checking.duplicates import answer_key
-from edgetune.checking.findings import TRAIN, WRONG, SplitRow
-from edgetune.evaluation import evaluate, spread
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
+from edgetune.curation.checking.check import check
+from edgetune.curation.checking.clean import write_clean
+from edgetune.curation.checking.duplicates import answer_key
+from edgetune.curation.checking.findings import TRAIN, WRONG, SplitRow
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.augmentation.values import SlottedRow, Values
 from edgetune.tasks.data import TaskRow, read_rows
+from edgetune.tasks.evaluation import evaluate, spread
 
 SCORED = ("right", "wrong", "clean", "weighted")
 FIRST = 0.25

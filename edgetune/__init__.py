@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from .api import build, compare, evaluate, export, learn, plan, rebase
     from .building.result import Build
+    from .common.progress import ProgressEvent
     from .comparison.comparison import Comparison
-    from .evaluation import Evaluation, ScoredRow
-    from .learning.change import Change
-    from .learning.learn import Learned
     from .planning.records import BuildPlan
-    from .progress import ProgressEvent
-    from .rebasing.rebase import BundleFigures, Rebased
     from .recipe.model import Recipe
+    from .retraining.learning.change import Change
+    from .retraining.learning.learn import Learned
+    from .retraining.rebasing.rebase import BundleFigures, Rebased
+    from .tasks.evaluation import Evaluation, ScoredRow
     from .training.job import Point
 
 __all__ = [
@@ -52,17 +52,17 @@ __all__ = [
 _LAZY = {
     "Build": "edgetune.building.result",
     "BuildPlan": "edgetune.planning.records",
-    "BundleFigures": "edgetune.rebasing.rebase",
-    "Change": "edgetune.learning.change",
+    "BundleFigures": "edgetune.retraining.rebasing.rebase",
+    "Change": "edgetune.retraining.learning.change",
     "Comparison": "edgetune.comparison.comparison",
     "EdgetuneError": "edgetune_runtime.errors",
-    "Evaluation": "edgetune.evaluation",
-    "Learned": "edgetune.learning.learn",
+    "Evaluation": "edgetune.tasks.evaluation",
+    "Learned": "edgetune.retraining.learning.learn",
     "Point": "edgetune.training.job",
-    "ProgressEvent": "edgetune.progress",
-    "Rebased": "edgetune.rebasing.rebase",
+    "ProgressEvent": "edgetune.common.progress",
+    "Rebased": "edgetune.retraining.rebasing.rebase",
     "Recipe": "edgetune.recipe.model",
-    "ScoredRow": "edgetune.evaluation",
+    "ScoredRow": "edgetune.tasks.evaluation",
     "build": "edgetune.api",
     "compare": "edgetune.api",
     "evaluate": "edgetune.api",

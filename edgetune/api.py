@@ -12,7 +12,7 @@ from edgetune_export import backends
 from edgetune_runtime.errors import CancelledError, UsageError
 from edgetune_runtime.wording import suggestion
 
-from .progress import OnProgress, Progress
+from .common.progress import OnProgress, Progress
 from .recipe.model import Recipe
 from .recipe.parts import NAME_PATTERN
 from .recipe.rows import Rows
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from .building.result import Build
     from .comparison.comparison import Comparison
     from .comparison.sweep import Run
-    from .evaluation import Evaluation
-    from .learning.learn import Learned
     from .planning.records import BuildPlan
-    from .rebasing.rebase import Rebased
+    from .retraining.learning.learn import Learned
+    from .retraining.rebasing.rebase import Rebased
+    from .tasks.evaluation import Evaluation
 
 AnyRecipe = Recipe | Mapping[str, Any] | str | os.PathLike[str]
 """A recipe, its keys and values, or the path of a recipe file."""
@@ -154,7 +154,7 @@ def evaluate(
 
     Raises EdgetuneError if the bundle has no such adapter, and for rows that its metric cannot score.
     """
-    from . import evaluation  # noqa: PLC0415 - numpy and the engines
+    from .tasks import evaluation  # noqa: PLC0415 - numpy and the engines
 
     rows = _source("data", data)
     return evaluation.evaluate(
@@ -180,7 +180,7 @@ def learn(
     Raises EdgetuneError for the log of another bundle, too few corrections or some that are no answers of the task, and
     what `build` raises.
     """
-    from .learning import learn as learning  # noqa: PLC0415 - torch
+    from .retraining.learning import learn as learning  # noqa: PLC0415 - torch
 
     folder, path = Path(bundle), None if recipe is None else Path(recipe)
     entries = learning.read_logs(folder, [Path(log)])
@@ -214,8 +214,8 @@ def rebase(
     Raises EdgetuneError, before any training, for a bundle without a recipe, rows that are gone, and a base that cannot
     hold the adapters or is that of the bundle; and what `build` raises.
     """
-    from .rebasing import rebase as rebasing  # noqa: PLC0415 - torch
-    from .rebasing.recipe import RecipeSource  # noqa: PLC0415 - as above
+    from .retraining.rebasing import rebase as rebasing  # noqa: PLC0415 - torch
+    from .retraining.rebasing.recipe import RecipeSource  # noqa: PLC0415 - as above
 
     path = Path(bundle)
     source = RecipeSource(
@@ -302,7 +302,7 @@ def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
-        from .cluster import load_ray  # noqa: PLC0415 - needs the extra ray
+        from .common.cluster import load_ray  # noqa: PLC0415 - needs the extra ray
 
         load_ray()
 

@@ -16,10 +16,10 @@ from edgetune_runtime.update.trust import TrustedRepository
 from kits import write_bundle
 from ports import http_server
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.publish.key_folder import KeyFolder
 from edgetune.delivery.publish.publish import Published
 from edgetune.delivery.publish.publish import publish as publish_bundle
-from edgetune.progress import Progress
 
 PASSPHRASE = "correct horse"
 START = datetime.fromtimestamp(0, UTC)

@@ -17,8 +17,8 @@ from edgetune_runtime.errors import CancelledError
 from transformers import PreTrainedModel
 
 from edgetune import methods
+from edgetune.common.progress import Progress, Step
 from edgetune.objectives.example import Example
-from edgetune.progress import Progress, Step
 from edgetune.recipe.training import TrainingSpec
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train

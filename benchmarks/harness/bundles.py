@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def resolve_base(name: str = "smollm2-135m", *, quantization: str | None = None, work: Path = Path()) -> Base:
     """The base, quantized in `work`."""
     from edgetune.bases import resolve
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
 
     progress = Progress(quiet=True)
     return resolve(name, folder=Path(), quantization=quantization, work=work, progress=progress, converter=None)
@@ -46,6 +46,6 @@ def random_adapters(base: Base, names: Iterable[str], rank: int, out: Path) -> d
 def export_random(base: Base, folders: Mapping[str, Path], out: Path, **options: Any) -> Path:  # noqa: ANN401
     """The bundle `out` of the base with these PEFT folders; `options` are those of `edgetune.export_trained`."""
     from edgetune.building.pipeline import export_trained
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
 
     return export_trained(str(base.path), folders, out, progress=Progress(), **options).bundle

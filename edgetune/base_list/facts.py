@@ -17,7 +17,7 @@ from edgetune_runtime.formats.quantization import QUANTIZATIONS
 
 from edgetune import methods
 from edgetune.methods.common.peft import TargetOptions, check_names
-from edgetune.targets import misfit, supported_shapes
+from edgetune.recipe.targets import misfit, supported_shapes
 
 WEIGHTS = Path(__file__).with_name("weights.toml")
 SIZES_IN = ("q4_0", "q8_0")

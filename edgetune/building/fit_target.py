@@ -19,9 +19,9 @@ from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
-from edgetune import task_types
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.build import plan_bundle
+from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 
 from . import builders

@@ -13,10 +13,10 @@ from typing import Any
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError
 from filelock import FileLock, Timeout
 
-from edgetune.cluster import TRY_ELSEWHERE
-from edgetune.failure import fail
-from edgetune.module_process import end_with_parent, read_request
-from edgetune.progress import Progress
+from edgetune.common.cluster import TRY_ELSEWHERE
+from edgetune.common.failure import fail
+from edgetune.common.module_process import end_with_parent, read_request
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.builder import Builder
 from edgetune.training.job import TrainingJob

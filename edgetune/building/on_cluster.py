@@ -8,10 +8,10 @@ from typing import Any
 
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 
-from edgetune.cluster import ClusterTask, connected
-from edgetune.module_process import write_request
+from edgetune.common.cluster import ClusterTask, connected
+from edgetune.common.module_process import write_request
+from edgetune.common.progress import Progress
 from edgetune.planning.records import BuildPlan
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.saved import save_recipe
 from edgetune.shipping.exported import BuildBase, Prepared

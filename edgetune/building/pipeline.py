@@ -19,20 +19,20 @@ from edgetune_runtime.tools.prompts import prompt_tokens
 
 from edgetune import bases, methods
 from edgetune.bases import Base, trained_context_length
+from edgetune.common.progress import Progress
+from edgetune.common.work_folder import clear, locked, work_folder
 from edgetune.planning.adapters import plan_export
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
-from edgetune.progress import Progress
 from edgetune.recipe.data import DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, MethodSpec
+from edgetune.recipe.targets import shapes_in
 from edgetune.shipping.existing import ExistingBundle
 from edgetune.shipping.exported import BundleSpec, Prepared, TrainedAdapter
 from edgetune.shipping.ship import ship
-from edgetune.targets import shapes_in
 from edgetune.tasks.data import TaskRow
 from edgetune.training.hardware import processes, use_device
 from edgetune.training.jobs import train_all
-from edgetune.work_folder import clear, locked, work_folder
 
 from . import builders
 from .builders import Builder

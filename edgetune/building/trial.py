@@ -8,19 +8,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from edgetune import task_types
 from edgetune.building import builders
 from edgetune.building.builders.plan import with_download
+from edgetune.common.progress import Progress
+from edgetune.common.work_folder import locked, work_folder
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.methods.lora import LoraOptions
 from edgetune.planning.records import PlannedBuild
-from edgetune.progress import Progress
+from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 from edgetune.training.loop import VALIDATION_ROWS
-from edgetune.work_folder import locked, work_folder
 
 
 def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:

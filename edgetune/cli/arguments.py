@@ -13,7 +13,7 @@ from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgetune.progress import OnProgress
+    from edgetune.common.progress import OnProgress
 
 # Options by the groups in --help.
 recipe_option = partial(typer.Option, rich_help_panel="Recipe overrides")

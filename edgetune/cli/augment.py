@@ -41,11 +41,11 @@ def augment(
     --yes, shows the first request and sends nothing. Run it again to go on after an interruption. The key is that of
     the variable OPENAI_API_KEY, if it is set.
     """
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
+    from edgetune.curation.teaching.new_rows import Lesson
+    from edgetune.curation.teaching.teacher import Teacher
     from edgetune.recipe.model import Recipe
     from edgetune.tasks.task import read_task
-    from edgetune.teaching.new_rows import Lesson
-    from edgetune.teaching.teacher import Teacher
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
     if adapter is None and len(loaded.adapters) > 1:

@@ -14,7 +14,7 @@ from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
 import edgetune
-from edgetune import task_types
+from edgetune.recipe import task_types
 
 from .arguments import (
     AsJson,
@@ -87,7 +87,7 @@ def build(
     write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
     With --into, the base and the other adapters of the bundle stay as they are.
     """
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
     from edgetune.proposal.files import is_data
     from edgetune.proposal.writing import recipe_to_build
 

@@ -9,7 +9,7 @@ from edgetune_runtime.wording import printable, shortened
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from edgetune.learning.change import Changes
+    from edgetune.retraining.learning.change import Changes
 
 _SHOWN = 3
 

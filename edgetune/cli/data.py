@@ -23,7 +23,7 @@ from .arguments import (
 from .grouped_help import GroupedCommand
 
 if TYPE_CHECKING:
-    from edgetune.checking.findings import Finding, TaskCheck
+    from edgetune.curation.checking.findings import Finding, TaskCheck
     from edgetune.tasks.data import TaskRow
     from edgetune.tasks.task import Task
 
@@ -73,12 +73,12 @@ def check(
     have not seen them. --out leaves out rows that cannot be used, repeat, are in another file too, or probably have a
     wrong answer.
     """
-    from edgetune.checking.check import check as run
-    from edgetune.checking.clean import write_clean
-    from edgetune.checking.page import page_of
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
+    from edgetune.common.templates import write_page
+    from edgetune.curation.checking.check import check as run
+    from edgetune.curation.checking.clean import write_clean
+    from edgetune.curation.checking.page import page_of
     from edgetune.recipe.model import Recipe
-    from edgetune.templates import write_page
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
     if out is not None and adapter is None and len(loaded.adapters) > 1:
@@ -133,7 +133,7 @@ def preview(
 
 
 def _print_copies(task: Task, count: int) -> None:
-    from edgetune.evaluation import spread
+    from edgetune.tasks.evaluation import spread
 
     print(f"{task.name}: {len(task.copies)} rows are added to {len(task.train)}")
     for source in spread(list({id(copied.source): copied.source for copied in task.copies}.values()), count):
@@ -150,7 +150,7 @@ def _shown(row: TaskRow) -> str:
 
 
 def _print_check(check: TaskCheck) -> None:
-    from edgetune.checking.findings import KINDS
+    from edgetune.curation.checking.findings import KINDS
 
     rows = ", ".join(f"{count} {split}" for split, count in check.rows.items() if count)
     tokens = sorted(check.tokens)

@@ -88,12 +88,12 @@ def deploy(
     from edgetune_runtime.bundle import read_manifest
     from edgetune_runtime.store.opening import Opening
 
+    from edgetune.common.progress import Progress
     from edgetune.delivery.board.updates import repository_from_options
     from edgetune.delivery.deploy import deploy as actions
     from edgetune.delivery.deploy.fleet import Failed, on_each
     from edgetune.delivery.deploy.target import parse_target, read_inventory
     from edgetune.delivery.kit.make import KitOptions, assembler
-    from edgetune.progress import Progress
 
     if (host is None) == (inventory is None):
         raise UsageError("give one board, or several with --inventory", "see edgetune deploy --help")

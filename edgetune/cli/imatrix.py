@@ -22,7 +22,7 @@ def imatrix(
     from edgetune_export.base_file.importance import write_imatrix
 
     from edgetune.building.decoder.importance import importance_of
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
     from edgetune.recipe.model import Recipe
 
     loaded = Recipe.from_file(recipe, settings_of(settings))

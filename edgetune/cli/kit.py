@@ -47,8 +47,8 @@ def kit(
     """
     from edgetune_runtime.store.opening import Opening
 
+    from edgetune.common.progress import Progress
     from edgetune.delivery.kit.make import KitOptions, make_kit
-    from edgetune.progress import Progress
 
     options = KitOptions(python, engine, Opening(context_length, kv, cache_mb), wheel)
     result = make_kit(bundle, board, out, options, Progress(quiet=quiet))

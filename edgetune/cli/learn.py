@@ -12,7 +12,7 @@ from .arguments import AsJson, BundlePath, Quiet, data_option, output_option, pr
 from .changes import print_changes
 
 if TYPE_CHECKING:
-    from edgetune.learning.learn import Learned
+    from edgetune.retraining.learning.learn import Learned
 
 
 def learn(
@@ -54,12 +54,12 @@ def learn(
     """
     from edgetune_runtime.bundle import read_manifest
 
-    from edgetune.learning import questions as asking
-    from edgetune.learning.learn import learn as run
-    from edgetune.learning.learn import read_logs
-    from edgetune.learning.page import page_of
-    from edgetune.progress import Progress
-    from edgetune.templates import write_page
+    from edgetune.common.progress import Progress
+    from edgetune.common.templates import write_page
+    from edgetune.retraining.learning import questions as asking
+    from edgetune.retraining.learning.learn import learn as run
+    from edgetune.retraining.learning.learn import read_logs
+    from edgetune.retraining.learning.page import page_of
 
     entries = read_logs(bundle, log)
     chosen = asking.most_informative(entries, ask)

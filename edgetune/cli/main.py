@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from edgetune_runtime.interrupts import end_on_interrupt
 
-from edgetune.failure import PROGRAM, drop_output, fail
+from edgetune.common.failure import PROGRAM, drop_output, fail
 
 from . import data, devices, fleet, keys
 from .augment import augment

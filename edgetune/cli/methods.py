@@ -34,7 +34,7 @@ def _described(name: str) -> dict[str, Any]:
     """A method as JSON values: description, shapes, shape in each backend (null: not supported) and options."""
     from edgetune.methods import load
     from edgetune.recipe.problems import other_names
-    from edgetune.targets import supported_shapes
+    from edgetune.recipe.targets import supported_shapes
 
     method, shapes = load(name), supported_shapes(backends.names(), name)
     defaults = method.options()

@@ -46,8 +46,8 @@ def push(
     Files that are there already are not sent again, so a version with a changed adapter sends that one. The last line
     is the reference by digest, which always means this bundle.
     """
+    from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
-    from edgetune.progress import Progress
 
     store = transfer.open_store(reference, username, insecure=insecure)
     pushed = transfer.push(bundle, store, Progress(quiet=quiet))
@@ -72,8 +72,8 @@ def pull(
 
     Each file is compared with its digest. If this is interrupted, the next call goes on from there.
     """
+    from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
-    from edgetune.progress import Progress
 
     store = transfer.open_store(reference, username, insecure=insecure)
     resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)

@@ -39,7 +39,7 @@ def plan(
     build_plan, trained = planned.plan, dict[str, Any]()
     if trial:
         from edgetune.building import trial as time_trial
-        from edgetune.progress import Progress
+        from edgetune.common.progress import Progress
 
         trained = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=as_json))
     if as_json:

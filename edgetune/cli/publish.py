@@ -54,10 +54,10 @@ def publish(
     signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
     With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys.
     """
+    from edgetune.common.progress import Progress
     from edgetune.delivery.oci.transfer import open_store
     from edgetune.delivery.publish import mirror
     from edgetune.delivery.publish import publish as publishing
-    from edgetune.progress import Progress
 
     folder, progress = open_keys(keys), Progress(quiet=quiet)
     if bundle is not None and source is not None:

@@ -28,7 +28,7 @@ from .changes import print_changes
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from edgetune.rebasing.rebase import Rebased
+    from edgetune.retraining.rebasing.rebase import Rebased
 
 
 def rebase(
@@ -89,8 +89,8 @@ def rebase(
         on_progress=shown_unless(quiet),
     )
     if page is not None:
-        from edgetune.rebasing.page import page_of
-        from edgetune.templates import write_page
+        from edgetune.common.templates import write_page
+        from edgetune.retraining.rebasing.page import page_of
 
         write_page(page, page_of(bundle.name, result))
     if as_json:
@@ -105,7 +105,7 @@ def rebase(
 
 def _print(result: Rebased) -> None:
     """The scores on both bases, some answers that changed, and the figures of both bundles."""
-    from edgetune.rebasing.page import figure_rows
+    from edgetune.retraining.rebasing.page import figure_rows
 
     print_changes(result.changes)
     titles, *rows = figure_rows(result)

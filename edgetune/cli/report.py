@@ -36,11 +36,11 @@ def report(
     """
     from edgetune_runtime.bundle import read_manifest
 
-    from edgetune.progress import Progress
+    from edgetune.common.progress import Progress
+    from edgetune.common.templates import write_page
     from edgetune.report.answers import score_adapters
     from edgetune.report.facts import facts_of, fits_of, scores_of
     from edgetune.report.render import page
-    from edgetune.templates import write_page
 
     manifest = read_manifest(bundle)
     results = scores_of((name, Path(file)) for name, file in pairs_of(scores or (), "--score", "NAME=FILE").items())

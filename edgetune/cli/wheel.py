@@ -29,8 +29,8 @@ def wheel(
     Compiles the installed version on this machine, for Debian 12 or newer, with a CPU backend for each generation of
     processors; llama.cpp picks the fastest that the board supports. Keeps the wheel in the cache folder.
     """
+    from edgetune.common.progress import Progress
     from edgetune.delivery.wheel.build import llama_wheel
-    from edgetune.progress import Progress
 
     built = llama_wheel(platform, progress=Progress(quiet=quiet))
     if out is not None:

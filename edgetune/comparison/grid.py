@@ -17,11 +17,12 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
 from pydantic.fields import FieldInfo
 
-from edgetune import methods, task_types
-from edgetune.digests import key_of
+from edgetune import methods
+from edgetune.common.digests import key_of
+from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
-from edgetune.targets import shapes_in
+from edgetune.recipe.targets import shapes_in
 
 from .figures import TrialResult
 

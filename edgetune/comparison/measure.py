@@ -22,11 +22,11 @@ from edgetune_runtime.inference.measuring import runtime_around
 from filelock import FileLock
 
 from edgetune import bases, methods
-from edgetune.evaluation import Evaluation, score
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedAdapter
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.evaluation import Evaluation, score
 
 from .figures import EngineFigures, standard_error
 from .torch_engine import TorchEngine

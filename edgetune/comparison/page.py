@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgetune.templates import environment_of
+from edgetune.common.templates import environment_of
 
 from .columns import (
     NONE,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgetune.module_process import run_module, write_request
-from edgetune.progress import Progress
+from edgetune.common.module_process import run_module, write_request
+from edgetune.common.progress import Progress
 
 from .figures import TrialResult, read_outcome
 from .grid import Trial

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from edgetune.cluster import ClusterTask, connected
-from edgetune.module_process import write_request
-from edgetune.progress import Progress
+from edgetune.common.cluster import ClusterTask, connected
+from edgetune.common.module_process import write_request
+from edgetune.common.progress import Progress
 
 from .figures import TrialResult
 from .grid import Trial

@@ -14,11 +14,11 @@ from edgetune_runtime.formats.atomic import replacing
 from edgetune import bases
 from edgetune.building.decoder.importance import requested_importance
 from edgetune.building.decoder.quantization import choose_quantization
+from edgetune.common.progress import Progress
 from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.targets import shapes_of
+from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.task import read_task
 

@@ -17,12 +17,12 @@ from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
-from edgetune.evaluation import spread
-from edgetune.failure import fail
-from edgetune.module_process import end_with_parent, read_request
-from edgetune.progress import Progress
+from edgetune.common.failure import fail
+from edgetune.common.module_process import end_with_parent, read_request
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
+from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import read_task
 
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome

@@ -18,7 +18,7 @@ from edgetune.methods import MethodOptions
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.targets import misfit
+from edgetune.recipe.targets import misfit
 
 from .records import AdapterPlan
 

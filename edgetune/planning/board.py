@@ -14,8 +14,8 @@ from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 
-from edgetune import task_types
 from edgetune.bases import BaseSource, is_gguf
+from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 
 from .merged import trains_on_grid, with_grid

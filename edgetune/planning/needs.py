@@ -15,6 +15,7 @@ from edgetune_runtime.formats.gguf_sizes import vocabulary
 from edgetune_runtime.threads import machine
 
 from edgetune import methods
+from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task
@@ -22,7 +23,6 @@ from edgetune.training.device import CPU, TrainingDevice
 from edgetune.training.memory import IMPORTS_MB, saved_states_mb, training_need
 from edgetune.training.precision import precision_on
 from edgetune.training.schedule import Schedule
-from edgetune.work_folder import work_folder
 
 from .quantization import MAX_TOKENS
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA, Recipe
 
 from .files import is_data, slug, tasks_of

@@ -1,1 +1,1 @@
-"""The recipe: its model, its error messages and the reference generated from it."""
+"""The recipe: its model, the facts of tasks and formats that it needs, its error messages and its reference."""

@@ -26,8 +26,9 @@ from pydantic import (
     model_validator,
 )
 
-from edgetune import methods, task_types
+from edgetune import methods
 
+from . import task_types
 from .part import OrSwitch, RecipePart, Text
 from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, Target, TaskName
 from .problems import Document, Loc, explain, override, read_document, value_at

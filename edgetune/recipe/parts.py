@@ -22,14 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-from edgetune import methods, task_types
+from edgetune import methods
 from edgetune.methods.lora import LoraOptions
-from edgetune.task_types import TaskType
 
+from . import task_types
 from .data import DataSpec, Folder, TextSpec
 from .output import OutputOption
 from .part import OrSwitch, RecipePart, Text
 from .problems import FileMapping, other_names, shown
+from .task_types import TaskType
 from .training import OwnTraining, TrainingSpec
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")

@@ -12,9 +12,9 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.wording import shortened
 
-from edgetune.evaluation import Evaluation, ScoredRow, evaluate, score, spread
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.evaluation import Evaluation, ScoredRow, evaluate, score, spread
 from edgetune.tasks.task import read_task
 
 from .facts import Answer, Score

@@ -16,7 +16,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
-from edgetune import task_types
+from edgetune.recipe import task_types
 
 MB = 10**6
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune_devices.fit import Fit
 from jinja2 import Template
 
-from edgetune.templates import environment_of
+from edgetune.common.templates import environment_of
 
 from .facts import AdapterFacts, Facts
 

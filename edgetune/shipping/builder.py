@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Generic
 
 from edgetune import methods
 from edgetune.bases import BaseSource
+from edgetune.common.progress import Progress
 from edgetune.planning.records import BuildPlan, PlannedBuild
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task
 

@@ -13,10 +13,10 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 from edgetune_runtime.errors import UsageError
 
-from edgetune.confidence import MIN_ROWS, RatedAnswer, fit_curves
-from edgetune.evaluation import score, spread
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
+from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.evaluation import score, spread
 
 from .exported import TrainedAdapter
 from .opened import opened

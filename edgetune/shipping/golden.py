@@ -23,7 +23,7 @@ from edgetune_runtime.inference.golden import ask, options_of
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.options import split_options
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.tasks.data import TaskRow
 
 from .exported import TrainedAdapter

@@ -21,9 +21,9 @@ from edgetune_runtime.errors import PromptTooLongError
 from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
 
-from edgetune.evaluation import spread
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.parts import OutOfScopeSpec
+from edgetune.tasks.evaluation import spread
 
 from .exported import TrainedAdapter
 from .opened import opened

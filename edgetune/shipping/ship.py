@@ -24,7 +24,7 @@ from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest, Route
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
 from edgetune_runtime.routing.classifier import ROUTER_FILE, write_classifiers
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.report.facts import facts_of
 from edgetune.report.render import card
 from edgetune.training.allocator import give_back_freed_memory

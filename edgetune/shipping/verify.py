@@ -19,7 +19,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 
 from edgetune import methods
 from edgetune.bases import Base, trained_context_length
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 from .activated_lora import ActivatedLoraEngine
 from .exported import ExportedFormat, Figures, ParityReport, TrainedAdapter

@@ -1,1 +1,1 @@
-"""Tasks and their data: rows, splits, tokenized examples, and the metrics of answers."""
+"""Tasks and their data: rows, splits, tokenized examples, metrics, and the scores of a bundle's answers."""

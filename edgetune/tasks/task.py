@@ -12,15 +12,15 @@ from pathlib import Path
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from edgetune import task_types
-from edgetune.confidence import MIN_ROWS
 from edgetune.objectives.example import Example
+from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Metric
 from edgetune.recipe.rows import Rows
 from edgetune.recipe.training import TrainingSpec
 
 from .augmentation.copies import ChangedRow, copies_of
+from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows, split
 from .metrics import EITHER_RIGHT_OR_WRONG, labels_in, metric_for
 from .negatives import negative_rows

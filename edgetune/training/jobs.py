@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 from .duration import tokens_left
 from .hardware import DTYPES, precision_of, processes, use_device

@@ -21,9 +21,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 from edgetune_runtime.formats.atomic import replacing
 
+from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, TrainingRow, row_length
-from edgetune.progress import Progress, Step
 
 from .checkpointing import checkpointed, layers_of
 from .device_memory import peak_mb

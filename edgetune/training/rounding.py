@@ -17,8 +17,8 @@ from edgetune_export.adapters.shapes import Floats
 from edgetune_export.base_file.grid import Grid
 from torch.autograd.function import once_differentiable
 
+from edgetune.bases.weights import GgufWeights
 from edgetune.methods.common.peft import tuned_layers
-from edgetune.weights import GgufWeights
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from arm64.rootfs import missing, prepare
 from edgetune_export.backends.base import Source
 from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.kit.make import KitOptions, make_kit
-from edgetune.progress import Progress
 
 BUNDLE = Path(__file__).parents[2] / "build/smart-home"
 """What `make demo` builds; without it, a tiny random model takes its place."""

@@ -17,10 +17,10 @@ from edgetune_runtime.inference.golden import ask
 from runtime.bundles import change_manifest
 from sshd import Sshd, cut_in_the_middle, running
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.deploy.deploy import Deployed, DeployOptions, Where, deploy, list_versions, roll_back
 from edgetune.delivery.deploy.target import parse_target
 from edgetune.delivery.kit.make import AssembledKit, KitOptions, assemble
-from edgetune.progress import Progress
 
 CPU = "cortex-a72"
 PROMPT = "turn on the light in the hall"

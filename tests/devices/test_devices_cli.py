@@ -22,7 +22,7 @@ from edgetune.planning.adapters import plan_adapters
 from edgetune.planning.board import bundle_needs, choose_settings
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.recipe.model import Recipe
-from edgetune.targets import shapes_of
+from edgetune.recipe.targets import shapes_of
 
 
 def _run(*arguments: str | Path) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def tiny_base(tiny_gguf: Callable[[str], Path]) -> Callable[[str], Base]:
     """`tiny_base(arch)`: the f16 GGUF of a tiny base, resolved."""
     from edgetune.bases import resolve  # noqa: PLC0415 - only where a test needs a base
-    from edgetune.progress import Progress  # noqa: PLC0415
+    from edgetune.common.progress import Progress  # noqa: PLC0415
 
     def make(arch: str) -> Base:
         path = tiny_gguf(arch)

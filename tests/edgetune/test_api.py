@@ -17,7 +17,7 @@ from edgetune_runtime.bundle import read_manifest
 from recipes import LIGHTS, adapter_of, values_of, write_recipe, write_rows
 
 import edgetune
-from edgetune.work_folder import locked
+from edgetune.common.work_folder import locked
 
 SIGNATURES = {
     "build": "(recipe, out=None, on_progress=None, resume=True, *, into=None, engine='local', converter=None)",
@@ -221,7 +221,7 @@ def test_two_builds_of_one_folder_at_once_are_one_error(tiny_gguf: Callable[[str
 HOLDS = """
 import sys
 from pathlib import Path
-from edgetune.work_folder import locked
+from edgetune.common.work_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

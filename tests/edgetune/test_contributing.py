@@ -17,8 +17,9 @@ from edgetune_runtime import engines
 from edgetune_runtime.errors import NotFoundError
 from trainings import job, learn
 
-from edgetune import bases, methods, targets
+from edgetune import bases, methods
 from edgetune.bases import Base
+from edgetune.recipe import targets
 
 PAGE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```\n", PAGE, re.DOTALL))

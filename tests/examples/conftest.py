@@ -12,7 +12,7 @@ from recipes import make_recipe
 from runtime.bundles import Adapter, low_rank, write_bundle
 
 from edgetune.building.pipeline import build
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ORDERS = {

@@ -192,8 +192,8 @@ def _peft(file: str, folder: Path) -> Open:
     import torch  # noqa: PLC0415 - as above
 
     from edgetune import bases, methods  # noqa: PLC0415
+    from edgetune.common.progress import Progress  # noqa: PLC0415
     from edgetune.methods.common.base import Checkpoint  # noqa: PLC0415
-    from edgetune.progress import Progress  # noqa: PLC0415
 
     torch.set_num_threads(1)
     gguf = folder / PLAIN / "base/model.gguf"
@@ -218,7 +218,7 @@ def _peft(file: str, folder: Path) -> Open:
 def _model(file: str, folder: Path) -> Open:
     from edgetune_export import architectures  # noqa: PLC0415 - as above
 
-    from edgetune.folder_header import predict_header  # noqa: PLC0415
+    from edgetune.bases.folder_header import predict_header  # noqa: PLC0415
 
     def open_changed(data: bytes) -> None:
         _replace(folder / MODEL / file, data)
@@ -238,10 +238,10 @@ def _recipe(folder: Path) -> Open:
 
 
 def _log(folder: Path) -> Open:
-    from edgetune.learning.rows import learned_rows, values_of  # noqa: PLC0415 - as above
     from edgetune.recipe.data import DataSpec  # noqa: PLC0415
     from edgetune.recipe.parts import AdapterSpec  # noqa: PLC0415
     from edgetune.recipe.training import TrainingSpec  # noqa: PLC0415
+    from edgetune.retraining.learning.rows import learned_rows, values_of  # noqa: PLC0415 - as above
     from edgetune.tasks.data import read_rows  # noqa: PLC0415
     from edgetune.tasks.task import Task  # noqa: PLC0415
 

@@ -29,8 +29,8 @@ from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 from runtime.gguf_files import with_first_tokens
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.oci.transfer import open_store, push
-from edgetune.progress import Progress
 
 from .layouts import TAG
 from .names import (

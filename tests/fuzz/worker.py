@@ -32,7 +32,7 @@ LIBRARIES = {
     "onnx": ("onnxruntime", "tokenizers"),
     "tokenizer": ("onnxruntime", "tokenizers"),
     "recipe": ("edgetune.recipe.model",),
-    "model": ("edgetune.folder_header",),
+    "model": ("edgetune.bases.folder_header",),
     "peft": ("peft", "edgetune.methods"),
     "tuf": ("tuf.ngclient",),
 }

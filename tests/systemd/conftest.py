@@ -16,8 +16,8 @@ from repositories import make_keys, publish
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from systemd.machine import Machine, booted, missing, prepare
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.kit.make import KitOptions, make_kit
-from edgetune.progress import Progress
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from edgetune import task_types
+from edgetune.recipe import task_types
 from edgetune.shipping.builder import Builder
 
 __all__ = ["Builder", "load"]

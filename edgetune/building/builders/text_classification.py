@@ -17,8 +17,8 @@ from edgetune import methods
 from edgetune.bases import BaseSource
 from edgetune.building.encoder import base as encoder
 from edgetune.building.encoder.base import TOKENIZER, EncoderBase
+from edgetune.common.progress import Progress
 from edgetune.planning.records import BuildPlan, PlannedBuild
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (

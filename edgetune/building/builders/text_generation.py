@@ -16,9 +16,10 @@ from edgetune_runtime.threads import machine
 
 from edgetune import bases
 from edgetune.bases import Base, BaseSource, trained_context_length
+from edgetune.common.progress import Progress
 from edgetune.planning.records import BuildPlan, PlannedBuild
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.targets import shapes_of
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (
     BundleSpec,
@@ -30,7 +31,6 @@ from edgetune.shipping.exported import (
     TrainedAdapter,
 )
 from edgetune.shipping.verify import compare_formats, verify
-from edgetune.targets import shapes_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 

@@ -18,10 +18,11 @@ from edgetune_export.base_file.importance import Importance
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
-from edgetune import bases, task_types
+from edgetune import bases
 from edgetune.bases import Base, ImportanceSource
-from edgetune.digests import key_of
-from edgetune.progress import Progress
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
+from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, read_task
 

@@ -20,14 +20,14 @@ from edgetune.building.domain import continued as domain
 from edgetune.building.outputs.drafts import draft_of
 from edgetune.building.outputs.resolve import write_inferred
 from edgetune.building.placement import choose as placement
-from edgetune.digests import key_of
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
 from edgetune.methods import MethodOptions
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.adapters import with_options
 from edgetune.planning.board import check_fit
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import Prepared, PreparedAdapter
 from edgetune.tasks.task import Task, Texts

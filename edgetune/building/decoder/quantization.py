@@ -24,10 +24,10 @@ from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
 from edgetune.bases import BaseSource, ImportanceSource
-from edgetune.digests import key_of
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
 from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
-from edgetune.progress import Progress
 from edgetune.shipping.governed import GovernedEngine
 from edgetune.tasks.task import Task
 

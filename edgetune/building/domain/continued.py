@@ -34,14 +34,14 @@ from edgetune_runtime.formats.quantization import gains_from_grid
 
 from edgetune import bases, methods
 from edgetune.bases import Base
-from edgetune.digests import key_of
-from edgetune.evaluation import spread
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
 from edgetune.objectives.example import Example
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
 from edgetune.shipping.governed import GovernedEngine
 from edgetune.shipping.verify import logits_of
+from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult

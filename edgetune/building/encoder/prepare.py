@@ -9,9 +9,9 @@ from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
 from edgetune_runtime.wording import first_of
 
 from edgetune import methods
-from edgetune.digests import key_of
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
 from edgetune.planning.records import AdapterPlan, BuildPlan
-from edgetune.progress import Progress
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.task import Task
 from edgetune.training.job import TrainingJob

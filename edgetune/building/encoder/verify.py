@@ -18,7 +18,7 @@ from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import VerificationError
 
 from edgetune import methods
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.shipping.exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
 
 from .objective import load_head, logits_of

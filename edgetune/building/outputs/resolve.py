@@ -10,7 +10,7 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 

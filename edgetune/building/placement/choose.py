@@ -16,11 +16,11 @@ from edgetune_export import architectures
 from edgetune_runtime.errors import UsageError
 
 from edgetune.bases import Base
-from edgetune.digests import key_of
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.records import AdapterPlan
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult

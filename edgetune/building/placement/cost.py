@@ -31,13 +31,13 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from edgetune import bases
 from edgetune.bases import Base
-from edgetune.digests import key_of
+from edgetune.common.digests import key_of
+from edgetune.common.progress import Progress
 from edgetune.methods.common.peft import ALL_LINEAR, is_target
 from edgetune.methods.lora import LoraOptions
 from edgetune.planning.adapters import with_options
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.records import AdapterPlan
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
 
 ATTENTION, MLP = (

@@ -11,7 +11,7 @@ from edgetune_runtime.bundle import BASE, CLASSIFY, ERROR, GENERATE, GENERATION,
 from edgetune_runtime.routing.classifier import PromptClassifier, probabilities
 from numpy.typing import NDArray
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedRouter
 from edgetune.tasks.negatives import GENERAL_REQUESTS, scrambled

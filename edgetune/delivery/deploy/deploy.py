@@ -19,12 +19,12 @@ from edgetune_runtime.store import files
 from edgetune_runtime.store.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
 from edgetune_runtime.store.versions import CURRENT
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.board.transfer import LACKING
 from edgetune.delivery.board.uninstall import INCOMING
 from edgetune.delivery.board.updates import Repository
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit
-from edgetune.progress import Progress
 
 from . import replies
 from .probe import BoardFacts, probe

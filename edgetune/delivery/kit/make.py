@@ -35,10 +35,10 @@ from edgetune_runtime.store.kit import (
 from edgetune_runtime.store.opening import DEFAULTS, Opening
 from edgetune_runtime.store.service import PORT
 
-from edgetune import task_types
+from edgetune.common.progress import Progress
 from edgetune.delivery.wheel.build import cache_folder, llama_wheel
 from edgetune.delivery.wheel.platforms import SYSTEM_PYTHON
-from edgetune.progress import Progress
+from edgetune.recipe import task_types
 
 from . import output, rehearsal, sbom
 from .program import board_program, install_script

@@ -9,10 +9,10 @@ import edgetune_runtime
 from edgetune_runtime import store
 
 from edgetune import delivery
+from edgetune.common.templates import environment_of
 from edgetune.delivery import board
 from edgetune.delivery.wheel.platforms import OLDEST_PYTHON
 from edgetune.delivery.wheel.wheel_file import zip_bytes
-from edgetune.templates import environment_of
 
 from .target_python import TargetPython
 

@@ -9,7 +9,7 @@ from edgetune_runtime.errors import PromptTooLongError, VerificationError
 from edgetune_runtime.inference.golden import compare
 from edgetune_runtime.store.opening import Opening
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 
 def require_golden(bundle: Path, engine: str, opening: Opening, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from edgetune_runtime.errors import IncompatibleError, UnreachableError, Verific
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 from .runtime_wheel import DISTRIBUTION
 from .target_python import TargetPython

@@ -29,8 +29,8 @@ from edgetune_runtime.signatures import LONGEST_SIGNATURE, SIGNATURE_NAME, read_
 from edgetune_runtime.store.durable import flush_tree
 from edgetune_runtime.store.files import Store
 
-from edgetune import work_folder
-from edgetune.progress import Progress
+from edgetune.common import work_folder
+from edgetune.common.progress import Progress
 
 from .artifact import artifact_manifest, config_of, parse_artifact
 from .layout import ImageLayout

@@ -11,8 +11,8 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.signatures import require_signed
 from edgetune_runtime.update.release import BLOBS_FOLDER
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.oci.transfer import ArtifactStore, pull
-from edgetune.progress import Progress
 
 from .key_folder import KeyFolder
 from .publish import locked

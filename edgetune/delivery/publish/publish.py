@@ -15,7 +15,7 @@ from edgetune_runtime.signatures import SIGNATURE_NAME, signature_file
 from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, version_key
 from filelock import FileLock, Timeout
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 from .external_keys import signing
 from .key_folder import KeyFolder, missing_keys, require_name

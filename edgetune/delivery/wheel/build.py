@@ -13,7 +13,7 @@ from edgetune_export.base_file.llama_cpp_source import download_source
 from edgetune_runtime.formats.atomic import replacing
 from filelock import FileLock
 
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 
 from .compile import compile_libraries
 from .platforms import platform_of

@@ -11,7 +11,7 @@ from subprocess import PIPE, STDOUT
 
 from edgetune_runtime.errors import IncompatibleError
 
-from edgetune.progress import Progress, Step
+from edgetune.common.progress import Progress, Step
 
 from .platforms import Platform
 from .toolchain import Toolchain

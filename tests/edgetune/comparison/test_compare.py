@@ -18,14 +18,14 @@ from recipes import adapter_of, lights, write_recipe
 from trainings import QUIET
 
 from edgetune.cli.main import main
+from edgetune.common.module_process import write_request
+from edgetune.common.progress import Progress
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
 from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
 from edgetune.comparison.process import outcome_of
 from edgetune.comparison.sweep import Comparison, compare
 from edgetune.comparison.trial import run as run_trial
-from edgetune.module_process import write_request
-from edgetune.progress import Progress
 from edgetune.tasks.task import read_task
 
 TASKS = dict.fromkeys(
@@ -357,7 +357,7 @@ def test_ctrl_c_ends_the_trial_that_runs_and_the_command(request_of: Callable[..
 
 
 def test_a_trial_ends_when_its_parent_is_gone() -> None:
-    trial = "import time; from edgetune.module_process import end_with_parent; end_with_parent(); time.sleep(60)"
+    trial = "import time; from edgetune.common.module_process import end_with_parent; end_with_parent(); time.sleep(60)"
     ended = subprocess.run([sys.executable, "-c", trial], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     assert ended.returncode == -signal.SIGINT
     assert b"KeyboardInterrupt" in ended.stderr

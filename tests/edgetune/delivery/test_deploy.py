@@ -33,6 +33,7 @@ from repositories import Publisher
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
 
 from edgetune.cli.main import main
+from edgetune.common.progress import Progress
 from edgetune.delivery.board.updates import Repository
 from edgetune.delivery.deploy.deploy import (
     Assemble,
@@ -47,7 +48,6 @@ from edgetune.delivery.deploy.probe import BoardFacts
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target
 from edgetune.delivery.kit.make import AssembledKit
-from edgetune.progress import Progress
 
 pytestmark = [pytest.mark.slow, needs_sshd]
 

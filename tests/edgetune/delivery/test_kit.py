@@ -40,6 +40,7 @@ from runtime.encoders import write_encoder_bundle
 from wheels import repack
 
 from edgetune.cli.main import main
+from edgetune.common.progress import Progress
 from edgetune.delivery.kit import output, rehearsal, sbom
 from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.delivery.kit.program import board_program
@@ -48,7 +49,6 @@ from edgetune.delivery.kit.sbom import license_of
 from edgetune.delivery.kit.target_python import TargetPython, target_python
 from edgetune.delivery.kit.wheels import Wheel, collect, dependencies, read_wheel
 from edgetune.delivery.publish.publish import sign
-from edgetune.progress import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 BOARD = "laptop" if this_machine.machine() == "x86_64" else "pi-5"

@@ -29,6 +29,7 @@ from registries import Reply, TokenService, docker_registry, needs_registry, rep
 from repositories import PASSPHRASE, make_keys, publish, seen_by_device
 
 from edgetune.cli.main import main
+from edgetune.common.progress import Progress
 from edgetune.delivery.oci import registry
 from edgetune.delivery.oci.reference import parse_reference
 from edgetune.delivery.oci.transfer import Pushed, open_store
@@ -37,7 +38,6 @@ from edgetune.delivery.oci.transfer import push as push_bundle
 from edgetune.delivery.publish import mirror
 from edgetune.delivery.publish.key_files import PASSPHRASE as PASSPHRASE_VARIABLE
 from edgetune.delivery.publish.publish import sign
-from edgetune.progress import Progress
 
 _SILENT = Progress(quiet=True)
 

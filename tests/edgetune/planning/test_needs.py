@@ -20,9 +20,9 @@ from tiny import ARCHITECTURES
 from trainings import QUIET, Listening
 
 from edgetune import bases
+from edgetune.bases.folder_header import predict_header
 from edgetune.building.builders.plan import plan_build
 from edgetune.building.pipeline import build
-from edgetune.folder_header import predict_header
 from edgetune.planning import needs as build_needs
 from edgetune.planning.records import BuildNeeds, NeedsReport, Room
 from edgetune.recipe.model import Recipe

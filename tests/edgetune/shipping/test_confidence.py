@@ -13,10 +13,10 @@ from recipes import adapter_of, lights, make_recipe, write_rows
 from trainings import Listening
 
 from edgetune.building.pipeline import build
-from edgetune.confidence import MIN_ROWS
-from edgetune.evaluation import score
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.confidence import MIN_ROWS
+from edgetune.tasks.evaluation import score
 from edgetune.tasks.task import read_task
 
 COLORS = ("red", "warm", "blue")

@@ -18,7 +18,7 @@ from runtime.bundles import change_manifest
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
-from edgetune.evaluation import evaluate
+from edgetune.tasks.evaluation import evaluate
 
 COLORS = ("red", "warm")
 ROWS = [{"text": f"make the lamp number {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(40)]

@@ -37,8 +37,8 @@ from edgetune.building.encoder.objective import load_head, logits_of
 from edgetune.building.pipeline import build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
-from edgetune.evaluation import evaluate
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.evaluation import evaluate
 
 PLACES = ("hall", "kitchen", "lamp")
 TEXTS = [

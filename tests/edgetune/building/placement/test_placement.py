@@ -21,12 +21,12 @@ from edgetune import methods
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.building.placement.cost import ATTENTION, MLP, costs, placements
+from edgetune.common.progress import Progress
 from edgetune.planning.adapters import plan_adapters
 from edgetune.planning.board import bundle_needs
 from edgetune.planning.records import AdapterPlan
-from edgetune.progress import Progress
 from edgetune.recipe.model import Recipe
-from edgetune.targets import shapes_of
+from edgetune.recipe.targets import shapes_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from edgetune_runtime.routing.classifier import probabilities
 from recipes import adapter_of, make_recipe
 
 from edgetune.building.routing.train import train_router
-from edgetune.progress import Progress
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedRouter
 from edgetune.tasks.negatives import GENERAL_REQUESTS

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
+from edgetune.common.progress import Progress
 from edgetune.delivery.wheel import toolchain
 from edgetune.delivery.wheel.build import llama_wheel, wheel_name, write_wheel
 from edgetune.delivery.wheel.platforms import PLATFORMS
 from edgetune.delivery.wheel.toolchain import Toolchain, find_toolchain
-from edgetune.progress import Progress
 
 QUIET = Progress(quiet=True)
 PURE_TAG = "py3-none-any"

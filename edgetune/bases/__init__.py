@@ -1,0 +1,43 @@
+"""Bases: found by name, made into the GGUF file that ships, and loaded in torch."""
+
+from __future__ import annotations
+
+from .finding import (
+    ALIASES,
+    ENCODER_TYPES,
+    ENCODERS,
+    Base,
+    BaseSource,
+    ImportanceSource,
+    before_quantization,
+    encoder_type,
+    find,
+    is_at_hand,
+    is_gguf,
+    key_of_source,
+    load_torch,
+    locate,
+    make,
+    resolve,
+    trained_context_length,
+)
+
+__all__ = [
+    "ALIASES",
+    "ENCODERS",
+    "ENCODER_TYPES",
+    "Base",
+    "BaseSource",
+    "ImportanceSource",
+    "before_quantization",
+    "encoder_type",
+    "find",
+    "is_at_hand",
+    "is_gguf",
+    "key_of_source",
+    "load_torch",
+    "locate",
+    "make",
+    "resolve",
+    "trained_context_length",
+]

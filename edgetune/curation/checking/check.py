@@ -1,0 +1,154 @@
+"""Checks the rows of a recipe's tasks: reads them with their faults, and collects what the checks find."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import EdgetuneError, UsageError
+
+from edgetune import bases
+from edgetune.common.progress import Progress
+from edgetune.proposal.files import test_file_of
+from edgetune.recipe.data import Columns
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.rows import Rows
+from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.row_files import entries
+from edgetune.tasks.task import Task, read_task
+from edgetune.tasks.tokenization import tokenize_rows
+
+from . import answers
+from .duplicates import duplicates
+from .findings import TEST, TOO_LONG, TRAIN, UNUSABLE, VALIDATION, WRONG, Finding, SplitRow, TaskCheck
+
+ONE_ANSWER = ("exact", "json", "label")
+"""Metrics of tasks whose prompts have only one right answer."""
+
+
+def check(
+    recipe: Recipe,
+    *,
+    adapter: str | None = None,
+    tests: Mapping[str, str] | None = None,
+    minutes: float | None = None,
+    progress: Progress,
+) -> list[TaskCheck]:
+    """Check the rows of the recipe's tasks, or only those of `adapter`.
+
+    `tests` are files of test rows by adapter; without one, NAME-test beside the training file is checked too. With
+    `minutes`, adapters are trained for about this long on each task to find wrong answers.
+
+    Raises UsageError for an unknown adapter, and if a file cannot be read or has no row that can be used.
+    """
+    tests = tests or {}
+    for name in [*tests, *([] if adapter is None else [adapter])]:
+        recipe.check_adapter(name)
+    names = list(recipe.adapters) if adapter is None else [adapter]
+    return [_checked(name, recipe, tests.get(name), minutes, progress) for name in names]
+
+
+def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
+    reader = _LenientReader()
+    task = read_task(name, _without_copies(name, recipe), reader)
+    data = task.spec.data
+    sources: dict[str, str | Rows] = {TRAIN: data.train}
+    if data.validation is not None:
+        sources[VALIDATION] = data.validation
+    test = test or _test_beside(data.train, data.validation)
+    rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
+    if test is not None:
+        sources[TEST] = test
+        rows += [SplitRow(TEST, row) for row in reader(test, data.columns, labels=task.labels or None)]
+    tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
+    kinds = answers.balance(rows)
+    findings = [
+        *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
+        *answers.misfits(task, rows),
+        *_too_long(rows, tokens, recipe.context_length),
+        *duplicates(rows, has_one_answer=task.metric in ONE_ANSWER),
+        *answers.rare(kinds),
+    ]
+    check = TaskCheck(
+        name,
+        task.metric,
+        recipe.context_length,
+        {split: str(source) for split, source in sources.items()},
+        {split: sum(item.split == split for item in rows) for split in (TRAIN, VALIDATION, TEST)},
+        findings,
+        tokens,
+        is_estimated,
+        kinds,
+    )
+    return check if minutes is None else _with_estimate(check, task, recipe, minutes, progress)
+
+
+def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:
+    from .folds import estimate  # noqa: PLC0415 - torch
+
+    judged = estimate(task, recipe, minutes, progress)
+    rows = {row.where: SplitRow(split, row) for split in (TRAIN, VALIDATION) for row in getattr(task, split)}
+    wrong = [
+        Finding.of(
+            WRONG, [rows[row.where]], f"another answer is {1 / max(row.relative, 1e-9):,.0f} times as likely", row.own
+        )
+        for row in judged.rows
+        if row.own is not None
+    ]
+    return replace(check, findings=[*wrong, *check.findings], estimate=judged)
+
+
+class _LenientReader:
+    """Reads rows as `read_rows` does, but collects the `problems` of bad ones: where, and the reason."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[str, str]] = []
+
+    def __call__(
+        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+    ) -> list[TaskRow]:
+        """The rows that can be used; UsageError if there are none."""
+        rows: list[TaskRow] = []
+        for where, values in entries(source):
+            try:
+                rows += rows_of(source, [(where, values)], columns, labels=labels)
+            except UsageError as error:
+                self.problems.append((where, error.message.removeprefix(f"{where}: ")))
+        if not rows:
+            raise UsageError(f"{source} has no rows that can be used", "check it with `edgetune plan`")
+        return rows
+
+
+def _without_copies(name: str, recipe: Recipe) -> Recipe:
+    """The recipe without changed copies of rows: a copy of a row that is judged would give away its answer."""
+    spec = recipe.adapters[name]
+    plain = spec.model_copy(update={"data": spec.data.model_copy(update={"augment": None})})
+    return recipe.model_copy(update={"adapters": {**recipe.adapters, name: plain}})
+
+
+def _test_beside(train: str | Rows, validation: str | Rows | None) -> str | None:
+    path = Path(str(train))
+    test_file = test_file_of(path) if isinstance(train, str) and path.is_file() else None
+    return None if test_file is None or str(test_file) == str(validation) else str(test_file)
+
+
+def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[int], bool]:
+    """The tokens of each row, and whether they are estimated because the base's file is not at hand."""
+    system, base = task.spec.system, None
+    with suppress(EdgetuneError):  # a base that is missing or does not fit is a problem of the build
+        base = bases.find(recipe)
+    if base is None or base.is_folder:
+        return [row.estimated_tokens(system) for row in rows], True
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
+    return [len(example.tokens) for example in examples], False
+
+
+def _too_long(rows: Sequence[SplitRow], tokens: Sequence[int], context_length: int) -> Iterator[Finding]:
+    for item, count in zip(rows, tokens, strict=True):
+        if count > context_length:
+            yield Finding.of(TOO_LONG, [item], f"{count} tokens, and the context has {context_length}")

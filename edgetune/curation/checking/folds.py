@@ -1,0 +1,145 @@
+"""Estimates which answers are wrong: adapters that were not trained on a row say how likely its answer is.
+
+This is the out-of-fold self-confidence of confident learning, with its threshold, the mean confidence (Northcutt et al.
+2021, arXiv:1911.00068). The confidence in an answer of several tokens is that in its least likely one, and the rank of
+a row is how much likelier another token is in its place.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from edgetune_export import architectures
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import UsageError
+
+from edgetune import bases, methods
+from edgetune.bases import Base
+from edgetune.building import builders
+from edgetune.building.trial import short_job
+from edgetune.common.progress import Progress
+from edgetune.common.work_folder import locked, work_folder
+from edgetune.objectives.base import row_length
+from edgetune.planning.build import plan_bundle
+from edgetune.planning.training import choose_training
+from edgetune.recipe import task_types
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.training import TrainingSpec
+from edgetune.shipping.exported import PreparedAdapter
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task
+from edgetune.training.job import TrainingJob
+from edgetune.training.jobs import train_all
+
+from .duplicates import prompt_key
+from .findings import TRAIN, JudgedRow, LabelEstimate, SplitRow
+from .judging import judge
+from .reading import Reader
+
+FOLDS = 4
+_TRAINING_SHARE = 0.75
+"""Share of the time for training; the rest is for validation, and for asking the adapters."""
+
+
+def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> LabelEstimate:
+    """Train adapters on parts of the rows, and judge each row by one that has not seen it, in about `minutes`.
+
+    The time does not include that for the base, which stays in the work folder of the recipe's build if it was
+    converted or quantized; nothing else is left. If it runs out, the longest rows are not judged. Raises
+    UsageError for rows without answers, for too few, and for a task without estimates, and what a build raises.
+    """
+    task_types.load(recipe.task).check_offers("label_estimate", "--minutes")
+    if task.metric == "perplexity":
+        raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", "leave out --minutes")
+    builder = builders.load(recipe.task)
+    plan = plan_bundle(recipe, builder.find(recipe, download=True), builder.shapes(recipe))
+    work = work_folder(recipe.default_out)
+    with locked(work):
+        base: Base = builder.make_base(plan, work, progress, None)
+    started, limit_s = time.monotonic(), minutes * 60
+
+    def job_of(train: Sequence[TaskRow], validation: Sequence[TaskRow], options: TrainingSpec) -> PreparedAdapter:
+        # Changed copies of the rows that are judged would tell their answers.
+        part = replace(task, train=train, copies=(), validation=validation, choosing=validation)
+        adapter = replace(plan.adapters[task.name], training=options, on_grid=False)
+        planned = plan.with_adapters({**plan.adapters, task.name: adapter})
+        return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
+
+    rows = [*task.train, *task.validation]
+    whole = job_of(rows, rows[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
+    folds = folds_of([row for row in rows if row.where not in whole.too_long], task.training.seed)
+    with TemporaryDirectory() as folder:
+        train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
+        speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
+        options = _within(started + limit_s - time.monotonic(), speed, whole.job)
+        progress.say(
+            f"{task.name}: {FOLDS} trainings of {options.epochs:.2g} epochs to estimate which answers are wrong"
+        )
+        jobs = []
+        for number, fold in enumerate(folds, 1):
+            others = [row for other in folds if other is not fold for row in other]
+            jobs.append(replace(job_of(others, fold, options).job, name=f"{task.name}-{number}"))
+        train(jobs, progress=progress)
+        # Where the trainings took longer than planned, the rows are judged all the same.
+        deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
+        judged = list(_judged(folds, jobs, base, Path(folder), deadline=deadline, progress=progress))
+    ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
+    return LabelEstimate(ranked, sum(map(len, folds)) - len(ranked), options.epochs, time.monotonic() - started)
+
+
+def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
+    """The rows in FOLDS parts of about the same size; rows with the same prompt are in one. UsageError for too few."""
+    groups: dict[str, list[TaskRow]] = {}
+    for row in rows:
+        groups.setdefault(prompt_key(SplitRow(TRAIN, row)), []).append(row)
+    if len(groups) < 2 * FOLDS:
+        message = f"{len(groups)} different prompts are too few to tell which answers are wrong"
+        raise UsageError(message, f"leave out --minutes, or give at least {2 * FOLDS}, better some hundred")
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    folds: list[list[TaskRow]] = [[] for _ in range(FOLDS)]
+    for group in shuffled:
+        min(folds, key=len).extend(group)
+    return folds
+
+
+def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> TrainingSpec:
+    """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
+    tokens = max(seconds, 1) * _TRAINING_SHARE * tokens_per_s / FOLDS
+    epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
+    # The last checkpoint knows more of the wrong answers by heart.
+    shorter = {"epochs": min(job.training.epochs, tokens / epoch), "evals": 2, "checkpoint": "best"}
+    return job.training.model_copy(update=shorter)
+
+
+def _judged(
+    folds: Sequence[Sequence[TaskRow]],
+    jobs: Sequence[TrainingJob[Any]],
+    base: Base,
+    folder: Path,
+    *,
+    deadline: float,
+    progress: Progress,
+) -> Iterator[JudgedRow]:
+    """The rows, each judged by the adapter that was validated on its fold; each fold has the same part of the time."""
+    model = bases.load_torch(base, torch.float32)
+    # A recurrent state cannot be cut back to the beginning that rows have in common.
+    takes_cache = not architectures.of(base.header).is_recurrent
+    total = sum(map(len, folds))
+    with closing(GgufTokenizer(base.path)) as tokenizer, progress.step("asking the adapters", total) as step:
+        for number, (fold, job) in enumerate(zip(folds, jobs, strict=True)):
+            now = time.monotonic()
+            until = now + (deadline - now) / (len(folds) - number)
+            checkpoint = methods.Checkpoint(job.name, folder / job.name / "adapter", model, job.options)
+            with job.method.loaded(checkpoint) as tuned:
+                reader = Reader(tuned, job.validation, takes_cache=takes_cache and job.method.takes_cache)
+                yield from judge(reader, tokenizer, fold, job.validation, step, deadline=until)

@@ -1,0 +1,111 @@
+"""Judges the answers of rows with a model: how likely they are to it, and what it answers instead."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from edgetune_runtime.engines.base import Tokenizer
+
+from edgetune.common.progress import Step
+from edgetune.objectives.base import row_length
+from edgetune.objectives.example import Example
+from edgetune.tasks.data import TaskRow
+from edgetune.training.schedule import passes
+
+from .findings import JudgedRow
+from .reading import Reader, RowReader
+
+_LOGITS_PER_PASS = 2**25
+_WRONG = 0.1
+"""An answer is called probably wrong if a token of it is so much less likely than another one in its place."""
+# The model's own answer may be this much longer than that of the row.
+_LENGTH_FACTOR, _EXTRA_TOKENS = 1.5, 16
+
+
+@dataclass(frozen=True)
+class _Likelihood:
+    """How likely an answer is: as in `JudgedRow`; `place` is the first token in whose place another one is likelier,
+    `token` that one, and `other` its probability, 0 if there is none."""
+
+    likelihood: float
+    relative: float
+    place: int = 0
+    token: int = 0
+    other: float = 0.0
+
+
+def judge(
+    reader: Reader,
+    tokenizer: Tokenizer,
+    rows: Sequence[TaskRow],
+    examples: Sequence[Example],
+    step: Step,
+    *,
+    deadline: float = math.inf,
+) -> list[JudgedRow]:
+    """Judge the answers of the rows with a model that was not trained on them; `examples` are the rows' tokens.
+
+    At `deadline` (of time.monotonic), the longest rows that are left are not judged, and the model's own answers are
+    cut.
+    """
+    likelihoods: dict[int, _Likelihood] = {}
+    most = max(1, _LOGITS_PER_PASS // tokenizer.vocab_size)
+    for part in passes(sorted(examples, key=row_length), most):
+        if likelihoods and time.monotonic() > deadline:
+            break
+        for example, logits in zip(part, reader.answer_logits(part), strict=True):
+            likelihoods[id(example)] = _likelihood(logits.double().log_softmax(-1), example)
+            step.update()
+    # The threshold of confident learning.
+    usual = sum(item.likelihood for item in likelihoods.values()) / len(likelihoods)
+    judged = []
+    for row, example in zip(rows, examples, strict=True):
+        item, own = likelihoods.get(id(example)), None
+        if item is None:
+            continue
+        if item.other >= usual and item.relative <= _WRONG:
+            answer = _own_answer(reader.continued(), example, item, tokenizer, deadline)
+            own = None if answer == row.completion else answer
+        judged.append(JudgedRow(row.where, item.likelihood, item.relative, own))
+    return judged
+
+
+def _likelihood(scores: torch.Tensor, example: Example) -> _Likelihood:
+    """The likelihood of an answer by the log probabilities (nats) in the place of each of its tokens."""
+    answer = list(example.tokens[example.prompt_length :])
+    answer_scores = scores[range(len(answer)), answer].numpy()
+    best, tokens = (part.numpy() for part in scores.max(-1))
+    likelihood, relative = float(np.exp(answer_scores.min())), float(np.exp((answer_scores - best).min()))
+    differing = np.flatnonzero(answer_scores < best)
+    if not len(differing):
+        return _Likelihood(likelihood, relative)
+    first = int(differing[0])
+    return _Likelihood(likelihood, relative, first, int(tokens[first]), float(np.exp(best[first])))
+
+
+def _own_answer(
+    reader: RowReader, example: Example, likelihood: _Likelihood, tokenizer: Tokenizer, deadline: float
+) -> str:
+    """The model's answer, which is that of the row up to `likelihood.place`.
+
+    The rest of the row's answer is a guess, so that one pass reads many tokens: after one other token, such as a value
+    in JSON, it is often right again.
+    """
+    start, place = example.prompt_length, example.prompt_length + likelihood.place
+    tokens, guess = [*example.tokens[:place], likelihood.token], list(example.tokens[place + 1 :])
+    most = start + int(len(example.tokens[start:]) * _LENGTH_FACTOR) + _EXTRA_TOKENS
+    while not tokenizer.is_end(tokens[-1]) and len(tokens) < most and time.monotonic() <= deadline:
+        read = reader.logits([*tokens, *guess], len(tokens) - 1).argmax(-1).tolist()
+        misses = (n for n, (token, guessed) in enumerate(zip(read, guess, strict=False)) if token != guessed)
+        agreed = next(misses, len(guess))
+        new = read[: agreed + 1]
+        tokens += new[: next((n for n, token in enumerate(new, 1) if tokenizer.is_end(token)), len(new))]
+        guess = guess[agreed + 1 :]
+    is_whole = tokenizer.is_end(tokens[-1])
+    text = b"".join(map(tokenizer.piece, tokens[start : -1 if is_whole else None])).decode(errors="replace").strip()
+    return text if is_whole else f"{text}…"

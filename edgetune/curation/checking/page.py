@@ -1,0 +1,69 @@
+"""Renders checks as one HTML page: pictures of lengths, balance and likelihoods, and the rows with problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgetune.common.templates import environment_of
+
+from .findings import KINDS, TaskCheck
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+WIDTH, HEIGHT = 520, 120
+"""Size of a picture, in pixels."""
+SHOWN = 60
+"""Problems of each kind on the page."""
+_BARS = 24
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a histogram: its place and size in pixels, and what it stands for."""
+
+    x: float
+    width: float
+    height: float
+    label: str
+
+
+def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
+    """The page of a recipe's checks, which needs neither a network nor a script."""
+    template = environment_of(TEMPLATE.parent).get_template(TEMPLATE.name)
+    return template.render(
+        name=name,
+        checks=checks,
+        kinds=KINDS,
+        lengths={check.name: length_bars(check.tokens) for check in checks},
+        curves={check.name: doubt_curve(check) for check in checks},
+        width=WIDTH,
+        height=HEIGHT,
+        shown=SHOWN,
+    )
+
+
+def length_bars(tokens: Sequence[int]) -> list[Bar]:
+    """A histogram of lengths."""
+    least, most = min(tokens), max(tokens)
+    step = max(1, math.ceil((most - least + 1) / _BARS))
+    counts = [0] * ((most - least) // step + 1)
+    for count in tokens:
+        counts[(count - least) // step] += 1
+    width = WIDTH / len(counts)
+    return [
+        Bar(place * width, width, HEIGHT * count / max(counts), f"{least + place * step} tokens or more: {count} rows")
+        for place, count in enumerate(counts)
+    ]
+
+
+def doubt_curve(check: TaskCheck) -> str:
+    """The relative likelihoods of all answers, from the lowest, as points of a polyline; empty without an estimate."""
+    if check.estimate is None:
+        return ""
+    rows = check.estimate.rows
+    return " ".join(
+        f"{WIDTH * place / max(1, len(rows) - 1):.1f},{HEIGHT * (1 - row.relative):.1f}"
+        for place, row in enumerate(rows)
+    )

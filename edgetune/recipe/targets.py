@@ -1,0 +1,72 @@
+"""Matches tuning methods with the formats of a recipe and the layers of its base, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from edgetune_export import backends
+from edgetune_runtime.bundle import GENERATION
+from edgetune_runtime.errors import IncompatibleError
+
+from edgetune import methods
+from edgetune.methods import MethodOptions
+
+from .model import Recipe
+
+
+class BaseLayers(Protocol):
+    """What a method needs to know of a base's layers; see `Architecture`."""
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether some layers have a recurrent state in place of attention."""
+
+    @property
+    def has_equal_caches(self) -> bool:
+        """Whether all layers that attend have keys and values of their own, and of the same size."""
+
+
+def misfit(method: str, shapes: Mapping[str, str], layers: BaseLayers) -> str:
+    """Why a method with these shapes cannot tune a base with such layers, after its name; empty if it can."""
+    if layers.is_recurrent and not methods.load(method).takes_recurrent_layers:
+        return "needs attention, which some layers of this base do not have"
+    if not layers.has_equal_caches and "prefix" in shapes.values():
+        return "is a prefix of keys and values, which differ in the layers of this base"
+    return ""
+
+
+def shapes_in(
+    targets: Sequence[str], method: str, options: MethodOptions, *, merged: bool = False, task: str = GENERATION
+) -> dict[str, str]:
+    """The shape of a method in each target; IncompatibleError names a target that supports none of its shapes."""
+    loaded = methods.load(method)
+    return {
+        target: methods.shape_for(loaded, options, target, backends.load(target, task).SHAPES, merged=merged)
+        for target in targets
+    }
+
+
+def supported_shapes(targets: Sequence[str], method: str) -> dict[str, str]:
+    """The shape of a method with its defaults in each of these targets that supports it."""
+    shapes: dict[str, str] = {}
+    for target in targets:
+        with suppress(IncompatibleError):
+            shapes |= shapes_in((target,), method, methods.load(method).options())
+    return shapes
+
+
+def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """The shapes of each adapter; IncompatibleError names one whose method does not work with a target or a scale."""
+    shapes = {}
+    for name, spec in recipe.adapters.items():
+        method, options = spec.method.name, spec.method.options
+        try:
+            shapes[name] = shapes_in(recipe.targets, method, options, merged=spec.merged, task=recipe.task)
+        except IncompatibleError as error:
+            raise IncompatibleError(f"adapter {name!r}: {error.message}", error.remedy) from error
+        if spec.scale != 1.0 and not methods.load(method).takes_scale:
+            message = f"adapter {name!r}: what {method} trains has no scale"
+            raise IncompatibleError(message, "leave scale out")
+    return shapes

@@ -1,0 +1,153 @@
+"""Trains adapters with the corrections of a log, compares them with the old ones, and packs what got no worse."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgetune_export.pack import check_destination
+from edgetune_runtime.answer_log import LoggedAnswer, read_answer_log
+from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats.atomic import swap_in
+
+from edgetune.bases import is_gguf
+from edgetune.building.pipeline import build
+from edgetune.common.progress import Progress
+from edgetune.common.work_folder import locked
+from edgetune.methods.lora import LoraOptions, other_option
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
+from edgetune.report.answers import split_of
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.task import Task, read_task
+
+from .change import Changes, changes_between, scored, worse_sets
+from .kept import adapter_folders, keep, kept_folder, recipe_beside
+from .rows import learned_rows, values_of
+
+VALIDATION, CORRECTIONS = "validation", "corrections"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning changed: for each adapter the change on validation rows and on held-out corrections.
+
+    `bundle` is the packed one; None if an adapter got worse. `learned` has the numbers of corrections in training.
+    """
+
+    bundle: Path | None
+    changes: Changes
+    learned: Mapping[str, int]
+
+    @property
+    def worse(self) -> list[str]:
+        """The adapters that got worse, each with the rows on which it did."""
+        return [f"{name} on {kind}" for name, kind in worse_sets(self.changes)]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        changes = {name: {kind: each.to_json() for kind, each in sets.items()} for name, sets in self.changes.items()}
+        bundle = None if self.bundle is None else str(self.bundle)
+        return {"bundle": bundle, "adapters": changes, "learned": dict(self.learned)}
+
+
+def read_logs(bundle: Path, logs: Sequence[Path]) -> list[LoggedAnswer]:
+    """The answers in several logs of a bundle; a later log has the last word on an answer."""
+    manifest = read_manifest(bundle)
+    entries = {entry.id: entry for log in logs for entry in read_answer_log(log, manifest)}
+    return list(entries.values())
+
+
+def learn(
+    bundle: Path, entries: Sequence[LoggedAnswer], recipe: Path | None, into: Path | None, progress: Progress
+) -> Learned:
+    """Train the adapters that have corrections again, with these and the rows of `recipe`.
+
+    Training starts from the adapters as they are, where these were kept. If no adapter got worse, the new bundle takes
+    the place of `bundle`, or is `into`. Its recipe, which the next call takes by default, is in `OUT.learn`. Raises
+    UsageError for too few corrections, and what `build` raises.
+    """
+    manifest, out = read_manifest(bundle), into or bundle
+    check_destination(out)
+    work = kept_folder(out)
+    with locked(work):
+        corrected = _by_adapter(entries, manifest)
+        loaded = Recipe.from_file(_recipe_of(bundle, recipe), split_of(manifest, list(corrected)))
+        unknown = [name for name in corrected if name not in loaded.adapters]
+        if unknown:
+            message = f"the recipe of {bundle} has no adapter {unknown[0]!r}, of which the log has corrections"
+            raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
+        tasks = {name: read_task(name, loaded) for name in corrected}
+        rows = {name: learned_rows(task, corrected[name]) for name, task in tasks.items()}
+        staged = work / out.name
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(bundle, staged)
+        specs = {
+            name: _started(_spec(tasks[name], split.train, split.validation), bundle, name)
+            for name, split in rows.items()
+        }
+        again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
+        build(again, staged, progress=progress, into=True)
+        sets = {name: {VALIDATION: split.validation, CORRECTIONS: split.held_out} for name, split in rows.items()}
+        changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
+        learned = Learned(out, changes, {name: split.learned for name, split in rows.items()})
+        if learned.worse:
+            return replace(learned, bundle=None)
+        specs = {
+            name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
+        }
+        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), corrected, staged, out)
+        swap_in(staged, out)
+        return learned
+
+
+def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
+    """The section with the bundle's adapter as a start, if the adapter as it was trained is still there and fits."""
+    method = spec.method
+    if isinstance(method.options, LoraOptions) and not method.is_auto:
+        for folder in adapter_folders(bundle, name):
+            fits = not other_option(folder, method.options)
+            return spec.model_copy(update={"start_from": str(folder)}) if fits else spec
+    return spec
+
+
+def _recipe_of(bundle: Path, recipe: Path | None) -> Path:
+    path = recipe or recipe_beside(bundle)
+    if path is None:
+        message = f"the old rows of {bundle} are in its recipe, which is not beside it"
+        raise NotFoundError(message, "give it: --recipe RECIPE")
+    return path
+
+
+def _by_adapter(entries: Sequence[LoggedAnswer], manifest: Manifest) -> dict[str, list[LoggedAnswer]]:
+    """The corrected answers of each adapter that has some; UsageError if there are none."""
+    corrected: dict[str, list[LoggedAnswer]] = {}
+    for entry in entries:
+        if entry.adapter and entry.correction is not None:
+            corrected.setdefault(manifest.adapter(entry.adapter).name, []).append(entry)
+    if not corrected:
+        message = f"none of the {len(entries)} answers in the log is a corrected one of an adapter"
+        raise UsageError(message, "correct some on the server's page, or label some with --ask N")
+    return corrected
+
+
+def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -> AdapterSpec:
+    """The adapter's section of the recipe with these rows, and with what was found in the old ones."""
+    names = {"train": f"{task.name}-train", "validation": f"{task.name}-validation"}
+    rows = {"train": values_of(names["train"], train), "validation": values_of(names["validation"], validation)}
+    data = task.spec.data.model_copy(update={**rows, "columns": None})
+    scope = task.spec.out_of_scope
+    labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None
+    return task.spec.model_copy(update={"data": data, "metric": task.metric, "labels": labels})
+
+
+def _of_base(recipe: Recipe, bundle: Path, manifest: Manifest) -> Recipe:
+    """The recipe on the bundle's own base, if training can read it: the recipe's may be another after its domain."""
+    file = next(filter(is_gguf, manifest.base.files.values()), None)
+    if file is None:
+        return recipe
+    return recipe.model_copy(update={"base": str((bundle / file).absolute()), "domain": None})

@@ -1,0 +1,301 @@
+"""Scores an adapter of a bundle on data: the runtime answers the rows, as on the device."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+from edgetune_runtime import Answer, Classification, Runtime
+from edgetune_runtime.bundle import MARK, AdapterEntry, Manifest
+from edgetune_runtime.engines.base import LabelEngine
+from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.inference.measuring import loaded_bundle
+from pydantic import ValidationError
+
+from edgetune.common.progress import Progress, Step
+from edgetune.objectives.example import Example
+from edgetune.recipe.data import Columns
+from edgetune.recipe.parts import Metric
+from edgetune.recipe.rows import Rows
+
+from . import metrics
+from .data import TaskRow, answer_text, labelled_text, read_rows
+from .tokenization import tokenize_rows
+
+# Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
+_LENGTH_FACTOR = 1.5
+_EXTRA_TOKENS = 16
+
+T = TypeVar("T")
+Pair = tuple[TaskRow, Example | None]
+"""A row with its tokens; None for a row of plain text."""
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """One row: prompt, expected answer, actual answer, and score between 0 and 1.
+
+    With perplexity there is no answer, and `score` is the negative log likelihood in nats per token; `bits_per_byte`
+    says the same without regard to the tokenizer, and is None for other metrics. `kind`, `log_odds` and `confidence`
+    are those of `edgetune_runtime.Answer`.
+    """
+
+    where: str
+    prompt: str
+    reference: str
+    answer: str
+    score: float
+    kind: str | None = None
+    log_odds: float | None = None
+    confidence: float | None = None
+    bits_per_byte: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The score of an adapter on `rows` rows, without `too_long` more that do not fit in the bundle's context.
+
+    `score` is between 0 and 1, higher is better; perplexity is at least 1, and lower is better.
+    """
+
+    score: float
+    metric: str
+    rows: int
+    too_long: int
+    details: tuple[ScoredRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """`score`, `metric`, `rows` and `too_long` as JSON values."""
+        return {"score": self.score, "metric": self.metric, "rows": self.rows, "too_long": self.too_long}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The runtime, adapter, system prompt, labels and metric for scoring rows."""
+
+    runtime: Runtime
+    adapter: str | None
+    system: str | None
+    labels: tuple[str, ...]
+    metric: Metric
+
+
+def evaluate(
+    bundle: Path,
+    adapter: str | None,
+    data: str | Path | Rows,
+    *,
+    limit: int | None = None,
+    engine: str | None = None,
+    kv: str | None = None,
+    progress: Progress,
+) -> Evaluation:
+    """Score `adapter` (None: the plain base) on the rows of `data`, which may be a file or a hub id, with its metric.
+
+    The columns are those from the adapter's training; a file with prompt and completion, or text and label, works too.
+    At most `limit` rows are scored, spread evenly over the file, which may be sorted. Answers are greedy. With labels,
+    the answer is what `classify` chooses among the adapter's labels, or for the base among those of the rows. `kv` is
+    the type of the KV cache (see `Runtime.open`).
+
+    Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
+    """
+    with Runtime.open(bundle, engine=engine, kv=kv, disk_mb=0) as runtime:
+        rows = spread(rows_for(runtime.manifest, adapter, data), limit)
+        return score(runtime, adapter, rows, progress)
+
+
+def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progress: Progress) -> Evaluation:
+    """Score `adapter` (None: the plain base) of an open runtime on all `rows`, like `evaluate`."""
+    entry = runtime.manifest.adapter(adapter) if adapter is not None else None
+    labels = entry.labels if entry is not None else ()
+    metric = metrics.metric_for(_metric(entry), rows, labels)
+    if metric == "label" and not labels:
+        labels = metrics.labels_in(rows)
+    system = entry.system if entry is not None else None
+    task = _Task(runtime, adapter, system, labels, metric)
+    _check_rows(rows, metric)
+    fitting, too_long = _fitting(task, rows)
+    if too_long:
+        context = runtime.context_length
+        progress.say(f"leaving out {too_long} of {len(rows)} rows, which do not fit in the context of {context} tokens")
+    run = _perplexity if metric == "perplexity" else _answers
+    with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
+        points, details = run(task, fitting, step)
+    return Evaluation(points, metric, len(fitting), too_long, tuple(details))
+
+
+def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most `limit` rows, spread evenly; UsageError for a limit below 1."""
+    if limit is None or limit >= len(rows):
+        return rows
+    if limit < 1:
+        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "use at least 1")
+    return [rows[index * len(rows) // limit] for index in range(limit)]
+
+
+def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
+    details, total_nats, total_tokens = [], 0.0, 0
+    for row, example in pairs:
+        nats, tokens = _loss(task, row, example)
+        size = len((row.completion or row.text or "").encode()) or 1
+        details.append(_detail(row, "", nats / tokens, bits_per_byte=nats / math.log(2) / size))
+        total_nats += nats
+        total_tokens += tokens
+        step.update()
+    return math.exp(total_nats / total_tokens), details
+
+
+def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
+    longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
+    max_tokens = int(longest * _LENGTH_FACTOR) + _EXTRA_TOKENS
+    details = []
+    with ThreadPoolExecutor(task.runtime.contexts) as threads:
+        # Answers are the same side by side.
+        for detail in threads.map(lambda pair: _answer(task, pair[0], max_tokens), pairs):
+            details.append(detail)
+            step.update()
+    score, scores = metrics.score(task.metric, [row.answer for row in details], [row.reference for row in details])
+    return score, [replace(row, score=points) for row, points in zip(details, scores, strict=True)]
+
+
+def _answer(task: _Task, row: TaskRow, max_tokens: int) -> ScoredRow:
+    """The most likely label, or a greedy answer; not scored yet."""
+    prompt = row.messages or ()
+    reply: Classification | Answer
+    if task.metric == "label":
+        reply = task.runtime.classify(prompt, task.labels or None, adapter=task.adapter)
+        text = reply.label
+    else:
+        tools = None if row.tools is None else row.tools.definitions
+        options: dict[str, Any] = {"tools": tools, "temperature": 0.0, "max_tokens": max_tokens, "unsure": MARK}
+        reply = task.runtime.generate(prompt, adapter=task.adapter, **options)
+        text = answer_text(reply.content, [(call.name, call.arguments) for call in reply.tool_calls])
+    return _detail(row, text, 0.0, kind=reply.kind, log_odds=reply.log_odds, confidence=reply.confidence)
+
+
+def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, int]:
+    """Negative log likelihood (nats) of a text, or of a completion after its prompt, and its number of tokens."""
+    if example is None:
+        return task.runtime.negative_log_likelihood(row.text or "", adapter=task.adapter)
+    context, active = loaded_bundle(task.runtime).context(task.adapter)
+    target = example.tokens[example.prompt_length :]
+    with context.hold():
+        context.start(active, example.prompt_tokens)
+        return -context.engine.score([target])[0], len(target)
+
+
+def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredRow:  # noqa: ANN401 - as ScoredRow
+    prompt = row.messages[-1]["content"] if row.messages else row.text or ""
+    return ScoredRow(row.where, prompt, row.completion or "", answer, score, **sureness)
+
+
+def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> list[TaskRow]:
+    """The rows of `data` for an adapter (None: the base): with the columns from its training, or if that fails, by
+    their keys, if these give prompt rows.
+
+    Raises what `read_rows` raises, and UsageError for rows that the adapter's metric cannot score.
+    """
+    entry = manifest.adapter(adapter) if adapter is not None else None
+    source, columns = str(data) if isinstance(data, Path) else data, _columns(manifest, adapter)
+    labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
+    rows = _read(source, columns, labels)
+    _check_rows(rows, metrics.metric_for(_metric(entry), rows, labels))
+    return rows
+
+
+def _read(source: str | Rows, columns: Columns | None, labels: Sequence[str] | None) -> list[TaskRow]:
+    try:
+        return read_rows(source, columns, labels=labels)
+    except UsageError:
+        if columns is None:
+            raise
+        try:
+            rows = read_rows(source, labels=labels)
+        except UsageError:
+            rows = []
+        # Rows read as plain text would hide an error in the columns.
+        if not rows or any(row.completion is None for row in rows):
+            raise
+        return rows
+
+
+def _columns(manifest: Manifest, adapter: str | None) -> Columns | None:
+    """The columns of the adapter's data in the bundle's recipe; None if it sets none."""
+    node: Any = manifest.recipe
+    for key in ("adapters", adapter, "data", "columns"):
+        node = node.get(key) if isinstance(node, dict) else None
+    try:
+        return None if node is None else Columns.model_validate(node)
+    except ValidationError as error:
+        message = f"the recipe in bundle {manifest.name!r} has invalid columns: {node}"
+        raise VerificationError(message, "build the bundle again") from error
+
+
+def _metric(entry: AdapterEntry | None) -> Metric:
+    if entry is None:
+        return "auto"
+    if entry.metric not in get_args(Metric):
+        message = f"adapter {entry.name!r} has unknown metric {entry.metric!r}"
+        raise VerificationError(message, f"build the bundle again with one of: {', '.join(get_args(Metric))}")
+    return cast("Metric", entry.metric)
+
+
+def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
+    texts = [row.where for row in rows if row.completion is None]
+    if texts and metric != "perplexity":
+        message = f"{texts[0]}: is plain text, but metric {metric} compares answers"
+        raise UsageError(message, "use rows of prompt and completion, or of messages")
+    if metric != "perplexity":
+        # Check that the metric supports the references before spending time on answers.
+        references = [row.completion or "" for row in rows]
+        metrics.score(metric, references, references)
+
+
+def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
+    """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts always fit."""
+    loaded = loaded_bundle(task.runtime)
+    if loaded.classifier is not None:
+        return _fitting_texts(loaded.classifier.engine, rows)
+    context, active = loaded.context(task.adapter)
+    prompts = [row for row in rows if row.messages is not None]
+    with context.hold():
+        tokenizer, capacity = context.engine.tokenizer, context.capacity(active)
+        examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
+        for row in rows:
+            if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:
+                raise UsageError(f"{row.where}: has 1 token, so there is nothing to predict", "remove the row")
+        longest = max((len(tokenizer.tokenize(label, continues=True)) + 1 for label in task.labels), default=0)
+    by_row = dict(zip(map(id, prompts), examples, strict=True))
+    pairs = [(row, by_row.get(id(row))) for row in rows]
+    fitting = [(row, example) for row, example in pairs if example is None or _length(example, longest) <= capacity]
+    if not fitting:
+        raise _nothing_fits(len(rows), capacity)
+    return fitting, len(pairs) - len(fitting)
+
+
+def _fitting_texts(engine: LabelEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
+    """Like `_fitting`, for an engine that needs no room for an answer."""
+    texts = [tuple(engine.tokenizer.tokenize(labelled_text(row))) for row in rows]
+    capacity = engine.context_length
+    pairs: list[Pair] = [
+        (row, Example(tokens, (False,) * len(tokens), len(tokens)))
+        for row, tokens in zip(rows, texts, strict=True)
+        if len(tokens) <= capacity
+    ]
+    if not pairs:
+        raise _nothing_fits(len(rows), capacity)
+    return pairs, len(rows) - len(pairs)
+
+
+def _nothing_fits(rows: int, capacity: int) -> UsageError:
+    message = f"none of {rows} rows fits in the context of {capacity} tokens"
+    return UsageError(message, "build the bundle with a larger context_length or shorten the rows")
+
+
+def _length(example: Example, longest_label: int) -> int:
+    return max(len(example.tokens), example.prompt_length + longest_label)

@@ -1,0 +1,350 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from edgetune_export import architectures
+from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.base_file.convert import find_converter
+from edgetune_export.parity import compare
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.engines.gguf.engine import GgufEngine
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
+from edgetune_runtime.formats.gguf_base import check_base
+from edgetune_runtime.formats.gguf_file import read_header
+from ports import http_server
+from runtime.gguf_files import rewritten
+from tiny import ARCHITECTURES
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+)
+
+from edgetune import bases
+from edgetune.bases import Base, load_torch
+from edgetune.bases.weights import GgufWeights
+from edgetune.common.progress import Progress
+
+
+@pytest.fixture
+def resolve(tmp_path: Path) -> Callable[..., Base]:
+    """`resolve(name, **changes)`: a base from tmp_path, with a converter that does not exist."""
+
+    def call(name: str, **changes: Any) -> Base:  # noqa: ANN401 - of resolve's own types
+        given: dict[str, Any] = {"folder": tmp_path, "quantization": None, "work": tmp_path / "work"}
+        given |= {"progress": Progress(quiet=True), "converter": tmp_path / "no converter"}
+        return bases.resolve(name, **{**given, **changes})
+
+    return call
+
+
+def assert_refused(kind: type[EdgetuneError], message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(kind) as caught:
+        call()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_ships_as_it_is(
+    resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tiny_gguf("qwen3")
+    shutil.copy(path, tmp_path / "base.gguf")
+    for name in ("base.gguf", str(tmp_path / "base.gguf")):
+        base = resolve(name)
+        assert (base.name, base.path, base.fingerprint) == (name, tmp_path / "base.gguf", sha256_of(path))
+        assert base.header.architecture == "qwen3"
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_gguf_file_is_quantized_anew_where_the_recipe_says_so(
+    resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copy(tiny_gguf("llama"), tmp_path / "tiny.F16.gguf")
+    base = resolve("tiny.F16.gguf", quantization="q4_0")
+    assert base.path.name == "tiny.q4_0.gguf"
+    assert base.header.main_type.name == "q4_0"
+    assert base.fingerprint == sha256_of(base.path) != sha256_of(tmp_path / "tiny.F16.gguf")
+    written = base.path.stat().st_mtime_ns
+    assert resolve("tiny.F16.gguf", quantization="q4_0") == base
+    assert base.path.stat().st_mtime_ns == written
+
+
+def test_an_alias_names_the_package_that_is_missing(
+    resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = replace(bases.ALIASES["smollm2-135m"], package="no_such_package")
+    monkeypatch.setitem(bases.ALIASES, "smollm2-135m", absent)
+    message = "is in the package no_such_package, which is not installed; run: pip install"
+    assert_refused(NotFoundError, message, lambda: resolve("smollm2-135m"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("smollm2-153m", "no base 'smollm2-153m'; did you mean 'smollm2-135m'? Or use one of smollm2-135m, a .gguf"),
+        ("other.gguf", "no base 'other.gguf'; use one of smollm2-135m, a .gguf file, a Hugging Face folder or a hub"),
+        ("./nowhere/model", "no base './nowhere/model'"),
+    ],
+)
+def test_the_error_about_an_unknown_base_lists_the_bases(name: str, message: str, resolve: Callable[..., Base]) -> None:
+    assert_refused(NotFoundError, message, lambda: resolve(name))
+
+
+def test_a_hub_id_without_network_is_one_line(resolve: Callable[..., Base]) -> None:
+    name = "edgetune-tests/no-such-model"
+    message = f"cannot download base '{name}' from the hub: "
+    assert_refused(NotFoundError, message, lambda: resolve(name))
+
+
+class _Gate(BaseHTTPRequestHandler):
+    """Refuses all, as the hub does for a model that its owner gives access to."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_a_gated_base_says_how_to_get_access(resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
+    with http_server(_Gate) as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        message = (
+            "base 'edgetune-tests/gated' is gated: its owner gives access to those who ask for it; ask on its page"
+        )
+        assert_refused(NotFoundError, message, lambda: resolve("edgetune-tests/gated"))
+
+
+@pytest.mark.usefixtures("forked_converter")
+def test_a_base_in_several_files_is_the_same(
+    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_folder("llama"), tmp_path / "whole")
+    shutil.copytree(tiny_folder("llama"), tmp_path / "parts", ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaForCausalLM.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    whole, parts = (resolve(name, quantization="f16", converter=None) for name in ("whole", "parts"))
+    assert parts.header.tensors.keys() == whole.header.tensors.keys()
+    assert all(
+        np.array_equal(GgufWeights(whole.path).values(name), GgufWeights(parts.path).values(name))
+        for name in ("model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight")
+    )
+
+
+def test_the_text_part_of_a_multimodal_base_is_used_as_its_gguf_file(
+    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("gemma3"), tmp_path / "both", ignore=shutil.ignore_patterns("*.safetensors"))
+    text = Gemma3TextConfig.from_pretrained(folder).to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    message = "is a multimodal model (gemma3), of which only the text part can be a base; use its .gguf file"
+    assert_refused(IncompatibleError, message, lambda: resolve("both"))
+    script = find_converter()
+    command = [sys.executable, str(script), str(folder), "--outfile", str(tmp_path / "text.gguf")]
+    environment = {**os.environ, "PYTHONPATH": str(script.parent / "gguf-py")}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert bases.load_torch(resolve("text.gguf"), torch.float32).config.model_type == "gemma3_text"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_unsupported_architecture_is_refused_by_name_before_any_work(
+    kind: str, resolve: Callable[..., Base], tmp_path: Path
+) -> None:
+    if kind == "folder":
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base/config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+        (tmp_path / "base/model.safetensors").touch()
+    else:
+        writer = gguf.GGUFWriter(tmp_path / "base", "gpt2")
+        writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+    assert_refused(IncompatibleError, "architecture 'gpt2' of ", lambda: resolve("base"))
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("quantization", ["q8_0", "f16"])
+def test_a_folder_is_converted_once(
+    quantization: str, resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")
+    base = resolve("tiny", quantization=quantization, converter=None)
+    assert base.header.main_type.name == quantization
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
+    # With a converter that does not exist, only what is kept can be taken.
+    written = base.path.stat().st_mtime_ns
+    assert resolve("tiny", quantization=quantization) == base
+    assert base.path.stat().st_mtime_ns == written
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization="q4_0"))
+    (folder / "config.json").touch()
+    assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization=quantization))
+    assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base: Callable[[str], Base]) -> None:
+    base = tiny_base(arch)
+    model = load_torch(base, torch.float32).eval()
+
+    def logits(tokens: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            found: np.ndarray = model(torch.tensor([tokens])).logits[0].numpy()
+        return found
+
+    # Longer than the tiny Gemma's sliding window of 16.
+    rows = [np.random.default_rng(seed).integers(5, 380, length).tolist() for seed, length in ((0, 40), (1, 24))]
+    with closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:
+        parity = compare(logits, engine, rows)
+    assert parity.kl <= 1e-4
+    assert parity.top1 > 0.95
+    # Answers that hardly differ from token to token would make any two models agree.
+    assert len(set(logits(rows[0]).argmax(-1))) > 10
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_weights_in_torch_are_those_of_the_folder(
+    arch: str,
+    tiny_folder: Callable[[str], Path],
+    converted_gguf: Callable[[str], Path],
+    resolve: Callable[..., Base],
+) -> None:
+    base, folder = resolve(str(converted_gguf(arch))), tiny_folder(arch)
+    config = AutoConfig.from_pretrained(folder)
+    for name, value in architectures.of(base.header).config_entries(base.header).items():
+        setattr(config, name, value)
+    expected, found = AutoModelForCausalLM.from_pretrained(folder, config=config), load_torch(base, torch.float32)
+    tokens = torch.tensor([range(5, 45)])
+    with torch.inference_mode():
+        for parameter in expected.parameters():
+            # The file has matrices in f16, and kernels of convolutions, which have three dimensions, in f32.
+            parameter.copy_(parameter.half() if parameter.dim() == 2 else parameter)
+        torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_share_keys_may_have_some_in_the_file(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    # Published checkpoints of Gemma 4 have them, and llama.cpp's converter keeps them.
+    own = {"attn_k.weight": (32, 64), "attn_v.weight": (32, 64), "attn_k_norm.weight": (16,)}
+    unused = {f"blk.4.{name}": np.full(shape, np.nan, np.float32) for name, shape in own.items()}
+    files = (rewritten(tiny_gguf("gemma4"), tmp_path / "base.gguf", tensors=unused), tiny_gguf("gemma4"))
+    for file in files:
+        check_base(read_header(file), file)
+    found, expected = (BaseShape.of_header(read_header(file)) for file in files)
+    assert found == expected
+    logits = [
+        load_torch(Base("", file, "", read_header(file)), torch.float32)(torch.tensor([[5, 6]])).logits
+        for file in files
+    ]
+    assert torch.equal(*logits)
+    with closing(GgufEngine(files[0], context_length=64, threads=1)) as engine:
+        assert np.isfinite(engine.decode([5, 6])).all()
+
+
+def test_rows_of_an_embedding_that_stays_in_the_file_are_those_of_the_whole(
+    tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
+) -> None:
+    base, name = resolve(str(tiny_gguf("gemma4")), quantization="q4_0"), "model.embed_tokens_per_layer"
+    embedding = load_torch(base, torch.bfloat16).get_submodule(name)
+    tokens = torch.tensor([[7, 300, 7], [0, 383, 12]])
+    assert not [*embedding.parameters()]
+    whole = GgufWeights(base.path).values(f"{name}.weight").to(torch.bfloat16)
+    assert torch.equal(embedding(tokens), whole[tokens] * torch.tensor(32**0.5, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "arch", [arch for arch in ARCHITECTURES if architectures.known()[arch].transformers_reads_gguf]
+)
+def test_model_and_config_are_those_that_transformers_makes_of_the_file(
+    arch: str, dtype: torch.dtype, tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base]
+) -> None:
+    base = resolve(str(tiny_gguf(arch)), quantization="q8_0")
+    model = load_torch(base, dtype)
+    config = AutoConfig.from_pretrained(base.path.parent, gguf_file=base.path.name)
+    for name, value in architectures.of(base.header).config_entries(base.header).items():
+        setattr(config, name, value)
+    expected = AutoModelForCausalLM.from_pretrained(
+        base.path.parent, gguf_file=base.path.name, config=config, dtype=dtype
+    )
+    assert comparable(model.config) == comparable(expected.config)
+    assert type(model) is type(expected)
+    tensors = {**expected.state_dict(), **dict(expected.named_buffers())}
+    found = {**model.state_dict(), **dict(model.named_buffers())}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    tied = [loaded.get_input_embeddings().weight is loaded.lm_head.weight for loaded in (model, expected)]
+    assert tied[0] == tied[1]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model.training
+
+
+def comparable(config: PreTrainedConfig) -> dict[str, Any]:
+    """All that a config says but where it is from, how it is run and what its file was."""
+    apart = {"_name_or_path", "_model_name_or_path", "quantization_config", "use_cache"}
+    return {key: value for key, value in config.to_dict().items() if key not in apart}
+
+
+def test_mapped_weights_are_the_same_and_their_file_stays_as_it_is(
+    tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    file = tmp_path / "weights.f32"
+    mapped, model = (load_torch(tiny_base("gemma3"), torch.float32, mapped=path) for path in (file, None))
+    before = file.read_bytes()
+    assert len(before) >= 4 * sum(parameter.numel() for parameter in model.parameters())
+    for (name, values), expected in zip(mapped.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(values, expected), name
+    with torch.no_grad():
+        for values in mapped.parameters():
+            values.add_(1)
+    assert file.read_bytes() == before
+
+
+def test_a_base_without_some_weights_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+    whole = tiny_base("llama")
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    for key, value in whole.header.metadata.items():
+        if not isinstance(value, tuple) and key != "general.architecture":
+            writer.add_key_value(key, value, gguf.GGUFValueType(whole.header.value_types[key]))
+    writer.add_array("tokenizer.ggml.tokens", list(whole.header.metadata["tokenizer.ggml.tokens"]))
+    for tensor in gguf.GGUFReader(whole.path).tensors:
+        if tensor.name not in {"blk.0.ffn_up.weight", "blk.1.attn_norm.weight"}:
+            writer.add_tensor(tensor.name, tensor.data)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    part = replace(whole, name="part", path=tmp_path / "part.gguf")
+    message = "base 'part' has no weights for model.layers.0.mlp.up_proj.weight and 1 more"
+    assert_refused(IncompatibleError, message, lambda: load_torch(part, torch.float32))
+
+
+def test_a_file_of_an_unknown_architecture_is_refused(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "nosuch")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    other = replace(tiny_base("llama"), name="other", path=tmp_path / "other.gguf")
+    message = "architecture 'nosuch' is not supported"
+    assert_refused(IncompatibleError, message, lambda: load_torch(other, torch.float32))

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.errors import UsageError
+from recipes import adapter_of, write_recipe, write_rows
+
+from edgetune.bases import Base, load_torch
+from edgetune.cli.main import main
+from edgetune.common.progress import Progress, Step
+from edgetune.curation.checking import judging
+from edgetune.curation.checking.check import check
+from edgetune.curation.checking.clean import write_clean
+from edgetune.curation.checking.duplicates import NEAR, near
+from edgetune.curation.checking.findings import TaskCheck
+from edgetune.curation.checking.judging import judge
+from edgetune.curation.checking.reading import Reader
+from edgetune.objectives.example import Example
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.data import TaskRow, read_rows
+from edgetune.tasks.tokenization import tokenize_rows
+
+QUIET = Progress(quiet=True)
+ROOMS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
+ROWS = [TaskRow(f"x:{n}", ({"role": "user", "content": "turn on " * n},), "stop the light") for n in range(1, 6)]
+ORDERS = [
+    {"prompt": f"turn {state} the lamp in the {room}", "completion": {"do": state, "area": room}}
+    for state in ("on", "off")
+    for room in ROOMS
+]
+NO_BASE = "missing.gguf"
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "dim",
+        "parameters": {"type": "object", "properties": {"level": {"type": "integer"}}, "required": ["level"]},
+    },
+}
+
+
+def checked(folder: Path, rows: list[dict[str, Any]], *, validation: object = None, **adapter: Any) -> TaskCheck:  # noqa: ANN401 - keys of an adapter
+    """The check of one task with these rows, without a base."""
+    files = {"home-train.jsonl": rows}
+    data: dict[str, Any] = {"train": "home-train.jsonl", "held_out": 0.2}
+    if validation is not None:
+        files["home-validation.jsonl"] = validation  # type: ignore[assignment]
+        data["validation"] = "home-validation.jsonl"
+    path = write_recipe(folder, NO_BASE, {"home": {"data": data, **adapter}}, data=files)
+    (found,) = check(Recipe.from_file(path), progress=QUIET)
+    return found
+
+
+def places(found: TaskCheck, kind: str) -> list[list[str]]:
+    """The numbers of the lines of each problem of a kind, after the first letter of its file's role."""
+    return [[where.rpartition("home-")[2].replace(".jsonl", "") for where in f.where] for f in found.of_kind(kind)]
+
+
+def test_rows_without_problems_have_no_findings(tmp_path: Path) -> None:
+    found = checked(
+        tmp_path, ORDERS, validation=[{"prompt": "lamp on, shed", "completion": {"do": "on", "area": "shed"}}]
+    )
+    assert found.counts == {}
+    assert found.rows == {"train": 20, "validation": 1, "test": 0}
+    assert found.is_estimated
+
+
+def test_prompts_that_repeat_are_told_from_those_that_nearly_do(tmp_path: Path) -> None:
+    again = [
+        ORDERS[0],
+        {"prompt": "Turn on the lamp in the hall!", "completion": {"area": "hall", "do": "on"}},
+        {"prompt": "turn on the lamps in the attic", "completion": ORDERS[1]["completion"]},
+    ]
+    found = checked(
+        tmp_path, [*ORDERS, *again], validation=[{"prompt": "light", "completion": {"do": "on", "area": "den"}}]
+    )
+    assert places(found, "repeat") == [["train:1", "train:21", "train:22"]], "case, punctuation and order of keys aside"
+    assert places(found, "near_repeat") == [["train:2", "train:23"]]
+    assert "conflict" not in found.counts
+
+
+def test_different_answers_to_a_prompt_conflict_only_where_one_is_right(tmp_path: Path) -> None:
+    other = {"prompt": "turn on the lamp in the hall", "completion": {"do": "off", "area": "hall"}}
+    assert places(checked(tmp_path / "json", [*ORDERS, other]), "conflict") == [["train:1", "train:21"]]
+    replies = [{"prompt": row["prompt"], "completion": f"I do it at once, number {n}"} for n, row in enumerate(ORDERS)]
+    other = {"prompt": replies[0]["prompt"], "completion": "With the greatest pleasure, of course"}
+    assert "conflict" not in checked(tmp_path / "replies", [*replies, other]).counts
+
+
+def test_rows_of_a_test_file_beside_the_training_rows_are_found_in_them(tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "home-test.jsonl",
+        [
+            {"prompt": "Turn on the lamp in the hall", "completion": {"do": "on", "area": "hall"}},
+            {"prompt": "please turn on the lamp in the den", "completion": {"do": "on", "area": "den"}},
+        ],
+    )
+    found = checked(tmp_path, ORDERS, validation=[ORDERS[3]])
+    assert found.rows == {"train": 20, "validation": 1, "test": 2}
+    assert places(found, "shared") == [["train:1", "test:1"], ["train:4", "validation:1"]]
+    assert places(found, "near_shared") == [["train:4", "test:2"]]
+
+
+def test_rows_that_cannot_be_used_are_named_and_the_others_checked(tmp_path: Path) -> None:
+    found = checked(tmp_path, [*ORDERS, {"prompt": "hello"}, {"prompt": "", "completion": "x"}])
+    assert [(finding.where[0][-2:], finding.note) for finding in found.of_kind("unusable")] == [
+        ("21", "has no 'completion'; its keys are prompt"),
+        ("22", "prompt is empty"),
+    ]
+    assert found.rows["train"] + found.rows["validation"] == 20
+
+
+def test_labels_that_the_recipe_does_not_list_are_named(tmp_path: Path) -> None:
+    rows = [{"text": f"is it {word}", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
+    found = checked(tmp_path, [*rows, {"text": "is it late", "label": "tiem"}], labels=["weather", "time"])
+    assert "'tiem' is not one of the labels" in found.of_kind("unusable")[0].note
+    assert found.balance == {"time": {"train": 4, "validation": 1}, "weather": {"train": 4, "validation": 1}}
+    assert next(finding.note for finding in found.of_kind("rare")).startswith("time: 4 training rows")
+
+
+def test_answers_that_break_the_output_are_named(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"do": {"enum": ["on", "off"]}, "area": {"type": "string"}}}
+    bad = {"prompt": "dim the hall", "completion": {"do": "dim", "area": "hall"}}
+    found = checked(tmp_path, [*ORDERS, bad], output={"schema": schema})
+    assert [(f.where[0][-2:], f.note) for f in found.of_kind("misfit")] == [("21", "breaks the schema of the recipe")]
+
+
+def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
+    odd = [
+        {"prompt": "is the fan on", "completion": "yes, it is"},
+        {"prompt": "dim the study", "completion": {"do": "on", "aera": "study"}},
+        {"prompt": "dim the fourth", "completion": {"do": "on", "area": 4}},
+    ]
+    unseen = [{"prompt": "dim the den", "completion": {"do": "on", "area": "den", "level": 3}}]
+    found = checked(tmp_path, [*ORDERS, *ORDERS[::-1], *odd], validation=unseen)
+    assert {f.where[0].rpartition("home-")[2]: f.note for f in found.of_kind("misfit")} == {
+        "train.jsonl:41": "is not JSON, as 43 of 44 answers are",
+        "train.jsonl:42": "has the field aera, which no other answer has; area is meant?",
+        "train.jsonl:43": "area is a number, and text in 41 answers",
+        "validation.jsonl:1": "has a form or a value that no training row has",
+    }
+
+
+def test_calls_whose_arguments_break_the_schema_are_named(tmp_path: Path) -> None:
+    def talk(number: int, level: object) -> dict[str, Any]:
+        call = {"function": {"name": "dim", "arguments": {"level": level}}}
+        turns = [{"role": "user", "content": f"dim to {number}"}, {"role": "assistant", "tool_calls": [call]}]
+        return {"messages": turns, "tools": [TOOL]}
+
+    found = checked(tmp_path, [*(talk(n, n) for n in range(9)), talk(9, "nine")])
+    assert [f.where[0][-2:] for f in found.of_kind("misfit")] == ["10"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_text_near_an_earlier_one_is_found(seed: int) -> None:
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(ROOMS, k=rng.randint(3, 6))) for _ in range(60)]
+    texts += [text[:place] + rng.choice("abc") + text[place:] for text in texts for place in [rng.randrange(len(text))]]
+    grams = [{text[i : i + 3] for i in range(len(text) - 2)} for text in texts]
+    found = {place: first for first, place in near(texts)}
+    for place, own in enumerate(grams):
+        earlier = [n for n in range(place) if n not in found and len(own & grams[n]) / len(own | grams[n]) >= NEAR]
+        assert found.get(place) in earlier if earlier else place not in found
+
+
+def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*ORDERS, ORDERS[0], {"prompt": "<b>hello"}, {"prompt": "lamp!", "completion": {"do": "on", "area": "den"}}]
+    write_rows(tmp_path / "rows-test.jsonl", [ORDERS[2]])
+    recipe = str(write_recipe(tmp_path, NO_BASE, data={"rows.jsonl": rows}))
+    clean, page = tmp_path / "new" / "clean.jsonl", tmp_path / "new" / "page.html"
+    assert main(["data", "check", recipe, "--out", str(clean), "--page", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "1 rows that cannot be used\n    rows.jsonl:22; has no 'completion'" in out
+    assert out.endswith(f"{clean}: without 3 rows\n{page}\n")
+    assert [row.completion for row in read_rows(str(clean))] == [
+        json.dumps(row["completion"]) for row in (*ORDERS[:2], *ORDERS[3:], rows[-1])
+    ]
+    tags = set[str]()
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, _: tags.add(tag)  # type: ignore[method-assign]
+    parser.feed(page.read_text(encoding="utf-8"))
+    assert {"svg", "blockquote"} <= tags
+    assert not {"script", "b>hello"} & tags
+    assert main(["data", "check", recipe, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"]["counts"]["unusable"] == 1
+
+
+def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(write_recipe(tmp_path, NO_BASE, {"one": adapter_of(), "two": adapter_of()}))
+    for options, message in (
+        (["--out", "clean.jsonl"], "--out is for the rows of one adapter; add --adapter one"),
+        (["--adapter", "one", "--weights"], "--weights needs an estimate of wrong answers, and a file; add --minutes"),
+        (["--adapter", "tow"], "no adapter 'tow' in the recipe; did you mean 'two'?"),
+        (["--adapter", "one", "--out", str(tmp_path / "rows.jsonl")], "is a file of the recipe; write the clean rows"),
+        (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
+    ):
+        assert main(["data", "check", recipe, *options]) in (2, 3)
+        assert message in capsys.readouterr().err
+
+
+def test_wrong_answers_are_the_least_likely_ones(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{word} the {thing} in {n}", "completion": {"turn": "on", "stop": "off"}[word]}
+        for n in range(12)
+        for word in ("turn", "stop")
+        for thing in ("lamp", "light")
+    ]
+    wrong = [5, 17, 30, 44]
+    for place in wrong:
+        rows[place] = {**rows[place], "completion": {"on": "off", "off": "on"}[rows[place]["completion"]]}
+    recipe = write_recipe(
+        tmp_path, tiny_gguf("llama"), data={"rows.jsonl": rows}, training={"max_steps": None, "epochs": 12, "evals": 4}
+    )
+    (found,) = check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+    assert found.estimate is not None
+    ranked = [int(row.where.rpartition(":")[2]) - 1 for row in found.estimate.rows]
+    assert sorted(ranked) == list(range(len(rows)))
+    assert len(set(wrong) & set(ranked[: len(rows) // 4])) >= 3
+    assert {finding.own for finding in found.of_kind("wrong_label")} <= {"on", "off"}
+    data, clean = Recipe.from_file(recipe).adapters["command"].data, tmp_path / "clean.jsonl"
+    named = len(found.of_kind("wrong_label"))
+    assert write_clean(found, data, clean)["wrong_label"] == named
+    assert len(read_rows(str(clean))) == len(rows) - named
+    assert not write_clean(found, data, clean, weighted=True)
+    likelihoods = {row.where.rpartition(":")[2]: row.relative for row in found.estimate.rows}
+    for row in read_rows(str(clean)):
+        assert row.weight == pytest.approx(likelihoods[row.where.rpartition(":")[2]], abs=1e-3)
+
+
+def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), data={"rows.jsonl": ORDERS[:7]})
+    with pytest.raises(UsageError, match="7 different prompts are too few"):
+        check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+
+
+@pytest.mark.parametrize(("method", "arch"), [("prefix", "llama"), ("full", "llama"), ("lora", "lfm2")])
+def test_methods_without_modules_and_recurrent_bases_find_wrong_answers_too(
+    method: str, arch: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{word} {thing}", "completion": word} for word in ("turn", "stop") for thing in ROOMS[:5]]
+    adapters = {"home": adapter_of(method)}
+    recipe = write_recipe(tmp_path, tiny_gguf(arch), adapters, data={"rows.jsonl": rows}, training={"max_steps": 2})
+    (found,) = check(Recipe.from_file(recipe), minutes=1, progress=QUIET)
+    assert found.estimate is not None
+    assert all(0 <= row.likelihood <= 1 and 0 <= row.relative <= 1 for row in found.estimate.rows)
+    assert len(found.estimate.rows) == len(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_rows_are_judged_together_as_alone(
+    architecture: str, tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(architecture)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        model = load_torch(base, torch.float32)
+        together = judge(Reader(model, examples, takes_cache=True), tokenizer, ROWS, examples, Step("", len(ROWS)))
+        monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
+        whole = Reader(model, examples, takes_cache=False)
+        for row, alone in zip(together, judge(whole, tokenizer, ROWS, examples, Step("", len(ROWS))), strict=True):
+            assert row.where == alone.where
+            assert row.relative == pytest.approx(alone.relative, rel=1e-3)
+            assert row.own == alone.own
+
+
+def test_versions_of_a_row_are_read_after_what_did_not_change(tiny_base: Callable[[str], Base]) -> None:
+    base = tiny_base("llama")
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        model = load_torch(base, torch.float32)
+        cached, whole = (Reader(model, examples, takes_cache=cache).continued() for cache in (True, False))
+        tokens = list(examples[0].tokens)
+        for first, version in ((len(tokens) - 4, tokens), (len(tokens) - 2, [*tokens[:-1], 65, 66])):
+            torch.testing.assert_close(
+                cached.logits(version, first), whole.logits(version, first), rtol=1e-3, atol=1e-4
+            )
+
+
+def test_rows_that_the_time_leaves_are_not_judged(
+    tiny_base: Callable[[str], Base], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base("llama")
+    monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
+    with closing(GgufTokenizer(base.path)) as tokenizer:
+        examples = examples_of(ROWS, tokenizer)
+        reader = Reader(load_torch(base, torch.float32), examples, takes_cache=True)
+        judged = judge(reader, tokenizer, ROWS, examples, Step("", len(ROWS)), deadline=time.monotonic())
+    assert [row.where for row in judged] == ["x:1"]
+
+
+def examples_of(rows: Sequence[TaskRow], tokenizer: GgufTokenizer) -> list[Example]:
+    return tokenize_rows(rows, tokenizer, system="Be brief.", loss_on="completion", max_tokens=512)[0]

@@ -1,0 +1,42 @@
+"""Changes of scores between two bundles: what counts as worse, in scores and in bits per byte."""
+
+from __future__ import annotations
+
+import pytest
+from edgetune_runtime.errors import UsageError
+
+from edgetune.retraining.learning.change import ScoredSet, change_between
+from edgetune.tasks.evaluation import ScoredRow
+
+
+def scored_set(*scores: float, first: int = 0, too_long: int = 0) -> ScoredSet:
+    rows = [ScoredRow(f"rows.jsonl:{first + n}", "p", "r", f"a{score}", score) for n, score in enumerate(scores)]
+    return ScoredSet(rows, too_long, 1.0)
+
+
+def read_set(*bits: float) -> ScoredSet:
+    rows = [ScoredRow(f"rows.jsonl:{n}", "p", "r", "", 9.0, bits_per_byte=value) for n, value in enumerate(bits)]
+    return ScoredSet(rows, 0, 1.0)
+
+
+def test_a_score_is_worse_if_it_fell_by_more_than_the_margin() -> None:
+    change = change_between(scored_set(1, 1, 1, 1), scored_set(1, 1, 1, 0))
+    assert (change.before, change.after, change.error) == (1.0, 0.75, 0.25)
+    assert not change.is_worse() and change.is_worse(0.5) and not change.is_worse(2)
+    assert change_between(scored_set(1, 1), scored_set(0, 0)).is_worse()
+    assert not change_between(scored_set(0, 0), scored_set(1, 1)).is_worse(0)
+    assert change.text(change.after) == "75.0%" and change.difference == "-25.0 ± 25.0"
+
+
+def test_more_bits_per_byte_are_worse() -> None:
+    change = change_between(read_set(1.0, 1.2), read_set(2.0, 2.2))
+    assert change.is_loss and change.is_worse() and change.gain == pytest.approx(-1)
+    assert change.text(change.after) == "2.100 bits/byte" and change.difference == "+1.000 ± 0.000"
+    assert not change_between(read_set(2.0, 2.2), read_set(1.0, 1.2)).is_worse()
+
+
+def test_only_rows_that_fit_both_bundles_are_compared() -> None:
+    change = change_between(scored_set(1, 1, 0), scored_set(0, 1, first=1, too_long=1))
+    assert (change.rows, change.left_out, change.before, change.after) == (2, 1, 0.5, 0.5)
+    with pytest.raises(UsageError, match="no row fits in the context of both bundles; use shorter rows"):
+        change_between(scored_set(1), scored_set(1, first=5, too_long=1))

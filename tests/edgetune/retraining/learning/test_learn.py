@@ -1,0 +1,193 @@
+"""Adapters of tiny bases, trained again with the corrections in a log."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.answer_log import AnswerLog, read_answer_log
+from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.errors import NotFoundError, UsageError
+from recipes import NAME, adapter_of, lights, make_recipe, write_rows
+from trainings import QUIET
+
+from edgetune.building.pipeline import build
+from edgetune.cli.main import main
+from edgetune.recipe.model import Recipe
+from edgetune.retraining.learning.learn import Learned, learn, read_logs
+
+TRAINING = {"max_steps": 60, "evals": 2, "learning_rate": 1e-2}
+ROWS = lights(24)
+COLORS = [{"text": f"make the lamp {color} {n}", "label": color} for n in range(12) for color in ("red", "warm")]
+
+
+@pytest.fixture(scope="module")
+def built(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a recipe and of its bundle, `home`, whose `light` answers all its rows alike."""
+    folder = tmp_path_factory.mktemp("learn")
+    adapters = {
+        "light": adapter_of(train="light.jsonl", draft=False, golden=False),
+        "color": adapter_of(train="color.csv", draft=False, golden=False, training={"max_steps": 2}),
+    }
+    data = {"light.jsonl": ROWS, "color.csv": COLORS}
+    recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data=data, training=TRAINING)
+    build(recipe, folder / "home", progress=QUIET)
+    return folder
+
+
+@pytest.fixture
+def home(built: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, with its recipe beside it."""
+    for name in (NAME, "light.jsonl", "color.csv"):
+        shutil.copy(built / name, tmp_path / name)
+    return Path(shutil.copytree(built / "home", tmp_path / "home"))
+
+
+def logged(home: Path, answers: list[dict[str, Any]], name: str = "answers.jsonl") -> Path:
+    """A log of answers: prompt, answer, correction, confidence and adapter of each."""
+    log = AnswerLog(home.with_name(name), read_manifest(home))
+    for each in answers:
+        about = {"adapter": each.get("adapter", "light"), "confidence": each.get("confidence")}
+        answer = log.answered(each["prompt"], each.get("answer", "reply off"), **about)
+        if "correction" in each:
+            log.corrected(answer, each["correction"])
+    return log.path
+
+
+def corrections(count: int = 8, text: str | None = "reply on") -> list[dict[str, Any]]:
+    return [{"prompt": f"switch the lamp {n} on", "correction": text} for n in range(count)]
+
+
+def run(home: Path, log: Path, into: Path | None = None, recipe: str = NAME) -> Learned:
+    return learn(home, read_logs(home, [log]), home.with_name(recipe), into, QUIET)
+
+
+def test_corrections_are_learned_beside_the_old_rows(home: Path, tmp_path: Path) -> None:
+    before = read_manifest(home)
+    result = run(home, logged(home, corrections()), tmp_path / "new")
+    assert result.bundle == tmp_path / "new"
+    assert result.learned == {"light": 6}
+    change = result.changes["light"]
+    assert change["validation"].rows == 5 and change["corrections"].rows == 2
+    assert change["validation"].after == 1.0
+    after = read_manifest(tmp_path / "new")
+    assert after.adapters["color"] == before.adapters["color"]
+    assert after.adapters["light"] != before.adapters["light"]
+    assert read_manifest(home) == before
+    with Runtime.open(tmp_path / "new", disk_mb=0) as runtime:
+        assert runtime.generate("turn on the light 1", adapter="light", max_tokens=8).text == "reply on"
+
+
+def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, home: Path) -> None:
+    text = home.with_name(NAME).read_text(encoding="utf-8")
+    # One step that changes nothing: a new adapter would answer as the base does.
+    frozen = text.replace('"learning_rate": 0.01', '"learning_rate": 1e-09').replace(
+        '"max_steps": 60', '"max_steps": 1'
+    )
+    assert frozen.count('"max_steps": 1,') == frozen.count('"learning_rate": 1e-09') == 1
+    home.with_name("frozen.yaml").write_text(frozen, encoding="utf-8")
+    log = logged(home, corrections())
+    assert run(home, log, recipe="frozen.yaml").bundle is None
+    shutil.copytree(built / "home.work", home.with_name("home.work"))
+    for _ in range(2):
+        learned = run(home, log, recipe="frozen.yaml")
+        assert learned.bundle == home
+        assert learned.changes["light"]["validation"].after == learned.changes["light"]["validation"].before
+        # The second call starts from what the first one has kept.
+        shutil.rmtree(home.with_name("home.work"), ignore_errors=True)
+
+
+def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
+    run(home, logged(home, corrections(8)))
+    more = [{"prompt": f"lamp {n} please", "correction": "reply on"} for n in range(4)]
+    result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")]), None, None, QUIET)
+    assert result.bundle == home
+    # Corrections that were held out are validation rows now.
+    assert result.changes["light"]["validation"].rows == 5 + 2
+    recipe = Recipe.from_file(home.with_name("home.learn") / "recipe.json")
+    assert set(recipe.adapters) == {"light", "color"}
+    assert len(Path(str(recipe.adapters["light"].data.train)).read_text().splitlines()) == 19 + 6 + 3
+
+
+def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = read_manifest(home)
+    text = home.with_name(NAME).read_text().replace("max_steps: 60", "max_steps: 1").replace("0.01", "1.0e-09")
+    home.with_name(NAME).write_text(text)
+    log = logged(home, corrections())
+    page = home.with_name("learned.html")
+    options = ["--recipe", str(home.with_name(NAME)), "--page", str(page), "--quiet"]
+    code = main(["learn", str(home), "--log", str(log), *options])
+    out, err = capsys.readouterr()
+    assert code == 4
+    text = page.read_text(encoding="utf-8")
+    assert "Nothing was packed: light on validation" in text
+    assert "<h4>Worse answers: " in text and "turn on the light" in text and "expected: reply on" in text
+    assert "the new adapters are worse: light on validation" in err
+    assert "nothing packed" in out and "100.0%" in out
+    assert read_manifest(home) == before
+
+
+def test_labels_are_corrected_to_labels(home: Path) -> None:
+    answers = [
+        {"prompt": f"color {n}", "answer": "red", "adapter": "color", "correction": text}
+        for n, text in enumerate(["warm", "wram", None, "red", "blue"])
+    ]
+    with pytest.raises(UsageError) as refused:
+        run(home, logged(home, answers))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == 2
+    assert "the correction 'wram' is not one of the labels; did you mean 'warm'?" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"prompt": "play"}], "none of the 1 answers in the log is a corrected one"),
+        (corrections(3), "3 corrected answers of adapter 'light' to new prompts, fewer than 4"),
+        ([{"prompt": "turn on", "adapter": None, "correction": "on"}], "none of the 1 answers"),
+    ],
+)
+def test_too_few_corrections_are_refused(home: Path, answers: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(home, logged(home, answers))
+
+
+def test_the_recipe_with_the_old_rows_is_asked_for(home: Path) -> None:
+    with pytest.raises(NotFoundError, match="--recipe RECIPE"):
+        learn(home, read_logs(home, [logged(home, corrections())]), None, None, QUIET)
+
+
+def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)]
+    log = logged(home, [*reversed(answers), {"prompt": "lamp 0", "confidence": 0.05}])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("reply on\n\ns\nreply on\nreply on\nreply on\nq\n"))
+    recipe = str(home.with_name(NAME))
+    assert main(["learn", str(home), "--log", str(log), "--ask", "8", "--recipe", recipe, "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err.index("asked     lamp 0") < err.index("asked     lamp 1") < err.index("asked     lamp 6")
+    assert "0% sure" in err and "lamp 7" not in err
+    assert json.loads(out)["learned"] == {"light": 3}
+    found = {entry.messages[0]["content"]: entry.correction for entry in read_answer_log(log, read_manifest(home))}
+    assert found["lamp 1"] == "reply off" and found["lamp 2"] is None and found["lamp 5"] == "reply on"
+
+
+def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logged(home, [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)])
+    questions = home.with_name("questions.jsonl")
+    assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(questions)]) == 0
+    assert "5 answers" in capsys.readouterr().out
+    rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]
+    assert [row["confidence"] for row in rows] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    write_rows(questions, rows)
+    entries = read_logs(home, [log, questions])
+    assert sum(entry.correction == "reply on" for entry in entries) == 5
+    assert len(entries) == 8
