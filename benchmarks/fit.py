@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_devices import boards
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
-from edgetune_runtime.doctor import instructions
+from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.sizing.calibration import MeasuredSpeed, figures_of, measure

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, BaseEntry, FileEntry, Manifest, sha256_of
-from edgetune_runtime.signatures import SIGNATURE_NAME
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEELS_FOLDER, parse_kit
 from edgetune_runtime.store.opening import DEFAULTS
 from wheels import repack

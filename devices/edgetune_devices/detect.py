@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.doctor import instructions, memory, processor
+from edgetune_runtime.cli.doctor import instructions, memory, processor
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.sizing.calibration import figures_of, measure

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
-from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.processes.interrupts import end_on_interrupt
 
 from edgetune.common.failure import PROGRAM, drop_output, fail
 

@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.interrupts import end_on_interrupt
 from edgetune_runtime.processes.child_process import ProcessResult
+from edgetune_runtime.processes.interrupts import end_on_interrupt
 
 from .failure import PROGRAM
 

@@ -11,7 +11,7 @@ from edgetune_export import backends
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime.bundle import RoutedCall
 from edgetune_runtime.decoding.drafts import DraftTable
-from edgetune_runtime.routing.classifier import PromptClassifier
+from edgetune_runtime.inference.routing.classifier import PromptClassifier
 
 from edgetune import methods
 from edgetune.planning.records import AdapterPlan, BuildPlan

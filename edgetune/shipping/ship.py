@@ -22,7 +22,7 @@ from edgetune_export.pack import pack
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest, RouterEntry, read_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
-from edgetune_runtime.routing.classifier import ROUTER_FILE, write_classifiers
+from edgetune_runtime.inference.routing.classifier import ROUTER_FILE, write_classifiers
 
 from edgetune.common.progress import Progress
 from edgetune.report.facts import facts_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 
-from edgetune_runtime.routing.router import last_user_text
+from edgetune_runtime.inference.routing.router import last_user_text
 
 from .data import TaskRow
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
-from edgetune_runtime.signatures import SIGNATURE_NAME
 
 PARTS = ("base", "adapters")
 

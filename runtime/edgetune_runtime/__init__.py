@@ -24,7 +24,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .answer_log import AnswerLog
+    from .answer_log.log import AnswerLog
     from .bundle import (
         AdapterEntry,
         BaseEntry,
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
     from .inference.loaded import Adapters
     from .inference.opening_options import RuntimeOptions
     from .inference.options import AnswerOptions, SamplingOptions
+    from .inference.routing.router import Route
     from .inference.runtime import Runtime
     from .inference.scoring import Classification, NegativeLogLikelihood
     from .inference.session import Carry, Session
-    from .routing.router import Route
     from .serving.classifier import Embedding
     from .text.chat import Message, Prompt
     from .text.sampling import Sampling
@@ -117,7 +117,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 # These import numpy, which takes longer than everything else together, so they are loaded on first use.
 _LAZY = {
-    "answer_log": "AnswerLog",
+    "answer_log.log": "AnswerLog",
     "bundle": (
         "AdapterEntry BaseEntry ConfidenceCurve FileEntry GoldenAnswer Manifest RoutedCall RouterEntry Scope UnsureRule"
     ),
@@ -132,10 +132,10 @@ _LAZY = {
     "inference.loaded": "Adapters",
     "inference.opening_options": "RuntimeOptions",
     "inference.options": "AnswerOptions SamplingOptions",
+    "inference.routing.router": "Route",
     "inference.runtime": "Runtime",
     "inference.scoring": "Classification NegativeLogLikelihood",
     "inference.session": "Carry Session",
-    "routing.router": "Route",
     "serving.classifier": "Embedding",
     "text.chat": "Message Prompt",
     "text.sampling": "Sampling",

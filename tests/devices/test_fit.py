@@ -16,7 +16,7 @@ from edgetune_devices import boards, fit
 from edgetune_devices.needs import needs_of_header
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
-from edgetune_runtime.doctor import instructions
+from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
 from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
@@ -166,7 +166,7 @@ def test_prefill_prediction_is_near_published_figures(header: GgufHeader, publis
 MEASURE = """
 import sys
 from pathlib import Path
-from edgetune_runtime.doctor import instructions
+from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
 engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1, repack=sys.argv[2] == "repacked")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log import read_answer_log
+from edgetune_runtime.answer_log.log import read_answer_log
 from edgetune_runtime.bundle import AUTO, MANIFEST_NAME, read_manifest
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.cli.main import make_parser
+from edgetune_runtime.inference.routing.classifier import ROUTER_FILE
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE
-from edgetune_runtime.routing.classifier import ROUTER_FILE
-from edgetune_runtime.signatures import SIGNATURE_NAME
 
 from . import fragments, layouts, updates
 from .forms.gguf_file import GgufForm, read

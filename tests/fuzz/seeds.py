@@ -13,7 +13,7 @@ from edgetune_export.adapters.shapes import Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.prefix import write_prefix
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log import AnswerLog, line_of, read_answer_log
+from edgetune_runtime.answer_log.log import AnswerLog, line_of, read_answer_log
 from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest, sha256_of
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_adapter import cache_shape

@@ -104,7 +104,7 @@ def only_release(repository: Path) -> bytes:
 
 def signature(file: str, folder: Path) -> Open:
     """Opens a changed signature of a bundle, or changed keys that it is compared with."""
-    from edgetune_runtime.signatures import require_signed  # noqa: PLC0415 - as above
+    from edgetune_runtime.bundle.signatures import require_signed  # noqa: PLC0415 - as above
 
     def open_changed(data: bytes) -> None:
         (folder / file).write_bytes(data)

@@ -29,8 +29,8 @@ from edgetune_runtime.bundle import (
     sha256_of,
 )
 from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
-from edgetune_runtime.routing.classifier import ROUTER_FILE, PromptClassifier, write_classifiers
-from edgetune_runtime.routing.features import count_buckets
+from edgetune_runtime.inference.routing.classifier import ROUTER_FILE, PromptClassifier, write_classifiers
+from edgetune_runtime.inference.routing.features import count_buckets
 
 MODULES = ("blk.0.attn_q.weight", "blk.1.ffn_down.weight")
 # Of a base whose first layer is recurrent.

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
-from edgetune_runtime.routing.classifier import PromptClassifier
-from edgetune_runtime.routing.features import Features, count_buckets, features
+from edgetune_runtime.inference.routing.classifier import PromptClassifier
+from edgetune_runtime.inference.routing.features import Features, count_buckets, features
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.routing.router import last_user_text
+from edgetune_runtime.inference.routing.router import last_user_text
 
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task

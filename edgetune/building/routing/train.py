@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 from edgetune_runtime.bundle import BASE, CLASSIFY, ERROR, GENERATE, GENERATION, RoutedCall
-from edgetune_runtime.routing.classifier import PromptClassifier, probabilities
+from edgetune_runtime.inference.routing.classifier import PromptClassifier, probabilities
 from numpy.typing import NDArray
 
 from edgetune.common.progress import Progress

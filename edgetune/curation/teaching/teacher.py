@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgetune_runtime.chat_client import check_address, message_of, post
 from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.inference.chat_client import check_address, message_of, post
 from edgetune_runtime.wording import shortened
 
 _TRIES, _LONGEST_WAIT_S, _TIMEOUT_S = 5, 60.0, 120.0

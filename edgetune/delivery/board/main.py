@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
-from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.processes.interrupts import end_on_interrupt
 from edgetune_runtime.store import service, switch, systemd, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit

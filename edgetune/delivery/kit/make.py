@@ -13,11 +13,11 @@ from typing import Any
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__, engines
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, of_formats, read_manifest, resolve, verify_files
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.sizing.needs import SERVER_MB, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import (

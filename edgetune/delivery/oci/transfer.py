@@ -23,9 +23,9 @@ from edgetune_runtime.bundle import (
     verify_files,
     with_present_formats,
 )
+from edgetune_runtime.bundle.signatures import LONGEST_SIGNATURE, SIGNATURE_NAME, read_signed_manifest
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import require_space, swap_in
-from edgetune_runtime.signatures import LONGEST_SIGNATURE, SIGNATURE_NAME, read_signed_manifest
 from edgetune_runtime.store.durable import flush_tree
 from edgetune_runtime.store.files import Store
 

@@ -12,9 +12,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.bundle.signatures import read_trusted_keys, trusted_keys_text
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
-from edgetune_runtime.signatures import read_trusted_keys, trusted_keys_text
 from edgetune_runtime.update.release import ISSUED, NAME
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.signatures import require_signed
+from edgetune_runtime.bundle.signatures import require_signed
 from edgetune_runtime.update.release import BLOBS_FOLDER
 
 from edgetune.common.progress import Progress

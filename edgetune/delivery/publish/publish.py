@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, resolve, sha256_of, verify_files
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, signature_file
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
-from edgetune_runtime.signatures import SIGNATURE_NAME, signature_file
 from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, version_key
 from filelock import FileLock, Timeout
 

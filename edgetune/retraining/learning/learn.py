@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export.pack import check_destination
-from edgetune_runtime.answer_log import LoggedAnswer, read_answer_log
+from edgetune_runtime.answer_log.log import LoggedAnswer, read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import swap_in

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.answer_log import LoggedAnswer, line_of
+from edgetune_runtime.answer_log.log import LoggedAnswer, line_of
 from edgetune_runtime.formats.atomic import replacing
 
 SKIP, QUIT = "s", "q"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.answer_log import LoggedAnswer
+from edgetune_runtime.answer_log.log import LoggedAnswer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import suggestion
 

@@ -77,7 +77,7 @@ def bench(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> None:
     """`doctor`: examine the machine, and check the bundle if one is given."""
-    from edgetune_runtime.doctor import examine  # noqa: PLC0415 - as above
+    from .doctor import examine  # noqa: PLC0415 - as above
 
     if options.bundle is None and (options.calibrate or options.calibration):
         raise UsageError("--calibrate and --calibration need a bundle", "give the bundle's folder")

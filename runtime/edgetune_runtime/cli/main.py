@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgetune_runtime import __version__
+from edgetune_runtime.bundle.signatures import require_signed
 from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
-from edgetune_runtime.interrupts import end_on_interrupt
+from edgetune_runtime.processes.interrupts import end_on_interrupt
 from edgetune_runtime.server import command as server
-from edgetune_runtime.signatures import require_signed
+from edgetune_runtime.server.voice import command as wyoming
 from edgetune_runtime.update import command as updating
-from edgetune_runtime.voice import command as wyoming
 from edgetune_runtime.wording import printable
 
 from . import adapters, answers, machine

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgetune_runtime.bundle import Manifest, NewAdapter, files_beside, files_of, verify_files, without_adapter
+from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
-from edgetune_runtime.signatures import read_signed_manifest
 from edgetune_runtime.wording import first_of
 
 from .loaded import LoadedBundle

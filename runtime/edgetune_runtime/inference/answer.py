@@ -9,8 +9,9 @@ from typing import Any
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.routing.router import Route
 from edgetune_runtime.tools.calls import ToolCall
+
+from .routing.router import Route
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Self, Unpack, cast
 
 from edgetune_runtime.bundle import GENERATE, Manifest
-from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.text.chat import Message, Prompt
 from edgetune_runtime.tools.definitions import Tools
@@ -22,6 +21,7 @@ from .async_stream import AsyncStream, StreamThreads
 from .loaded import Adapters
 from .opening_options import RuntimeOptions
 from .options import AnswerOptions
+from .routing.router import Route
 from .runtime import Runtime
 from .scoring import Classification, NegativeLogLikelihood
 from .session import Carry, Session

@@ -10,7 +10,6 @@ from edgetune_runtime.decoding.constraint import Constraint
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.decoding.past_answers import PastAnswer
-from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.adapters import Entries, LoadedAdapters
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.jobs import PromptJob
@@ -20,6 +19,7 @@ from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.tools.calls import CallReader
 
 from .confidence import Curves
+from .routing.router import Route
 
 
 @dataclass(frozen=True)

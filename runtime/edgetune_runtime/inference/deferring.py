@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from typing import Any
 
-from edgetune_runtime.chat_client import check_address, message_of, post
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.tools.calls import ToolCall
 from edgetune_runtime.tools.definitions import MODES, ToolSet
 from edgetune_runtime.wording import shortened
+
+from .chat_client import check_address, message_of, post
 
 TIMEOUT_S = 20.0
 _POLL_S = 0.1

@@ -24,7 +24,6 @@ from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import prefix_among
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.limits import Stopped, no_limits
-from edgetune_runtime.routing.router import Route, Router
 from edgetune_runtime.serving.adapters import LoadedAdapters
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
@@ -46,6 +45,7 @@ from .opening_options import ALL, DISK, OFF, OpeningOptions
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, TokenizedPrompt, raw_tokens
 from .replaced_adapters import ReplacedAdapters
+from .routing.router import Route, Router
 
 Adapters = str | Mapping[str, float] | None
 """An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""

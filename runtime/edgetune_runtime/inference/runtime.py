@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Self, Unpack
 
 from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest, pinned
+from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
-from edgetune_runtime.routing.router import Route
 from edgetune_runtime.serving.adapters import RemovedAdapterError
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import Holder
-from edgetune_runtime.signatures import read_signed_manifest
 from edgetune_runtime.states.cache import name_of
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
@@ -32,6 +31,7 @@ from .opening import open_base
 from .opening_options import RuntimeOptions, decide
 from .options import AnswerForm, AnswerOptions, split_options
 from .preflight import require_opens
+from .routing.router import Route
 from .scoring import Classification, NegativeLogLikelihood, most_likely, window_loss
 from .session import Session
 from .unsure import AnswerCall, answer_pieces, check_min_confidence

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.loaded import Adapters
-from edgetune_runtime.routing.router import Route
+from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
 
 ARRIVED: ContextVar[float] = ContextVar("ARRIVED")

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 
-from edgetune_runtime.answer_log import AnswerLog
+from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.errors import BusyError, EdgetuneError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime

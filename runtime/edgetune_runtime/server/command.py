@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgetune_runtime.answer_log import MAX_BYTES, AnswerLog
+from edgetune_runtime.answer_log.log import MAX_BYTES, AnswerLog
 from edgetune_runtime.errors import NotFoundError, UsageError, importing
 
 from .settings import Access, ServerLimits

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, of_formats, parse_manifest
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, VerificationError
-from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit
 from edgetune_runtime.store.versions import Say

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from edgetune_runtime.bundle.signatures import require_signed
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.signatures import require_signed
 from kits import write_bundle
 from repositories import PASSPHRASE, Publisher, seen_by_device
 

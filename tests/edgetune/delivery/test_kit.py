@@ -24,9 +24,9 @@ from edgetune_devices import boards, fit
 from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
+from edgetune_runtime.bundle.signatures import require_signed
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.golden import ask
-from edgetune_runtime.signatures import require_signed
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
 from edgetune_runtime.store.kit import read_kit

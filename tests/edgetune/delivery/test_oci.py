@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from edgetune_runtime.bundle import read_manifest, verify_files
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.errors import (
     EdgetuneError,
     NotFoundError,
@@ -20,7 +21,6 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from edgetune_runtime.signatures import SIGNATURE_NAME
 from edgetune_runtime.update import slow_replies
 from filelock import FileLock, Timeout
 from kills import KILLED, killed_at

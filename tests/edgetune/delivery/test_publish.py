@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, OutOfSpaceError, UsageError, VerificationError
-from edgetune_runtime.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository

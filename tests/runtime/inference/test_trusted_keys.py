@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import UsageError, VerificationError
-from edgetune_runtime.signatures import SIGNATURE_NAME
 from repositories import make_keys
 
 from edgetune.delivery.publish.key_folder import BUNDLES

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log import AnswerLog
+from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.server.answering import Serving
 from edgetune_runtime.server.binding import bind, url_of

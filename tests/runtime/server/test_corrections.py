@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.answer_log import read_answer_log
+from edgetune_runtime.answer_log.log import read_answer_log
 from edgetune_runtime.server.settings import Access
 from openai import OpenAI
 from runtime.server.conftest import Running, Start

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.routing.classifier import probabilities
+from edgetune_runtime.inference.routing.classifier import probabilities
 from recipes import adapter_of, make_recipe
 
 from edgetune.building.routing.train import train_router

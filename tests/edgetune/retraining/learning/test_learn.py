@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log import AnswerLog, read_answer_log
+from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from recipes import NAME, adapter_of, lights, make_recipe, write_rows

@@ -11,11 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .bundle import Manifest
-from .engines.gguf.ggml import cpu_backend
-from .engines.gguf.llama import library
-from .errors import IncompatibleError
-from .threads.machine import (
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.engines.gguf.ggml import cpu_backend
+from edgetune_runtime.engines.gguf.llama import library
+from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.threads.machine import (
     ROOT,
     cores_left,
     cpu_quota,

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Manifest, NotFoundError, UsageError, VerificationError, redaction
-from edgetune_runtime.answer_log import AnswerLog, read_answer_log
+from edgetune_runtime import Manifest, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.answer_log import redaction
+from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
+from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.redaction import REDACTED
 
 
 @pytest.fixture

@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_runtime import VerificationError
-from edgetune_runtime.routing.classifier import PromptClassifier, probabilities, read_classifiers, write_classifiers
-from edgetune_runtime.routing.features import count_buckets, features
+from edgetune_runtime.inference.routing.classifier import (
+    PromptClassifier,
+    probabilities,
+    read_classifiers,
+    write_classifiers,
+)
+from edgetune_runtime.inference.routing.features import count_buckets, features
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -21,7 +21,7 @@ from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from edgetune_runtime.server.binding import bind
 from edgetune_runtime.server.settings import ServerLimits
-from edgetune_runtime.voice.service import MAX_BYTES, WyomingService, run
+from edgetune_runtime.server.voice.service import MAX_BYTES, WyomingService, run
 from runtime.stores import switch_to
 from wyoming.asr import Transcript
 from wyoming.client import AsyncClient

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import UsageError
-from .processes.child_process import has_python, run
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.processes.child_process import has_python, run
 
 REDACTED = "[redacted]"
 MAX_S = 5.0

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest, with_present_formats
-from .errors import NotFoundError, VerificationError, importing
-from .wording import shortened
+from edgetune_runtime.errors import NotFoundError, VerificationError, importing
+from edgetune_runtime.wording import shortened
+
+from . import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest, with_present_formats
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key, Signer

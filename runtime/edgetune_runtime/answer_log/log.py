@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .bundle import Manifest
-from .errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.text.chat import Message, Prompt, messages_for
+from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.wording import printable
+
 from .redaction import Redaction
-from .text.chat import Message, Prompt, messages_for
-from .type_checks import dataclass_of
-from .wording import printable
 
 MAX_BYTES = 64_000_000
 _MIN_BYTES = 100_000

@@ -1,0 +1,1 @@
+"""The log of answers and their corrections, and what it leaves out."""
