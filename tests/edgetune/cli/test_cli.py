@@ -255,7 +255,7 @@ def test_plan_shows_what_a_build_will_do(run: Run, recipe: Path) -> None:
     for word in ("needs         memory about ", "as they are", "all-linear, rank", "low_rank", "2 labels", "7 + 2"):
         assert word in out
     out = run("plan", recipe, "--set", "training=auto", "--set", "training.batch_size=2")[1]
-    assert "training      reply: epochs 20: for 7 training rows" in out.splitlines()
+    assert "training      reply: epochs 20, patience null, checkpoint last: for 7 training rows" in out.splitlines()
 
 
 def test_a_plan_says_what_it_knows_of_a_base_to_download(run: Run, recipe: Path) -> None:
