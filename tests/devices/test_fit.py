@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import os
 import subprocess
@@ -26,7 +25,6 @@ from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
 from edgetune_runtime.sizing.needs import items_of, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
-from edgetune_runtime.states.batches import CHUNK
 from runtime.gguf_files import UINT32, rewritten, setting
 
 from edgetune.building.fit_target import read_target
@@ -224,10 +222,6 @@ def test_adapters_take_no_more_than_their_limit() -> None:
     needs = with_options(needs_of_header(header, context_length=512, adapters=many), adapters_mb=40)
     items = {item.name: item.mb for item in fit.fit(needs, boards.load("laptop")).items if "adapter" in item.name}
     assert items == {"adapters in memory, of 300 MB": 40}
-
-
-def test_a_batch_of_llama_cpp_is_one_chunk() -> None:
-    assert inspect.signature(GgufEngine).parameters["batch"].default == CHUNK
 
 
 def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
