@@ -181,7 +181,7 @@ def test_the_plot_of_speeds_marks_what_was_timed_on_a_busy_machine(tmp_path: Pat
 
 def test_the_plot_of_losses_rings_the_checkpoint_that_ships() -> None:
     trained = replace(TRAINED, val_loss=0.5, shipped_step=15, history=(*TRAINED.history, (1.5, 0.1, 0.5)))
-    _, ring = plots._losses([replace(outcome("lora"), training=trained)]).axes[0].lines
+    ring = plots._losses([replace(outcome("lora"), training=trained)]).axes[0].lines[1]
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1.5], [0.5])
 
 
