@@ -29,8 +29,8 @@ TRAINING = (
     Column("seconds", "of training, validation included"),
     Column("tokens/s", "of training rows"),
     Column("peak MB", "of memory in training, 10^6 bytes"),
-    Column("val loss", "nats per token, at the best checkpoint, which is the one that ships"),
-    Column("at step", "step of the best checkpoint / number of steps"),
+    Column("val loss", "nats per token, at the checkpoint that ships"),
+    Column("at step", "step of that checkpoint / number of steps"),
     Column("overfit", "step after which validation loss rose"),
     Column("torch score", "of the checkpoint before export"),
 )

@@ -97,8 +97,8 @@ def _losses(finished: Sequence[TrialResult]) -> Figure:
         assert outcome.training is not None
         epochs, _, losses = zip(*outcome.training.history, strict=True)
         axes.plot(epochs, losses, "o-", color=color, markersize=3.5)
-        best = min(outcome.training.history, key=lambda point: point[2])
-        axes.plot([best[0]], [best[2]], "o", color=color, markersize=9, fillstyle="none")
+        shipped = outcome.training.val_loss
+        axes.plot([epochs[losses.index(shipped)]], [shipped], "o", color=color, markersize=9, fillstyle="none")
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)")
     low, high = axes.get_ylim()
     if low > 0 and high > 10 * max(low, 1e-9):

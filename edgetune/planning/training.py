@@ -10,7 +10,7 @@ _ROW_PASSES, _LEAST_EPOCHS, _MOST_EPOCHS = 3000, 3, 20
 _MANY_ROWS = 20_000
 # Rows per step, by the fewest rows for which it is used.
 _BATCHES = ((400, 16), (100, 8), (0, 4))
-# After few rows, the loss of answers rises while more of them become right.
+# After few rows, the loss of answers rises while more of them become right, as the learning rate falls to 0.
 _TO_THE_END = {"patience": None, "checkpoint": "last"}
 # The width of SmolLM2-135M, for which the default learning rate was chosen. Wider bases need a lower one.
 _WIDTH = 576
@@ -28,7 +28,8 @@ def choose_training(options: TrainingSpec, rows: int, width: int | None, metric:
     epochs = 1 if rows > _MANY_ROWS else max(_LEAST_EPOCHS, min(round(_ROW_PASSES / max(rows, 1)), _MOST_EPOCHS))
     batch_size = next(size for least, size in _BATCHES if rows >= least)
     chosen: dict[str, float | str | None] = {"epochs": epochs, "batch_size": batch_size}
-    if metric != "perplexity":
+    ends_early = "patience" in options.model_fields_set and options.patience is not None
+    if metric != "perplexity" and not ends_early:
         chosen |= _TO_THE_END
     if width is not None and width > _WIDTH:
         chosen["learning_rate"] = float(f"{options.learning_rate * _WIDTH / width:.2g}")

@@ -77,7 +77,7 @@ def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
     word = word.lower()
     if not english:
         return word
-    if word.isdigit() and (words := number_word(int(word))) is not None:
+    if word.isdecimal() and (words := number_word(int(word))) is not None:
         return words.replace("-", " ")
     return _misheard(word, rng) if rng.random() < _WORD_RATE else word
 

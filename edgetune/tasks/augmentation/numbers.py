@@ -1,6 +1,8 @@
-"""Number words of English, from zero to ninety-nine."""
+"""Numbers in texts, and the number words of English, from zero to ninety-nine."""
 
 from __future__ import annotations
+
+import re
 
 _BELOW_20 = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -12,9 +14,15 @@ _LIMIT = 100
 
 def number_word(number: float) -> str | None:
     """The number in words; None for others than whole ones below 100."""
-    if number != int(number) or not 0 <= number < _LIMIT:
+    if not 0 <= number < _LIMIT or number != int(number):
         return None
     if number < len(_BELOW_20):
         return _BELOW_20[int(number)]
     tens, ones = divmod(int(number), 10)
     return _TENS[tens - 2] + (f"-{_BELOW_20[ones]}" if ones else "")
+
+
+def numbers_in(text: str) -> list[int]:
+    """The whole numbers that a text may have: those in its digits, and all that have a word."""
+    written = [int(digits) for digits in re.findall(r"[0-9]{1,19}", text)]
+    return sorted({*range(_LIMIT), *written, *(-number for number in written)})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from edgetune_runtime.wording import suggestion
 from edgetune.tasks.data import TaskRow
 
 from .answers import Answer, Scalar, prompt_of
+from .numbers import numbers_in
 from .slots import Slot, mentions_of, slots_of, with_values
 
 _ENOUGH = 3
@@ -106,9 +108,11 @@ class Values:
         allowed = self._allowed_in(item, slot)
         pool = self._pool(slot.field, self._context(item, slot), is_text=isinstance(slot.value, str))
         if allowed is not None:
-            pool = [value for value in dict.fromkeys([*pool, *allowed]) if value in allowed]
+            pool = list(dict.fromkeys(allowed))
         grounds = _other_texts(item.row)
         if mentions_of(grounds, slot.value):
+            if isinstance(pool, range):
+                pool = [number for number in numbers_in(grounds) if number in pool]
             pool = [value for value in pool if mentions_of(grounds, value)]
         return pool
 
@@ -157,7 +161,8 @@ def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scal
 def _between(numbers: Sequence[Scalar]) -> Sequence[Scalar]:
     """Whole numbers between the smallest and the largest, in steps that all have in common; others as they are."""
     whole = [number for number in numbers if isinstance(number, int)]
-    if len(whole) < max(2, len(numbers)):
+    # A longer range has no length.
+    if len(whole) < max(2, len(numbers)) or max(whole) - min(whole) >= sys.maxsize:
         return numbers
     return range(min(whole), max(whole) + 1, math.gcd(*(number - min(whole) for number in whole)))
 

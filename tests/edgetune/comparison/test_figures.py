@@ -179,6 +179,12 @@ def test_the_plot_of_speeds_marks_what_was_timed_on_a_busy_machine(tmp_path: Pat
     assert not any("busy machine" in picture.caption for picture in plots.plots(outcomes[:1], tmp_path))
 
 
+def test_the_plot_of_losses_rings_the_checkpoint_that_ships() -> None:
+    trained = replace(TRAINED, val_loss=0.5, shipped_step=15, history=(*TRAINED.history, (1.5, 0.1, 0.5)))
+    ring = plots._losses([replace(outcome("lora"), training=trained)]).axes[0].lines[1]
+    assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1.5], [0.5])
+
+
 def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine() -> None:
     values = outcome("lora", gguf=engine(0.9, 10)).to_json()
     for key in ("slow", "busy"):

@@ -150,6 +150,9 @@ def test_auto_training_ships_the_last_checkpoint_of_answers() -> None:
     metrics: tuple[Metric, ...] = ("json", "rouge_l", "label", "perplexity")
     specs = [choose_training(TrainingSpec(auto=True), 50, None, metric)[0] for metric in metrics]
     assert [(spec.checkpoint, spec.patience) for spec in specs] == [("last", None)] * 3 + [("best", 3)]
+    stopping, whole = (TrainingSpec(auto=True, patience=patience) for patience in (5, None))
+    specs = [choose_training(options, 50, None, "json")[0] for options in (stopping, whole)]
+    assert [(spec.checkpoint, spec.patience) for spec in specs] == [("best", 5), ("last", None)]
 
 
 def test_auto_training_keeps_what_the_recipe_sets(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

@@ -173,6 +173,7 @@ def test_changed_copies_are_for_few_rows_whose_prompts_have_values_of_the_answer
     assert not augments(lambda n: {"page": n}, 600)
     assert not augments(lambda n: {"is_open": n % 2 == 0}, 30)
     assert not augments(lambda n: f"page {n}", 30)
+    assert not augments(lambda _: '{"page": NaN}', 30)
 
 
 def test_the_context_fits_the_longest_row_within_the_base(write: Write, propose: Make) -> None:

@@ -115,6 +115,8 @@ def test_numbers_keep_their_form_and_their_steps() -> None:
         words = number_word(answer["minutes"]) if prompt.startswith("set") else str(answer["minutes"])
         assert f"{words} minutes" in prompt
         assert "20:60" in prompt or "at" not in prompt.split()
+    large = [{"prompt": f"cancel {order}", "completion": {"order": order}} for order in (7, 8, 10**20)]
+    assert {answer["order"] for _, answer in pairs(copied(large, **QUIET))} <= {7, 8, 10**20}
 
 
 def test_numbers_of_plain_answers_are_exchanged_for_others_of_their_form() -> None:
@@ -162,7 +164,7 @@ def test_plurals_stay_plurals() -> None:
 
 
 def test_a_value_that_is_listed_elsewhere_is_exchanged_for_one_that_is_too() -> None:
-    def talk(known: str, prompt: str, room: str) -> dict[str, Any]:
+    def talk(known: str, prompt: str, room: object) -> dict[str, Any]:
         system = {"role": "system", "content": f"Rooms: {known}"}
         turns = [system, {"role": "user", "content": f"{prompt} {room}"}]
         return {"messages": [*turns, {"role": "assistant", "content": json.dumps({"area": room})}]}
@@ -172,6 +174,12 @@ def test_a_value_that_is_listed_elsewhere_is_exchanged_for_one_that_is_too() -> 
     made = copied(rows, **QUIET)
     assert {(c.source.where, answer["area"]) for c, (_, answer) in zip(made, pairs(made), strict=True)} == {
         ("row 1", "attic"), ("row 2", "hall"), ("row 3", "study"),
+    }  # fmt: skip
+    # Not every number in between is looked for.
+    rows = [talk("7, eight", "to", 7), talk("8, 1000000000", "to", 8), talk("1000000000", "to", 10**9)]
+    made = copied(rows, copies=9, **QUIET)
+    assert {c.source.where: answer["area"] for c, (_, answer) in zip(made, pairs(made), strict=True)} == {
+        "row 1": 8, "row 2": 10**9,
     }  # fmt: skip
 
 
@@ -219,6 +227,7 @@ def test_noise_leaves_the_values_of_the_answer_and_is_the_same_for_a_seed() -> N
     assert {kind for _, kind in made} == {"spoken", "mistyped", "other case"}
     assert all("Cita Romántica" in text for text, _ in made)
     assert any("twenty favourites please" in text for text, kind in made if kind == "spoken")
+    assert all(noisy("2 ² 20", [], random.Random(seed), english=True) for seed in range(9))
     assert "zwanzig" not in str(made)
     assert noisy(prompt, kept, random.Random(3), english=True) == noisy(prompt, kept, random.Random(3), english=True)
 
