@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class BundleAdapterLoader:
-    """The `AdapterLoader` of the adapters in `manifest` and of the base that is `running`, in so many contexts."""
+    """The `AdapterLoader` of the adapters in `manifest` and of the base that is `running`, in at most `contexts`."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class BundleAdapterLoader:
         files: AdapterFiles,
         manifest: Callable[[], Manifest],
         options: OpeningOptions,
-        contexts: int,
+        contexts: Callable[[], int],
     ) -> None:
         self._running, self._files, self._manifest = running, files, manifest
         self._options, self._contexts = options, contexts
@@ -64,7 +64,7 @@ class BundleAdapterLoader:
         if engine not in engines.names_with_needs():
             return files[entry.files[engine]].bytes + shared
         size = adapter_size(self._manifest(), entry, engine)
-        return size.file_bytes + shared + self._contexts * size.modules * engines.load_needs(engine).COST.module_bytes
+        return size.file_bytes + shared + self._contexts() * size.modules * engines.load_needs(engine).COST.module_bytes
 
     def open_merged(self, name: str, make_room: MakeRoom) -> Pool:
         """Check and open the model of a merged adapter; `make_room` and errors as those of `open_merged`."""

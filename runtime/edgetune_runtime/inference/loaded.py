@@ -66,7 +66,7 @@ class LoadedBundle:
         """Held by whoever changes which adapters there are."""
         self._running = running
         self._process = os.getpid()
-        loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, self.contexts)
+        loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, lambda: self.contexts)
         self.adapters = LoadedAdapters(loader, lambda: self.manifest.adapters, options.adapters_mb)
         self._merged = MergedModels(loader.open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}

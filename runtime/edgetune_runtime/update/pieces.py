@@ -48,24 +48,24 @@ def cut(data: bytes) -> list[tuple[Piece, bytes]]:
 
     Lines end them by what is in them, so that a change moves the ends near it only.
     """
-    found, begin, end = list[bytes](), 0, 0
+    parts, begin, end = list[bytes](), 0, 0
     for line in data.splitlines(keepends=True) if len(data) >= _LEAST_FILE_BYTES else ():
         end += len(line)
         is_end = zlib.crc32(line) % _LINES == 0 or end - begin >= _MOST_BYTES
         if is_end and end - begin >= _LEAST_BYTES:
-            found.append(data[begin:end])
+            parts.append(data[begin:end])
             begin = end
     if begin < end:
-        found.append(data[begin:end])
-    return [(Piece(hashlib.sha256(part).hexdigest()[:_DIGITS], len(part)), part) for part in found]
+        parts.append(data[begin:end])
+    return [(Piece(hashlib.sha256(part).hexdigest()[:_DIGITS], len(part)), part) for part in parts]
 
 
 def parse_pieces(raw: Sequence[str], size: int) -> tuple[Piece, ...]:
     """The pieces in the list of a file with so many bytes; ValueError for a list that is not one of this file."""
     if len(raw) > size // _LEAST_BYTES + 1:
         raise ValueError(f"it has {len(raw)} pieces of {size} bytes")
-    found = [_PIECE.fullmatch(text) for text in raw]
-    pieces = tuple(Piece(match[1], int(match[2])) for match in found if match is not None)
+    matches = [_PIECE.fullmatch(text) for text in raw]
+    pieces = tuple(Piece(match[1], int(match[2])) for match in matches if match is not None)
     if len(pieces) != len(raw) or (raw and sum(piece.bytes for piece in pieces) != size):
         raise ValueError("its pieces are not those of the file")
     return pieces

@@ -17,7 +17,7 @@ from edgetune_runtime.engines.base import Logits, check_context_length, check_op
 from edgetune_runtime.errors import NotFoundError, PromptTooLongError, UsageError, VerificationError
 from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
-from edgetune_runtime.formats.onnx_slots import LORA_B, check_arrays, slots_of
+from edgetune_runtime.formats.onnx_slots import check_arrays, slots_of, summed
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
@@ -142,8 +142,8 @@ class EncoderEngine:
 def _scaled(adapter: Arrays, scale: float) -> Arrays:
     if scale == 1:
         return adapter
-    factor = np.float32(scale)
-    return {key: array * factor if key.endswith(LORA_B) else array for key, array in adapter.items()}
+    head = (HEAD_WEIGHT, HEAD_BIAS)
+    return {key: array if key in head else summed(key, [(array, scale)]) for key, array in adapter.items()}
 
 
 def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: int | None, name: str) -> None:
