@@ -224,7 +224,7 @@ class _Run:
             device=self.accelerator.device.type,
             history=history,
         )
-        if shipped is best:
+        if self.training.checkpoint == "best":
             self._load_weights(self.best)
         self.tuned.to("cpu")
         if self.accelerator.is_main_process:
@@ -370,7 +370,8 @@ class _Run:
             val_loss=val_sum / val_tokens,
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
-        if point.val_loss < min((p.val_loss for p in self.state.history), default=math.inf):
+        lowest = min((p.val_loss for p in self.state.history), default=math.inf)
+        if self.training.checkpoint == "best" and point.val_loss < lowest:
             self.best = self._weights()
         self.state.history.append(point)
         self.model.train()
