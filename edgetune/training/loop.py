@@ -253,7 +253,13 @@ class _Run:
         }
         # When torch opens the path itself, its error for a full disk does not say so.
         with replacing(self._state_path) as path, path.open("wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # An interrupt in a write leaves torch's archive without an end, which torch then reports instead.
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise KeyboardInterrupt from error
+                raise
 
     def detach(self) -> None:
         """Restore the base and torch's threads."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -233,6 +234,30 @@ def test_a_run_interrupted_while_weights_change_goes_on_from_the_state_before(
             run(RESUMED)
     finally:
         hook.remove()
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_a_run_interrupted_while_it_saves_saves_again(
+    at: int, run: Callable[..., Any], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, writes = torch.save, []
+
+    class Interrupted(io.FileIO):
+        def write(self, data: Any, /) -> int:  # noqa: ANN401 - as FileIO's
+            writes.append(1)
+            if len(writes) == at:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    def interrupting(state: object, file: io.BufferedWriter) -> None:
+        with Interrupted(file.name, "wb") as raw:
+            save(state, raw)
+
+    monkeypatch.setattr(torch, "save", interrupting)
+    with pytest.raises(CancelledError, match="stopped at step 3"):
+        run(RESUMED)
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
 
