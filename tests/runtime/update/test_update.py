@@ -23,6 +23,7 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.update import current, trust, update
 from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
@@ -192,6 +193,18 @@ def test_a_version_that_fails_its_trial_is_tried_twice_and_then_left_out(
     publisher("two")
     assert apply(prefix)
     assert ask(prefix) == "two"
+
+
+def test_a_version_that_a_process_has_open_is_deleted_after_it_was_closed(prefix: Path, publisher: Publisher) -> None:
+    opened, in_use = (prefix / "current/bundle").resolve(), VersionsInUse()
+    in_use.use([opened])
+    for answer, is_there in (("one", True), ("two", True), ("three", False)):
+        if not is_there:
+            in_use.use(())
+        publisher(answer)
+        assert apply(prefix, source_of(publisher, publisher.repo))
+        assert (opened / "answer.txt").exists() == is_there
+    assert len(list((prefix / "versions").iterdir())) == 2
 
 
 def test_a_bundle_that_was_gone_back_from_is_left_out_until_a_newer_one(
