@@ -407,13 +407,23 @@ def test_a_release_for_a_newer_runtime_is_refused_before_it_is_downloaded(prefix
     assert ask(prefix) == "zero"
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_downloaded(
+def test_a_disk_or_a_quota_without_room_is_noticed_before_anything_is_downloaded(
     prefix: Path, publisher: Publisher, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_100))
     with pytest.raises(OutOfSpaceError, match="50 MB are free"):
         apply(prefix, source_of(publisher, server))
     assert not any(path.startswith("blobs/") for path in server.requests)
+    monkeypatch.undo()
+    used = sum(path.stat().st_size for path in (prefix / "files").iterdir()) / 1e6
+    with pytest.raises(OutOfSpaceError, match=r"the versions here would have .* MB are allowed; allow more with"):
+        apply(prefix, replace(source_of(publisher, server), quota_mb=used))
+    # It is remembered.
+    with pytest.raises(OutOfSpaceError):
+        apply(prefix)
+    assert not any(path.startswith("blobs/") for path in server.requests)
+    assert ask(prefix) == "zero"
+    assert apply(prefix, UpdateSource(quota_mb=used + 0.1))
 
 
 def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:
