@@ -111,6 +111,8 @@ def serving(folder: Path) -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Head and body are sent apart, and the second would wait 40 ms for an acknowledgement of the first.
+        disable_nagle_algorithm = True
 
         def setup(self) -> None:
             server.connections += 1
