@@ -56,8 +56,8 @@ def push(
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
 
-    store = transfer.open_store(reference, username, insecure=insecure)
-    pushed = transfer.push(bundle, store, Progress(quiet=quiet), repo=repo, channel=channel)
+    with transfer.open_store(reference, username, insecure=insecure) as store:
+        pushed = transfer.push(bundle, store, Progress(quiet=quiet), repo=repo, channel=channel)
     if as_json:
         print_json(pushed.to_json())
         return
@@ -92,9 +92,9 @@ def pull(
     from edgetune.delivery.oci import transfer
     from edgetune.delivery.oci.release_metadata import TrustedChannel
 
-    store = transfer.open_store(reference, username, insecure=insecure)
     trusted = None if root is None else TrustedChannel(read_root_file(root), channel)
-    resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys, trusted_channel=trusted)
+    with transfer.open_store(reference, username, insecure=insecure) as store:
+        resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys, trusted_channel=trusted)
     if as_json:
         print_json({"reference": str(resolved), "path": str(out)})
         return

@@ -102,5 +102,5 @@ def _pull(folder: Path, version: str, layout: str = LAYOUT, trusted: TrustedChan
     from edgetune.common.progress import Progress  # noqa: PLC0415
     from edgetune.delivery.oci.transfer import open_store, pull  # noqa: PLC0415 - each worker imports what it needs
 
-    store = open_store(f"oci-layout:{folder / layout}{version}", None, insecure=False)
-    pull(store, folder / "pulled", Progress(quiet=True), trusted_channel=trusted)
+    with open_store(f"oci-layout:{folder / layout}{version}", None, insecure=False) as store:
+        pull(store, folder / "pulled", Progress(quiet=True), trusted_channel=trusted)

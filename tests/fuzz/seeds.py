@@ -217,8 +217,8 @@ def _repository(work: Path, folder: Path) -> None:
 
 def _layouts(work: Path) -> None:
     for name, repo in ((LAYOUT, None), (RELEASED, work / REPOSITORY)):
-        store = open_store(f"oci-layout:{work / name}:{TAG}", None, insecure=False)
-        push(work / SIGNED, store, Progress(quiet=True), repo=repo)
+        with open_store(f"oci-layout:{work / name}:{TAG}", None, insecure=False) as store:
+            push(work / SIGNED, store, Progress(quiet=True), repo=repo)
 
 
 def _reports(work: Path) -> None:
