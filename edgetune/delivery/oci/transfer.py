@@ -134,9 +134,9 @@ def pull(
         _reuse(received, files, [*([] if blobs is None else [blobs]), out])
         shutil.rmtree(folder, ignore_errors=True)
         manifest = _fetch_manifest(store, files, received, folder, trusted_keys)
-        wanted = {entry.sha256: entry for entry in manifest.files.values()}
-        count = received.received({sha256: entry.bytes for sha256, entry in wanted.items()})
-        lacking = [entry for entry in wanted.values() if count.get(entry.sha256) != entry.bytes]
+        by_digest = {entry.sha256: entry for entry in manifest.files.values()}
+        count = received.received({sha256: entry.bytes for sha256, entry in by_digest.items()})
+        lacking = [entry for entry in by_digest.values() if count.get(entry.sha256) != entry.bytes]
         lacking_bytes = sum(entry.bytes - count.get(entry.sha256, 0) for entry in lacking)
         require_space(work, lacking_bytes)
         with progress.step(f"fetching {lacking_bytes / 1e6:.1f} MB", len(lacking)) as step:
