@@ -160,8 +160,9 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "num_hidden_layers": 3,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "linear_num_key_heads": 4,
-            "linear_num_value_heads": 4,
+            # Three heads of values for each of keys, as in the largest; the smallest have as many of both.
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
             "linear_key_head_dim": 64,
             "linear_value_head_dim": 64,
             "rope_parameters": {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
+from edgetune_export.architectures.layout import in_model_order, name_map, tensor_of
 from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.formats.gguf_file import read_header
 
@@ -20,8 +20,6 @@ def weights_in(base: Path) -> Callable[[str], np.ndarray]:
         tensor = tensor_of(module, header, names)
         with base.open("rb") as file:
             file.seek(tensor.offset)
-            values = dequantize_rows(file.read(tensor.nbytes), tensor)
-        order = base_rows(tensor, header)
-        return values if order is None else values[np.argsort(order)]
+            return in_model_order(dequantize_rows(file.read(tensor.nbytes), tensor), tensor, header)
 
     return weight

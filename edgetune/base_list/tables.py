@@ -49,9 +49,6 @@ before you ship it. "Gated" means that the hub asks you to accept the license fi
 login`).
 
 {weights}
-Of Qwen 3.5, sizes are supported whose delta nets have as many heads of values as of keys, such as 0.8B; others are
-refused before any work.
-
 Of multimodal checkpoints, such as those of Gemma 4 and Qwen 3.5, the text part is used. Google trained Gemma 4 for 4
 bits too: download the `.gguf` file of `google/gemma-4-E2B-it-qat-q4_0-gguf` (`hf download`) and give its path without a
 `quantization`, so that it ships as it is. About half of such a file is an embedding for the inputs of each layer: in

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.architectures.layout import as_parameter, base_rows, name_map, tensor_name
+from edgetune_export.architectures.layout import as_parameter, base_columns, base_rows, name_map, tensor_name
 from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.errors import IncompatibleError
@@ -148,6 +148,8 @@ class GgufWeights:
         # Allocated by torch for its alignment, which makes matrix products faster.
         values = torch.empty(tensor.shape[::-1], dtype=torch.float32)
         dequantize_rows(data, tensor, out=values.numpy())
+        if (columns := base_columns(tensor, self._header)) is not None:
+            values[:, columns] = values.clone()
         return torch.from_numpy(as_parameter(values.numpy(), tensor, self._header))
 
     def rows(self, parameter: str, numbers: npt.NDArray[np.int64]) -> torch.Tensor:
@@ -164,7 +166,11 @@ class GgufWeights:
         Errors as in `values` and `grid_of`.
         """
         data, tensor = self._bytes(parameter)
-        return None if tensor.type.is_float else (grid_of(data, tensor), self._ordered(dither_of(tensor), tensor))
+        if tensor.type.is_float:
+            return None
+        grid, dither = grid_of(data, tensor), self._ordered(dither_of(tensor), tensor)
+        columns = base_columns(tensor, self._header)
+        return (grid, dither) if columns is None else (grid.with_columns(columns), dither[:, np.argsort(columns)])
 
     def __contains__(self, parameter: str) -> bool:
         """Whether the file has the parameter."""

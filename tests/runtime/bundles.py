@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 from edgetune_export.adapters import shapes
-from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.architectures.layout import base_columns, base_rows, name_map
 from edgetune_export.architectures.shape import linear_modules
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx import backend as onnx
@@ -87,8 +87,10 @@ def folded(base: Path, pairs: LowRank, name: str = "adapter") -> shapes.LowRank:
     known = {f"{names.get_name(name)}.weight": name for name in linear_modules(header)}
     modules = {}
     for tensor, (a, b) in pairs.items():
-        order = base_rows(header.tensors[tensor], header)
-        modules[known[tensor]] = shapes.Delta(a, b if order is None else b[np.argsort(order)])
+        rows, columns = (order(header.tensors[tensor], header) for order in (base_rows, base_columns))
+        modules[known[tensor]] = shapes.Delta(
+            a if columns is None else a[:, np.argsort(columns)], b if rows is None else b[np.argsort(rows)]
+        )
     return shapes.LowRank(name, "lora", modules)
 
 

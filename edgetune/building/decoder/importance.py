@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from edgetune_export.architectures.layout import name_map, tensor_of
+from edgetune_export.architectures.layout import Order, base_columns, name_map, tensor_of
 from edgetune_export.architectures.shape import linear_modules
 from edgetune_export.base_file.importance import Importance
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
@@ -83,12 +83,14 @@ def _hooked(model: Any, header: GgufHeader) -> dict[str, torch.Tensor]:  # noqa:
     """Sums of squares by tensor, to which each forward pass of `model` adds from now on."""
     names, sums = name_map(header), dict[str, torch.Tensor]()
     for name, sized in linear_modules(header).items():
-        total = sums.setdefault(tensor_of(name, header, names).name, torch.zeros(sized.columns, dtype=torch.float64))
-        model.get_submodule(name).register_forward_pre_hook(partial(_add, total))
+        tensor = tensor_of(name, header, names)
+        total = sums.setdefault(tensor.name, torch.zeros(sized.columns, dtype=torch.float64))
+        model.get_submodule(name).register_forward_pre_hook(partial(_add, total, base_columns(tensor, header)))
     # Logits of all tokens would take most of the time.
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:],))
     return sums
 
 
-def _add(total: torch.Tensor, _: object, inputs: tuple[torch.Tensor, ...]) -> None:
-    total += inputs[0][0].double().square().sum(0)
+def _add(total: torch.Tensor, columns: Order | None, _: object, inputs: tuple[torch.Tensor, ...]) -> None:
+    values = inputs[0][0].double().square().sum(0)
+    total += values if columns is None else values[columns]

@@ -31,6 +31,20 @@ class LinearModule:
     product: str
 
 
+@dataclass(frozen=True)
+class ValueHeads:
+    """Heads of values that a GGUF file has in another order: heads that read the same keys are `groups` heads apart,
+    where they are neighbours in transformers.
+
+    They follow `before` rows that keep their places; or they are `in_columns`.
+    """
+
+    heads: int
+    groups: int
+    before: int = 0
+    in_columns: bool = False
+
+
 LINEAR_MODULES = (
     LinearModule("self_attn.q_proj", "attn_q", "self_attn.qkv_proj"),
     LinearModule("self_attn.k_proj", "attn_k", "self_attn.qkv_proj"),
@@ -178,6 +192,11 @@ class Architecture:
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Entries of config.json that onnxruntime-genai's builder needs in another form than transformers writes."""
         return {}
+
+    def value_heads(self, _header: GgufHeader, _tensor: str) -> ValueHeads | None:
+        """The heads in the rows, or columns, of a tensor of a layer, named without its layer, which llama.cpp's
+        converter puts into another order; None if it keeps their order."""
+        return None
 
     def rotates(self, _layer: int) -> bool:
         """Whether a layer's attention has a rotary embedding."""

@@ -2,6 +2,7 @@
 
 In GGUF files of some architectures the rows of q and k have another order: llama.cpp's rotary embedding rotates
 neighbouring rows, Hugging Face's the two halves of a head, so the converter interleaves the halves of each head.
+Those of delta nets have heads of values in another order, in rows and in the columns of what reads them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo
 from . import of
 
 Floats = npt.NDArray[np.float32]
+Order = npt.NDArray[np.intp]
 
 _QUERY_OR_KEY = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])\.(weight|bias)")
 
@@ -38,22 +40,64 @@ def tensor_of(module: str, header: GgufHeader, names: gguf.TensorNameMap) -> Ten
     return tensors.get(f"{names.get_name(module)}.weight") or tensors["token_embd.weight"]
 
 
-def base_rows(tensor: TensorInfo, header: GgufHeader) -> npt.NDArray[np.intp] | None:
+def base_rows(tensor: TensorInfo, header: GgufHeader) -> Order | None:
     """For each row of the base's tensor, its index in the Hugging Face model; None if the order is the same.
 
     `hf[base_rows]` is the base's order. IncompatibleError if the rows do not divide into heads.
     """
     match = _QUERY_OR_KEY.fullmatch(tensor.name)
     if match is None or not of(header).interleaves_rows:
-        return None
+        return _order_of_heads(tensor, header, in_columns=False)
     prefix = f"{header.architecture}.attention"
     key = f"{prefix}.head_count" if match["which"] == "q" else f"{prefix}.head_count_kv"
     heads = count(header.metadata, key if key in header.metadata else f"{prefix}.head_count")
-    rows = tensor.shape[-1]
-    if rows % (2 * heads):
-        message = f"{tensor.name} has {rows} rows, which do not divide into {heads} heads"
-        raise IncompatibleError(message, "use a base that llama.cpp can run")
-    return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)
+    return _swapped(tensor, np.arange(tensor.shape[-1]), (heads, 2, -1, 1))
+
+
+def base_columns(tensor: TensorInfo, header: GgufHeader) -> Order | None:
+    """For each column of the base's tensor, its index in the Hugging Face model, as `base_rows` has it for rows."""
+    return _order_of_heads(tensor, header, in_columns=True)
+
+
+def in_model_order(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
+    """A tensor's values [rows, columns] with rows and columns in the order of the Hugging Face model."""
+    rows, columns = base_rows(tensor, header), base_columns(tensor, header)
+    values = values if rows is None else values[np.argsort(rows)]
+    return values if columns is None else values[:, np.argsort(columns)]
+
+
+def in_file_order(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
+    """The reverse of `in_model_order`."""
+    rows, columns = base_rows(tensor, header), base_columns(tensor, header)
+    values = values if rows is None else values[rows]
+    return values if columns is None else values[:, columns]
+
+
+def in_groups(order: Order, size: int) -> Order:
+    """An order of columns as one of groups of `size` columns; IncompatibleError if it splits groups."""
+    groups = order[::size] // size
+    if len(order) % size or np.any(order.reshape(-1, size) != groups[:, None] * size + np.arange(size)):
+        message = f"the base has heads of values that are no multiple of {size}, and are quantized together"
+        raise IncompatibleError(message, "use a base with quantization: f16")
+    return groups
+
+
+def _order_of_heads(tensor: TensorInfo, header: GgufHeader, *, in_columns: bool) -> Order | None:
+    heads = of(header).value_heads(header, tensor.name.split(".", 2)[-1])
+    if heads is None or heads.in_columns != in_columns:
+        return None
+    places = np.arange(tensor.shape[0 if in_columns else -1])
+    moved = _swapped(tensor, places[heads.before :], (1, heads.groups, heads.heads // heads.groups, -1))
+    return np.concatenate([places[: heads.before], moved])
+
+
+def _swapped(tensor: TensorInfo, places: Order, shape: tuple[int, ...]) -> Order:
+    """The places in four dimensions, of which the second and the third are swapped."""
+    try:
+        return places.reshape(shape).swapaxes(1, 2).reshape(-1)
+    except ValueError as error:
+        message = f"{tensor.name} has {len(places)} values, which do not divide into heads"
+        raise IncompatibleError(message, "use a base that llama.cpp can run") from error
 
 
 def tensor_name(parameter: str, names: gguf.TensorNameMap) -> str:

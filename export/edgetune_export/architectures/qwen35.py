@@ -9,19 +9,23 @@ from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.gguf_sizes import number, recurrent_layers
 
-from .base import LINEAR_MODULES, Architecture, LinearModule
+from .base import LINEAR_MODULES, Architecture, LinearModule, ValueHeads
 
 _RECURRENT, _ATTENTION = "linear_attention", "full_attention"
+_OF_ALL_HEADS = ("attn_qkv.weight", "ssm_conv1d.weight")
+"""Tensors with rows of queries and keys before those of values."""
+_OF_VALUES = ("attn_gate.weight", "ssm_alpha.weight", "ssm_beta.weight", "ssm_a", "ssm_dt.bias")
+_READS_VALUES = "ssm_out.weight"
 
 
 class _Qwen35(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """Where there are more heads of values than of keys, the converter changes the order of columns too."""
+        """IncompatibleError for layers of other kinds, and for heads of values that those of keys do not divide."""
         kinds = config.get("layer_types") or ()
         if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {_RECURRENT, _ATTENTION}:
             message = f"the base has layer_types {str(kinds)[:80]!r}, not {_RECURRENT} or {_ATTENTION} for each layer"
             raise IncompatibleError(message, "use a dense Qwen3.5, saved by transformers 5")
-        _check_heads(config.get("linear_num_key_heads"), config.get("linear_num_value_heads"))
+        _check_heads(config["linear_num_key_heads"], config["linear_num_value_heads"])
 
     def header_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """As llama.cpp's converter computes them."""
@@ -38,14 +42,15 @@ class _Qwen35(Architecture):
         """The config of a file, with the rotary embedding of text, whose positions are the same in all sections."""
         config, recurrent = super().whole_config(header), recurrent_layers(header)
         heads = number(header, "ssm.time_step_rank")
-        _check_heads(number(header, "ssm.group_count"), heads)
         rotated = number(header, "rope.dimension_count") / config["head_dim"]
+        keys = number(header, "ssm.group_count")
+        _check_heads(keys, heads)
         return {
             **config,
             "rope_parameters": {**config["rope_parameters"], "partial_rotary_factor": rotated},
             "linear_conv_kernel_dim": number(header, "ssm.conv_kernel"),
             "linear_key_head_dim": number(header, "ssm.state_size"),
-            "linear_num_key_heads": number(header, "ssm.group_count"),
+            "linear_num_key_heads": keys,
             "linear_num_value_heads": heads,
             "linear_value_head_dim": number(header, "ssm.inner_size") // heads,
             "layer_types": [
@@ -53,15 +58,24 @@ class _Qwen35(Architecture):
             ],
         }
 
+    def value_heads(self, header: GgufHeader, tensor: str) -> ValueHeads | None:
+        """ggml repeats the heads of keys one after another, transformers each of them in place."""
+        groups, heads = number(header, "ssm.group_count"), number(header, "ssm.time_step_rank")
+        _check_heads(groups, heads)
+        if groups == heads or tensor not in {*_OF_ALL_HEADS, *_OF_VALUES, _READS_VALUES}:
+            return None
+        before = 2 * groups * number(header, "ssm.state_size") if tensor in _OF_ALL_HEADS else 0
+        return ValueHeads(heads, groups, before, in_columns=tensor == _READS_VALUES)
+
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The builder knows the multimodal class only, of which it writes the text part."""
         return {"architectures": [self.multimodal[1]]}
 
 
-def _check_heads(keys: object, values: object) -> None:
-    if keys != values:
-        message = f"the base has {keys} heads of keys and {values} of values in its delta nets, which is not supported"
-        raise IncompatibleError(message, "use a Qwen3.5 with as many of both, such as Qwen3.5-0.8B")
+def _check_heads(keys: int, values: int) -> None:
+    if keys < 1 or values % keys:
+        message = f"the base has {keys} heads of keys and {values} of values in its delta nets, which do not divide"
+        raise IncompatibleError(message, "use a base that llama.cpp can run")
 
 
 _DELTA_NET = (

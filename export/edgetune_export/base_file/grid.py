@@ -17,6 +17,7 @@ from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import TensorInfo
 
 from edgetune_export.adapters.shapes import Floats
+from edgetune_export.architectures.layout import Order, in_groups
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -38,6 +39,11 @@ class Grid:
     def inverse(self) -> Floats:
         """1 / step; 0 where all codes stand for the same value."""
         return np.divide(1, self.step, out=np.zeros_like(self.step), where=self.step != 0)
+
+    def with_columns(self, order: Order) -> Grid:
+        """The grid with column i moved to `order[i]`; IncompatibleError if this splits groups."""
+        back = np.argsort(in_groups(order, len(order) // self.step.shape[1]))
+        return Grid(self.step[:, back], self.offset[:, back], self.lowest, self.highest)
 
     def positions(self, values: Floats) -> Floats:
         """Where the values [rows, columns] lie, in codes that need not be whole or within range."""

@@ -12,7 +12,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_head
 from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Floats, Merged
-from edgetune_export.architectures.layout import as_stored, base_rows, name_map, tensor_name
+from edgetune_export.architectures.layout import as_stored, in_file_order, name_map, tensor_name
 
 from .rounding import rounded, rounded_on_grid
 
@@ -57,10 +57,9 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
 
 
 def _stored(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
-    """A parameter as the file stores it, with rows in the base's order."""
+    """A parameter as the file stores it, with rows and columns in the base's order."""
     values = as_stored(values, tensor, header)
     if values.shape[::-1] != tensor.shape:
         message = f"{tensor.name} is {tensor.shape[::-1]} in the base, {values.shape} in the merged model"
         raise IncompatibleError(message, "give the base that the model was trained from")
-    order = base_rows(tensor, header)
-    return values if order is None else values[order]
+    return in_file_order(values, tensor, header)

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from edgetune_export import architectures
+from edgetune_export.architectures.layout import base_columns
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.base_file.convert import find_converter
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
@@ -241,6 +243,25 @@ def test_the_weights_in_torch_are_those_of_the_folder(
             # The file has matrices in f16, and kernels of convolutions, which have three dimensions, in f32.
             parameter.copy_(parameter.half() if parameter.dim() == 2 else parameter)
         torch.testing.assert_close(found(tokens).logits, expected(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+# q6_k has 16 columns per group, fewer than a head has.
+@pytest.mark.parametrize("quantization", ["q4_0", "q6_k"])
+def test_weights_lie_on_the_grid_of_their_file_where_heads_have_another_order(
+    quantization: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "base.gguf"
+    quantize_gguf(tiny_gguf("qwen35"), path, quantization)
+    file, header = GgufWeights(path), read_header(path)
+    columns = base_columns(header.tensors["blk.0.ssm_out.weight"], header)
+    assert columns is not None
+    assert not np.array_equal(columns, np.arange(len(columns)))
+    for module in ("out_proj", "in_proj_qkv"):
+        name = f"model.layers.0.linear_attn.{module}.weight"
+        on = file.grid(name)
+        assert on is not None
+        positions = on[0].positions(file.values(name).numpy())
+        np.testing.assert_allclose(positions, np.rint(positions), atol=1e-2)
 
 
 def test_layers_that_share_keys_may_have_some_in_the_file(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

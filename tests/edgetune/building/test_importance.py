@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from edgetune_export import architectures
-from edgetune_export.architectures.layout import name_map
+from edgetune_export.architectures.layout import in_file_order, name_map
 from edgetune_export.base_file.importance import Importance, write_imatrix
 from edgetune_export.base_file.quantize import dequantize_rows, quantize_gguf
 from edgetune_runtime.bundle import read_manifest
@@ -68,6 +69,21 @@ def test_the_matrix_has_the_mean_squares_of_the_inputs_of_each_matrix(
     assert {name: values.size for name, values in found.mean_squares.items()} == {
         name: base.header.tensors[name].shape[0] for name in found.mean_squares
     }
+
+
+def test_the_columns_have_the_order_of_the_file(tiny_base: Callable[[str], Base], tmp_path: Path) -> None:
+    base = tiny_base("qwen35")
+    recipe = make_recipe(tmp_path, base.path)
+    found = importance_of(recipe, QUIET)
+    model, task, squares = load_torch(base, torch.float32), read_task("command", recipe), []
+    output = model.get_submodule("model.layers.0.linear_attn.out_proj")
+    output.register_forward_pre_hook(lambda _, inputs: squares.append(inputs[0][0].double().square()))
+    with closing(GgufTokenizer(base.path)) as tokenizer, torch.inference_mode():
+        for row in task.tokenize(tokenizer, recipe.context_length)[0]:
+            model.get_decoder()(input_ids=torch.tensor([row.tokens]))
+    tensor = base.header.tensors["blk.0.ssm_out.weight"]
+    expected = in_file_order(torch.cat(squares).mean(0).numpy()[None].astype(np.float32), tensor, base.header)
+    assert found.mean_squares[tensor.name] == pytest.approx(expected[0], rel=1e-4)
 
 
 def test_reading_ends_at_a_number_of_tokens(

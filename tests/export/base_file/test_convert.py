@@ -294,3 +294,13 @@ def test_odd_sizes_of_recurrent_layers_are_damage(
     (folder / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(VerificationError, match=r"config\.json"):
         check_folder(folder)
+
+
+@pytest.mark.parametrize("keys", [0, 4])
+def test_heads_of_values_that_those_of_keys_do_not_divide_are_refused(
+    keys: int, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("qwen35"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "linear_num_key_heads": keys}))
+    assert_refused(IncompatibleError, f"{keys} heads of keys and 6 of values", lambda: check_folder(folder))

@@ -19,7 +19,7 @@ from edgetune_runtime.wording import first_of
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
-from edgetune_export.architectures.layout import base_rows, name_map
+from edgetune_export.architectures.layout import base_columns, base_rows, name_map
 from edgetune_export.backends.base import Source
 from edgetune_export.base_file import merge
 from edgetune_export.base_file.quantize import quantize_rows
@@ -89,7 +89,7 @@ def write_merged(merged: Merged, source: Source, out: Path) -> None:
 
 
 def _place(adapter: LowRank, header: GgufHeader) -> list[tuple[TensorInfo, Delta]]:
-    """The base's tensor of each module, and its delta with rows in the base's order.
+    """The base's tensor of each module, and its delta with rows and columns in the base's order.
 
     IncompatibleError lists the modules that do not fit.
     """
@@ -105,8 +105,9 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[tuple[TensorInfo, Delta
         if problem or tensor is None:
             problems.append(problem)
         else:
-            order = base_rows(tensor, header)
-            placed.append((tensor, delta if order is None else Delta(delta.a, delta.b[order])))
+            rows, columns = base_rows(tensor, header), base_columns(tensor, header)
+            a = delta.a if columns is None else delta.a[:, columns]
+            placed.append((tensor, Delta(a, delta.b if rows is None else delta.b[rows])))
     if problems:
         message = f"adapter {adapter.name!r} does not fit this base: {first_of(problems)}"
         raise IncompatibleError(message, "give the base that the adapter was trained on")

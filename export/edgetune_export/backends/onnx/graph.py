@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.architectures.layout import base_rows, name_map, tensor_of
+from edgetune_export.architectures.layout import base_columns, base_rows, in_model_order, name_map, tensor_of
 from edgetune_export.base_file.quantize import dequantize_rows
 
 from .weights import BLOCK, PackedWeights, pack, pack_floats, packed_bits, reorder, stack
@@ -235,12 +235,11 @@ class _MatrixReader:
     def _packed(self, module: str) -> PackedWeights:
         tensor, data = self._read(module)
         packed = pack(data, tensor) or pack_floats(dequantize_rows(data, tensor))
-        return reorder(packed, base_rows(tensor, self.header))
+        return reorder(packed, base_rows(tensor, self.header), base_columns(tensor, self.header))
 
     def _floats(self, module: str) -> Floats:
         tensor, data = self._read(module)
-        values, order = dequantize_rows(data, tensor), base_rows(tensor, self.header)
-        return values if order is None else values[np.argsort(order)]
+        return in_model_order(dequantize_rows(data, tensor), tensor, self.header)
 
     def _read(self, module: str) -> tuple[TensorInfo, bytes]:
         tensor = tensor_of(module, self.header, self._names)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from edgetune_runtime.formats.gguf_file import TensorInfo
 
 from edgetune_export.adapters.shapes import Floats
+from edgetune_export.architectures.layout import Order, in_groups
 from edgetune_export.base_file.quantize import dequantize_rows
 
 BLOCK = 32
@@ -88,12 +89,15 @@ def widen(packed: PackedWeights) -> PackedWeights:
     return PackedWeights(levels + np.uint8(128 - 8), packed.scales)
 
 
-def reorder(packed: PackedWeights, order: npt.NDArray[np.intp] | None) -> PackedWeights:
-    """Move row i to `order[i]`; blocks are not split."""
-    if order is None:
-        return packed
-    data, scales = np.empty_like(packed.data), np.empty_like(packed.scales)
-    data[order], scales[order] = packed.data, packed.scales
+def reorder(packed: PackedWeights, rows: Order | None, columns: Order | None) -> PackedWeights:
+    """Move row i to `rows[i]` and column i to `columns[i]`; IncompatibleError if this splits blocks."""
+    data, scales = packed.data, packed.scales
+    if rows is not None:
+        back = np.argsort(rows)
+        data, scales = data[back], scales[back]
+    if columns is not None:
+        back = np.argsort(in_groups(columns, BLOCK))
+        data, scales = data[:, back], scales[:, back]
     return PackedWeights(data, scales)
 
 

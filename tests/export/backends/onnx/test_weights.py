@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from edgetune_export.backends.onnx.weights import BLOCK, PackedWeights, pack, pack_floats, reorder, stack, widen
 from edgetune_export.base_file.quantize import dequantize_rows, quantize_rows
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import TensorInfo
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
@@ -122,13 +123,15 @@ def test_more_bits_keep_the_numbers() -> None:
     assert widen(wide) is wide
 
 
-def test_rows_move_whole_to_where_the_order_says() -> None:
+def test_rows_and_columns_move_to_where_their_order_says_in_whole_blocks() -> None:
     packed = packed_of("q4_0")
-    order = np.array([3, 1, 5, 0, 2, 4])
-    moved = reorder(packed, order)
-    np.testing.assert_array_equal(unpack(moved)[order], unpack(packed))
+    rows, columns = np.array([3, 1, 5, 0, 2, 4]), np.arange(16 * BLOCK).reshape(2, 8, -1).swapaxes(0, 1).reshape(-1)
+    moved = reorder(packed, rows, columns)
+    np.testing.assert_array_equal(unpack(moved)[rows][:, columns], unpack(packed))
     assert moved.bits == 4
-    assert reorder(packed, None) is packed
+    np.testing.assert_array_equal(unpack(reorder(packed, None, None)), unpack(packed))
+    with pytest.raises(IncompatibleError, match="no multiple of 32"):
+        reorder(packed, None, np.roll(columns, BLOCK // 2))
 
 
 @pytest.mark.parametrize(
