@@ -138,9 +138,9 @@ def pull(
         if trusted_channel is not None:
             pinned = store.at(store.reference.by_digest(digest))
             release_metadata.check(pinned, work / "metadata", trusted_channel, manifest.name, files)
-        wanted = {entry.sha256: entry for entry in manifest.files.values()}
-        count = received.received({sha256: entry.bytes for sha256, entry in wanted.items()})
-        lacking = [entry for entry in wanted.values() if count.get(entry.sha256) != entry.bytes]
+        by_digest = {entry.sha256: entry for entry in manifest.files.values()}
+        count = received.received({sha256: entry.bytes for sha256, entry in by_digest.items()})
+        lacking = [entry for entry in by_digest.values() if count.get(entry.sha256) != entry.bytes]
         lacking_bytes = sum(entry.bytes - count.get(entry.sha256, 0) for entry in lacking)
         require_space(work, lacking_bytes)
         with progress.step(f"fetching {lacking_bytes / 1e6:.1f} MB", len(lacking)) as step:
