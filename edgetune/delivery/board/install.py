@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from edgetune_runtime.store import switch, versions
-from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.durable import installing, locked
 from edgetune_runtime.store.files import Store, check_file
 from edgetune_runtime.store.kit import Kit, read_kit
 from edgetune_runtime.store.service import Unit
@@ -25,7 +25,7 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
     kit = read_kit(folder)
     if unit is not None:
         unit.require_own(prefix)
-    with locked(prefix):
+    with installing(prefix):
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))
         if receives:
@@ -39,8 +39,9 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
         say("checking the bundle's files")
         for file in kit.version_files:
             store.put(file, folder)
-        changed |= versions.place(prefix, kit)
-        return switch.activate(prefix, kit, unit, say) or changed
+        with locked(prefix):
+            changed |= versions.place(prefix, kit)
+            return switch.activate(prefix, kit, unit, say) or changed
 
 
 def mb_to_write(kit: Kit, prefix: Path) -> int:

@@ -27,7 +27,7 @@ _CHUNK_BYTES = 1 << 18
 def receive_lacking(prefix: Path, kit: Kit, source: IO[bytes], out: IO[str]) -> None:
     """Print the line of what an install of the kit lacks to `out`, and receive it from `source`.
 
-    Raises what `receive` raises. The lock of the prefix must be held.
+    Raises what `receive` raises. Only one process may be installing.
     """
     lacking = missing(prefix, kit)
     print(f"{LACKING}{json.dumps(lacking)}", file=out, flush=True)

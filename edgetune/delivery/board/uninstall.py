@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgetune_runtime.errors import NotFoundError
 from edgetune_runtime.store import acknowledgement, files, service, timer, versions
-from edgetune_runtime.store.durable import LOCK_NAME, locked
+from edgetune_runtime.store.durable import LOCK_NAMES, installing, locked
 from edgetune_runtime.store.versions import Say
 from edgetune_runtime.update import state
 
@@ -23,10 +23,10 @@ def uninstall(prefix: Path, say: Say) -> None:
 
     NotFoundError if nothing is installed there, and no deploy was cut off there.
     """
-    is_ours = (prefix / versions.FOLDER).is_dir() or (prefix / LOCK_NAME).is_file()
+    is_ours = (prefix / versions.FOLDER).is_dir() or any((prefix / name).is_file() for name in LOCK_NAMES)
     if not is_ours:
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
-    with locked(prefix):
+    with installing(prefix), locked(prefix):
         unit = service.installed(prefix, say)
         if unit is not None and not unit.remove(prefix):
             say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")
@@ -39,7 +39,8 @@ def uninstall(prefix: Path, say: Say) -> None:
         for name in _FOLDERS:
             if (prefix / name).is_dir():
                 shutil.rmtree(prefix / name)
-        (prefix / LOCK_NAME).unlink(missing_ok=True)
+        for name in LOCK_NAMES:
+            (prefix / name).unlink(missing_ok=True)
     for folder in ((prefix / versions.RUN_SCRIPT).parent, prefix):
         with suppress(OSError):
             folder.rmdir()

@@ -1,17 +1,17 @@
-"""Writes that survive a power cut, and the lock of a prefix."""
+"""Writes that survive a power cut, and the locks of a prefix."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, replacing
 
-LOCK_NAME = "lock"
-"""Held by each command that changes a prefix, and by a deploy from its first file to its end."""
+LOCK_NAME, INSTALLING_NAME = LOCK_NAMES = ("lock", "installing.lock")
+"""Held by each command while it changes a prefix; and by what installs a version, while it receives files too."""
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
@@ -47,14 +47,14 @@ def flush_tree(root: Path) -> None:
 
 
 @contextmanager
-def locked(prefix: Path) -> Iterator[None]:
+def locked(prefix: Path, name: str = LOCK_NAME) -> Iterator[None]:
     """Hold the lock of `prefix` while the block runs; BusyError if another process holds it.
 
     Creates the folder. UsageError if this user may not write there.
     """
     try:
         prefix.mkdir(parents=True, exist_ok=True)
-        file = (prefix / LOCK_NAME).open("ab")
+        file = (prefix / name).open("ab")
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"cannot write to {prefix}: {error.strerror}", "choose another --prefix") from error
     import fcntl  # noqa: PLC0415 - Windows has none
@@ -65,3 +65,12 @@ def locked(prefix: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise BusyError(f"another install is using {prefix}", "wait until it ends") from error
         yield
+
+
+def installing(prefix: Path) -> AbstractContextManager[None]:
+    """Keep other installs and updates from `prefix` while the block runs; errors as those of `locked`.
+
+    Files that it receives, and versions that are not the current one, are this block's; it may take hours. To change
+    what is the current version, or what is remembered, it must hold the lock too.
+    """
+    return locked(prefix, INSTALLING_NAME)

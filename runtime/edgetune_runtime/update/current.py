@@ -69,7 +69,7 @@ def mark_good(prefix: Path) -> str:
 def count_start(prefix: Path, say: Say) -> str:
     """Count a start of the current version, and go back if it is one too many; the id of the version to start.
 
-    A rollback that was cut off is completed. Nothing is counted while an install or an update is at work, which watches
+    A rollback that was cut off is completed. Nothing is counted while an install or an update switches, and watches
     the start itself. NotFoundError if nothing is installed.
     """
     version = _current_version(prefix)
@@ -79,7 +79,7 @@ def count_start(prefix: Path, say: Say) -> str:
             if is_unfinished or acknowledgement.count_start(prefix):
                 version = _go_back(prefix, _STARTED_OFTEN, lambda: switch.roll_back_at_start(prefix, say=say))
     except BusyError:
-        say("an install or an update is at work, so this start is not counted")
+        say("an install or an update switches to a version, so this start is not counted")
     return version
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.store import switch, versions
-from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.durable import installing, locked
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
@@ -101,7 +101,7 @@ def check(prefix: Path, source: UpdateSource) -> DeviceRelease:
     Raises UnreachableError if the repository cannot be reached, VerificationError if it is not acceptable, UsageError
     if the source is not known.
     """
-    with locked(prefix), closing(_location_of(prefix, source)) as location:
+    with installing(prefix), closing(_location_of(prefix, source)) as location:
         return _find(prefix, source, location)
 
 
@@ -111,10 +111,11 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
     Raises what `check` does, OutOfSpaceError if the disk or the quota has too little room, IncompatibleError if the
     release needs a newer runtime, VerificationError if it does not answer as built. The version before runs on then.
     """
-    with locked(prefix), closing(_location_of(prefix, source)) as location:
+    with installing(prefix), closing(_location_of(prefix, source)) as location:
         newest = _find(prefix, source, location)
         if not newest.is_new:
-            changed = _finish(prefix, newest, say)
+            with locked(prefix):
+                changed = _finish(prefix, newest, say)
             return newest, changed
         unfit = why_not_run(newest.release)
         if unfit is not None:
@@ -127,9 +128,11 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
         kit = describe(of_wanted_formats(prefix, blobs, newest.formats, quota_mb), newest.current)
         download(prefix, kit, blobs, quota_mb, say)
         make_environment(prefix, kit)
-        versions.place(prefix, kit)
-        _check_manifest(prefix, kit, newest.release)
-        _activate(prefix, kit, newest, say)
+        with locked(prefix):
+            versions.place(prefix, kit)
+            _check_manifest(prefix, kit, newest.release)
+            # While files were received, the user may have gone back.
+            _activate(prefix, kit, replace(newest, state=read_state(prefix)), say)
         return newest, True
 
 
@@ -159,22 +162,24 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
         message = f"release {release.version} of {name} is older than {floor}, which this device had"
         raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
-    formats = source.formats or state.formats
     device = device_id(name, state.device)
-    state = replace(
-        state,
-        repo=location.text,
-        bundle=name,
-        channel=release.channel,
-        formats=formats,
-        not_before=not_before,
-        device=device,
-        report_to=state.report_to if source.report_to is None else source.report_to,
-        quota_mb=state.quota_mb if source.quota_mb is None else source.quota_mb,
-    )
-    if source.root is not None:
-        write_trusted_root(prefix, root)
-    write_state(prefix, state)
+    with locked(prefix):
+        # While metadata was read, the user may have gone back.
+        state, current = read_state(prefix), current_kit(prefix)
+        state = replace(
+            state,
+            repo=location.text,
+            bundle=name,
+            channel=release.channel,
+            formats=source.formats or state.formats,
+            not_before=not_before,
+            device=device,
+            report_to=state.report_to if source.report_to is None else source.report_to,
+            quota_mb=state.quota_mb if source.quota_mb is None else source.quota_mb,
+        )
+        if source.root is not None:
+            write_trusted_root(prefix, root)
+        write_state(prefix, state)
     choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
     return DeviceRelease(choice, current, state)
 

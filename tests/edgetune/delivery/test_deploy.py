@@ -164,7 +164,7 @@ def test_a_deploy_that_was_cut_resumes_and_the_old_version_runs(board: Board, bu
         board.deploy(bundle)
     assert board.states() == [(first.version, "current")]
     assert ask(board.prefix) == "one"
-    wait_for(lambda: not is_locked(board.prefix / "lock"))
+    wait_for(lambda: not is_locked(board.prefix / "installing.lock"))
     assert 0 < part.stat().st_size < len(data)
     second = board.deploy(bundle)
     assert second.sent_bytes < len(data)
@@ -413,7 +413,7 @@ def test_an_install_goes_on_when_the_connection_is_lost(
         board.deploy(bundle)
     monkeypatch.setattr(Connection, "converse", whole)
     wait_for((board.prefix / "current").exists)
-    wait_for(lambda: not is_locked(board.prefix / "lock"))
+    wait_for(lambda: not is_locked(board.prefix / "installing.lock"))
     again = board.deploy(bundle)
     assert (again.changed, again.sent_bytes) == (False, 0)
     assert ask(board.prefix) == "one"

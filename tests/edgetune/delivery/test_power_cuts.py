@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.store import versions
-from edgetune_runtime.store.durable import LOCK_NAME
+from edgetune_runtime.store.durable import LOCK_NAMES
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, read_kit
 from kills import KILLED, killed_at
 from kits import KitMaker, answer_of, copied
@@ -139,7 +139,7 @@ def test_an_uninstall_that_is_killed_at_any_write_can_be_run_again(installed: Pa
         # The last writes remove empty folders, after which nothing is installed.
         again = main.main(["uninstall", "--prefix", str(prefix)])
         assert again == 0 or not (prefix / versions.FOLDER).exists()
-        assert not any(path.is_file() for path in prefix.rglob("*") if path.name != LOCK_NAME)
+        assert not any(path.is_file() for path in prefix.rglob("*") if path.name not in LOCK_NAMES)
     assert kill_at > 20
     assert not prefix.exists()
 

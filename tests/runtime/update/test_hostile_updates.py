@@ -83,7 +83,7 @@ def test_a_flipped_bit_on_a_device_ends_in_one_line_or_is_repaired(
         **{f"files/{sha256}": "install the kit again" for sha256 in programs},
     }
     prefix.rename(kept)
-    for name in files_in(kept, "venvs", "current", "previous", "lock"):
+    for name in files_in(kept, "venvs", "current", "previous", "lock", "installing.lock"):
         copied(kept, prefix)
         flip(prefix / name, 0.5)
         code = run(prefix, "--apply")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
@@ -22,9 +23,11 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store import acknowledgement
+from edgetune_runtime.store.durable import installing, locked
 from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.update import current, trust, update
+from edgetune_runtime.update.download import download
 from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import KILLED, full_from, killed_at
@@ -428,9 +431,34 @@ def test_a_disk_or_a_quota_without_room_is_noticed_before_anything_is_downloaded
 
 
 def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:
-    with locked(prefix), pytest.raises(BusyError):
-        apply(prefix, source_of(publisher, server))
+    for lock in (installing, locked):
+        with lock(prefix), pytest.raises(BusyError):
+            apply(prefix, source_of(publisher, server))
     assert apply(prefix, source_of(publisher, server))
+
+
+def test_a_device_goes_back_and_counts_starts_while_it_downloads(
+    prefix: Path, publisher: Publisher, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(publisher, server)
+    assert apply(prefix, source)
+    publisher("two")
+
+    def download_while(*arguments: Any) -> None:  # noqa: ANN401 - those of download
+        assert current.count_start(prefix, silent) == kit.version
+        pending = acknowledgement.read(prefix)
+        assert pending is not None and pending.starts == 1
+        assert current.roll_back(prefix, "it was marked as bad", silent) != kit.version
+        assert ask(prefix) == "zero"
+        download(*arguments)
+
+    monkeypatch.setattr(update, "download", download_while)
+    kit = current.current_kit(prefix)
+    assert kit is not None
+    assert apply(prefix, source)
+    assert ask(prefix) == "two"
+    state = read_state(prefix)
+    assert (state.refused, state.floors["home"]) == ({kit.bundle: "it was marked as bad"}, 2)
 
 
 def test_what_a_device_does_not_know_is_asked_for_in_one_line(
