@@ -25,14 +25,16 @@ _ROWS = 64
 class Classification:
     """The most likely label, and the probability of each label that was computed; unpacks into these two.
 
-    If not all were, these are the lowest probabilities that they can have. `is_out_of_scope`: the label is the one that
-    the recipe has for texts that none of the others fits. `confidence` is the probability that the label is right, as
-    that of an `Answer`; None for other labels than the adapter's. With `min_confidence`, `is_unsure` says whether it is
-    lower, or not known.
+    If not all were, these are the lowest probabilities that they can have. `log_odds` are the model's own for the
+    likeliest label against any other text, so they are the same however many labels were computed. `is_out_of_scope`:
+    the label is the one that the recipe has for texts that none of the others fits. `confidence` is the probability
+    that the label is right, as that of an `Answer`; None for other labels than the adapter's. With `min_confidence`,
+    `is_unsure` says whether it is lower, or not known.
     """
 
     label: str
     probabilities: dict[str, float]
+    log_odds: float
     is_out_of_scope: bool = False
     confidence: float | None = None
     is_unsure: bool = False
@@ -49,11 +51,6 @@ class Classification:
     def kind(self) -> str:
         """The kind of the answer; see `inference.confidence`."""
         return NOTHING if self.is_out_of_scope else LABEL
-
-    @property
-    def log_odds(self) -> float:
-        """The model's own log odds of the likeliest label against all others."""
-        return log_odds([math.log(max(self.probabilities.values()))])
 
 
 class NegativeLogLikelihood(NamedTuple):
@@ -85,10 +82,10 @@ def most_likely(
     shares = softmax(np.array([*scored.values(), scores.unseen])).tolist()
     # The last share is that of the others.
     probabilities = dict(zip(scored, shares, strict=False))
-    label = max(probabilities, key=probabilities.__getitem__)
-    result = Classification(label, probabilities)
+    label = max(scored, key=scored.__getitem__)
+    result = Classification(label, probabilities, log_odds([scored[label]]))
     if scope is not None and (label == scope.label or scope.score(result.log_odds, similarity) < scope.threshold):
-        result = Classification(scope.label, probabilities, is_out_of_scope=True)
+        result = replace(result, label=scope.label, is_out_of_scope=True)
     sure = confidence(curves, result.kind, result.log_odds)
     is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
     return replace(result, confidence=sure, is_unsure=is_unsure)

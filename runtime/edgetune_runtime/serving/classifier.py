@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgetune_runtime.bundle import AdapterEntry
-from edgetune_runtime.engines.base import LabelEngine, Logits
+from edgetune_runtime.engines.base import LabelEngine, Logits, log_total
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.threads.priority import ComputeThreads
@@ -40,13 +40,14 @@ class Classifier:
         self.engine.unload_adapter(name)
 
     def scores(self, prompt: Prompt, labels: Sequence[str], entry: AdapterEntry, scale: float) -> list[float]:
-        """The logit of each label from the adapter's head; UsageError for an unknown label."""
+        """The log probability of each label among all of the adapter's head; UsageError for an unknown label."""
         unknown = [label for label in labels if label not in entry.labels]
         if unknown:
             names = ", ".join(entry.labels)
             raise UsageError(f"adapter {entry.name!r} has no label {unknown[0]!r}", f"choose one of: {names}")
         logits = self._run(partial(self.engine.logits, self.engine.tokens_of(prompt), entry.name, scale))
-        return [float(logits[entry.labels.index(label)]) for label in labels]
+        total = log_total(logits)
+        return [float(logits[entry.labels.index(label)]) - total for label in labels]
 
     def embedding(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text."""

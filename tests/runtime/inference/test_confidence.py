@@ -155,7 +155,8 @@ def test_a_session_has_the_confidence_too(opened: Runtime) -> None:
 def test_a_label_has_the_confidence_of_its_curve(opened: Runtime) -> None:
     found = opened.classify(PROMPT, adapter="tone")
     best = found.probabilities[found.label]
-    assert found.log_odds == pytest.approx(math.log(best / (1 - best)))
+    # Against any other text, of which the labels are a few.
+    assert found.log_odds < math.log(best / (1 - best))
     assert found.confidence == pytest.approx(logistic(LABEL_CURVE, found.log_odds))
     label, probabilities = found
     assert (label, probabilities) == (found.label, found.probabilities)

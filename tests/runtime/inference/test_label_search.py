@@ -80,6 +80,8 @@ def check_bounds(found: Classification, everything: Classification) -> None:
     # llama.cpp's last bits depend on the other tokens in a step, and may decide between labels that are equally likely.
     assert exact[found.label] >= exact[everything.label] * (1 - rounding)
     assert found.probabilities[found.label] == max(found.probabilities.values())
+    # How sure it is does not depend on how many labels were computed.
+    assert found.log_odds == pytest.approx(everything.log_odds, rel=rounding, abs=rounding)
     for label, lowest in found.probabilities.items():
         # Sharp logits multiply their rounding, too, which shows in the smallest probabilities.
         assert lowest * (1 - rounding) - smallest <= exact[label]
