@@ -86,8 +86,9 @@ def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -
 def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
     """Bytes of the matrix in ONNX Runtime: 4 or 8 bits and a scale per block, or float32."""
     kind = tensor.type
-    if quantization is not None:
-        kind = TENSOR_TYPES[quantization.head if tensor.name == header.output_tensor else quantization.most]
+    if quantization is not None and tensor.name != _UNCHANGED:
+        is_head = tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING)
+        kind = TENSOR_TYPES[quantization.head if is_head else quantization.most]
         if tensor.shape[0] % kind.block:
             kind = TENSOR_TYPES[kind.narrow or "f16"]
     bits = kind.onnx_bits or 8

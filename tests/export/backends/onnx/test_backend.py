@@ -17,6 +17,7 @@ import onnxruntime
 import onnxruntime_genai as og
 import pytest
 import torch
+from edgetune_devices.needs import needs_of_header
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures import known
@@ -31,6 +32,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
+from edgetune_runtime.engines.onnx.needs import per_layer_embedding
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
@@ -411,6 +413,18 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     engine.load_adapter("command", tmp_path / "a")
     engine.activate({"command": 1.0})
     assert compare(tuned.adapted, engine, rows).kl < INT4_KL
+
+
+@pytest.mark.parametrize("held", ["f16", "q4_0"])
+def test_an_embedding_of_which_only_rows_are_read_has_the_planned_size(
+    held: str, made: Made, source_of: Sources
+) -> None:
+    planned = needs_of_header(
+        read_header(source_of("gemma4").path), context_length=128, quantization=held, engine="onnx"
+    )
+    shape = BaseShape.of_header(read_header(source_of("gemma4", held).path))
+    found = per_layer_embedding(read_onnx(made("gemma4", "plain", held)))
+    assert found == (planned.per_layer_bytes, shape.parameters_in_file)
 
 
 def test_an_unknown_method_is_refused() -> None:
