@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ ROWS = "/model/rows/"
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
+_PART_VALUES = 1 << 26
+"""Values of a matrix that are packed at once: what is computed on the way needs several times their memory."""
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<path>((attn|mlp|conv|linear_attn)/)?\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
@@ -246,19 +249,26 @@ class _MatrixReader:
         return packed_bits(tensor) or (8 if self._weights == "int8" else None)
 
     def _packed(self, module: str) -> PackedWeights:
-        tensor, data = self._read(module)
-        packed = pack(data, tensor) or pack_floats(dequantize_rows(data, tensor))
+        tensor = tensor_of(module, self.header, self._names)
+        parts = self._parts(tensor, _PART_VALUES)
+        packed = stack([pack(data, part) or pack_floats(dequantize_rows(data, part)) for part, data in parts])
         return reorder(packed, base_rows(tensor, self.header), base_columns(tensor, self.header))
 
     def _floats(self, module: str) -> Floats:
-        tensor, data = self._read(module)
-        return in_model_order(dequantize_rows(data, tensor), tensor, self.header)
-
-    def _read(self, module: str) -> tuple[TensorInfo, bytes]:
         tensor = tensor_of(module, self.header, self._names)
+        ((whole, data),) = self._parts(tensor, math.prod(tensor.shape))
+        return in_model_order(dequantize_rows(data, whole), tensor, self.header)
+
+    def _parts(self, tensor: TensorInfo, values: int) -> Iterator[tuple[TensorInfo, bytes]]:
+        """The matrix in parts of whole rows with about so many values, and the bytes of each."""
+        columns, rows = tensor.shape
+        step = max(values // columns, 1)
         with self._path.open("rb") as file:
             file.seek(tensor.offset)
-            return tensor, file.read(tensor.nbytes)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                part = replace(tensor, shape=(columns, count), nbytes=tensor.nbytes // rows * count)
+                yield part, file.read(part.nbytes)
 
 
 def add_logits_start(graph: ir.Graph) -> None:
