@@ -8,19 +8,21 @@ such layers are needed only for the positions whose logits are wanted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from .graph import ROWS
 
 _Builder: Any = object
-_Tensor = _Module = Any
+# Of torch, which is imported only where it is used.
+_Tensor: TypeAlias = Any
+_Module: TypeAlias = Any
 
 
 def make_class(builder: Any) -> Any:  # noqa: ANN401 - a module that is found at run time
     """The class, derived from one of the module `builder`."""
-    base = builder.Gemma3Model
-    # Its Gemma 4 has the layer's scale in a layer, and loads weights of other classes.
-    return type("PerLayer", (_PerLayer, builder.Gemma4Model), {"blocks": base.make_layer, "load_weights": base.load_weights})
+    # Its Gemma 4 has a layer's scale right after the blocks, and loads weights of other classes.
+    methods = {"blocks": builder.Gemma3Model.make_layer, "load_weights": builder.Gemma3Model.load_weights}
+    return type("PerLayerModel", (_PerLayer, builder.Gemma4Model), methods)
 
 
 class _PerLayer(_Builder):  # type: ignore[misc]
@@ -118,9 +120,7 @@ class _PerLayer(_Builder):  # type: ignore[misc]
         super().make_attention(layer_id, attention, root_input, **options)
         del self.input_names["position_ids"]
 
-    def make_attention_input_proj(
-        self, layer_id: int, attention: _Module, root_input: str, **options: object
-    ) -> None:
+    def make_attention_input_proj(self, layer_id: int, attention: _Module, root_input: str, **options: object) -> None:
         """Queries, keys and values; keys and values of no positions where they are shared."""
         if layer_id not in self.sources:
             super().make_attention_input_proj(layer_id, attention, root_input, **options)
@@ -167,12 +167,18 @@ class _PerLayer(_Builder):  # type: ignore[misc]
         """A value of `width` columns whose parts of `size` columns are normed."""
         shapes = [f"/model/constants/INT64/{[0, -1, columns]}" for columns in (size, width)]
         parts = self._node("Reshape", f"{name}/Reshape_1", [value, shapes[0]], size, rows="parts")
-        options = {"epsilon": self.layernorm_attrs["epsilon"], "axis": -1, "stash_type": 1}
-        normed = self._node("SimplifiedLayerNormalization", f"{name}/Norm", [parts, weight], size, rows="parts", **options)
+        epsilon, norm = self.layernorm_attrs["epsilon"], "SimplifiedLayerNormalization"
+        normed = self._node(norm, f"{name}/{norm}", [parts, weight], size, rows="parts", epsilon=epsilon)
         return self._node("Reshape", f"{name}/Reshape_2", [normed, shapes[1]], width)
 
     def _node(
-        self, op_type: str, name: str, inputs: Sequence[str], width: int, rows: str = "sequence_length", **attributes: Any
+        self,
+        op_type: str,
+        name: str,
+        inputs: Sequence[str],
+        width: int,
+        rows: str = "sequence_length",
+        **attributes: object,
     ) -> str:
         """Make a node of ONNX, and return the name of its output with `width` columns."""
         output = f"{name}/output_0"

@@ -30,8 +30,8 @@ from .weights import BLOCK
 def requantize(model: ir.Model, options: OnnxOptions, calibration: Sequence[Sequence[int]], head_size: int) -> ir.Model:
     """The graph with all products except the output layer in 4 bits per weight, in blocks of 32.
 
-    `head_size` is that of inputs without a fixed one; calibration starts with an empty KV cache. gptq without rows for calibration
-    rounds to nearest, as only the speed of the graph matters then.
+    `head_size` is that of inputs without a fixed one; calibration starts with an empty KV cache. gptq without rows for
+    calibration rounds to nearest, as only the speed of the graph matters then.
     """
     # Matrices that were replaced are still listed, without values.
     RemoveUnusedNodesPass()(model)

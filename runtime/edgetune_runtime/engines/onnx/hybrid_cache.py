@@ -27,9 +27,7 @@ class HybridCache(KvCache):
 
     sides = 2
 
-    def __init__(
-        self, heads: Mapping[str, tuple[int, int]], recurrence: Recurrence, context_length: int
-    ) -> None:
+    def __init__(self, heads: Mapping[str, tuple[int, int]], recurrence: Recurrence, context_length: int) -> None:
         super().__init__(heads, context_length)
         self._shapes, self._outputs = recurrence.shapes, recurrence.conv_inputs
         self._states = zeros(self.sides, recurrence.values)
