@@ -9,18 +9,16 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from cryptography import x509
+from certificates import self_signed
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 from ports import free_port, http_server, wait_for
 
 DOCKER_REGISTRY = shutil.which("docker-registry")
@@ -87,17 +85,7 @@ class TokenService:
         self.scopes: list[str] = []
         self._expected = "Basic " + base64.b64encode(password).decode()
         self._key = ec.generate_private_key(ec.SECP256R1())
-        name, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tokens")]), datetime.now(UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(self._key.public_key())
-            .serial_number(1)
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=1))
-            .sign(self._key, SHA256())
-        )
+        certificate = self_signed(self._key)
         self._certificate = folder / "tokens.pem"
         self._certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
         self._chain = [base64.b64encode(certificate.public_bytes(Encoding.DER)).decode()]

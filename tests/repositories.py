@@ -86,6 +86,8 @@ class Publisher:
 class Server:
     """A web server for a folder: `requests` has what it was asked for, `sent` the bytes of each body.
 
+    `connections` counts those that were opened.
+
     `cut_after` ends a connection after so many bytes of a blob, `ignores_ranges` sends whole files, `replies` has the
     body for some paths, `redirects` where others are.
     """
@@ -94,6 +96,7 @@ class Server:
         self.folder = folder
         self.requests: list[str] = []
         self.sent: list[int] = []
+        self.connections = 0
         self.cut_after: int | None = None
         self.ignores_ranges = False
         self.replies: dict[str, bytes] = {}
@@ -107,17 +110,24 @@ def serving(folder: Path) -> Iterator[Server]:
     server = Server(folder)
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        # Head and body are sent apart, and the second would wait 40 ms for an acknowledgement of the first.
+        disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            server.connections += 1
+            super().setup()
+
         def do_GET(self) -> None:
             path = self.path.lstrip("/")
             server.requests.append(path)
-            if path in server.redirects:
-                self.send_response(302)
-                self.send_header("Location", server.redirects[path])
+            file, place = server.folder / path, server.redirects.get(path)
+            if place or (path not in server.replies and not file.is_file()):
+                self.send_response(302 if place else 404)
+                if place:
+                    self.send_header("Location", place)
+                self.send_header("Content-Length", "0")
                 self.end_headers()
-                return
-            file = server.folder / path
-            if path not in server.replies and not file.is_file():
-                self.send_error(404)
                 return
             self._send(server.replies.get(path) or file.read_bytes(), is_blob=path.startswith("blobs/"))
 
@@ -130,7 +140,8 @@ def serving(folder: Path) -> Iterator[Server]:
             body = data[offset:]
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            body = body if server.cut_after is None or not is_blob else body[: server.cut_after]
+            if server.cut_after is not None and is_blob:
+                body, self.close_connection = body[: server.cut_after], True
             server.sent.append(len(body))
             self.wfile.write(body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
@@ -34,13 +35,14 @@ def main() -> int:
     if options.command == "init":
         root.write_bytes(options.root.read_bytes())
         return 0
-    location = Location(options.metadata_url.removesuffix(f"/{METADATA_FOLDER}/"))
+    start = datetime.fromtimestamp(0, UTC)
     try:
-        trusted = TrustedRepository(location, options.metadata_dir, root.read_bytes(), datetime.fromtimestamp(0, UTC))
-        trusted.refresh()
-        for name in options.target_name:
-            if trusted.read_target(name, options.target_dir / quote(name, "")) is None:
-                return 1
+        with closing(Location(options.metadata_url.removesuffix(f"/{METADATA_FOLDER}/"))) as location:
+            trusted = TrustedRepository(location, options.metadata_dir, root.read_bytes(), start)
+            trusted.refresh()
+            for name in options.target_name:
+                if trusted.read_target(name, options.target_dir / quote(name, "")) is None:
+                    return 1
     except EdgetuneError as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.sizing.needs import Item, items_of
+from edgetune_runtime.sizing.needs import Item, items_of, kept_of
 from edgetune_runtime.sizing.speed import Speed, speed_of
 
 from .boards import Board
@@ -43,7 +43,7 @@ class Fit:
     @property
     def kept_mb(self) -> float:
         """The sum of all items without mapped files that the system can drop and that are rarely read again."""
-        return sum(item.mb - item.droppable_mb for item in self.items)
+        return kept_of(self.items)
 
     @property
     def fits(self) -> bool:

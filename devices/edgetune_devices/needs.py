@@ -41,30 +41,24 @@ def needs_of_header(
     quantization of `quantization_of_merged`. UsageError for an unknown quantization.
     """
     chosen = None if quantization is None else quantization_named(quantization)
-    width, main_type = number(header, "embedding_length"), main_type_of(header, quantization)
-    sizes = _sizes(header, chosen, engine)
+    main_type, head_type = header.main_type, ""
+    if chosen is not None:
+        width = number(header, "embedding_length")
+        main_type, head_type = row_type(chosen.most, width), row_type(chosen.head, width).name
+    sizes, merged_bytes = _sizes(header, chosen, engine), {}
+    for name, trains_on_grid in (merged or {}).items():
+        other = quantization_of_merged(main_type, merged_quantization, trains_on_grid=trains_on_grid)
+        own = sizes if other is None else _sizes(header, quantization_named(other), engine)
+        merged_bytes[name] = data_start(header) + sum(own.values())
     needs = needs_of_sizes(
         header,
         sizes,
         context_length=context_length,
         engine=engine,
         main_type=main_type.name,
-        head_type="" if chosen is None else row_type(chosen.head, width).name,
+        head_type=head_type,
     )
-    merged_bytes = {}
-    for name, trains_on_grid in (merged or {}).items():
-        other = quantization_of_merged(main_type, merged_quantization, trains_on_grid=trains_on_grid)
-        merged_bytes[name] = needs.base_bytes
-        if other is not None:
-            merged_bytes[name] = data_start(header) + sum(_sizes(header, quantization_named(other), engine).values())
     return replace(needs, adapters=dict(adapters or {}), merged=merged_bytes)
-
-
-def main_type_of(header: GgufHeader, quantization: str | None) -> TensorType:
-    """The type with the most bytes of a base as its file is, or after quantization."""
-    if quantization is None:
-        return header.main_type
-    return row_type(quantization_named(quantization).most, number(header, "embedding_length"))
 
 
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:
@@ -88,9 +82,7 @@ def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantizati
     kind = tensor.type
     if quantization is not None and tensor.name != _UNCHANGED:
         is_head = tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING)
-        kind = TENSOR_TYPES[quantization.head if is_head else quantization.most]
-        if tensor.shape[0] % kind.block:
-            kind = TENSOR_TYPES[kind.narrow or "f16"]
+        kind = row_type(quantization.head if is_head else quantization.most, tensor.shape[0])
     bits = kind.onnx_bits or 8
     return math.ceil(math.prod(tensor.shape) * (bits if bits == 32 else bits + _ONNX_SCALE_BITS) / 8)
 

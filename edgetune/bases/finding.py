@@ -228,11 +228,10 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
     try:
         # transformers draws its own progress bar, even on a pipe.
         with redirect_stderr(io.StringIO()):
-            header = read_header(base.path)
-            config = config_of(header)
+            config = config_of(base.header)
             # PEFT writes this into the files that it saves.
             config.name_or_path = str(base.path.parent)
-            model = model_of(config, dtype, base.path, header, mapped)
+            model = model_of(config, dtype, base.path, base.header, mapped)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = f"transformers cannot load base {base.name!r}: {reason}"

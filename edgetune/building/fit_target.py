@@ -19,8 +19,8 @@ from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
-from edgetune.planning.board import bundle_needs
 from edgetune.planning.build import plan_bundle
+from edgetune.planning.on_device import bundle_needs
 from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 
@@ -71,7 +71,7 @@ def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> 
 
 def _of_recipe(path: Path, context_length: int | None, engine: str | None) -> FitTarget:
     recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
-    task_types.load(recipe.task).check_offers("fit", path)
+    recipe.task_type.check_offers("fit", path)
     builder = builders.load(recipe.task)
     # The settings for the recipe's own board may be others.
     plan = plan_bundle(recipe.model_copy(update={"device": None}), builder.find(recipe), builder.shapes(recipe))

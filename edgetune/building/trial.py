@@ -15,7 +15,6 @@ from edgetune.common.work_folder import locked, work_folder
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.methods.lora import LoraOptions
 from edgetune.planning.records import PlannedBuild
-from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
@@ -29,7 +28,7 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     A converted or quantized base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a
     build raises, and UsageError for a task without a trial.
     """
-    task_types.load(recipe.task).check_offers("trial", "--trial")
+    recipe.task_type.check_offers("trial", "--trial")
     if planned.plan.source is None:
         planned = with_download(planned, out)
     builder, plan = builders.load(recipe.task), planned.plan

@@ -14,7 +14,6 @@ from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 
 import edgetune
-from edgetune.recipe import task_types
 
 from .arguments import (
     AsJson,
@@ -197,7 +196,7 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
         ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data],
         ["edgetune", "report", result.bundle, "--recipe", path, "--out", f"{result.bundle}.html"],
     ]
-    if task_types.load(recipe.task).offers("fit"):
+    if recipe.task_type.offers("fit"):
         commands.append(["edgetune", "devices", "fit", result.bundle, "--device", recipe.device or BOARD_TO_TRY])
     sys.stdout.flush()
     print("\nRun it, score it, write a report, and check whether it fits on a board:", file=sys.stderr)

@@ -49,8 +49,8 @@ def push(
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
 
-    store = transfer.open_store(reference, username, insecure=insecure)
-    pushed = transfer.push(bundle, store, Progress(quiet=quiet))
+    with transfer.open_store(reference, username, insecure=insecure) as store:
+        pushed = transfer.push(bundle, store, Progress(quiet=quiet))
     if as_json:
         print_json(pushed.to_json())
         return
@@ -75,8 +75,8 @@ def pull(
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
 
-    store = transfer.open_store(reference, username, insecure=insecure)
-    resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
+    with transfer.open_store(reference, username, insecure=insecure) as store:
+        resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
     if as_json:
         print_json({"reference": str(resolved), "path": str(out)})
         return

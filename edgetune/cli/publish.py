@@ -64,7 +64,7 @@ def publish(
         raise UsageError(f"both {bundle} and --from {source} are given", "give one bundle")
     with ExitStack() as stack:
         if source is not None:
-            store = open_store(source, username, insecure=insecure)
+            store = stack.enter_context(open_store(source, username, insecure=insecure))
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
         if bundle is None:
             publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)

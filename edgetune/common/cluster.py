@@ -170,8 +170,8 @@ class Cluster:
         return [node for node in self._ray.nodes() if node["Alive"] and node["NodeID"] not in self._left_out]
 
 
-def _on_node(module: str, folder: str, wanted: str) -> tuple[str, int, str]:
-    """Run a module on this node, if it has the version `wanted`: the node's id, and what `run_module` returns."""
+def _on_node(module: str, folder: str, requested: str) -> tuple[str, int, str]:
+    """Run a module on this node, if it has the version `requested`: the node's id, and what `run_module` returns."""
     import ray  # noqa: PLC0415 - an extra
 
     node = ray.get_runtime_context().get_node_id()
@@ -179,8 +179,8 @@ def _on_node(module: str, folder: str, wanted: str) -> tuple[str, int, str]:
         installed = f"edgetune {version('edgetune')}"
     except PackageNotFoundError:
         installed = "no edgetune"
-    if installed != f"edgetune {wanted}":
-        return node, TRY_ELSEWHERE, f"it has {installed}; run there: pip install edgetune=={wanted}"
+    if installed != f"edgetune {requested}":
+        return node, TRY_ELSEWHERE, f"it has {installed}; run there: pip install edgetune=={requested}"
     if not Path(folder).is_dir():
         return node, TRY_ELSEWHERE, f"it has no folder {folder}; share it with all nodes"
     # This function is sent to the node alone.

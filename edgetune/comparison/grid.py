@@ -19,7 +19,6 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods
 from edgetune.common.digests import key_of
-from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
 from edgetune.recipe.targets import shapes_in
@@ -100,7 +99,7 @@ def recipe_of(request: Request) -> Recipe:
     recipe = Recipe.from_file(request.recipe, common)
     if request.task not in recipe.adapters:
         raise UsageError(f"--task: no task {request.task!r}", suggestion(request.task, list(recipe.adapters)))
-    task_types.load(recipe.task).check_offers("compare", f"recipe {request.recipe}")
+    recipe.task_type.check_offers("compare", f"recipe {request.recipe}")
     if recipe.domain is not None:
         message = f"recipe {request.recipe} has a domain, and each trial would repeat its continued pretraining"
         remedy = "build it, then compare on that bundle's base: --set domain=null --set base=BUNDLE/base/FILE.gguf"

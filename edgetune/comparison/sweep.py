@@ -15,8 +15,8 @@ from edgetune import bases
 from edgetune.building.decoder.importance import requested_importance
 from edgetune.building.decoder.quantization import choose_quantization
 from edgetune.common.progress import Progress
-from edgetune.planning.board import quantization_of
 from edgetune.planning.build import plan_bundle
+from edgetune.planning.quantization import quantization_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows

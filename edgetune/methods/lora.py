@@ -23,7 +23,7 @@ from .common.peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
-    from edgetune_export.architectures.shape import SizedModule
+    from edgetune_export.architectures.shape import BaseShape, SizedModule
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -97,6 +97,14 @@ class Lora(LoraCheckpoint[L]):
         """A plain LoRA; PEFT saves DoRA and aLoRA with the same type, but they are separate methods here."""
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
+
+    def trained_modules(self, base: BaseShape, options: L) -> list[SizedModule]:
+        """The target modules. UsageError for one that the base lacks, and for `auto` on other modules than LLaMA's."""
+        if options.is_auto and base.has_other_modules:
+            names = sorted({module.name.rpartition(".")[2] for module in base.modules})
+            message = "target_modules: auto does not support the modules of this base"
+            raise UsageError(message, f"list modules, of {', '.join(names)}, or use all-linear")
+        return super().trained_modules(base, options)
 
     def shipped_ranks(self, modules: Sequence[SizedModule], options: L) -> list[int]:
         """The rank of each module: that of the first pattern that matches it, else `r`."""

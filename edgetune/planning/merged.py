@@ -9,16 +9,9 @@ from edgetune_export import backends
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import TensorType, gains_from_grid
 
-from edgetune import methods
 from edgetune.recipe.model import Recipe
 
 from .records import AdapterPlan, BasePlan
-
-
-def trains_on_grid(adapter: AdapterPlan) -> bool:
-    """Whether it is to be merged and can be trained on a grid; what is trained has scale 1."""
-    spec = adapter.spec
-    return spec.merged and spec.scale == 1.0 and methods.load(adapter.method).trains_on_grid
 
 
 def with_grid(
@@ -30,7 +23,7 @@ def with_grid(
     """
     planned = dict(adapters)
     for name, adapter in adapters.items():
-        if not (trains_on_grid(adapter) and gains_from_grid(main_type, recipe.merged_quantization)):
+        if not (adapter.takes_grid and gains_from_grid(main_type, recipe.merged_quantization)):
             continue
         if recipe.training.under(adapter.spec.training).precision == "int8":
             message = f"adapters.{name} is trained with weights rounded to {main_type.name}, and not in int8"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.backends.format import PROCESS_MB
+from edgetune_export.backends.format import IMPORTS_MB, PROCESS_MB
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.formats.gguf_sizes import vocabulary
 from edgetune_runtime.threads import machine
@@ -20,7 +20,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
-from edgetune.training.memory import IMPORTS_MB, saved_states_mb, training_need
+from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.precision import precision_on
 from edgetune.training.schedule import Schedule
 

@@ -1,4 +1,4 @@
-"""Lists the quantizations of a base that a build measures, with their predicted sizes, and chooses one of them."""
+"""The quantization of a base: the one that is requested, or those that a build measures to choose from."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edgetune_devices.needs import main_type_of
 from edgetune_runtime import engines
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import DEFAULT, TENSOR_TYPES
 
+from edgetune.bases import is_gguf
 from edgetune.recipe.model import Recipe
 
 MAX_TOKENS = 2048
@@ -60,7 +62,18 @@ class MeasuredCandidate(Candidate):
 C = TypeVar("C", bound=Candidate)
 
 
-def candidates_of(recipe: Recipe, header: GgufHeader, bytes_of: Callable[[str | None], int]) -> list[Candidate]:
+def quantization_of(recipe: Recipe) -> str | None:
+    """The quantization of the base if neither a board nor the build chooses one.
+
+    None if its file ships unchanged or the build chooses, and for an encoder.
+    """
+    if recipe.quantization is None or isinstance(recipe.quantization, str):
+        ships_unchanged = is_gguf(recipe.base) or "quantization" in recipe.task_type.refused_keys
+        return recipe.quantization or (None if ships_unchanged else DEFAULT)
+    return None
+
+
+def candidates_of(recipe: Recipe, header: GgufHeader, needs_of: Callable[[str | None], Needs]) -> list[Candidate]:
     """The quantizations within the recipe's budget, the largest first; none if the recipe names one.
 
     `header` is the base's before quantization. Left out are those that llama.cpp stores as another one, because its
@@ -73,13 +86,13 @@ def candidates_of(recipe: Recipe, header: GgufHeader, bytes_of: Callable[[str | 
     keeps_types = all(engines.load_needs(name).COST.has_tensor_types for name in predicted)
     by_result: dict[tuple[str, int], Candidate] = {}
     for name in _NAMES:
-        kind, size = main_type_of(header, name), bytes_of(name)
-        if keeps_types or kind.onnx_bits is not None:
-            by_result.setdefault((kind.name, size), Candidate(name, size))
+        needs = needs_of(name)
+        if keeps_types or TENSOR_TYPES[needs.main_type].onnx_bits is not None:
+            by_result.setdefault((needs.main_type, needs.base_bytes), Candidate(name, needs.base_bytes))
     candidates = sorted(by_result.values(), key=lambda item: item.bytes, reverse=True)
     if not header.main_type.is_float:
         # Requantizing a file to more bytes than it has would lose quality for nothing.
-        unchanged = Candidate(None, bytes_of(None))
+        unchanged = Candidate(None, needs_of(None).base_bytes)
         candidates = [unchanged, *(item for item in candidates if item.bytes < unchanged.bytes)]
     return _within_budget(recipe, candidates)
 

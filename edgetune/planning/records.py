@@ -12,6 +12,7 @@ from edgetune_devices.fit import Fit
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.engines.needs import AdapterSize
 
+from edgetune import methods
 from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions, TrainedModules
 from edgetune.recipe.model import Recipe
@@ -103,6 +104,11 @@ class AdapterPlan:
     def options(self) -> MethodOptions:
         """The options of the method."""
         return self.spec.method.options
+
+    @property
+    def takes_grid(self) -> bool:
+        """Whether it is to be merged and can be trained on a grid; what is trained has scale 1."""
+        return self.spec.merged and self.spec.scale == 1.0 and methods.load(self.method).trains_on_grid
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values, without the name, and without the options, which the recipe has."""

@@ -72,6 +72,7 @@ def _labels(rows: Sequence[TaskRow], repeats: int) -> list[str] | None:
 
 def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
     reason = f"{len(labels)} short answers repeat in {sample}, so the task is to choose one: {_METRICS['label']}"
+    reason += "; `out_of_scope: true` adds a label for texts that none of them fits"
     # Rows behind the sample may have other labels; without the key, the build takes those of all rows.
     listed = [Choice("labels", list(labels))] if sample.is_whole else []
     return [Choice("metric", "label", reason), *listed]

@@ -36,6 +36,7 @@ from .quantization import AUTO, QuantizationSpec
 from .routing import RouteSpec
 from .rows import Rows, plain_recipe
 from .task_files import FROM, with_task_files
+from .task_types import TaskType
 from .training import TrainingSpec
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -127,6 +128,11 @@ class Recipe(RecipePart):
     def default_out(self) -> Path:
         """The bundle's folder if the command line names none."""
         return Path("build") / self.name
+
+    @property
+    def task_type(self) -> TaskType:
+        """The facts of its task."""
+        return task_types.load(self.task)
 
     @property
     def quantization_spec(self) -> QuantizationSpec | None:

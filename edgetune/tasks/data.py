@@ -124,12 +124,12 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
         raise UsageError(
             f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
         )
-    wanted = min(max(1, round(held_out * len(rows))), len(rows) - 1)
+    most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
     chosen: set[int] = set()
     for group in shuffled:
-        if len(chosen) + len(group) <= wanted:
+        if len(chosen) + len(group) <= most:
             chosen.update(group)
     smallest = min(shuffled, key=len)
     chosen = chosen or set(smallest)

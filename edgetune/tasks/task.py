@@ -13,7 +13,6 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune.objectives.example import Example
-from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Metric
 from edgetune.recipe.rows import Rows
@@ -92,7 +91,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     training = recipe.training.under(spec.training)
     labels = _with_scope(spec, spec.labels or ())
     train = read(spec.data.train, spec.data.columns, labels=labels or None)
-    metric = task_types.load(recipe.task).metric or metric_for(spec.metric, train, labels)
+    metric = recipe.task_type.metric or metric_for(spec.metric, train, labels)
     if metric == "label" and not labels:
         labels = _with_scope(spec, labels_in(train))
     if spec.data.validation is None:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edgetune_export.backends.format import IMPORTS_MB
 from edgetune_runtime.errors import UsageError
 
 from edgetune.objectives.base import LOGITS_PER_CHUNK
@@ -24,10 +25,6 @@ MOST_TOKENS = 4096
 """Larger forward passes are no faster."""
 FREE_SHARE = 0.9
 """Share of the free memory that training may use."""
-
-IMPORTS_MB = 450.0
-"""Resident memory after importing torch, transformers, PEFT and accelerate, measured on x86-64 Linux with torch for
-CPUs; `PROCESS_MB` of the formats includes the engines."""
 # A chunk's logits, their float32 copy, the log-probabilities and the gradient.
 _COPIES_OF_LOGITS = 4
 # Numbers in a saved training state per trained parameter: its value, its best value, and AdamW's two moments.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.quantization import quantization_of_merged
 
 from edgetune_export.backends.base import Source
@@ -16,7 +15,7 @@ def source_of_merged(source: Source, requested: str | None = None, *, trains_on_
 
     Writes a file to the source's work folder if the base has another quantization. Raises what `quantize_gguf` raises.
     """
-    main_type = read_header(source.path).main_type
+    main_type = source.header.main_type
     quantization = quantization_of_merged(main_type, requested, trains_on_grid=trains_on_grid)
     if quantization is None or quantization == main_type.name:
         return source

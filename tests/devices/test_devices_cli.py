@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from edgetune.bases import BaseSource
 from edgetune.cli.devices import app
 from edgetune.planning.adapters import plan_adapters
-from edgetune.planning.board import bundle_needs, choose_settings
+from edgetune.planning.board import choose_settings
+from edgetune.planning.on_device import bundle_needs
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of

@@ -47,5 +47,5 @@ def _pull(folder: Path, version: str) -> None:
     from edgetune.common.progress import Progress  # noqa: PLC0415
     from edgetune.delivery.oci.transfer import open_store, pull  # noqa: PLC0415 - each worker imports what it needs
 
-    store = open_store(f"oci-layout:{folder / LAYOUT}{version}", None, insecure=False)
-    pull(store, folder / "pulled", Progress(quiet=True))
+    with open_store(f"oci-layout:{folder / LAYOUT}{version}", None, insecure=False) as store:
+        pull(store, folder / "pulled", Progress(quiet=True))

@@ -215,8 +215,8 @@ def _repository(work: Path, folder: Path) -> None:
 
 
 def _layout(work: Path) -> None:
-    store = open_store(f"oci-layout:{work / LAYOUT}:{TAG}", None, insecure=False)
-    push(work / SIGNED, store, Progress(quiet=True))
+    with open_store(f"oci-layout:{work / LAYOUT}:{TAG}", None, insecure=False) as store:
+        push(work / SIGNED, store, Progress(quiet=True))
 
 
 def _reports(work: Path) -> None:

@@ -65,21 +65,23 @@ def plan_build(
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:
     """The plan with the base, which is downloaded if necessary."""
-    return _planned_again(planned, planned.plan.recipe, out)
+    recipe = planned.plan.recipe
+    return _planned_again(planned, recipe, load(recipe.task).find(recipe, download=True), out)
 
 
 def with_quantization(planned: PlannedBuild, quantization: str | None, out: Path) -> PlannedBuild:
     """The plan with the quantization that was chosen for the base; None if its file ships unchanged."""
     recipe = planned.plan.recipe
     imatrix = recipe.imatrix if gains_from_matrix(quantization) else None
-    return _planned_again(planned, recipe.model_copy(update={"quantization": quantization, "imatrix": imatrix}), out)
+    recipe = recipe.model_copy(update={"quantization": quantization, "imatrix": imatrix})
+    return _planned_again(planned, recipe, planned.plan.source, out)
 
 
-def _planned_again(planned: PlannedBuild, recipe: Recipe, out: Path) -> PlannedBuild:
+def _planned_again(planned: PlannedBuild, recipe: Recipe, source: BaseSource | None, out: Path) -> PlannedBuild:
     adapters = planned.plan.adapters
     shapes = {name: adapter.shapes for name, adapter in adapters.items()}
     outputs = {name: adapter.output for name, adapter in adapters.items()}
-    plan = plan_bundle(recipe, load(recipe.task).find(recipe, download=True), shapes)
+    plan = plan_bundle(recipe, source, shapes)
     room = room_for(out, planned.plan.training_device)
     return replace(planned, plan=plan_data(plan, planned.tasks, outputs, planned.texts, room))
 

@@ -22,7 +22,6 @@ from edgetune import bases
 from edgetune.bases import Base, ImportanceSource
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
-from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, read_task
 
@@ -48,7 +47,7 @@ def importance_of(recipe: Recipe, progress: Progress) -> Importance:
 
     Raises UsageError for a task without quantization, and the errors of `bases.find`, `convert_folder` and `read_task`.
     """
-    task_types.load(recipe.task).check_offers("imatrix", "imatrix")
+    recipe.task_type.check_offers("imatrix", "imatrix")
     source = bases.find(recipe, download=True)
     assert source is not None
     with TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from edgetune.methods import MethodOptions
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.adapters import with_options
-from edgetune.planning.board import check_fit
+from edgetune.planning.on_device import check_fit
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import Prepared, PreparedAdapter

@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from edgetune_export import architectures
 from edgetune_runtime.errors import UsageError
 
 from edgetune.bases import Base
@@ -115,11 +114,6 @@ def choose(
     """
     options = job.options
     assert isinstance(options, LoraOptions)
-    architecture = architectures.of(base.header)
-    if architecture.has_other_modules:
-        names = sorted({module.name.rpartition(".")[2] for module in architecture.linear_modules})
-        message = f"target_modules: auto does not support the modules of base {base.name!r}"
-        raise UsageError(message, f"list modules, of {', '.join(names)}, or use all-linear")
     candidates, budget = placements(options.r), options.max_decode_overhead
     with processes().main_process_first():
         overheads = costs(candidates, plan, base, recipe, folder=folder, progress=progress)

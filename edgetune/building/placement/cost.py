@@ -36,7 +36,7 @@ from edgetune.common.progress import Progress
 from edgetune.methods.common.peft import ALL_LINEAR, is_target
 from edgetune.methods.lora import LoraOptions
 from edgetune.planning.adapters import with_options
-from edgetune.planning.board import bundle_needs
+from edgetune.planning.on_device import bundle_needs
 from edgetune.planning.records import AdapterPlan
 from edgetune.recipe.model import Recipe
 

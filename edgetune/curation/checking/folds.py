@@ -31,7 +31,6 @@ from edgetune.common.work_folder import locked, work_folder
 from edgetune.objectives.base import row_length
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.training import choose_training
-from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
@@ -57,7 +56,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     converted or quantized; nothing else is left. If it runs out, the longest rows are not judged. Raises
     UsageError for rows without answers, for too few, and for a task without estimates, and what a build raises.
     """
-    task_types.load(recipe.task).check_offers("label_estimate", "--minutes")
+    recipe.task_type.check_offers("label_estimate", "--minutes")
     if task.metric == "perplexity":
         raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", "leave out --minutes")
     builder = builders.load(recipe.task)

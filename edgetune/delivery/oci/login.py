@@ -9,13 +9,13 @@ import re
 import subprocess
 import sys
 import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from getpass import getpass
 from pathlib import Path
 
 from edgetune_runtime.errors import UnreachableError, UsageError
-from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited
+from edgetune_runtime.update.fetch import limited
+from edgetune_runtime.update.http_client import HttpClient
 
 PASSWORD = "EDGETUNE_REGISTRY_PASSWORD"
 _MOST_TOKEN_BYTES = 1 << 20
@@ -50,7 +50,7 @@ def credentials_for(host: str, username: str | None) -> Credentials | None:
     return Credentials(username, getpass(f"Password of {username}: ") if password is None else password)
 
 
-def answer(challenge: str, credentials: Credentials | None, api: str) -> str:
+def answer(challenge: str, credentials: Credentials | None, api: str, http: HttpClient) -> str:
     """The header `Authorization` for a registry's challenge: basic, or a token that its service gives.
 
     UsageError if the registry asks for credentials and there are none, UnreachableError if the service gives no token.
@@ -58,23 +58,21 @@ def answer(challenge: str, credentials: Credentials | None, api: str) -> str:
     scheme, _, rest = challenge.partition(" ")
     fields = dict(re.findall(r'(\w+)="([^"]*)"', rest))
     if scheme.lower() == "bearer" and "realm" in fields:
-        return "Bearer " + _token(fields, credentials, api)
+        return "Bearer " + _token(fields, credentials, api, http)
     if credentials is None or scheme.lower() != "basic":
         host = urllib.parse.urlsplit(api).netloc
         raise UsageError(f"{host} asks for a login", f"run: docker login {host}; or give --username and {PASSWORD}")
     return credentials.basic
 
 
-def _token(fields: dict[str, str], credentials: Credentials | None, api: str) -> str:
+def _token(fields: dict[str, str], credentials: Credentials | None, api: str, http: HttpClient) -> str:
     realm = fields["realm"]
     # A registry must not make us send a password without encryption.
     if not realm.startswith(("https://", f"{urllib.parse.urlsplit(api).scheme}://")):
         raise UnreachableError(f"the registry's tokens are at {realm[:200]!r}, without encryption", "check the address")
     query = urllib.parse.urlencode([(key, fields[key]) for key in ("service", "scope") if key in fields])
-    request = urllib.request.Request(f"{realm}?{query}")
-    if credentials is not None:
-        request.add_unredirected_header("Authorization", credentials.basic)
-    with OPENER.open(request, timeout=SILENT_S) as reply:
+    login = {} if credentials is None else {"Authorization": credentials.basic}
+    with http.reply("GET", f"{realm}?{query}", login) as reply:
         data = b"".join(limited(reply, _MOST_TOKEN_BYTES, realm))
     try:
         raw = json.loads(data)

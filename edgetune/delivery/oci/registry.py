@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgetune_runtime import __version__
 from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UnreachableError, UsageError, VerificationError
-from edgetune_runtime.update.fetch import OPENER, SILENT_S, limited, skip_to
+from edgetune_runtime.update.fetch import limited, range_from, skip_to
+from edgetune_runtime.update.http_client import HttpClient, StatusError
 from edgetune_runtime.wording import shortened
 
 from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .login import Credentials, answer
 from .reference import Reference
 
-_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND = 401, 403, 404
-_MOST_PROBLEM_BYTES = 10_000
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+
 _CHECK = "check the address and the network, and add --insecure for a registry without encryption"
 
 
@@ -34,8 +34,10 @@ class Registry:
     login, NotFoundError if it lacks what is asked for.
     """
 
-    def __init__(self, reference: Reference, credentials: Credentials | None, *, insecure: bool) -> None:
-        self.reference = reference
+    def __init__(
+        self, reference: Reference, credentials: Credentials | None, http: HttpClient, *, insecure: bool
+    ) -> None:
+        self.reference, self._http = reference, http
         scheme = "http" if insecure or reference.is_on_loopback else "https"
         self._api = f"{scheme}://{reference.host}/v2{reference.place.removeprefix(reference.host)}"
         self._credentials, self._authorization = credentials, ""
@@ -58,9 +60,8 @@ class Registry:
 
     def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
         """The bytes of a file from an offset on, at most its size."""
-        ranges = {"Range": f"bytes={offset}-"} if offset else {}
         path = f"blobs/sha256:{entry.sha256}"
-        with self._reply("GET", path, headers=ranges) as reply:
+        with self._reply("GET", path, headers=range_from(offset)) as reply:
             skip_to(offset, reply, path)
             yield from limited(reply, entry.bytes - offset, f"{self._api}/{path}")
 
@@ -83,51 +84,46 @@ class Registry:
     @contextmanager
     def _reply(
         self, method: str, path: str, body: Path | bytes | None = None, headers: Mapping[str, str] | None = None
-    ) -> Iterator[http.client.HTTPResponse]:
+    ) -> Iterator[BaseHTTPResponse]:
         """The reply to a request; `path` may be a whole address."""
         url = path if "://" in path else f"{self._api}/{path}"
         where = f"{method} {url.partition('?')[0]}"
         try:
-            try:
-                reply = self._send(method, url, body, headers or {})
-            except urllib.error.HTTPError as error:
-                # Storage to which a registry redirects must not name a service that gets the password.
-                if error.code != _UNAUTHORIZED or not self._is_of_registry(error.url):
-                    raise
-                with error:
+            with ExitStack() as stack:
+                try:
+                    reply = stack.enter_context(self._sent(method, url, body, headers or {}))
+                except StatusError as error:
+                    # Storage to which a registry redirects must not name a service that gets the password.
+                    if error.status != HTTPStatus.UNAUTHORIZED or not self._is_of_registry(error.url):
+                        raise
                     challenge = error.headers.get("WWW-Authenticate", "")
-                self._authorization = answer(challenge, self._credentials, self._api)
-                reply = self._send(method, url, body, headers or {})
-            with reply:
+                    self._authorization = answer(challenge, self._credentials, self._api, self._http)
+                    reply = stack.enter_context(self._sent(method, url, body, headers or {}))
                 yield reply
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._problem(error, where) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None) or error or type(error).__name__
-            raise UnreachableError(f"{where} failed: {reason}", _CHECK) from error
+        except StatusError as error:
+            raise self._problem(error, where) from error
+        except (OSError, ValueError) as error:
+            raise UnreachableError(f"{where} failed: {shortened(str(error))}", _CHECK) from error
 
-    def _send(
+    @contextmanager
+    def _sent(
         self, method: str, url: str, body: Path | bytes | None, headers: Mapping[str, str]
-    ) -> http.client.HTTPResponse:
-        agent = {"User-Agent": f"edgetune/{__version__}", "Accept-Encoding": "identity"}
+    ) -> Iterator[BaseHTTPResponse]:
+        # Storage to which a registry redirects, or has files sent, gets no password.
+        login = self._authorization if self._is_of_registry(url) else ""
+        described = {"Authorization": login} if login else {}
+        if body is not None:
+            described["Content-Type"] = "application/octet-stream"
         with ExitStack() as stack:
             data = stack.enter_context(body.open("rb")) if isinstance(body, Path) else body
-            request = urllib.request.Request(url, data, {**agent, **headers}, method=method)
             if isinstance(body, Path):
-                request.add_header("Content-Length", str(body.stat().st_size))
-            if body is not None and "Content-Type" not in headers:
-                request.add_header("Content-Type", "application/octet-stream")
-            # Storage to which a registry redirects gets no password.
-            if self._authorization and self._is_of_registry(url):
-                request.add_unredirected_header("Authorization", self._authorization)
-            reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
-        return reply
+                described["Content-Length"] = str(body.stat().st_size)
+            yield stack.enter_context(self._http.reply(method, url, {**described, **headers}, data))
 
     def _is_of_registry(self, url: str) -> bool:
         return urllib.parse.urlsplit(url).netloc == self.reference.host
 
-    def _uploads_to(self, reply: http.client.HTTPResponse) -> str:
+    def _uploads_to(self, reply: BaseHTTPResponse) -> str:
         """The address that an upload goes to; UnreachableError if there is none, or encryption would be given up."""
         place = urllib.parse.urljoin(f"{self._api}/", reply.headers.get("Location", ""))
         if reply.headers.get("Location") is None or not place.startswith(
@@ -136,29 +132,30 @@ class Registry:
             raise UnreachableError(f"{self._api} takes no uploads", _CHECK)
         return place
 
-    def _require_created(self, reply: http.client.HTTPResponse, digest: str) -> None:
-        if reply.status != http.HTTPStatus.CREATED:
+    def _require_created(self, reply: BaseHTTPResponse, digest: str) -> None:
+        if reply.status != HTTPStatus.CREATED:
             raise UnreachableError(f"{self._api} did not store what was sent: status {reply.status}", _CHECK)
         self._require_digest(reply, digest)
 
-    def _require_digest(self, reply: http.client.HTTPResponse, digest: str) -> None:
+    def _require_digest(self, reply: BaseHTTPResponse, digest: str) -> None:
         """VerificationError if the registry names another digest."""
         named = reply.headers.get("Docker-Content-Digest", f"sha256:{digest}")
         if named != f"sha256:{digest}":
             message = f"{self._api} names the digest {named[:80]} for sha256:{digest}"
             raise VerificationError(message, "try again; if it stays so, do not use this registry")
 
-    def _problem(self, error: urllib.error.HTTPError, where: str) -> EdgetuneError:
+    def _problem(self, error: StatusError, where: str) -> EdgetuneError:
         """What a status of the registry means."""
         host, text = self.reference.host, ""
+        is_refused = error.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
         try:
-            first = json.loads(error.read(_MOST_PROBLEM_BYTES))["errors"][0]
+            first = json.loads(error.body)["errors"][0]
             text = f": {shortened(str(first.get('message') or first['code']), 200)}"
-        except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-            if error.code not in {_UNAUTHORIZED, _FORBIDDEN} and "html" in error.headers.get("Content-Type", ""):
-                return UnreachableError(f"{host} is not a registry: {where} gave a page, status {error.code}", _CHECK)
-        if error.code in {_UNAUTHORIZED, _FORBIDDEN}:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            if not is_refused and "html" in error.headers.get("Content-Type", ""):
+                return UnreachableError(f"{host} is not a registry: {where} gave a page, status {error.status}", _CHECK)
+        if is_refused:
             return UsageError(f"{host} refuses {where}{text}", f"check the rights of the user: docker login {host}")
-        if error.code == _NOT_FOUND:
+        if error.status == HTTPStatus.NOT_FOUND:
             return NotFoundError(f"{host} has no {where.partition('/v2/')[2]}{text}", "check the name and the tag")
-        return UnreachableError(f"{where} failed with status {error.code}{text}", _CHECK)
+        return UnreachableError(f"{where} failed with status {error.status}{text}", _CHECK)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import require_space, swap_in
 from edgetune_runtime.store.durable import flush_tree
 from edgetune_runtime.store.files import Store
+from edgetune_runtime.update.http_client import HttpClient
 
 from edgetune.common import work_folder
 from edgetune.common.progress import Progress
@@ -75,12 +77,16 @@ class Pushed:
         return {"reference": str(self.reference), "bytes": self.bytes, "sent_bytes": self.sent_bytes}
 
 
-def open_store(text: str, username: str | None, *, insecure: bool) -> ArtifactStore:
-    """The registry or layout of a reference; errors as those of `parse_reference` and `credentials_for`."""
+@contextmanager
+def open_store(text: str, username: str | None, *, insecure: bool) -> Iterator[ArtifactStore]:
+    """The registry or layout of a reference, in the block; errors as of `parse_reference` and `credentials_for`."""
     reference = parse_reference(text)
     if reference.is_layout:
-        return ImageLayout(reference)
-    return Registry(reference, credentials_for(reference.host, username), insecure=insecure)
+        yield ImageLayout(reference)
+        return
+    credentials = credentials_for(reference.host, username)
+    with closing(HttpClient("edgetune")) as http:
+        yield Registry(reference, credentials, http, insecure=insecure)
 
 
 def push(bundle: Path, store: ArtifactStore, progress: Progress) -> Pushed:
@@ -134,9 +140,9 @@ def pull(
         _reuse(received, files, [*([] if blobs is None else [blobs]), out])
         shutil.rmtree(folder, ignore_errors=True)
         manifest = _fetch_manifest(store, files, received, folder, trusted_keys)
-        wanted = {entry.sha256: entry for entry in manifest.files.values()}
-        count = received.received({sha256: entry.bytes for sha256, entry in wanted.items()})
-        lacking = [entry for entry in wanted.values() if count.get(entry.sha256) != entry.bytes]
+        by_digest = {entry.sha256: entry for entry in manifest.files.values()}
+        count = received.received({sha256: entry.bytes for sha256, entry in by_digest.items()})
+        lacking = [entry for entry in by_digest.values() if count.get(entry.sha256) != entry.bytes]
         lacking_bytes = sum(entry.bytes - count.get(entry.sha256, 0) for entry in lacking)
         require_space(work, lacking_bytes)
         with progress.step(f"fetching {lacking_bytes / 1e6:.1f} MB", len(lacking)) as step:

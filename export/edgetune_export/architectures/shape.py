@@ -51,7 +51,7 @@ class BaseShape:
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all, of which
     `parameters_in_file` are embeddings that training does not load. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
-    For `is_recurrent` and `has_equal_caches` see `Architecture`.
+    For `is_recurrent`, `has_equal_caches` and `has_other_modules` see `Architecture`.
     """
 
     modules: tuple[SizedModule, ...]
@@ -65,6 +65,7 @@ class BaseShape:
     parameters: int
     is_recurrent: bool = False
     has_equal_caches: bool = True
+    has_other_modules: bool = False
     parameters_in_file: int = 0
 
     @classmethod
@@ -98,6 +99,7 @@ class BaseShape:
             parameters=by_layer.total(),
             is_recurrent=architecture.is_recurrent,
             has_equal_caches=architecture.has_equal_caches,
+            has_other_modules=architecture.has_other_modules,
             parameters_in_file=math.prod(embedding.shape) if embedding else 0,
         )
 

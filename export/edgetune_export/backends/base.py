@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from edgetune_export.adapters.shapes import Adapter, Merged
 
@@ -30,6 +33,11 @@ class Source:
     options: OptionsByFormat = field(default_factory=dict)
     calibration: Sequence[Sequence[int]] = ()
     quantization: str | None = None
+
+    @cached_property
+    def header(self) -> GgufHeader:
+        """The header of the GGUF file, read once; errors as in `read_header`."""
+        return read_header(self.path)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,8 +70,13 @@ def needed_mb(needs: Needs, *, repacks: Collection[str]) -> float:
 
 
 def kept_mb(needs: Needs, *, repacks: Collection[str]) -> float:
-    """The sum of all parts without what the system can drop: with less, the bundle cannot run at full speed."""
-    return sum(item.mb - item.droppable_mb for item in items_of(needs, repacks=repacks))
+    """What `kept_of` counts of all parts."""
+    return kept_of(items_of(needs, repacks=repacks))
+
+
+def kept_of(items: Iterable[Item]) -> float:
+    """The sum without what the system can drop, in MB: with less memory, the bundle cannot run at full speed."""
+    return sum(item.mb - item.droppable_mb for item in items)
 
 
 def needs_of_bundle(bundle: Path, *, context_length: int | None = None, engine: str | None = None) -> Needs:

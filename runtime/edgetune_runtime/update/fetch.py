@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import http.client
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from http.client import HTTPMessage
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+from urllib.parse import urlsplit
 
-from edgetune_runtime import __version__
 from edgetune_runtime.errors import UnreachableError, UsageError
 from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.wording import shortened
 
-from .slow_replies import HANDLERS, is_too_slow
+from .http_client import HttpClient, StatusError
+from .slow_replies import is_too_slow
 
-SILENT_S = 30.0
-"""Limit of connecting, and of the pause between two bytes."""
+if TYPE_CHECKING:
+    from urllib3 import BaseHTTPResponse
+
 _CHUNK_BYTES = 1 << 16
-_MOST_REDIRECTS = 3
 _PARTIAL = 206
 """The status of a reply with a part of a file."""
 _CHECK = "check the address and the network"
@@ -36,7 +33,7 @@ class Location:
     """Where a repository is: an address of HTTP or HTTPS, or a folder, as on a USB stick."""
 
     def __init__(self, text: str) -> None:
-        scheme = urllib.parse.urlsplit(text).scheme
+        scheme = urlsplit(text).scheme
         if "://" in text and scheme not in {"http", "https"}:
             raise UsageError(f"--repo {text!r} is not an address", "use http:// or https://, or a folder")
         self._is_folder = "://" not in text
@@ -46,6 +43,11 @@ class Location:
             )
         # A folder is remembered, and this process need not start in the same one.
         self.text = str(Path(text).absolute()) if self._is_folder else text.rstrip("/")
+        self._http = HttpClient("edgetune-run")
+
+    def close(self) -> None:
+        """Close the connection, which is kept from one file to the next."""
+        self._http.close()
 
     def read(self, path: str, most: int) -> bytes:
         """A whole file, whose path is as in an address.
@@ -65,28 +67,24 @@ class Location:
                 yield from limited(source, most, where)
         except FileNotFoundError as error:
             raise MissingError(f"there is no {where}", _CHECK) from error
-        except urllib.error.HTTPError as error:
-            error.close()
-            kind = MissingError if error.code in {403, 404, 410} else UnreachableError
-            raise kind(f"cannot read {where}: status {error.code}", _CHECK) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None) or error or type(error).__name__
-            # It may be what the server has sent.
-            raise UnreachableError(f"cannot read {where}: {shortened(str(reason))}", _CHECK) from error
+        except StatusError as error:
+            kind = MissingError if error.status in {403, 404, 410} else UnreachableError
+            raise kind(f"cannot read {where}: {error}", _CHECK) from error
+        except (OSError, ValueError) as error:
+            # The reason may be what the server has sent.
+            raise UnreachableError(f"cannot read {where}: {shortened(str(error))}", _CHECK) from error
 
-    def _opened(self, path: str, offset: int) -> IO[bytes] | http.client.HTTPResponse:
+    @contextmanager
+    def _opened(self, path: str, offset: int) -> Iterator[IO[bytes] | BaseHTTPResponse]:
         """A file from an offset on."""
         if self._is_folder:
-            file = open_regular(Path(self.text, path), follows_links=True)
-            file.seek(offset)
-            return file
-        headers = {"User-Agent": f"edgetune-run/{__version__}", "Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-        request = urllib.request.Request(f"{self.text}/{path}", headers=headers)
-        reply: http.client.HTTPResponse = OPENER.open(request, timeout=SILENT_S)
-        skip_to(offset, reply, path)
-        return reply
+            with open_regular(Path(self.text, path), follows_links=True) as file:
+                file.seek(offset)
+                yield file
+            return
+        with self._http.reply("GET", f"{self.text}/{path}", range_from(offset)) as reply:
+            skip_to(offset, reply, path)
+            yield reply
 
 
 def _is_folder(text: str) -> bool:
@@ -97,28 +95,12 @@ def _is_folder(text: str) -> bool:
         return False
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows few redirects, and none that gives up encryption."""
-
-    max_redirections = _MOST_REDIRECTS
-
-    def redirect_request(  # noqa: PLR0917 - as its base
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        """Refuse a change from HTTPS to HTTP, and to anything else."""
-        # urllib would read the body, which may be endless.
-        fp.close()
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None and new.type not in {req.type, "https"}:
-            raise urllib.error.URLError(f"it is redirected to {new.full_url[:200]}")
-        return new
+def range_from(offset: int) -> dict[str, str]:
+    """The header of a request for a file from an offset on."""
+    return {"Range": f"bytes={offset}-"} if offset else {}
 
 
-OPENER = urllib.request.build_opener(_Redirects, *HANDLERS)
-"""Opens addresses of HTTP and HTTPS within these limits."""
-
-
-def skip_to(offset: int, reply: http.client.HTTPResponse, where: str) -> None:
+def skip_to(offset: int, reply: BaseHTTPResponse, where: str) -> None:
     """Read a reply up to an offset that was asked for, where the server ignores ranges."""
     begin = f"bytes {offset}-" if reply.status == _PARTIAL else ""
     if offset and not (begin and reply.headers.get("Content-Range", "").startswith(begin)):
@@ -126,7 +108,7 @@ def skip_to(offset: int, reply: http.client.HTTPResponse, where: str) -> None:
             pass
 
 
-def limited(source: IO[bytes] | http.client.HTTPResponse, most: int, where: str) -> Iterator[bytes]:
+def limited(source: IO[bytes] | BaseHTTPResponse, most: int, where: str) -> Iterator[bytes]:
     """At most `most` bytes of `source`; UnreachableError if they come too slowly."""
     begin, count = time.monotonic(), 0
     while count < most:

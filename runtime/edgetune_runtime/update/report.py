@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import re
-import urllib.request
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +18,8 @@ from edgetune_runtime.store.versions import Say
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import printable, shortened
 
-from . import slow_replies
 from .current import current_kit
+from .http_client import HttpClient
 from .release import NAME
 from .state import read_state
 
@@ -28,7 +27,6 @@ NOBODY = "off"
 """Instead of an address: reports end."""
 LONGEST_REPORT = 10_000
 """Size of a report in bytes."""
-_TIMEOUT_S = 30.0
 _ID = re.compile("[0-9a-f]{32}")
 _ADDRESS = re.compile("https?://[!-~]+")
 
@@ -79,7 +77,7 @@ def checked_address(where: str) -> str:
 
 
 def _is_address(where: str) -> bool:
-    """Whether `urllib` can send to it."""
+    """Whether something can be sent to it."""
     try:
         parts = urlsplit(where)
         _ = parts.port
@@ -110,7 +108,7 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
             error="" if error is None else shortened(str(error)),
         )
         _send(state.report_to, about)
-    except (EdgetuneError, OSError, ValueError, http.client.HTTPException) as problem:
+    except (EdgetuneError, OSError, ValueError) as problem:
         say(f"the report was not sent: {problem}")
 
 
@@ -119,14 +117,7 @@ def _send(where: str, about: DeviceReport) -> None:
     if not where.startswith(("http://", "https://")):
         write_text(Path(where, f"{about.device}.json"), text)
         return
-    headers = {"Content-Type": "application/json", "User-Agent": f"edgetune-run/{__version__}"}
-    request = urllib.request.Request(where, text.encode(), headers)
-    with urllib.request.build_opener(_NoRedirects, *slow_replies.HANDLERS).open(request, timeout=_TIMEOUT_S):
+    headers = {"Content-Type": "application/json"}
+    # A POST follows no redirect: the report is for the address that the user gave, and for no other.
+    with closing(HttpClient("edgetune-run")) as http, http.reply("POST", where, headers, text.encode()):
         pass
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The report is for the address that the user gave, and for no other."""
-
-    def redirect_request(self, *_: object) -> None:
-        """Follow none: the status is an error."""

@@ -1,4 +1,4 @@
-"""HTTP connections that fail when a server sends too slowly, also in the head of a reply, where urllib waits on."""
+"""Replies of HTTP that fail when a server sends them too slowly, also in their head, where http.client waits on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import http.client
 import io
 import socket
 import time
-import urllib.request
 from typing import Any
 
 _GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
@@ -39,34 +38,14 @@ class _Received(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the reply's view of the connection."""
         self._raw.close()
         super().close()
 
 
-class _Reply(http.client.HTTPResponse):
+class Reply(http.client.HTTPResponse):
+    """A reply that fails this way, for `http.client.HTTPConnection.response_class`."""
+
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - as its base
         super().__init__(sock, *arguments, **options)
         self.fp = io.BufferedReader(_Received(self.fp.detach()))
-
-
-class _Connection(http.client.HTTPConnection):
-    response_class = _Reply
-
-
-class _TlsConnection(http.client.HTTPSConnection):
-    response_class = _Reply
-
-
-class _Http(urllib.request.HTTPHandler):
-    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_Connection, req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_TlsConnection, req)
-
-
-HANDLERS = (_Http, _Https)
-"""Handlers of `urllib.request` whose replies end this way."""

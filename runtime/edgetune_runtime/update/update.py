@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -99,8 +100,8 @@ def check(prefix: Path, source: UpdateSource) -> DeviceRelease:
     Raises UnreachableError if the repository cannot be reached, VerificationError if it is not acceptable, UsageError
     if the source is not known.
     """
-    with locked(prefix):
-        return _find(prefix, source)
+    with locked(prefix), closing(_location_of(prefix, source)) as location:
+        return _find(prefix, source, location)
 
 
 def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, bool]:
@@ -109,8 +110,8 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
     Raises what `check` does, OutOfSpaceError if the disk has too little room, IncompatibleError if the release needs a
     newer runtime, VerificationError if it does not answer as built. The version before runs on then.
     """
-    with locked(prefix):
-        newest = _find(prefix, source)
+    with locked(prefix), closing(_location_of(prefix, source)) as location:
+        newest = _find(prefix, source, location)
         if not newest.is_new:
             changed = _finish(prefix, newest, say)
             return newest, changed
@@ -120,7 +121,7 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
         if newest.reason is not None:
             return newest, False
         bundle = None if newest.current is None else prefix / versions.CURRENT / BUNDLE_FOLDER
-        blobs = Blobs(newest.release, Location(newest.state.repo), bundle)
+        blobs = Blobs(newest.release, location, bundle)
         kit = describe(of_wanted_formats(prefix, blobs, newest.formats), newest.current)
         download(prefix, kit, blobs, say)
         make_environment(prefix, kit)
@@ -130,18 +131,22 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
         return newest, True
 
 
-def _find(prefix: Path, source: UpdateSource) -> DeviceRelease:
-    state, current = read_state(prefix), current_kit(prefix)
-    repo = source.repo or state.repo
+def _location_of(prefix: Path, source: UpdateSource) -> Location:
+    """The repository that the caller names, or the one that is remembered."""
+    repo = source.repo or read_state(prefix).repo
     if not repo:
         raise UsageError("no repository is given", "add --repo URL")
+    return Location(repo)
+
+
+def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelease:
+    state, current = read_state(prefix), current_kit(prefix)
     root = read_trusted_root(prefix)
     if source.root is not None:
         root = read_root_file(source.root)
     if root is None:
         message = f"{prefix} trusts no repository yet"
         raise UsageError(message, "add --root FILE once, with the 1.root.json of `edgetune keys init`")
-    location = Location(repo)
     known = [] if current is None else [text_of_release(current, state.channel).encode()]
     trusted = TrustedRepository(location, prefix / FOLDER / METADATA_FOLDER, root, state.time, known)
     trusted.refresh()

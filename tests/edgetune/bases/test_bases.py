@@ -356,7 +356,8 @@ def test_a_base_without_some_weights_is_refused(tiny_base: Callable[[str], Base]
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    part = replace(whole, name="part", path=tmp_path / "part.gguf")
+    path = tmp_path / "part.gguf"
+    part = replace(whole, name="part", path=path, header=read_header(path))
     message = "base 'part' has no weights for model.layers.0.mlp.up_proj.weight and 1 more"
     assert_refused(IncompatibleError, message, lambda: load_torch(part, torch.float32))
 
@@ -366,6 +367,7 @@ def test_a_file_of_an_unknown_architecture_is_refused(tiny_base: Callable[[str],
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    other = replace(tiny_base("llama"), name="other", path=tmp_path / "other.gguf")
+    path = tmp_path / "other.gguf"
+    other = replace(tiny_base("llama"), name="other", path=path, header=read_header(path))
     message = "architecture 'nosuch' is not supported"
     assert_refused(IncompatibleError, message, lambda: load_torch(other, torch.float32))

@@ -21,7 +21,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from edgetune_runtime.update import slow_replies
+from edgetune_runtime.update import http_client, slow_replies
 from filelock import FileLock, Timeout
 from kills import KILLED, killed_at
 from kits import write_bundle
@@ -30,7 +30,6 @@ from repositories import PASSPHRASE, make_keys, publish, seen_by_device
 
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
-from edgetune.delivery.oci import registry
 from edgetune.delivery.oci.reference import parse_reference
 from edgetune.delivery.oci.transfer import Pushed, open_store
 from edgetune.delivery.oci.transfer import pull as pull_bundle
@@ -67,11 +66,13 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def push(bundle: Path, reference: str) -> Pushed:
-    return push_bundle(bundle, open_store(reference, None, insecure=False), _SILENT)
+    with open_store(reference, None, insecure=False) as store:
+        return push_bundle(bundle, store, _SILENT)
 
 
 def pull(reference: str, out: Path, **options: Path) -> str:
-    return str(pull_bundle(open_store(reference, None, insecure=False), out, _SILENT, **options))
+    with open_store(reference, None, insecure=False) as store:
+        return str(pull_bundle(store, out, _SILENT, **options))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -309,7 +310,7 @@ def test_a_registry_that_is_not_there_silent_or_slow_is_given_up(
 ) -> None:
     with pytest.raises(UnreachableError, match=r"refused; check the address.*--insecure"):
         pull("oci://127.0.0.1:1/home:v1", tmp_path / "out")
-    monkeypatch.setattr(registry, "SILENT_S", 0.2)
+    monkeypatch.setattr(http_client, "SILENT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UnreachableError, match="timed out"):
         push(bundle, f"oci://127.0.0.1:{silent.getsockname()[1]}/home:v1")
     monkeypatch.undo()
@@ -543,8 +544,10 @@ def test_a_mirror_fetches_what_the_repository_lacks(bundle: Path, tmp_path: Path
     sign(write_bundle(bundle, "two"), keys)
     push(bundle, f"oci-layout:{layout}:v2")
     (layout / "blobs/sha256" / hashlib.sha256(b"weights").hexdigest()).unlink()
-    store = open_store(f"oci-layout:{layout}:v2", None, insecure=False)
-    with mirror.fetched(store, repo, keys, _SILENT, None) as found:
+    with (
+        open_store(f"oci-layout:{layout}:v2", None, insecure=False) as store,
+        mirror.fetched(store, repo, keys, _SILENT, None) as found,
+    ):
         assert contents(found) == contents(bundle)
         # Nobody can exchange it before it is published, and it is published within the lock.
         with pytest.raises(Timeout):
@@ -559,10 +562,15 @@ def test_a_bundle_with_keys_of_its_own_is_mirrored_if_these_have_signed_it(bundl
     keys.add("bundles/home")
     sign(bundle, keys)
     push(bundle, f"oci-layout:{layout}:own")
-    with mirror.fetched(open_store(f"oci-layout:{layout}:own", None, insecure=False), repo, keys, _SILENT, None):
-        pass
-    shared = open_store(f"oci-layout:{layout}:shared", None, insecure=False)
-    problem = pytest.raises(VerificationError, match=r"is not signed by a key in .*trusted-keys-home\.json")
-    with problem, mirror.fetched(shared, repo, keys, _SILENT, None):
-        pass
+
+    def mirrored(tag: str) -> None:
+        with (
+            open_store(f"oci-layout:{layout}:{tag}", None, insecure=False) as store,
+            mirror.fetched(store, repo, keys, _SILENT, None),
+        ):
+            pass
+
+    mirrored("own")
+    with pytest.raises(VerificationError, match=r"is not signed by a key in .*trusted-keys-home\.json"):
+        mirrored("shared")
     assert not (repo / ".from").exists()

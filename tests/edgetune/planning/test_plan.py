@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats import gguf_file
 from recipes import adapter_of, lights, make_recipe
 
 from edgetune import methods
 from edgetune.building import builders
-from edgetune.building.builders.plan import plan_build
+from edgetune.building.builders.plan import plan_build, with_quantization
 from edgetune.planning.adapters import with_options
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan
@@ -67,6 +68,17 @@ def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_p
     assert chosen.to_json()["modules"] == 2 and 20 * chosen.bytes_by_format["gguf"] < auto.bytes_by_format["gguf"]
     completed = plan.with_adapters({"command": chosen})
     assert completed.recipe.adapters["command"].method.options == options
+
+
+def test_a_plan_and_its_change_of_quantization_read_the_header_once(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reading = list[Path](), gguf_file.reading
+    monkeypatch.setattr(gguf_file, "reading", lambda path: read.append(path) or reading(path))
+    recipe, base = recipe_of(tmp_path, tiny_gguf("llama"), device="pi-4", targets=["gguf", "onnx"]), tiny_gguf("llama")
+    planned = with_quantization(plan_build(recipe), "q4_0", tmp_path / "home")
+    assert planned.plan.base.quantization == "q4_0"
+    assert read == [base]
 
 
 def test_every_adapter_with_modules_that_the_base_lacks_is_named(

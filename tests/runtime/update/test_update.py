@@ -63,6 +63,7 @@ def test_an_update_downloads_what_has_changed_and_switches(prefix: Path, publish
     assert ask(prefix) == "two"
     # The answer, the manifest and its signature: the base is there.
     assert sum(path.startswith("blobs/") for path in server.requests) == 3
+    assert len(server.requests) > 5 and server.connections == 3
     listed = current.status(prefix, silent)
     assert [(item["state"], item["release"]) for item in listed["versions"]] == [("current", 2), ("previous", 1)]
     assert (listed["repo"], listed["name"], listed["channel"]) == (server.url, "home", "stable")

@@ -75,7 +75,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
 
 def weight_type(source: Source) -> str:
     """The tensor type with the most bytes in the base's file."""
-    return read_header(source.path).main_type.name
+    return source.header.main_type.name
 
 
 def values_by_type(file: Path) -> dict[str, int]:

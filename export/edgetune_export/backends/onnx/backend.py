@@ -81,7 +81,7 @@ def write_merged(merged: Merged, source: Source, out: Path) -> None:
 
 def weight_type(source: Source) -> str:
     """The main type of the GGUF base, or what the graph has instead: f32, q8_0 for floats as int8, or int4."""
-    base = read_header(source.path).main_type
+    base = source.header.main_type
     weights = OnnxOptions.of(source.options).weights
     if weights == "fp32":
         return "f32"
@@ -102,7 +102,7 @@ def _vectors(source: Source) -> dict[str, torch.Tensor]:
 def _write_model(
     source: Source, file: Path, out: Path, adapters: Sequence[Adapter], merged: Merged | None = None
 ) -> None:
-    structure, base = _structure(source), read_header(source.path)
+    structure, base = _structure(source), source.header
     config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
     model = load_structure(structure, base)
     if merged is not None:
@@ -141,7 +141,7 @@ def _structure(source: Source) -> Path:
         with raising_out_of_space(folder):
             source.model.save_pretrained(folder, state_dict=_vectors(source))
             write_tokenizer(source.path, folder)
-            _prepare_config(folder / "config.json", architectures.of(read_header(source.path)))
+            _prepare_config(folder / "config.json", architectures.of(source.header))
             run_builder(folder, structure)
         shutil.rmtree(folder)
     return structure

@@ -23,7 +23,7 @@ from edgetune.building.pipeline import build
 from edgetune.building.placement.cost import ATTENTION, MLP, costs, placements
 from edgetune.common.progress import Progress
 from edgetune.planning.adapters import plan_adapters
-from edgetune.planning.board import bundle_needs
+from edgetune.planning.on_device import bundle_needs
 from edgetune.planning.records import AdapterPlan
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
