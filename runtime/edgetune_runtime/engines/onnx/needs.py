@@ -16,6 +16,7 @@ from .sizes import UNDONE, rollback_of
 
 _PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer."
 """The start of the names of the tensors of the embedding for the inputs of each layer."""
+_ANGLES = ("cos_cache", "sin_cache")
 _FLOAT, _BLOCK = 1, 32
 COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_adapters=True)
 
@@ -27,9 +28,10 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
     states, max_rollback = recurrence_of(RecurrentSizes(graph.values, graph.inputs_per_token), context_length)
     base_bytes = model_bytes(manifest, manifest.base.files[NAME])
     looked_up_bytes, looked_up_parameters = per_layer_embedding(header)
+    angle_bytes = sum(tensor.nbytes for name, tensor in header.initializers.items() if name.startswith(_ANGLES))
     return Needs(
         base_bytes=base_bytes,
-        read_bytes=base_bytes - looked_up_bytes,
+        read_bytes=base_bytes - looked_up_bytes - angle_bytes,
         read_parameters=manifest.base.parameters - looked_up_parameters,
         head_parameters=config.vocabulary * config.width,
         layers=config.layers,
@@ -44,6 +46,7 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
         # 8 bits per weight.
         head_bytes=config.vocabulary * config.width,
         per_layer_bytes=looked_up_bytes,
+        angle_bytes=angle_bytes,
         recurrent_values=graph.values,
         recurrent_states=states,
         max_rollback=max_rollback,
