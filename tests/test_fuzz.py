@@ -13,6 +13,7 @@ import pytest
 from edgetune_export.backends.base import Source
 from fuzz import corpus
 from fuzz.__main__ import SEEDS, valid_file
+from fuzz.guided import harmful_files
 from fuzz.kinds import KINDS
 from fuzz.names import OTHER_BASES
 from fuzz.pool import Worker
@@ -42,6 +43,11 @@ def test_a_file_that_once_did_harm_is_opened_or_refused_in_one_line(kind: str, s
     with closing(Worker(kind, seeds, is_guarded=True)) as worker:
         outcomes = [(once, worker.run(file)) for once, file in files]
     assert [f"{once} | {now.kind}: {now.cause}" for once, now in outcomes if now.is_finding] == []
+
+
+def test_coverage_guides_cases_where_atheris_is_installed(seeds: Path) -> None:
+    pytest.importorskip("atheris")
+    assert list(harmful_files("kit", seeds, valid_file("kit", seeds), CASES, seed=1)) == []
 
 
 def test_fuzzing_runs_cases_of_each_form_and_of_the_kinds_without_a_corpus(seeds: Path) -> None:

@@ -30,12 +30,18 @@ TrustedKeys = Annotated[
     Path | None,
     registry_option(metavar="FILE", help="Refuse a bundle that none of these keys has signed, see `edgetune keys`."),
 ]
+Channel = Annotated[str, registry_option(metavar="NAME", help="The channel of the release.")]
 
 
 def push(
     bundle: BundlePath,
     reference: Artifact,
     *,
+    repo: Annotated[
+        Path | None,
+        registry_option(metavar="REPO", help="Attach the signed metadata of its release in this repository."),
+    ] = None,
+    channel: Channel = "stable",
     username: Username = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -44,13 +50,14 @@ def push(
     """Send a bundle to an OCI registry, or into an image layout.
 
     Files that are there already are not sent again, so a version with a changed adapter sends that one. The last line
-    is the reference by digest, which always means this bundle.
+    is the reference by digest, which always means this bundle. With --repo, the bundle must be the newest release
+    there, and `edgetune pull --root` can check that it was when it was pushed.
     """
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
 
     with transfer.open_store(reference, username, insecure=insecure) as store:
-        pushed = transfer.push(bundle, store, Progress(quiet=quiet))
+        pushed = transfer.push(bundle, store, Progress(quiet=quiet), repo=repo, channel=channel)
     if as_json:
         print_json(pushed.to_json())
         return
@@ -63,6 +70,13 @@ def pull(
     *,
     out: Annotated[Path, output_option(metavar="DIR", help="The bundle's folder; it may have another version of it.")],
     trusted_keys: TrustedKeys = None,
+    root: Annotated[
+        Path | None,
+        registry_option(
+            metavar="FILE", help="Refuse a bundle that is not the newest release by the keys of this N.root.json."
+        ),
+    ] = None,
+    channel: Channel = "stable",
     username: Username = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -72,11 +86,15 @@ def pull(
 
     Each file is compared with its digest. If this is interrupted, the next call goes on from there.
     """
+    from edgetune_runtime.update.state import read_root_file
+
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
+    from edgetune.delivery.oci.release_metadata import TrustedChannel
 
+    trusted = None if root is None else TrustedChannel(read_root_file(root), channel)
     with transfer.open_store(reference, username, insecure=insecure) as store:
-        resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys)
+        resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys, trusted_channel=trusted)
     if as_json:
         print_json({"reference": str(resolved), "path": str(out)})
         return

@@ -21,6 +21,10 @@ def publish(
     *,
     repo: Annotated[Path, output_option(metavar="REPO", help="The repository's folder, which a web server serves.")],
     keys: Annotated[Path, typer.Option(metavar="KEYS", help="The keys that `edgetune keys init` made.")],
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Publish only this adapter of BUNDLE, in the newest release of that name."),
+    ] = None,
     channel: Annotated[str, typer.Option(metavar="NAME", help="The channel whose devices get the bundle.")] = "stable",
     min_runtime: Annotated[
         str, typer.Option(metavar="VERSION", help="The oldest edgetune-runtime that may run it (default: any).")
@@ -52,11 +56,12 @@ def publish(
 
     Files that the repository has already are not copied again. The bundle gets a file manifest.json.sig, its
     signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
-    With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys.
+    With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys. With --adapter, BUNDLE
+    needs no other adapter, and gets no signature: all else is that of the newest release.
     """
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci.transfer import open_store
-    from edgetune.delivery.publish import mirror
+    from edgetune.delivery.publish import mirror, one_adapter
     from edgetune.delivery.publish import publish as publishing
 
     folder, progress = open_keys(keys), Progress(quiet=quiet)
@@ -66,6 +71,10 @@ def publish(
         if source is not None:
             store = stack.enter_context(open_store(source, username, insecure=insecure))
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
+        if bundle is None and adapter is not None:
+            raise UsageError(f"--adapter {adapter} is given without a bundle", "give BUNDLE, or --from")
+        if bundle is not None and adapter is not None:
+            bundle = stack.enter_context(one_adapter.with_adapter(bundle, adapter, repo, folder, channel))
         if bundle is None:
             publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)
             print(repo)

@@ -4,7 +4,8 @@
     make fuzz ARGS="--kind gguf-base --case 123"
 
 Case N of a kind and a seed has the same edits in every run; cases with the same file are opened once. A finding is a
-JSON line in OUT/KIND.jsonl with its edits; the first one of a cause only has those that it needs. `contained` are files
+JSON line in OUT/KIND.jsonl with its edits; the first one of a cause only has those that it needs. Where atheris is
+installed, as many cases follow that the coverage of the code guides; they have no number. `contained` are files
 that would do harm if no child process opened the bundle first. tests/corpus has the findings of earlier runs, which
 `make test` opens.
 """
@@ -24,17 +25,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from . import corpus
+from . import corpus, guided
 from .forms.raw import Edit
 from .kinds import KINDS
 from .pool import CONTAINED, Outcome, Worker
 from .seeds import make_seeds
 
 CASES = 10_000
-GENERATOR = 2
+GENERATOR = 3
 """Version of the edits that a case has: raise it with a change of forms or seeds that gives cases other edits."""
 SEEDS = f"seeds-{GENERATOR}"
 _SAME_CAUSE = 3
@@ -86,7 +88,8 @@ def run_kind(kind: str, options: argparse.Namespace, seeds: Path) -> int:
     outcomes: Counter[str] = Counter()
     causes: Counter[tuple[str, str]] = Counter()
     with (options.out / f"{kind}.jsonl").open("w", encoding="utf-8") as file:
-        for line in _lines(kind, cases, options, seeds, outcomes):
+        numbered = _lines(kind, cases, options, seeds, outcomes)
+        for line in chain(numbered, _guided_lines(kind, options, seeds) if guided.is_installed() else ()):
             cause = (line["outcome"], line["cause"])
             causes[cause] += 1
             if causes[cause] <= _SAME_CAUSE:
@@ -96,7 +99,7 @@ def run_kind(kind: str, options: argparse.Namespace, seeds: Path) -> int:
                 corpus.add(kind, line["cause"], line["edits"])
     rate = len(cases) / (time.monotonic() - begin)
     counts = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
-    files = f"{len(cases)} cases with {outcomes.total()} files"
+    files = f"{len(cases)} cases with {outcomes.total()} files{', as many guided' if guided.is_installed() else ''}"
     print(f"{kind}: {files}, {rate:.0f} cases per second: {counts}", flush=True)
     for (outcome, what), count in causes.most_common():
         print(f"    {count} x {outcome}: {what}", flush=True)
@@ -145,6 +148,17 @@ def _lines(
             yield item
     for thread in threads:
         thread.join()
+
+
+def _guided_lines(kind: str, options: argparse.Namespace, seeds: Path) -> Iterator[dict[str, Any]]:
+    """A line for each file that does harm among those that atheris makes."""
+    with closing(Runner(kind, seeds)) as runner:
+        for file in guided.harmful_files(kind, seeds, valid_file(kind, seeds), options.cases, options.seed):
+            outcome = runner.run(file)
+            # One that harms only a process that has opened others before is written down too.
+            name = outcome.kind if outcome.is_finding or outcome.kind == CONTAINED else "guided"
+            about = {"kind": kind, "seed": options.seed, "outcome": name, "cause": outcome.cause, "text": outcome.text}
+            yield {**about, "edits": guided.as_edits(file)}
 
 
 class Runner:

@@ -43,6 +43,7 @@ from .names import (
     PREFIX,
     QUESTION,
     RECIPE,
+    RELEASED,
     REPORT,
     REPOSITORY,
     RUN,
@@ -310,6 +311,8 @@ KINDS = {
     "run-report": Kind(RUN, Json(), partial(updates.start, RUN)),
     "oci-artifact": Kind(LAYOUT, Json(), layouts.artifact, layouts.only_artifact),
     "oci-index": Kind(f"{LAYOUT}/{layouts.INDEX}", Json(), layouts.index),
+    "oci-referrers": Kind(RELEASED, Json(), layouts.referrers, layouts.only_referrers),
+    "oci-release": Kind(RELEASED, Json(), layouts.release_metadata, layouts.only_release_metadata),
 }
 
 

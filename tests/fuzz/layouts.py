@@ -1,18 +1,22 @@
-"""Opens changed manifests of OCI artifacts, and changed indexes of image layouts, by pulling their bundle."""
+"""Opens changed manifests of OCI artifacts, of what refers to them, and indexes of layouts, by pulling their bundle."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .names import LAYOUT
+from .names import KEYS, LAYOUT, RELEASED
+
+if TYPE_CHECKING:
+    from edgetune.delivery.oci.release_metadata import TrustedChannel
 
 Open = Callable[[bytes], None]
 INDEX = "index.json"
 TAG = "v1"
-_BLOBS = "blobs/sha256"
+_BLOBS, _NAME = "blobs/sha256", "org.opencontainers.image.ref.name"
 
 
 def artifact(folder: Path) -> Open:
@@ -39,13 +43,64 @@ def index(folder: Path) -> Open:
 
 def only_artifact(layout: Path) -> bytes:
     """The artifact manifest in a layout."""
-    (described,) = json.loads((layout / INDEX).read_bytes())["manifests"]
-    return (layout / _BLOBS / described["digest"].removeprefix("sha256:")).read_bytes()
+    return _blob_of(layout, lambda _: True).read_bytes()
 
 
-def _pull(folder: Path, version: str) -> None:
+def referrers(folder: Path) -> Open:
+    """Pulls a bundle and checks its release, of which the list of what refers to it was changed."""
+    path = _blob_of(folder / RELEASED, _listed)
+
+    def open_changed(data: bytes) -> None:
+        path.write_bytes(data)
+        _pull_released(folder)
+
+    return open_changed
+
+
+def release_metadata(folder: Path) -> Open:
+    """Pulls a bundle and checks its release, of which the manifest was changed that lists the metadata."""
+    path = folder / RELEASED / _BLOBS / _referrer_in(folder / RELEASED)
+
+    def open_changed(data: bytes) -> None:
+        path.write_bytes(data)
+        _pull_released(folder)
+
+    return open_changed
+
+
+def only_referrers(layout: Path) -> bytes:
+    """The list of what refers to the only bundle in a layout."""
+    return _blob_of(layout, _listed).read_bytes()
+
+
+def only_release_metadata(layout: Path) -> bytes:
+    """The manifest that lists the metadata of the only release in a layout."""
+    return (layout / _BLOBS / _referrer_in(layout)).read_bytes()
+
+
+def _listed(described: Mapping[str, Any]) -> bool:
+    return str(described["annotations"][_NAME]).startswith("sha256-")
+
+
+def _blob_of(layout: Path, is_wanted: Callable[[Mapping[str, Any]], bool]) -> Path:
+    (described,) = filter(is_wanted, json.loads((layout / INDEX).read_bytes())["manifests"])
+    return layout / _BLOBS / str(described["digest"]).removeprefix("sha256:")
+
+
+def _referrer_in(layout: Path) -> str:
+    (described,) = json.loads(only_referrers(layout))["manifests"]
+    return str(described["digest"]).removeprefix("sha256:")
+
+
+def _pull_released(folder: Path) -> None:
+    from edgetune.delivery.oci.release_metadata import TrustedChannel  # noqa: PLC0415 - as below
+
+    _pull(folder, f":{TAG}", RELEASED, TrustedChannel((folder / KEYS / "1.root.json").read_bytes(), "stable"))
+
+
+def _pull(folder: Path, version: str, layout: str = LAYOUT, trusted: TrustedChannel | None = None) -> None:
     from edgetune.common.progress import Progress  # noqa: PLC0415
     from edgetune.delivery.oci.transfer import open_store, pull  # noqa: PLC0415 - each worker imports what it needs
 
-    with open_store(f"oci-layout:{folder / LAYOUT}{version}", None, insecure=False) as store:
-        pull(store, folder / "pulled", Progress(quiet=True))
+    with open_store(f"oci-layout:{folder / layout}{version}", None, insecure=False) as store:
+        pull(store, folder / "pulled", Progress(quiet=True), trusted_channel=trusted)

@@ -54,6 +54,13 @@ class Outcome:
         return self.kind not in ("opened", "refused", CONTAINED)
 
 
+def environment(work: Path, *, is_guarded: bool) -> dict[str, str]:
+    """The variables of a process that opens files, which may write to the folder `work`."""
+    path = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
+    guard = {"EDGETUNE_CACHE": str(work / "cache"), "EDGETUNE_PREFLIGHT": str(int(is_guarded))}
+    return {**os.environ, **_VARIABLES, **guard, WORK: str(work), "PYTHONPATH": path}
+
+
 class Worker:
     """A worker process for one kind of file.
 
@@ -95,16 +102,13 @@ class Worker:
         self._work.cleanup()
 
     def _start(self) -> None:
-        path = os.pathsep.join(filter(None, [str(_TESTS), os.environ.get("PYTHONPATH")]))
         command = [sys.executable, "-X", "faulthandler", "-m", "fuzz.worker", self._kind, str(self._seeds)]
-        environment = {**os.environ, **_VARIABLES, WORK: self._work.name, "PYTHONPATH": path}
-        environment |= {"EDGETUNE_CACHE": f"{self._work.name}/cache", "EDGETUNE_PREFLIGHT": str(int(self._is_guarded))}
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment,
+            env=environment(Path(self._work.name), is_guarded=self._is_guarded),
             start_new_session=True,
         )
         self._expect_ready()

@@ -49,6 +49,7 @@ from .names import (
     PREFIX,
     QUESTION,
     RECIPE,
+    RELEASED,
     REPORT,
     REPOSITORY,
     RUN,
@@ -117,7 +118,7 @@ def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, 
     _copy(model, work / MODEL)
     (work / RECIPE).write_text(_RECIPE, encoding="utf-8")
     _repository(work, folder)
-    _layout(work)
+    _layouts(work)
     _reports(work)
     work.rename(folder)
     return folder
@@ -214,9 +215,10 @@ def _repository(work: Path, folder: Path) -> None:
     write_state(work / DEVICE, replace(found.state, repo=str(folder / REPOSITORY), **remembered))
 
 
-def _layout(work: Path) -> None:
-    with open_store(f"oci-layout:{work / LAYOUT}:{TAG}", None, insecure=False) as store:
-        push(work / SIGNED, store, Progress(quiet=True))
+def _layouts(work: Path) -> None:
+    for name, repo in ((LAYOUT, None), (RELEASED, work / REPOSITORY)):
+        with open_store(f"oci-layout:{work / name}:{TAG}", None, insecure=False) as store:
+            push(work / SIGNED, store, Progress(quiet=True), repo=repo)
 
 
 def _reports(work: Path) -> None:

@@ -76,7 +76,7 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> int:
     with tempfile.TemporaryDirectory(dir=os.environ[WORK]) as work:
         valid, open_changed = opener(kind, seeds, Path(work))
         open_changed(valid)
-        _limit_memory()
+        limit_memory()
         _say({"outcome": READY, "pid": os.getpid()}, answers)
         for _ in range(CASES_PER_FORK):
             length = _read(LENGTH_BYTES)
@@ -85,7 +85,7 @@ def _run_cases(kind: str, seeds: Path, answers: TextIO) -> int:
             changed = _read(int.from_bytes(length, "little"))
             os.lseek(2, 0, os.SEEK_SET)
             os.ftruncate(2, 0)
-            _say(_outcome(open_changed, changed, kind), answers)
+            _say(outcome_of(open_changed, changed, kind), answers)
     return _WORN
 
 
@@ -109,7 +109,8 @@ def _say(answer: Mapping[str, object], answers: TextIO) -> None:
     print(json.dumps(answer), file=answers, flush=True)
 
 
-def _outcome(open_changed: Any, changed: bytes, kind: str) -> dict[str, str]:  # noqa: ANN401 - `kinds.Open`
+def outcome_of(open_changed: Any, changed: bytes, kind: str) -> dict[str, str]:  # noqa: ANN401 - `kinds.Open`
+    """What becomes of a changed file, as JSON values."""
     from edgetune_runtime.errors import EdgetuneError  # noqa: PLC0415 - as above
 
     try:
@@ -134,7 +135,8 @@ def _where(error: BaseException) -> str:
     return f"{Path(frame.filename).name}:{frame.name}" if frames else "?"
 
 
-def _limit_memory() -> None:
+def limit_memory() -> None:
+    """Limit the memory of this process to what it has now, and that of a case."""
     if sys.platform != "linux":
         return
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])

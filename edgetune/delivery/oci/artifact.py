@@ -28,7 +28,11 @@ _LAYER_TYPES = {
 _WEIGHT_TYPE = "application/vnd.cncf.model.weight.v1.raw"
 _PATH, _TITLE = "org.cncf.model.filepath", "org.opencontainers.image.title"
 """Annotations with a layer's path: of ModelPack, and of programs that push any files."""
-_DIGEST = "sha256:"
+DIGEST = "sha256:"
+"""Before each digest."""
+EMPTY_CONFIG = b"{}"
+"""What artifacts that are no images have in place of a description."""
+_EMPTY_TYPE, _FILE_TYPE = "application/vnd.oci.empty.v1+json", "application/json"
 
 
 def config_of(manifest: Manifest, files: Mapping[str, FileEntry]) -> bytes:
@@ -40,7 +44,7 @@ def config_of(manifest: Manifest, files: Mapping[str, FileEntry]) -> bytes:
         "paramSize": f"{base.parameters / 1e6:.0f}m",
         **({} if base.quantization is None else {"quantization": base.quantization}),
     }
-    layers = {"type": "layers", "diffIds": [f"{_DIGEST}{entry.sha256}" for entry in files.values()]}
+    layers = {"type": "layers", "diffIds": [f"{DIGEST}{entry.sha256}" for entry in files.values()]}
     return _json({"descriptor": {"name": manifest.name}, "config": config, "modelfs": layers})
 
 
@@ -61,20 +65,51 @@ def artifact_manifest(files: Mapping[str, FileEntry], config: bytes) -> bytes:
     )
 
 
+def referrer_manifest(
+    subject: FileEntry, kind: str, files: Mapping[str, FileEntry], annotations: Mapping[str, str]
+) -> bytes:
+    """The manifest of an artifact of this kind that refers to another one, whose manifest is `subject`."""
+    layers = [{**_descriptor(_FILE_TYPE, entry), "annotations": {_TITLE: path}} for path, entry in files.items()]
+    config = FileEntry(hashlib.sha256(EMPTY_CONFIG).hexdigest(), len(EMPTY_CONFIG))
+    return _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST_TYPE,
+            "artifactType": kind,
+            "config": _descriptor(_EMPTY_TYPE, config),
+            "layers": layers,
+            "subject": _descriptor(MANIFEST_TYPE, subject),
+            "annotations": annotations,
+        }
+    )
+
+
 def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:
-    """The files of an artifact by their paths in the bundle; VerificationError unless it is one of a bundle."""
+    """The files of a bundle's artifact by their paths in it; VerificationError unless it is one of a bundle."""
+    files = layers_of(data, where)
+    if MANIFEST_NAME not in files:
+        raise _no_bundle(where, f"it has no {MANIFEST_NAME}")
+    return files
+
+
+def layers_of(data: bytes, where: str) -> dict[str, FileEntry]:
+    """The files of an artifact by their paths; VerificationError for a damaged one, and for paths that are none."""
     try:
         raw = json.loads(data)
         if raw.get("mediaType", MANIFEST_TYPE) != MANIFEST_TYPE:
             raise ValueError(f"it is of the type {str(raw['mediaType'])[:80]!r}")
         files = dict(_file(layer) for layer in raw["layers"])
         folders = {str(folder) for path in files for folder in PurePosixPath(path).parents}
-        if MANIFEST_NAME not in files or folders & files.keys():
-            raise ValueError(f"it has no {MANIFEST_NAME}, or a file in place of a folder")
+        if folders & files.keys():
+            raise ValueError("it has a file in place of a folder")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        message = f"{where} is not a bundle: {str(error)[:200]}"
-        raise VerificationError(message, "check the reference; `edgetune push` makes such artifacts") from error
+        raise _no_bundle(where, str(error)[:200]) from error
     return files
+
+
+def _no_bundle(where: str, reason: str) -> VerificationError:
+    remedy = "check the reference; `edgetune push` makes such artifacts"
+    return VerificationError(f"{where} is not a bundle: {reason}", remedy)
 
 
 def _file(layer: Mapping[str, Any]) -> tuple[str, FileEntry]:
@@ -82,11 +117,11 @@ def _file(layer: Mapping[str, Any]) -> tuple[str, FileEntry]:
     path = named.get(_PATH) or named.get(_TITLE)
     if path is None:
         raise ValueError("it has a layer without a file's name")
-    return bundle_path(path), file_entry({"sha256": layer["digest"].removeprefix(_DIGEST), "bytes": layer["size"]})
+    return bundle_path(path), file_entry({"sha256": layer["digest"].removeprefix(DIGEST), "bytes": layer["size"]})
 
 
 def _descriptor(media_type: str, entry: FileEntry) -> dict[str, Any]:
-    return {"mediaType": media_type, "digest": f"{_DIGEST}{entry.sha256}", "size": entry.bytes}
+    return {"mediaType": media_type, "digest": f"{DIGEST}{entry.sha256}", "size": entry.bytes}
 
 
 def _layer_type(path: str) -> str:

@@ -33,6 +33,10 @@ class ImageLayout:
         self.reference = reference
         self._folder = Path(reference.place)
 
+    def at(self, reference: Reference) -> ImageLayout:
+        """The place of another artifact in this layout."""
+        return ImageLayout(reference)
+
     def has_blob(self, entry: FileEntry) -> bool:
         """Whether the layout has this file, undamaged."""
         path = self._blob(entry.sha256)
@@ -67,13 +71,19 @@ class ImageLayout:
         digest = self.reference.digest or self._digest_of_tag()
         return b"".join(self.blocks(FileEntry(digest, MOST_ARTIFACT_MANIFEST_BYTES)))
 
-    def put_manifest(self, data: bytes) -> None:
-        """Add the artifact's manifest under its tag, which may have been another artifact's."""
+    def read_referrers(self) -> bytes:
+        """The index of what refers to the artifact, which has a tag here; NotFoundError if there is none."""
+        return self.at(self.reference.of_referrers()).read_manifest()
+
+    def put_manifest(self, data: bytes, media_type: str = MANIFEST_TYPE) -> bool:
+        """Add the artifact's manifest under its tag, if it has one, which may have been another artifact's; False."""
         digest = hashlib.sha256(data).hexdigest()
         self.put_blob(FileEntry(digest, len(data)), data)
         _write(self._folder / _LAYOUT_NAME, {"imageLayoutVersion": "1.0.0"})
+        if self.reference.tag is None:
+            return False
         described = {
-            "mediaType": MANIFEST_TYPE,
+            "mediaType": media_type,
             "digest": f"sha256:{digest}",
             "size": len(data),
             "annotations": {_TAG: self.reference.tag},
@@ -82,6 +92,7 @@ class ImageLayout:
             others = [item for item in self._index() if _tag_of(item) != self.reference.tag]
             index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, described]}
             _write(self._folder / _INDEX_NAME, index)
+        return False
 
     def _blob(self, digest: str) -> Path:
         return self._folder / "blobs/sha256" / digest

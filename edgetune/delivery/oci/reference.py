@@ -52,6 +52,10 @@ class Reference:
         """The same artifact by its digest."""
         return replace(self, tag=None, digest=digest)
 
+    def of_referrers(self) -> Reference:
+        """The index of what refers to this artifact, which has a digest, where a registry keeps no list of its own."""
+        return replace(self, tag=f"sha256-{self.digest}", digest=None)
+
 
 def parse_reference(text: str) -> Reference:
     """The reference that a user wrote; UsageError for anything else."""

@@ -7,6 +7,7 @@ import json
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,12 @@ class Registry:
         self._api = f"{scheme}://{reference.host}/v2{reference.place.removeprefix(reference.host)}"
         self._credentials, self._authorization = credentials, ""
 
+    def at(self, reference: Reference) -> Registry:
+        """The place of another artifact with the same name."""
+        other = copy(self)
+        other.reference = reference
+        return other
+
     def has_blob(self, entry: FileEntry) -> bool:
         """Whether the registry has this file."""
         try:
@@ -67,19 +74,36 @@ class Registry:
 
     def read_manifest(self) -> bytes:
         """The artifact's manifest; VerificationError if the registry says itself that it is another one."""
-        reference = self.reference
-        version = reference.tag if reference.digest is None else f"sha256:{reference.digest}"
         headers = {"Accept": f"{MANIFEST_TYPE}, {INDEX_TYPE}"}
-        with self._reply("GET", f"manifests/{version}", headers=headers) as reply:
-            data = b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(reference)))
+        with self._reply("GET", f"manifests/{self._version}", headers=headers) as reply:
+            data = b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(self.reference)))
             self._require_digest(reply, hashlib.sha256(data).hexdigest())
         return data
 
-    def put_manifest(self, data: bytes) -> None:
-        """Send the artifact's manifest for its tag, which may have been another artifact's."""
-        headers = {"Content-Type": MANIFEST_TYPE}
-        with self._reply("PUT", f"manifests/{self.reference.tag}", data, headers) as reply:
+    def read_referrers(self) -> bytes:
+        """The index of what refers to the artifact, by its digest; NotFoundError if there is none."""
+        try:
+            with self._reply("GET", f"referrers/{self._version}") as reply:
+                return b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(self.reference)))
+        except NotFoundError:
+            # A registry of before version 1.1 of the specification.
+            return self.at(self.reference.of_referrers()).read_manifest()
+
+    def put_manifest(self, data: bytes, media_type: str = MANIFEST_TYPE) -> bool:
+        """Send the artifact's manifest for its tag, which may have been another artifact's, or by its digest.
+
+        Whether the registry lists it as a referrer of its subject.
+        """
+        headers = {"Content-Type": media_type}
+        with self._reply("PUT", f"manifests/{self._version}", data, headers) as reply:
             self._require_created(reply, hashlib.sha256(data).hexdigest())
+            return reply.headers.get("OCI-Subject") is not None
+
+    @property
+    def _version(self) -> str:
+        """The tag or the digest, as in an address."""
+        reference = self.reference
+        return f"sha256:{reference.digest}" if reference.tag is None else reference.tag
 
     @contextmanager
     def _reply(

@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import (
@@ -34,34 +34,16 @@ from edgetune_runtime.update.http_client import HttpClient
 from edgetune.common import work_folder
 from edgetune.common.progress import Progress
 
+from . import release_metadata
 from .artifact import artifact_manifest, config_of, parse_artifact
+from .artifact_store import ArtifactStore
 from .layout import ImageLayout
 from .login import credentials_for
 from .reference import Reference, parse_reference
 from .registry import Registry
+from .release_metadata import TrustedChannel
 
 _GOES_ON = "run the command again, it goes on from there"
-
-
-class ArtifactStore(Protocol):
-    """Where an artifact is, or will be."""
-
-    reference: Reference
-
-    def has_blob(self, entry: FileEntry) -> bool:
-        """Whether it has this file."""
-
-    def put_blob(self, entry: FileEntry, source: Path | bytes) -> None:
-        """Add a file."""
-
-    def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from an offset on, at most its size."""
-
-    def read_manifest(self) -> bytes:
-        """The artifact's manifest."""
-
-    def put_manifest(self, data: bytes) -> None:
-        """Add the artifact's manifest under its tag."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +71,14 @@ def open_store(text: str, username: str | None, *, insecure: bool) -> Iterator[A
         yield Registry(reference, credentials, http, insecure=insecure)
 
 
-def push(bundle: Path, store: ArtifactStore, progress: Progress) -> Pushed:
+def push(
+    bundle: Path, store: ArtifactStore, progress: Progress, *, repo: Path | None = None, channel: str = "stable"
+) -> Pushed:
     """Send the files of a bundle that the store lacks, and then its manifest, which makes it the one of the tag.
 
-    Raises the errors of reading a bundle and of the store; UsageError for a reference without a tag.
+    With `repo`, the metadata of its release in that repository refers to it then. Raises the errors of reading a
+    bundle, of the repository and of the store; UsageError for a reference without a tag, VerificationError for a bundle
+    that is not the newest release of the channel.
     """
     if store.reference.tag is None:
         raise UsageError(f"{store.reference} has no tag", "push to a tag: NAME:TAG")
@@ -114,18 +100,27 @@ def push(bundle: Path, store: ArtifactStore, progress: Progress) -> Pushed:
     data = artifact_manifest(files, config)
     store.put_manifest(data)
     reference = store.reference.by_digest(hashlib.sha256(data).hexdigest())
+    if repo is not None:
+        release_metadata.attach(store.at(reference), repo, channel, manifest.name, files)
     return Pushed(reference, sum(entry.bytes for entry in blobs), sent_bytes)
 
 
 def pull(
-    store: ArtifactStore, out: Path, progress: Progress, *, trusted_keys: Path | None = None, blobs: Path | None = None
+    store: ArtifactStore,
+    out: Path,
+    progress: Progress,
+    *,
+    trusted_keys: Path | None = None,
+    trusted_channel: TrustedChannel | None = None,
+    blobs: Path | None = None,
 ) -> Reference:
     """Fetch a bundle into the folder `out`, which may have a version of it; the artifact by its digest.
 
     Files of `out` and of `blobs`, a folder of files by their digests, are not fetched again, and neither is what an
     interrupted call has fetched. `out` changes when everything was verified. Raises the errors of the store;
     UsageError if `out` has other files; VerificationError if bytes do not have their digest, if the artifact is not
-    a bundle, or if it is not signed by a key in `trusted_keys`; OutOfSpaceError without room.
+    a bundle, if it is not signed by a key in `trusted_keys`, or if it is not the newest release of `trusted_channel` by
+    the metadata that refers to it; OutOfSpaceError without room.
     """
     check_destination(out)
     data = store.read_manifest()
@@ -140,6 +135,9 @@ def pull(
         _reuse(received, files, [*([] if blobs is None else [blobs]), out])
         shutil.rmtree(folder, ignore_errors=True)
         manifest = _fetch_manifest(store, files, received, folder, trusted_keys)
+        if trusted_channel is not None:
+            pinned = store.at(store.reference.by_digest(digest))
+            release_metadata.check(pinned, work / "metadata", trusted_channel, manifest.name, files)
         by_digest = {entry.sha256: entry for entry in manifest.files.values()}
         count = received.received({sha256: entry.bytes for sha256, entry in by_digest.items()})
         lacking = [entry for entry in by_digest.values() if count.get(entry.sha256) != entry.bytes]

@@ -12,7 +12,8 @@ from edgetune_runtime.bundle.signatures import require_signed
 from edgetune_runtime.update.release import BLOBS_FOLDER
 
 from edgetune.common.progress import Progress
-from edgetune.delivery.oci.transfer import ArtifactStore, pull
+from edgetune.delivery.oci.artifact_store import ArtifactStore
+from edgetune.delivery.oci.transfer import pull
 
 from .key_folder import KeyFolder
 from .publish import locked

@@ -90,7 +90,7 @@ def publish(
             manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime, share,
             pieces={name: listed for name, listed in pieces.items() if listed},
         )  # fmt: skip
-        before = _read(repository, manifest.name, channel)
+        before = read_release(repository, manifest.name, channel)
         copied = sum(files[name].bytes for name in names if repository.put_blob(sources[name], files[name]))
         changed = before is None or _content(before) != _content(release)
         if changed:
@@ -99,7 +99,7 @@ def publish(
     return Published(release if changed or before is None else before, changed, copied, deleted)
 
 
-def _read(repository: Repository, name: str, channel: str, version: int | None = None) -> Release | None:
+def read_release(repository: Repository, name: str, channel: str, version: int | None = None) -> Release | None:
     """The newest release of a channel, or an older one; None if there is none."""
     target = repository.releases(name).get(path_of(name, channel, version))
     return None if target is None else parse_release(repository.read_release(target))
@@ -113,7 +113,7 @@ def _put(repository: Repository, release: Release, before: Release | None) -> No
     """Put a release before those of its channel, and keep the ones that devices may take which it is not for."""
     name, channel = release.name, release.channel
     versions = () if before is None else before.older
-    older = [before, *(_read(repository, name, channel, version) for version in versions)]
+    older = [before, *(read_release(repository, name, channel, version) for version in versions)]
     kept: list[Release] = []
     for candidate in filter(None, older):
         path = path_of(name, channel, candidate.version)

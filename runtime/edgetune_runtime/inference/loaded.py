@@ -34,6 +34,7 @@ from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import join_spans
 from edgetune_runtime.states.cache import CALLS, common_prefix
 from edgetune_runtime.states.store import default_folder
+from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt, messages_for
 from edgetune_runtime.wording import CLOSED
 
@@ -62,6 +63,8 @@ class LoadedBundle:
         self.manifest = manifest
         self.options = options
         self.files = AdapterFiles(folder, lambda: self.manifest, options)
+        self._in_use = VersionsInUse()
+        self._in_use.use([folder])
         self.changing = threading.Lock()
         """Held by whoever changes which adapters there are."""
         self._running = running
@@ -311,6 +314,7 @@ class LoadedBundle:
         kept = {file: before.files[file] for entry in before.adapters.values() for file in files_of(before, entry)}
         self.folder = folder
         self.manifest = replace(manifest, adapters=before.adapters, files={**manifest.files, **kept})
+        self._in_use.use({folder, *map(self.files.folder_of, self.manifest.adapters)})
         self.router = Router(folder, self.manifest, verify=self.options.verify)
 
     def load(self, entry: AdapterEntry) -> None:
@@ -345,6 +349,7 @@ class LoadedBundle:
             self._running.places.close()
         self._merged.close()
         self._running.close()
+        self._in_use.use(())
         if self._past is not None:
             self._past.save()
         if isinstance(self._running, Pool):

@@ -32,6 +32,11 @@ class Store:
         """Where the file with this digest is, or would be."""
         return self.folder / sha256
 
+    @property
+    def total_bytes(self) -> int:
+        """The size of all files, also of those that are still being received."""
+        return sum(path.lstat().st_size for path in self.folder.glob("*"))
+
     def has(self, file: KitFile) -> bool:
         """Whether the store has a file of this digest and size; the contents are not read."""
         path = self.path(file.sha256)

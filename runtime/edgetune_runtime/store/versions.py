@@ -15,6 +15,7 @@ from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
 
 from .durable import flush_tree, replace_link, write_text
 from .files import Store
+from .in_use import is_in_use
 from .kit import ID_LENGTH, KIT_NAME, Kit, read_installed
 
 ROOT_FOLDER, USER_FOLDER = "/opt/edgetune", ".local/share"
@@ -186,9 +187,11 @@ def listing(prefix: Path, say: Say) -> list[Installed]:
 def sweep(prefix: Path, say: Say) -> None:
     """Delete versions other than the current one and the one before, and the files and environments they alone used.
 
-    If a version's kit.json is damaged, a warning is printed, and its folder and environment stay.
+    A version that a process has open stays until a later sweep. If a version's kit.json is damaged, a warning is
+    printed, and its folder and environment stay.
     """
     kept = {version for version in (linked(prefix, CURRENT), previous(prefix)) if version is not None}
+    kept |= {folder.name for folder in _folders(prefix) if is_in_use(folder)}
     folders = [path_of(prefix, version) for version in kept]
     _discard_others(prefix / FOLDER, kept)
     _discard_others(prefix / ENVIRONMENTS, set(map(environment_of, folders)))

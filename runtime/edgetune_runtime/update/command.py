@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
     text = "report what this device runs after each --check and --apply, to an address or into a folder (default: off)"
     source.add_argument("--report", metavar="URL", help=text)
+    text = "leave out an update with which the files of all versions would have more, 0 for any size (default)"
+    source.add_argument("--quota-mb", type=float, metavar="MB", help=text)
     default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
     text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
     command.add_argument("--prefix", type=Path, metavar="DIR", help=text)
@@ -81,7 +84,11 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
 
     formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
     report_to = None if options.report is None else report.checked_address(options.report)
-    source = update.UpdateSource(options.repo, options.bundle, options.channel, options.root, formats, report_to)
+    if options.quota_mb is not None and not 0 <= options.quota_mb < math.inf:
+        raise UsageError(f"--quota-mb is {options.quota_mb:g}", "give 0 or more")
+    source = update.UpdateSource(
+        options.repo, options.bundle, options.channel, options.root, formats, report_to, options.quota_mb
+    )
     try:
         newest, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
     except EdgetuneError as error:

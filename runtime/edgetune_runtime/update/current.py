@@ -42,6 +42,7 @@ def status(prefix: Path, say: Say) -> dict[str, Any]:
         "versions": installed,
         "acknowledged": acknowledgement.read(prefix) is None,
         "report_to": state.report_to,
+        "quota_mb": state.quota_mb,
         "floors": dict(state.floors),
         "refused": dict(state.refused),
         "failures": dict(state.failures),

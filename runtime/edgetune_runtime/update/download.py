@@ -52,10 +52,10 @@ class Blobs:
         return [path.read_bytes()] if path and path.is_file() and path.stat().st_size <= LONGEST_MANIFEST else []
 
 
-def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...]) -> Release:
+def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quota_mb: float) -> Release:
     """The release with the files of these formats, which its manifest names; that is downloaded for it.
 
-    IncompatibleError if the release lacks one of the formats.
+    IncompatibleError if the release lacks one of the formats, OutOfSpaceError as `download`.
     """
     release = blobs.release
     lacking = [name for name in formats if name not in release.formats]
@@ -66,6 +66,7 @@ def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...]) -> R
         return release
     store, entry = Store(prefix), release.files[MANIFEST_NAME]
     if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
+        _require_room(store, entry.bytes, quota_mb)
         blobs.receive(store, entry.sha256, entry.bytes)
     path = store.path(entry.sha256)
     names = {*of_formats(parse_manifest(path.read_bytes(), path), formats).files, MANIFEST_NAME, SIGNATURE_NAME}
@@ -73,8 +74,11 @@ def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...]) -> R
     return replace(release, files=files, formats=formats)
 
 
-def download(prefix: Path, kit: Kit, blobs: Blobs, say: Say) -> None:
-    """Receive the files of a version that the store lacks, and compare their digests; OutOfSpaceError without room."""
+def download(prefix: Path, kit: Kit, blobs: Blobs, quota_mb: float, say: Say) -> None:
+    """Receive the files of a version that the store lacks, and compare their digests.
+
+    OutOfSpaceError, before any is received, without room on the disk or in the quota of the store, if that is not 0.
+    """
     store = Store(prefix)
     sizes = {file.sha256: file.bytes for file in kit.version_files}
     received = store.received(sizes)
@@ -84,11 +88,18 @@ def download(prefix: Path, kit: Kit, blobs: Blobs, say: Say) -> None:
             message = f"{file.name} in {prefix} is damaged, and no update has it"
             raise VerificationError(message, "install the kit again")
     needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
-    free = shutil.disk_usage(prefix).free
-    if free < needed + _RESERVE_BYTES:
-        message = f"the update needs {(needed + _RESERVE_BYTES) / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
-        raise OutOfSpaceError(message, "free some space")
+    _require_room(store, needed, quota_mb)
     if missing:
         say(f"downloading {needed / 1e6:.1f} MB")
     for sha256, size in missing.items():
         blobs.receive(store, sha256, size)
+
+
+def _require_room(store: Store, needed: int, quota_mb: float) -> None:
+    free, total_mb = shutil.disk_usage(store.folder.parent).free, (store.total_bytes + needed) / 1e6
+    if free < needed + _RESERVE_BYTES:
+        message = f"the update needs {(needed + _RESERVE_BYTES) / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
+        raise OutOfSpaceError(message, "free some space")
+    if quota_mb and total_mb > quota_mb:
+        message = f"with the update, the versions here would have {total_mb:.1f} MB, and {quota_mb:g} MB are allowed"
+        raise OutOfSpaceError(message, "allow more with --quota-mb")

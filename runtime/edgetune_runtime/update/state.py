@@ -30,8 +30,8 @@ class UpdateState:
     one here: older ones are refused, also after a rollback. `failures` counts by the digest of a bundle's manifest how
     often it did not answer as built, `refused` has those that a user does not want, with the reason. `not_before` is
     when the newest metadata was signed. `switching` is the id of the version that a switch began to, empty when it has
-    ended. `device` is the id that says which releases for a share of the devices this one takes, and `report_to` where
-    it reports what it runs.
+    ended. `device` is the id that says which releases for a share of the devices this one takes, `report_to` where it
+    reports what it runs, and `quota_mb` the most that the files of all versions may take, 0 for any.
     """
 
     repo: str = ""
@@ -45,6 +45,7 @@ class UpdateState:
     switching: str = ""
     device: str = ""
     report_to: str = ""
+    quota_mb: float = 0.0
 
     @property
     def time(self) -> datetime:

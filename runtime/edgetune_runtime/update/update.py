@@ -38,8 +38,8 @@ from .trust import TrustedRepository
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, `formats` are those to download, and `report_to` is where
-    to report what runs.
+    `root` is a file with root metadata to trust from now on, `formats` are those to download, `report_to` is where to
+    report what runs, and `quota_mb` the most that the files of all versions may take, 0 for any.
     """
 
     repo: str | None = None
@@ -48,6 +48,7 @@ class UpdateSource:
     root: Path | None = None
     formats: tuple[str, ...] | None = None
     report_to: str | None = None
+    quota_mb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def check(prefix: Path, source: UpdateSource) -> DeviceRelease:
 def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, bool]:
     """Install the newest release and switch to it if it answers as built; whether anything changed.
 
-    Raises what `check` does, OutOfSpaceError if the disk has too little room, IncompatibleError if the release needs a
-    newer runtime, VerificationError if it does not answer as built. The version before runs on then.
+    Raises what `check` does, OutOfSpaceError if the disk or the quota has too little room, IncompatibleError if the
+    release needs a newer runtime, VerificationError if it does not answer as built. The version before runs on then.
     """
     with locked(prefix), closing(_location_of(prefix, source)) as location:
         newest = _find(prefix, source, location)
@@ -121,9 +122,10 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
         if newest.reason is not None:
             return newest, False
         bundle = None if newest.current is None else prefix / versions.CURRENT / BUNDLE_FOLDER
+        quota_mb = newest.state.quota_mb
         blobs = Blobs(newest.release, location, bundle)
-        kit = describe(of_wanted_formats(prefix, blobs, newest.formats), newest.current)
-        download(prefix, kit, blobs, say)
+        kit = describe(of_wanted_formats(prefix, blobs, newest.formats, quota_mb), newest.current)
+        download(prefix, kit, blobs, quota_mb, say)
         make_environment(prefix, kit)
         versions.place(prefix, kit)
         _check_manifest(prefix, kit, newest.release)
@@ -168,6 +170,7 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
         not_before=not_before,
         device=device,
         report_to=state.report_to if source.report_to is None else source.report_to,
+        quota_mb=state.quota_mb if source.quota_mb is None else source.quota_mb,
     )
     if source.root is not None:
         write_trusted_root(prefix, root)

@@ -31,12 +31,13 @@ from repositories import PASSPHRASE, make_keys, publish, seen_by_device
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
 from edgetune.delivery.oci.reference import parse_reference
+from edgetune.delivery.oci.release_metadata import TrustedChannel
 from edgetune.delivery.oci.transfer import Pushed, open_store
 from edgetune.delivery.oci.transfer import pull as pull_bundle
 from edgetune.delivery.oci.transfer import push as push_bundle
 from edgetune.delivery.publish import mirror
 from edgetune.delivery.publish.key_files import PASSPHRASE as PASSPHRASE_VARIABLE
-from edgetune.delivery.publish.publish import sign
+from edgetune.delivery.publish.publish import refresh, sign
 
 _SILENT = Progress(quiet=True)
 
@@ -65,14 +66,14 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield f"oci://{host}/team/home"
 
 
-def push(bundle: Path, reference: str) -> Pushed:
+def push(bundle: Path, reference: str, **options: Path) -> Pushed:
     with open_store(reference, None, insecure=False) as store:
-        return push_bundle(bundle, store, _SILENT)
+        return push_bundle(bundle, store, _SILENT, **options)  # type: ignore[arg-type]
 
 
-def pull(reference: str, out: Path, **options: Path) -> str:
+def pull(reference: str, out: Path, **options: object) -> str:
     with open_store(reference, None, insecure=False) as store:
-        return str(pull_bundle(store, out, _SILENT, **options))
+        return str(pull_bundle(store, out, _SILENT, **options))  # type: ignore[arg-type]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -136,6 +137,60 @@ def test_a_bundle_that_the_keys_have_not_signed_is_refused_before_its_files_are_
         pull(f"{place}:v1", tmp_path / "out", trusted_keys=keys)
     fetched = {path.name for path in (tmp_path / ".out.pull/files").iterdir()}
     assert fetched == {hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()}
+
+
+def test_a_pull_checks_the_release_of_a_bundle_as_a_device_does(
+    place: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PASSPHRASE_VARIABLE, PASSPHRASE)
+    keys, repo, out = make_keys(tmp_path / "keys"), tmp_path / "repo", tmp_path / "out"
+    trusted, others = keys.folder / "1.root.json", make_keys(tmp_path / "others").folder / "1.root.json"
+    words = ["push", str(bundle), f"{place}:v1", "--quiet"]
+    sign(bundle, keys)
+    assert main(words) == 0
+    fetch = ["pull", f"{place}:v1", "--out", str(out), "--quiet", "--root"]
+    assert main([*fetch, str(trusted)]) == NotFoundError.exit_code
+    publish(bundle, repo, keys)
+    # Also after a change of keys, which the root leads to; what was attached before is replaced.
+    keys.rotate("targets")
+    for _ in range(2):
+        refresh(repo, keys, expires_days=30)
+        assert main([*words, "--repo", str(repo)]) == 0
+    assert main([*fetch, str(trusted)]) == 0
+    assert contents(out) == contents(bundle)
+    assert main([*fetch, str(others)]) == VerificationError.exit_code
+    assert main([*fetch, str(trusted), "--channel", "beta"]) == NotFoundError.exit_code
+    # What is not the newest release cannot be passed off as it.
+    write_bundle(bundle, "two")
+    sign(bundle, keys)
+    assert main([*words, "--repo", str(repo)]) == VerificationError.exit_code
+    publish(bundle, repo, keys)
+    assert main([*words, "--repo", str(repo)]) == 0
+    assert main([*fetch, str(trusted)]) == 0
+    assert (out / "answer.txt").read_text() == "two"
+
+
+def test_a_registry_that_lists_referrers_itself_is_asked_for_them(bundle: Path, tmp_path: Path) -> None:
+    keys, repo, layout = make_keys(tmp_path / "keys"), tmp_path / "repo", tmp_path / "layout"
+    publish(bundle, repo, keys)
+    push(bundle, f"oci-layout:{layout}:v1", repo=repo)
+    tags = {
+        item["annotations"]["org.opencontainers.image.ref.name"]: item["digest"]
+        for item in json.loads((layout / "index.json").read_text())["manifests"]
+    }
+
+    def reply(_method: str, path: str, _headers: dict[str, str]) -> Reply:
+        kind, _, name = path.removeprefix("/v2/home/").partition("/")
+        # Not under a tag of their own, where a registry lists none.
+        tag = name.replace(":", "-") if kind == "referrers" else name if name == "v1" else ""
+        digest = tags.get(tag, name)
+        file = layout / "blobs/sha256" / digest.removeprefix("sha256:")
+        return (200, {}, file.read_bytes()) if file.is_file() else (404, {}, b"")
+
+    trusted = TrustedChannel((keys.folder / "1.root.json").read_bytes(), "stable")
+    with replying(reply) as host:
+        pull(f"oci://{host}/home:v1", tmp_path / "out", trusted_channel=trusted)
+    assert contents(tmp_path / "out") == contents(bundle)
 
 
 def test_a_folder_with_other_files_is_not_replaced(place: str, bundle: Path, tmp_path: Path) -> None:

@@ -3,14 +3,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from edgetune_export.pack import check_destination
-from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, parse_manifest, sha256_of
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, require_signed
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, OutOfSpaceError, UsageError, VerificationError
+from edgetune_runtime.errors import (
+    EdgetuneError,
+    IncompatibleError,
+    NotFoundError,
+    OutOfSpaceError,
+    UsageError,
+    VerificationError,
+)
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
@@ -18,6 +26,7 @@ from filelock import FileLock
 from kills import KILLED, full_from, killed_at, read_only_from
 from kits import write_bundle
 from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device
+from runtime.bundles import add_router, change_manifest
 
 from edgetune.cli.main import main
 from edgetune.delivery.publish import key_folder, repository
@@ -45,6 +54,48 @@ def test_a_bundle_that_the_channel_has_is_not_published_again(publisher: Publish
     first = publisher("one")
     again = publisher("one")
     assert (again.changed, again.copied_bytes, again.release) == (False, 0, first.release)
+
+
+def with_adapters(bundle: Path, *names: str) -> Path:
+    """A bundle of adapters whose files have a text of their own each time."""
+    entries = {}
+    for name in names:
+        file = f"adapters/{name}/adapter.gguf"
+        (bundle / file).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / file).write_text(f"{name} of {bundle}")
+        entries[name] = AdapterEntry(name, "lora", {"gguf": "low_rank"}, {"gguf": file}, "ab" * 32)
+    return write_bundle(bundle, "one", adapters=entries)
+
+
+def test_an_adapter_is_published_alone(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, PASSPHRASE)
+    router = add_router(
+        with_adapters(publisher.bundle, "command", "reply"), {"generate": {"command": "x", "reply": "y"}}
+    )
+    about = {
+        "sha256": sha256_of(publisher.bundle / router.file),
+        "bytes": (publisher.bundle / router.file).stat().st_size,
+    }
+    change_manifest(publisher.bundle, lambda raw: raw.update(router=asdict(router)))
+    change_manifest(publisher.bundle, lambda raw: raw["files"].update({router.file: about}))
+    first = publish(publisher.bundle, publisher.repo, publisher.keys).release
+    words = ["publish", str(with_adapters(tmp_path / "team/home", "reply")), "--keys", str(publisher.keys.folder)]
+    words += ["--repo", str(publisher.repo), "--quiet", "--adapter"]
+    assert main([*words, "command"]) == NotFoundError.exit_code
+    assert main([*words, "reply", "--channel", "beta"]) == NotFoundError.exit_code
+    assert main([*words, "reply"]) == 0
+    release = seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
+    changed = {path for path in {*first.files, *release.files} if first.files.get(path) != release.files.get(path)}
+    assert changed == {"adapters/reply/adapter.gguf", MANIFEST_NAME, SIGNATURE_NAME}
+    blobs = publisher.repo / "blobs"
+    assert (blobs / release.files["adapters/reply/adapter.gguf"].sha256).read_text() == f"reply of {tmp_path}/team/home"
+    manifest = parse_manifest((blobs / release.bundle).read_bytes(), blobs)
+    assert (sorted(manifest.adapters), manifest.router) == (["command", "reply"], router)
+    assert all(sha256_of(path) == path.name for path in blobs.iterdir())
+    assert not (publisher.repo / ".adapter").exists()
+    publisher.formats = ["gguf", "onnx"]
+    publisher("two")
+    assert main([*words, "reply"]) == IncompatibleError.exit_code
 
 
 def test_bundles_and_channels_are_apart(publisher: Publisher, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from edgetune_runtime import IncompatibleError, Runtime, VerificationError
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
 from edgetune_runtime.store.durable import replace_link
+from edgetune_runtime.store.in_use import is_in_use
 from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, write_bundle
 from runtime.stores import switch_to
 
@@ -71,6 +72,10 @@ def answer(runtime: Runtime, adapter: str) -> str:
     return runtime.generate(PROMPT, adapter=adapter, max_tokens=6).text
 
 
+def versions_in_use(prefix: Path) -> list[str]:
+    return [path.name for path in sorted((prefix / "versions").iterdir()) if is_in_use(path)]
+
+
 def mapped(name: str) -> int:
     return sum(name in line for line in Path("/proc/self/maps").read_text().splitlines())
 
@@ -82,7 +87,8 @@ def test_a_version_that_was_switched_to_is_taken_over_between_calls(
         expected = answer(runtime, "task0")
     with open_(prefix, engine, contexts=3) as runtime, ThreadPoolExecutor(2) as threads:
         before = {name: answer(runtime, name) for name in NAMES[:3]}
-        bases = mapped("model.gguf")
+        bases = mapped("/base/")
+        assert bases and versions_in_use(prefix) == [FIRST]
         # Closed also where an assertion fails: the threads wait for it.
         with runtime.stream(PROMPT, adapter="task0", max_tokens=6) as stream:
             text = next(stream)
@@ -103,7 +109,7 @@ def test_a_version_that_was_switched_to_is_taken_over_between_calls(
             {},
         )
         assert asking.result(timeout=30) == expected != before["task0"]
-        assert mapped("model.gguf") == bases
+        assert mapped("/base/") == bases and versions_in_use(prefix) == [SECOND]
         kept = runtime.generate(PROMPT, adapter="task2", max_tokens=6)
         assert (kept.text, kept.timings.reused_tokens > 0) == (before["task2"], True)
         # The version before may be swept.
@@ -138,6 +144,7 @@ def test_an_adapter_that_is_refused_keeps_the_files_of_the_version_before(
         assert (list(changes.refused), changes.added) == (["task0"], ["new"])
         runtime.clear_cache()
         assert answer(runtime, "task0") == before
+        assert versions_in_use(prefix) == [FIRST, SECOND]
     with open_(prefix, engine) as runtime, pytest.raises(VerificationError):
         answer(runtime, "task0")
 

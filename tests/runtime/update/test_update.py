@@ -23,6 +23,7 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.update import current, trust, update
 from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
@@ -193,6 +194,18 @@ def test_a_version_that_fails_its_trial_is_tried_twice_and_then_left_out(
     publisher("two")
     assert apply(prefix)
     assert ask(prefix) == "two"
+
+
+def test_a_version_that_a_process_has_open_is_deleted_after_it_was_closed(prefix: Path, publisher: Publisher) -> None:
+    opened, in_use = (prefix / "current/bundle").resolve(), VersionsInUse()
+    in_use.use([opened])
+    for answer, is_there in (("one", True), ("two", True), ("three", False)):
+        if not is_there:
+            in_use.use(())
+        publisher(answer)
+        assert apply(prefix, source_of(publisher, publisher.repo))
+        assert (opened / "answer.txt").exists() == is_there
+    assert len(list((prefix / "versions").iterdir())) == 2
 
 
 def test_a_bundle_that_was_gone_back_from_is_left_out_until_a_newer_one(
@@ -395,13 +408,23 @@ def test_a_release_for_a_newer_runtime_is_refused_before_it_is_downloaded(prefix
     assert ask(prefix) == "zero"
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_downloaded(
+def test_a_disk_or_a_quota_without_room_is_noticed_before_anything_is_downloaded(
     prefix: Path, publisher: Publisher, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50_000_100))
     with pytest.raises(OutOfSpaceError, match="50 MB are free"):
         apply(prefix, source_of(publisher, server))
     assert not any(path.startswith("blobs/") for path in server.requests)
+    monkeypatch.undo()
+    used = sum(path.stat().st_size for path in (prefix / "files").iterdir()) / 1e6
+    with pytest.raises(OutOfSpaceError, match=r"the versions here would have .* MB are allowed; allow more with"):
+        apply(prefix, replace(source_of(publisher, server), quota_mb=used))
+    # It is remembered.
+    with pytest.raises(OutOfSpaceError):
+        apply(prefix)
+    assert not any(path.startswith("blobs/") for path in server.requests)
+    assert ask(prefix) == "zero"
+    assert apply(prefix, UpdateSource(quota_mb=used + 0.1))
 
 
 def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:

@@ -1,0 +1,155 @@
+"""TUF's metadata of a bundle's release, as a referrer of its OCI artifact: a pull can then check what a device checks.
+
+The referrer has the files of a signed repository that a device reads before it downloads a bundle, a layer each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgetune_runtime.bundle import FileEntry
+from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.store.files import Store
+from edgetune_runtime.update.fetch import Location
+from edgetune_runtime.update.release import LONGEST_RELEASE, METADATA_FOLDER, Release, file_entry
+from edgetune_runtime.update.trust import TrustedRepository
+
+from .artifact import DIGEST, EMPTY_CONFIG, INDEX_TYPE, MANIFEST_TYPE, layers_of, referrer_manifest
+from .artifact_store import ArtifactStore
+
+METADATA_TYPE = "application/vnd.edgetune.release.tuf.v1"
+"""The artifact type of the referrer."""
+_CREATED = "org.opencontainers.image.created"
+_MOST_BYTES = 4 * LONGEST_RELEASE
+_UNKNOWN_TIME = datetime.fromtimestamp(0, UTC)
+_PUSH_AGAIN = "push the bundle again with --repo"
+
+
+@dataclass(frozen=True)
+class TrustedChannel:
+    """The root whose keys lead to a release, a N.root.json, and the channel that it is in."""
+
+    root: bytes
+    channel: str
+
+
+class _ReadFiles(Location):
+    """A repository that keeps what was read of it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.files: dict[str, bytes] = {}
+
+    def blocks(self, path: str, most: int, offset: int = 0) -> Iterator[bytes]:
+        """The bytes of a file."""
+        data = b"".join(super().blocks(path, most, offset))
+        self.files[path] = data
+        yield data
+
+
+def attach(store: ArtifactStore, repo: Path, channel: str, name: str, files: Mapping[str, FileEntry]) -> None:
+    """Add the metadata of the newest release in a repository as a referrer of the artifact, which has a digest.
+
+    One that is there already is replaced. VerificationError unless the release is the bundle `name` with these files;
+    the errors of reading a repository, and of the store.
+    """
+    read = _ReadFiles(repo)
+    roots = sorted((repo / METADATA_FOLDER).glob("*.root.json"), key=lambda path: int(path.name.partition(".")[0]))
+    if not roots:
+        raise NotFoundError(f"{repo} has no {METADATA_FOLDER}", "give the folder of `edgetune publish`")
+    with tempfile.TemporaryDirectory() as folder:
+        trusted = TrustedChannel(roots[0].read_bytes(), channel)
+        _require_same(_newest(read, Path(folder), trusted, name), files, "publish it, and push again")
+    entries = {path: _entry(data) for path, data in read.files.items()}
+    blobs = {entry: read.files[path] for path, entry in entries.items()} | {_entry(EMPTY_CONFIG): EMPTY_CONFIG}
+    for entry, data in blobs.items():
+        if not store.has_blob(entry):
+            store.put_blob(entry, data)
+    subject = FileEntry(store.reference.digest or "", len(store.read_manifest()))
+    created = {_CREATED: datetime.now(UTC).isoformat(timespec="seconds")}
+    manifest = referrer_manifest(subject, METADATA_TYPE, entries, created)
+    digest = hashlib.sha256(manifest).hexdigest()
+    if not store.at(store.reference.by_digest(digest)).put_manifest(manifest):
+        _list(store, _descriptor(digest, len(manifest), created))
+
+
+def check(store: ArtifactStore, work: Path, trusted: TrustedChannel, name: str, files: Mapping[str, FileEntry]) -> None:
+    """Compare the files of an artifact with its release, whose metadata is read into the folder `work`.
+
+    VerificationError unless the newest release of the bundle `name`, as the referrer has it, has these files, and the
+    keys of the root have signed it for now. NotFoundError if the artifact has no such referrer.
+    """
+    listed = [item for item in _listed(store) if item.get("artifactType") == METADATA_TYPE]
+    if not listed:
+        raise NotFoundError(f"{store.reference} has no metadata of a release", _PUSH_AGAIN)
+    newest = max(listed, key=lambda item: str(item.get("annotations", {}).get(_CREATED)))
+    data = store.at(store.reference.by_digest(newest["digest"].removeprefix(DIGEST))).read_manifest()
+    layers, where = layers_of(data, str(store.reference)), work / "repository"
+    if sum(entry.bytes for entry in layers.values()) > _MOST_BYTES:
+        raise VerificationError(f"the metadata of {store.reference} has more than {_MOST_BYTES} bytes", _PUSH_AGAIN)
+    # What an earlier call has left may be of another repository.
+    shutil.rmtree(work, ignore_errors=True)
+    received = Store(work)
+    for path, entry in layers.items():
+        if not received.path(entry.sha256).exists():
+            received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), "run the command again")
+        (where / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(received.path(entry.sha256), where / path)
+    _require_same(_newest(Location(str(where)), work / "trusted", trusted, name), files, _PUSH_AGAIN)
+
+
+def _newest(location: Location, folder: Path, trusted: TrustedChannel, name: str) -> Release:
+    """The newest release of a bundle that the keys of the root have signed for now."""
+    repository = TrustedRepository(location, folder, trusted.root, _UNKNOWN_TIME)
+    repository.refresh()
+    return repository.release(name, trusted.channel)
+
+
+def _require_same(release: Release, files: Mapping[str, FileEntry], remedy: str) -> None:
+    wrong = sorted(path for path, entry in files.items() if release.files.get(path) != entry)
+    if wrong:
+        title = f"release {release.version} of {release.name} in {release.channel}"
+        raise VerificationError(f"{title} has another {wrong[0]}", remedy)
+
+
+def _list(store: ArtifactStore, described: Mapping[str, Any]) -> None:
+    """List a referrer under the tag that takes the place of the list where a registry keeps none."""
+    others = [item for item in _listed(store) if item.get("artifactType") != METADATA_TYPE]
+    index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, described]}
+    store.at(store.reference.of_referrers()).put_manifest(json.dumps(index, indent=1).encode(), INDEX_TYPE)
+
+
+def _listed(store: ArtifactStore) -> list[dict[str, Any]]:
+    """What refers to an artifact, as descriptors."""
+    try:
+        data = store.read_referrers()
+    except NotFoundError:
+        return []
+    try:
+        listed = json.loads(data)["manifests"]
+        for item in listed:
+            file_entry({"sha256": item["digest"].removeprefix(DIGEST), "bytes": item["size"]})
+            if not isinstance(item.get("annotations", {}), dict):
+                raise TypeError("its annotations are none")
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        message = f"the list of what refers to {store.reference} is damaged"
+        raise VerificationError(message, _PUSH_AGAIN) from error
+    return list(listed)
+
+
+def _descriptor(digest: str, size: int, created: Mapping[str, str]) -> dict[str, Any]:
+    described = {"mediaType": MANIFEST_TYPE, "digest": f"{DIGEST}{digest}", "size": size}
+    return {**described, "artifactType": METADATA_TYPE, "annotations": created}
+
+
+def _entry(data: bytes) -> FileEntry:
+    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))

@@ -1,0 +1,75 @@
+"""Publishes an adapter alone: in the newest release of its bundle, whose other files the repository has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest
+from edgetune_runtime.errors import IncompatibleError, NotFoundError
+from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
+from edgetune_runtime.update.release import BLOBS_FOLDER
+
+from .key_folder import KeyFolder
+from .publish import locked, read_release
+from .repository import Repository
+
+_FOLDER = ".adapter"
+
+
+@contextmanager
+def with_adapter(source: Path, adapter: str, repo: Path, keys: KeyFolder, channel: str) -> Iterator[Path]:
+    """The newest release of a bundle with an adapter of the bundle `source`, which has its name.
+
+    It is in a folder that the end of the block deletes, and the repository is locked in the block. A router stays as it
+    is. NotFoundError without a release or an adapter of these names, IncompatibleError for an adapter of another base
+    or without one of the formats; the errors of reading a bundle and a repository.
+    """
+    bundle = repo / _FOLDER / "bundle"
+    manifest = read_manifest(source)
+    with locked(repo):
+        release = read_release(Repository(repo, keys), manifest.name, channel)
+        if release is None:
+            message = f"{repo} has no release of {manifest.name!r} in the channel {channel!r}"
+            raise NotFoundError(message, "publish the whole bundle first")
+        lacking = [name for name in release.formats if name not in manifest.adapter(adapter).files]
+        if lacking:
+            message = f"adapter {adapter!r} has no file for {lacking[0]}, which release {release.version} has"
+            raise IncompatibleError(message, f"build it for {' and '.join(release.formats)}")
+        shutil.rmtree(bundle.parent, ignore_errors=True)
+        try:
+            for path, entry in release.files.items():
+                _link(repo, entry, bundle / path)
+            _exchange(repo, bundle, source, adapter)
+            yield bundle
+        finally:
+            shutil.rmtree(bundle.parent, ignore_errors=True)
+
+
+def _exchange(repo: Path, bundle: Path, source: Path, adapter: str) -> None:
+    """Put an adapter of `source` into the bundle, in place of one with its name."""
+    before = read_manifest(bundle)
+    if adapter in before.adapters:
+        remove_from_bundle(bundle, adapter)
+    add_to_bundle(bundle, source, adapter, lambda _: None)
+    after, router = read_manifest(bundle), before.router
+    if router is not None and after.router is None:
+        # It was trained with the adapter's rows, and chooses it by its name.
+        files = {**after.files, router.file: before.files[router.file]}
+        _link(repo, files[router.file], bundle / router.file)
+        with replacing(bundle / MANIFEST_NAME) as temporary:
+            temporary.write_text(replace(after, router=router, files=files).to_json(), encoding="utf-8")
+
+
+def _link(repo: Path, entry: FileEntry, target: Path) -> None:
+    """Make a file of a release; what changes the bundle replaces files, and writes into none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    blob = repo / BLOBS_FOLDER / entry.sha256
+    try:
+        target.hardlink_to(blob)
+    except OSError:
+        shutil.copyfile(blob, target)
