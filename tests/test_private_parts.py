@@ -174,6 +174,20 @@ def test_genai_builder_loads_and_saves_through_the_functions_that_are_patched() 
     }
 
 
+def test_genai_builder_has_the_class_and_the_methods_that_are_replaced_for_gemma_4() -> None:
+    from edgetune_export.backends.onnx.gemma4 import _PerLayer  # noqa: PLC0415 - slow to import
+
+    spec = find_spec("onnxruntime_genai.models")
+    assert spec is not None and spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0])
+    files = ("builder.py", "builders/base.py", "builders/gemma.py")
+    nodes = [node for name in files for node in ast.walk(ast.parse((folder / name).read_text(encoding="utf-8")))]
+    methods = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    assert {name for name in vars(_PerLayer) if not name.startswith("_")} <= methods
+    imported = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert {"Gemma3Model", "Gemma4Model", "Gemma4MoEModel"} <= imported
+
+
 def test_a_tensor_that_the_builder_wraps_shows_whether_it_has_values() -> None:
     import onnx_ir as ir  # noqa: PLC0415 - slow to import
     from onnx_ir.tensor_adapters import TorchTensor  # noqa: PLC0415

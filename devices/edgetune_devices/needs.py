@@ -80,9 +80,9 @@ def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -
 def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
     """Bytes of the matrix in ONNX Runtime: 4 or 8 bits and a scale per block, or float32."""
     kind = tensor.type
-    if quantization is not None:
-        name = quantization.head if tensor.name == header.output_tensor else quantization.most
-        kind = row_type(name, tensor.shape[0])
+    if quantization is not None and tensor.name != _UNCHANGED:
+        is_head = tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING)
+        kind = row_type(quantization.head if is_head else quantization.most, tensor.shape[0])
     bits = kind.onnx_bits or 8
     return math.ceil(math.prod(tensor.shape) * (bits if bits == 32 else bits + _ONNX_SCALE_BITS) / 8)
 

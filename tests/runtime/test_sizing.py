@@ -50,6 +50,8 @@ def test_the_first_format_of_a_bundle_is_counted_unless_another_is_named(both: P
     files = json.loads((both / "manifest.json").read_text())["files"]
     weights = sum(file["bytes"] for name, file in files.items() if name.startswith("base/onnx/model.onnx"))
     assert onnx.base_bytes == weights
+    # Cosines and sines of half a head for each position.
+    assert onnx.angle_bytes == weights - onnx.read_bytes == 2 * 512 * 8 * 4
     assert onnx.context_length == 64
     assert onnx.adapters["one"].file_bytes == files["adapters/one/adapter.onnx_adapter"]["bytes"]
 

@@ -95,10 +95,11 @@ class Needs:
 
     `read_bytes` and `read_parameters` count the weights read per token: all except embeddings that are not also the
     output head. `per_layer_bytes` is the size of the embedding for the inputs of each layer, of which only the rows of
-    tokens that occur are read. `kv_values_per_token` are held in the data type `kv`, None for the engine's default.
-    `head_lengths` are those of a key and a value of one head, if known. `head_bytes` is the size of an output head
-    that is also the embedding, else 0. `main_type` and `head_type` are the tensor types of most weights and of the
-    head; empty if they are unknown. `merged` maps each adapter that is a full model to the bytes of its file.
+    tokens that occur are read, and `angle_bytes` that of tables of angles, with a row for each position.
+    `kv_values_per_token` are held in the data type `kv`, None for the engine's default. `head_lengths` are those of a
+    key and a value of one head, if known. `head_bytes` is the size of an output head that is also the embedding, else
+    0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they are unknown.
+    `merged` maps each adapter that is a full model to the bytes of its file.
     `draft_bytes` is the size of all draft tables; `recurrent_values` are the numbers in the recurrent state of a
     sequence, and `recurrent_states` how many of them a loaded model holds; for `max_rollback` see `Engine`.
     `constrained`: the answers of an adapter are held to a schema or a grammar. Saved states have up to `cache_mb`,
@@ -121,6 +122,7 @@ class Needs:
     merged: Mapping[str, int] = field(default_factory=dict)
     head_bytes: int = 0
     per_layer_bytes: int = 0
+    angle_bytes: int = 0
     main_type: str = ""
     head_type: str = ""
     draft_bytes: int = 0

@@ -50,6 +50,16 @@ class Value:
     elem_type: int
     shape: tuple[int | str, ...]
 
+    @property
+    def size(self) -> int:
+        """The number of values of an initializer."""
+        return math.prod(map(int, self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of an initializer that is no text."""
+        return -(-self.size * _TYPE_BITS.get(self.elem_type, 0) // 8)
+
 
 @dataclass(frozen=True)
 class OnnxHeader:

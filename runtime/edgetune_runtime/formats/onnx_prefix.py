@@ -24,24 +24,26 @@ def is_past(name: str) -> bool:
     return _PAST.fullmatch(name) is not None
 
 
-def past_inputs(header: OnnxHeader) -> dict[str, int]:
-    """The graph's inputs for past keys and values, [batch, heads, positions, head size]: name to number of heads.
+def past_inputs(header: OnnxHeader, head_size: int) -> dict[str, tuple[int, int]]:
+    """The graph's inputs for past keys and values, [batch, heads, positions, head size]: name to heads and their size.
 
-    VerificationError when one has another shape.
+    An input without a fixed size has heads of `head_size`. VerificationError when one has another shape.
     """
     inputs = {}
     for name, value in header.inputs.items():
         if is_past(name):
             match value.shape:
+                case (_, int(heads), _, int(size)):
+                    inputs[name] = heads, size
                 case (_, int(heads), _, _):
-                    inputs[name] = heads
+                    inputs[name] = heads, head_size
                 case _:
                     raise VerificationError(f"the graph's input {name!r} has shape {value.shape}", COPY_FILE_AGAIN)
     return inputs
 
 
 def check_prefix_arrays(
-    arrays: Mapping[str, NDArray[np.generic]], inputs: Mapping[str, int], head_size: int, name: str
+    arrays: Mapping[str, NDArray[np.generic]], inputs: Mapping[str, tuple[int, int]], name: str
 ) -> int:
     """Check that a prefix's arrays are valid and fit the graph's `inputs`; returns the prefix's length in tokens.
 
@@ -56,9 +58,9 @@ def check_prefix_arrays(
     for key, array in arrays.items():
         if problem := value_problem(array):
             raise VerificationError(f"adapter {name!r} is damaged: {key!r} {problem}", COPY_FILE_AGAIN)
-        if (array.shape[0], array.shape[1], array.shape[3]) != (1, inputs[key], head_size):
-            expected = f"{inputs[key]} heads of {head_size}"
-            message = f"adapter {name!r} has {key!r} of shape {array.shape}, the graph has {expected}"
+        heads, size = inputs[key]
+        if (array.shape[0], array.shape[1], array.shape[3]) != (1, heads, size):
+            message = f"adapter {name!r} has {key!r} of shape {array.shape}, the graph has {heads} heads of {size}"
             raise IncompatibleError(message, "use the base that the adapter was trained on")
     return tokens.pop()
 

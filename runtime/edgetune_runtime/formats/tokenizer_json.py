@@ -21,10 +21,11 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_TAIL}"
 QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_TAIL}"
 DIGIT = r"\p{N}"
+LINES = r"[^\n]+|[\n]+"
 DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
-"""The regular expressions of llama.cpp's byte-level tokenizers (llama-vocab.cpp)."""
+"""The regular expressions of llama.cpp's tokenizers with merges (llama-vocab.cpp)."""
 
-_REGEXES = frozenset((GPT2, LLAMA3, QWEN2, DIGIT, *DEFAULT, " {2,}"))
+_REGEXES = frozenset((GPT2, LLAMA3, QWEN2, DIGIT, LINES, *DEFAULT, " {2,}"))
 _CHARACTERS = re.compile(r"\[(\\?[\x00-\x7f])+\]")
 """A set of characters, which the exporter writes for bytes without a token."""
 _SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")

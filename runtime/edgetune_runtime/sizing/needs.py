@@ -18,6 +18,7 @@ _HOT_LIBRARY_MB = 12.0
 """The part of the libraries that is used all the time: what stayed in memory within a limit that was too small."""
 _EMBEDDING = "embedding beside the repacked output head"
 _PER_LAYER = "embedding for the inputs of each layer"
+_ANGLES = "angles of positions"
 _RUNTIME = "runtime (Python and libraries)"
 
 
@@ -44,10 +45,12 @@ def items_of(needs: Needs, *, repacks: Collection[str]) -> list[Item]:
         _RUNTIME: needs.cost.libraries_mb - _HOT_LIBRARY_MB,
         _EMBEDDING: needs.head_bytes / MB if needs.cost.maps_embedding else 0.0,
         _PER_LAYER: needs.per_layer_bytes / MB,
+        _ANGLES: needs.angle_bytes / MB,
     }
     parts = [
-        ("base weights", needs.base_bytes - needs.per_layer_bytes),
+        ("base weights", needs.base_bytes - needs.per_layer_bytes - needs.angle_bytes),
         (_PER_LAYER, needs.per_layer_bytes),
+        (_ANGLES, needs.angle_bytes),
         (_EMBEDDING, needs.head_bytes if repacked or needs.cost.maps_embedding else 0),
         *adapters,
         *((f"merged model {name}", size + needs.engine_bytes) for name, size in needs.merged.items()),

@@ -93,9 +93,10 @@ def weight_type(source: Source) -> str:
 
 
 def _vectors(source: Source) -> dict[str, torch.Tensor]:
-    """The base's norms, biases and kernels, which the graph takes from the builder and not from the GGUF file."""
+    """The base's norms, biases, kernels and scales, which the graph takes from the builder and not from the GGUF
+    file."""
     assert source.model is not None
-    return {name: parameter for name, parameter in source.model.named_parameters() if parameter.dim() != _MATRIX}
+    return {name: values for name, values in source.model.state_dict().items() if values.dim() != _MATRIX}
 
 
 def _write_model(

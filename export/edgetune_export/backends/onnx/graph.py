@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ from .weights import BLOCK, PackedWeights, pack, pack_floats, packed_bits, reord
 GRAPH = "model.onnx"
 MICROSOFT = "com.microsoft"
 HEAD = "/lm_head/MatMul"
-EMBEDDING = "/model/embed_tokens/Gather"
 _EMBEDDING_SCALE = "/model/embed_tokens/Mul"
 LOGITS_START = "logits_start"
+ROWS = "/model/rows/"
+"""The start of the names of nodes after which only the positions with logits are needed."""
 
 # Smaller tensors stay in the graph's own file. External data is aligned so that pages can be mapped.
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
-_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<block>attn|mlp|conv|linear_attn)/(?P<product>\w+)/MatMul")
+_PART_VALUES = 1 << 26
+"""Values of a matrix that are packed at once: what is computed on the way needs several times their memory."""
+_PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<path>((attn|mlp|conv|linear_attn)/)?\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
@@ -97,10 +101,11 @@ def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
         name = (node.name or "").removesuffix("_Q4").removesuffix("_Q8")
         match = _PROJECTION.fullmatch(name)
         if match:
-            layer, block, product = f"model.{match['layer']}", match["block"], match["product"]
+            layer, (*block, product) = f"model.{match['layer']}", match["path"].split("/")
             # The builder leaves some modules apart, whose names are those in transformers.
-            parts = fused.get(module := f"{_BLOCKS.get(block, block)}.{product}", [module])
-            products.append(Projection(node, f"{layer}.{block}.{product}", tuple(f"{layer}.{part}" for part in parts)))
+            parts = fused.get(module := ".".join([*(_BLOCKS.get(name, name) for name in block), product]), [module])
+            name = ".".join([layer, *block, product])
+            products.append(Projection(node, name, tuple(f"{layer}.{part}" for part in parts)))
         elif name == HEAD:
             products.append(Projection(node, "lm_head", ("lm_head",)))
     return products
@@ -153,15 +158,26 @@ def put_weights(model: ir.Model, base: Path, layers: str, vocabulary: str) -> No
     `int8` also converts floats to 8 bits; `fp32` dequantizes everything.
     """
     reader = _MatrixReader(base, layers)
+    architecture = architectures.of(reader.header)
     for projection in projections(model.graph, reader.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, reader.of(projection.modules))
-    reader = _MatrixReader(base, vocabulary)
+    fixed = {_node_of(module, "MatMul"): module for module in architecture.fixed_modules}
+    embeddings = {_node_of(name, "Gather"): name for name in ("model.embed_tokens", *architecture.embeddings_in_file)}
+    rows = _MatrixReader(base, vocabulary)
     for node in list(model.graph):
         if node.name == HEAD:
-            replace_product(model.graph, node, reader.of(("lm_head",)))
-        elif node.name == EMBEDDING:
-            replace_gather(model.graph, node, reader.of(("model.embed_tokens",)), "model.embed_tokens.weight")
+            replace_product(model.graph, node, rows.of(("lm_head",)))
+        elif node.name in embeddings:
+            name = embeddings[node.name]
+            replace_gather(model.graph, node, rows.of((name,)), f"{name}.weight")
+        elif node.name in fixed:
+            replace_product(model.graph, node, reader.of((fixed[node.name],)))
+
+
+def _node_of(module: str, operator: str) -> str:
+    """The builder's name of a module's node."""
+    return f"/{module.replace('.', '/')}/{operator}"
 
 
 def _modules_by_product(base: GgufHeader) -> dict[str, list[str]]:
@@ -233,19 +249,26 @@ class _MatrixReader:
         return packed_bits(tensor) or (8 if self._weights == "int8" else None)
 
     def _packed(self, module: str) -> PackedWeights:
-        tensor, data = self._read(module)
-        packed = pack(data, tensor) or pack_floats(dequantize_rows(data, tensor))
+        tensor = tensor_of(module, self.header, self._names)
+        parts = self._parts(tensor, _PART_VALUES)
+        packed = stack([pack(data, part) or pack_floats(dequantize_rows(data, part)) for part, data in parts])
         return reorder(packed, base_rows(tensor, self.header), base_columns(tensor, self.header))
 
     def _floats(self, module: str) -> Floats:
-        tensor, data = self._read(module)
-        return in_model_order(dequantize_rows(data, tensor), tensor, self.header)
-
-    def _read(self, module: str) -> tuple[TensorInfo, bytes]:
         tensor = tensor_of(module, self.header, self._names)
+        ((whole, data),) = self._parts(tensor, math.prod(tensor.shape))
+        return in_model_order(dequantize_rows(data, whole), tensor, self.header)
+
+    def _parts(self, tensor: TensorInfo, values: int) -> Iterator[tuple[TensorInfo, bytes]]:
+        """The matrix in parts of whole rows with about so many values, and the bytes of each."""
+        columns, rows = tensor.shape
+        step = max(values // columns, 1)
         with self._path.open("rb") as file:
             file.seek(tensor.offset)
-            return tensor, file.read(tensor.nbytes)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                part = replace(tensor, shape=(columns, count), nbytes=tensor.nbytes // rows * count)
+                yield part, file.read(part.nbytes)
 
 
 def add_logits_start(graph: ir.Graph) -> None:
@@ -253,13 +276,18 @@ def add_logits_start(graph: ir.Graph) -> None:
 
     The default 0 computes all positions, as onnxruntime-genai expects.
     """
-    head = next(node for node in graph if node.name == HEAD)
     start = optional_input(graph, LOGITS_START, np.zeros(1, np.int64), [1])
     ends = initializer(graph, "logits_end", np.array([np.iinfo(np.int64).max], np.int64))
     axes = initializer(graph, "logits_axis", np.array([1], np.int64))
-    rows = named_node("Slice", [head.inputs[0], start, ends, axes], "/lm_head/Slice")
-    head.replace_input_with(0, rows.outputs[0])
-    graph.insert_before(head, rows)
+    marked = [node for node in graph if (node.name or "").startswith(ROWS)]
+    for node in marked or [node for node in graph if node.name == HEAD]:
+        rows = named_node("Slice", [node.inputs[0], start, ends, axes], f"{node.name}/Slice")
+        graph.insert_before(node, rows)
+        if marked:
+            # It is then unused.
+            ir.convenience.replace_all_uses_with(node.outputs[0], rows.outputs[0])
+        else:
+            node.replace_input_with(0, rows.outputs[0])
 
 
 def add_conv_inputs(graph: ir.Graph) -> None:

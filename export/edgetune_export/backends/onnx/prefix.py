@@ -17,7 +17,8 @@ def prefix_tensors(prefix: Prefix, graph: OnnxHeader) -> dict[str, Floats]:
     tensors: dict[str, Floats] = {}
     for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
         tensors |= {f"past_key_values.{layer}.key": keys[None], f"past_key_values.{layer}.value": values[None]}
-    if not prefix.tokens or {name: tensor.shape[1] for name, tensor in tensors.items()} != past_inputs(graph):
+    shapes = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items()}
+    if not prefix.tokens or shapes != past_inputs(graph, prefix.keys.shape[-1]):
         message = f"prefix {prefix.name!r} has keys of shape {prefix.keys.shape}, which do not fit the graph's inputs"
         raise IncompatibleError(message, "use the base that the prefix was trained on")
     return tensors

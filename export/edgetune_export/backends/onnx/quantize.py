@@ -30,8 +30,8 @@ from .weights import BLOCK
 def requantize(model: ir.Model, options: OnnxOptions, calibration: Sequence[Sequence[int]], head_size: int) -> ir.Model:
     """The graph with all products except the output layer in 4 bits per weight, in blocks of 32.
 
-    `head_size` is the size of a key; calibration starts with an empty KV cache. gptq without rows for calibration
-    rounds to nearest, as only the speed of the graph matters then.
+    `head_size` is that of inputs without a fixed one; calibration starts with an empty KV cache. gptq without rows for
+    calibration rounds to nearest, as only the speed of the graph matters then.
     """
     # Matrices that were replaced are still listed, without values.
     RemoveUnusedNodesPass()(model)
@@ -72,7 +72,8 @@ class _Rows(CalibrationDataReader):  # type: ignore[misc]
         for value in model.graph.inputs:
             name, shape = value.name or "", value.shape
             if shape is not None and name.startswith("past_key_values."):
-                self._empty[name] = np.zeros((1, int(str(shape[1])), 0, head_size), np.float32)
+                size = shape[3] if isinstance(shape[3], int) else head_size
+                self._empty[name] = np.zeros((1, int(str(shape[1])), 0, size), np.float32)
             elif shape is not None and name.startswith("past."):
                 self._empty[name] = np.zeros((1, *(int(str(size)) for size in shape.dims[1:])), np.float32)
         self._rows = iter(rows)

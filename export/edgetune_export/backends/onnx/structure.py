@@ -21,6 +21,8 @@ from unittest.mock import patch
 import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 
+from . import gemma4
+
 ABSENT = "absent.data"
 """The file that the graph names for the matrices; it is never written."""
 
@@ -42,6 +44,8 @@ def run_builder(folder: Path, out: Path) -> None:
     try:
         with (
             _builder() as builder,
+            # Its class for Gemma 4 of this name in config.json is that of a model with experts.
+            patch.object(builder, "Gemma4MoEModel", gemma4.make_class(builder)),
             patch.object(AutoModelForCausalLM, "from_pretrained", model_without_matrices),
             patch.object(ir, "save", _save_without_matrices),
         ):

@@ -27,10 +27,12 @@ from edgetune_runtime.engines.onnx.tokenizers import SPACE, byte_character
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_base import check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
-from edgetune_runtime.formats.tokenizer_json import DEFAULT, DIGIT, GPT2, LLAMA3, QWEN2
+from edgetune_runtime.formats.tokenizer_json import DEFAULT, DIGIT, GPT2, LINES, LLAMA3, QWEN2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _REMEDY = "build for gguf, or choose another base"
+_GEMMA4 = "gemma4"
+"""SentencePiece with merges of its own, within a line."""
 _UNKNOWN, _CONTROL, _USER_DEFINED, _LSTRIP, _RSTRIP = 1 << 0, 1 << 3, 1 << 4, 1 << 7, 1 << 8
 _SPECIAL = _UNKNOWN | _CONTROL
 
@@ -117,7 +119,7 @@ def _kind(header: GgufHeader) -> str:
 
 def _check_kind(header: GgufHeader) -> None:
     kind = _kind(header)
-    if kind not in {"gpt2", "llama"}:
+    if kind not in {"gpt2", "llama", _GEMMA4}:
         raise IncompatibleError(f"ONNX bundles do not support tokenizers of model {kind!r}", _REMEDY)
     if kind == "gpt2":
         _splits(header)
@@ -147,14 +149,9 @@ def _tokens(vocabulary: Vocabulary, pointer: Any) -> list[_Token]:  # noqa: ANN4
 
 def _byte_level(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
     vocabulary = _ids(tokens)
-    merges: dict[tuple[str, str], None] = {}
-    for merge in header.metadata.get("tokenizer.ggml.merges", ()):
-        cut = merge.find(" ", 1)
-        left, right = merge[:cut], merge[cut + 1 :]
-        if cut > 0 and {left, right, left + right} <= vocabulary.keys():
-            merges[left, right] = None
+    merges = _stored_merges(header, vocabulary)
     whole_words = header.metadata.get("tokenizer.ggml.pre") in _WHOLE_WORDS
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), ignore_merges=whole_words))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole_words))
     splits: list[pre_tokenizers.PreTokenizer] = [
         pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _splits(header)
     ]
@@ -169,15 +166,28 @@ def _byte_level(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
 
 
 def _sentencepiece(header: GgufHeader, tokens: Sequence[_Token]) -> Tokenizer:
-    vocabulary = _ids(tokens)
-    adds_space = bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    model = models.BPE(vocab=vocabulary, merges=_merges(tokens, vocabulary), byte_fallback=True)
-    tokenizer = Tokenizer(model)
+    vocabulary, has_merges = _ids(tokens), _kind(header) == _GEMMA4
+    adds_space = not has_merges and bool(header.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    merges = _stored_merges(header, vocabulary) if has_merges else _merges(tokens, vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
+    if has_merges:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(LINES), behavior="isolated")
     escape = normalizers.Replace(" ", SPACE)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), escape]) if adds_space else escape
     steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if adds_space else steps)
     return tokenizer
+
+
+def _stored_merges(header: GgufHeader, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merges in the file whose parts and result are tokens."""
+    merges: dict[tuple[str, str], None] = {}
+    for merge in header.metadata.get("tokenizer.ggml.merges", ()):
+        cut = merge.find(" ", 1)
+        left, right = merge[:cut], merge[cut + 1 :]
+        if cut > 0 and {left, right, left + right} <= vocabulary.keys():
+            merges[left, right] = None
+    return list(merges)
 
 
 def _merges(tokens: Sequence[_Token], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -94,9 +94,8 @@ class OnnxEngine:
         check_operators(header, path)
         config = read_config(path.with_name("genai_config.json"))
         check_context_length(context_length, config.trained_context_length)
-        self._slots, self._past = slots_of(header), past_inputs(header)
+        self._slots, self._past = slots_of(header), past_inputs(header, config.head_size)
         self._recurrence = recurrence_of(header)
-        self._head_size = config.head_size
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
         self.threads = threads_for(threads)
         self._session = open_session(path, self.threads)
@@ -133,10 +132,9 @@ class OnnxEngine:
         self.activate({})
 
     def _new_cache(self) -> KvCache:
-        sizes = {"context_length": self.context_length, "head_size": self._head_size}
         if self._recurrence.shapes:
-            return HybridCache(self._past, self._recurrence, **sizes)
-        return KvCache(self._past, **sizes)
+            return HybridCache(self._past, self._recurrence, self.context_length)
+        return KvCache(self._past, self.context_length)
 
     @property
     def signatures(self) -> tuple[str, ...]:
@@ -160,7 +158,7 @@ class OnnxEngine:
             return
         arrays = read_arrays(path, name, fingerprint)
         if any(is_past(slot) for slot in arrays):
-            tokens = check_prefix_arrays(arrays, self._past, self._head_size, name)
+            tokens = check_prefix_arrays(arrays, self._past, name)
             check_prefix_fits(name, tokens, self.context_length)
             self._prefixes[name] = {slot: np.asarray(array[0], np.float32) for slot, array in arrays.items()}
             return
@@ -268,7 +266,7 @@ class OnnxEngine:
         self._binding = ()
         self._adapters, self._prefixes, self._loaded = {}, {}, {}
         self._session = None
-        self._cache = KvCache({}, 0, 0)
+        self._cache = KvCache({}, 0)
 
     def _rewind(self) -> None:
         """Drop the sequence; the keys and values of the active prefix, if any, come before the next one."""

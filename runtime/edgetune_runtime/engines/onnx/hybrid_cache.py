@@ -27,10 +27,8 @@ class HybridCache(KvCache):
 
     sides = 2
 
-    def __init__(
-        self, heads: Mapping[str, int], recurrence: Recurrence, *, context_length: int, head_size: int
-    ) -> None:
-        super().__init__(heads, context_length, head_size)
+    def __init__(self, heads: Mapping[str, tuple[int, int]], recurrence: Recurrence, context_length: int) -> None:
+        super().__init__(heads, context_length)
         self._shapes, self._outputs = recurrence.shapes, recurrence.conv_inputs
         self._states = zeros(self.sides, recurrence.values)
         self._inputs = {name: zeros(self._shapes[name][0] * UNDONE) for name in self._outputs}

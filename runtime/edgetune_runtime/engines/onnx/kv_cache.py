@@ -19,7 +19,7 @@ _MAGIC = b"ETS2"
 
 
 class KvCache:
-    """A buffer [heads, `context_length`, `head_size`] for each input in `heads`, which maps it to its heads.
+    """A buffer [heads, `context_length`, size] for each input in `heads`, which maps it to its heads and their size.
 
     `sides` is how many bindings a set of adapters needs, and `side` which one the next step takes; for `max_rollback`
     see `Engine`. VerificationError if there is no memory of such sizes.
@@ -29,8 +29,8 @@ class KvCache:
     side = 0
     max_rollback: int | None = None
 
-    def __init__(self, heads: Mapping[str, int], context_length: int, head_size: int) -> None:
-        self._buffers = {name: zeros(count, context_length, head_size) for name, count in heads.items()}
+    def __init__(self, heads: Mapping[str, tuple[int, int]], context_length: int) -> None:
+        self._buffers = {name: zeros(count, context_length, size) for name, (count, size) in heads.items()}
         self._context_length = context_length
 
     def bind(self, binding: Any, _side: int) -> None:  # noqa: ANN401 - onnxruntime's own

@@ -8,25 +8,31 @@ from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines.checkpoints import checkpoints_of
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats import onnx_recurrence
-from edgetune_runtime.formats.onnx_file import read_onnx
+from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 
 from . import KV_TYPES, NAME
 from .config import read_config
 from .sizes import UNDONE, rollback_of
 
+_PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer."
+"""The start of the names of the tensors of the embedding for the inputs of each layer."""
+_ANGLES = ("cos_cache", "sin_cache")
+_FLOAT, _BLOCK = 1, 32
 COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_adapters=True)
 
 
 def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
     """See `EngineNeeds`; errors as those of `read_config` and `read_onnx`."""
-    config = read_config(path.with_name("genai_config.json"))
-    graph = onnx_recurrence.recurrence_of(read_onnx(path))
+    config, header = read_config(path.with_name("genai_config.json")), read_onnx(path)
+    graph = onnx_recurrence.recurrence_of(header)
     states, max_rollback = recurrence_of(RecurrentSizes(graph.values, graph.inputs_per_token), context_length)
     base_bytes = model_bytes(manifest, manifest.base.files[NAME])
+    looked_up_bytes, looked_up_parameters = per_layer_embedding(header)
+    angle_bytes = sum(tensor.nbytes for name, tensor in header.initializers.items() if name.startswith(_ANGLES))
     return Needs(
         base_bytes=base_bytes,
-        read_bytes=base_bytes,
-        read_parameters=manifest.base.parameters,
+        read_bytes=base_bytes - looked_up_bytes - angle_bytes,
+        read_parameters=manifest.base.parameters - looked_up_parameters,
         head_parameters=config.vocabulary * config.width,
         layers=config.layers,
         heads=config.heads,
@@ -39,10 +45,20 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
         engine=NAME,
         # 8 bits per weight.
         head_bytes=config.vocabulary * config.width,
+        per_layer_bytes=looked_up_bytes,
+        angle_bytes=angle_bytes,
         recurrent_values=graph.values,
         recurrent_states=states,
         max_rollback=max_rollback,
     )
+
+
+def per_layer_embedding(header: OnnxHeader) -> tuple[int, int]:
+    """The bytes and the parameters of the embedding for the inputs of each layer; 0 without one."""
+    tensors = [tensor for name, tensor in header.initializers.items() if name.startswith(_PER_LAYER_EMBEDDING)]
+    floats = sum(tensor.size for tensor in tensors if tensor.elem_type == _FLOAT)
+    # They are all there is, or the scales of blocks.
+    return sum(tensor.nbytes for tensor in tensors), floats * (_BLOCK if len(tensors) > 1 else 1)
 
 
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:

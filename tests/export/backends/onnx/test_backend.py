@@ -17,9 +17,11 @@ import onnxruntime
 import onnxruntime_genai as og
 import pytest
 import torch
+from edgetune_devices.needs import needs_of_header
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures import known
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx.backend import values_by_type, weight_type, write_adapter, write_base, write_merged
 from edgetune_export.backends.onnx.graph import load_structure
@@ -30,6 +32,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
+from edgetune_runtime.engines.onnx.needs import per_layer_embedding
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
@@ -279,11 +282,17 @@ def test_two_adapters_with_scales_are_their_concatenation(
     assert np.abs(both - decoded(engine, rows[0])).max() > 0.5
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma4"])
 def test_a_merged_model_answers_as_the_adapter(
-    source_of: Sources, tune: Callable[..., Any], open_engine: Callable[..., Any], rows: list[list[int]], tmp_path: Path
+    arch: str,
+    source_of: Sources,
+    tune: Callable[..., Any],
+    open_engine: Callable[..., Any],
+    rows: list[list[int]],
+    tmp_path: Path,
 ) -> None:
-    tuned, out = tune("llama"), tmp_path / "onnx/model.onnx"
-    source = source_of("llama")
+    tuned, out = tune(arch), tmp_path / "onnx/model.onnx"
+    source = source_of(arch)
     write_merged(merge(fold_peft(tuned.folder, "command"), weights_in(source.path)), source, out)
     assert not list(source.work.glob("*.gguf"))
     engine = open_engine(out)
@@ -314,12 +323,15 @@ def first_rows() -> Iterator[np.ndarray]:
     yield np.random.default_rng(3).integers(5, 380, (1, 20))
 
 
-def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.ndarray) -> None:
-    session = onnxruntime.InferenceSession(str(made("llama")))
+# Of a Gemma 4, the last layers compute only these.
+@pytest.mark.parametrize("arch", ["llama", "gemma4"])
+def test_logits_start_leaves_out_the_rows_before_it(arch: str, made: Made, first_rows: np.ndarray) -> None:
+    session = onnxruntime.InferenceSession(str(made(arch)))
     feeds = {"input_ids": first_rows, "attention_mask": np.ones_like(first_rows)}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
-            feeds[value.name] = np.zeros((1, 2, 0, 16), np.float32)
+            size = value.shape[3] if isinstance(value.shape[3], int) else 16
+            feeds[value.name] = np.zeros((1, 2, 0, size), np.float32)
     whole = session.run(["logits"], feeds)[0]
     assert whole.shape[1] == 20
     for start in (0, 5, 19):
@@ -329,7 +341,7 @@ def test_logits_start_leaves_out_the_rows_before_it(made: Made, first_rows: np.n
 
 # The other kinds name modules that bases with recurrent layers do not have in each layer.
 @pytest.mark.parametrize(
-    ("arch", "kinds"), [*((arch, KINDS) for arch in FEW), *((arch, KINDS[:2]) for arch in ("lfm2", "qwen35"))]
+    ("arch", "kinds"), [*((arch, KINDS) for arch in FEW), *((arch, KINDS[:2]) for arch in ("gemma4", "lfm2", "qwen35"))]
 )
 def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
     arch: str, kinds: list[str], made: Made, tune: Callable[..., Any], open_engine: Callable[..., Any], tmp_path: Path
@@ -343,7 +355,9 @@ def test_onnxruntime_genai_gives_the_same_texts_on_the_same_folder(
         engine.load_adapter(kind, path)
         adapters.load(str(path), kind)
     prompt = engine.tokenizer.tokenize("<|im_start|>user\nturn on the warm light in the kitchen<|im_end|>\n")
-    assert tokenizer.encode("turn on the lamp").tolist() == engine.tokenizer.tokenize("turn on the lamp")
+    # It does not add the token that begins each text of a Gemma 4.
+    begin = 1 if arch == "gemma4" else 0
+    assert tokenizer.encode("turn on the lamp").tolist() == engine.tokenizer.tokenize("turn on the lamp")[begin:]
 
     texts = set()
     for kind in (None, *kinds, None):
@@ -359,7 +373,11 @@ INT4_KL = 0.05
 
 @pytest.mark.parametrize(
     ("method", "arch", "products"),
-    [*((method, "llama", 8) for method in ("rtn", "k_quant", "gptq")), ("gptq", "lfm2", 12)],
+    [
+        *((method, "llama", 8) for method in ("rtn", "k_quant", "gptq")),
+        ("gptq", "lfm2", 12),
+        ("rtn", "gemma4", 37),
+    ],
 )
 def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     method: str,
@@ -379,10 +397,12 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     assert capsys.readouterr().out == ""
     onnx.checker.check_model(base)
     bits = [a.i for node in onnx.load(base).graph.node for a in node.attribute if a.name == "bits"]
-    assert sorted(bits) == [4] * products + [8] * 2
+    embeddings = 1 + len(known()[arch].embeddings_in_file)
+    assert sorted(bits) == [4] * products + [8] * (embeddings + 1)
     counted = values_by_type(base)
     # The embedding and the output layer stay at 8 bits and are one tensor here; f32 are norms and rotary tables.
     matrices = sum(p.numel() for p in source_of(arch).model.parameters() if p.dim() == 2)
+    matrices += BaseShape.of_header(read_header(source_of(arch).path)).parameters_in_file
     assert counted["int4"] + counted["int8"] == matrices
     assert set(counted) == {"int4", "int8", "f32"}
     engine, model = open_engine(base), source_of(arch).model
@@ -393,6 +413,18 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     engine.load_adapter("command", tmp_path / "a")
     engine.activate({"command": 1.0})
     assert compare(tuned.adapted, engine, rows).kl < INT4_KL
+
+
+@pytest.mark.parametrize("held", ["f16", "q4_0"])
+def test_an_embedding_of_which_only_rows_are_read_has_the_planned_size(
+    held: str, made: Made, source_of: Sources
+) -> None:
+    planned = needs_of_header(
+        read_header(source_of("gemma4").path), context_length=128, quantization=held, engine="onnx"
+    )
+    shape = BaseShape.of_header(read_header(source_of("gemma4", held).path))
+    found = per_layer_embedding(read_onnx(made("gemma4", "plain", held)))
+    assert found == (planned.per_layer_bytes, shape.parameters_in_file)
 
 
 def test_an_unknown_method_is_refused() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 Gguf = Callable[[str], Path]
 Pair = tuple[GgufTokenizer, JsonTokenizer]
 
-BASES = ("llama", "gemma3", "smollm2")
+BASES = ("llama", "gemma3", "gemma4", "smollm2")
 MARKERS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>", "<|endoftext|>", "<|im", "<0x0A>", "|>", "[UNK]"]
 WORDS = [
     "a",
