@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from edgetune.tasks.augmentation.values import SlottedRow
+from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.metrics import metric_for
 
@@ -80,13 +81,17 @@ def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
 
 def _held_out(rows: int) -> float:
     """The share of the rows for validation."""
-    return 0.2 if rows < _FEW_ROWS else 0.1 if rows * 0.1 <= _MOST_VALIDATION else round(_MOST_VALIDATION / rows, 5)
+    # Too few for a confidence choose nothing, and each row that is trained on gives more right answers.
+    if rows < _FEW_ROWS and rows * 0.2 >= MIN_ROWS:
+        return 0.2
+    return 0.1 if rows * 0.1 <= _MOST_VALIDATION else round(_MOST_VALIDATION / rows, 5)
 
 
 def _held_out_reason(rows: int, share: float) -> str:
     count = max(1, round(rows * share))
     shown = "the share for validation, which shows overfitting and how sure answers can be"
-    return f"{shown}: about {count:,} of {rows:,} rows"
+    too_few = "" if count >= MIN_ROWS else f", too few for the second ({MIN_ROWS})"
+    return f"{shown}: about {count:,} of {rows:,} rows{too_few}"
 
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:

@@ -92,7 +92,7 @@ def test_a_table_of_two_kinds_becomes_a_recipe_that_validates(write: Write, prop
     assert [*adapters] == ["requests-1"]
     planned = adapters["requests-1"]
     assert planned.rows is not None
-    assert (planned.metric, planned.rows.train, planned.rows.validation, len(planned.labels)) == ("label", 16, 4, 2)
+    assert (planned.metric, planned.rows.train, planned.rows.validation, len(planned.labels)) == ("label", 18, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_conversations_with_tools_under_other_names_are_read(write: Write, propo
     assert task.spec.output is None, "the tools constrain the answers"
 
 
-def test_few_rows_get_more_epochs_smaller_steps_and_more_validation(write: Write, propose: Make) -> None:
+def test_few_rows_get_more_epochs_smaller_steps_and_enough_validation_for_a_confidence(write: Write, propose: Make) -> None:
     def settings(rows: int) -> tuple[float, int, float]:
         recipe = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, rows)))
         training = plan(recipe).adapters["t"].training
         return training.epochs, training.batch_size, recipe.adapters["t"].data.held_out
 
-    assert [settings(rows) for rows in (10, 150, 600, 3000, 30_000)] == [
-        (20, 4, 0.2), (20, 8, 0.2), (6, 16, 0.1), (3, 16, 0.1), (1, 16, 0.06667),
+    assert [settings(rows) for rows in (10, 90, 150, 600, 3000, 30_000)] == [
+        (20, 4, 0.1), (20, 4, 0.1), (20, 8, 0.2), (6, 16, 0.1), (3, 16, 0.1), (1, 16, 0.06667),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgetune_runtime.engines.base import check_context_length
 from edgetune_runtime.formats.gguf_base import check_vocabulary, read_base
-from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, read_header
 
 from .adapters import GgufAdapters
 from .llama import Vocabulary, library, load_model
@@ -37,7 +37,10 @@ class GgufBase:
     def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
         self.header = read_base(path)
         self.repacks = _can_repack(self.header) if repack is None else repack
-        self.model = load_model(path, vocabulary_only=False, repack=self.repacks)
+        # Repacked weights together with a mapped file would need twice the memory. But an embedding of which tokens
+        # read single rows, half of a file of Gemma 4, is to stay there.
+        mapped = not self.repacks or PER_LAYER_EMBEDDING in self.header.tensors
+        self.model = load_model(path, repack=self.repacks, mapped=mapped)
         self.adapters = GgufAdapters(self.model)
         self._free = weakref.finalize(self, _free_base, self.adapters, self.model)
         check_context_length(context_length, library().llama_model_n_ctx_train(self.model))

@@ -54,16 +54,22 @@ def last_errors() -> str:
     return _LOG.take_errors() or "llama.cpp gave no reason"
 
 
-def load_model(path: Path, *, vocabulary_only: bool, repack: bool = False) -> Any:  # noqa: ANN401 - a bare pointer
-    """Map a GGUF file that `gguf_base` has checked; with `repack`, read it into memory, repacked for this processor.
+def load_model(
+    path: Path,
+    *,
+    vocabulary_only: bool = False,
+    repack: bool = False,
+    mapped: bool = True,
+) -> Any:  # noqa: ANN401 - a bare pointer
+    """Map a GGUF file that `gguf_base` has checked, or read it into memory; with `repack`, matrices are arranged in
+    memory for this processor.
 
     VerificationError if llama.cpp refuses the file. The caller must free the model.
     """
     llama = library()
     params = llama.llama_model_default_params()
     params.vocab_only = vocabulary_only
-    # Repacked weights together with a mapped file would need twice the memory, so use one or the other.
-    params.load_mode = llama.LLAMA_LOAD_MODE_NONE if repack else llama.LLAMA_LOAD_MODE_MMAP
+    params.load_mode = llama.LLAMA_LOAD_MODE_MMAP if mapped else llama.LLAMA_LOAD_MODE_NONE
     params.use_extra_bufts = repack
     # A host with a GPU must compute the same numbers as the board.
     params.n_gpu_layers = 0

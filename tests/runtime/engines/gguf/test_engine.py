@@ -68,6 +68,16 @@ def test_repacked_weights_give_the_same_answers_and_have_their_own_states(tiny_g
         assert fork.signatures == repacked.signatures == mapped.signatures[::-1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("arch", "stays"), [("gemma4", True), ("llama", False)])
+def test_of_a_base_with_an_embedding_for_each_layer_the_file_stays_mapped(
+    arch: str, stays: bool, tiny_gguf: Gguf
+) -> None:
+    path = tiny_gguf(arch)
+    with closing(GgufEngine(path, context_length=CONTEXT, threads=1, repack=True)):
+        assert (str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")) == stays
+
+
 def test_weights_are_repacked_where_that_is_faster(tiny_gguf: Gguf, tmp_path: Path) -> None:
     from edgetune_export.base_file.quantize import quantize_gguf  # noqa: PLC0415 - as above
 
