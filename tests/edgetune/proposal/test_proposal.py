@@ -153,7 +153,9 @@ def test_conversations_with_tools_under_other_names_are_read(write: Write, propo
     assert task.spec.output is None, "the tools constrain the answers"
 
 
-def test_few_rows_get_more_epochs_smaller_steps_and_enough_validation_for_a_confidence(write: Write, propose: Make) -> None:
+def test_few_rows_get_more_epochs_smaller_steps_and_enough_validation_for_a_confidence(
+    write: Write, propose: Make
+) -> None:
     def settings(rows: int) -> tuple[float, int, float]:
         recipe = propose(write("t.jsonl", numbered({"prompt": "p {}", "completion": "c {}"}, rows)))
         training = plan(recipe).adapters["t"].training
