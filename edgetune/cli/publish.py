@@ -27,12 +27,21 @@ def publish(
     ] = None,
     channel: Annotated[str, typer.Option(metavar="NAME", help="The channel whose devices get the bundle.")] = "stable",
     min_runtime: Annotated[
-        str, typer.Option(metavar="VERSION", help="The oldest edgetune-runtime that may run it (default: any).")
-    ] = "",
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="The oldest edgetune-runtime that may run it (default: any; with --adapter: unchanged).",
+        ),
+    ] = None,
     share: Annotated[
-        float,
-        typer.Option(metavar="PART", min=0, max=1, help="The share of devices that get it; publish again to raise it."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            metavar="PART",
+            min=0,
+            max=1,
+            help="The share of devices that get it; publish again to raise it (default: 1; with --adapter: unchanged).",
+        ),
+    ] = None,
     expires_days: Annotated[
         int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
     ] = 90,
@@ -57,7 +66,8 @@ def publish(
     Files that the repository has already are not copied again. The bundle gets a file manifest.json.sig, its
     signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
     With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys. With --adapter, BUNDLE
-    needs no other adapter, and gets no signature: all else is that of the newest release.
+    needs no other adapter, and gets no signature: all else is that of the newest release, also --share and
+    --min-runtime if they are not given.
     """
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci.transfer import open_store
@@ -74,7 +84,9 @@ def publish(
         if bundle is None and adapter is not None:
             raise UsageError(f"--adapter {adapter} is given without a bundle", "give BUNDLE, or --from")
         if bundle is not None and adapter is not None:
-            bundle = stack.enter_context(one_adapter.with_adapter(bundle, adapter, repo, folder, channel))
+            bundle, before = stack.enter_context(one_adapter.with_adapter(bundle, adapter, repo, folder, channel))
+            min_runtime = before.min_runtime if min_runtime is None else min_runtime
+            share = before.share if share is None else share
         if bundle is None:
             publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)
             print(repo)
@@ -85,8 +97,8 @@ def publish(
             folder,
             progress,
             channel=channel,
-            min_runtime=min_runtime,
-            share=share,
+            min_runtime=min_runtime or "",
+            share=1.0 if share is None else share,
             expires_days=expires_days,
             keep=keep,
         )

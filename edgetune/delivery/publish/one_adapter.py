@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest
-from edgetune_runtime.errors import IncompatibleError, NotFoundError
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, sha256_of
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
-from edgetune_runtime.update.release import BLOBS_FOLDER
+from edgetune_runtime.update.release import BLOBS_FOLDER, Release
 
 from .key_folder import KeyFolder
 from .publish import locked, read_release
@@ -22,12 +22,15 @@ _FOLDER = ".adapter"
 
 
 @contextmanager
-def with_adapter(source: Path, adapter: str, repo: Path, keys: KeyFolder, channel: str) -> Iterator[Path]:
-    """The newest release of a bundle with an adapter of the bundle `source`, which has its name.
+def with_adapter(
+    source: Path, adapter: str, repo: Path, keys: KeyFolder, channel: str
+) -> Iterator[tuple[Path, Release]]:
+    """The bundle of the newest release with an adapter of the bundle `source`, which has its name; and that release.
 
     It is in a folder that the end of the block deletes, and the repository is locked in the block. A router stays as it
     is. NotFoundError without a release or an adapter of these names, IncompatibleError for an adapter of another base
-    or without one of the formats; the errors of reading a bundle and a repository.
+    or without one of the formats, VerificationError if the repository has another manifest than the release; the errors
+    of reading a bundle and a repository. The other files are still to be compared with the manifest.
     """
     bundle = repo / _FOLDER / "bundle"
     manifest = read_manifest(source)
@@ -44,10 +47,21 @@ def with_adapter(source: Path, adapter: str, repo: Path, keys: KeyFolder, channe
         try:
             for path, entry in release.files.items():
                 _link(repo, entry, bundle / path)
+            _own_manifest(bundle, release)
             _exchange(repo, bundle, source, adapter)
-            yield bundle
+            yield bundle, release
         finally:
             shutil.rmtree(bundle.parent, ignore_errors=True)
+
+
+def _own_manifest(bundle: Path, release: Release) -> None:
+    """Replace the linked manifest by a copy, which nobody changes through the blob, and compare that."""
+    path = bundle / MANIFEST_NAME
+    with replacing(path) as temporary:
+        shutil.copyfile(path, temporary)
+        if sha256_of(temporary) != release.bundle:
+            message = f"{BLOBS_FOLDER}/{release.bundle} is not the manifest of release {release.version}"
+            raise VerificationError(message, "publish the whole bundle, which restores it")
 
 
 def _exchange(repo: Path, bundle: Path, source: Path, adapter: str) -> None:

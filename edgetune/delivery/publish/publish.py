@@ -79,9 +79,11 @@ def publish(
     with locked(repo):
         repository = Repository(repo, keys)
         signature = sign(bundle, keys)
-        names = (*manifest.files, MANIFEST_NAME, signature.name)
-        sources = {name: resolve(bundle, name) for name in names}
-        files = {name: FileEntry(sha256_of(path), path.stat().st_size) for name, path in sources.items()}
+        sources = {name: resolve(bundle, name) for name in (*manifest.files, MANIFEST_NAME, signature.name)}
+        # Those that were verified: a file may have been changed since.
+        files = dict(manifest.files)
+        for name in (MANIFEST_NAME, signature.name):
+            files[name] = FileEntry(sha256_of(sources[name]), sources[name].stat().st_size)
         releases = repository.releases(manifest.name)
         newest = max((target.custom["version"] for target in releases.values()), default=0)
         # Of those that all adapters share, and each changed adapter changes.
@@ -91,7 +93,7 @@ def publish(
             pieces={name: listed for name, listed in pieces.items() if listed},
         )  # fmt: skip
         before = read_release(repository, manifest.name, channel)
-        copied = sum(files[name].bytes for name in names if repository.put_blob(sources[name], files[name]))
+        copied = sum(entry.bytes for name, entry in files.items() if repository.put_blob(sources[name], entry))
         changed = before is None or _content(before) != _content(release)
         if changed:
             _put(repository, release, before)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -78,7 +79,7 @@ def test_an_adapter_is_published_alone(publisher: Publisher, tmp_path: Path, mon
     }
     change_manifest(publisher.bundle, lambda raw: raw.update(router=asdict(router)))
     change_manifest(publisher.bundle, lambda raw: raw["files"].update({router.file: about}))
-    first = publish(publisher.bundle, publisher.repo, publisher.keys).release
+    first = publish(publisher.bundle, publisher.repo, publisher.keys, share=0.1, min_runtime="0.0.1").release
     words = ["publish", str(with_adapters(tmp_path / "team/home", "reply")), "--keys", str(publisher.keys.folder)]
     words += ["--repo", str(publisher.repo), "--quiet", "--adapter"]
     assert main([*words, "command"]) == NotFoundError.exit_code
@@ -87,12 +88,19 @@ def test_an_adapter_is_published_alone(publisher: Publisher, tmp_path: Path, mon
     release = seen_by_device(publisher.repo, publisher.root, tmp_path / "device")
     changed = {path for path in {*first.files, *release.files} if first.files.get(path) != release.files.get(path)}
     assert changed == {"adapters/reply/adapter.gguf", MANIFEST_NAME, SIGNATURE_NAME}
+    assert (release.share, release.min_runtime) == (0.1, "0.0.1")
     blobs = publisher.repo / "blobs"
     assert (blobs / release.files["adapters/reply/adapter.gguf"].sha256).read_text() == f"reply of {tmp_path}/team/home"
     manifest = parse_manifest((blobs / release.bundle).read_bytes(), blobs)
     assert (sorted(manifest.adapters), manifest.router) == (["command", "reply"], router)
     assert all(sha256_of(path) == path.name for path in blobs.iterdir())
     assert not (publisher.repo / ".adapter").exists()
+    # What somebody without keys has put in place of a manifest and of a file that it names.
+    raw = json.loads((blobs / release.bundle).read_bytes())
+    raw["files"]["answer.txt"] = {"sha256": hashlib.sha256(b"evil").hexdigest(), "bytes": 4}
+    (blobs / release.bundle).write_text(json.dumps(raw))
+    (blobs / release.files["answer.txt"].sha256).write_bytes(b"evil")
+    assert main([*words, "reply"]) == VerificationError.exit_code
     publisher.formats = ["gguf", "onnx"]
     publisher("two")
     assert main([*words, "reply"]) == IncompatibleError.exit_code
