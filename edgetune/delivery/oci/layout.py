@@ -71,9 +71,9 @@ class ImageLayout:
         digest = self.reference.digest or self._digest_of_tag()
         return b"".join(self.blocks(FileEntry(digest, MOST_ARTIFACT_MANIFEST_BYTES)))
 
-    def read_referrers(self) -> bytes:
+    def read_referrers(self) -> list[bytes]:
         """The index of what refers to the artifact, which has a tag here; NotFoundError if there is none."""
-        return self.at(self.reference.of_referrers()).read_manifest()
+        return [self.at(self.reference.of_referrers()).read_manifest()]
 
     def put_manifest(self, data: bytes, media_type: str = MANIFEST_TYPE) -> bool:
         """Add the artifact's manifest under its tag, if it has one, which may have been another artifact's; False."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
 _CHECK = "check the address and the network, and add --insecure for a registry without encryption"
+_NEXT = re.compile(r"""<([^>]*)>\s*;\s*rel="?next"?""")
+"""In the header `Link`, the address of the next part of a list."""
+_MOST_PARTS = 16
 
 
 class Registry:
@@ -80,14 +84,26 @@ class Registry:
             self._require_digest(reply, hashlib.sha256(data).hexdigest())
         return data
 
-    def read_referrers(self) -> bytes:
-        """The index of what refers to the artifact, by its digest; NotFoundError if there is none."""
+    def read_referrers(self) -> list[bytes]:
+        """The index of what refers to the artifact, by its digest, as the registry divides it.
+
+        NotFoundError if there is none, UnreachableError for more than `_MOST_PARTS`.
+        """
+        parts: list[bytes] = []
+        place: str | None = f"referrers/{self._version}"
         try:
-            with self._reply("GET", f"referrers/{self._version}") as reply:
-                return b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(self.reference)))
+            while place is not None and len(parts) < _MOST_PARTS:
+                with self._reply("GET", place) as reply:
+                    parts.append(b"".join(limited(reply, MOST_ARTIFACT_MANIFEST_BYTES, str(self.reference))))
+                    found = _NEXT.search(reply.headers.get("Link", ""))
+                    place = None if found is None else self._address(found[1])
         except NotFoundError:
             # A registry of before version 1.1 of the specification.
-            return self.at(self.reference.of_referrers()).read_manifest()
+            return [self.at(self.reference.of_referrers()).read_manifest()]
+        if place is not None:
+            message = f"{self._api} lists too much that refers to {self.reference}"
+            raise UnreachableError(message, "delete old referrers in the registry")
+        return parts
 
     def put_manifest(self, data: bytes, media_type: str = MANIFEST_TYPE) -> bool:
         """Send the artifact's manifest for its tag, which may have been another artifact's, or by its digest.
@@ -149,12 +165,18 @@ class Registry:
 
     def _uploads_to(self, reply: BaseHTTPResponse) -> str:
         """The address that an upload goes to; UnreachableError if there is none, or encryption would be given up."""
-        place = urllib.parse.urljoin(f"{self._api}/", reply.headers.get("Location", ""))
-        if reply.headers.get("Location") is None or not place.startswith(
-            ("https://", f"{urllib.parse.urlsplit(self._api).scheme}://")
-        ):
+        place = reply.headers.get("Location")
+        if place is None:
             raise UnreachableError(f"{self._api} takes no uploads", _CHECK)
-        return place
+        return self._address(place)
+
+    def _address(self, place: str) -> str:
+        """The address that a reply names; UnreachableError if encryption would be given up."""
+        url = urllib.parse.urljoin(f"{self._api}/", place)
+        scheme = urllib.parse.urlsplit(self._api).scheme
+        if not url.startswith(("https://", f"{scheme}://")):
+            raise UnreachableError(f"{self._api} names the address {shortened(url)}, not one of {scheme}", _CHECK)
+        return url
 
     def _require_created(self, reply: BaseHTTPResponse, digest: str) -> None:
         if reply.status != HTTPStatus.CREATED:

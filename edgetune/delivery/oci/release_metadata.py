@@ -24,11 +24,12 @@ from edgetune_runtime.update.release import LONGEST_RELEASE, METADATA_FOLDER, Re
 from edgetune_runtime.update.trust import TrustedRepository
 
 from .artifact import DIGEST, EMPTY_CONFIG, INDEX_TYPE, MANIFEST_TYPE, layers_of, referrer_manifest
-from .artifact_store import ArtifactStore
+from .artifact_store import ArtifactStore, checked_manifest
 
 METADATA_TYPE = "application/vnd.edgetune.release.tuf.v1"
 """The artifact type of the referrer."""
 _CREATED = "org.opencontainers.image.created"
+_ROOT = ".root.json"
 _MOST_BYTES = 4 * LONGEST_RELEASE
 _UNKNOWN_TIME = datetime.fromtimestamp(0, UTC)
 _PUSH_AGAIN = "push the bundle again with --repo"
@@ -56,26 +57,34 @@ class _ReadFiles(Location):
         yield data
 
 
-def attach(store: ArtifactStore, repo: Path, channel: str, name: str, files: Mapping[str, FileEntry]) -> None:
-    """Add the metadata of the newest release in a repository as a referrer of the artifact, which has a digest.
+def read_metadata(repo: Path, channel: str, name: str, files: Mapping[str, FileEntry]) -> dict[str, bytes]:
+    """The files of a repository that a device reads for the newest release of the bundle `name`, by their paths.
 
-    One that is there already is replaced. VerificationError unless the release is the bundle `name` with these files;
-    the errors of reading a repository, and of the store.
+    VerificationError unless that release has these files of the bundle; the errors of reading a repository.
     """
     read = _ReadFiles(repo)
-    roots = sorted((repo / METADATA_FOLDER).glob("*.root.json"), key=lambda path: int(path.name.partition(".")[0]))
+    roots = [path for path in (repo / METADATA_FOLDER).glob(f"*{_ROOT}") if path.name.removesuffix(_ROOT).isdecimal()]
     if not roots:
         raise NotFoundError(f"{repo} has no {METADATA_FOLDER}", "give the folder of `edgetune publish`")
+    first = min(roots, key=lambda path: int(path.name.removesuffix(_ROOT)))
     with tempfile.TemporaryDirectory() as folder:
-        trusted = TrustedChannel(roots[0].read_bytes(), channel)
+        trusted = TrustedChannel(first.read_bytes(), channel)
         _require_same(_newest(read, Path(folder), trusted, name), files, "publish it, and push again")
-    entries = {path: _entry(data) for path, data in read.files.items()}
-    blobs = {entry: read.files[path] for path, entry in entries.items()} | {_entry(EMPTY_CONFIG): EMPTY_CONFIG}
+    return read.files
+
+
+def attach(store: ArtifactStore, metadata: Mapping[str, bytes]) -> None:
+    """Add what `read_metadata` has read as a referrer of the artifact, which has a digest and is in the store.
+
+    A registry that lists referrers itself keeps those from before too; elsewhere it takes their place.
+    """
+    entries = {path: _entry(data) for path, data in metadata.items()}
+    blobs = {entry: metadata[path] for path, entry in entries.items()} | {_entry(EMPTY_CONFIG): EMPTY_CONFIG}
     for entry, data in blobs.items():
         if not store.has_blob(entry):
             store.put_blob(entry, data)
     subject = FileEntry(store.reference.digest or "", len(store.read_manifest()))
-    created = {_CREATED: datetime.now(UTC).isoformat(timespec="seconds")}
+    created = {_CREATED: datetime.now(UTC).isoformat(timespec="microseconds")}
     manifest = referrer_manifest(subject, METADATA_TYPE, entries, created)
     digest = hashlib.sha256(manifest).hexdigest()
     if not store.at(store.reference.by_digest(digest)).put_manifest(manifest):
@@ -88,11 +97,11 @@ def check(store: ArtifactStore, work: Path, trusted: TrustedChannel, name: str, 
     VerificationError unless the newest release of the bundle `name`, as the referrer has it, has these files, and the
     keys of the root have signed it for now. NotFoundError if the artifact has no such referrer.
     """
-    listed = [item for item in _listed(store) if item.get("artifactType") == METADATA_TYPE]
+    listed = [item for item in _listed(store) if _is_metadata(item)]
     if not listed:
         raise NotFoundError(f"{store.reference} has no metadata of a release", _PUSH_AGAIN)
-    newest = max(listed, key=lambda item: str(item.get("annotations", {}).get(_CREATED)))
-    data = store.at(store.reference.by_digest(newest["digest"].removeprefix(DIGEST))).read_manifest()
+    newest = max(listed, key=lambda item: str(item.get("annotations", {}).get(_CREATED, "")))
+    data = checked_manifest(store.at(store.reference.by_digest(newest["digest"].removeprefix(DIGEST))))
     layers, where = layers_of(data, str(store.reference)), work / "repository"
     if sum(entry.bytes for entry in layers.values()) > _MOST_BYTES:
         raise VerificationError(f"the metadata of {store.reference} has more than {_MOST_BYTES} bytes", _PUSH_AGAIN)
@@ -123,27 +132,31 @@ def _require_same(release: Release, files: Mapping[str, FileEntry], remedy: str)
 
 def _list(store: ArtifactStore, described: Mapping[str, Any]) -> None:
     """List a referrer under the tag that takes the place of the list where a registry keeps none."""
-    others = [item for item in _listed(store) if item.get("artifactType") != METADATA_TYPE]
+    others = [item for item in _listed(store) if not _is_metadata(item)]
     index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, described]}
     store.at(store.reference.of_referrers()).put_manifest(json.dumps(index, indent=1).encode(), INDEX_TYPE)
 
 
 def _listed(store: ArtifactStore) -> list[dict[str, Any]]:
-    """What refers to an artifact, as descriptors."""
+    """What refers to an artifact, as descriptors; those of a release's metadata are checked."""
     try:
-        data = store.read_referrers()
+        parts = store.read_referrers()
     except NotFoundError:
         return []
     try:
-        listed = json.loads(data)["manifests"]
-        for item in listed:
+        listed = [item for part in parts for item in json.loads(part)["manifests"]]
+        for item in filter(_is_metadata, listed):
             file_entry({"sha256": item["digest"].removeprefix(DIGEST), "bytes": item["size"]})
             if not isinstance(item.get("annotations", {}), dict):
                 raise TypeError("its annotations are none")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         message = f"the list of what refers to {store.reference} is damaged"
         raise VerificationError(message, _PUSH_AGAIN) from error
-    return list(listed)
+    return listed
+
+
+def _is_metadata(described: Mapping[str, Any]) -> bool:
+    return described.get("artifactType") == METADATA_TYPE
 
 
 def _descriptor(digest: str, size: int, created: Mapping[str, str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from edgetune.common.progress import Progress
 
 from . import release_metadata
 from .artifact import artifact_manifest, config_of, parse_artifact
-from .artifact_store import ArtifactStore
+from .artifact_store import ArtifactStore, checked_manifest
 from .layout import ImageLayout
 from .login import credentials_for
 from .reference import Reference, parse_reference
@@ -76,9 +76,9 @@ def push(
 ) -> Pushed:
     """Send the files of a bundle that the store lacks, and then its manifest, which makes it the one of the tag.
 
-    With `repo`, the metadata of its release in that repository refers to it then. Raises the errors of reading a
-    bundle, of the repository and of the store; UsageError for a reference without a tag, VerificationError for a bundle
-    that is not the newest release of the channel.
+    With `repo`, the metadata of its release in that repository refers to it before it gets the tag. Raises the errors
+    of reading a bundle, of the repository and of the store; UsageError for a reference without a tag, VerificationError
+    for a bundle that is not the newest release of the channel, before anything is sent.
     """
     if store.reference.tag is None:
         raise UsageError(f"{store.reference} has no tag", "push to a tag: NAME:TAG")
@@ -88,6 +88,7 @@ def push(
     unlisted = [name for name in (MANIFEST_NAME, SIGNATURE_NAME) if (bundle / name).exists()]
     sources = {name: resolve(bundle, name) for name in (*manifest.files, *unlisted)}
     files = {**manifest.files, **{name: _entry(sources[name]) for name in unlisted}}
+    metadata = None if repo is None else release_metadata.read_metadata(repo, channel, manifest.name, files)
     config = config_of(manifest, files)
     blobs: dict[FileEntry, Path | bytes] = {entry: sources[name] for name, entry in files.items()}
     blobs[FileEntry(hashlib.sha256(config).hexdigest(), len(config))] = config
@@ -98,10 +99,12 @@ def push(
             store.put_blob(entry, blobs[entry])
             step.update()
     data = artifact_manifest(files, config)
-    store.put_manifest(data)
     reference = store.reference.by_digest(hashlib.sha256(data).hexdigest())
-    if repo is not None:
-        release_metadata.attach(store.at(reference), repo, channel, manifest.name, files)
+    if metadata is not None:
+        pinned = store.at(reference)
+        pinned.put_manifest(data)
+        release_metadata.attach(pinned, metadata)
+    store.put_manifest(data)
     return Pushed(reference, sum(entry.bytes for entry in blobs), sent_bytes)
 
 
@@ -123,10 +126,8 @@ def pull(
     the metadata that refers to it; OutOfSpaceError without room.
     """
     check_destination(out)
-    data = store.read_manifest()
+    data = checked_manifest(store)
     digest = hashlib.sha256(data).hexdigest()
-    if store.reference.digest not in {None, digest}:
-        raise VerificationError(f"{store.reference} was answered with the artifact sha256:{digest}", "try again")
     files = parse_artifact(data, str(store.reference))
     work = out.absolute().with_name(f".{out.name}.pull")
     with work_folder.locked(work):

@@ -31,7 +31,7 @@ from repositories import PASSPHRASE, make_keys, publish, seen_by_device
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
 from edgetune.delivery.oci.reference import parse_reference
-from edgetune.delivery.oci.release_metadata import TrustedChannel
+from edgetune.delivery.oci.release_metadata import METADATA_TYPE, TrustedChannel
 from edgetune.delivery.oci.transfer import Pushed, open_store
 from edgetune.delivery.oci.transfer import pull as pull_bundle
 from edgetune.delivery.oci.transfer import push as push_bundle
@@ -153,24 +153,30 @@ def test_a_pull_checks_the_release_of_a_bundle_as_a_device_does(
     publish(bundle, repo, keys)
     # Also after a change of keys, which the root leads to; what was attached before is replaced.
     keys.rotate("targets")
+    (repo / "metadata/old.root.json").touch()
     for _ in range(2):
         refresh(repo, keys, expires_days=30)
         assert main([*words, "--repo", str(repo)]) == 0
+    with open_store(str(push(bundle, f"{place}:v1").reference), None, insecure=False) as store:
+        (referrers,) = store.read_referrers()
+    assert [item["artifactType"] for item in json.loads(referrers)["manifests"]] == [METADATA_TYPE]
     assert main([*fetch, str(trusted)]) == 0
     assert contents(out) == contents(bundle)
     assert main([*fetch, str(others)]) == VerificationError.exit_code
     assert main([*fetch, str(trusted), "--channel", "beta"]) == NotFoundError.exit_code
-    # What is not the newest release cannot be passed off as it.
+    # What is not the newest release cannot be passed off as it, and does not get the tag.
     write_bundle(bundle, "two")
     sign(bundle, keys)
     assert main([*words, "--repo", str(repo)]) == VerificationError.exit_code
+    assert main([*fetch, str(trusted)]) == 0
+    assert (out / "answer.txt").read_text() == "one"
     publish(bundle, repo, keys)
     assert main([*words, "--repo", str(repo)]) == 0
     assert main([*fetch, str(trusted)]) == 0
     assert (out / "answer.txt").read_text() == "two"
 
 
-def test_a_registry_that_lists_referrers_itself_is_asked_for_them(bundle: Path, tmp_path: Path) -> None:
+def test_a_registry_that_lists_referrers_itself_is_asked_for_all_of_them(bundle: Path, tmp_path: Path) -> None:
     keys, repo, layout = make_keys(tmp_path / "keys"), tmp_path / "repo", tmp_path / "layout"
     publish(bundle, repo, keys)
     push(bundle, f"oci-layout:{layout}:v1", repo=repo)
@@ -181,6 +187,11 @@ def test_a_registry_that_lists_referrers_itself_is_asked_for_them(bundle: Path, 
 
     def reply(_method: str, path: str, _headers: dict[str, str]) -> Reply:
         kind, _, name = path.removeprefix("/v2/home/").partition("/")
+        if kind == "referrers" and not name.endswith("?n=1"):
+            # The first part has what another program attached.
+            status, headers, body = as_json({"manifests": [{"artifactType": "x", "digest": "sha512:0", "size": 1}]})
+            return status, {**headers, "Link": f'<{path}?n=1>; rel="next"'}, body
+        name = name.removesuffix("?n=1")
         # Not under a tag of their own, where a registry lists none.
         tag = name.replace(":", "-") if kind == "referrers" else name if name == "v1" else ""
         digest = tags.get(tag, name)
@@ -380,7 +391,7 @@ def test_a_registry_that_is_not_there_silent_or_slow_is_given_up(
     [
         (lambda *_: page(200), r"takes no uploads"),
         (answers(("POST", (202, {"Location": "/upload"}, b"")), ("PUT", page(200))), "did not store what was sent"),
-        (answers(("POST", (202, {"Location": "ftp://x/upload"}, b""))), "takes no uploads"),
+        (answers(("POST", (202, {"Location": "ftp://x/upload"}, b""))), "names the address ftp"),
         (answers(("POST", (413, {}, b""))), "failed with status 413"),
     ],
 )
