@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from edgetune_runtime.store import switch, versions
-from edgetune_runtime.store.durable import installing, locked
+from edgetune_runtime.store.durable import changing, installing
 from edgetune_runtime.store.files import Store, check_file
 from edgetune_runtime.store.kit import Kit, read_kit
 from edgetune_runtime.store.service import Unit
@@ -39,7 +39,7 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
         say("checking the bundle's files")
         for file in kit.version_files:
             store.put(file, folder)
-        with locked(prefix):
+        with changing(prefix):
             changed |= versions.place(prefix, kit)
             return switch.activate(prefix, kit, unit, say) or changed
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgetune_runtime.errors import NotFoundError
 from edgetune_runtime.store import acknowledgement, files, service, timer, versions
-from edgetune_runtime.store.durable import LOCK_NAMES, installing, locked
+from edgetune_runtime.store.durable import LOCK_NAMES, changing, installing
 from edgetune_runtime.store.versions import Say
 from edgetune_runtime.update import state
 
@@ -26,7 +26,7 @@ def uninstall(prefix: Path, say: Say) -> None:
     is_ours = (prefix / versions.FOLDER).is_dir() or any((prefix / name).is_file() for name in LOCK_NAMES)
     if not is_ours:
         raise NotFoundError(f"nothing is installed in {prefix}", "give the --prefix of the install")
-    with installing(prefix), locked(prefix):
+    with installing(prefix), changing(prefix):
         unit = service.installed(prefix, say)
         if unit is not None and not unit.remove(prefix):
             say(f"unit {unit.name} stays, as it is not of {prefix}; if nobody needs it, delete {unit.unit_path}")

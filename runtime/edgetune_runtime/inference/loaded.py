@@ -58,13 +58,19 @@ _LARGEST_SCALE = 1000
 class LoadedBundle:
     """The base and adapters of a `Runtime` and its sessions, with the files in `folder`. Thread-safe."""
 
-    def __init__(self, folder: Path, manifest: Manifest, running: Pool | Classifier, options: OpeningOptions) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        running: Pool | Classifier,
+        options: OpeningOptions,
+        in_use: VersionsInUse,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.options = options
         self.files = AdapterFiles(folder, lambda: self.manifest, options)
-        self._in_use = VersionsInUse()
-        self._in_use.use([folder])
+        self._in_use = in_use
         self.changing = threading.Lock()
         """Held by whoever changes which adapters there are."""
         self._running = running

@@ -18,6 +18,7 @@ from edgetune_runtime.serving.governor import Governor
 from edgetune_runtime.serving.jobs import SharedResources
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.cache import StateCache
+from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt
 
 from .loaded import LoadedBundle
@@ -43,4 +44,4 @@ def runtime_around(engine: Engine, bundle: Path, manifest: Manifest, name: str) 
     governor = Governor(engine.threads, adjusts=engine.adjusts_threads)
     kv_bytes = int(manifest.base.kv_values_per_token * engine.kv_bytes)
     shared = SharedResources(manifest.base.fingerprint, kv_bytes, StateCache(0), governor)
-    return Runtime(bundle, LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options))
+    return Runtime(bundle, LoadedBundle(bundle, manifest, Pool(Context(engine, shared)), options, VersionsInUse()))

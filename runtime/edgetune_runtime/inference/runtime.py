@@ -20,6 +20,7 @@ from edgetune_runtime.serving.adapters import RemovedAdapterError
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.states.cache import name_of
+from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
@@ -57,11 +58,16 @@ class Runtime(AbstractContextManager["Runtime"]):
         begin = time.perf_counter()
         bundle = Path(path)
         folder = pinned(bundle)
-        manifest = read_signed_manifest(folder, options.get("trusted_keys"))
-        decided = decide(manifest, **options)
-        if decided.preflight:
-            require_opens(folder, manifest, decided)
-        loaded = LoadedBundle(folder, manifest, open_base(folder, manifest, decided), decided)
+        in_use = VersionsInUse([folder])
+        try:
+            manifest = read_signed_manifest(folder, options.get("trusted_keys"))
+            decided = decide(manifest, **options)
+            if decided.preflight:
+                require_opens(folder, manifest, decided)
+            loaded = LoadedBundle(folder, manifest, open_base(folder, manifest, decided), decided, in_use)
+        except BaseException:
+            in_use.use(())
+            raise
         try:
             loaded.preload()
         except BaseException:

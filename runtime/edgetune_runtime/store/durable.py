@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,7 +12,9 @@ from edgetune_runtime.errors import BusyError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, replacing
 
 LOCK_NAME, INSTALLING_NAME = LOCK_NAMES = ("lock", "installing.lock")
-"""Held by each command while it changes a prefix; and by what installs a version, while it receives files too."""
+"""The first is held while a prefix is changed, the second during a whole install or update, with its download."""
+_WAIT_S, _PAUSE_S = 60.0, 0.1
+"""How long an install or update waits for others that change a prefix, such as a start."""
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
@@ -47,8 +50,8 @@ def flush_tree(root: Path) -> None:
 
 
 @contextmanager
-def locked(prefix: Path, name: str = LOCK_NAME) -> Iterator[None]:
-    """Hold the lock of `prefix` while the block runs; BusyError if another process holds it.
+def locked(prefix: Path, name: str = LOCK_NAME, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock of `prefix` while the block runs; BusyError if another process holds it for longer than `wait_s`.
 
     Creates the folder. UsageError if this user may not write there.
     """
@@ -60,10 +63,15 @@ def locked(prefix: Path, name: str = LOCK_NAME) -> Iterator[None]:
     import fcntl  # noqa: PLC0415 - Windows has none
 
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(f"another install is using {prefix}", "wait until it ends") from error
+        end_s = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end_s:
+                    raise BusyError(f"another command is using {prefix}", "wait until it ends") from error
+            time.sleep(_PAUSE_S)
         yield
 
 
@@ -71,6 +79,11 @@ def installing(prefix: Path) -> AbstractContextManager[None]:
     """Keep other installs and updates from `prefix` while the block runs; errors as those of `locked`.
 
     Files that it receives, and versions that are not the current one, are this block's; it may take hours. To change
-    what is the current version, or what is remembered, it must hold the lock too.
+    what is the current version, or what is remembered, it must be `changing` the prefix too.
     """
     return locked(prefix, INSTALLING_NAME)
+
+
+def changing(prefix: Path) -> AbstractContextManager[None]:
+    """The lock for a block within `installing`, which waits for it: hours of a download are not to be lost."""
+    return locked(prefix, wait_s=_WAIT_S)

@@ -122,10 +122,10 @@ class Store:
             raise _damaged(file) from error
 
     def sweep(self, kept: Iterable[str]) -> None:
-        """Delete all files but those with the digests in `kept`."""
+        """Delete all files but those with the digests in `kept`, whole or in part."""
         keep = set(kept)
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name not in keep:
+            if path.name.removesuffix(_PART) not in keep:
                 path.unlink()
 
     def bytes_of(self, sha256: str, size: int) -> int | None:

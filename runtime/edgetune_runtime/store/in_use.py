@@ -14,10 +14,11 @@ from .kit import KIT_NAME
 
 
 class VersionsInUse:
-    """The versions that a process has open, none at first; they are not deleted meanwhile."""
+    """The versions that a process has open, with these bundles at first; they are not deleted meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, bundles: Iterable[Path] = ()) -> None:
         self._locks: dict[Path, BinaryIO | None] = {}
+        self.use(bundles)
 
     def use(self, bundles: Iterable[Path]) -> None:
         """Use the versions with these bundles, and no other ones; a bundle that is not in a store needs nothing."""
@@ -52,7 +53,8 @@ def _lock(bundle: Path) -> BinaryIO | None:
 
         with suppress(OSError), ExitStack() as stack:
             file = stack.enter_context(open_regular(bundle.parent / KIT_NAME, follows_links=False))
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Waits for a moment if `is_in_use` looks at this version.
+            fcntl.flock(file, fcntl.LOCK_SH)
             stack.pop_all()
             return file
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,19 +184,19 @@ def listing(prefix: Path, say: Say) -> list[Installed]:
     return sorted(installed, key=lambda item: (order[item.state], item.kit.version))
 
 
-def sweep(prefix: Path, say: Say) -> None:
+def sweep(prefix: Path, say: Say, expected: Iterable[str] = ()) -> None:
     """Delete versions other than the current one and the one before, and the files and environments they alone used.
 
-    A version that a process has open stays until a later sweep. If a version's kit.json is damaged, a warning is
-    printed, and its folder and environment stay.
+    A version that a process has open stays until a later sweep, and so do files with the digests `expected`. If a
+    version's kit.json is damaged, a warning is printed, and its folder and environment stay.
     """
     kept = {version for version in (linked(prefix, CURRENT), previous(prefix)) if version is not None}
-    kept |= {folder.name for folder in _folders(prefix) if is_in_use(folder)}
+    kept |= {folder.name for folder in _folders(prefix) if folder.name not in kept and is_in_use(folder)}
     folders = [path_of(prefix, version) for version in kept]
     _discard_others(prefix / FOLDER, kept)
     _discard_others(prefix / ENVIRONMENTS, set(map(environment_of, folders)))
     kits = [kit for folder in folders if (kit := _readable(folder, say)) is not None]
-    Store(prefix).sweep(file.sha256 for kit in kits for file in kit.version_files)
+    Store(prefix).sweep({file.sha256 for kit in kits for file in kit.version_files} | {*expected})
 
 
 def _readable(folder: Path, say: Say) -> Kit | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, of_formats, parse_manifest
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, VerificationError
+from edgetune_runtime.store import versions
+from edgetune_runtime.store.durable import changing
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit
 from edgetune_runtime.store.versions import Say
@@ -52,7 +54,7 @@ class Blobs:
         return [path.read_bytes()] if path and path.is_file() and path.stat().st_size <= LONGEST_MANIFEST else []
 
 
-def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quota_mb: float) -> Release:
+def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quota_mb: float, say: Say) -> Release:
     """The release with the files of these formats, which its manifest names; that is downloaded for it.
 
     IncompatibleError if the release lacks one of the formats, OutOfSpaceError as `download`.
@@ -66,7 +68,7 @@ def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quot
         return release
     store, entry = Store(prefix), release.files[MANIFEST_NAME]
     if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
-        _require_room(store, entry.bytes, quota_mb)
+        _make_room(prefix, release, entry.bytes, quota_mb, say)
         blobs.receive(store, entry.sha256, entry.bytes)
     path = store.path(entry.sha256)
     names = {*of_formats(parse_manifest(path.read_bytes(), path), formats).files, MANIFEST_NAME, SIGNATURE_NAME}
@@ -88,11 +90,22 @@ def download(prefix: Path, kit: Kit, blobs: Blobs, quota_mb: float, say: Say) ->
             message = f"{file.name} in {prefix} is damaged, and no update has it"
             raise VerificationError(message, "install the kit again")
     needed = sum(size - received.get(sha256, 0) for sha256, size in missing.items())
-    _require_room(store, needed, quota_mb)
+    _make_room(prefix, blobs.release, needed, quota_mb, say)
     if missing:
         say(f"downloading {needed / 1e6:.1f} MB")
     for sha256, size in missing.items():
         blobs.receive(store, sha256, size)
+
+
+def _make_room(prefix: Path, release: Release, needed: int, quota_mb: float, say: Say) -> None:
+    """OutOfSpaceError without room, also after deleting what releases have left that failed or came in part."""
+    store = Store(prefix)
+    try:
+        _require_room(store, needed, quota_mb)
+    except OutOfSpaceError:
+        with changing(prefix):
+            versions.sweep(prefix, say, [file.sha256 for file in release.files.values()])
+        _require_room(store, needed, quota_mb)
 
 
 def _require_room(store: Store, needed: int, quota_mb: float) -> None:
@@ -101,5 +114,5 @@ def _require_room(store: Store, needed: int, quota_mb: float) -> None:
         message = f"the update needs {(needed + _RESERVE_BYTES) / 1e6:.0f} MB of disk, {free / 1e6:.0f} MB are free"
         raise OutOfSpaceError(message, "free some space")
     if quota_mb and total_mb > quota_mb:
-        message = f"with the update, the versions here would have {total_mb:.1f} MB, and {quota_mb:g} MB are allowed"
+        message = f"with the update, the versions here would have {total_mb:.3f} MB, and {quota_mb:.3f} MB are allowed"
         raise OutOfSpaceError(message, "allow more with --quota-mb")

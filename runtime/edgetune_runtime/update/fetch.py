@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from edgetune_runtime.errors import UnreachableError, UsageError
 from edgetune_runtime.formats.regular_file import open_regular
@@ -30,13 +29,18 @@ class MissingError(UnreachableError):
 
 
 class Location:
-    """Where a repository is: an address of HTTP or HTTPS, or a folder, as on a USB stick."""
+    """Where a repository is: an address of HTTP or HTTPS, or a folder, as on a USB stick.
+
+    UsageError for an address with a login, which would not be sent, and whose password messages would show.
+    """
 
     def __init__(self, text: str) -> None:
-        scheme = urlsplit(text).scheme
-        if "://" in text and scheme not in {"http", "https"}:
+        scheme, separator, rest = text.partition("://")
+        if "@" in rest.partition("/")[0]:
+            raise UsageError("--repo has a login in its address", "remove it: the files are read without one")
+        if separator and scheme.lower() not in {"http", "https"}:
             raise UsageError(f"--repo {text!r} is not an address", "use http:// or https://, or a folder")
-        self._is_folder = "://" not in text
+        self._is_folder = not separator
         if self._is_folder and not _is_folder(text):
             raise UnreachableError(
                 f"{shortened(text)} is not a folder", "give the address of a repository, or its folder"

@@ -36,7 +36,7 @@ _SMALL_BYTES = 1 << 14
 
 
 class StatusError(OSError):
-    """A status that is no success: which address sent it, after redirects, the headers, and how the body begins."""
+    """An HTTP status other than success, with the final address, the headers and the start of the body."""
 
     def __init__(self, reply: BaseHTTPResponse, body: bytes) -> None:
         super().__init__(f"status {reply.status}")
@@ -66,7 +66,7 @@ class HttpClient:
         """The reply to a request, whose body the block reads. GET and HEAD follow redirects, without `Authorization`.
 
         Raises StatusError, OSError with the reason if a connection or a reply fails or is too slow, also while the
-        block reads, and ValueError for an address that is none.
+        block reads, and ValueError for an invalid address.
         """
         redirects = _MOST_REDIRECTS if method in {"GET", "HEAD"} else 0
         try:
@@ -177,7 +177,7 @@ def _new_manager(proxy: str) -> PoolManager:
 
 
 def _rest_of(reply: BaseHTTPResponse) -> bytes:
-    """The rest of a body, at most `_SMALL_BYTES`; what comes before a failure is lost."""
+    """Read up to `_SMALL_BYTES` of what is left of a body; nothing if that fails."""
     with suppress(HTTPError):
         return reply.read(_SMALL_BYTES)
     return b""

@@ -1,4 +1,4 @@
-"""Replies of HTTP that fail when a server sends them too slowly, also in their head, where http.client waits on."""
+"""Replies of HTTP that fail when their content comes too slowly, also where http.client would read on for ever."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import time
 from typing import Any
 
 _GRACE_S, _SLOWEST_BYTES_PER_S = 60.0, 1000
-"""A server that sends less than this on average has failed after the grace."""
+"""A server that sends less content than this on average has failed after the grace."""
 
 
 def is_too_slow(begin: float, count: int) -> bool:
-    """Whether a server that has sent so many bytes since `begin` has failed."""
+    """Whether a server that has sent so many bytes of content since `begin` has failed."""
     elapsed_s = time.monotonic() - begin
     return elapsed_s > _GRACE_S and count < elapsed_s * _SLOWEST_BYTES_PER_S
 
 
 class _Received(io.RawIOBase):
-    """All bytes of a reply, its head and the sizes of its chunks too; OSError if they come too slowly."""
+    """All bytes of a reply; OSError if its content comes too slowly, of which `content_bytes` have been read.
+
+    Heads, and the sizes, extensions and trailers of chunks do not count: a server can send any number of them.
+    """
 
     def __init__(self, raw: io.RawIOBase) -> None:
         self._raw = raw
-        self._begin, self._count = time.monotonic(), 0
+        self._begin, self.content_bytes = time.monotonic(), 0
 
     def readable(self) -> bool:
         """It is."""
@@ -32,9 +35,8 @@ class _Received(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:  # noqa: ANN401 - any buffer
         """Receive some bytes."""
         count = self._raw.readinto(buffer)
-        self._count += count or 0
-        if is_too_slow(self._begin, self._count):
-            raise OSError(f"it came too slowly: {self._count} bytes in {time.monotonic() - self._begin:.0f} s")
+        if is_too_slow(self._begin, self.content_bytes):
+            raise OSError(f"it came too slowly: {self.content_bytes} bytes in {time.monotonic() - self._begin:.0f} s")
         return count
 
     def close(self) -> None:
@@ -48,4 +50,17 @@ class Reply(http.client.HTTPResponse):
 
     def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - as its base
         super().__init__(sock, *arguments, **options)
-        self.fp = io.BufferedReader(_Received(self.fp.detach()))
+        self._received = _Received(self.fp.detach())
+        self.fp = io.BufferedReader(self._received)
+
+    def read(self, amt: int | None = None) -> bytes:
+        """As its base; what one call reads counts only when it returns, so read large content in parts."""
+        return self._counted(super().read(amt))
+
+    def read1(self, n: int = -1) -> bytes:
+        """As its base."""
+        return self._counted(super().read1(n))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._received.content_bytes += len(data)
+        return data

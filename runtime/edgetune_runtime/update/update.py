@@ -11,7 +11,7 @@ from typing import Any
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.store import switch, versions
-from edgetune_runtime.store.durable import installing, locked
+from edgetune_runtime.store.durable import changing, installing
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
@@ -114,9 +114,8 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
     with installing(prefix), closing(_location_of(prefix, source)) as location:
         newest = _find(prefix, source, location)
         if not newest.is_new:
-            with locked(prefix):
-                changed = _finish(prefix, newest, say)
-            return newest, changed
+            with changing(prefix):
+                return newest, _finish(prefix, newest, say)
         unfit = why_not_run(newest.release)
         if unfit is not None:
             raise IncompatibleError(unfit, "update edgetune-runtime")
@@ -125,14 +124,17 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
         bundle = None if newest.current is None else prefix / versions.CURRENT / BUNDLE_FOLDER
         quota_mb = newest.state.quota_mb
         blobs = Blobs(newest.release, location, bundle)
-        kit = describe(of_wanted_formats(prefix, blobs, newest.formats, quota_mb), newest.current)
+        kit = describe(of_wanted_formats(prefix, blobs, newest.formats, quota_mb, say), newest.current)
         download(prefix, kit, blobs, quota_mb, say)
         make_environment(prefix, kit)
-        with locked(prefix):
+        with changing(prefix):
+            # While files were received, the user may have gone back.
+            newest = replace(newest, state=read_state(prefix))
+            if newest.state.why_refused(newest.release.bundle) is not None:
+                return newest, False
             versions.place(prefix, kit)
             _check_manifest(prefix, kit, newest.release)
-            # While files were received, the user may have gone back.
-            _activate(prefix, kit, replace(newest, state=read_state(prefix)), say)
+            _activate(prefix, kit, newest, say)
         return newest, True
 
 
@@ -163,7 +165,7 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
         raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
     device = device_id(name, state.device)
-    with locked(prefix):
+    with changing(prefix):
         # While metadata was read, the user may have gone back.
         state, current = read_state(prefix), current_kit(prefix)
         state = replace(
@@ -218,7 +220,10 @@ def _activate(prefix: Path, kit: Kit, newest: DeviceRelease, say: Say) -> bool:
 
 def _finish(prefix: Path, newest: DeviceRelease, say: Say) -> bool:
     """Complete a switch to the current version that was cut off; whether anything changed."""
-    assert newest.current is not None
+    # While metadata was read, the user may have gone back.
+    newest, current = replace(newest, state=read_state(prefix)), current_kit(prefix)
+    if newest.current is None or newest.current != current:
+        return False
     if newest.state.switching == newest.current.version:
         return _activate(prefix, newest.current, newest, say)
     write_state(

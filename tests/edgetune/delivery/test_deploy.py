@@ -25,7 +25,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store.durable import installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME
 from edgetune_runtime.update.state import read_state, read_trusted_root
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
@@ -213,7 +213,7 @@ def test_another_answer_than_the_golden_one_keeps_the_old_version(board: Board, 
 
 
 def test_two_deploys_at_once_are_refused(board: Board, bundle: Path) -> None:
-    with locked(board.prefix), pytest.raises(BusyError, match=f"another install is using {board.prefix}"):
+    with installing(board.prefix), pytest.raises(BusyError, match=f"another command is using {board.prefix}"):
         board.deploy(bundle)
     assert board.deploy(bundle).changed
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
 from edgetune_runtime.store import versions
-from edgetune_runtime.store.durable import LOCK_NAME, locked
+from edgetune_runtime.store.durable import LOCK_NAME, installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
 from kits import PYTHON, KitMaker, ask, install_sh
 
@@ -328,9 +328,9 @@ def test_a_system_of_32_bits_is_refused_by_the_script(kits: tuple[Path, Path, Pa
 def test_two_installs_at_once_are_refused(
     prefix: Path, kits: tuple[Path, Path, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with locked(prefix):
+    with installing(prefix):
         assert run("install", kits[1], "--prefix", prefix) == BusyError.exit_code
-    assert "another install" in capfd.readouterr().err
+    assert "another command" in capfd.readouterr().err
     assert ask(prefix) == "one"
 
 

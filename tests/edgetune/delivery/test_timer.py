@@ -56,6 +56,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_installed(
     units = systemd / "units/systemd/user"
     units.mkdir(parents=True)
     for words, problem in (
+        (("--updates", "https://me:secret@x", "--root", other), "--updates has a login in its address"),
         (("--updates", "ftp://x", "--root", other), "--updates 'ftp://x' is not an address of a repository"),
         (("--updates", "http://x"), "add --root FILE"),
         (("--updates", "http://x", "--root", tmp_path / "none"), "cannot read --root"),

@@ -17,13 +17,15 @@ import pytest
 from certificates import self_signed
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from edgetune_runtime.errors import UnreachableError
+from edgetune_runtime.errors import UnreachableError, UsageError
 from edgetune_runtime.update import http_client, slow_replies
 from edgetune_runtime.update.fetch import Location, MissingError
 from ports import http_server
 
 MOST = 1000
 OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+LONG_HEADER = b"A: " + b"b" * 1000 + b"\r\n"
 FOUND = b"HTTP/1.1 302 Found\r\nLocation: "
 
 
@@ -50,7 +52,7 @@ def sending(parts: Iterable[bytes], pause_s: float = 0.0) -> Iterator[str]:
 def answering(
     replies: int = 100, protocol: str = "HTTP/1.1", tls: ssl.SSLContext | None = None
 ) -> Iterator[tuple[str, list[list[str]]]]:
-    """The address of a server, and the paths that each connection asked for; the reply after so many is a close."""
+    """A server's address, and the paths asked for on each connection, which it closes after so many replies."""
     connections: list[list[str]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -151,20 +153,27 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("head", "dripping"),
+    ("head", "dripping", "problem"),
     [
-        (OK, b"x"),
-        (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
-        (OK + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n"),
-        (OK + b"\r\n", b"x"),
+        (OK, b"x", "came too slowly"),
+        (b"", b"HTTP/1.1 100 Continue\r\n" + LONG_HEADER + b"\r\n", "came too slowly"),
+        (OK + CHUNKED, b"0", "came too slowly"),
+        (OK + CHUNKED, b"1\r\nx\r\n", "came too slowly"),
+        (OK + CHUNKED + b"0\r\n", LONG_HEADER, "came too slowly"),
+        (b"HTTP/1.1 404 Not Found\r\n" + CHUNKED, b"1;" + LONG_HEADER + b"x\r\n", "status 404"),
+        (OK + b"\r\n", b"x", "came too slowly"),
     ],
-    ids=["head", "size of a chunk", "chunks", "body"],
+    ids=["head", "continue", "size of a chunk", "chunks", "trailers", "missing", "body"],
 )
-def test_a_reply_that_comes_in_drops_is_given_up(head: bytes, dripping: bytes) -> None:
-    parts = itertools.chain([head], itertools.repeat(dripping))
-    problem = "came too slowly"
+def test_a_reply_whose_content_comes_in_drops_is_given_up(
+    head: bytes, dripping: bytes, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slow_replies, "_GRACE_S", 0.5)
+    drops = itertools.repeat(dripping, 500)
+    parts = itertools.chain([head], drops)
     with sending(parts, pause_s=0.02) as url, pytest.raises(UnreachableError, match=problem):
         read(url)
+    assert next(drops, None), "the server was read to its end"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +197,12 @@ def test_what_is_no_file_of_a_repository_is_given_up_in_one_line(parts: Iterable
     with sending(parts, pause_s) as url, pytest.raises(UnreachableError, match=problem) as caught:
         read(url)
     assert "\n" not in str(caught.value)
+
+
+def test_an_address_with_a_login_is_refused_without_showing_it() -> None:
+    with pytest.raises(UsageError, match="login in its address") as caught:
+        Location("https://user:secret@127.0.0.1/repository")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["none", "folder", "pipe", "loop", "endless", "long"])

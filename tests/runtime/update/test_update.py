@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -430,11 +432,45 @@ def test_a_disk_or_a_quota_without_room_is_noticed_before_anything_is_downloaded
     assert apply(prefix, UpdateSource(quota_mb=used + 0.1))
 
 
-def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:
-    for lock in (installing, locked):
-        with lock(prefix), pytest.raises(BusyError):
-            apply(prefix, source_of(publisher, server))
+def test_what_a_failed_release_has_left_makes_room_for_the_next(
+    prefix: Path, publisher: Publisher, server: Server
+) -> None:
     assert apply(prefix, source_of(publisher, server))
+    publisher("wrong")
+    with pytest.raises(VerificationError):
+        apply(prefix)
+    publisher("three")
+    used = sum(path.stat().st_size for path in (prefix / "files").iterdir()) / 1e6
+    assert apply(prefix, UpdateSource(quota_mb=used + 0.0005))
+    assert ask(prefix) == "three"
+
+
+def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:
+    with installing(prefix), pytest.raises(BusyError):
+        apply(prefix, source_of(publisher, server))
+    # A command that changes the prefix for a moment is waited for.
+    other = ExitStack()
+    other.enter_context(locked(prefix))
+    threading.Timer(0.3, other.close).start()
+    assert apply(prefix, source_of(publisher, server))
+
+
+def test_a_device_that_goes_back_while_metadata_is_read_stays_there(
+    prefix: Path, publisher: Publisher, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert apply(prefix, source_of(publisher, server))
+    choose = update.choose
+
+    def choose_while(*arguments: Any) -> Any:  # noqa: ANN401 - those of choose
+        current.roll_back(prefix, "it was marked as bad", silent)
+        return choose(*arguments)
+
+    monkeypatch.setattr(update, "choose", choose_while)
+    assert not apply(prefix)
+    monkeypatch.undo()
+    assert not apply(prefix)
+    assert ask(prefix) == "zero"
+    assert [*read_state(prefix).refused.values()] == ["it was marked as bad"]
 
 
 def test_a_device_goes_back_and_counts_starts_while_it_downloads(
