@@ -34,8 +34,8 @@ class Format:
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
     for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
     unchanged. `adapter_factor` is the size of low-rank adapters relative to GGUF files with the same numbers.
-    `requantized_kl` has the types that the format may requantize a base to after training, with the
-    largest accepted mean KL.
+    `requantized_kl` has the types that the format may requantize a base to after training, with the largest accepted
+    mean KL.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")

@@ -12,6 +12,12 @@ class _Onnx(Format):
         """Whether the recipe has `weights: fp32`."""
         return OnnxOptions.of(options).weights == "fp32"
 
+    def base_bytes(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+        """See `Format.base_bytes`; `weights: int8` and `int4` turn floats into at most 8 bits."""
+        size = super().base_bytes(own_bytes, parameters, options)
+        has_floats = OnnxOptions.of(options).weights in ("auto", "fp32")
+        return size if has_floats else min(size, self.merged_bytes(parameters, options))
+
     def export_mb(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
         """See `Format.export_mb`; `weights: int4` adds a copy of the weights in float32, which is requantized."""
         copy_mb = parameters * 4 / 1e6 if OnnxOptions.of(options).weights == "int4" else 0.0
