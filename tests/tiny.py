@@ -160,7 +160,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         {
             "num_hidden_layers": 3,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            # Three heads of values for each of keys, as in the largest; the smallest have as many of both.
+            # Three value heads for each key head, as in the largest; the smallest have as many of both.
             "linear_num_key_heads": 2,
             "linear_num_value_heads": 6,
             "linear_key_head_dim": 64,

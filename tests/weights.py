@@ -1,4 +1,4 @@
-"""Read weights from a base's GGUF file by module name, in the row order of the Hugging Face model."""
+"""Read weights from a base's GGUF file by module name, in the order of the Hugging Face model."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from edgetune_runtime.engines import gguf, load_needs
 from edgetune_runtime.engines.gguf.needs import needs_of_sizes
 from edgetune_runtime.engines.needs import AdapterSize, Needs
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo
-from edgetune_runtime.formats.gguf_sizes import data_start, number
+from edgetune_runtime.formats.gguf_sizes import data_start, number, rotated_lengths
 from edgetune_runtime.formats.quantization import (
     TENSOR_TYPES,
     Quantization,
@@ -45,11 +45,11 @@ def needs_of_header(
     if chosen is not None:
         width = number(header, "embedding_length")
         main_type, head_type = row_type(chosen.most, width), row_type(chosen.head, width).name
-    sizes, merged_bytes = _sizes(header, chosen, engine), {}
+    sizes, merged_bytes, angles = _sizes(header, chosen, engine), {}, _angle_bytes(header, engine)
     for name, trains_on_grid in (merged or {}).items():
         other = quantization_of_merged(main_type, merged_quantization, trains_on_grid=trains_on_grid)
         own = sizes if other is None else _sizes(header, quantization_named(other), engine)
-        merged_bytes[name] = data_start(header) + sum(own.values())
+        merged_bytes[name] = data_start(header) + sum(own.values()) + angles
     needs = needs_of_sizes(
         header,
         sizes,
@@ -58,7 +58,13 @@ def needs_of_header(
         main_type=main_type.name,
         head_type=head_type,
     )
-    return replace(needs, adapters=dict(adapters or {}), merged=merged_bytes)
+    return replace(
+        needs,
+        base_bytes=needs.base_bytes + angles,
+        angle_bytes=angles,
+        adapters=dict(adapters or {}),
+        merged=merged_bytes,
+    )
 
 
 def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -> dict[str, int]:
@@ -75,6 +81,13 @@ def _sizes(header: GgufHeader, quantization: Quantization | None, engine: str) -
             assert quantization is not None
             sizes[name] = _quantized_bytes(tensor, header, quantization)
     return sizes
+
+
+def _angle_bytes(header: GgufHeader, engine: str) -> int:
+    """Bytes of ONNX Runtime's tables of angles: a cosine and a sine of each pair, in float32, for each position."""
+    if load_needs(engine).COST.has_tensor_types:
+        return 0
+    return number(header, "context_length") * 4 * sum(rotated_lengths(header))
 
 
 def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:

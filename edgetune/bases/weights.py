@@ -132,7 +132,7 @@ class FileEmbedding(torch.nn.Module):
 
 
 class GgufWeights:
-    """Reads single parameters of a Hugging Face model from a GGUF file, with rows in that model's order."""
+    """Reads single parameters of a Hugging Face model from a GGUF file, with rows and columns in its order."""
 
     def __init__(self, path: Path, header: GgufHeader | None = None) -> None:
         """Raises the errors of `read_header`, which reads the header if it is not given."""

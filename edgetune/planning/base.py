@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgetune_runtime.engines.needs import Needs
+from collections.abc import Mapping
+
 from edgetune_runtime.formats.quantization import FLOATS
 
 from edgetune.bases import BaseSource
@@ -16,17 +17,18 @@ def plan_base(
     recipe: Recipe,
     source: BaseSource | None,
     quantization: str | None,
-    needs: Needs | None,
+    bytes_by_format: Mapping[str, int],
     candidates: tuple[Candidate, ...],
 ) -> BasePlan:
-    """The plan of the base, as far as it is known; `needs` are those of its GGUF file, None without the header."""
+    """The plan of the base, as far as it is known; `bytes_by_format` is empty without its header."""
     steps = tuple(_steps(recipe, source, quantization))
     if source is None:
         return BasePlan(recipe.base, quantization, steps)
     parameters = None if source.header is None else source.header.parameters
-    gguf_bytes = None if needs is None else needs.base_bytes
     length = source.trained_context_length
-    return BasePlan(recipe.base, quantization, steps, source.architecture, length, parameters, gguf_bytes, candidates)
+    return BasePlan(
+        recipe.base, quantization, steps, source.architecture, length, parameters, bytes_by_format, candidates
+    )
 
 
 def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> list[str]:

@@ -59,7 +59,8 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     chosen = recipe.model_copy(update=choices)
     counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs() if header else ())
     needs = {engine: needs_of(quantization, chosen.context_length, engine) for engine in counted}
-    base = plan_base(chosen, source, quantization, needs.get(gguf.NAME), worth_measuring(recipe, candidates))
+    sizes = {engine: item.base_bytes for engine, item in needs.items()}
+    base = plan_base(chosen, source, quantization, sizes, worth_measuring(recipe, candidates))
     if header is not None:
         adapters = with_grid(chosen, adapters, base, TENSOR_TYPES[needs[gguf.NAME].main_type])
     board = None

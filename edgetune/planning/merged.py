@@ -30,7 +30,9 @@ def with_grid(
             raise UsageError(message, "set training.precision: auto, or merged_quantization: q8_0")
         sizes = {
             target: int(
-                backends.format_of(target).base_bytes(base.gguf_bytes or 0, base.parameters or 0, recipe.format_options)
+                backends.format_of(target).base_bytes(
+                    base.bytes_in(target), base.parameters or 0, recipe.format_options
+                )
             )
             for target in adapter.bytes_by_format
         }

@@ -48,7 +48,7 @@ def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildN
     formats = {target: backends.format_of(target) for target in recipe.targets}
     options = recipe.format_options
     by_target = [
-        file_format.base_bytes(base_mb * 1e6, parameters, options) / 1e6
+        file_format.base_bytes(plan.base.bytes_in(target), parameters, options) / 1e6
         + sum(adapter.bytes_by_format.get(target, 0) for adapter in plan.adapters.values()) / 1e6
         for target, file_format in formats.items()
     ]
@@ -61,7 +61,7 @@ def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildN
     # Not at the same time: training has ended before the bundle is staged.
     temporary_mb = max(saved_states_mb(max(trained, default=0)), staged_mb + bundle_mb, _measuring_mb(plan, weights_mb))
     min_mb, training_mb = _training_mb(plan, base, device)
-    export_mb = max(item.export_mb(base_mb * 1e6, parameters, options) for item in formats.values())
+    export_mb = max(item.export_mb(plan.base.bytes_in(target), parameters, options) for target, item in formats.items())
     return BuildNeeds(
         parameters=parameters,
         weights_mb=weights_mb,

@@ -44,6 +44,12 @@ def bundle_needs(
     )
 
 
+def base_bytes(header: GgufHeader, target: str) -> int:
+    """The size in a format of a base whose GGUF file has this header, as `BasePlan.bytes_in`."""
+    engine = target if target in engines.names_with_needs() else gguf.NAME
+    return needs_of_header(header, context_length=1, engine=engine).base_bytes
+
+
 def check_fit(plan: BuildPlan, header: GgufHeader) -> None:
     """IncompatibleError if the bundle of a base file with this header does not fit on the recipe's board."""
     if plan.recipe.device is not None:

@@ -99,7 +99,7 @@ def candidates_of(recipe: Recipe, header: GgufHeader, needs_of: Callable[[str | 
 
 def worth_measuring(recipe: Recipe, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """The candidates, the largest first, without those that will not be chosen, since larger ones are nearer."""
-    if recipe.quantization_spec is None or recipe.quantization_spec.optimize != "score":
+    if not candidates or recipe.quantization_spec is None or recipe.quantization_spec.optimize != "score":
         return tuple(candidates)
     # Nothing is nearer to a base than itself.
     share = 1.0 if candidates[0].quantization is None else _WORTH_MEASURING

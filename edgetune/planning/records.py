@@ -10,6 +10,7 @@ from typing import Any
 
 from edgetune_devices.fit import Fit
 from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import AdapterSize
 
 from edgetune import methods
@@ -34,9 +35,9 @@ class BasePlan:
     """The base and what the build does with it, such as `("convert", "quantize to q8_0")`.
 
     `quantization` None: the file ships unchanged. `candidates` are the quantizations to measure first; until then,
-    `quantization` is the largest of them. `parameters` and `gguf_bytes`, the size of its GGUF file in the
-    bundle, are None for an encoder, and like `architecture` and `trained_context_length` (tokens) for a base that must
-    be downloaded first.
+    `quantization` is the largest of them. `parameters` are None and `bytes_by_format`, its sizes in the bundle, empty
+    for an encoder, and like `architecture` and `trained_context_length` (tokens) for a base that must be downloaded
+    first.
     """
 
     name: str
@@ -45,8 +46,17 @@ class BasePlan:
     architecture: str | None = None
     trained_context_length: int | None = None
     parameters: int | None = None
-    gguf_bytes: int | None = None
+    bytes_by_format: Mapping[str, int] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
+
+    @property
+    def gguf_bytes(self) -> int | None:
+        """The size of its GGUF file, if known."""
+        return self.bytes_by_format.get(gguf.NAME)
+
+    def bytes_in(self, target: str) -> int:
+        """Its size in a format; for one whose engine predicts none, that of its GGUF file, and 0 if it is unknown."""
+        return self.bytes_by_format.get(target, self.gguf_bytes or 0)
 
 
 @dataclass(frozen=True)
@@ -260,7 +270,7 @@ class BuildPlan:
         return {
             "name": recipe.name,
             "task": recipe.task,
-            "base": {**asdict(self.base), "steps": list(self.base.steps)},
+            "base": {**asdict(self.base), "gguf_bytes": self.base.gguf_bytes, "steps": list(self.base.steps)},
             "formats": list(recipe.targets),
             "context_length": recipe.context_length,
             "threads": recipe.threads,

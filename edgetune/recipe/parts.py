@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from edgetune import methods
+from edgetune.methods.common.peft import ALL_LINEAR, AUTO, TargetOptions
 from edgetune.methods.lora import LoraOptions
 
 from . import task_types
@@ -88,6 +89,13 @@ class MethodSpec(RecipePart):
             raise ValueError(str(error))
         options = {key: option for key, option in mapping.items() if key != "name"}
         return {"name": name, "options": methods.load(name).options.model_validate(options, context=info.context)}
+
+    @model_validator(mode="after")
+    def _chooses_modules_of_lora(self) -> MethodSpec:
+        targets = self.options.target_modules if isinstance(self.options, TargetOptions) else None
+        if targets == AUTO and not self.is_auto:
+            raise ValueError(f"{self.name} has no target_modules: auto; list modules or use {ALL_LINEAR}")
+        return self
 
     @model_serializer
     def _as_written(self, info: SerializationInfo) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from edgetune.building.pipeline import build
 FORMAT = """
 from edgetune_export.backends.format import Format
 
-FORMAT = Format(adapter_dtypes=("f32",), base_factor=1.0)
+FORMAT = Format(adapter_dtypes=("f32",))
 """
 # Whole copies of GGUF files under another name.
 BACKEND = """

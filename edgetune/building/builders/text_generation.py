@@ -17,6 +17,7 @@ from edgetune_runtime.threads import machine
 from edgetune import bases
 from edgetune.bases import Base, BaseSource, trained_context_length
 from edgetune.common.progress import Progress
+from edgetune.planning.on_device import base_bytes
 from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
@@ -151,8 +152,12 @@ class TextGeneration(Builder[Base]):
 def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
     weights_mb, free_mb = BaseShape.of_header(base.header).loaded_parameters * 4 / 1e6, machine.free_mb()
-    sizes = base.path.stat().st_size, base.header.parameters, spec.format_options
-    needed_mb = weights_mb + max(backends.format_of(target).export_mb(*sizes) for target in spec.targets)
+    needed_mb = weights_mb + max(
+        backends.format_of(target).export_mb(
+            base_bytes(base.header, target), base.header.parameters, spec.format_options
+        )
+        for target in spec.targets
+    )
     if free_mb is None or free_mb >= needed_mb:
         return None
     progress.say(f"mapping the base's weights from disk, because only {free_mb:,.0f} MB of memory are free")

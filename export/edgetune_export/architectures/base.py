@@ -33,7 +33,7 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ValueHeads:
-    """Heads of values that a GGUF file has in another order: heads that read the same keys are `groups` heads apart,
+    """Value heads that a GGUF file has in another order: heads that read the same keys are `groups` heads apart,
     where they are neighbours in transformers.
 
     They follow `before` rows that keep their places; or they are `in_columns`.
@@ -194,7 +194,7 @@ class Architecture:
         return {}
 
     def value_heads(self, _header: GgufHeader, _tensor: str) -> ValueHeads | None:
-        """The heads in the rows, or columns, of a tensor of a layer, named without its layer, which llama.cpp's
+        """The value heads in the rows, or columns, of a tensor of a layer, named without its layer, which llama.cpp's
         converter puts into another order; None if it keeps their order."""
         return None
 

@@ -1,8 +1,9 @@
-"""Maps names, row order and values of a Hugging Face model's parameters to those of its GGUF file.
+"""Maps names, order and values of a Hugging Face model's parameters to those of its GGUF file.
 
 In GGUF files of some architectures the rows of q and k have another order: llama.cpp's rotary embedding rotates
 neighbouring rows, Hugging Face's the two halves of a head, so the converter interleaves the halves of each head.
-Those of delta nets have heads of values in another order, in rows and in the columns of what reads them.
+Delta nets have their value heads in another order: rows of the matrices that make values, columns of the one that
+reads them.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def in_groups(order: Order, size: int) -> Order:
     """An order of columns as one of groups of `size` columns; IncompatibleError if it splits groups."""
     groups = order[::size] // size
     if len(order) % size or np.any(order.reshape(-1, size) != groups[:, None] * size + np.arange(size)):
-        message = f"the base has heads of values that are no multiple of {size}, and are quantized together"
+        # The columns of a head stay together.
+        head = int(np.argmax(np.diff(order) != 1)) + 1
+        message = f"the base has value heads of {head} columns, which do not fit quantized blocks of {size}"
         raise IncompatibleError(message, "use a base with quantization: f16")
     return groups
 
@@ -114,7 +117,7 @@ def tensor_name(parameter: str, names: gguf.TensorNameMap) -> str:
 
 
 def as_parameter(values: Floats, tensor: TensorInfo, header: GgufHeader) -> Floats:
-    """Values of a tensor as the Hugging Face model has them, apart from the order of rows; may change `values`."""
+    """Values of a tensor as the Hugging Face model has them, apart from their order; may change `values`."""
     if offset := _norm_offset(tensor, header):
         values -= offset
     if _DECAY.fullmatch(tensor.name):

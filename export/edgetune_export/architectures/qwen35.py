@@ -20,7 +20,7 @@ _READS_VALUES = "ssm_out.weight"
 
 class _Qwen35(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """IncompatibleError for layers of other kinds, and for heads of values that those of keys do not divide."""
+        """IncompatibleError for layers of other kinds, and for value heads that are no multiple of the key heads."""
         kinds = config.get("layer_types") or ()
         if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {_RECURRENT, _ATTENTION}:
             message = f"the base has layer_types {str(kinds)[:80]!r}, not {_RECURRENT} or {_ATTENTION} for each layer"
@@ -59,7 +59,7 @@ class _Qwen35(Architecture):
         }
 
     def value_heads(self, header: GgufHeader, tensor: str) -> ValueHeads | None:
-        """ggml repeats the heads of keys one after another, transformers each of them in place."""
+        """ggml repeats the key heads one after another, transformers each of them in place."""
         groups, heads = number(header, "ssm.group_count"), number(header, "ssm.time_step_rank")
         _check_heads(groups, heads)
         if groups == heads or tensor not in {*_OF_ALL_HEADS, *_OF_VALUES, _READS_VALUES}:
@@ -74,7 +74,7 @@ class _Qwen35(Architecture):
 
 def _check_heads(keys: int, values: int) -> None:
     if keys < 1 or values % keys:
-        message = f"the base has {keys} heads of keys and {values} of values in its delta nets, which do not divide"
+        message = f"the base has {values} value heads, which is no multiple of its {keys} key heads"
         raise IncompatibleError(message, "use a base that llama.cpp can run")
 
 

@@ -33,16 +33,15 @@ class Format:
 
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
     for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
-    unchanged. `base_factor` and `adapter_factor` (of low-rank adapters) are file sizes relative to GGUF files with
-    the same numbers. `requantized_kl` has the types that the format may requantize a base to after training, with the
-    largest accepted mean KL.
+    unchanged. `adapter_factor` is the size of low-rank adapters relative to GGUF files with the same numbers.
+    `requantized_kl` has the types that the format may requantize a base to after training, with the largest accepted
+    mean KL.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
     dtype_key: str = "dtype"
     tasks: Mapping[str, str] = field(default_factory=lambda: {GENERATION: "backend"})
     links_base: bool = False
-    base_factor: float = 1.0
     adapter_factor: float = 1.0
     requantized_kl: Mapping[str, float] = field(default_factory=dict)
 
@@ -50,9 +49,9 @@ class Format:
         """Whether the options ask for weights in float32, whatever the base's GGUF file has."""
         return False
 
-    def base_bytes(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
-        """Approximate size of a base whose GGUF file has `gguf_bytes` bytes."""
-        return parameters * _FLOAT if self.writes_floats(options) else gguf_bytes * self.base_factor
+    def base_bytes(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+        """Approximate size of a base that has `own_bytes` bytes in this format with the types of its GGUF file."""
+        return parameters * _FLOAT if self.writes_floats(options) else own_bytes
 
     def merged_bytes(self, parameters: int, options: OptionsByFormat) -> float:
         """Approximate size in bytes of a merged model, whose weights have 8 bits."""
@@ -63,9 +62,9 @@ class Format:
         factor = self.adapter_factor if shape == "low_rank" else 1.0
         return values * TENSOR_TYPES[dtype].bytes_per_value * factor
 
-    def export_mb(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
-        """Approximate memory in MB of exporting and checking a base, without its weights in float32.
+    def export_mb(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+        """Approximate memory in MB of exporting and checking a base, without its weights in float32; see `base_bytes`.
 
         The engine of the check has the file in memory and a copy of it, repacked for the processor.
         """
-        return PROCESS_MB + 2 * self.base_bytes(gguf_bytes, parameters, options) / 1e6
+        return PROCESS_MB + 2 * self.base_bytes(own_bytes, parameters, options) / 1e6

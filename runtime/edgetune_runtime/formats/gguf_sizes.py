@@ -105,6 +105,16 @@ def head_lengths(header: GgufHeader, *, sliding: bool = False) -> tuple[int, int
     return int(key), int(value)
 
 
+def rotated_lengths(header: GgufHeader) -> tuple[int, ...]:
+    """How many numbers of a query or a key are rotated by its position, for each kind of layer with its own angles."""
+    own, (key, _) = header.architecture, head_lengths(header)
+    lengths = [header.metadata.get(f"{own}.rope.dimension_count", key)]
+    if sliding_layers(header):
+        key, _ = head_lengths(header, sliding=True)
+        lengths.append(header.metadata.get(f"{own}.rope.dimension_count_swa", key))
+    return tuple(map(int, lengths))
+
+
 def vocabulary(header: GgufHeader) -> int:
     """The number of tokens; 0 if the header has neither tokens nor an embedding."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")

@@ -131,6 +131,11 @@ def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], P
     assert both.bundle_mb == pytest.approx(lora.bundle_mb + both.extra_formats_mb)
     assert both.disk_mb > both.min_disk_mb > both.bundle_mb > lora.bundle_mb
     assert both.export_mb > lora.export_mb
+    floats, in_int8 = (
+        needs_of(make_recipe(tmp_path, base, targets=["gguf", "onnx"], quantization="f16", onnx={"weights": weights}))
+        for weights in ("auto", "int8")
+    )
+    assert floats.extra_formats_mb > 1.9 * (floats.bundle_mb - floats.extra_formats_mb) > in_int8.extra_formats_mb
     full, last = (needs_of(make_recipe(tmp_path, base, {"command": adapter_of(method)})) for method in TRAINS_BASE)
     assert full.training_mb > last.training_mb > lora.weights_mb
     assert full.bundle_mb > base.stat().st_size / 1e6

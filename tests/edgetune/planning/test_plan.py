@@ -13,6 +13,7 @@ from edgetune import methods
 from edgetune.building import builders
 from edgetune.building.builders.plan import plan_build, with_quantization
 from edgetune.planning.adapters import with_options
+from edgetune.planning.board import choose_settings
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.records import BuildPlan
 from edgetune.planning.training import choose_training
@@ -104,6 +105,12 @@ def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path
     assert (adapter.metric, adapter.rows.train, adapter.rows.validation, adapter.rows.steps) == ("exact", 16, 4, 4)
     assert adapter.rows.longest_tokens >= adapter.rows.mean_tokens > 0
     assert [len(task.train) for task in planned.tasks] == [16]
+
+
+def test_a_base_that_is_not_downloaded_has_no_quantizations_to_measure_yet(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, "org/base", quantization="auto")
+    base = choose_settings(recipe, {}, None).base
+    assert base.candidates == () and base.steps == ("download", "measure quantizations", "use the best one")
 
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:

@@ -297,10 +297,12 @@ def test_odd_sizes_of_recurrent_layers_are_damage(
 
 
 @pytest.mark.parametrize("keys", [0, 4])
-def test_heads_of_values_that_those_of_keys_do_not_divide_are_refused(
+def test_value_heads_that_are_no_multiple_of_the_key_heads_are_refused(
     keys: int, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(tiny_folder("qwen35"), tmp_path / "base"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "linear_num_key_heads": keys}))
-    assert_refused(IncompatibleError, f"{keys} heads of keys and 6 of values", lambda: check_folder(folder))
+    assert_refused(
+        IncompatibleError, f"6 value heads, which is no multiple of its {keys} key heads", lambda: check_folder(folder)
+    )

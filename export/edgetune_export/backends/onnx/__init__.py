@@ -12,10 +12,16 @@ class _Onnx(Format):
         """Whether the recipe has `weights: fp32`."""
         return OnnxOptions.of(options).weights == "fp32"
 
-    def export_mb(self, gguf_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+    def base_bytes(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
+        """See `Format.base_bytes`; `weights: int8` and `int4` turn floats into at most 8 bits."""
+        size = super().base_bytes(own_bytes, parameters, options)
+        has_floats = OnnxOptions.of(options).weights in ("auto", "fp32")
+        return size if has_floats else min(size, self.merged_bytes(parameters, options))
+
+    def export_mb(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
         """See `Format.export_mb`; `weights: int4` adds a copy of the weights in float32, which is requantized."""
         copy_mb = parameters * 4 / 1e6 if OnnxOptions.of(options).weights == "int4" else 0.0
-        return super().export_mb(gguf_bytes, parameters, options) + copy_mb
+        return super().export_mb(own_bytes, parameters, options) + copy_mb
 
 
 FORMAT = _Onnx(
@@ -23,8 +29,7 @@ FORMAT = _Onnx(
     adapter_dtypes=("f32", "f16"),
     dtype_key="onnx_dtype",
     tasks={GENERATION: "backend", CLASSIFICATION: "encoder"},
-    # Block scales are separate tensors, and q, k and v share an adapter slot: measured on builds of 135M and 506M.
-    base_factor=1.15,
+    # q, k and v share an adapter slot: measured on builds of 135M and 506M.
     adapter_factor=1.25,
     # With `weights: int4`: it changes the base as much as a weak adapter does.
     requantized_kl={"int4": 0.5},

@@ -9,6 +9,7 @@ token ids as in llama.cpp with these exceptions, of which a build warns if a tas
   where the merged token is split.
 - SentencePiece characters that are not a token but part of one: llama.cpp merges them, here they become bytes.
 - Byte-level merges whose result is not a token, and bytes above 0x7F without a token.
+- Runs of line breaks that are a token which no merges make (Gemma 4): llama.cpp uses it whole.
 """
 
 from __future__ import annotations

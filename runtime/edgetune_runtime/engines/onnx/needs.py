@@ -28,10 +28,9 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
     states, max_rollback = recurrence_of(RecurrentSizes(graph.values, graph.inputs_per_token), context_length)
     base_bytes = model_bytes(manifest, manifest.base.files[NAME])
     looked_up_bytes, looked_up_parameters = per_layer_embedding(header)
-    angle_bytes = sum(tensor.nbytes for name, tensor in header.initializers.items() if name.startswith(_ANGLES))
     return Needs(
         base_bytes=base_bytes,
-        read_bytes=base_bytes - looked_up_bytes - angle_bytes,
+        read_bytes=base_bytes - looked_up_bytes - angle_bytes(header),
         read_parameters=manifest.base.parameters - looked_up_parameters,
         head_parameters=config.vocabulary * config.width,
         layers=config.layers,
@@ -46,7 +45,7 @@ def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
         # 8 bits per weight.
         head_bytes=config.vocabulary * config.width,
         per_layer_bytes=looked_up_bytes,
-        angle_bytes=angle_bytes,
+        angle_bytes=angle_bytes(header),
         recurrent_values=graph.values,
         recurrent_states=states,
         max_rollback=max_rollback,
@@ -59,6 +58,11 @@ def per_layer_embedding(header: OnnxHeader) -> tuple[int, int]:
     floats = sum(tensor.size for tensor in tensors if tensor.elem_type == _FLOAT)
     # They are all there is, or the scales of blocks.
     return sum(tensor.nbytes for tensor in tensors), floats * (_BLOCK if len(tensors) > 1 else 1)
+
+
+def angle_bytes(header: OnnxHeader) -> int:
+    """The bytes of the tables of angles."""
+    return sum(tensor.nbytes for name, tensor in header.initializers.items() if name.startswith(_ANGLES))
 
 
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:

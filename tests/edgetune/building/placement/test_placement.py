@@ -232,12 +232,14 @@ def test_an_invalid_share_is_refused(written: object) -> None:
             {"rank_pattern": {"q_proj": 2}},
             "target_modules: auto uses one rank for all modules; remove rank_pattern",
         ),
+        ({}, {}, {"name": "dora"}, "dora has no target_modules: auto; list modules or use all-linear"),
+        ({}, {}, {"name": "ia3"}, "ia3 has no target_modules: auto; list modules or use all-linear"),
     ],
 )
 def test_automatic_modules_are_refused_with_what_excludes_them(
     top: dict[str, Any], adapter: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    method = {"name": "lora", "target_modules": "auto", "max_decode_overhead": "10%", **options}
+    method = {"name": "lora", "target_modules": "auto", **options}
     with pytest.raises(UsageError) as caught:
         make_recipe(tmp_path, "smollm2-135m", {"command": adapter_of(method, **adapter)}, **top)
     assert message in str(caught.value)

@@ -32,7 +32,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
-from edgetune_runtime.engines.onnx.needs import per_layer_embedding
+from edgetune_runtime.engines.onnx.needs import angle_bytes, per_layer_embedding
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.onnx_file import read_onnx
@@ -425,6 +425,12 @@ def test_an_embedding_of_which_only_rows_are_read_has_the_planned_size(
     shape = BaseShape.of_header(read_header(source_of("gemma4", held).path))
     found = per_layer_embedding(read_onnx(made("gemma4", "plain", held)))
     assert found == (planned.per_layer_bytes, shape.parameters_in_file)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "lfm2", "qwen35"])
+def test_tables_of_angles_have_the_planned_size(arch: str, made: Made, source_of: Sources) -> None:
+    planned = needs_of_header(read_header(source_of(arch).path), context_length=128, engine="onnx")
+    assert angle_bytes(read_onnx(made(arch))) == planned.angle_bytes > 0
 
 
 def test_an_unknown_method_is_refused() -> None:
