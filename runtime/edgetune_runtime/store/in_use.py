@@ -49,10 +49,10 @@ def is_in_use(version: Path) -> bool:
 def _lock(bundle: Path) -> BinaryIO | None:
     """The lock of a bundle's version; None if it is not in a store."""
     if sys.platform != "win32":
-        import fcntl  # noqa: PLC0415 - as above
-
         with suppress(OSError), ExitStack() as stack:
             file = stack.enter_context(open_regular(bundle.parent / KIT_NAME, follows_links=False))
+            import fcntl  # noqa: PLC0415 - as above
+
             # Waits for a moment if `is_in_use` looks at this version.
             fcntl.flock(file, fcntl.LOCK_SH)
             stack.pop_all()
