@@ -45,7 +45,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
     text = "report what this device runs after each --check and --apply, to an address or into a folder (default: off)"
     source.add_argument("--report", metavar="URL", help=text)
-    text = "leave out an update with which the files of all versions would have more, 0 for any size (default)"
+    text = "refuse an update if the files of all versions would exceed this size (default: 0, no limit)"
     source.add_argument("--quota-mb", type=float, metavar="MB", help=text)
     default = f"~/{versions.USER_FOLDER}/edgetune/{_DEFAULT}; for root {versions.ROOT_FOLDER}/{_DEFAULT}"
     text = f"where versions are installed (default: that of {versions.RUN_SCRIPT}, else {default})"
