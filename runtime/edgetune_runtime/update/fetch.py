@@ -60,12 +60,13 @@ class Location:
         """
         data = b"".join(self.blocks(path, most + 1))
         if len(data) > most:
-            raise UnreachableError(f"{self.text}/{path} has more than {most} bytes", "check the address")
+            where = shortened(f"{self.text}/{path}")
+            raise UnreachableError(f"{where} has more than {most} bytes", "check the address")
         return data
 
     def blocks(self, path: str, most: int, offset: int = 0) -> Iterator[bytes]:
         """The bytes of a file from an offset on, at most `most`; errors as those of `read`."""
-        where = f"{self.text}/{path}"
+        where = shortened(f"{self.text}/{path}")
         try:
             with self._opened(path, offset) as source:
                 yield from limited(source, most, where)
