@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -50,19 +50,11 @@ def config_of(manifest: Manifest, files: Mapping[str, FileEntry]) -> bytes:
 
 def artifact_manifest(files: Mapping[str, FileEntry], config: bytes) -> bytes:
     """The artifact's manifest; `files` are those of the bundle, its manifest included, by their paths."""
-    described = FileEntry(hashlib.sha256(config).hexdigest(), len(config))
-    return _json(
-        {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST_TYPE,
-            "artifactType": _MODEL_TYPE,
-            "config": _descriptor(_CONFIG_TYPE, described),
-            "layers": [
-                {**_descriptor(_layer_type(path), entry), "annotations": {_PATH: path, _TITLE: path}}
-                for path, entry in files.items()
-            ],
-        }
-    )
+    layers = [
+        {**_descriptor(_layer_type(path), entry), "annotations": {_PATH: path, _TITLE: path}}
+        for path, entry in files.items()
+    ]
+    return _json(_manifest(_MODEL_TYPE, _descriptor(_CONFIG_TYPE, entry_of(config)), layers))
 
 
 def referrer_manifest(
@@ -70,18 +62,23 @@ def referrer_manifest(
 ) -> bytes:
     """The manifest of an artifact of this kind that refers to another one, whose manifest is `subject`."""
     layers = [{**_descriptor(_FILE_TYPE, entry), "annotations": {_TITLE: path}} for path, entry in files.items()]
-    config = FileEntry(hashlib.sha256(EMPTY_CONFIG).hexdigest(), len(EMPTY_CONFIG))
-    return _json(
-        {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST_TYPE,
-            "artifactType": kind,
-            "config": _descriptor(_EMPTY_TYPE, config),
-            "layers": layers,
-            "subject": _descriptor(MANIFEST_TYPE, subject),
-            "annotations": annotations,
-        }
-    )
+    own = _manifest(kind, _descriptor(_EMPTY_TYPE, entry_of(EMPTY_CONFIG)), layers)
+    return _json({**own, "subject": _descriptor(MANIFEST_TYPE, subject), "annotations": annotations})
+
+
+def entry_of(data: bytes) -> FileEntry:
+    """The digest and the size of bytes that are a file of an artifact."""
+    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def _manifest(kind: str, config: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "schemaVersion": 2,
+        "mediaType": MANIFEST_TYPE,
+        "artifactType": kind,
+        "config": config,
+        "layers": layers,
+    }
 
 
 def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:

@@ -23,7 +23,7 @@ from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import LONGEST_RELEASE, METADATA_FOLDER, Release, file_entry
 from edgetune_runtime.update.trust import TrustedRepository
 
-from .artifact import DIGEST, EMPTY_CONFIG, INDEX_TYPE, MANIFEST_TYPE, layers_of, referrer_manifest
+from .artifact import DIGEST, EMPTY_CONFIG, INDEX_TYPE, MANIFEST_TYPE, entry_of, layers_of, referrer_manifest
 from .artifact_store import ArtifactStore, checked_manifest
 
 METADATA_TYPE = "application/vnd.edgetune.release.tuf.v1"
@@ -73,17 +73,16 @@ def read_metadata(repo: Path, channel: str, name: str, files: Mapping[str, FileE
     return read.files
 
 
-def attach(store: ArtifactStore, metadata: Mapping[str, bytes]) -> None:
-    """Add what `read_metadata` has read as a referrer of the artifact, which has a digest and is in the store.
+def attach(store: ArtifactStore, subject: FileEntry, metadata: Mapping[str, bytes]) -> None:
+    """Add what `read_metadata` has read as a referrer of the artifact in the store, whose manifest is `subject`.
 
     A registry that lists referrers itself keeps those from before too; elsewhere it takes their place.
     """
-    entries = {path: _entry(data) for path, data in metadata.items()}
-    blobs = {entry: metadata[path] for path, entry in entries.items()} | {_entry(EMPTY_CONFIG): EMPTY_CONFIG}
+    entries = {path: entry_of(data) for path, data in metadata.items()}
+    blobs = {entry: metadata[path] for path, entry in entries.items()} | {entry_of(EMPTY_CONFIG): EMPTY_CONFIG}
     for entry, data in blobs.items():
         if not store.has_blob(entry):
             store.put_blob(entry, data)
-    subject = FileEntry(store.reference.digest or "", len(store.read_manifest()))
     created = {_CREATED: datetime.now(UTC).isoformat(timespec="microseconds")}
     manifest = referrer_manifest(subject, METADATA_TYPE, entries, created)
     digest = hashlib.sha256(manifest).hexdigest()
@@ -162,7 +161,3 @@ def _is_metadata(described: Mapping[str, Any]) -> bool:
 def _descriptor(digest: str, size: int, created: Mapping[str, str]) -> dict[str, Any]:
     described = {"mediaType": MANIFEST_TYPE, "digest": f"{DIGEST}{digest}", "size": size}
     return {**described, "artifactType": METADATA_TYPE, "annotations": created}
-
-
-def _entry(data: bytes) -> FileEntry:
-    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))

@@ -35,7 +35,7 @@ from edgetune.common import work_folder
 from edgetune.common.progress import Progress
 
 from . import release_metadata
-from .artifact import artifact_manifest, config_of, parse_artifact
+from .artifact import artifact_manifest, config_of, entry_of, parse_artifact
 from .artifact_store import ArtifactStore, checked_manifest
 from .layout import ImageLayout
 from .login import credentials_for
@@ -91,7 +91,7 @@ def push(
     metadata = None if repo is None else release_metadata.read_metadata(repo, channel, manifest.name, files)
     config = config_of(manifest, files)
     blobs: dict[FileEntry, Path | bytes] = {entry: sources[name] for name, entry in files.items()}
-    blobs[FileEntry(hashlib.sha256(config).hexdigest(), len(config))] = config
+    blobs[entry_of(config)] = config
     lacking = [entry for entry in blobs if not store.has_blob(entry)]
     sent_bytes = sum(entry.bytes for entry in lacking)
     with progress.step(f"sending {sent_bytes / 1e6:.1f} MB", len(lacking)) as step:
@@ -99,11 +99,12 @@ def push(
             store.put_blob(entry, blobs[entry])
             step.update()
     data = artifact_manifest(files, config)
-    reference = store.reference.by_digest(hashlib.sha256(data).hexdigest())
+    described = entry_of(data)
+    reference = store.reference.by_digest(described.sha256)
     if metadata is not None:
         pinned = store.at(reference)
         pinned.put_manifest(data)
-        release_metadata.attach(pinned, metadata)
+        release_metadata.attach(pinned, described, metadata)
     store.put_manifest(data)
     return Pushed(reference, sum(entry.bytes for entry in blobs), sent_bytes)
 
