@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -251,15 +252,14 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "method": dict(self.method.state(self.tuned)),
         }
+        # torch ends the process if an interrupt leaves its archive open, and only the main thread is interrupted.
+        with ThreadPoolExecutor(1) as writer:
+            writer.submit(self._write, state).result()
+
+    def _write(self, state: dict[str, Any]) -> None:
         # When torch opens the path itself, its error for a full disk does not say so.
         with replacing(self._state_path) as path, path.open("wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:
-                # An interrupt in a write leaves torch's archive without an end, which torch then reports instead.
-                if isinstance(error.__context__, KeyboardInterrupt):
-                    raise KeyboardInterrupt from error
-                raise
+            torch.save(state, file)
 
     def detach(self) -> None:
         """Restore the base and torch's threads."""

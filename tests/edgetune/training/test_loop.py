@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -239,25 +242,33 @@ def test_a_run_interrupted_while_weights_change_goes_on_from_the_state_before(
 
 
 @pytest.mark.parametrize("at", [1, 2, 7])
-def test_a_run_interrupted_while_it_saves_saves_again(
+def test_a_run_interrupted_while_it_saves_finishes_the_file(
     at: int, run: Callable[..., Any], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, writes = torch.save, []
+    save, writes, saved = torch.save, [], []
 
-    class Interrupted(io.FileIO):
+    class Interrupting(io.FileIO):
         def write(self, data: Any, /) -> int:  # noqa: ANN401 - as FileIO's
             writes.append(1)
             if len(writes) == at:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
             return super().write(data)
 
     def interrupting(state: object, file: io.BufferedWriter) -> None:
-        with Interrupted(file.name, "wb") as raw:
+        with Interrupting(file.name, "wb") as raw:
             save(state, raw)
+        saved.append(state)
 
     monkeypatch.setattr(torch, "save", interrupting)
-    with pytest.raises(CancelledError, match="stopped at step 3"):
-        run(RESUMED)
+    # Jobs that a shell starts in the background ignore the signal.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(CancelledError, match="stopped at step 3"):
+            run(RESUMED)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert len(saved) == 2  # torch ends the process if it is left with half an archive
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
 
