@@ -98,10 +98,10 @@ def end_threads_function(llama_cpp: ModuleType) -> Callable[[], object]:
     the hundreds of barriers of a step (`gomp_throttled_spin_count_var` in libgomp's env.c).
     """
     file = _file_at(_features_function(llama_cpp))
-    # A function of the libraries that it needs, if they have it.
+    # Functions of the libraries that it needs are found through it.
     backend = ctypes.CDLL(str(file)) if file else None
     # LLVM's library of the same interface would end the threads of all callers.
-    if not hasattr(backend, "omp_pause_resource_all") or hasattr(backend, "__kmpc_fork_call"):
+    if backend is None or not hasattr(backend, "omp_pause_resource_all") or hasattr(backend, "__kmpc_fork_call"):
         return lambda: None
     return partial(backend.omp_pause_resource_all, _SOFT)
 
