@@ -196,7 +196,19 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower.
         """
-        adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
+        classify = partial(self._classify, prompt, labels, adapter, exact=exact, min_confidence=min_confidence)
+        return self._loaded.replaced.prepared(classify)
+
+    def _classify(
+        self,
+        prompt: Prompt,
+        labels: Sequence[str] | None,
+        adapter: Adapters,
+        *,
+        exact: bool,
+        min_confidence: float | None,
+    ) -> Classification:
+        adapter, route = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
         if classifier is not None and len(scales) != 1:
             message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
@@ -224,7 +236,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         def classified(scores: LabelScores, similarity: float = 1.0) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarity)
-            return likeliest(scope=scope, curves=curves, min_confidence=min_confidence)
+            return replace(likeliest(scope=scope, curves=curves, min_confidence=min_confidence), route=route)
 
         if classifier is not None:
             assert first is not None
@@ -320,6 +332,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         """
         with self._loaded.changing:
             self._loaded.drop(name)
+            self._loaded.renew_router()
 
     def reload(self) -> AdapterChanges:
         """Take over the bundle on disk, which another process may have changed or switched to another version.
