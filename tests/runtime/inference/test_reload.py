@@ -124,7 +124,13 @@ def test_calls_of_many_threads_get_the_old_or_the_new_adapter(
         expected = {answer(runtime, "task0"), answer(other, "task0")}
     switch_to(prefix, SECOND, following)
     with open_(prefix, engine, contexts=1, max_waiting=64) as runtime, ThreadPoolExecutor(6) as threads:
-        asking = [threads.submit(lambda: [answer(runtime, "task0") for _ in range(15)]) for _ in range(4)]
+
+        def send() -> str:
+            with runtime.session("task0") as session:
+                return session.send(PROMPT, max_tokens=6).text
+
+        asking = [threads.submit(lambda: [answer(runtime, "task0") for _ in range(15)]) for _ in range(3)]
+        asking.append(threads.submit(lambda: [send() for _ in range(15)]))
         choosing = threads.submit(lambda: [runtime.classify("play", ["on", "off"], adapter="task0") for _ in range(15)])
         for version in [FIRST, SECOND] * 5:
             replace_link(prefix / "current", f"versions/{version}")
