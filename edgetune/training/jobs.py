@@ -11,7 +11,8 @@ from edgetune.common.progress import Progress
 from .duration import tokens_left
 from .hardware import DTYPES, precision_of, processes, use_device
 from .job import TrainingJob, TrainResult, finished
-from .loop import VALIDATION_ROWS, train
+from .loop import train
+from .schedule import VALIDATION_ROWS
 from .plot import plot_training
 
 if TYPE_CHECKING:
