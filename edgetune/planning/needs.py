@@ -105,7 +105,12 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     """
     adapters = plan.adapters.values()
     trains_base = any(methods.load(adapter.method).trains_base for adapter in adapters)
-    if room.device.kind != "cpu" or "avx2" not in room.instruction_sets or trains_base or plan.recipe.domain is not None:
+    if (
+        room.device.kind != "cpu"
+        or "avx2" not in room.instruction_sets
+        or trains_base
+        or plan.recipe.domain is not None
+    ):
         return None
     # Those for which torch multiplies bf16 fast: see `hardware.device_of`.
     cpu = replace(CPU, multiplies_bf16=not room.instruction_sets.isdisjoint({"avx512-bf16", "amx-int8"}))
@@ -115,7 +120,9 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
             continue
         rows, training = adapter.rows, adapter.training
         validated = len(Schedule(rows.train, training).evals) * min(rows.validation, VALIDATION_ROWS)
-        tokens = (rows.steps * training.batch_size + validated * VALIDATION_COST) * (rows.mean_tokens + _TEMPLATE_TOKENS)
+        tokens = (rows.steps * training.batch_size + validated * VALIDATION_COST) * (
+            rows.mean_tokens + _TEMPLATE_TOKENS
+        )
         trainings.append((precision_on(cpu, training), tokens * (base.linear_weights + base.hidden * base.vocabulary)))
     return predicted_time(trainings, room.cores)
 

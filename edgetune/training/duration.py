@@ -21,9 +21,9 @@ VALIDATION_COST = 0.5
 # The first steps also set up caches and thread pools.
 _WARMUP_STEPS = 2
 # What low-rank trainings reached on two cores of an AMD EPYC, the slowest and the fastest in docs/measurements.md, in
-# 10^9 weights times row tokens per second: SmolLM2-135M has 0.1345 of them. In bf16 it trained at 313 tokens/s (SNIPS) to
-# 763 (smart-home), and a base of 0.5B in between; in float32 on AVX2 at 139 (rows of 512 tokens) to 342 (smart-home);
-# int8 was 1.2 to 1.4 times as fast as that, at most 421.
+# 10^9 weights times row tokens per second. SmolLM2-135M has 0.1345 of these weights: in bf16 it trained at 313 tokens/s
+# (SNIPS) to 763 (smart-home), and a base of 0.5B in between; in float32 on AVX2 at 139 (rows of 512 tokens) to 342
+# (smart-home); in int8 1.2 to 1.4 times as fast as that, at most at 421.
 _SPEEDS = {"bf16": (42, 103), "fp32": (19, 46), "int8": (23, 57)}
 _MEASURED_CORES = 2
 

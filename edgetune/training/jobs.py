@@ -12,8 +12,8 @@ from .duration import tokens_left
 from .hardware import DTYPES, precision_of, processes, use_device
 from .job import TrainingJob, TrainResult, finished
 from .loop import train
-from .schedule import VALIDATION_ROWS
 from .plot import plot_training
+from .schedule import VALIDATION_ROWS
 
 if TYPE_CHECKING:
     import torch
