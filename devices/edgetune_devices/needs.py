@@ -27,17 +27,17 @@ def needs_of_header(
     header: GgufHeader, *, context_length: int, quantization: str | None = None, engine: str = gguf.NAME
 ) -> Needs:
     """The needs of a base as its file is, or after quantization to `quantization`; UsageError for an unknown one."""
-    needs = needs_of_sizes(header, _sizes(header, quantization, engine), context_length=context_length, engine=engine)
-    if quantization is not None:
-        types, width = quantization_named(quantization), number(header, "embedding_length")
+    types = None if quantization is None else quantization_named(quantization)
+    needs = needs_of_sizes(header, _sizes(header, types, engine), context_length=context_length, engine=engine)
+    if types is not None:
+        width = number(header, "embedding_length")
         needs = replace(needs, main_type=row_type(types.most, width).name, head_type=row_type(types.head, width).name)
     angles = _angle_bytes(header, engine)
     return replace(needs, base_bytes=needs.base_bytes + angles, angle_bytes=angles)
 
 
-def _sizes(header: GgufHeader, quantization: str | None, engine: str) -> dict[str, int]:
+def _sizes(header: GgufHeader, types: Quantization | None, engine: str) -> dict[str, int]:
     """Bytes of each tensor in the engine's format; vectors are float32 in a quantized base and in ONNX."""
-    types = None if quantization is None else quantization_named(quantization)
     sizes, keeps_types = {}, load_needs(engine).COST.has_tensor_types
     for name, tensor in header.tensors.items():
         if keeps_types and types is None:
@@ -59,27 +59,27 @@ def _angle_bytes(header: GgufHeader, engine: str) -> int:
     return number(header, "context_length") * 4 * sum(rotated_lengths(header))
 
 
-def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization | None) -> int:
+def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization | None) -> int:
     """Bytes of the matrix in ONNX Runtime: 4 or 8 bits and a scale per block, or float32."""
     kind = tensor.type
-    if quantization is not None and tensor.name != _UNCHANGED:
+    if types is not None and tensor.name != _UNCHANGED:
         is_head = tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING)
-        kind = row_type(quantization.head if is_head else quantization.most, tensor.shape[0])
+        kind = row_type(types.head if is_head else types.most, tensor.shape[0])
     bits = kind.onnx_bits or 8
     return math.ceil(math.prod(tensor.shape) * (bits if bits == 32 else bits + _ONNX_SCALE_BITS) / 8)
 
 
-def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, quantization: Quantization) -> int:
+def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization) -> int:
     """Bytes of the matrix; half of the value and down projections get another type, so each counts with the mean."""
     columns = tensor.shape[0]
     rows = math.prod(tensor.shape[1:])
     if tensor.name == _UNCHANGED:
         return tensor.nbytes
     if tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING):
-        return rows * _row_bytes(quantization.head, columns)
+        return rows * _row_bytes(types.head, columns)
     if tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
-        return rows * (_row_bytes(quantization.most, columns) + _row_bytes(quantization.some, columns)) // 2
-    return rows * _row_bytes(quantization.most, columns)
+        return rows * (_row_bytes(types.most, columns) + _row_bytes(types.some, columns)) // 2
+    return rows * _row_bytes(types.most, columns)
 
 
 def _row_bytes(name: str, columns: int) -> int:

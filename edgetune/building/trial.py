@@ -19,7 +19,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
-from edgetune.training.schedule import VALIDATION_ROWS
+from edgetune.training.loop import VALIDATION_ROWS
 
 
 def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
-from edgetune.training.duration import VALIDATION_COST, TrainingTime, predicted_time
+from edgetune.training.duration import TrainingTime, predicted_time
 from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.precision import precision_on
-from edgetune.training.schedule import VALIDATION_ROWS, Schedule
+from edgetune.training.schedule import Schedule
 
 from .quantization import MAX_TOKENS
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
@@ -34,7 +34,7 @@ _FLOAT_BYTES = 4
 # Of weights in float32, those in bf16 take this share.
 _BF16_SHARE = 0.5
 # Of SmolLM2's chat template, in a row with a system prompt; `RowsPlan.mean_tokens` has none.
-_TEMPLATE_TOKENS = 12
+_TEMPLATE_TOKENS = 10
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
@@ -98,19 +98,14 @@ def room_for(out: Path, device: TrainingDevice = CPU) -> Room:
 
 
 def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime | None:
-    """The time of all trainings to their last step, with validation, on the machine of `room`.
+    """The time of all trainings to their last step on the machine of `room`.
 
     None where no speed was measured: on GPUs and processors without AVX2, for methods that train the base's weights,
     and with continued pretraining. The lengths of rows are estimated.
     """
     adapters = plan.adapters.values()
-    trains_base = any(methods.load(adapter.method).trains_base for adapter in adapters)
-    if (
-        room.device.kind != "cpu"
-        or "avx2" not in room.instruction_sets
-        or trains_base
-        or plan.recipe.domain is not None
-    ):
+    is_measured = room.device.kind == "cpu" and "avx2" in room.instruction_sets and plan.recipe.domain is None
+    if not is_measured or any(methods.load(adapter.method).trains_base for adapter in adapters):
         return None
     # Those for which torch multiplies bf16 fast: see `hardware.device_of`.
     cpu = replace(CPU, multiplies_bf16=not room.instruction_sets.isdisjoint({"avx512-bf16", "amx-int8"}))
@@ -118,12 +113,9 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     for adapter in adapters:
         if adapter.rows is None or not adapter.rows.train:
             continue
-        rows, training = adapter.rows, adapter.training
-        validated = len(Schedule(rows.train, training).evals) * min(rows.validation, VALIDATION_ROWS)
-        tokens = (rows.steps * training.batch_size + validated * VALIDATION_COST) * (
-            rows.mean_tokens + _TEMPLATE_TOKENS
-        )
-        trainings.append((precision_on(cpu, training), tokens * (base.linear_weights + base.hidden * base.vocabulary)))
+        tokens = adapter.rows.steps * adapter.training.batch_size * (adapter.rows.mean_tokens + _TEMPLATE_TOKENS)
+        weights = base.linear_weights + base.hidden * base.vocabulary
+        trainings.append((precision_on(cpu, adapter.training), tokens * weights))
     return predicted_time(trainings, room.cores)
 
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 TRIAL_STEPS = 10
 """Steps after which the speed of this machine is estimated."""
 
-VALIDATION_COST = 0.5
-"""Cost of a validation token relative to a training token: it needs no backward pass."""
 # The first steps also set up caches and thread pools.
 _WARMUP_STEPS = 2
-# What low-rank trainings reached on two cores of an AMD EPYC, the slowest and the fastest in docs/measurements.md, in
-# 10^9 weights times row tokens per second. SmolLM2-135M has 0.1345 of these weights: in bf16 it trained at 313 tokens/s
-# (SNIPS) to 763 (smart-home), and a base of 0.5B in between; in float32 on AVX2 at 139 (rows of 512 tokens) to 342
-# (smart-home); in int8 1.2 to 1.4 times as fast as that, at most at 421.
+# Cost of a validation token relative to a training token: it needs no backward pass.
+_VALIDATION_COST = 0.5
+# What low-rank trainings reached on two cores of an AMD EPYC with validation in between, the slowest and the fastest in
+# docs/measurements.md, in 10^9 weights times row tokens per second. SmolLM2-135M, with 0.1345 of these weights, trained
+# in bf16 at 313 tokens/s (SNIPS) to 763 (smart-home), and a base of 0.5B in between; in float32 on AVX2 at 139 (rows of
+# 512 tokens) to 342 (smart-home); in int8 1.2 to 1.4 times as fast as that, at most at 421.
 _SPEEDS = {"bf16": (42, 103), "fp32": (19, 46), "int8": (23, 57)}
 _MEASURED_CORES = 2
 
@@ -61,7 +61,7 @@ def tokens_left(
     lengths = [len(row.tokens) for row in train]
     rows = sum(lengths[index] for indices in plan(lengths, schedule, training)[step:] for index in indices)
     passes = sum(eval_step > step for eval_step in schedule.evals)
-    return rows + passes * sum(len(row.tokens) for row in validation) * VALIDATION_COST
+    return rows + passes * sum(len(row.tokens) for row in validation) * _VALIDATION_COST
 
 
 class TimeTrial:

@@ -11,9 +11,8 @@ from edgetune.common.progress import Progress
 from .duration import tokens_left
 from .hardware import DTYPES, precision_of, processes, use_device
 from .job import TrainingJob, TrainResult, finished
-from .loop import train
+from .loop import VALIDATION_ROWS, train
 from .plot import plot_training
-from .schedule import VALIDATION_ROWS
 
 if TYPE_CHECKING:
     import torch

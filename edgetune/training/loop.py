@@ -36,12 +36,14 @@ from .memory import PassPlan
 from .on_device import on_device
 from .pass_sizes import pass_cost, passes_within
 from .rounding import rounded_layers
-from .schedule import VALIDATION_ROWS, Schedule, passes, plan
+from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Validation uses at most this many rows, so that validating on a large task does not cost more than training.
+VALIDATION_ROWS = 256
 # A killed run loses at most about this much work.
 _SAVE_EVERY_S = 60.0
 # A final validation loss above the best by this factor is overfitting; below it is noise.

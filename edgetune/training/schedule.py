@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound="TrainingRow")
 
-VALIDATION_ROWS = 256
-"""Validation uses at most this many rows, so that validating on a large task does not cost more than training."""
-
 # Rows are sorted by length within windows of this many steps: little padding, but a different order in each epoch.
 _WINDOW_STEPS = 16
 
