@@ -44,12 +44,11 @@ def plan_data(
     `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
     `needs.check`.
     """
-    base = None if plan.source is None else plan.source.shape
-    width = None if base is None else base.hidden
-    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name], width) for task in tasks}
+    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name], plan.width) for task in tasks}
     plan = replace(
         plan.with_adapters(adapters), domain=None if texts is None else str(texts), training_device=room.device
     )
+    base = None if plan.source is None else plan.source.shape
     return plan if base is None else replace(plan, needs=report(plan, base, room))
 
 

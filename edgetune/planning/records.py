@@ -261,6 +261,12 @@ class BuildPlan:
     needs: NeedsReport | None = None
     training_device: TrainingDevice = CPU
 
+    @property
+    def width(self) -> int | None:
+        """The width of the base's layers; None if it is not known yet, and for encoders."""
+        shape = None if self.source is None else self.source.shape
+        return None if shape is None else shape.hidden
+
     def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
         """The plan with these adapters in place of its own, and with the options of their methods in the recipe."""
         adapters = {**self.adapters, **adapters}
