@@ -103,19 +103,18 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     None where no speed was measured: on GPUs and processors without AVX2, for methods that train the base's weights,
     and with continued pretraining. The lengths of rows are estimated.
     """
-    adapters = plan.adapters.values()
+    trained = [
+        (adapter, adapter.rows) for adapter in plan.adapters.values() if adapter.rows is not None and adapter.rows.train
+    ]
     is_measured = room.device.kind == "cpu" and "avx2" in room.instruction_sets and plan.recipe.domain is None
-    if not is_measured or any(methods.load(adapter.method).trains_base for adapter in adapters):
+    if not is_measured or any(methods.load(adapter.method).trains_base for adapter, _ in trained):
         return None
     # Those for which torch multiplies bf16 fast: see `hardware.device_of`.
     cpu = replace(CPU, multiplies_bf16=not room.instruction_sets.isdisjoint({"avx512-bf16", "amx-int8"}))
-    trainings = []
-    for adapter in adapters:
-        if adapter.rows is None or not adapter.rows.train:
-            continue
-        tokens = adapter.rows.steps * adapter.training.batch_size * (adapter.rows.mean_tokens + _TEMPLATE_TOKENS)
-        weights = base.linear_weights + base.hidden * base.vocabulary
-        trainings.append((precision_on(cpu, adapter.training), tokens * weights))
+    weights, trainings = base.linear_weights + base.hidden * base.vocabulary, []
+    for adapter, rows in trained:
+        tokens = rows.steps * adapter.training.batch_size * (rows.mean_tokens + _TEMPLATE_TOKENS)
+        trainings.append((precision_on(cpu, adapter.training), weights * tokens))
     return predicted_time(trainings, room.cores)
 
 
