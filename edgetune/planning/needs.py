@@ -33,7 +33,7 @@ from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 _FLOAT_BYTES = 4
 # Of weights in float32, those in bf16 take this share.
 _BF16_SHARE = 0.5
-# Of SmolLM2's chat template, in a row with a system prompt; `RowsPlan.mean_tokens` has none.
+# Of SmolLM2's chat template in a row with a system prompt, less what `RowsPlan.mean_tokens` is too high by.
 _TEMPLATE_TOKENS = 10
 
 
@@ -101,7 +101,8 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     """The time of all trainings to their last step on the machine of `room`.
 
     None where no speed was measured: on GPUs and processors without AVX2, for methods that train the base's weights,
-    and with continued pretraining. The lengths of rows are estimated.
+    and with continued pretraining. The lengths of rows are estimated; activation checkpointing, where memory is short,
+    takes longer.
     """
     trained = [
         (adapter, adapter.rows) for adapter in plan.adapters.values() if adapter.rows is not None and adapter.rows.train
