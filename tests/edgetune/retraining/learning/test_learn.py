@@ -185,6 +185,8 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     questions = home.with_name("questions.jsonl")
     assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(questions)]) == 0
     assert "5 answers" in capsys.readouterr().out
+    assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(log)]) == 2
+    assert "is a file that this command reads; write to another file" in capsys.readouterr().err
     rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]
     assert [row["confidence"] for row in rows] == [0.0, 0.1, 0.2, 0.3, 0.4]
     write_rows(questions, rows)
