@@ -1,4 +1,9 @@
-"""Finds a recipe's encoder, reads its sizes and loads its weights into torch."""
+"""Finds a recipe's encoder, reads its sizes and loads its weights into torch.
+
+Sizes come from optimum's NormalizedConfigManager, under the same names for all architectures. Of optimum 2.3 only this
+is of use here: TasksManager knows no model types until an exporter registers some, and optimum's ONNX exporter needs
+transformers below 5.
+"""
 
 from __future__ import annotations
 
@@ -136,12 +141,14 @@ def _no_encoder(name: str, why: str) -> IncompatibleError:
 
 
 def _sizes(folder: Path) -> tuple[int, int]:
-    """The hidden size and the number of layers, which transformers has under the same names for all architectures."""
-    from transformers import AutoConfig  # noqa: PLC0415 - only where something is built
+    """The hidden size and the number of layers."""
+    from optimum.utils import NormalizedConfigManager  # noqa: PLC0415 - only where something is built
+    from transformers import AutoConfig  # noqa: PLC0415 - as above
 
     try:
         config = AutoConfig.from_pretrained(folder, **_FROM_FOLDER)
-        return int(config.hidden_size), int(config.num_hidden_layers)
+        normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        return int(normalized.hidden_size), int(normalized.num_layers)
     # transformers raises classes of its validators for what cannot be.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
