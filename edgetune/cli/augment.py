@@ -57,8 +57,9 @@ def augment(
     key = os.environ.get(KEY_VARIABLE)
     lesson = Lesson(read_task(name, loaded), Teacher(teacher, model, key, per_minute, most))
     if not yes:
+        first = lesson.first_requests(out)
         print(f"first two of at most {most} requests to {teacher}, each with rows of {name}:")
-        for request in lesson.first_requests(out):
+        for request in first:
             print(printable(json.dumps(request, ensure_ascii=False)))
         print("nothing was sent; add --yes to send", file=sys.stderr)
         return
