@@ -36,7 +36,7 @@ AnyRows = Any
 
 
 def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
-    """Plan a build: its base, adapters and sizes, the memory and disk that it needs, and what the board will do.
+    """Plan a build: its base, adapters and sizes, the memory, disk and time that it needs, and what the board will do.
 
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
     by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
@@ -183,9 +183,10 @@ def learn(
     from .retraining.learning import learn as learning  # noqa: PLC0415 - torch
 
     folder, path = Path(bundle), None if recipe is None else Path(recipe)
-    entries = learning.read_logs(folder, [Path(log)])
+    progress = Progress(on_progress)
+    entries = learning.read_logs(folder, [Path(log)], progress.say)
     with _interruptible():
-        return learning.learn(folder, entries, path, None if into is None else Path(into), Progress(on_progress))
+        return learning.learn(folder, entries, path, None if into is None else Path(into), progress)
 
 
 def rebase(

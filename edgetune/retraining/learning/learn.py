@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
 from .kept import adapter_folders, keep, kept_folder, recipe_beside
-from .rows import learned_rows, values_of
+from .rows import doubts, learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
 
@@ -55,10 +55,13 @@ class Learned:
         return {"bundle": bundle, "adapters": changes, "learned": dict(self.learned)}
 
 
-def read_logs(bundle: Path, logs: Sequence[Path]) -> list[LoggedAnswer]:
-    """The answers in several logs of a bundle; a later log has the last word on an answer."""
+def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) -> list[LoggedAnswer]:
+    """The answers in several logs of a bundle; a later log has the last word on an answer.
+
+    `say` gets a sentence about each line that is left out.
+    """
     manifest = read_manifest(bundle)
-    entries = {entry.id: entry for log in logs for entry in read_answer_log(log, manifest)}
+    entries = {entry.id: entry for log in logs for entry in read_answer_log(log, manifest, say)}
     return list(entries.values())
 
 
@@ -76,13 +79,17 @@ def learn(
     work = kept_folder(out)
     with locked(work):
         corrected = _by_adapter(entries, manifest)
-        loaded = Recipe.from_file(_recipe_of(bundle, recipe), split_of(manifest, list(corrected)))
-        unknown = [name for name in corrected if name not in loaded.adapters]
+        path = _recipe_of(bundle, recipe)
+        unknown = [name for name in corrected if name not in Recipe.from_file(path).adapters]
         if unknown:
-            message = f"the recipe of {bundle} has no adapter {unknown[0]!r}, of which the log has corrections"
+            message = f"{path} has no adapter {unknown[0]!r}, of which the log has corrections"
             raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
+        loaded = Recipe.from_file(path, split_of(manifest, list(corrected)))
         tasks = {name: read_task(name, loaded) for name in corrected}
         rows = {name: learned_rows(task, corrected[name]) for name, task in tasks.items()}
+        for name, split in rows.items():
+            for doubt in doubts(tasks[name], split):
+                progress.say(f"{name}: {doubt}")
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
@@ -139,7 +146,7 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
     """The adapter's section of the recipe with these rows, and with what was found in the old ones."""
     names = {"train": f"{task.name}-train", "validation": f"{task.name}-validation"}
     rows = {"train": values_of(names["train"], train), "validation": values_of(names["validation"], validation)}
-    data = task.spec.data.model_copy(update={**rows, "columns": None})
+    data = task.spec.data.model_copy(update={**rows, "columns": None, "rows": None})
     scope = task.spec.out_of_scope
     labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None
     return task.spec.model_copy(update={"data": data, "metric": task.metric, "labels": labels})

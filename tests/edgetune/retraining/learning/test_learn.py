@@ -15,7 +15,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
-from recipes import NAME, adapter_of, lights, make_recipe, write_rows
+from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
@@ -66,7 +66,7 @@ def corrections(count: int = 8, text: str | None = "reply on") -> list[dict[str,
 
 
 def run(home: Path, log: Path, into: Path | None = None, recipe: str = NAME) -> Learned:
-    return learn(home, read_logs(home, [log]), home.with_name(recipe), into, QUIET)
+    return learn(home, read_logs(home, [log], QUIET.say), home.with_name(recipe), into, QUIET)
 
 
 def test_corrections_are_learned_beside_the_old_rows(home: Path, tmp_path: Path) -> None:
@@ -105,14 +105,18 @@ def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, hom
 
 
 def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
+    recipe_file = home.with_name(NAME)
+    recipe_file.write_text(recipe_file.read_text().replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1))
     run(home, logged(home, corrections(8)))
     more = [{"prompt": f"lamp {n} please", "correction": "reply on"} for n in range(4)]
-    result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")]), None, None, QUIET)
+    result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say), None, None, QUIET)
     assert result.bundle == home
     # Corrections that were held out are validation rows now.
     assert result.changes["light"]["validation"].rows == 5 + 2
     recipe = Recipe.from_file(home.with_name("home.learn") / "recipe.json")
     assert set(recipe.adapters) == {"light", "color"}
+    # Each build would draw so many rows again, and lose corrections.
+    assert recipe.adapters["light"].data.rows is None
     assert len(Path(str(recipe.adapters["light"].data.train)).read_text().splitlines()) == 19 + 6 + 3
 
 
@@ -160,8 +164,11 @@ def test_too_few_corrections_are_refused(home: Path, answers: list[dict[str, Any
 
 
 def test_the_recipe_with_the_old_rows_is_asked_for(home: Path) -> None:
+    write_recipe(home.parent, "base.gguf", {"other": adapter_of(train="light.jsonl")}, data={})
+    with pytest.raises(UsageError, match=r"recipe\.yaml has no adapter 'light', of which the log has corrections"):
+        run(home, logged(home, corrections()))
     with pytest.raises(NotFoundError, match="--recipe RECIPE"):
-        learn(home, read_logs(home, [logged(home, corrections())]), None, None, QUIET)
+        learn(home, read_logs(home, [logged(home, corrections())], QUIET.say), None, None, QUIET)
 
 
 def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
@@ -185,9 +192,17 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     questions = home.with_name("questions.jsonl")
     assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(questions)]) == 0
     assert "5 answers" in capsys.readouterr().out
+    assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(log)]) == 2
+    assert "is a file that this command reads; write to another file" in capsys.readouterr().err
     rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]
     assert [row["confidence"] for row in rows] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    rows[0]["correction"] = {"reply": "on"}
     write_rows(questions, rows)
-    entries = read_logs(home, [log, questions])
-    assert sum(entry.correction == "reply on" for entry in entries) == 5
+    with questions.open("a") as file:
+        file.write(json.dumps(rows[0])[:-2] + "\n")
+    said: list[str] = []
+    entries = read_logs(home, [log, questions], said.append)
+    assert sum(entry.correction == "reply on" for entry in entries) == 4
+    assert [entry.correction for entry in entries if entry.correction not in (None, "reply on")] == ['{"reply": "on"}']
     assert len(entries) == 8
+    assert said == [f"left out {questions}:6, a part of a line"]
