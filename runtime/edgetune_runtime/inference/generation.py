@@ -247,9 +247,15 @@ class _Answering:
         return draft[:count], chances[:count]
 
     def _filler(self, tokens: int) -> list[int]:
-        """Tokens that a step of so many ones computes besides, to round like longer steps, as far as they fit."""
-        room = self._context.max_tokens - len(self._context.tokens) - tokens
-        return self._pending[-1:] * max(0, min(self._context.least_rows - tokens, room))
+        """Tokens that a step of so many ones computes besides, to round like longer steps, as far as they fit.
+
+        None where no step of this call has more than one, with whatever options the bundle was opened.
+        """
+        call, context = self._call, self._context
+        if call.drafts is None and call.past is None and self._constraint is None:
+            return []
+        room = context.max_tokens - len(context.tokens) - tokens
+        return self._pending[-1:] * max(0, min(context.least_rows - tokens, room))
 
     def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
         """The text pieces of chosen tokens, up to one that ends the answer."""

@@ -60,9 +60,10 @@ class RuntimeOptions(TypedDict, total=False):
     `warm` does.
 
     With `exact` (default: True), a call gives the same answer, bit for bit, as with a cold cache: it reuses only fixed
-    prompts and whole chunks of 128 tokens. With onnx, a step of one token computes a second row, as one row rounds
-    differently from several. Without it, a call reuses all tokens of the common prefix, as a session does with its own
-    state; rounding may then decide a near tie between two tokens differently.
+    prompts and whole chunks of 128 tokens. With onnx, a step of one token computes a second row where drafts or a
+    constraint give other steps more, as one row rounds differently from several. Without it, a call reuses all tokens
+    of the common prefix, as a session does with its own state; rounding may then decide a near tie between two tokens
+    differently.
 
     Up to `contexts` calls run at the same time, with whatever adapters, each in its own context, which is created when
     first needed; by default one, and more if they fit in a quarter of the memory that is free beside it, at most 4. If
