@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -254,7 +254,15 @@ class _Run:
         }
         # torch ends the process if an interrupt leaves its archive open, and only the main thread is interrupted.
         with ThreadPoolExecutor(1) as writer:
-            writer.submit(self._write, state).result()
+            written, interrupt = writer.submit(self._write, state), None
+            while not written.done():
+                try:
+                    wait([written])
+                except KeyboardInterrupt as error:
+                    interrupt = error
+        written.result()
+        if interrupt is not None:
+            raise interrupt
 
     def _write(self, state: dict[str, Any]) -> None:
         # When torch opens the path itself, its error for a full disk does not say so.

@@ -238,18 +238,22 @@ class _Answering:
         """Drafted tokens that are worth verifying in the next step, and their probabilities."""
         if self._drafter is None:
             return [], []
+        context = self._context
         # A step gives one token more than its draft.
-        room, rollback = self._max_tokens - self._count - len(self._held) - 1, self._context.engine.max_rollback
-        draft, chances = self._drafter.propose(room if rollback is None else min(room, rollback))
+        room = self._max_tokens - self._count - len(self._held) - 1
+        # No draft reaches the last place of a context, where a single token has no room for a filler.
+        room = min(room, context.max_tokens - len(context.tokens) - len(self._pending) - (context.least_rows - 1))
+        rollback = context.engine.max_rollback
+        draft, chances = self._drafter.propose(max(0, room if rollback is None else min(room, rollback)))
         if self._constraint is not None:
             draft = draft[: self._constraint.valid_prefix(draft)]
-        count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
+        count = context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
         return draft[:count], chances[:count]
 
     def _filler(self, tokens: int) -> list[int]:
         """Tokens that a step of so many ones computes besides, to round like longer steps, as far as they fit.
 
-        None where no step of this call has more than one, with whatever options the bundle was opened.
+        None where no step of such a call has more than one, whether the bundle was opened with drafts or not.
         """
         call, context = self._call, self._context
         if call.drafts is None and call.past is None and self._constraint is None:

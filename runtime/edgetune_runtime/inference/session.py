@@ -64,13 +64,13 @@ class Session(AbstractContextManager["Session"]):
     def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Stream:
         """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history."""
         messages = [*self.history, *messages_for(message, None)]
-        carried = self._last if self._carries else None
+        adapter, carried = self.adapter, self._last if self._carries else None
         limits, form, others = split_options(options)
         outcome = Outcome()
 
         def prepare() -> Generator[str, None, None]:
             call = self._loaded.call(
-                messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
+                messages, adapter, owner=self._owner, carried=carried, form=form, check=limits.check
             )
             if call.route is not None:
                 self._answering = call.route.adapter

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import signal
-import time
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -245,14 +245,20 @@ def test_a_run_interrupted_while_weights_change_goes_on_from_the_state_before(
 def test_a_run_interrupted_while_it_saves_finishes_the_file(
     at: int, run: Callable[..., Any], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, writes, saved = torch.save, [], []
+    save, writes, saved, received = torch.save, [], [], threading.Event()
+
+    def interrupt(*_: object) -> None:
+        received.set()
+        raise KeyboardInterrupt
 
     class Interrupting(io.FileIO):
         def write(self, data: Any, /) -> int:  # noqa: ANN401 - as FileIO's
             writes.append(1)
             if len(writes) == at:
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.05)
+                for _ in range(2):
+                    received.clear()
+                    os.kill(os.getpid(), signal.SIGINT)
+                    assert received.wait(60)
             return super().write(data)
 
     def interrupting(state: object, file: io.BufferedWriter) -> None:
@@ -261,13 +267,12 @@ def test_a_run_interrupted_while_it_saves_finishes_the_file(
         saved.append(state)
 
     monkeypatch.setattr(torch, "save", interrupting)
-    # Jobs that a shell starts in the background ignore the signal.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         with pytest.raises(CancelledError, match="stopped at step 3"):
             run(RESUMED)
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, before)
     assert len(saved) == 2  # torch ends the process if it is left with half an archive
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)

@@ -12,7 +12,7 @@ AUTO = "auto"
 """The number format of adapters that llama.cpp multiplies fastest."""
 _BLOCK = TENSOR_TYPES["q8_0"].block
 _LEAST_FILLED = 16
-"""From this rank on, whole blocks of q8_0 take no more bytes than f16 does without them."""
+"""From this rank on, whole blocks of q8_0 take about as many bytes as f16 does without them."""
 
 
 def stored_rank(rank: int, dtype: str) -> int:
