@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
-from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
+from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
 
@@ -58,7 +58,7 @@ def check_destination(out: Path) -> None:
     if not existing and not any(out.iterdir()):
         return
     try:
-        listed = {*read_manifest(out).files, MANIFEST_NAME, SIGNATURE_NAME}
+        listed = {*read_manifest(out).files, *unlisted(existing)}
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
         raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error

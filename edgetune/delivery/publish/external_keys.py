@@ -23,7 +23,10 @@ _TRIAL = b"edgetune trial\n"
 
 @dataclass(frozen=True)
 class ExternalKey:
-    """A private key by its URI, as securesystemslib names it (`hsm:…`, `awskms:…` …), and its public half."""
+    """A private key by its URI, as securesystemslib names it (`hsm:…`, `awskms:…` …), and its public half.
+
+    The URI is empty where somebody else has the private key.
+    """
 
     uri: str
     key: Key
@@ -36,6 +39,8 @@ def external_key(uri: str, public_key: Path) -> ExternalKey:
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         message = f"{public_key} has no public key that can be used: {error}"
         raise UsageError(message, "give a PEM file with a key for ECDSA on P-256, RSA or Ed25519") from error
+    if not uri:
+        return ExternalKey(uri, key)
     with signing(uri):
         key.verify_signature(open_external(uri, key).sign(_TRIAL), _TRIAL)
     return ExternalKey(uri, key)
