@@ -99,13 +99,13 @@ def test_an_adapter_is_published_alone(publisher: Publisher, tmp_path: Path, mon
 
 def test_bundles_and_channels_are_apart(publisher: Publisher, tmp_path: Path) -> None:
     publisher("one")
-    other = write_bundle(tmp_path / "other", "three")
+    other = write_bundle(tmp_path / "other.2", "three")
     publish(other, publisher.repo, publisher.keys)
     beta = publisher("two", channel="beta")
     assert beta.release.version == 2
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
-    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "other").name == "other"
-    with pytest.raises(NotFoundError, match="its bundles are: home, other"):
+    assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "other.2").name == "other.2"
+    with pytest.raises(NotFoundError, match=r"its bundles are: home, other\.2"):
         seen_by_device(publisher.repo, publisher.root, tmp_path / "device", "another")
 
 
