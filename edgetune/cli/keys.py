@@ -140,7 +140,7 @@ def _external(role: str, uri: str | None, public_key: Path | None) -> ExternalKe
         return None
     if public_key is None or (uri is None and not is_of_author(role)):
         raise UsageError("--uri and --public-key belong together", "give both")
-    external = external_key(uri or "", public_key)
+    external = external_key(uri, public_key)
     if external.key.keytype != "ed25519":
         print("edgetune: devices need the package cryptography to verify signatures of this key", file=sys.stderr)
     return external

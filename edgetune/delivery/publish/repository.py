@@ -239,11 +239,11 @@ class Repository:
             keys = {keyid: root.keys[keyid] for root in roots for keyid in root.roles[role].keyids}
             return self._keys.signers(role, keys.values())
         of_bundle = self._role_of(role)
-        keys = self._keys.keys(of_bundle)
+        own = self._keys.keys(of_bundle)
         if OF_PART in role:
             # Each of an author's keys has a role of its own.
-            keys = [key for key in keys if role_of_part(*author_of(role), key.keyid) == role]
-        return self._keys.signers(of_bundle, keys)
+            own = [key for key in own if role_of_part(*author_of(role), key.keyid) == role]
+        return self._keys.signers(of_bundle, own)
 
     def _write(self, name: str, signed: T, signers: Iterable[Signer]) -> bytes:
         """Sign and write a file of metadata; NotFoundError if too few private keys are in the folder."""
@@ -295,9 +295,9 @@ class Repository:
             # An author whose keys were revoked is still in the snapshot.
             if role == Targets.type or (OF_PART in role and not self.delegates_to(role)):
                 continue
-            delegator = self._roles[_delegator_of(role)]
-            self._roles[role] = signed = self._read(Targets, f"{number}.{role}", role, delegator)
-            about = _delegations_of(delegator)[role]
+            owner = self._roles[_delegator_of(role)]
+            self._roles[role] = signed = self._read(Targets, f"{number}.{role}", role, owner)
+            about = _delegations_of(owner)[role]
             foreign = [path for path in signed.targets if not about.is_delegated_path(path)]
             foreign += ["delegations"] if OF_PART in role and signed.delegations is not None else []
             if foreign:

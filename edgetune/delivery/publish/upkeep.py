@@ -46,7 +46,8 @@ def delete_old(repository: Repository, keep: int) -> int:
     # Releases first: one that is there has all of its files.
     freed = _delete_others(targets.glob("*/*"), {*kept, *parts})
     blobs, pieces = repository.folder / BLOBS_FOLDER, repository.folder / PIECES_FOLDER
-    needed = {blobs / entry.sha256 for each in (*kept.values(), *parts.values()) for entry in each.files.values()}
+    needed = {blobs / entry.sha256 for release in kept.values() for entry in release.files.values()}
+    needed |= {blobs / entry.sha256 for part in parts.values() for entry in part.files.values()}
     needed |= {blobs / sha256_of(path) for path in parts}
     of_files = {piece for release in kept.values() for listed in release.pieces.values() for piece in listed}
     of_releases = {piece for path in (*kept, *parts) for piece, _ in cut(path.read_bytes())}
