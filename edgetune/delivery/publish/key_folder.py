@@ -181,7 +181,7 @@ class KeyFolder:
     def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
         if external is not None:
             if external.key.keyid in {key.keyid for key in self.keys(role)}:
-                message = f"{role} has the key {external.key.keyid[:8]} already"
+                message = f"{role} has the key {external.key.keyid[:8]} of {external.uri or 'its author'} already"
                 raise UsageError(message, "use another one")
             return external.key if external.uri is None else write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
