@@ -171,7 +171,7 @@ def _only(bundle: Path, manifest: Manifest, entry: AdapterEntry, folder: Path) -
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(bundle / name, folder / name)
     files = {name: manifest.files[name] for name in names}
-    text = replace(manifest, adapters={entry.name: entry}, files=files).to_json()
+    text = replace(manifest, adapters={entry.name: entry}, router=None, files=files).to_json()
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
@@ -199,7 +199,7 @@ def write_bundle(source: Path, out: Path, engine: str, count: int) -> None:
         if number % 100 == 0:
             progress(f"{engine}: wrote {number} of {count} adapters")
     base_entry = replace(manifest.base, files={engine: manifest.base.files[engine]})
-    text = replace(manifest, base=base_entry, adapters=entries, files=files).to_json()
+    text = replace(manifest, base=base_entry, adapters=entries, router=None, files=files).to_json()
     (out / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 

@@ -93,6 +93,9 @@ class TorchEngine:
     def use_threads(self, count: int) -> None:
         """Does nothing: torch manages its own threads."""
 
+    def end_threads(self) -> None:
+        """Does nothing: torch manages its own threads."""
+
     def stop_step(self) -> None:
         """Does nothing: steps always run to their end."""
 

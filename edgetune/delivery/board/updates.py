@@ -6,14 +6,13 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.store import timer
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.timer import Timer
 from edgetune_runtime.store.versions import Say
-from edgetune_runtime.update.state import read_root_file, read_state, write_state, write_trusted_root
+from edgetune_runtime.update.state import read_root_file, read_state, refuse_login, write_state, write_trusted_root
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def repository_from_options(repo: str | None, root: Path | None) -> Repository |
         raise UsageError("--root is that of a repository", "add --updates URL")
     if not repo.startswith(("http://", "https://")):
         raise UsageError(f"--updates {repo!r} is not an address of a repository", "use http:// or https://")
-    if "@" in urlsplit(repo).netloc:
-        raise UsageError("--updates has a login in its address", "remove it: the files are read without one")
+    refuse_login("--updates", repo)
     if root is None:
         raise UsageError("no root says which keys to trust", "add --root FILE, the 1.root.json of `edgetune keys init`")
     return Repository(repo.rstrip("/"), read_root_file(root))

@@ -200,6 +200,9 @@ class Engine(Protocol):
     def use_threads(self, count: int) -> None:
         """Set the number of threads of the next steps, which does not change a bit of the results."""
 
+    def end_threads(self) -> None:
+        """End the threads that are kept for steps of the calling thread, if they slow down those of other threads."""
+
     def stop_step(self) -> None:
         """Make the step that another thread is running end soon with StepStopped.
 

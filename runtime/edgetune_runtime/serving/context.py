@@ -77,6 +77,7 @@ class Context:
     def release(self) -> None:
         """Let others hold the context."""
         self._check = no_limits
+        self.engine.end_threads()
         with self.shared.places.gate:
             self.holder = None
             self.shared.places.gate.notify_all()

@@ -14,6 +14,7 @@ from edgetune_runtime.wording import shortened
 
 from .http_client import HttpClient, StatusError
 from .slow_replies import is_too_slow
+from .state import refuse_login
 
 if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
@@ -29,15 +30,11 @@ class MissingError(UnreachableError):
 
 
 class Location:
-    """Where a repository is: an address of HTTP or HTTPS, or a folder, as on a USB stick.
-
-    UsageError for an address with a login, which would not be sent, and whose password messages would show.
-    """
+    """Where a repository is: an address of HTTP or HTTPS without a login, or a folder, as on a USB stick."""
 
     def __init__(self, text: str) -> None:
-        scheme, separator, rest = text.partition("://")
-        if "@" in rest.partition("/")[0]:
-            raise UsageError("--repo has a login in its address", "remove it: the files are read without one")
+        refuse_login("--repo", text)
+        scheme, separator, _ = text.partition("://")
         if separator and scheme.lower() not in {"http", "https"}:
             raise UsageError(f"--repo {text!r} is not an address", "use http:// or https://, or a folder")
         self._is_folder = not separator

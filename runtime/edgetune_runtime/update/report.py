@@ -21,7 +21,7 @@ from edgetune_runtime.wording import printable, shortened
 from .current import current_kit
 from .http_client import HttpClient
 from .release import NAME
-from .state import read_state
+from .state import read_state, refuse_login
 
 NOBODY = "off"
 """Instead of an address: reports end."""
@@ -67,7 +67,8 @@ def parse_report(data: bytes) -> DeviceReport:
 
 
 def checked_address(where: str) -> str:
-    """Where reports go; a folder's whole path. UsageError if it is neither an address nor a folder."""
+    """Where reports go; a folder's whole path. UsageError if it is neither an address without a login nor a folder."""
+    refuse_login("--report", where)
     if where == NOBODY or _is_address(where):
         return where
     if "://" in where or not Path(where).is_dir():

@@ -122,3 +122,9 @@ def write_trusted_root(prefix: Path, data: bytes) -> None:
     """Trust another root from now on."""
     (prefix / FOLDER).mkdir(parents=True, exist_ok=True)
     write_text(prefix / FOLDER / _ROOT_NAME, data.decode())
+
+
+def refuse_login(option: str, address: str) -> None:
+    """UsageError for an address with a login, which would not be sent, and whose password messages would show."""
+    if "@" in address.partition("://")[2].partition("/")[0]:
+        raise UsageError(f"{option} has a login in its address", "remove it: requests are made without one")

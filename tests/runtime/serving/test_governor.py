@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -167,3 +168,26 @@ def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
         governor._record(Turn(2, is_shared=False), 128, took, AnswerUsage(), PREFILL)
         found.append(governor.chunk(128))
     assert found == [128, 128, 64, 16]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads of a process from /proc")
+def test_a_call_leaves_no_compute_threads_which_would_slow_down_calls_of_other_threads(
+    prompted_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def threads() -> set[Path]:
+        return {*Path("/proc/self/task").iterdir()}
+
+    def left_by(call: Callable[[], object]) -> int:
+        before, count = threads(), list[int]()
+        caller = threading.Thread(target=lambda: (call(), count.append(len(threads() - before) - 1)))
+        caller.start()
+        caller.join()
+        return count[0]
+
+    # All threads, however busy the machine is.
+    monkeypatch.setattr(GgufEngine, "adjusts_threads", False)
+    with Runtime.open(prompted_of("llama"), engine="gguf", threads=2, disk_mb=0) as runtime:
+        runtime.generate("hello", max_tokens=2)
+        context, _ = loaded_bundle(runtime).context()
+        assert left_by(lambda: context.engine.decode([5, 6])) == 1
+        assert left_by(lambda: runtime.generate("hello", max_tokens=2)) == 0

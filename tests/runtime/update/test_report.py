@@ -112,7 +112,15 @@ def test_an_address_that_is_none_is_one_line(where: str, prefix: Path, capsys: p
     assert f"--report {where!r} is neither an address nor a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("where", ["https://x", "http://[::1]:80/a?b=%20", "http://user@example.org:8000/reports/"])
+def test_an_address_with_a_login_is_refused_without_showing_it(
+    prefix: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert update(prefix, "--report", "https://user:secret@example.org/reports") == UsageError.exit_code
+    error = capsys.readouterr().err
+    assert "--report has a login in its address" in error and "secret" not in error
+
+
+@pytest.mark.parametrize("where", ["https://x", "http://[::1]:80/a?b=%20", "http://example.org:8000/reports/"])
 def test_an_address_is_taken_as_it_is(where: str) -> None:
     assert checked_address(where) == where
 

@@ -31,7 +31,7 @@ from .adapters import GgufAdapters
 from .base import GgufBase, GgufTokenizer
 from .hybrid_cache import HybridCache
 from .kv_cache import MAIN, KvCache
-from .llama import StopFlag, decode_batch, last_errors, library, make_context
+from .llama import StopFlag, decode_batch, end_threads, last_errors, library, make_context
 from .sizes import BRANCHES, recurrent_sizes, rollback_of
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
@@ -199,6 +199,10 @@ class GgufEngine:
         if count != self._used_threads:
             self._used_threads = count
             library().llama_set_n_threads(self._context, count, count)
+
+    def end_threads(self) -> None:
+        """End the threads that are kept for steps of the calling thread, which slow down those of others."""
+        end_threads()()
 
     def stop_step(self) -> None:
         """Make the running step of another thread end soon with StepStopped; if none runs, maybe the next one."""

@@ -1,10 +1,12 @@
-"""ggml's own libraries: loads the CPU backend where it is a file of its own, and names the one that computes."""
+"""ggml's own libraries: loads the CPU backend where it is a file of its own, names it, and ends its threads."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,8 @@ from edgetune_runtime.errors import IncompatibleError
 
 _STATIC = "built-in"
 """The variant of a library with only one CPU backend, linked into it."""
+_SOFT = 1
+"""OpenMP's omp_pause_soft: the settings stay."""
 
 
 class CpuBackend(NamedTuple):
@@ -77,20 +81,44 @@ def load_backends(llama_cpp: ModuleType) -> None:
 
 def cpu_backend(llama_cpp: ModuleType) -> CpuBackend:
     """The CPU backend that is loaded."""
+    address = _features_function(llama_cpp)
+    registered = ctypes.c_void_p(registry(llama_cpp).ggml_backend_reg_by_name(b"CPU"))
+    features = ctypes.CFUNCTYPE(ctypes.POINTER(_Feature), ctypes.c_void_p)(address)(registered)
+    # The list ends with a feature without a name; an array of C has no length.
+    names = [feature.name.decode() for feature in takewhile(lambda feature: feature.name, features)]
+    file = _file_at(address)
+    variant = file.name.partition("ggml-cpu-")[2].removesuffix(".so") if file else ""
+    return CpuBackend(variant or _STATIC, tuple(names))
+
+
+def end_threads_function(llama_cpp: ModuleType) -> Callable[[], object]:
+    """A function that ends the threads which GNU's OpenMP keeps for the calling thread, if the CPU backend has them.
+
+    While more threads are kept than there are cores, for all callers together, OpenMP puts threads to sleep at each of
+    the hundreds of barriers of a step (`gomp_throttled_spin_count_var` in libgomp's env.c).
+    """
+    file = _file_at(_features_function(llama_cpp))
+    # Functions of the libraries that it needs are found through it.
+    backend = ctypes.CDLL(str(file)) if file else None
+    # LLVM's library of the same interface would end the threads of all callers.
+    if backend is None or not hasattr(backend, "omp_pause_resource_all") or hasattr(backend, "__kmpc_fork_call"):
+        return lambda: None
+    return partial(backend.omp_pause_resource_all, _SOFT)
+
+
+def _features_function(llama_cpp: ModuleType) -> int:
+    """The address of the CPU backend's function that names its features."""
     ggml = registry(llama_cpp)
     ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
     ggml.ggml_backend_reg_get_proc_address.restype = ctypes.c_void_p
     backend = ctypes.c_void_p(ggml.ggml_backend_reg_by_name(b"CPU"))
-    address = ggml.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_get_features")
-    features = ctypes.CFUNCTYPE(ctypes.POINTER(_Feature), ctypes.c_void_p)(address)(backend)
-    # The list ends with a feature without a name; an array of C has no length.
-    names = [feature.name.decode() for feature in takewhile(lambda feature: feature.name, features)]
-    return CpuBackend(_variant_at(address), tuple(names))
+    address: int = ggml.ggml_backend_reg_get_proc_address(backend, b"ggml_backend_get_features")
+    return address
 
 
-def _variant_at(address: int) -> str:
-    """The variant in the name of the file that the code at `address` was loaded from."""
+def _file_at(address: int) -> Path | None:
+    """The file that the code at `address` was loaded from; None where the system does not say."""
     symbol = _SymbolInfo()
     if sys.platform == "win32" or not ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(symbol)):
-        return _STATIC
-    return Path(os.fsdecode(symbol.file)).name.partition("ggml-cpu-")[2].removesuffix(".so") or _STATIC
+        return None
+    return Path(os.fsdecode(symbol.file))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.text.chat import render
 from edgetune_runtime.text.controls import ControlTokens
 
-from .ggml import load_backends
+from .ggml import end_threads_function, load_backends
 from .log import LlamaLog
 
 _SPM_VOCABULARY = 1
@@ -42,6 +42,12 @@ def library() -> Any:  # noqa: ANN401 - a module of ctypes functions
     load_backends(llama_cpp)
     llama_cpp.llama_backend_init()
     return llama_cpp
+
+
+@cache
+def end_threads() -> Callable[[], object]:
+    """A function that ends the threads which were kept for the steps of the calling thread."""
+    return end_threads_function(library())
 
 
 @cache

@@ -204,6 +204,9 @@ class OnnxEngine:
     def use_threads(self, count: int) -> None:
         """Do nothing: a session has a fixed number of threads, which take over the work of a thread without a core."""
 
+    def end_threads(self) -> None:
+        """Do nothing: all callers of a session use its threads."""
+
     def stop_step(self) -> None:
         """Make the running step of another thread end soon with StepStopped; if none runs, maybe the next one."""
         self._options.terminate = True
