@@ -160,8 +160,9 @@ class Repository:
             signed.version, signed.expires = signed.version + 1, _after(days)
             self._write(f"{signed.version}.{role}", signed, self._signers(role))
         snapshot = self._snapshot
-        # Devices refuse a snapshot without something that one before had, such as an author whose keys were revoked.
-        snapshot.meta |= {f"{role}.json": MetaFile(signed.version) for role, signed in self._roles.items()}
+        # Devices refuse a snapshot that has lost a role, also that of an author whose key was revoked.
+        authors = {name: meta for name, meta in snapshot.meta.items() if OF_PART in name}
+        snapshot.meta = authors | {f"{role}.json": MetaFile(signed.version) for role, signed in self._roles.items()}
         snapshot.version, snapshot.expires = snapshot.version + 1, _after(expires_days)
         data = self._write(f"{snapshot.version}.{Snapshot.type}", snapshot, self._signers(Snapshot.type))
         timestamp = self._timestamp
