@@ -125,7 +125,7 @@ def part(folder: Path) -> Open:
     (signer,) = keys.signers(holder, [key])
 
     def open_changed(data: bytes) -> None:
-        with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+        with contextlib.suppress(ValueError, AttributeError, LookupError, TypeError, RecursionError):
             raw = json.loads(data)
             signature = signer.sign(signed_bytes(raw["part"]))
             # One that was changed is read too, before the one that fits.
