@@ -36,7 +36,7 @@ AnyRows = Any
 
 
 def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
-    """Plan a build: its base, adapters and sizes, the memory and disk that it needs, and what the board will do.
+    """Plan a build: its base, adapters and sizes, the memory, disk and time that it needs, and what the board will do.
 
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
     by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.

@@ -71,16 +71,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class BoardChoice:
-    """The settings for a board; `quantization` is None if the base ships unchanged. `reason` explains them in words.
-
-    `usable` are all quantizations that could have been chosen with this context.
-    """
+    """The settings for a board, and why these. The first one of the `usable` quantizations is the choice; None if the
+    base ships unchanged."""
 
     board: Board
-    quantization: str | None
+    usable: Sequence[str | None]
     context_length: int
     reason: str
-    usable: Sequence[str | None] = ()
 
 
 def fit(needs: Needs, board: Board) -> Fit:
@@ -108,41 +105,35 @@ def require_fit(needs: Needs, board: Board, remedy: str | None = None) -> Fit:
 def choose(
     board: Board,
     needs_of: NeedsOf,
-    *,
-    quantization: str | None = None,
     quantizations: Sequence[str | None] = BOARD_QUANTIZATIONS,
-    context_length: int | None = None,
-    requantize: bool = True,
+    context_lengths: Sequence[int] = CONTEXT_LENGTHS,
 ) -> BoardChoice:
-    """Choose the quantization and the context length that a recipe for `board` leaves unset.
+    """Choose one of the context lengths, the first one that fits, and one of the quantizations for it.
 
-    Given values are kept; with `requantize=False` the base ships unchanged. Chooses the first of `quantizations`, the
-    best one first, that fits and decodes at `USABLE_TOKENS_PER_S` or more, or else the fastest that fits.
-    IncompatibleError if none fits.
+    That is the first one, given the best one first, that fits and decodes at `USABLE_TOKENS_PER_S` or more, or else the
+    fastest that fits. IncompatibleError if none fits.
     """
-    if quantization is not None or not requantize:
-        quantizations = (quantization,)
-    fitting: list[tuple[str | None, int, Fit]] = []
-    for length in (context_length,) if context_length else CONTEXT_LENGTHS:
+    for context_length in context_lengths:
+        fitting = list[tuple[str | None, Fit]]()
         for name in quantizations:
-            needs = needs_of(name, length)
+            needs = needs_of(name, context_length)
             predicted = fit(needs, board)
             if predicted.fits:
-                fitting.append((name, length, predicted))
+                fitting.append((name, predicted))
         if fitting:
             break
-    if not fitting:
+    else:
         require_fit(needs, board)
-    fast = [choice for choice in fitting if choice[2].speed.adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
-    usable = fast or [max(fitting, key=lambda choice: choice[2].speed.adapter_tokens_per_s)]
-    chosen, length, predicted = usable[0]
-    setup = f"{chosen or 'the base as it is'} with a context of {length} tokens"
+    fast = [choice for choice in fitting if choice[1].speed.adapter_tokens_per_s >= USABLE_TOKENS_PER_S]
+    usable = fast or [max(fitting, key=lambda choice: choice[1].speed.adapter_tokens_per_s)]
+    name, predicted = usable[0]
+    setup = f"{name or 'the base as it is'} with a context of {context_length} tokens"
     why = "the best that fits" if fast else f"the fastest that fits, though below {USABLE_TOKENS_PER_S:.0f} tokens/s"
     reason = (
         f"{setup} is {why} on {board.name}: {predicted.kept_mb:.0f} of {predicted.available_mb:.0f} MB, "
         f"about {predicted.speed.adapter_tokens_per_s:.1f} tokens/s with an adapter"
     )
-    return BoardChoice(board, chosen, length, reason, [name for name, _, _ in usable])
+    return BoardChoice(board, [name for name, _ in usable], context_length, reason)
 
 
 def table(result: Fit) -> list[tuple[str, str]]:

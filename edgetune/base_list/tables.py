@@ -52,7 +52,9 @@ that the hub asks you to accept the license first, and then needs your token (`h
 Of multimodal checkpoints, such as those of Gemma 4 and Qwen 3.5, the text part is used. Google trained Gemma 4 for 4
 bits too: download the `.gguf` file of `google/gemma-4-E2B-it-qat-q4_0-gguf` (`hf download`) and give its path without a
 `quantization`, so that it ships as it is. About half of such a file is an embedding for the inputs of each layer: in
-training and on a board, only the rows of the tokens that occur are in memory.
+training and on a board, only the rows of the tokens that occur are in memory. A `.gguf` file of Qwen 3.5 must be one
+without layers that predict drafts (MTP): llama.cpp's converter leaves them out with `--no-mtp`, as a build does with a
+folder or a hub id.
 
 What was tried was trained, exported, compared and run with the real weights. The rest was tested only as tiny models
 with random weights, through the same converter, libraries and engines.

@@ -20,7 +20,7 @@ from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, part_of
 from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
-from edgetune_export.hf_folder import read_config
+from edgetune_export.hf_folder import CONFIG_NAME, read_config
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_base import check_base
@@ -316,7 +316,7 @@ def _downloaded(hub_id: str) -> Path:
 
     patterns = ["*.json", WEIGHT_FILES, "tokenizer.model", "*.jinja", "*.txt"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
     except GatedRepoError as error:
         message = f"base {hub_id!r} is gated: its owner gives access to those who ask for it"
         remedy = "ask on its page of the hub, and set HF_TOKEN or run hf auth login, or use a local folder"
@@ -325,6 +325,10 @@ def _downloaded(hub_id: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         message = f"cannot download base {hub_id!r} from the hub: {reason}"
         raise NotFoundError(message, "check the name, your token and the network, or use a local folder") from error
+    if not (folder / CONFIG_NAME).is_file():
+        remedy = "if it has .gguf files, get one with hf download and give its path"
+        raise NotFoundError(f"base {hub_id!r} on the hub has no {CONFIG_NAME}", remedy)
+    return folder
 
 
 def _key_of_folder(folder: Path) -> str:

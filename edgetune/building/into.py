@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
-from edgetune_runtime.bundle import Manifest, sha256_of
+from edgetune_runtime.bundle import ROUTER_WORDS, Manifest, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from pydantic import ValidationError
 
@@ -27,7 +27,8 @@ _SETTINGS = ("merged_quantization", "states", "onnx", "device")
 def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     """The recipe with the settings of the bundle; its adapters keep their training options.
 
-    UsageError for each setting of the recipe that is another one, for a domain, and for a router.
+    UsageError for each setting of the recipe that is another one, for a domain, and for a router or a name that is one
+    of its words.
     """
     if recipe.quantization_spec is not None:
         # The bundle has the one that was chosen.
@@ -43,6 +44,12 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
         problems.append(f"domain would train the base of {existing.folder} again; {remedy}")
     if recipe.route is not None:
         problems.append(f"route would train a router without the other adapters of {existing.folder}; leave it out")
+    if existing.manifest.router is not None:
+        problems += [
+            f"{name!r} cannot be a name in {existing.folder}, whose router has another meaning for it; choose another"
+            for name in ROUTER_WORDS
+            if name in recipe.adapters
+        ]
     if problems:
         raise UsageError("\n".join(problems))
     if _is_shipped(recipe, existing.manifest):

@@ -185,7 +185,8 @@ def _say_plan(plan: BuildPlan, progress: Progress) -> None:
         progress.say(f"needs {plan.needs.summary}")
         for warning in plan.needs.warnings:
             progress.say(f"warning: {warning}")
-    progress.say(f"trains on {plan.training_device}")
+    duration = None if plan.needs is None else plan.needs.training_time
+    progress.say(f"trains on {plan.training_device}{'' if duration is None else f', {duration} in all'}")
     if plan.board is not None:
         progress.say(f"{plan.recipe.device}: {plan.board.reason}")
 

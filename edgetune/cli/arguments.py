@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,6 +90,21 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
             raise UsageError(f"{flag}: {key!r} is set twice", "keep one")
         pairs[key] = value
     return pairs
+
+
+def check_not_read(out: Path, read: Iterable[object]) -> None:
+    """UsageError if the file to write is one of those that the command reads."""
+    if any(out.resolve() == Path(str(source)).resolve() for source in read):
+        raise UsageError(f"{out} is a file that this command reads", "write to another file")
+
+
+def check_rows_file(out: Path, read: Iterable[object]) -> None:
+    """UsageError for a file that rows cannot be written to: one that the command reads, or a table."""
+    from edgetune.tasks.row_files import JSONL_SUFFIXES
+
+    check_not_read(out, read)
+    if out.suffix.lower() not in JSONL_SUFFIXES:
+        raise UsageError(f"{out} is no .jsonl file, and rows are written as JSON lines", "name it .jsonl")
 
 
 def print_json(values: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -12,7 +12,7 @@ import typer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import printable
 
-from .arguments import Quiet, RecipePath, Settings, data_option, output_option, settings_of
+from .arguments import Quiet, RecipePath, Settings, check_rows_file, data_option, output_option, settings_of
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -38,7 +38,7 @@ def augment(
     """Make new rows of a task with a larger model.
 
     The teacher words new prompts and answers each twice. A row is kept if both answers fit the task and agree. Without
-    --yes, shows the first request and sends nothing. Run it again to go on after an interruption. The key is that of
+    --yes, shows the first requests and sends nothing. Run it again to go on after an interruption. The key is that of
     the variable OPENAI_API_KEY, if it is set.
     """
     from edgetune.common.progress import Progress
@@ -52,12 +52,14 @@ def augment(
         raise UsageError("the recipe has several adapters", f"add --adapter {next(iter(loaded.adapters))}")
     name = adapter or next(iter(loaded.adapters))
     loaded.check_adapter(name)
+    check_rows_file(out, [recipe, *(source for _, source in loaded.sources())])
     most = requests or 6 * rows
     key = os.environ.get(KEY_VARIABLE)
     lesson = Lesson(read_task(name, loaded), Teacher(teacher, model, key, per_minute, most))
     if not yes:
-        print(f"first of at most {most} requests to {teacher}, each with rows of {name}:")
-        print(printable(json.dumps(lesson.first_request(), ensure_ascii=False)))
+        print(f"first two of at most {most} requests to {teacher}, each with rows of {name}:")
+        for request in lesson.first_requests(out):
+            print(printable(json.dumps(request, ensure_ascii=False)))
         print("nothing was sent; add --yes to send", file=sys.stderr)
         return
     left_out = lesson.learn(out, rows, Progress(quiet=quiet))

@@ -14,6 +14,8 @@ from .arguments import (
     Quiet,
     RecipePath,
     Settings,
+    check_not_read,
+    check_rows_file,
     data_option,
     output_option,
     pairs_of,
@@ -68,14 +70,15 @@ def check(
 ) -> None:
     """Find rows that repeat, contradict each other, break the output, or have a wrong answer.
 
-    Compares the rows of all splits: those to train on, for validation, and kept apart for a test. With --minutes,
-    adapters are trained on parts of the rows, and rows are ranked by how unlikely their answers are to those that
-    have not seen them. --out leaves out rows that cannot be used, repeat, are in another file too, or probably have a
-    wrong answer.
+    Compares the rows of all splits: those to train on, for validation, for the confidence, and kept apart for a test.
+    With --minutes, adapters are trained on parts of the rows, and rows are ranked by how unlikely their answers are to
+    those that have not seen them. --out leaves out rows that cannot be used, repeat, are in another file too, or
+    probably have a wrong answer.
     """
     from edgetune.common.progress import Progress
     from edgetune.common.templates import write_page
     from edgetune.curation.checking.check import check as run
+    from edgetune.curation.checking.check import files_read
     from edgetune.curation.checking.clean import write_clean
     from edgetune.curation.checking.page import page_of
     from edgetune.recipe.model import Recipe
@@ -86,6 +89,11 @@ def check(
     if weights and (out is None or minutes is None):
         raise UsageError("--weights needs an estimate of wrong answers, and a file", "add --minutes N --out FILE")
     tests = pairs_of(test or (), "--test", "NAME=FILE")
+    read = [recipe, *files_read(loaded, tests)]
+    if out is not None:
+        check_rows_file(out, read)
+    if page is not None:
+        check_not_read(page, read)
     checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
     if page is not None:
         write_page(page, page_of(loaded.name, checks))

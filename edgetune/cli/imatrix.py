@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from .arguments import Quiet, RecipePath, Settings, output_option, settings_of
+from .arguments import Quiet, RecipePath, Settings, check_not_read, output_option, settings_of
 
 
 def imatrix(
@@ -26,5 +26,6 @@ def imatrix(
     from edgetune.recipe.model import Recipe
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
+    check_not_read(out, [recipe, loaded.base, *(source for _, source in loaded.sources())])
     write_imatrix(importance_of(loaded, Progress(quiet=quiet)), out, f"training rows of {loaded.name}")
     print(out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from edgetune_runtime.errors import VerificationError
 
-from .arguments import AsJson, BundlePath, Quiet, data_option, output_option, print_json
+from .arguments import AsJson, BundlePath, Quiet, check_not_read, data_option, output_option, print_json
 from .changes import print_changes
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def learn(
     entries = read_logs(bundle, log)
     chosen = asking.most_informative(entries, ask)
     if questions is not None:
+        check_not_read(questions, log)
         asking.write_questions(chosen, questions)
         print(f"{questions}: {len(chosen)} answers; write the right one of each as its correction")
         return

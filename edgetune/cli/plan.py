@@ -28,8 +28,9 @@ def plan(
 
     Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
     the bundle fits on the board, and that this machine has enough memory and disk to build it. Shows the base, adapters
-    and files, the memory and disk that the build needs, and the speed on the board. Without --trial it downloads
-    nothing and trains nothing. A build follows this plan and stores it in the bundle's manifest.
+    and files, the memory and disk that the build needs, the time of training at speeds that were measured
+    elsewhere, and the speed on the board. Without --trial it downloads nothing and trains nothing. A build follows this
+    plan and stores it in the bundle's manifest.
     """
     from edgetune.building.builders.plan import plan_build
     from edgetune.recipe.model import Recipe
@@ -62,6 +63,8 @@ def _summary(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
     yield "board", build_plan.recipe.device or "-" if build_plan.board is None else build_plan.board.reason
     yield "needs", "-" if build_plan.needs is None else build_plan.needs.summary
     yield "trains on", str(build_plan.training_device)
+    if build_plan.needs is not None and build_plan.needs.training_time is not None:
+        yield "time", f"{build_plan.needs.training_time} of training"
     if build_plan.domain is not None:
         yield "domain", build_plan.domain
     if build_plan.recipe.route is not None:

@@ -27,12 +27,21 @@ def report(
             "--score", metavar="NAME=FILE", help="An adapter's score, from `edgetune evaluate --json`; repeatable."
         ),
     ] = None,
+    compared: Annotated[
+        list[Path] | None,
+        data_option(
+            "--compare",
+            metavar="DIR",
+            help="Show the learning curve of `edgetune compare --rows --out DIR`; repeatable.",
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write an HTML report on a bundle.
 
     The report is one file without scripts or links: methods, data, loss curves, right and wrong answers, scores,
-    parity, sizes, and the boards that the bundle fits on. Answers need --recipe or --data.
+    parity, sizes, how well the confidence is calibrated, and the boards that the bundle fits on. Answers need --recipe
+    or --data.
     """
     from edgetune_runtime.bundle import read_manifest
 
@@ -40,14 +49,16 @@ def report(
     from edgetune.common.templates import write_page
     from edgetune.report.answers import score_adapters
     from edgetune.report.facts import facts_of, fits_of, scores_of
+    from edgetune.report.learning_curve import learning_curve_of
     from edgetune.report.render import page
 
     manifest = read_manifest(bundle)
     results = scores_of((name, Path(file)) for name, file in pairs_of(scores or (), "--score", "NAME=FILE").items())
     files = pairs_of(data or (), "--data", "NAME=FILE")
-    for name in (*results, *files):
+    learning = list(map(learning_curve_of, compared or ()))
+    for name in (*results, *files, *(curve.task for curve in learning)):
         manifest.adapter(name)
     results |= score_adapters(bundle, manifest, recipe, files, limit=limit, progress=Progress(quiet=quiet))
     facts = facts_of(bundle, manifest, results)
-    write_page(out, page(facts, fits_of(bundle, manifest)))
+    write_page(out, page(facts, fits_of(bundle, manifest), learning))
     print(out)

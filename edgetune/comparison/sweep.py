@@ -16,7 +16,7 @@ from edgetune.building.decoder.importance import requested_importance
 from edgetune.building.decoder.quantization import choose_quantization
 from edgetune.common.progress import Progress
 from edgetune.planning.build import plan_bundle
-from edgetune.planning.quantization import quantization_of
+from edgetune.planning.quantization import quantizations_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows
@@ -101,7 +101,7 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
     source = bases.find(recipe, download=True)
     assert source is not None
-    quantization = quantization_of(recipe)
+    quantization = quantizations_of(recipe)[0]
     work = request.out / "shared" / "base"
     is_measured = recipe.quantization_spec is not None
     if is_measured or (recipe.device is not None and quantization is not None):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.backends.format import OptionsByFormat
+from edgetune_export.backends.format import Format, OptionsByFormat
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import AdapterSize
@@ -15,6 +15,7 @@ from edgetune_runtime.errors import IncompatibleError, UsageError
 
 from edgetune import methods
 from edgetune.methods import MethodOptions
+from edgetune.methods.common.base import TrainedModules
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
@@ -59,11 +60,7 @@ def with_options(
         raise IncompatibleError(f"adapter {planned.name!r} of {planned.method} {reason}", "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)
-    values = {
-        "low_rank": trained.low_rank_values,
-        "tensors": parameters,
-        "prefix": method.prefix_tokens(options) * base.kv_values_per_token,
-    }
+    values = {"tensors": parameters, "prefix": method.prefix_tokens(options) * base.kv_values_per_token}
     sizes = {}
     for target, shape in shapes.items():
         file_format = backends.format_of(target)
@@ -72,7 +69,7 @@ def with_options(
         elif shape == "merged":
             sizes[target] = int(file_format.merged_bytes(base.parameters, format_options))
         else:
-            sizes[target] = int(file_format.adapter_bytes(values[shape], planned.dtypes[target], shape))
+            sizes[target] = _bytes(file_format, planned.dtypes[target], shape, trained, values)
     # In an engine whose format is not exported, the shape of the first one counts.
     in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in engines.names_with_needs()}
     return replace(
@@ -82,17 +79,29 @@ def with_options(
         trainable_parameters=parameters,
         bytes_by_format=sizes,
         memory={
-            engine: size_in_memory(values[shape], shape, len(trained.modules), engine, dtype=planned.dtypes[gguf.NAME])
+            engine: size_in_memory(engine, planned.dtypes[gguf.NAME], shape, trained, values)
             for engine, shape in in_engine.items()
             if shape != "merged"
         },
     )
 
 
-def size_in_memory(values: int, shape: str, modules: int, engine: str, *, dtype: str) -> AdapterSize:
-    """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`."""
+def size_in_memory(
+    engine: str, dtype: str, shape: str, trained: TrainedModules, values: Mapping[str, int]
+) -> AdapterSize:
+    """The memory of an adapter beside the base in `engine`, from a GGUF file of `dtype`.
+
+    `values` has the numbers in shapes other than low_rank.
+    """
     cost = engines.load_needs(engine).COST
     if shape == "prefix":
-        return AdapterSize(values * cost.kv_bytes, 0, is_prefix=True)
-    size = backends.format_of(engine).adapter_bytes(values, "f32" if cost.f32_adapters else dtype, shape)
-    return AdapterSize(int(size), modules if shape == "low_rank" else 0)
+        return AdapterSize(values[shape] * cost.kv_bytes, 0, is_prefix=True)
+    size = _bytes(backends.format_of(engine), "f32" if cost.f32_adapters else dtype, shape, trained, values)
+    return AdapterSize(size, len(trained.modules) if shape == "low_rank" else 0)
+
+
+def _bytes(file_format: Format, dtype: str, shape: str, trained: TrainedModules, values: Mapping[str, int]) -> int:
+    """The size of an adapter's file, of any shape but merged."""
+    if shape == "low_rank":
+        return int(file_format.low_rank_bytes(trained.low_rank_sizes, dtype))
+    return int(file_format.adapter_bytes(values[shape], dtype))

@@ -17,17 +17,17 @@ def plan_base(
     recipe: Recipe,
     source: BaseSource | None,
     quantization: str | None,
-    bytes_by_format: Mapping[str, int],
-    candidates: tuple[Candidate, ...],
+    bytes_by_format: Mapping[str, int] | None = None,
+    candidates: tuple[Candidate, ...] = (),
 ) -> BasePlan:
-    """The plan of the base, as far as it is known; `bytes_by_format` is empty without its header."""
+    """The plan of the base, as far as it is known; without its header there are no `bytes_by_format`."""
     steps = tuple(_steps(recipe, source, quantization))
     if source is None:
         return BasePlan(recipe.base, quantization, steps)
     parameters = None if source.header is None else source.header.parameters
     length = source.trained_context_length
     return BasePlan(
-        recipe.base, quantization, steps, source.architecture, length, parameters, bytes_by_format, candidates
+        recipe.base, quantization, steps, source.architecture, length, parameters, bytes_by_format or {}, candidates
     )
 
 

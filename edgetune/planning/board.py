@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from edgetune_devices import boards, fit
-from edgetune_devices.changes import BOARD_QUANTIZATIONS
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
@@ -18,7 +16,7 @@ from edgetune.recipe.model import Recipe
 from .base import plan_base
 from .merged import with_grid
 from .on_device import Adapters, bundle_needs
-from .quantization import candidates_of, quantization_of, worth_measuring
+from .quantization import candidates_of, quantizations_of, worth_measuring
 from .records import BoardPlan, BuildPlan
 
 
@@ -30,37 +28,29 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     """
     header = None if source is None else source.header
 
-    def needs_of(name: str | None, context_length: int | None = None, engine: str | None = None) -> Needs:
+    def needs_of(quantization: str | None, context_length: int, engine: str | None = None) -> Needs:
         assert header is not None
-        return bundle_needs(recipe, adapters, header, name, engine, context_length=context_length)
+        return bundle_needs(recipe, adapters, header, quantization, engine, context_length=context_length)
 
-    quantization, choice, choices = quantization_of(recipe), None, dict[str, Any]()
-    of_file = partial(needs_of, engine=gguf.NAME if gguf.NAME in recipe.targets else None)
-    candidates = [] if header is None else candidates_of(recipe, header, of_file)
-    if candidates:
-        quantization = candidates[0].quantization
+    candidates = [] if header is None else candidates_of(recipe, header)
+    usable, choice, settings = quantizations_of(recipe, candidates), None, dict[str, Any]()
     if recipe.device is not None and header is not None:
-        choice = fit.choose(
-            boards.load(recipe.device),
-            needs_of,
-            quantization=recipe.quantization if isinstance(recipe.quantization, str) else None,
-            quantizations=[item.quantization for item in candidates] or BOARD_QUANTIZATIONS,
-            context_length=recipe.context_length if "context_length" in recipe.model_fields_set else None,
-            requantize=bool(candidates) or quantization is not None,
-        )
-        candidates = [item for item in candidates if item.quantization in choice.usable]
-        quantization, threads = choice.quantization, recipe.threads or choice.board.cores
-        requested = recipe.quantization if candidates else quantization
-        choices = {"quantization": requested, "threads": threads, "context_length": choice.context_length}
+        lengths = [recipe.context_length] if "context_length" in recipe.model_fields_set else fit.CONTEXT_LENGTHS
+        choice = fit.choose(boards.load(recipe.device), needs_of, usable, lengths)
+        usable, threads = choice.usable, recipe.threads or choice.board.cores
+        candidates = [item for item in candidates if item.quantization in usable]
+        settings = {"threads": threads, "context_length": choice.context_length}
+        if not candidates:
+            settings["quantization"] = usable[0]
     if source is not None:
         # The default may be more than the base supports.
-        length = choices.get("context_length", recipe.context_length)
-        choices["context_length"] = min(length, source.trained_context_length)
-    chosen = recipe.model_copy(update=choices)
+        length = settings.get("context_length", recipe.context_length)
+        settings["context_length"] = min(length, source.trained_context_length)
+    chosen = recipe.model_copy(update=settings)
     counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs() if header else ())
-    needs = {engine: needs_of(quantization, chosen.context_length, engine) for engine in counted}
+    needs = {engine: needs_of(usable[0], chosen.context_length, engine) for engine in counted}
     sizes = {engine: item.base_bytes for engine, item in needs.items()}
-    base = plan_base(chosen, source, quantization, sizes, worth_measuring(recipe, candidates))
+    base = plan_base(chosen, source, usable[0], sizes, worth_measuring(recipe, candidates))
     if header is not None:
         adapters = with_grid(chosen, adapters, base, TENSOR_TYPES[needs[gguf.NAME].main_type])
     board = None

@@ -18,16 +18,13 @@ from .needs import plan_rows, report
 from .records import AdapterPlan, BuildPlan, Room
 from .training import choose_training
 
-Shapes = Mapping[str, Mapping[str, str]]
-"""The shape of each adapter in each format."""
 
-
-def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Shapes) -> BuildPlan:
+def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Mapping[str, Mapping[str, str]]) -> BuildPlan:
     """The plan without the data: the base, the settings that recipe and board choose, the adapters and their sizes.
 
-    `source` None: the base must be downloaded first, and all that depends on its header is missing. Raises UsageError
-    for a context or a module that the base does not support, IncompatibleError if the bundle cannot fit on the
-    recipe's board.
+    `shapes` are those of each adapter by format. `source` None: the base must be downloaded first, and all that depends
+    on its header is missing. Raises UsageError for a context or a module that the base does not support,
+    IncompatibleError if the bundle cannot fit on the recipe's board.
     """
     if source is not None:
         _check_lengths(recipe, source.trained_context_length)

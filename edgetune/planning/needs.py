@@ -1,15 +1,17 @@
-"""Memory and disk space that a build needs, and what this machine has free; MB are 10^6 bytes."""
+"""Memory, disk space and time that a build needs, and what this machine has free; MB are 10^6 bytes."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import IMPORTS_MB, PROCESS_MB
+from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.formats.gguf_sizes import vocabulary
 from edgetune_runtime.threads import machine
@@ -20,6 +22,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
+from edgetune.training.duration import TrainingTime, predicted_time
 from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.precision import precision_on
 from edgetune.training.schedule import Schedule
@@ -30,6 +33,8 @@ from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 _FLOAT_BYTES = 4
 # Of weights in float32, those in bf16 take this share.
 _BF16_SHARE = 0.5
+# Of SmolLM2's chat template in a row with a system prompt, less what `RowsPlan.mean_tokens` is too high by.
+_TEMPLATE_TOKENS = 10
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
@@ -38,7 +43,7 @@ def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
     Raises OutOfSpaceError or IncompatibleError, with what would fit instead, if the build cannot work.
     """
     needs = needs_of(plan, base, room.device)
-    return NeedsReport(needs, room, tuple(check(plan.recipe, needs, room)))
+    return NeedsReport(needs, room, tuple(check(plan.recipe, needs, room)), training_time(plan, base, room))
 
 
 def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildNeeds:
@@ -85,10 +90,33 @@ def plan_rows(task: Task, training: TrainingSpec) -> RowsPlan:
 
 
 def room_for(out: Path, device: TrainingDevice = CPU) -> Room:
-    """The free memory and disk space for building `out`, which need not exist yet, with training on `device`."""
+    """What this machine has for building `out`, which need not exist yet, with training on `device`."""
     folder = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
     left = sum(path.stat().st_size for path in _files(work_folder(out)))
-    return Room(folder, machine.free_mb(), (shutil.disk_usage(folder).free + left) / 1e6, device)
+    disk_mb = (shutil.disk_usage(folder).free + left) / 1e6
+    return Room(folder, machine.free_mb(), disk_mb, device, machine.usable_cores(), frozenset(instructions()))
+
+
+def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime | None:
+    """The time of all trainings to their last step on the machine of `room`.
+
+    None where no speed was measured: on GPUs and processors without AVX2, for methods that train the base's weights,
+    and with continued pretraining. The lengths of rows are estimated; activation checkpointing, where memory is short,
+    takes longer.
+    """
+    trained = [
+        (adapter, adapter.rows) for adapter in plan.adapters.values() if adapter.rows is not None and adapter.rows.train
+    ]
+    is_measured = room.device.kind == "cpu" and "avx2" in room.instruction_sets and plan.recipe.domain is None
+    if not is_measured or any(methods.load(adapter.method).trains_base for adapter, _ in trained):
+        return None
+    # Those for which torch multiplies bf16 fast: see `hardware.device_of`.
+    cpu = replace(CPU, multiplies_bf16=not room.instruction_sets.isdisjoint({"avx512-bf16", "amx-int8"}))
+    weights, trainings = base.linear_weights + base.hidden * base.vocabulary, []
+    for adapter, rows in trained:
+        tokens = rows.steps * adapter.training.batch_size * (rows.mean_tokens + _TEMPLATE_TOKENS)
+        trainings.append((precision_on(cpu, adapter.training), weights * tokens))
+    return predicted_time(trainings, room.cores)
 
 
 def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from edgetune_devices import boards, fit
-from edgetune_devices.needs import needs_of_header
-from edgetune_runtime import engines
-from edgetune_runtime.engines import gguf
-from edgetune_runtime.engines.needs import AdapterSize, Needs
+from edgetune_devices.needs import engine_of, needs_of_header
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import TENSOR_TYPES, quantization_of_merged
 
 from edgetune.recipe.model import Recipe
 
@@ -31,23 +31,26 @@ def bundle_needs(
 
     `quantization` None: the file with this header ships unchanged.
     """
-    engine = engine or _engine(recipe)
-    sizes, merged = _sizes(adapters, engine)
-    return needs_of_header(
-        header,
-        context_length=context_length or recipe.context_length,
-        quantization=quantization,
-        adapters=sizes,
-        merged=merged,
-        merged_quantization=recipe.merged_quantization,
-        engine=engine,
-    )
+    engine, context_length = engine or engine_of(recipe.targets[0]), context_length or recipe.context_length
+
+    def base_in(quantization: str | None) -> Needs:
+        return needs_of_header(header, context_length=context_length, quantization=quantization, engine=engine)
+
+    base = base_in(quantization)
+    memory, merged = {}, {}
+    for name, adapter in adapters.items():
+        if engine in adapter.memory:
+            memory[name] = adapter.memory[engine]
+        else:
+            main_type, on_grid = TENSOR_TYPES[base.main_type], adapter.takes_grid
+            other = quantization_of_merged(main_type, recipe.merged_quantization, trains_on_grid=on_grid)
+            merged[name] = base_in(other or quantization).base_bytes
+    return replace(base, adapters=memory, merged=merged)
 
 
 def base_bytes(header: GgufHeader, target: str) -> int:
     """The size in a format of a base whose GGUF file has this header, as `BasePlan.bytes_in`."""
-    engine = target if target in engines.names_with_needs() else gguf.NAME
-    return needs_of_header(header, context_length=1, engine=engine).base_bytes
+    return needs_of_header(header, context_length=1, engine=engine_of(target)).base_bytes
 
 
 def check_fit(plan: BuildPlan, header: GgufHeader) -> None:
@@ -55,14 +58,3 @@ def check_fit(plan: BuildPlan, header: GgufHeader) -> None:
     if plan.recipe.device is not None:
         needs = bundle_needs(plan.recipe, plan.adapters, header, None)
         fit.require_fit(needs, boards.load(plan.recipe.device))
-
-
-def _engine(recipe: Recipe) -> str:
-    """The engine that opens the bundle by default; for one of an unknown format, sizes are those of GGUF."""
-    return recipe.targets[0] if recipe.targets[0] in engines.names_with_needs() else gguf.NAME
-
-
-def _sizes(adapters: Adapters, engine: str) -> tuple[dict[str, AdapterSize], dict[str, bool]]:
-    """The memory of the adapters in an engine; of its merged models, whether they can be trained on the base's grid."""
-    sizes = {name: adapter.memory[engine] for name, adapter in adapters.items() if engine in adapter.memory}
-    return sizes, {name: adapter.takes_grid for name, adapter in adapters.items() if name not in sizes}

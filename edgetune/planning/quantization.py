@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
+from edgetune_devices.changes import BOARD_QUANTIZATIONS
+from edgetune_devices.needs import engine_of, needs_of_header
 from edgetune_runtime import engines
-from edgetune_runtime.engines.needs import Needs
+from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import DEFAULT, TENSOR_TYPES
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from edgetune.bases import is_gguf
 from edgetune.recipe.model import Recipe
@@ -62,37 +65,43 @@ class MeasuredCandidate(Candidate):
 C = TypeVar("C", bound=Candidate)
 
 
-def quantization_of(recipe: Recipe) -> str | None:
-    """The quantization of the base if neither a board nor the build chooses one.
+def quantizations_of(recipe: Recipe, candidates: Sequence[Candidate] = ()) -> Sequence[str | None]:
+    """The quantizations that a board may choose from, the best first, which is used without a board.
 
-    None if its file ships unchanged or the build chooses, and for an encoder.
+    None: the base's file ships unchanged, or the build measures `candidates` of which nothing is known yet.
     """
-    if recipe.quantization is None or isinstance(recipe.quantization, str):
-        ships_unchanged = is_gguf(recipe.base) or "quantization" in recipe.task_type.refused_keys
-        return recipe.quantization or (None if ships_unchanged else DEFAULT)
-    return None
+    if isinstance(recipe.quantization, str):
+        return [recipe.quantization]
+    if candidates:
+        return [item.quantization for item in candidates]
+    if recipe.quantization or is_gguf(recipe.base) or "quantization" in recipe.task_type.refused_keys:
+        return [None]
+    # The first one is the default.
+    return BOARD_QUANTIZATIONS
 
 
-def candidates_of(recipe: Recipe, header: GgufHeader, needs_of: Callable[[str | None], Needs]) -> list[Candidate]:
+def candidates_of(recipe: Recipe, header: GgufHeader) -> list[Candidate]:
     """The quantizations within the recipe's budget, the largest first; none if the recipe names one.
 
-    `header` is the base's before quantization. Left out are those that llama.cpp stores as another one, because its
-    blocks do not divide the base's rows, and those that a format of the recipe would requantize. Raises UsageError if
-    none is within the budget.
+    `header` is the base's before quantization; sizes are those in GGUF, if that is a target. Left out
+    are those that llama.cpp stores as another one, because its blocks do not divide the base's rows, and those that a
+    format of the recipe would requantize. Raises UsageError if none is within the budget.
     """
     if recipe.quantization_spec is None:
         return []
     predicted = set(recipe.targets).intersection(engines.names_with_needs())
     keeps_types = all(engines.load_needs(name).COST.has_tensor_types for name in predicted)
+    engine = engine_of(gguf.NAME if gguf.NAME in recipe.targets else recipe.targets[0])
+    needs_of = partial(needs_of_header, header, context_length=1, engine=engine)
     by_result: dict[tuple[str, int], Candidate] = {}
     for name in _NAMES:
-        needs = needs_of(name)
+        needs = needs_of(quantization=name)
         if keeps_types or TENSOR_TYPES[needs.main_type].onnx_bits is not None:
             by_result.setdefault((needs.main_type, needs.base_bytes), Candidate(name, needs.base_bytes))
     candidates = sorted(by_result.values(), key=lambda item: item.bytes, reverse=True)
     if not header.main_type.is_float:
         # Requantizing a file to more bytes than it has would lose quality for nothing.
-        unchanged = Candidate(None, needs_of(None).base_bytes)
+        unchanged = Candidate(None, needs_of().base_bytes)
         candidates = [unchanged, *(item for item in candidates if item.bytes < unchanged.bytes)]
     return _within_budget(recipe, candidates)
 

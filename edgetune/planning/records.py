@@ -21,6 +21,7 @@ from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.task import Task, Texts
 from edgetune.training.device import CPU, TrainingDevice
+from edgetune.training.duration import TrainingTime
 
 from .quantization import Candidate
 
@@ -187,8 +188,8 @@ class BuildNeeds:
 
 @dataclass(frozen=True)
 class Room:
-    """Free memory (None if the system does not report it) and free disk space of `folder`, in 10^6 bytes, and the
-    training device.
+    """What this machine has for a build: free memory (None if the system does not report it) and free disk space of
+    `folder`, in 10^6 bytes, the training device, the cores, and the instruction sets by the names of boards.
 
     The work folder of an earlier build of the same bundle counts as free, because it is reused.
     """
@@ -197,15 +198,21 @@ class Room:
     memory_mb: float | None
     disk_mb: float
     device: TrainingDevice = CPU
+    cores: int = 1
+    instruction_sets: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class NeedsReport:
-    """What a build needs, what this machine has free, and warnings where that is little."""
+    """What a build needs, what this machine has free, and warnings where that is little.
+
+    `training_time` is None where no speed was measured: see `needs.training_time`.
+    """
 
     needs: BuildNeeds
     room: Room
     warnings: tuple[str, ...] = ()
+    training_time: TrainingTime | None = None
 
     @property
     def summary(self) -> str:
@@ -223,13 +230,15 @@ class NeedsReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values, in whole MB."""
-        room = self.room
+        """The report as JSON values, in whole MB and seconds."""
+        room, time = self.room, self.training_time
         return {
             "summary": self.summary,
             **self.needs.to_json(),
             "free_memory_mb": None if room.memory_mb is None else math.ceil(room.memory_mb),
             "free_disk_mb": math.ceil(room.disk_mb),
+            "min_training_s": None if time is None else math.ceil(time.min_s),
+            "max_training_s": None if time is None else math.ceil(time.max_s),
             "warnings": list(self.warnings),
         }
 
@@ -256,7 +265,7 @@ class BuildPlan:
     def width(self) -> int | None:
         """The width of the base's layers; None if it is not known yet, and for encoders."""
         shape = None if self.source is None else self.source.shape
-        return None if shape is None else shape.output_layer.columns
+        return None if shape is None else shape.hidden
 
     def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
         """The plan with these adapters in place of its own, and with the options of their methods in the recipe."""

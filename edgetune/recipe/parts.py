@@ -164,8 +164,9 @@ class AdapterSpec(RecipePart):
     """Scale of the adapter if the caller gives none."""
     merged: bool = False
     """Ship a full model with the adapter merged in, as large as the base, instead of an adapter file."""
-    dtype: Literal["f16", "q8_0", "f32"] = "f16"
-    """Number format of the adapter's GGUF file; q8_0 applies only to matrices whose rows fit its blocks."""
+    dtype: Literal["auto", "f16", "q8_0", "f32"] = "auto"
+    """Number format of the adapter's GGUF file: auto is what llama.cpp multiplies fastest, q8_0 from rank 16 on, and
+    for smaller ranks f16 for A and f32 for B. q8_0 applies only to matrices whose rows fit its blocks."""
     onnx_dtype: Literal["f32", "f16"] = "f32"
     """Number format of the adapter's .onnx_adapter file. f16 halves the file, but onnxruntime-genai loads f32 only."""
     training: OwnTraining = TrainingSpec()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from edgetune_runtime.bundle import AUTO, BASE, ERROR
+from edgetune_runtime.bundle import AUTO, BASE, ERROR, ROUTER_WORDS
 from edgetune_runtime.wording import suggestion
 from pydantic import Field
 
@@ -42,7 +42,7 @@ class RouteSpec(RecipePart):
             )
         problems += [
             f"{name!r} cannot be a name here, as it has another meaning with route; choose another"
-            for name in (AUTO, BASE, ERROR)
+            for name in ROUTER_WORDS
             if name in adapters or name == bundle == AUTO
         ]
         answers = [*([BASE] if generates else []), ERROR, *adapters]

@@ -12,6 +12,7 @@ from jinja2 import Template
 from edgetune.common.templates import environment_of
 
 from .facts import AdapterFacts, Facts
+from .learning_curve import LearningCurve
 
 PAGE, CARD = "page.html.jinja", "card.md.jinja"
 WIDTH, HEIGHT = 520, 150
@@ -36,10 +37,11 @@ class Curve:
     rose_from: float | None
 
 
-def page(facts: Facts, fits: Sequence[Fit]) -> str:
-    """The report: one page that needs neither a network nor a script."""
+def page(facts: Facts, fits: Sequence[Fit], learning: Sequence[LearningCurve] = ()) -> str:
+    """The report: one page that needs neither a network nor a script. `learning` are curves of its adapters."""
     curves = {item.entry.name: curve(item) for item in facts.adapters}
-    return _template(PAGE, autoescape=True).render(facts=facts, fits=fits, curves=curves, width=WIDTH, height=HEIGHT)
+    shown = {"facts": facts, "fits": fits, "curves": curves, "learning": learning}
+    return _template(PAGE, autoescape=True).render(shown, width=WIDTH, height=HEIGHT)
 
 
 def card(facts: Facts) -> str:

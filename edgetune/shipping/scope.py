@@ -35,7 +35,7 @@ _LOWEST = -1e6
 """The score of a text with the label of those that are out of scope."""
 
 
-class _ScopeAnswer(NamedTuple):
+class ScopeAnswer(NamedTuple):
     """Whether a row has a label of the task, whether it got one, how likely this is, and how similar the prompt is."""
 
     is_known: bool
@@ -72,7 +72,7 @@ def with_scopes(
             write_prompts(bundle / file, prompts[name])
             entry = replace(entry, similarity=file)
         answers = list(_answers(runtime, adapter, spec.label, prompts.get(name)))
-        scope = _scope(spec, answers)
+        scope = scope_of(spec, answers)
         progress.say(f"  {engine} {name}: {described(scope)}")
         entries[name] = replace(entry, scope={**entry.scope, engine: scope})
     return replace(manifest, adapters=entries)
@@ -94,7 +94,7 @@ def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> I
 
 def _answers(
     runtime: Runtime, adapter: TrainedAdapter, label: str, prompts: TrainingPrompts | None
-) -> Iterator[_ScopeAnswer]:
+) -> Iterator[ScopeAnswer]:
     in_scope = [row for row in adapter.scope_rows if row.completion != label]
     out_of_scope = [row for row in adapter.scope_rows if row.completion == label]
     for row in (*spread(in_scope, MAX_ROWS), *out_of_scope):
@@ -103,18 +103,18 @@ def _answers(
             classification = runtime.classify(messages, adapter=adapter.name)
             if prompts is not None:
                 similarity = prompts.similarity(logits_after(runtime, messages, adapter.name))
-            yield _ScopeAnswer(
+            yield ScopeAnswer(
                 row.completion != label, classification.label != label, classification.log_odds, similarity
             )
 
 
-def _scope(spec: OutOfScopeSpec, answers: Sequence[_ScopeAnswer]) -> Scope:
+def scope_of(spec: OutOfScopeSpec, answers: Sequence[ScopeAnswer]) -> Scope:
     """The threshold below which are at most as many of the known rows as the recipe allows, and what it does."""
     labelled = [answer for answer in answers if answer.is_known and answer.is_labelled]
     log_odds, similarities = ([answer.log_odds for answer in labelled], [answer.similarity for answer in labelled])
     scope = Scope(spec.label, _LOWEST, 0.0, 0.0, _spread_of(log_odds), _spread_of(similarities))
 
-    def score(answer: _ScopeAnswer) -> float:
+    def score(answer: ScopeAnswer) -> float:
         return scope.score(answer.log_odds, answer.similarity) if answer.is_labelled else _LOWEST
 
     known = sorted(score(answer) for answer in answers if answer.is_known)

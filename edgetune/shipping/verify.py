@@ -109,7 +109,7 @@ def _adapter_parity(
         parity,
         adapter.name,
         written.weight_type or export.weight_type,
-        dtype=adapter.plan.dtypes[export.backend],
+        types=written.values_by_type,
         # On the grid, torch computes with the weights that the file has.
         merged=adapter.plan.shapes[export.backend] == Merged.shape and not adapter.plan.on_grid,
         error=written.error,

@@ -13,6 +13,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune.objectives.example import Example
+from edgetune.recipe.augment import NegativesSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Metric
 from edgetune.recipe.rows import Rows
@@ -99,12 +100,14 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     else:
         validation = read(spec.data.validation, spec.data.columns, labels=labels or None)
     train = _first(train, spec.data.rows, training.seed)
-    task = Task(name, spec, training, train, validation, labels, metric, validation)
+    own = spec.data.confidence if _has_confidence(spec, metric) else None
+    sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
+    task = Task(name, spec, training, train, validation, labels, metric, validation, sure)
     if spec.data.augment is not None:
         task = _augmented(task, recipe, read)
     if spec.out_of_scope is not None:
         task = _with_negatives(task, recipe, read)
-    return _with_confidence(task, read)
+    return _with_confidence(task)
 
 
 def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
@@ -117,17 +120,25 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
         others = [row for data in specs for row in read(data.train, data.columns)]
     spec = None if output is None else output.spec
     try:
+        _check_negatives(options.negatives, task.labels)
         copies = copies_of(
             task.train,
             options,
             schema=json.loads(spec.text) if spec is not None and spec.kind == "schema" else None,
-            validation=task.validation,
+            validation=[*task.validation, *task.confidence_rows],
             others=others,
             seed=task.training.seed,
         )
     except UsageError as error:
         raise UsageError(f"adapters.{task.name}.{error.message}", error.remedy) from error
     return replace(task, copies=copies)
+
+
+def _check_negatives(negatives: NegativesSpec | None, labels: Sequence[str]) -> None:
+    """UsageError for an answer that is none of the labels, which `classify` would never give."""
+    if negatives is not None and labels and negatives.completion not in labels:
+        message = f"data.augment.negatives.completion is {negatives.completion!r}, which is not one of the labels"
+        raise UsageError(message, "use out_of_scope instead, which adds a label, or give rows of this one")
 
 
 def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -154,13 +165,17 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
     return replace(task, train=[*task.train, *learned], validation=validation, choosing=validation)
 
 
-def _with_confidence(task: Task, read: Reader) -> Task:
+def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
+    return spec.confidence and metric in EITHER_RIGHT_OR_WRONG
+
+
+def _with_confidence(task: Task) -> Task:
     """The task with the rows that the confidence of answers is fitted on; UsageError if they are unfit."""
     spec, choosing, rows = task.spec, task.validation, task.validation
-    if not spec.confidence or task.metric not in EITHER_RIGHT_OR_WRONG:
+    if not _has_confidence(spec, task.metric):
         rows = []
     elif spec.data.confidence is not None:
-        rows = read(spec.data.confidence, spec.data.columns, labels=task.labels or None)
+        rows = task.confidence_rows
         _check_apart(task.name, rows, task.train)
     elif len(task.validation) >= _APART_FROM:
         choosing, rows = task.validation[::2], task.validation[1::2]

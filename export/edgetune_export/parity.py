@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -128,7 +128,7 @@ def check(
     name: str | None,
     weight_type: str,
     *,
-    dtype: str = "f16",
+    types: Iterable[str] = (),
     merged: bool = False,
     error: float = 0.0,
     requantized_kl: Mapping[str, float] | None = None,
@@ -136,7 +136,7 @@ def check(
     """VerificationError unless the adapter `name`, or the plain base for None, is within the tolerance of its base.
 
     `weight_type` is what `Backend.weight_type` returns, and `requantized_kl` the format's tolerances for types of its
-    own; `dtype` is that of the adapter's file. The loosest tolerance applies to types that were not measured. `error`
+    own; `types` are those in the adapter's file. The loosest tolerance applies to types that were not measured. `error`
     is the share of the trained change that a truncated adapter leaves out; it gets a tolerance of at least
     TOLERANCE_KL_TRUNCATED.
     """
@@ -147,7 +147,7 @@ def check(
     if error > EXACT:
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
-        limit = max(limit, table.get(dtype, loosest))
+        limit = max(limit, *(table.get(name, loosest) for name in types), 0.0)
     # In this form NaN fails too.
     if not parity.kl <= limit:
         subject = "the plain base" if name is None else f"adapter {name!r}"

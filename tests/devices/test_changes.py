@@ -24,8 +24,8 @@ def header(tiny_gguf: Callable[[str], Path]) -> GgufHeader:
 
 def _needs(header: GgufHeader, **sizes: int) -> Needs:
     """The needs of a base as large as SmolLM2-135M, with two adapters."""
-    needs = needs_of_header(header, context_length=2048, quantization="q8_0", adapters=ADAPTERS)
-    needs = replace(needs, head_lengths=(64, 64))
+    needs = needs_of_header(header, context_length=2048, quantization="q8_0")
+    needs = replace(needs, adapters=ADAPTERS, head_lengths=(64, 64))
     large = {"base_bytes": 145_000_000, "read_bytes": 145_000_000, "read_parameters": 134_000_000, "layers": 30}
     return replace(needs, **{**large, "kv_values_per_token": 11520, "vocabulary": 49152, **sizes})
 

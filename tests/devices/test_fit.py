@@ -209,7 +209,8 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     size = AdapterSize(9_768_960, 210)
     board = boards.load("laptop")
     plain = fit.fit(needs_of_header(header, context_length=512), board)
-    result = fit.fit(needs_of_header(header, context_length=512, adapters={"command": size}), board)
+    needs = replace(needs_of_header(header, context_length=512), adapters={"command": size})
+    result = fit.fit(needs, board)
     states_mb = 2 * 256 * 2 * kv_values_per_token(header) / MB
     assert result.needed_mb - plain.needed_mb == pytest.approx(size.file_bytes / MB + states_mb)
     assert result.speed.decode_tokens_per_s == plain.speed.decode_tokens_per_s
@@ -219,7 +220,7 @@ def test_an_adapter_costs_memory_and_speed() -> None:
 def test_adapters_take_no_more_than_their_limit() -> None:
     header = read_header(_smollm2())
     many = {f"a{number}": AdapterSize(1_000_000, 210) for number in range(300)}
-    needs = with_options(needs_of_header(header, context_length=512, adapters=many), adapters_mb=40)
+    needs = with_options(replace(needs_of_header(header, context_length=512), adapters=many), adapters_mb=40)
     items = {item.name: item.mb for item in fit.fit(needs, boards.load("laptop")).items if "adapter" in item.name}
     assert items == {"adapters in memory, of 300 MB": 40}
 
@@ -253,7 +254,7 @@ def choose(name: str | boards.Board, header: GgufHeader, **given: Any) -> fit.Bo
 
 def test_a_better_board_is_given_a_better_quantization() -> None:
     chosen = [choose(name, LLAMA_1B) for name in ("pi-4", "pi-5")]
-    assert [choice.quantization for choice in chosen] == ["q4_0", "q8_0"]
+    assert [choice.usable[0] for choice in chosen] == ["q4_0", "q8_0"]
     assert [choice.context_length for choice in chosen] == [1024, 1024]
     assert chosen[1].reason.startswith("q8_0 with a context of 1024 tokens is the best that fits on pi-5")
     with pytest.raises(IncompatibleError, match="pi-zero-2w leaves"):
@@ -261,8 +262,8 @@ def test_a_better_board_is_given_a_better_quantization() -> None:
 
 
 def test_choose_keeps_what_the_recipe_sets() -> None:
-    choice = choose("pi-5", QWEN_0_5B, quantization="q4_0", context_length=2048)
-    assert (choice.quantization, choice.context_length) == ("q4_0", 2048)
+    choice = choose("pi-5", QWEN_0_5B, quantizations=["q4_0"], context_lengths=[2048])
+    assert (choice.usable, choice.context_length) == (["q4_0"], 2048)
 
 
 def test_choose_shortens_the_context_before_it_gives_up() -> None:
@@ -278,13 +279,13 @@ def test_choose_shortens_the_context_before_it_gives_up() -> None:
 
 def test_choose_takes_the_fastest_when_nothing_is_fast_enough() -> None:
     choice = choose("pi-4", LLAMA_1B)
-    assert choice.quantization == "q4_0"
+    assert choice.usable == ["q4_0"]
     assert "though below 5 tokens/s" in choice.reason
 
 
 def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
-    choice = choose("pi-5", read_header(_smollm2()), requantize=False)
-    assert choice.quantization is None
+    choice = choose("pi-5", read_header(_smollm2()), quantizations=[None])
+    assert choice.usable == [None]
 
 
 def test_an_unknown_quantization_is_refused() -> None:

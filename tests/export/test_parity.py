@@ -132,7 +132,7 @@ def test_an_unquantized_base_is_held_to_more_than_a_quantized_one() -> None:
 
 def test_a_quantized_adapter_is_allowed_the_rounding_of_its_type() -> None:
     parity = Parity(kl=5e-3, top1=1.0, greedy=16, rows=2, tokens=64)
-    check(parity, "command", "f16", dtype="q8_0")
+    check(parity, "command", "f16", types=["q8_0"])
 
 
 def test_a_merged_model_is_allowed_the_rounding_of_its_weights() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from edgetune_runtime.bundle import (
     read_manifest,
     sha256_of,
 )
+from edgetune_runtime.engines import load_needs
+from edgetune_runtime.engines.needs import adapter_size
 from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
 from edgetune_runtime.inference.routing.classifier import ROUTER_FILE, PromptClassifier, write_classifiers
 from edgetune_runtime.inference.routing.features import count_buckets
@@ -202,12 +204,22 @@ def change_manifest(copy: Path, change: Callable[[dict[str, Any]], object]) -> N
     (copy / MANIFEST_NAME).write_text(json.dumps(raw))
 
 
+def room_for(bundle: Path, engine: str, count: int, contexts: int = 1) -> float:
+    """The `adapters_mb` that so many adapters like the bundle's first one need, and half of one more."""
+    manifest = read_manifest(bundle)
+    size, cost = adapter_size(manifest, next(iter(manifest.adapters.values())), engine), load_needs(engine).COST
+    return (count + 0.5) * (size.file_bytes + contexts * size.modules * cost.module_bytes) / 1e6
+
+
 def add_router(bundle: Path, words: Mapping[str, Mapping[str, str]], below: str = BASE) -> RouterEntry:
-    """Write a router that knows one word of each adapter, per kind of call; returns its entry for the manifest."""
+    """Put a router into a bundle that knows one word of each adapter, per kind of call; returns its entry."""
     classifiers = {call: _classifier_of(tuple(one.values())) for call, one in words.items()}
     write_classifiers(bundle / "adapters" / ROUTER_FILE, classifiers)
     calls = {call: RoutedCall(tuple(one), 0.5, dict.fromkeys(one, 1.0), 1.0) for call, one in words.items()}
-    return RouterEntry(f"adapters/{ROUTER_FILE}", calls, below)
+    entry, file = RouterEntry(f"adapters/{ROUTER_FILE}", calls, below), bundle / "adapters" / ROUTER_FILE
+    about = {entry.file: asdict(FileEntry(sha256_of(file), file.stat().st_size))}
+    change_manifest(bundle, lambda raw: raw.update(router=asdict(entry), files={**raw["files"], **about}))
+    return entry
 
 
 def _classifier_of(words: Sequence[str], buckets: int = 1 << 14) -> PromptClassifier:

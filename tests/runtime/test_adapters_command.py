@@ -9,15 +9,18 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import httpx
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import Runtime
+from edgetune_runtime import EdgetuneError, Runtime
 from edgetune_runtime.bundle import read_manifest, verify_files
 from edgetune_runtime.cli import main
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
+from kills import KILLED, full_from, killed_at, read_only_from
+from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, write_bundle
 from runtime.server.test_serve_command import serving
 
 PROMPT = "turn on the light"
@@ -141,6 +144,18 @@ def test_what_cannot_be_added_leaves_the_bundle_as_it_is(
     assert (files_in(home), (home / "manifest.json").read_bytes()) == (names, manifest)
 
 
+def test_a_name_that_the_router_gives_another_meaning_is_refused(run: Run, home: Path, source: Path) -> None:
+    add_router(home, {"generate": {"command": "lamp", "tone": "music"}})
+
+    def rename(raw: dict[str, dict]) -> None:
+        raw["adapters"]["auto"] = {**raw["adapters"].pop("new"), "name": "auto"}
+
+    change_manifest(source, rename)
+    code, _, err = run("add", home, source, "--adapter", "auto")
+    assert (code, "another meaning for the adapter's name 'auto'; build it under another name" in err) == (2, True)
+    assert read_manifest(home).adapters.keys() == {"command", "tone", "whole"}
+
+
 def foreign(raw: dict[str, dict]) -> None:
     raw["base"]["fingerprint"] = "0" * 64
     for adapter in raw["adapters"].values():
@@ -161,6 +176,38 @@ def test_one_process_at_a_time_changes_a_bundle(run: Run, home: Path, source: Pa
     assert (code, "another process changes bundle" in err) == (7, True)
     os.close(folder)
     assert run("add", home, source, "--adapter", "new")[0] == 0
+
+
+@pytest.mark.parametrize("failing", [killed_at, full_from, read_only_from])
+def test_a_bundle_is_whole_wherever_a_change_fails(
+    failing: Callable[[int, Callable[[], int]], int], home: Path, source: Path
+) -> None:
+    def code_of(change: Callable[[], object]) -> int:
+        try:
+            change()
+        except EdgetuneError:
+            return 1
+        except OSError:
+            return 2
+        return 0
+
+    def add() -> int:
+        return code_of(lambda: add_to_bundle(home, source, "new", lambda _: None))
+
+    def remove() -> int:
+        return code_of(lambda: remove_from_bundle(home, "new"))
+
+    for change, undo, before in ((add, remove, False), (remove, add, True)):
+        for write in count(1):
+            code = failing(write, change)
+            assert code in (0, 1, KILLED)
+            manifest = read_manifest(home)
+            verify_files(home, manifest)
+            if code == 0:
+                break
+            if ("new" in manifest.adapters) != before:
+                assert undo() == 0
+        assert write > 2 and ("new" in manifest.adapters) != before
 
 
 def test_a_running_server_takes_over_changes_at_a_hang_up(run: Run, home: Path, source: Path) -> None:

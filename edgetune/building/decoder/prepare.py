@@ -11,6 +11,7 @@ from pathlib import Path
 from edgetune_export.adapters.fold import find_weights
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.llama import check_loads
 from edgetune_runtime.formats.gguf_file import digest_of_tokenizer
 from edgetune_runtime.wording import first_of
 
@@ -69,7 +70,10 @@ def prepare(planned: PlannedBuild, base: Base, work: Path, progress: Progress) -
 
 
 def make_base(plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> Base:
-    """The base that the plan found, converted and quantized; IncompatibleError if it is too large for the board."""
+    """The base that the plan found, converted and quantized.
+
+    VerificationError if llama.cpp cannot load it, IncompatibleError if it is too large for the board.
+    """
     assert plan.source is not None
     base = bases.make(
         plan.source,
@@ -79,6 +83,8 @@ def make_base(plan: BuildPlan, work: Path, progress: Progress, converter: Path |
         converter=converter,
         importance=requested_importance(plan.recipe, progress),
     )
+    # The export would find that only after hours of training.
+    check_loads(base.path)
     # The plan has a predicted header if the base is a folder.
     check_fit(plan, base.header)
     return base

@@ -14,20 +14,30 @@ from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune import bases
 from edgetune.common.progress import Progress
 from edgetune.proposal.files import test_file_of
-from edgetune.recipe.data import Columns
+from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG
 from edgetune.tasks.row_files import entries
 from edgetune.tasks.task import Task, read_task
 from edgetune.tasks.tokenization import tokenize_rows
 
 from . import answers
 from .duplicates import duplicates
-from .findings import TEST, TOO_LONG, TRAIN, UNUSABLE, VALIDATION, WRONG, Finding, SplitRow, TaskCheck
-
-ONE_ANSWER = ("exact", "json", "label")
-"""Metrics of tasks whose prompts have only one right answer."""
+from .findings import (
+    CONFIDENCE,
+    SPLITS,
+    TEST,
+    TOO_LONG,
+    TRAIN,
+    UNUSABLE,
+    VALIDATION,
+    WRONG,
+    Finding,
+    SplitRow,
+    TaskCheck,
+)
 
 
 def check(
@@ -52,25 +62,31 @@ def check(
     return [_checked(name, recipe, tests.get(name), minutes, progress) for name in names]
 
 
+def files_read(recipe: Recipe, tests: Mapping[str, str]) -> list[str]:
+    """The files and hub ids that a check reads, or a build of the recipe."""
+    found = [test for spec in recipe.adapters.values() if (test := _test_beside(spec.data)) is not None]
+    return [*(str(source) for _, source in recipe.sources()), *tests.values(), *found]
+
+
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
     reader = _LenientReader()
-    task = read_task(name, _without_copies(name, recipe), reader)
-    data = task.spec.data
+    data = recipe.adapters[name].data
+    task = read_task(name, _with_given_rows(name, recipe), reader)
     sources: dict[str, str | Rows] = {TRAIN: data.train}
-    if data.validation is not None:
-        sources[VALIDATION] = data.validation
-    test = test or _test_beside(data.train, data.validation)
     rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
-    if test is not None:
-        sources[TEST] = test
-        rows += [SplitRow(TEST, row) for row in reader(test, data.columns, labels=task.labels or None)]
+    test = test or _test_beside(data)
+    for split, source in ((VALIDATION, data.validation), (CONFIDENCE, data.confidence), (TEST, test)):
+        if source is not None:
+            sources[split] = source
+            if split != VALIDATION:
+                rows += [SplitRow(split, row) for row in reader(source, data.columns, labels=task.labels or None)]
     tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
     kinds = answers.balance(rows)
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
         *answers.misfits(task, rows),
         *_too_long(rows, tokens, recipe.context_length),
-        *duplicates(rows, has_one_answer=task.metric in ONE_ANSWER),
+        *duplicates(rows, has_one_answer=task.metric in EITHER_RIGHT_OR_WRONG),
         *answers.rare(kinds),
     ]
     check = TaskCheck(
@@ -78,7 +94,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         task.metric,
         recipe.context_length,
         {split: str(source) for split, source in sources.items()},
-        {split: sum(item.split == split for item in rows) for split in (TRAIN, VALIDATION, TEST)},
+        {split: sum(item.split == split for item in rows) for split in SPLITS},
         findings,
         tokens,
         is_estimated,
@@ -123,17 +139,22 @@ class _LenientReader:
         return rows
 
 
-def _without_copies(name: str, recipe: Recipe) -> Recipe:
-    """The recipe without changed copies of rows: a copy of a row that is judged would give away its answer."""
+def _with_given_rows(name: str, recipe: Recipe) -> Recipe:
+    """The recipe without what a build makes of the rows: copies would give away answers, and texts out of scope are no
+    rows of the user. Nor are rows needed for a confidence."""
     spec = recipe.adapters[name]
-    plain = spec.model_copy(update={"data": spec.data.model_copy(update={"augment": None})})
-    return recipe.model_copy(update={"adapters": {**recipe.adapters, name: plain}})
+    data = spec.data.model_copy(update={"augment": None, "confidence": None})
+    scope, labels = spec.out_of_scope, spec.labels
+    if scope is not None and labels is not None:
+        labels = tuple(dict.fromkeys((*labels, scope.label)))
+    changes = {"data": data, "out_of_scope": None, "labels": labels, "min_confidence": None}
+    return recipe.model_copy(update={"adapters": {**recipe.adapters, name: spec.model_copy(update=changes)}})
 
 
-def _test_beside(train: str | Rows, validation: str | Rows | None) -> str | None:
-    path = Path(str(train))
-    test_file = test_file_of(path) if isinstance(train, str) and path.is_file() else None
-    return None if test_file is None or str(test_file) == str(validation) else str(test_file)
+def _test_beside(data: DataSpec) -> str | None:
+    path = Path(str(data.train))
+    test_file = test_file_of(path) if isinstance(data.train, str) and path.is_file() else None
+    return None if test_file is None or str(test_file) == str(data.validation) else str(test_file)
 
 
 def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[int], bool]:

@@ -6,14 +6,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.recipe.data import DataSpec
 from edgetune.tasks.data import WEIGHT
 from edgetune.tasks.row_files import entries
 
-from .findings import REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
+from .findings import CONFIDENCE, REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
 
 
 def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
@@ -23,9 +22,6 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     the first of those that repeat; returns how many, by the kind of the problem. If `weighted`, rows with an answer
     that is probably wrong stay, and each judged row gets the relative likelihood of its answer as its weight.
     """
-    sources = [data.train, *([] if data.validation is None else [data.validation])]
-    if any(Path(str(source)).resolve() == out.resolve() for source in sources):
-        raise UsageError(f"{out} is a file of the recipe", "write the clean rows to another file")
     left_out = _left_out(check, is_split_by_build=data.validation is None)
     weights: dict[str, float] = {}
     if weighted and check.estimate is not None:
@@ -53,6 +49,6 @@ def _left_out(check: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
             places |= dict.fromkeys(finding.where, finding.kind)
         elif finding.kind == REPEAT:
             places |= dict.fromkeys(finding.where[1:], REPEAT)
-        elif finding.kind == SHARED and (TEST in finding.splits or not is_split_by_build):
+        elif finding.kind == SHARED and ({CONFIDENCE, TEST} & {*finding.splits} or not is_split_by_build):
             places |= dict.fromkeys(finding.where, SHARED)
     return places

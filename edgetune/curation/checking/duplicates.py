@@ -28,11 +28,14 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
     for same in groups.values():
         if len(same) > 1:
             yield from _of_one_prompt(same, has_one_answer=has_one_answer)
-    firsts = _grouped((group[0] for group in groups.values()), answer_key)
-    for alike in firsts.values():
+    firsts = [group[0] for group in groups.values()]
+    # With one right answer, another value in the prompt makes another answer, so only those with the same are alike.
+    for alike in _grouped(firsts, answer_key).values() if has_one_answer else [firsts]:
         for cluster in _clusters(alike):
-            in_one = len({item.split for item in cluster}) == 1
-            yield Finding.of(NEAR_REPEAT if in_one else NEAR_SHARED, cluster)
+            if len({item.split for item in cluster}) > 1:
+                yield Finding.of(NEAR_SHARED, cluster)
+            elif len(set(map(answer_key, cluster))) == 1:
+                yield Finding.of(NEAR_REPEAT, cluster)
 
 
 def prompt_key(item: SplitRow) -> str:

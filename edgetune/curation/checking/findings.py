@@ -9,7 +9,8 @@ from typing import Any
 
 from edgetune.tasks.data import TaskRow
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
+TRAIN, VALIDATION, CONFIDENCE, TEST = "train", "validation", "confidence", "test"
+SPLITS = (TRAIN, VALIDATION, CONFIDENCE, TEST)
 UNUSABLE, MISFIT, TOO_LONG, CONFLICT = "unusable", "misfit", "too_long", "conflict"
 REPEAT, NEAR_REPEAT, SHARED, NEAR_SHARED, RARE = "repeat", "near_repeat", "shared", "near_shared", "rare"
 WRONG = "wrong_label"
@@ -21,7 +22,7 @@ KINDS = {
     CONFLICT: "prompts with different answers",
     WRONG: "answers that are probably wrong: a model that has not seen them prefers another one",
     SHARED: "prompts that are in several splits, so a score on them says little",
-    NEAR_SHARED: "rows of several splits with nearly the same prompt and the same answer",
+    NEAR_SHARED: "rows of several splits with nearly the same prompt (and the same answer, where one is right)",
     REPEAT: "rows that repeat another one",
     NEAR_REPEAT: "rows with nearly the same prompt and the same answer",
     RARE: "kinds of answers with few rows",
@@ -73,7 +74,7 @@ class Finding:
         return cls(
             kind,
             tuple(item.row.where for item in rows),
-            tuple(split for split in (TRAIN, VALIDATION, TEST) if any(item.split == split for item in rows)),
+            tuple(split for split in SPLITS if any(item.split == split for item in rows)),
             tuple(item.prompt for item in rows),
             tuple(item.row.completion or "" for item in rows),
             note,

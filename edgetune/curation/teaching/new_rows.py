@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import shortened
 
 from edgetune.building.outputs.infer import infer
+from edgetune.building.outputs.resolve import output_of_task
 from edgetune.common.progress import Progress
 from edgetune.curation.checking.duplicates import answer_key, prompt_key
 from edgetune.curation.checking.findings import TRAIN, SplitRow
@@ -22,12 +25,21 @@ from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.task import Task
 
 from .questions import Questions
-from .teacher import Teacher
+from .teacher import RefusedRequestError, Teacher, TeacherError
 
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
 """Temperatures of a new prompt, and of the two answers to it."""
-_MOST_CHARACTERS = 2000
-"""Length of a prompt; a longer text is no request."""
+_TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
+"""How much longer than the longest prompt of the rows a new one may be; a longer text is no request."""
+_MOST_IN_VAIN = 20
+"""Prompts in a row without a row that is kept, after which asking more is a waste."""
+
+
+class _LeftOut(NamedTuple):
+    """Why a prompt does not become a row, and what the teacher said last."""
+
+    reason: str
+    texts: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -49,34 +61,47 @@ class Lesson:
     @cached_property
     def output(self) -> OutputSpec | None:
         """The output constraint: the recipe's, or one inferred from the rows; None for labels and free text."""
-        option = self.task.spec.output
-        if option is not None and option.spec is not None:
-            return option.spec
+        if self.task.spec.output is not None:
+            return output_of_task(self.task)
         return None if self.task.labels else infer([row.completion or "" for row in self.task.train])
 
     @cached_property
     def _questions(self) -> Questions:
-        return Questions(self.task.train, self.task.spec.system, self.task.training.seed)
+        option = self.task.spec.output
+        given = None if option is None else _schema_of(option.spec)
+        return Questions(self.task.train, self.task.spec, given, self.task.training.seed)
 
-    def first_request(self) -> dict[str, Any]:
-        """The request that is sent first; later ones have other rows of the task."""
-        return self.teacher.request(self._questions.for_prompt(0), temperature=_WORDING, seed=0)
+    @cached_property
+    def _most_characters(self) -> int:
+        return _TIMES_AS_LONG * max(len(prompt_of(row)) for row in self.task.train) + _MORE_CHARACTERS
+
+    def first_requests(self, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The request for a new prompt that is sent first, and the one for an answer to it; later ones have other rows.
+
+        `out` is the file for the new rows.
+        """
+        number = _first_number(out)
+        wording = self.teacher.request(self._questions.for_prompt(number), temperature=_WORDING, seed=number)
+        question = self._questions.for_answer("(the new prompt)", number)
+        schema = _schema_of(self.output)
+        return wording, self.teacher.request(question, temperature=_ANSWERS[0], seed=number, schema=schema)
 
     def learn(self, out: Path, rows: int, progress: Progress) -> Counter[str]:
         """Write `rows` new rows to `out`, one at a time; those that are there already count. Returns what was left out.
 
-        Ends earlier when all requests are sent. Raises TeacherError, with all rows kept, if the teacher fails.
+        Ends earlier when all requests are sent. Raises TeacherError, with all rows kept, if the teacher fails, or if
+        nothing that it says is of use.
         """
-        has_rows = out.is_file() and out.stat().st_size > 0
-        existing = [*self.task.train, *self.task.validation, *(read_rows(str(out)) if has_rows else [])]
+        first = _first_number(out)
+        made = read_rows(str(out)) if first > 1 else []
+        existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *made]
         prompts = {prompt_key(SplitRow(TRAIN, row)) for row in existing}
-        written = len(existing) - len(self.task.train) - len(self.task.validation)
+        written = len(made)
         left_out: Counter[str] = Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file, progress.step("asking the teacher", rows) as step:
             step.update(done=written)
-            # Behind the questions of earlier runs, as no row takes so few bytes.
-            new_rows = self._new_rows(prompts, left_out, first=file.tell())
+            new_rows = self._new_rows(prompts, left_out, first)
             while written < rows and (new_row := next(new_rows, None)) is not None:
                 file.write(json.dumps(new_row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -89,25 +114,39 @@ class Lesson:
         return left_out
 
     def _new_rows(self, prompts: set[str], left_out: Counter[str], first: int) -> Iterator[dict[str, str]]:
-        """New rows, until too few requests for another one are left."""
-        number = first
+        """New rows, until too few requests for another one are left. TeacherError after many prompts without a row."""
+        numbers, in_vain = count(first), Counter[str]()
         while self.teacher.sent + 1 + len(_ANSWERS) <= self.teacher.most_requests:
-            number += 1
-            prompt = _request_of(self._answer(self._questions.for_prompt(number), _WORDING, number))
-            key = prompt_key(SplitRow(TRAIN, TaskRow("", ({"role": "user", "content": prompt},))))
-            if not 0 < len(prompt) <= _MOST_CHARACTERS or key in prompts:
-                left_out["prompts that are there already, or are none"] += 1
+            try:
+                made = self._made(next(numbers), prompts)
+            except RefusedRequestError as error:
+                made = _LeftOut("requests that the teacher refuses", [error.message])
+            if not isinstance(made, _LeftOut):
+                in_vain.clear()
+                yield made
                 continue
-            prompts.add(key)
-            schema = json.loads(self.output.text) if self.output is not None and self.output.kind == "schema" else None
-            question = self._questions.for_answer(prompt, number)
-            answers = [self._written(self._answer(question, temperature, number, schema)) for temperature in _ANSWERS]
-            if not all(map(self._fits, answers)):
-                left_out["answers that do not fit the task"] += 1
-            elif len({answer_key(SplitRow(TRAIN, TaskRow("", completion=answer))) for answer in answers}) > 1:
-                left_out["answers that disagree"] += 1
-            else:
-                yield {"prompt": prompt, "completion": answers[0]}
+            left_out[made.reason] += 1
+            in_vain[made.reason] += 1
+            if in_vain.total() == _MOST_IN_VAIN:
+                reasons = ", ".join(f"{number} {reason}" for reason, number in in_vain.most_common())
+                last = " and ".join(repr(shortened(text, 80)) for text in made.texts)
+                message = f"none of the last {_MOST_IN_VAIN} prompts became a row: {reasons}; the last: {last}"
+                raise TeacherError(message, "try another --model; the rows before are kept")
+
+    def _made(self, number: int, prompts: set[str]) -> dict[str, str] | _LeftOut:
+        """The row that a question leads to, or why it is left out; adds its prompt to `prompts`."""
+        prompt = _request_of(self._answer(self._questions.for_prompt(number), _WORDING, number))
+        key = prompt_key(SplitRow(TRAIN, TaskRow("", ({"role": "user", "content": prompt},))))
+        if not 0 < len(prompt) <= self._most_characters or key in prompts:
+            return _LeftOut("prompts that are there already, or are none", [prompt])
+        prompts.add(key)
+        question, schema = self._questions.for_answer(prompt, number), _schema_of(self.output)
+        answers = [self._written(self._answer(question, temperature, number, schema)) for temperature in _ANSWERS]
+        if not all(map(self._fits, answers)):
+            return _LeftOut("answers that do not fit the task", answers)
+        if len({answer_key(SplitRow(TRAIN, TaskRow("", completion=answer))) for answer in answers}) > 1:
+            return _LeftOut("answers that disagree", answers)
+        return {"prompt": prompt, "completion": answers[0]}
 
     def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> str:
         body = self.teacher.request(messages, temperature=temperature, seed=seed, schema=schema)
@@ -125,6 +164,18 @@ class Lesson:
         if self.task.labels:
             return answer in self.task.labels
         return bool(answer) and (self.output is None or self.output.accepts(answer))
+
+
+def _first_number(out: Path) -> int:
+    """The number of the first question: behind those of earlier runs, as no row takes so few bytes."""
+    return 1 + (out.stat().st_size if out.is_file() else 0)
+
+
+def _schema_of(output: OutputSpec | None) -> dict[str, Any] | None:
+    schema: dict[str, Any] | None = None
+    if output is not None and output.kind == "schema":
+        schema = json.loads(output.text)
+    return schema
 
 
 def _request_of(text: str) -> str:

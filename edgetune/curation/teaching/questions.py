@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
+from edgetune.recipe.parts import AdapterSpec
 from edgetune.tasks.augmentation.answers import prompt_of
 from edgetune.tasks.augmentation.values import SlottedRow, Values
 from edgetune.tasks.data import TaskRow
@@ -16,23 +18,31 @@ Messages = list[dict[str, str]]
 
 
 class Questions:
-    """The questions about a task whose `rows` have one turn; the same `number` gives the same ones."""
+    """The questions about a task whose `rows` have one turn; the same `number` gives the same ones.
 
-    def __init__(self, rows: Sequence[TaskRow], system: str | None, seed: int) -> None:
-        self._rows, self._system, self._seed = rows, system, seed
-        self._slotted = [item for row in rows if (item := SlottedRow.of(row)) is not None and item.slots]
-        self._values = Values(self._slotted, {}, None)
+    `schema` is that of the output. UsageError for `augment.values` that do not fit.
+    """
+
+    def __init__(self, rows: Sequence[TaskRow], spec: AdapterSpec, schema: dict[str, Any] | None, seed: int) -> None:
+        self._rows, self._system, self._seed = rows, spec.system, seed
+        parsed = [item for row in rows if (item := SlottedRow.of(row)) is not None]
+        self._slotted = [item for item in parsed if item.slots]
+        listed = {} if spec.data.augment is None else spec.data.augment.values
+        self._values = Values(parsed, listed, schema)
 
     def for_prompt(self, number: int) -> Messages:
-        """Asks for a new prompt: in turns a paraphrase of some, and one for an answer with other values."""
+        """Asks for a new prompt: in turns for an answer with other values, in other words, and about something else."""
         rng = random.Random(f"{self._seed}/{number}")
         shown = rng.sample(self._rows, min(_SHOWN_PROMPTS, len(self._rows)))
         about = f"The task: {self._system}\n" if self._system else ""
         examples = "\n".join(f"- {prompt_of(row)}" for row in shown)
-        wish = "Write one more request, in other words and about something else that the task can do."
         exchanged = self._values.exchanged(rng.choice(self._slotted), rng) if self._slotted and number % 2 else None
         if exchanged is not None:
             wish = f"Write one more request, in other words, whose right answer is: {exchanged[0].completion}"
+        elif number % 4:
+            wish = f"Write this request in other words that mean the same: {prompt_of(shown[0])}"
+        else:
+            wish = "Write one more request, about something else that the task can do."
         content = f"{about}Requests that people made:\n{examples}\n\n{wish} Answer with the request alone."
         return [{"role": "user", "content": content}]
 

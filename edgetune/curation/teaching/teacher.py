@@ -17,6 +17,8 @@ from edgetune_runtime.wording import shortened
 _TRIES, _LONGEST_WAIT_S, _TIMEOUT_S = 5, 60.0, 120.0
 _AGAIN = frozenset((408, 429, 500, 502, 503, 504))
 """Statuses after which the same request may succeed later."""
+_OF_ONE_REQUEST = frozenset((400, 413, 422))
+"""Statuses of a request that is too long, or that a filter refuses; others may be answered."""
 _MOST_BYTES = 1_000_000
 """Part of an error's body that is read."""
 
@@ -25,6 +27,10 @@ class TeacherError(EdgetuneError):
     """The teacher is not reached, refuses a request, or answers something that is no answer."""
 
     exit_code = 8
+
+
+class RefusedRequestError(TeacherError):
+    """The teacher answered others, but refuses this request."""
 
 
 @dataclass
@@ -40,6 +46,7 @@ class Teacher:
     per_minute: float = 60.0
     most_requests: int = 1000
     sent: int = 0
+    _has_answered: bool = False
     _free_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,7 +64,8 @@ class Teacher:
     def ask(self, body: Mapping[str, Any]) -> str:
         """The answer to a request, tried again while the teacher is busy or not reached.
 
-        Raises TeacherError after some tries, when all requests are sent, and for a refusal.
+        Raises TeacherError after some tries, when all requests are sent, and for a refusal: RefusedRequestError if
+        others may be answered.
         """
         problem = ""
         for attempt in range(_TRIES):
@@ -71,7 +79,9 @@ class Teacher:
                 problem = f"HTTP {error.code}: {_reason(error)}"
                 if error.code not in _AGAIN:
                     remedy = "check --teacher, --model and the key"
-                    raise TeacherError(f"the teacher at {self.url} refuses: {problem}", remedy) from error
+                    is_of_one = self._has_answered and error.code in _OF_ONE_REQUEST
+                    kind = RefusedRequestError if is_of_one else TeacherError
+                    raise kind(f"the teacher at {self.url} refuses: {problem}", remedy) from error
                 wait_s = _seconds(error.headers.get("Retry-After"), 2.0**attempt)
             except (OSError, http.client.HTTPException) as error:
                 problem, wait_s = str(error) or type(error).__name__, 2.0**attempt
@@ -89,11 +99,13 @@ class Teacher:
         raw = b""
         try:
             raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
-            return message_of(raw).get("content") or ""
+            content: str = message_of(raw).get("content") or ""
         except ValueError as error:
             reply = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
             message = f"the teacher at {self.url} answers {reply!r}"
             raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
+        self._has_answered = True
+        return content
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

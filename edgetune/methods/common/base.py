@@ -78,6 +78,12 @@ class TrainedModules:
     ranks: Sequence[int]
 
     @property
+    def low_rank_sizes(self) -> list[tuple[int, int, int]]:
+        """The rank of each module, its rows and its columns."""
+        pairs = zip(self.ranks, self.modules, strict=True)
+        return [(rank, module.rows, module.columns) for rank, module in pairs]
+
+    @property
     def low_rank_values(self) -> int:
         """Numbers in the low-rank factors of all modules."""
         return sum(rank * module.values_per_rank for rank, module in zip(self.ranks, self.modules, strict=True))

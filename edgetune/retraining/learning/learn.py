@@ -27,7 +27,7 @@ from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
 from .kept import adapter_folders, keep, kept_folder, recipe_beside
-from .rows import learned_rows, values_of
+from .rows import doubts, learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
 
@@ -83,6 +83,9 @@ def learn(
             raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
         tasks = {name: read_task(name, loaded) for name in corrected}
         rows = {name: learned_rows(task, corrected[name]) for name, task in tasks.items()}
+        for name, split in rows.items():
+            for doubt in doubts(tasks[name], split):
+                progress.say(f"{name}: {doubt}")
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
@@ -139,7 +142,7 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
     """The adapter's section of the recipe with these rows, and with what was found in the old ones."""
     names = {"train": f"{task.name}-train", "validation": f"{task.name}-validation"}
     rows = {"train": values_of(names["train"], train), "validation": values_of(names["validation"], validation)}
-    data = task.spec.data.model_copy(update={**rows, "columns": None})
+    data = task.spec.data.model_copy(update={**rows, "columns": None, "rows": None})
     scope = task.spec.out_of_scope
     labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None
     return task.spec.model_copy(update={"data": data, "metric": task.metric, "labels": labels})

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgetune_runtime.answer_log.log import LoggedAnswer
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.wording import suggestion
+from edgetune_runtime.wording import shortened, suggestion
 
+from edgetune.curation.checking.answers import misfits
+from edgetune.curation.checking.duplicates import duplicates
+from edgetune.curation.checking.findings import CONFLICT, TRAIN, VALIDATION, SplitRow
 from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
 from edgetune.tasks.data import TaskRow
@@ -17,6 +20,8 @@ from edgetune.tasks.task import Task
 
 MIN_CORRECTIONS = 4
 """Fewest corrections of an adapter to learn from; a part of them is held out."""
+_LOG = "log:"
+"""Where corrections are from, before the id of their answer."""
 _HELD_OUT_PARTS = 4
 """One of so many parts of the corrections is not learned, but only compared."""
 
@@ -25,25 +30,27 @@ _HELD_OUT_PARTS = 4
 class LearnedRows:
     """The rows of a task with corrections: those to learn, old validation rows, and corrections that are held out.
 
-    `learned` of the rows in `train` are corrections.
+    `learned` of the rows in `train` are corrections. `left_out` corrections have prompts that are kept apart.
     """
 
     train: Sequence[TaskRow]
     validation: Sequence[TaskRow]
     held_out: Sequence[TaskRow]
     learned: int
+    left_out: int = 0
 
 
 def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     """The rows of `task` with those of its corrected answers.
 
     A correction takes the place of training rows with its prompt, and of earlier corrections of it. One whose prompt is
-    that of a validation row is left out. Raises one UsageError for all corrections that cannot be answers of the task.
+    that of a row for validation or for the confidence is left out. Raises one UsageError for all corrections that
+    cannot be answers of the task.
     """
     _check(task, entries)
-    validation_prompts = {row.prompt_key for row in task.validation}
+    kept_apart = {row.prompt_key for row in (*task.validation, *task.confidence_rows)}
     rows = {row.prompt_key: row for row in map(_row, entries)}
-    new = [row for prompt, row in rows.items() if prompt not in validation_prompts]
+    new = [row for prompt, row in rows.items() if prompt not in kept_apart]
     if len(new) < MIN_CORRECTIONS:
         message = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
         raise UsageError(f"{message}, fewer than {MIN_CORRECTIONS}", "correct more answers, or label some with --ask N")
@@ -51,7 +58,25 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     learned = [row for number, row in enumerate(new) if number % _HELD_OUT_PARTS]
     corrected = {row.prompt_key for row in new}
     kept = [row for row in task.in_scope(task.train) if row.prompt_key not in corrected]
-    return LearnedRows([*kept, *learned], task.in_scope(task.validation), held_out, len(learned))
+    validation = task.in_scope(task.validation)
+    return LearnedRows([*kept, *learned], validation, held_out, len(learned), len(rows) - len(new))
+
+
+def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
+    """What is doubtful about the corrections, a line each.
+
+    That is an answer of another form than the old ones, and a prompt that another row answers otherwise, where only
+    case or punctuation differ.
+    """
+    if rows.left_out:
+        yield f"left out {rows.left_out} corrections of prompts for validation or the confidence: correct those rows"
+    known = [SplitRow(TRAIN, row) for row in (*rows.train, *rows.held_out)]
+    known += [SplitRow(VALIDATION, row) for row in rows.validation]
+    repeated = duplicates(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG)
+    for finding in (*misfits(task, known), *(each for each in repeated if each.kind == CONFLICT)):
+        if any(where.startswith(_LOG) for where in finding.where):
+            answers = " | ".join(dict.fromkeys(finding.answers))
+            yield shortened(f"{', '.join(finding.where)}: {finding.note}: {finding.prompts[0]!r} → {answers}", 300)
 
 
 def values_of(name: str, rows: Sequence[TaskRow]) -> Rows:
@@ -68,11 +93,12 @@ def _values(row: TaskRow) -> dict[str, Any]:
 
 
 def _row(entry: LoggedAnswer) -> TaskRow:
-    return TaskRow(f"log:{entry.id}", entry.messages, entry.correction)
+    return TaskRow(f"{_LOG}{entry.id}", entry.messages, entry.correction)
 
 
 def _check(task: Task, entries: Sequence[LoggedAnswer]) -> None:
     problems = []
+    spec = None if task.spec.output is None else task.spec.output.spec
     for entry in entries:
         answer = entry.correction or ""
         try:
@@ -82,5 +108,8 @@ def _check(task: Task, entries: Sequence[LoggedAnswer]) -> None:
         if task.metric == "label" and answer not in task.labels:
             problem = f"the correction {answer!r} is not one of the labels"
             problems.append(f"answer {entry.id}: {problem}; {suggestion(answer, task.labels)}")
+        if spec is not None and not spec.accepts(answer):
+            problem = f"the correction {shortened(answer, 80)!r} breaks the {spec.kind} of the recipe"
+            problems.append(f"answer {entry.id}: {problem}; correct it")
     if problems:
         raise UsageError("\n".join(problems))

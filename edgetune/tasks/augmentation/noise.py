@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from .numbers import number_word
+from .numbers import NUMBERS, number_word
 from .slots import Mention
 
 _SOUNDS_ALIKE = (
@@ -27,7 +27,10 @@ _NEIGHBOURS = dict(
 )
 _WORD_RATE = 0.15
 """How often a word is replaced by one that sounds alike, an article is lost, or a filler is added."""
-_TOKEN = re.compile(r"\d+(?:[.:,]\d+)*|[\w'-]+|[^\w\s]")
+_NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
+_TOKEN = re.compile(rf"(?<![\w'-])(?i:{_NUMBER_WORDS})(?![\w'-])|\d+(?:[.:,]\d+)*|[\w'-]+|[^\w\s]")
+_DIGITS = 0.5
+"""How often a number word is written in digits."""
 _TYPED_LETTERS = 4
 """Only words of at least so many letters get a typo."""
 
@@ -79,6 +82,9 @@ def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
         return word
     if word.isdecimal() and (words := number_word(int(word))) is not None:
         return words.replace("-", " ")
+    # Recognizers write numbers in either way.
+    if (number := NUMBERS.get(word.replace("-", " "))) is not None and rng.random() < _DIGITS:
+        return str(number)
     return _misheard(word, rng) if rng.random() < _WORD_RATE else word
 
 

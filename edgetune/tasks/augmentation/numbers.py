@@ -22,6 +22,10 @@ def number_word(number: float) -> str | None:
     return _TENS[tens - 2] + (f"-{_BELOW_20[ones]}" if ones else "")
 
 
+NUMBERS = {(number_word(number) or "").replace("-", " "): number for number in range(2, _LIMIT)}
+"""The numbers by their words, such as `twenty five`; "one" is more often no number."""
+
+
 def numbers_in(text: str) -> list[int]:
     """The whole numbers that a text may have: those in its digits, and all that have a word."""
     written = [int(digits) for digits in re.findall(r"[0-9]{1,19}", text)]

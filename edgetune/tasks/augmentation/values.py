@@ -16,11 +16,11 @@ from functools import lru_cache
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.wording import suggestion
+from edgetune_runtime.wording import first_of, suggestion
 
 from edgetune.tasks.data import TaskRow
 
-from .answers import Answer, Scalar, prompt_of
+from .answers import Answer, FieldPath, Scalar, prompt_of
 from .numbers import numbers_in
 from .slots import Slot, mentions_of, slots_of, with_values
 
@@ -52,7 +52,7 @@ class Values:
     """The values that can take the place of others, by field.
 
     `listed` are those of the user, `schema` that of the recipe's output. Raises UsageError for a given field that no
-    answer has, and for given texts where answers have numbers or the reverse.
+    answer has, for given texts where answers have numbers or the reverse, and for a value that no schema allows.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Values:
             field for field in open_fields if any(_depends(field, other, records) for other in self._unmentioned)
         }
         self._listed, self._allowed = listed, {} if schema is None else dict(_enums(schema))
+        for field in listed:
+            self._check_allowed(field, rows)
         self._near: dict[tuple[str, object], dict[Scalar, None]] = {}
         self._all: dict[str, dict[Scalar, None]] = {}
         self._pools: dict[tuple[str, object, bool], Sequence[Scalar]] = {}
@@ -105,7 +107,7 @@ class Values:
         """The values that can take the place of that of a slot, and its own."""
         if slot.field in self._fixed:
             return []
-        allowed = self._allowed_in(item, slot)
+        allowed = self._allowed_in(item, slot.paths[0])
         pool = self._pool(slot.field, self._context(item, slot), is_text=isinstance(slot.value, str))
         if allowed is not None:
             pool = list(dict.fromkeys(allowed))
@@ -127,13 +129,28 @@ class Values:
             self._pools[key] = fitting if is_text else _between(fitting)
         return self._pools[key]
 
-    def _allowed_in(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar] | None:
+    def _allowed_in(self, item: SlottedRow, path: FieldPath) -> Sequence[Scalar] | None:
         """The values that the schema of the output, or of a function, lists for a field; None if it lists none."""
+        field = item.answer.field(path)
         if item.row.tools is None:
-            return self._allowed.get(slot.field)
-        called = item.answer.value[slot.paths[0][0]]["name"]
+            return self._allowed.get(field)
+        called = item.answer.value[path[0]]["name"]
         schema = next(tool.schema for tool in item.row.tools.tools if tool.name == called)
-        return dict(_cached_enums(json.dumps(schema))).get(slot.field)
+        return dict(_cached_enums(json.dumps(schema))).get(field)
+
+    def _check_allowed(self, field: str, rows: Sequence[SlottedRow]) -> None:
+        """UsageError for a given value that the schema does not list in any answer, where it lists some in all."""
+        lists = [
+            self._allowed_in(item, path)
+            for item in rows
+            for path, _ in item.answer.scalars()
+            if item.answer.field(path) == field
+        ]
+        allowed = dict.fromkeys(value for values in lists for value in values or ())
+        wrong = next((value for value in self._listed[field] if value not in allowed), None)
+        if None not in lists and wrong is not None:
+            message = f"data.augment.values.{field} has {wrong!r}, which the schema does not allow there"
+            raise UsageError(message, f"add it to the schema, or give one of {first_of(list(map(str, allowed)))}")
 
 
 def _other_texts(row: TaskRow) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from edgetune_runtime.bundle import GENERATION
@@ -33,12 +33,12 @@ class Format:
 
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
     for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
-    unchanged. `adapter_factor` is the size of low-rank adapters relative to GGUF files with the same numbers.
+    unchanged. `adapter_factor` is the size of low-rank adapters relative to their numbers.
     `requantized_kl` has the types that the format may requantize a base to after training, with the largest accepted
     mean KL.
     """
 
-    adapter_dtypes: tuple[str, ...] = ("f16", "q8_0", "f32")
+    adapter_dtypes: tuple[str, ...] = ("f32", "f16")
     dtype_key: str = "dtype"
     tasks: Mapping[str, str] = field(default_factory=lambda: {GENERATION: "backend"})
     links_base: bool = False
@@ -57,10 +57,15 @@ class Format:
         """Approximate size in bytes of a merged model, whose weights have 8 bits."""
         return parameters * (_FLOAT if self.writes_floats(options) else TENSOR_TYPES["q8_0"].bytes_per_value)
 
-    def adapter_bytes(self, values: int, dtype: str, shape: str) -> float:
-        """Approximate size in bytes of an adapter of a shape other than merged, with so many numbers."""
-        factor = self.adapter_factor if shape == "low_rank" else 1.0
-        return values * TENSOR_TYPES[dtype].bytes_per_value * factor
+    def low_rank_bytes(self, sizes: Iterable[tuple[int, int, int]], dtype: str) -> float:
+        """Approximate size in bytes of a low-rank adapter, of which `sizes` has each rank with a module's rows and
+        columns."""
+        values = sum(rank * (rows + columns) for rank, rows, columns in sizes)
+        return self.adapter_bytes(values, dtype) * self.adapter_factor
+
+    def adapter_bytes(self, values: int, dtype: str) -> float:
+        """Size in bytes of so many numbers of an adapter of another shape."""
+        return values * TENSOR_TYPES[dtype].bytes_per_value
 
     def export_mb(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
         """Approximate memory in MB of exporting and checking a base, without its weights in float32; see `base_bytes`.

@@ -33,6 +33,7 @@ from .records import (
     LONGEST_MANIFEST,
     MANIFEST_NAME,
     MARK,
+    ROUTER_WORDS,
     SCHEMA_VERSION,
     STATES_FOLDER,
     TASKS,
@@ -51,8 +52,8 @@ from .records import (
 
 __all__ = [
     "ASK", "AUTO", "BASE", "CLASSIFICATION", "CLASSIFY", "DEFER", "ERROR", "GENERATE", "GENERATION",
-    "LONGEST_MANIFEST", "MANIFEST_NAME", "MARK", "SCHEMA_VERSION", "STATES_FOLDER", "TASKS", "AdapterEntry",
-    "BaseEntry", "ConfidenceCurve", "FileEntry", "GoldenAnswer", "Manifest", "NewAdapter", "RoutedCall",
+    "LONGEST_MANIFEST", "MANIFEST_NAME", "MARK", "ROUTER_WORDS", "SCHEMA_VERSION", "STATES_FOLDER", "TASKS",
+    "AdapterEntry", "BaseEntry", "ConfidenceCurve", "FileEntry", "GoldenAnswer", "Manifest", "NewAdapter", "RoutedCall",
     "RouterEntry", "Scope", "UnsureRule", "VerifiedFiles", "files_beside", "files_of", "files_of_format",
     "of_formats", "parse_manifest", "pinned", "read_manifest", "resolve", "sha256_of", "unchanged", "verify_files",
     "with_present_formats", "without_adapter",

@@ -16,12 +16,12 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable, shortened
 
 from .records import (
     AUTHOR_NAME,
-    AUTO,
     BASE,
     CLASSIFY,
     ERROR,
     GENERATE,
     MOST_AUTHORS,
+    ROUTER_WORDS,
     SCHEMA_VERSION,
     SHAPES,
     TASKS,
@@ -152,7 +152,7 @@ def _check_router(router: RouterEntry, adapters: Mapping[str, AdapterEntry], pat
     problems += [f"the adapter {name!r}" for call in calls for name in call.adapters if name not in adapters]
     problems += [f"the threshold {call.threshold}" for call in calls if not 0 < call.threshold < 1]
     problems += [f"below: {router.below!r}"] if router.below not in (BASE, ERROR, *adapters) else []
-    problems += [f"an adapter called {name!r}" for name in (AUTO, BASE, ERROR) if name in adapters]
+    problems += [f"an adapter called {name!r}" for name in ROUTER_WORDS if name in adapters]
     problems += [] if all(call.adapters for call in calls) else ["no adapters to choose from"]
     if problems:
         raise VerificationError(f"{path} has a router with {problems[0]}", "build the bundle again")

@@ -28,6 +28,8 @@ AUTO = "auto"
 """Stands for an adapter's name: the adapter that the bundle's router chooses."""
 BASE, ERROR = "base", "error"
 """What can answer a prompt of none of the router's tasks, besides an adapter."""
+ROUTER_WORDS = (AUTO, BASE, ERROR)
+"""No adapter of a bundle with a router has one of these names."""
 MARK, ASK, DEFER = "mark", "ask", "defer"
 """What can become of an unsure answer, besides BASE, ERROR and an adapter."""
 GENERATE, CLASSIFY = "generate", "classify"

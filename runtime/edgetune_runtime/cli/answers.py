@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import engines
-from edgetune_runtime.bundle import AUTO, CLASSIFY, ERROR, Manifest, RouterEntry, read_manifest, verify_files
+from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, read_manifest, verify_files
 from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.confinement import MAX_S, confine, limits_of
@@ -94,12 +94,12 @@ def classify(options: argparse.Namespace) -> None:
     prompt = prompt_of(options)
     labels = None if options.labels is None else [label.strip() for label in options.labels.split(",")]
     with open_runtime(options) as runtime:
-        adapter, fields = adapter_choice(runtime, options.adapter), dict[str, Any]()
-        if adapter == AUTO and AUTO not in runtime.adapters:
-            route = runtime.route(prompt, CLASSIFY)
-            adapter, fields["route"] = route.adapter, asdict(route)
         classification = runtime.classify(
-            prompt, labels, adapter=adapter, exact=options.exact, min_confidence=options.min_confidence
+            prompt,
+            labels,
+            adapter=adapter_choice(runtime, options.adapter),
+            exact=options.exact,
+            min_confidence=options.min_confidence,
         )
     label, probabilities = classification
     if options.json:
@@ -109,7 +109,8 @@ def classify(options: argparse.Namespace) -> None:
             "confidence": classification.confidence,
             "is_unsure": classification.is_unsure,
         }
-        print(json.dumps(values | fields, ensure_ascii=False))
+        values |= {} if classification.route is None else {"route": asdict(classification.route)}
+        print(json.dumps(values, ensure_ascii=False))
         return
     # The label of texts that are out of scope comes first, whatever its own probability.
     rows = {label: 0.0, **probabilities}

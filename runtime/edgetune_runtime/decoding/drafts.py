@@ -1,7 +1,7 @@
 """Drafts the next tokens from the last answer to a prompt, n-grams of the task's training answers, and the prompt.
 
-Drafting needs no model. The engine verifies a draft in one batch, so a wrong draft costs time and changes no answer:
-speculative decoding (Leviathan et al., 2211.17192) with prompt lookup (Saxena, 2023).
+Drafting needs no model. The engine verifies a draft in one batch, so a wrong draft costs time and changes an answer by
+rounding at most: speculative decoding (Leviathan et al., 2211.17192) with prompt lookup (Saxena, 2023).
 """
 
 from __future__ import annotations

@@ -11,20 +11,23 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from edgetune_runtime.errors import OutOfSpaceError
 from edgetune_runtime.formats.checked_file import read_checked, write_checked
+from edgetune_runtime.states.activation import Spans
 
 KIND = "edgetune_past_answers"
 MAX_BYTES = 4_000_000
 """Memory of all answers together: about 13,000 short ones."""
 
 _FOLDER = "past-answers"
-_KEY_BYTES = 16
+_GROUP_BYTES, _KEY_BYTES = 4, 16
+"""Keys begin with a digest of the adapter, so that its answers can be forgotten."""
+_SEVERAL = "several adapters"
 _ENTRY_BYTES = 250
 """Memory of an answer besides its tokens: its key, and its place in the dictionary."""
 _SAVE_EVERY_S = 3600.0
@@ -63,9 +66,10 @@ class PastAnswers:
             for key, tokens in _read(path, vocab_size):
                 self._put(key, tokens)
 
-    def of(self, adapters: object, tokens: Sequence[int]) -> PastAnswer:
-        """The last answer to a prompt; `adapters` are those of the call, as something whose repr identifies them."""
-        key = hashlib.blake2b(repr((adapters, *tokens)).encode(), digest_size=_KEY_BYTES).digest()
+    def of(self, adapters: Collection[str], spans: Spans, tokens: Sequence[int]) -> PastAnswer:
+        """The last answer to a prompt with these adapters, which are active in these spans."""
+        rest = _digest(repr((sorted(adapters), spans, *tokens)), _KEY_BYTES - _GROUP_BYTES)
+        key = _group(_SEVERAL if len(adapters) > 1 else next(iter(adapters), "")) + rest
         with self._lock:
             return PastAnswer(self, key, list(self._answers.get(key, ())))
 
@@ -94,6 +98,19 @@ class PastAnswers:
                 self._is_saved = True
             except (OSError, OutOfSpaceError) as error:
                 _LOG.warning("cannot save past answers: %s", error)
+
+    def forget(self, adapter: str) -> None:
+        """Forget the answers of an adapter, and those of several adapters together, in the file too."""
+        groups = _group(adapter), _group(_SEVERAL)
+        with self._lock:
+            forgotten = [key for key in self._answers if key.startswith(groups)]
+            for key in forgotten:
+                self._drop(key)
+            self._is_saved &= not forgotten
+        if self._answers:
+            self.save()
+        else:
+            self.clear()
 
     def clear(self) -> None:
         """Forget all answers, in the file too."""
@@ -152,6 +169,15 @@ def _delete(file: Path) -> bool:
         _LOG.warning("cannot delete past answers: %s", error)
         return False
     return True
+
+
+def _group(adapter: str) -> bytes:
+    """The beginning of the keys of an adapter's answers; "" is the base."""
+    return _digest(adapter, _GROUP_BYTES)
+
+
+def _digest(text: str, length: int) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=length).digest()
 
 
 def _size(tokens: Sequence[int]) -> int:

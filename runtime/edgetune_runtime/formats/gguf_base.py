@@ -159,15 +159,19 @@ def read_base(path: Path) -> GgufHeader:
 def check_base(header: GgufHeader, path: Path) -> None:
     """Check that llama.cpp can load this base safely, from the header of the file at `path`.
 
-    IncompatibleError for an architecture that is not supported, or a Gemma 4 with other layers; VerificationError, with
-    up to three problems, for a hyperparameter, a tensor type or a tokenizer that no file of this architecture has, or
-    that do not fit together.
+    IncompatibleError for an architecture that is not supported, a Gemma 4 with other layers, or a Qwen 3.5 with layers
+    for drafts; VerificationError, with up to three problems, for a hyperparameter, a tensor type or a tokenizer that no
+    file of this architecture has, or that do not fit together.
     """
     check_vocabulary(header, path)
     # The larger ones, some of which have experts.
     if header.architecture == "gemma4" and header.metadata.get("gemma4.embedding_length_per_layer_input") == 0:
         message = f"{path} is a Gemma 4 without inputs for each layer, which is not supported"
         raise IncompatibleError(message, "use a Gemma 4 E2B or E4B")
+    # llama.cpp's converter writes them by default.
+    if header.architecture == "qwen35" and header.metadata.get("qwen35.nextn_predict_layers"):
+        message = f"{path} has layers that predict drafts (MTP), which are not supported"
+        raise IncompatibleError(message, "use a file converted with --no-mtp, or its Hugging Face folder")
     _refuse(list(_wrong_hyperparameters(header)), path)
     _refuse(list(_wrong_shapes(header)), path)
 

@@ -108,7 +108,8 @@ def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDA
         factors = [one + scale * (array - one) for array, scale in zip(arrays, scales, strict=True)]
         return np.asarray(np.prod(factors, axis=0), np.float32)
     if name.endswith((LORA_A, DOWN, DOWN_BIAS)):
-        return np.concatenate(arrays, axis=-1)
+        # That of one adapter is not copied, as it may be mapped.
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
     scaled = [array * scale for array, scale in zip(arrays, scales, strict=True)]
     return np.concatenate(scaled) if name.endswith((LORA_B, UP)) else np.asarray(np.sum(scaled, axis=0), np.float32)
 

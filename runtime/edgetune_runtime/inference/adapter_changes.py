@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from edgetune_runtime.bundle import Manifest, NewAdapter, files_beside, files_of, verify_files, without_adapter
+from edgetune_runtime.bundle import (
+    ROUTER_WORDS,
+    Manifest,
+    NewAdapter,
+    files_beside,
+    files_of,
+    verify_files,
+    without_adapter,
+)
 from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.wording import first_of
@@ -43,6 +51,9 @@ def require_fits(new: NewAdapter, manifest: Manifest) -> None:
     name, base = new.entry.name, manifest.base
     if name in manifest.adapters:
         raise UsageError(f"bundle {manifest.name!r} has an adapter {name!r} already", "remove that one first")
+    if manifest.router is not None and name in ROUTER_WORDS:
+        message = f"the router of bundle {manifest.name!r} has another meaning for the adapter's name {name!r}"
+        raise UsageError(message, "build it under another name")
     if new.entry.base_fingerprint != base.fingerprint:
         message = f"adapter {name!r} was made for another base than {base.name!r} of bundle {manifest.name!r}"
         raise IncompatibleError(message, "build it for this base")

@@ -26,7 +26,7 @@ from edgetune_runtime.bundle import (
     without_adapter,
 )
 from edgetune_runtime.bundle.parts import parts_in
-from edgetune_runtime.errors import BusyError, UsageError
+from edgetune_runtime.errors import BusyError, EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing, require_space
 from edgetune_runtime.formats.checked_file import read_about
 from edgetune_runtime.states.store import KIND
@@ -41,7 +41,8 @@ def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[
     """Copy an adapter of the bundle `source` into another bundle on the same base; returns its new entry.
 
     `check` gets its name before anything is written, and raises what is wrong with it. Same errors as
-    `Runtime.add_adapter`, and BusyError while another process changes the bundle; the bundle is then unchanged.
+    `Runtime.add_adapter`, BusyError while another process changes the bundle, and EdgetuneError where the system
+    refuses; the bundle is then unchanged.
     """
     with _locked(bundle):
         manifest = read_manifest(bundle)
@@ -70,7 +71,8 @@ def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[
 def remove_from_bundle(bundle: Path, name: str) -> None:
     """Remove an adapter from a bundle on disk, with its states and all files that nothing else uses.
 
-    NotFoundError for an unknown name, BusyError while another process changes the bundle.
+    NotFoundError for an unknown name, BusyError while another process changes the bundle, EdgetuneError where the
+    system refuses.
     """
     with _locked(bundle):
         manifest = read_manifest(bundle)
@@ -142,7 +144,19 @@ def _delete(bundle: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def _locked(bundle: Path) -> Iterator[None]:
-    """Keep other processes from changing the bundle; BusyError if one does. No lock on Windows."""
+    """Keep other processes from changing the bundle; BusyError if one does. No lock on Windows.
+
+    EdgetuneError where the system refuses a change in the block.
+    """
+    try:
+        with _lock(bundle):
+            yield
+    except OSError as error:
+        raise EdgetuneError(f"cannot change bundle {bundle}: {error}", "check the rights of its folder") from error
+
+
+@contextmanager
+def _lock(bundle: Path) -> Iterator[None]:
     if sys.platform == "win32" or not bundle.is_dir():
         yield
         return

@@ -189,7 +189,7 @@ class LoadedBundle:
             drafts=None if first is None or first.draft is None else partial(self.files.draft_of, first),
             constraint=constraint,
             reader=reader,
-            past=None if self._past is None else self._past.of((None if first is None else first.name, spans), tokens),
+            past=None if self._past is None else self._past.of(entries, spans, tokens),
             curves=self.curves(adapter) if form.uses_confidence and not raw else {},
             prepared_s=time.perf_counter() - begin,
         )
@@ -286,7 +286,7 @@ class LoadedBundle:
         """Remove an adapter and all that is known of it, once running calls do not use it; the caller holds `changing`.
 
         Other calls get NotFoundError from now on. UsageError, and the adapter stays, if only streams of this thread use
-        it.
+        it. The router stays until `renew_router` or `move`.
         """
         before = self.manifest
         others = without_adapter(before, name)
@@ -303,10 +303,12 @@ class LoadedBundle:
         self._merged_pools.pop(name, None)
         self.files.forget(name)
         if self._past is not None:
-            # Which of the answers are the adapter's is not known any more.
-            self._past.clear()
+            self._past.forget(name)
         self.manifest = others
-        self.router = Router(self.folder, others, verify=self.options.verify)
+
+    def renew_router(self) -> None:
+        """Choose from now on as the manifest says."""
+        self.router = Router(self.folder, self.manifest, verify=self.options.verify)
 
     def move(self, folder: Path, manifest: Manifest, refused: Collection[str]) -> None:
         """Read all else from the bundle in `folder`, whose adapters are there already; the caller holds `changing`.
@@ -321,12 +323,18 @@ class LoadedBundle:
         self.folder = folder
         self.manifest = replace(manifest, adapters=before.adapters, files={**manifest.files, **kept})
         self._in_use.use({folder, *map(self.files.folder_of, self.manifest.adapters)})
-        self.router = Router(folder, self.manifest, verify=self.options.verify)
+        self.renew_router()
 
     def load(self, entry: AdapterEntry) -> None:
-        """Load an adapter ahead of the calls that use it; a merged one is loaded by the first of them."""
-        with self.adapters.use({entry.name: entry}, Holder()):
-            pass
+        """Load an adapter ahead of the calls that use it, and keep it if the options say so.
+
+        A merged one is loaded by the first call.
+        """
+        if self.options.preload == ALL or entry.name in self.options.preload:
+            self.adapters.pin({entry.name: entry})
+        else:
+            with self.adapters.use({entry.name: entry}, Holder()):
+                pass
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk, and all past answers."""

@@ -47,7 +47,7 @@ class RuntimeOptions(TypedDict, total=False):
     An adapter's files are checked and read when it is first used. Up to `adapters_mb` of memory (10^6 bytes, default:
     256) is used for adapters that are not merged. When the next one does not fit, those that no call uses are dropped,
     the least recently used first, and read again by the next call that needs them; a call waits where others use too
-    many. `preload` lists adapters to load at opening and to keep in memory, or is "all".
+    many. `preload` lists adapters to load at opening and to keep in memory, or is "all"; not for merged ones.
 
     A merged adapter is a full model, which is checked and mapped on first use. Up to `merged_mb` of memory is used for
     such models, each with one context; by default what is free. When the next one does not fit, those that no call uses

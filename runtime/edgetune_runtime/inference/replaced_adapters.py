@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from edgetune_runtime.errors import BusyError, NotFoundError
+from edgetune_runtime.serving.adapters import RemovedAdapterError
 
 _REPLACING_S = 60.0
 """How long a call waits: the old adapter stays until the answers that use it have ended."""
 
 T = TypeVar("T")
+Pieces = Generator[str, None, None]
 
 
 class ReplacedAdapters:
@@ -40,6 +43,10 @@ class ReplacedAdapters:
             if ended is not None and not ended.wait(_REPLACING_S):
                 raise BusyError(f"adapter {name!r} is being replaced, and running calls use it", "call again")
 
+    def pieces(self, prepare: Callable[[], Pieces]) -> Pieces:
+        """The pieces of the answer that `prepare` prepares, again if its adapter was replaced before it began."""
+        return _begun(self.prepared(prepare), partial(self.prepared, prepare))
+
     def prepared(self, prepare: Callable[[], T]) -> T:
         """What `prepare` returns; it is called again if it lacked an adapter that was being replaced."""
         while True:
@@ -49,3 +56,12 @@ class ReplacedAdapters:
             except NotFoundError:
                 if self._count == count:
                     raise
+
+
+def _begun(pieces: Pieces, prepare: Callable[[], Pieces]) -> Pieces:
+    while True:
+        try:
+            yield from pieces
+            return
+        except RemovedAdapterError:
+            pieces = prepare()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,6 @@ from edgetune_runtime.bundle import CLASSIFY, GENERATE, Manifest, pinned
 from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.events import Event
-from edgetune_runtime.serving.adapters import RemovedAdapterError
 from edgetune_runtime.serving.classifier import Embedding
 from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.states.cache import name_of
@@ -148,11 +147,10 @@ class Runtime(AbstractContextManager["Runtime"]):
         outcome = Outcome()
 
         def prepare() -> Generator[str, None, None]:
-            prepare_call = partial(self._loaded.call, prompt, adapter, form=form, raw=raw, check=limits.check)
-            call = self._loaded.replaced.prepared(prepare_call)
+            call = self._loaded.call(prompt, adapter, form=form, raw=raw, check=limits.check)
             return answer_pieces(self._loaded, AnswerCall(call, prompt, form, limits, others), outcome, options)
 
-        return Stream(_begun(prepare(), prepare), outcome)
+        return Stream(self._loaded.replaced.pieces(prepare), outcome)
 
     def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
         """The adapter that `adapter="auto"` means for a prompt in `generate`, or in `classify`. Runs no model.
@@ -196,7 +194,19 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower.
         """
-        adapter, _ = self._loaded.routed(prompt, adapter, CLASSIFY)
+        classify = partial(self._classify, prompt, labels, adapter, exact=exact, min_confidence=min_confidence)
+        return self._loaded.replaced.prepared(classify)
+
+    def _classify(
+        self,
+        prompt: Prompt,
+        labels: Sequence[str] | None,
+        adapter: Adapters,
+        *,
+        exact: bool,
+        min_confidence: float | None,
+    ) -> Classification:
+        adapter, route = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
         if classifier is not None and len(scales) != 1:
             message = f"an encoder classifies with the labels of one adapter, not of {len(scales)}"
@@ -224,7 +234,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         def classified(scores: LabelScores, similarity: float = 1.0) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarity)
-            return likeliest(scope=scope, curves=curves, min_confidence=min_confidence)
+            return replace(likeliest(scope=scope, curves=curves, min_confidence=min_confidence), route=route)
 
         if classifier is not None:
             assert first is not None
@@ -320,6 +330,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         """
         with self._loaded.changing:
             self._loaded.drop(name)
+            self._loaded.renew_router()
 
     def reload(self) -> AdapterChanges:
         """Take over the bundle on disk, which another process may have changed or switched to another version.
@@ -348,15 +359,3 @@ class Runtime(AbstractContextManager["Runtime"]):
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-
-def _begun(
-    pieces: Generator[str, None, None], prepare: Callable[[], Generator[str, None, None]]
-) -> Generator[str, None, None]:
-    """The pieces of an answer, whose call is prepared again if its adapter was replaced before it began."""
-    while True:
-        try:
-            yield from pieces
-            return
-        except RemovedAdapterError:
-            pieces = prepare()

@@ -16,6 +16,7 @@ from edgetune_runtime.text.sampling import softmax
 
 from .confidence import LABEL, NOTHING, Curves, confidence, log_odds
 from .label_search import LabelScores
+from .routing.router import Route
 
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
@@ -29,7 +30,7 @@ class Classification:
     likeliest label against any other text, so they are the same however many labels were computed. `is_out_of_scope`:
     the label is the one that the recipe has for texts that none of the others fits. `confidence` is the probability
     that the label is right, as that of an `Answer`; None for other labels than the adapter's. With `min_confidence`,
-    `is_unsure` says whether it is lower, or not known.
+    `is_unsure` says whether it is lower, or not known. `route` is the router's choice where it chose the adapter.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Classification:
     is_out_of_scope: bool = False
     confidence: float | None = None
     is_unsure: bool = False
+    route: Route | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.label, self.probabilities))

@@ -66,15 +66,18 @@ class Session(AbstractContextManager["Session"]):
         messages = [*self.history, *messages_for(message, None)]
         carried = self._last if self._carries else None
         limits, form, others = split_options(options)
-        call = self._loaded.call(
-            messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
-        )
         outcome = Outcome()
-        if call.route is not None:
-            self._answering = call.route.adapter
-        answer_call = AnswerCall(call, messages, form, limits, others)
-        pieces = answer_pieces(self._loaded, answer_call, outcome, options)
-        return Stream(self._recorded(messages, call, pieces, outcome), outcome)
+
+        def prepare() -> Generator[str, None, None]:
+            call = self._loaded.call(
+                messages, self.adapter, owner=self._owner, carried=carried, form=form, check=limits.check
+            )
+            if call.route is not None:
+                self._answering = call.route.adapter
+            answer_call = AnswerCall(call, messages, form, limits, others)
+            return self._recorded(messages, call, answer_pieces(self._loaded, answer_call, outcome, options), outcome)
+
+        return Stream(self._loaded.replaced.pieces(prepare), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; NotFoundError for an unknown one, which changes nothing.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import read_header
 from ports import http_server
 from runtime.gguf_files import rewritten
-from tiny import ARCHITECTURES
+from tiny import ARCHITECTURES, MODELS, make_folder
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -116,24 +117,56 @@ def test_a_hub_id_without_network_is_one_line(resolve: Callable[..., Base]) -> N
     assert_refused(NotFoundError, message, lambda: resolve(name))
 
 
-class _Gate(BaseHTTPRequestHandler):
-    """Refuses all, as the hub does for a model that its owner gives access to."""
+class _Hub(BaseHTTPRequestHandler):
+    """A hub with one repository, whose files are not to be had without access."""
+
+    files: tuple[str, ...] = ("config.json",)
 
     def do_GET(self) -> None:
-        self.send_response(403)
-        self.send_header("X-Error-Code", "GatedRepo")
-        self.send_header("Content-Length", "0")
+        entries = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.files]
+        about: object = entries if "/tree/" in self.path else {"id": "owner/name", "sha": "a" * 40, "siblings": []}
+        self.answer(200, json.dumps(about).encode())
+
+    def do_HEAD(self) -> None:
+        self.answer(403, b"")
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        if status == 403:
+            self.send_header("X-Error-Code", "GatedRepo")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        self.wfile.write(body)
 
 
-def test_a_gated_base_says_how_to_get_access(resolve: Callable[..., Base], monkeypatch: pytest.MonkeyPatch) -> None:
-    with http_server(_Gate) as address:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        message = (
-            "base 'edgetune-tests/gated' is gated: its owner gives access to those who ask for it; ask on its page"
-        )
-        assert_refused(NotFoundError, message, lambda: resolve("edgetune-tests/gated"))
+class _HubOfGguf(_Hub):
+    files = ("model-q4_0.gguf", "README.md")
+
+
+@pytest.mark.parametrize(
+    ("hub", "message"),
+    [
+        (_Hub, "base 'owner/name' is gated: its owner gives access to those who ask for it; ask on its page"),
+        (
+            _HubOfGguf,
+            "base 'owner/name' on the hub has no config.json; if it has .gguf files, get one with hf download",
+        ),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line(
+    hub: type[_Hub], message: str, resolve: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with http_server(hub) as address:
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        for name, value in {
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        assert_refused(NotFoundError, message, lambda: resolve("owner/name"))
 
 
 @pytest.mark.usefixtures("forked_converter")
@@ -291,6 +324,31 @@ def test_rows_of_an_embedding_that_stays_in_the_file_are_those_of_the_whole(
     assert not [*embedding.parameters()]
     whole = GgufWeights(base.path).values(f"{name}.weight").to(torch.bfloat16)
     assert torch.equal(embedding(tokens), whole[tokens] * torch.tensor(32**0.5, dtype=torch.bfloat16))
+
+
+def test_a_gemma4_with_the_types_of_googles_4_bit_files_is_what_llama_cpp_runs(
+    tiny_folder: Callable[[str], Path],
+    convert: Callable[[Path, Path], None],
+    resolve: Callable[..., Base],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # q6_k needs rows of 256 columns.
+    sizes = {"hidden_size_per_layer_input": 128, "global_head_dim": 128}
+    monkeypatch.setitem(MODELS, "gemma4", (*MODELS["gemma4"][:2], MODELS["gemma4"][2] | sizes))
+    tokenizer, folder = tiny_folder("llama") / "tokenizer.model", tmp_path / "wide"
+    convert(make_folder("gemma4", folder, tokenizer, hidden_size=256), tmp_path / "f16.gguf")
+    quantize_gguf(tmp_path / "f16.gguf", tmp_path / "q4_0.gguf", "q4_0+q6_k")
+    whole = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "f16.gguf").tensors}
+    inputs = {name: data for name, data in whole.items() if name.endswith((".inp_gate.weight", ".proj.weight"))}
+    base = resolve(str(rewritten(tmp_path / "q4_0.gguf", tmp_path / "shipped.gguf", tensors=inputs)))
+    kinds = {name.removeprefix("blk.0."): tensor.type.name for name, tensor in base.header.tensors.items()}
+    embeddings = (kinds["token_embd.weight"], kinds["per_layer_token_embd.weight"])
+    assert (*embeddings, kinds["inp_gate.weight"], kinds["attn_q.weight"]) == ("q6_k", "q6_k", "f16", "q4_0")
+    model, rows = load_torch(base, torch.float32), [np.random.default_rng(0).integers(5, 380, 40).tolist()]
+    with torch.no_grad(), closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:
+        found = compare(lambda tokens: model(torch.tensor([tokens])).logits[0].numpy(), engine, rows)
+    assert found.kl < 2e-3 and found.top1 > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

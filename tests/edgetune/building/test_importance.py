@@ -193,6 +193,8 @@ def test_imatrix_writes_the_file_and_prints_its_path(
     assert main(["imatrix", str(recipe), "--out", str(out), "--quiet"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert "blk.0.attn_q.weight.in_sum2" in read_header(out).tensors
+    assert main(["imatrix", str(recipe), "--out", str(tmp_path / "rows.jsonl")]) == 2
+    assert "rows.jsonl is a file that this command reads; write to another file" in capsys.readouterr().err
 
 
 def test_an_encoder_has_no_matrix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, sha256_of, verify_files
-from edgetune_runtime.errors import EdgetuneError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
 from edgetune_runtime.inference import golden
 from recipes import adapter_of, lights, make_recipe
+from runtime.bundles import add_router
 from trainings import QUIET, Listening, modified
 
 from edgetune.building.pipeline import build, export_trained
@@ -162,6 +163,16 @@ def test_another_setting_is_one_line_before_any_training(
     assert "\n" not in str(error.value)
     assert modified(home) == before
     assert not (home.with_name("home.work") / "train" / "blinds").exists()
+
+
+def test_a_name_with_another_meaning_for_the_router_is_refused(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    add_router(home, {"generate": {"plain": "on", "scaled": "red"}})
+    recipe = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds")
+    named = recipe.model_copy(update={"adapters": {"error": recipe.adapters["blinds"]}})
+    with pytest.raises(UsageError, match=r"'error' cannot be a name in .*home, whose router has another meaning"):
+        build(named, home, progress=QUIET, into=True)
 
 
 def test_a_damaged_bundle_gets_no_new_digests(home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

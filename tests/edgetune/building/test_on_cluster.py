@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -246,7 +247,13 @@ def test_the_command_finds_the_cluster_and_reserves_a_gpu_if_there_is_one(
     recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
     command = [sys.executable, "-m", "edgetune", "build", "recipe.yaml", "--out", "home", "--engine", "ray", "--json"]
     environment = {**os.environ, "RAY_ADDRESS": cluster.cluster.address}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in done.stderr
-    assert list(json.loads(done.stdout)["adapters"]) == ["blinds"]
+    free_gpus = set()
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+        while process.poll() is None:
+            free_gpus.add(cluster.ray.available_resources().get("GPU", 0))
+            time.sleep(0.1)
+        out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "training 1 adapters on the cluster; GPUs for each: 1\nblinds: trained\n" in err
+    assert list(json.loads(out)["adapters"]) == ["blinds"]
+    assert free_gpus == {0, 1}

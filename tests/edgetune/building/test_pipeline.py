@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from edgetune_devices.needs import needs_of_header
@@ -19,6 +20,7 @@ from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
 from recipes import adapter_of, lights, make_recipe, write_rows
+from runtime.gguf_files import rewritten
 from tiny import make_folder, make_tokenizer
 from trainings import QUIET, Listening, modified
 from transformers import AutoModelForCausalLM
@@ -147,6 +149,17 @@ def test_what_a_base_with_recurrent_layers_cannot_have_is_refused(
     with pytest.raises((IncompatibleError, UsageError), match=message):
         build(recipe, tmp_path / "home", progress=progress)
     assert not progress.lines
+
+
+def test_a_hybrid_that_llama_cpp_cannot_load_is_refused_before_training(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # Torch would train it.
+    more = {"blk.0.other.weight": np.ones((4, 64), np.float32)}
+    recipe = make_recipe(tmp_path, rewritten(tiny_gguf("qwen35"), tmp_path / "base.gguf", tensors=more))
+    with pytest.raises(VerificationError, match=r"cannot load .*wrong number of tensors.*; check the file, or update"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+    assert not (tmp_path / "home.work/train").exists()
 
 
 def test_a_merged_model_in_4_bits_is_trained_on_the_bases_grid_and_keeps_its_size(

@@ -149,7 +149,10 @@ def test_what_is_finished_is_not_run_again(compared: Compared) -> None:
 
 
 def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
-    compared: Compared, request_of: Callable[..., Request], tmp_path: Path
+    compared: Compared,
+    request_of: Callable[..., Request],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
         for trial in trials:
@@ -165,6 +168,13 @@ def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert sentence in page and page.count('src="data:image/png;base64,') == 4
     assert json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))["more_rows"] == [sentence]
+    bundle, report = compared.request.out / "trials" / "lora-r2" / "bundle", tmp_path / "report.html"
+    command = ["report", str(bundle), "--out", str(report), "--compare"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    text = report.read_text(encoding="utf-8")
+    assert f"{sentence}." in text and text.count('src="data:image/png;base64,') == 1
+    assert main([*command, str(compared.request.out)]) == 2
+    assert "has no learning curve, as it has scores for one number of rows" in capsys.readouterr().err
 
 
 def test_another_recipe_or_other_rows_are_run_anew(compared: Compared, request_of: Callable[..., Request]) -> None:

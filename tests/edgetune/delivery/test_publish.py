@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from filelock import FileLock
 from kills import KILLED, full_from, killed_at, read_only_from
 from kits import write_bundle
 from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device, with_adapters
-from runtime.bundles import add_router, change_manifest
+from runtime.bundles import add_router
 
 from edgetune.cli.main import main
 from edgetune.delivery.publish import key_folder, repository
@@ -59,15 +58,8 @@ def test_a_bundle_that_the_channel_has_is_not_published_again(publisher: Publish
 
 def test_an_adapter_is_published_alone(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, PASSPHRASE)
-    router = add_router(
-        with_adapters(publisher.bundle, "command", "reply"), {"generate": {"command": "x", "reply": "y"}}
-    )
-    about = {
-        "sha256": sha256_of(publisher.bundle / router.file),
-        "bytes": (publisher.bundle / router.file).stat().st_size,
-    }
-    change_manifest(publisher.bundle, lambda raw: raw.update(router=asdict(router)))
-    change_manifest(publisher.bundle, lambda raw: raw["files"].update({router.file: about}))
+    bundle = with_adapters(publisher.bundle, "command", "reply")
+    router = add_router(bundle, {"generate": {"command": "x", "reply": "y"}})
     first = publish(publisher.bundle, publisher.repo, publisher.keys, share=0.1, min_runtime="0.0.1").release
     words = ["publish", str(with_adapters(tmp_path / "team/home", "reply")), "--keys", str(publisher.keys.folder)]
     words += ["--repo", str(publisher.repo), "--quiet", "--adapter"]

@@ -29,10 +29,12 @@ def low_rank_values(base: BaseShape, **options: Any) -> int:  # noqa: ANN401 - o
     return method.trained(base, chosen).low_rank_values
 
 
-def size_of(method: Method[Any], options: MethodOptions, shape: str, base: BaseShape, engine: str) -> AdapterSize:
+def size_of(
+    method: Method[Any], options: MethodOptions, shape: str, base: BaseShape, engine: str, dtype: str = "f16"
+) -> AdapterSize:
     trained = method.trained(base, options)
-    values = {"low_rank": trained.low_rank_values, "prefix": method.prefix_tokens(options) * base.kv_values_per_token}
-    return size_in_memory(values[shape], shape, len(trained.modules), engine, dtype="f16")
+    values = {"prefix": method.prefix_tokens(options) * base.kv_values_per_token}
+    return size_in_memory(engine, dtype, shape, trained, values)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +43,13 @@ def size_of(method: Method[Any], options: MethodOptions, shape: str, base: BaseS
         {"r": 8},
         {"r": 16, "target_modules": ("q_proj", "v_proj")},
         {"r": 4, "target_modules": ("mlp.gate_proj",)},
-        {"r": 4, "rank_pattern": {"down_proj": 2, "layers.1.+": 3}},
+        {"r": 4, "rank_pattern": {"down_proj": 20, "layers.1.+": 3}},
     ],
 )
+@pytest.mark.parametrize("dtype", ["auto", "f16", "q8_0"])
 @pytest.mark.parametrize("arch", ["llama", "phi3"])
 def test_the_size_of_a_lora_is_that_of_the_written_file(
-    arch: str, options: dict[str, Any], tiny_gguf: Callable[[str], Path], tmp_path: Path
+    arch: str, dtype: str, options: dict[str, Any], tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     if arch == "phi3" and "target_modules" in options:
         options = {**options, "target_modules": ("qkv_proj", "gate_up_proj")}
@@ -54,8 +57,8 @@ def test_the_size_of_a_lora_is_that_of_the_written_file(
     shape = BaseShape.of_header(read_header(base))
     method.save(method.attach(make_model(arch, shape.vocabulary), chosen, 1), tmp_path / "peft")
     out = tmp_path / "adapter.gguf"
-    write_adapter(fold_peft(tmp_path / "peft", "a"), base, out, dtype="f16", base_fingerprint=FINGERPRINT)
-    size, written = size_of(method, chosen, "low_rank", shape, "gguf"), read_header(out)
+    write_adapter(fold_peft(tmp_path / "peft", "a"), base, out, dtype=dtype, base_fingerprint=FINGERPRINT)
+    size, written = size_of(method, chosen, "low_rank", shape, "gguf", dtype), read_header(out)
     assert size.modules == len(written.tensors) // 2
     assert size.file_bytes == sum(tensor.nbytes for tensor in written.tensors.values())
 

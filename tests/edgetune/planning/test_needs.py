@@ -24,8 +24,10 @@ from edgetune.bases.folder_header import predict_header
 from edgetune.building.builders.plan import plan_build
 from edgetune.building.pipeline import build
 from edgetune.planning import needs as build_needs
-from edgetune.planning.records import BuildNeeds, NeedsReport, Room
+from edgetune.planning.records import BuildNeeds, BuildPlan, NeedsReport, Room
 from edgetune.recipe.model import Recipe
+from edgetune.training.device import CPU, TrainingDevice
+from edgetune.training.duration import TrainingTime
 
 NEEDS = BuildNeeds(
     parameters=1_700_000_000,
@@ -213,6 +215,23 @@ def test_plan_reports_the_needs(tiny_gguf: Callable[[str], Path], tmp_path: Path
     assert found["summary"].startswith("memory about ")
     assert json.loads(json.dumps(found)) == found
     assert plan_build(make_recipe(tmp_path, Path("nobody/nothing"))).plan.needs is None
+
+
+def test_the_time_is_predicted_where_a_speed_was_measured(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base, training = tiny_gguf("llama"), {"precision": "auto"}
+    plan = plan_build(make_recipe(tmp_path, base, training=training)).plan
+    full = plan_build(make_recipe(tmp_path, base, {"command": adapter_of("full")})).plan
+    assert plan.source is not None and plan.source.shape is not None
+
+    def time_on(*instruction_sets: str, device: TrainingDevice = CPU, of: BuildPlan = plan) -> TrainingTime | None:
+        room = replace(PLENTY, device=device, instruction_sets=frozenset(instruction_sets))
+        return build_needs.training_time(of, plan.source.shape, room)
+
+    in_fp32, in_bf16 = time_on("avx2"), time_on("avx2", "avx512-bf16")
+    assert in_fp32 is not None and in_bf16 is not None and in_fp32.max_s > 2 * in_bf16.max_s > 0
+    on_gpu = time_on("avx2", device=TrainingDevice("cuda:0", "GPU", 1000.0, 1000.0))
+    assert (on_gpu, time_on("neon"), time_on("avx2", of=full)) == (None, None, None)
+    assert "training_s" not in json.dumps(plan.for_manifest())
 
 
 def test_a_build_reports_its_needs_before_any_work(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from runtime.bundles import change_manifest
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
+from edgetune.recipe.parts import OutOfScopeSpec
+from edgetune.shipping.scope import ScopeAnswer, scope_of
 from edgetune.tasks.evaluation import evaluate
 
 COLORS = ("red", "warm")
@@ -48,6 +50,21 @@ def test_no_more_validation_rows_are_refused_than_the_recipe_says(engine: str, m
     assert 0 <= scope.refused <= 0.25 or scope.threshold < -1e5
     assert 0 <= scope.found <= 1
     assert scope.odds_spread > 0 and scope.similarity_spread > 0
+
+
+@pytest.mark.parametrize("refused", [0.05, 0.25])
+def test_the_threshold_refuses_the_stated_share_of_known_rows_and_no_more(refused: float) -> None:
+    known = [ScopeAnswer(True, True, float(odds), 1.0) for odds in range(100)]
+    others = [ScopeAnswer(False, True, odds - 0.5, 1.0) for odds in (1, 3, 60)]
+    named = ScopeAnswer(False, False, 5.0, 1.0)
+    scope = scope_of(OutOfScopeSpec(refused=refused), [*known, *others, named])
+    assert scope.refused == refused
+    assert scope.score(100 * refused, 1.0) == scope.threshold > scope.score(100 * refused - 1, 1.0)
+    assert scope.found == 3 / 4
+    # The label alone refuses more than the recipe allows: no threshold refuses others besides.
+    mislabelled = [ScopeAnswer(True, False, 5.0, 1.0)] * 60
+    wide = scope_of(OutOfScopeSpec(refused=refused), [*known, *mislabelled, *others, named])
+    assert (wide.refused, wide.found, wide.threshold) == (0.375, 1 / 4, -1e6)
 
 
 def test_the_runtime_compares_a_prompt_with_the_training_prompts(bundle: Path, manifest: Manifest) -> None:

@@ -89,6 +89,13 @@ def test_values_of_a_schema_are_used_and_others_are_not() -> None:
     schema = {"type": "object", "properties": {"area": {"enum": ["hall", "garage"]}}}
     rows = [row for row in ORDERS if row["completion"]["area"] == "hall"]
     assert {answer["area"] for _, answer in pairs(copied(rows, schema, **QUIET))} == {"garage"}
+    assert copied(rows, schema, values={"area": ["garage"]}, **QUIET)
+    with pytest.raises(
+        UsageError, match=r"area has 'porch', which the schema does not allow there; .* of hall; garage"
+    ):
+        copied(rows, schema, values={"area": ["garage", "porch"]})
+    with pytest.raises(UsageError, match="room has 'porch', which the schema does not allow there"):
+        copied([calls_of("hall", "attic")], values={"room": ["porch"]})
 
 
 def test_a_field_that_depends_on_an_unsaid_one_stays() -> None:
@@ -229,6 +236,11 @@ def test_noise_leaves_the_values_of_the_answer_and_is_the_same_for_a_seed() -> N
     assert any("twenty favourites please" in text for text, kind in made if kind == "spoken")
     assert all(noisy("2 ² 20", [], random.Random(seed), english=True) for seed in range(9))
     assert "zwanzig" not in str(made)
+    words = "Twenty-five songs, a ten-minute break and forty two"
+    kept_words = [Mention(words.index("forty"), len(words))]
+    written = {noisy(words, kept_words, random.Random(seed), english=True)[0].lower() for seed in range(60)}
+    assert any("25 songs" in text for text in written) and any("twenty-five songs" in text for text in written)
+    assert all(text.endswith("forty two") and "10" not in text for text in written)
     assert noisy(prompt, kept, random.Random(3), english=True) == noisy(prompt, kept, random.Random(3), english=True)
 
 
@@ -251,6 +263,18 @@ def test_negatives_have_prompts_of_other_tasks_and_the_given_answer() -> None:
     assert all(prompt.startswith(("other ", "hello")) for prompt, _ in pairs(negatives))
 
 
+def test_negatives_of_a_task_with_labels_have_one_of_them(tmp_path: Path) -> None:
+    rows = [{"text": f"is it warm in the {room}", "label": ("hot", "cold")[n % 2]} for n, room in enumerate(ROOMS)]
+    for completion, is_fine in (("hot", True), ("none", False)):
+        data = {"train": "rows.jsonl", "held_out": 0.2, "augment": {"negatives": {"completion": completion}}}
+        recipe = make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data={"rows.jsonl": rows})
+        if is_fine:
+            assert read_task("home", recipe).labels == ("cold", "hot")
+            continue
+        with pytest.raises(UsageError, match=r"negatives\.completion is 'none', which is not one of the labels"):
+            read_task("home", recipe)
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Callable[..., Task]:
     """`task(augment, **keys)`: the task of ORDERS with this `data.augment`, and `keys` of its adapter."""
@@ -271,6 +295,17 @@ def test_copies_are_trained_on_and_validation_rows_stay(task: Callable[..., Task
     prompts = {row.messages[-1]["content"] for row in augmented.validation if row.messages}
     assert not prompts & {prompt for prompt, _ in pairs(list(augmented.copies))}
     assert augmented == task(augment=True), "the same seed gives the same copies"
+
+
+def test_no_copy_has_the_prompt_of_a_row_for_the_confidence(tmp_path: Path) -> None:
+    own = {"train": "rows.jsonl", "validation": "more.jsonl", "confidence": "sure.jsonl"}
+    sure = [row for number, row in enumerate(ORDERS) if number % 3]
+    files = {"rows.jsonl": ORDERS[::3], "more.jsonl": ORDERS[:1], "sure.jsonl": sure}
+    data = {**own, "augment": {"copies": 9, **QUIET}}
+    made = read_task("home", make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data=files))
+    asked = {row.prompt_key for row in made.confidence_rows}
+    assert len(asked) == len(sure)
+    assert made.copies and not asked & {copy.row.prompt_key for copy in made.copies}
 
 
 def test_an_inferred_output_allows_new_values_and_no_copy_makes_values_look_complete(task: Callable[..., Task]) -> None:

@@ -14,7 +14,7 @@ from edgetune.bases import Base, load_torch
 from edgetune.building import trial
 from edgetune.building.builders.plan import plan_build
 from edgetune.recipe.model import Recipe
-from edgetune.training.duration import TRIAL_STEPS, TimeTrial, duration, tokens_left
+from edgetune.training.duration import TRIAL_STEPS, TimeTrial, TrainingTime, duration, predicted_time, tokens_left
 from edgetune.training.loop import train
 
 
@@ -59,6 +59,35 @@ def test_tokens_are_those_of_all_steps_and_half_of_the_validation() -> None:
     assert tokens_left(work.train, work.validation, work.training) == 2 * rows + 2 * validation / 2
     assert tokens_left(work.train, work.validation, work.training, 3) == rows + validation / 2
     assert tokens_left(work.train, work.validation, work.training, 6) == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "cores", "weights", "tokens", "seconds"),
+    [
+        # quick.yaml of smart-home, SmolLM2-135M, on AVX-512 with bf16.
+        ("bf16", 2, 134.5e6, 53_500, 109),
+        # SNIPS on the same base, and on one of 0.5B.
+        ("bf16", 2, 134.5e6, 11_957, 29),
+        ("bf16", 2, 494e6, 10_000, 60),
+        # BANKING77 on one core.
+        ("bf16", 1, 134.5e6, 10_000, 39),
+        # `reply` of quick.yaml on AVX2.
+        ("fp32", 2, 134.5e6, 11_602, 53),
+        ("int8", 2, 134.5e6, 11_602, 37),
+    ],
+)
+def test_the_predicted_time_includes_what_was_measured(
+    precision: str, cores: int, weights: float, tokens: float, seconds: float
+) -> None:
+    time = predicted_time([(precision, weights * tokens)], cores)
+    assert time.min_s < seconds < time.max_s < 3 * time.min_s
+    assert predicted_time([(precision, weights * tokens)] * 2, cores).max_s == pytest.approx(2 * time.max_s)
+
+
+def test_more_cores_than_were_measured_are_faster_at_most_in_proportion() -> None:
+    two, eight = (predicted_time([("bf16", 1e13)], cores) for cores in (2, 8))
+    assert (eight.min_s, eight.max_s) == (two.min_s / 4, two.max_s)
+    assert (str(two), str(TrainingTime(100, 110))) == ("about 2 min to 4 min", "about 2 min")
 
 
 @pytest.mark.parametrize(

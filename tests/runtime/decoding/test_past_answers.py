@@ -17,6 +17,7 @@ from edgetune_runtime.formats.checked_file import write_checked
 VOCABULARY = 100
 PROMPT = "turn on the warm light"
 LENGTH = 30
+SPANS = ((0, {"one": 1.0}),)
 
 
 @pytest.fixture
@@ -25,11 +26,11 @@ def file(tmp_path: Path) -> Path:
 
 
 def last(answers: PastAnswers, *prompt: int, adapter: str = "one") -> list[int]:
-    return list(answers.of(adapter, prompt).tokens)
+    return list(answers.of(adapter.split(), SPANS, prompt).tokens)
 
 
 def keep(answers: PastAnswers, prompt: list[int], tokens: list[int], adapter: str = "one") -> None:
-    answers.of(adapter, prompt).keep(tokens)
+    answers.of(adapter.split(), SPANS, prompt).keep(tokens)
 
 
 def test_the_last_answer_belongs_to_its_prompt_and_adapter() -> None:
@@ -64,6 +65,19 @@ def test_answers_survive_their_file_until_they_are_forgotten(file: Path) -> None
     assert not file.exists()
     assert last(again, 1) == []
     assert past_answers.clear_all(file.parents[1]) == 0
+
+
+def test_the_answers_of_one_adapter_are_forgotten_in_the_file_too(file: Path) -> None:
+    answers, adapters = PastAnswers(VOCABULARY, file), ("", "one", "two", "one two")
+    for adapter in adapters:
+        keep(answers, [1], [7], adapter)
+    answers.save()
+    answers.forget("one")
+    for each in (answers, PastAnswers(VOCABULARY, file)):
+        assert [last(each, 1, adapter=adapter) for adapter in adapters] == [[7], [], [7], []]
+    for adapter in ("two", ""):
+        answers.forget(adapter)
+    assert not file.exists()
 
 
 @pytest.mark.parametrize(
@@ -121,6 +135,11 @@ def test_an_answer_that_comes_again_takes_fewer_steps(bundle: Path, opening: dic
             assert first.text == second.text
             assert first.timings.accepted < second.timings.accepted == second.timings.drafted
             assert second.timings.tokens_per_step > 10
+        for name in ("one", "two"):
+            runtime.remove_adapter(name)
+        runtime.add_adapter(bundle, "one")
+        again = [runtime.generate(PROMPT, adapter=adapter, max_tokens=LENGTH).timings for adapter in ("one", None)]
+        assert again[0].tokens_per_step < 2 and again[1].tokens_per_step > 10
         runtime.clear_cache()
         assert runtime.generate(PROMPT, max_tokens=LENGTH).timings.tokens_per_step < 2
 

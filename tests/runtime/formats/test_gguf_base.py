@@ -170,6 +170,14 @@ def test_tensors_of_other_types_or_blocks_are_refused(llama: Path, tmp_path: Pat
             check_base(read_header(path), path)
 
 
+def test_layers_for_drafts_that_the_converter_writes_by_default_name_its_option(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = rewritten(tiny_gguf("qwen35"), tmp_path / "base.gguf", setting("qwen35.nextn_predict_layers", 1, UINT32))
+    with pytest.raises(IncompatibleError, match=r"drafts \(MTP\), .*; use a file converted with --no-mtp"):
+        check_base(read_header(path), path)
+
+
 def test_an_unsupported_architecture_is_incompatible(llama: Path, tmp_path: Path) -> None:
     path = rewritten(llama, tmp_path / "base.gguf", setting("general.architecture", "mamba", STRING))
     with pytest.raises(IncompatibleError, match=r"architecture 'mamba'.*llama, qwen2"):

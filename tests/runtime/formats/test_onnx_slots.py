@@ -181,6 +181,11 @@ def test_factors_of_several_adapters_are_multiplied_each_at_its_scale() -> None:
     np.testing.assert_array_equal(summed(FACTORS, parts), np.array([2 * 0, 0.5 * 3], np.float32))
 
 
+def test_a_factor_that_no_scale_changes_is_not_copied() -> None:
+    down = np.ones((3, 2), np.float32)
+    assert summed("layer.lora_A.weight", [(down, 0.5)]) is down
+
+
 def test_bottlenecks_of_several_adapters_compute_the_sum_of_what_each_computes() -> None:
     rng = np.random.default_rng(0)
     both = [

@@ -12,10 +12,8 @@ import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.engines import load_needs
-from edgetune_runtime.engines.needs import adapter_size
 from edgetune_runtime.inference.measuring import loaded_bundle
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, room_for, write_bundle
 
 PROMPT = "turn on the warm light in the kitchen"
 NAMES = [f"task{number}" for number in range(6)]
@@ -78,12 +76,6 @@ def answers(runtime: Runtime) -> list[str]:
 
 def loaded(runtime: Runtime) -> list[str]:
     return loaded_bundle(runtime).adapters.names
-
-
-def room_for(bundle: Path, engine: str, count: int, contexts: int = 1) -> float:
-    manifest = read_manifest(bundle)
-    size, cost = adapter_size(manifest, manifest.adapters["task1"], engine), load_needs(engine).COST
-    return (count + 0.5) * (size.file_bytes + contexts * size.modules * cost.module_bytes) / 1e6
 
 
 def file_of(bundle: Path, name: str, engine: str) -> Path:
@@ -150,8 +142,13 @@ def test_preloaded_adapters_are_never_dropped(
         answer(runtime, {"task0": 1.0, "task1": 1.0})
 
 
-def test_what_is_larger_than_the_limit_is_refused(open_: Callable[..., Runtime], many: Path, engine: str) -> None:
+def test_what_is_larger_than_the_limit_is_refused(
+    open_: Callable[..., Runtime], many: Path, others: Path, engine: str
+) -> None:
     runtime = open_(adapters_mb=room_for(many, engine, 0))
+    with pytest.raises(IncompatibleError, match=r"'new' need .* larger adapters_mb"):
+        runtime.add_adapter(others, "new")
+    assert runtime.adapters == NAMES
     message = r"adapters_mb is \S+, and 'task0' need \S+ MB; open the bundle with a larger adapters_mb"
     with pytest.raises(IncompatibleError, match=message):
         answer(runtime, "task0")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import IncompatibleError, Runtime, VerificationError
-from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.store.durable import replace_link
 from edgetune_runtime.store.in_use import is_in_use
-from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, write_bundle
+from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, room_for, write_bundle
 from runtime.stores import switch_to
 
 PROMPT = "turn on the warm light in the kitchen"
@@ -125,11 +124,19 @@ def test_calls_of_many_threads_get_the_old_or_the_new_adapter(
         expected = {answer(runtime, "task0"), answer(other, "task0")}
     switch_to(prefix, SECOND, following)
     with open_(prefix, engine, contexts=1, max_waiting=64) as runtime, ThreadPoolExecutor(6) as threads:
-        asking = [threads.submit(lambda: [answer(runtime, "task0") for _ in range(15)]) for _ in range(5)]
+
+        def send() -> str:
+            with runtime.session("task0") as session:
+                return session.send(PROMPT, max_tokens=6).text
+
+        asking = [threads.submit(lambda: [answer(runtime, "task0") for _ in range(15)]) for _ in range(3)]
+        asking.append(threads.submit(lambda: [send() for _ in range(15)]))
+        choosing = threads.submit(lambda: [runtime.classify("play", ["on", "off"], adapter="task0") for _ in range(15)])
         for version in [FIRST, SECOND] * 5:
             replace_link(prefix / "current", f"versions/{version}")
             assert runtime.reload().replaced == ["task0"]
         assert {text for answers in asking for text in answers.result(timeout=60)} <= expected
+        assert len(choosing.result(timeout=60)) == 15
 
 
 def test_an_adapter_that_is_refused_keeps_the_files_of_the_version_before(
@@ -156,16 +163,34 @@ def test_a_switch_is_not_noticed_before_it_is_taken_over(prefix: Path, following
         assert [bool(answer(runtime, name)) for name in NAMES] == [True] * 5
 
 
-def test_the_router_of_the_new_version_is_taken_over(prefix: Path, following: Path, engine: str) -> None:
-    router = add_router(following, {"generate": {"new": "kitchen", "task2": "hall"}})
-    change_manifest(following, lambda raw: raw.update(router=asdict(router)))
-    file = following / router.file
-    about = {"sha256": sha256_of(file), "bytes": file.stat().st_size}
-    change_manifest(following, lambda raw: raw["files"].update({router.file: about}))
-    with open_(prefix, engine) as runtime:
+def test_a_router_chooses_until_that_of_the_new_version_does(
+    bundle: Path, following: Path, tmp_path: Path, engine: str
+) -> None:
+    prefix, first = tmp_path / "device", Path(shutil.copytree(bundle, tmp_path / "routed"))
+    add_router(first, {"generate": {"task0": "kitchen", "task1": "hall", "task2": "play"}})
+    add_router(following, {"generate": {"new": "kitchen", "task2": "play"}})
+    switch_to(prefix, FIRST, first)
+    with open_(prefix, engine, contexts=2) as runtime, ThreadPoolExecutor(1) as threads:
         switch_to(prefix, SECOND, following)
-        runtime.reload()
+        with runtime.stream(PROMPT, adapter="task0", max_tokens=6) as stream:
+            next(stream)
+            reloading = threads.submit(runtime.reload)
+            while "task0" in runtime.adapters:
+                assert not reloading.done()
+            route = runtime.generate("play", adapter="auto", max_tokens=1).route
+            assert route is not None and route.adapter == "task2"
+            list(stream)
+        reloading.result(timeout=30)
         assert runtime.route("the kitchen").adapter == "new"
+
+
+def test_what_is_preloaded_stays_so_when_it_is_replaced(prefix: Path, following: Path, engine: str) -> None:
+    room_mb = room_for(prefix / "current/bundle", engine, 3)
+    with open_(prefix, engine, preload=["task0"], contexts=1, adapters_mb=room_mb) as runtime:
+        switch_to(prefix, SECOND, following)
+        assert runtime.reload().replaced == ["task0"]
+        assert all(answer(runtime, name) for name in ("new", *NAMES[2:]))
+        assert {*loaded_bundle(runtime).adapters.names} == {"task0", *NAMES[3:]}
 
 
 def test_another_base_needs_a_restart_and_changes_nothing(prefix: Path, following: Path, engine: str) -> None:

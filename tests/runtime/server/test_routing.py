@@ -8,9 +8,9 @@ from pathlib import Path
 
 import ollama
 import pytest
-from edgetune_runtime.bundle import BASE, ERROR, GENERATE, read_manifest
+from edgetune_runtime.bundle import BASE, ERROR, GENERATE
 from openai import BadRequestError, OpenAI
-from runtime.bundles import add_router, write_manifest
+from runtime.bundles import add_router
 from runtime.server.conftest import Running, Start
 
 
@@ -22,9 +22,7 @@ def routed(bundle: Path, tmp_path: Path, start: Start) -> Running:
 
 def with_router(bundle: Path, home: Path, below: str = BASE) -> Path:
     shutil.copytree(bundle, home)
-    manifest = read_manifest(home)
-    router = add_router(home, {GENERATE: {"command": "lamp", "whole": "music"}}, below)
-    write_manifest(home, manifest.base, manifest.adapters, router=router)
+    add_router(home, {GENERATE: {"command": "lamp", "whole": "music"}}, below)
     return home
 
 

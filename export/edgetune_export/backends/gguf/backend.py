@@ -14,7 +14,6 @@ import numpy as np
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_adapter import INVOCATION_TOKENS
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from edgetune_runtime.wording import first_of
 
 from edgetune_export import architectures
@@ -24,7 +23,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.base_file import merge
 from edgetune_export.base_file.quantize import quantize_rows
 
-from . import FORMAT
+from . import AUTO, FORMAT, factor_types, stored_rank
 from .prefix import write_prefix
 from .writer import adapter_file
 
@@ -44,22 +43,22 @@ def write_base(source: Source, folder: Path, _adapters: Sequence[Adapter]) -> Pa
     return out
 
 
-def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16", base_fingerprint: str) -> None:
+def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = AUTO, base_fingerprint: str) -> None:
     """Write the adapter as a GGUF LoRA file, or a prefix, for the base GGUF `base`, whose sha256 is `base_fingerprint`.
 
-    `dtype` is f32, f16 or q8_0; a matrix whose columns 32 does not divide stays f16 under q8_0. Raises
-    IncompatibleError when the adapter does not fit the base, VerificationError when a value is beyond the range of f16,
-    OutOfSpaceError when the disk is full.
+    `dtype` is f32, f16, q8_0, where a matrix whose columns 32 does not divide stays f16, or auto (`factor_types`).
+    Raises IncompatibleError when the adapter does not fit the base, VerificationError when a value is beyond the range
+    of f16, OutOfSpaceError when the disk is full.
     """
     if dtype not in FORMAT.adapter_dtypes:
         raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(FORMAT.adapter_dtypes)}")
     header = read_header(base)
     if isinstance(adapter, Prefix):
-        write_prefix(adapter, base, out, dtype=dtype, base_fingerprint=base_fingerprint)
+        write_prefix(adapter, base, out, dtype="f16" if dtype == AUTO else dtype, base_fingerprint=base_fingerprint)
         return
     if not isinstance(adapter, LowRank):
         raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "choose another target")
-    placed = _place(adapter, header)
+    placed = [(tensor, _filled(delta, stored_rank(delta.rank, dtype))) for tensor, delta in _place(adapter, header)]
     alpha = max(delta.rank for _, delta in placed)
     with adapter_file(adapter, header, out, kind="lora", alpha=alpha, base_fingerprint=base_fingerprint) as writer:
         if adapter.invocation:
@@ -69,8 +68,9 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f16"
         for tensor, delta in placed:
             # llama.cpp multiplies by alpha / rank, and alpha is one number for the whole file.
             b = delta.b * np.float32(delta.rank / alpha)
-            _add_tensor(writer, f"{tensor.name}.lora_a", delta.a, dtype)
-            _add_tensor(writer, f"{tensor.name}.lora_b", b, dtype)
+            a_type, b_type = factor_types(dtype, delta.rank, delta.a.shape[1])
+            _add_tensor(writer, f"{tensor.name}.lora_a", delta.a, a_type)
+            _add_tensor(writer, f"{tensor.name}.lora_b", b, b_type)
 
 
 def weight_type(source: Source) -> str:
@@ -126,10 +126,16 @@ def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
     return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
 
 
-def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, dtype: str) -> None:
-    if dtype == "f32":
+def _filled(delta: Delta, rank: int) -> Delta:
+    """The delta with zeros up to a rank."""
+    more = rank - delta.rank
+    return Delta(np.pad(delta.a, ((0, more), (0, 0))), np.pad(delta.b, ((0, 0), (0, more)))) if more else delta
+
+
+def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, tensor_type: str) -> None:
+    if tensor_type == "f32":
         writer.add_tensor(name, np.ascontiguousarray(values))
-    elif dtype == "q8_0" and values.shape[1] % TENSOR_TYPES[dtype].block == 0:
+    elif tensor_type == "q8_0":
         _require_f16_range(name, values)
         packed = np.frombuffer(quantize_rows(values, gguf.GGMLQuantizationType.Q8_0), np.uint8)
         writer.add_tensor(name, packed.reshape(values.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)

@@ -25,8 +25,6 @@ class _Onnx(Format):
 
 
 FORMAT = _Onnx(
-    # onnxruntime-genai needs f32 adapters for a float32 graph.
-    adapter_dtypes=("f32", "f16"),
     dtype_key="onnx_dtype",
     tasks={GENERATION: "backend", CLASSIFICATION: "encoder"},
     # q, k and v share an adapter slot: measured on builds of 135M and 506M.

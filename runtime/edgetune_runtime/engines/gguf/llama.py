@@ -87,6 +87,11 @@ def load_model(
     return model
 
 
+def check_loads(path: Path) -> None:
+    """Map a GGUF file that `gguf_base` has checked, and free it again; errors as in `load_model`."""
+    library().llama_model_free(load_model(path))
+
+
 def make_context(
     model: Any,  # noqa: ANN401 - a bare pointer
     context_length: int,

@@ -29,7 +29,7 @@ def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs
     """See `EngineNeeds`; errors as in `read_base`."""
     header = read_base(path)
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
-    return needs_of_sizes(header, sizes, context_length=context_length, main_type=header.main_type.name)
+    return needs_of_sizes(header, sizes, context_length=context_length)
 
 
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:
@@ -53,12 +53,10 @@ def needs_of_sizes(
     *,
     context_length: int,
     engine: str = NAME,
-    main_type: str = "",
-    head_type: str = "",
 ) -> Needs:
-    """The needs of a base with the shapes of `header` whose tensors have these sizes in bytes.
+    """The needs of a base with the shapes and types of `header` whose tensors have these sizes in bytes.
 
-    `head_type` is by default that in the header. IncompatibleError if the header lacks a size.
+    IncompatibleError if the header lacks a size.
     """
     recurrence = recurrent_sizes(header)
     states, max_rollback = load_needs(engine).recurrence_of(recurrence, context_length)
@@ -80,8 +78,8 @@ def needs_of_sizes(
         context_length=context_length,
         engine=engine,
         head_bytes=sizes.get(head, 0) if is_tied else 0,
-        main_type=main_type,
-        head_type=head_type or (header.tensors[head].type.name if head in header.tensors else ""),
+        main_type=header.main_type.name,
+        head_type=header.tensors[head].type.name if head in header.tensors else "",
         head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),
         per_layer_bytes=sizes.get(PER_LAYER_EMBEDDING, 0),
         recurrent_values=recurrence.values,

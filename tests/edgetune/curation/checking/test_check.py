@@ -48,13 +48,21 @@ TOOL = {
 }
 
 
-def checked(folder: Path, rows: list[dict[str, Any]], *, validation: object = None, **adapter: Any) -> TaskCheck:  # noqa: ANN401 - keys of an adapter
-    """The check of one task with these rows, without a base."""
+def checked(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    *,
+    validation: Any = None,  # noqa: ANN401 - rows
+    sure: Any = None,  # noqa: ANN401 - rows
+    **adapter: Any,  # noqa: ANN401 - keys of an adapter
+) -> TaskCheck:
+    """The check of one task with these rows, and those of `sure` for the confidence, without a base."""
     files = {"home-train.jsonl": rows}
     data: dict[str, Any] = {"train": "home-train.jsonl", "held_out": 0.2}
-    if validation is not None:
-        files["home-validation.jsonl"] = validation  # type: ignore[assignment]
-        data["validation"] = "home-validation.jsonl"
+    for split, more in (("validation", validation), ("confidence", sure)):
+        if more is not None:
+            files[f"home-{split}.jsonl"] = more
+            data[split] = f"home-{split}.jsonl"
     path = write_recipe(folder, NO_BASE, {"home": {"data": data, **adapter}}, data=files)
     (found,) = check(Recipe.from_file(path), progress=QUIET)
     return found
@@ -70,7 +78,7 @@ def test_rows_without_problems_have_no_findings(tmp_path: Path) -> None:
         tmp_path, ORDERS, validation=[{"prompt": "lamp on, shed", "completion": {"do": "on", "area": "shed"}}]
     )
     assert found.counts == {}
-    assert found.rows == {"train": 20, "validation": 1, "test": 0}
+    assert found.rows == {"train": 20, "validation": 1, "confidence": 0, "test": 0}
     assert found.is_estimated
 
 
@@ -93,7 +101,10 @@ def test_different_answers_to_a_prompt_conflict_only_where_one_is_right(tmp_path
     assert places(checked(tmp_path / "json", [*ORDERS, other]), "conflict") == [["train:1", "train:21"]]
     replies = [{"prompt": row["prompt"], "completion": f"I do it at once, number {n}"} for n, row in enumerate(ORDERS)]
     other = {"prompt": replies[0]["prompt"], "completion": "With the greatest pleasure, of course"}
-    assert "conflict" not in checked(tmp_path / "replies", [*replies, other]).counts
+    near = {"prompt": "turn on the lamps in the hall", "completion": "Light comes to the hall, if you please"}
+    found = checked(tmp_path / "replies", [*replies, other], validation=[near])
+    assert "conflict" not in found.counts
+    assert places(found, "near_shared") == [["train:1", "train:11", "validation:1"]], "whatever the answers"
 
 
 def test_rows_of_a_test_file_beside_the_training_rows_are_found_in_them(tmp_path: Path) -> None:
@@ -104,10 +115,20 @@ def test_rows_of_a_test_file_beside_the_training_rows_are_found_in_them(tmp_path
             {"prompt": "please turn on the lamp in the den", "completion": {"do": "on", "area": "den"}},
         ],
     )
-    found = checked(tmp_path, ORDERS, validation=[ORDERS[3]])
-    assert found.rows == {"train": 20, "validation": 1, "test": 2}
-    assert places(found, "shared") == [["train:1", "test:1"], ["train:4", "validation:1"]]
+    sure = [ORDERS[4], {"prompt": "lamp on, shed", "completion": {"do": "on", "area": "shed"}}]
+    found = checked(tmp_path, ORDERS, validation=[ORDERS[3]], sure=sure)
+    assert found.rows == {"train": 20, "validation": 1, "confidence": 2, "test": 2}
+    assert places(found, "shared") == [["train:1", "test:1"], ["train:4", "validation:1"], ["train:5", "confidence:1"]]
     assert places(found, "near_shared") == [["train:4", "test:2"]]
+
+
+def test_texts_that_a_build_makes_are_no_rows(tmp_path: Path) -> None:
+    rows = [{"text": f"is it {word} now", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
+    rows.append({"text": "who are you", "label": "none"})
+    keys = {"labels": ["weather", "time"], "out_of_scope": {"label": "none"}, "min_confidence": 0.5}
+    found = checked(tmp_path, rows, **keys)
+    assert sum(found.rows.values()) == len(rows) == sum(sum(counts.values()) for counts in found.balance.values())
+    assert "unusable" not in found.counts
 
 
 def test_rows_that_cannot_be_used_are_named_and_the_others_checked(tmp_path: Path) -> None:
@@ -196,11 +217,15 @@ def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest
 
 def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(write_recipe(tmp_path, NO_BASE, {"one": adapter_of(), "two": adapter_of()}))
+    write_rows(tmp_path / "rows-test.jsonl", ORDERS[:1])
     for options, message in (
         (["--out", "clean.jsonl"], "--out is for the rows of one adapter; add --adapter one"),
         (["--adapter", "one", "--weights"], "--weights needs an estimate of wrong answers, and a file; add --minutes"),
         (["--adapter", "tow"], "no adapter 'tow' in the recipe; did you mean 'two'?"),
-        (["--adapter", "one", "--out", str(tmp_path / "rows.jsonl")], "is a file of the recipe; write the clean rows"),
+        (["--adapter", "one", "--out", str(tmp_path / "rows.jsonl")], "rows.jsonl is a file that this command reads"),
+        (["--adapter", "one", "--out", str(tmp_path / "rows-test.jsonl")], "rows-test.jsonl is a file that this"),
+        (["--page", recipe], "recipe.yaml is a file that this command reads; write to another file"),
+        (["--adapter", "one", "--out", "clean.csv"], "clean.csv is no .jsonl file, and rows are written as JSON lines"),
         (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
     ):
         assert main(["data", "check", recipe, *options]) in (2, 3)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler
@@ -17,8 +19,10 @@ from runtime.server.conftest import started
 
 from edgetune.cli.main import main
 from edgetune.curation.teaching import teacher as teachers
+from edgetune.curation.teaching.questions import Questions
 from edgetune.curation.teaching.teacher import Teacher, TeacherError
-from edgetune.tasks.data import read_rows
+from edgetune.recipe.parts import AdapterSpec
+from edgetune.tasks.data import read_rows, rows_of
 
 SCHEMA = {
     "type": "object",
@@ -91,8 +95,12 @@ def test_nothing_is_sent_without_yes(
     url = teacher(lambda body: (asked.append(body), said("x"))[1])
     assert command(recipe, url, tmp_path / "new.jsonl") == 0
     out = capsys.readouterr().out
-    assert f"first of at most 24 requests to {url}, each with rows of home:" in out
-    assert "turn off the " in out
+    first, *requests = out.splitlines()
+    assert first == f"first two of at most 24 requests to {url}, each with rows of home:"
+    wording, answering = map(json.loads, requests)
+    assert "\n- turn o" in wording["messages"][0]["content"]
+    assert answering["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert len(answering["messages"]) == 1 + 2 * 6 + 1, "all rows but those for validation"
     assert not asked
     assert not (tmp_path / "new.jsonl").exists()
 
@@ -113,19 +121,22 @@ def test_rows_are_kept_that_fit_and_whose_answers_agree(
             return said("turn ON the lamp!" if number == 1 else f'- "request {number}"')
         if number == 2:
             return said("no JSON")
+        if number == 4:
+            return 400, {}, b'{"error": {"message": "too long"}}'
         return said(json.dumps({"do": "off" if number == 3 and body["temperature"] else "on"}))
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     url, out = teacher(reply), tmp_path / "new.jsonl"
     assert command(recipe, url, out, "--yes") == 0
     assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        {"prompt": f"request {number}", "completion": '{"do": "on"}'} for number in (4, 5, 6, 7)
+        {"prompt": f"request {number}", "completion": '{"do": "on"}'} for number in (5, 6, 7, 8)
     ]
     err = capsys.readouterr().err
     for reason in (
         "prompts that are there already, or are none",
         "answers that do not fit the task",
         "answers that disagree",
+        "requests that the teacher refuses",
     ):
         assert f"left out 1 {reason}" in err
     assert {body["key"] for body in bodies} == {"Bearer secret"}
@@ -135,6 +146,41 @@ def test_rows_are_kept_that_fit_and_whose_answers_agree(
     assert len(bodies) == asked, "all rows are there"
     assert command(recipe, url, out, "--yes", "--rows", "6") == 0
     assert len(out.read_text().splitlines()) == 6
+    for name in ("rows.jsonl", "recipe.yaml", "new.csv"):
+        before = (tmp_path / "rows.jsonl").read_bytes()
+        assert command(recipe, url, tmp_path / name, "--yes") == 2
+        assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+def test_prompts_are_asked_for_in_other_words_and_for_other_values_of_the_schema() -> None:
+    schema = {"properties": {"do": {"enum": ["on", "off"]}, "thing": {"enum": ["lamp", "heater"]}}}
+    rows = [
+        {"prompt": f"turn it {state}, the lamp", "completion": {"do": state, "thing": "lamp"}}
+        for state in ("on", "off")
+    ]
+    spec = AdapterSpec.model_validate({"data": {"train": "rows.jsonl"}, "system": "Home command to JSON."})
+    read = rows_of("rows", [(f"row {number}", row) for number, row in enumerate(rows)])
+    questions = Questions(read, spec, schema, seed=0)
+    asked = [questions.for_prompt(number)[0]["content"] for number in range(40)]
+    assert all("The task: Home command to JSON." in text for text in asked)
+    fillings = [text.partition("whose right answer is: ")[2] for text in asked]
+    assert any('"thing": "heater"' in text for text in fillings), "which no row has"
+    paraphrases = [text for text in asked if "Write this request in other words that mean the same: turn it o" in text]
+    assert len(paraphrases) >= 10 and sum(map(bool, fillings)) >= 10
+
+
+def test_a_teacher_that_says_nothing_of_use_is_not_asked_on(
+    recipe: str, teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bodies: list[Mapping[str, Any]] = []
+    url = teacher(lambda body: (bodies.append(body), said(f"Sorry, I cannot help with {body['seed']}"))[1])
+    out = tmp_path / "new.jsonl"
+    out.write_text(f"{json.dumps(ORDERS[0])}\n")
+    assert command(recipe, url, out, "--yes", "--rows", "300") == 8
+    assert len(bodies) == 60
+    err = capsys.readouterr().err
+    assert "none of the last 20 prompts became a row: 20 answers that do not fit the task; the last: 'Sorry" in err
+    assert [row.completion for row in read_rows(str(out))] == ['{"do": "on"}']
 
 
 @pytest.mark.parametrize(
@@ -175,6 +221,17 @@ def test_a_teacher_that_is_down_is_named(recipe: str, tmp_path: Path, monkeypatc
         asking.ask({})
     with pytest.raises(UsageError, match="'ftp://x' is not an address"):
         Teacher("ftp://x", "m")
+
+
+def test_a_slow_teacher_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers, "_LONGEST_WAIT_S", 0.0)
+    monkeypatch.setattr(teachers, "_TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asking = Teacher(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m", per_minute=100_000)
+        begin = time.monotonic()
+        with pytest.raises(TeacherError, match="does not answer after 5 tries: timed out"):
+            asking.ask({})
+        assert time.monotonic() - begin < 5
 
 
 def test_rows_with_tools_or_several_turns_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,8 @@ def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, hom
 
 
 def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
+    recipe_file = home.with_name(NAME)
+    recipe_file.write_text(recipe_file.read_text().replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1))
     run(home, logged(home, corrections(8)))
     more = [{"prompt": f"lamp {n} please", "correction": "reply on"} for n in range(4)]
     result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")]), None, None, QUIET)
@@ -113,6 +115,8 @@ def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> Non
     assert result.changes["light"]["validation"].rows == 5 + 2
     recipe = Recipe.from_file(home.with_name("home.learn") / "recipe.json")
     assert set(recipe.adapters) == {"light", "color"}
+    # Each build would draw so many rows again, and lose corrections.
+    assert recipe.adapters["light"].data.rows is None
     assert len(Path(str(recipe.adapters["light"].data.train)).read_text().splitlines()) == 19 + 6 + 3
 
 
@@ -185,6 +189,8 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     questions = home.with_name("questions.jsonl")
     assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(questions)]) == 0
     assert "5 answers" in capsys.readouterr().out
+    assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(log)]) == 2
+    assert "is a file that this command reads; write to another file" in capsys.readouterr().err
     rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]
     assert [row["confidence"] for row in rows] == [0.0, 0.1, 0.2, 0.3, 0.4]
     write_rows(questions, rows)

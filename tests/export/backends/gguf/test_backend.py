@@ -116,9 +116,31 @@ def test_q8_0_is_used_where_columns_allow(
     assert {tensor.type.name for tensor in read_header(out).tensors.values()} == {"q8_0"}
 
 
+@pytest.mark.parametrize(("rank", "stored", "types"), [(15, 15, ("f16", "f32")), (16, 32, ("q8_0", "q8_0"))])
+def test_an_adapter_is_written_in_the_types_that_llama_cpp_multiplies_fastest(
+    rank: int,
+    stored: int,
+    types: tuple[str, str],
+    tiny_gguf: Callable[[str], Path],
+    open_engine: Callable[..., Any],
+    rows: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    base, adapter = tiny_gguf("llama"), random_adapter(tiny_gguf("llama"), rank=rank)
+    logits = {}
+    for dtype in ("auto", "f32"):
+        write_adapter(adapter, base, tmp_path / dtype, dtype=dtype, base_fingerprint=FINGERPRINT)
+        engine = open_engine(base, tmp_path / dtype)
+        logits[dtype] = engine.decode(rows[0])
+    tensors = read_header(tmp_path / "auto").tensors
+    assert {(name[-1], tensor.type.name) for name, tensor in tensors.items()} == {*zip("ab", types, strict=True)}
+    assert {tensor.shape[0] for name, tensor in tensors.items() if name[-1] == "b"} == {stored}
+    assert np.abs(logits["auto"] - logits["f32"]).max() < 0.02 * np.abs(logits["f32"]).max()
+
+
 def test_an_unknown_dtype_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
-    with pytest.raises(UsageError, match=r"q4_0.*choose one of: f16, q8_0, f32"):
+    with pytest.raises(UsageError, match=r"q4_0.*choose one of: auto, f16, q8_0, f32"):
         write_adapter(random_adapter(base), base, tmp_path / "out", dtype="q4_0", base_fingerprint=FINGERPRINT)
 
 
@@ -281,5 +303,5 @@ def test_a_full_disk_leaves_nothing_behind(wide: Path, small_disk: Path) -> None
     with pytest.raises(OutOfSpaceError, match="free some space"):
         write_merged(merge(random_adapter(wide), weights_in(wide)), Source(wide, ""), small_disk / "merged.gguf")
     with pytest.raises(OutOfSpaceError, match="free some space"):
-        write_adapter(random_adapter(wide, rank=256), wide, small_disk / "adapter.gguf", base_fingerprint=FINGERPRINT)
+        write_adapter(random_adapter(wide, rank=512), wide, small_disk / "adapter.gguf", base_fingerprint=FINGERPRINT)
     assert not list(small_disk.iterdir())

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime.answer_log.log import LoggedAnswer
+from edgetune_runtime.errors import UsageError
+from recipes import make_recipe
+
+from edgetune.retraining.learning.rows import doubts, learned_rows
+from edgetune.tasks.task import Task, read_task
+
+ROOMS = ("hall", "attic", "study", "den", "loft", "cellar")
+ORDERS = [
+    {"prompt": f"turn {state} the lamp in the {room}", "completion": {"do": state, "area": room}}
+    for room in ROOMS
+    for state in ("on", "off")
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"do": {"enum": ["on", "off"]}, "area": {"type": "string"}},
+    "required": ["do", "area"],
+    "additionalProperties": False,
+}
+
+
+def task_of(folder: Path, **keys: Any) -> Task:  # noqa: ANN401 - keys of an adapter
+    """A task whose two validation rows and two rows for the confidence are the last orders."""
+    files = {"rows.jsonl": ORDERS[:8], "more.jsonl": ORDERS[8:10], "sure.jsonl": ORDERS[10:]}
+    data = {"train": "rows.jsonl", "validation": "more.jsonl", "confidence": "sure.jsonl"}
+    return read_task("home", make_recipe(folder, "missing.gguf", {"home": {"data": data, **keys}}, data=files))
+
+
+def corrected(*pairs: tuple[str, str]) -> list[LoggedAnswer]:
+    return [
+        LoggedAnswer(f"a{number}", "", "home", "", "home", ({"role": "user", "content": prompt},), "?", None, answer)
+        for number, (prompt, answer) in enumerate(pairs)
+    ]
+
+
+FINE = [(f"lamp {n} in the hall", '{"do": "on", "area": "hall"}') for n in range(4)]
+
+
+def test_what_is_doubtful_about_corrections_is_said(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    assert list(doubts(task, learned_rows(task, corrected(*FINE)))) == []
+    odd = [
+        ("brighten the den", '{"do": "on", "aera": "den"}'),
+        ("Turn on the lamp in the hall!", '{"do": "off", "area": "hall"}'),
+    ]
+    rows = learned_rows(task, corrected(*FINE, *odd))
+    spelled, contradicted = doubts(task, rows)
+    assert spelled.startswith("log:a4: has the field aera, which no other answer has; area is meant?: 'brighten")
+    assert "log:a5: 2 different answers: 'turn on the lamp in the hall' → " in contradicted
+
+
+def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    apart = [(str(ORDERS[place]["prompt"]), '{"do": "on", "area": "den"}') for place in (8, 10)]
+    rows = learned_rows(task, corrected(*FINE, *apart))
+    assert (rows.learned, len(rows.held_out), rows.left_out) == (3, 1, 2)
+    (said,) = doubts(task, rows)
+    assert said == "left out 2 corrections of prompts for validation or the confidence: correct those rows"
+
+
+def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Path) -> None:
+    task = task_of(tmp_path, output={"schema": SCHEMA})
+    bad = ("dim the den", '{"do": "dim", "area": "den"}')
+    with pytest.raises(UsageError, match=r"answer a4: the correction '.*dim.*' breaks the schema of the recipe"):
+        learned_rows(task, corrected(*FINE, bad))
