@@ -81,6 +81,10 @@ class Repository:
         delegator = self._roles.get(_delegator_of(role))
         return delegator is not None and role in _delegations_of(delegator)
 
+    def _is_granted(self, role: str) -> bool:
+        """Whether a bundle delegates to this role of an author, and will do so when this is committed."""
+        return self.delegates_to(role) and (bool(self._keys_of(role)) or not self._signers(_delegator_of(role)))
+
     @property
     def all_releases(self) -> list[TargetFile]:
         """The releases of all bundles, and the parts of their authors, that devices may take."""
@@ -239,12 +243,12 @@ class Repository:
             roots = [root for root in (self._root, self._published_root) if root is not None]
             keys = {keyid: root.keys[keyid] for root in roots for keyid in root.roles[role].keyids}
             return self._keys.signers(role, keys.values())
-        of_bundle = self._role_of(role)
-        own = self._keys.keys(of_bundle)
-        if OF_PART in role:
-            # Each of an author's keys has a role of its own.
-            own = [key for key in own if role_of_part(*author_of(role), key.keyid) == role]
-        return self._keys.signers(of_bundle, own)
+        return self._keys.signers(self._role_of(role), self._keys_of(role))
+
+    def _keys_of(self, role: str) -> list[Key]:
+        """The keys in the folder that a role of a bundle trusts; each key of an author has a role of its own."""
+        keys = self._keys.keys(self._role_of(role))
+        return [key for key in keys if OF_PART not in role or role_of_part(*author_of(role), key.keyid) == role]
 
     def _write(self, name: str, signed: T, signers: Iterable[Signer]) -> bytes:
         """Sign and write a file of metadata; NotFoundError if too few private keys are in the folder."""
@@ -293,8 +297,8 @@ class Repository:
         self._roles = {Targets.type: targets}
         # Bundles first, as these delegate to their authors.
         for role, number in sorted(versions.items(), key=lambda item: OF_PART in item[0]):
-            # An author whose keys were revoked is still in the snapshot.
-            if role == Targets.type or (OF_PART in role and not self.delegates_to(role)):
+            # An author whose key was revoked is still in the snapshot, and may have put anything into the repository.
+            if role == Targets.type or (OF_PART in role and not self._is_granted(role)):
                 continue
             owner = self._roles[_delegator_of(role)]
             self._roles[role] = signed = self._read(Targets, f"{number}.{role}", role, owner)

@@ -159,8 +159,13 @@ def test_a_role_of_an_author_signs_no_other_path(
     assert seen(publisher) == before
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "other-device", "other").version == 1
     # Nor is it signed again.
-    with pytest.raises(VerificationError, match=r"has 'home/stable.json', which this role may not sign"):
+    with pytest.raises(VerificationError, match=r"has 'home/stable\.json', which this role may not sign"):
         publish(publisher.bundle, publisher.repo, publisher.keys)
+    # Who signs such things loses the key.
+    (key,) = publisher.keys.keys("bundles/home/reply")
+    publisher.keys.revoke(key.keyid)
+    publish(publisher.bundle, publisher.repo, publisher.keys, keep=1)
+    assert (seen(publisher).version, PART in seen(publisher).files) == (2, False)
 
 
 def test_a_role_of_an_author_delegates_to_nobody(publisher: Publisher, author: KeyFolder, work: Path) -> None:
