@@ -91,7 +91,7 @@ def _published(repository: Repository, keys: KeyFolder, name: str, adapter: str)
 
 
 def _signed(repository: Repository, keys: KeyFolder, part: Part, release: Release) -> ReleasedPart:
-    """A part signed by the first private key here that the repository and the release allow."""
+    """A part signed by the newest private key here that the repository and the release allow."""
     name, adapter = part.bundle, part.adapter.name
     allowed = [
         key
@@ -104,8 +104,8 @@ def _signed(repository: Repository, keys: KeyFolder, part: Part, release: Releas
         message = f"the published {name} allows none of the private keys of {holder} here to replace {adapter!r}"
         raise NotFoundError(message, "ask its owner to add the key and to publish the bundle")
     with signing(holder):
-        data = part_file(part, signers[:1])
+        data = part_file(part, signers[-1:])
     # What devices would refuse is not published.
     path = repository.folder / BLOBS_FOLDER / release.files[MANIFEST_NAME].sha256
     with_parts_of_bundle(parse_manifest(path.read_bytes(), path), {part_path(adapter): data}.get, require_author)
-    return parse_released_part(data, role_of_part(name, adapter, signers[0].public_key.keyid))
+    return parse_released_part(data, role_of_part(name, adapter, signers[-1].public_key.keyid))

@@ -271,11 +271,14 @@ def test_the_newest_part_of_two_keys_counts_and_one_for_another_base_waits(
 ) -> None:
     publish_part(work, publisher.repo, author)
     second = keys_of_author(publisher, tmp_path / "second-keys")
-    for path in second.folder.glob("bundles-home-reply-*.pem"):
-        path.chmod(0o600)
+    (old,) = author.folder.glob("bundles-home-reply-*.pem")
+    shutil.copy(old, second.folder)
     publish(publisher.bundle, publisher.repo, publisher.keys)
     with_adapters(work, "reply", answer="two")
     assert publish_part(work, publisher.repo, second).part == 2
+    # It is signed by the newer key, so the older one is no longer needed.
+    publisher.keys.revoke(author.keys("bundles/home/reply")[0].keyid)
+    publish(publisher.bundle, publisher.repo, publisher.keys)
     newest = seen(publisher)
     assert (publisher.repo / "blobs" / newest.files["authors/reply/adapter.gguf"].sha256).read_text().endswith("two")
     # The owner moves to another base.
