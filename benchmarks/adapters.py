@@ -5,7 +5,7 @@
 
 The adapters are the bundle's first one with other factors for its matrices. Calls choose among them by Zipf's law. An
 answer is wrong if it differs from that of a runtime whose bundle has only this adapter. 1,000 adapters of rank 8 on
-SmolLM2-135M take 5 GB for GGUF and 12 GB for ONNX.
+SmolLM2-135M take 8 GB for GGUF and 12 GB for ONNX.
 """
 
 from __future__ import annotations

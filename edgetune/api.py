@@ -183,9 +183,10 @@ def learn(
     from .retraining.learning import learn as learning  # noqa: PLC0415 - torch
 
     folder, path = Path(bundle), None if recipe is None else Path(recipe)
-    entries = learning.read_logs(folder, [Path(log)])
+    progress = Progress(on_progress)
+    entries = learning.read_logs(folder, [Path(log)], progress.say)
     with _interruptible():
-        return learning.learn(folder, entries, path, None if into is None else Path(into), Progress(on_progress))
+        return learning.learn(folder, entries, path, None if into is None else Path(into), progress)
 
 
 def rebase(

@@ -55,14 +55,16 @@ def augment(
     check_rows_file(out, [recipe, *(source for _, source in loaded.sources())])
     most = requests or 6 * rows
     key = os.environ.get(KEY_VARIABLE)
-    lesson = Lesson(read_task(name, loaded), Teacher(teacher, model, key, per_minute, most))
+    progress = Progress(quiet=quiet)
+    lesson = Lesson(read_task(name, loaded), Teacher(teacher, model, key, per_minute, most, progress.say))
     if not yes:
+        first = lesson.first_requests(out)
         print(f"first two of at most {most} requests to {teacher}, each with rows of {name}:")
-        for request in lesson.first_requests(out):
+        for request in first:
             print(printable(json.dumps(request, ensure_ascii=False)))
         print("nothing was sent; add --yes to send", file=sys.stderr)
         return
-    left_out = lesson.learn(out, rows, Progress(quiet=quiet))
+    left_out = lesson.learn(out, rows, progress)
     for reason, count in left_out.most_common():
         print(f"left out {count} {reason}", file=sys.stderr)
     print(out)

@@ -61,7 +61,8 @@ def learn(
     from edgetune.retraining.learning.learn import read_logs
     from edgetune.retraining.learning.page import page_of
 
-    entries = read_logs(bundle, log)
+    # Also with --quiet: what a user wrote would be lost in silence.
+    entries = read_logs(bundle, log, Progress().say)
     chosen = asking.most_informative(entries, ask)
     if questions is not None:
         check_not_read(questions, log)

@@ -5,9 +5,8 @@ Each trial has its own process, so that earlier trials do not affect its figures
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import read_task
+from edgetune.training.job import Point
 
 from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
 from .grid import Trial
@@ -53,7 +53,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         method=trial.method,
         rank=trial.rank,
         status="done",
-        training=_training(built.figures[trial.task], work / "train" / trial.task / "log.jsonl"),
+        training=_training(built.figures[trial.task], built.losses[trial.task]),
         metric=first.metric,
         rows=first.rows,
         trained_rows=len(task.train),
@@ -74,9 +74,8 @@ def _share_base(work: Path, shared: Path) -> None:
         base.symlink_to(shared / "base", target_is_directory=True)
 
 
-def _training(figures: Mapping[str, Any], log: Path) -> TrainingFigures:
-    points = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    history = tuple((point["epoch"], point["train_loss"], point["val_loss"]) for point in points)
+def _training(figures: Mapping[str, Any], losses: Iterable[Point]) -> TrainingFigures:
+    history = tuple((point.epoch, point.train_loss, point.val_loss) for point in losses)
     costs = {key: figures[key] for key in TrainingFigures.__dataclass_fields__ if key != "history"}
     return TrainingFigures(**costs, history=history)
 

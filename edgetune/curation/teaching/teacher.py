@@ -6,7 +6,7 @@ import http.client
 import json
 import time
 import urllib.error
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ class RefusedRequestError(TeacherError):
 class Teacher:
     """The model `model` at `url`, such as https://api.example.com/v1.
 
-    At most `per_minute` requests are sent in a minute, and `most_requests` in all; `sent` counts them.
+    At most `per_minute` requests are sent in a minute, and `most_requests` in all; `sent` counts them. `say` gets a
+    sentence about each try without an answer.
     """
 
     url: str
@@ -45,6 +46,7 @@ class Teacher:
     key: str | None = field(default=None, repr=False)
     per_minute: float = 60.0
     most_requests: int = 1000
+    say: Callable[[str], object] = field(default=lambda _: None, repr=False)
     sent: int = 0
     _has_answered: bool = False
     _free_at: float = 0.0
@@ -86,6 +88,7 @@ class Teacher:
             except (OSError, http.client.HTTPException) as error:
                 problem, wait_s = str(error) or type(error).__name__, 2.0**attempt
             self._free_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
+            self.say(f"the teacher does not answer: {shortened(problem)} (try {attempt + 1} of {_TRIES})")
         message = f"the teacher at {self.url} does not answer after {_TRIES} tries: {shortened(problem)}"
         raise TeacherError(message, "start it, and run the same command again to go on")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,13 @@ class Learned:
         return {"bundle": bundle, "adapters": changes, "learned": dict(self.learned)}
 
 
-def read_logs(bundle: Path, logs: Sequence[Path]) -> list[LoggedAnswer]:
-    """The answers in several logs of a bundle; a later log has the last word on an answer."""
+def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) -> list[LoggedAnswer]:
+    """The answers in several logs of a bundle; a later log has the last word on an answer.
+
+    `say` gets a sentence about each line that is left out.
+    """
     manifest = read_manifest(bundle)
-    entries = {entry.id: entry for log in logs for entry in read_answer_log(log, manifest)}
+    entries = {entry.id: entry for log in logs for entry in read_answer_log(log, manifest, say)}
     return list(entries.values())
 
 
@@ -76,11 +79,12 @@ def learn(
     work = kept_folder(out)
     with locked(work):
         corrected = _by_adapter(entries, manifest)
-        loaded = Recipe.from_file(_recipe_of(bundle, recipe), split_of(manifest, list(corrected)))
-        unknown = [name for name in corrected if name not in loaded.adapters]
+        path = _recipe_of(bundle, recipe)
+        unknown = [name for name in corrected if name not in Recipe.from_file(path).adapters]
         if unknown:
-            message = f"the recipe of {bundle} has no adapter {unknown[0]!r}, of which the log has corrections"
+            message = f"{path} has no adapter {unknown[0]!r}, of which the log has corrections"
             raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
+        loaded = Recipe.from_file(path, split_of(manifest, list(corrected)))
         tasks = {name: read_task(name, loaded) for name in corrected}
         rows = {name: learned_rows(task, corrected[name]) for name, task in tasks.items()}
         for name, split in rows.items():

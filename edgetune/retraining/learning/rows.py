@@ -101,15 +101,15 @@ def _check(task: Task, entries: Sequence[LoggedAnswer]) -> None:
     spec = None if task.spec.output is None else task.spec.output.spec
     for entry in entries:
         answer = entry.correction or ""
+        asked = shortened(str(entry.messages[-1]["content"]), 60)
+        problem = f"answer {entry.id} to {asked!r}: the correction {shortened(answer, 80)!r}"
         try:
             metrics.score(task.metric, [answer], [answer])
-        except UsageError as error:
-            problems.append(f"answer {entry.id}: {error.message}")
+        except UsageError:
+            problems.append(f"{problem} is no answer that the metric {task.metric} can score; correct it")
         if task.metric == "label" and answer not in task.labels:
-            problem = f"the correction {answer!r} is not one of the labels"
-            problems.append(f"answer {entry.id}: {problem}; {suggestion(answer, task.labels)}")
+            problems.append(f"{problem} is not one of the labels; {suggestion(answer, task.labels)}")
         if spec is not None and not spec.accepts(answer):
-            problem = f"the correction {shortened(answer, 80)!r} breaks the {spec.kind} of the recipe"
-            problems.append(f"answer {entry.id}: {problem}; correct it")
+            problems.append(f"{problem} breaks the {spec.kind} of the recipe; correct it")
     if problems:
         raise UsageError("\n".join(problems))

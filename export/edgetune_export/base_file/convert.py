@@ -50,7 +50,10 @@ def check_folder(folder: Path) -> Architecture:
     if not isinstance(config.get("model_type"), str):
         raise VerificationError(f"{path} has no model_type", "download the model again")
     multimodal = {each.multimodal[0] for each in architectures.known().values()}
-    if isinstance(config.get("text_config"), dict) and config["model_type"] not in multimodal:
+    within = config.get("text_config")
+    if isinstance(within, dict) and config["model_type"] not in multimodal:
+        # A file has only the text part, so that of another architecture is of no use either.
+        architectures.of_model_type(str(within.get("model_type", config["model_type"])), str(folder))
         message = f"{folder} is a multimodal model ({config['model_type']}), of which only the text part can be a base"
         remedy = f"use its .gguf file: that of llama.cpp's {SCRIPT} has the text part"
         raise IncompatibleError(message, remedy)

@@ -8,7 +8,7 @@ import os
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -137,8 +137,11 @@ def line_of(entry: LoggedAnswer) -> str:
     return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
 
 
-def read_answer_log(path: Path, manifest: Manifest) -> list[LoggedAnswer]:
+def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] = _LOG.warning) -> list[LoggedAnswer]:
     """The answers in a log of this bundle, each with its last correction, in the order of their first lines.
+
+    `say` gets a sentence about each line that is left out because it is no JSON, as a part of a line that was not
+    written to its end. A correction that is a JSON object or list counts as its text.
 
     NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError for one of
     another bundle.
@@ -146,7 +149,7 @@ def read_answer_log(path: Path, manifest: Manifest) -> list[LoggedAnswer]:
     if not path.is_file():
         raise NotFoundError(f"no log {path}", "give the file of `edgetune-run serve --log-answers`")
     entries: dict[str, LoggedAnswer] = {}
-    for where, entry in _entries(path):
+    for where, entry in _entries(path, say):
         if (entry.bundle, entry.base) != (manifest.name, manifest.base.fingerprint):
             base = printable(entry.base[:12])
             message = f"{where} is of bundle {entry.bundle!r} on base {base}…, not of {manifest.name!r}"
@@ -155,25 +158,29 @@ def read_answer_log(path: Path, manifest: Manifest) -> list[LoggedAnswer]:
     return list(entries.values())
 
 
-def _entries(path: Path) -> Iterator[tuple[str, LoggedAnswer]]:
+def _entries(path: Path, say: Callable[[str], None]) -> Iterator[tuple[str, LoggedAnswer]]:
     for file in (_before(path), path):
         for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
             where = f"{file}:{number}"
             try:
                 raw = json.loads(line)
             except (ValueError, RecursionError):
-                _LOG.warning("left out %s, a part of a line", where)
+                say(f"left out {where}, a part of a line")
                 continue
             try:
                 yield where, _entry(raw)
             except (TypeError, UsageError, RecursionError) as error:
-                raise VerificationError(f"{where} is not a line of a log: {error}", "remove the line") from error
+                raise VerificationError(f"{where} is not a line of a log: {error}", "correct or remove it") from error
 
 
 def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
     names = [field.name for field in fields(LoggedAnswer)]
     if not isinstance(raw, dict) or raw.keys() != {*names}:
         raise TypeError(f"it does not have the keys {', '.join(names)}")
+    correction = raw["correction"]
+    if isinstance(correction, dict | list):
+        # As people write it into a file of questions, and into rows.
+        raw = {**raw, "correction": json.dumps(correction, ensure_ascii=False)}
     entry = dataclass_of(LoggedAnswer, raw)
     return replace(entry, messages=tuple(messages_for(entry.messages, None)))
 

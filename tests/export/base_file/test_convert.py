@@ -182,6 +182,7 @@ def test_an_unavailable_converter_is_an_error_and_leaves_no_files(
         ({"config.json": LLAMA, "model.safetensors": "", INDEX: "[]"}, VerificationError, "names 'None'"),
         ({"config.json": LLAMA, "model-00002-of-00003.safetensors": ""}, VerificationError, "has 1 of the 3 .safeten"),
         ({"config.json": MULTIMODAL}, IncompatibleError, "is a multimodal model (gemma3), of which only the text part"),
+        ({"config.json": MULTIMODAL.replace("gemma3", "gemma3n")}, IncompatibleError, "architecture 'gemma3n_text' of"),
     ],
 )
 def test_a_folder_that_cannot_be_converted_is_refused_before_any_work(

@@ -208,8 +208,12 @@ def test_a_teacher_that_fails_is_named(
 
 def test_a_busy_teacher_is_asked_again_and_a_limit_of_requests_kept(teacher: Callable[[Reply], str]) -> None:
     replies = [(429, {"Retry-After": "0"}, b""), said("hello")]
-    asking = Teacher(teacher(lambda _: replies.pop(0)), "m", per_minute=100_000, most_requests=2)
+    heard: list[str] = []
+    url = teacher(lambda _: replies.pop(0))
+    asking = Teacher(url, "m", per_minute=100_000, most_requests=2, say=heard.append)
     assert asking.ask(asking.request([], temperature=0, seed=0)) == "hello"
+    (said_once,) = heard
+    assert said_once.startswith("the teacher does not answer: HTTP 429: ") and said_once.endswith("(try 1 of 5)")
     with pytest.raises(TeacherError, match="2 requests are sent; allow more with --requests"):
         asking.ask({})
 

@@ -15,7 +15,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
-from recipes import NAME, adapter_of, lights, make_recipe, write_rows
+from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
@@ -66,7 +66,7 @@ def corrections(count: int = 8, text: str | None = "reply on") -> list[dict[str,
 
 
 def run(home: Path, log: Path, into: Path | None = None, recipe: str = NAME) -> Learned:
-    return learn(home, read_logs(home, [log]), home.with_name(recipe), into, QUIET)
+    return learn(home, read_logs(home, [log], QUIET.say), home.with_name(recipe), into, QUIET)
 
 
 def test_corrections_are_learned_beside_the_old_rows(home: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> Non
     recipe_file.write_text(recipe_file.read_text().replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1))
     run(home, logged(home, corrections(8)))
     more = [{"prompt": f"lamp {n} please", "correction": "reply on"} for n in range(4)]
-    result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")]), None, None, QUIET)
+    result = learn(home, read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say), None, None, QUIET)
     assert result.bundle == home
     # Corrections that were held out are validation rows now.
     assert result.changes["light"]["validation"].rows == 5 + 2
@@ -164,8 +164,11 @@ def test_too_few_corrections_are_refused(home: Path, answers: list[dict[str, Any
 
 
 def test_the_recipe_with_the_old_rows_is_asked_for(home: Path) -> None:
+    write_recipe(home.parent, "base.gguf", {"other": adapter_of(train="light.jsonl")}, data={})
+    with pytest.raises(UsageError, match=r"recipe\.yaml has no adapter 'light', of which the log has corrections"):
+        run(home, logged(home, corrections()))
     with pytest.raises(NotFoundError, match="--recipe RECIPE"):
-        learn(home, read_logs(home, [logged(home, corrections())]), None, None, QUIET)
+        learn(home, read_logs(home, [logged(home, corrections())], QUIET.say), None, None, QUIET)
 
 
 def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
@@ -193,7 +196,13 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     assert "is a file that this command reads; write to another file" in capsys.readouterr().err
     rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]
     assert [row["confidence"] for row in rows] == [0.0, 0.1, 0.2, 0.3, 0.4]
+    rows[0]["correction"] = {"reply": "on"}
     write_rows(questions, rows)
-    entries = read_logs(home, [log, questions])
-    assert sum(entry.correction == "reply on" for entry in entries) == 5
+    with questions.open("a") as file:
+        file.write(json.dumps(rows[0])[:-2] + "\n")
+    said: list[str] = []
+    entries = read_logs(home, [log, questions], said.append)
+    assert sum(entry.correction == "reply on" for entry in entries) == 4
+    assert [entry.correction for entry in entries if entry.correction not in (None, "reply on")] == ['{"reply": "on"}']
     assert len(entries) == 8
+    assert said == [f"left out {questions}:6, a part of a line"]

@@ -67,5 +67,9 @@ def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_pa
 def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Path) -> None:
     task = task_of(tmp_path, output={"schema": SCHEMA})
     bad = ("dim the den", '{"do": "dim", "area": "den"}')
-    with pytest.raises(UsageError, match=r"answer a4: the correction '.*dim.*' breaks the schema of the recipe"):
+    with pytest.raises(
+        UsageError, match=r"answer a4 to 'dim the den': the correction '.*dim.*' breaks the schema of the recipe"
+    ):
         learned_rows(task, corrected(*FINE, bad))
+    with pytest.raises(UsageError, match="the correction 'lamp on' is no answer that the metric json can score"):
+        learned_rows(task_of(tmp_path), corrected(*FINE, ("dim the den", "lamp on")))
