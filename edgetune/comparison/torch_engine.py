@@ -21,6 +21,7 @@ class TorchEngine:
     """A tuned model as an engine; `guesses` are guessed answers to the following prompts, in order."""
 
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
+    EVEN_ROWS: ClassVar[int] = 1
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
     max_rollback = None

@@ -105,7 +105,7 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     add_cache_folder(group)
     text = "most MB per day that calls write to that folder; with 0 only `warm` and `--warm` do (default: 512)"
     group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=text)
-    text = "decode token by token, without drafts, which with onnx can change an answer in a near tie"
+    text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
     text = "keep the last answer to each prompt as a draft of the next one: off (default), in memory, or also on disk"
     group.add_argument("--learn-drafts", choices=LEARN_DRAFTS, default=OFF, help=text)

@@ -10,17 +10,23 @@ class BatchCost:
     """The cost of decoding several tokens in one step, interpolated between the sizes of `measured` {tokens: cost}.
 
     `logits` {tokens: cost} is the cost of the logits of several tokens, in those of one, and `excess` the share of a
-    single-token step that they take beyond their share in the base on which `measured` was measured.
+    single-token step that they take beyond their share in the base on which `measured` was measured. A step has at
+    least `least` tokens.
     """
 
     def __init__(
-        self, measured: Mapping[int, float], logits: Mapping[int, float] | None = None, excess: float = 0.0
+        self,
+        measured: Mapping[int, float],
+        logits: Mapping[int, float] | None = None,
+        excess: float = 0.0,
+        least: int = 1,
     ) -> None:
+        self._least = least
         self._steps, self._logits, self._excess = _Line(measured), _Line(logits or {}), excess
 
     def of(self, tokens: int, drafted: int = 0) -> float:
         """The cost of a step of `tokens` tokens, the last `drafted` of which need logits of their own."""
-        return self._steps.at(tokens) + self._excess * (self._logits.at(drafted + 1) - 1)
+        return self._steps.at(max(tokens, self._least)) + self._excess * (self._logits.at(drafted + 1) - 1)
 
     def worthwhile(self, chances: Sequence[float], certain: int = 1) -> int:
         """How many drafted tokens to verify after `certain` ones for the lowest expected cost per token.

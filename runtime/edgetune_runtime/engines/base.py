@@ -122,9 +122,11 @@ class Engine(Protocol):
 
     `BATCH_COST` maps a number of tokens to the approximate cost of decoding them in one step, in single-token steps.
     `LOGITS_COST` does so for their logits alone, in those of one token; it is empty if they make no difference.
+    Steps of at least `EVEN_ROWS` tokens round alike, however many there are.
     """
 
     BATCH_COST: ClassVar[Mapping[int, float]]
+    EVEN_ROWS: ClassVar[int]
     LOGITS_COST: ClassVar[Mapping[int, float]]
     context_length: int
 

@@ -152,7 +152,11 @@ class _Answering:
         """Decode the pending tokens and a draft of the next ones; returns the tokens that follow."""
         context, held = self._context, self._held
         draft, chances = self._draft()
-        rows = context.extend([*self._pending, *draft], last=len(held) + len(draft) + 1)
+        filler = self._filler(len(self._pending) + len(draft))
+        rows = context.extend([*self._pending, *draft, *filler], last=len(held) + len(draft) + len(filler) + 1)
+        if filler:
+            rows = rows[: -len(filler)]
+            context.truncate(len(context.tokens) - len(filler))
         if self._record is not None:
             self._record.add(context.engine.tokenizer, rows[: len(held)], held)
         chosen = held + self._choose(rows[len(held) :], draft)
@@ -241,6 +245,17 @@ class _Answering:
             draft = draft[: self._constraint.valid_prefix(draft)]
         count = self._context.batch_cost.worthwhile(chances[: len(draft)], len(self._pending))
         return draft[:count], chances[:count]
+
+    def _filler(self, tokens: int) -> list[int]:
+        """Tokens that a step of so many ones computes besides, to round like longer steps, as far as they fit.
+
+        None where no step of this call has more than one, with whatever options the bundle was opened.
+        """
+        call, context = self._call, self._context
+        if call.drafts is None and call.past is None and self._constraint is None:
+            return []
+        room = context.max_tokens - len(context.tokens) - tokens
+        return self._pending[-1:] * max(0, min(context.least_rows - tokens, room))
 
     def _emit(self, tokens: Sequence[int]) -> Iterator[str]:
         """The text pieces of chosen tokens, up to one that ends the answer."""

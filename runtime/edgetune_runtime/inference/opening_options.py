@@ -60,8 +60,10 @@ class RuntimeOptions(TypedDict, total=False):
     `warm` does.
 
     With `exact` (default: True), a call gives the same answer, bit for bit, as with a cold cache: it reuses only fixed
-    prompts and whole chunks of 128 tokens. Without it, a call reuses all tokens of the common prefix, as a session does
-    with its own state; rounding may then decide a near tie between two tokens differently.
+    prompts and whole chunks of 128 tokens. With onnx, a step of one token computes a second row where drafts or a
+    constraint give other steps more, as one row rounds differently from several. Without it, a call reuses all tokens
+    of the common prefix, as a session does with its own state; rounding may then decide a near tie between two tokens
+    differently.
 
     Up to `contexts` calls run at the same time, with whatever adapters, each in its own context, which is created when
     first needed; by default one, and more if they fit in a quarter of the memory that is free beside it, at most 4. If
@@ -78,9 +80,9 @@ class RuntimeOptions(TypedDict, total=False):
     malloc is not changed.
 
     With `drafts` (default: True), tokens are drafted from the adapter's draft table and from the prompt, and verified
-    several per step (speculative decoding). With onnx, with llama.cpp's llamafile kernels (LLAMAFILE among the
-    features that `edgetune-run doctor` prints) and with k-quants, rounding may then decide a near tie between two
-    tokens differently; else this changes no answer.
+    several per step (speculative decoding). With llama.cpp's llamafile kernels (LLAMAFILE among the features that
+    `edgetune-run doctor` prints), with k-quants, and with onnx without `exact` or for recurrent layers, rounding may
+    then decide a near tie between two tokens differently; else this changes no answer.
 
     With `learn_drafts` "memory" or "disk" (default: "off"), the last answer to each prompt is kept, up to 4 MB in all,
     and drafts the next answer to the same prompt. With "disk" they are also saved in `cache_folder`, about every hour

@@ -42,7 +42,10 @@ class Context:
 
     def __init__(self, engine: Engine, shared: SharedResources) -> None:
         self.engine = engine
-        self.batch_cost = BatchCost(engine.BATCH_COST, engine.LOGITS_COST, engine.logits_excess)
+        # Without a filler where it could not be dropped again.
+        self.least_rows = engine.EVEN_ROWS if shared.exact and engine.max_rollback is None else 1
+        """Tokens that a step of an answer has at least, so that its rounding does not depend on drafts."""
+        self.batch_cost = BatchCost(engine.BATCH_COST, engine.LOGITS_COST, engine.logits_excess, self.least_rows)
         self.shared = shared
         self.tokens: list[int] = []
         self._key: Key | None = None

@@ -68,6 +68,7 @@ class GgufEngine:
     }
     # Measured on SmolLM2-135M and Gemma 3 270M, whose vocabulary has more than half of the parameters.
     LOGITS_COST: ClassVar[Mapping[int, float]] = {2: 2.2, 3: 2.8, 4: 3.3, 6: 5.3, 8: 3.9, 12: 4.4, 16: 5.0}
+    EVEN_ROWS: ClassVar[int] = 1
     adjusts_threads = True
 
     def __init__(

@@ -72,6 +72,8 @@ class OnnxEngine:
 
     has_sequence: ClassVar[Literal[True]] = True
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 1.2, 4: 1.6, 8: 2.4, 16: 4.0}
+    # For one row, GroupQueryAttention and products of two inputs have kernels of their own.
+    EVEN_ROWS: ClassVar[int] = 2
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
     # Keys and values are f32.
