@@ -114,10 +114,16 @@ def add_part(bundle: Path, keys: KeyFolder, new: NewAdapter) -> Path:
 
 
 def publish_part(
-    bundle: Path, repo: Path, keys: KeyFolder, *, channel: str = "stable", keep: int | None = None
+    bundle: Path,
+    repo: Path,
+    keys: KeyFolder,
+    adapter: str = "reply",
+    *,
+    channel: str = "stable",
+    keep: int | None = None,
 ) -> Published:
-    """Publish the adapter "reply" of a bundle with the key of its author."""
-    return author.publish_part(bundle, "reply", repo, keys, channel=channel, expires_days=90, keep=keep)
+    """Publish an adapter of a bundle with the key of its author."""
+    return author.publish_part(bundle, adapter, repo, keys, channel=channel, expires_days=90, keep=keep)
 
 
 class Publisher:

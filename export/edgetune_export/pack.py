@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_of
 from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
@@ -59,6 +59,8 @@ def check_destination(out: Path) -> None:
         return
     try:
         listed = {*read_manifest(out).files, *unlisted(existing)}
+        # Also the files of adapters that parts are in place of.
+        listed |= {*parse_manifest((out / MANIFEST_NAME).read_bytes(), out / MANIFEST_NAME).files}
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
         raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error

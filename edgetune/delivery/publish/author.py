@@ -22,6 +22,7 @@ from edgetune_runtime.update.release import (
     role_of_part,
     with_parts,
 )
+from securesystemslib.signer import Signer
 
 from .external_keys import signing
 from .key_folder import OF_ONE_BUNDLE, KeyFolder, require_name
@@ -63,49 +64,59 @@ def publish_part(
             raise IncompatibleError(message, "build it for this base, or ask the owner to publish the bundle again")
         entry, paths = moved(new, f"{FOLDER}/{adapter}")
         files = {paths[file]: about for file, about in new.files.items()}
-        known = _published(repository, keys, manifest.name, adapter)
-        newest = max((each.part.version for each in known.values()), default=0)
+        signer = _signer(repository, keys, release, adapter)
+        role = role_of_part(manifest.name, adapter, signer.public_key.keyid)
+        known = _published(repository, manifest.name)
         of_channel = [each for path, each in known.items() if path == path_of_part(each.role, channel)]
-        released = next(iter(newest_parts(release, of_channel)), None)
+        parts = {each.part.adapter.name: each for each in newest_parts(release, of_channel)}
         copied = sum(
             about.bytes for file, about in new.files.items() if repository.put_blob(resolve(bundle, file), about)
         )
-        changed = released is None or (released.part.adapter, released.part.files) != (entry, files)
-        if released is None or changed:
-            released = _signed(repository, keys, Part(manifest.name, newest + 1, entry, files), release)
-            name, path = released.role.removeprefix(ROLE_PREFIX), path_of_part(released.role, channel)
-            text = repository.put_release(name, path, released.data, newest + 1)
-            repository.put_blob(text, with_parts(release, [released]).files[part_path(adapter)])
+        before = parts.get(adapter)
+        # One that another key has signed would go with that key.
+        changed = before is None or (before.role, before.part.adapter, before.part.files) != (role, entry, files)
+        if changed:
+            version = 1 + max(
+                (each.part.version for each in known.values() if each.part.adapter.name == adapter), default=0
+            )
+            parts[adapter] = _signed(repository, release, Part(manifest.name, version, entry, files), signer)
+            name, data = role.removeprefix(ROLE_PREFIX), parts[adapter].data
+            text = repository.put_release(name, path_of_part(role, channel), data, version)
+            repository.put_blob(text, with_parts(release, [parts[adapter]]).files[part_path(adapter)])
         deleted = commit(repository, expires_days, keep)
-    return Published(with_parts(release, [released]), changed, copied, deleted, adapter, released.part.version)
+    composed = with_parts(release, parts.values())
+    return Published(composed, changed, copied, deleted, adapter, parts[adapter].part.version)
 
 
-def _published(repository: Repository, keys: KeyFolder, name: str, adapter: str) -> dict[str, ReleasedPart]:
-    """The newest parts that the keys of an adapter's author have signed, by their paths among the targets."""
-    roles = [role_of_part(name, adapter, key.keyid) for key in keys.authors(name).get(adapter, [])]
+def _published(repository: Repository, name: str) -> dict[str, ReleasedPart]:
+    """The newest parts that the authors of a bundle have signed, by their paths among the targets."""
     return {
         path: parse_released_part(repository.read_release(target), role)
-        for role in roles
+        for role in repository.authors(name)
         for path, target in repository.releases(role.removeprefix(ROLE_PREFIX)).items()
     }
 
 
-def _signed(repository: Repository, keys: KeyFolder, part: Part, release: Release) -> ReleasedPart:
-    """A part signed by the newest private key here that the repository and the release allow."""
-    name, adapter = part.bundle, part.adapter.name
+def _signer(repository: Repository, keys: KeyFolder, release: Release, adapter: str) -> Signer:
+    """The newest private key here that the repository and the release allow to replace an adapter."""
     allowed = [
         key
-        for key in keys.authors(name)[adapter]
-        if (role := role_of_part(name, adapter, key.keyid)) in release.authors and repository.delegates_to(role)
+        for key in keys.authors(release.name)[adapter]
+        if (role := role_of_part(release.name, adapter, key.keyid)) in release.authors and repository.delegates_to(role)
     ]
-    holder = f"{OF_ONE_BUNDLE}{name}/{adapter}"
+    holder = f"{OF_ONE_BUNDLE}{release.name}/{adapter}"
     signers = keys.signers(holder, allowed)
     if not signers:
-        message = f"the published {name} allows none of the private keys of {holder} here to replace {adapter!r}"
+        message = f"the published {release.name} allows none of the private keys of {holder} here to replace {adapter!r}"
         raise NotFoundError(message, "ask its owner to add the key and to publish the bundle")
-    with signing(holder):
-        data = part_file(part, signers[-1:])
+    return signers[-1]
+
+
+def _signed(repository: Repository, release: Release, part: Part, signer: Signer) -> ReleasedPart:
+    name, adapter = part.bundle, part.adapter.name
+    with signing(f"{OF_ONE_BUNDLE}{name}/{adapter}"):
+        data = part_file(part, [signer])
     # What devices would refuse is not published.
     path = repository.folder / BLOBS_FOLDER / release.files[MANIFEST_NAME].sha256
     with_parts_of_bundle(parse_manifest(path.read_bytes(), path), {part_path(adapter): data}.get, require_author)
-    return parse_released_part(data, role_of_part(name, adapter, signers[-1].public_key.keyid))
+    return parse_released_part(data, role_of_part(name, adapter, signer.public_key.keyid))

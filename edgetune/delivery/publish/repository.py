@@ -76,6 +76,10 @@ class Repository:
         role = self._roles.get(f"{ROLE_PREFIX}{name}")
         return {} if role is None else role.targets
 
+    def authors(self, name: str) -> list[str]:
+        """The roles of a bundle's authors that have signed a part."""
+        return [role for role in self._roles if author_of(role)[0] == name]
+
     def delegates_to(self, role: str) -> bool:
         """Whether a bundle delegates to this role of an author, as published."""
         delegator = self._roles.get(_delegator_of(role))
@@ -221,6 +225,11 @@ class Repository:
                 roles[name] = DelegatedRole(name, [key.keyid], 1, terminating=True, paths=[path_of_part(name, "*")])
         expected = Delegations(keys, roles) if roles else None
         if signed.delegations != expected and self._signers(role):
+            revoked = [name for name in roles if not self.delegates_to(name) and f"{name}.json" in self._snapshot.meta]
+            if revoked:
+                # An older copy of the keys would bring back what the author has published.
+                message = f"{self._keys.folder} has a key of {self._role_of(revoked[0])} that was revoked, {revoked[0]}"
+                raise UsageError(message, "revoke it here too: edgetune keys revoke; the author can make a new one")
             signed.delegations = expected
             self._changed.add(role)
             for name in [name for name in self._roles if name.startswith(f"{role}{OF_PART}") and name not in roles]:

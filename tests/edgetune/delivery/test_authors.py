@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import MANIFEST_NAME, parse_manifest, read_manifest, verify_files
 from edgetune_runtime.bundle.parts import part_path
 from edgetune_runtime.bundle.signatures import read_signed_manifest
@@ -38,6 +39,7 @@ from tuf.api.metadata import DelegatedRole, Delegations
 
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
+from edgetune.delivery.oci.release_metadata import TrustedChannel
 from edgetune.delivery.oci.transfer import open_store, pull, push
 from edgetune.delivery.publish.key_files import PASSPHRASE as VARIABLE
 from edgetune.delivery.publish.key_folder import BUNDLES, KeyFolder
@@ -246,6 +248,7 @@ def test_devices_go_back_to_the_adapter_of_the_owner_when_the_key_is_revoked(
 ) -> None:
     publish_part(work, publisher.repo, author)
     assert PART in seen(publisher).files
+    stale = open_keys(Path(shutil.copytree(publisher.keys.folder, tmp_path / "stale-keys")))
     (key,) = publisher.keys.keys("bundles/home/reply")
     publisher.keys.revoke(key.keyid)
     assert publisher.keys.authors("home") == {}
@@ -257,6 +260,10 @@ def test_devices_go_back_to_the_adapter_of_the_owner_when_the_key_is_revoked(
         with pytest.raises(NotFoundError, match="allows none of the private keys"):
             publish_part(with_adapters(work, "reply", answer="two"), publisher.repo, author)
         assert seen(publisher, device) == after
+    # Nor does the owner bring back what the author has published, with a copy of the keys from before.
+    with pytest.raises(UsageError, match="has a key of bundles/home/reply that was revoked"):
+        refresh(publisher.repo, stale, expires_days=30)
+    assert seen(publisher) == after
     # Another key of the author, whose parts begin anew.
     again = keys_of_author(publisher, tmp_path / "new-keys")
     publish(publisher.bundle, publisher.repo, publisher.keys)
@@ -266,28 +273,40 @@ def test_devices_go_back_to_the_adapter_of_the_owner_when_the_key_is_revoked(
     assert PART in seen(publisher).files
 
 
+def text_on_devices(publisher: Publisher) -> str:
+    """The adapter "reply" that devices get."""
+    return (publisher.repo / "blobs" / seen(publisher).files["authors/reply/adapter.gguf"].sha256).read_text()
+
+
 def test_the_newest_part_of_two_keys_counts_and_one_for_another_base_waits(
     publisher: Publisher, author: KeyFolder, work: Path, tmp_path: Path
 ) -> None:
     publish_part(work, publisher.repo, author)
     second = keys_of_author(publisher, tmp_path / "second-keys")
+    third = keys_of_author(publisher, tmp_path / "third-keys", "command")
     (old,) = author.folder.glob("bundles-home-reply-*.pem")
     shutil.copy(old, second.folder)
     publish(publisher.bundle, publisher.repo, publisher.keys)
+    publish_part(with_adapters(tmp_path / "third/home", "command"), publisher.repo, third, "command")
+    # The same adapter, for the newer key, and then another one from a folder that has the older key only.
+    again = publish_part(work, publisher.repo, second)
+    assert (again.changed, again.part, again.release) == (True, 2, seen(publisher))
+    with_adapters(work, "reply", answer="three")
+    assert publish_part(work, publisher.repo, author).part == 3
+    assert text_on_devices(publisher).endswith("three")
     with_adapters(work, "reply", answer="two")
-    assert publish_part(work, publisher.repo, second).part == 2
+    assert publish_part(work, publisher.repo, second).part == 4
     # It is signed by the newer key, so the older one is no longer needed.
     publisher.keys.revoke(author.keys("bundles/home/reply")[0].keyid)
     publish(publisher.bundle, publisher.repo, publisher.keys)
-    newest = seen(publisher)
-    assert (publisher.repo / "blobs" / newest.files["authors/reply/adapter.gguf"].sha256).read_text().endswith("two")
+    assert text_on_devices(publisher).endswith("two")
     # The owner moves to another base.
     other = (publisher.bundle / MANIFEST_NAME).read_text().replace("ab" * 32, "cd" * 32)
     (publisher.bundle / MANIFEST_NAME).write_text(other)
     publish(publisher.bundle, publisher.repo, publisher.keys)
     assert PART not in seen(publisher).files
     (work / MANIFEST_NAME).write_text((work / MANIFEST_NAME).read_text().replace("ab" * 32, "cd" * 32))
-    assert publish_part(work, publisher.repo, second).part == 3
+    assert publish_part(work, publisher.repo, second).part == 5
     assert PART in seen(publisher).files
 
 
@@ -342,13 +361,15 @@ def test_copies_of_a_bundle_have_the_parts_of_authors(
     bundle = composed(publisher, seen(publisher), tmp_path / "copied/home")
     trusted = publisher.keys.trusted_keys(BUNDLES)
     with open_store(f"oci-layout:{tmp_path / 'layout'}:v1", None, insecure=False) as store:
-        push(bundle, store, Progress(quiet=True))
-        pull(store, tmp_path / "out", Progress(quiet=True), trusted_keys=trusted)
+        push(bundle, store, Progress(quiet=True), repo=publisher.repo, channel="stable")
+        channel = TrustedChannel(publisher.root.read_bytes(), "stable")
+        pull(store, tmp_path / "out", Progress(quiet=True), trusted_channel=channel)
         # Into the same folder, whose files are all of the bundle.
         pull(store, tmp_path / "out", Progress(quiet=True), trusted_keys=trusted)
     assert read_signed_manifest(tmp_path / "out", trusted) == read_signed_manifest(bundle, trusted)
     with pytest.raises(UsageError, match="a part that an author publishes"):
         publish(bundle, publisher.repo, publisher.keys)
+    check_destination(bundle)
     # Whoever changes it has another bundle, which says the same without parts.
     remove_from_bundle(bundle, "command")
     changed = read_manifest(bundle)
