@@ -14,7 +14,7 @@ from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
 
-PARTS = ("base", "adapters")
+PARTS = ("base", "adapters", "authors")
 
 Complete = Callable[[Path, Manifest], Manifest]
 """Gets a bundle that can be opened, may add files to it, and returns its manifest."""
@@ -24,7 +24,7 @@ _MARGIN_BYTES = 1 << 20
 
 
 def pack(work: Path, out: Path, manifest: Manifest, complete: Complete | None = None) -> Path:
-    """Write the bundle `out` from all files in `work/base` and `work/adapters`, and those that `complete` adds.
+    """Write the bundle `out` from all files in the folders PARTS of `work`, and those that `complete` adds.
 
     Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
     is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,

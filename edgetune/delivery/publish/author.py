@@ -107,7 +107,7 @@ def _signer(repository: Repository, keys: KeyFolder, release: Release, adapter: 
     holder = f"{OF_ONE_BUNDLE}{release.name}/{adapter}"
     signers = keys.signers(holder, allowed)
     if not signers:
-        message = f"the published {release.name} allows none of the private keys of {holder} here to replace {adapter!r}"
+        message = f"the published {release.name} allows none of the private keys of {holder} here"
         raise NotFoundError(message, "ask its owner to add the key and to publish the bundle")
     return signers[-1]
 

@@ -287,6 +287,12 @@ class Repository:
         for path in published:
             if path.read_bytes() != names[path.name].read_bytes():
                 raise UsageError(f"{path} is not the one in {self._keys.folder}", _OTHER_KEYS)
+        numbers = [path.name.split(".")[0] for path in self._metadata.glob("*.root.json")]
+        newest_number = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        if newest_number > self._root.version:
+            # Devices trust the keys of that one only.
+            message = f"{self.folder} has root {newest_number}, and {self._keys.folder} only {self._root.version}"
+            raise UsageError(message, "copy *.root.json and trusted-keys*.json from whoever has changed the keys")
         newest = max(published, key=lambda path: int(path.name.split(".")[0]), default=None)
         return None if newest is None else Metadata[Root].from_bytes(newest.read_bytes()).signed
 
@@ -323,7 +329,7 @@ class Repository:
         try:
             metadata = Metadata[T].from_bytes(path.read_bytes())
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-        except (OSError, RepositoryError, LookupError) as error:
+        except (OSError, RepositoryError, LookupError, ValueError) as error:
             # Signed again without this check, what somebody else has put there would be trusted.
             message = f"{path} is missing, damaged or not signed by the keys: {error}"
             raise VerificationError(message, _RESTORE) from error

@@ -26,13 +26,11 @@ def delete_old(repository: Repository, keep: int) -> int:
     VerificationError if a release or a part that is listed is damaged.
     """
     targets = repository.folder / TARGETS_FOLDER
-    kept, parts = dict[Path, Release](), dict[Path, Part]()
+    kept: dict[Path, Release | Part] = {}
     for target in repository.all_releases:
-        path, data = repository.release_file(target), repository.read_release(target)
-        if OF_PART in target.path:
-            parts[path] = parse_part(data, str(path))
-        else:
-            kept[path] = parse_release(data)
+        data = repository.read_release(target)
+        is_part = OF_PART in target.path
+        kept[repository.release_file(target)] = parse_part(data, target.path) if is_part else parse_release(data)
     by_channel: dict[tuple[str, str], list[tuple[Path, Release]]] = defaultdict(list)
     for path in targets.glob("*/*.json"):
         # Somebody else may have put a file there, which counts as no release.
@@ -44,13 +42,17 @@ def delete_old(repository: Repository, keep: int) -> int:
         newest = sorted({release.version for _, release in releases})[-keep:]
         kept |= {path: release for path, release in releases if release.version in newest}
     # Releases first: one that is there has all of its files.
-    freed = _delete_others(targets.glob("*/*"), {*kept, *parts})
+    freed = _delete_others(targets.glob("*/*"), set(kept))
     blobs, pieces = repository.folder / BLOBS_FOLDER, repository.folder / PIECES_FOLDER
     needed = {blobs / entry.sha256 for release in kept.values() for entry in release.files.values()}
-    needed |= {blobs / entry.sha256 for part in parts.values() for entry in part.files.values()}
-    needed |= {blobs / sha256_of(path) for path in parts}
-    of_files = {piece for release in kept.values() for listed in release.pieces.values() for piece in listed}
-    of_releases = {piece for path in (*kept, *parts) for piece, _ in cut(path.read_bytes())}
+    # The text of a part is a file of its bundle too.
+    needed |= {blobs / sha256_of(path) for path in kept}
+    of_files = {
+        piece
+        for release in kept.values() if isinstance(release, Release)
+        for listed in release.pieces.values() for piece in listed
+    }  # fmt: skip
+    of_releases = {piece for path in kept for piece, _ in cut(path.read_bytes())}
     needed |= {pieces / piece.digest for piece in of_files | of_releases}
     return freed + _delete_others([*blobs.glob("*"), *pieces.glob("*")], needed)
 

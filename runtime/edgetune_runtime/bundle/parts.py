@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
@@ -85,7 +85,11 @@ def parse_part(data: bytes, where: str) -> Part:
         part = dataclass_of(Part, values)
         folder = part_path(part.adapter.name).removesuffix(_NAME)
         named = {*part.files, *part.adapter.files.values(), *part.adapter.shared_files}
-        outside = [name for name in named if not name.startswith(folder) or name == folder + _NAME]
+        folders = {str(parent) for name in named for parent in PurePosixPath(name).parents}
+        outside = [
+            name for name in named
+            if not name.startswith(folder) or name in folders or name.removeprefix(folder).split("/")[0] == _NAME
+        ]  # fmt: skip
         if outside or named != part.files.keys():
             raise ValueError(f"it names {next(iter(outside or named - part.files.keys()))!r}, which is not its own")
         if not re.fullmatch(AUTHOR_NAME, part.adapter.name) or not 1 <= part.version <= _MOST_VERSION:
@@ -123,7 +127,8 @@ def _bytes_of(path: Path, most_bytes: int) -> bytes | None:
     if path.exists() and (not path.is_file() or path.stat().st_size > most_bytes):
         raise VerificationError(f"{path} is not a regular file of up to {most_bytes} bytes", COPY_BUNDLE_AGAIN)
     try:
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(most_bytes)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -136,6 +141,7 @@ def with_parts(manifest: Manifest, read: Callable[[str], bytes | None], verify: 
     VerificationError for a part that is damaged, of another bundle or adapter, or not signed by its author's keys;
     IncompatibleError for one that was made for another base.
     """
+    composed = manifest
     for name, keys in manifest.authors.items():
         path = part_path(name)
         data = read(path)
@@ -144,8 +150,10 @@ def with_parts(manifest: Manifest, read: Callable[[str], bytes | None], verify: 
         part = parse_part(data, path)
         if verify is not None:
             verify(part, keys)
-        manifest = _with_part(manifest, part, name)
-    return manifest
+        composed = _with_part(composed, part, name)
+    if composed is not manifest:
+        check(composed, Path(FOLDER))
+    return composed
 
 
 def _with_part(manifest: Manifest, part: Part, name: str) -> Manifest:
@@ -158,9 +166,7 @@ def _with_part(manifest: Manifest, part: Part, name: str) -> Manifest:
     others = files.keys() & part.files.keys()
     if others:
         raise VerificationError(f"{path} names {min(others)}, which others use too", "do not use this bundle")
-    changed = replace(manifest, adapters={**manifest.adapters, name: part.adapter}, files={**files, **part.files})
-    check(changed, Path(path))
-    return changed
+    return replace(manifest, adapters={**manifest.adapters, name: part.adapter}, files={**files, **part.files})
 
 
 def parts_among(paths: Iterable[str]) -> list[str]:
@@ -170,7 +176,9 @@ def parts_among(paths: Iterable[str]) -> list[str]:
 
 def parts_in(bundle: Path) -> list[str]:
     """The paths of the parts that are in a bundle's folder."""
-    return parts_among(path.relative_to(bundle).as_posix() for path in bundle.glob(f"{FOLDER}/*/{_NAME}"))
+    return parts_among(
+        path.relative_to(bundle).as_posix() for path in bundle.glob(f"{FOLDER}/*/{_NAME}") if path.is_file()
+    )
 
 
 def identity(digests: Mapping[str, str]) -> str:

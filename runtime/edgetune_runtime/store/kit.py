@@ -135,6 +135,9 @@ def wheels_id(python: str, files: Iterable[KitFile]) -> str:
 
 def parse_kit(text: str) -> Kit:
     """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version."""
+    if len(text.encode()) > _MOST_TEXT_BYTES:
+        message = f"{KIT_NAME} has more than {_MOST_TEXT_BYTES} bytes"
+        raise VerificationError(message, "make the kit, or publish the bundle and its parts, with fewer files")
     try:
         raw = json.loads(text)
         schema = _field(raw, "schema", int)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +88,12 @@ class TrustedRepository:
         with self._errors():
             self._updater.refresh()
             timestamp = Metadata[Timestamp].from_file(str(path)).signed
-            self.issued = max(self.issued, issued_of(timestamp))
+            issued = issued_of(timestamp)
+        clock = datetime.now(UTC)
+        if clock >= self.issued:
+            # Who has the key must not make all that is signed later look expired to a device whose clock is right.
+            issued = min(issued, clock + timedelta(days=1))
+        self.issued = max(self.issued, issued)
 
     def names(self) -> list[str]:
         """The bundles of the repository, after `refresh`."""
@@ -132,7 +137,7 @@ class TrustedRepository:
         for role in roles:
             data = self.read_target(path_of_part(role, channel), self._folder / _PART.format(role), LONGEST_PART)
             if self._metadata(role).delegations is not None:
-                # Python-tuf keeps metadata by its role, and would take that of a role with the bundle's name from here.
+                # Python-tuf keeps metadata by its role, and would take that of another bundle or author from here.
                 raise VerificationError(f"the author's role {role} delegates to others", _REMEDY)
             if data is not None:
                 parts.append(parse_released_part(data, role))

@@ -20,7 +20,7 @@ from .current import current_kit
 from .description import describe, make_environment, text_of_release
 from .download import Blobs, download, of_wanted_formats
 from .fetch import Location
-from .release import NAME, Release, newest_parts, with_parts
+from .release import NAME, Release, newest_parts, path_of_part, with_parts
 from .rollout import Choice, choose, device_id, why_not_run
 from .state import (
     FOLDER,
@@ -56,7 +56,7 @@ class UpdateSource:
 class DeviceRelease:
     """The release for a device, and what it has: `reason` says why it does not want another one.
 
-    `parts` has the versions of its authors' parts by the roles that have signed them.
+    `parts` has the versions of its authors' parts by their paths in the repository.
     """
 
     choice: Choice
@@ -66,7 +66,7 @@ class DeviceRelease:
 
     @property
     def floors(self) -> dict[str, int]:
-        """What the device has once the release is the current version, by the names of bundles and roles."""
+        """What the device has once the release is current, by the names of bundles and the paths of parts."""
         return {**self.state.floors, self.release.name: self.release.version, **self.parts}
 
     @property
@@ -173,7 +173,7 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
     versions_found = [(f"release {release.version} of {name}", release.version, floor)]
     for each in parts:
         title = f"part {each.part.version} of {each.part.adapter.name} in {name}"
-        versions_found.append((title, each.part.version, state.floors.get(each.role, 0)))
+        versions_found.append((title, each.part.version, state.floors.get(path_of_part(each.role, release.channel), 0)))
     for title, version, least in versions_found:
         if version < least:
             message = f"{title} is older than {least}, which this device had"
@@ -200,7 +200,8 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
     choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
     parts = newest_parts(choice.release, parts)
     choice = replace(choice, release=with_parts(choice.release, parts))
-    return DeviceRelease(choice, current, state, {each.role: each.part.version for each in parts})
+    floors = {path_of_part(each.role, release.channel): each.part.version for each in parts}
+    return DeviceRelease(choice, current, state, floors)
 
 
 def _name_among(names: list[str], current: Kit | None) -> str:

@@ -3,14 +3,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from edgetune_export.pack import check_destination
+from edgetune_export.pack import check_destination, pack
 from edgetune_runtime.bundle import MANIFEST_NAME, parse_manifest, read_manifest, verify_files
-from edgetune_runtime.bundle.parts import part_path
+from edgetune_runtime.bundle.parts import identity_in, part_path
 from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import (
     EdgetuneError,
@@ -21,11 +20,14 @@ from edgetune_runtime.errors import (
     VerificationError,
 )
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
+from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release, path_of_part
+from edgetune_runtime.update.trust import TrustedRepository
 from kills import KILLED, killed_at
 from kits import write_bundle
 from repositories import (
     PASSPHRASE,
+    START,
     Publisher,
     keys_of_author,
     open_keys,
@@ -41,10 +43,12 @@ from edgetune.cli.main import main
 from edgetune.common.progress import Progress
 from edgetune.delivery.oci.release_metadata import TrustedChannel
 from edgetune.delivery.oci.transfer import open_store, pull, push
+from edgetune.delivery.publish import repository
 from edgetune.delivery.publish.key_files import PASSPHRASE as VARIABLE
 from edgetune.delivery.publish.key_folder import BUNDLES, KeyFolder
 from edgetune.delivery.publish.publish import refresh
 from edgetune.delivery.publish.repository import Repository
+from edgetune.shipping.existing import ExistingBundle
 
 PART = part_path("reply")
 
@@ -193,6 +197,8 @@ def test_a_role_of_an_author_delegates_to_nobody(publisher: Publisher, author: K
         ('"authors/reply/adapter.gguf"', '"adapters/command/adapter.gguf"', "which is not its own"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/../../x"', "outside the bundle"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/part.json"', "which is not its own"),
+        ('"authors/reply/adapter.gguf"', '"authors/reply/part.json/a"', "which is not its own"),
+        ('"files": {\n   "authors', '"files": {"authors/reply/adapter.gguf/a": 1, "authors', "is damaged"),
         ('"bundle": "home"', '"bundle": "other"', "it is of 'reply' in 'other'"),
         ('"name": "reply"', '"name": "command"', "which is not its own"),
         ('"sha256": "', '"sha256": "../', "is damaged"),
@@ -310,6 +316,32 @@ def test_the_newest_part_of_two_keys_counts_and_one_for_another_base_waits(
     assert PART in seen(publisher).files
 
 
+def test_an_author_with_older_keys_does_not_undo_a_change_of_them(
+    publisher: Publisher, author: KeyFolder, work: Path, tmp_path: Path
+) -> None:
+    publisher.keys.rotate("timestamp")
+    publish(publisher.bundle, publisher.repo, publisher.keys)
+    with pytest.raises(UsageError, match=r"has root 2, and .* only 1"):
+        publish_part(work, publisher.repo, author)
+    for path in (*publisher.keys.folder.glob("*.root.json"), *publisher.keys.folder.glob("timestamp-*.pem")):
+        shutil.copy(path, author.folder)
+    assert publish_part(work, publisher.repo, open_keys(author.folder)).part == 1
+    assert PART in seen(publisher).files
+
+
+def test_a_timestamp_of_the_future_does_not_set_the_time_of_a_device_whose_clock_is_right(
+    publisher: Publisher, author: KeyFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, after = datetime.now(UTC), repository._after
+    monkeypatch.setattr(repository, "_after", lambda days: after(days + 20_000))
+    refresh(publisher.repo, author, expires_days=1)
+    for known, issued_days in ((START, 1), (now + timedelta(days=9), 20_000)):
+        location, root = Location(str(publisher.repo)), publisher.root.read_bytes()
+        trusted = TrustedRepository(location, tmp_path / f"of-{issued_days}", root, known)
+        trusted.refresh()
+        assert (trusted.issued - now + timedelta(hours=1)).days == issued_days
+
+
 def test_a_server_without_the_metadata_of_an_author_does_not_take_the_part_away(
     publisher: Publisher, author: KeyFolder, work: Path
 ) -> None:
@@ -324,32 +356,27 @@ def test_a_server_without_the_metadata_of_an_author_does_not_take_the_part_away(
         seen(publisher)
 
 
-def test_keys_of_authors_are_listed_imported_and_limited(
+def test_keys_of_authors_are_listed_copied_and_limited(
     publisher: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, PASSPHRASE)
     theirs = open_keys(Path(shutil.copytree(publisher.keys.folder, tmp_path / "theirs")))
     theirs.add("bundles/home/re.ply-2")
     (key,) = theirs.keys("bundles/home/re.ply-2")
-    pem = tmp_path / "author.pem"
-    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.to_dict()["keyval"]["public"]))
-    pem.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     folder = str(publisher.keys.folder)
-    assert main(["keys", "add", folder, "bundles/home", "--public-key", str(pem)]) == UsageError.exit_code
-    add = ["keys", "add", folder, "bundles/home/re.ply-2"]
+    shutil.copy(theirs.folder / "trusted-keys-home~re.ply-2.json", folder)
     capsys.readouterr()
-    assert main([*add, "--public-key", str(pem), "--json"]) == 0
+    assert main(["keys", "list", folder, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)[-1]
     assert (row["role"], row["key"], row["is_here"]) == ("bundles/home/re.ply-2", key.keyid, False)
-    assert main([*add, "--public-key", str(pem)]) == UsageError.exit_code
     # The bundle "home" keeps the keys of all bundles.
     assert publisher.keys.role_of("home") == BUNDLES
     for wrong in ("bundles/home/..", "bundles/home/a/b", f"bundles/home/{'a' * 61}", "bundles/~/x"):
         with pytest.raises(UsageError, match="name is"):
             publisher.keys.add(wrong)
-    monkeypatch.setattr("edgetune.delivery.publish.key_folder.MOST_AUTHORS", 1)
-    with pytest.raises(UsageError, match="have 1 keys already"):
-        publisher.keys.add("bundles/home/command")
+    monkeypatch.setattr("edgetune.delivery.publish.key_folder.MOST_AUTHORS", 0)
+    with pytest.raises(UsageError, match="have 1 keys, more than 0"):
+        publish(with_adapters(publisher.bundle, "reply"), publisher.repo, publisher.keys)
     assert main(["keys", "revoke", folder, key.keyid]) == 0
     assert publisher.keys.authors("home") == {} and publisher.keys.listing()[-1]["role"] == BUNDLES
 
@@ -370,6 +397,16 @@ def test_copies_of_a_bundle_have_the_parts_of_authors(
     with pytest.raises(UsageError, match="a part that an author publishes"):
         publish(bundle, publisher.repo, publisher.keys)
     check_destination(bundle)
+    # With another adapter built into it, it has the author's adapter as one of its own.
+    existing = ExistingBundle.read(tmp_path / "out", ["command"])
+    existing.stage(tmp_path / "staged")
+    with_adapters(tmp_path / "staged", "command")
+    packed = pack(tmp_path / "staged", tmp_path / "packed", replace(existing.manifest, authors={}))
+    assert "authors/reply/adapter.gguf" in read_manifest(packed).files
+    # What else is in the place of a part is none.
+    (bundle / "authors/other/part.json").mkdir(parents=True)
+    assert identity_in(bundle) == seen(publisher).bundle
+    shutil.rmtree(bundle / "authors/other")
     # Whoever changes it has another bundle, which says the same without parts.
     remove_from_bundle(bundle, "command")
     changed = read_manifest(bundle)

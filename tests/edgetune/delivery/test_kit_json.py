@@ -43,6 +43,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (kit / KIT_NAME).read_text(encoding="utf-8")
 
 
+def test_a_text_that_no_device_could_read_again_is_refused() -> None:
+    with pytest.raises(VerificationError, match="has more than 10000000 bytes"):
+        parse_kit(" " * 10**7 + "{}")
+
+
 def refused(text: str, **fields: object) -> str:
     with pytest.raises(VerificationError) as caught:
         parse_kit(json.dumps({**json.loads(text), **fields}))

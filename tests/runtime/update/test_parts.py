@@ -92,14 +92,21 @@ def test_an_older_part_is_refused_and_one_for_another_base_is_left_out(
     work = with_adapters(tmp_path / "author/home", "reply")
     publish_part(work, publisher.repo, author)
     assert update.apply(prefix, source, lambda _: None)[1]
-    (role,) = [name for name in read_state(prefix).floors if "~" in name]
+    (path,) = [name for name in read_state(prefix).floors if "~" in name]
     with installing(prefix):
         state = read_state(prefix)
-        write_state(prefix, replace(state, floors={**state.floors, role: 2}))
+        write_state(prefix, replace(state, floors={**state.floors, path: 2}))
     with pytest.raises(VerificationError, match="part 1 of reply in home is older than 2, which this device had"):
         update.check(prefix, source)
     publish_part(with_adapters(work, "reply", answer="two"), publisher.repo, author)
     assert apply(prefix)
+    # Another channel may have an older one than the channel before.
+    publish(publisher.bundle, publisher.repo, publisher.keys, channel="beta")
+    publish_part(with_adapters(work, "reply", answer="three"), publisher.repo, author, channel="beta")
+    assert update.apply(prefix, replace(source, channel="beta"), lambda _: None)[1]
+    publish(with_adapters(publisher.bundle, "command", "reply", answer="four"), publisher.repo, publisher.keys)
+    assert update.apply(prefix, replace(source, channel="stable"), lambda _: None)[1]
+    assert reply_of(prefix).endswith("two")
     text = (publisher.bundle / MANIFEST_NAME).read_text().replace("ab" * 32, "cd" * 32)
     (publisher.bundle / MANIFEST_NAME).write_text(text)
     publish(publisher.bundle, publisher.repo, publisher.keys)
