@@ -259,7 +259,8 @@ class Context:
 
     def _step(self, tokens: float, compute: Callable[[], T], *, kind: Kind = PREFILL) -> T:
         threads = self.shared.threads
-        run = compute if threads is None else partial(threads.run, compute)
+        # Each step may run on another of these threads.
+        run = compute if threads is None else partial(threads.run, partial(_ending, compute, self.engine.end_threads))
         return self.shared.governor.step(self.engine, tokens, run, self._check, self.usage, kind=kind)
 
     @contextmanager
@@ -392,3 +393,10 @@ def _active_at(key: Key, position: int) -> dict[str, float]:
     """The adapters that are active at a position."""
     active: Active = next(active for start, active in reversed(key.spans) if start <= position)
     return dict(active)
+
+
+def _ending(compute: Callable[[], T], end_threads: Callable[[], None]) -> T:
+    try:
+        return compute()
+    finally:
+        end_threads()

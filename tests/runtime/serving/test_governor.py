@@ -171,23 +171,30 @@ def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the threads of a process from /proc")
+@pytest.mark.parametrize("priority", ["normal", "low"])
 def test_a_call_leaves_no_compute_threads_which_would_slow_down_calls_of_other_threads(
-    prompted_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    priority: str, prompted_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def threads() -> set[Path]:
-        return {*Path("/proc/self/task").iterdir()}
+    def threads() -> set[int]:
+        return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
     def left_by(call: Callable[[], object]) -> int:
-        before, count = threads(), list[int]()
-        caller = threading.Thread(target=lambda: (call(), count.append(len(threads() - before) - 1)))
+        """The threads that are not Python's which a call on a new thread leaves."""
+        counts = list[int]()
+
+        def count() -> None:
+            before = threads()
+            call()
+            counts.append(len(threads() - before - {thread.native_id for thread in threading.enumerate()}))
+
+        caller = threading.Thread(target=count)
         caller.start()
         caller.join()
-        return count[0]
+        return counts[0]
 
     # All threads, however busy the machine is.
     monkeypatch.setattr(GgufEngine, "adjusts_threads", False)
-    with Runtime.open(prompted_of("llama"), engine="gguf", threads=2, disk_mb=0) as runtime:
-        runtime.generate("hello", max_tokens=2)
+    with Runtime.open(prompted_of("llama"), engine="gguf", threads=2, disk_mb=0, priority=priority) as runtime:
+        assert left_by(lambda: runtime.generate("hello", max_tokens=2)) == 0
         context, _ = loaded_bundle(runtime).context()
         assert left_by(lambda: context.engine.decode([5, 6])) == 1
-        assert left_by(lambda: runtime.generate("hello", max_tokens=2)) == 0
