@@ -77,13 +77,9 @@ class KeyFolder:
         return self.folder / f"{names.replace('/', OF_PART)}.json"
 
     def authors(self, bundle: str) -> dict[str, list[Key]]:
-        """The keys of those who may replace an adapter of a bundle, by its name; UsageError for too many."""
+        """The keys of those who may replace an adapter of a bundle, by its name."""
         own = f"{OF_ONE_BUNDLE}{bundle}/"
         found = {role.removeprefix(own): self.keys(role) for role in self.roles if role.startswith(own)}
-        count = sum(map(len, found.values()))
-        if count > MOST_AUTHORS:
-            message = f"the authors of adapters in {bundle} have {count} keys, more than {MOST_AUTHORS}"
-            raise UsageError(message, f"revoke some: edgetune keys revoke {self.folder}")
         return {adapter: keys for adapter, keys in found.items() if keys}
 
     def is_author(self, bundle: str, adapter: str) -> bool:
@@ -146,12 +142,15 @@ class KeyFolder:
     def add(self, role: str, external: ExternalKey | None = None) -> None:
         """Make another key for a role, or use an external one. A role of one bundle, or of an author, may be new.
 
-        UsageError for a bundle's or adapter's name that cannot be a path.
+        UsageError for a bundle's or adapter's name that cannot be a path, or for too many keys of authors.
         """
         bundle, is_author, adapter = role.removeprefix(OF_ONE_BUNDLE).partition("/")
         require_name("the bundle's name", bundle)
         if is_author and not re.fullmatch(AUTHOR_NAME, adapter):
             raise UsageError(f"the adapter's name is {adapter!r}", "use up to 60 letters, digits, dots, - and _")
+        if is_author and sum(map(len, self.authors(bundle).values())) >= MOST_AUTHORS:
+            message = f"authors of adapters in {bundle} have {MOST_AUTHORS} keys already"
+            raise UsageError(message, "revoke one first: edgetune keys revoke")
         self._replace(role, self.keys(role), lambda: self._new_key(role, external))
 
     def rotate(self, role: str, external: ExternalKey | None = None) -> None:
@@ -182,9 +181,9 @@ class KeyFolder:
     def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
         if external is not None:
             if external.key.keyid in {key.keyid for key in self.keys(role)}:
-                message = f"{role} has the key {external.key.keyid[:8]} of {external.uri} already"
+                message = f"{role} has the key {external.key.keyid[:8]} of {external.uri or 'its author'} already"
                 raise UsageError(message, "use another one")
-            return write_external_key(self.folder, role, external)
+            return external.key if external.uri is None else write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
 
     def _replace(self, role: str, kept: Sequence[Key], make: Callable[[], Key] | None = None) -> None:
@@ -197,7 +196,7 @@ class KeyFolder:
                 self._write_bundle_keys(role, [*kept, *new])
         except BaseException:
             for key in new:
-                path_of(self.folder, role, key).unlink()
+                path_of(self.folder, role, key).unlink(missing_ok=True)
             raise
 
     def _write_next_root(self, role: str, keys: Sequence[Key]) -> None:
@@ -236,7 +235,12 @@ class KeyFolder:
 
 def _least(role: str) -> int:
     """How many keys a role that is not the root's needs: an author may lose the last one."""
-    return 0 if "/" in role.removeprefix(OF_ONE_BUNDLE) else 1
+    return 0 if is_of_author(role) else 1
+
+
+def is_of_author(role: str) -> bool:
+    """Whether a role is the one of an adapter's author."""
+    return "/" in role.removeprefix(OF_ONE_BUNDLE)
 
 
 def missing_keys(role: str, keys: KeyFolder) -> NotFoundError:

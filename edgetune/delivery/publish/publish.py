@@ -116,6 +116,8 @@ def publish(
                 for adapter, own in keys.authors(manifest.name).items() for key in own
             ),
         )  # fmt: skip
+        # What devices would refuse is not published.
+        parse_release(release.to_json().encode())
         before = read_release(repository, manifest.name, channel)
         copied = sum(entry.bytes for name, entry in files.items() if repository.put_blob(sources[name], entry))
         changed = before is None or _content(before) != _content(release)

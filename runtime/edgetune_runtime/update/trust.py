@@ -49,6 +49,8 @@ _TIMESTAMP = "timestamp.json"
 _MOST_TIMESTAMP_BYTES = 4000
 _NEWEST, _OLDER, _PART = "release.json", "older-release.json", "part-of-{}.json"
 """Files of releases and parts that were read before."""
+_CLOCK_ERROR = timedelta(days=1)
+"""How far a clock may be behind what has passed and still count as right."""
 _CONFIG = UpdaterConfig(max_root_rotations=256, timestamp_max_length=_MOST_TIMESTAMP_BYTES)
 
 
@@ -90,9 +92,9 @@ class TrustedRepository:
             timestamp = Metadata[Timestamp].from_file(str(path)).signed
             issued = issued_of(timestamp)
         clock = datetime.now(UTC)
-        if clock >= self.issued:
+        if clock >= self.issued - _CLOCK_ERROR:
             # Who has the key must not make all that is signed later look expired to a device whose clock is right.
-            issued = min(issued, clock + timedelta(days=1))
+            issued = min(issued, clock)
         self.issued = max(self.issued, issued)
 
     def names(self) -> list[str]:

@@ -7,6 +7,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from edgetune_export.pack import check_destination, pack
 from edgetune_runtime.bundle import MANIFEST_NAME, parse_manifest, read_manifest, verify_files
 from edgetune_runtime.bundle.parts import identity_in, part_path
@@ -50,7 +52,7 @@ from edgetune.delivery.publish.publish import refresh
 from edgetune.delivery.publish.repository import Repository
 from edgetune.shipping.existing import ExistingBundle
 
-PART = part_path("reply")
+PART, FILE = part_path("reply"), "authors/reply/adapter.gguf"
 
 
 @pytest.fixture
@@ -198,7 +200,11 @@ def test_a_role_of_an_author_delegates_to_nobody(publisher: Publisher, author: K
         ('"authors/reply/adapter.gguf"', '"authors/reply/../../x"', "outside the bundle"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/part.json"', "which is not its own"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/part.json/a"', "which is not its own"),
-        ('"files": {\n   "authors', '"files": {"authors/reply/adapter.gguf/a": 1, "authors', "is damaged"),
+        (
+            '"files": {\n   "authors',
+            f'"files": {{"{FILE}/a": {{"sha256": "{"0" * 64}", "bytes": 1}}, "authors',
+            "its own",
+        ),
         ('"bundle": "home"', '"bundle": "other"', "it is of 'reply' in 'other'"),
         ('"name": "reply"', '"name": "command"', "which is not its own"),
         ('"sha256": "', '"sha256": "../', "is damaged"),
@@ -335,11 +341,14 @@ def test_a_timestamp_of_the_future_does_not_set_the_time_of_a_device_whose_clock
     now, after = datetime.now(UTC), repository._after
     monkeypatch.setattr(repository, "_after", lambda days: after(days + 20_000))
     refresh(publisher.repo, author, expires_days=1)
-    for known, issued_days in ((START, 1), (now + timedelta(days=9), 20_000)):
-        location, root = Location(str(publisher.repo)), publisher.root.read_bytes()
-        trusted = TrustedRepository(location, tmp_path / f"of-{issued_days}", root, known)
+    known = START
+    for wrong_days, issued_days in ((0, 0), (0, 0), (9, 20_000)):
+        known += timedelta(days=wrong_days)
+        root = publisher.root.read_bytes()
+        trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "device", root, known)
         trusted.refresh()
-        assert (trusted.issued - now + timedelta(hours=1)).days == issued_days
+        known = trusted.issued
+        assert (known - now + timedelta(hours=1)).days == issued_days
 
 
 def test_a_server_without_the_metadata_of_an_author_does_not_take_the_part_away(
@@ -356,29 +365,40 @@ def test_a_server_without_the_metadata_of_an_author_does_not_take_the_part_away(
         seen(publisher)
 
 
-def test_keys_of_authors_are_listed_copied_and_limited(
+def test_keys_of_authors_are_listed_imported_and_limited(
     publisher: Publisher, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, PASSPHRASE)
     theirs = open_keys(Path(shutil.copytree(publisher.keys.folder, tmp_path / "theirs")))
     theirs.add("bundles/home/re.ply-2")
     (key,) = theirs.keys("bundles/home/re.ply-2")
+    pem = tmp_path / "author.pem"
+    public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(key.to_dict()["keyval"]["public"]))
+    pem.write_bytes(public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     folder = str(publisher.keys.folder)
-    shutil.copy(theirs.folder / "trusted-keys-home~re.ply-2.json", folder)
+    assert main(["keys", "add", folder, "bundles/home", "--public-key", str(pem)]) == UsageError.exit_code
+    add = ["keys", "add", folder, "bundles/home/re.ply-2"]
     capsys.readouterr()
-    assert main(["keys", "list", folder, "--json"]) == 0
+    assert main([*add, "--public-key", str(pem), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)[-1]
     assert (row["role"], row["key"], row["is_here"]) == ("bundles/home/re.ply-2", key.keyid, False)
+    assert main([*add, "--public-key", str(pem)]) == UsageError.exit_code
     # The bundle "home" keeps the keys of all bundles.
     assert publisher.keys.role_of("home") == BUNDLES
     for wrong in ("bundles/home/..", "bundles/home/a/b", f"bundles/home/{'a' * 61}", "bundles/~/x"):
         with pytest.raises(UsageError, match="name is"):
             publisher.keys.add(wrong)
-    monkeypatch.setattr("edgetune.delivery.publish.key_folder.MOST_AUTHORS", 0)
-    with pytest.raises(UsageError, match="have 1 keys, more than 0"):
-        publish(with_adapters(publisher.bundle, "reply"), publisher.repo, publisher.keys)
+    monkeypatch.setattr("edgetune.delivery.publish.key_folder.MOST_AUTHORS", 1)
+    with pytest.raises(UsageError, match="have 1 keys already"):
+        publisher.keys.add("bundles/home/command")
     assert main(["keys", "revoke", folder, key.keyid]) == 0
     assert publisher.keys.authors("home") == {} and publisher.keys.listing()[-1]["role"] == BUNDLES
+    # A file that was not made by `keys add` is not published in a way that devices refuse.
+    shutil.copy(theirs.trusted_keys("bundles/home/re.ply-2"), publisher.keys.folder)
+    path = publisher.keys.trusted_keys("bundles/home/re.ply-2")
+    path.write_text(path.read_text().replace(key.keyid, "XYZ"))
+    with pytest.raises(VerificationError, match="XYZ"):
+        publish(with_adapters(publisher.bundle, "reply"), publisher.repo, publisher.keys)
 
 
 def test_copies_of_a_bundle_have_the_parts_of_authors(
