@@ -48,7 +48,9 @@ class Decoder(Protocol):
 
 
 TOLERANCE_KL = {kind.name: kind.kl for kind in TENSOR_TYPES.values() if kind.kl is not None}
-"""Largest accepted mean KL of an adapter, by the main type of its base and the type of its file; the larger applies."""
+"""Largest accepted mean KL of an adapter by the main type of its base."""
+TOLERANCE_KL_FILE = {**TOLERANCE_KL, "q8_0": 1e-3}
+"""The same by the types in the adapter's file; the largest applies. Only its change of the base is rounded."""
 TOLERANCE_KL_MERGED = {kind.name: kind.merged_kl for kind in TENSOR_TYPES.values() if kind.merged_kl is not None}
 """Largest accepted mean KL of merged models by main type; their adapted weights are requantized to the base's types."""
 
@@ -147,7 +149,7 @@ def check(
     if error > EXACT:
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
-        limit = max(limit, *(table.get(name, loosest) for name in types), 0.0)
+        limit = max(limit, *(TOLERANCE_KL_FILE.get(name, loosest) for name in types), 0.0)
     # In this form NaN fails too.
     if not parity.kl <= limit:
         subject = "the plain base" if name is None else f"adapter {name!r}"

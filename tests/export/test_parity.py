@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,10 @@ def test_an_unquantized_base_is_held_to_more_than_a_quantized_one() -> None:
 
 
 def test_a_quantized_adapter_is_allowed_the_rounding_of_its_type() -> None:
-    parity = Parity(kl=5e-3, top1=1.0, greedy=16, rows=2, tokens=64)
+    parity = Parity(kl=5e-4, top1=1.0, greedy=16, rows=2, tokens=64)
     check(parity, "command", "f16", types=["q8_0"])
+    with pytest.raises(VerificationError, match=r"expected at most 0\.001 "):
+        check(replace(parity, kl=2e-3), "command", "f16", types=["q8_0"])
 
 
 def test_a_merged_model_is_allowed_the_rounding_of_its_weights() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import Runtime, UsageError
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 
 PROMPT = "turn on the light"
 METHODS = [method for method in ("spawn", "fork", "forkserver") if method in multiprocessing.get_all_start_methods()]
@@ -84,8 +86,19 @@ def in_fork(check: Callable[[], bool]) -> bool:
     """Whether the check passes in a fork of this process."""
     child = os.fork()
     if child == 0:
+        signal.alarm(30)
         try:
             os._exit(0 if check() else 1)
         finally:
             os._exit(2)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@needs_fork
+def test_a_fork_in_the_middle_of_an_answer_can_close_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GgufEngine, "adjusts_threads", False)
+    with Runtime.open(bundle, disk_mb=0, threads=2) as runtime:
+        stream = runtime.stream(PROMPT, max_tokens=8)
+        next(stream)
+        assert in_fork(lambda: stream.close() is None)
+        assert "".join(stream)

@@ -80,10 +80,12 @@ class Context:
     def release(self) -> None:
         """Let others hold the context."""
         self._check = no_limits
-        self.engine.end_threads()
-        with self.shared.places.gate:
-            self.holder = None
-            self.shared.places.gate.notify_all()
+        try:
+            self.engine.end_threads()
+        finally:
+            with self.shared.places.gate:
+                self.holder = None
+                self.shared.places.gate.notify_all()
 
     def suspend(self) -> None:
         """Suspend the stream that holds the context while its reader has a piece; any thread may resume it."""

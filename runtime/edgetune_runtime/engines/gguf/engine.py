@@ -113,7 +113,7 @@ class GgufEngine:
             )
         self._free = weakref.finalize(self, _free_context, self._adapters, self._context)
         self._stop = StopFlag(self._context)
-        self._used_threads = threads
+        self._used_threads, self._end_threads = threads, end_threads()
         self._cache = (
             HybridCache(self._context, model, state_bytes, context_length)
             if state_bytes
@@ -203,7 +203,7 @@ class GgufEngine:
 
     def end_threads(self) -> None:
         """End the threads that are kept for steps of the calling thread, which slow down those of others."""
-        end_threads()()
+        compute(self._end_threads)
 
     def stop_step(self) -> None:
         """Make the running step of another thread end soon with StepStopped; if none runs, maybe the next one."""

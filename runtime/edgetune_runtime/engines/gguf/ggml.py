@@ -103,7 +103,10 @@ def end_threads_function(llama_cpp: ModuleType) -> Callable[[], object]:
     # LLVM's library of the same interface would end the threads of all callers.
     if backend is None or not hasattr(backend, "omp_pause_resource_all") or hasattr(backend, "__kmpc_fork_call"):
         return lambda: None
-    return partial(backend.omp_pause_resource_all, _SOFT)
+    end = partial(backend.omp_pause_resource_all, _SOFT)
+    # A forked process would wait for its parent's threads.
+    os.register_at_fork(before=end)
+    return end
 
 
 def _features_function(llama_cpp: ModuleType) -> int:
