@@ -342,7 +342,7 @@ def test_a_timestamp_of_the_future_does_not_set_the_time_of_a_device_whose_clock
     monkeypatch.setattr(repository, "_after", lambda days: after(days + 20_000))
     refresh(publisher.repo, author, expires_days=1)
     known = START
-    for wrong_days, issued_days in ((0, 0), (0, 0), (9, 20_000)):
+    for wrong_days, issued_days in ((0, 0), (0.5, 0), (9, 20_000)):
         known += timedelta(days=wrong_days)
         root = publisher.root.read_bytes()
         trusted = TrustedRepository(Location(str(publisher.repo)), tmp_path / "device", root, known)
