@@ -221,7 +221,9 @@ class Repository:
         for adapter, granted in self._keys.authors(bundle).items():
             for key in granted:
                 name = role_of_part(bundle, adapter, key.keyid)
-                keys[key.keyid] = key
+                if keys.setdefault(key.keyid, key) != key:
+                    message = f"{self._keys.folder} has two keys {key.keyid[:8]}, one of the author of {adapter}"
+                    raise UsageError(message, "add keys of authors with: edgetune keys add --public-key")
                 roles[name] = DelegatedRole(name, [key.keyid], 1, terminating=True, paths=[path_of_part(name, "*")])
         expected = Delegations(keys, roles) if roles else None
         if signed.delegations != expected and self._signers(role):

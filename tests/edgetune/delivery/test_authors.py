@@ -399,6 +399,12 @@ def test_keys_of_authors_are_listed_imported_and_limited(
     path.write_text(path.read_text().replace(key.keyid, "XYZ"))
     with pytest.raises(VerificationError, match="XYZ"):
         publish(with_adapters(publisher.bundle, "reply"), publisher.repo, publisher.keys)
+    monkeypatch.setattr("edgetune.delivery.publish.key_folder.MOST_AUTHORS", 2)
+    publisher.keys.add("bundles/home/command")
+    (other,) = publisher.keys.keys("bundles/home/command")
+    path.write_text(path.read_text().replace("XYZ", other.keyid))
+    with pytest.raises(UsageError, match=f"has two keys {other.keyid[:8]}"):
+        publish(with_adapters(publisher.bundle, "reply"), publisher.repo, publisher.keys)
 
 
 def test_copies_of_a_bundle_have_the_parts_of_authors(
