@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
-from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.bundle import AdapterEntry, NewAdapter, read_manifest
+from edgetune_runtime.bundle.parts import Part, part_path
+from edgetune_runtime.bundle.signatures import part_file
+from edgetune_runtime.inference.bundle_files import moved
 from edgetune_runtime.update.fetch import Location
-from edgetune_runtime.update.release import Release
+from edgetune_runtime.update.release import Release, newest_parts, role_of_part, with_parts
 from edgetune_runtime.update.trust import TrustedRepository
 from kits import write_bundle
 from ports import http_server
 
 from edgetune.common.progress import Progress
-from edgetune.delivery.publish.key_folder import KeyFolder
+from edgetune.delivery.publish import author
+from edgetune.delivery.publish.key_folder import OF_ONE_BUNDLE, KeyFolder
 from edgetune.delivery.publish.publish import Published
 from edgetune.delivery.publish.publish import publish as publish_bundle
+from edgetune.delivery.publish.repository import Repository
 
 PASSPHRASE = "correct horse"
 START = datetime.fromtimestamp(0, UTC)
@@ -57,10 +63,67 @@ def publish(
 
 
 def seen_by_device(repo: Path, root: Path, folder: Path, name: str = "home") -> Release:
-    """The newest release that a device with this root and metadata folder accepts."""
+    """The newest release, with the parts of authors, that a device with this root and metadata folder accepts."""
     trusted = TrustedRepository(Location(str(repo)), folder, root.read_bytes(), START)
     trusted.refresh()
-    return trusted.release(name, "stable")
+    release = trusted.release(name, "stable")
+    return with_parts(release, newest_parts(release, trusted.parts(name, "stable")))
+
+
+def with_adapters(bundle: Path, *names: str, answer: str = "one", base: str = "ab" * 32) -> Path:
+    """A bundle of adapters whose files have a text of their own each time."""
+    entries = {}
+    for name in names:
+        file = f"adapters/{name}/adapter.gguf"
+        (bundle / file).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / file).write_text(f"{name} of {bundle}: {answer}")
+        entries[name] = AdapterEntry(name, "lora", {"gguf": "low_rank"}, {"gguf": file}, base)
+    return write_bundle(bundle, answer, adapters=entries)
+
+
+def keys_of_author(publisher: Publisher, folder: Path, adapter: str = "reply") -> KeyFolder:
+    """A copy of the keys for an adapter's author, whose key is new; nobody else has it."""
+    publisher.keys.add(f"bundles/home/{adapter}")
+    shutil.copytree(publisher.keys.folder, folder)
+    for kept, pattern in ((publisher.keys.folder, f"bundles-home-{adapter}-*.pem"), (folder, "*.pem")):
+        for path in kept.glob(pattern):
+            if kept != folder or not path.name.startswith((f"bundles-home-{adapter}-", "snapshot", "timestamp")):
+                path.unlink()
+    return open_keys(folder)
+
+
+def sign_as_author(publisher: Publisher, keys: KeyFolder, change: Callable[[Repository, str], None]) -> None:
+    """Let the author of "reply" sign what no command of ours would: `change` gets the role."""
+    (key,) = keys.keys("bundles/home/reply")
+    repository = Repository(publisher.repo, keys)
+    change(repository, role_of_part("home", "reply", key.keyid))
+    repository.commit(expires_days=90)
+
+
+def add_part(bundle: Path, keys: KeyFolder, new: NewAdapter) -> Path:
+    """Put an adapter into a bundle's folder as a part that its author has signed, with the keys in `keys`; its file."""
+    entry, name = new.entry, read_manifest(bundle).name
+    path, holder = bundle / part_path(entry.name), f"{OF_ONE_BUNDLE}{name}/{entry.name}"
+    entry, paths = moved(new, path.parent.relative_to(bundle).as_posix())
+    for file, placed in paths.items():
+        (bundle / placed).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(new.folder / file, bundle / placed)
+    part = Part(name, 1, entry, {paths[file]: about for file, about in new.files.items()})
+    path.write_bytes(part_file(part, keys.signers(holder, keys.keys(holder))))
+    return path
+
+
+def publish_part(
+    bundle: Path,
+    repo: Path,
+    keys: KeyFolder,
+    adapter: str = "reply",
+    *,
+    channel: str = "stable",
+    keep: int | None = None,
+) -> Published:
+    """Publish an adapter of a bundle with the key of its author."""
+    return author.publish_part(bundle, adapter, repo, keys, channel=channel, expires_days=90, keep=keep)
 
 
 class Publisher:

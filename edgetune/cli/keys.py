@@ -27,7 +27,8 @@ Role = Annotated[
     str,
     typer.Argument(
         metavar="ROLE",
-        help="root, targets, snapshot, timestamp, bundles, which signs bundles, or bundles/NAME, which signs one.",
+        help="root, targets, snapshot, timestamp, bundles, which signs bundles, bundles/NAME, which signs one, or "
+        "bundles/NAME/ADAPTER, whose author may publish this adapter of it.",
     ),
 ]
 
@@ -39,7 +40,10 @@ Uri = Annotated[
         help="Use a key that stays in a token or service, such as hsm:2?label=NAME or awskms:ARN, with --public-key.",
     ),
 ]
-PublicKey = Annotated[Path | None, typer.Option(metavar="FILE", help="With --uri: the public half, a PEM file.")]
+PublicKey = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The public half, a PEM file: with --uri, or alone if an author has the key."),
+]
 
 
 def open_keys(folder: Path, *, is_new: bool = False) -> KeyFolder:
@@ -79,10 +83,11 @@ def add(keys: KeysPath, role: Role, *, uri: Uri = None, public_key: PublicKey = 
     """Make another key for a role; publish again so that devices learn of it.
 
     The first key for bundles/NAME makes this bundle one that only its own keys sign: who has no other key of bundles
-    can publish this bundle and no other.
+    can publish this bundle and no other. Who has a key for bundles/NAME/ADAPTER, and none for the bundle, can publish
+    this adapter and nothing else.
     """
     folder = open_keys(keys)
-    folder.add(role if role.startswith("bundles/") else _checked_role(role, folder), _external(uri, public_key))
+    folder.add(role if role.startswith("bundles/") else _checked_role(role, folder), _external(role, uri, public_key))
     _show(folder, as_json)
 
 
@@ -92,7 +97,7 @@ def rotate(
 ) -> None:
     """Make a key in place of the oldest one of a role; publish again so that devices learn of it."""
     folder = open_keys(keys)
-    folder.rotate(_checked_role(role, folder), _external(uri, public_key))
+    folder.rotate(_checked_role(role, folder), _external(role, uri, public_key))
     _show(folder, as_json)
 
 
@@ -126,13 +131,14 @@ def _checked_role(role: str, folder: KeyFolder) -> str:
     return role
 
 
-def _external(uri: str | None, public_key: Path | None) -> ExternalKey | None:
-    """The key of --uri and --public-key; None without them."""
+def _external(role: str, uri: str | None, public_key: Path | None) -> ExternalKey | None:
+    """The key of --uri and --public-key for a role; None without them."""
     from edgetune.delivery.publish.external_keys import external_key
+    from edgetune.delivery.publish.key_folder import is_of_author
 
     if uri is None and public_key is None:
         return None
-    if uri is None or public_key is None:
+    if public_key is None or (uri is None and not is_of_author(role)):
         raise UsageError("--uri and --public-key belong together", "give both")
     external = external_key(uri, public_key)
     if external.key.keytype != "ed25519":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from edgetune_runtime.errors import UsageError
@@ -12,6 +12,9 @@ from edgetune_runtime.errors import UsageError
 from .arguments import AsJson, Quiet, output_option, print_json
 from .keys import open_keys
 from .oci import Insecure, TrustedKeys, Username, registry_option
+
+if TYPE_CHECKING:
+    from edgetune.delivery.publish.publish import Published
 
 
 def publish(
@@ -67,11 +70,14 @@ def publish(
     signature. Without BUNDLE the repository is only signed again, as before it expires or after a change of keys.
     With --from, a bundle that is named by a tag must be signed by KEYS, or by --trusted-keys. With --adapter, BUNDLE
     needs no other adapter, and gets no signature: all else is that of the newest release, also --share and
-    --min-runtime if they are not given.
+    --min-runtime if they are not given. If KEYS has the private key of bundles/NAME/ADAPTER and none of the bundle, the
+    adapter is published as a part that its author has signed, for all devices of the channel.
     """
+    from edgetune_runtime.bundle import read_manifest
+
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci.transfer import open_store
-    from edgetune.delivery.publish import mirror, one_adapter
+    from edgetune.delivery.publish import author, mirror, one_adapter
     from edgetune.delivery.publish import publish as publishing
 
     folder, progress = open_keys(keys), Progress(quiet=quiet)
@@ -83,6 +89,15 @@ def publish(
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
         if bundle is None and adapter is not None:
             raise UsageError(f"--adapter {adapter} is given without a bundle", "give BUNDLE, or --from")
+        if bundle is not None and adapter is not None and folder.is_author(read_manifest(bundle).name, adapter):
+            if share is not None or min_runtime is not None:
+                message = f"--share or --min-runtime is given, and KEYS has only the key of the author of {adapter}"
+                raise UsageError(message, "leave them out: the owner of the bundle decides who gets a release")
+            published = author.publish_part(
+                bundle, adapter, repo, folder, channel=channel, expires_days=expires_days, keep=keep
+            )
+            _show(published, repo, keep, as_json=as_json)
+            return
         if bundle is not None and adapter is not None:
             bundle, before = stack.enter_context(one_adapter.with_adapter(bundle, adapter, repo, folder, channel))
             min_runtime = before.min_runtime if min_runtime is None else min_runtime
@@ -102,11 +117,18 @@ def publish(
             expires_days=expires_days,
             keep=keep,
         )
+    _show(published, repo, keep, as_json=as_json)
+
+
+def _show(published: Published, repo: Path, keep: int | None, *, as_json: bool) -> None:
     if as_json:
         print_json(published.to_json())
         return
     release, state = published.release, "published" if published.changed else "was published already"
     deleted = "" if keep is None else f", {published.deleted_bytes / 1e6:.1f} MB deleted"
     copied = f"{published.copied_bytes / 1e6:.1f} MB copied"
-    print(f"{release.name} version {release.version} in {channel} {state}, {copied}{deleted}")
+    title = f"{release.name} version {release.version} in {release.channel}"
+    if published.part:
+        title = f"part {published.part} of {published.adapter} for {title}"
+    print(f"{title} {state}, {copied}{deleted}")
     print(repo)

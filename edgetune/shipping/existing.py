@@ -40,10 +40,10 @@ class ExistingBundle:
     @property
     def kept_files(self) -> list[str]:
         """The files that stay: the base, and the other adapters. Shipped states are computed again."""
-        replaced = tuple(f"adapters/{name}/" for name in self.added)
+        replaced = tuple(f"{folder}/{name}/" for folder in ("adapters", "authors") for name in self.added)
         return [
             name for name in self.manifest.files
-            if name.startswith(("base/", "adapters/")) and not name.startswith(replaced)
+            if name.startswith(("base/", "adapters/", "authors/")) and not name.startswith(replaced)
         ]  # fmt: skip
 
     def check_base(self, name: str, fingerprint: str) -> None:

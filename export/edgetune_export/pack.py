@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, read_manifest, sha256_of
-from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
+from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_of
+from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
 
-PARTS = ("base", "adapters")
+PARTS = ("base", "adapters", "authors")
 
 Complete = Callable[[Path, Manifest], Manifest]
 """Gets a bundle that can be opened, may add files to it, and returns its manifest."""
@@ -24,7 +24,7 @@ _MARGIN_BYTES = 1 << 20
 
 
 def pack(work: Path, out: Path, manifest: Manifest, complete: Complete | None = None) -> Path:
-    """Write the bundle `out` from all files in `work/base` and `work/adapters`, and those that `complete` adds.
+    """Write the bundle `out` from all files in the folders PARTS of `work`, and those that `complete` adds.
 
     Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
     is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,
@@ -58,7 +58,9 @@ def check_destination(out: Path) -> None:
     if not existing and not any(out.iterdir()):
         return
     try:
-        listed = {*read_manifest(out).files, MANIFEST_NAME, SIGNATURE_NAME}
+        listed = {*read_manifest(out).files, *unlisted(existing)}
+        # Also the files of adapters that parts are in place of.
+        listed |= {*parse_manifest((out / MANIFEST_NAME).read_bytes(), out / MANIFEST_NAME).files}
     except EdgetuneError as error:
         remedy = "choose another --out, or delete that folder first"
         raise UsageError(f"{out} exists and is not a bundle of this version", remedy) from error

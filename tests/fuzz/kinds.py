@@ -17,6 +17,7 @@ from typing import Any
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import read_answer_log
 from edgetune_runtime.bundle import AUTO, MANIFEST_NAME, read_manifest
+from edgetune_runtime.bundle.parts import part_path
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.cli.main import make_parser
 from edgetune_runtime.inference.routing.classifier import ROUTER_FILE
@@ -30,6 +31,7 @@ from .forms.raw import Bytes, Form
 from .forms.text import Text
 from .names import (
     ADAPTERS,
+    AUTHORED,
     DEVICE,
     KIT,
     LAYOUT,
@@ -38,6 +40,7 @@ from .names import (
     MODEL,
     ONNX,
     OTHER_BASES,
+    PARTED,
     PEFT,
     PLAIN,
     PREFIX,
@@ -305,6 +308,7 @@ KINDS = {
     "release": Kind(REPOSITORY, Json(), updates.release, updates.only_release),
     "signature": Kind(f"{SIGNED}/{SIGNATURE_NAME}", Json(), partial(updates.signature, f"{SIGNED}/{SIGNATURE_NAME}")),
     "trusted-keys": Kind(updates.TRUSTED_KEYS, Json(), partial(updates.signature, updates.TRUSTED_KEYS)),
+    "part": Kind(f"{PARTED}/{part_path(AUTHORED)}", Json(), updates.part),
     "update-state": Kind(f"{DEVICE}/{updates.STATE}", Json(), updates.state),
     "device-report": Kind(REPORT, Json(), updates.report),
     "start-note": Kind(updates.NOTE, Json(), partial(updates.start, updates.NOTE)),

@@ -8,6 +8,8 @@ STATES, SESSION, KIT, PEFT, MODEL, RECIPE = "states", "session.kv", "kit.json", 
 LOG = "answers.jsonl"
 REPOSITORY, KEYS, SIGNED, DEVICE = "repository", "keys", "signed", "device"
 """A repository, its keys, its bundle, and the prefix of a device that has looked at it."""
+PARTED, AUTHORED = "parted", "reply"
+"""A bundle with an adapter that its author has signed."""
 LAYOUT, RELEASED, REPORT, RUN = "layout", "released", f"reports/{'ab' * 16}.json", "run.json"
 """OCI image layouts with the signed bundle, the second with its release, and reports of a device and a server's run."""
 LORA, PREFIX = "lora", "prefix"

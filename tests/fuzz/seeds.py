@@ -15,9 +15,11 @@ from edgetune_export.backends.gguf.prefix import write_prefix
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import AnswerLog, line_of, read_answer_log
 from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest, sha256_of
+from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table
 from edgetune_runtime.formats.gguf_adapter import cache_shape
 from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
 from edgetune_runtime.store.acknowledgement import RunReport, begin
 from edgetune_runtime.update.report import DeviceReport
@@ -25,16 +27,19 @@ from edgetune_runtime.update.state import write_state
 from edgetune_runtime.update.update import UpdateSource, check
 from kits import KitMaker
 from kits import write_bundle as write_signable
-from repositories import make_keys, publish
+from repositories import add_part, make_keys, open_keys, publish, with_adapters
 from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
 from runtime.gguf_files import with_first_tokens
 
 from edgetune.common.progress import Progress
 from edgetune.delivery.oci.transfer import open_store, push
+from edgetune.delivery.publish.key_folder import BUNDLES
+from edgetune.delivery.publish.publish import sign
 
 from .layouts import TAG
 from .names import (
     ADAPTERS,
+    AUTHORED,
     DEVICE,
     KEYS,
     KIT,
@@ -44,6 +49,7 @@ from .names import (
     MODEL,
     ONNX,
     OTHER_BASES,
+    PARTED,
     PEFT,
     PLAIN,
     PREFIX,
@@ -118,6 +124,7 @@ def write_seeds(folder: Path, source: Source, model: Path, others: Mapping[str, 
     _copy(model, work / MODEL)
     (work / RECIPE).write_text(_RECIPE, encoding="utf-8")
     _repository(work, folder)
+    _part(work)
     _layouts(work)
     _reports(work)
     work.rename(folder)
@@ -213,6 +220,16 @@ def _repository(work: Path, folder: Path) -> None:
         "refused": {"ab" * 32: "it was marked as bad"},
     }
     write_state(work / DEVICE, replace(found.state, repo=str(folder / REPOSITORY), **remembered))
+
+
+def _part(work: Path) -> None:
+    """A signed bundle with a part of an adapter's author."""
+    keys = open_keys(work / KEYS)
+    keys.add(f"bundles/{PARTED}/{AUTHORED}")
+    bundle = with_adapters(work / PARTED, AUTHORED)
+    sign(bundle, keys)
+    add_part(bundle, keys, chosen_adapter(read_manifest(bundle), bundle, AUTHORED))
+    read_signed_manifest(bundle, keys.trusted_keys(BUNDLES))
 
 
 def _layouts(work: Path) -> None:

@@ -15,7 +15,7 @@ from edgetune_runtime.store import acknowledgement, versions
 from edgetune_runtime.update.fetch import Location
 from repositories import open_keys
 
-from .names import DEVICE, KEYS, REPORT, REPOSITORY, RUN, SIGNED
+from .names import AUTHORED, DEVICE, KEYS, PARTED, REPORT, REPOSITORY, RUN, SIGNED
 
 Open = Callable[[bytes], None]
 METADATA = {
@@ -50,6 +50,7 @@ def metadata(role: str, file: str, folder: Path) -> Open:
         trusted.refresh()
         for name in trusted.names():
             trusted.release(name, "stable")
+            trusted.parts(name, "stable")
 
     def signed(data: bytes) -> bytes:
         with contextlib.suppress(RepositoryError):
@@ -109,6 +110,30 @@ def signature(file: str, folder: Path) -> Open:
     def open_changed(data: bytes) -> None:
         (folder / file).write_bytes(data)
         require_signed(folder / SIGNED, folder / TRUSTED_KEYS)
+
+    return open_changed
+
+
+def part(folder: Path) -> Open:
+    """Opens a changed part of a bundle, signed by its author if it can be, as a bundle's and as a repository's."""
+    from edgetune_runtime.bundle.parts import part_path, signed_bytes  # noqa: PLC0415 - as above
+    from edgetune_runtime.bundle.signatures import read_signed_manifest  # noqa: PLC0415
+    from edgetune_runtime.update.release import parse_released_part, role_of_part  # noqa: PLC0415
+
+    keys, holder = open_keys(folder / KEYS), f"bundles/{PARTED}/{AUTHORED}"
+    (key,) = keys.keys(holder)
+    (signer,) = keys.signers(holder, [key])
+
+    def open_changed(data: bytes) -> None:
+        with contextlib.suppress(ValueError, AttributeError, LookupError, TypeError, RecursionError):
+            raw = json.loads(data)
+            signature = signer.sign(signed_bytes(raw["part"]))
+            # One that was changed is read too, before the one that fits.
+            raw["signatures"].append({"keyid": signature.keyid, "sig": signature.signature})
+            data = json.dumps(raw).encode()
+        (folder / PARTED / part_path(AUTHORED)).write_bytes(data)
+        read_signed_manifest(folder / PARTED, folder / TRUSTED_KEYS)
+        parse_released_part(data, role_of_part(PARTED, AUTHORED, key.keyid))
 
     return open_changed
 

@@ -13,7 +13,7 @@ from typing import Any
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__, engines
 from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, of_formats, read_manifest, resolve, verify_files
-from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
+from edgetune_runtime.bundle.signatures import unlisted_in
 from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
@@ -127,8 +127,7 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
         contents[PROGRAM_NAME] = board_program()
         contents["install.sh"] = install_script(target)
         contents[sbom.NAME] = sbom.bill_of_materials(bundle, manifest, engine, __version__, wheels).encode()
-        signature = [SIGNATURE_NAME] if (bundle / SIGNATURE_NAME).is_file() else []
-        names = (*of_formats(manifest, [engine]).files, MANIFEST_NAME, *signature)
+        names = (*of_formats(manifest, [engine]).files, *unlisted_in(bundle))
         contents |= {f"{BUNDLE_FOLDER}/{name}": resolve(bundle, name) for name in names}
         contents[f"{WHEELS_FOLDER}/{runtime_name}"] = runtime_data
         return with_description(

@@ -17,7 +17,7 @@ from edgetune.delivery.wheel.wheel_file import zip_bytes
 from .target_python import TargetPython
 
 RUNTIME_MODULES = (
-    "bundle/__init__", "bundle/files", "bundle/reading", "bundle/records", "errors", "formats/atomic",
+    "bundle/__init__", "bundle/files", "bundle/parts", "bundle/reading", "bundle/records", "errors", "formats/atomic",
     "formats/regular_file", "limits", "processes/child_process", "processes/interrupts", "threads/machine",
     "type_checks", "update/state", "wording",
 )  # fmt: skip

@@ -20,7 +20,14 @@ from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.update.fetch import Location
-from edgetune_runtime.update.release import LONGEST_RELEASE, METADATA_FOLDER, Release, file_entry
+from edgetune_runtime.update.release import (
+    LONGEST_RELEASE,
+    METADATA_FOLDER,
+    Release,
+    file_entry,
+    newest_parts,
+    with_parts,
+)
 from edgetune_runtime.update.trust import TrustedRepository
 
 from .artifact import DIGEST, EMPTY_CONFIG, INDEX_TYPE, MANIFEST_TYPE, entry_of, layers_of, referrer_manifest
@@ -116,10 +123,11 @@ def check(store: ArtifactStore, work: Path, trusted: TrustedChannel, name: str, 
 
 
 def _newest(location: Location, folder: Path, trusted: TrustedChannel, name: str) -> Release:
-    """The newest release of a bundle that the keys of the root have signed for now."""
+    """The newest release of a bundle, with its parts, that the keys of the root have signed for now."""
     repository = TrustedRepository(location, folder, trusted.root, _UNKNOWN_TIME)
     repository.refresh()
-    return repository.release(name, trusted.channel)
+    release = repository.release(name, trusted.channel)
+    return with_parts(release, newest_parts(release, repository.parts(name, trusted.channel)))
 
 
 def _require_same(release: Release, files: Mapping[str, FileEntry], remedy: str) -> None:

@@ -24,7 +24,15 @@ from edgetune_runtime.bundle import (
     verify_files,
     with_present_formats,
 )
-from edgetune_runtime.bundle.signatures import LONGEST_SIGNATURE, SIGNATURE_NAME, read_signed_manifest
+from edgetune_runtime.bundle.parts import LONGEST_PART
+from edgetune_runtime.bundle.records import MOST_AUTHORS
+from edgetune_runtime.bundle.signatures import (
+    LONGEST_SIGNATURE,
+    SIGNATURE_NAME,
+    read_signed_manifest,
+    unlisted,
+    unlisted_in,
+)
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.formats.atomic import require_space, swap_in
 from edgetune_runtime.store.durable import flush_tree
@@ -85,9 +93,9 @@ def push(
     manifest = read_manifest(bundle)
     progress.say(f"checking the files of {manifest.name}")
     verify_files(bundle, manifest)
-    unlisted = [name for name in (MANIFEST_NAME, SIGNATURE_NAME) if (bundle / name).exists()]
-    sources = {name: resolve(bundle, name) for name in (*manifest.files, *unlisted)}
-    files = {**manifest.files, **{name: _entry(sources[name]) for name in unlisted}}
+    others = unlisted_in(bundle)
+    sources = {name: resolve(bundle, name) for name in (*manifest.files, *others)}
+    files = {**manifest.files, **{name: _entry(sources[name]) for name in others}}
     metadata = None if repo is None else release_metadata.read_metadata(repo, channel, manifest.name, files)
     config = config_of(manifest, files)
     blobs: dict[FileEntry, Path | bytes] = {entry: sources[name] for name, entry in files.items()}
@@ -169,16 +177,19 @@ def _reuse(received: Store, files: Mapping[str, FileEntry], folders: Iterable[Pa
 def _fetch_manifest(
     store: ArtifactStore, files: Mapping[str, FileEntry], received: Store, folder: Path, trusted_keys: Path | None
 ) -> Manifest:
-    """Fetch the manifest and its signature into `folder`; VerificationError unless `files` has the bundle's files."""
-    unlisted = {name: files[name] for name in (MANIFEST_NAME, SIGNATURE_NAME) if name in files}
-    for name, most in ((MANIFEST_NAME, LONGEST_MANIFEST), (SIGNATURE_NAME, LONGEST_SIGNATURE)):
-        if name in unlisted and unlisted[name].bytes > most:
-            message = f"{name} of {store.reference} has {unlisted[name].bytes} bytes"
-            raise VerificationError(message, "push the bundle again")
-    for entry in unlisted.values():
+    """Fetch manifest, signature and parts into `folder`; VerificationError unless `files` has the bundle's files."""
+    others = {name: files[name] for name in unlisted(files)}
+    most = {MANIFEST_NAME: LONGEST_MANIFEST, SIGNATURE_NAME: LONGEST_SIGNATURE}
+    too_large = [name for name, entry in others.items() if entry.bytes > most.get(name, LONGEST_PART)]
+    if too_large:
+        message = f"{too_large[0]} of {store.reference} has {others[too_large[0]].bytes} bytes"
+        raise VerificationError(message, "push the bundle again")
+    if len(others) > len(most) + MOST_AUTHORS:
+        raise VerificationError(f"{store.reference} has {len(others)} parts", "push the bundle again")
+    for entry in others.values():
         if received.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
             received.receive(entry.sha256, entry.bytes, partial(store.blocks, entry), _GOES_ON)
-    _place(received, unlisted, folder)
+    _place(received, others, folder)
     manifest = with_present_formats(read_signed_manifest(folder, trusted_keys), files.__contains__)
     wrong = [name for name, entry in manifest.files.items() if files.get(name) != entry]
     if wrong:

@@ -23,19 +23,24 @@ _TRIAL = b"edgetune trial\n"
 
 @dataclass(frozen=True)
 class ExternalKey:
-    """A private key by its URI, as securesystemslib names it (`hsm:…`, `awskms:…` …), and its public half."""
+    """A private key by its URI, as securesystemslib names it (`hsm:…`, `awskms:…` …), and its public half.
 
-    uri: str
+    The URI is None where somebody else has the private key.
+    """
+
+    uri: str | None
     key: Key
 
 
-def external_key(uri: str, public_key: Path) -> ExternalKey:
+def external_key(uri: str | None, public_key: Path) -> ExternalKey:
     """A key whose public half is in a PEM file; UsageError if that cannot be read, or does not fit what `uri` signs."""
     try:
         key = SSlibKey.from_crypto(load_pem_public_key(public_key.read_bytes()))
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
         message = f"{public_key} has no public key that can be used: {error}"
         raise UsageError(message, "give a PEM file with a key for ECDSA on P-256, RSA or Ed25519") from error
+    if uri is None:
+        return ExternalKey(uri, key)
     with signing(uri):
         key.verify_signature(open_external(uri, key).sign(_TRIAL), _TRIAL)
     return ExternalKey(uri, key)

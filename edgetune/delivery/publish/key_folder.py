@@ -1,21 +1,23 @@
 """The keys of a repository: which ones each role trusts, in versions of the root, and how they are replaced.
 
 A folder has `N.root.json`, the versions of TUF's root metadata, `trusted-keys.json`, the keys of the role that signs
-bundles, `trusted-keys-NAME.json` for each bundle that has keys of its own, and the private keys, which can be kept
-elsewhere while nobody signs with them.
+bundles, `trusted-keys-NAME.json` for each bundle that has keys of its own, `trusted-keys-NAME~ADAPTER.json` for each
+adapter of it whose author has keys, and the private keys, which can be kept elsewhere while nobody signs with them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
 from edgetune_runtime.bundle.signatures import read_trusted_keys, trusted_keys_text
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import replacing
-from edgetune_runtime.update.release import ISSUED, NAME
+from edgetune_runtime.update.release import ISSUED, NAME, OF_PART
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
@@ -28,7 +30,10 @@ BUNDLES = "bundles"
 ROOT_ROLES = (Root.type, Targets.type, Snapshot.type, Timestamp.type)
 ROLES = (*ROOT_ROLES, BUNDLES)
 OF_ONE_BUNDLE = f"{BUNDLES}/"
-"""Before the name of a bundle: the role that signs it in place of BUNDLES, if it has keys."""
+"""Before the name of a bundle: the role that signs it in place of BUNDLES, if it has keys.
+
+NAME/ADAPTER is the role of an adapter's author, who signs parts of the bundle with this adapter.
+"""
 _TRUSTED_KEYS = "trusted-keys"
 _ROOT_DAYS = 730
 
@@ -59,7 +64,7 @@ class KeyFolder:
     def roles(self) -> list[str]:
         """The roles that have keys."""
         names = (path.stem.removeprefix(f"{_TRUSTED_KEYS}-") for path in self.folder.glob(f"{_TRUSTED_KEYS}-*.json"))
-        return [*ROLES, *(f"{OF_ONE_BUNDLE}{name}" for name in sorted(names))]
+        return [*ROLES, *(f"{OF_ONE_BUNDLE}{name.replace(OF_PART, '/')}" for name in sorted(names))]
 
     def role_of(self, bundle: str) -> str:
         """The role that signs a bundle."""
@@ -67,14 +72,28 @@ class KeyFolder:
         return role if self.trusted_keys(role).is_file() else BUNDLES
 
     def trusted_keys(self, role: str) -> Path:
-        """The file with the keys of a role that signs bundles."""
-        return self.folder / f"{role.replace(BUNDLES, _TRUSTED_KEYS, 1).replace('/', '-')}.json"
+        """The file with the keys of a role that signs bundles, or of an author."""
+        names = role.replace(BUNDLES, _TRUSTED_KEYS, 1).replace("/", "-", 1)
+        return self.folder / f"{names.replace('/', OF_PART)}.json"
+
+    def authors(self, bundle: str) -> dict[str, list[Key]]:
+        """The keys of those who may replace an adapter of a bundle, by its name."""
+        own = f"{OF_ONE_BUNDLE}{bundle}/"
+        found = {role.removeprefix(own): self.keys(role) for role in self.roles if role.startswith(own)}
+        return {adapter: keys for adapter, keys in found.items() if keys}
+
+    def is_author(self, bundle: str, adapter: str) -> bool:
+        """Whether the private keys here are those of an adapter's author, and none of its bundle."""
+        here = {row["role"] for row in self.listing() if row["is_here"]}
+        return f"{OF_ONE_BUNDLE}{bundle}/{adapter}" in here and self.role_of(bundle) not in here
 
     def keys(self, role: str) -> list[Key]:
         """The keys of a role, oldest first; none for a bundle that has no keys of its own."""
         if role not in ROOT_ROLES:
             path = self.trusted_keys(role)
-            return [] if role != BUNDLES and not path.is_file() else list(read_trusted_keys(path).values())
+            if role != BUNDLES and not path.is_file():
+                return []
+            return list(read_trusted_keys(path, least=_least(role)).values())
         root = self.root().signed
         return [root.keys[keyid] for keyid in root.roles[role].keyids]
 
@@ -121,11 +140,17 @@ class KeyFolder:
         self._write_root(root, None)
 
     def add(self, role: str, external: ExternalKey | None = None) -> None:
-        """Make another key for a role, or use an external one. A role of one bundle may be new.
+        """Make another key for a role, or use an external one. A role of one bundle, or of an author, may be new.
 
-        UsageError for a bundle's name that cannot be a path.
+        UsageError for a bundle's or adapter's name that cannot be a path, or for too many keys of authors.
         """
-        require_name("the bundle's name", role.removeprefix(OF_ONE_BUNDLE))
+        bundle, is_author, adapter = role.removeprefix(OF_ONE_BUNDLE).partition("/")
+        require_name("the bundle's name", bundle)
+        if is_author and not re.fullmatch(AUTHOR_NAME, adapter):
+            raise UsageError(f"the adapter's name is {adapter!r}", "use up to 60 letters, digits, dots, - and _")
+        if is_author and sum(map(len, self.authors(bundle).values())) >= MOST_AUTHORS:
+            message = f"authors of adapters in {bundle} have {MOST_AUTHORS} keys already"
+            raise UsageError(message, "revoke one first: edgetune keys revoke")
         self._replace(role, self.keys(role), lambda: self._new_key(role, external))
 
     def rotate(self, role: str, external: ExternalKey | None = None) -> None:
@@ -135,7 +160,7 @@ class KeyFolder:
     def revoke(self, keyid: str, role: str | None = None) -> str:
         """Trust a key, of which the first digits are given, no longer, in its role or in the only one; the role.
 
-        UsageError if its role needs it.
+        UsageError if its role needs it; an author may lose the last one.
         """
         roles = self.roles if role is None else [role]
         matches = {(role, key.keyid) for role in roles for key in self.keys(role) if key.keyid.startswith(keyid)}
@@ -146,7 +171,7 @@ class KeyFolder:
             )
         ((role, full),) = matches
         rest = [key for key in self.keys(role) if key.keyid != full]
-        least = self.root().signed.roles[role].threshold if role in ROOT_ROLES else 1
+        least = self.root().signed.roles[role].threshold if role in ROOT_ROLES else _least(role)
         if len(rest) < least:
             message = f"{role} needs {least} keys, and {len(rest)} would be left"
             raise UsageError(message, f"replace it: edgetune keys rotate {self.folder} {role}")
@@ -156,9 +181,9 @@ class KeyFolder:
     def _new_key(self, role: str, external: ExternalKey | None = None) -> Key:
         if external is not None:
             if external.key.keyid in {key.keyid for key in self.keys(role)}:
-                message = f"{role} has the key {external.key.keyid[:8]} of {external.uri} already"
+                message = f"{role} has the key {external.key.keyid[:8]} of {external.uri or 'its author'} already"
                 raise UsageError(message, "use another one")
-            return write_external_key(self.folder, role, external)
+            return external.key if external.uri is None else write_external_key(self.folder, role, external)
         return write_new_key(self.folder, role, self._passphrase)
 
     def _replace(self, role: str, kept: Sequence[Key], make: Callable[[], Key] | None = None) -> None:
@@ -171,7 +196,7 @@ class KeyFolder:
                 self._write_bundle_keys(role, [*kept, *new])
         except BaseException:
             for key in new:
-                path_of(self.folder, role, key).unlink()
+                path_of(self.folder, role, key).unlink(missing_ok=True)
             raise
 
     def _write_next_root(self, role: str, keys: Sequence[Key]) -> None:
@@ -204,7 +229,18 @@ class KeyFolder:
         _write(self.folder / f"{root.version}.root.json", metadata.to_bytes())
 
     def _write_bundle_keys(self, role: str, keys: Sequence[Key]) -> None:
+        # Also without keys: copied to others who publish, it takes an author's keys away there too.
         _write(self.trusted_keys(role), trusted_keys_text(keys).encode())
+
+
+def _least(role: str) -> int:
+    """How many keys a role that is not the root's needs: an author may lose the last one."""
+    return 0 if is_of_author(role) else 1
+
+
+def is_of_author(role: str) -> bool:
+    """Whether a role is the one of an adapter's author."""
+    return "/" in role.removeprefix(OF_ONE_BUNDLE)
 
 
 def missing_keys(role: str, keys: KeyFolder) -> NotFoundError:

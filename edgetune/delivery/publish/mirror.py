@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.bundle.signatures import require_signed
+from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.update.release import BLOBS_FOLDER
 
 from edgetune.common.progress import Progress
@@ -39,7 +39,7 @@ def fetched(
         pull(store, bundle, progress, trusted_keys=trusted_keys, blobs=repo / BLOBS_FOLDER)
         try:
             if trusted_keys is None and store.reference.digest is None:
-                require_signed(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
+                read_signed_manifest(bundle, keys.trusted_keys(keys.role_of(read_manifest(bundle).name)))
             yield bundle
         finally:
             shutil.rmtree(bundle.parent)

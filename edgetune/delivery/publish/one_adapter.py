@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, sha256_of
+from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, FileEntry, read_manifest, sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
@@ -39,10 +39,7 @@ def with_adapter(
         if release is None:
             message = f"{repo} has no release of {manifest.name!r} in the channel {channel!r}"
             raise NotFoundError(message, "publish the whole bundle first")
-        lacking = [name for name in release.formats if name not in manifest.adapter(adapter).files]
-        if lacking:
-            message = f"adapter {adapter!r} has no file for {lacking[0]}, which release {release.version} has"
-            raise IncompatibleError(message, f"build it for {' and '.join(release.formats)}")
+        require_formats(release, manifest.adapter(adapter))
         shutil.rmtree(bundle.parent, ignore_errors=True)
         try:
             for path, entry in release.files.items():
@@ -52,6 +49,14 @@ def with_adapter(
             yield bundle, release
         finally:
             shutil.rmtree(bundle.parent, ignore_errors=True)
+
+
+def require_formats(release: Release, entry: AdapterEntry) -> None:
+    """IncompatibleError unless an adapter has files for all formats of a release."""
+    lacking = [name for name in release.formats if name not in entry.files]
+    if lacking:
+        message = f"adapter {entry.name!r} has no file for {lacking[0]}, which release {release.version} has"
+        raise IncompatibleError(message, f"build it for {' and '.join(release.formats)}")
 
 
 def _own_manifest(bundle: Path, release: Release) -> None:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, read_manifest, resolve, sha256_of, verify_files
+from edgetune_runtime.bundle import (
+    MANIFEST_NAME,
+    FileEntry,
+    parse_manifest,
+    read_manifest,
+    resolve,
+    sha256_of,
+    verify_files,
+)
+from edgetune_runtime.bundle.parts import parts_in
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, signature_file
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
-from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, version_key
+from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part, version_key
 from filelock import FileLock, Timeout
+from securesystemslib.signer import Key
 
 from edgetune.common.progress import Progress
 
@@ -29,13 +39,16 @@ _LOCK = ".lock"
 class Published:
     """The release of a bundle, what was copied for it, and what was deleted of old ones.
 
-    `changed` is False if the channel had this bundle.
+    `changed` is False if the channel had this bundle. `part` counts the parts of the author of `adapter`, the
+    newest of which is in the release then; it is 0 for a release of the owner.
     """
 
     release: Release
     changed: bool
     copied_bytes: int
     deleted_bytes: int
+    adapter: str = ""
+    part: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
@@ -48,6 +61,7 @@ class Published:
             "changed": self.changed,
             "copied_bytes": self.copied_bytes,
             "deleted_bytes": self.deleted_bytes,
+            **({"adapter": self.adapter, "part": self.part} if self.part else {}),
         }
 
 
@@ -69,8 +83,14 @@ def publish(
     accept it for `expires_days`. A repository is made if there is none. If `keep` is given, releases older than the
     newest `keep` of each channel are deleted, but not those. If this is killed at any point, the repository
     is valid as it was, and the next publish completes. Raises the errors of reading a bundle, of its keys, and of a
-    damaged repository; UsageError for a name that cannot be a path, or while another publish is at work.
+    damaged repository; UsageError for a name that cannot be a path, for a bundle with parts that authors have signed,
+    or while another publish is at work.
     """
+    parts = parts_in(bundle)
+    if parts:
+        # The keys of the bundle cannot sign for its authors.
+        remedy = "publish the owner's bundle, or this one without its folder `authors`"
+        raise UsageError(f"{bundle} has {parts[0]}, a part that an author publishes", remedy)
     manifest = read_manifest(bundle)
     require_name("the bundle's name", manifest.name)
     require_name("--channel", channel)
@@ -90,14 +110,20 @@ def publish(
         pieces = {name: repository.put_pieces(path.read_bytes()) for name, path in sources.items() if "/" not in name}
         release = Release(
             manifest.name, channel, newest + 1, files, tuple(manifest.base.files), manifest.schema, min_runtime, share,
-            pieces={name: listed for name, listed in pieces.items() if listed},
+            pieces={name: listed for name, listed in pieces.items() if listed}, base=manifest.base.fingerprint,
+            authors=tuple(
+                role_of_part(manifest.name, adapter, key.keyid)
+                for adapter, own in keys.authors(manifest.name).items() for key in own
+            ),
         )  # fmt: skip
+        # What devices would refuse is not published.
+        parse_release(release.to_json().encode())
         before = read_release(repository, manifest.name, channel)
         copied = sum(entry.bytes for name, entry in files.items() if repository.put_blob(sources[name], entry))
         changed = before is None or _content(before) != _content(release)
         if changed:
             _put(repository, release, before)
-        deleted = _commit(repository, expires_days, keep)
+        deleted = commit(repository, expires_days, keep)
     return Published(release if changed or before is None else before, changed, copied, deleted)
 
 
@@ -108,7 +134,7 @@ def read_release(repository: Repository, name: str, channel: str, version: int |
 
 
 def _content(release: Release) -> tuple[object, ...]:
-    return release.files, release.min_runtime, release.share
+    return release.files, release.min_runtime, release.share, release.base, release.authors
 
 
 def _put(repository: Repository, release: Release, before: Release | None) -> None:
@@ -138,10 +164,10 @@ def _is_in_place_of(newer: Release, older: Release) -> bool:
 def refresh(repo: Path, keys: KeyFolder, *, expires_days: int, keep: int | None = None) -> None:
     """Sign a repository again, as before its metadata expires or after a change of keys; `keep` as for `publish`."""
     with locked(repo):
-        _commit(Repository(repo, keys), expires_days, keep)
+        commit(Repository(repo, keys), expires_days, keep)
 
 
-def _commit(repository: Repository, expires_days: int, keep: int | None) -> int:
+def commit(repository: Repository, expires_days: int, keep: int | None) -> int:
     """Write what has changed, then delete old releases; how many bytes they had."""
     repository.commit(expires_days=expires_days)
     return 0 if keep is None else delete_old(repository, keep)
@@ -150,20 +176,32 @@ def _commit(repository: Repository, expires_days: int, keep: int | None) -> int:
 def sign(bundle: Path, keys: KeyFolder) -> Path:
     """Sign the manifest of a bundle, and put the signature beside it; the file of the signature.
 
-    NotFoundError if no private key for it is in the folder.
+    The manifest gets the keys of its authors. NotFoundError if no private key for it is in the folder.
     """
-    role = keys.role_of(read_manifest(bundle).name)
-    manifest = (bundle / MANIFEST_NAME).read_bytes()
-    path = bundle / SIGNATURE_NAME
+    name, path = read_manifest(bundle).name, bundle / SIGNATURE_NAME
+    role = keys.role_of(name)
     signers = keys.signers(role, keys.keys(role))
     if not signers:
         raise missing_keys(role, keys)
+    manifest = _with_authors(bundle, keys.authors(name))
     with signing(role):
         data = signature_file(manifest, signers)
     if not (path.is_file() and path.read_bytes() == data):
         with replacing(path) as temporary:
             temporary.write_bytes(data)
     return path
+
+
+def _with_authors(bundle: Path, keys: Mapping[str, Sequence[Key]]) -> bytes:
+    """Put the public keys of authors into the manifest of a bundle, unless they are there; its text."""
+    path = bundle / MANIFEST_NAME
+    text, authors = path.read_bytes(), {name: {key.keyid: key.to_dict() for key in own} for name, own in keys.items()}
+    manifest = parse_manifest(text, path)
+    if manifest.authors == authors:
+        return text
+    with replacing(path) as temporary:
+        temporary.write_text(replace(manifest, authors=authors).to_json(), encoding="utf-8")
+    return path.read_bytes()
 
 
 @contextmanager

@@ -17,10 +17,14 @@ from edgetune_runtime.update.release import (
     BLOBS_FOLDER,
     ISSUED,
     METADATA_FOLDER,
+    OF_PART,
     PIECES,
     ROLE_PREFIX,
     ROOT_VERSION,
     TARGETS_FOLDER,
+    author_of,
+    path_of_part,
+    role_of_part,
 )
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
@@ -38,9 +42,11 @@ from tuf.api.metadata import (
 )
 
 from .external_keys import signing
-from .key_folder import KeyFolder, missing_keys
+from .key_folder import OF_ONE_BUNDLE, KeyFolder, missing_keys
 
 _TARGETS_DAYS = 365
+_PARTS_DAYS = 3650
+"""The snapshot says which metadata of an author is the newest, and nobody's update must wait for the author."""
 _OTHER_KEYS = "give the keys of this --repo"
 _RESTORE = "restore the repository from a backup"
 
@@ -70,9 +76,22 @@ class Repository:
         role = self._roles.get(f"{ROLE_PREFIX}{name}")
         return {} if role is None else role.targets
 
+    def authors(self, name: str) -> list[str]:
+        """The roles of a bundle's authors that have signed a part."""
+        return [role for role in self._roles if author_of(role)[0] == name]
+
+    def delegates_to(self, role: str) -> bool:
+        """Whether a bundle delegates to this role of an author, as published."""
+        delegator = self._roles.get(_delegator_of(role))
+        return delegator is not None and role in _delegations_of(delegator)
+
+    def _is_granted(self, role: str) -> bool:
+        """Whether a bundle delegates to this role of an author, and will do so when this is committed."""
+        return self.delegates_to(role) and (bool(self._keys_of(role)) or not self._signers(_delegator_of(role)))
+
     @property
     def all_releases(self) -> list[TargetFile]:
-        """The releases of all bundles that devices may take."""
+        """The releases of all bundles, and the parts of their authors, that devices may take."""
         return [target for role in self._roles.values() for target in role.targets.values()]
 
     def release_file(self, target: TargetFile) -> Path:
@@ -113,8 +132,12 @@ class Repository:
             flush_to_disk(folder)
         return tuple(piece for piece, _ in pieces)
 
-    def put_release(self, name: str, path: str, data: bytes, version: int) -> None:
-        """Make `data` the release at a path among the targets; its version and pieces are readable without the file."""
+    def put_release(self, name: str, path: str, data: bytes, version: int) -> Path:
+        """Make `data` the release at a path among the targets; its file.
+
+        `name` is what follows ROLE_PREFIX in the role: a bundle, or one of its authors. The version and the pieces are
+        readable without the file.
+        """
         target = TargetFile.from_data(path, data, ["sha256"])
         pieces = [str(piece) for piece in self.put_pieces(data)]
         target.unrecognized_fields["custom"] = {"version": version, PIECES: pieces}
@@ -122,6 +145,7 @@ class Repository:
         role = self._roles.setdefault(f"{ROLE_PREFIX}{name}", _unwritten(Targets()))
         role.targets[path] = target
         self._changed.add(f"{ROLE_PREFIX}{name}")
+        return self.release_file(target)
 
     def drop_release(self, name: str, path: str) -> None:
         """Remove the release at a path from the targets, if there is one."""
@@ -140,10 +164,13 @@ class Repository:
             self._changed.add(Targets.type)
         for role in sorted(self._changed):
             signed = self._roles[role]
-            signed.version, signed.expires = signed.version + 1, _after(_TARGETS_DAYS)
+            days = _PARTS_DAYS if OF_PART in role else _TARGETS_DAYS
+            signed.version, signed.expires = signed.version + 1, _after(days)
             self._write(f"{signed.version}.{role}", signed, self._signers(role))
         snapshot = self._snapshot
-        snapshot.meta = {f"{role}.json": MetaFile(signed.version) for role, signed in self._roles.items()}
+        # Devices refuse a snapshot that has lost a role, also that of an author whose key was revoked.
+        authors = {name: meta for name, meta in snapshot.meta.items() if OF_PART in name}
+        snapshot.meta = authors | {f"{role}.json": MetaFile(signed.version) for role, signed in self._roles.items()}
         snapshot.version, snapshot.expires = snapshot.version + 1, _after(expires_days)
         data = self._write(f"{snapshot.version}.{Snapshot.type}", snapshot, self._signers(Snapshot.type))
         timestamp = self._timestamp
@@ -173,10 +200,11 @@ class Repository:
     def _delegate(self) -> None:
         """Make the targets role delegate each bundle to the keys of bundles, or to those that only this one has."""
         targets, keys, roles = self._roles[Targets.type], dict[str, Key](), dict[str, DelegatedRole]()
-        before = (None if targets.delegations is None else targets.delegations.roles) or {}
+        before = _delegations_of(targets)
         for name in sorted(self._roles):
-            if name == Targets.type:
+            if name == Targets.type or OF_PART in name:
                 continue
+            self._delegate_parts(name)
             own = {key.keyid: key for key in self._keys.keys(self._role_of(name))}
             paths = [f"{name.removeprefix(ROLE_PREFIX)}/*"]
             keys |= own
@@ -186,9 +214,36 @@ class Repository:
             self._changed |= {Targets.type, *(name for name, role in roles.items() if before.get(name) != role)}
             targets.delegations = expected
 
+    def _delegate_parts(self, role: str) -> None:
+        """Make a bundle's role delegate to the keys of its authors, if its own are here: others leave that as it is."""
+        signed, keys, roles = self._roles[role], dict[str, Key](), dict[str, DelegatedRole]()
+        bundle = role.removeprefix(ROLE_PREFIX)
+        for adapter, granted in self._keys.authors(bundle).items():
+            for key in granted:
+                name = role_of_part(bundle, adapter, key.keyid)
+                if keys.setdefault(key.keyid, key) != key:
+                    message = f"{self._keys.folder} has two keys {key.keyid[:8]}, one of the author of {adapter}"
+                    raise UsageError(message, "add keys of authors with: edgetune keys add --public-key")
+                roles[name] = DelegatedRole(name, [key.keyid], 1, terminating=True, paths=[path_of_part(name, "*")])
+        expected = Delegations(keys, roles) if roles else None
+        if signed.delegations != expected and self._signers(role):
+            revoked = [name for name in roles if not self.delegates_to(name) and f"{name}.json" in self._snapshot.meta]
+            if revoked:
+                # An older copy of the keys would bring back what the author has published.
+                message = f"{self._keys.folder} has a key of {self._role_of(revoked[0])} that was revoked, {revoked[0]}"
+                raise UsageError(message, "revoke it here too: edgetune keys revoke; the author can make a new one")
+            signed.delegations = expected
+            self._changed.add(role)
+            for name in [name for name in self._roles if name.startswith(f"{role}{OF_PART}") and name not in roles]:
+                del self._roles[name]
+                self._changed.discard(name)
+
     def _role_of(self, name: str) -> str:
         """The role among the keys that signs a role of the repository."""
-        return name if name in self._root.roles else self._keys.role_of(name.removeprefix(ROLE_PREFIX))
+        if name in self._root.roles:
+            return name
+        bundle, adapter = author_of(name)
+        return f"{OF_ONE_BUNDLE}{bundle}/{adapter}" if bundle else self._keys.role_of(name.removeprefix(ROLE_PREFIX))
 
     def _has_new_keys(self, role: str, before: Root) -> bool:
         return self._root.roles[role].keyids != before.roles[role].keyids
@@ -199,18 +254,22 @@ class Repository:
             roots = [root for root in (self._root, self._published_root) if root is not None]
             keys = {keyid: root.keys[keyid] for root in roots for keyid in root.roles[role].keyids}
             return self._keys.signers(role, keys.values())
-        of_bundle = self._role_of(role)
-        return self._keys.signers(of_bundle, self._keys.keys(of_bundle))
+        return self._keys.signers(self._role_of(role), self._keys_of(role))
+
+    def _keys_of(self, role: str) -> list[Key]:
+        """The keys in the folder that a role of a bundle trusts; each key of an author has a role of its own."""
+        keys = self._keys.keys(self._role_of(role))
+        return [key for key in keys if OF_PART not in role or role_of_part(*author_of(role), key.keyid) == role]
 
     def _write(self, name: str, signed: T, signers: Iterable[Signer]) -> bytes:
         """Sign and write a file of metadata; NotFoundError if too few private keys are in the folder."""
         metadata = Metadata(signed)
-        role = name.rpartition(".")[2]
+        role = name.partition(".")[2] or name
         with signing(self._role_of(role)):
             for signer in signers:
                 metadata.sign(signer, append=True)
         is_top = role in self._root.roles
-        delegator = self._root if is_top else self._roles[Targets.type]
+        delegator = self._root if is_top else self._roles[_delegator_of(role)]
         try:
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
         except RepositoryError as error:
@@ -230,6 +289,12 @@ class Repository:
         for path in published:
             if path.read_bytes() != names[path.name].read_bytes():
                 raise UsageError(f"{path} is not the one in {self._keys.folder}", _OTHER_KEYS)
+        numbers = [path.name.split(".")[0] for path in self._metadata.glob("*.root.json")]
+        newest_number = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        if newest_number > self._root.version:
+            # Devices trust the keys of that one only.
+            message = f"{self.folder} has root {newest_number}, and {self._keys.folder} only {self._root.version}"
+            raise UsageError(message, "copy *.root.json and trusted-keys*.json from whoever has changed the keys")
         newest = max(published, key=lambda path: int(path.name.split(".")[0]), default=None)
         return None if newest is None else Metadata[Root].from_bytes(newest.read_bytes()).signed
 
@@ -247,22 +312,41 @@ class Repository:
         versions = {name.removesuffix(".json"): meta.version for name, meta in self._snapshot.meta.items()}
         targets = self._read(Targets, f"{versions[Targets.type]}.{Targets.type}", Targets.type, delegator)
         self._roles = {Targets.type: targets}
-        for role, number in versions.items():
-            if role != Targets.type:
-                self._roles[role] = self._read(Targets, f"{number}.{role}", role, targets)
+        # Bundles first, as these delegate to their authors.
+        for role, number in sorted(versions.items(), key=lambda item: OF_PART in item[0]):
+            # An author whose key was revoked is still in the snapshot, and may have put anything into the repository.
+            if role == Targets.type or (OF_PART in role and not self._is_granted(role)):
+                continue
+            owner = self._roles[_delegator_of(role)]
+            self._roles[role] = signed = self._read(Targets, f"{number}.{role}", role, owner)
+            about = _delegations_of(owner)[role]
+            foreign = [path for path in signed.targets if not about.is_delegated_path(path)]
+            foreign += ["delegations"] if OF_PART in role and signed.delegations is not None else []
+            if foreign:
+                message = f"{number}.{role}.json has {foreign[0][:80]!r}, which this role may not sign"
+                raise VerificationError(message, _RESTORE)
 
     def _read(self, kind: type[T], name: str, role: str, delegator: Delegator) -> T:
         path = self._metadata / f"{name}.json"
         try:
             metadata = Metadata[T].from_bytes(path.read_bytes())
             delegator.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-        except (OSError, RepositoryError, LookupError) as error:
+        except (OSError, RepositoryError, LookupError, ValueError) as error:
             # Signed again without this check, what somebody else has put there would be trusted.
             message = f"{path} is missing, damaged or not signed by the keys: {error}"
             raise VerificationError(message, _RESTORE) from error
         if not isinstance(metadata.signed, kind):
             raise VerificationError(f"{path} has metadata of another kind", _RESTORE)
         return metadata.signed
+
+
+def _delegator_of(role: str) -> str:
+    bundle, is_part, _ = role.partition(OF_PART)
+    return bundle if is_part else Targets.type
+
+
+def _delegations_of(signed: Targets) -> Mapping[str, DelegatedRole]:
+    return (None if signed.delegations is None else signed.delegations.roles) or {}
 
 
 def _unwritten(signed: T) -> T:

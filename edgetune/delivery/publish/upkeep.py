@@ -7,11 +7,13 @@ from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from edgetune_runtime.bundle import sha256_of
+from edgetune_runtime.bundle.parts import Part, parse_part
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.formats.atomic import flush_to_disk
 from edgetune_runtime.update.pieces import FOLDER as PIECES_FOLDER
 from edgetune_runtime.update.pieces import cut
-from edgetune_runtime.update.release import BLOBS_FOLDER, TARGETS_FOLDER, Release, parse_release
+from edgetune_runtime.update.release import BLOBS_FOLDER, OF_PART, TARGETS_FOLDER, Release, parse_release
 
 from .repository import Repository
 
@@ -19,15 +21,16 @@ from .repository import Repository
 def delete_old(repository: Repository, keep: int) -> int:
     """Delete all releases but the newest `keep` of each channel, and files that only they need; the bytes of both.
 
-    What the signed metadata lists is kept in any case. Before anything is deleted, a newer state must be committed. If
-    this is killed at any point, devices see no difference, and the next call deletes the rest. VerificationError if a
-    release that is listed is damaged.
+    What the signed metadata lists is kept in any case, also of authors. Before anything is deleted, a newer state must
+    be committed. If this is killed at any point, devices see no difference, and the next call deletes the rest.
+    VerificationError if a release or a part that is listed is damaged.
     """
     targets = repository.folder / TARGETS_FOLDER
-    kept = {
-        repository.release_file(target): parse_release(repository.read_release(target))
-        for target in repository.all_releases
-    }
+    kept: dict[Path, Release | Part] = {}
+    for target in repository.all_releases:
+        data = repository.read_release(target)
+        is_part = OF_PART in target.path
+        kept[repository.release_file(target)] = parse_part(data, target.path) if is_part else parse_release(data)
     by_channel: dict[tuple[str, str], list[tuple[Path, Release]]] = defaultdict(list)
     for path in targets.glob("*/*.json"):
         # Somebody else may have put a file there, which counts as no release.
@@ -42,7 +45,13 @@ def delete_old(repository: Repository, keep: int) -> int:
     freed = _delete_others(targets.glob("*/*"), set(kept))
     blobs, pieces = repository.folder / BLOBS_FOLDER, repository.folder / PIECES_FOLDER
     needed = {blobs / entry.sha256 for release in kept.values() for entry in release.files.values()}
-    of_files = {piece for release in kept.values() for listed in release.pieces.values() for piece in listed}
+    # The text of a part is a file of its bundle too.
+    needed |= {blobs / sha256_of(path) for path in kept}
+    of_files = {
+        piece
+        for release in kept.values() if isinstance(release, Release)
+        for listed in release.pieces.values() for piece in listed
+    }  # fmt: skip
     of_releases = {piece for path in kept for piece, _ in cut(path.read_bytes())}
     needed |= {pieces / piece.digest for piece in of_files | of_releases}
     return freed + _delete_others([*blobs.glob("*"), *pieces.glob("*")], needed)

@@ -18,7 +18,8 @@ from .files import (
     with_present_formats,
     without_adapter,
 )
-from .reading import parse_manifest, read_manifest
+from .parts import read_manifest
+from .reading import parse_manifest
 from .records import (
     ASK,
     AUTO,

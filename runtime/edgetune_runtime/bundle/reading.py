@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.type_checks import dataclass_of
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable, shortened
 
-from .files import with_present_formats
 from .records import (
+    AUTHOR_NAME,
     BASE,
     CLASSIFY,
     ERROR,
     GENERATE,
-    LONGEST_MANIFEST,
-    MANIFEST_NAME,
+    MOST_AUTHORS,
     ROUTER_WORDS,
     SCHEMA_VERSION,
     SHAPES,
@@ -38,27 +38,8 @@ from .records import (
 )
 
 
-def read_manifest(bundle: Path) -> Manifest:
-    """Read and check `bundle/manifest.json`; opens no other file.
-
-    Raises NotFoundError when `bundle` is not a bundle, VerificationError when the manifest is invalid, has another
-    schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
-    """
-    path = bundle / MANIFEST_NAME
-    if path.exists() and (not path.is_file() or path.stat().st_size > LONGEST_MANIFEST):
-        raise VerificationError(f"{path} is not a regular file of up to {LONGEST_MANIFEST} bytes", COPY_BUNDLE_AGAIN)
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        remedy = "give the folder that `edgetune build --out` wrote"
-        raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy) from error
-    except OSError as error:
-        raise VerificationError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    return with_present_formats(parse_manifest(data, path), lambda name: (bundle / name).exists())
-
-
 def parse_manifest(data: bytes, path: Path) -> Manifest:
-    """The manifest in `data`, which was read from `path`; errors as those of `read_manifest` for a wrong one."""
+    """The manifest in `data`, read from `path`, without parts; errors as those of `read_manifest` for a wrong one."""
     try:
         raw = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -70,14 +51,19 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
         remedy = "build the bundle again" if raw["schema"] < SCHEMA_VERSION else "update edgetune-runtime"
         raise VerificationError(message, remedy)
     manifest = _parse(raw, path)
+    check(manifest, path)
+    return manifest
+
+
+def check(manifest: Manifest, path: Path) -> None:
+    """Raise what is wrong with a manifest that was read from `path`: its names, or what they refer to."""
     _check_names(manifest, path)
     _check_references(manifest, path)
-    return manifest
 
 
 def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
     try:
-        adapters = {name: _adapter(value) for name, value in raw["adapters"].items()}
+        adapters = {name: parse_adapter(value) for name, value in raw["adapters"].items()}
         files = {name: dataclass_of(FileEntry, value) for name, value in raw["files"].items()}
         entry = raw["base"]
         # Manifests used to have the bytes of these values in f16.
@@ -89,7 +75,8 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
         raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
 
-def _adapter(raw: Mapping[str, Any]) -> AdapterEntry:
+def parse_adapter(raw: Mapping[str, Any]) -> AdapterEntry:
+    """The entry of an adapter; KeyError, TypeError, AttributeError or ValueError for a wrong one."""
     golden = {backend: dataclass_of(GoldenAnswer, value) for backend, value in raw.get("golden", {}).items()}
     scope = {backend: dataclass_of(Scope, value) for backend, value in raw.get("scope", {}).items()}
     curves = {
@@ -117,6 +104,10 @@ def _check_names(manifest: Manifest, path: Path) -> None:
     names = [manifest.name, base.name, base.architecture, *base.files, *manifest.files, *adapters]
     for adapter in adapters.values():
         names += [adapter.name, adapter.method, adapter.metric, *adapter.files]
+    granted = [name for name in manifest.authors if not re.fullmatch(AUTHOR_NAME, name)]
+    if granted or sum(map(len, manifest.authors.values())) > MOST_AUTHORS:
+        message = f"{path} has {len(manifest.authors)} adapters with authors, such as {shortened(str(granted))}"
+        raise VerificationError(message, "do not use this bundle")
     text = "".join(names)
     if text != printable(text):
         name = next(name for name in names if name != printable(name))

@@ -20,6 +20,10 @@ GENERATION = "text-generation"
 CLASSIFICATION = "text-classification"
 TASKS = (GENERATION, CLASSIFICATION)
 LONGEST_MANIFEST = 1 << 26
+AUTHOR_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}"
+"""The form of names of adapters with authors: they are part of names of files and roles."""
+MOST_AUTHORS = 64
+"""Keys of authors in a bundle."""
 AUTO = "auto"
 """Stands for an adapter's name: the adapter that the bundle's router chooses."""
 BASE, ERROR = "base", "error"
@@ -244,7 +248,8 @@ class Manifest:
 
     `task` is text-generation, or text-classification for an encoder with a classification head per adapter. With
     `warms`, a server computes the states of all fixed prompts when it starts. `plan` has the decisions and predictions
-    of the build that are nowhere else in the manifest; it is empty for exports of adapters trained elsewhere.
+    of the build that are nowhere else in the manifest; it is empty for exports of adapters trained elsewhere. `authors`
+    has the public keys, by their ids, of those who may replace an adapter (see `bundle.parts`).
     """
 
     name: str
@@ -260,6 +265,7 @@ class Manifest:
     task: str = GENERATION
     warms: bool = False
     router: RouterEntry | None = None
+    authors: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
     def adapter(self, name: str) -> AdapterEntry:

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import NotFoundError, VerificationError, importing
 from edgetune_runtime.wording import shortened
 
-from . import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest, with_present_formats
+from . import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
+from .parts import Part, part_path, parts_among, parts_in, signed_bytes, with_files_of
 
 if TYPE_CHECKING:
-    from securesystemslib.signer import Key, Signer
+    from securesystemslib.signer import Key, Signature, Signer
 
 SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 """The signatures of a bundle's manifest, which has the digests of all its other files."""
 _PURPOSE = b"edgetune manifest\n"
 """Signed in front of a manifest, so that no signature for another purpose fits."""
 LONGEST_SIGNATURE = 1 << 16
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _UNSIGNED = "use a bundle that is signed: edgetune publish, or edgetune keys sign"
 
 
@@ -28,8 +30,11 @@ def trusted_keys_text(keys: Iterable[Key]) -> str:
     return json.dumps({"keys": {key.keyid: key.to_dict() for key in keys}}, indent=1) + "\n"
 
 
-def read_trusted_keys(path: Path) -> Mapping[str, Key]:
-    """The keys in a file by their ids; NotFoundError if it cannot be read, VerificationError if it is no such file."""
+def read_trusted_keys(path: Path, least: int = 1) -> Mapping[str, Key]:
+    """The keys in a file by their ids.
+
+    NotFoundError if it cannot be read, VerificationError if it is no such file, or has fewer than `least` keys.
+    """
     with importing("signatures need", '"edgetune-runtime[update]"'):
         from securesystemslib.signer import Key  # noqa: PLC0415 - part of an extra
 
@@ -39,31 +44,52 @@ def read_trusted_keys(path: Path) -> Mapping[str, Key]:
     except OSError as error:
         remedy = "give the trusted-keys.json of `edgetune keys init`"
         raise NotFoundError(f"cannot read the trusted keys {path}: {error.strerror}", remedy) from error
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         message = f"{path} is not a file of trusted keys: {shortened(str(error))}"
         raise VerificationError(message, "copy it again") from error
-    if not keys:
+    if len(keys) < least:
         raise VerificationError(f"{path} has no keys", "copy it again")
     return keys
 
 
 def signature_file(manifest: bytes, signers: Iterable[Signer]) -> bytes:
     """The contents of SIGNATURE_NAME for a manifest."""
-    signatures = [signer.sign(_PURPOSE + manifest) for signer in signers]
-    values = [{"keyid": signature.keyid, "sig": signature.signature} for signature in signatures]
-    return (json.dumps({"signatures": values}, indent=1) + "\n").encode()
+    return (json.dumps(_signatures(_PURPOSE + manifest, signers), indent=1) + "\n").encode()
+
+
+def part_file(part: Part, signers: Iterable[Signer]) -> bytes:
+    """The contents of the file of a part."""
+    about = part.to_json()
+    values = {"part": about, **_signatures(signed_bytes(about), signers)}
+    return (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _signatures(data: bytes, signers: Iterable[Signer]) -> dict[str, Any]:
+    signatures = [signer.sign(data) for signer in signers]
+    return {"signatures": [{"keyid": signature.keyid, "sig": signature.signature} for signature in signatures]}
+
+
+def unlisted(names: Iterable[str]) -> list[str]:
+    """Those of the paths in a bundle that no manifest lists: it, its signature, and the parts of authors."""
+    paths = {*names}
+    return [*(name for name in (MANIFEST_NAME, SIGNATURE_NAME) if name in paths), *parts_among(paths)]
+
+
+def unlisted_in(bundle: Path) -> list[str]:
+    """The files of a bundle's folder that are `unlisted`."""
+    return [*(name for name in (MANIFEST_NAME, SIGNATURE_NAME) if (bundle / name).is_file()), *parts_in(bundle)]
 
 
 def read_signed_manifest(bundle: Path, trusted: str | Path | None) -> Manifest:
     """The manifest of a bundle, which must be signed by a key in the file `trusted`, if that is not None.
 
-    Raises what `require_signed` and `read_manifest` raise.
+    Its parts must be signed by keys in the manifest then. Raises what `require_signed` and `read_manifest` raise.
     """
     if trusted is None:
         return read_manifest(bundle)
     # What was checked is parsed, and not what another process may have put in its place.
     manifest = parse_manifest(require_signed(bundle, Path(trusted)), bundle / MANIFEST_NAME)
-    return with_present_formats(manifest, lambda name: (bundle / name).exists())
+    return with_files_of(bundle, manifest, require_author)
 
 
 def require_signed(bundle: Path, trusted: Path) -> bytes:
@@ -72,13 +98,10 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     Reads no other file of the bundle. NotFoundError if the folder has no manifest, or the keys cannot be read.
     """
     keys = read_trusted_keys(trusted)
-    from securesystemslib.exceptions import Error as SigningError  # noqa: PLC0415 - as above
-    from securesystemslib.signer import Signature  # noqa: PLC0415
-
     try:
         manifest = _read(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
         raw: Any = json.loads(_read(bundle / SIGNATURE_NAME))
-        signatures = [Signature.from_dict(dict(value)) for value in raw["signatures"]]
+        signatures = _parsed(raw["signatures"])
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         if missing == MANIFEST_NAME:
@@ -86,20 +109,48 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
         raise VerificationError(f"{bundle} is not signed: it has no {missing}", _UNSIGNED) from error
     except OSError as error:
         raise VerificationError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         message = f"{bundle / SIGNATURE_NAME} is damaged: {shortened(str(error))}"
         raise VerificationError(message, "copy the bundle again") from error
-    for signature in signatures:
-        key = keys.get(str(signature.keyid))
-        if key is None:
-            continue
+    if not _is_signed(_PURPOSE + manifest, signatures, keys):
+        message = f"{bundle} is not signed by a key in {trusted}, or its manifest was changed"
+        raise VerificationError(message, "do not use this bundle")
+    return manifest
+
+
+def require_author(part: Part, keys: Mapping[str, Any]) -> None:
+    """VerificationError unless a part is signed by one of these keys, which the manifest has as JSON values."""
+    path = part_path(part.adapter.name)
+    try:
+        from securesystemslib.signer import Key  # noqa: PLC0415 - as above
+
+        authors = {keyid: Key.from_dict(keyid, dict(value)) for keyid, value in keys.items()}
+        signatures = _parsed(part.signatures)
+    except _DAMAGED as error:
+        message = f"{path} or the keys of its author are damaged: {shortened(str(error))}"
+        raise VerificationError(message, "copy the bundle again") from error
+    if not _is_signed(part.signed, signatures, authors):
+        message = f"{path} is not signed by its author's key, or was changed"
+        raise VerificationError(message, "do not use this bundle")
+
+
+def _parsed(raw: Iterable[Any]) -> Mapping[str, Signature]:
+    """Signatures by the ids of their keys."""
+    from securesystemslib.signer import Signature  # noqa: PLC0415 - as above
+
+    return {signature.keyid: signature for signature in (Signature.from_dict(dict(value)) for value in raw)}
+
+
+def _is_signed(data: bytes, signatures: Mapping[str, Signature], keys: Mapping[str, Key]) -> bool:
+    from securesystemslib.exceptions import Error as SigningError  # noqa: PLC0415 - as above
+
+    for keyid in signatures.keys() & keys.keys():
         try:
-            key.verify_signature(signature, _PURPOSE + manifest)
+            keys[keyid].verify_signature(signatures[keyid], data)
         except SigningError:
             continue
-        return manifest
-    message = f"{bundle} is not signed by a key in {trusted}, or its manifest was changed"
-    raise VerificationError(message, "do not use this bundle")
+        return True
+    return False
 
 
 def _read(path: Path, max_bytes: int = LONGEST_SIGNATURE) -> bytes:

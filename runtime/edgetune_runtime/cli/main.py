@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from edgetune_runtime import __version__
-from edgetune_runtime.bundle.signatures import require_signed
+from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.processes.interrupts import end_on_interrupt
 from edgetune_runtime.server import command as server
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _logging(debug=options.debug):
             if getattr(options, "trusted_keys", None) is not None and options.bundle is not None:
                 # Some commands read the manifest before they open the bundle.
-                require_signed(options.bundle, options.trusted_keys)
+                read_signed_manifest(options.bundle, options.trusted_keys)
             options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:

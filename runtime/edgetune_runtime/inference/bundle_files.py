@@ -25,6 +25,7 @@ from edgetune_runtime.bundle import (
     verify_files,
     without_adapter,
 )
+from edgetune_runtime.bundle.parts import parts_in
 from edgetune_runtime.errors import BusyError, EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing, require_space
 from edgetune_runtime.formats.checked_file import read_about
@@ -46,13 +47,7 @@ def add_to_bundle(bundle: Path, source: Path, name: str | None, check: Callable[
     with _locked(bundle):
         manifest = read_manifest(bundle)
         new = chosen_adapter(read_manifest(source), source, name)
-        paths = _paths_of(new, bundle, manifest)
-        entry = replace(
-            new.entry,
-            files={engine: paths[file] for engine, file in new.entry.files.items()},
-            draft=None if new.entry.draft is None else paths[new.entry.draft],
-            similarity=None if new.entry.similarity is None else paths[new.entry.similarity],
-        )
+        entry, paths = moved(new, _folder_for(new, bundle, manifest))
         files = {paths[file]: about for file, about in new.files.items()}
         require_fits(NewAdapter(entry, files, bundle), manifest)
         verify_files(source, replace(manifest, files=new.files))
@@ -88,16 +83,28 @@ def remove_from_bundle(bundle: Path, name: str) -> None:
         _delete(bundle, manifest.files.keys() - changed.files.keys())
 
 
-def _paths_of(new: NewAdapter, bundle: Path, manifest: Manifest) -> dict[str, str]:
-    """Where each file of an adapter goes in the bundle: in a folder of its own."""
+def moved(new: NewAdapter, folder: str) -> tuple[AdapterEntry, dict[str, str]]:
+    """An adapter's entry with its files in a folder of a bundle, and the new path of each file."""
     common = os.path.commonpath([PurePosixPath(file).parent for file in new.files])
+    paths = {file: f"{folder}/{PurePosixPath(file).relative_to(common)}" for file in new.files}
+    entry = replace(
+        new.entry,
+        files={engine: paths[file] for engine, file in new.entry.files.items()},
+        draft=None if new.entry.draft is None else paths[new.entry.draft],
+        similarity=None if new.entry.similarity is None else paths[new.entry.similarity],
+    )
+    return entry, paths
+
+
+def _folder_for(new: NewAdapter, bundle: Path, manifest: Manifest) -> str:
+    """A folder of a bundle for an adapter, which nothing else uses."""
     name = new.entry.name
     plain = name if _PLAIN_NAME.fullmatch(name) else next(iter(new.files.values())).sha256[:16]
     used = {PurePosixPath(file).parts[1] for file in manifest.files if file.startswith("adapters/")}
     # A running process may still read the files of an adapter that had the name before.
     folders = chain([plain], (f"{plain}-{number}" for number in count(2)))
     folder = next(each for each in folders if each not in used and not (bundle / "adapters" / each).exists())
-    return {file: f"adapters/{folder}/{PurePosixPath(file).relative_to(common)}" for file in new.files}
+    return f"adapters/{folder}"
 
 
 def _states_of(bundle: Path, manifest: Manifest, entry: AdapterEntry) -> set[str]:
@@ -114,13 +121,15 @@ def _states_of(bundle: Path, manifest: Manifest, entry: AdapterEntry) -> set[str
 
 
 def _write(bundle: Path, manifest: Manifest) -> None:
-    text = manifest.to_json().encode()
+    # With the adapters of authors as they are now, the manifest has all of it.
+    text, parts = replace(manifest, authors={}).to_json().encode(), parts_in(bundle)
     if len(text) > LONGEST_MANIFEST:
         message = f"the manifest of {bundle} would have {len(text)} bytes, more than {LONGEST_MANIFEST}"
         raise UsageError(message, "remove other adapters first, or use a second bundle")
     with replacing(bundle / MANIFEST_NAME) as temporary:
         temporary.write_bytes(text)
     flush_to_disk(bundle)
+    _delete(bundle, parts)
 
 
 def _delete(bundle: Path, names: Iterable[str]) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from edgetune_runtime.bundle import MANIFEST_NAME, pinned, sha256_of
+from edgetune_runtime.bundle import pinned
+from edgetune_runtime.bundle.parts import identity_in
 from edgetune_runtime.errors import EdgetuneError
 
 from .adapter_changes import AdapterChanges
@@ -18,7 +19,8 @@ _WATCH_S = 1.0
 
 
 class FollowedBundle:
-    """The bundle of a runtime: the `folder` that was looked at last, and the `digest` of the manifest in use.
+    """The bundle of a runtime: the `folder` that was looked at last, and the `digest` of the one in use, its
+    `identity`.
 
     A warning in the log says what is wrong with an adapter, or with the bundle, which then stays as it is.
     """
@@ -27,14 +29,14 @@ class FollowedBundle:
         self._runtime = runtime
         # Not where the path leads now: it may have been switched while the bundle was opened.
         self.folder = loaded_bundle(runtime.runtime).folder
-        self.digest = sha256_of(self.folder / MANIFEST_NAME)
+        self.digest = identity_in(self.folder)
 
     async def reload(self) -> AdapterChanges | None:
         """Take over the bundle on disk; None if that is not possible."""
         bundle = self._runtime.runtime.bundle
         self.folder = pinned(bundle)
         try:
-            digest = sha256_of(self.folder / MANIFEST_NAME)
+            digest = identity_in(self.folder)
             changes = await self._runtime.reload()
         except (EdgetuneError, OSError) as error:
             _LOG.warning("cannot reload the adapters of %s: %s", bundle, error)

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.errors import NotFoundError, VerificationError
 
 from .opening import Opening, parse_opening
@@ -59,9 +60,9 @@ class Kit:
     """The contents of kit.json; `text` is the file itself.
 
     `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of installed wheels. `wheels` is
-    the id of the set of wheels; `bundle` the digest of the bundle's manifest; `service` the settings of the systemd
-    unit, `opening` how it and the check open the bundle. `release` is the bundle's version in a repository, 0 if a kit
-    brought it.
+    the id of the set of wheels; `bundle` the bundle's `identity`, in the file the digest of its manifest; `service` the
+    settings of the systemd unit, `opening` how it and the check open the bundle. `release` is the bundle's version in a
+    repository, 0 if a kit brought it.
     """
 
     name: str
@@ -134,6 +135,9 @@ def wheels_id(python: str, files: Iterable[KitFile]) -> str:
 
 def parse_kit(text: str) -> Kit:
     """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version."""
+    if len(text.encode()) > _MOST_TEXT_BYTES:
+        message = f"{KIT_NAME} has more than {_MOST_TEXT_BYTES} bytes"
+        raise VerificationError(message, "make the kit, or publish the bundle and its parts, with fewer files")
     try:
         raw = json.loads(text)
         schema = _field(raw, "schema", int)
@@ -158,7 +162,9 @@ def parse_kit(text: str) -> Kit:
         _check_consistent(kit)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise VerificationError(f"{KIT_NAME} is damaged: {error}", COPY_AGAIN) from error
-    return kit
+    # Programs from before there were parts compare the field with the manifest.
+    of_bundle = {file.path.removeprefix(f"{BUNDLE_FOLDER}/"): file.sha256 for file in kit.bundle_files}
+    return replace(kit, bundle=identity(of_bundle))
 
 
 def _check_consistent(kit: Kit) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, of_formats, parse_manifest
-from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
+from edgetune_runtime.bundle.parts import parts_among, with_parts
+from edgetune_runtime.bundle.signatures import require_author, unlisted
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import changing
@@ -64,14 +65,18 @@ def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quot
     if lacking:
         message = f"release {release.version} of {release.name} has no files for {lacking[0]}"
         raise IncompatibleError(message, f"use --formats {','.join(release.formats)}, or deploy a kit for one of these")
-    if {*formats} == {*release.formats}:
+    store, texts = Store(prefix), dict[str, bytes]()
+    parts = parts_among(release.files)
+    if {*formats} == {*release.formats} and not parts:
         return release
-    store, entry = Store(prefix), release.files[MANIFEST_NAME]
-    if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
-        _make_room(prefix, release, entry.bytes, quota_mb, say)
-        blobs.receive(store, entry.sha256, entry.bytes)
-    path = store.path(entry.sha256)
-    names = {*of_formats(parse_manifest(path.read_bytes(), path), formats).files, MANIFEST_NAME, SIGNATURE_NAME}
+    for name in (MANIFEST_NAME, *parts):
+        entry = release.files[name]
+        if store.bytes_of(entry.sha256, entry.bytes) != entry.bytes:
+            _make_room(prefix, release, entry.bytes, quota_mb, say)
+            blobs.receive(store, entry.sha256, entry.bytes)
+        texts[name] = store.path(entry.sha256).read_bytes()
+    manifest = parse_manifest(texts[MANIFEST_NAME], store.path(release.files[MANIFEST_NAME].sha256))
+    names = {*of_formats(with_parts(manifest, texts.get, require_author), formats).files, *unlisted(release.files)}
     files = {name: file for name, file in release.files.items() if name in names}
     return replace(release, files=files, formats=formats)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
+from edgetune_runtime.bundle.parts import LONGEST_PART, Part, identity, parse_part, part_path
+from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.wording import printable, shortened
 
@@ -31,7 +34,12 @@ PIECES = "pieces"
 """Field of a release's own data in TUF's metadata with its pieces (`update.pieces`)."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """The form of names of bundles and channels."""
+OF_PART = "~"
+"""Between the name of a bundle, an adapter of it and a key of its author; none of them has it."""
+_KEY_DIGITS = 16
+_PART_ROLE = re.compile(rf"{ROLE_PREFIX}({NAME.pattern}){OF_PART}({AUTHOR_NAME}){OF_PART}[0-9a-z]{{1,{_KEY_DIGITS}}}")
 _DIGEST = re.compile("[0-9a-f]{64}")
+_FINGERPRINT = re.compile("[!-~]{0,100}")
 _LONGEST_PATH_BYTES = 255
 """The limit of one name in common file systems."""
 _WORD = re.compile("[a-z0-9_]{1,60}")
@@ -48,7 +56,8 @@ class Release:
     in it, the manifest and its signature included. `formats` are those of its base. `manifest_schema` is that of the
     manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any. It is for a `share` of the
     devices, and `older` has the versions that others can take instead, newest first. `pieces` has those of the large
-    texts among the files.
+    texts among the files. `base` is the fingerprint of its base, and `authors` are the roles whose parts its
+    manifest lets replace an adapter; both are empty in releases of earlier versions of edgetune.
     """
 
     name: str
@@ -61,11 +70,13 @@ class Release:
     share: float = 1.0
     older: tuple[int, ...] = ()
     pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    base: str = ""
+    authors: tuple[str, ...] = ()
 
     @property
     def bundle(self) -> str:
-        """The digest of the bundle's manifest, which says what is in it."""
-        return self.files[MANIFEST_NAME].sha256
+        """The `identity` of the bundle: the digest of its manifest, unless it has parts of authors."""
+        return identity({path: entry.sha256 for path, entry in self.files.items()})
 
     def to_json(self) -> str:
         """The text of a release."""
@@ -77,6 +88,65 @@ class Release:
 def path_of(name: str, channel: str, version: int | None = None) -> str:
     """The path of the newest release of a channel among the targets of a repository, or of an older one."""
     return f"{name}/{channel}.json" if version is None else f"{name}/{channel}@{version}.json"
+
+
+@dataclass(frozen=True)
+class ReleasedPart:
+    """An author's part in a repository: the name of the role that signs it, its text, and what that says."""
+
+    role: str
+    data: bytes
+    part: Part
+
+
+def role_of_part(name: str, adapter: str, keyid: str) -> str:
+    """The role that signs the parts of an adapter with one key of its author; the bundle's role delegates to it."""
+    return f"{ROLE_PREFIX}{name}{OF_PART}{adapter}{OF_PART}{keyid[:_KEY_DIGITS]}"
+
+
+def author_of(role: str) -> tuple[str, str]:
+    """The bundle and the adapter whose parts a role signs; empty for a role that signs something else."""
+    match = _PART_ROLE.fullmatch(role)
+    return ("", "") if match is None else (match[1], match[2])
+
+
+def path_of_part(role: str, channel: str) -> str:
+    """The path of the newest part of a role in a channel among the targets of a repository."""
+    name, _, author = role.removeprefix(ROLE_PREFIX).partition(OF_PART)
+    return f"{name}/{channel}{OF_PART}{author}.json"
+
+
+def parse_released_part(data: bytes, role: str) -> ReleasedPart:
+    """The part in a file that a role has signed; errors as of `parse_part`, also for one of another adapter."""
+    name, adapter = author_of(role)
+    part = parse_part(data, f"the part of {adapter}")
+    try:
+        for path, entry in part.files.items():
+            bundle_path(path)
+            file_entry(vars(entry))
+        if len(data) > LONGEST_PART or (part.bundle, part.adapter.name) != (name, adapter):
+            raise ValueError(f"it is of {part.adapter.name!r} in {shortened(part.bundle)!r}, with {len(data)} bytes")
+    except ValueError as error:
+        raise VerificationError(f"the part of {adapter} in {name} is damaged: {error}", _REMEDY) from error
+    return ReleasedPart(role, data, part)
+
+
+def newest_parts(release: Release, parts: Iterable[ReleasedPart]) -> list[ReleasedPart]:
+    """The newest part of each adapter among those that a release allows, and that were made for its base."""
+    fitting = [
+        each for each in parts if each.role in release.authors and each.part.adapter.base_fingerprint == release.base
+    ]
+    ordered = sorted(fitting, key=lambda each: (each.part.version, each.role))
+    return [*{each.part.adapter.name: each for each in ordered}.values()]
+
+
+def with_parts(release: Release, parts: Iterable[ReleasedPart]) -> Release:
+    """The release with parts and their files, beside those that the bundle's owner has released."""
+    files = dict(release.files)
+    for each in parts:
+        text = FileEntry(hashlib.sha256(each.data).hexdigest(), len(each.data))
+        files |= {**each.part.files, part_path(each.part.adapter.name): text}
+    return replace(release, files=files)
 
 
 def version_key(version: str) -> tuple[int, ...]:
@@ -104,6 +174,8 @@ def parse_release(data: bytes) -> Release:
             share=_share(raw.get("share", 1.0)),
             older=tuple(_number(version, _MOST_VERSION) for version in raw.get("older", [])[:MOST_OLDER]),
             pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in pieces.items()},
+            base=_text(raw.get("base", ""), _FINGERPRINT),
+            authors=tuple(_text(role, _PART_ROLE) for role in raw.get("authors", [])[:MOST_AUTHORS]),
         )
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune_runtime.bundle.parts import LONGEST_PART
+from edgetune_runtime.bundle.records import MOST_AUTHORS
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError, importing
 from edgetune_runtime.wording import shortened
 
@@ -26,13 +28,17 @@ from .release import (
     ROOT_VERSION,
     TARGETS_FOLDER,
     Release,
+    ReleasedPart,
+    author_of,
     parse_release,
+    parse_released_part,
     path_of,
+    path_of_part,
 )
 
 with importing("updates need", '"edgetune-runtime[update]"'):
     from tuf.api.exceptions import DownloadError, DownloadHTTPError, ExpiredMetadataError, RepositoryError
-    from tuf.api.metadata import Metadata, Root, TargetFile, Targets, Timestamp
+    from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp
     from tuf.ngclient import FetcherInterface, Updater, UpdaterConfig
 
 if TYPE_CHECKING:
@@ -41,8 +47,10 @@ if TYPE_CHECKING:
 _REMEDY = "publish the bundle again"
 _TIMESTAMP = "timestamp.json"
 _MOST_TIMESTAMP_BYTES = 4000
-_NEWEST, _OLDER = "release.json", "older-release.json"
-"""Files of releases that were read before."""
+_NEWEST, _OLDER, _PART = "release.json", "older-release.json", "part-of-{}.json"
+"""Files of releases and parts that were read before."""
+_CLOCK_ERROR = timedelta(days=1)
+"""How far a clock may be behind what has passed and still count as right."""
 _CONFIG = UpdaterConfig(max_root_rotations=256, timestamp_max_length=_MOST_TIMESTAMP_BYTES)
 
 
@@ -82,14 +90,23 @@ class TrustedRepository:
         with self._errors():
             self._updater.refresh()
             timestamp = Metadata[Timestamp].from_file(str(path)).signed
-            self.issued = max(self.issued, issued_of(timestamp))
+            issued = issued_of(timestamp)
+        clock = datetime.now(UTC)
+        if clock >= self.issued - _CLOCK_ERROR:
+            # Who has the key must not make all that is signed later look expired to a device whose clock is right.
+            issued = min(issued, clock)
+        self.issued = max(self.issued, issued)
 
     def names(self) -> list[str]:
         """The bundles of the repository, after `refresh`."""
-        with self._errors():
-            delegations = Metadata[Targets].from_file(str(self._folder / "targets.json")).signed.delegations
+        delegations = self._metadata(Targets.type).delegations
         roles = {} if delegations is None else delegations.roles or {}
         return [role.removeprefix(ROLE_PREFIX) for role in map(str, roles) if role.startswith(ROLE_PREFIX)]
+
+    def _metadata(self, role: str) -> Targets:
+        """The metadata of a role that was verified last."""
+        with self._errors():
+            return Metadata[Targets].from_file(str(self._folder / f"{role}.json")).signed
 
     def release(self, name: str, channel: str, version: int | None = None) -> Release:
         """The newest release of a bundle in a channel, or an older one, after `refresh`; NotFoundError without it."""
@@ -105,17 +122,40 @@ class TrustedRepository:
             raise VerificationError(message, _REMEDY)
         return release
 
-    def read_target(self, path: str, cached: Path) -> bytes | None:
+    def parts(self, name: str, channel: str) -> list[ReleasedPart]:
+        """The newest part of each key of the bundle's authors in a channel, after `release`.
+
+        VerificationError if the metadata of one is not acceptable, or its part is damaged.
+        """
+        delegations = self._metadata(f"{ROLE_PREFIX}{name}").delegations
+        granted = (None if delegations is None else delegations.roles) or {}
+        with self._errors():
+            listed = Metadata[Snapshot].from_file(str(self._folder / "snapshot.json")).signed.meta
+        # Who has not published anything yet has no metadata.
+        roles = [role for role in granted if author_of(role)[0] == name and f"{role}.json" in listed]
+        if len(roles) > MOST_AUTHORS:
+            raise VerificationError(f"{name} has {len(roles)} keys of authors", _REMEDY)
+        parts = []
+        for role in roles:
+            data = self.read_target(path_of_part(role, channel), self._folder / _PART.format(role), LONGEST_PART)
+            if self._metadata(role).delegations is not None:
+                # Python-tuf keeps metadata by its role, and would take that of another bundle or author from here.
+                raise VerificationError(f"the author's role {role} delegates to others", _REMEDY)
+            if data is not None:
+                parts.append(parse_released_part(data, role))
+        return parts
+
+    def read_target(self, path: str, cached: Path, most_bytes: int = LONGEST_RELEASE) -> bytes | None:
         """The contents of a target, which the file `cached` keeps; None if there is none with this path."""
         with self._errors():
             target = self._updater.get_targetinfo(path)
             if target is None:
                 return None
-            if target.length > LONGEST_RELEASE:
+            if target.length > most_bytes:
                 raise VerificationError(f"the release {path} has {target.length} bytes", _REMEDY)
             if self._updater.find_cached_target(target, str(cached)) is None:
                 self._fetcher.pieces = _pieces_of(target)
-                before = (path for path in (self._folder / _NEWEST, self._folder / _OLDER) if path.is_file())
+                before = (path for path in {cached, self._folder / _NEWEST, self._folder / _OLDER} if path.is_file())
                 self._fetcher.known = known_pieces([*self._known, *(path.read_bytes() for path in before)])
                 self._updater.download_target(target, str(cached), f"{self._location.text}/{TARGETS_FOLDER}")
             return cached.read_bytes()

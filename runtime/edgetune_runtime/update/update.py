@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from .current import current_kit
 from .description import describe, make_environment, text_of_release
 from .download import Blobs, download, of_wanted_formats
 from .fetch import Location
-from .release import NAME, Release
+from .release import NAME, Release, newest_parts, path_of_part, with_parts
 from .rollout import Choice, choose, device_id, why_not_run
 from .state import (
     FOLDER,
@@ -53,11 +54,20 @@ class UpdateSource:
 
 @dataclass(frozen=True)
 class DeviceRelease:
-    """The release for a device, and what it has: `reason` says why it does not want another one."""
+    """The release for a device, and what it has: `reason` says why it does not want another one.
+
+    `parts` has the versions of its authors' parts by their paths in the repository.
+    """
 
     choice: Choice
     current: Kit | None
     state: UpdateState
+    parts: Mapping[str, int]
+
+    @property
+    def floors(self) -> dict[str, int]:
+        """What the device has once the release is current, by the names of bundles and the paths of parts."""
+        return {**self.state.floors, self.release.name: self.release.version, **self.parts}
 
     @property
     def release(self) -> Release:
@@ -159,10 +169,15 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
     trusted.refresh()
     name = source.bundle or state.bundle or _name_among(trusted.names(), current)
     release = trusted.release(name, source.channel or state.channel)
-    floor = state.floors.get(name, 0)
-    if release.version < floor:
-        message = f"release {release.version} of {name} is older than {floor}, which this device had"
-        raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
+    parts, floor = trusted.parts(name, release.channel), state.floors.get(name, 0)
+    versions_found = [(f"release {release.version} of {name}", release.version, floor)]
+    for each in parts:
+        title = f"part {each.part.version} of {each.part.adapter.name} in {name}"
+        versions_found.append((title, each.part.version, state.floors.get(path_of_part(each.role, release.channel), 0)))
+    for title, version, least in versions_found:
+        if version < least:
+            message = f"{title} is older than {least}, which this device had"
+            raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
     device = device_id(name, state.device)
     with changing(prefix):
@@ -183,7 +198,10 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
             write_trusted_root(prefix, root)
         write_state(prefix, state)
     choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
-    return DeviceRelease(choice, current, state)
+    parts = newest_parts(choice.release, parts)
+    choice = replace(choice, release=with_parts(choice.release, parts))
+    floors = {path_of_part(each.role, release.channel): each.part.version for each in parts}
+    return DeviceRelease(choice, current, state, floors)
 
 
 def _name_among(names: list[str], current: Kit | None) -> str:
@@ -214,7 +232,7 @@ def _activate(prefix: Path, kit: Kit, newest: DeviceRelease, say: Say) -> bool:
         count = state.failures.get(release.bundle, 0) + 1
         write_state(prefix, replace(state, failures={**state.failures, release.bundle: count}))
         raise
-    write_state(prefix, replace(state, floors={**state.floors, release.name: release.version}))
+    write_state(prefix, replace(state, floors=newest.floors))
     return changed
 
 
@@ -226,7 +244,5 @@ def _finish(prefix: Path, newest: DeviceRelease, say: Say) -> bool:
         return False
     if newest.state.switching == newest.current.version:
         return _activate(prefix, newest.current, newest, say)
-    write_state(
-        prefix, replace(newest.state, floors={**newest.state.floors, newest.release.name: newest.release.version})
-    )
+    write_state(prefix, replace(newest.state, floors=newest.floors))
     return False

@@ -24,8 +24,9 @@ from edgetune_devices import boards, fit
 from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
-from edgetune_runtime.bundle.signatures import require_signed
+from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
@@ -34,7 +35,7 @@ from edgetune_runtime.store.opening import Opening
 from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
-from repositories import make_keys
+from repositories import add_part, make_keys
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 from wheels import repack
@@ -96,13 +97,16 @@ def set_offline(patch: pytest.MonkeyPatch, wheelhouse: Path) -> None:
 
 @pytest.fixture(scope="module")
 def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of both formats with the golden answers of this machine."""
+    """A bundle of both formats with the golden answers of this machine, whose adapter its author has signed."""
     source = tiny_source("llama")
     adapters = {"command": Adapter(low_rank(source.path, seed=1))}
     bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", source.path, adapters)
     add_onnx(bundle, source, adapters)
     add_golden(bundle, ("gguf", "onnx"))
-    sign(bundle, make_keys(bundle.parent / "keys"))
+    keys = make_keys(bundle.parent / "keys")
+    keys.add("bundles/home/command")
+    sign(bundle, keys)
+    add_part(bundle, keys, chosen_adapter(read_manifest(bundle), bundle, "command"))
     return bundle
 
 
@@ -189,7 +193,8 @@ def test_the_same_bundle_gives_the_same_bytes(
     # The bundle's files for the other engine stay here.
     assert list(read_manifest(home).base.files) == ["gguf", "onnx"]
     assert list(read_manifest(folder / "bundle").base.files) == ["onnx"]
-    require_signed(folder / "bundle", home.parent / "keys/trusted-keys.json")
+    signed = read_signed_manifest(folder / "bundle", home.parent / "keys/trusted-keys.json")
+    assert signed.adapter("command").files["onnx"].startswith("authors/command/")
 
 
 def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:

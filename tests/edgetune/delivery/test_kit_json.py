@@ -107,7 +107,9 @@ def test_a_file_is_listed_once(text: str) -> None:
     assert "twice" in refused(text, files=[*files, files[0]])
 
 
-def test_a_kit_json_of_any_size_is_read_up_to_a_limit(tmp_path: Path) -> None:
-    (tmp_path / KIT_NAME).write_bytes(b" " * 10**7 + b"{}")
-    with pytest.raises(VerificationError, match="more than 10000000 bytes"):
-        read_kit(tmp_path)
+def test_a_kit_json_of_any_size_is_read_up_to_a_limit_and_none_beyond_it_is_made(tmp_path: Path) -> None:
+    text = " " * 10**7 + "{}"
+    (tmp_path / KIT_NAME).write_text(text)
+    for read, source in ((read_kit, tmp_path), (parse_kit, text)):
+        with pytest.raises(VerificationError, match="more than 10000000 bytes"):
+            read(source)

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import MANIFEST_NAME
+from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
+from edgetune_runtime.bundle.parts import part_path
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import UsageError, VerificationError
-from repositories import make_keys
+from edgetune_runtime.inference.adapter_changes import chosen_adapter
+from repositories import add_part, make_keys
 
 from edgetune.delivery.publish.key_folder import BUNDLES
 from edgetune.delivery.publish.publish import sign
@@ -54,3 +58,47 @@ def test_commands_read_nothing_of_a_bundle_whose_signature_is_wrong(
     (copy / MANIFEST_NAME).write_text("{")
     assert main([command, str(copy), "--trusted-keys", str(keys.trusted_keys(BUNDLES))]) == 4
     assert "or its manifest was changed" in capsys.readouterr().err
+
+
+def test_an_adapter_of_its_author_opens_where_the_keys_of_the_bundle_are_trusted(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = make_keys(tmp_path / "keys")
+    keys.add("bundles/home/tone")
+    sign(copy, keys)
+    trusted, owners = keys.trusted_keys(BUNDLES), read_manifest(copy)
+    command = chosen_adapter(owners, copy, "command")
+    with Runtime.open(copy, trusted_keys=trusted) as runtime:
+        before, theirs = (runtime.generate("hello", adapter=name).text for name in ("tone", "command"))
+        assert before != theirs
+        part = add_part(copy, keys, command._replace(entry=replace(command.entry, name="tone")))
+        assert runtime.reload().replaced == ["tone"]
+        assert runtime.generate("hello", adapter="tone").text == theirs
+    with Runtime.open(copy) as runtime:
+        assert runtime.generate("hello", adapter="tone").text == theirs
+    signed = part.read_text()
+    evil = json.loads(signed)
+    evil["part"]["adapter"]["system"] = "Say yes."
+    (copy / "authors/command").mkdir()
+    for name, text, problem in (
+        ("tone", json.dumps(evil), "is not signed by its author's key"),
+        ("tone", signed[:-9], "is damaged"),
+        ("tone", " " * 2**20 + signed, "is not a regular file of up to 1048576 bytes"),
+    ):
+        (copy / part_path(name)).write_text(text)
+        with pytest.raises(VerificationError, match=problem):
+            Runtime.open(copy, trusted_keys=trusted)
+        assert main(["info", str(copy), "--trusted-keys", str(trusted)]) == 4
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    # Only adapters with an author have parts, and only the owner says which those are.
+    part.write_text(signed)
+    (copy / part_path("command")).write_text(signed)
+    assert read_manifest(copy).adapter("command") == owners.adapter("command")
+    raw = json.loads((copy / MANIFEST_NAME).read_text())
+    (copy / MANIFEST_NAME).write_text(
+        json.dumps({**raw, "authors": {**raw["authors"], "command": raw["authors"]["tone"]}})
+    )
+    with pytest.raises(VerificationError, match="or its manifest was changed"):
+        Runtime.open(copy, trusted_keys=trusted)
+    with pytest.raises(VerificationError, match=r"authors/command/part\.json is of the adapter tone of home"):
+        Runtime.open(copy)
