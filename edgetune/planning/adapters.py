@@ -42,8 +42,14 @@ def plan_adapters(
 
 def plan_export(name: str, spec: AdapterSpec, shapes: Mapping[str, str]) -> AdapterPlan:
     """The plan of an adapter without its sizes, which an adapter that is only exported needs no plan of."""
-    dtypes = {target: getattr(spec, backends.format_of(target).dtype_key) for target in backends.names()}
-    return AdapterPlan(name, spec, shapes, dtypes)
+    return AdapterPlan(name, spec, shapes, {target: _dtype_in(target, spec) for target in backends.names()})
+
+
+def _dtype_in(target: str, spec: AdapterSpec) -> str:
+    """The number format of the adapter's file: what the recipe says, or the format's default where it lacks that."""
+    file_format = backends.format_of(target)
+    dtype: str = getattr(spec, file_format.dtype_key)
+    return dtype if dtype in file_format.adapter_dtypes else file_format.adapter_dtypes[0]
 
 
 def with_options(

@@ -149,7 +149,7 @@ def check(
     if error > EXACT:
         limit = max(limit, TOLERANCE_KL_TRUNCATED)
     if not merged:
-        limit = max(limit, *(TOLERANCE_KL_FILE.get(name, loosest) for name in types), 0.0)
+        limit = max([limit, *(TOLERANCE_KL_FILE.get(name, loosest) for name in types)])
     # In this form NaN fails too.
     if not parity.kl <= limit:
         subject = "the plain base" if name is None else f"adapter {name!r}"

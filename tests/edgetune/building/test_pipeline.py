@@ -227,7 +227,8 @@ def test_the_manifest_describes_base_and_adapters(built: Built, tiny_gguf: Calla
     base, types = built.manifest.base, read_header(tiny_gguf("llama")).values_by_type
     assert (base.quantization, base.values_by_type, sum(types.values())) == (None, {"gguf": types}, base.parameters)
     assert (adapters["whole"].quantization, adapters["whole"].values_by_type) == (None, {"gguf": types})
-    assert adapters["plain"].values_by_type == {"gguf": {"f16": adapters["plain"].training["trainable_parameters"]}}
+    assert adapters["plain"].values_by_type["gguf"].keys() == {"f16", "f32"}
+    assert sum(adapters["plain"].values_by_type["gguf"].values()) == adapters["plain"].training["trainable_parameters"]
     assert list(adapters["plain"].modules_by_rank) == [4]
     assert adapters["scaled"].modules_by_rank == {2: base.layers, 9: base.layers, 4: 5 * base.layers}
     for name, entry in adapters.items():
@@ -270,6 +271,7 @@ def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(
     built: Built, tiny_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(parity.TOLERANCE_KL, "f16", -1.0)
+    monkeypatch.setattr(parity, "TOLERANCE_KL_FILE", {"f16": -1.0, "f32": -1.0})
     before = modified(built.bundle)
     recipe = recipe_of(built.bundle.parent, tiny_gguf("llama"), ("plain", "scaled", "whole"))
     with pytest.raises(VerificationError, match="adapter 'plain' does not match the trained model"):
@@ -289,7 +291,7 @@ def test_one_training_ships_in_both_formats(tmp_path: Path, tiny_gguf: Callable[
     assert (types["onnx"]["int4"], types["onnx"]["int8"]) == (types["gguf"]["q4_0"], types["gguf"]["q8_0"])
     assert types["onnx"]["f32"] > types["gguf"]["f32"]
     adapter = manifest.adapters["plain"].values_by_type
-    assert (set(adapter["gguf"]), set(adapter["onnx"])) == ({"f16"}, {"f32"})
+    assert (set(adapter["gguf"]), set(adapter["onnx"])) == ({"f16", "f32"}, {"f32"})
     assert set(manifest.base.files) == set(manifest.adapters["plain"].files) == {"gguf", "onnx"}
     assert set(manifest.base.parity) == {"gguf", "onnx", "gguf/onnx"}
     assert manifest.base.parity["gguf/onnx"]["kl"] < 0.01

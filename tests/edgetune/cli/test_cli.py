@@ -249,7 +249,8 @@ def test_plan_shows_what_a_build_will_do(run: Run, recipe: Path) -> None:
     assert fit["fits"] and fit["adapter_tokens_per_s"] > 0
     reply = found["adapters"]["reply"]
     assert (reply["shapes"], reply["target_modules"]) == ({"gguf": "low_rank"}, "all-linear")
-    assert reply["bytes_by_format"]["gguf"] == 2 * reply["trainable_parameters"] > 0
+    # A in f16, B in f32.
+    assert 2 * reply["trainable_parameters"] < reply["bytes_by_format"]["gguf"] < 4 * reply["trainable_parameters"]
     code, out, _ = run("plan", recipe)
     assert code == 0
     for word in ("needs         memory about ", "as they are", "all-linear, rank", "low_rank", "2 labels", "7 + 2"):

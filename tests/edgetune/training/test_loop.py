@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +260,7 @@ def test_a_run_interrupted_while_it_saves_finishes_the_file(
                     received.clear()
                     os.kill(os.getpid(), signal.SIGINT)
                     assert received.wait(60)
+                    time.sleep(0.2)
             return super().write(data)
 
     def interrupting(state: object, file: io.BufferedWriter) -> None:

@@ -159,8 +159,8 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     cost = {placement.key: share for placement, share in found.by_placement.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
     board, needs = boards.load("pi-5"), bundle_needs(recipe, {}, base.header, None)
-    rank_8 = 8 * (64 + 32)
-    size = AdapterSize(2 * 2 * rank_8, 2)
+    # A in f16 and B in f32, in two layers.
+    size = AdapterSize(2 * 8 * (2 * 64 + 4 * 32), 2)
     predicted = fit.fit(replace(needs, adapters={"command": size}), board)
     assert cost["v_proj-r8"] == 1 - predicted.speed.adapter_tokens_per_s / predicted.speed.decode_tokens_per_s
     assert progress.lines == []
