@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 from edgetune_runtime.formats.atomic import replacing
+from edgetune_runtime.processes.interrupts import interrupts_held
 
 from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
@@ -252,21 +252,9 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "method": dict(self.method.state(self.tuned)),
         }
-        # torch ends the process if an interrupt leaves its archive open, and only the main thread is interrupted.
-        with ThreadPoolExecutor(1) as writer:
-            written, interrupt = writer.submit(self._write, state), None
-            while not written.done():
-                try:
-                    wait([written])
-                except KeyboardInterrupt as error:
-                    interrupt = error
-        written.result()
-        if interrupt is not None:
-            raise interrupt
-
-    def _write(self, state: dict[str, Any]) -> None:
-        # When torch opens the path itself, its error for a full disk does not say so.
-        with replacing(self._state_path) as path, path.open("wb") as file:
+        # When torch opens the path itself, its error for a full disk does not say so. It ends the process if an
+        # interrupt leaves its archive open.
+        with interrupts_held(), replacing(self._state_path) as path, path.open("wb") as file:
             torch.save(state, file)
 
     def detach(self) -> None:

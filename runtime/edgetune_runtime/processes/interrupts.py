@@ -1,9 +1,12 @@
-"""Make Ctrl-C work in command-line tools that were started with SIGINT ignored."""
+"""Make Ctrl-C work in command-line tools that were started with SIGINT ignored, and hold it where it would do harm."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 def end_on_interrupt() -> None:
@@ -14,3 +17,21 @@ def end_on_interrupt() -> None:
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Run the block without interrupts by SIGINT; one that came meanwhile takes effect after it."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        # Only the main thread is interrupted.
+        yield
+        return
+    held = list[tuple[Any, ...]]()
+    signal.signal(signal.SIGINT, lambda *arguments: held.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if held:
+        handler(*held[0])
