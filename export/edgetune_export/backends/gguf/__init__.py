@@ -33,6 +33,11 @@ def factor_types(dtype: str, rank: int, columns: int) -> tuple[str, str]:
     return dtype, dtype
 
 
+def prefix_type(dtype: str) -> str:
+    """The tensor type of the numbers of an adapter without factors."""
+    return "f16" if dtype == AUTO else dtype
+
+
 class _Gguf(Format):
     def low_rank_bytes(self, sizes: Iterable[tuple[int, int, int]], dtype: str) -> float:
         """See `Format.low_rank_bytes`."""
@@ -45,7 +50,7 @@ class _Gguf(Format):
 
     def adapter_bytes(self, values: int, dtype: str) -> float:
         """See `Format.adapter_bytes`."""
-        return super().adapter_bytes(values, "f16" if dtype == AUTO else dtype)
+        return super().adapter_bytes(values, prefix_type(dtype))
 
 
 FORMAT = _Gguf(adapter_dtypes=(AUTO, "f16", "q8_0", "f32"), links_base=True)

@@ -23,7 +23,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.base_file import merge
 from edgetune_export.base_file.quantize import quantize_rows
 
-from . import AUTO, FORMAT, factor_types, stored_rank
+from . import AUTO, FORMAT, factor_types, prefix_type, stored_rank
 from .prefix import write_prefix
 from .writer import adapter_file
 
@@ -54,7 +54,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = AUTO,
         raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(FORMAT.adapter_dtypes)}")
     header = read_header(base)
     if isinstance(adapter, Prefix):
-        write_prefix(adapter, base, out, dtype="f16" if dtype == AUTO else dtype, base_fingerprint=base_fingerprint)
+        write_prefix(adapter, base, out, dtype=prefix_type(dtype), base_fingerprint=base_fingerprint)
         return
     if not isinstance(adapter, LowRank):
         raise IncompatibleError(f"a GGUF adapter cannot hold {adapter.shape}", "choose another target")
