@@ -26,8 +26,8 @@ from securesystemslib.signer import Signer
 
 from .external_keys import signing
 from .key_folder import OF_ONE_BUNDLE, KeyFolder, require_name
-from .one_adapter import require_formats
-from .publish import Published, commit, locked, read_release
+from .one_adapter import newest_release, require_formats
+from .publish import Published, commit, locked
 from .repository import Repository
 
 
@@ -54,10 +54,7 @@ def publish_part(
     verify_files(bundle, manifest, new.files)
     with locked(repo):
         repository = Repository(repo, keys)
-        release = read_release(repository, manifest.name, channel)
-        if release is None:
-            message = f"{repo} has no release of {manifest.name!r} in the channel {channel!r}"
-            raise NotFoundError(message, "its owner must publish the whole bundle first")
+        release = newest_release(repository, manifest.name, channel, "its owner must publish the whole bundle first")
         require_formats(release, new.entry)
         if new.entry.base_fingerprint != release.base:
             message = f"adapter {adapter!r} was made for another base than release {release.version} has"

@@ -35,10 +35,7 @@ def with_adapter(
     bundle = repo / _FOLDER / "bundle"
     manifest = read_manifest(source)
     with locked(repo):
-        release = read_release(Repository(repo, keys), manifest.name, channel)
-        if release is None:
-            message = f"{repo} has no release of {manifest.name!r} in the channel {channel!r}"
-            raise NotFoundError(message, "publish the whole bundle first")
+        release = newest_release(Repository(repo, keys), manifest.name, channel, "publish the whole bundle first")
         require_formats(release, manifest.adapter(adapter))
         shutil.rmtree(bundle.parent, ignore_errors=True)
         try:
@@ -49,6 +46,14 @@ def with_adapter(
             yield bundle, release
         finally:
             shutil.rmtree(bundle.parent, ignore_errors=True)
+
+
+def newest_release(repository: Repository, name: str, channel: str, remedy: str) -> Release:
+    """The newest release of a bundle in a channel; NotFoundError with this remedy if there is none."""
+    release = read_release(repository, name, channel)
+    if release is None:
+        raise NotFoundError(f"{repository.folder} has no release of {name!r} in the channel {channel!r}", remedy)
+    return release
 
 
 def require_formats(release: Release, entry: AdapterEntry) -> None:
