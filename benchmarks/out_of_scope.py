@@ -50,9 +50,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="data_full.json of CLINC150")
     parser.add_argument("--base", default="smollm2-135m", help="the base (default: %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=[10, 100], metavar="N", help="per intent (10 100)")
+    parser.add_argument("--epochs", type=float, help="(default: as training: auto chooses)")
     parser.add_argument("--seeds", type=int, default=1, help="choices of the rows (default: %(default)s)")
     parser.add_argument("--test-rows", type=int, default=500, help="of each kind (default: %(default)s)")
-    options = BENCHMARK.options(parser, rows=[1], test_rows=4)
+    options = BENCHMARK.options(parser, rows=[1], test_rows=4, epochs=0.1)
     data = json.loads(options.data.read_text(encoding="utf-8"))
     lines: list[Result] = []
     with work_folder(options) as work:
@@ -90,6 +91,7 @@ def recipe_of(rows: Sequence[tuple[str, str]], out: Path, options: Namespace) ->
     file = out.with_name(f"{out.name}.jsonl")
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    training = {"auto": True} | ({} if options.epochs is None else {"epochs": options.epochs})
     adapter = {
         "data": {"train": str(file.resolve()), "held_out": 0.1},
         "system": "Name the intent.",
@@ -97,7 +99,7 @@ def recipe_of(rows: Sequence[tuple[str, str]], out: Path, options: Namespace) ->
         "out_of_scope": True,
         "golden": False,
         "draft": False,
-        "training": {"auto": True},
+        "training": training,
     }
     values = {"name": "out-of-scope", "base": options.base, "quantization": "q4_0", "context_length": 256}
     return Recipe.from_dict({**values, "targets": list(options.only), "adapters": {ADAPTER: adapter}})
