@@ -138,8 +138,9 @@ def _router_problems(recipe: Recipe, existing: ExistingBundle) -> list[str]:
     lacking = [name for name in manifest.adapters if name not in recipe.adapters]
     if route.adapters is None and lacking:
         problems.append(
-            f"route would train a router without {first_of(lacking, 20, ', ')}, of which the recipe has no rows; add what "
-            f"{existing.folder} has to its adapters, name those to choose from in route.adapters, or leave out route"
+            f"route would train a router without {first_of(lacking, 20, ', ')}, of which the recipe has no rows; "
+            f"add what {existing.folder} has to its adapters, name those to choose from in route.adapters, or leave "
+            "out route"
         )
     return problems
 
