@@ -145,8 +145,8 @@ class UnsureRule:
     """What becomes of answers whose confidence is below `min_confidence`, or not known.
 
     `then` says what answers instead: `ask` (the text `question`), `base`, an adapter, `error` (none), or `defer` (the
-    bigger model whose address the runtime was given; without one, the answer is marked). With `mark`, the answer is
-    only marked.
+    bigger model whose address the runtime was given). With `mark`, without that address, and where the adapter is not
+    in the bundle, the answer is only marked.
     """
 
     min_confidence: float

@@ -325,8 +325,9 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Remove an adapter with its states, draft table and output constraint, in memory and in the cache folder.
 
         Calls that run with it end normally, and this one waits for them; later ones, and those that still wait for a
-        context, raise NotFoundError. NotFoundError for an unknown name, UsageError, which changes nothing, if only
-        streams that this thread read last use it.
+        context, raise NotFoundError. Unsure answers that it was to answer are only marked, with a warning in the log.
+        NotFoundError for an unknown name, UsageError, which changes nothing, if only streams that this thread read last
+        use it.
         """
         with self._loaded.changing:
             self._loaded.drop(name)
