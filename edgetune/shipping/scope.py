@@ -19,10 +19,17 @@ from edgetune_runtime.bundle import Manifest, Scope
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import PromptTooLongError
 from edgetune_runtime.inference.measuring import logits_after
-from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
+from edgetune_runtime.inference.similarity import (
+    MAX_PROMPTS,
+    SIMILARITY_FILE,
+    TrainingPrompts,
+    compared_tokens,
+    write_prompts,
+)
 
 from edgetune.common.progress import Progress
 from edgetune.recipe.parts import OutOfScopeSpec
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import spread
 
 from .exported import TrainedAdapter
@@ -30,6 +37,8 @@ from .opened import opened
 
 MAX_ROWS = 300
 """Rows per adapter and format: more make builds longer, and thresholds little better."""
+_LEAST_PER_LABEL = 3
+"""Training prompts of each label to compare with, where MAX_ROWS are fewer: a label may have several kinds of texts."""
 _SMALLEST_SPREAD = 1e-3
 _LOWEST = -1e6
 """The score of a text with the label of those that are out of scope."""
@@ -85,11 +94,17 @@ def described(scope: Scope) -> str:
     return f"{shares}, are {scope.label}{limit}"
 
 
-def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[Logits]:
-    rows = [row for row in adapter.known_rows if row.completion != label]
-    for row in spread(rows, MAX_ROWS):
+def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[tuple[str, Logits]]:
+    """The labels of some training prompts, as many of each, and the logits after them."""
+    by_label: dict[str, list[TaskRow]] = {}
+    for row in adapter.known_rows:
+        if row.completion is not None and row.completion != label:
+            by_label.setdefault(row.completion, []).append(row)
+    count = max(_LEAST_PER_LABEL, MAX_ROWS // max(1, len(by_label)))
+    rows = [(name, row) for name, own in by_label.items() for row in spread(own, count)]
+    for name, row in spread(rows, MAX_PROMPTS):
         with suppress(PromptTooLongError):
-            yield logits_after(runtime, row.messages or (), adapter.name)
+            yield name, logits_after(runtime, row.messages or (), adapter.name)
 
 
 def _answers(
@@ -102,7 +117,7 @@ def _answers(
         with suppress(PromptTooLongError):
             classification = runtime.classify(messages, adapter=adapter.name)
             if prompts is not None:
-                similarity = prompts.similarity(logits_after(runtime, messages, adapter.name))
+                similarity = max(prompts.similarities(logits_after(runtime, messages, adapter.name)).values())
             yield ScopeAnswer(
                 row.completion != label, classification.label != label, classification.log_odds, similarity
             )

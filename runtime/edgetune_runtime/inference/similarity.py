@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 SIMILARITY_FILE = "similarity.bin"
 KIND = "edgetune-similarity"
-MAX_PROMPTS = 1000
+MAX_PROMPTS = 3000
 _MAX_WIDTH = 1 << 14
 _TOKENS = 1024
 """How many tokens' logits a state is computed from: more than most bases have values in it."""
@@ -31,30 +32,34 @@ Matrix = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class TrainingPrompts:
-    """The states after training prompts.
+    """The states after training prompts, and the labels of these.
 
     `basis` [tokens, width] maps the logits of `compared_tokens` to a state; `directions` [prompts, width] are states of
     length 1.
     """
 
     basis: Matrix
+    labels: tuple[str, ...]
     directions: Matrix
 
     @classmethod
-    def of(cls, basis: npt.NDArray[np.floating], logits: Iterable[Logits]) -> TrainingPrompts:
-        """From the logits after each of the prompts."""
+    def of(cls, basis: npt.NDArray[np.floating], logits: Iterable[tuple[str, Logits]]) -> TrainingPrompts:
+        """From the label of each of the prompts, and the logits after it."""
         small = basis.astype(np.float16)
-        return cls(small, np.array([_direction(small, row) for row in logits], np.float16))
+        states = [(label, _direction(small, row)) for label, row in logits]
+        return cls(small, tuple(label for label, _ in states), np.array([state for _, state in states], np.float16))
 
-    def similarity(self, logits: Logits) -> float:
-        """The cosine between the state after a prompt and the nearest one of these, from the logits after it.
+    def similarities(self, logits: Logits) -> dict[str, float]:
+        """The cosine between the state after a prompt and the nearest one of each label, from the logits after it.
 
         VerificationError if they were made for a vocabulary of another size.
         """
         if len(self.basis) != len(compared_tokens(len(logits))):
             message = f"training prompts of {len(self.basis)} tokens are for another vocabulary than {len(logits)}"
             raise VerificationError(message, COPY_BUNDLE_AGAIN)
-        return float((self.directions.astype(np.float32) @ _direction(self.basis, logits)).max())
+        cosines = (self.directions.astype(np.float32) @ _direction(self.basis, logits)).tolist()
+        # Of the cosines of a label, the last and highest one stays.
+        return dict(sorted(zip(self.labels, cosines, strict=True), key=itemgetter(1)))
 
 
 def compared_tokens(vocabulary: int) -> npt.NDArray[np.int64]:
@@ -69,9 +74,8 @@ def _direction(basis: Matrix, logits: Logits) -> npt.NDArray[np.float32]:
 
 def write_prompts(path: Path, prompts: TrainingPrompts) -> None:
     """Write `similarity.bin`; OutOfSpaceError on a full disk."""
-    matrices = (prompts.basis, prompts.directions)
-    data = b"".join(matrix.astype("<f2").tobytes() for matrix in matrices)
-    about = {"tokens": len(prompts.basis), "prompts": len(prompts.directions), "width": prompts.basis.shape[1]}
+    data = b"".join(matrix.astype("<f2").tobytes() for matrix in (prompts.basis, prompts.directions))
+    about = {"tokens": len(prompts.basis), "labels": prompts.labels, "width": prompts.basis.shape[1]}
     write_checked(path, KIND, about, memoryview(data))
 
 
@@ -79,10 +83,11 @@ def read_prompts(path: Path) -> TrainingPrompts:
     """Read the file that `write_prompts` wrote; VerificationError for any other file."""
     max_bytes = 2 * (MAX_PROMPTS + _TOKENS) * _MAX_WIDTH
     with parsing_checked(path, KIND, "a file of training prompts", max_bytes=max_bytes) as stored:
-        tokens, prompts, width = (int(stored.about[name]) for name in ("tokens", "prompts", "width"))
-        if min(tokens, prompts, width) < 1:
-            raise ValueError(f"it has {tokens} tokens, {prompts} prompts and {width} values per state")
-        values = np.frombuffer(stored.data, "<f2").reshape(tokens + prompts, width)
+        labels = tuple(map(str, stored.about["labels"]))
+        tokens, width = (int(stored.about[name]) for name in ("tokens", "width"))
+        if min(tokens, len(labels), width) < 1:
+            raise ValueError(f"it has {tokens} tokens, {len(labels)} prompts and {width} values per state")
+        values = np.frombuffer(stored.data, "<f2").reshape(tokens + len(labels), width)
         if not np.isfinite(values).all():
             raise ValueError("it has values that are not finite")
-        return TrainingPrompts(values[:tokens], values[tokens:])
+        return TrainingPrompts(values[:tokens], labels, values[tokens:])
