@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import struct
 import time
@@ -16,6 +17,7 @@ from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.machine_speed import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.threads.machine import disturbance, free_mb, usable_cores
+from edgetune_runtime.wording import printable
 
 from . import boards
 
@@ -86,9 +88,5 @@ def _measured(bundle: Path | None, engine: str | None, threads: int, when: str) 
 
 
 def _toml(value: object) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else " " for c in escaped) + '"'
-    return str(value)
+    """A value of TOML, which writes texts without control characters, numbers and lists of them as JSON does."""
+    return printable(json.dumps(value, ensure_ascii=False))

@@ -12,7 +12,8 @@ from pathlib import Path
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, parse_manifest, read_manifest, sha256_of
 from edgetune_runtime.bundle.signatures import unlisted
 from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space, require_space, swap_in
+from edgetune_runtime.formats.atomic import raising_out_of_space, require_space, swap_in
+from edgetune_runtime.store.durable import flush_tree
 
 PARTS = ("base", "adapters", "authors")
 
@@ -41,7 +42,7 @@ def pack(work: Path, out: Path, manifest: Manifest, steps: Sequence[Complete] = 
             filled = _fill(temporary, staged, manifest)
             for step in steps:
                 filled = _write_manifest(temporary, step(temporary, filled))
-            _flush(temporary)
+            flush_tree(temporary)
             swap_in(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -98,12 +99,6 @@ def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         files[name] = FileEntry(sha256_of(folder / name), (folder / name).stat().st_size)
     (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
     return read_manifest(folder)
-
-
-def _flush(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for path in (*(Path(root, name) for name in names), Path(root)):
-            flush_to_disk(path)
 
 
 def _clean_up(out: Path) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .wording import printable
+from .wording import printable, shortened
 
 
 class EdgetuneError(Exception):
@@ -109,3 +109,12 @@ def importing(need: str, install: str) -> Iterator[None]:
     except ImportError as error:
         message = f"{need} {error.name}, which is not installed"
         raise IncompatibleError(message, f"run: pip install {install}") from error
+
+
+@contextmanager
+def parsing(problem: str, remedy: str) -> Iterator[None]:
+    """Turn what Python raises at values that a block does not expect into a VerificationError: `problem`, and why."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise VerificationError(f"{problem}: {shortened(str(error))}", remedy) from error

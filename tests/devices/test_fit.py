@@ -17,7 +17,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
 from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
+from edgetune_runtime.engines.gguf.needs import recurrent_sizes
 from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader, TensorInfo, read_header
@@ -166,7 +166,7 @@ import sys
 from pathlib import Path
 from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.engines.gguf.sizes import recurrent_sizes
+from edgetune_runtime.engines.gguf.needs import recurrent_sizes
 engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1, repack=sys.argv[2] == "repacked")
 engine.decode([3 + number % 300 for number in range(500)])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

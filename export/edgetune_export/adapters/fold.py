@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError, parsing
 from edgetune_runtime.wording import first_of
 from safetensors import SafetensorError, deserialize
 
@@ -121,12 +121,11 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """The contents of adapter_config.json; NotFoundError if there is none, VerificationError if it is damaged."""
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        with parsing(f"{path} is not JSON", _SAVE_AGAIN):
+            config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = "use a folder written by PEFT's save_pretrained"
         raise NotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_NAME}", remedy) from error
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", _SAVE_AGAIN) from error
     if not isinstance(config, dict):
         raise VerificationError(f"{path} is not a JSON object", _SAVE_AGAIN)
     return config

@@ -75,6 +75,8 @@ class Architecture:
     norms_per_layer: int = 2
     """Norms of a layer over vectors of the model's width."""
     norms_queries_and_keys: bool = False
+    scales_embeddings: bool = False
+    """Whether embeddings are multiplied by the square root of their width, which onnxruntime-genai's builder rounds."""
     norm_names: Mapping[str, str] = field(default_factory=dict)
     """Its names of norms that onnxruntime-genai's builder calls as most architectures do."""
     interleaves_rows: bool = False
@@ -190,8 +192,11 @@ class Architecture:
         return {}
 
     def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Entries of config.json that onnxruntime-genai's builder needs in another form than transformers writes."""
-        return {}
+        """Entries of config.json that onnxruntime-genai's builder needs in another form than transformers writes.
+
+        Where a class is multimodal, it knows that one only, of which it writes the text part.
+        """
+        return {"architectures": [self.multimodal[1]]} if self.multimodal[1] else {}
 
     def value_heads(self, _header: GgufHeader, _tensor: str) -> ValueHeads | None:
         """The value heads in the rows, or columns, of a tensor of a layer, named without its layer, which llama.cpp's
@@ -201,7 +206,3 @@ class Architecture:
     def rotates(self, _layer: int) -> bool:
         """Whether a layer's attention has a rotary embedding."""
         return True
-
-    def embedding_scale(self, _header: GgufHeader) -> float | None:
-        """The factor on embeddings if onnxruntime-genai's builder rounds it, else None."""
-        return None

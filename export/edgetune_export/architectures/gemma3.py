@@ -3,7 +3,6 @@ sliding-window layers between layers with full attention."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,11 +33,13 @@ class _Gemma3(Architecture):
         local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
         return {"rope_parameters": {**rope, **rope["full_attention"], **local}}
 
-    def embedding_scale(self, header: GgufHeader) -> float | None:
-        """The square root of the width; the builder rounds it to two decimals."""
-        return math.sqrt(header.metadata["gemma3.embedding_length"])
-
 
 ARCHITECTURE = _Gemma3(
-    "gemma3", ("gemma3_text",), "Gemma3", norm_offset=1.0, norms_per_layer=4, norms_queries_and_keys=True
+    "gemma3",
+    ("gemma3_text",),
+    "Gemma3",
+    norm_offset=1.0,
+    norms_per_layer=4,
+    norms_queries_and_keys=True,
+    scales_embeddings=True,
 )

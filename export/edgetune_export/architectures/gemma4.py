@@ -3,7 +3,6 @@ multimodal checkpoints, the text part."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,14 +87,6 @@ class _Gemma4(Architecture):
             },
         }
 
-    def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The builder knows the multimodal class only, of which it writes the text part."""
-        return {"architectures": [self.multimodal[1]]}
-
-    def embedding_scale(self, header: GgufHeader) -> float | None:
-        """The square root of the width; the builder rounds it to two decimals."""
-        return math.sqrt(number(header, "embedding_length"))
-
     def logits_of(self, output: Any, config: Any) -> Any:  # noqa: ANN401 - a tensor, and transformers' configuration
         """Between minus and plus final_logit_softcapping."""
         cap = config.final_logit_softcapping
@@ -130,6 +121,7 @@ ARCHITECTURE = _Gemma4(
     "Gemma4",
     norms_per_layer=5,
     norms_queries_and_keys=True,
+    scales_embeddings=True,
     norm_names={"post_per_layer_input_layernorm": "post_per_layer_input_norm"},
     linear_modules=(
         *LINEAR_MODULES,

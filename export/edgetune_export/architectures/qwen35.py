@@ -67,10 +67,6 @@ class _Qwen35(Architecture):
         before = 2 * groups * number(header, "ssm.state_size") if tensor in _OF_ALL_HEADS else 0
         return ValueHeads(heads, groups, before, in_columns=tensor == _READS_VALUES)
 
-    def builder_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The builder knows the multimodal class only, of which it writes the text part."""
-        return {"architectures": [self.multimodal[1]]}
-
 
 def _check_heads(keys: int, values: int) -> None:
     if keys < 1 or values % keys:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
 
 from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
@@ -60,14 +60,12 @@ def check_folder(folder: Path) -> Architecture:
     architecture = architectures.of_model_type(config["model_type"], str(folder))
     text = architecture.text_part(config)
     _check_sizes(text, path)
-    try:
+    with parsing(f"{path} is damaged", "download the model again"):
         architecture.check_config(text)
         entries = architecture.header_entries(text)
         wrong = [key for key, value in entries.items() if not _is_whole(value)]
         if wrong:
             raise ValueError(f"{wrong[0]} would be {entries[wrong[0]]!r}")
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise VerificationError(f"{path} is damaged: {error}", "download the model again") from error
     _check_weights(folder)
     multimodal_type, multimodal_class = architecture.multimodal
     is_multimodal = config["model_type"] == multimodal_type

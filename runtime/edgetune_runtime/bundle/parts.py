@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
@@ -73,7 +73,7 @@ def parse_part(data: bytes, where: str) -> Part:
 
     VerificationError if it is damaged or names files outside its folder, IncompatibleError if it has a newer schema.
     """
-    try:
+    with parsing(f"{where} is damaged", COPY_BUNDLE_AGAIN):
         raw = json.loads(data)
         about = raw["part"]
         if about["schema"] != SCHEMA_VERSION:
@@ -94,8 +94,6 @@ def parse_part(data: bytes, where: str) -> Part:
             raise ValueError(f"it names {next(iter(outside or named - part.files.keys()))!r}, which is not its own")
         if not re.fullmatch(AUTHOR_NAME, part.adapter.name) or not 1 <= part.version <= _MOST_VERSION:
             raise ValueError(f"it is version {part.version} of {part.adapter.name!r}")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"{where} is damaged: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
     return part
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError, parsing
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable, shortened
 
@@ -40,10 +40,8 @@ from .records import (
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:
     """The manifest in `data`, read from `path`, without parts; errors as those of `read_manifest` for a wrong one."""
-    try:
+    with parsing(f"{path} is not JSON", COPY_BUNDLE_AGAIN):
         raw = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
         raise VerificationError(f"{path} has no schema number", COPY_BUNDLE_AGAIN)
     if raw["schema"] != SCHEMA_VERSION:
@@ -62,7 +60,7 @@ def check(manifest: Manifest, path: Path) -> None:
 
 
 def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
-    try:
+    with parsing(f"{path} is not a manifest", COPY_BUNDLE_AGAIN):
         adapters = {name: parse_adapter(value) for name, value in raw["adapters"].items()}
         files = {name: dataclass_of(FileEntry, value) for name, value in raw["files"].items()}
         entry = raw["base"]
@@ -71,8 +69,6 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
         base = dataclass_of(BaseEntry, {**before, **entry})
         router = None if raw.get("router") is None else _router(raw["router"])
         return dataclass_of(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise VerificationError(f"{path} is not a manifest: {error}", COPY_BUNDLE_AGAIN) from error
 
 
 def parse_adapter(raw: Mapping[str, Any]) -> AdapterEntry:

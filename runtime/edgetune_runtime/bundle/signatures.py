@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_runtime.errors import NotFoundError, VerificationError, importing
-from edgetune_runtime.wording import shortened
+from edgetune_runtime.errors import NotFoundError, VerificationError, importing, parsing
 
 from . import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
 from .parts import Part, part_path, parts_among, parts_in, signed_bytes, with_files_of
@@ -21,7 +20,6 @@ SIGNATURE_NAME = f"{MANIFEST_NAME}.sig"
 _PURPOSE = b"edgetune manifest\n"
 """Signed in front of a manifest, so that no signature for another purpose fits."""
 LONGEST_SIGNATURE = 1 << 16
-_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _UNSIGNED = "use a bundle that is signed: edgetune publish, or edgetune keys sign"
 
 
@@ -39,14 +37,12 @@ def read_trusted_keys(path: Path, least: int = 1) -> Mapping[str, Key]:
         from securesystemslib.signer import Key  # noqa: PLC0415 - part of an extra
 
     try:
-        raw = json.loads(_read(path))
-        keys = {str(keyid): Key.from_dict(keyid, value) for keyid, value in raw["keys"].items()}
+        with parsing(f"{path} is not a file of trusted keys", "copy it again"):
+            raw = json.loads(_read(path))["keys"]
+            keys = {str(keyid): Key.from_dict(keyid, value) for keyid, value in raw.items()}
     except OSError as error:
         remedy = "give the trusted-keys.json of `edgetune keys init`"
         raise NotFoundError(f"cannot read the trusted keys {path}: {error.strerror}", remedy) from error
-    except _DAMAGED as error:
-        message = f"{path} is not a file of trusted keys: {shortened(str(error))}"
-        raise VerificationError(message, "copy it again") from error
     if len(keys) < least:
         raise VerificationError(f"{path} has no keys", "copy it again")
     return keys
@@ -99,9 +95,10 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     """
     keys = read_trusted_keys(trusted)
     try:
-        manifest = _read(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
-        raw: Any = json.loads(_read(bundle / SIGNATURE_NAME))
-        signatures = _parsed(raw["signatures"])
+        with parsing(f"{bundle / SIGNATURE_NAME} is damaged", "copy the bundle again"):
+            manifest = _read(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
+            raw: Any = json.loads(_read(bundle / SIGNATURE_NAME))
+            signatures = _parsed(raw["signatures"])
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         if missing == MANIFEST_NAME:
@@ -109,9 +106,6 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
         raise VerificationError(f"{bundle} is not signed: it has no {missing}", _UNSIGNED) from error
     except OSError as error:
         raise VerificationError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
-    except _DAMAGED as error:
-        message = f"{bundle / SIGNATURE_NAME} is damaged: {shortened(str(error))}"
-        raise VerificationError(message, "copy the bundle again") from error
     if not _is_signed(_PURPOSE + manifest, signatures, keys):
         message = f"{bundle} is not signed by a key in {trusted}, or its manifest was changed"
         raise VerificationError(message, "do not use this bundle")
@@ -121,14 +115,11 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
 def require_author(part: Part, keys: Mapping[str, Any]) -> None:
     """VerificationError unless a part is signed by one of these keys, which the manifest has as JSON values."""
     path = part_path(part.adapter.name)
-    try:
+    with parsing(f"{path} or the keys of its author are damaged", "copy the bundle again"):
         from securesystemslib.signer import Key  # noqa: PLC0415 - as above
 
         authors = {keyid: Key.from_dict(keyid, dict(value)) for keyid, value in keys.items()}
         signatures = _parsed(part.signatures)
-    except _DAMAGED as error:
-        message = f"{path} or the keys of its author are damaged: {shortened(str(error))}"
-        raise VerificationError(message, "copy the bundle again") from error
     if not _is_signed(part.signed, signatures, authors):
         message = f"{path} is not signed by its author's key, or was changed"
         raise VerificationError(message, "do not use this bundle")

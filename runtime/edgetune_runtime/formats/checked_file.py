@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
+from edgetune_runtime.errors import parsing
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
 
 from .atomic import replacing
 from .regular_file import open_regular
@@ -72,12 +72,10 @@ def parsing_checked(path: Path, kind: str, what: str, *, max_bytes: float = math
     the block raises at values that it does not expect.
     """
     stored = read_checked(path, kind, max_bytes=max_bytes)
-    try:
+    with parsing(f"{path} is not {what}", COPY_BUNDLE_AGAIN):
         if stored is None:
             raise ValueError("its checksum or length is wrong")
         yield stored
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise VerificationError(f"{path} is not {what}: {shortened(str(error))}", COPY_BUNDLE_AGAIN) from error
 
 
 def read_about(path: Path, kind: str) -> Mapping[str, Any] | None:

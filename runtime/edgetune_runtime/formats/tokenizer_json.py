@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import VerificationError, parsing
 from edgetune_runtime.wording import first_of
 
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -83,10 +83,8 @@ _KEYS = frozenset(("version", "truncation", "padding", "added_tokens", "model", 
 def check_tokenizer(text: str, path: Path) -> None:
     """VerificationError, with up to three problems, for a `tokenizer.json` with anything that is not in the list."""
     remedy = "build or copy the bundle again, or choose another base"
-    try:
+    with parsing(f"{path} is not JSON", remedy):
         values = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", remedy) from error
     problems = list(_wrong(values)) if isinstance(values, dict) else ["it is not an object"]
     if problems:
         raise VerificationError(f"{path} is not a tokenizer that is known here: {first_of(problems)}", remedy)

@@ -92,6 +92,14 @@ class LoadedBundle:
         return None if isinstance(self._running, Pool) else self._running
 
     @property
+    def base(self) -> Pool:
+        """The contexts on the base; UsageError for a text-classification bundle."""
+        if not isinstance(self._running, Pool):
+            message = f"bundle {self.manifest.name!r} only classifies text: it has no generation and no perplexity"
+            raise UsageError(message, "use classify")
+        return self._running
+
+    @property
     def threads(self) -> int:
         """Maximum number of threads of a step."""
         running = self._running.first if isinstance(self._running, Pool) else self._running
@@ -115,17 +123,14 @@ class LoadedBundle:
 
     def pool(self, adapter: Adapters) -> tuple[Pool | MergedPool, dict[str, float]]:
         """The pool that runs a call with these adapters, and their scales; same errors as `context`."""
-        if not isinstance(self._running, Pool):
-            message = f"bundle {self.manifest.name!r} only classifies text: it has no generation and no perplexity"
-            raise UsageError(message, "use classify")
-        scales = self.scales(adapter)
+        base, scales = self.base, self.scales(adapter)
         merged = [name for name in scales if self.manifest.adapter(name).is_merged(self.options.engine)]
         if not merged:
-            return self._running, scales
+            return base, scales
         if len(scales) > 1 or scales[merged[0]] != 1:
             message = f"adapter {merged[0]!r} is merged, so it cannot be scaled or added to others"
             raise IncompatibleError(message, "use it alone with scale 1")
-        return self._merged_pools.setdefault(merged[0], MergedPool(merged[0], self._running, self._merged)), {}
+        return self._merged_pools.setdefault(merged[0], MergedPool(merged[0], base.places, self._merged)), {}
 
     def call(
         self,
@@ -157,7 +162,7 @@ class LoadedBundle:
         call = Call(pool, PromptJob((), ()), system, 0.0, self.adapters, entries, output=output, route=route)
         capacity = self.capacity(active)
         try:
-            with pool.tokenizer() as tokenizer:
+            with self.base.tokenizer() as tokenizer:
                 if raw:
                     prepared = TokenizedPrompt(raw_tokens(tokenizer, prompt, form, capacity))
                 else:
@@ -176,7 +181,7 @@ class LoadedBundle:
         except Stopped as stopped:
             return replace(call, stopped=stopped.reason, prepared_s=time.perf_counter() - begin)
         tokens = prepared.tokens
-        spans, kept = pool.spans(active, tokens), 0
+        spans, kept = self.base.first.spans(active, tokens), 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
@@ -199,7 +204,7 @@ class LoadedBundle:
         """Lease a context for tokens that are no call's, with these adapters loaded, and their scales."""
         entries = self._entries(self.scales(adapter))
         pool, active = self.pool(adapter)
-        with self.adapters.lease(pool, PromptJob(tokens, pool.spans(active, tokens)), entries) as context:
+        with self.adapters.lease(pool, PromptJob(tokens, self.base.first.spans(active, tokens)), entries) as context:
             yield context, active
 
     def capacity(self, adapters: Mapping[str, float]) -> int:

@@ -268,9 +268,9 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         A text longer than the context is split into windows that overlap by one token.
         """
-        pool, adapters = self._loaded.pool(adapter)
+        _, adapters = self._loaded.pool(adapter)
         capacity = self._loaded.capacity(adapters)
-        with pool.tokenizer() as tokenizer:
+        with self._loaded.base.tokenizer() as tokenizer:
             tokens = tokenizer.tokenize(text)
         if len(tokens) < 2:
             raise UsageError(f"a text of {len(tokens)} tokens has no perplexity", "give a longer text")

@@ -86,9 +86,9 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     with importing("serving needs", '"edgetune-runtime[server]"'):
         from .answering import Serving  # noqa: PLC0415 - only `serve` needs the extra
         from .binding import bind, can_be_reached, url_of  # noqa: PLC0415
+        from .listening import serve  # noqa: PLC0415
         from .metrics_middleware import LOG  # noqa: PLC0415
         from .rewriting import Rewriter  # noqa: PLC0415
-        from .serve import serve  # noqa: PLC0415
     if options.log_requests:
         LOG.setLevel(logging.INFO)
     limits = _limits(options)

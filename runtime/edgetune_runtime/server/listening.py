@@ -1,4 +1,4 @@
-"""The HTTP server around the application, and how it stops."""
+"""Serves a bundle over HTTP until the process is told to stop."""
 
 from __future__ import annotations
 
@@ -7,19 +7,46 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.runtime import Runtime
+
 from .accepting import BACKLOG
-from .answering import Answering
+from .answering import Answering, Serving
+from .application import application
 from .protocol import protocol
 
 _EXTRA_S = 5
 """Seconds after the last answer to send its end to the clients."""
 _POLL_S = 0.02
+
+
+def serve(
+    runtime: Runtime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
+) -> None:
+    """Answer requests on a socket until SIGTERM or SIGINT, then close the socket. The runtime stays open.
+
+    `ready` is called once requests are answered, with a function that stops the server from any thread.
+    """
+    asyncio.run(_serve(AsyncRuntime(runtime), listening, serving, ready))
+
+
+async def _serve(
+    runtime: AsyncRuntime, listening: socket.socket, serving: Serving, ready: Callable[[Callable[[], None]], None]
+) -> None:
+    answering = Answering(runtime, serving)
+    server = Server(application(answering), answering, lambda: ready(server.stop))
+    warming: Awaitable[None] = asyncio.ensure_future(answering.warm()) if serving.warms else asyncio.sleep(0)
+    watching = asyncio.ensure_future(answering.bundle.watch(answering.reload))
+    await server.serve(sockets=[listening])
+    watching.cancel()
+    answering.good_answers.end()
+    await warming
 
 
 class Server(uvicorn.Server):

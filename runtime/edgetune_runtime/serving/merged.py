@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import no_limits
-from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.threads.machine import free_mb
 from edgetune_runtime.wording import CLOSED
 
@@ -154,10 +152,10 @@ class MergedModels:
 
 
 class MergedPool:
-    """The contexts of a merged adapter: those of its own model, with the tokenizer of the `base`."""
+    """The contexts of a merged adapter: those of its own model; all models share the `places` of calls."""
 
-    def __init__(self, name: str, base: Pool, models: MergedModels) -> None:
-        self._name, self._base, self._models = name, base, models
+    def __init__(self, name: str, places: Places, models: MergedModels) -> None:
+        self._name, self.places, self._models = name, places, models
 
     @property
     def first(self) -> Context:
@@ -165,26 +163,11 @@ class MergedPool:
         with self._models.use(self._name) as pool:
             return pool.first
 
-    @property
-    def places(self) -> Places:
-        """The places of calls, which all models share."""
-        return self._base.places
-
     @contextmanager
     def take(self, job: PromptJob, holder: Holder) -> Iterator[Context]:
         """Like `Pool.take`, on the merged model, which is opened if it is not open."""
         with self._models.use(self._name, job.check) as pool, pool.take(job, holder) as context:
             yield context
-
-    @contextmanager
-    def tokenizer(self) -> Iterator[Tokenizer]:
-        """See `Pool.tokenizer`."""
-        with self._base.tokenizer() as tokenizer:
-            yield tokenizer
-
-    def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
-        """See `Pool.spans`."""
-        return self._base.spans(adapters, tokens)
 
     @contextmanager
     def opened(self) -> Iterator[Pool]:

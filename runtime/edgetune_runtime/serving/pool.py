@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
-from edgetune_runtime.states.activation import Spans
 from edgetune_runtime.states.cache import SavedState
 from edgetune_runtime.wording import CLOSED
 
@@ -74,10 +73,6 @@ class Pool:
     def opened(self) -> Iterator[Pool]:
         """This pool; see `MergedPool.opened`."""
         yield self
-
-    def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
-        """The adapters that are active in each span of these tokens."""
-        return self.first.spans(adapters, tokens)
 
     def saved(self, owner: str) -> SavedState | None:
         """The last state of an owner, from a context or from the cache; UsageError if the pool is closed."""

@@ -35,22 +35,18 @@ class Question:
 
 def is_ready(url: str) -> bool:
     """Whether the server at this address is ready: it has computed the states of its prompts."""
-    return _succeeds(f"{url}/readyz")
+    return _facts(f"{url}/readyz") is not None
 
 
 def is_alive(url: str) -> bool:
     """Whether the server at this address answers at all."""
-    return _succeeds(f"{url}/healthz")
+    return _facts(f"{url}/healthz") is not None
 
 
 def served_bundle(url: str) -> str | None:
     """The digest of the manifest that the server at this address serves; None if it does not say."""
-    try:
-        with _DIRECT.open(f"{url}/healthz", timeout=_READY_S) as reply:
-            digest = json.load(reply)["bundle"]
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-        return None
-    return str(digest)
+    facts = _facts(f"{url}/healthz")
+    return None if facts is None else facts.get("bundle")
 
 
 def have_same_base(*bundles: Path) -> bool:
@@ -62,12 +58,14 @@ def have_same_base(*bundles: Path) -> bool:
     return all(other.base == first.base for other in others)
 
 
-def _succeeds(url: str) -> bool:
+def _facts(url: str) -> dict[str, Any] | None:
+    """The JSON object that a server replies with; None if the request fails, or something else replies."""
     try:
-        with _DIRECT.open(url, timeout=_READY_S):
-            return True
-    except (OSError, http.client.HTTPException):
-        return False
+        with _DIRECT.open(url, timeout=_READY_S) as reply:
+            facts = json.load(reply)
+    except (OSError, http.client.HTTPException, ValueError, RecursionError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def questions(bundle: Path, engine: str) -> list[Question]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.bundle.parts import identity
-from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
 
 from .opening import Opening, parse_opening
 
@@ -138,7 +138,7 @@ def parse_kit(text: str) -> Kit:
     if len(text.encode()) > _MOST_TEXT_BYTES:
         message = f"{KIT_NAME} has more than {_MOST_TEXT_BYTES} bytes"
         raise VerificationError(message, "make the kit, or publish the bundle and its parts, with fewer files")
-    try:
+    with parsing(f"{KIT_NAME} is damaged", COPY_AGAIN):
         raw = json.loads(text)
         schema = _field(raw, "schema", int)
         if schema != SCHEMA_VERSION:
@@ -160,8 +160,6 @@ def parse_kit(text: str) -> Kit:
             release=_number({"release": 0, **raw}, "release", _MOST_BYTES),
         )
         _check_consistent(kit)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"{KIT_NAME} is damaged: {error}", COPY_AGAIN) from error
     # Programs from before there were parts compare the field with the manifest.
     of_bundle = {file.path.removeprefix(f"{BUNDLE_FOLDER}/"): file.sha256 for file in kit.bundle_files}
     return replace(kit, bundle=identity(of_bundle))

@@ -13,7 +13,7 @@ from typing import Any
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
 from edgetune_runtime.bundle.parts import LONGEST_PART, Part, identity, parse_part, part_path
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, parsing
 from edgetune_runtime.wording import printable, shortened
 
 from .pieces import Piece, parse_pieces
@@ -120,14 +120,12 @@ def parse_released_part(data: bytes, role: str) -> ReleasedPart:
     """The part in a file that a role has signed; errors as of `parse_part`, also for one of another adapter."""
     name, adapter = author_of(role)
     part = parse_part(data, f"the part of {adapter}")
-    try:
+    with parsing(f"the part of {adapter} in {name} is damaged", _REMEDY):
         for path, entry in part.files.items():
             bundle_path(path)
             file_entry(vars(entry))
         if len(data) > LONGEST_PART or (part.bundle, part.adapter.name) != (name, adapter):
             raise ValueError(f"it is of {part.adapter.name!r} in {shortened(part.bundle)!r}, with {len(data)} bytes")
-    except ValueError as error:
-        raise VerificationError(f"the part of {adapter} in {name} is damaged: {error}", _REMEDY) from error
     return ReleasedPart(role, data, part)
 
 
@@ -156,7 +154,7 @@ def version_key(version: str) -> tuple[int, ...]:
 
 def parse_release(data: bytes) -> Release:
     """The release in a file; VerificationError if it is damaged, IncompatibleError if it has a newer schema."""
-    try:
+    with parsing("the release is damaged", _REMEDY):
         raw = json.loads(data)
         if raw["schema"] != SCHEMA_VERSION:
             message = f"the release has schema {shortened(str(raw['schema']))}, this runtime reads {SCHEMA_VERSION}"
@@ -180,8 +178,6 @@ def parse_release(data: bytes) -> Release:
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
             raise ValueError(f"it has no {MANIFEST_NAME} that can be read, or no formats")
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"the release is damaged: {shortened(str(error))}", _REMEDY) from error
     return release
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from edgetune_runtime import __version__
-from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, UsageError, parsing
 from edgetune_runtime.store import acknowledgement
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.store.versions import Say
@@ -54,15 +54,13 @@ class DeviceReport:
 
 def parse_report(data: bytes) -> DeviceReport:
     """The report in a file; VerificationError if it is none."""
-    try:
+    with parsing("the report is damaged", "delete it"):
         report = dataclass_of(DeviceReport, json.loads(data))
         is_named = _ID.fullmatch(report.device) and all(map(NAME.fullmatch, (report.name, report.channel)))
         has_time = datetime.fromisoformat(report.time).tzinfo is not None
         texts = (report.bundle, report.runtime, report.held_back, report.error)
         if not is_named or not has_time or report.release < 0 or any(text != printable(text) for text in texts):
             raise ValueError(f"it is not what a device writes: {str(report)[:150]!r}")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise VerificationError(f"the report is damaged: {str(error)[:200]}", "delete it") from error
     return report
 
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import NotFoundError, UsageError, parsing
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.type_checks import dataclass_of
 
@@ -64,17 +64,17 @@ def read_state(prefix: Path) -> UpdateState:
     """The state of a prefix, a new one if there is none; VerificationError if it is damaged."""
     path = prefix / FOLDER / _STATE_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return UpdateState()
+    # Without its floors, an old version could be passed off as new.
+    remedy = "restore it from a backup; if you delete it, old releases are accepted too"
+    with parsing(f"{path} is damaged", remedy):
+        values = json.loads(data)
         if values.pop("crc32", None) != _crc32(values):
             raise ValueError("its checksum is wrong")
         state = dataclass_of(UpdateState, values)
         _ = state.time
-    except FileNotFoundError:
-        return UpdateState()
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        # Without its floors, an old version could be passed off as new.
-        remedy = "restore it from a backup; if you delete it, old releases are accepted too"
-        raise VerificationError(f"{path} is damaged: {error}", remedy) from error
     return state
 
 

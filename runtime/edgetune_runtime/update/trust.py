@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.bundle.parts import LONGEST_PART
 from edgetune_runtime.bundle.records import MOST_AUTHORS
-from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError, importing
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, VerificationError, importing, parsing
 from edgetune_runtime.wording import shortened
 
 from .fetch import Location, MissingError
@@ -232,10 +232,8 @@ def read_root(data: bytes) -> Root:
 def _pieces_of(target: TargetFile) -> tuple[Piece, ...]:
     """The pieces of a release that its metadata lists; VerificationError if the list is damaged."""
     custom = target.custom if isinstance(target.custom, dict) else {}
-    try:
+    with parsing(f"the metadata of the release {target.path} is damaged", _REMEDY):
         return parse_pieces(custom.get(PIECES, []), target.length)
-    except (ValueError, TypeError) as error:
-        raise VerificationError(f"the metadata of the release {target.path} is damaged: {error}", _REMEDY) from error
 
 
 def _root_version_in(timestamp: bytes) -> int | None:

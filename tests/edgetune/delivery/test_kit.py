@@ -169,8 +169,8 @@ def test_a_kit_installs_offline_and_answers_as_built(
     assert done.returncode == 0, done.stderr
     assert "1 adapters answer as built" in done.stderr
     # The server's parts are there too.
-    server = [str(prefix / "current/venv/bin/python"), "-I", "-c", "import edgetune_runtime.server.serve, llguidance"]
-    subprocess.run(server, check=True)
+    command = "import edgetune_runtime.server.listening, llguidance"
+    subprocess.run([str(prefix / "current/venv/bin/python"), "-I", "-c", command], check=True)
     checked = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=kit, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout) == (0, b"")
 

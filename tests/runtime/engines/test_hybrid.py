@@ -12,7 +12,7 @@ import pytest
 from edgetune_runtime import VerificationError
 from edgetune_runtime.engines import checkpoints
 from edgetune_runtime.engines.base import StepStopped
-from edgetune_runtime.engines.gguf import sizes
+from edgetune_runtime.engines.gguf import needs
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from runtime.bundles import HYBRIDS
@@ -165,7 +165,7 @@ def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: Engine, monkeypatc
 def test_a_large_state_is_cut_to_before_the_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(engine, OnnxEngine):
         pytest.skip("llama.cpp keeps a state for each token")
-    monkeypatch.setattr(sizes, "ROLLBACK_BYTES", 1)
+    monkeypatch.setattr(needs, "ROLLBACK_BYTES", 1)
     with closing(engine.fork()) as large:
         assert large.max_rollback == 0
         expected = decoded(large, [*PARTS[:2], NEXT])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.cli.main import main
-from edgetune_runtime.engines.gguf import sizes
+from edgetune_runtime.engines.gguf import needs
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 from runtime.bundles import HYBRIDS
@@ -107,7 +107,7 @@ def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
     for engine in ("gguf", "onnx"):
         assert main(["info", bundle, "--engine", engine]) == 0
         assert re.search(r"opening .*, recurrent states 0\.\d MB each$", capsys.readouterr().out, re.MULTILINE)
-    monkeypatch.setattr(sizes, "ROLLBACK_BYTES", 1)
+    monkeypatch.setattr(needs, "ROLLBACK_BYTES", 1)
     assert main(["info", bundle]) == 0
     assert "MB each, no drafts because rejected tokens could not" in capsys.readouterr().out
     with Runtime.open(bundle, learn_drafts="memory") as runtime:

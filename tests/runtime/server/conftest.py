@@ -16,8 +16,8 @@ from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.server.answering import Serving
 from edgetune_runtime.server.binding import bind, url_of
+from edgetune_runtime.server.listening import serve
 from edgetune_runtime.server.rewriting import Rewriter
-from edgetune_runtime.server.serve import serve
 from edgetune_runtime.server.settings import Access, ServerLimits
 from openai import OpenAI
 

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import read_header
-from edgetune_runtime.formats.onnx_file import read_onnx
+from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
+from edgetune_runtime.formats.onnx_prefix import past_inputs
 
 from edgetune_export import architectures
-from edgetune_export.adapters.shapes import Adapter, LowRank, Merged, Tensors
+from edgetune_export.adapters.shapes import Adapter, Floats, LowRank, Merged, Prefix, Tensors
 from edgetune_export.architectures import Architecture
 from edgetune_export.backends.base import Source
 from edgetune_export.base_file import merge
@@ -27,7 +29,6 @@ from . import value_types
 from .adapter import write_tensors
 from .graph import GRAPH, add_conv_inputs, add_logits_start, load_structure, put_vectors, put_weights, save_model
 from .options import OnnxOptions
-from .prefix import prefix_tensors
 from .structure import run_builder
 from .tensors import add_tensor_slots, fill_tensors
 from .tokenizer import end_tokens, write_tokenizer
@@ -67,7 +68,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32"
     elif isinstance(adapter, Tensors):
         tensors = fill_tensors(adapter, header)
     else:
-        tensors = prefix_tensors(adapter, header)
+        tensors = _prefix_tensors(adapter, header)
     write_tensors(tensors, out, dtype=dtype, base_fingerprint=base_fingerprint)
 
 
@@ -90,6 +91,21 @@ def weight_type(source: Source) -> str:
     if base.is_float:
         return "q8_0" if weights == "int8" else "f32"
     return base.name
+
+
+def _prefix_tensors(prefix: Prefix, graph: OnnxHeader) -> dict[str, Floats]:
+    """`past_key_values.N.key` and `.value` of each layer, [1, key/value heads, tokens, head size].
+
+    IncompatibleError if the graph has other inputs.
+    """
+    tensors: dict[str, Floats] = {}
+    for layer, (keys, values) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
+        tensors |= {f"past_key_values.{layer}.key": keys[None], f"past_key_values.{layer}.value": values[None]}
+    shapes = {name: (tensor.shape[1], tensor.shape[3]) for name, tensor in tensors.items()}
+    if not prefix.tokens or shapes != past_inputs(graph, prefix.keys.shape[-1]):
+        message = f"prefix {prefix.name!r} has keys of shape {prefix.keys.shape}, which do not fit the graph's inputs"
+        raise IncompatibleError(message, "use the base that the prefix was trained on")
+    return tensors
 
 
 def _vectors(source: Source) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_sizes import number
 from edgetune_runtime.formats.onnx_recurrence import CONV_INPUTS
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -115,12 +116,12 @@ def load_structure(folder: Path, base: GgufHeader) -> ir.Model:
     """Load the graph that `run_builder` wrote to `folder`, without matrices, with norms as standard ONNX operators."""
     model = ir.load(folder / GRAPH)
     architecture = architectures.of(base)
-    scale = architecture.embedding_scale(base)
     for node in model.graph:
         # onnxruntime's own operator in ONNX's domain, which no other tool supports, not even `onnx.checker`.
         if node.op_type == "SimplifiedLayerNormalization":
             node.op_type = "RMSNormalization"
-        if node.name == _EMBEDDING_SCALE and scale is not None:
+        if node.name == _EMBEDDING_SCALE and architecture.scales_embeddings:
+            scale = math.sqrt(number(base, "embedding_length"))
             factor = initializer(model.graph, "model.embed_tokens.scale", np.array([scale], np.float32))
             node.replace_input_with(1, factor)
         attention = _ATTENTION.fullmatch(node.name or "")

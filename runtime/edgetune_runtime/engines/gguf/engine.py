@@ -32,7 +32,7 @@ from .base import GgufBase, GgufTokenizer
 from .hybrid_cache import HybridCache
 from .kv_cache import MAIN, KvCache
 from .llama import StopFlag, decode_batch, end_threads, last_errors, library, make_context
-from .sizes import BRANCHES, recurrent_sizes, rollback_of
+from .needs import BRANCHES, recurrent_sizes, rollback_of
 from .state import PrefixState, check_state, read_prefix
 from .tiles import compute
 from .tree import Continuation, ContinuationTree, groups

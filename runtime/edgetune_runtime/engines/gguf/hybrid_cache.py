@@ -1,6 +1,6 @@
 """The cache of a model with recurrent layers, whose state cannot be rolled back by position as keys and values can.
 
-llama.cpp drops up to ROLLBACK tokens (sizes.py) from the end of the last step only. Every other cut needs a checkpoint
+llama.cpp drops up to ROLLBACK tokens (needs.py) from the end of the last step only. Every other cut needs a checkpoint
 (checkpoints.py).
 """
 
@@ -16,7 +16,7 @@ from edgetune_runtime.errors import EdgetuneError
 
 from .kv_cache import KvCache
 from .llama import last_errors
-from .sizes import BRANCHES, HYBRID_BRANCHES, rollback_of
+from .needs import BRANCHES, HYBRID_BRANCHES, rollback_of
 
 _RECURRENT = 1
 """LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY."""

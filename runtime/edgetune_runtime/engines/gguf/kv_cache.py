@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgetune_runtime.errors import EdgetuneError, VerificationError
 
 from .llama import last_errors, library
-from .sizes import BRANCHES
+from .needs import BRANCHES
 
 MAIN = 0
 """The main sequence; the others are branches of it."""

@@ -12,11 +12,26 @@ from edgetune_runtime.engines.checkpoints import checkpoints_of
 from edgetune_runtime.engines.needs import EngineCost, Needs, RecurrentSizes
 from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import PER_LAYER_EMBEDDING, GgufHeader
-from edgetune_runtime.formats.gguf_sizes import data_start, head_lengths, kv_values_per_token, number, vocabulary
+from edgetune_runtime.formats.gguf_sizes import (
+    data_start,
+    head_lengths,
+    kv_values_per_token,
+    number,
+    recurrent_inputs_per_token,
+    recurrent_values,
+    vocabulary,
+)
 
 from . import KV_TYPES, NAME
-from .sizes import BRANCHES, HYBRID_BRANCHES, recurrent_sizes, rollback_of
 
+BRANCHES = 32
+"""Continuations scored in one pass. llama.cpp keeps a row of logits for each: 0.6 MB with a vocabulary of 150,000."""
+HYBRID_BRANCHES = 1
+"""The same with recurrent layers: each branch needs as many recurrent states as the sequence itself."""
+ROLLBACK = 16
+"""Tokens that llama.cpp can drop after a step: more than a draft has. It keeps a recurrent state for each."""
+ROLLBACK_BYTES = 32_000_000
+"""Bytes of the states for dropped tokens."""
 _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
 # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
@@ -30,6 +45,19 @@ def needs_of_base(path: Path, _manifest: Manifest, context_length: int) -> Needs
     header = read_base(path)
     sizes = {name: tensor.nbytes for name, tensor in header.tensors.items()}
     return needs_of_sizes(header, sizes, context_length=context_length)
+
+
+def recurrent_sizes(header: GgufHeader) -> RecurrentSizes:
+    """Those of a base."""
+    return RecurrentSizes(recurrent_values(header), recurrent_inputs_per_token(header))
+
+
+def rollback_of(state_bytes: int) -> int:
+    """How many tokens llama.cpp can drop from the end of a step by recurrent states of this size.
+
+    0 if there are none, or if those for it would take too much.
+    """
+    return ROLLBACK if 0 < (1 + HYBRID_BRANCHES) * (1 + ROLLBACK) * state_bytes <= ROLLBACK_BYTES else 0
 
 
 def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int | None]:

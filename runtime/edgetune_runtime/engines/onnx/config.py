@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import parsing
 from edgetune_runtime.formats.regular_file import reading
 
 _LONGEST_CONTEXT, _LARGEST_HEAD = 1 << 24, 2048
@@ -30,7 +30,8 @@ def read_config(path: Path) -> OnnxConfig:
     """Read the file; NotFoundError when it is missing, VerificationError when a value is missing or wrong."""
     with reading(path) as file:
         text = file.read()
-    try:
+    problem = f"{path} is not a genai_config.json as onnxruntime-genai's builder writes it"
+    with parsing(problem, "build the bundle again"):
         model = json.loads(text.decode())["model"]
         ends = model["eos_token_id"]
         end_tokens = tuple(int(token) for token in (ends if isinstance(ends, list) else [ends]))
@@ -39,6 +40,3 @@ def read_config(path: Path) -> OnnxConfig:
         if not (0 < context_length <= _LONGEST_CONTEXT and 0 < head_size <= _LARGEST_HEAD):
             raise ValueError(f"a context of {context_length} tokens and heads of size {head_size}")
         return OnnxConfig(context_length, head_size, end_tokens, width, heads, layers, int(model["vocab_size"]))
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        message = f"{path} is not a genai_config.json as onnxruntime-genai's builder writes it: {error}"
-        raise VerificationError(message, "build the bundle again") from error

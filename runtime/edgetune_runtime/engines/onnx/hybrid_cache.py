@@ -19,7 +19,7 @@ from edgetune_runtime.formats.onnx_recurrence import Recurrence, present_name
 from edgetune_runtime.states.batches import CHUNK
 
 from .kv_cache import Floats, KvCache, bind_input, bind_output, zeros
-from .sizes import UNDONE, rollback_of
+from .needs import UNDONE, rollback_of
 
 
 class HybridCache(KvCache):

@@ -12,12 +12,13 @@ from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 
 from . import KV_TYPES, NAME
 from .config import read_config
-from .sizes import UNDONE, rollback_of
 
 _PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer."
 """The start of the names of the tensors of the embedding for the inputs of each layer."""
 _ANGLES = ("cos_cache", "sin_cache")
 _FLOAT, _BLOCK = 1, 32
+UNDONE = 32
+"""Tokens of a step that can be undone in part; of longer ones, what convolutions read is not kept."""
 COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_adapters=True)
 
 
@@ -72,6 +73,11 @@ def recurrence_of(sizes: RecurrentSizes, context_length: int) -> tuple[int, int 
     # Before and after a step, and before branches or a step of several batches; then what convolutions read.
     inputs = -(-UNDONE * sizes.inputs_per_token // sizes.values)
     return 3 + checkpoints_of(sizes.state_bytes, context_length) + inputs, rollback_of(sizes.inputs_per_token)
+
+
+def rollback_of(inputs_per_token: int) -> int:
+    """How many tokens of a step can be dropped, from what convolutions read per token (see `RecurrentSizes`)."""
+    return UNDONE - 1 if inputs_per_token else 0
 
 
 def model_bytes(manifest: Manifest, file: str) -> int:

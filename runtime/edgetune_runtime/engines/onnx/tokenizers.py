@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.engines.base import Tokenizer
-from edgetune_runtime.errors import VerificationError, importing
+from edgetune_runtime.errors import VerificationError, importing, parsing
 from edgetune_runtime.formats.regular_file import reading
 from edgetune_runtime.formats.tokenizer_json import check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
@@ -152,10 +152,8 @@ def panics_as_errors(problem: str) -> Iterator[None]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
+    with parsing(f"{path} is not JSON", COPY_BUNDLE_AGAIN):
         config = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise VerificationError(f"{path} is not JSON: {error}", COPY_BUNDLE_AGAIN) from error
     text = str | None
     expected: dict[str, Any] = {"bos_token": text, "eos_token": text, "add_bos_token": bool, "unused_tokens": list}
     values = config if isinstance(config, dict) else {}
@@ -170,11 +168,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> str:
-    with reading(path) as file:
-        try:
-            return file.read().decode()
-        except UnicodeDecodeError as error:
-            raise VerificationError(f"cannot read {path}: {error}", COPY_BUNDLE_AGAIN) from error
+    with reading(path) as file, parsing(f"cannot read {path}", COPY_BUNDLE_AGAIN):
+        return file.read().decode()
 
 
 def _sentencepiece_bytes(text: str) -> bytes:
