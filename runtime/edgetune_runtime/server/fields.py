@@ -8,13 +8,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+
 from .problems import RequestError
 
 T = TypeVar("T")
 
 _DEEPEST = 128
 """Levels of objects and lists; code that walks them calls itself for each."""
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"')
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LEVELS = np.zeros(128, np.int8)
+_LEVELS[[ord("["), ord("{")]] = 1
+_LEVELS[[ord("]"), ord("}")]] = -1
 _INTEGER_BITS = 63
 
 
@@ -30,7 +36,7 @@ def read_object(data: bytes) -> Mapping[str, Any]:
         raise RequestError("a number in the body has thousands of digits", "send a smaller number") from error
     if not isinstance(value, dict):
         raise RequestError(f"the body is a JSON {_kind_of(value)}", "send a JSON object")
-    if _depth(value) > _DEEPEST:
+    if _depth(text) > _DEEPEST:
         raise RequestError(f"the body has more than {_DEEPEST} levels of lists and objects", "send fewer levels")
     if _SURROGATE.search(text):
         _require_whole_characters(value)
@@ -147,13 +153,10 @@ def _refuse_constant(name: str) -> NoReturn:
     raise RequestError(f"the body is not JSON: {name} is not a JSON number", "send a JSON object")
 
 
-def _depth(value: object) -> int:
-    """Levels of lists and objects."""
-    depth, values = 0, [value]
-    while nested := [item for item in values if isinstance(item, dict | list)]:
-        values = [item for each in nested for item in (each.values() if isinstance(each, dict) else each)]
-        depth += 1
-    return depth
+def _depth(text: str) -> int:
+    """Levels of lists and objects in valid JSON."""
+    outside = np.frombuffer(_STRING.sub("", text).encode("ascii"), np.uint8)
+    return int(np.cumsum(_LEVELS[outside], dtype=np.int32).max(initial=0))
 
 
 def _require_whole_characters(value: object) -> None:
