@@ -41,7 +41,7 @@ def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
     by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
     """
-    from .building.builders.plan import plan_build  # noqa: PLC0415 - numpy and the formats
+    from .building.plan import plan_build  # noqa: PLC0415 - numpy and the formats
 
     return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
+from edgetune_export.adapters.fold import CONFIG_NAME as ADAPTER_CONFIG
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, part_of
 from edgetune_export.base_file.importance import Importance
@@ -70,6 +71,8 @@ ENCODERS = {
 """Bases for `task: text-classification`; the digest is that of the folder's weights."""
 ENCODER_TYPES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 """The model_types of Hugging Face folders with such bases."""
+ENCODER_WEIGHTS, ENCODER_TOKENIZER = "model.safetensors", "tokenizer.json"
+_SAVE_AGAIN = "save it with save_pretrained of transformers, with its fast tokenizer"
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,17 @@ class ImportanceSource:
 
 
 def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
-    """The recipe's base, whose header is read, or predicted for a folder; converts nothing.
+    """The recipe's base, whose header is read, or predicted for a folder; of an encoder, the config. Converts nothing.
 
     None if it must be downloaded first, unless `download`. Raises the errors of `resolve` that can be found without
-    conversion, and IncompatibleError for a target that does not support the base.
+    conversion, and IncompatibleError for a target that does not support the base, or a base of the other kind.
     """
-    if not (download or is_gguf(recipe.base) or is_at_hand(recipe.base, recipe.folder)):
+    name, folder = recipe.base, recipe.folder
+    if recipe.task_type.has_encoders and name in ALIASES:
+        raise _no_encoder(name, "it writes text")
+    if not (download or is_gguf(name) or _is_at_hand(name, folder)):
         return None
-    return _source(recipe.base, recipe.folder, recipe.targets)
+    return _encoder(name, folder) if recipe.task_type.has_encoders else _source(name, folder, recipe.targets)
 
 
 def resolve(
@@ -244,7 +250,7 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
     return model
 
 
-def encoder_type(folder: Path) -> str | None:
+def _encoder_type(folder: Path) -> str | None:
     """The model_type of a Hugging Face folder if it is an encoder, else None."""
     try:
         model_type = read_config(folder).get("model_type")
@@ -253,13 +259,13 @@ def encoder_type(folder: Path) -> str | None:
     return model_type if model_type in ENCODER_TYPES else None
 
 
-def is_at_hand(name: str, folder: Path) -> bool:
+def _is_at_hand(name: str, folder: Path) -> bool:
     """Whether the base `name` is local, or not a hub id that could be downloaded."""
     return _as_path(name, folder).exists() or not is_hub_id(name)
 
 
 def _refuse_encoder(name: str, folder: Path) -> None:
-    if name in ENCODERS or encoder_type(_as_path(name, folder)) is not None:
+    if name in ENCODERS or _encoder_type(_as_path(name, folder)) is not None:
         message = f"base {name!r} is an encoder, which does not generate text"
         raise IncompatibleError(message, "set task: text-classification in the recipe, or choose another base")
 
@@ -294,6 +300,39 @@ def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
         check_base(header, path)
     length, shape = trained_context_length(header), BaseShape.of_header(header)
     return BaseSource(name, path, header.architecture, length, path.is_dir(), header, shape)
+
+
+def _encoder(name: str, folder: Path) -> BaseSource:
+    """The encoder `name`; IncompatibleError if it is none, NotFoundError if one of its files is missing."""
+    path = locate(name, folder, ENCODERS)
+    if not path.is_dir():
+        raise _no_encoder(name, "it is a file of a base that writes text")
+    architecture = _encoder_type(path)
+    if architecture is None:
+        raise _no_encoder(name, f"its model_type is {read_config(path).get('model_type')!r}")
+    if (path / ADAPTER_CONFIG).exists():
+        message = f"base {name!r} has an {ADAPTER_CONFIG}, an adapter that transformers would load with it"
+        raise IncompatibleError(message, "merge it with PEFT's merge_and_unload(), and save the result")
+    for file in (ENCODER_WEIGHTS, ENCODER_TOKENIZER):
+        if not (path / file).is_file():
+            raise NotFoundError(f"base {name!r} has no {file} in {path}", _SAVE_AGAIN)
+    return BaseSource(name, path, architecture, _encoder_length(read_config(path), path))
+
+
+def _no_encoder(name: str, why: str) -> IncompatibleError:
+    message = f"base {name!r} is not an encoder for task: text-classification: {why}"
+    types = ", ".join(ENCODER_TYPES)
+    return IncompatibleError(message, f"give {', '.join(ENCODERS)}, a folder or hub id of {types}, or leave task out")
+
+
+def _encoder_length(config: Mapping[str, Any], folder: Path) -> int:
+    """The number of tokens that an encoder has positions for; RoBERTa's positions start after the padding token."""
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
+    is_roberta = str(config.get("model_type")).endswith("roberta")
+    length = positions - (padding + 1 if is_roberta else 0) if isinstance(positions, int) else 0
+    if length < 1:
+        raise VerificationError(f"{folder / CONFIG_NAME} has no valid max_position_embeddings", "get the model again")
+    return length
 
 
 def _as_path(name: str, folder: Path) -> Path:

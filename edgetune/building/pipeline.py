@@ -36,10 +36,10 @@ from edgetune.training.jobs import train_all
 
 from . import builders
 from .builders import Builder
-from .builders.plan import plan_build, with_download, with_quantization
 from .decoder.quantization import choose_quantization
 from .into import check_slots, others_of, with_settings
 from .on_cluster import train_on_cluster
+from .plan import plan_build, with_download, with_quantization
 from .result import Build
 from .routing.train import train_router
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from edgetune_export import backends
+from edgetune_export.adapters.shapes import LowRank
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import IncompatibleError
 
@@ -58,7 +59,13 @@ def supported_shapes(targets: Sequence[str], method: str) -> dict[str, str]:
 
 
 def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """The shapes of each adapter; IncompatibleError names one whose method does not work with a target or a scale."""
+    """The shape of each adapter in each target.
+
+    IncompatibleError names one whose method does not work with a target, a scale or encoders.
+    """
+    if recipe.task_type.has_encoders:
+        _check_encoder_methods(recipe)
+        return {name: dict.fromkeys(recipe.targets, LowRank.shape) for name in recipe.adapters}
     shapes = {}
     for name, spec in recipe.adapters.items():
         method, options = spec.method.name, spec.method.options
@@ -70,3 +77,11 @@ def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
             message = f"adapter {name!r}: what {method} trains has no scale"
             raise IncompatibleError(message, "leave scale out")
     return shapes
+
+
+def _check_encoder_methods(recipe: Recipe) -> None:
+    for name, spec in recipe.adapters.items():
+        method = methods.load(spec.method.name)
+        if LowRank.shape not in method.shapes(spec.method.options) or not method.takes_encoders:
+            message = f"adapter {name!r}: {method.name} does not work with encoders"
+            raise IncompatibleError(message, "use another method, such as lora")

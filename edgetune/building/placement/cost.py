@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 from edgetune_devices import boards, fit
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
@@ -190,8 +191,6 @@ class _Bench:
 
     @cached_property
     def _source(self) -> Source:
-        import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
-
         model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
         return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self._format_options)
 
