@@ -22,6 +22,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.processes.interrupts import interrupts_held
 
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, TrainingRow, row_length
@@ -233,8 +234,7 @@ class _Run:
             self.objective.save(self.tuned, self.folder / "adapter")
             lines = [json.dumps(asdict(point)) for point in history]
             (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            with replacing(self.folder / "result.json") as path:
-                path.write_text(json.dumps({"key": self.key, **asdict(result)}), encoding="utf-8")
+            write_file(self.folder / "result.json", json.dumps({"key": self.key, **asdict(result)}))
             self._state_path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return result
