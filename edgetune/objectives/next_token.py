@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from edgetune.objectives.example import Example
 
@@ -17,7 +18,6 @@ from .packing import PackedRows, pack, take_packed_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class NextToken:

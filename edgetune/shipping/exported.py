@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from edgetune_export import backends
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime.bundle import RoutedCall
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.inference.routing.classifier import PromptClassifier
+from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
+from edgetune.training.job import TrainingJob, TrainResult
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from edgetune.training.job import TrainingJob, TrainResult
-
-    from .existing import ExistingBundle
+from .existing import ExistingBundle
 
 Figures = Mapping[str, float]
 """Parity by figure, such as `kl` and `top1`, as in the manifest."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import gains_from_grid
+from transformers import PreTrainedModel
 
 from edgetune import bases, methods
 from edgetune.bases import Base
@@ -48,9 +49,6 @@ from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.rounding import rounded_layers
 
 from .texts import split_windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "domain"
 """Name of the training run and of its folder."""

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from edgetune.objectives.chunks import summed_loss
 from edgetune.objectives.example import Example
@@ -20,9 +21,6 @@ from edgetune.objectives.next_token import packed_logits
 from edgetune.objectives.packing import PackedRows, pack, take_packed_rows
 
 from .prompt_model import States, after_states, states_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
