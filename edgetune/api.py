@@ -12,6 +12,7 @@ from edgetune_export import backends
 from edgetune_runtime.errors import CancelledError, UsageError
 from edgetune_runtime.wording import suggestion
 
+from .common.cluster import load_ray
 from .common.progress import OnProgress, Progress
 from .recipe.model import Recipe
 from .recipe.parts import NAME_PATTERN
@@ -303,20 +304,14 @@ def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
-        from .common.cluster import load_ray  # noqa: PLC0415 - needs the extra ray
-
         load_ray()
 
 
 def _runner(engine: str) -> Run:
     _check_engine(engine)
-    if engine == "ray":
-        from .comparison.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
+    from .comparison import engines  # noqa: PLC0415 - numpy
 
-        return run_on_ray
-    from .comparison.process import run_here  # noqa: PLC0415 - as above
-
-    return run_here
+    return engines.run_on_ray if engine == "ray" else engines.run_here
 
 
 @contextmanager
