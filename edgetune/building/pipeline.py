@@ -121,7 +121,7 @@ def _built(
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
     if not processes().is_main_process:
         return Build(out)
-    adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
+    adapters = {name: item.trained(results[name], work / "train") for name, item in items.items()}
     spec = replace(_spec_of(prepared, builder, progress), existing=existing)
     manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
     figures = {

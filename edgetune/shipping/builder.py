@@ -17,7 +17,6 @@ from edgetune import methods
 from edgetune.common.progress import Progress
 from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.tasks.task import Task
-from edgetune.training.job import TrainResult
 
 from .exported import B, BundleSpec, ExportedFormat, Figures, ParityReport, Prepared, PreparedAdapter, TrainedAdapter
 
@@ -51,10 +50,6 @@ class Builder(ABC, Generic[B]):
     def prepare(self, planned: PlannedBuild, base: B, work: Path, progress: Progress) -> Prepared[B]:
         """Everything else before the training of the adapters; `base` is that of `base_to_train`."""
         return Prepared(base, planned.plan, self.jobs(planned.plan, planned.tasks, base, progress))
-
-    @abstractmethod
-    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
-        """The adapter trained in `work`, with held-out rows for the parity check."""
 
     @abstractmethod
     def load_torch(self, base: B, dtype: torch.dtype) -> PreTrainedModel:

@@ -33,7 +33,7 @@ from edgetune.shipping.exported import (
     TrainedAdapter,
 )
 from edgetune.tasks.task import Task
-from edgetune.training.job import TrainingJob, TrainResult
+from edgetune.training.job import TrainingJob
 
 # Held-out rows per task for the parity check.
 PARITY_ROWS = 64
@@ -72,7 +72,8 @@ class TextClassification(Builder[EncoderBase]):
                 _key(planned, base, [*train, *validation]),
                 Classify(base.hidden_size, len(task.labels)),
             )
-            prepared.append(PreparedAdapter(planned, task, job, too_long))
+            probes = [row.tokens for row in validation[:PARITY_ROWS]]
+            prepared.append(PreparedAdapter(planned, task, job, too_long, probes))
         return prepared
 
     def base_to_train(
@@ -85,10 +86,6 @@ class TextClassification(Builder[EncoderBase]):
                 message = f"adapter {task.name!r} needs rows of at least 2 labels to tell apart, there is: {labels}"
                 raise UsageError(message, "give rows of text and label")
         return super().base_to_train(planned, work, progress, converter)
-
-    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
-        """The adapter trained in `work`, with rows for the parity check."""
-        return prepared.trained(result, work, [row.tokens for row in prepared.job.validation[:PARITY_ROWS]])
 
     def load_torch(self, base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         """Load the weights of the base's folder."""

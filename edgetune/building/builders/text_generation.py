@@ -51,7 +51,7 @@ from edgetune.shipping.verify import compare_formats, verify
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
 from edgetune.training.hardware import processes
-from edgetune.training.job import TrainingJob, TrainResult
+from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
 # Held-out rows per adapter for the parity check.
@@ -115,17 +115,6 @@ class TextGeneration(Builder[Base]):
         plan = plan.with_adapters({item.plan.name: item.plan for item in adapters})
         plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
         return Prepared(base, plan, adapters, {**base.domain, **plot})
-
-    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
-        """The adapter trained in `work`, with rows and texts for the parity check."""
-        probes = prepared.job.validation[:PARITY_ROWS]
-        return prepared.trained(
-            result,
-            work,
-            [example.tokens for example in probes],
-            prompt_lengths=[example.prompt_length for example in probes],
-            texts=[text for row in prepared.task.validation[:TEXT_ROWS] for text in _texts(row)],
-        )
 
     def load_torch(self, base: Base, dtype: torch.dtype) -> PreTrainedModel:
         """Load the dequantized weights of the base's file."""
@@ -197,7 +186,16 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         base.path if planned.on_grid else None,
         _start_of(planned),
     )
-    return PreparedAdapter(planned, task, job, too_long)
+    probes = validation[:PARITY_ROWS]
+    return PreparedAdapter(
+        planned,
+        task,
+        job,
+        too_long,
+        [example.tokens for example in probes],
+        prompt_lengths=[example.prompt_length for example in probes],
+        texts=[text for row in task.validation[:TEXT_ROWS] for text in _texts(row)],
+    )
 
 
 def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, progress: Progress) -> PreparedAdapter:
