@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import LowRank
+from edgetune_export.architectures.base import Architecture
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import IncompatibleError
 
@@ -17,19 +18,7 @@ from edgetune.methods import MethodOptions
 from .model import Recipe
 
 
-class BaseLayers(Protocol):
-    """What a method needs to know of a base's layers; see `Architecture`."""
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether some layers have a recurrent state in place of attention."""
-
-    @property
-    def has_equal_caches(self) -> bool:
-        """Whether all layers that attend have keys and values of their own, and of the same size."""
-
-
-def misfit(method: str, shapes: Mapping[str, str], layers: BaseLayers) -> str:
+def misfit(method: str, shapes: Mapping[str, str], layers: Architecture | BaseShape) -> str:
     """Why a method with these shapes cannot tune a base with such layers, after its name; empty if it can."""
     if layers.is_recurrent and not methods.load(method).takes_recurrent_layers:
         return "needs attention, which some layers of this base do not have"
