@@ -25,9 +25,8 @@ from edgetune.common.progress import Progress
 from edgetune.training.rounding import rounded_layers
 from edgetune.training.step_threads import StepThreads
 
-from .activated_lora import ActivatedLoraEngine
 from .exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
-from .governed import GovernedEngine
+from .parity_engines import ActivatedLoraEngine, GovernedEngine
 
 LogitsOf = Callable[[list[int]], Floats]
 """From token ids to the logits after each, float32 [tokens, vocabulary]."""

@@ -28,7 +28,7 @@ from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
-from edgetune.shipping.governed import GovernedEngine
+from edgetune.shipping.parity_engines import GovernedEngine
 from edgetune.tasks.task import Task
 
 from .importance import requested_importance

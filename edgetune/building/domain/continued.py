@@ -40,7 +40,7 @@ from edgetune.common.progress import Progress
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
-from edgetune.shipping.governed import GovernedEngine
+from edgetune.shipping.parity_engines import GovernedEngine
 from edgetune.shipping.verify import logits_of
 from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
