@@ -11,6 +11,7 @@ that of the model's own probability (the mean per choice); then the share of wro
 from __future__ import annotations
 
 from benchmarks.harness.benchmark import Benchmark, Result, work_folder
+from benchmarks.harness.ranking import auroc
 from benchmarks.harness.tables import markdown
 
 import random
@@ -127,16 +128,6 @@ def figures(details: Sequence[ScoredRow]) -> Result:
         "auroc": auroc(confidences, right),
         "kinds": sorted({str(row.kind) for row in rated}),
     }
-
-
-def auroc(values: Sequence[float], right: Sequence[bool]) -> float | None:
-    """The probability that a right answer has a higher value than a wrong one."""
-    good = np.asarray([value for value, is_right in zip(values, right, strict=True) if is_right])
-    bad = np.asarray([value for value, is_right in zip(values, right, strict=True) if not is_right])
-    if not len(good) or not len(bad):
-        return None
-    above, equal = good[:, None] > bad, good[:, None] == bad
-    return float((above + equal / 2).mean())
 
 
 def cost_share(runtime: Runtime, task: str, prompt: Any) -> float:  # noqa: ANN401 - messages

@@ -64,7 +64,8 @@ def build(
     llama.cpp checkout to convert the base with, by default one that pip downloads.
 
     `into` takes the place of `out`: a bundle on the same base, to which the adapters of the recipe are added. Adapters
-    of the same names are replaced; the files of all others, and of the base, stay as they are.
+    of the same names are replaced; the files of all others, and of the base, stay as they are. With `route` in the
+    recipe, the bundle's router is trained again, on the rows of all adapters of the recipe.
 
     `engine` is where adapters are trained: local, or ray for a Ray cluster, whose nodes share the folders of the
     recipe, its data and the bundle.

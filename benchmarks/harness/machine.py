@@ -19,6 +19,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def said_of_machine(result: Mapping[str, Any]) -> str:
-    """The threads and the machine of a result, in words."""
+    """The machine of a result, and its threads if it has any, in words."""
     machine = result["machine"]
-    return f"{result['threads']} threads, {machine['cpu']} ({machine['kind']})"
+    threads = f"{result['threads']} threads, " if "threads" in result else ""
+    return f"{threads}{machine['cpu']} ({machine['kind']})"

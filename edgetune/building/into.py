@@ -11,6 +11,7 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_runtime.bundle import ROUTER_WORDS, Manifest, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.wording import first_of
 from pydantic import ValidationError
 
 from edgetune import bases
@@ -27,8 +28,8 @@ _SETTINGS = ("merged_quantization", "states", "onnx", "device")
 def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     """The recipe with the settings of the bundle; its adapters keep their training options.
 
-    UsageError for each setting of the recipe that is another one, for a domain, and for a router or a name that is one
-    of its words.
+    UsageError for each setting of the recipe that is another one, for a domain, for a router without the rows of all
+    its adapters, and for a name that has another meaning for a router.
     """
     if recipe.quantization_spec is not None:
         # The bundle has the one that was chosen.
@@ -42,14 +43,7 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     if recipe.domain is not None:
         remedy = f"{existing.base_remedy}leave out domain"
         problems.append(f"domain would train the base of {existing.folder} again; {remedy}")
-    if recipe.route is not None:
-        problems.append(f"route would train a router without the other adapters of {existing.folder}; leave it out")
-    if existing.manifest.router is not None:
-        problems += [
-            f"{name!r} cannot be a name in {existing.folder}, whose router has another meaning for it; choose another"
-            for name in ROUTER_WORDS
-            if name in recipe.adapters
-        ]
+    problems += _router_problems(recipe, existing)
     if problems:
         raise UsageError("\n".join(problems))
     if _is_shipped(recipe, existing.manifest):
@@ -64,6 +58,20 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
     onnx = type(recipe.onnx).model_validate(settings.get("onnx", recipe.onnx))
     typed = {"targets": tuple(settings["targets"]), "onnx": onnx, "adapters": specs}
     return recipe.model_copy(update=settings | typed)
+
+
+def router_change(recipe: Recipe, existing: ExistingBundle) -> str | None:
+    """Which adapters the bundle's router does not choose after the build, as a sentence; None if it misses none."""
+    router, route = existing.manifest.router, recipe.route
+    if router is None:
+        return None
+    if route is None:
+        new = [name for name in recipe.adapters if name not in existing.manifest.adapters]
+        remedy = "to train it again, give the recipe route and all adapters"
+        return f"router: stays as it is, and never chooses {first_of(new, 20, ', ')}; {remedy}" if new else None
+    before = dict.fromkeys(name for call in router.calls.values() for name in call.adapters)
+    left_out = [name for name in before if name not in (route.adapters or recipe.adapters)]
+    return f"router: no longer chooses {first_of(left_out, 20, ', ')}, not in route.adapters" if left_out else None
 
 
 def others_of(existing: ExistingBundle) -> dict[str, AdapterSpec]:
@@ -112,6 +120,29 @@ def _write_empty(adapter: AdapterPlan, target: str, existing: ExistingBundle, fo
     except IncompatibleError as error:
         remedy = "choose target_modules of the bundle's adapters, or build all adapters together with --out"
         raise IncompatibleError(f"{existing.folder}: {error.message}", remedy) from error
+
+
+def _router_problems(recipe: Recipe, existing: ExistingBundle) -> list[str]:
+    """Why the recipe's router, or the bundle's own, does not fit all adapters together."""
+    manifest, route = existing.manifest, recipe.route
+    if route is None:
+        return [
+            f"{name!r} cannot be a name in {existing.folder}, whose router has another meaning for it; choose another"
+            for name in ROUTER_WORDS
+            if manifest.router is not None and name in recipe.adapters
+        ]
+    together = {**manifest.adapters, **recipe.adapters}
+    problems = [
+        f"route: {each}" for each in route.problems(manifest.name, together, generates=manifest.base.is_decoder)
+    ]
+    lacking = [name for name in manifest.adapters if name not in recipe.adapters]
+    if route.adapters is None and lacking:
+        problems.append(
+            f"route would train a router without {first_of(lacking, 20, ', ')}, of which the recipe has no rows; "
+            f"add what {existing.folder} has to its adapters, name those to choose from in route.adapters, or leave "
+            "out route"
+        )
+    return problems
 
 
 def _settings_of(manifest: Manifest) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from edgetune.training.jobs import train_all
 from . import builders
 from .builders import Builder
 from .decoder.quantization import choose_quantization
-from .into import check_slots, others_of, with_settings
+from .into import check_slots, others_of, router_change, with_settings
 from .on_cluster import train_on_cluster
 from .plan import plan_build, with_download, with_quantization
 from .result import Build
@@ -67,9 +67,10 @@ def build(
 ) -> Build:
     """Train the adapters, export, check parity and pack `out`; intermediate files are in `<out>.work`.
 
-    A stopped build resumes, unless `resume` is False. With `into`, the adapters are added to the bundle `out`; with
-    `on_cluster`, they are trained on a Ray cluster. With several processes under a launcher, all train and the first
-    one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`; `out` is then unchanged.
+    A stopped build resumes, unless `resume` is False. With `into`, the adapters are added to the bundle `out`, with a
+    router if the recipe has one; with `on_cluster`, they are trained on a Ray cluster. With several processes under a
+    launcher, all train and the first one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`;
+    `out` is then unchanged.
     """
     use_device(recipe.training.device)
     state = processes()
@@ -77,7 +78,7 @@ def build(
         progress = Progress(quiet=True)
     existing, others = None, None
     if into:
-        existing = ExistingBundle.read(out, recipe.adapters)
+        existing = ExistingBundle.read(out, recipe.adapters, replaces_router=recipe.route is not None)
         recipe, others = with_settings(recipe, existing), others_of(existing)
     check_destination(out)
     planned = plan_build(recipe, out, others)
@@ -87,6 +88,8 @@ def build(
     if existing is not None:
         check_slots(planned.plan, existing)
     _say_plan(planned.plan, progress)
+    if existing is not None and (change := router_change(recipe, existing)) is not None:
+        progress.say(change)
     work = work_folder(out)
     with locked(work) if state.is_main_process else nullcontext():
         with state.main_process_first():

@@ -31,6 +31,9 @@ def augment(
     requests: Annotated[
         int | None, typer.Option(metavar="N", min=3, help="Most requests in all (default: 6 per row).")
     ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Most tokens per answer, with what the model thinks.")
+    ] = 2000,
     yes: Annotated[bool, typer.Option("--yes", help="Send; without it, show what would be sent.")] = False,
     settings: Settings = None,
     quiet: Quiet = False,
@@ -56,7 +59,8 @@ def augment(
     most = requests or 6 * rows
     key = os.environ.get(KEY_VARIABLE)
     progress = Progress(quiet=quiet)
-    lesson = Lesson(read_task(name, loaded), Teacher(teacher, model, key, per_minute, most, progress.say))
+    asking = Teacher(teacher, model, key, per_minute, most, max_tokens, progress.say)
+    lesson = Lesson(read_task(name, loaded), asking)
     if not yes:
         first = lesson.first_requests(out)
         print(f"first two of at most {most} requests to {teacher}, each with rows of {name}:")

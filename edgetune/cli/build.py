@@ -84,7 +84,8 @@ def build(
     Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
     build resumes where it stopped. For data files (.jsonl, .csv, .tsv), the recipe that `edgetune init --data` would
     write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
-    With --into, the base and the other adapters of the bundle stay as they are.
+    With --into, the base and the other adapters of the bundle stay as they are, and so does its router if the recipe
+    has no route.
     """
     from edgetune.common.progress import Progress
     from edgetune.proposal.files import is_data

@@ -89,16 +89,17 @@ def publish(
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
         if bundle is None and adapter is not None:
             raise UsageError(f"--adapter {adapter} is given without a bundle", "give BUNDLE, or --from")
-        if bundle is not None and adapter is not None and folder.is_author(read_manifest(bundle).name, adapter):
-            if share is not None or min_runtime is not None:
-                message = f"--share or --min-runtime is given, and KEYS has only the key of the author of {adapter}"
-                raise UsageError(message, "leave them out: the owner of the bundle decides who gets a release")
-            published = author.publish_part(
-                bundle, adapter, repo, folder, channel=channel, expires_days=expires_days, keep=keep
-            )
-            _show(published, repo, keep, as_json=as_json)
-            return
         if bundle is not None and adapter is not None:
+            owner = folder.role_of(read_manifest(bundle).name)
+            if owner not in folder.roles_here:
+                if share is not None or min_runtime is not None:
+                    message = f"--share or --min-runtime is given, and KEYS has no private key of {owner}"
+                    raise UsageError(message, "leave them out: the owner of the bundle decides who gets a release")
+                published = author.publish_part(
+                    bundle, adapter, repo, folder, channel=channel, expires_days=expires_days, keep=keep
+                )
+                _show(published, repo, keep, as_json=as_json)
+                return
             bundle, before = stack.enter_context(one_adapter.with_adapter(bundle, adapter, repo, folder, channel))
             min_runtime = before.min_runtime if min_runtime is None else min_runtime
             share = before.share if share is None else share

@@ -18,14 +18,15 @@ FROM = "from"
 def with_task_files(document: Document, folder: Path) -> Document:
     """The recipe with the adapters of the files that it names by patterns, which are relative to `folder`.
 
+    A pattern that matches the recipe itself means the other files.
+
     Raises UsageError with all problems, one per line: patterns that match nothing, files that are not one mapping, and
     names that are used twice.
     """
     adapters = document.values.get("adapters")
     if not isinstance(adapters, dict) or FROM not in adapters or isinstance(adapters[FROM], dict):
         return document
-    place = document.place(document.line(("adapters", FROM)))
-    files, problems = _matching(adapters[FROM], folder, place)
+    files, problems = _matching(adapters[FROM], folder, document)
     specs: dict[str, Any] = {name: spec for name, spec in adapters.items() if name != FROM}
     parts: dict[Loc, Document] = {}
     for path in files:
@@ -48,15 +49,18 @@ def with_task_files(document: Document, folder: Path) -> Document:
     return replace(document, values={**document.values, "adapters": specs}, parts=parts)
 
 
-def _matching(patterns: Plain, folder: Path, place: str) -> tuple[list[Path], list[str]]:
+def _matching(patterns: Plain, folder: Path, recipe: Document) -> tuple[list[Path], list[str]]:
     """The files that match, by pattern and then by name, each once; and the problems of the patterns."""
     texts = patterns if isinstance(patterns, list) else [patterns]
+    place = recipe.place(recipe.line(("adapters", FROM)))
     files, problems = dict[Path, None](), []
     for text in texts:
         if not isinstance(text, str) or not text:
             problems.append(f"{place}adapters.from: {shown(text)} is not a pattern; write one such as tasks/*.yaml")
             continue
-        matching = dict.fromkeys(_files(text, folder))
+        matching = {
+            file: None for file in _files(text, folder) if recipe.path is None or not file.samefile(recipe.path)
+        }
         if not matching:
             problems.append(f"{place}adapters.from: no file matches {shown(text)}; patterns are relative to the recipe")
         files |= matching

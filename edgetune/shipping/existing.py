@@ -19,14 +19,18 @@ _OF_ALL_ADAPTERS = ("board", "needs")
 
 @dataclass(frozen=True)
 class ExistingBundle:
-    """The bundle in `folder` with its manifest before the build, which adds or replaces the adapters `added`."""
+    """The bundle in `folder` with its manifest before the build, which adds or replaces the adapters `added`.
+
+    `replaces_router`: the build trains a router for it too.
+    """
 
     folder: Path
     manifest: Manifest
     added: frozenset[str]
+    replaces_router: bool = False
 
     @classmethod
-    def read(cls, folder: Path, added: Iterable[str]) -> ExistingBundle:
+    def read(cls, folder: Path, added: Iterable[str], *, replaces_router: bool = False) -> ExistingBundle:
         """Read a bundle and check its files.
 
         Raises NotFoundError if there is none, VerificationError if a file is damaged, UsageError if the folder has
@@ -35,12 +39,14 @@ class ExistingBundle:
         manifest = read_manifest(folder)
         check_destination(folder)
         verify_files(folder, manifest)
-        return cls(folder, manifest, frozenset(added))
+        return cls(folder, manifest, frozenset(added), replaces_router)
 
     @property
     def kept_files(self) -> list[str]:
-        """The files that stay: the base, and the other adapters. Shipped states are computed again."""
+        """The files that stay: the base, the other adapters, and a router. Shipped states are computed again."""
         replaced = tuple(f"{folder}/{name}/" for folder in ("adapters", "authors") for name in self.added)
+        if self.replaces_router and self.manifest.router is not None:
+            replaced += (self.manifest.router.file,)
         return [
             name for name in self.manifest.files
             if name.startswith(("base/", "adapters/", "authors/")) and not name.startswith(replaced)
@@ -66,23 +72,23 @@ class ExistingBundle:
             link_or_copy(self.folder / name, work / name)
 
     def with_adapters(self, new: Manifest) -> Manifest:
-        """The manifest `new` of the added adapters, with the base, the router and the other adapters of this bundle."""
+        """The manifest `new` of the added adapters, with what this bundle keeps: base, settings and other adapters."""
         old = self.manifest
         return replace(
             new,
             name=old.name,
             base=old.base,
             adapters={**old.adapters, **new.adapters},
-            router=old.router,
-            recipe=self._joined(old.recipe, new.recipe),
-            plan={**self._joined(old.plan, new.plan), **{key: new.plan[key] for key in _OF_ALL_ADAPTERS}},
+            router=new.router if self.replaces_router else old.router,
+            recipe=self._joined(old.recipe, new.recipe, ["route"] if self.replaces_router else []),
+            plan=self._joined(old.plan, new.plan, _OF_ALL_ADAPTERS),
         )
 
-    def _joined(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-        """The recipe or the plan of the bundle, with the adapters that were added; `new` where it has none."""
+    def _joined(self, old: Mapping[str, Any], new: Mapping[str, Any], renewed: Iterable[str]) -> dict[str, Any]:
+        """The recipe or the plan of the bundle, with what is new: added adapters, these keys, and those it lacks."""
         kept = {name: item for name, item in old.get("adapters", {}).items() if name in self.manifest.adapters}
         added = {name: item for name, item in new["adapters"].items() if name in self.added}
-        return {**new, **old, "adapters": {**kept, **added}}
+        return {**new, **old, **{key: new[key] for key in renewed}, "adapters": {**kept, **added}}
 
     def check_unchanged(self, packed: Manifest) -> None:
         """VerificationError if a file that stays is another one in `packed`, or the bundle was changed meanwhile."""

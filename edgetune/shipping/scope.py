@@ -5,7 +5,7 @@ So the threshold of each format fits its quantization and its engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,17 @@ from edgetune_runtime.bundle import Manifest, Scope
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import PromptTooLongError
 from edgetune_runtime.inference.measuring import logits_after
-from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
+from edgetune_runtime.inference.similarity import (
+    MAX_LABELS,
+    SIMILARITY_FILE,
+    TrainingPrompts,
+    compared_tokens,
+    write_prompts,
+)
 
 from edgetune.common.progress import Progress
 from edgetune.recipe.parts import OutOfScopeSpec
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import spread
 
 from .exported import TrainedAdapter
@@ -30,6 +37,8 @@ from .opened import opened
 
 MAX_ROWS = 300
 """Rows per adapter and format: more make builds longer, and thresholds little better."""
+_LEAST_PER_LABEL = 3
+"""Training prompts per label, where so many labels exceed MAX_ROWS: means of 10 find hardly more than those of 3."""
 _SMALLEST_SPREAD = 1e-3
 _LOWEST = -1e6
 """The score of a text with the label of those that are out of scope."""
@@ -85,11 +94,21 @@ def described(scope: Scope) -> str:
     return f"{shares}, are {scope.label}{limit}"
 
 
-def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[Logits]:
-    rows = [row for row in adapter.known_rows if row.completion != label]
-    for row in spread(rows, MAX_ROWS):
+def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> dict[str, Iterable[Logits]]:
+    """The logits after training prompts of each label but that of texts that are out of scope."""
+    rows: dict[str, list[TaskRow]] = {}
+    for row in adapter.known_rows:
+        if row.completion is not None and row.completion != label:
+            rows.setdefault(row.completion, []).append(row)
+    labels = spread([*rows], MAX_LABELS)
+    each = max(_LEAST_PER_LABEL, MAX_ROWS // len(labels))
+    return {name: _logits_after(runtime, adapter.name, spread(rows[name], each)) for name in labels}
+
+
+def _logits_after(runtime: Runtime, name: str, rows: Sequence[TaskRow]) -> Iterator[Logits]:
+    for row in rows:
         with suppress(PromptTooLongError):
-            yield logits_after(runtime, row.messages or (), adapter.name)
+            yield logits_after(runtime, row.messages or (), name)
 
 
 def _answers(
@@ -102,7 +121,7 @@ def _answers(
         with suppress(PromptTooLongError):
             classification = runtime.classify(messages, adapter=adapter.name)
             if prompts is not None:
-                similarity = prompts.similarity(logits_after(runtime, messages, adapter.name))
+                similarity = max(prompts.similarities(logits_after(runtime, messages, adapter.name)).values())
             yield ScopeAnswer(
                 row.completion != label, classification.label != label, classification.log_odds, similarity
             )

@@ -111,9 +111,11 @@ def test_a_name_that_is_free_again_gets_a_folder_of_its_own_while_old_files_are_
     assert (home / "adapters/new/kept").exists()
 
 
-def test_files_that_another_adapter_names_stay(run: Run, home: Path) -> None:
-    change_manifest(home, lambda raw: raw["adapters"].update(twin={**raw["adapters"]["command"], "name": "twin"}))
-    assert run("remove", home, "command")[0] == 0
+def test_files_that_another_adapter_names_stay_and_its_rule_for_unsure_answers_is_named(run: Run, home: Path) -> None:
+    twin = {"name": "twin", "unsure": {"min_confidence": 0.8, "then": "command"}}
+    change_manifest(home, lambda raw: raw["adapters"].update(twin={**raw["adapters"]["command"], **twin}))
+    removed = f"removed command from {home}; unsure answers of twin are only marked from now on\n"
+    assert run("remove", home, "command") == (0, removed, "")
     verify_files(home, read_manifest(home))
     assert answer(home, "gguf", "twin")
 

@@ -25,7 +25,7 @@ from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.task import Task
 
 from .questions import Questions
-from .teacher import RefusedRequestError, Teacher, TeacherError
+from .teacher import RefusedRequestError, Reply, Teacher, TeacherError
 
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
 """Temperatures of a new prompt, and of the two answers to it."""
@@ -33,6 +33,7 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 """How much longer than the longest prompt of the rows a new one may be; a longer text is no request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
+_CUT_OFF = "answers that are cut off (--max-tokens allows more)"
 
 
 class _LeftOut(NamedTuple):
@@ -135,22 +136,28 @@ class Lesson:
 
     def _made(self, number: int, prompts: set[str]) -> dict[str, str] | _LeftOut:
         """The row that a question leads to, or why it is left out; adds its prompt to `prompts`."""
-        prompt = _request_of(self._answer(self._questions.for_prompt(number), _WORDING, number))
+        wording = self._answer(self._questions.for_prompt(number), _WORDING, number)
+        prompt = _request_of(wording.text)
+        if wording.is_cut_off and not prompt:
+            return _LeftOut(_CUT_OFF, [prompt])
         key = prompt_key(SplitRow(TRAIN, TaskRow("", ({"role": "user", "content": prompt},))))
         if not 0 < len(prompt) <= self._most_characters or key in prompts:
             return _LeftOut("prompts that are there already, or are none", [prompt])
         prompts.add(key)
         question, schema = self._questions.for_answer(prompt, number), _schema_of(self.output)
-        answers = [self._written(self._answer(question, temperature, number, schema)) for temperature in _ANSWERS]
+        replies = [self._answer(question, temperature, number, schema) for temperature in _ANSWERS]
+        answers = [self._written(reply.text.strip()) for reply in replies]
+        if any(reply.is_cut_off for reply in replies):
+            return _LeftOut(_CUT_OFF, answers)
         if not all(map(self._fits, answers)):
             return _LeftOut("answers that do not fit the task", answers)
         if len({answer_key(SplitRow(TRAIN, TaskRow("", completion=answer))) for answer in answers}) > 1:
             return _LeftOut("answers that disagree", answers)
         return {"prompt": prompt, "completion": answers[0]}
 
-    def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> str:
+    def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> Reply:
         body = self.teacher.request(messages, temperature=temperature, seed=seed, schema=schema)
-        return self.teacher.ask(body).strip()
+        return self.teacher.ask(body)
 
     def _written(self, answer: str) -> str:
         """An answer in JSON as the rows write it; others as they are."""

@@ -8,10 +8,10 @@ import time
 import urllib.error
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.inference.chat_client import check_address, message_of, post
+from edgetune_runtime.inference.chat_client import check_address, is_cut_off, message_of, post
 from edgetune_runtime.wording import shortened
 
 _TRIES, _LONGEST_WAIT_S, _TIMEOUT_S = 5, 60.0, 120.0
@@ -21,6 +21,9 @@ _OF_ONE_REQUEST = frozenset((400, 413, 422))
 """Statuses of a request that is too long, or that a filter refuses; others may be answered."""
 _MOST_BYTES = 1_000_000
 """Part of an error's body that is read."""
+_LIMIT, _NEWER_LIMIT = "max_tokens", "max_completion_tokens"
+"""Names of the limit of tokens: all servers know the first but OpenAI's newer models, which refuse it. Others refuse
+the second, or ignore it."""
 
 
 class TeacherError(EdgetuneError):
@@ -33,12 +36,19 @@ class RefusedRequestError(TeacherError):
     """The teacher answered others, but refuses this request."""
 
 
+class Reply(NamedTuple):
+    """The text of an answer, and whether it was cut off at the limit of tokens."""
+
+    text: str
+    is_cut_off: bool
+
+
 @dataclass
 class Teacher:
     """The model `model` at `url`, such as https://api.example.com/v1.
 
-    At most `per_minute` requests are sent in a minute, and `most_requests` in all; `sent` counts them. `say` gets a
-    sentence about each try without an answer.
+    At most `per_minute` requests are sent in a minute, and `most_requests` in all; `sent` counts them. An answer has at
+    most `max_tokens`, with those that a model thinks before. `say` gets a sentence about each try without an answer.
     """
 
     url: str
@@ -46,8 +56,10 @@ class Teacher:
     key: str | None = field(default=None, repr=False)
     per_minute: float = 60.0
     most_requests: int = 1000
+    max_tokens: int = 2000
     say: Callable[[str], object] = field(default=lambda _: None, repr=False)
     sent: int = 0
+    _limit: str = _LIMIT
     _has_answered: bool = False
     _free_at: float = 0.0
 
@@ -58,13 +70,16 @@ class Teacher:
         self, messages: Sequence[Mapping[str, str]], *, temperature: float, seed: int, schema: object = None
     ) -> dict[str, Any]:
         """The body of a request; with `schema`, for an answer in JSON that fits it."""
-        body = {"model": self.model, "messages": list(messages), "temperature": temperature, "seed": seed}
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
+        body |= {"temperature": temperature, "seed": seed, self._limit: self.max_tokens}
         if schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         return body
 
-    def ask(self, body: Mapping[str, Any]) -> str:
+    def ask(self, body: Mapping[str, Any]) -> Reply:
         """The answer to a request, tried again while the teacher is busy or not reached.
+
+        A teacher that refuses the name of the limit of tokens gets the other one from then on.
 
         Raises TeacherError after some tries, when all requests are sent, and for a refusal: RefusedRequestError if
         others may be answered.
@@ -79,6 +94,10 @@ class Teacher:
                 return self._sent(body)
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {_reason(error)}"
+                if error.code in _OF_ONE_REQUEST and _LIMIT in body and _LIMIT in problem:
+                    self._limit = _NEWER_LIMIT
+                    body = {_NEWER_LIMIT if name == _LIMIT else name: value for name, value in body.items()}
+                    continue
                 if error.code not in _AGAIN:
                     remedy = "check --teacher, --model and the key"
                     is_of_one = self._has_answered and error.code in _OF_ONE_REQUEST
@@ -98,17 +117,17 @@ class Teacher:
             time.sleep(self._free_at - now)
         self._free_at = max(now, self._free_at) + 60 / self.per_minute
 
-    def _sent(self, body: Mapping[str, Any]) -> str:
+    def _sent(self, body: Mapping[str, Any]) -> Reply:
         raw = b""
         try:
             raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
-            content: str = message_of(raw).get("content") or ""
+            reply = Reply(message_of(raw).get("content") or "", is_cut_off(raw))
         except ValueError as error:
-            reply = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
-            message = f"the teacher at {self.url} answers {reply!r}"
+            start = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
+            message = f"the teacher at {self.url} answers {start!r}"
             raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
         self._has_answered = True
-        return content
+        return reply
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -98,14 +98,19 @@ def _signer(repository: Repository, keys: KeyFolder, release: Release, adapter: 
     """The newest private key here that the repository and the release allow to replace an adapter."""
     allowed = [
         key
-        for key in keys.authors(release.name)[adapter]
+        for key in keys.authors(release.name).get(adapter, ())
         if (role := role_of_part(release.name, adapter, key.keyid)) in release.authors and repository.delegates_to(role)
     ]
     holder = f"{OF_ONE_BUNDLE}{release.name}/{adapter}"
     signers = keys.signers(holder, allowed)
     if not signers:
-        message = f"the published {release.name} allows none of the private keys of {holder} here"
-        raise NotFoundError(message, "ask its owner to add the key and to publish the bundle")
+        ask = (
+            f"ask its owner to add yours, edgetune keys add KEYS {holder} --public-key FILE, and to publish the bundle"
+        )
+        if holder in keys.roles_here:
+            raise NotFoundError(f"the published {release.name} allows none of the private keys of {holder} here", ask)
+        message = f"{keys.folder} has no private key of {keys.role_of(release.name)}, and none of {holder}"
+        raise NotFoundError(message, f"make one, edgetune keys add {keys.folder} {holder}, and {ask}")
     return signers[-1]
 
 

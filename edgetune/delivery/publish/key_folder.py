@@ -83,10 +83,10 @@ class KeyFolder:
         found = {role.removeprefix(own): self.keys(role) for role in self.roles if role.startswith(own)}
         return {adapter: keys for adapter, keys in found.items() if keys}
 
-    def is_author(self, bundle: str, adapter: str) -> bool:
-        """Whether the private keys here are those of an adapter's author, and none of its bundle."""
-        here = {row["role"] for row in self.listing() if row["is_here"]}
-        return f"{OF_ONE_BUNDLE}{bundle}/{adapter}" in here and self.role_of(bundle) not in here
+    @property
+    def roles_here(self) -> list[str]:
+        """The roles of which a private key is here."""
+        return list(dict.fromkeys(row["role"] for row in self.listing() if row["is_here"]))
 
     def keys(self, role: str) -> list[Key]:
         """The keys of a role, oldest first; none for a bundle that has no keys of its own."""
@@ -247,7 +247,12 @@ def is_of_author(role: str) -> bool:
 def missing_keys(role: str, keys: KeyFolder) -> NotFoundError:
     """The error where too few private keys of a role are at hand."""
     message = f"the private keys of {role} are not in {keys.folder}"
-    return NotFoundError(message, f"copy them there, or replace them: edgetune keys rotate {keys.folder} {role}")
+    own = next(filter(is_of_author, keys.roles_here), None)
+    if own is None:
+        return NotFoundError(message, f"copy them there, or replace them: edgetune keys rotate {keys.folder} {role}")
+    if role in ROOT_ROLES:
+        return NotFoundError(message, "as an author, ask the owner of the bundle for one")
+    return NotFoundError(message, f"as the author of {own}, publish with --adapter {own.rpartition('/')[2]}")
 
 
 def require_name(field: str, name: str) -> None:

@@ -67,7 +67,9 @@ class Repository:
         self._root = keys.root().signed
         if self._root.is_expired():
             message = f"the root in {keys.folder} expired on {self._root.expires:%Y-%m-%d}"
-            raise UsageError(message, f"sign the next one: edgetune keys rotate {keys.folder} root")
+            signs = Root.type in keys.roles_here
+            renew = f"sign the next one: edgetune keys rotate {keys.folder} root"
+            raise UsageError(message, renew if signs else "copy the next *.root.json from whoever has the root keys")
         self._published_root = self._read_published_root()
         self._roles: dict[str, Targets] = {}
         self._changed: set[str] = set()

@@ -101,8 +101,8 @@ class Scope:
 
     These get `label`: because it is the likeliest, or because the `score` of the likeliest is below `threshold`.
     `refused` is the share of the validation rows with other labels that got it, and `found` that of texts which the
-    build made of none of them. `odds_spread` and `similarity_spread` are the standard deviations of both parts of the
-    score over these validation rows.
+    build made of none of them. `odds_spread` and `similarity_spread` are the standard deviations over these validation
+    rows of what the score is computed from.
     """
 
     label: str
@@ -113,8 +113,12 @@ class Scope:
     similarity_spread: float = 1.0
 
     def score(self, log_odds: float, similarity: float) -> float:
-        """How sure it is that a text is in scope: from the log odds of its label, and how similar its prompt is."""
-        return log_odds / self.odds_spread - (1 - similarity) / self.similarity_spread
+        """How sure it is that a text is in scope, in log odds.
+
+        From the log odds of its likeliest label (negative ones for `label`), less the distance of its state from those
+        of the training prompts, in which both count the same over the texts of the task.
+        """
+        return log_odds - (1 - similarity) * self.odds_spread / self.similarity_spread
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,8 @@ class UnsureRule:
     """What becomes of answers whose confidence is below `min_confidence`, or not known.
 
     `then` says what answers instead: `ask` (the text `question`), `base`, an adapter, `error` (none), or `defer` (the
-    bigger model whose address the runtime was given; without one, the answer is marked). With `mark`, the answer is
-    only marked.
+    bigger model whose address the runtime was given). With `mark`, without that address, and where the adapter is not
+    in the bundle, the answer is only marked.
     """
 
     min_confidence: float

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest
-from edgetune_runtime.wording import printable
+from edgetune_runtime.wording import first_of, printable
 
 from .options import open_runtime
 
@@ -43,7 +43,13 @@ def remove(options: argparse.Namespace) -> None:
 
     name = options.name
     remove_from_bundle(options.bundle, name)
-    print(json.dumps({"removed": name}) if options.json else f"removed {printable(name)} from {options.bundle}")
+    if options.json:
+        print(json.dumps({"removed": name}))
+        return
+    rules = {other: entry.unsure for other, entry in read_manifest(options.bundle).adapters.items()}
+    others = [other for other, rule in rules.items() if rule is not None and rule.then == name]
+    marked = f"; unsure answers of {first_of(others, separator=', ')} are only marked from now on" if others else ""
+    print(f"removed {printable(name)} from {options.bundle}{marked}")
 
 
 def _row(manifest: Manifest, name: str) -> dict[str, Any]:

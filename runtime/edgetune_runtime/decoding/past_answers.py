@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -53,12 +53,15 @@ class PastAnswer:
 class PastAnswers:
     """Past answers up to `MAX_BYTES`, the least recently given dropped first. Thread-safe.
 
-    With a `path` they are read from that file, and written to it about every hour and by `save`. A damaged file counts
-    as empty, and one that cannot be written is skipped with a warning. Prompts are kept as digests.
+    With a `path` they are read from that file, and written to it about every hour and by `save`, without those of
+    adapters that are not among the names of `adapters`. A damaged file counts as empty, and one that cannot be written
+    is skipped with a warning. Prompts are kept as digests.
     """
 
-    def __init__(self, vocab_size: int, path: Path | None = None) -> None:
-        self._path = path
+    def __init__(
+        self, vocab_size: int, path: Path | None = None, adapters: Callable[[], Collection[str]] | None = None
+    ) -> None:
+        self._path, self._adapters = path, adapters
         self._lock = threading.Lock()
         self._answers: dict[bytes, array[int]] = {}
         self._bytes, self._is_saved, self._saved_s = 0, True, time.monotonic()
@@ -86,6 +89,10 @@ class PastAnswers:
         with self._lock:
             self._saved_s = time.monotonic()
             if self._path is None or self._is_saved:
+                return
+            self._drop_others()
+            if not self._answers:
+                self._is_saved = _delete(self._path)
                 return
             about = {"answers": [[key.hex(), len(tokens)] for key, tokens in self._answers.items()]}
             data = array("I")
@@ -119,6 +126,13 @@ class PastAnswers:
             self._bytes, self._is_saved = 0, True
             if self._path is not None:
                 _delete(self._path)
+
+    def _drop_others(self) -> None:
+        """Drop the answers of adapters that are gone, such as with an update while nobody had the file open."""
+        if self._adapters is not None:
+            groups = {_group(name) for name in ("", _SEVERAL, *self._adapters())}
+            for key in [key for key in self._answers if key[:_GROUP_BYTES] not in groups]:
+                self._drop(key)
 
     def _put(self, key: bytes, tokens: array[int]) -> None:
         self._drop(key)
@@ -163,6 +177,7 @@ def clear_all(cache_folder: Path) -> int:
 
 
 def _delete(file: Path) -> bool:
+    """Whether the file is gone; a warning if not."""
     try:
         file.unlink(missing_ok=True)
     except OSError as error:

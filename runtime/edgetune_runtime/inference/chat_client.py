@@ -60,3 +60,8 @@ def message_of(reply: bytes) -> dict[str, Any]:
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"no chat completion: {error}") from error
     return dict(message)
+
+
+def is_cut_off(reply: bytes) -> bool:
+    """Whether a chat completion, which `message_of` can read, ended at its limit of tokens."""
+    return bool(json.loads(reply)["choices"][0].get("finish_reason") == "length")

@@ -380,7 +380,7 @@ class LoadedBundle:
             folder = Path(self.options.cache_folder or default_folder())
             path = path_of(folder, self.manifest.name, self.manifest.base.fingerprint)
         with self._running.tokenizer() as tokenizer:
-            return PastAnswers(tokenizer.vocab_size, path)
+            return PastAnswers(tokenizer.vocab_size, path, lambda: self.manifest.adapters)
 
     def _check_open(self) -> None:
         if self._is_closed:

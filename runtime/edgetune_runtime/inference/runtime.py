@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -232,21 +232,21 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         prompts = None if scope is None or first is None else self._loaded.files.training_prompts_of(first)
 
-        def classified(scores: LabelScores, similarity: float = 1.0) -> Classification:
-            likeliest = partial(most_likely, labels, scores, similarity)
+        def classified(scores: LabelScores, similarities: Mapping[str, float]) -> Classification:
+            likeliest = partial(most_likely, labels, scores, similarities)
             return replace(likeliest(scope=scope, curves=curves, min_confidence=min_confidence), route=route)
 
         if classifier is not None:
             assert first is not None
             with self._loaded.adapters.use({first.name: first}, Holder()):
-                return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])))
+                return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])), {})
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
             logits = context.run(call.job).logits
-            similarity = 1.0 if prompts is None else prompts.similarity(logits)
-            return classified(score_labels(context, logits, endings, exact=exact), similarity)
+            similarities = {} if prompts is None else prompts.similarities(logits)
+            return classified(score_labels(context, logits, endings, exact=exact), similarities)
 
     def embed(self, text: str) -> Embedding:
         """The plain base's pooled last layer for a text, and its number of tokens.
@@ -325,8 +325,9 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Remove an adapter with its states, draft table and output constraint, in memory and in the cache folder.
 
         Calls that run with it end normally, and this one waits for them; later ones, and those that still wait for a
-        context, raise NotFoundError. NotFoundError for an unknown name, UsageError, which changes nothing, if only
-        streams that this thread read last use it.
+        context, raise NotFoundError. Unsure answers that it was to answer are only marked, with a warning in the log.
+        NotFoundError for an unknown name, UsageError, which changes nothing, if only streams that this thread read last
+        use it.
         """
         with self._loaded.changing:
             self._loaded.drop(name)

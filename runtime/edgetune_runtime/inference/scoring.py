@@ -28,9 +28,11 @@ class Classification:
 
     If not all were, these are the lowest probabilities that they can have. `log_odds` are the model's own for the
     likeliest label against any other text, so they are the same however many labels were computed. `is_out_of_scope`:
-    the label is the one that the recipe has for texts that none of the others fits. `confidence` is the probability
-    that the label is right, as that of an `Answer`; None for other labels than the adapter's. With `min_confidence`,
-    `is_unsure` says whether it is lower, or not known. `route` is the router's choice where it chose the adapter.
+    the label is the one that the recipe has for texts that none of the others fits. An adapter with such a label also
+    compares the prompt with training prompts; `log_odds` are then those of both together.
+    `confidence` is the probability that the label is right, as that of an `Answer`; None for other labels than the
+    adapter's. With `min_confidence`, `is_unsure` says whether it is lower, or not known. `route` is the router's choice
+    where it chose the adapter.
     """
 
     label: str
@@ -70,7 +72,7 @@ class NegativeLogLikelihood(NamedTuple):
 def most_likely(
     labels: Sequence[str],
     scores: LabelScores,
-    similarity: float,
+    similarities: Mapping[str, float],
     *,
     scope: Scope | None,
     curves: Curves,
@@ -78,7 +80,8 @@ def most_likely(
 ) -> Classification:
     """The label with the highest score, or that of `scope`, and the probability of each label with a score.
 
-    `similarity` is that of the prompt to the adapter's training prompts, 1 if it is not known.
+    `similarities` are those of the prompt to the adapter's training prompts, by their labels; none are known for an
+    encoder.
     """
     scored = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
     shares = softmax(np.array([*scored.values(), scores.unseen])).tolist()
@@ -86,11 +89,20 @@ def most_likely(
     probabilities = dict(zip(scored, shares, strict=False))
     label = max(scored, key=scored.__getitem__)
     result = Classification(label, probabilities, log_odds([scored[label]]))
-    if scope is not None and (label == scope.label or scope.score(result.log_odds, similarity) < scope.threshold):
-        result = replace(result, label=scope.label, is_out_of_scope=True)
+    if scope is not None:
+        result = _in_scope(result, scope, similarities)
     sure = confidence(curves, result.kind, result.log_odds)
     is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
     return replace(result, confidence=sure, is_unsure=is_unsure)
+
+
+def _in_scope(result: Classification, scope: Scope, similarities: Mapping[str, float]) -> Classification:
+    """The result with the label of `scope` if the text is out of scope, and the log odds of this choice."""
+    nearest, odds = max(similarities.values(), default=1.0), result.log_odds
+    score = scope.score(-odds if result.label == scope.label else odds, nearest)
+    if result.label == scope.label or score < scope.threshold:
+        return replace(result, label=scope.label, is_out_of_scope=True, log_odds=-score)
+    return replace(result, log_odds=scope.score(odds, similarities.get(result.label, nearest)))
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

@@ -137,9 +137,12 @@ class _Settling:
             self._replace(answer, ASK, rule.question)
         elif then == DEFER:
             self._defer(answer)
-        else:
+        elif then == BASE or then in self.loaded.manifest.adapters:
             yield from self._other(answer, None if then == BASE else then)
             return
+        else:
+            # It was removed, or its bundle is another one from which this adapter was added.
+            _LOG.warning("kept an unsure answer: there is no adapter %r to answer in its place", then)
         assert self.outcome.answer is not None
         if self.outcome.answer.content:
             yield self.outcome.answer.content

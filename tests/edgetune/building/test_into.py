@@ -15,8 +15,10 @@ from recipes import adapter_of, lights, make_recipe
 from runtime.bundles import add_router
 from trainings import QUIET, Listening, modified
 
+from edgetune.building.into import router_change
 from edgetune.building.pipeline import build, export_trained
 from edgetune.recipe.model import Recipe
+from edgetune.shipping.existing import ExistingBundle
 
 LORA = {"name": "lora", "r": 4, "target_modules": ["q_proj", "down_proj"]}
 COMPLETIONS = {"plain": "reply on", "scaled": "set red", "blinds": "close the blind"}
@@ -25,7 +27,8 @@ SETTINGS: dict[str, Any] = {"quantization": "q4_0", "targets": ["gguf", "onnx"],
 
 def recipe_of(folder: Path, base: Path, *names: str, adapter: Mapping[str, Any] | None = None, **keys: Any) -> Recipe:  # noqa: ANN401 - of the recipe
     """A recipe of these adapters, each with rows of its own; `adapter` has changes to all of them."""
-    data = {f"{name}.jsonl": lights(completions=(COMPLETIONS[name],)) for name in names}
+    rows = {name: lights(completions=(COMPLETIONS[name],)) for name in names}
+    data = {f"{name}.jsonl": [{**row, "prompt": f"{name} {row['prompt']}"} for row in rows[name]] for name in names}
     adapters = {name: adapter_of(**{"method": LORA, "train": f"{name}.jsonl", **(adapter or {})}) for name in names}
     return make_recipe(folder, base, adapters, data=data, **keys)
 
@@ -56,7 +59,8 @@ def home(whole: Path, tmp_path: Path) -> Path:
 def test_an_adapter_is_added_and_one_replaced_and_the_others_stay_byte_for_byte(
     home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    before, kept = read_manifest(home), digests(home, "base/", "adapters/plain/")
+    router = add_router(home, {"generate": {"plain": "on", "scaled": "red"}})
+    before, kept = read_manifest(home), digests(home, "base/", "adapters/plain/", router.file)
     recipe = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", "scaled", adapter={"scale": 0.5}, name="more")
     listening = Listening()
     built = build(recipe, home, progress=listening, into=True)
@@ -64,7 +68,11 @@ def test_an_adapter_is_added_and_one_replaced_and_the_others_stay_byte_for_byte(
     verify_files(home, manifest)
     assert list(built.figures) == ["blinds", "scaled"]
     assert not any(line.startswith(("quantizing", "writing base", "plain")) for line in listening.lines)
-    assert digests(home, "base/", "adapters/plain/") == kept
+    assert digests(home, "base/", "adapters/plain/", router.file) == kept
+    stays = (
+        "router: stays as it is, and never chooses blinds; to train it again, give the recipe route and all adapters"
+    )
+    assert manifest.router == router and stays in listening.lines
     assert (manifest.name, manifest.base, manifest.context_length) == ("home", before.base, 128)
     assert manifest.adapters["plain"] == before.adapters["plain"]
     assert list(manifest.adapters) == ["plain", "scaled", "blinds"]
@@ -173,6 +181,37 @@ def test_a_name_with_another_meaning_for_the_router_is_refused(
     named = recipe.model_copy(update={"adapters": {"error": recipe.adapters["blinds"]}})
     with pytest.raises(UsageError, match=r"'error' cannot be a name in .*home, whose router has another meaning"):
         build(named, home, progress=QUIET, into=True)
+
+
+def test_a_recipe_of_all_adapters_trains_the_router_again(
+    home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    add_router(home, {"generate": {"plain": "on", "scaled": "red"}})
+    before, folder, base = modified(home), tmp_path / "more", tiny_gguf("llama")
+    work = home.with_name("home.work") / "train"
+    trained = modified(work)
+    lacking = rf"route would train a router without plain, of which the recipe has no rows; add what {home} has to its"
+    with pytest.raises(UsageError, match=lacking):
+        build(recipe_of(folder, base, "scaled", "blinds", route=True), home, progress=QUIET, into=True)
+    recipe = recipe_of(folder, base, "plain", "scaled", "blinds", route=True)
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, home, progress=Listening(stop_at="router: generate"), into=True)
+    assert modified(home) == before
+    build(recipe, home, progress=QUIET, into=True)
+    assert trained.items() <= modified(work).items()
+    manifest = read_manifest(home)
+    verify_files(home, manifest)
+    assert Recipe.model_validate(manifest.recipe).route == recipe.route
+    with Runtime.open(home) as runtime:
+        chosen = [runtime.route(f"{name} turn on the light 3").adapter for name in manifest.adapters]
+    assert chosen == ["plain", "scaled", "blinds"]
+
+
+def test_a_router_says_which_adapter_it_no_longer_chooses(tmp_path: Path, home: Path) -> None:
+    add_router(home, {"generate": {"plain": "on", "scaled": "red"}})
+    recipe = recipe_of(tmp_path / "more", home, "plain", "blinds", route={"adapters": ["plain", "blinds"]})
+    existing = ExistingBundle.read(home, recipe.adapters, replaces_router=True)
+    assert router_change(recipe, existing) == "router: no longer chooses scaled, not in route.adapters"
 
 
 def test_a_damaged_bundle_gets_no_new_digests(home: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

@@ -123,10 +123,19 @@ def test_an_author_publishes_an_adapter_and_nothing_else(
     publish(with_adapters(publisher.bundle, "command", "reply", answer="two"), publisher.repo, publisher.keys)
     assert (seen(publisher).version, PART in seen(publisher).files) == (2, True)
     # Whatever else the author publishes needs other keys.
-    for other in ([*words[:-1], "command"], words[:-2]):
-        assert main(other) == NotFoundError.exit_code
-    with pytest.raises(NotFoundError, match="the private keys of bundles are not in"):
-        publish(write_bundle(tmp_path / "other", "one"), publisher.repo, author)
+    both, asking = str(with_adapters(tmp_path / "both/home", "command", "reply")), "bundles/home/command"
+    for changed, problem in (
+        ([*words[:-1], "command"], "no adapter 'command'"),
+        (
+            ["publish", both, *words[2:-1], "command"],
+            f"{author.folder} has no private key of bundles, and none of {asking}; make one, edgetune keys add "
+            f"{author.folder} {asking}, and ask its owner to add yours, edgetune keys add KEYS {asking} "
+            "--public-key FILE, and to publish the bundle",
+        ),
+        (words[:-2], "as the author of bundles/home/reply, publish with --adapter reply"),
+    ):
+        assert main(changed) == NotFoundError.exit_code
+        assert problem in capsys.readouterr().err
 
 
 def test_what_does_not_fit_the_release_is_not_published(
@@ -145,7 +154,9 @@ def test_what_does_not_fit_the_release_is_not_published(
         author.trusted_keys("bundles/home/reply").read_bytes()
     )
     for _ in range(2):
-        with pytest.raises(NotFoundError, match="allows none of the private keys of bundles/home/reply here"):
+        with pytest.raises(
+            NotFoundError, match=r"none of the private keys of bundles/home/reply here; ask its owner to"
+        ):
             publish_part(with_adapters(tmp_path / "new/home", "reply"), publisher.repo, author)
         refresh(publisher.repo, publisher.keys, expires_days=30)
     assert seen(publisher) == before

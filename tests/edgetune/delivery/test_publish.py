@@ -411,6 +411,9 @@ def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch
     publisher = Publisher(tmp_path)
     with pytest.raises(UsageError, match=r"expired on .*; sign the next one: edgetune keys rotate"):
         publisher("one")
+    others = Path(shutil.copytree(publisher.keys.folder, tmp_path / "others", ignore=shutil.ignore_patterns("root-*")))
+    with pytest.raises(UsageError, match=r"expired on .*; copy the next \*\.root\.json from whoever has the root keys"):
+        refresh(publisher.repo, open_keys(others), expires_days=30)
     monkeypatch.undo()
     publisher.keys.rotate("root")
     publisher("one")

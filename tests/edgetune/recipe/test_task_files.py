@@ -51,6 +51,11 @@ def test_each_file_is_an_adapter_with_the_name_of_the_file_or_its_own(tmp_path: 
     assert Recipe.from_dict(values_of("b.gguf", TASKS), tmp_path).adapters.keys() == {"blinds", "lights"}
 
 
+def test_a_pattern_that_matches_the_recipe_means_the_other_files(tmp_path: Path) -> None:
+    path = write(tmp_path, {"lights.yaml": adapter_of()}, {"from": "*.yaml"})
+    assert list(Recipe.from_file(path).adapters) == ["lights"]
+
+
 def test_paths_in_a_file_are_relative_to_it(tmp_path: Path) -> None:
     files = {
         "tasks/deep/lights.yaml": adapter_of(train="rows.jsonl", output={"schema": "answer.json"}),

@@ -80,6 +80,22 @@ def test_the_answers_of_one_adapter_are_forgotten_in_the_file_too(file: Path) ->
     assert not file.exists()
 
 
+def test_the_answers_of_adapters_that_are_gone_leave_the_file_when_it_is_written(file: Path) -> None:
+    answers, adapters = PastAnswers(VOCABULARY, file, lambda: ["one", "two"]), ("", "one", "two", "one two")
+    for adapter in adapters:
+        keep(answers, [1], [7], adapter)
+    answers.save()
+    later = PastAnswers(VOCABULARY, file, lambda: ["two"])
+    keep(later, [2], [7], "two")
+    later.save()
+    again = PastAnswers(VOCABULARY, file)
+    assert [last(again, 1, adapter=adapter) for adapter in adapters] == [[7], [], [7], [7]]
+    alone = PastAnswers(VOCABULARY, file.with_name("alone.bin"), list)
+    keep(alone, [1], [7])
+    alone.save()
+    assert not file.with_name("alone.bin").exists()
+
+
 @pytest.mark.parametrize(
     ("about", "tokens"),
     [

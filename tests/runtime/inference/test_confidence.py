@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from edgetune_runtime import Answer, Runtime, VerificationError
-from edgetune_runtime.bundle import ConfidenceCurve, read_manifest
+from edgetune_runtime.bundle import ConfidenceCurve, Scope, read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.decoding.output import spec_of
-from edgetune_runtime.inference.confidence import kind_of, log_chance, log_odds
+from edgetune_runtime.inference.confidence import LABEL, NOTHING, kind_of, log_chance, log_odds
+from edgetune_runtime.inference.label_search import LabelScores
+from edgetune_runtime.inference.scoring import most_likely
 from runtime.bundles import change_manifest
 from runtime.conftest import LABEL_CURVE, VALUE_CURVE
 
@@ -187,3 +189,27 @@ def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -
     change_manifest(bundle, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(slope=math.inf))
     with pytest.raises(VerificationError, match="'tone' has a confidence curve without numbers"):
         read_manifest(bundle)
+
+
+@pytest.mark.parametrize(
+    ("red", "similarities", "kind", "odds"),
+    [
+        (0.9, {"red": 1.0, "warm": 0.2}, LABEL, math.log(9)),
+        # Far from its own label's training prompts, but near those of another one: in scope, and less sure.
+        (0.9, {"red": 0.95, "warm": 1.0}, LABEL, math.log(9) - 1.0),
+        (0.9, {"red": 0.8, "warm": 0.2}, NOTHING, 4.0 - math.log(9)),
+        # The label of texts that are out of scope is the likeliest: the surer, the farther the prompt is.
+        (0.1, {"red": 1.0, "warm": 0.2}, NOTHING, math.log(9)),
+        (0.1, {"red": 0.8, "warm": 0.2}, NOTHING, math.log(9) + 4.0),
+    ],
+)
+def test_log_odds_of_a_label_say_how_near_its_training_prompts_are(
+    red: float, similarities: dict[str, float], kind: str, odds: float
+) -> None:
+    scope = Scope("other", -1.0, 0.0, 0.0, odds_spread=2.0, similarity_spread=0.1)
+    scores = LabelScores([math.log(red), math.log(1 - red)])
+    curves = {LABEL: ConfidenceCurve(20, 0.5, 0.5, 0.1), NOTHING: ConfidenceCurve(20, 0.5, 2.0, -0.2)}
+    found = most_likely(("red", "other"), scores, similarities, scope=scope, curves=curves, min_confidence=None)
+    assert (found.label, found.kind) == ("red" if kind == LABEL else "other", kind)
+    assert found.log_odds == pytest.approx(odds)
+    assert found.confidence == pytest.approx(logistic(curves[kind], odds))

@@ -19,32 +19,40 @@ from edgetune_runtime.inference.similarity import (
 RNG = np.random.default_rng(0)
 HEAD = RNG.normal(size=(2000, 32)).astype(np.float32)
 BASIS = np.linalg.pinv(HEAD[compared_tokens(len(HEAD))]).T
-STATES = RNG.normal(size=(5, 32)).astype(np.float32)
+STATES = {label: RNG.normal(size=(count, 32)).astype(np.float32) for label, count in (("red", 1), ("warm", 3))}
 
 
-def test_similarity_is_the_cosine_to_the_nearest_state(tmp_path: Path) -> None:
-    write_prompts(tmp_path / "similarity.bin", TrainingPrompts.of(BASIS, list(STATES @ HEAD.T)))
+def _prompts() -> TrainingPrompts:
+    logits = {label: states @ HEAD.T for label, states in STATES.items()}
+    return TrainingPrompts.of(BASIS, {**logits, "blue": ()})
+
+
+def test_similarity_is_the_cosine_to_the_mean_direction_of_each_label(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "similarity.bin", _prompts())
     prompts = read_prompts(tmp_path / "similarity.bin")
-    others = RNG.normal(size=(5, 32)).astype(np.float32)
-    for state in (*(3 * STATES), *others):
-        cosines = STATES @ state / np.linalg.norm(STATES, axis=1) / np.linalg.norm(state)
-        assert prompts.similarity(HEAD @ state) == pytest.approx(float(cosines.max()), abs=2e-3)
+    for state in (*(3 * STATES["warm"]), *STATES["red"], *RNG.normal(size=(5, 32)).astype(np.float32)):
+        means = {label: np.mean([_unit(own) for own in states], axis=0) for label, states in STATES.items()}
+        cosines = {label: float(_unit(mean) @ _unit(state)) for label, mean in means.items()}
+        assert prompts.similarities(HEAD @ state) == pytest.approx(cosines, abs=2e-3)
+
+
+def _unit(state: np.ndarray) -> np.ndarray:
+    return np.asarray(state / np.linalg.norm(state))
 
 
 def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
-    prompts = TrainingPrompts.of(BASIS, list(STATES @ HEAD.T))
     with pytest.raises(VerificationError, match="for another vocabulary than 20"):
-        prompts.similarity(np.zeros(20, np.float32))
+        _prompts().similarities(np.zeros(20, np.float32))
 
 
 @pytest.mark.parametrize(
     ("about", "data"),
     [
-        ({"tokens": 1, "prompts": 0, "width": 2}, bytes(4)),
-        ({"tokens": 1, "prompts": 3, "width": 2}, bytes(8)),
-        ({"tokens": 1, "prompts": "many", "width": 2}, bytes(8)),
-        ({"tokens": 1, "prompts": 1}, bytes(8)),
-        ({"tokens": 1, "prompts": 1, "width": 2}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
+        ({"tokens": 1, "labels": [], "width": 2}, bytes(4)),
+        ({"tokens": 1, "labels": ["a", "b", "c"], "width": 2}, bytes(8)),
+        ({"tokens": 1, "labels": 1, "width": 2}, bytes(8)),
+        ({"tokens": 1, "labels": ["a"]}, bytes(8)),
+        ({"tokens": 1, "labels": ["a"], "width": 2}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
     ],
 )
 def test_a_file_of_anything_else_is_refused(about: dict[str, object], data: bytes, tmp_path: Path) -> None:

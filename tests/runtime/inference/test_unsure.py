@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime import NotFoundError, Runtime, UnsureError, UsageError
+from edgetune_runtime import Runtime, UnsureError, UsageError
 from edgetune_runtime.bundle import GENERATE
 from runtime.bundles import add_router, change_manifest
 
@@ -142,14 +142,16 @@ def test_a_rule_to_defer_marks_where_there_is_no_address(
         assert (answer.is_unsure, answer.instead) == (True, None)
 
 
-def test_an_adapter_of_a_rule_that_was_removed_is_named(
-    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
+def test_a_rule_whose_adapter_was_removed_marks_with_a_warning(
+    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="tone")
     with Runtime.open(bundle, disk_mb=0) as runtime:
         runtime.remove_adapter("tone")
-        with pytest.raises(NotFoundError, match="no adapter 'tone'"):
-            runtime.generate(PROMPT, adapter="command", **ends)
+        pieces = list(runtime.stream(PROMPT, adapter="command", **ends))
+        answer = runtime.generate(PROMPT, adapter="command", **ends)
+    assert (answer.is_unsure, answer.instead, answer.text) == (True, None, "".join(pieces))
+    assert "there is no adapter 'tone' to answer in its place" in caplog.text
 
 
 def test_a_label_is_marked(opened: Runtime) -> None:

@@ -38,8 +38,8 @@ ORDERS = [
 Reply = Callable[[Mapping[str, Any]], tuple[int, Mapping[str, str], bytes]]
 
 
-def said(text: str) -> tuple[int, Mapping[str, str], bytes]:
-    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+def said(text: str, end: str = "stop") -> tuple[int, Mapping[str, str], bytes]:
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}, "finish_reason": end}]}).encode()
 
 
 @pytest.fixture
@@ -99,6 +99,7 @@ def test_nothing_is_sent_without_yes(
     assert first == f"first two of at most 24 requests to {url}, each with rows of home:"
     wording, answering = map(json.loads, requests)
     assert "\n- turn o" in wording["messages"][0]["content"]
+    assert wording["max_tokens"] == answering["max_tokens"] == 2000
     assert answering["response_format"]["json_schema"]["schema"] == SCHEMA
     assert len(answering["messages"]) == 1 + 2 * 6 + 1, "all rows but those for validation"
     assert not asked
@@ -211,11 +212,32 @@ def test_a_busy_teacher_is_asked_again_and_a_limit_of_requests_kept(teacher: Cal
     heard: list[str] = []
     url = teacher(lambda _: replies.pop(0))
     asking = Teacher(url, "m", per_minute=100_000, most_requests=2, say=heard.append)
-    assert asking.ask(asking.request([], temperature=0, seed=0)) == "hello"
+    assert asking.ask(asking.request([], temperature=0, seed=0)).text == "hello"
     (said_once,) = heard
     assert said_once.startswith("the teacher does not answer: HTTP 429: ") and said_once.endswith("(try 1 of 5)")
     with pytest.raises(TeacherError, match="2 requests are sent; allow more with --requests"):
         asking.ask({})
+
+
+def test_the_limit_of_tokens_has_the_name_that_the_teacher_takes(
+    recipe: str, teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bodies: list[Mapping[str, Any]] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        bodies.append(body)
+        if "max_tokens" in body:
+            return 400, {}, b'{"error": {"message": "Unsupported parameter: \'max_tokens\'", "param": "max_tokens"}}'
+        if "response_format" not in body:
+            return said("", "length") if body["seed"] == 1 else said(f"request {body['seed']}")
+        return said('{"do": "on"}', "length" if body["seed"] == 2 else "stop")
+
+    url, out = teacher(reply), tmp_path / "new.jsonl"
+    assert command(recipe, url, out, "--yes", "--max-tokens", "500") == 0
+    assert len(out.read_text().splitlines()) == 4
+    assert [body.get("max_tokens") for body in bodies] == [500] + [None] * (len(bodies) - 1)
+    assert {body["max_completion_tokens"] for body in bodies[1:]} == {500}
+    assert "left out 2 answers that are cut off (--max-tokens allows more)" in capsys.readouterr().err
 
 
 def test_a_teacher_that_is_down_is_named(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
