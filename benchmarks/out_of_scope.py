@@ -35,14 +35,14 @@ ENGINES = ("gguf", "onnx")
 
 
 class Asked(NamedTuple):
-    """A test text: whether it has an intent, its label, and how sure it is that it is in scope."""
+    """A test text: whether it has an intent, what `classify` says, and how sure it is that the text is in scope."""
 
     has_intent: bool
     is_right: bool
     is_out_of_scope: bool
-    log_odds: float
+    probability: float
     similarity: float
-    score: float
+    log_odds: float
 
 
 def main() -> None:
@@ -111,10 +111,17 @@ def asked(runtime: Runtime, bundle: Path, texts: Sequence[tuple[str, str]]) -> I
     scope, prompts = entry.scope[runtime.engine], read_prompts(bundle / str(entry.similarity))
     for text, label in texts:
         answer = runtime.classify(text, adapter=ADAPTER)
-        similarity = prompts.similarity(logits_after(runtime, [{"role": "user", "content": text}], ADAPTER))
+        similarities = prompts.similarities(logits_after(runtime, [{"role": "user", "content": text}], ADAPTER))
         likeliest = max(answer.probabilities, key=answer.probabilities.__getitem__)
-        score = float("-inf") if likeliest == scope.label else scope.score(answer.log_odds, similarity)
-        yield Asked(label != "oos", answer.label == label, answer.is_out_of_scope, answer.log_odds, similarity, score)
+        probability = answer.probabilities[likeliest]
+        yield Asked(
+            label != "oos",
+            answer.label == label,
+            answer.is_out_of_scope,
+            1 - probability if likeliest == scope.label else probability,
+            max(similarities.values()),
+            -answer.log_odds if answer.is_out_of_scope else answer.log_odds,
+        )
 
 
 def figures(answers: Sequence[Asked]) -> Result:
@@ -124,9 +131,9 @@ def figures(answers: Sequence[Asked]) -> Result:
     is_known = [answer.has_intent for answer in answers]
     return {
         "texts": len(answers),
-        "auroc_probability": auroc([answer.log_odds for answer in answers], is_known),
+        "auroc_probability": auroc([answer.probability for answer in answers], is_known),
         "auroc_similarity": auroc([answer.similarity for answer in answers], is_known),
-        "auroc": auroc([answer.score for answer in answers], is_known),
+        "auroc": auroc([answer.log_odds for answer in answers], is_known),
         "right": sum(answer.is_right for answer in known) / len(known),
         "refused": sum(answer.is_out_of_scope for answer in known) / len(known),
         "found": sum(answer.is_out_of_scope for answer in others) / len(others),

@@ -5,7 +5,7 @@ So the threshold of each format fits its quantization and its engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import PromptTooLongError
 from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import (
-    MAX_LABELS,
+    MAX_PROMPTS,
     SIMILARITY_FILE,
     TrainingPrompts,
     compared_tokens,
@@ -38,7 +38,7 @@ from .opened import opened
 MAX_ROWS = 300
 """Rows per adapter and format: more make builds longer, and thresholds little better."""
 _LEAST_PER_LABEL = 3
-"""Training prompts per label, where so many labels exceed MAX_ROWS: means of 10 find hardly more than those of 3."""
+"""Training prompts of each label to compare with, where MAX_ROWS are fewer: a label may have several kinds of texts."""
 _SMALLEST_SPREAD = 1e-3
 _LOWEST = -1e6
 """The score of a text with the label of those that are out of scope."""
@@ -94,21 +94,17 @@ def described(scope: Scope) -> str:
     return f"{shares}, are {scope.label}{limit}"
 
 
-def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> dict[str, Iterable[Logits]]:
-    """The logits after training prompts of each label but that of texts that are out of scope."""
-    rows: dict[str, list[TaskRow]] = {}
+def _training_logits(runtime: Runtime, adapter: TrainedAdapter, label: str) -> Iterator[tuple[str, Logits]]:
+    """The labels of some training prompts, as many of each, and the logits after them."""
+    by_label: dict[str, list[TaskRow]] = {}
     for row in adapter.known_rows:
         if row.completion is not None and row.completion != label:
-            rows.setdefault(row.completion, []).append(row)
-    labels = spread([*rows], MAX_LABELS)
-    each = max(_LEAST_PER_LABEL, MAX_ROWS // len(labels))
-    return {name: _logits_after(runtime, adapter.name, spread(rows[name], each)) for name in labels}
-
-
-def _logits_after(runtime: Runtime, name: str, rows: Sequence[TaskRow]) -> Iterator[Logits]:
-    for row in rows:
+            by_label.setdefault(row.completion, []).append(row)
+    count = max(_LEAST_PER_LABEL, MAX_ROWS // max(1, len(by_label)))
+    rows = [(name, row) for name, own in by_label.items() for row in spread(own, count)]
+    for name, row in spread(rows, MAX_PROMPTS):
         with suppress(PromptTooLongError):
-            yield logits_after(runtime, row.messages or (), name)
+            yield name, logits_after(runtime, row.messages or (), adapter.name)
 
 
 def _answers(

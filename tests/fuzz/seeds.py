@@ -144,7 +144,9 @@ def _add_parts(bundle: Path, source: Source) -> None:
     similarity = f"adapters/{LORA}/{SIMILARITY_FILE}"
     tokens = len(compared_tokens(len(read_header(base).metadata["tokenizer.ggml.tokens"])))
     logits = np.random.default_rng(0).normal(size=(3, tokens)).astype(np.float32)
-    write_prompts(bundle / similarity, TrainingPrompts.of(np.eye(tokens, 8), {"red": logits[:1], "green": logits[1:]}))
+    write_prompts(
+        bundle / similarity, TrainingPrompts.of(np.eye(tokens, 8), zip(("red", "green", "red"), logits, strict=True))
+    )
     lora = replace(
         manifest.adapters[LORA],
         draft=draft,

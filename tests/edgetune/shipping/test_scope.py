@@ -71,13 +71,13 @@ def test_the_runtime_compares_a_prompt_with_the_training_prompts(bundle: Path, m
     file = manifest.adapters["color"].similarity
     assert file == "adapters/color/similarity.bin" and file in manifest.files
     prompts = read_prompts(bundle / file)
-    assert sorted(prompts.labels) == sorted(COLORS)
+    assert sorted(set(prompts.labels)) == sorted(COLORS) and len(prompts.labels) == 32
     with Runtime.open(bundle, disk_mb=0) as runtime:
         trained, other = (
             max(prompts.similarities(logits_after(runtime, text, "color")).values())
             for text in (ASKED, "\u00e9\u00e9 \u4f60\u597d 0")
         )
-    assert 0.9 < trained < 1.01
+    assert 0.99 < trained < 1.01
     assert other < trained
 
 
