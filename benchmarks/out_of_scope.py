@@ -22,12 +22,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from edgetune_runtime import Runtime
 from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import read_prompts
 
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.confidence import bins_of, calibration_error
 from edgetune.tasks.evaluation import spread
 
 ADAPTER = "intent"
@@ -43,6 +45,7 @@ class Asked(NamedTuple):
     probability: float
     similarity: float
     log_odds: float
+    confidence: float | None
 
 
 def main() -> None:
@@ -121,6 +124,7 @@ def asked(runtime: Runtime, bundle: Path, texts: Sequence[tuple[str, str]]) -> I
             1 - probability if likeliest == scope.label else probability,
             max(similarities.values()),
             -answer.log_odds if answer.is_out_of_scope else answer.log_odds,
+            answer.confidence,
         )
 
 
@@ -129,6 +133,10 @@ def figures(answers: Sequence[Asked]) -> Result:
     known = [answer for answer in answers if answer.has_intent]
     others = [answer for answer in answers if not answer.has_intent]
     is_known = [answer.has_intent for answer in answers]
+    refuses = [answer.is_out_of_scope for answer in answers]
+    is_answered_right = [answer.is_right if answer.has_intent else answer.is_out_of_scope for answer in answers]
+    rated = [(answer.confidence, right) for answer, right in zip(answers, is_answered_right, strict=True)]
+    confidences, right = zip(*[(value, is_right) for value, is_right in rated if value is not None], strict=True)
     return {
         "texts": len(answers),
         "auroc_probability": auroc([answer.probability for answer in answers], is_known),
@@ -137,6 +145,11 @@ def figures(answers: Sequence[Asked]) -> Result:
         "right": sum(answer.is_right for answer in known) / len(known),
         "refused": sum(answer.is_out_of_scope for answer in known) / len(known),
         "found": sum(answer.is_out_of_scope for answer in others) / len(others),
+        "mcc": -float(np.corrcoef(is_known, refuses)[0, 1]),
+        "right_of_all": sum(is_answered_right) / len(answers),
+        "without_confidence": len(answers) - len(confidences),
+        "calibration_error": calibration_error(bins_of(confidences, right)),
+        "auroc_confidence": auroc(confidences, right),
     }
 
 
@@ -151,6 +164,10 @@ def table(result: Result) -> str:
         "right of texts with an intent": "{right:.1%}",
         "refused of these": "{refused:.1%}",
         "found of the others": "{found:.1%}",
+        "MCC": "{mcc:.3f}",
+        "right of all": "{right_of_all:.1%}",
+        "calibration error": "{calibration_error:.3f}",
+        "AUROC of right answers by confidence": "{auroc_confidence:.3f}",
     }
     return f"{said_of_machine(result)}\n\n{markdown(result['trainings'], columns)}"
 

@@ -18,7 +18,7 @@ from edgetune_export import backends
 from edgetune_export.adapters.shapes import Adapter, Floats, Folded, LowRank, Merged, Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.merged import source_of_merged
-from edgetune_export.pack import pack
+from edgetune_export.pack import Complete, pack
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import STATES_FOLDER, AdapterEntry, Manifest, RouterEntry, read_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, write_table
@@ -94,7 +94,7 @@ def ship(
     )
     if existing is not None:
         manifest = existing.with_adapters(manifest)
-    pack(work, out, manifest, partial(_complete, adapters=adapters, basis=basis, spec=spec, progress=progress))
+    pack(work, out, manifest, _steps(adapters, basis, spec, progress))
     shutil.rmtree(work, ignore_errors=True)
     return read_manifest(out)
 
@@ -222,21 +222,26 @@ class _Stage:
         return self.work / "adapters" / adapter.name
 
 
-def _complete(
-    bundle: Path,
-    manifest: Manifest,
-    *,
-    adapters: Sequence[TrainedAdapter],
-    basis: Floats | None,
-    spec: BundleSpec,
-    progress: Progress,
-) -> Manifest:
-    """Add what the runtime computes from the files (golden answers, scopes, confidence, states), and the model card."""
+def _steps(
+    adapters: Sequence[TrainedAdapter], basis: Floats | None, spec: BundleSpec, progress: Progress
+) -> list[Complete]:
+    """What adds to a bundle what the runtime computes from its files: each step opens what the earlier ones made."""
+    return [
+        partial(_check_unchanged, spec=spec),
+        partial(with_golden, adapters=adapters, progress=progress),
+        partial(with_scopes, adapters=adapters, basis=basis, progress=progress),
+        partial(with_confidence, adapters=adapters, progress=progress),
+        partial(_with_states_and_card, spec=spec, progress=progress),
+    ]
+
+
+def _check_unchanged(_bundle: Path, manifest: Manifest, *, spec: BundleSpec) -> Manifest:
     if spec.existing is not None:
         spec.existing.check_unchanged(manifest)
-    manifest = with_golden(bundle, manifest, adapters, progress)
-    manifest = with_scopes(bundle, manifest, adapters, basis, progress)
-    manifest = with_confidence(bundle, manifest, adapters, progress)
+    return manifest
+
+
+def _with_states_and_card(bundle: Path, manifest: Manifest, *, spec: BundleSpec, progress: Progress) -> Manifest:
     if spec.ships_states:
         _make_states(bundle, manifest.base.files, progress)
     (bundle / CARD_NAME).write_text(card(facts_of(bundle, manifest)), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,12 @@ Complete = Callable[[Path, Manifest], Manifest]
 _MARGIN_BYTES = 1 << 20
 
 
-def pack(work: Path, out: Path, manifest: Manifest, complete: Complete | None = None) -> Path:
-    """Write the bundle `out` from all files in the folders PARTS of `work`, and those that `complete` adds.
+def pack(work: Path, out: Path, manifest: Manifest, steps: Sequence[Complete] = ()) -> Path:
+    """Write the bundle `out` from all files in the folders PARTS of `work`, and those that the `steps` add in turn.
 
     Fills in `manifest.files`; links to files are followed. An existing bundle is replaced. Raises UsageError if `out`
     is anything else (see `check_destination`), VerificationError if the manifest names files that were not staged,
-    OutOfSpaceError if the disk is full, and what `complete` raises; `out` is then unchanged.
+    OutOfSpaceError if the disk is full, and what a step raises; `out` is then unchanged.
     """
     check_destination(out)
     with raising_out_of_space(out):
@@ -39,8 +39,8 @@ def pack(work: Path, out: Path, manifest: Manifest, complete: Complete | None = 
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
         try:
             filled = _fill(temporary, staged, manifest)
-            if complete is not None:
-                _write_manifest(temporary, complete(temporary, filled))
+            for step in steps:
+                filled = _write_manifest(temporary, step(temporary, filled))
             _flush(temporary)
             swap_in(temporary, out)
         finally:

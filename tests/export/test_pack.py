@@ -63,7 +63,7 @@ def test_files_that_are_added_to_the_filled_bundle_get_their_digests(work: Path,
         (bundle / "README.md").write_text("a card")
         return replace(manifest, name="house")
 
-    out = pack(work, tmp_path / "home", MANIFEST, complete)
+    out = pack(work, tmp_path / "home", MANIFEST, [complete])
     manifest = read_manifest(out)
     assert (manifest.name, manifest.files["README.md"].bytes) == ("house", 6)
     verify_files(out, manifest)
@@ -77,7 +77,7 @@ def test_an_error_while_a_bundle_is_completed_leaves_the_old_one(work: Path, tmp
         raise UsageError("a row is wrong")
 
     with pytest.raises(UsageError, match="a row is wrong"):
-        pack(work, out, MANIFEST, complete)
+        pack(work, out, MANIFEST, [complete])
     verify_files(out, read_manifest(out))
     assert (out / "base/m.gguf").read_text() == "the base"
     assert names_beside(out) == ["home", "work"]

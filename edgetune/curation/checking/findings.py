@@ -88,13 +88,14 @@ class JudgedRow:
 
     `likelihood` is the probability of its least likely token; `relative` is the lowest probability of a token relative
     to that of the likeliest one in its place, 1 if it is the answer that the model would give. `own` is the model's
-    answer if the row's is probably wrong.
+    answer if the row's is probably wrong; `weight` is then below 1, and smaller the less likely the row's answer is.
     """
 
     where: str
     likelihood: float
     relative: float
     own: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

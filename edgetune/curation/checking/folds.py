@@ -1,8 +1,8 @@
 """Estimates which answers are wrong: adapters that were not trained on a row say how likely its answer is.
 
-This is the out-of-fold self-confidence of confident learning, with its threshold, the mean confidence (Northcutt et al.
-2021, arXiv:1911.00068). The confidence in an answer of several tokens is that in its least likely one, and the rank of
-a row is how much likelier another token is in its place.
+The confidence in an answer is the out-of-fold one of confident learning (Northcutt et al. 2021, arXiv:1911.00068). Of
+an answer of several tokens it is that in its least likely one, and the rank of a row is how much likelier another token
+is in its place.
 """
 
 from __future__ import annotations

@@ -22,21 +22,20 @@ from .reading import Reader, RowReader
 
 _LOGITS_PER_PASS = 2**25
 _WRONG = 0.1
-"""An answer is called probably wrong if a token of it is so much less likely than another one in its place."""
+"""An answer is called probably wrong if it is so much less likely than those of most right rows."""
+_SMALLEST = 1e-30
 # The model's own answer may be this much longer than that of the row.
 _LENGTH_FACTOR, _EXTRA_TOKENS = 1.5, 16
 
 
 @dataclass(frozen=True)
 class _Likelihood:
-    """How likely an answer is: as in `JudgedRow`; `place` is the first token in whose place another one is likelier,
-    `token` that one, and `other` its probability, 0 if there is none."""
+    """How likely an answer is: as in `JudgedRow`; `token` is the first likelier one than the answer's, in `place`."""
 
     likelihood: float
     relative: float
     place: int = 0
     token: int = 0
-    other: float = 0.0
 
 
 def judge(
@@ -61,18 +60,27 @@ def judge(
         for example, logits in zip(part, reader.answer_logits(part), strict=True):
             likelihoods[id(example)] = _likelihood(logits.double().log_softmax(-1), example)
             step.update()
-    # The threshold of confident learning.
-    usual = sum(item.likelihood for item in likelihoods.values()) / len(likelihoods)
+    limit = _limit([item.relative for item in likelihoods.values()])
     judged = []
     for row, example in zip(rows, examples, strict=True):
         item, own = likelihoods.get(id(example)), None
         if item is None:
             continue
-        if item.other >= usual and item.relative <= _WRONG:
+        if item.relative <= limit:
             answer = _own_answer(reader.continued(), example, item, tokenizer, deadline)
             own = None if answer == row.completion else answer
-        judged.append(JudgedRow(row.where, item.likelihood, item.relative, own))
+        judged.append(JudgedRow(row.where, item.likelihood, item.relative, own, min(1.0, item.relative / limit)))
     return judged
+
+
+def _limit(relative: Sequence[float]) -> float:
+    """The relative likelihood at and below which an answer is probably wrong.
+
+    It is relative to what a quarter of the right answers are below: as far below the median as the upper quartile is
+    above, since wrong answers are among the lowest. So a model that hardly knows the task finds fewer of them.
+    """
+    median, upper = np.quantile(relative, (0.5, 0.75))
+    return max(float(_WRONG * median**2 / max(upper, _SMALLEST)), _SMALLEST)
 
 
 def _likelihood(scores: torch.Tensor, example: Example) -> _Likelihood:
@@ -85,7 +93,7 @@ def _likelihood(scores: torch.Tensor, example: Example) -> _Likelihood:
     if not len(differing):
         return _Likelihood(likelihood, relative)
     first = int(differing[0])
-    return _Likelihood(likelihood, relative, first, int(tokens[first]), float(np.exp(best[first])))
+    return _Likelihood(likelihood, relative, first, int(tokens[first]))
 
 
 def _own_answer(

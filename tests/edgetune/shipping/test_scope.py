@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.cli.main import main
+from edgetune_runtime.inference.confidence import NOTHING
 from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import read_prompts
 from recipes import adapter_of, make_recipe
@@ -18,12 +20,14 @@ from runtime.bundles import change_manifest
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
+from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import OutOfScopeSpec
 from edgetune.shipping.scope import ScopeAnswer, scope_of
 from edgetune.tasks.evaluation import evaluate
+from edgetune.tasks.task import read_task
 
 COLORS = ("red", "warm")
-ROWS = [{"text": f"make the lamp number {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(40)]
+ROWS = [{"text": f"make the lamp number {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(100)]
 ASKED = ROWS[0]["text"]
 
 
@@ -32,7 +36,7 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     """A bundle in both formats with an adapter that has a scope."""
     folder = tmp_path_factory.mktemp("scope")
     scope = {"label": "other", "refused": 0.25}
-    adapters = {"color": adapter_of(train="color.jsonl", held_out=0.2, draft=False, out_of_scope=scope)}
+    adapters = {"color": adapter_of(train="color.jsonl", held_out=0.4, draft=False, out_of_scope=scope)}
     keys = {"targets": ["gguf", "onnx"], "training": {"evals": 1}}
     recipe = make_recipe(folder, tiny_gguf("llama"), adapters, data={"color.jsonl": ROWS}, **keys)
     return build(recipe, folder / "home", progress=QUIET).bundle
@@ -50,6 +54,15 @@ def test_no_more_validation_rows_are_refused_than_the_recipe_says(engine: str, m
     assert 0 <= scope.refused <= 0.25 or scope.threshold < -1e5
     assert 0 <= scope.found <= 1
     assert scope.odds_spread > 0 and scope.similarity_spread > 0
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_the_confidence_is_that_of_answers_with_the_scope(engine: str, bundle: Path, manifest: Manifest) -> None:
+    rows = read_task("color", Recipe.from_file(bundle.parent / "recipe.yaml")).confidence_rows
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+        kinds = Counter(runtime.classify(row.messages or (), adapter="color").kind for row in rows)
+    assert kinds[NOTHING] > 0
+    assert {kind: curve.rows for kind, curve in manifest.adapters["color"].confidence[engine].items()} == kinds
 
 
 @pytest.mark.parametrize("refused", [0.05, 0.25])
@@ -71,7 +84,7 @@ def test_the_runtime_compares_a_prompt_with_the_training_prompts(bundle: Path, m
     file = manifest.adapters["color"].similarity
     assert file == "adapters/color/similarity.bin" and file in manifest.files
     prompts = read_prompts(bundle / file)
-    assert sorted(set(prompts.labels)) == sorted(COLORS) and len(prompts.labels) == 32
+    assert sorted(set(prompts.labels)) == sorted(COLORS) and len(prompts.labels) == 60
     with Runtime.open(bundle, disk_mb=0) as runtime:
         trained, other = (
             max(prompts.similarities(logits_after(runtime, text, "color")).values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,7 @@ def test_litellm_answers_streams_and_reports_errors_as_with_openai(
         litellm.completion(**{**arguments, "model": "openai/comand"})
     ollama = {**arguments, "model": "ollama_chat/command", "api_base": server.url}
     assert litellm.completion(**ollama).choices[0].message.content == expected.text
+    # It keeps them to the end of the process, with a connection each; those for asyncio have none.
+    for client in (litellm.module_level_client, *litellm.in_memory_llm_clients_cache.cache_dict.values()):
+        if not iscoroutinefunction(client.close):
+            client.close()

@@ -256,9 +256,26 @@ def test_wrong_answers_are_the_least_likely_ones(tiny_gguf: Callable[[str], Path
     assert write_clean(found, data, clean)["wrong_label"] == named
     assert len(read_rows(str(clean))) == len(rows) - named
     assert not write_clean(found, data, clean, weighted=True)
-    likelihoods = {row.where.rpartition(":")[2]: row.relative for row in found.estimate.rows}
+    judged = {row.where.rpartition(":")[2]: row for row in found.estimate.rows}
     for row in read_rows(str(clean)):
-        assert row.weight == pytest.approx(likelihoods[row.where.rpartition(":")[2]], abs=1e-3)
+        own = judged[row.where.rpartition(":")[2]]
+        assert row.weight == pytest.approx(own.weight, abs=1e-3)
+        assert own.own is None or own.weight <= 1
+
+
+@pytest.mark.parametrize(
+    ("right", "limit"),
+    [
+        # A model that gives most of the answers, and one that hardly knows the task.
+        ([1.0] * 60, 0.1),
+        ([0.4, 0.2, 0.1] * 20, 0.1 * 0.2**2 / 0.4),
+    ],
+)
+def test_an_answer_is_wrong_that_is_far_less_likely_than_most(right: list[float], limit: float) -> None:
+    assert judging._limit(right) == pytest.approx(limit)
+    with_wrong = judging._limit([*right, *([1e-5] * 12)])
+    assert limit / 4 <= with_wrong <= limit
+    assert judging._limit([0.0] * 5) > 0
 
 
 def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
