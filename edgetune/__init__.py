@@ -49,28 +49,21 @@ __all__ = [
 ]
 
 # Loaded on first use: most of them need numpy, pydantic or torch.
-_LAZY = {
-    "Build": "edgetune.building.result",
-    "BuildPlan": "edgetune.planning.records",
-    "BundleFigures": "edgetune.retraining.rebasing.rebase",
-    "Change": "edgetune.retraining.learning.change",
-    "Comparison": "edgetune.comparison.comparison",
-    "EdgetuneError": "edgetune_runtime.errors",
-    "Evaluation": "edgetune.tasks.evaluation",
-    "Learned": "edgetune.retraining.learning.learn",
-    "Point": "edgetune.training.job",
-    "ProgressEvent": "edgetune.common.progress",
-    "Rebased": "edgetune.retraining.rebasing.rebase",
-    "Recipe": "edgetune.recipe.model",
-    "ScoredRow": "edgetune.tasks.evaluation",
-    "build": "edgetune.api",
-    "compare": "edgetune.api",
-    "evaluate": "edgetune.api",
-    "export": "edgetune.api",
-    "learn": "edgetune.api",
-    "plan": "edgetune.api",
-    "rebase": "edgetune.api",
+_MODULES = {
+    "edgetune.api": ("build", "compare", "evaluate", "export", "learn", "plan", "rebase"),
+    "edgetune.building.result": ("Build",),
+    "edgetune.common.progress": ("ProgressEvent",),
+    "edgetune.comparison.comparison": ("Comparison",),
+    "edgetune.planning.records": ("BuildPlan",),
+    "edgetune.recipe.model": ("Recipe",),
+    "edgetune.retraining.learning.change": ("Change",),
+    "edgetune.retraining.learning.learn": ("Learned",),
+    "edgetune.retraining.rebasing.rebase": ("BundleFigures", "Rebased"),
+    "edgetune.tasks.evaluation": ("Evaluation", "ScoredRow"),
+    "edgetune.training.job": ("Point",),
+    "edgetune_runtime.errors": ("EdgetuneError",),
 }
+_LAZY = {name: module for module, names in _MODULES.items() for name in names}
 
 
 if not TYPE_CHECKING:

@@ -12,6 +12,7 @@ from edgetune_export import backends
 from edgetune_runtime.errors import CancelledError, UsageError
 from edgetune_runtime.wording import suggestion
 
+from .common.cluster import load_ray
 from .common.progress import OnProgress, Progress
 from .recipe.model import Recipe
 from .recipe.parts import NAME_PATTERN
@@ -41,7 +42,7 @@ def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
     by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
     """
-    from .building.builders.plan import plan_build  # noqa: PLC0415 - numpy and the formats
+    from .building.plan import plan_build  # noqa: PLC0415 - numpy and the formats
 
     return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
 
@@ -304,20 +305,14 @@ def _check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
-        from .common.cluster import load_ray  # noqa: PLC0415 - needs the extra ray
-
         load_ray()
 
 
 def _runner(engine: str) -> Run:
     _check_engine(engine)
-    if engine == "ray":
-        from .comparison.ray_engine import run_on_ray  # noqa: PLC0415 - needs the extra ray
+    from .comparison import engines  # noqa: PLC0415 - numpy
 
-        return run_on_ray
-    from .comparison.process import run_here  # noqa: PLC0415 - as above
-
-    return run_here
+    return engines.run_on_ray if engine == "ray" else engines.run_here
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
@@ -22,10 +22,7 @@ from edgetune_export.base_file.quantize import dequantize_rows
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 _VOCABULARY = "tokenizer.ggml.tokens"
 _OUTPUT = "output.weight"
@@ -41,8 +38,6 @@ def config_of(header: GgufHeader) -> PreTrainedConfig:
 
     Raises IncompatibleError for an architecture that is not supported.
     """
-    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
-
     architecture = architectures.of(header)
     if architecture.transformers_reads_gguf:
         config = _read_config(header)
@@ -58,8 +53,6 @@ def _read_config(header: GgufHeader) -> PreTrainedConfig:
 
     It reads a file without the vocabulary, which would take seconds to parse; only its length is needed.
     """
-    from transformers import AutoConfig  # noqa: PLC0415 - slow to import
-
     vocabulary = f"{header.architecture}.vocab_size"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "header.gguf")
@@ -93,8 +86,6 @@ def model_of(
     Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
     has an unknown type or an embedding is missing.
     """
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - slow to import
-
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     file = GgufWeights(path, header)

@@ -19,12 +19,12 @@ from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
+from edgetune import bases
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.on_device import bundle_needs
 from edgetune.recipe import task_types
 from edgetune.recipe.model import Recipe
-
-from . import builders
+from edgetune.recipe.targets import shapes_of
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,8 @@ def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> 
 def _of_recipe(path: Path, context_length: int | None, engine: str | None) -> FitTarget:
     recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
     recipe.task_type.check_offers("fit", path)
-    builder = builders.load(recipe.task)
     # The settings for the recipe's own board may be others.
-    plan = plan_bundle(recipe.model_copy(update={"device": None}), builder.find(recipe), builder.shapes(recipe))
+    plan = plan_bundle(recipe.model_copy(update={"device": None}), bases.find(recipe), shapes_of(recipe))
     header = None if plan.source is None else plan.source.header
     if header is None:
         message = f"the size of base {recipe.base!r} is not known before it is downloaded"

@@ -23,8 +23,8 @@ from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
 from . import builders
-from .builders.plan import plan_build, with_download
 from .on_cluster import AdapterRequest
+from .plan import plan_build, with_download
 
 # The process of a node that is gone may take this long to end.
 _WAIT_S = 120.0

@@ -36,10 +36,10 @@ from edgetune.training.jobs import train_all
 
 from . import builders
 from .builders import Builder
-from .builders.plan import plan_build, with_download, with_quantization
 from .decoder.quantization import choose_quantization
 from .into import check_slots, others_of, router_change, with_settings
 from .on_cluster import train_on_cluster
+from .plan import plan_build, with_download, with_quantization
 from .result import Build
 from .routing.train import train_router
 
@@ -124,7 +124,7 @@ def _built(
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
     if not processes().is_main_process:
         return Build(out)
-    adapters = {name: builder.trained(item, results[name], work / "train") for name, item in items.items()}
+    adapters = {name: item.trained(results[name], work / "train") for name, item in items.items()}
     spec = replace(_spec_of(prepared, builder, progress), existing=existing)
     manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
     figures = {

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from edgetune.building import builders
-from edgetune.building.builders.plan import with_download
+from edgetune.building.plan import with_download
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, work_folder
 from edgetune.methods.common.peft import ALL_LINEAR

@@ -75,8 +75,8 @@ def check(
     those that have not seen them. --out leaves out rows that cannot be used, repeat, are in another file too, or
     probably have a wrong answer.
     """
+    from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
-    from edgetune.common.templates import write_page
     from edgetune.curation.checking.check import check as run
     from edgetune.curation.checking.check import files_read
     from edgetune.curation.checking.clean import write_clean
@@ -96,7 +96,7 @@ def check(
         check_not_read(page, read)
     checks = run(loaded, adapter=adapter, tests=tests, minutes=minutes, progress=Progress(quiet=quiet))
     if page is not None:
-        write_page(page, page_of(loaded.name, checks))
+        write_file(page, page_of(loaded.name, checks))
     data = loaded.adapters[checks[0].name].data
     left_out = {} if out is None else write_clean(checks[0], data, out, weighted=weights)
     if as_json:

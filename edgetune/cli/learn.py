@@ -54,8 +54,8 @@ def learn(
     """
     from edgetune_runtime.bundle import read_manifest
 
+    from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
-    from edgetune.common.templates import write_page
     from edgetune.retraining.learning import questions as asking
     from edgetune.retraining.learning.learn import learn as run
     from edgetune.retraining.learning.learn import read_logs
@@ -75,7 +75,7 @@ def learn(
         entries = list({entry.id: entry for entry in (*entries, *asking.logged(corrected, log[-1]))}.values())
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
     if page is not None:
-        write_page(page, page_of(read_manifest(bundle).name, result))
+        write_file(page, page_of(read_manifest(bundle).name, result))
     if as_json:
         print_json(result.to_json())
     else:

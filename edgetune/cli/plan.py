@@ -32,7 +32,7 @@ def plan(
     elsewhere, and the speed on the board. Without --trial it downloads nothing and trains nothing. A build follows this
     plan and stores it in the bundle's manifest.
     """
-    from edgetune.building.builders.plan import plan_build
+    from edgetune.building.plan import plan_build
     from edgetune.recipe.model import Recipe
 
     loaded = Recipe.from_file(recipe, settings_of(settings))

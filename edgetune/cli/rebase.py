@@ -89,10 +89,10 @@ def rebase(
         on_progress=shown_unless(quiet),
     )
     if page is not None:
-        from edgetune.common.templates import write_page
+        from edgetune.common.files import write_file
         from edgetune.retraining.rebasing.page import page_of
 
-        write_page(page, page_of(bundle.name, result))
+        write_file(page, page_of(bundle.name, result))
     if as_json:
         print_json(result.to_json())
     else:

@@ -45,8 +45,8 @@ def report(
     """
     from edgetune_runtime.bundle import read_manifest
 
+    from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
-    from edgetune.common.templates import write_page
     from edgetune.report.answers import score_adapters
     from edgetune.report.facts import facts_of, fits_of, scores_of
     from edgetune.report.learning_curve import learning_curve_of
@@ -60,5 +60,5 @@ def report(
         manifest.adapter(name)
     results |= score_adapters(bundle, manifest, recipe, files, limit=limit, progress=Progress(quiet=quiet))
     facts = facts_of(bundle, manifest, results)
-    write_page(out, page(facts, fits_of(bundle, manifest), learning))
+    write_file(out, page(facts, fits_of(bundle, manifest), learning))
     print(out)

@@ -1,23 +1,22 @@
-"""Reads jinja2 templates, in which undefined names are errors and lines of tags leave no blank lines; writes pages."""
+"""Reads jinja2 templates, in which undefined names are errors and lines of tags leave no blank lines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from edgetune_runtime.formats.atomic import replacing
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 _STYLE = Path(__file__).with_name("page.css")
 
 
-def environment_of(folder: Path, *, autoescape: bool = True) -> Environment:
-    """The environment for the templates in a folder; without `autoescape`, their values are not made safe for HTML.
+def template_of(path: Path, *, autoescape: bool = True) -> Template:
+    """The template in a file; without `autoescape`, its values are not made safe for HTML.
 
-    `style` is the style sheet of pages.
+    `style` is the style sheet of pages, and the filter `number` formats a number, or writes - for none.
     """
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader(path.parent),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -25,11 +24,9 @@ def environment_of(folder: Path, *, autoescape: bool = True) -> Environment:
         keep_trailing_newline=True,
     )
     environment.globals["style"] = Markup(_STYLE.read_text(encoding="utf-8"))
-    return environment
+    environment.filters["number"] = _number
+    return environment.get_template(path.name)
 
 
-def write_page(path: Path, page: str) -> None:
-    """Write a page, and make its folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edgetune_runtime.formats.atomic import replacing
 from pydantic import TypeAdapter
+
+from edgetune.common.files import write_file
 
 LOWER_IS_BETTER = ("perplexity",)
 """Metrics for which lower is better."""
@@ -123,8 +124,7 @@ def read_outcome(folder: Path, key: str) -> TrialResult | None:
 
 def write_outcome(outcome: TrialResult, folder: Path, key: str) -> None:
     """Write the outcome of a trial with this key to `folder`."""
-    with replacing(folder / OUTCOME_FILE) as path:
-        path.write_text(json.dumps({"key": key, "outcome": outcome.to_json()}, indent=2), encoding="utf-8")
+    write_file(folder / OUTCOME_FILE, json.dumps({"key": key, "outcome": outcome.to_json()}, indent=2))
 
 
 def megabytes(size: int) -> str:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Merged
 from edgetune_export.backends.base import Source
@@ -109,8 +110,6 @@ class TorchMeasurement:
     @cached_property
     def checkpoint(self) -> methods.Checkpoint:
         """The trained checkpoint with its base."""
-        import torch  # noqa: PLC0415 - slow to import
-
         return self.trained.checkpoint(bases.load_torch(self.base, torch.float32))
 
     @property

@@ -6,7 +6,7 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgetune.common.templates import environment_of
+from edgetune.common.templates import template_of
 
 from .columns import (
     NONE,
@@ -32,27 +32,23 @@ def page(comparison: Comparison, pictures: Sequence[Picture]) -> str:
     placed = list(placement_rows(trials))
     on_boards = [trial for trial in trials if trial.board is not None]
     explained = (*ON_ENGINE, *TRAINING, *(PLACEMENTS if placed else ()))
-    return (
-        environment_of(TEMPLATE.parent)
-        .get_template(TEMPLATE.name)
-        .render(
-            comparison=comparison,
-            better="lower" if comparison.metric in LOWER_IS_BETTER else "higher",
-            recommended=comparison.recommended,
-            on_engine=ON_ENGINE,
-            engine_rows=list(engine_rows(trials)),
-            notes=busy_notes(trials),
-            training=TRAINING,
-            training_rows=list(training_rows(trials)),
-            placements=PLACEMENTS,
-            placement_rows=placed,
-            boards=on_boards,
-            too_large=[trial for trial in on_boards if trial.board is not None and not trial.board.fits],
-            pictures=[{"caption": picture.caption, "data": _inlined(picture.path)} for picture in pictures],
-            meanings={column.title: column.meaning for column in explained},
-            text_columns=TEXT_COLUMNS,
-            no_figure=NONE,
-        )
+    return template_of(TEMPLATE).render(
+        comparison=comparison,
+        better="lower" if comparison.metric in LOWER_IS_BETTER else "higher",
+        recommended=comparison.recommended,
+        on_engine=ON_ENGINE,
+        engine_rows=list(engine_rows(trials)),
+        notes=busy_notes(trials),
+        training=TRAINING,
+        training_rows=list(training_rows(trials)),
+        placements=PLACEMENTS,
+        placement_rows=placed,
+        boards=on_boards,
+        too_large=[trial for trial in on_boards if trial.board is not None and not trial.board.fits],
+        pictures=[{"caption": picture.caption, "data": _inlined(picture.path)} for picture in pictures],
+        meanings={column.title: column.meaning for column in explained},
+        text_columns=TEXT_COLUMNS,
+        no_figure=NONE,
     )
 
 

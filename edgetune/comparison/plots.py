@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune_export import backends
+from matplotlib import color_sequences, colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .columns import BUSY
 from .curves import curves_of
 from .figures import LOWER_IS_BETTER, EngineFigures, TrialResult
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SIZE_INCHES = (8.0, 4.8)
 DPI = 120
@@ -131,8 +131,6 @@ def _was_slow(outcome: TrialResult) -> bool:
 
 def _plain_ticks(axis: Any, values: Sequence[float]) -> None:  # noqa: ANN401 - matplotlib has no types
     """Ticks of a logarithmic axis as plain numbers, few enough to be readable."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter  # noqa: PLC0415 - slow to import
-
     digits = (1.0, 2.0, 5.0) if max(values) < 1000 * min(values) else (1.0,)
     axis.set_major_locator(LogLocator(subs=digits))
     axis.set_minor_locator(NullLocator())
@@ -140,8 +138,6 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:  # noqa: ANN401 - 
 
 
 def _figure(metric: str) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure  # noqa: PLC0415 - slow to import
-
     figure = Figure(figsize=SIZE_INCHES, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
@@ -158,8 +154,6 @@ def _each(finished: Sequence[TrialResult]) -> Iterator[tuple[str, EngineFigures,
 
 
 def _colors(count: int) -> list[Any]:
-    from matplotlib import color_sequences, colormaps  # noqa: PLC0415 - slow to import
-
     if count > 20:
         return [colormaps["turbo"](number / (count - 1)) for number in range(count)]
     return list(color_sequences["tab10" if count <= 10 else "tab20"][:count])

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
-from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
 from edgetune.building.decoder.importance import requested_importance
 from edgetune.building.decoder.quantization import choose_quantization
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.quantization import quantizations_of
@@ -73,11 +73,9 @@ def write(comparison: Comparison, out: Path) -> None:
     from .page import page  # noqa: PLC0415 - matplotlib is slow to import
     from .plots import plots  # noqa: PLC0415
 
-    with replacing(out / "compare.json") as path:
-        path.write_text(json.dumps(comparison.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(out / "compare.json", json.dumps(comparison.to_json(), indent=2, ensure_ascii=False) + "\n")
     pictures = plots(comparison.outcomes, out)
-    with replacing(out / "compare.html") as path:
-        path.write_text(page(comparison, pictures), encoding="utf-8")
+    write_file(out / "compare.html", page(comparison, pictures))
 
 
 def summary(outcome: TrialResult) -> str:

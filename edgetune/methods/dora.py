@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from edgetune_export.architectures.shape import SizedModule
 
 from .common.dense import DenseMethod, DenseOptions
 from .common.peft import LowRankOptions
-
-if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import SizedModule
 
 
 class DoraOptions(LowRankOptions, DenseOptions):

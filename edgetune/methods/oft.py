@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from edgetune_export.architectures.shape import SizedModule
 from pydantic import Field, PositiveInt
 
 from .common.base import rate_factor
 from .common.dense import DenseMethod, DenseOptions
-
-if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import SizedModule
 
 
 class OftOptions(DenseOptions):

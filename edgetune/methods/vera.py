@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgetune_export.adapters.shapes import Delta
+from edgetune_export.architectures.shape import SizedModule
 from pydantic import AliasChoices, Field, PositiveInt
 
 from .common.base import rate_factor
 from .common.peft import TargetOptions, WeightMethod, array
-
-if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import SizedModule
 
 
 class VeraOptions(TargetOptions):

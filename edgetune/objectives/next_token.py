@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from edgetune.objectives.example import Example
 
@@ -17,11 +18,10 @@ from .packing import PackedRows, pack, take_packed_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
-class NextToken:
-    """Predict each learned token from the tokens before it, in rows packed without padding."""
+class PackedObjective:
+    """What objectives for decoders have in common: rows packed without padding, and no weights of their own."""
 
     def prepare(self, base: PreTrainedModel) -> None:
         """The base takes packed rows."""
@@ -33,6 +33,13 @@ class NextToken:
     def learned(self, row: Example) -> int:
         """Number of learned tokens."""
         return sum(row.learned)
+
+    def save(self, model: PeftModel, folder: Path) -> None:
+        """Nothing to write besides the method's files."""
+
+
+class NextToken(PackedObjective):
+    """Predict each learned token from the tokens before it."""
 
     def batch(self, rows: Sequence[Example]) -> PackedRows:
         """The rows packed into one sequence."""
@@ -46,9 +53,6 @@ class NextToken:
             return (cross_entropy(logits, batch.targets[rows], reduction="none") * batch.weights[rows]).sum()
 
         return summed_loss(partial(packed_logits, forward, batch), model, loss_of)
-
-    def save(self, model: PeftModel, folder: Path) -> None:
-        """Nothing to write besides the method's files."""
 
 
 def packed_logits(forward: Callable[..., Any], packed: PackedRows) -> torch.Tensor:

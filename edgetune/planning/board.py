@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgetune_devices import boards, fit
+from edgetune_export import backends
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
-from edgetune_runtime.formats.quantization import TENSOR_TYPES
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.quantization import FLOATS, TENSOR_TYPES, TensorType, gains_from_grid
 
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 
-from .base import plan_base
-from .merged import with_grid
 from .on_device import Adapters, bundle_needs
-from .quantization import candidates_of, quantizations_of, worth_measuring
-from .records import BoardPlan, BuildPlan
+from .quantization import Candidate, candidates_of, quantizations_of, worth_measuring
+from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 
 
 def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | None) -> BuildPlan:
@@ -50,11 +52,68 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     counted = {gguf.NAME, *recipe.targets}.intersection(engines.names_with_needs() if header else ())
     needs = {engine: needs_of(usable[0], chosen.context_length, engine) for engine in counted}
     sizes = {engine: item.base_bytes for engine, item in needs.items()}
-    base = plan_base(chosen, source, usable[0], sizes, worth_measuring(recipe, candidates))
+    base = _plan_base(chosen, source, usable[0], sizes, worth_measuring(recipe, candidates))
     if header is not None:
-        adapters = with_grid(chosen, adapters, base, TENSOR_TYPES[needs[gguf.NAME].main_type])
+        adapters = _with_grid(chosen, adapters, base, TENSOR_TYPES[needs[gguf.NAME].main_type])
     board = None
     if choice is not None:
         fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
         board = BoardPlan(choice.board.name, choice.reason, fits)
     return BuildPlan(chosen, source, base, adapters, board)
+
+
+def _plan_base(
+    recipe: Recipe,
+    source: BaseSource | None,
+    quantization: str | None,
+    bytes_by_format: Mapping[str, int],
+    candidates: tuple[Candidate, ...],
+) -> BasePlan:
+    """The plan of the base, as far as it is known; `bytes_by_format` is empty without its header."""
+    steps = tuple(_steps(recipe, source, quantization))
+    if source is None:
+        return BasePlan(recipe.base, quantization, steps)
+    parameters = None if source.header is None else source.header.parameters
+    length = source.trained_context_length
+    return BasePlan(
+        recipe.base, quantization, steps, source.architecture, length, parameters, bytes_by_format, candidates
+    )
+
+
+def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) -> list[str]:
+    """What the build does with the base before training."""
+    steps = [] if source is not None else ["download"]
+    matrix = "" if recipe.imatrix is None else " with an importance matrix"
+    if recipe.quantization_spec is not None:
+        steps += [f"measure quantizations{matrix}", "use the best one"]
+    elif quantization is not None and source is not None and not source.is_folder:
+        steps += [f"requantize to {quantization}{matrix}"]
+    elif quantization in FLOATS:
+        steps += [f"convert to GGUF {quantization}"]
+    elif quantization is not None:
+        steps += ["convert to GGUF", f"quantize to {quantization}{matrix}"]
+    return steps if recipe.domain is None else [*steps, "continue pretraining"]
+
+
+def _with_grid(recipe: Recipe, adapters: Adapters, base: BasePlan, main_type: TensorType) -> dict[str, AdapterPlan]:
+    """The adapters; merged models that keep the base's main type are trained through the rounding to its grid.
+
+    Such models have the size of the base. UsageError for one that is to be trained in int8.
+    """
+    planned = dict(adapters)
+    for name, adapter in adapters.items():
+        if not (adapter.takes_grid and gains_from_grid(main_type, recipe.merged_quantization)):
+            continue
+        if recipe.training.under(adapter.spec.training).precision == "int8":
+            message = f"adapters.{name} is trained with weights rounded to {main_type.name}, and not in int8"
+            raise UsageError(message, "set training.precision: auto, or merged_quantization: q8_0")
+        sizes = {
+            target: int(
+                backends.format_of(target).base_bytes(
+                    base.bytes_in(target), base.parameters or 0, recipe.format_options
+                )
+            )
+            for target in adapter.bytes_by_format
+        }
+        planned[name] = replace(adapter, on_grid=True, bytes_by_format=sizes)
+    return planned

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.atomic import replacing
 
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA, Recipe
 
@@ -43,13 +43,11 @@ def write_recipe(target: Path, files: Sequence[Path], base: str | None, *, name:
     """Write a recipe for these files, or for none the example with its data."""
     target.parent.mkdir(parents=True, exist_ok=True)
     text = recipe_for(files, base=base or DEFAULT_BASE, path=target, name=name).text if files else TEMPLATE
-    with replacing(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(target, text)
     for source in () if files else TEMPLATE_DATA.iterdir():
         example = target.parent / "data" / source.name
         if not example.exists():
-            with replacing(example) as temporary:
-                temporary.write_bytes(source.read_bytes())
+            write_file(example, source.read_bytes())
 
 
 def _check_same(recipe: Path, files: Sequence[Path]) -> None:

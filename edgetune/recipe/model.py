@@ -30,9 +30,8 @@ from edgetune import methods
 
 from . import task_types
 from .part import OrSwitch, RecipePart, Text
-from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, Target, TaskName
+from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, QuantizationSpec, Target, TaskName
 from .problems import Document, Loc, explain, override, read_document, value_at
-from .quantization import AUTO, QuantizationSpec
 from .routing import RouteSpec
 from .rows import Rows, plain_recipe
 from .task_files import FROM, with_task_files
@@ -40,6 +39,8 @@ from .task_types import TaskType
 from .training import TrainingSpec
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_AUTO = "auto"
+"""Of `quantization`: stands for a mapping with all defaults."""
 
 
 class Recipe(RecipePart):
@@ -179,7 +180,7 @@ class Recipe(RecipePart):
             raise ValueError(
                 f"{quantization!r} is not a quantization; use q4_0, auto, or a mapping such as {{budget_mb: 90}}"
             )
-        return QuantizationSpec() if quantization == AUTO else quantization
+        return QuantizationSpec() if quantization == _AUTO else quantization
 
     @field_validator("quantization", "merged_quantization")
     @classmethod
@@ -313,7 +314,7 @@ def json_schema() -> dict[str, Any]:
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     quantizations = schema["properties"]["quantization"]["anyOf"]
     quantizations[0]["enum"] = sorted(QUANTIZATIONS)
-    quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": AUTO}]
+    quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": _AUTO}]
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

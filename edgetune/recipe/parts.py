@@ -1,4 +1,4 @@
-"""The sections of a recipe for methods, adapters and the domain.
+"""The sections of a recipe for methods, adapters, the quantization and the domain.
 
 The text under a field describes its key. The JSON schema and docs/recipe.md are generated from these texts.
 """
@@ -244,6 +244,21 @@ class AdapterSpec(RecipePart):
         }
         refused = task_type.refused_adapter_keys
         return [refused[key].format(value=self.metric) for key, is_set in used.items() if is_set and key in refused]
+
+
+class QuantizationSpec(RecipePart):
+    """The build measures quantizations of the base on your rows and chooses one; `auto` has all defaults.
+
+    It measures how far each is from the base before quantization: the mean KL divergence of the next token, on
+    validation rows. `edgetune plan` shows which it will measure; the bundle's recipe has the one that was chosen.
+    """
+
+    budget_mb: float | None = Field(default=None, gt=0)
+    """Most bytes of the base in the bundle, in 10^6: of its GGUF file, or without `gguf` in `targets`, of the first
+    format. Adapters and other formats do not count. null: no limit but that of `device`."""
+    optimize: Literal["score", "size", "speed"] = "score"
+    """score: the lowest KL within the budget. size: the smallest with a KL of at most 0.2. speed: among these, the one
+    that decodes fastest on this machine."""
 
 
 class DomainSpec(RecipePart):

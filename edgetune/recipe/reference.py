@@ -19,13 +19,11 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods
 
-from .augment import AugmentSpec, NegativesSpec
-from .data import Columns, DataSpec, TextSpec
+from .data import AugmentSpec, Columns, DataSpec, NegativesSpec, TextSpec
 from .model import Recipe
 from .output import OutputOption
-from .parts import AdapterSpec, DomainSpec, MethodSpec, OutOfScopeSpec, Target
+from .parts import AdapterSpec, DomainSpec, MethodSpec, OutOfScopeSpec, QuantizationSpec, Target
 from .problems import other_names
-from .quantization import QuantizationSpec
 from .routing import RouteSpec
 from .training import TrainingSpec
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from edgetune_export import backends
+from edgetune_export.adapters.shapes import LowRank
+from edgetune_export.architectures.base import Architecture
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import IncompatibleError
 
@@ -16,19 +18,7 @@ from edgetune.methods import MethodOptions
 from .model import Recipe
 
 
-class BaseLayers(Protocol):
-    """What a method needs to know of a base's layers; see `Architecture`."""
-
-    @property
-    def is_recurrent(self) -> bool:
-        """Whether some layers have a recurrent state in place of attention."""
-
-    @property
-    def has_equal_caches(self) -> bool:
-        """Whether all layers that attend have keys and values of their own, and of the same size."""
-
-
-def misfit(method: str, shapes: Mapping[str, str], layers: BaseLayers) -> str:
+def misfit(method: str, shapes: Mapping[str, str], layers: Architecture | BaseShape) -> str:
     """Why a method with these shapes cannot tune a base with such layers, after its name; empty if it can."""
     if layers.is_recurrent and not methods.load(method).takes_recurrent_layers:
         return "needs attention, which some layers of this base do not have"
@@ -58,7 +48,13 @@ def supported_shapes(targets: Sequence[str], method: str) -> dict[str, str]:
 
 
 def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """The shapes of each adapter; IncompatibleError names one whose method does not work with a target or a scale."""
+    """The shape of each adapter in each target.
+
+    IncompatibleError names one whose method does not work with a target, a scale or encoders.
+    """
+    if recipe.task_type.has_encoders:
+        _check_encoder_methods(recipe)
+        return {name: dict.fromkeys(recipe.targets, LowRank.shape) for name in recipe.adapters}
     shapes = {}
     for name, spec in recipe.adapters.items():
         method, options = spec.method.name, spec.method.options
@@ -70,3 +66,11 @@ def shapes_of(recipe: Recipe) -> dict[str, dict[str, str]]:
             message = f"adapter {name!r}: what {method} trains has no scale"
             raise IncompatibleError(message, "leave scale out")
     return shapes
+
+
+def _check_encoder_methods(recipe: Recipe) -> None:
+    for name, spec in recipe.adapters.items():
+        method = methods.load(spec.method.name)
+        if LowRank.shape not in method.shapes(spec.method.options) or not method.takes_encoders:
+            message = f"adapter {name!r}: {method.name} does not work with encoders"
+            raise IncompatibleError(message, "use another method, such as lora")

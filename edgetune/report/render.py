@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgetune_devices.fit import Fit
-from jinja2 import Template
 
-from edgetune.common.templates import environment_of
+from edgetune.common.templates import template_of
 
 from .facts import AdapterFacts, Facts
 from .learning_curve import LearningCurve
 
-PAGE, CARD = "page.html.jinja", "card.md.jinja"
+PAGE, CARD = (Path(__file__).with_name(name) for name in ("page.html.jinja", "card.md.jinja"))
 WIDTH, HEIGHT = 520, 150
 """Size of a curve's plot area, in pixels."""
 
@@ -41,12 +40,12 @@ def page(facts: Facts, fits: Sequence[Fit], learning: Sequence[LearningCurve] = 
     """The report: one page that needs neither a network nor a script. `learning` are curves of its adapters."""
     curves = {item.entry.name: curve(item) for item in facts.adapters}
     shown = {"facts": facts, "fits": fits, "curves": curves, "learning": learning}
-    return _template(PAGE, autoescape=True).render(shown, width=WIDTH, height=HEIGHT)
+    return template_of(PAGE).render(shown, width=WIDTH, height=HEIGHT)
 
 
 def card(facts: Facts) -> str:
     """The model card, with the metadata that model hubs read."""
-    return _template(CARD, autoescape=False).render(facts=facts)
+    return template_of(CARD, autoescape=False).render(facts=facts)
 
 
 def curve(adapter: AdapterFacts) -> Curve | None:
@@ -78,13 +77,3 @@ def curve(adapter: AdapterFacts) -> Curve | None:
         ships=by_step.get(training.get("shipped_step")),
         rose_from=None if rose_from is None else rose_from[0],
     )
-
-
-def _template(name: str, *, autoescape: bool) -> Template:
-    environment = environment_of(Path(__file__).parent, autoescape=autoescape)
-    environment.filters["number"] = _number
-    return environment.get_template(name)
-
-
-def _number(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None else format(value, form)

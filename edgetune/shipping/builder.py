@@ -1,29 +1,24 @@
-"""The steps of a build that depend on the task: the base, training jobs, and the export. Imports no torch."""
+"""The steps of a build that depend on the task: the base, training jobs, and the export."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic
+from typing import Generic
+
+import torch
+from edgetune_export.adapters.shapes import Folded
+from edgetune_export.backends.base import Source
+from edgetune_runtime.bundle import BaseEntry
+from transformers import PreTrainedModel
 
 from edgetune import methods
-from edgetune.bases import BaseSource
 from edgetune.common.progress import Progress
 from edgetune.planning.records import BuildPlan, PlannedBuild
-from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task
 
 from .exported import B, BundleSpec, ExportedFormat, Figures, ParityReport, Prepared, PreparedAdapter, TrainedAdapter
-
-if TYPE_CHECKING:
-    import torch
-    from edgetune_export.adapters.shapes import Folded
-    from edgetune_export.backends.base import Source
-    from edgetune_runtime.bundle import BaseEntry
-    from transformers import PreTrainedModel
-
-    from edgetune.training.job import TrainResult
 
 
 class Builder(ABC, Generic[B]):
@@ -36,17 +31,6 @@ class Builder(ABC, Generic[B]):
     task: str
     packages: tuple[str, ...] = ()
     keeps_states: bool = False
-
-    @abstractmethod
-    def find(self, recipe: Recipe, *, download: bool = False) -> BaseSource | None:
-        """The recipe's base before any work; None if it must be downloaded first, unless `download`.
-
-        Raises NotFoundError if there is no such base, IncompatibleError if it is of another type.
-        """
-
-    @abstractmethod
-    def shapes(self, recipe: Recipe) -> dict[str, dict[str, str]]:
-        """The shape of each adapter in each format; IncompatibleError names one whose method or scale does not work."""
 
     @abstractmethod
     def make_base(self, plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> B:
@@ -68,17 +52,11 @@ class Builder(ABC, Generic[B]):
         return Prepared(base, planned.plan, self.jobs(planned.plan, planned.tasks, base, progress))
 
     @abstractmethod
-    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
-        """The adapter trained in `work`, with held-out rows for the parity check."""
-
-    @abstractmethod
     def load_torch(self, base: B, dtype: torch.dtype) -> PreTrainedModel:
         """Load the base into torch."""
 
     def load_for_export(self, base: B, spec: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
         """Load the base in float32. If memory is short, its weights may be mapped from a file in `folder`."""
-        import torch  # noqa: PLC0415 - only for exports
-
         return self.load_torch(base, torch.float32)
 
     @abstractmethod

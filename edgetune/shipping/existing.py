@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+
+from edgetune.common.files import link_or_copy
 
 # What a plan predicts for the adapters together.
 _OF_ALL_ADAPTERS = ("board", "needs")
@@ -69,12 +69,7 @@ class ExistingBundle:
     def stage(self, work: Path) -> None:
         """Put the files that stay into `work`, as links where the file system has them."""
         for name in self.kept_files:
-            target = work / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(self.folder / name, target)
-            except OSError:
-                shutil.copyfile(self.folder / name, target)
+            link_or_copy(self.folder / name, work / name)
 
     def with_adapters(self, new: Manifest) -> Manifest:
         """The manifest `new` of the added adapters, with what this bundle keeps: base, settings and other adapters."""

@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from edgetune_export import backends
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_runtime.bundle import RoutedCall
 from edgetune_runtime.decoding.drafts import DraftTable
 from edgetune_runtime.inference.routing.classifier import PromptClassifier
+from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
+from edgetune.training.job import TrainingJob, TrainResult
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from edgetune.training.job import TrainingJob, TrainResult
-
-    from .existing import ExistingBundle
+from .existing import ExistingBundle
 
 Figures = Mapping[str, float]
 """Parity by figure, such as `kl` and `top1`, as in the manifest."""
@@ -87,13 +84,17 @@ class BundleSpec:
 class PreparedAdapter:
     """An adapter before its training: its plan and rows, its training job, and where the rows left out of it are.
 
-    `draft` is its draft table, `choices` are figures of settings that the build has chosen.
+    For `probes`, `prompt_lengths` and `texts` see `TrainedAdapter`. `draft` is its draft table, `choices` are figures
+    of settings that the build has chosen.
     """
 
     plan: AdapterPlan
     task: Task
     job: TrainingJob[Any]
     too_long: Sequence[str]
+    probes: Sequence[Sequence[int]]
+    prompt_lengths: Sequence[int] = ()
+    texts: Sequence[str] = ()
     draft: DraftTable | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
 
@@ -101,22 +102,14 @@ class PreparedAdapter:
         """The figures of the result and of the choices, as JSON values."""
         return {**result.figures(), **self.choices}
 
-    def trained(
-        self,
-        result: TrainResult,
-        work: Path,
-        probes: Sequence[Sequence[int]],
-        *,
-        prompt_lengths: Sequence[int] = (),
-        texts: Sequence[str] = (),
-    ) -> TrainedAdapter:
-        """The adapter trained in `work`; the parity check uses `probes` and `texts`."""
+    def trained(self, result: TrainResult, work: Path) -> TrainedAdapter:
+        """The adapter trained in `work`."""
         return TrainedAdapter(
             self.plan,
             work / self.plan.name / "adapter",
-            probes,
-            prompt_lengths=prompt_lengths,
-            texts=texts,
+            self.probes,
+            prompt_lengths=self.prompt_lengths,
+            texts=self.texts,
             draft=self.draft,
             golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.spec.golden else (),
             scope_rows=self.task.validation if self.plan.spec.out_of_scope is not None else (),

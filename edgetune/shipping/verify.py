@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from edgetune_export import architectures, backends
 from edgetune_export.adapters.shapes import Floats, Merged
 from edgetune_export.parity import Decoder, Parity, Rows, check, compare
@@ -16,19 +17,16 @@ from edgetune_export.parity import TrainedLogits as Model
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.bases import Base, trained_context_length
 from edgetune.common.progress import Progress
+from edgetune.training.rounding import rounded_layers
+from edgetune.training.step_threads import StepThreads
 
-from .activated_lora import ActivatedLoraEngine
 from .exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
-from .governed import GovernedEngine
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from edgetune.training.step_threads import StepThreads
+from .parity_engines import ActivatedLoraEngine, GovernedEngine
 
 LogitsOf = Callable[[list[int]], Floats]
 """From token ids to the logits after each, float32 [tokens, vocabulary]."""
@@ -66,8 +64,6 @@ def verify(
     longest = max(len(row) for adapter in adapters for row in adapter.probes) + ANSWER_TOKENS
     longest += max(written.prefix_tokens for export in exports for written in export.adapters.values())
     length = min(longest, trained_context_length(base.header))
-    from edgetune.training.step_threads import StepThreads  # noqa: PLC0415 - torch, only where something is exported
-
     trained = _Trained(model, StepThreads(is_cpu=True))
     bases: dict[str, Figures] = {}
     checked: dict[str, dict[str, Figures]] = {}
@@ -99,8 +95,6 @@ def _adapter_parity(
     progress: Progress,
 ) -> Parity:
     written = export.adapters[adapter.name]
-    from edgetune.training.rounding import rounded_layers  # noqa: PLC0415 - torch, only where something is exported
-
     method, rounds_to = methods.load(adapter.plan.method), base if adapter.plan.on_grid else None
     with method.loaded(adapter.checkpoint(trained.base)) as tuned, rounded_layers(tuned, rounds_to):
         parity = _parity(trained.logits(tuned, adapter.name), adapter, export, engine)
@@ -147,7 +141,6 @@ def _compare_bases(
 
 def logits_of(model: Any) -> LogitsOf:  # noqa: ANN401 - with or without PEFT around it
     """A function from token ids to the model's logits after each, float32 [tokens, vocabulary]."""
-    import torch  # noqa: PLC0415
 
     def logits(tokens: list[int]) -> Floats:
         with torch.inference_mode():
@@ -227,8 +220,6 @@ class _Logits:
 
     def __getitem__(self, part: slice) -> Floats:
         """The logits after these tokens."""
-        import torch  # noqa: PLC0415 - only where something is exported
-
         config, head = self.base.config, self.base.get_output_embeddings()
         with torch.inference_mode():
             output = head(self.states[part]).float()
@@ -263,8 +254,6 @@ class _Trained:
 
 def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - as above
     """The inputs of the output layer for each token, float32 [tokens, width]; logits would need much more memory."""
-    import torch  # noqa: PLC0415 - only where something is exported
-
     taken = []
 
     def take(_: object, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune.objectives.example import Example
-from edgetune.recipe.augment import NegativesSpec
+from edgetune.recipe.data import NegativesSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec, Metric
 from edgetune.recipe.rows import Rows

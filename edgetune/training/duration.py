@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from edgetune.objectives.base import TrainingRow
+from edgetune.recipe.training import TrainingSpec
 
 from .schedule import Schedule, plan
-
-if TYPE_CHECKING:
-    from edgetune.objectives.base import TrainingRow
-    from edgetune.recipe.training import TrainingSpec
 
 TRIAL_STEPS = 10
 """Steps after which the speed of this machine is estimated."""

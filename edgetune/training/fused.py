@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from edgetune_export import architectures
+from peft.tuners.lora.layer import Linear
 from torch.autograd.function import once_differentiable
 
 from .int8 import PackedLayers, PackedLinear, in_int8
@@ -66,8 +67,6 @@ def _is_float32_on_cpu(tensor: torch.Tensor) -> bool:
 
 def _is_plain_lora(module: Any) -> bool:  # noqa: ANN401 - PEFT carries no types
     """Whether a module is a single LoRA on a frozen linear layer, without dropout and not a LoRA variant."""
-    from peft.tuners.lora.layer import Linear  # noqa: PLC0415 - peft's import takes seconds
-
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear or len(module.lora_A) != 1:
         return False
     name = next(iter(module.lora_A))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from edgetune.common.progress import Progress
 
@@ -13,10 +16,6 @@ from .hardware import DTYPES, precision_of, processes, use_device
 from .job import TrainingJob, TrainResult, finished
 from .loop import VALIDATION_ROWS, train
 from .plot import plot_training
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
 
 
 def train_all(

@@ -14,14 +14,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from edgetune_runtime.errors import CancelledError, EdgetuneError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.processes.interrupts import interrupts_held
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedModel
 
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, TrainingRow, row_length
@@ -38,9 +42,6 @@ from .pass_sizes import pass_cost, passes_within
 from .rounding import rounded_layers
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Validation uses at most this many rows, so that validating on a large task does not cost more than training.
 VALIDATION_ROWS = 256
@@ -233,8 +234,7 @@ class _Run:
             self.objective.save(self.tuned, self.folder / "adapter")
             lines = [json.dumps(asdict(point)) for point in history]
             (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            with replacing(self.folder / "result.json") as path:
-                path.write_text(json.dumps({"key": self.key, **asdict(result)}), encoding="utf-8")
+            write_file(self.folder / "result.json", json.dumps({"key": self.key, **asdict(result)}))
             self._state_path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return result
@@ -339,16 +339,12 @@ class _Run:
 
     def _uncast(self) -> AbstractContextManager[None]:
         """Stop PEFT from casting inputs to float32 and back where autocast already casts the adapter's weights."""
-        from peft.helpers import disable_input_dtype_casting  # noqa: PLC0415 - peft's import takes seconds
-
         active = self.precision == "bf16" and self._casts_inputs()
         casting: AbstractContextManager[None] = disable_input_dtype_casting(self.tuned, active=active)
         return casting
 
     def _casts_inputs(self) -> bool:
         """Whether casting can be disabled in all of PEFT's layers; (IA)3 layers never cast and have no such switch."""
-        from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - as above
-
         layers = (module for module in self.tuned.modules() if isinstance(module, BaseTunerLayer))
         return all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.backends.format import IMPORTS_MB
 from edgetune_runtime.errors import UsageError
 
+from edgetune.methods import Method, MethodOptions, TrainedModules
 from edgetune.objectives.base import LOGITS_PER_CHUNK
 
 if TYPE_CHECKING:
-    from edgetune.methods import Method, MethodOptions, TrainedModules
-
     from .checkpointing import LayerCost
+
 
 MOST_TOKENS = 4096
 """Larger forward passes are no faster."""

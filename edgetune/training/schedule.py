@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from edgetune.objectives.base import TrainingRow
 from edgetune.recipe.training import TrainingSpec
-
-if TYPE_CHECKING:
-    from edgetune.objectives.base import TrainingRow
 
 R = TypeVar("R", bound="TrainingRow")
 

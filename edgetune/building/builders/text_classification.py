@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Folded, Head, LowRank
 from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import first_of
+from transformers import PreTrainedModel
 
 from edgetune import methods
-from edgetune.bases import BaseSource
 from edgetune.building.encoder import base as encoder
-from edgetune.building.encoder.base import TOKENIZER, EncoderBase
+from edgetune.building.encoder.base import EncoderBase
+from edgetune.building.encoder.objective import Classify, Labelled, load_head, tokenize_labelled
+from edgetune.building.encoder.verify import verify
+from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
-from edgetune.planning.records import BuildPlan, PlannedBuild
-from edgetune.recipe.model import Recipe
+from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (
     BundleSpec,
@@ -29,12 +33,7 @@ from edgetune.shipping.exported import (
     TrainedAdapter,
 )
 from edgetune.tasks.task import Task
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from edgetune.training.job import TrainResult
+from edgetune.training.job import TrainingJob
 
 # Held-out rows per task for the parity check.
 PARITY_ROWS = 64
@@ -45,19 +44,6 @@ class TextClassification(Builder[EncoderBase]):
 
     task = CLASSIFICATION
 
-    def find(self, recipe: Recipe, *, download: bool = False) -> BaseSource | None:
-        """The folder of the encoder."""
-        return encoder.find(recipe, download=download)
-
-    def shapes(self, recipe: Recipe) -> dict[str, dict[str, str]]:
-        """Low rank in each format; IncompatibleError names an adapter whose method does not work with encoders."""
-        for name, spec in recipe.adapters.items():
-            method = methods.load(spec.method.name)
-            if LowRank.shape not in method.shapes(spec.method.options) or not method.takes_encoders:
-                message = f"adapter {name!r}: {method.name} does not work with encoders"
-                raise IncompatibleError(message, "use another method, such as lora")
-        return {name: dict.fromkeys(recipe.targets, LowRank.shape) for name in recipe.adapters}
-
     def make_base(self, plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> EncoderBase:
         """The encoder with its sizes."""
         assert plan.source is not None
@@ -66,10 +52,29 @@ class TextClassification(Builder[EncoderBase]):
     def jobs(
         self, plan: BuildPlan, tasks: Sequence[Task], base: EncoderBase, progress: Progress
     ) -> list[PreparedAdapter]:
-        """A training job per task, tokenized for the base; reports rows that are too long."""
-        from edgetune.building.encoder.prepare import training_jobs  # noqa: PLC0415 - torch
-
-        return training_jobs(plan, tasks, base, progress)
+        """A training job per task, of rows of tokens with the number of a label."""
+        tokenizer, length = EncoderTokenizer(base.tokenizer), plan.recipe.context_length
+        prepared = []
+        for task in tasks:
+            train, long_train = tokenize_labelled(task.trained_rows, tokenizer, task.labels, length)
+            validation, long_validation = tokenize_labelled(task.choosing, tokenizer, task.labels, length)
+            too_long = long_train + long_validation
+            if too_long:
+                progress.say(f"{task.name}: {len(too_long)} rows are longer than {length} tokens: {first_of(too_long)}")
+            planned = plan.adapters[task.name]
+            job = TrainingJob(
+                task.name,
+                methods.load(planned.method),
+                planned.options,
+                planned.training,
+                train,
+                validation,
+                _key(planned, base, [*train, *validation]),
+                Classify(base.hidden_size, len(task.labels)),
+            )
+            probes = [row.tokens for row in validation[:PARITY_ROWS]]
+            prepared.append(PreparedAdapter(planned, task, job, too_long, probes))
+        return prepared
 
     def base_to_train(
         self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None
@@ -82,10 +87,6 @@ class TextClassification(Builder[EncoderBase]):
                 raise UsageError(message, "give rows of text and label")
         return super().base_to_train(planned, work, progress, converter)
 
-    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
-        """The adapter trained in `work`, with rows for the parity check."""
-        return prepared.trained(result, work, [row.tokens for row in prepared.job.validation[:PARITY_ROWS]])
-
     def load_torch(self, base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         """Load the weights of the base's folder."""
         return encoder.load_torch(base, dtype)
@@ -97,8 +98,6 @@ class TextClassification(Builder[EncoderBase]):
 
     def fold(self, adapter: TrainedAdapter, model: PreTrainedModel, shape: str) -> Folded:
         """Fold the adapter, and add its head."""
-        from edgetune.building.encoder.objective import load_head  # noqa: PLC0415 - torch
-
         folded = super().fold(adapter, model, shape)
         assert isinstance(folded, LowRank)
         head = load_head(adapter.folder)
@@ -116,7 +115,7 @@ class TextClassification(Builder[EncoderBase]):
             trained_context_length=base.trained_context_length,
             layers=base.layers,
             kv_values_per_token=0,
-            tokenizer_sha256=sha256_of(base.folder / TOKENIZER),
+            tokenizer_sha256=sha256_of(base.tokenizer),
             chat_template_sha256="",
             files=files,
         )
@@ -130,9 +129,13 @@ class TextClassification(Builder[EncoderBase]):
         progress: Progress,
     ) -> ParityReport:
         """Compare the logits of the labels, and the pooled layer of the plain base."""
-        from edgetune.building.encoder.verify import verify  # noqa: PLC0415 - torch
-
         return verify(model, adapters, exports, progress)
+
+
+def _key(planned: AdapterPlan, base: EncoderBase, rows: Sequence[Labelled]) -> str:
+    method = {"name": planned.method, **planned.options.model_dump(mode="json")}
+    state = [CLASSIFICATION, base.fingerprint, method, planned.training.model_dump(mode="json"), list(planned.labels)]
+    return key_of(state, ((row.tokens, row.label, row.weight) for row in rows))
 
 
 BUILDER = TextClassification()

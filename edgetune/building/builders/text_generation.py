@@ -1,26 +1,42 @@
-"""Builds bundles for text generation."""
+"""Builds bundles for text generation: makes the base, continues its pretraining, chooses modules, compares exports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from edgetune_export import backends
+from edgetune_export.adapters.fold import find_weights
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
-from edgetune_runtime.bundle import GENERATION, BaseEntry
+from edgetune_runtime.bundle import GENERATION, BaseEntry, sha256_of
+from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.engines.gguf.llama import check_loads
 from edgetune_runtime.formats.gguf_file import digest_of_chat_template, digest_of_tokenizer
 from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.threads import machine
+from edgetune_runtime.wording import first_of
+from transformers import PreTrainedModel
 
-from edgetune import bases
-from edgetune.bases import Base, BaseSource, trained_context_length
+from edgetune import bases, methods
+from edgetune.bases import Base, trained_context_length
+from edgetune.building.decoder.importance import requested_importance
+from edgetune.building.domain import continued as domain
+from edgetune.building.outputs.drafts import draft_of
+from edgetune.building.outputs.resolve import write_inferred
+from edgetune.building.placement import choose as placement
+from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
-from edgetune.planning.on_device import base_bytes
-from edgetune.planning.records import BuildPlan, PlannedBuild
-from edgetune.recipe.model import Recipe
-from edgetune.recipe.targets import shapes_of
+from edgetune.methods import MethodOptions
+from edgetune.methods.lora import LoraOptions
+from edgetune.objectives.example import Example
+from edgetune.planning.adapters import with_options
+from edgetune.planning.on_device import base_bytes, check_fit
+from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (
     BundleSpec,
@@ -34,12 +50,9 @@ from edgetune.shipping.exported import (
 from edgetune.shipping.verify import compare_formats, verify
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from edgetune.training.job import TrainResult
+from edgetune.training.hardware import processes
+from edgetune.training.job import TrainingJob
+from edgetune.training.jobs import train_all
 
 # Held-out rows per adapter for the parity check.
 PARITY_ROWS = 12
@@ -55,48 +68,53 @@ class TextGeneration(Builder[Base]):
     packages = ("llama-cpp-python",)
     keeps_states = True
 
-    def find(self, recipe: Recipe, *, download: bool = False) -> BaseSource | None:
-        """The GGUF file, or the Hugging Face folder to convert."""
-        return bases.find(recipe, download=download)
-
-    def shapes(self, recipe: Recipe) -> dict[str, dict[str, str]]:
-        """The shape of each adapter in each format."""
-        return shapes_of(recipe)
-
     def make_base(self, plan: BuildPlan, work: Path, progress: Progress, converter: Path | None) -> Base:
-        """The base, converted and quantized in `work`."""
-        from edgetune.building.decoder.prepare import make_base  # noqa: PLC0415 - torch
-
-        return make_base(plan, work, progress, converter)
+        """The base, converted and quantized in `work`; VerificationError also if llama.cpp cannot load it."""
+        assert plan.source is not None
+        base = bases.make(
+            plan.source,
+            plan.base.quantization,
+            work=work / "base",
+            progress=progress,
+            converter=converter,
+            importance=requested_importance(plan.recipe, progress),
+        )
+        # The export would find that only after hours of training.
+        check_loads(base.path)
+        # The plan has a predicted header if the base is a folder.
+        check_fit(plan, base.header)
+        return base
 
     def jobs(self, plan: BuildPlan, tasks: Sequence[Task], base: Base, progress: Progress) -> list[PreparedAdapter]:
-        """A training job per task, tokenized for the base; reports rows that are too long."""
-        from edgetune.building.decoder.prepare import training_jobs  # noqa: PLC0415 - torch
-
-        return training_jobs(plan, tasks, base, progress)
+        """A training job per task, of rows of tokens."""
+        with closing(GgufTokenizer(base.path)) as tokenizer:
+            return [_job(plan, task, base, tokenizer, progress) for task in tasks]
 
     def base_to_train(self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None) -> Base:
         """The base after continued pretraining, if the recipe has a domain."""
-        from edgetune.building.decoder.prepare import base_to_train  # noqa: PLC0415 - torch
-
-        return base_to_train(planned, work, progress, converter)
+        with processes().main_process_first():
+            base = self.make_base(planned.plan, work, progress, converter)
+        if planned.texts is None:
+            return base
+        # Report errors in the adapters' rows before hours of training.
+        self.jobs(planned.plan, planned.tasks, base, Progress(quiet=True))
+        load = partial(bases.load_torch, base)
+        trainer = partial(train_all, base=base.name, load=load, work=work, progress=progress)
+        return domain.continued(planned.plan.recipe, planned.texts, base, work, train_all=trainer, progress=progress)
 
     def prepare(self, planned: PlannedBuild, base: Base, work: Path, progress: Progress) -> Prepared[Base]:
-        """Also makes draft tables, and chooses target modules."""
-        from edgetune.building.decoder.prepare import prepare  # noqa: PLC0415 - torch
-
-        return prepare(planned, base, work, progress)
-
-    def trained(self, prepared: PreparedAdapter, result: TrainResult, work: Path) -> TrainedAdapter:
-        """The adapter trained in `work`, with rows and texts for the parity check."""
-        probes = prepared.job.validation[:PARITY_ROWS]
-        return prepared.trained(
-            result,
-            work,
-            [example.tokens for example in probes],
-            prompt_lengths=[example.prompt_length for example in probes],
-            texts=[text for row in prepared.task.validation[:TEXT_ROWS] for text in _texts(row)],
-        )
+        """Also writes inferred outputs, makes draft tables, and chooses target modules."""
+        plan = planned.plan
+        for task in planned.tasks:
+            if task.spec.output is not None and task.spec.output.is_auto:
+                write_inferred(task.name, plan.adapters[task.name].output, work / "output", progress)
+        with closing(GgufTokenizer(base.path)) as tokenizer:
+            adapters = [_job(plan, task, base, tokenizer, progress) for task in planned.tasks]
+            adapters = [_with_draft(item, base, tokenizer, plan.recipe.targets[0], progress) for item in adapters]
+        adapters = [_placed(item, base, plan, work, progress) for item in adapters]
+        plan = plan.with_adapters({item.plan.name: item.plan for item in adapters})
+        plot = {"plot": str(work / domain.NAME / "training.png")} if base.domain else {}
+        return Prepared(base, plan, adapters, {**base.domain, **plot})
 
     def load_torch(self, base: Base, dtype: torch.dtype) -> PreTrainedModel:
         """Load the dequantized weights of the base's file."""
@@ -104,8 +122,6 @@ class TextGeneration(Builder[Base]):
 
     def load_for_export(self, base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> PreTrainedModel:
         """Load the base in float32; if memory is short, map its weights from a file in `folder`."""
-        import torch  # noqa: PLC0415 - only for exports
-
         return bases.load_torch(base, torch.float32, mapped=_file_to_map(base, spec, folder, progress))
 
     def source(self, base: Base, model: PreTrainedModel, work: Path, spec: BundleSpec) -> Source:
@@ -147,6 +163,85 @@ class TextGeneration(Builder[Base]):
     ) -> Mapping[str, Figures]:
         """Parity of the first format's base with that of each other format."""
         return compare_formats(adapters, exports, progress)
+
+
+def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, progress: Progress) -> PreparedAdapter:
+    planned = plan.adapters[task.name]
+    method = methods.load(planned.method)
+    capacity = plan.recipe.context_length - method.prefix_tokens(planned.options)
+    train, validation, too_long = task.tokenize(tokenizer, capacity)
+    if too_long:
+        progress.say(f"{task.name}: {len(too_long)} rows are longer than {capacity} tokens: {first_of(too_long)}")
+    rows = (*train, *validation)
+    planned = _with_options(planned, method.prepared(planned.options, tokenizer, rows), plan)
+    job = TrainingJob(
+        task.name,
+        method,
+        planned.options,
+        planned.training,
+        train,
+        validation,
+        _key(planned, base, rows),
+        method.objective(planned.options),
+        base.path if planned.on_grid else None,
+        _start_of(planned),
+    )
+    probes = validation[:PARITY_ROWS]
+    return PreparedAdapter(
+        planned,
+        task,
+        job,
+        too_long,
+        [example.tokens for example in probes],
+        prompt_lengths=[example.prompt_length for example in probes],
+        texts=[text for row in task.validation[:TEXT_ROWS] for text in _texts(row)],
+    )
+
+
+def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, progress: Progress) -> PreparedAdapter:
+    """The same with modules and rank chosen, if the recipe has `target_modules: auto`."""
+    options, folder = item.job.options, work / "placement"
+    if not isinstance(options, LoraOptions) or not options.is_auto:
+        return item
+    load = partial(bases.load_torch, base)
+    trials = partial(train_all, base=base.name, load=load, work=folder, progress=progress, plots=False)
+    recipe = plan.recipe
+    choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
+    placed = choice.chosen.placement
+    chosen = options.placed(placed.target_modules, placed.r)
+    planned = _with_options(item.plan, chosen, plan)
+    key = _key(planned, base, (*item.job.train, *item.job.validation))
+    job = replace(item.job, options=chosen, key=key)
+    return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
+
+
+def _with_options(planned: AdapterPlan, options: MethodOptions, plan: BuildPlan) -> AdapterPlan:
+    assert planned.trained is not None
+    return with_options(planned, options, planned.trained.base, plan.recipe.format_options)
+
+
+def _with_draft(
+    item: PreparedAdapter, base: Base, tokenizer: GgufTokenizer, target: str, progress: Progress
+) -> PreparedAdapter:
+    """The same with a draft table, if the recipe asks for one and it makes decoding faster."""
+    if not item.plan.spec.draft:
+        return item
+    digest = digest_of_tokenizer(base.header)
+    table, tokens_per_step = draft_of(item.job.train, item.job.validation, tokenizer, digest, target)
+    progress.say(f"{item.plan.name}: drafts give {tokens_per_step:.1f} tokens per step on the validation rows")
+    return replace(item, draft=table, choices={**item.choices, "draft_tokens_per_step": round(tokens_per_step, 2)})
+
+
+def _start_of(planned: AdapterPlan) -> Path | None:
+    return None if planned.spec.start_from is None else Path(planned.spec.start_from)
+
+
+def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
+    method = {"name": planned.method, **planned.options.model_dump(mode="json")}
+    start = _start_of(planned)
+    state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
+    state += [] if start is None else [sha256_of(find_weights(start))]
+    return key_of(state, ((example.tokens, example.learned, example.weight) for example in examples))
 
 
 def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:

@@ -20,15 +20,15 @@ from edgetune_export.parity import compare
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.formats.atomic import replacing
 
 from edgetune import bases
 from edgetune.bases import BaseSource, ImportanceSource
 from edgetune.common.digests import key_of
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
-from edgetune.shipping.governed import GovernedEngine
+from edgetune.shipping.parity_engines import GovernedEngine
 from edgetune.tasks.task import Task
 
 from .importance import requested_importance
@@ -146,9 +146,8 @@ class _Measurement:
         return {item.quantization: item for item in items}
 
     def _store(self, key: str, measured: Mapping[str | None, MeasuredCandidate]) -> None:
-        with replacing(self.work / _FILE) as path:
-            stored = {"key": key, "measured": [asdict(item) for item in measured.values()]}
-            path.write_text(json.dumps(stored, indent=2), encoding="utf-8")
+        stored = {"key": key, "measured": [asdict(item) for item in measured.values()]}
+        write_file(self.work / _FILE, json.dumps(stored, indent=2))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +28,19 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import gains_from_grid
+from transformers import PreTrainedModel
 
 from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.common.digests import key_of
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
-from edgetune.shipping.governed import GovernedEngine
+from edgetune.shipping.parity_engines import GovernedEngine
 from edgetune.shipping.verify import logits_of
 from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
@@ -48,9 +49,6 @@ from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.rounding import rounded_layers
 
 from .texts import split_windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 NAME = "domain"
 """Name of the training run and of its folder."""
@@ -164,9 +162,8 @@ class _Stage:
             "lost_by_rounding": {target: value / trained - 1 for target, value in after.items()},
             "measured_tokens": sum(len(window.tokens) - 1 for window in self.job.validation),
         }
-        with replacing(self.folder / "figures.json") as path:
-            stored = {"key": self.key, "sha256": continued.fingerprint, "figures": figures}
-            path.write_text(json.dumps(stored, indent=2), encoding="utf-8")
+        stored = {"key": self.key, "sha256": continued.fingerprint, "figures": figures}
+        write_file(self.folder / "figures.json", json.dumps(stored, indent=2))
         return figures
 
     def _write(self, checkpoint: methods.Checkpoint) -> None:

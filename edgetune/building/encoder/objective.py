@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from edgetune_export.pooling import mean_pooled
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, EncoderTokenizer
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from edgetune.tasks.data import TaskRow, labelled_text
 from edgetune.tasks.tokenization import fitting
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 HEAD_FILE = "head.safetensors"
 

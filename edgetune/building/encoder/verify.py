@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +16,13 @@ from edgetune_runtime import engines
 from edgetune_runtime.bundle import CLASSIFICATION
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import VerificationError
+from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.common.progress import Progress
 from edgetune.shipping.exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
 
 from .objective import load_head, logits_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4
 """Maximum difference of a logit without quantization; the graph sums in another order."""

@@ -18,6 +18,7 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 from edgetune_devices import boards, fit
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
@@ -26,12 +27,12 @@ from edgetune_export.architectures.shape import SizedModule
 from edgetune_export.backends.base import Source
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine
-from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
 from edgetune import bases
 from edgetune.bases import Base
 from edgetune.common.digests import key_of
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.methods.common.peft import ALL_LINEAR, is_target
 from edgetune.methods.lora import LoraOptions
@@ -185,13 +186,10 @@ class _Bench:
                 lower, _, upper = statistics.quantiles(lost, n=4)
                 self.spread = max(self.spread, upper - lower)
         shutil.rmtree(folder)
-        with replacing(self._file) as file:
-            file.write_text(json.dumps({"costs": self.costs, "spread": self.spread}), encoding="utf-8")
+        write_file(self._file, json.dumps({"costs": self.costs, "spread": self.spread}))
 
     @cached_property
     def _source(self) -> Source:
-        import torch  # noqa: PLC0415 - slow to import, and not needed for GGUF
-
         model = None if backends.format_of(self.target).links_base else bases.load_torch(self.base, torch.float32)
         return Source(self.base.path, self.base.fingerprint, model, self._folder / "work", self._format_options)
 

@@ -6,15 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from edgetune_runtime.inference.routing.classifier import PromptClassifier
 from edgetune_runtime.inference.routing.features import Features, count_buckets, features
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    import torch
 
 _MAX_BUCKETS, _MAX_WEIGHTS = 1 << 16, 1 << 22
 _WEIGHT_DECAY = 1e-5
@@ -49,8 +46,6 @@ def _minimized(
     rows: Sequence[Features], size: int, classes: Sequence[int], shares: Sequence[float]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The weights (a column per class) and biases with the smallest cross-entropy and decay, by L-BFGS."""
-    import torch  # noqa: PLC0415 - only for builds
-
     prompts, transposed = _matrices(rows, size)
     targets = torch.nn.functional.one_hot(torch.tensor(classes)).float()
     importance = torch.tensor(shares)[:, None] / sum(shares)
@@ -88,8 +83,6 @@ def _sparse(
     rows: NDArray[np.int64], columns: NDArray[np.int64], values: NDArray[np.float32], shape: tuple[int, int]
 ) -> torch.Tensor:
     """A sparse matrix of values whose rows are in ascending order."""
-    import torch  # noqa: PLC0415 - as above
-
     starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
     with warnings.catch_warnings():
         # Torch calls this layout, which is the fastest one, a beta version.

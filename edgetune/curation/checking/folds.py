@@ -32,6 +32,7 @@ from edgetune.objectives.base import row_length
 from edgetune.planning.build import plan_bundle
 from edgetune.planning.training import choose_training
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
@@ -60,7 +61,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     if task.metric == "perplexity":
         raise UsageError(f"the rows of {task.name!r} have no answers that could be wrong", "leave out --minutes")
     builder = builders.load(recipe.task)
-    plan = plan_bundle(recipe, builder.find(recipe, download=True), builder.shapes(recipe))
+    plan = plan_bundle(recipe, bases.find(recipe, download=True), shapes_of(recipe))
     work = work_folder(recipe.default_out)
     with locked(work):
         base: Base = builder.make_base(plan, work, progress, None)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgetune.common.templates import environment_of
+from edgetune.common.templates import template_of
 
 from .findings import KINDS, TaskCheck
 
@@ -31,8 +31,7 @@ class Bar:
 
 def page_of(name: str, checks: Sequence[TaskCheck]) -> str:
     """The page of a recipe's checks, which needs neither a network nor a script."""
-    template = environment_of(TEMPLATE.parent).get_template(TEMPLATE.name)
-    return template.render(
+    return template_of(TEMPLATE).render(
         name=name,
         checks=checks,
         kinds=KINDS,

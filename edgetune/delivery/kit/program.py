@@ -9,7 +9,7 @@ import edgetune_runtime
 from edgetune_runtime import store
 
 from edgetune import delivery
-from edgetune.common.templates import environment_of
+from edgetune.common.templates import template_of
 from edgetune.delivery import board
 from edgetune.delivery.wheel.platforms import OLDEST_PYTHON
 from edgetune.delivery.wheel.wheel_file import zip_bytes
@@ -28,7 +28,7 @@ from edgetune.delivery.board.main import main
 
 sys.exit(main())
 """
-_INSTALL = "install.sh.jinja"
+_INSTALL = Path(__file__).with_name("install.sh.jinja")
 
 
 def board_program() -> bytes:
@@ -48,5 +48,4 @@ def board_program() -> bytes:
 
 def install_script(target: TargetPython) -> bytes:
     """The script install.sh, which finds a Python for the kit's wheels and runs board.pyz with it."""
-    template = environment_of(Path(__file__).parent, autoescape=False).get_template(_INSTALL)
-    return template.render(target=target, oldest=OLDEST_PYTHON).encode()
+    return template_of(_INSTALL, autoescape=False).render(target=target, oldest=OLDEST_PYTHON).encode()

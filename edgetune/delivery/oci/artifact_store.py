@@ -1,44 +1,16 @@
-"""What an OCI registry and an image layout have in common: a place for the artifact of a reference."""
+"""The place for the artifact of a reference: an OCI registry or an image layout, which have the same methods."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Protocol, Self
 
-from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import VerificationError
 
-from .artifact import MANIFEST_TYPE
-from .reference import Reference
+from .layout import ImageLayout
+from .registry import Registry
 
-
-class ArtifactStore(Protocol):
-    """Where an artifact is, or will be."""
-
-    reference: Reference
-
-    def at(self, reference: Reference) -> Self:
-        """The place of another artifact beside this one."""
-
-    def has_blob(self, entry: FileEntry) -> bool:
-        """Whether it has this file."""
-
-    def put_blob(self, entry: FileEntry, source: Path | bytes) -> None:
-        """Add a file."""
-
-    def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
-        """The bytes of a file from an offset on, at most its size."""
-
-    def read_manifest(self) -> bytes:
-        """The artifact's manifest."""
-
-    def put_manifest(self, data: bytes, media_type: str = MANIFEST_TYPE) -> bool:
-        """Add the artifact's manifest under its tag or digest; whether it is listed as a referrer of its subject."""
-
-    def read_referrers(self) -> list[bytes]:
-        """The index of what refers to the artifact, which has a digest, in one or more parts; NotFoundError if none."""
+ArtifactStore = Registry | ImageLayout
+"""Where an artifact is, or will be."""
 
 
 def checked_manifest(store: ArtifactStore) -> bytes:

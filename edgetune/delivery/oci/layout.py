@@ -18,6 +18,8 @@ from edgetune_runtime.update.release import file_entry
 from edgetune_runtime.wording import first_of
 from filelock import FileLock
 
+from edgetune.common.files import write_file
+
 from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .reference import Reference
 
@@ -127,6 +129,5 @@ def _tag_of(described: dict[str, Any]) -> str | None:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(value, indent=1) + "\n")
     flush_to_disk(path.parent)

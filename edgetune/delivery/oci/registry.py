@@ -11,20 +11,17 @@ from contextlib import ExitStack, contextmanager
 from copy import copy
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UnreachableError, UsageError, VerificationError
 from edgetune_runtime.update.fetch import limited, range_from, skip_to
 from edgetune_runtime.update.http_client import HttpClient, StatusError
 from edgetune_runtime.wording import shortened
+from urllib3 import BaseHTTPResponse
 
 from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .login import Credentials, answer
 from .reference import Reference
-
-if TYPE_CHECKING:
-    from urllib3 import BaseHTTPResponse
 
 _CHECK = "check the address and the network, and add --insecure for a registry without encryption"
 _NEXT = re.compile(r"""<([^>]*)>\s*;\s*rel="?next"?""")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -40,6 +39,7 @@ from edgetune_runtime.store.files import Store
 from edgetune_runtime.update.http_client import HttpClient
 
 from edgetune.common import work_folder
+from edgetune.common.files import link_or_copy
 from edgetune.common.progress import Progress
 
 from . import release_metadata
@@ -171,7 +171,7 @@ def _reuse(received: Store, files: Mapping[str, FileEntry], folders: Iterable[Pa
             for path in (folder / entry.sha256, folder / name):
                 is_known = received.path(entry.sha256).exists() or path.is_symlink() or not path.is_file()
                 if not is_known and path.stat().st_size == entry.bytes:
-                    _link(path, received.path(entry.sha256))
+                    link_or_copy(path, received.path(entry.sha256))
 
 
 def _fetch_manifest(
@@ -201,17 +201,7 @@ def _fetch_manifest(
 def _place(received: Store, files: Mapping[str, FileEntry], folder: Path) -> None:
     """Give received files their paths in a bundle."""
     for name, entry in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _link(received.path(entry.sha256), path)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without hard links.
-        shutil.copyfile(source, target)
+        link_or_copy(received.path(entry.sha256), folder / name)
 
 
 def _entry(path: Path) -> FileEntry:

@@ -21,6 +21,8 @@ from edgetune_runtime.formats.atomic import replacing
 from securesystemslib.exceptions import Error as SigningError
 from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
 
+from edgetune.common.files import write_file
+
 from .external_keys import ExternalKey, open_external
 
 PASSPHRASE = "EDGETUNE_KEYS_PASSPHRASE"
@@ -68,8 +70,7 @@ def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
 def write_external_key(folder: Path, role: str, external: ExternalKey) -> Key:
     """Write the URI of a key into `folder`; the public half."""
     path = path_of(folder, role, external.key).with_suffix(_EXTERNAL)
-    with replacing(path) as temporary:
-        temporary.write_text(f"{external.uri}\n", encoding="utf-8")
+    write_file(path, f"{external.uri}\n")
     return external.key
 
 

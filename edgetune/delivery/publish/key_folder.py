@@ -16,11 +16,12 @@ from typing import Any
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
 from edgetune_runtime.bundle.signatures import read_trusted_keys, trusted_keys_text
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.update.release import ISSUED, NAME, OF_PART
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, Root, Snapshot, Targets, Timestamp
+
+from edgetune.common.files import write_file
 
 from .external_keys import ExternalKey, signing
 from .key_files import Passphrase, load_signer, path_of, write_external_key, write_new_key
@@ -226,11 +227,11 @@ class KeyFolder:
             if not result.verified:
                 message = f"{len(result.signed)} private root keys are in {self.folder}"
                 raise UsageError(f"{message}, and {result.threshold} must sign", "copy more of root-*.pem there for it")
-        _write(self.folder / f"{root.version}.root.json", metadata.to_bytes())
+        write_file(self.folder / f"{root.version}.root.json", metadata.to_bytes())
 
     def _write_bundle_keys(self, role: str, keys: Sequence[Key]) -> None:
         # Also without keys: copied to others who publish, it takes an author's keys away there too.
-        _write(self.trusted_keys(role), trusted_keys_text(keys).encode())
+        write_file(self.trusted_keys(role), trusted_keys_text(keys))
 
 
 def _least(role: str) -> int:
@@ -258,8 +259,3 @@ def require_name(field: str, name: str) -> None:
     """UsageError unless a name can be part of a repository's paths."""
     if not NAME.fullmatch(name):
         raise UsageError(f"{field} is {name!r}", "use up to 100 letters, digits, dots, - and _")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)

@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, FileEntry, read_manifest, sha256_of
+from edgetune_runtime.bundle import MANIFEST_NAME, AdapterEntry, read_manifest, sha256_of
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
 from edgetune_runtime.update.release import BLOBS_FOLDER, Release
+
+from edgetune.common.files import link_or_copy, write_file
 
 from .key_folder import KeyFolder
 from .publish import locked, read_release
@@ -40,7 +42,8 @@ def with_adapter(
         shutil.rmtree(bundle.parent, ignore_errors=True)
         try:
             for path, entry in release.files.items():
-                _link(repo, entry, bundle / path)
+                # What changes the bundle replaces files, and writes into none.
+                link_or_copy(repo / BLOBS_FOLDER / entry.sha256, bundle / path)
             _own_manifest(bundle, release)
             _exchange(repo, bundle, source, adapter)
             yield bundle, release
@@ -84,16 +87,5 @@ def _exchange(repo: Path, bundle: Path, source: Path, adapter: str) -> None:
     if router is not None and after.router is None:
         # It was trained with the adapter's rows, and chooses it by its name.
         files = {**after.files, router.file: before.files[router.file]}
-        _link(repo, files[router.file], bundle / router.file)
-        with replacing(bundle / MANIFEST_NAME) as temporary:
-            temporary.write_text(replace(after, router=router, files=files).to_json(), encoding="utf-8")
-
-
-def _link(repo: Path, entry: FileEntry, target: Path) -> None:
-    """Make a file of a release; what changes the bundle replaces files, and writes into none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    blob = repo / BLOBS_FOLDER / entry.sha256
-    try:
-        target.hardlink_to(blob)
-    except OSError:
-        shutil.copyfile(blob, target)
+        link_or_copy(repo / BLOBS_FOLDER / files[router.file].sha256, bundle / router.file)
+        write_file(bundle / MANIFEST_NAME, replace(after, router=router, files=files).to_json())

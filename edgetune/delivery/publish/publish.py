@@ -20,11 +20,11 @@ from edgetune_runtime.bundle import (
 from edgetune_runtime.bundle.parts import parts_in
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, signature_file
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part, version_key
 from filelock import FileLock, Timeout
 from securesystemslib.signer import Key
 
+from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 
 from .external_keys import signing
@@ -187,8 +187,7 @@ def sign(bundle: Path, keys: KeyFolder) -> Path:
     with signing(role):
         data = signature_file(manifest, signers)
     if not (path.is_file() and path.read_bytes() == data):
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
+        write_file(path, data)
     return path
 
 
@@ -199,8 +198,7 @@ def _with_authors(bundle: Path, keys: Mapping[str, Sequence[Key]]) -> bytes:
     manifest = parse_manifest(text, path)
     if manifest.authors == authors:
         return text
-    with replacing(path) as temporary:
-        temporary.write_text(replace(manifest, authors=authors).to_json(), encoding="utf-8")
+    write_file(path, replace(manifest, authors=authors).to_json())
     return path.read_bytes()
 
 

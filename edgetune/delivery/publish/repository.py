@@ -41,6 +41,8 @@ from tuf.api.metadata import (
     Timestamp,
 )
 
+from edgetune.common.files import write_file
+
 from .external_keys import signing
 from .key_folder import OF_ONE_BUNDLE, KeyFolder, missing_keys
 
@@ -128,8 +130,7 @@ class Repository:
         for piece, part in pieces:
             path = folder / piece.digest
             if not (path.is_file() and path.stat().st_size == piece.bytes and path.read_bytes() == part):
-                with replacing(path) as temporary:
-                    temporary.write_bytes(part)
+                write_file(path, part)
         if pieces:
             flush_to_disk(folder)
         return tuple(piece for piece, _ in pieces)
@@ -362,6 +363,5 @@ def _after(days: int) -> datetime:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
+    write_file(path, data)
     flush_to_disk(path.parent)

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from edgetune_runtime.states.activation import start_of
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NextToken
 from edgetune.objectives.packing import PackedRows, pack, shared_length
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,6 @@ class PackedGate:
 
 def gate(model: PeftModel) -> None:
     """Make the layers of `model` use the active tokens of its `packed_gate`."""
-    from peft.tuners.lora import LoraLayer
-
     model.packed_gate = PackedGate()
     for module in model.modules():
         if isinstance(module, LoraLayer):

@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from edgetune.objectives.chunks import summed_loss
 from edgetune.objectives.example import Example
-from edgetune.objectives.next_token import packed_logits
-from edgetune.objectives.packing import PackedRows, pack, take_packed_rows
+from edgetune.objectives.next_token import PackedObjective, packed_logits
+from edgetune.objectives.packing import PackedRows, pack
 
 from .prompt_model import States, after_states, states_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
@@ -54,7 +50,7 @@ class Distilled:
         return replace(self, packed=self.packed.to(device))
 
 
-class Distill:
+class Distill(PackedObjective):
     """Learn to predict as the base does with the tokens `document` before each row; the end of the document is cut if
     it does not fit in the context. The teacher runs once per row."""
 
@@ -63,22 +59,16 @@ class Distill:
         self._states: States | None = None
         self._lessons: dict[Example, Lesson] = {}
 
-    def prepare(self, base: PreTrainedModel) -> None:
-        """The base takes packed rows."""
-        take_packed_rows(base)
-
-    def extend(self, model: Any) -> None:  # noqa: ANN401 - as the method attached it
-        """Adds nothing: only the method's weights are trained."""
-
-    def learned(self, row: Example) -> int:
-        """Number of learned tokens."""
-        return sum(row.learned)
-
     def batch(self, rows: Sequence[Example]) -> Distilled:
         """The rows packed one after another."""
         return Distilled(pack(rows), tuple(rows))
 
-    def loss(self, forward: Callable[..., Any], model: Any, batch: Distilled) -> torch.Tensor:  # noqa: ANN401 - as above
+    def loss(
+        self,
+        forward: Callable[..., Any],
+        model: Any,  # noqa: ANN401 - as the method attached it
+        batch: Distilled,
+    ) -> torch.Tensor:
         """Sum of the KL divergences from the teacher, over its top tokens and all others together."""
         lessons = [self._lesson(model.peft.get_base_model(), row) for row in batch.rows]
         device = batch.targets.device
@@ -91,9 +81,6 @@ class Distill:
             return (divergence.sum(-1) * batch.packed.weights[rows]).sum()
 
         return summed_loss(partial(packed_logits, forward, batch.packed), model, loss_of)
-
-    def save(self, model: Any, folder: Path) -> None:  # noqa: ANN401 - as above
-        """Writes nothing: the method saves all weights."""
 
     @torch.no_grad()
     def _lesson(self, base: Any, row: Example) -> Lesson:  # noqa: ANN401 - transformers' model

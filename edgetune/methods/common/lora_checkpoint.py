@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from edgetune_export.adapters.fold import fold_peft, merge
 from edgetune_export.adapters.shapes import Folded
+from edgetune_export.architectures.shape import SizedModule
 
 from .base import Checkpoint
 from .peft import LowRankOptions, PeftMethod, module_weight
-
-if TYPE_CHECKING:
-    from edgetune_export.architectures.shape import SizedModule
 
 L = TypeVar("L", bound=LowRankOptions)
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from edgetune_runtime.errors import IncompatibleError
-from transformers import DynamicCache
+from peft import PeftModel
+from transformers import DynamicCache, PreTrainedModel
 
 from edgetune.objectives.packing import PackedRows
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 States = tuple[torch.Tensor, torch.Tensor]
 """Keys (after rotary embedding) and values, each [layers, key/value heads, tokens, head size]."""

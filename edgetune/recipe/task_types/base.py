@@ -25,14 +25,15 @@ class Refusal:
 class TaskType:
     """A task's facts.
 
-    `base` is what errors call its bases. `metric` is the metric of all its adapters; None: chosen by the rows.
-    `refused_keys` maps recipe keys that do not work to the error, `refused_weights` does so for values of
-    `onnx.weights`, and `refused_adapter_keys` for keys of an adapter; `{value}` in an error is the value. `not_offered`
-    maps commands that do not work to the error. `runtime_extras` are the extras of edgetune-runtime that its bundles
-    need besides those of the engine and the server.
+    `base` is what errors call its bases; `has_encoders`: they are encoders. `metric` is the metric of all its adapters;
+    None: chosen by the rows. `refused_keys` maps recipe keys that do not work to the error, `refused_weights` does so
+    for values of `onnx.weights`, and `refused_adapter_keys` for keys of an adapter; `{value}` in an error is the value.
+    `not_offered` maps commands that do not work to the error. `runtime_extras` are the extras of edgetune-runtime that
+    its bundles need besides those of the engine and the server.
     """
 
     base: str = "a decoder"
+    has_encoders: bool = False
     metric: Literal["label"] | None = None
     refused_keys: Mapping[str, str] = field(default_factory=dict)
     refused_weights: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ _QUANTIZED = "{value!r} does not work for an encoder; use onnx: {{weights: int8}
 
 TASK_TYPE = TaskType(
     base="an encoder",
+    has_encoders=True,
     metric="label",
     refused_keys={
         "quantization": _QUANTIZED,

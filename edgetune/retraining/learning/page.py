@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edgetune.common.templates import environment_of
+from edgetune.common.templates import template_of
 
 from .change import ChangedAnswer, Changes
 from .learn import Learned
@@ -44,11 +44,10 @@ def page_of_changes(
     `about` is a sentence per adapter, `figures` a table of both bundles with its titles as the first row; `command` is
     the one whose `--json` lists all answers.
     """
-    template = environment_of(TEMPLATE.parent).get_template(TEMPLATE.name)
     groups = {
         adapter: {kind: _groups(change.answers) for kind, change in sets.items()} for adapter, sets in changes.items()
     }
-    return template.render(
+    return template_of(TEMPLATE).render(
         title=title,
         verdict=verdict,
         changes=changes,

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.answer_log.log import LoggedAnswer, line_of
-from edgetune_runtime.formats.atomic import replacing
+
+from edgetune.common.files import write_file
 
 SKIP, QUIT = "s", "q"
 HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the right answer."
@@ -47,8 +48,7 @@ def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]
 
 def write_questions(entries: Sequence[LoggedAnswer], path: Path) -> None:
     """Write the answers as a log, to be completed with their corrections."""
-    with replacing(path) as temporary:
-        temporary.write_text("".join(map(line_of, entries)), encoding="utf-8", errors="replace")
+    write_file(path, "".join(map(line_of, entries)).encode(errors="replace"))
 
 
 def _key(entry: LoggedAnswer) -> tuple[str | None, str]:

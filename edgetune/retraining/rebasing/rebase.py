@@ -15,8 +15,8 @@ from edgetune_runtime.formats.atomic import swap_in
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
 
 from edgetune.building import builders
-from edgetune.building.builders.plan import plan_build, with_download
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build, with_download
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, work_folder
 from edgetune.planning.records import BasePlan, BuildPlan

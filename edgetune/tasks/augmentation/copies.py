@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgetune.recipe.augment import AugmentSpec, NegativesSpec
+from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
 
 from .answers import prompt_of, with_prompt

@@ -26,9 +26,9 @@ from trainings import QUIET, Listening, modified
 from transformers import AutoModelForCausalLM
 
 from edgetune.bases import Base
-from edgetune.building.builders.plan import plan_build
-from edgetune.building.decoder.prepare import make_base
+from edgetune.building import builders
 from edgetune.building.pipeline import build, export_trained
+from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.output import OutputOption
@@ -314,6 +314,7 @@ def test_a_folder_is_converted_and_quantized_once_to_what_its_board_picks(
         Listening(),
     )
     plan = plan_build(recipe).plan
+    make_base = builders.load(recipe.task).make_base
     base = make_base(plan, work, listening, None)
     assert (plan.recipe.quantization, base.quantization, plan.recipe.threads) == ("q4_0", "q4_0", 4)
     name = tiny_folder("llama").name

@@ -19,9 +19,9 @@ from recipes import lights, make_recipe, write_recipe
 from trainings import QUIET, Listening, Stopping
 
 from edgetune.bases import load_torch, resolve
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.decoder.quantization import choose_quantization
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.cli.main import main
 from edgetune.planning.quantization import MAX_KL, MeasuredCandidate, best_of
 from edgetune.recipe.model import Recipe

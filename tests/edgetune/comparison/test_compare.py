@@ -21,9 +21,9 @@ from edgetune.cli.main import main
 from edgetune.common.module_process import write_request
 from edgetune.common.progress import Progress
 from edgetune.comparison.columns import ON_ENGINE, TRAINING, engine_rows, training_rows
+from edgetune.comparison.engines import outcome_of
 from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
-from edgetune.comparison.process import outcome_of
 from edgetune.comparison.sweep import Comparison, compare
 from edgetune.comparison.trial import run as run_trial
 from edgetune.tasks.task import read_task

@@ -21,8 +21,8 @@ from trainings import QUIET, Listening
 
 from edgetune import bases
 from edgetune.bases.folder_header import predict_header
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.planning import needs as build_needs
 from edgetune.planning.records import BuildNeeds, BuildPlan, NeedsReport, Room
 from edgetune.recipe.model import Recipe

@@ -9,9 +9,8 @@ from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats import gguf_file
 from recipes import adapter_of, lights, make_recipe
 
-from edgetune import methods
-from edgetune.building import builders
-from edgetune.building.builders.plan import plan_build, with_quantization
+from edgetune import bases, methods
+from edgetune.building.plan import plan_build, with_quantization
 from edgetune.planning.adapters import with_options
 from edgetune.planning.board import choose_settings
 from edgetune.planning.build import plan_bundle
@@ -19,6 +18,7 @@ from edgetune.planning.records import BuildPlan
 from edgetune.planning.training import choose_training
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import Metric
+from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 
 
@@ -28,8 +28,7 @@ def recipe_of(folder: Path, base: Path | str, method: object = "lora", **keys: o
 
 
 def bundle_of(recipe: Recipe) -> BuildPlan:
-    builder = builders.load(recipe.task)
-    return plan_bundle(recipe, builder.find(recipe), builder.shapes(recipe))
+    return plan_bundle(recipe, bases.find(recipe), shapes_of(recipe))
 
 
 @pytest.mark.parametrize(

@@ -50,3 +50,12 @@ def test_a_scale_is_refused_where_there_is_nothing_to_scale(tmp_path: Path) -> N
     shapes_of(recipe_of(tmp_path, "lora", scale=0.5))
     with pytest.raises(IncompatibleError, match="what full trains has no scale"):
         shapes_of(recipe_of(tmp_path, "full", scale=0.5))
+
+
+def test_an_encoder_is_tuned_by_low_rank_methods_alone(tmp_path: Path) -> None:
+    def recipe_for(method: str) -> Recipe:
+        return make_recipe(tmp_path, "encoder", {"lights": adapter_of(method)}, task="text-classification")
+
+    assert shapes_of(recipe_for("lora")) == {"lights": {"onnx": "low_rank"}}
+    with pytest.raises(IncompatibleError, match="adapter 'lights': prefix does not work with encoders"):
+        shapes_of(recipe_for("prefix"))

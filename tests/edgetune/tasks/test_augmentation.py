@@ -14,7 +14,7 @@ from recipes import adapter_of, make_recipe, write_recipe
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.cli.main import main
 from edgetune.planning.needs import plan_rows
-from edgetune.recipe.augment import AugmentSpec
+from edgetune.recipe.data import AugmentSpec
 from edgetune.tasks.augmentation.copies import ChangedRow, copies_of
 from edgetune.tasks.augmentation.noise import noisy
 from edgetune.tasks.augmentation.numbers import number_word

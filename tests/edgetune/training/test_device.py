@@ -14,8 +14,8 @@ from simulated_trainings import STEPS, compared
 from tiny import make_model
 from trainings import QUIET, VOCABULARY, Listening, Stopping, job
 
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.planning.needs import check, report
 from edgetune.planning.records import BuildNeeds, NeedsReport, Room
 from edgetune.recipe.model import Recipe

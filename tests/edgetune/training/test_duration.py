@@ -12,7 +12,7 @@ from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
 from edgetune.building import trial
-from edgetune.building.builders.plan import plan_build
+from edgetune.building.plan import plan_build
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, TimeTrial, TrainingTime, duration, predicted_time, tokens_left
 from edgetune.training.loop import train

@@ -10,8 +10,8 @@ from recipes import adapter_of, make_recipe
 from trainings import QUIET
 
 from edgetune import methods
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.training.precision import require_int8
 
 INT8 = {"precision": "int8"}

@@ -20,10 +20,10 @@ from recipes import LIGHTS, NAME, adapter_of, make_recipe, write_recipe
 from tiny import WORDS
 from trainings import QUIET, Listening, Stopping, build_in_two_processes, modified
 
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.domain.continued import why_worse
 from edgetune.building.domain.texts import Texts, split_windows, windows_of
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe

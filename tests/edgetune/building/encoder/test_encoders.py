@@ -29,12 +29,13 @@ from safetensors.torch import load_file, save_file
 from tiny import load_encoder
 from trainings import QUIET, Listening, Stopping
 
+from edgetune import bases
 from edgetune.bases import resolve as resolve_decoder
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.encoder import base as encoder_base
 from edgetune.building.encoder import verify as encoder_verify
 from edgetune.building.encoder.objective import load_head, logits_of
 from edgetune.building.pipeline import build
+from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
@@ -74,7 +75,7 @@ class Built:
 
 
 def encoder_of(recipe: Recipe) -> encoder_base.EncoderBase:
-    source = encoder_base.find(recipe)
+    source = bases.find(recipe)
     assert source is not None
     return encoder_base.make(source)
 
@@ -290,7 +291,7 @@ def test_an_encoder_that_brings_code_or_an_adapter_is_refused(
     (folder / file).write_text(json.dumps({**found, **settings}))
     recipe = Recipe.from_file(write_recipe(tmp_path, folder))
     with pytest.raises(IncompatibleError, match=message):
-        encoder_base.find(recipe)
+        bases.find(recipe)
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,8 +9,8 @@ from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, make_recipe
 from trainings import Listening
 
-from edgetune.building.builders.plan import plan_build
 from edgetune.building.outputs.resolve import output_of_task, write_inferred
+from edgetune.building.plan import plan_build
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_task
 

@@ -9,9 +9,9 @@ from edgetune_runtime.errors import IncompatibleError
 from recipes import adapter_of, write_recipe
 from trainings import QUIET
 
+from edgetune.comparison.engines import run_on_ray
 from edgetune.comparison.figures import read_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
-from edgetune.comparison.ray_engine import run_on_ray
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError
 
+from edgetune import bases
 from edgetune.bases import BaseSource
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.building.routing.prompts import prompts_of
@@ -17,11 +18,10 @@ from edgetune.planning.needs import room_for
 from edgetune.planning.records import PlannedBuild
 from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
+from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.task import Texts, read_task, read_texts
 from edgetune.training.device import CPU, TrainingDevice, may_have_gpu
 from edgetune.training.precision import check_precision
-
-from . import load
 
 
 def plan_build(
@@ -33,14 +33,14 @@ def plan_build(
     must be downloaded first is planned as far as it is known without it. Raises one error for all problems, with the
     exit code of the first.
     """
-    builder, problems = load(recipe.task), list[EdgetuneError]()
+    problems: list[EdgetuneError] = []
     whole = recipe.model_copy(update={"adapters": {**(others or {}), **recipe.adapters}})
     source: BaseSource | None = None
     texts: Texts | None = None
     with _collected(problems):
-        source = builder.find(recipe)
+        source = bases.find(recipe)
     with _collected(problems):
-        shapes = builder.shapes(whole)
+        shapes = shapes_of(whole)
     with _collected(problems):
         if not problems:
             plan = plan_bundle(whole, source, shapes)
@@ -66,7 +66,7 @@ def plan_build(
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:
     """The plan with the base, which is downloaded if necessary."""
     recipe = planned.plan.recipe
-    return _planned_again(planned, recipe, load(recipe.task).find(recipe, download=True), out)
+    return _planned_again(planned, recipe, bases.find(recipe, download=True), out)
 
 
 def with_quantization(planned: PlannedBuild, quantization: str | None, out: Path) -> PlannedBuild:

@@ -1,0 +1,26 @@
+"""Writes files that appear when they are complete, and links files where the file system can."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from edgetune_runtime.formats.atomic import replacing
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Write a text in UTF-8, or bytes, to a file, which is replaced if there is one; makes its folder.
+
+    OutOfSpaceError if the disk is full.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to a file, or a copy where the file system has no links; makes its folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
