@@ -13,7 +13,6 @@ from edgetune_devices.fit import Fit, fit
 from edgetune_runtime.bundle import AdapterEntry, Manifest
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune.recipe import task_types
@@ -96,8 +95,7 @@ class Facts:
 
     def base_type(self, format_: str) -> str:
         """The base's quantization and the type of most values in a format, such as `q4_0 (mostly int4)`."""
-        base = self.manifest.base
-        return describe(base.quantization, base.values_by_type.get(format_, {}))
+        return self.manifest.base.types_in(format_)
 
     @property
     def parity(self) -> Sequence[tuple[str, str, Mapping[str, float]]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_ranks_by_module_in_an_earlier_manifest_are_counted(copy: Path) -> None:
         change_manifest(copy, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))
         with pytest.raises(VerificationError, match="is not a manifest"):
             read_manifest(copy)
+
+
+def test_the_types_in_a_file_are_those_of_most_values(bundle: Path) -> None:
+    base = read_manifest(bundle).base
+
+    def types_in(quantization: str | None, values: dict[str, int]) -> str:
+        return replace(base, quantization=quantization, values_by_type={"gguf": values}).types_in("gguf")
+
+    assert types_in("q8_0", {"q8_0": 100, "f32": 1}) == "q8_0"
+    assert types_in("q4_k_m", {"q5_0": 100, "q8_0": 10, "f32": 1}) == "q4_k_m (mostly q5_0)"
+    assert types_in(None, {"q4_1": 100, "f32": 1}) == "q4_1"
+    assert types_in("int8", {"f32": 1, "int8": 100}) == "int8"
+    # Bundles of an earlier version do not count types.
+    assert types_in("int8", {}) == "int8"
+    assert types_in(None, {}) == "types not recorded"
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:

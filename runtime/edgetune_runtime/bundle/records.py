@@ -78,6 +78,12 @@ class BaseEntry:
         """Whether the base generates text; an encoder has no keys and values."""
         return self.kv_values_per_token > 0
 
+    def types_in(self, backend: str) -> str:
+        """A file's quantization and the type of most values, such as `q8_0` or `q4_k_m (mostly q4_k)`."""
+        values = self.values_by_type.get(backend, {})
+        most = max(values, key=values.__getitem__, default=self.quantization or "types not recorded")
+        return most if self.quantization in (None, most) else f"{self.quantization} (mostly {most})"
+
 
 @dataclass(frozen=True)
 class GoldenAnswer:

@@ -11,7 +11,6 @@ from typing import Any
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, read_manifest, verify_files
-from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
 from edgetune_runtime.processes.confinement import MAX_S, confine, limits_of
 from edgetune_runtime.sizing.needs import needs_of_bundle
@@ -33,8 +32,7 @@ def info(options: argparse.Namespace) -> None:
         print(manifest.to_json(), end="")
         return
     base = manifest.base
-    types = next(iter(base.values_by_type.values()), {})
-    weights = f"{base.parameters / 1e6:.0f} M parameters, {describe(base.quantization, types)}"
+    weights = f"{base.parameters / 1e6:.0f} M parameters, {base.types_in(next(iter(base.files)))}"
     lines = [
         f"bundle    {manifest.name}, {_size(manifest, manifest.files)}, context {manifest.context_length} tokens",
         f"base      {base.name}: {base.architecture}, {weights}, {_size(manifest, base.files.values())}",

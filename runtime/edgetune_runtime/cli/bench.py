@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle, islice, pairwise
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from edgetune_runtime.engines.base import Engine
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.runtime import Runtime
-from edgetune_runtime.serving.context import Context
 from edgetune_runtime.threads.machine import disturbance, resident_mb
 
 SWITCHES = 1200
@@ -224,11 +223,9 @@ def _decode_speed(runtime: Runtime, name: str | None) -> _Speed:
         tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: capacity // 2]
         token = int(context.start(active, tokens).logits.argmax())
         steps = min(DECODE_STEPS, capacity - len(tokens))
-        median_s = statistics.median([_step_s(context, token) for _ in range(steps)])
+        ends_s = [time.perf_counter()]
+        for _ in range(steps):
+            context.extend([token])
+            ends_s.append(time.perf_counter())
+        median_s = statistics.median(end - begin for begin, end in pairwise(ends_s))
         return _Speed(1 / median_s, context.is_slow)
-
-
-def _step_s(context: Context, token: int) -> float:
-    begin = time.perf_counter()
-    context.extend([token])
-    return time.perf_counter() - begin

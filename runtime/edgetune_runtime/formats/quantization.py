@@ -197,9 +197,3 @@ def quantization_of_merged(
 def gains_from_grid(base: TensorType, requested: str | None = None) -> bool:
     """Whether a merged model keeps the types of a base of this main type only if it is trained on the base's grid."""
     return quantization_of_merged(base, requested, trains_on_grid=True) != quantization_of_merged(base, requested)
-
-
-def describe(quantization: str | None, values_by_type: Mapping[str, int]) -> str:
-    """A file's quantization and the type of most values, such as `q8_0` or `q4_k_m (mostly q4_k)`."""
-    most = max(values_by_type, key=values_by_type.__getitem__, default=quantization or "types not recorded")
-    return most if quantization in (None, most) else f"{quantization} (mostly {most})"

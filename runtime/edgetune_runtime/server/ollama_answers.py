@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
-from edgetune_runtime.formats.quantization import describe
 from edgetune_runtime.inference.answer import Answer
 
 from .answering import Answering
@@ -133,7 +132,7 @@ def _details(models: Models, info: ModelInfo) -> dict[str, Any]:
         "family": base.architecture,
         "families": [base.architecture],
         "parameter_size": f"{base.parameters / 1e6:.0f}M",
-        "quantization_level": describe(base.quantization, base.values_by_type.get(models.engine, {})),
+        "quantization_level": base.types_in(models.engine),
     }
 
 

@@ -10,7 +10,6 @@ from edgetune_runtime.formats.quantization import (
     QUANTIZATIONS,
     TENSOR_TYPES,
     TYPES_BY_NUMBER,
-    describe,
     main_type,
     quantization_named,
     quantization_of_merged,
@@ -83,13 +82,3 @@ def test_merged_models_have_8_bits_at_least(base: str, requested: str | None, me
 )
 def test_models_trained_on_the_bases_grid_keep_its_types(base: str, requested: str | None, merged: str | None) -> None:
     assert quantization_of_merged(TENSOR_TYPES[base], requested, trains_on_grid=True) == merged
-
-
-def test_a_quantization_is_described_with_its_most_common_type() -> None:
-    assert describe("q8_0", {"q8_0": 100, "f32": 1}) == "q8_0"
-    assert describe("q4_k_m", {"q5_0": 100, "q8_0": 10, "f32": 1}) == "q4_k_m (mostly q5_0)"
-    assert describe(None, {"q4_1": 100, "f32": 1}) == "q4_1"
-    assert describe("int8", {"f32": 1, "int8": 100}) == "int8"
-    # Bundles of an earlier version do not count types.
-    assert describe("int8", {}) == "int8"
-    assert describe(None, {}) == "types not recorded"
