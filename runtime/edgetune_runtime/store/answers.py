@@ -35,18 +35,22 @@ class Question:
 
 def is_ready(url: str) -> bool:
     """Whether the server at this address is ready: it has computed the states of its prompts."""
-    return _facts(f"{url}/readyz") is not None
+    return _succeeds(f"{url}/readyz")
 
 
 def is_alive(url: str) -> bool:
     """Whether the server at this address answers at all."""
-    return _facts(f"{url}/healthz") is not None
+    return _succeeds(f"{url}/healthz")
 
 
 def served_bundle(url: str) -> str | None:
     """The digest of the manifest that the server at this address serves; None if it does not say."""
-    facts = _facts(f"{url}/healthz")
-    return None if facts is None else facts.get("bundle")
+    try:
+        with _DIRECT.open(f"{url}/healthz", timeout=_READY_S) as reply:
+            digest = json.load(reply)["bundle"]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
+        return None
+    return str(digest)
 
 
 def have_same_base(*bundles: Path) -> bool:
@@ -58,14 +62,12 @@ def have_same_base(*bundles: Path) -> bool:
     return all(other.base == first.base for other in others)
 
 
-def _facts(url: str) -> dict[str, Any] | None:
-    """The JSON object that a server replies with; None if the request fails, or something else replies."""
+def _succeeds(url: str) -> bool:
     try:
-        with _DIRECT.open(url, timeout=_READY_S) as reply:
-            facts = json.load(reply)
-    except (OSError, http.client.HTTPException, ValueError, RecursionError):
-        return None
-    return facts if isinstance(facts, dict) else None
+        with _DIRECT.open(url, timeout=_READY_S):
+            return True
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def questions(bundle: Path, engine: str) -> list[Question]:
