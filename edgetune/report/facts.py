@@ -93,10 +93,6 @@ class Facts:
     total_mb: float
     adapters: Sequence[AdapterFacts]
 
-    def base_type(self, format_: str) -> str:
-        """The base's quantization and the type of most values in a format, such as `q4_0 (mostly int4)`."""
-        return self.manifest.base.types_in(format_)
-
     @property
     def parity(self) -> Sequence[tuple[str, str, Mapping[str, float]]]:
         """What was compared, the format, and the figures; the base first."""
