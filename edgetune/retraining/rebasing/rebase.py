@@ -146,7 +146,7 @@ def figures_of(bundle: Path) -> BundleFigures:
     manifest = read_manifest(bundle)
     facts, target = facts_of(bundle, manifest), next(iter(manifest.base.files))
     adapters_mb = {item.entry.name: item.mb[target] for item in facts.adapters}
-    about = manifest.base.name, facts.manifest.base.types_in(target), manifest.base.parameters
+    about = manifest.base.name, manifest.base.types_in(target), manifest.base.parameters
     return BundleFigures(*about, facts.base_mb[target], adapters_mb, facts.total_mb)
 
 
