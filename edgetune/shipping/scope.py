@@ -36,7 +36,7 @@ from .exported import TrainedAdapter
 from .opened import opened
 
 MAX_ROWS = 300
-"""Rows per adapter and format: more make builds longer, and thresholds little better."""
+"""Rows of each kind per adapter and format: more make builds longer, and thresholds little better."""
 _LEAST_PER_LABEL = 3
 """Training prompts of each label to compare with, where MAX_ROWS are fewer: a label may have several kinds of texts."""
 _SMALLEST_SPREAD = 1e-3
@@ -112,7 +112,7 @@ def _answers(
 ) -> Iterator[ScopeAnswer]:
     in_scope = [row for row in adapter.scope_rows if row.completion != label]
     out_of_scope = [row for row in adapter.scope_rows if row.completion == label]
-    for row in (*spread(in_scope, MAX_ROWS), *out_of_scope):
+    for row in (*spread(in_scope, MAX_ROWS), *spread(out_of_scope, MAX_ROWS)):
         messages, similarity = row.messages or (), 1.0
         with suppress(PromptTooLongError):
             classification = runtime.classify(messages, adapter=adapter.name)
