@@ -48,17 +48,16 @@ def scored(base: str, options: Namespace, work: Path) -> dict[str, float]:
 
     folder = options.data / TASK.folder
     adapters = {
-        f"{count} rows, {seed}": {**adapter_of(TASK, folder, count, seed, work), "training": {"auto": True}}
+        f"rows-{count}-{seed}": {**adapter_of(TASK, folder, count, seed, work), "training": {"auto": True}}
         for count in options.rows
         for seed in range(options.seeds)
     }
-    names = {f"rows-{number}": name for number, name in enumerate(adapters)}
     values: dict[str, Any] = {
         "name": f"domain-task-{base}",
         "base": options.base,
         "quantization": "q8_0",
         "context_length": 512,
-        "adapters": {key: adapters[name] for key, name in names.items()},
+        "adapters": adapters,
     }
     if base == "continued":
         values["domain"] = {"data": {"train": str(text_of(folder, work))}, "training": {"epochs": options.epochs}}
@@ -66,8 +65,8 @@ def scored(base: str, options: Namespace, work: Path) -> dict[str, float]:
     if not out.exists():
         build(Recipe.from_dict(values), out, progress=Progress())
     return {
-        name: evaluate(out, key, folder / TASK.test, limit=options.test_rows, progress=Progress()).score
-        for key, name in names.items()
+        name: evaluate(out, name, folder / TASK.test, limit=options.test_rows, progress=Progress()).score
+        for name in adapters
     }
 
 
@@ -81,7 +80,7 @@ def text_of(folder: Path, work: Path) -> Path:
 
 
 def table(result: Result) -> str:
-    columns = {"rows, choice": "{adapter}", **{f"{base} base": f"{{{base}:.1%}}" for base in BASES}}
+    columns = {"rows and choice": "{adapter}", **{f"{base} base": f"{{{base}:.1%}}" for base in BASES}}
     return f"{said_of_machine(result)}\n\n{markdown(result['adapters'], columns)}"
 
 
