@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from benchmarks.harness.benchmark import Benchmark, Result, work_folder
 from benchmarks.harness.machine import said_of_machine
+from benchmarks.harness.plots import subplots
 from benchmarks.harness.prompts import words
 from benchmarks.harness.tables import markdown, progress
 from benchmarks.harness.turns import in_turns, p99, spread
@@ -254,7 +255,39 @@ def table(result: Result) -> str:
     return f"{said_of_machine(result)}; {about}\n\n{markdown(rows, columns)}"
 
 
-BENCHMARK = Benchmark(__file__, __doc__, table)
+def plot(result: Result, out: Path) -> None:
+    """Plot the time to open few and many adapters, and the switches to an adapter that is in memory and that is not."""
+    counts = [FEW, result["adapters"]]
+    with subplots(out, 1, 2, dpi=130, figsize=(10, 3.5)) as (opening, switches):
+        for place, (engine, figures) in enumerate(result["engines"].items()):
+            opened = [figures["open_ms"][str(count)] for count in counts]
+            heights = [times["median"] for times in opened]
+            ranges = [
+                [times["median"] - times["min"] for times in opened],
+                [times["max"] - times["median"] for times in opened],
+            ]
+            opening.bar([place - 0.2, place + 0.2], heights, 0.36, yerr=ranges, color=["#9ecae1", "#3182bd"], capsize=3)
+            warm, cold = (figures[key] for key in ("warm_switch_us", "cold_switch_ms"))
+            milliseconds = {"in memory": [warm[key] / 1e3 for key in ("median", "p99")]}
+            milliseconds["not in memory"] = [cold[key] for key in ("median", "p99")]
+            for height, (name, (median, slowest)) in enumerate(milliseconds.items()):
+                switches.plot([median, slowest], [place + height * 0.3] * 2, "-", color="#3182bd", lw=4, alpha=0.4)
+                switches.plot(median, place + height * 0.3, "o", color="#3182bd")
+                switches.text(slowest * 1.2, place + height * 0.3, f"{engine}, {name}", va="center", fontsize=9)
+        engines = list(result["engines"])
+        opening.set_xticks(
+            range(len(engines)), [f"{engine}: {counts[0]} and {counts[1]:,} adapters" for engine in engines]
+        )
+        opening.set_title("opening, ms (median, min to max)", loc="left", fontsize=10)
+        switches.set_title("switch, ms (median to p99)", loc="left", fontsize=10)
+        switches.set_xscale("log")
+        switches.set_xlim(right=3e3)
+        switches.set_yticks([])
+        for axes in (opening, switches):
+            axes.spines[["top", "right"]].set_visible(False)
+
+
+BENCHMARK = Benchmark(__file__, __doc__, table, plot)
 
 if __name__ == "__main__":
     main()
