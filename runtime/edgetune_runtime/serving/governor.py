@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from edgetune_runtime.engines.base import Engine, StepStopped
 from edgetune_runtime.threads.count import DECODE, FULL_SHARE, PREFILL, SHARED, Kind, ThreadCount, Usage
+from edgetune_runtime.threads.enough import EnoughThreads
 from edgetune_runtime.threads.watch import WATCH
 
 from .turns import Turn, Turns
@@ -40,6 +41,16 @@ class AnswerUsage:
 
     all: Usage = field(default_factory=Usage)
     decode: Usage = field(default_factory=Usage)
+
+
+@dataclass
+class Step:
+    """A step of `tokens` tokens, and its threads: those of its turn, or fewer where more would not make it faster."""
+
+    turn: Turn
+    threads: int
+    tokens: float
+    kind: Kind
 
 
 class Clock:
@@ -70,6 +81,7 @@ class Governor:
     def __init__(self, max_threads: int, *, adjusts: bool, turns: Turns | None = None) -> None:
         self._max_threads = max_threads
         self._count = ThreadCount(max_threads, adjusts=adjusts)
+        self._enough = EnoughThreads()
         self._turns = turns or Turns(max_threads, shares=adjusts)
         self._adjusts = adjusts
         self._lock = threading.Lock()
@@ -77,7 +89,7 @@ class Governor:
 
     @property
     def threads(self) -> int:
-        """Threads of the next step of a call alone."""
+        """Threads of the next step of a call alone; single tokens may have fewer."""
         return self._count.threads
 
     def beside(self) -> Governor:
@@ -115,12 +127,13 @@ class Governor:
         while True:
             self._divide()
             with self._turns.take(check) as turn:
+                step = Step(turn, self._threads(turn, tokens, kind), tokens, kind)
                 if self._adjusts:
-                    engine.use_threads(turn.threads)
+                    engine.use_threads(step.threads)
                 clock, stalled = Clock(self._turns, turn), threading.Event()
 
-                def should_stop(turn: Turn = turn, clock: Clock = clock, stalled: threading.Event = stalled) -> bool:
-                    if self._stalls(turn, tokens, kind, clock):
+                def should_stop(step: Step = step, clock: Clock = clock, stalled: threading.Event = stalled) -> bool:
+                    if self._stalls(step, clock):
                         stalled.set()
                     return stalled.is_set() or _raises(check)
 
@@ -130,12 +143,18 @@ class Governor:
                 except StepStopped:
                     check()
                     if stalled.is_set():
-                        self._halve(turn)
+                        self._halve(step)
                     continue
                 finally:
                     self._used = time.monotonic()
-                self._record(turn, tokens, clock.read(), usage, kind)
+                self._record(step, clock.read(), usage)
                 return result
+
+    def _threads(self, turn: Turn, tokens: float, kind: Kind) -> int:
+        if not self._adjusts or turn.is_shared or (tokens, kind) != (1, DECODE):
+            return turn.threads
+        with self._lock:
+            return self._enough.of(turn.threads)
 
     def _divide(self) -> None:
         """Look at what other processes use after a pause, and let the turns have the threads that are left."""
@@ -145,32 +164,37 @@ class Governor:
             self._used = time.monotonic()
             self._turns.divide(self._count.threads, self._count.limit)
 
-    def _stalls(self, turn: Turn, tokens: float, kind: Kind, clock: Clock) -> bool:
+    def _stalls(self, step: Step, clock: Clock) -> bool:
         """Whether the running step takes far longer than usual because its threads lack cores."""
-        if not self._adjusts or turn.threads == 1:
+        turn, threads = step.turn, step.threads
+        if not self._adjusts or threads == 1:
             return False
         wall_s, cpu_s = clock.read()
-        usual_s = self._count.best_s(kind) * tokens * (self._count.limit / turn.threads if turn.is_shared else 1)
+        usual_s = self._count.best_s(step.kind) * step.tokens * (self._count.limit / threads if turn.is_shared else 1)
         patience_s = max(_SHORTEST_STALL_S, _STALL_FACTOR * usual_s) if usual_s else _UNKNOWN_STALL_S
-        return wall_s >= patience_s and cpu_s < FULL_SHARE * turn.threads * wall_s
+        return wall_s >= patience_s and cpu_s < FULL_SHARE * threads * wall_s
 
-    def _halve(self, turn: Turn) -> None:
+    def _halve(self, step: Step) -> None:
         with self._lock:
             self._count.halve()
-        _LOG.debug("a step of %d threads lacked cores, restarting it with fewer", turn.threads)
+        _LOG.debug("a step of %d threads lacked cores, restarting it with fewer", step.threads)
 
-    def _record(self, turn: Turn, tokens: float, times_s: tuple[float, float], usage: AnswerUsage, kind: Kind) -> None:
-        wall_s, cpu_s = times_s
+    def _record(self, step: Step, times_s: tuple[float, float], usage: AnswerUsage) -> None:
+        (wall_s, cpu_s), tokens, threads = times_s, step.tokens, step.threads
         with self._lock:
-            if turn.is_shared:
-                usage.all.add(tokens, wall_s, cpu_s, turn.threads)
-                # Only its share of the cores says something about all threads.
-                self._count.record(tokens, wall_s, cpu_s / turn.threads * self._count.threads, SHARED)
+            # Only the share of the cores that it got says something about all threads.
+            of_all_s = cpu_s / threads * self._count.threads
+            if step.turn.is_shared:
+                usage.all.add(tokens, wall_s, cpu_s, threads)
+                self._count.record(tokens, wall_s, of_all_s, SHARED)
                 return
-            usage.all.add(tokens, wall_s, cpu_s, self._count.limit)
-            if kind == DECODE:
-                usage.decode.add(tokens, wall_s, cpu_s, self._count.limit)
-            self._count.record(tokens, wall_s, cpu_s, kind)
+            requested = self._count.limit if threads == step.turn.threads else threads
+            usage.all.add(tokens, wall_s, cpu_s, requested)
+            if step.kind == DECODE:
+                usage.decode.add(tokens, wall_s, cpu_s, requested)
+                if tokens == 1:
+                    self._enough.record(threads, wall_s, cpu_s / (threads * wall_s))
+            self._count.record(tokens, wall_s, of_all_s, step.kind)
 
 
 def _raises(check: Callable[[], None]) -> bool:

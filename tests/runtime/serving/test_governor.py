@@ -17,7 +17,7 @@ from edgetune_runtime.engines.base import Engine, Logits, StepStopped
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import CallLimits, Stopped
-from edgetune_runtime.serving.governor import AnswerUsage, Governor
+from edgetune_runtime.serving.governor import AnswerUsage, Clock, Governor, Step
 from edgetune_runtime.serving.turns import Turn
 from edgetune_runtime.threads.count import DECODE, PREFILL
 
@@ -121,7 +121,7 @@ def test_any_number_of_threads_gives_the_same_bits(wide_q4_0: Path, kv: str, rep
 def test_a_step_that_stalls_is_restarted_with_fewer_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     if not engine.adjusts_threads:
         pytest.skip("onnxruntime's threads take over each other's work")
-    monkeypatch.setattr(Governor, "_stalls", lambda _, turn, *__: turn.threads > 1)
+    monkeypatch.setattr(Governor, "_stalls", lambda _, step, *__: step.threads > 1)
     governor, tries = Governor(4, adjusts=True), []
     monkeypatch.setattr(governor._count, "start_over", lambda: None)
 
@@ -139,7 +139,7 @@ def _steps(governor: Governor, token_s: float, share: float) -> AnswerUsage:
     """An answer of single tokens that took so long each and had that share of two cores."""
     usage = AnswerUsage()
     for _ in range(8):
-        governor._record(Turn(2, is_shared=False), 1, (token_s, token_s * share * 2), usage, DECODE)
+        governor._record(Step(Turn(2, is_shared=False), 2, 1, DECODE), (token_s, token_s * share * 2), usage)
     return usage
 
 
@@ -153,10 +153,10 @@ def test_an_answer_is_not_slow_because_others_share_the_cores() -> None:
     governor, usage = Governor(2, adjusts=False), AnswerUsage()
     _steps(governor, 0.02, share=1.0)
     for _ in range(8):
-        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.05), usage, DECODE)
+        governor._record(Step(Turn(1, is_shared=True), 1, 1, DECODE), (0.05, 0.05), usage)
     assert not governor.is_slow(usage)
     for _ in range(8):
-        governor._record(Turn(1, is_shared=True), 1, (0.05, 0.02), usage, DECODE)
+        governor._record(Step(Turn(1, is_shared=True), 1, 1, DECODE), (0.05, 0.02), usage)
     assert governor.is_slow(usage), "another process had the core"
 
 
@@ -165,7 +165,7 @@ def test_a_chunk_of_a_prompt_shrinks_where_steps_are_slow() -> None:
     found = [governor.chunk(128)]
     for token_s in (0.001, 0.003, 0.1):
         took = 128 * token_s, 2 * 128 * token_s
-        governor._record(Turn(2, is_shared=False), 128, took, AnswerUsage(), PREFILL)
+        governor._record(Step(Turn(2, is_shared=False), 2, 128, PREFILL), took, AnswerUsage())
         found.append(governor.chunk(128))
     assert found == [128, 128, 64, 16]
 
@@ -198,3 +198,27 @@ def test_a_call_leaves_no_compute_threads_which_would_slow_down_calls_of_other_t
         assert left_by(lambda: runtime.generate("hello", max_tokens=2)) == 0
         context, _ = loaded_bundle(runtime).context()
         assert left_by(lambda: context.engine.decode([5, 6])) == 1
+
+
+def test_single_tokens_have_the_threads_that_make_them_faster_and_prompts_all(
+    prompted_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[int, int]] = []
+    with Runtime.open(prompted_of("llama"), engine="gguf", contexts=1, threads=2, disk_mb=0) as runtime:
+        context, _ = loaded_bundle(runtime).context()
+        engine, governor, usage = context.engine, Governor(2, adjusts=True), AnswerUsage()
+        monkeypatch.setattr(governor._count, "start_over", lambda: None)
+        # Of one thread, a token takes half the time.
+        monkeypatch.setattr(Clock, "read", lambda clock: (0.01 * used[-1][1], 0.01 * used[-1][1] ** 2))
+
+        def compute(tokens: Sequence[int]) -> Logits:
+            used.append((len(tokens), engine._used_threads))  # type: ignore[attr-defined]
+            return engine.decode(tokens)
+
+        for tokens in (TOKENS[:8], *[[7]] * 30, TOKENS[:8], [7]):
+            kind = DECODE if len(tokens) == 1 else PREFILL
+            governor.step(engine, len(tokens), partial(compute, tokens), lambda: None, usage, kind=kind)
+    assert used[0] == (8, 2)
+    assert used[1:25] == [(1, threads) for threads in (2, 1) * 3 for _ in range(4)]
+    assert used[25:] == [*[(1, 1)] * 6, (8, 2), (1, 1)]
+    assert not governor.is_slow(usage)
