@@ -48,7 +48,7 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
     if system is not None:
         choices.append(Choice("system", system, "the rows have it in common"))
     elif metric != "perplexity" and not any(row.tools for row in rows):
-        prompt = _prompt(form.noun or task.replace("-", " "), metric)
+        prompt = _prompt(task, form.noun, metric)
         choices.append(
             Choice("system", prompt, "what the task is; a short prompt is faster, and the rows teach the rest")
         )
@@ -108,8 +108,13 @@ def _common_system(rows: Sequence[TaskRow]) -> str | None:
     return prompts.pop() if len(prompts) == 1 else None
 
 
-def _prompt(noun: str, metric: str) -> str:
-    return f"Name the {noun}." if metric == "label" else f"Give the {noun}{' as JSON' * (metric == 'json')}."
+def _prompt(task: str, noun: str, metric: str) -> str:
+    name = task.replace("-", " ")
+    if metric == "label":
+        return f"Name the {noun or name}."
+    if noun:
+        return f"Give the {noun}{' as JSON' * (metric == 'json')}."
+    return f"{name.capitalize()} task.{' Answer in JSON.' * (metric == 'json')}"
 
 
 def _is_json(text: str | None) -> bool:
