@@ -69,10 +69,9 @@ class EnoughThreads:
         if self._trial is not None and self._trial.threads != threads:
             self._trial = None
         if self._trial is None:
-            other = self._other(usual, threads)
-            if other == usual or time.monotonic() < self._next_at:
+            if threads == 1 or time.monotonic() < self._next_at:
                 return usual
-            self._trial = _Trial(threads, usual, other)
+            self._trial = _Trial(threads, usual, self._other(usual, threads))
         return self._trial.current
 
     def record(self, threads: int, wall_s: float, share: float) -> None:
@@ -91,5 +90,5 @@ class EnoughThreads:
 
     def _other(self, usual: int, threads: int) -> int:
         """The number to try: one fewer or one more, in turn where there are both."""
-        others = [number for number in (usual - 1, usual + 1) if 1 <= number <= threads] or [usual]
+        others = [number for number in (usual - 1, usual + 1) if 1 <= number <= threads]
         return others[0] if self._is_fewer_next else others[-1]
