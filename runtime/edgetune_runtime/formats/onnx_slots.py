@@ -1,12 +1,17 @@
 """The graph's slots for adapters, and the check and the sum of adapters' arrays for them.
 
-A slot is a group of optional inputs. A low-rank update is two inputs, of rank 0 by default. A scaling is one input, of
+A slot is a set of optional inputs. A low-rank update is two inputs, of rank 0 by default. A scaling is one input, of
 ones by default. A bottleneck is four inputs, of rank 0 by default; its name contains its activation function and its
 input, because both are fixed in the graph.
+
+A graph has wide A and down projections in groups of columns, [groups, in, width] in place of [in, rank]: MLAS divides
+the columns of a wider product among threads, depending on the rows, and each part sums other blocks of the inputs. With
+groups, which it divides as a whole, a row has the same bits however many rows a step has (docs/measurements.md).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -21,7 +26,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Shape = tuple[int | None, ...]
-"""The shape of a slot's input; None is the rank, which differs between adapters."""
+"""The shape of a slot's input; None is the rank, or the number or width of groups, which differ between adapters."""
+
+GROUP_COLUMNS = 16
+"""Most columns of a group: the least that MLAS gives to a thread."""
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
@@ -33,6 +41,9 @@ DOWN, DOWN_BIAS, UP, UP_BIAS = ".down", ".down_bias", ".up", ".up_bias"
 _LOW_RANK = {LORA_A: ("columns", "rank"), LORA_B: ("rank", "rows")}
 _BOTTLENECK = {DOWN: ("columns", "rank"), DOWN_BIAS: ("rank",), UP: ("rank", "rows"), UP_BIAS: ("rows",)}
 _SCALING = {"": ("width",)}
+_IN_GROUPS = ("groups", "columns", "group width")
+_FREE = {"rank": 0, "groups": 1, "group width": 0}
+"""Dimensions that differ between adapters, with their default."""
 _BOTTLENECK_NAME = re.compile(r"(?P<slot>.+\.bottleneck_[a-z]+_[a-z]+)(\.down|\.down_bias|\.up|\.up_bias)")
 _FLOAT = 1
 
@@ -46,8 +57,8 @@ def slots_of(header: OnnxHeader) -> dict[str, Shape]:
     """The inputs of the graph's slots with their shapes.
 
     All are float32: a low-rank update [in, rank] and [rank, out], a scaling [width], a bottleneck [in, rank], [rank],
-    [rank, out] and [out]. VerificationError names the slots without an input or a default, and those with shapes that
-    do not fit together.
+    [rank, out] and [out]; [in, rank] may be in groups. VerificationError names the slots without an input or a default,
+    and those with shapes that do not fit together.
     """
     slots: dict[str, Shape] = {}
     problems = []
@@ -71,7 +82,7 @@ def check_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, 
     foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slots]
     damaged: list[str] = []
     for slot, parts in _grouped(key for key in arrays if key in slots).items():
-        own = _contradictions(arrays, slot, parts)
+        own = _contradictions(arrays, slot, _laid_out(slot, parts, slots))
         damaged += own
         for key in () if own else (slot + part for part in parts):
             misfits = zip(arrays[key].shape, slots[key], strict=True)
@@ -85,6 +96,23 @@ def check_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, 
     if foreign:
         message = f"adapter {name!r} does not fit the graph: {first_of(foreign)}"
         raise IncompatibleError(message, "use the base that the adapter was trained on")
+
+
+def in_groups(columns: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[in, rank] in as few groups of equal width as possible: [groups, in, width]."""
+    rank = columns.shape[1]
+    width = max(width for width in range(1, GROUP_COLUMNS + 1) if rank % width == 0)
+    return columns.reshape(-1, rank // width, width).transpose(1, 0, 2)
+
+
+def is_grouped(shape: Sequence[object]) -> bool:
+    """Whether A or a down projection of this shape is in groups."""
+    return len(shape) == len(_IN_GROUPS)
+
+
+def _joined(groups: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The inverse of `in_groups`."""
+    return groups.transpose(1, 0, 2).reshape(groups.shape[1], -1)
 
 
 def value_problem(array: NDArray[np.generic]) -> str | None:
@@ -108,8 +136,12 @@ def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDA
         factors = [one + scale * (array - one) for array, scale in zip(arrays, scales, strict=True)]
         return np.asarray(np.prod(factors, axis=0), np.float32)
     if name.endswith((LORA_A, DOWN, DOWN_BIAS)):
-        # That of one adapter is not copied, as it may be mapped.
-        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        if len(arrays) == 1:
+            return arrays[0]  # not a copy, as it may be mapped
+        if is_grouped(arrays[0].shape):
+            joined = np.concatenate([_joined(array) for array in arrays], axis=-1)
+            return np.ascontiguousarray(in_groups(joined))
+        return np.concatenate(arrays, axis=-1)
     scaled = [array * scale for array, scale in zip(arrays, scales, strict=True)]
     return np.concatenate(scaled) if name.endswith((LORA_B, UP)) else np.asarray(np.sum(scaled, axis=0), np.float32)
 
@@ -127,9 +159,20 @@ def _grouped(names: Iterable[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
     return groups
 
 
+def _laid_out(
+    slot: str, parts: Mapping[str, tuple[str, ...]], shapes: Mapping[str, Sequence[object]]
+) -> dict[str, tuple[str, ...]]:
+    """The dimensions of a slot's inputs in a graph with these shapes, where A or down may be in groups."""
+    return {
+        part: _IN_GROUPS if part in (LORA_A, DOWN) and is_grouped(shapes.get(slot + part, ())) else plain
+        for part, plain in parts.items()
+    }
+
+
 def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, ...]]) -> dict[str, Shape] | None:
     """The shapes of a slot's inputs; None when the slot is invalid."""
     sizes: dict[str, int | str] = {}
+    parts = _laid_out(slot, parts, {name: value.shape for name, value in header.inputs.items()})
     for part, dimensions in parts.items():
         graph_input, default = (table.get(slot + part) for table in (header.inputs, header.initializers))
         if graph_input is None or default is None or {graph_input.elem_type, default.elem_type} != {_FLOAT}:
@@ -137,9 +180,9 @@ def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, .
         if len(graph_input.shape) != len(dimensions):
             return None
         for dimension, size in zip(dimensions, graph_input.shape, strict=True):
-            if sizes.setdefault(dimension, size) != size or not size or isinstance(size, str) != (dimension == "rank"):
+            if sizes.setdefault(dimension, size) != size or not size or isinstance(size, str) != (dimension in _FREE):
                 return None
-        if default.shape != tuple(0 if dimension == "rank" else sizes[dimension] for dimension in dimensions):
+        if default.shape != tuple(_FREE.get(dimension, sizes[dimension]) for dimension in dimensions):
             return None
     return {
         slot + part: tuple(size if isinstance(size := sizes[dimension], int) else None for dimension in dimensions)
@@ -160,7 +203,8 @@ def _contradictions(
         if array.ndim != len(dimensions):
             problems.append(f"{slot + part!r} has shape {array.shape} instead of {len(dimensions)} dimensions")
             continue
-        ranks |= {size for size, dimension in zip(array.shape, dimensions, strict=True) if dimension == "rank"}
+        free = [size for size, dimension in zip(array.shape, dimensions, strict=True) if dimension in _FREE]
+        ranks |= {math.prod(free)} if free else set()
         if problem := value_problem(array):
             problems.append(f"{slot + part!r} {problem}")
     if len(ranks) > 1:

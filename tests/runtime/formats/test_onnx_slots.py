@@ -10,6 +10,7 @@ from edgetune_runtime.formats.onnx_file import OnnxHeader, Value
 from edgetune_runtime.formats.onnx_slots import (
     bottleneck_slot,
     check_arrays,
+    in_groups,
     slots_of,
     summed,
 )
@@ -42,6 +43,10 @@ DEFAULTS: Mapping[str, Shape] = {
 SLOTS = {FACTORS: (12,), f"{SLOT}.down": (6, None), f"{SLOT}.down_bias": (None,), f"{SLOT}.up": (None, 8)}
 SLOTS |= {f"{SLOT}.up_bias": (8,), A: (6, None), B: (None, 8)}
 
+GROUPED_INPUTS = {**INPUTS, A: ("groups", 6, "w"), f"{SLOT}.down": ("g", 6, "width")}
+GROUPED_DEFAULTS = {**DEFAULTS, A: (1, 6, 0), f"{SLOT}.down": (1, 6, 0)}
+GROUPED_SLOTS = {**SLOTS, A: (None, 6, None), f"{SLOT}.down": (None, 6, None)}
+
 
 def header(inputs: Mapping[str, Shape], defaults: Mapping[str, Shape], elem_type: int = FLOAT) -> OnnxHeader:
     tables = ({name: Value(name, elem_type, shape) for name, shape in table.items()} for table in (inputs, defaults))
@@ -57,8 +62,28 @@ def arrays(rank: int = 3) -> dict[str, np.ndarray]:
     return {**low_rank, FACTORS: np.ones(12, np.float32), **network}
 
 
+def grouped(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {**given, **{name: in_groups(given[name]) for name in (A, f"{SLOT}.down")}}
+
+
+def columns_of(groups: np.ndarray) -> np.ndarray:
+    return np.concatenate(list(groups), axis=-1)
+
+
+@pytest.mark.parametrize(("rank", "groups"), [(8, 1), (16, 1), (24, 2), (48, 3), (33, 3), (34, 17), (17, 17)])
+def test_columns_are_in_few_groups_of_equal_width(rank: int, groups: int) -> None:
+    columns = np.random.default_rng(0).normal(size=(6, rank)).astype(np.float32)
+    assert in_groups(columns).shape == (groups, 6, rank // groups)
+    np.testing.assert_array_equal(columns_of(in_groups(columns)), columns)
+
+
 def test_slots_have_the_shapes_of_their_inputs() -> None:
     assert slots_of(header(INPUTS, DEFAULTS)) == SLOTS
+
+
+def test_wide_factors_may_be_in_groups() -> None:
+    assert slots_of(header(GROUPED_INPUTS, GROUPED_DEFAULTS)) == GROUPED_SLOTS
+    check_arrays(grouped(arrays(20)), GROUPED_SLOTS, "command")
 
 
 def test_constants_with_the_names_of_slots_and_other_inputs_are_none() -> None:
@@ -91,6 +116,11 @@ def test_constants_with_the_names_of_slots_and_other_inputs_are_none() -> None:
         ({}, {A: (6, 1), B: (1, 8)}, LORA),
         ({}, {B: (0, 9)}, LORA),
         ({A: (0, "r")}, {A: (0, 0)}, LORA),
+        ({A: ("groups", 6, "width")}, {}, LORA),
+        ({A: ("groups", 6, "width")}, {A: (0, 6, 0)}, LORA),
+        ({A: ("groups", 6, 16)}, {A: (1, 6, 16)}, LORA),
+        ({A: (2, 6, "width")}, {A: (2, 6, 0)}, LORA),
+        ({B: (1, "r", 8)}, {B: (1, 0, 8)}, LORA),
     ],
 )
 def test_a_graph_s_slot_that_does_not_fit_is_named(
@@ -154,6 +184,28 @@ def test_an_adapter_that_does_not_fit_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changed", "slots", "error", "reason"),
+    [
+        ({}, SLOTS, VerificationError, r"has shape \(2, 6, 10\) instead of 2 dimensions"),
+        ({A: np.ones((6, 20), np.float32)}, GROUPED_SLOTS, VerificationError, r"\(6, 20\) instead of 3 dimensions"),
+        ({A: np.ones((2, 6, 9), np.float32)}, GROUPED_SLOTS, VerificationError, "has different ranks: 18 and 20"),
+        ({A: np.ones((2, 5, 10), np.float32)}, GROUPED_SLOTS, IncompatibleError, r"\(2, 5, 10\), the graph needs"),
+        (
+            {A: np.ones((0, 6, 10), np.float32), B: np.ones((0, 8), np.float32)},
+            GROUPED_SLOTS,
+            VerificationError,
+            "has rank 0",
+        ),
+    ],
+)
+def test_a_grouped_adapter_that_does_not_fit_is_refused(
+    changed: dict[str, np.ndarray], slots: Mapping[str, tuple[int | None, ...]], error: type[EdgetuneError], reason: str
+) -> None:
+    with pytest.raises(error, match=rf"'command'.*{reason}"):
+        check_arrays({**grouped(arrays(20)), **changed}, slots, "command")
+
+
 @pytest.mark.parametrize("name", [name for name in INPUTS if name != FACTORS])
 def test_an_adapter_with_a_part_of_a_slot_is_refused(name: str) -> None:
     given = {key: array for key, array in arrays().items() if key != name}
@@ -184,6 +236,15 @@ def test_factors_of_several_adapters_are_multiplied_each_at_its_scale() -> None:
 def test_a_factor_that_no_scale_changes_is_not_copied() -> None:
     down = np.ones((3, 2), np.float32)
     assert summed("layer.lora_A.weight", [(down, 0.5)]) is down
+
+
+def test_the_columns_of_grouped_factors_are_in_the_order_of_the_rows_of_b() -> None:
+    rng = np.random.default_rng(0)
+    parts = [(rng.normal(size=(6, rank)).astype(np.float32), scale) for rank, scale in ((24, 0.5), (18, 2.0))]
+    joined = summed(A, [(in_groups(columns), scale) for columns, scale in parts])
+    assert joined.shape == (3, 6, 14)
+    assert joined.flags.c_contiguous
+    np.testing.assert_array_equal(columns_of(joined), np.concatenate([columns for columns, _ in parts], axis=1))
 
 
 def test_bottlenecks_of_several_adapters_compute_the_sum_of_what_each_computes() -> None:

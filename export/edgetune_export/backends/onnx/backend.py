@@ -64,7 +64,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32"
     """
     header = read_onnx(base)
     if isinstance(adapter, LowRank):
-        tensors = onnx_slots.fill(adapter, onnx_slots.slots_of(header.metadata))
+        tensors = onnx_slots.fill(adapter, header)
     elif isinstance(adapter, Tensors):
         tensors = fill_tensors(adapter, header)
     else:
@@ -138,8 +138,7 @@ def _write_model(
     add_conv_inputs(model.graph)
     # Before the low-rank slots, so that they act on the outputs of these.
     add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])
-    modules = {module for adapter in adapters if isinstance(adapter, LowRank) for module in adapter.modules}
-    onnx_slots.add_slots(model, header, modules)
+    onnx_slots.add_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, LowRank)])
     model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
     save_model(model, out.parent)
     with raising_out_of_space(out):

@@ -34,7 +34,7 @@ from . import value_types
 from .adapter import write_tensors
 from .graph import GRAPH, Matrix, Projection, named_node, optional_input, replace_gather, replace_product, save_model
 from .options import OnnxOptions
-from .slots import METADATA, add_slot, fill, slots_of
+from .slots import METADATA, add_slot, fill
 from .weights import BLOCK, pack_floats
 
 SHAPES = ("low_rank",)
@@ -72,7 +72,7 @@ def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank])
         if product.name in modules:
             module = linear[product.name]
             slots[product.name] = [(product.name, module.in_features, module.out_features)]
-            add_slot(model.graph, product, module.in_features, module.out_features)
+            add_slot(model.graph, product, (module.in_features, module.out_features))
     _add_head(model.graph, source.model.config.hidden_size)
     model.metadata_props[METADATA] = json.dumps(slots)
     model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
@@ -90,7 +90,7 @@ def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f32"
     """
     if adapter.head is None:
         raise IncompatibleError(f"adapter {adapter.name!r} has no head for labels", "train it for text-classification")
-    tensors = fill(adapter, slots_of(read_onnx(base).metadata))
+    tensors = fill(adapter, read_onnx(base))
     head = {HEAD_WEIGHT: adapter.head.weight.T, HEAD_BIAS: adapter.head.bias}
     write_tensors({**tensors, **head}, out, dtype=dtype, base_fingerprint=base_fingerprint)
 

@@ -305,7 +305,7 @@ def named_node(
     inputs: Sequence[ir.Value | None],
     name: str,
     like: ir.Value | None = None,
-    attributes: Mapping[str, int] | None = None,
+    attributes: Mapping[str, int | Sequence[int]] | None = None,
 ) -> ir.Node:
     """A node with an output named after it, with the type and shape of `like`."""
     node = ir.node(op_type, inputs, attributes, name=name)

@@ -3,34 +3,39 @@
 A slot is a pair of optional inputs of a product: y = x·W + (x·A)·B, with A [in, rank] and B [rank, out], of rank 0
 by default. The fused product of q, k and v has one slot for all three: their A are concatenated, and B is
 block-diagonal, because in decoding extra nodes cost more than the zeros in B. Gate and up, whose B are wide, have a
-slot each after the split of their product (docs/measurements.md).
+slot each after the split of their product (docs/measurements.md). A of a slot that an adapter fills with more than
+`GROUP_COLUMNS` columns is in groups.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.onnx_file import OnnxHeader
+from edgetune_runtime.formats.onnx_slots import GROUP_COLUMNS, LORA_A, LORA_B, in_groups, is_grouped
 from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Delta, Floats, LowRank
 from edgetune_export.architectures.shape import linear_modules
 
-from .graph import Projection, named_node, optional_input, projections
+from .graph import Projection, initializer, named_node, optional_input, projections
 
 METADATA = "edgetune.slots"
 """Metadata key of the graph: JSON of {slot: [[module of the Hugging Face model, its inputs, its outputs], …]}."""
 
 Slots = Mapping[str, Sequence[tuple[str, int, int]]]
 
+_FLAT = "edgetune.tokens_by_rank"
 
-def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> None:
-    """Add a slot to each product that computes one of `modules`, and list the slots in the metadata."""
-    sized = linear_modules(header)
+
+def add_slots(model: ir.Model, header: GgufHeader, adapters: Sequence[LowRank]) -> None:
+    """Add a slot to each product that computes a module of these adapters, and list the slots in the metadata."""
+    sized, modules = linear_modules(header), {module for adapter in adapters for module in adapter.modules}
     slots: dict[str, list[tuple[str, int, int]]] = {}
     for projection in projections(model.graph, header):
         if not set(projection.modules) & set(modules):
@@ -39,14 +44,22 @@ def add_slots(model: ir.Model, header: GgufHeader, modules: Collection[str]) -> 
         split = split_after(projection)
         if split is None:
             slots[projection.name] = parts
-            add_slot(model.graph, projection, parts[0][1], sum(rows for *_, rows in parts))
+            shape = parts[0][1], sum(rows for *_, rows in parts)
+            add_slot(model.graph, projection, shape, grouped=_is_wide(projection.modules, adapters))
             continue
         for part, plain in zip(parts, split.outputs, strict=True):
             if part[0] in modules:
                 name = f"{projection.name.rpartition('.')[0]}.{part[0].rpartition('.')[2]}"
                 slots[name] = [part]
-                _add_pair(model.graph, name, projection.node.inputs[0], plain, (part[1], part[2]))
+                grouped = _is_wide(part[:1], adapters)
+                _add_pair(model.graph, name, projection.node.inputs[0], plain, (part[1], part[2]), grouped=grouped)
     model.metadata_props[METADATA] = json.dumps(slots)
+
+
+def _is_wide(modules: Sequence[str], adapters: Sequence[LowRank]) -> bool:
+    """Whether one of the adapters has more columns for a slot of these modules than a group has."""
+    widths = (sum(a.modules[module].rank for module in modules if module in a.modules) for a in adapters)
+    return any(width > GROUP_COLUMNS for width in widths)
 
 
 def slots_of(metadata: Mapping[str, str]) -> Slots:
@@ -55,11 +68,12 @@ def slots_of(metadata: Mapping[str, str]) -> Slots:
     return {slot: [(module, columns, rows) for module, columns, rows in parts] for slot, parts in raw.items()}
 
 
-def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
-    """The adapter's tensors by input name: A [in, rank] and B [rank, out], with the scale in B.
+def fill(adapter: LowRank, header: OnnxHeader) -> dict[str, Floats]:
+    """The adapter's tensors by input name: A [in, rank] or [groups, in, width], and B [rank, out], with the scale in B.
 
-    IncompatibleError lists modules without a slot or with another size.
+    IncompatibleError lists modules without a slot of the graph with this header, or with another size.
     """
+    slots = slots_of(header.metadata)
     sizes = {module: (rows, columns) for parts in slots.values() for module, columns, rows in parts}
     problems = [_misfit(module, delta, sizes) for module, delta in adapter.modules.items()]
     refuse_misfits(adapter.name, [problem for problem in problems if problem])
@@ -67,8 +81,12 @@ def fill(adapter: LowRank, slots: Slots) -> dict[str, Floats]:
     for slot, parts in slots.items():
         deltas = [(delta, start) for delta, start in _placed(adapter, parts) if delta is not None]
         if deltas:
-            tensors[f"{slot}.lora_A.weight"] = np.ascontiguousarray(np.concatenate([d.a for d, _ in deltas]).T)
-            tensors[f"{slot}.lora_B.weight"] = _block_diagonal(deltas, sum(rows for *_, rows in parts))
+            a, b = np.concatenate([d.a for d, _ in deltas]).T, _block_diagonal(deltas, sum(rows for *_, rows in parts))
+            if is_grouped(header.inputs[slot + LORA_A].shape):
+                # Zeros, so that few groups of equal width hold any rank.
+                zeros = -a.shape[1] % -(-a.shape[1] // GROUP_COLUMNS)
+                a, b = in_groups(np.pad(a, ((0, 0), (0, zeros)))), np.pad(b, ((0, zeros), (0, 0)))
+            tensors[slot + LORA_A], tensors[slot + LORA_B] = a, b
     return tensors
 
 
@@ -103,10 +121,10 @@ def _misfit(module: str, delta: Delta, sizes: Mapping[str, tuple[int, int]]) -> 
     return ""
 
 
-def add_slot(graph: ir.Graph, projection: Projection, columns: int, outputs: int) -> None:
-    """Add a slot to a product, with the projection's name."""
+def add_slot(graph: ir.Graph, projection: Projection, shape: tuple[int, int], *, grouped: bool = False) -> None:
+    """Add a slot to a product, with the projection's name; `shape` is [in, out]. Groups need a batch of one."""
     node = projection.node
-    _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], (columns, outputs))
+    _add_pair(graph, projection.name, node.inputs[0], node.outputs[0], shape, grouped=grouped)
 
 
 def split_after(projection: Projection) -> ir.Node | None:
@@ -120,17 +138,37 @@ def split_after(projection: Projection) -> ir.Node | None:
     return users[0]
 
 
-def _add_pair(graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value, shape: tuple[int, int]) -> None:
+def _add_pair(
+    graph: ir.Graph, name: str, read: ir.Value | None, plain: ir.Value, shape: tuple[int, int], *, grouped: bool
+) -> None:
     """Add (read·A)·B to the value `plain`; `shape` is [in, out]."""
     columns, outputs = shape
     # One rank symbol per slot: with a shared symbol, adapters with different ranks per module fail.
     rank = f"{name}.rank"
-    a = optional_input(graph, f"{name}.lora_A.weight", np.zeros((columns, 0), np.float32), [columns, rank])
-    b = optional_input(graph, f"{name}.lora_B.weight", np.zeros((0, outputs), np.float32), [rank, outputs])
-    down = named_node("MatMul", [read, a], f"{name}/lora_A")
-    up = named_node("MatMul", [down.outputs[0], b], f"{name}/lora_B")
+    down = down_product(graph, name + LORA_A, read, (columns, rank), grouped=grouped)
+    b = optional_input(graph, name + LORA_B, np.zeros((0, outputs), np.float32), [rank, outputs])
+    up = named_node("MatMul", [down[-1].outputs[0], b], f"{name}/lora_B")
     added = named_node("Add", [plain, up.outputs[0]], f"{name}/lora_Add", like=plain)
-    insert_after(graph, plain, [down, up, added])
+    insert_after(graph, plain, [*down, up, added])
+
+
+def down_product(
+    graph: ir.Graph, name: str, read: ir.Value | None, shape: tuple[int, str], *, grouped: bool
+) -> list[ir.Node]:
+    """The nodes of read·A for the optional input `name` [in, rank] or, grouped, [groups, in, width] (see onnx_slots).
+
+    A grouped product, for a batch of one, has the shape [tokens, rank].
+    """
+    columns, rank = shape
+    if not grouped:
+        a = optional_input(graph, name, np.zeros((columns, 0), np.float32), [columns, rank])
+        return [named_node("MatMul", [read, a], f"{name}/MatMul")]
+    sizes: list[int | str] = [f"{name}.groups", columns, f"{name}.width"]
+    a = optional_input(graph, name, np.zeros((1, columns, 0), np.float32), sizes)
+    product = named_node("MatMul", [read, a], f"{name}/MatMul")
+    by_token = named_node("Transpose", product.outputs, f"{name}/Transpose", attributes={"perm": [1, 0, 2]})
+    flat = graph.initializers.get(_FLAT) or initializer(graph, _FLAT, np.array([0, -1], np.int64))
+    return [product, by_token, named_node("Reshape", [by_token.outputs[0], flat], f"{name}/Reshape")]
 
 
 def insert_after(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node]) -> None:

@@ -18,12 +18,15 @@ from edgetune_runtime.formats.onnx_file import OnnxHeader
 from edgetune_runtime.formats.onnx_slots import (
     DOWN,
     DOWN_BIAS,
+    GROUP_COLUMNS,
     SCALINGS,
     UP,
     UP_BIAS,
     Shape,
     bottleneck_slot,
     check_arrays,
+    in_groups,
+    is_grouped,
     slots_of,
 )
 from edgetune_runtime.wording import first_of
@@ -32,7 +35,7 @@ from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Scal
 from edgetune_export.architectures.shape import linear_modules
 
 from .graph import Projection, named_node, optional_input, projections
-from .slots import insert_after, refuse_misfits, split_after
+from .slots import down_product, insert_after, refuse_misfits, split_after
 
 METADATA = "edgetune.scalings"
 """Metadata key of the graph: JSON of {input: [[module of the Hugging Face model, its number of factors], …]}."""
@@ -75,7 +78,9 @@ def fill_tensors(adapter: Tensors, header: OnnxHeader) -> dict[str, Floats]:
             tensors[name] = np.concatenate([factors.get(module, np.ones(width, np.float32)) for module, width in parts])
     for block, bottleneck in adapter.bottlenecks.items():
         slot = _slot_of(block, bottleneck)
-        tensors[slot + DOWN], tensors[slot + DOWN_BIAS] = bottleneck.down.T, bottleneck.down_bias
+        down = bottleneck.down.T
+        tensors[slot + DOWN] = in_groups(down) if is_grouped(slots[slot + DOWN]) else down
+        tensors[slot + DOWN_BIAS] = bottleneck.down_bias
         tensors[slot + UP], tensors[slot + UP_BIAS] = bottleneck.up.T, bottleneck.up_bias
     check_arrays(tensors, slots, adapter.name)
     return tensors
@@ -173,10 +178,11 @@ def _add_bottlenecks(
     adapters: Sequence[Tensors],
 ) -> None:
     """Add one slot per kind of bottleneck to each block's output."""
-    kinds: dict[str, dict[tuple[Activation, _Reads], None]] = {}
+    kinds: dict[str, dict[tuple[Activation, _Reads], int]] = {}
     for adapter in adapters:
         for block, bottleneck in adapter.bottlenecks.items():
-            kinds.setdefault(block, {})[bottleneck.activation, bottleneck.reads] = None
+            ranks, kind = kinds.setdefault(block, {}), (bottleneck.activation, bottleneck.reads)
+            ranks[kind] = max(ranks.get(kind, 0), len(bottleneck.down))
     for block, variants in kinds.items():
         own_products = [product for product in products if product.modules[0].rpartition(".")[0] == block]
         if not own_products:
@@ -187,27 +193,27 @@ def _add_bottlenecks(
         entry = first.node.inputs[0]
         assert entry is not None
         nodes, total = [], value
-        for activation, reads in variants:
+        for (activation, reads), rank in variants.items():
             slot = bottleneck_slot(block, activation, reads)
             read, columns = (entry, widths[first.modules[0]][0]) if reads == "input" else (value, widths[output][1])
-            nodes += _network(graph, slot, activation, read, (columns, widths[output][1]))
+            grouped = rank > GROUP_COLUMNS
+            nodes += _network(graph, slot, activation, read, (columns, widths[output][1]), grouped=grouped)
             nodes.append(named_node("Add", [total, nodes[-1].outputs[0]], f"{slot}/Add", like=value))
             total = nodes[-1].outputs[0]
         insert_after(graph, value, nodes)
 
 
 def _network(
-    graph: ir.Graph, slot: str, activation: Activation, read: ir.Value, shape: tuple[int, int]
+    graph: ir.Graph, slot: str, activation: Activation, read: ir.Value, shape: tuple[int, int], *, grouped: bool
 ) -> list[ir.Node]:
     """The nodes of act(read·down + down_bias)·up + up_bias, of rank 0 by default; `shape` is [in, out]."""
     columns, rows = shape
     # One rank symbol per slot: with a shared symbol, adapters with different ranks per module fail.
     rank = f"{slot}.rank"
-    down = optional_input(graph, slot + DOWN, np.zeros((columns, 0), np.float32), [columns, rank])
+    nodes = down_product(graph, slot + DOWN, read, (columns, rank), grouped=grouped)
     down_bias = optional_input(graph, slot + DOWN_BIAS, np.zeros(0, np.float32), [rank])
     up = optional_input(graph, slot + UP, np.zeros((0, rows), np.float32), [rank, rows])
     up_bias = optional_input(graph, slot + UP_BIAS, np.zeros(rows, np.float32), [rows])
-    nodes = [named_node("MatMul", [read, down], f"{slot}/down")]
     nodes.append(named_node("Add", [nodes[-1].outputs[0], down_bias], f"{slot}/down_Add"))
     nodes += _activation(activation, nodes[-1].outputs[0], slot)
     nodes.append(named_node("MatMul", [nodes[-1].outputs[0], up], f"{slot}/up"))

@@ -85,7 +85,7 @@ def adapters_for(layers: int) -> dict[str, Tensors]:
         blocks("houlsby", layers, "relu", "output", both, 8),
         blocks("pfeiffer", layers, "gelu", "output", ("mlp",), 5),
         blocks("parallel", layers, "silu", "input", both, 3),
-        blocks("other parallel", layers, "silu", "input", ("mlp",), 6),
+        blocks("other parallel", layers, "silu", "input", ("mlp",), 18),
     ]
     return {adapter.name: adapter for adapter in made}
 
