@@ -6,7 +6,7 @@
 The validation rows of each adapter are answered greedily, with its scale and with a small one, as a task that was
 trained too little. `steps` compares the logits of steps of several tokens with those of single steps: after keys and
 values of single steps (`own`), and of a single step after keys and values of steps of several tokens (`kept`).
-`answers` compares answers with drafts with those without.
+`answers` compares answers with drafts with those without, one at a time and four at once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from benchmarks.harness.machine import said_of_machine
 from benchmarks.harness.tables import markdown
 from benchmarks.harness.worker import in_own_process
 
+import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgetune_runtime import Runtime
+from edgetune_runtime import Answer, Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -35,9 +37,13 @@ PARTS = ("steps", "answers")
 SCALES = (1.0, 0.3)
 SIZES = (2, 4, 8)
 LONGEST = 40
+CALLERS = 4
 
 Pairs = Iterator[tuple[str, Logits, Logits]]
 """What is compared, its logits [rows, vocab], and those of single steps."""
+
+Asked = tuple[str, float, Prompt]
+"""An adapter, its scale and a prompt."""
 
 
 def greedy(engine: Engine, logits: Logits) -> tuple[list[int], Logits]:
@@ -102,30 +108,49 @@ def figures(values: Sequence[tuple[float, float, bool]]) -> dict[str, Any]:
     }
 
 
-def measure_answers(fast: Runtime, plain: Runtime, adapter: str, scale: float, prompts: Sequence[Prompt]) -> Result:
-    """How many answers drafts change, and the steps and tokens with drafts."""
-    result: Result = {"answers": len(prompts), "differ": 0, "tokens": 0, "steps": 0}
-    for prompt in prompts:
-        answer = fast.generate(prompt, adapter={adapter: scale}, max_tokens=LONGEST)
-        result["differ"] += answer.text != plain.generate(prompt, adapter={adapter: scale}, max_tokens=LONGEST).text
-        result["tokens"] += answer.tokens
-        per_step = answer.timings.tokens_per_step
-        result["steps"] += round((answer.tokens - 1) / per_step) if per_step else 0
-    return result
+def answers_to(runtime: Runtime, asked: Sequence[Asked], callers: int = 1) -> list[Answer]:
+    """The greedy answers, with so many callers at once."""
+
+    def answer(one: Asked) -> Answer:
+        adapter, scale, prompt = one
+        return runtime.generate(prompt, adapter={adapter: scale}, max_tokens=LONGEST)
+
+    with ThreadPoolExecutor(callers) as pool:
+        return list(pool.map(answer, asked))
+
+
+def measure_answers(fast: Runtime, plain: Runtime, asked: Sequence[Asked]) -> list[Result]:
+    """By adapter and scale: how many answers drafts change, alone and among neighbours, and the steps and tokens."""
+    expected, alone = answers_to(plain, asked), answers_to(fast, asked)
+    results = dict[tuple[str, float], Result]()
+    for (adapter, scale, _), *answers in zip(asked, expected, alone, answers_to(fast, asked, CALLERS), strict=True):
+        one, own, among = answers
+        zeros = dict.fromkeys(("answers", "differ", "differ_among_neighbours", "tokens", "steps"), 0)
+        sums = results.setdefault((adapter, scale), {"adapter": adapter, "scale": scale, **zeros})
+        per_step = own.timings.tokens_per_step
+        sums["answers"] += 1
+        sums["differ"] += own.text != one.text
+        sums["differ_among_neighbours"] += among.text != one.text
+        sums["tokens"] += own.tokens
+        sums["steps"] += round((own.tokens - 1) / per_step) if per_step else 0
+    return [results[key] for key in sorted(results)]
 
 
 def measure(bundle: Path, engine: str, prompts: dict[str, list[Prompt]], parts: Sequence[str], threads: int) -> Result:
     """All figures of an engine, by adapter and scale."""
-    options: dict[str, Any] = {"engine": engine, "threads": threads, "disk_mb": 0, "contexts": 1}
-    with Runtime.open(bundle, **options) as fast, Runtime.open(bundle, **options, drafts=False) as plain:
-        results = {"steps": list[Result](), "answers": list[Result]()}
-        for adapter, given in prompts.items():
-            for scale in SCALES:
-                setup = {"engine": engine, "adapter": adapter, "scale": scale}
-                if "steps" in parts:
+    options: dict[str, Any] = {"engine": engine, "threads": threads, "disk_mb": 0}
+    results = {"steps": list[Result](), "answers": list[Result]()}
+    with Runtime.open(bundle, **options, contexts=1, drafts=False) as plain:
+        if "steps" in parts:
+            for adapter, given in prompts.items():
+                for scale in SCALES:
+                    setup = {"engine": engine, "adapter": adapter, "scale": scale}
                     results["steps"] += [setup | row for row in measure_steps(plain, adapter, scale, given)]
-                if "answers" in parts:
-                    results["answers"].append(setup | measure_answers(fast, plain, adapter, scale, given))
+        if "answers" in parts:
+            asked = [(adapter, scale, one) for adapter, given in prompts.items() for scale in SCALES for one in given]
+            random.Random(0).shuffle(asked)  # so that neighbours have other adapters
+            with Runtime.open(bundle, **options, contexts=CALLERS) as fast:
+                results["answers"] = [{"engine": engine} | row for row in measure_answers(fast, plain, asked)]
     return results
 
 
@@ -160,7 +185,14 @@ def table(result: Result) -> str:
         "largest": "{margin_max}",
         "other token": "{other_token}",
     }
-    answers = {**setup, "answers": "{answers}", "differ": "{differ}", "tokens": "{tokens}", "steps": "{steps}"}
+    answers = {
+        **setup,
+        "answers": "{answers}",
+        "differ": "{differ}",
+        "among three neighbours": "{differ_among_neighbours}",
+        "tokens": "{tokens}",
+        "steps": "{steps}",
+    }
     parts = [
         f"{result['rows']} validation rows per adapter, {said_of_machine(result)}.",
         markdown(result["steps"], steps),
