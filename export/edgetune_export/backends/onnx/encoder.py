@@ -32,7 +32,8 @@ from edgetune_export.pooling import Pooled
 
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, Matrix, Projection, named_node, optional_input, replace_gather, replace_product, save_model
+from .graph import GRAPH, Projection, named_node, optional_input, save_model
+from .matrices import Matrix, replace_gather, replace_product
 from .options import OnnxOptions
 from .slots import METADATA, add_slot, fill
 from .weights import BLOCK, pack_floats

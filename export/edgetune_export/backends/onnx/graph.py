@@ -5,30 +5,26 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
-from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
+from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.gguf_sizes import number
 from edgetune_runtime.formats.onnx_recurrence import CONV_INPUTS
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats
-from edgetune_export.architectures.layout import base_columns, base_rows, in_model_order, name_map, tensor_of
-from edgetune_export.base_file.quantize import dequantize_rows
 
-from .weights import BLOCK, PackedWeights, pack, pack_floats, packed_bits, reorder, stack
+from .matrices import MatrixReader, register, replace_gather, replace_product
 
 GRAPH = "model.onnx"
-MICROSOFT = "com.microsoft"
 HEAD = "/lm_head/MatMul"
 _EMBEDDING_SCALE = "/model/embed_tokens/Mul"
 LOGITS_START = "logits_start"
@@ -39,8 +35,6 @@ ROWS = "/model/rows/"
 _EXTERNAL_BYTES = 1024
 _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
-_PART_VALUES = 1 << 26
-"""Values of a matrix that are packed at once: what is computed on the way needs several times their memory."""
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<path>((attn|mlp|conv|linear_attn)/)?\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
 # The inputs of GroupQueryAttention for cosines and sines.
@@ -65,33 +59,6 @@ class Projection:
     node: ir.Node
     name: str
     modules: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix [rows, columns] with this many bits (None: float32), read on demand, so that only one is in memory."""
-
-    rows: int
-    columns: int
-    bits: int | None
-    read: Callable[[], PackedWeights | Floats]
-
-    @classmethod
-    def of(cls, packed: PackedWeights) -> Matrix:
-        """The matrix of weights that are in memory."""
-        return cls(packed.rows, packed.columns, packed.bits, lambda: packed)
-
-    def floats(self) -> Floats:
-        """The values in float32."""
-        values = self.read()
-        assert not isinstance(values, PackedWeights)
-        return values
-
-    def packed(self) -> PackedWeights:
-        """The values in quantized blocks."""
-        values = self.read()
-        assert isinstance(values, PackedWeights)
-        return values
 
 
 def projections(graph: ir.Graph, base: GgufHeader) -> list[Projection]:
@@ -158,14 +125,14 @@ def put_weights(model: ir.Model, base: Path, layers: str, vocabulary: str) -> No
     `auto` keeps the base's blocks if the operator supports them, converts other blocks to 8 bits and keeps floats;
     `int8` also converts floats to 8 bits; `fp32` dequantizes everything.
     """
-    reader = _MatrixReader(base, layers)
+    reader = MatrixReader(base, layers)
     architecture = architectures.of(reader.header)
     for projection in projections(model.graph, reader.header):
         if projection.node.name != HEAD:
             replace_product(model.graph, projection.node, reader.of(projection.modules))
     fixed = {_node_of(module, "MatMul"): module for module in architecture.fixed_modules}
     embeddings = {_node_of(name, "Gather"): name for name in ("model.embed_tokens", *architecture.embeddings_in_file)}
-    rows = _MatrixReader(base, vocabulary)
+    rows = MatrixReader(base, vocabulary)
     for node in list(model.graph):
         if node.name == HEAD:
             replace_product(model.graph, node, rows.of(("lm_head",)))
@@ -217,59 +184,6 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
         unplaced.difference_update(parts)
     if unplaced:
         raise IncompatibleError(f"the ONNX graph has no place for {min(unplaced)}", "build for gguf")
-
-
-class _MatrixReader:
-    """Reads matrices from the base's file by their Hugging Face names."""
-
-    def __init__(self, base: Path, weights: str) -> None:
-        self._path, self._weights = base, weights
-        self.header = read_header(base)
-        self._names = name_map(self.header)
-        self._last: tuple[tuple[str, ...], PackedWeights] | None = None
-
-    def of(self, modules: Sequence[str]) -> Matrix:
-        """The stacked matrices of these modules; as floats if one of them is not quantized."""
-        tensors = [tensor_of(module, self.header, self._names) for module in modules]
-        rows, columns = sum(tensor.shape[1] for tensor in tensors), tensors[0].shape[0]
-        bits = [self._bits(tensor) for tensor in tensors]
-        if None in bits:
-            return Matrix(rows, columns, None, lambda: np.concatenate([self._floats(module) for module in modules]))
-        return Matrix(rows, columns, max(filter(None, bits)), lambda: self._stacked(tuple(modules)))
-
-    def _stacked(self, modules: tuple[str, ...]) -> PackedWeights:
-        """The stacked matrices, quantized; caches the last one, because its blocks and scales are read separately."""
-        if self._last is None or self._last[0] != modules:
-            self._last = (modules, stack([self._packed(module) for module in modules]))
-        return self._last[1]
-
-    def _bits(self, tensor: TensorInfo) -> int | None:
-        """Bits per weight in the graph, None for float32."""
-        if self._weights == "fp32" or tensor.shape[0] % BLOCK:
-            return None
-        return packed_bits(tensor) or (8 if self._weights == "int8" else None)
-
-    def _packed(self, module: str) -> PackedWeights:
-        tensor = tensor_of(module, self.header, self._names)
-        parts = self._parts(tensor, _PART_VALUES)
-        packed = stack([pack(data, part) or pack_floats(dequantize_rows(data, part)) for part, data in parts])
-        return reorder(packed, base_rows(tensor, self.header), base_columns(tensor, self.header))
-
-    def _floats(self, module: str) -> Floats:
-        tensor = tensor_of(module, self.header, self._names)
-        ((whole, data),) = self._parts(tensor, math.prod(tensor.shape))
-        return in_model_order(dequantize_rows(data, whole), tensor, self.header)
-
-    def _parts(self, tensor: TensorInfo, values: int) -> Iterator[tuple[TensorInfo, bytes]]:
-        """The matrix in parts of whole rows with about so many values, and the bytes of each."""
-        columns, rows = tensor.shape
-        step = max(values // columns, 1)
-        with self._path.open("rb") as file:
-            file.seek(tensor.offset)
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                part = replace(tensor, shape=(columns, count), nbytes=tensor.nbytes // rows * count)
-                yield part, file.read(part.nbytes)
 
 
 def add_logits_start(graph: ir.Graph) -> None:
@@ -328,7 +242,7 @@ def optional_input(
 
 def initializer(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
     """Add a constant to the graph."""
-    return _register(graph, ir.Tensor(np.ascontiguousarray(values), name=name))
+    return register(graph, ir.Tensor(np.ascontiguousarray(values), name=name))
 
 
 def save_model(model: ir.Model, folder: Path) -> None:
@@ -367,61 +281,3 @@ def save_model(model: ir.Model, folder: Path) -> None:
                 base_dir=folder,
             )
         ir.save(model, folder / GRAPH)
-
-
-def replace_product(graph: ir.Graph, node: ir.Node, weights: Matrix) -> None:
-    """Replace the weights of a product by `weights` [outputs, columns]."""
-    weight = node.inputs[1]
-    assert weight is not None
-    if weights.bits is None:
-        weight.const_value = _lazy(lambda: weights.floats().T, (weights.columns, weights.rows), weight.name)
-        return
-    name = f"{(weight.name or '').removesuffix('.weight')}.weight"
-    data, scales = _blocks(graph, weights, name, (weights.columns // BLOCK, BLOCK * weights.bits // 8))
-    # accuracy_level 4 rounds activations to 8 bits, which the fast kernels need.
-    attributes = {"K": weights.columns, "N": weights.rows, "bits": weights.bits, "block_size": BLOCK}
-    _replace(graph, node, "MatMulNBits", [node.inputs[0], data, scales], {**attributes, "accuracy_level": 4})
-
-
-def replace_gather(graph: ir.Graph, node: ir.Node, weights: Matrix, name: str) -> None:
-    """Replace the weights of an embedding, called `name` in the graph, by `weights` [rows, columns]."""
-    if weights.bits is None:
-        table = _lazy(weights.floats, (weights.rows, weights.columns), f"{name}_rows")
-        node.replace_input_with(0, _register(graph, table))
-        return
-    data, scales = _blocks(graph, weights, name, (weights.columns * weights.bits // 8,))
-    attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK, "bits": weights.bits}
-    _replace(graph, node, "GatherBlockQuantized", [data, node.inputs[1], scales], attributes)
-
-
-def _blocks(graph: ir.Graph, weights: Matrix, name: str, row_shape: tuple[int, ...]) -> tuple[ir.Value, ir.Value]:
-    """Initializers for quantized blocks, with `row_shape` for each row, and for their scales."""
-    shape, data_name = (weights.rows, *row_shape), f"{name}_q{weights.bits}"
-    data = _lazy(lambda: weights.packed().data.reshape(shape), shape, data_name, ir.DataType.UINT8)
-    scales = _lazy(lambda: weights.packed().scales, (weights.rows, weights.columns // BLOCK), f"{name}_scales")
-    return _register(graph, data), _register(graph, scales)
-
-
-def _lazy(
-    read: Callable[[], npt.NDArray[np.generic]],
-    shape: Sequence[int],
-    name: str | None,
-    dtype: ir.DataType = ir.DataType.FLOAT,
-) -> ir.LazyTensor:
-    """A tensor whose values are read on each access."""
-    return ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(read())), dtype, ir.Shape(shape), name=name)
-
-
-def _register(graph: ir.Graph, tensor: ir.Tensor[Any] | ir.LazyTensor) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _replace(
-    graph: ir.Graph, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, int]
-) -> None:
-    """Replace the node by another operator with the same name and output."""
-    graph.opset_imports[MICROSOFT] = 1
-    replacement = ir.node(op_type, inputs, attributes=attributes, domain=MICROSOFT, name=node.name)
-    ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], node.outputs, replacement.outputs)
