@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import time
 import urllib.error
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.inference.chat_client import check_address, is_cut_off, message_of, post
+from edgetune_runtime.inference.chat_client import (
+    OF_ONE_REQUEST,
+    check_address,
+    is_cut_off,
+    message_of,
+    post,
+    reason_of,
+    refused_key,
+    without,
+)
 from edgetune_runtime.wording import shortened
 
 _TRIES, _LONGEST_WAIT_S, _TIMEOUT_S = 5, 60.0, 120.0
 _AGAIN = frozenset((408, 429, 500, 502, 503, 504))
 """Statuses after which the same request may succeed later."""
-_OF_ONE_REQUEST = frozenset((400, 413, 422))
-"""Statuses of a request that is too long, or that a filter refuses; others may be answered."""
-_MOST_BYTES = 1_000_000
-"""Part of an error's body that is read."""
-_LIMIT, _NEWER_LIMIT = "max_tokens", "max_completion_tokens"
-"""Names of the limit of tokens: all servers know the first but OpenAI's newer models, which refuse it. Others refuse
-the second, or ignore it."""
 
 
 class TeacherError(EdgetuneError):
@@ -59,7 +60,7 @@ class Teacher:
     max_tokens: int = 2000
     say: Callable[[str], object] = field(default=lambda _: None, repr=False)
     sent: int = 0
-    _limit: str = _LIMIT
+    _refused: set[str] = field(default_factory=set)
     _has_answered: bool = False
     _free_at: float = 0.0
 
@@ -71,15 +72,16 @@ class Teacher:
     ) -> dict[str, Any]:
         """The body of a request; with `schema`, for an answer in JSON that fits it."""
         body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
-        body |= {"temperature": temperature, "seed": seed, self._limit: self.max_tokens}
+        body |= {"temperature": temperature, "seed": seed, "max_tokens": self.max_tokens}
         if schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-        return body
+        return without(body, self._refused)
 
     def ask(self, body: Mapping[str, Any]) -> Reply:
         """The answer to a request, tried again while the teacher is busy or not reached.
 
-        A teacher that refuses the name of the limit of tokens gets the other one from then on.
+        A teacher that refuses the temperature, the seed or the name of the limit of tokens gets none from then on, or
+        the other name.
 
         Raises TeacherError after some tries, when all requests are sent, and for a refusal: RefusedRequestError if
         others may be answered.
@@ -93,14 +95,14 @@ class Teacher:
             try:
                 return self._sent(body)
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {_reason(error)}"
-                if error.code in _OF_ONE_REQUEST and _LIMIT in body and _LIMIT in problem:
-                    self._limit = _NEWER_LIMIT
-                    body = {_NEWER_LIMIT if name == _LIMIT else name: value for name, value in body.items()}
+                problem = reason_of(error)
+                if (refused := refused_key(body, error, problem)) is not None:
+                    self._refused.add(refused)
+                    body = without(body, {refused})
                     continue
                 if error.code not in _AGAIN:
                     remedy = "check --teacher, --model and the key"
-                    is_of_one = self._has_answered and error.code in _OF_ONE_REQUEST
+                    is_of_one = self._has_answered and error.code in OF_ONE_REQUEST
                     kind = RefusedRequestError if is_of_one else TeacherError
                     raise kind(f"the teacher at {self.url} refuses: {problem}", remedy) from error
                 wait_s = _seconds(error.headers.get("Retry-After"), 2.0**attempt)
@@ -128,15 +130,6 @@ class Teacher:
             raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
         self._has_answered = True
         return reply
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    """What the server says about an error."""
-    try:
-        raw = error.read(_MOST_BYTES)
-        return shortened(str(json.loads(raw)["error"]["message"]), 200)
-    except (OSError, ValueError, LookupError, TypeError):
-        return str(error.reason)
 
 
 def _seconds(text: str | None, default: float) -> float:

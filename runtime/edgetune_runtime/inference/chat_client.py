@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import shortened
+
+OF_ONE_REQUEST = frozenset((400, 413, 422))
+"""Statuses of a request that is too long, or that a filter refuses; others may be answered."""
 
 _MAX_BYTES = 1 << 20
+_REFUSED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+"""What OpenAI's newer models refuse, which think before they answer, and its other name if it has one. Other servers
+refuse the other name, or ignore it."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -49,6 +57,28 @@ def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float
             if time.monotonic() > end_s:
                 raise TimeoutError(f"no whole reply within {timeout_s:g} s")
     return bytes(reply)
+
+
+def reason_of(error: urllib.error.HTTPError) -> str:
+    """The status of a refusal, and what the server says about it."""
+    try:
+        raw = error.read(_MAX_BYTES)
+        return f"HTTP {error.code}: {shortened(str(json.loads(raw)['error']['message']), 200)}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return f"HTTP {error.code}: {error.reason}"
+
+
+def refused_key(body: Mapping[str, Any], error: urllib.error.HTTPError, reason: str) -> str | None:
+    """The key of a request for which it was refused, if `without` can do without it."""
+    if error.code not in OF_ONE_REQUEST:
+        return None
+    return next((key for key in _REFUSED if key in body and f"'{key}'" in reason), None)
+
+
+def without(body: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """A request without these keys, of which some have another name."""
+    named = ((_REFUSED[key] if key in keys else key, value) for key, value in body.items())
+    return {key: value for key, value in named if key is not None}
 
 
 def message_of(reply: bytes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from edgetune_runtime.tools.calls import ToolCall
 from edgetune_runtime.tools.definitions import MODES, ToolSet
 from edgetune_runtime.wording import shortened
 
-from .chat_client import check_address, message_of, post
+from .chat_client import check_address, message_of, post, reason_of, refused_key, without
 
 TIMEOUT_S = 20.0
 _POLL_S = 0.1
@@ -83,11 +83,8 @@ def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> by
 
     def run() -> None:
         try:
-            outcome.append(post(to.url, body, key=to.key, timeout_s=to.timeout_s))
-        except urllib.error.HTTPError as error:
-            error.close()
-            outcome.append(error)
-        except (OSError, HTTPException, ValueError) as error:
+            outcome.append(_reply(to, body, end_s))
+        except (DeferError, OSError, HTTPException, ValueError) as error:
             outcome.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
@@ -97,9 +94,24 @@ def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> by
         check()
     if not outcome or isinstance(outcome[0], TimeoutError):
         raise _error(to, f"did not answer within {to.timeout_s:g} s")
+    if isinstance(outcome[0], DeferError):
+        raise outcome[0]
     if isinstance(outcome[0], Exception):
         raise _error(to, f"failed: {outcome[0]}") from outcome[0]
     return outcome[0]
+
+
+def _reply(to: DeferTo, body: Mapping[str, Any], end_s: float) -> bytes:
+    """The reply; a model that refuses a temperature is asked again without."""
+    try:
+        return post(to.url, body, key=to.key, timeout_s=max(_POLL_S, end_s - time.monotonic()))
+    except urllib.error.HTTPError as error:
+        with error:
+            reason = reason_of(error)
+        refused = refused_key(body, error, reason)
+        if refused is None:
+            raise _error(to, f"failed: {reason}") from error
+        return _reply(to, without(body, {refused}), end_s)
 
 
 def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:

@@ -139,8 +139,13 @@ REPLY = {"choices": [{"message": {"role": "assistant", "content": "the lamp is o
 
 
 @contextmanager
-def answering(status: int, body: bytes, wait_s: float = 0.0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The address of a server that answers every request with these bytes, and the requests it got."""
+def answering(
+    status: int, body: bytes, wait_s: float = 0.0, refused: str | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a server that answers every request with these bytes, and the requests it got.
+
+    Those with the key `refused` it refuses as OpenAI does.
+    """
     got: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -148,11 +153,13 @@ def answering(status: int, body: bytes, wait_s: float = 0.0) -> Iterator[tuple[s
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             got.append({"path": self.path, "key": self.headers["Authorization"], **request})
             time.sleep(wait_s)
-            self.send_response(status)
+            message = f"Unsupported value: '{refused}' does not support {request.get(refused)} with this model."
+            refusal = json.dumps({"error": {"message": message, "param": refused}}).encode()
+            self.send_response(400 if refused in request else status)
             self.send_header("Location", "/elsewhere")
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(sent := refusal if refused in request else body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(sent)
 
     with http_server(Handler) as address:
         yield f"{address}/v1", got
@@ -172,6 +179,22 @@ def test_the_request_has_the_key_and_the_conversation(sure_bundle: Path, stop: s
     assert (request["path"], request["key"], request["model"]) == ("/v1/chat/completions", "Bearer secret", "big")
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     assert "secret" not in repr(DeferTo(url, "big", key="secret"))
+
+
+def test_a_model_that_refuses_a_temperature_is_asked_without(sure_bundle: Path, stop: str) -> None:
+    with answering(200, json.dumps(REPLY).encode(), refused="temperature") as (url, got):
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "thinking"))
+    assert (answer.text, answer.instead) == ("the lamp is on", "defer")
+    assert [request.get("temperature") for request in got] == [0, None]
+
+
+def test_the_reason_of_another_refusal_is_logged(
+    sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with answering(200, json.dumps(REPLY).encode(), refused="model") as (url, got):
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "none"))
+    assert (answer.instead, len(got)) == (None, 1)
+    assert "failed: HTTP 400: Unsupported value: 'model' does not support none with this model" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,24 @@ def test_the_limit_of_tokens_has_the_name_that_the_teacher_takes(
     assert "left out 2 answers that are cut off (--max-tokens allows more)" in capsys.readouterr().err
 
 
+def test_a_teacher_that_thinks_is_asked_without_what_it_refuses(teacher: Callable[[Reply], str]) -> None:
+    bodies: list[Mapping[str, Any]] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        bodies.append(body)
+        refused = next((key for key in ("temperature", "seed") if key in body), None)
+        if refused is None:
+            return said("hello")
+        message = f"Unsupported value: '{refused}' does not support 0 with this model."
+        return 400, {}, json.dumps({"error": {"message": message}}).encode()
+
+    asking = Teacher(teacher(reply), "m", per_minute=100_000)
+    for _ in range(2):
+        assert asking.ask(asking.request([], temperature=0, seed=0)).text == "hello"
+    sampling = [{"temperature", "seed"} & body.keys() for body in bodies]
+    assert sampling == [{"temperature", "seed"}, {"seed"}, set(), set()]
+
+
 def test_a_teacher_that_is_down_is_named(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers, "_LONGEST_WAIT_S", 0.0)
     asking = Teacher("http://127.0.0.1:1/v1", "m", per_minute=100_000)
