@@ -126,7 +126,7 @@ class Governor:
         """
         while True:
             self._divide()
-            with self._turns.take(check) as turn:
+            with self._turns.take(check, is_prompt=kind == PREFILL) as turn:
                 step = Step(turn, self._threads(turn, tokens, kind), tokens, kind)
                 if self._adjusts:
                     engine.use_threads(step.threads)

@@ -1,4 +1,4 @@
-"""Let contexts take turns computing, first come first served, each with its share of the threads."""
+"""Let contexts take turns computing, each with its share of the threads, steps of answers before those of prompts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ POLL_S = 0.05
 """How often a waiting call checks whether it must stop."""
 _RECENT_S = 0.05
 """A call that computed so recently is expected back: it samples a token, or hands one on."""
+_PATIENCE_S = 0.1
+"""So long the step of a prompt lets steps of answers go first, which are shorter and which a reader waits for."""
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Turn:
 @dataclass
 class _Waiter:
     call: int
+    patient_until: float
     admitted: threading.Event = field(default_factory=threading.Event)
 
 
@@ -34,7 +37,8 @@ class Turns:
 
     A call alone gets all threads. Several, where `shares` allows it, compute at the same time with an equal part each:
     the threads of one step wait for each other hundreds of times, those of different calls never. Calls beyond the
-    number of threads wait until a step ends. A call is known by its thread.
+    number of threads wait until a step ends, in the order in which they came; steps of prompts let others go first for
+    a while. A call is known by its thread.
     """
 
     def __init__(self, max_threads: int, *, shares: bool) -> None:
@@ -62,9 +66,9 @@ class Turns:
             self._alone, self._limit = alone, limit
 
     @contextmanager
-    def take(self, check: Callable[[], None] = lambda: None) -> Iterator[Turn]:
+    def take(self, check: Callable[[], None] = lambda: None, *, is_prompt: bool = False) -> Iterator[Turn]:
         """Wait for this thread's turn, unless `check` raises; pass it on when the block ends."""
-        waiter = _Waiter(threading.get_ident())
+        waiter = _Waiter(threading.get_ident(), time.monotonic() + _PATIENCE_S if is_prompt else 0.0)
         with self._lock:
             self._waiting.append(waiter)
             self._admit()
@@ -88,7 +92,9 @@ class Turns:
     def _admit(self) -> None:
         """Give those who wait their turns, as far as there are threads. Call it with the lock."""
         while self._waiting and (threads := self._part()):
-            waiter = self._waiting.popleft()
+            now = time.monotonic()
+            waiter = next((one for one in self._waiting if one.patient_until <= now), self._waiting[0])
+            self._waiting.remove(waiter)
             self._count()
             self._running[waiter.call] = Turn(threads, is_shared=bool(self._running))
             if len(self._running) > 1:

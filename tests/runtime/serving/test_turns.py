@@ -22,11 +22,11 @@ class Calls:
         self._ends: dict[str, threading.Event] = {}
         self._running: dict[str, threading.Thread] = {}
 
-    def begin(self, *names: str) -> None:
+    def begin(self, *names: str, is_prompt: bool = False) -> None:
         """Let calls ask for a turn, one after the other; returns when all have asked."""
         for name in names:
             self._ends[name] = threading.Event()
-            self._running[name] = threading.Thread(target=self._work, args=(name,))
+            self._running[name] = threading.Thread(target=self._work, args=(name, is_prompt))
             before = self._asked()
             self._running[name].start()
             _until(lambda before=before: self._asked() > before)
@@ -46,8 +46,8 @@ class Calls:
     def _asked(self) -> int:
         return len(self.began) + len(self.turns._waiting)
 
-    def _work(self, name: str) -> None:
-        with self.turns.take() as turn:
+    def _work(self, name: str, is_prompt: bool) -> None:
+        with self.turns.take(is_prompt=is_prompt) as turn:
             self.threads[name] = turn.threads
             self.began.append(name)
             self._ends[name].wait()
@@ -98,6 +98,23 @@ def test_calls_beyond_the_number_of_threads_wait_in_the_order_of_asking() -> Non
             _until(lambda expected=expected: len(calls.began) == len(expected))
             assert sorted(calls.began) == expected
     assert calls.threads == {"0": 2} | dict.fromkeys(names[1:], 1)
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "expected"), [(60.0, ["first", "answer", "prompt"]), (0.0, ["first", "prompt", "answer"])]
+)
+def test_steps_of_answers_go_before_those_of_prompts_for_a_while(
+    patience_s: float, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgetune_runtime.serving.turns._PATIENCE_S", patience_s)
+    with _calls(1) as calls:
+        calls.begin("first")
+        calls.begin("prompt", is_prompt=True)
+        calls.begin("answer")
+        for count, name in enumerate(expected, 1):
+            _until(lambda count=count: len(calls.began) == count)
+            assert calls.began == expected[:count]
+            calls.end(name)
 
 
 def test_where_threads_cannot_be_divided_one_computes_at_a_time() -> None:
