@@ -62,7 +62,7 @@ def slots_of(header: OnnxHeader) -> dict[str, Shape]:
     """
     slots: dict[str, Shape] = {}
     problems = []
-    for slot, parts in _grouped(header.inputs).items():
+    for slot, parts in _by_slot(header.inputs, {name: value.shape for name, value in header.inputs.items()}).items():
         shapes = _slot_shapes(header, slot, parts)
         if shapes is None:
             problems.append(f"{slot[:80]!r}")
@@ -81,8 +81,8 @@ def check_arrays(arrays: Mapping[str, NDArray[np.generic]], slots: Mapping[str, 
     """
     foreign = [f"unknown slot {key[:80]!r}" for key in arrays if key not in slots]
     damaged: list[str] = []
-    for slot, parts in _grouped(key for key in arrays if key in slots).items():
-        own = _contradictions(arrays, slot, _laid_out(slot, parts, slots))
+    for slot, parts in _by_slot((key for key in arrays if key in slots), slots).items():
+        own = _contradictions(arrays, slot, parts)
         damaged += own
         for key in () if own else (slot + part for part in parts):
             misfits = zip(arrays[key].shape, slots[key], strict=True)
@@ -146,33 +146,28 @@ def summed(name: str, parts: Sequence[tuple[NDArray[np.float32], float]]) -> NDA
     return np.concatenate(scaled) if name.endswith((LORA_B, UP)) else np.asarray(np.sum(scaled, axis=0), np.float32)
 
 
-def _grouped(names: Iterable[str]) -> dict[str, Mapping[str, tuple[str, ...]]]:
-    """The slots of those of these inputs that have one; each maps the suffix of an input to its dimensions."""
-    groups: dict[str, Mapping[str, tuple[str, ...]]] = {}
+def _by_slot(names: Iterable[str], shapes: Mapping[str, Sequence[object]]) -> dict[str, Mapping[str, tuple[str, ...]]]:
+    """The slots of those of these inputs that have one; each maps the suffix of an input to its dimensions.
+
+    `shapes` are those of the graph's inputs, where A or down may be in groups.
+    """
+    slots: dict[str, Mapping[str, tuple[str, ...]]] = {}
     for name in names:
         if name.endswith((LORA_A, LORA_B)):
-            groups[name[: -len(LORA_A)]] = _LOW_RANK
+            slots[name[: -len(LORA_A)]] = _LOW_RANK
         elif name.endswith(tuple(SCALINGS.values())):
-            groups[name] = _SCALING
+            slots[name] = _SCALING
         elif bottleneck := _BOTTLENECK_NAME.fullmatch(name):
-            groups[bottleneck["slot"]] = _BOTTLENECK
-    return groups
-
-
-def _laid_out(
-    slot: str, parts: Mapping[str, tuple[str, ...]], shapes: Mapping[str, Sequence[object]]
-) -> dict[str, tuple[str, ...]]:
-    """The dimensions of a slot's inputs in a graph with these shapes, where A or down may be in groups."""
-    return {
-        part: _IN_GROUPS if part in (LORA_A, DOWN) and is_grouped(shapes.get(slot + part, ())) else plain
-        for part, plain in parts.items()
-    }
+            slots[bottleneck["slot"]] = _BOTTLENECK
+    for slot, parts in slots.items():
+        wide = [part for part in (LORA_A, DOWN) if part in parts and is_grouped(shapes.get(slot + part, ()))]
+        slots[slot] = {**parts, **dict.fromkeys(wide, _IN_GROUPS)}
+    return slots
 
 
 def _slot_shapes(header: OnnxHeader, slot: str, parts: Mapping[str, tuple[str, ...]]) -> dict[str, Shape] | None:
     """The shapes of a slot's inputs; None when the slot is invalid."""
     sizes: dict[str, int | str] = {}
-    parts = _laid_out(slot, parts, {name: value.shape for name, value in header.inputs.items()})
     for part, dimensions in parts.items():
         graph_input, default = (table.get(slot + part) for table in (header.inputs, header.initializers))
         if graph_input is None or default is None or {graph_input.elem_type, default.elem_type} != {_FLOAT}:
