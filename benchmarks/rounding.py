@@ -121,18 +121,17 @@ def answers_to(runtime: Runtime, asked: Sequence[Asked], callers: int = 1) -> li
 
 def measure_answers(fast: Runtime, plain: Runtime, asked: Sequence[Asked]) -> list[Result]:
     """By adapter and scale: how many answers drafts change, alone and among neighbours, and the steps and tokens."""
-    expected, alone = answers_to(plain, asked), answers_to(fast, asked)
+    answers = answers_to(plain, asked), answers_to(fast, asked), answers_to(fast, asked, CALLERS)
     results = dict[tuple[str, float], Result]()
-    for (adapter, scale, _), *answers in zip(asked, expected, alone, answers_to(fast, asked, CALLERS), strict=True):
-        one, own, among = answers
+    for (adapter, scale, _), expected, alone, among in zip(asked, *answers, strict=True):
         zeros = dict.fromkeys(("answers", "differ", "differ_among_neighbours", "tokens", "steps"), 0)
         sums = results.setdefault((adapter, scale), {"adapter": adapter, "scale": scale, **zeros})
-        per_step = own.timings.tokens_per_step
+        per_step = alone.timings.tokens_per_step
         sums["answers"] += 1
-        sums["differ"] += own.text != one.text
-        sums["differ_among_neighbours"] += among.text != one.text
-        sums["tokens"] += own.tokens
-        sums["steps"] += round((own.tokens - 1) / per_step) if per_step else 0
+        sums["differ"] += alone.text != expected.text
+        sums["differ_among_neighbours"] += among.text != expected.text
+        sums["tokens"] += alone.tokens
+        sums["steps"] += round((alone.tokens - 1) / per_step) if per_step else 0
     return [results[key] for key in sorted(results)]
 
 

@@ -72,7 +72,7 @@ def refused_key(body: Mapping[str, Any], error: urllib.error.HTTPError, reason: 
     """The key of a request for which it was refused, if `without` can do without it."""
     if error.code not in OF_ONE_REQUEST:
         return None
-    return next((key for key in _REFUSED if key in body and f"'{key}'" in reason), None)
+    return next((key for key in _REFUSED if key in body and key in reason), None)
 
 
 def without(body: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> by
     def run() -> None:
         try:
             outcome.append(_reply(to, body, end_s))
-        except (DeferError, OSError, HTTPException, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             outcome.append(error)
 
     thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
@@ -94,15 +94,13 @@ def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> by
         check()
     if not outcome or isinstance(outcome[0], TimeoutError):
         raise _error(to, f"did not answer within {to.timeout_s:g} s")
-    if isinstance(outcome[0], DeferError):
-        raise outcome[0]
     if isinstance(outcome[0], Exception):
         raise _error(to, f"failed: {outcome[0]}") from outcome[0]
     return outcome[0]
 
 
 def _reply(to: DeferTo, body: Mapping[str, Any], end_s: float) -> bytes:
-    """The reply; a model that refuses a temperature is asked again without."""
+    """The reply; a model that refuses a temperature is asked again without. Raises what `post` does."""
     try:
         return post(to.url, body, key=to.key, timeout_s=max(_POLL_S, end_s - time.monotonic()))
     except urllib.error.HTTPError as error:
@@ -110,7 +108,7 @@ def _reply(to: DeferTo, body: Mapping[str, Any], end_s: float) -> bytes:
             reason = reason_of(error)
         refused = refused_key(body, error, reason)
         if refused is None:
-            raise _error(to, f"failed: {reason}") from error
+            raise OSError(reason) from error
         return _reply(to, without(body, {refused}), end_s)
 
 

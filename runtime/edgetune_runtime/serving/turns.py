@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ class Turns:
         self._max_threads, self._shares = max_threads, shares
         self._alone = self._limit = max_threads
         self._lock = threading.Lock()
-        self._waiting: deque[_Waiter] = deque()
+        self._waiting: list[_Waiter] = []
         self._running: dict[int, Turn] = {}
         self._ended_s: dict[int, float] = {}
         self._core_s, self._counted_s = 0.0, 0.0
