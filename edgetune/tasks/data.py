@@ -241,10 +241,11 @@ def _check_order(turns: Sequence[Message]) -> None:
         role = turn["role"]
         if role not in expected:
             raise BadRowError(f"message {number} has role {role}, expected {' or '.join(expected)}")
+        # Where an app says nothing of its calls' results, rows have none, or no assistant's turn after them.
         if role == "assistant":
-            expected = ["tool"] if "tool_calls" in turn else ["user"]
+            expected = ["user", "tool"] if "tool_calls" in turn else ["user"]
         else:
-            expected = ["assistant", "tool"] if role == "tool" else ["assistant"]
+            expected = ["assistant", "tool", "user"] if role == "tool" else ["assistant"]
     if turns[-1]["role"] != "assistant":
         raise BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
 

@@ -24,8 +24,8 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
     """The messages to render: a text becomes a user message; `system` is added unless the first message is one.
 
     A content of text parts is joined, and a missing one beside `tool_calls` becomes an empty text. Arguments in JSON
-    become objects. Calls without an id get one, and results without the id of their call that of the earliest call
-    without a result.
+    become objects. Calls without an id get one, and results without the id of their call that of the first call of the
+    latest turn with calls that has no result.
 
     UsageError, with the number of the message, for no messages or one that is not of this form.
     """
@@ -151,28 +151,31 @@ def _call(number: int, call: object) -> dict[str, Any]:
 
 
 def _pair_ids(messages: Sequence[dict[str, Any]]) -> None:
-    """Give an id to calls without one, and to results without one that of the earliest call without a result."""
-    waiting: list[dict[str, Any]] = []
-    count = 0
+    """Give an id to calls without one, and to results without one that of a call of the latest turn that has calls."""
+    calls: list[dict[str, Any]] = []
+    latest: list[dict[str, Any]] = []
     for message in messages:
-        for call in message.get("tool_calls", ()):
-            count += 1
-            # Nine characters, because Mistral's templates refuse others.
-            call.setdefault("id", f"call{count:05d}")
-            waiting.append(call)
-        if message["role"] == "tool" and waiting:
-            answered = _answered(message, waiting)
-            if answered is not None:
-                waiting.remove(answered)
-                message.setdefault("tool_call_id", answered["id"])
-                message.setdefault("name", answered["function"]["name"])
+        if "tool_calls" in message:
+            latest = list(message["tool_calls"])
+            for number, call in enumerate(latest, len(calls) + 1):
+                # Nine characters, because Mistral's templates refuse others.
+                call.setdefault("id", f"call{number:05d}")
+            calls += latest
+        if message["role"] == "tool" and (answered := _answered(message, calls, latest)) is not None:
+            if answered in latest:
+                latest.remove(answered)
+            message.setdefault("tool_call_id", answered["id"])
+            message.setdefault("name", answered["function"]["name"])
 
 
-def _answered(result: Message, waiting: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The call that a result belongs to: that of its id, or else the earliest of its name, or else the earliest."""
+def _answered(
+    result: Message, calls: Sequence[dict[str, Any]], latest: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The call that a result belongs to: that of its id, or else the first of its name in the latest turn, or else the
+    first there."""
     if result.get("tool_call_id") is not None:
-        return next((call for call in waiting if call["id"] == result["tool_call_id"]), None)
-    return next((call for call in waiting if call["function"]["name"] == result.get("name")), waiting[0])
+        return next((call for call in reversed(calls) if call["id"] == result["tool_call_id"]), None)
+    return next((call for call in latest if call["function"]["name"] == result.get("name")), next(iter(latest), None))
 
 
 @lru_cache(maxsize=16)

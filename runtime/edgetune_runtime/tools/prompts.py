@@ -128,16 +128,15 @@ def _without_calls(message: Message, form: CallFormat) -> Message:
 
 
 def _without_results(messages: Sequence[Message]) -> list[Message]:
-    """Results as messages of the user; those that follow each other become one, as users and assistants alternate."""
+    """Results as messages of the user, one with what follows them of the user, as users and assistants alternate."""
     result: list[Message] = []
     for message in messages:
-        if message["role"] != "tool":
-            result.append(message)
-            continue
-        text = f"<tool_response>\n{message['content']}\n</tool_response>"
-        if result and result[-1].get("name") == _RESULTS["name"]:
-            text = f"{result.pop()['content']}\n{text}"
-        result.append({**_RESULTS, "content": text})
+        content, follows = message["content"], bool(result) and result[-1].get("name") == _RESULTS["name"]
+        if message["role"] == "tool":
+            message = {**_RESULTS, "content": f"<tool_response>\n{content}\n</tool_response>"}
+        if follows and message["role"] == "user":
+            message = {**message, "content": f"{result.pop()['content']}\n{message['content']}"}
+        result.append(message)
     return result
 
 

@@ -405,6 +405,7 @@ CALLING = [
     {"role": "user", "content": "turn on the light"},
     {"role": "assistant", "tool_calls": [{"function": {"name": "set_light", "arguments": {"on": True}}}]},
 ]
+RESULT = {"role": "tool", "content": "done"}
 
 
 def with_tools(messages: Sequence[object], tools: object = TOOLS) -> str:
@@ -422,14 +423,23 @@ def test_a_row_can_end_with_a_call_of_its_tools(write: Write, tokenizer: GgufTok
 
 
 def test_calls_before_the_last_turn_are_learned_too(write: Write, tokenizer: GgufTokenizer) -> None:
-    result = {"role": "tool", "content": "done"}
-    talk = [*CALLING, result, result, {"role": "assistant", "content": "light on"}]
+    talk = [*CALLING, RESULT, RESULT, {"role": "assistant", "content": "light on"}]
     (read,) = read_rows(write(with_tools(talk, json.dumps(TOOLS))))
     assert read.completion == "light on"
     learned = text_of(learned_of(tokenize_one(read, tokenizer)), tokenizer)
     assert learned.startswith("<tool_call>")
     assert "done" not in learned
     assert "light on" in learned
+
+
+@pytest.mark.parametrize("between", [[], [RESULT], [RESULT, RESULT]])
+def test_a_request_can_follow_calls_and_results(
+    write: Write, tokenizer: GgufTokenizer, between: list[dict[str, str]]
+) -> None:
+    (read,) = read_rows(write(with_tools([*CALLING, *between, *CALLING])))
+    learned = text_of(learned_of(tokenize_one(read, tokenizer)), tokenizer)
+    assert learned.count("<tool_call>") == 2
+    assert "done" not in learned
 
 
 @pytest.mark.parametrize(
@@ -439,7 +449,8 @@ def test_calls_before_the_last_turn_are_learned_too(write: Write, tokenizer: Ggu
         (with_tools(CALLING, [{"name": "set_lights"}]), "is not one of its tools; did you mean 'set_lights'?"),
         (with_tools(CALLING, "[{"), "tools is not JSON"),
         (with_tools(CALLING, [{}]), "tool 1 has no name"),
-        (with_tools([*CALLING, CALLING[0]]), "message 3 has role user, expected tool"),
+        (with_tools([*CALLING, CALLING[1]]), "message 3 has role assistant, expected user or tool"),
+        (with_tools([*CALLING, CALLING[0]]), "the last message has role user, expected assistant"),
         (with_tools([CALLING[0], {"role": "tool", "content": "x"}]), "message 2 has role tool, expected assistant"),
         (with_tools([CALLING[0], {"role": "assistant", "tool_calls": [{}]}]), "message 2 has a tool call without"),
     ],

@@ -118,6 +118,12 @@ def test_results_without_an_id_belong_to_the_calls_before() -> None:
     assert [result.get("name") for result in results] == ["g", "f", None]
 
 
+def test_results_belong_to_the_latest_calls_if_those_before_got_none() -> None:
+    turns = [{"role": "assistant", "tool_calls": [call({})]}, {"role": "user", "content": "again"}]
+    *_, result = messages_for([*turns, turns[0], {"role": "tool", "content": "1"}], None)
+    assert result["tool_call_id"] == "call00002"
+
+
 @pytest.mark.parametrize(
     ("message", "told"),
     [

@@ -92,6 +92,13 @@ def test_what_a_template_ignores_is_put_into_the_texts(template: str | None) -> 
     assert "<tool_response>\ndone\n</tool_response>\n<tool_response>\nwell\n</tool_response>" in text
 
 
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, FAMILIES["gemma3"], None])
+def test_the_next_request_is_in_the_message_of_results(template: str | None) -> None:
+    talk = messages_for([*TALK, {"role": "user", "content": "and the hall"}], None)
+    text = prompt_text(Template(template), talk, TOOLS)  # type: ignore[arg-type]
+    assert '<tool_response>\n"done"\n</tool_response>\nand the hall' in text
+
+
 @pytest.mark.parametrize("family", WRITTEN)
 def test_calls_are_read_as_they_were_written(family: str) -> None:
     reader = CallReader(template_tools(FAMILIES[family], "<s>", "</s>").format)
