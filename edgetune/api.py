@@ -151,6 +151,8 @@ def evaluate(
 ) -> Evaluation:
     """Score an adapter of a bundle (None: the base without one) on rows, which the runtime answers as on the board.
 
+    Each turn of the assistant in a conversation is a row, with the turns before it.
+
     `data` is a file, a hub id or rows, in a form of the training data. At most `limit` rows are scored, spread evenly.
     `engine` and `kv` are those of `edgetune_runtime.Runtime.open`.
 

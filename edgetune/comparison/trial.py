@@ -22,6 +22,7 @@ from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.evaluation import spread
+from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.task import read_task
 from edgetune.training.job import Point
 
@@ -41,7 +42,8 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     if trial.data is not None:
         rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
     built = build(recipe, bundle, progress=progress)
-    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.limit), progress)
+    rows = spread(answers_to_score(rows, task.metric), trial.limit)
+    measured = BundleMeasurement(bundle, trial.task, rows, progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)

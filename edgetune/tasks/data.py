@@ -69,6 +69,16 @@ class TaskRow:
         """What rows with exactly the same prompt have in common."""
         return repr((self.text, [dict(message) for message in self.messages or ()]))
 
+    @property
+    def earlier_answers(self) -> list[TaskRow]:
+        """A row for each turn of the assistant in `messages`, with those before it."""
+        turns = self.messages or ()
+        return [
+            replace(self, where=f"{self.where}, message {place + 1}", messages=turns[:place], **_answer_of(turn))
+            for place, turn in enumerate(turns)
+            if turn["role"] == "assistant"
+        ]
+
     def estimated_tokens(self, system: str | None) -> int:
         """A high estimate of its tokens with a system prompt, without those of the chat template."""
         return math.ceil((self.characters + len(system or "")) / _CHARACTERS_PER_TOKEN)
@@ -226,12 +236,14 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
     except ValueError as error:
         raise BadRowError(f"tools is not JSON: {error}") from error
     _check_order(turns)
-    turn = turns.pop()
+    _check_calls([call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())], offered)
+    return TaskRow(where, tuple(turns[:-1]), tools=offered, **_answer_of(turns[-1]))
+
+
+def _answer_of(turn: Message) -> dict[str, Any]:
+    """`completion` and `turn` of the row that a turn of the assistant answers."""
     calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
-    _check_calls([call["function"]["name"] for each in (*turns, turn) for call in each.get("tool_calls", ())], offered)
-    return TaskRow(
-        where, tuple(turns), answer_text(turn["content"], calls), tools=offered, turn=turn if calls else None
-    )
+    return {"completion": answer_text(turn["content"], calls), "turn": turn if calls else None}
 
 
 def _check_order(turns: Sequence[Message]) -> None:

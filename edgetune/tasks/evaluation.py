@@ -196,7 +196,7 @@ def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredR
 
 def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> list[TaskRow]:
     """The rows of `data` for an adapter (None: the base): with the columns from its training, or if that fails, by
-    their keys, if these give prompt rows.
+    their keys, if these give prompt rows. Conversations have a row for each answer.
 
     Raises what `read_rows` raises, and UsageError for rows that the adapter's metric cannot score.
     """
@@ -204,7 +204,9 @@ def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -
     source, columns = str(data) if isinstance(data, Path) else data, _columns(manifest, adapter)
     labels = entry.labels if entry is not None and entry.metric == "label" and entry.labels else None
     rows = _read(source, columns, labels)
-    _check_rows(rows, metrics.metric_for(_metric(entry), rows, labels))
+    metric = metrics.metric_for(_metric(entry), rows, labels)
+    rows = metrics.answers_to_score(rows, metric)
+    _check_rows(rows, metric)
     return rows
 
 

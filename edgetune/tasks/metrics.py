@@ -37,6 +37,23 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
 
 
+def answers_to_score(rows: Sequence[TaskRow], metric: Metric) -> list[TaskRow]:
+    """The rows, and before each one a row per earlier answer of its conversation that the metric compares.
+
+    With "json" these are calls and JSON, with "label" none. Of earlier answers to the same prompt, the first counts.
+    """
+    scored: list[TaskRow] = []
+    seen = {row.prompt_key for row in rows}
+    for row in rows:
+        for earlier in () if metric == "label" else row.earlier_answers:
+            is_compared = metric != "json" or not isinstance(_parsed(earlier.completion or ""), ValueError)
+            if is_compared and earlier.prompt_key not in seen:
+                seen.add(earlier.prompt_key)
+                scored.append(earlier)
+        scored.append(row)
+    return scored
+
+
 def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:
     """The labels of the rows, in alphabetical order."""
     return tuple(sorted({row.completion for row in rows if row.completion is not None}))

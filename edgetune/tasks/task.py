@@ -22,7 +22,7 @@ from edgetune.recipe.training import TrainingSpec
 from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows, split
-from .metrics import EITHER_RIGHT_OR_WRONG, labels_in, metric_for
+from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
 from .negatives import negative_rows
 from .row_files import read_text
 from .tokenization import tokenize_rows
@@ -179,6 +179,7 @@ def _with_confidence(task: Task) -> Task:
         _check_apart(task.name, rows, task.train)
     elif len(task.validation) >= _APART_FROM:
         choosing, rows = task.validation[::2], task.validation[1::2]
+    rows = answers_to_score(rows, task.metric)
     if spec.min_confidence is not None:
         _check_enough(task.name, rows, task.metric)
     return replace(task, choosing=choosing, confidence_rows=rows)

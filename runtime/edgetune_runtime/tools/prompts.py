@@ -131,12 +131,12 @@ def _without_results(messages: Sequence[Message]) -> list[Message]:
     """Results as messages of the user, one with what follows them of the user, as users and assistants alternate."""
     result: list[Message] = []
     for message in messages:
-        content, follows = message["content"], bool(result) and result[-1].get("name") == _RESULTS["name"]
-        if message["role"] == "tool":
-            message = {**_RESULTS, "content": f"<tool_response>\n{content}\n</tool_response>"}
-        if follows and message["role"] == "user":
-            message = {**message, "content": f"{result.pop()['content']}\n{message['content']}"}
-        result.append(message)
+        turn, follows = message, bool(result) and result[-1].get("name") == _RESULTS["name"]
+        if turn["role"] == "tool":
+            turn = {**_RESULTS, "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+        if follows and turn["role"] == "user":
+            turn = {**turn, "content": f"{result.pop()['content']}\n{turn['content']}"}
+        result.append(turn)
     return result
 
 

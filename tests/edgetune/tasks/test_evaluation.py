@@ -144,7 +144,7 @@ def test_a_row_that_lacks_a_column_is_not_taken_for_plain_text(
         score(bundle_with("perplexity", COLUMNS), data)
 
 
-def test_the_last_turn_of_a_conversation_is_asked_after_those_before(
+def test_each_answer_of_a_conversation_is_scored_after_the_turns_before(
     bundle_with: Callable[..., Path], write: Callable[..., Path]
 ) -> None:
     bundle = bundle_with("rouge_l")
@@ -156,9 +156,11 @@ def test_the_last_turn_of_a_conversation_is_asked_after_those_before(
     ]
     with Runtime.open(bundle) as runtime:
         answer = runtime.generate(messages[:-1], adapter="task", max_tokens=20).text
-    detail = score(bundle, write({"messages": messages})).details[0]
-    assert (detail.prompt, detail.reference) == ("stop", "off")
-    assert answer.startswith(detail.answer[:10])
+    # The first turns of both are one prompt.
+    result = score(bundle, write({"messages": messages}, {"messages": messages[:2] + messages[:2]}))
+    assert [(row.prompt, row.reference) for row in result.details] == [("play", "on"), ("stop", "off"), ("play", "on")]
+    assert answer.startswith(result.details[1].answer[:10])
+    assert score(bundle, write({"messages": messages}), limit=1).rows == 1
 
 
 def test_a_limit_spreads_over_a_sorted_file(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from edgetune_runtime.errors import UsageError
 
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import labels_in, metric_for, score
+from edgetune.tasks.metrics import answers_to_score, labels_in, metric_for, score
 
 
 def rows(*completions: str) -> list[TaskRow]:
@@ -87,3 +87,23 @@ def test_a_reference_that_is_not_json_is_an_error_not_a_zero() -> None:
 def test_nothing_to_score_is_an_error(predictions: list[str], references: list[str]) -> None:
     with pytest.raises(UsageError, match="cannot score"):
         score("exact", predictions, references)
+
+
+def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> None:
+    call = {"tool_calls": [{"id": "1", "function": {"name": "f", "arguments": {}}}], "content": ""}
+    roles = ("user", "assistant", "user", "assistant", "user")
+    contents: list[dict[str, object]] = [{"content": "a"}, call, {"content": "b"}, {"content": "c"}, {"content": "d"}]
+    turns = [{"role": role, **content} for role, content in zip(roles, contents, strict=True)]
+    row = TaskRow("x:1", tuple(turns), '{"tool_calls": []}')
+    called = '{"tool_calls": [{"name": "f", "arguments": {}}]}'
+    scored = answers_to_score([row, replace(row, where="x:2", messages=(*turns[:-1], turns[0]))], "exact")
+    assert [(each.where, each.completion) for each in scored] == [
+        ("x:1, message 2", called),
+        ("x:1, message 4", "c"),
+        ("x:1", row.completion),
+        ("x:2", row.completion),
+    ]
+    assert [each.completion for each in answers_to_score([row], "json")] == [called, row.completion]
+    assert answers_to_score([row], "label") == [row]
+    assert scored[0].messages == tuple(turns[:1])
+    assert scored[0].turn == turns[1]
