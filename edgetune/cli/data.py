@@ -153,8 +153,11 @@ def _print_copies(task: Task, count: int) -> None:
 
 
 def _shown(row: TaskRow) -> str:
-    prompt = str(row.messages[-1]["content"]) if row.messages else row.text or ""
-    return f"{shortened(prompt, 100)!r} → {shortened(row.completion or '', 120)}"
+    """The prompt and the answer; of a conversation, each answer after the message before it."""
+    pairs = [(each.messages[-1]["content"] if each.messages else each.text, each.completion) for each in row.answers]
+    return ", ".join(
+        f"{shortened(str(prompt or ''), 100)!r} → {shortened(answer or '', 120)}" for prompt, answer in pairs
+    )
 
 
 def _print_check(check: TaskCheck) -> None:

@@ -30,8 +30,8 @@ def evaluate(
 ) -> None:
     """Score a bundle's adapter on data.
 
-    The runtime answers the rows, and each turn of a conversation, as on the board; the answers are scored with the metric
-    of the adapter's task.
+    The runtime answers the rows, and each turn of a conversation, as on the board;
+    the answers are scored with the metric of the adapter's task.
     """
     on_progress = shown_unless(quiet)
     result = edgetune.evaluate(bundle, data, adapter, limit=limit, engine=engine, kv=kv, on_progress=on_progress)

@@ -70,14 +70,28 @@ class TaskRow:
         return repr((self.text, [dict(message) for message in self.messages or ()]))
 
     @property
-    def earlier_answers(self) -> list[TaskRow]:
-        """A row for each turn of the assistant in `messages`, with those before it."""
-        turns = self.messages or ()
-        return [
-            replace(self, where=f"{self.where}, message {place + 1}", messages=turns[:place], **_answer_of(turn))
-            for place, turn in enumerate(turns)
+    def turns(self) -> tuple[Message, ...]:
+        """The messages and the answer as a message; none of a row of text."""
+        if self.messages is None:
+            return ()
+        return (*self.messages, self.turn or {"role": "assistant", "content": self.completion})
+
+    def with_turns(self, turns: Sequence[Message]) -> TaskRow:
+        """The row with other messages, of which the last is the answer."""
+        *messages, last = turns
+        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in last.get("tool_calls", ())]
+        completion = answer_text(last["content"], calls)
+        return replace(self, messages=tuple(messages), completion=completion, turn=last if calls else None)
+
+    @property
+    def answers(self) -> list[TaskRow]:
+        """The row, after a row for each earlier turn of the assistant with the messages before it."""
+        earlier = [
+            replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}, message {place + 1}")
+            for place, turn in enumerate(self.messages or ())
             if turn["role"] == "assistant"
         ]
+        return [*earlier, self]
 
     def estimated_tokens(self, system: str | None) -> int:
         """A high estimate of its tokens with a system prompt, without those of the chat template."""
@@ -237,13 +251,7 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
         raise BadRowError(f"tools is not JSON: {error}") from error
     _check_order(turns)
     _check_calls([call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())], offered)
-    return TaskRow(where, tuple(turns[:-1]), tools=offered, **_answer_of(turns[-1]))
-
-
-def _answer_of(turn: Message) -> dict[str, Any]:
-    """`completion` and `turn` of the row that a turn of the assistant answers."""
-    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
-    return {"completion": answer_text(turn["content"], calls), "turn": turn if calls else None}
+    return TaskRow(where, tools=offered).with_turns(turns)
 
 
 def _check_order(turns: Sequence[Message]) -> None:

@@ -45,7 +45,7 @@ def answers_to_score(rows: Sequence[TaskRow], metric: Metric) -> list[TaskRow]:
     scored: list[TaskRow] = []
     seen = {row.prompt_key for row in rows}
     for row in rows:
-        for earlier in () if metric == "label" else row.earlier_answers:
+        for earlier in () if metric == "label" else row.answers[:-1]:
             is_compared = metric != "json" or not isinstance(_parsed(earlier.completion or ""), ValueError)
             if is_compared and earlier.prompt_key not in seen:
                 seen.add(earlier.prompt_key)

@@ -43,9 +43,9 @@ def write_inferred(name: str, output: OutputSpec | None, folder: Path, progress:
 
 def _inferred(task: Task) -> OutputSpec | None:
     """What all answers suggest. Copies of rows would make values look complete, so only those with new ones count."""
-    answers = [row.completion or "" for row in _answered((*task.train, *task.validation))]
+    answers = _all_answers((*task.train, *task.validation))
     output = infer(answers)
-    copied = [row.completion or "" for row in _answered([copy.row for copy in task.copies])]
+    copied = _all_answers([copy.row for copy in task.copies])
     new = [] if output is None else rejected(output, copied)
     return infer([*answers, *(copied[place] for place in new)]) if new else output
 
@@ -65,6 +65,11 @@ def _check_rows(task: Task, spec: OutputSpec | None) -> None:
             f"adapters.{task.name}.output: {len(wrong)} of {len(rows)} completions break the {spec.kind}: {examples}"
         )
         raise UsageError(message, "correct these rows or the output")
+
+
+def _all_answers(rows: Sequence[TaskRow]) -> list[str]:
+    """The answers of these rows, those before the last turn too, since they are learned as well."""
+    return [each.completion or "" for row in _answered(rows) for each in row.answers]
 
 
 def _answered(rows: Sequence[TaskRow]) -> list[TaskRow]:

@@ -161,7 +161,7 @@ class Lesson:
 
     def _written(self, answer: str) -> str:
         """An answer in JSON as the rows write it; others as they are."""
-        style = next((parsed.style for row in self.task.train if (parsed := Answer.of(row)) is not None), None)
+        style = next((style for row in self.task.train if (parsed := Answer.of(row)) for style in parsed.styles), None)
         try:
             return answer if style is None else json.dumps(json.loads(answer), **style)
         except (ValueError, RecursionError):

@@ -1,13 +1,15 @@
-"""Answers as JSON values: their fields, and rows with other values in them."""
+"""Structured answers of a row as JSON values: their fields, and rows with other values in them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from edgetune.tasks.data import TaskRow, answer_text
+from edgetune_runtime.text.chat import Message
+
+from edgetune.tasks.data import TaskRow
 
 FieldPath = tuple[str | int, ...]
 """Keys and positions that lead to a value."""
@@ -19,25 +21,59 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 )
 
 
+_BETWEEN_TEXTS = "\n\0\n"
+"""What no value has in it."""
+
+
 @dataclass(frozen=True)
 class Answer:
-    """The answer of a row: `value` is its JSON, or the list of its calls; `style` is how json.dumps writes it."""
+    """The answers of a row, its conversation's earlier ones too.
+
+    `value` is the JSON of the answer, or the list of several answers' JSON or of all calls; `styles` are how json.dumps
+    writes them, none of calls, and `places` their turns.
+    """
 
     value: Any
-    style: Mapping[str, Any]
-    has_calls: bool = False
+    places: tuple[int, ...]
+    styles: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def of(cls, row: TaskRow) -> Answer | None:
-        """The answer; None for one that is no object, list or calls, or JSON that json.dumps would write otherwise."""
-        if row.turn is not None:
-            return cls([call["function"] for call in row.turn["tool_calls"]], {}, has_calls=True)
-        try:
-            value = json.loads(row.completion or "")
-        except (ValueError, RecursionError):
+        """The answers; None if none is an object, a list or calls, in JSON that json.dumps would write so."""
+        turns = row.turns
+        if any(_BETWEEN_TEXTS.strip() in turn["content"] for turn in turns):
             return None
-        style = next((style for style in _STYLES if json.dumps(value, **style) == row.completion), None)
-        return None if style is None or not isinstance(value, dict | list) else cls(value, style)
+        calling = tuple(place for place, turn in enumerate(turns) if "tool_calls" in turn)
+        if calling:
+            return cls([call["function"] for place in calling for call in turns[place]["tool_calls"]], calling)
+        read = {
+            place: answer
+            for place, turn in enumerate(turns)
+            if turn["role"] == "assistant" and (answer := _json_of(turn["content"])) is not None
+        }
+        if len(turns) - 1 not in read:
+            return None
+        values = [value for value, _ in read.values()]
+        return cls(values[0] if len(values) == 1 else values, tuple(read), tuple(style for _, style in read.values()))
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the answers are calls."""
+        return not self.styles
+
+    def texts(self, turns: Sequence[Message]) -> list[int]:
+        """The places of the turns whose contents people or the model say, without the system prompt and the answers."""
+        structured = () if self.has_calls else self.places
+        return [
+            place
+            for place, turn in enumerate(turns)
+            if turn["role"] != "system" and turn["content"] and place not in structured
+        ]
+
+    def said(self, row: TaskRow) -> str:
+        """The prompt, and of a conversation all texts, in their order."""
+        turns = row.turns
+        return _BETWEEN_TEXTS.join(turns[place]["content"] for place in self.texts(turns))
 
     @property
     def parts(self) -> list[Any]:
@@ -68,18 +104,18 @@ class Answer:
         """The value with other texts and numbers at these paths."""
         return _with_scalars(self.value, changes, ())
 
-    def row(self, row: TaskRow, prompt: str, value: Any) -> TaskRow:  # noqa: ANN401 - any JSON value
-        """The row with another last turn of the user, and with `value` in place of this one's."""
-        changed = with_prompt(row, prompt)
-        if row.turn is None:
-            return replace(changed, completion=json.dumps(value, **self.style))
-        tool_calls = [
-            {**call, "function": function} for call, function in zip(row.turn["tool_calls"], value, strict=True)
-        ]
-        calls = [(function["name"], function["arguments"]) for function in value]
-        return replace(
-            changed, completion=answer_text(row.turn["content"], calls), turn={**row.turn, "tool_calls": tool_calls}
-        )
+    def row(self, row: TaskRow, said: str, value: Any) -> TaskRow:  # noqa: ANN401 - any JSON value
+        """The row with other texts, and with `value` in place of this one's."""
+        turns = [dict(turn) for turn in row.turns]
+        for place, text in zip(self.texts(turns), said.split(_BETWEEN_TEXTS), strict=True):
+            turns[place]["content"] = text
+        values = iter([value] if len(self.styles) == 1 else value)
+        for place, style in zip(self.places, self.styles, strict=False):
+            turns[place]["content"] = json.dumps(next(values), **style)
+        for place in self.places if self.has_calls else ():
+            calls = turns[place]["tool_calls"]
+            turns[place]["tool_calls"] = [{**call, "function": next(values)} for call in calls]
+        return row.with_turns(turns)
 
 
 def prompt_of(row: TaskRow) -> str:
@@ -92,7 +128,17 @@ def prompt_of(row: TaskRow) -> str:
 def with_prompt(row: TaskRow, prompt: str) -> TaskRow:
     """The row with another last turn before its answer."""
     assert row.messages
-    return replace(row, messages=(*row.messages[:-1], {**row.messages[-1], "content": prompt}))
+    return row.with_turns((*row.messages[:-1], {**row.messages[-1], "content": prompt}, row.turns[-1]))
+
+
+def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:
+    """The object or list, and how json.dumps writes it as it is; None if it is something else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    style = next((style for style in _STYLES if json.dumps(value, **style) == text), None)
+    return None if style is None or not isinstance(value, dict | list) else (value, style)
 
 
 def _scalars(value: object, path: FieldPath) -> Iterator[tuple[FieldPath, Scalar]]:

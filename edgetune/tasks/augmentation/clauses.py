@@ -7,7 +7,6 @@ import re
 
 from edgetune.tasks.data import TaskRow
 
-from .answers import prompt_of
 from .values import SlottedRow
 
 _BETWEEN = re.compile(r"(,? and (?:also )?|; |, )", re.IGNORECASE)
@@ -27,11 +26,12 @@ def reordered(item: SlottedRow, rng: random.Random) -> TaskRow | None:
 
     Each value must be in the clause of its part, and each part must have one.
     """
-    prompt, parts = prompt_of(item.row), item.answer.parts
+    prompt, parts = item.answer.said(item.row), item.answer.parts
     pieces = _BETWEEN.split(prompt)
     clauses, between = pieces[::2], pieces[1::2]
     if (
         len(parts) < 2
+        or len(item.answer.texts(item.row.turns)) > 1
         or len(clauses) != len(parts)
         or not _are_independent(prompt, clauses)
         or not _are_pairs(item, pieces)

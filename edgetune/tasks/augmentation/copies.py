@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from edgetune_runtime.text.chat import Message
+
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
 
 from .answers import prompt_of, with_prompt
 from .clauses import reordered
 from .noise import is_english, noisy
-from .slots import Mention
+from .slots import Mention, mentions_of
 from .values import SlottedRow, Values
 
 _TRIES = 3
@@ -35,13 +37,15 @@ class ChangedRow:
     changes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Where the source is, its prompt and answer, those of the row, and the changes, as JSON values."""
-        pairs = ((prompt_of(row), row.completion) for row in (self.source, self.row))
-        (old, old_answer), (new, new_answer) = pairs
+        """Where the source is, its prompt and answer, those of the row, and the changes, as JSON values.
+
+        Conversations have the user's turns and the answers, each on lines of their own.
+        """
+        source, row = self.source.answers, self.row.answers
         return {
             "source": self.source.where,
-            "prompt": [old, new],
-            "completion": [old_answer, new_answer],
+            "prompt": ["\n".join(map(prompt_of, answers)) for answers in (source, row)],
+            "completion": ["\n".join(each.completion or "" for each in answers) for answers in (source, row)],
             "changes": list(self.changes),
         }
 
@@ -94,7 +98,7 @@ class _Maker:
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
         """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
-        if not prompt_of(row):
+        if not prompt_of(row) and id(row) not in self._slotted:
             return None
         for attempt in range(_TRIES):
             changed, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))
@@ -135,11 +139,21 @@ class _Maker:
             item = SlottedRow.of(row)
         if item is not None and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
             row, changes = mixed, [*changes, "order of clauses"]
-        if rng.random() < self._spec.noise and not _MACHINE_TEXT.search(prompt_of(row)):
-            prompt, kind = noisy(prompt_of(row), _kept(row), rng, english=self._english)
-            if prompt not in ("", prompt_of(row)):
-                row, changes = with_prompt(row, prompt), [*changes, kind]
-        return row, changes
+        row, kinds = self._with_noise(row, rng)
+        return row, [*changes, *kinds]
+
+    def _with_noise(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
+        """The row with noise in some of the user's turns, and its kinds."""
+        turns, kinds, item = list(row.turns), [], SlottedRow.of(row)
+        for place, turn in enumerate(turns):
+            text = turn["content"]
+            if turn["role"] != "user" or rng.random() >= self._spec.noise or _MACHINE_TEXT.search(text):
+                continue
+            changed, kind = noisy(text, _kept(text, turns, item), rng, english=self._english)
+            if changed not in ("", text):
+                turns[place] = {**turn, "content": changed}
+                kinds.append(kind)
+        return (row.with_turns(turns) if kinds else row), kinds
 
     def _with_numbers(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
         """The row with other numbers, of the same form, in its prompt and its plain text."""
@@ -182,10 +196,10 @@ def _kind(number: str, prompt: str) -> str:
     return re.sub(r"\d", "9", number) + (f" {words[1].lower()}" if words else "")
 
 
-def _kept(row: TaskRow) -> list[Mention]:
-    """The texts of the prompt that noise must not change, since the answer has them too."""
-    item = SlottedRow.of(row)
+def _kept(text: str, turns: Sequence[Message], item: SlottedRow | None) -> list[Mention]:
+    """What noise must not change in a text, since answers have it too."""
     if item is not None:
-        return [mention for slot in item.slots if isinstance(slot.value, str) for mention in slot.mentions]
-    repeated = set(_WORD.findall(row.completion or ""))
-    return [Mention(m.start(), m.end()) for m in _WORD.finditer(prompt_of(row)) if m[0] in repeated]
+        values = [slot.value for slot in item.slots if isinstance(slot.value, str)]
+        return [mention for value in values for mention in mentions_of(text, value)]
+    repeated = {word for turn in turns if turn["role"] == "assistant" for word in _WORD.findall(turn["content"])}
+    return [Mention(m.start(), m.end()) for m in _WORD.finditer(text) if m[0] in repeated]

@@ -20,7 +20,7 @@ from edgetune_runtime.wording import first_of, suggestion
 
 from edgetune.tasks.data import TaskRow
 
-from .answers import Answer, FieldPath, Scalar, prompt_of
+from .answers import Answer, FieldPath, Scalar
 from .numbers import numbers_in
 from .slots import Slot, mentions_of, slots_of, with_values
 
@@ -35,7 +35,7 @@ _EXCHANGED = 0.8
 
 @dataclass(frozen=True)
 class SlottedRow:
-    """A row with its answer as JSON, and the values that its prompt has too."""
+    """A row with its answers as JSON, and the values that its texts have too."""
 
     row: TaskRow
     answer: Answer
@@ -45,7 +45,7 @@ class SlottedRow:
     def of(cls, row: TaskRow) -> SlottedRow | None:
         """The row; None if its answer is plain text."""
         answer = Answer.of(row)
-        return None if answer is None else cls(row, answer, slots_of(prompt_of(row), answer))
+        return None if answer is None else cls(row, answer, slots_of(answer.said(row), answer))
 
 
 class Values:
@@ -85,12 +85,17 @@ class Values:
         chosen = [slot for slot in options if rng.random() < _EXCHANGED]
         if not chosen and options:
             chosen = [rng.choice(list(options))]
-        changes = [(slot, new) for slot in chosen if (new := rng.choice(options[slot])) != slot.value]
+        changes: list[tuple[Slot, Scalar]] = []
+        taken = {slot.value for slot in item.slots}
+        for slot in chosen:
+            if (new := rng.choice(options[slot])) not in taken:
+                taken.add(new)
+                changes.append((slot, new))
         if not changes:
             return None
-        prompt = with_values(prompt_of(item.row), changes)
+        said = with_values(item.answer.said(item.row), changes)
         value = item.answer.with_scalars({path: new for slot, new in changes for path in slot.paths})
-        row = item.answer.row(item.row, prompt, value)
+        row = item.answer.row(item.row, said, value)
         # A new value may also be a part of another one, or be there already.
         reread = SlottedRow.of(row)
         if reread is None or len(reread.slots) != len(item.slots):
@@ -154,9 +159,9 @@ class Values:
 
 
 def _other_texts(row: TaskRow) -> str:
-    """What the model reads besides the last turn: a value that is listed there is exchanged for another listed one."""
-    turns = [str(turn["content"]) for turn in (row.messages or ())[:-1]]
-    return "\n".join([*turns, row.tools.text if row.tools else ""])
+    """What the model reads before the first turn: a value that is listed there is exchanged for another listed one."""
+    system = [str(turn["content"]) for turn in row.turns if turn["role"] == "system"]
+    return "\n".join([*system, row.tools.text if row.tools else ""])
 
 
 def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scalar]]) -> None:

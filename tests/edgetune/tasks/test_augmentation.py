@@ -215,6 +215,47 @@ def test_arguments_of_calls_are_exchanged_and_calls_follow_their_clauses() -> No
         assert set(rooms) <= set(ROOMS)
 
 
+def said_and_called(room: str, other: str) -> dict[str, Any]:
+    """A conversation in which the rooms are said by the user, called, in a result, and repeated by the model."""
+    lit = calls_of(room)
+    result = {"role": "tool", "content": f"{other} is dark"}
+    asks = [{"role": "user", "content": "and there"}, calls_of(other)["messages"][1]]
+    last = {"role": "assistant", "content": f"The {other} is lit, as the {room}."}
+    turns = [{"role": "system", "content": "Be kind."}, *lit["messages"], result, *asks, result, last]
+    return {**lit, "messages": turns}
+
+
+def test_values_of_a_conversation_are_exchanged_alike_in_all_turns() -> None:
+    made = copied([said_and_called("hall", "attic"), said_and_called("den", "study")], copies=9, **QUIET)
+    assert {c.source.where for c in made} == {"row 1", "row 2"}
+    assert any(len(c.changes) == 2 for c in made)
+    for c in made:
+        _, asked, _, result, *_ = turns = c.row.turns
+        room, other = str(asked["content"]).removeprefix("light the "), str(result["content"]).removesuffix(" is dark")
+        expected = rows_from([said_and_called(room, other)])[0].turns
+        assert [{**turn, "tool_calls": []} for turn in turns] == [{**turn, "tool_calls": []} for turn in expected]
+        called = [call["function"]["arguments"]["room"] for turn in turns for call in turn.get("tool_calls", ())]
+        assert called == [room, other]
+        assert c.row.completion == f"The {other} is lit, as the {room}."
+
+
+def test_a_conversation_of_json_has_changed_turns_and_noise_in_those_of_the_user() -> None:
+    def talk(room: str) -> dict[str, Any]:
+        answers = [json.dumps({"area": area}) for area in (room, "cellar")]
+        contents = [f"Please light the {room}", answers[0], "Now, in the cellar", answers[1]]
+        roles = ("user", "assistant") * 2
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]}
+
+    made = copied([talk(room) for room in ROOMS[:3]], copies=9, noise=1)
+    for c in made:
+        area = json.loads(c.row.turns[1]["content"])["area"]
+        assert str(c.row.turns[0]["content"]).lower().endswith(area)
+        assert json.loads(c.row.completion or "")["area"].lower() in str(c.row.turns[2]["content"]).lower()
+    assert any(c.row.turns[2]["content"] != "Now, in the cellar" for c in made)
+    first = made[0].to_json()
+    assert [text.count("\n") for text in (*first["prompt"], *first["completion"])] == [1] * 4
+
+
 def test_clauses_that_refer_to_others_keep_their_order() -> None:
     rows = [
         {"prompt": prompt, "completion": [{"area": "hall"}, {"area": "den"}]}

@@ -49,6 +49,14 @@ def test_auto_leaves_free_text_free(tmp_path: Path) -> None:
     assert "no structure" in said[0]
 
 
+def test_auto_reads_the_earlier_answers_of_conversations(tmp_path: Path) -> None:
+    roles = ("user", "assistant") * 2
+    contents = [["light", '{"on": true}', f"room {number}", '{"off": 1}'] for number in range(10)]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in zip(roles, row, strict=True)]} for row in contents]
+    found, _ = resolved(tmp_path, "auto", rows)
+    assert json.loads(found.text)["properties"].keys() == {"on", "off"}
+
+
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
