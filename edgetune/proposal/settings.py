@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from edgetune.tasks.augmentation.values import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import metric_for
+from edgetune.tasks.metrics import answers_to_score, metric_for
 
 from .choices import Choice
 from .columns import RowForm
@@ -18,7 +18,6 @@ from .files import Sample
 _MOST_LABELS, _LABEL_WORDS, _LABEL_CHARACTERS = 50, 5, 60
 # Rows per distinct answer before the answers are labels: in a column that is called so, and in any other.
 _NAMED_REPEATS, _OTHER_REPEATS = 2, 5
-_FEW_ROWS = 200
 # From so many rows on, changed copies are not worth their time; and the least share of rows with values to exchange.
 _MANY_ROWS, _SHARE_OF_VALUES = 400, 0.25
 # Enough to choose a checkpoint; more only take time.
@@ -38,10 +37,11 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
     """The settings of the task whose file starts with these `rows`; `held_out`: without a file for validation."""
     labels = _labels(rows, _NAMED_REPEATS if form.is_label else _OTHER_REPEATS)
     metric = metric_for("auto", rows, labels)
-    share = _held_out(sample.rows) if held_out else None
     choices = []
-    if share is not None:
-        choices.append(Choice("data.held_out", share, _held_out_reason(sample.rows, share)))
+    if held_out:
+        answers_per_row = len(answers_to_score(rows, metric)) / len(rows)
+        share = _held_out(sample.rows, answers_per_row)
+        choices.append(Choice("data.held_out", share, _held_out_reason(sample.rows, answers_per_row, share)))
     if sample.rows < _MANY_ROWS and _has_values(rows):
         choices.append(Choice("data.augment", True, _AUGMENT))
     system = form.system or _common_system(rows)
@@ -79,19 +79,21 @@ def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
     return [Choice("metric", "label", reason), *listed]
 
 
-def _held_out(rows: int) -> float:
+def _held_out(rows: int, answers_per_row: float) -> float:
     """The share of the rows for validation."""
     # Too few for a confidence choose nothing, and each row that is trained on gives more right answers.
-    if rows < _FEW_ROWS and rows * 0.2 >= MIN_ROWS:
+    if 0.1 * rows * answers_per_row < MIN_ROWS <= 0.2 * rows * answers_per_row:
         return 0.2
     return 0.1 if rows * 0.1 <= _MOST_VALIDATION else round(_MOST_VALIDATION / rows, 5)
 
 
-def _held_out_reason(rows: int, share: float) -> str:
+def _held_out_reason(rows: int, answers_per_row: float, share: float) -> str:
     count = max(1, round(rows * share))
     shown = "the share for validation, which shows overfitting and how sure answers can be"
-    too_few = "" if count >= MIN_ROWS else f", too few for the second ({MIN_ROWS})"
-    return f"{shown}: about {count:,} of {rows:,} rows{too_few}"
+    answers = round(count * answers_per_row)
+    counted = "" if answers == count else f" with {answers:,} answers"
+    too_few = "" if answers >= MIN_ROWS else f", too few for the second ({MIN_ROWS})"
+    return f"{shown}: about {count:,} of {rows:,} rows{counted}{too_few}"
 
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:

@@ -166,6 +166,14 @@ def test_few_rows_get_more_epochs_smaller_steps_and_enough_validation_for_a_conf
     ]  # fmt: skip
 
 
+def test_each_answer_of_a_conversation_counts_for_its_confidence(write: Write, propose: Make) -> None:
+    rows = [{"messages": [message for turn in range(4) for message in talk(9 * n + turn)[1:]]} for n in range(30)]
+    path = write("talk.jsonl", rows)
+    assert propose(path).adapters["talk"].data.held_out == 0.2
+    comments = path.with_name("recipe.yaml").read_text(encoding="utf-8").replace("#", " ")
+    assert "about 6 of 30 rows with 24 answers" in " ".join(comments.split())
+
+
 def test_changed_copies_are_for_few_rows_whose_prompts_have_values_of_the_answer(write: Write, propose: Make) -> None:
     def augments(completion: Callable[[int], object], rows: int) -> bool:
         pairs = [{"prompt": f"page {n} please", "completion": completion(n)} for n in range(rows)]
