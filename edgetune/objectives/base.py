@@ -54,6 +54,9 @@ class Objective(Protocol[R_contra]):
     def learned(self, row: R_contra) -> int:
         """Number of learned predictions in the row."""
 
+    def shared(self, rows: Sequence[R_contra]) -> int:
+        """Number of first tokens, the same in all rows, that a batch of them computes once."""
+
     def batch(self, rows: Sequence[R_contra]) -> Batch:
         """The rows for one forward pass."""
 

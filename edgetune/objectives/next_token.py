@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from edgetune.objectives.example import Example
 
 from .chunks import summed_loss
-from .packing import PackedRows, pack, take_packed_rows
+from .packing import PackedRows, pack, shared_length, take_packed_rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -33,6 +33,10 @@ class PackedObjective:
     def learned(self, row: Example) -> int:
         """Number of learned tokens."""
         return sum(row.learned)
+
+    def shared(self, rows: Sequence[Example]) -> int:
+        """The length of their common prefix."""
+        return shared_length(rows)
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Nothing to write besides the method's files."""

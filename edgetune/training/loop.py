@@ -306,7 +306,8 @@ class _Run:
         own = rows[self.accelerator.process_index :: processes]
         weight = processes / learned if own else 0.0
         torch.manual_seed(self.training.seed + self.state.step)
-        groups = passes(own or rows[:1], self.passes.tokens)
+        computed = own or rows[:1]
+        groups = passes(computed, self.passes.tokens, self.objective.shared(computed))
         parts = [self.objective.batch(part).to(self.accelerator.device) for part in groups]
         loss_sum = 0.0
         for number, part in enumerate(parts, 1):
@@ -353,7 +354,7 @@ class _Run:
         self.model.eval()
         val_sum, val_tokens = 0.0, 0.0
         own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
-        for part in passes(sorted(own, key=row_length), self.passes.validation_tokens):
+        for part in passes(sorted(own, key=row_length), self.passes.validation_tokens, self.objective.shared(own)):
             batch = self.objective.batch(part).to(self.accelerator.device)
             val_sum += self._loss(batch, self.model).item()
             val_tokens += len(batch.targets)

@@ -14,6 +14,8 @@ R = TypeVar("R", bound="TrainingRow")
 
 # Rows are sorted by length within windows of this many steps: little padding, but a different order in each epoch.
 _WINDOW_STEPS = 16
+# What a row keeps of a shared token, its keys and values, as a share of what a token of its own keeps.
+_SHARED_COST = 0.1
 
 
 class Schedule:
@@ -55,18 +57,20 @@ def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec) -> 
     return steps[: schedule.steps]
 
 
-def passes(examples: Sequence[R], most_tokens: int) -> Iterator[list[R]]:
+def passes(examples: Sequence[R], most_tokens: int, shared: int = 0) -> Iterator[list[R]]:
     """Split the examples into groups of at most `most_tokens` tokens; a longer example is a group of its own.
 
-    The gradient of a step is the same however it is split.
+    A group computes the `shared` first tokens, which are the same in all examples, once. The gradient of a step is the
+    same however it is split.
     """
     group: list[R] = []
     tokens = 0
     for example in examples:
-        if group and tokens + len(example.tokens) > most_tokens:
+        own = len(example.tokens) - shared + round(shared * _SHARED_COST)
+        if group and tokens + own > most_tokens:
             yield group
-            group, tokens = [], 0
+            group = []
+        tokens = own + (tokens if group else shared)
         group.append(example)
-        tokens += len(example.tokens)
     if group:
         yield group

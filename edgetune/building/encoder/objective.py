@@ -81,6 +81,10 @@ class Classify:
         """One prediction per row."""
         return 1
 
+    def shared(self, rows: Sequence[Labelled]) -> int:
+        """None: the tokens of an encoder see those after them."""
+        return 0
+
     def batch(self, rows: Sequence[Labelled]) -> Padded:
         """The rows padded to the longest; the mask hides the padding, so its token does not matter."""
         longest = max(len(row.tokens) for row in rows)

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NextToken
-from edgetune.objectives.packing import PackedRows, pack, shared_length
+from edgetune.objectives.packing import PackedRows, pack
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,14 @@ class ActivatedNextToken(NextToken):
         """Number of learned tokens that are predicted from a token on which the adapter acts."""
         return sum(self._after_invocation(row).learned)
 
+    def shared(self, rows: Sequence[Example]) -> int:
+        """The length of their common prefix, without tokens on which the adapter acts in any of them."""
+        return min(super().shared(rows), *(start_of(row.tokens, self.invocation) for row in rows))
+
     def batch(self, rows: Sequence[Example]) -> Activated:
-        """The rows packed one after another; they share no token on which the adapter acts in any of them."""
+        """The rows packed one after another, after what they share."""
         starts = [start_of(row.tokens, self.invocation) for row in rows]
-        shared = min(shared_length(rows), *starts)
+        shared = self.shared(rows)
         packed = pack([self._after_invocation(row) for row in rows], shared)
         active = [False] * shared
         for row, start in zip(rows, starts, strict=True):

@@ -117,4 +117,7 @@ def test_a_step_is_split_into_passes_by_tokens() -> None:
         [1500, 1500], [1500, 2596], [1], [5000], [10, 4086],
     ]  # fmt: skip
     assert [item for group in split for item in group] == examples
+    # A tenth of the shared tokens counts in each row.
+    alike = list(passes([example(1100)] * 20, 4096, shared=1000))
+    assert [len(group) for group in alike] == [15, 5]
     assert list(passes([], 4096)) == []
