@@ -20,12 +20,13 @@ from edgetune import methods
 from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
+from edgetune.tasks.data import estimated_tokens
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
 from edgetune.training.duration import TrainingTime, predicted_time
 from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.precision import precision_on
-from edgetune.training.schedule import Schedule
+from edgetune.training.schedule import SHARED_COST, Schedule
 
 from .quantization import MAX_TOKENS
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
@@ -86,7 +87,9 @@ def plan_rows(task: Task, training: TrainingSpec) -> RowsPlan:
     lengths = [row.estimated_tokens(task.spec.system) for row in task.trained_rows]
     steps = Schedule(len(lengths), training).steps if lengths else 0
     mean = sum(lengths) / max(1, len(lengths))
-    return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, steps)
+    beginnings = {row.beginning(task.spec.system) for row in task.trained_rows}
+    shared = estimated_tokens(len(beginnings.pop())) if len(beginnings) == 1 else 0
+    return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, shared, steps)
 
 
 def room_for(out: Path, device: TrainingDevice = CPU) -> Room:
@@ -114,7 +117,8 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     cpu = replace(CPU, multiplies_bf16=not room.instruction_sets.isdisjoint({"avx512-bf16", "amx-int8"}))
     weights, trainings = base.linear_weights + base.hidden * base.vocabulary, []
     for adapter, rows in trained:
-        tokens = rows.steps * adapter.training.batch_size * (rows.mean_tokens + _TEMPLATE_TOKENS)
+        own = rows.mean_tokens + _TEMPLATE_TOKENS - rows.shared_tokens * (1 - SHARED_COST)
+        tokens = rows.steps * (rows.shared_tokens + adapter.training.batch_size * own)
         trainings.append((precision_on(cpu, adapter.training), weights * tokens))
     return predicted_time(trainings, room.cores)
 

@@ -64,13 +64,15 @@ class BasePlan:
 class RowsPlan:
     """The data of an adapter: numbers of rows, and optimizer steps.
 
-    `longest_tokens` and `mean_tokens` are high estimates of the tokens of a training row.
+    `longest_tokens` and `mean_tokens` are high estimates of the tokens of a training row. Of these, all rows begin with
+    about `shared_tokens`, which a step computes once.
     """
 
     train: int
     validation: int
     longest_tokens: int
     mean_tokens: float
+    shared_tokens: int
     steps: int
 
 

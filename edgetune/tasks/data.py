@@ -93,9 +93,20 @@ class TaskRow:
         ]
         return [*earlier, self]
 
+    def beginning(self, system: str | None) -> str:
+        """The definitions of its tools, and its system prompt or else `system`."""
+        first = self.messages[0] if self.messages else {"role": "", "content": ""}
+        own = first["content"] if first["role"] == "system" else system or ""
+        return f"{own}{'' if self.tools is None else self.tools.text}"
+
     def estimated_tokens(self, system: str | None) -> int:
         """A high estimate of its tokens with a system prompt, without those of the chat template."""
-        return math.ceil((self.characters + len(system or "")) / _CHARACTERS_PER_TOKEN)
+        return estimated_tokens(self.characters + len(system or ""))
+
+
+def estimated_tokens(characters: int) -> int:
+    """A high estimate of the tokens of so many characters."""
+    return math.ceil(characters / _CHARACTERS_PER_TOKEN)
 
 
 def read_rows(

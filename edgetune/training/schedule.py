@@ -14,8 +14,9 @@ R = TypeVar("R", bound="TrainingRow")
 
 # Rows are sorted by length within windows of this many steps: little padding, but a different order in each epoch.
 _WINDOW_STEPS = 16
-# What a row keeps of a shared token, its keys and values, as a share of what a token of its own keeps.
-_SHARED_COST = 0.1
+SHARED_COST = 0.1
+"""What a token that all rows begin with costs in each row, of the memory and about of the time of a token of its own:
+its keys and values are read there again."""
 
 
 class Schedule:
@@ -66,7 +67,7 @@ def passes(examples: Sequence[R], most_tokens: int, shared: int = 0) -> Iterator
     group: list[R] = []
     tokens = 0
     for example in examples:
-        own = len(example.tokens) - shared + round(shared * _SHARED_COST)
+        own = len(example.tokens) - shared + round(shared * SHARED_COST)
         if group and tokens + own > most_tokens:
             yield group
             group = []

@@ -234,6 +234,21 @@ def test_the_time_is_predicted_where_a_speed_was_measured(tiny_gguf: Callable[[s
     assert "training_s" not in json.dumps(plan.for_manifest())
 
 
+def test_what_all_rows_begin_with_takes_its_time_once_per_step(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = {**adapter_of(), "system": "Be kind. " * 100}
+    plan = plan_build(make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter}, context_length=512)).plan
+    rows = plan.adapters["command"].rows
+    assert plan.source is not None and plan.source.shape is not None and rows is not None
+    assert rows.shared_tokens == 300
+    apart = plan.with_adapters({"command": replace(plan.adapters["command"], rows=replace(rows, shared_tokens=0))})
+    room = replace(PLENTY, instruction_sets=frozenset(["avx2"]))
+    times = [build_needs.training_time(each, plan.source.shape, room) for each in (plan, apart)]
+    once, often = times
+    assert once is not None and often is not None and once.max_s * 2 < often.max_s
+
+
 def test_a_build_reports_its_needs_before_any_work(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     first_line = Listening(stop_at="")
     with pytest.raises(KeyboardInterrupt):

@@ -102,7 +102,7 @@ def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path
     assert adapter.output is not None and adapter.output.kind == "choices"
     assert adapter.rows is not None
     assert (adapter.metric, adapter.rows.train, adapter.rows.validation, adapter.rows.steps) == ("exact", 16, 4, 4)
-    assert adapter.rows.longest_tokens >= adapter.rows.mean_tokens > 0
+    assert adapter.rows.longest_tokens >= adapter.rows.mean_tokens > adapter.rows.shared_tokens == 0
     assert [len(task.train) for task in planned.tasks] == [16]
 
 
