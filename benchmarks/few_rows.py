@@ -90,11 +90,11 @@ def _folder(task: str, options: argparse.Namespace, work: Path) -> Path:
 
 
 def _finished(work: Path, options: argparse.Namespace) -> Iterator[Run]:
-    """The finished runs on this base that were scored on as many rows."""
+    """The finished runs on this base that were scored on as many rows, or more."""
     file = work / "runs.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         run = json.loads(line)
-        if (run["base"], run["limit"]) == (options.base, options.test_rows):
+        if run["base"] == options.base and run["limit"] >= options.test_rows:
             yield run
 
 
