@@ -38,12 +38,12 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     shared = folder.parents[1] / "shared"
     _share_base(work, shared)
     task = read_task(trial.task, recipe)
-    rows = task.validation
+    rows = task.validation_answers
     if trial.data is not None:
-        rows = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
+        given = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
+        rows = answers_to_score(given, task.metric)
     built = build(recipe, bundle, progress=progress)
-    rows = spread(answers_to_score(rows, task.metric), trial.limit)
-    measured = BundleMeasurement(bundle, trial.task, rows, progress)
+    measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.limit), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
     first = scored[recipe.targets[0]]
     assert isinstance(built.base, Base)

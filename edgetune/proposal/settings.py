@@ -56,7 +56,9 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
         choices += _label_choices(labels, sample)
     else:
         choices.append(Choice("metric", metric, _METRICS[metric]))
-    if not any(row.tools for row in rows) and all(_is_json(row.completion) for row in rows):
+    if not any(row.tools for row in rows) and all(
+        _is_json(answer.completion) for row in rows for answer in row.answers
+    ):
         choices.append(Choice("output", "auto", "all answers are JSON: only tokens that fit their schema are allowed"))
     return [*choices, Choice("training", "auto", _TRAINING)]
 

@@ -15,7 +15,6 @@ from edgetune_runtime.wording import shortened
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.evaluation import Evaluation, ScoredRow, evaluate, score, spread
-from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.task import read_task
 
 from .facts import Answer, Score
@@ -39,7 +38,7 @@ def score_adapters(
     if tasks:
         with Runtime.open(bundle, disk_mb=0) as runtime:
             for task in tasks:
-                rows = spread(answers_to_score(task.validation, task.metric), limit)
+                rows = spread(task.validation_answers, limit)
                 evaluation = score(runtime, task.name, rows, progress)
                 scores[task.name] = _score(evaluation, "its validation data, which also chose the checkpoint")
     for name, file in files.items():

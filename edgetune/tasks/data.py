@@ -60,14 +60,14 @@ class TaskRow:
     @property
     def characters(self) -> int:
         """The characters of all its texts."""
-        tools = None if self.tools is None else self.tools.text
-        texts = (tools, self.text, self.completion, *(message["content"] for message in self.messages or ()))
+        texts = (None if self.tools is None else self.tools.text, self.text, *map(_text_of_turn, self.turns))
         return sum(len(text) for text in texts if text)
 
     @property
     def prompt_key(self) -> str:
         """What rows with exactly the same prompt have in common."""
-        return repr((self.text, [dict(message) for message in self.messages or ()]))
+        tools = None if self.tools is None else self.tools.text
+        return repr((self.text, [dict(message) for message in self.messages or ()], tools))
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -79,9 +79,8 @@ class TaskRow:
     def with_turns(self, turns: Sequence[Message]) -> TaskRow:
         """The row with other messages, of which the last is the answer."""
         *messages, last = turns
-        calls = [(call["function"]["name"], call["function"]["arguments"]) for call in last.get("tool_calls", ())]
-        completion = answer_text(last["content"], calls)
-        return replace(self, messages=tuple(messages), completion=completion, turn=last if calls else None)
+        turn = last if "tool_calls" in last else None
+        return replace(self, messages=tuple(messages), completion=_text_of_turn(last), turn=turn)
 
     @property
     def answers(self) -> list[TaskRow]:
@@ -178,6 +177,11 @@ def answer_text(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) ->
         return content
     listed = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
     return json.dumps({**({"content": content} if content else {}), "tool_calls": listed}, ensure_ascii=False)
+
+
+def _text_of_turn(turn: Message) -> str:
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in turn.get("tool_calls", ())]
+    return answer_text(turn["content"], calls)
 
 
 def labelled_text(row: TaskRow) -> str:

@@ -105,15 +105,20 @@ def evaluate(
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
     with Runtime.open(bundle, engine=engine, kv=kv, disk_mb=0) as runtime:
-        rows = spread(rows_for(runtime.manifest, adapter, data), limit)
-        return score(runtime, adapter, rows, progress)
+        rows, metric = rows_for(runtime.manifest, adapter, data)
+        return score(runtime, adapter, spread(rows, limit), progress, metric)
 
 
-def score(runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progress: Progress) -> Evaluation:
-    """Score `adapter` (None: the plain base) of an open runtime on all `rows`, like `evaluate`."""
+def score(
+    runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progress: Progress, metric: Metric | None = None
+) -> Evaluation:
+    """Score `adapter` (None: the plain base) of an open runtime on all `rows`, like `evaluate`.
+
+    `metric` is by default the adapter's, or for the base the one that suits the rows.
+    """
     entry = runtime.manifest.adapter(adapter) if adapter is not None else None
     labels = entry.labels if entry is not None else ()
-    metric = metrics.metric_for(_metric(entry), rows, labels)
+    metric = metrics.metric_for(metric or _metric(entry), rows, labels)
     if metric == "label" and not labels:
         labels = metrics.labels_in(rows)
     system = entry.system if entry is not None else None
@@ -194,9 +199,9 @@ def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredR
     return ScoredRow(row.where, prompt, row.completion or "", answer, score, **sureness)
 
 
-def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> list[TaskRow]:
-    """The rows of `data` for an adapter (None: the base): with the columns from its training, or if that fails, by
-    their keys, if these give prompt rows. Conversations have a row for each answer.
+def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> tuple[list[TaskRow], Metric]:
+    """The rows of `data` for an adapter (None: the base), and their metric: with the columns from its training, or if
+    that fails, by their keys, if these give prompt rows. Conversations have a row for each answer.
 
     Raises what `read_rows` raises, and UsageError for rows that the adapter's metric cannot score.
     """
@@ -207,7 +212,7 @@ def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -
     metric = metrics.metric_for(_metric(entry), rows, labels)
     rows = metrics.answers_to_score(rows, metric)
     _check_rows(rows, metric)
-    return rows
+    return rows, metric
 
 
 def _read(source: str | Rows, columns: Columns | None, labels: Sequence[str] | None) -> list[TaskRow]:

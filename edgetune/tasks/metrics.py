@@ -37,21 +37,32 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
 
 
-def answers_to_score(rows: Sequence[TaskRow], metric: Metric) -> list[TaskRow]:
+def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[TaskRow] = ()) -> list[TaskRow]:
     """The rows, and before each one a row per earlier answer of its conversation that the metric compares.
 
-    With "json" these are calls and JSON, with "label" none. Of earlier answers to the same prompt, the first counts.
+    With "json" these are calls and objects, and a text after them is left out; with "label" there are none, and other
+    metrics compare no calls with words. Of earlier answers to the same prompt the first counts, none of those that are
+    also in the `trained` rows.
     """
+    if metric == "label":
+        return list(rows)
     scored: list[TaskRow] = []
-    seen = {row.prompt_key for row in rows}
+    seen = {row.prompt_key for row in rows} | {answer.prompt_key for row in trained for answer in row.answers}
     for row in rows:
-        for earlier in () if metric == "label" else row.answers[:-1]:
-            is_compared = metric != "json" or not isinstance(_parsed(earlier.completion or ""), ValueError)
-            if is_compared and earlier.prompt_key not in seen:
-                seen.add(earlier.prompt_key)
-                scored.append(earlier)
-        scored.append(row)
+        earlier = [answer for answer in row.answers[:-1] if _compares(metric, answer)]
+        for answer in earlier:
+            if answer.prompt_key not in seen:
+                seen.add(answer.prompt_key)
+                scored.append(answer)
+        if not earlier or metric != "json" or _compares(metric, row):
+            scored.append(row)
     return scored
+
+
+def _compares(metric: Metric, answer: TaskRow) -> bool:
+    if metric == "json":
+        return isinstance(_parsed(answer.completion or ""), dict)
+    return metric in ("exact", "perplexity") or answer.turn is None
 
 
 def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:

@@ -63,6 +63,11 @@ class Task:
         return [*self.train, *(copy.row for copy in self.copies)]
 
     @property
+    def validation_answers(self) -> list[TaskRow]:
+        """The validation rows, with those of earlier answers of conversations that were not trained on."""
+        return answers_to_score(self.validation, self.metric, self.train)
+
+    @property
     def sample_prompt(self) -> str:
         """The last turn before the answer of a validation row: a short one that no command takes for an option."""
         rows = self.validation
@@ -179,7 +184,7 @@ def _with_confidence(task: Task) -> Task:
         _check_apart(task.name, rows, task.train)
     elif len(task.validation) >= _APART_FROM:
         choosing, rows = task.validation[::2], task.validation[1::2]
-    rows = answers_to_score(rows, task.metric)
+    rows = answers_to_score(rows, task.metric, task.train)
     if spec.min_confidence is not None:
         _check_enough(task.name, rows, task.metric)
     return replace(task, choosing=choosing, confidence_rows=rows)

@@ -38,7 +38,7 @@ class ActivatedNextToken(NextToken):
 
     def shared(self, rows: Sequence[Example]) -> int:
         """The length of their common prefix, without tokens on which the adapter acts in any of them."""
-        return min(super().shared(rows), *(start_of(row.tokens, self.invocation) for row in rows))
+        return min([super().shared(rows), *(start_of(row.tokens, self.invocation) for row in rows)])
 
     def batch(self, rows: Sequence[Example]) -> Activated:
         """The rows packed one after another, after what they share."""

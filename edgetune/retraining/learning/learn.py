@@ -23,6 +23,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.report.answers import split_of
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
@@ -99,7 +100,13 @@ def learn(
         }
         again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
         build(again, staged, progress=progress, into=True)
-        sets = {name: {VALIDATION: split.validation, CORRECTIONS: split.held_out} for name, split in rows.items()}
+        sets = {
+            name: {
+                VALIDATION: answers_to_score(split.validation, tasks[name].metric, split.train),
+                CORRECTIONS: split.held_out,
+            }
+            for name, split in rows.items()
+        }
         changes = changes_between(*(scored(folder, sets, progress) for folder in (bundle, staged)))
         learned = Learned(out, changes, {name: split.learned for name, split in rows.items()})
         if learned.worse:

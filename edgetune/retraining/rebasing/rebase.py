@@ -107,7 +107,7 @@ def rebase(
     work = out.with_name(f"{out.name}.rebase")
     staged = work / out.name
     recipe = recipe_for(bundle, manifest, source)
-    tests = {name: rows_for(manifest, name, rows) for name, rows in data.items()}
+    tests = {name: rows_for(manifest, name, rows)[0] for name, rows in data.items()}
     with locked(work):
         planned = plan_build(recipe, staged)
         if planned.plan.source is None:
@@ -118,7 +118,7 @@ def rebase(
         if base is not None and base.fingerprint == manifest.base.fingerprint:
             raise _same_base(plan.base, bundle)
         sets = {
-            task.name: {VALIDATION: task.validation, **({TEST: tests[task.name]} if task.name in tests else {})}
+            task.name: {VALIDATION: task.validation_answers, **({TEST: tests[task.name]} if task.name in tests else {})}
             for task in planned.tasks
         }
         before = scored(bundle, sets, progress)

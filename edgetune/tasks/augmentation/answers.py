@@ -21,16 +21,17 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 )
 
 
-_BETWEEN_TEXTS = "\n\0\n"
+BETWEEN_TEXTS = "\0"
 """What no value has in it."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answers of a row, its conversation's earlier ones too.
+    """The structured answers of a row, its conversation's earlier ones too.
 
-    `value` is the JSON of the answer, or the list of several answers' JSON or of all calls; `styles` are how json.dumps
-    writes them, none of calls, and `places` their turns.
+    `value` is the JSON of the answer, the list of several answers' objects, or the list of all calls. `places` are the
+    turns of its parts, of one answer only that of the whole. `styles` are how json.dumps writes answers in JSON; calls
+    have none.
     """
 
     value: Any
@@ -39,22 +40,22 @@ class Answer:
 
     @classmethod
     def of(cls, row: TaskRow) -> Answer | None:
-        """The answers; None if none is an object, a list or calls, in JSON that json.dumps would write so."""
+        """The answers; None without a call, if the last one is no object or list that json.dumps would write so."""
         turns = row.turns
-        if any(_BETWEEN_TEXTS.strip() in turn["content"] for turn in turns):
+        if any(BETWEEN_TEXTS in turn["content"] for turn in turns):
             return None
-        calling = tuple(place for place, turn in enumerate(turns) if "tool_calls" in turn)
-        if calling:
-            return cls([call["function"] for place in calling for call in turns[place]["tool_calls"]], calling)
+        calls = [(place, call) for place, turn in enumerate(turns) for call in turn.get("tool_calls", ())]
+        if calls:
+            return cls([call["function"] for _, call in calls], tuple(place for place, _ in calls))
         read = {
             place: answer
             for place, turn in enumerate(turns)
             if turn["role"] == "assistant" and (answer := _json_of(turn["content"])) is not None
         }
-        if len(turns) - 1 not in read:
+        values, styles = [value for value, _ in read.values()], tuple(style for _, style in read.values())
+        if len(turns) - 1 not in read or (len(values) > 1 and not all(isinstance(value, dict) for value in values)):
             return None
-        values = [value for value, _ in read.values()]
-        return cls(values[0] if len(values) == 1 else values, tuple(read), tuple(style for _, style in read.values()))
+        return cls(values[0] if len(values) == 1 else values, tuple(read), styles)
 
     @property
     def has_calls(self) -> bool:
@@ -62,18 +63,24 @@ class Answer:
         return not self.styles
 
     def texts(self, turns: Sequence[Message]) -> list[int]:
-        """The places of the turns whose contents people or the model say, without the system prompt and the answers."""
-        structured = () if self.has_calls else self.places
+        """The places of the turns whose contents are texts: without the system prompt and the answers in JSON."""
+        in_json = () if self.has_calls else self.places
         return [
             place
             for place, turn in enumerate(turns)
-            if turn["role"] != "system" and turn["content"] and place not in structured
+            if turn["role"] != "system" and turn["content"] and place not in in_json
         ]
 
     def said(self, row: TaskRow) -> str:
         """The prompt, and of a conversation all texts, in their order."""
         turns = row.turns
-        return _BETWEEN_TEXTS.join(turns[place]["content"] for place in self.texts(turns))
+        return BETWEEN_TEXTS.join(turns[place]["content"] for place in self.texts(turns))
+
+    def is_told(self, row: TaskRow, path: FieldPath, mention: int) -> bool:
+        """Whether the text at this place of `said` comes before the turn that has the value."""
+        part = path[0] if len(self.places) > 1 else 0
+        text = self.said(row).count(BETWEEN_TEXTS, 0, mention)
+        return self.texts(row.turns)[text] < self.places[int(part)]
 
     @property
     def parts(self) -> list[Any]:
@@ -107,14 +114,17 @@ class Answer:
     def row(self, row: TaskRow, said: str, value: Any) -> TaskRow:  # noqa: ANN401 - any JSON value
         """The row with other texts, and with `value` in place of this one's."""
         turns = [dict(turn) for turn in row.turns]
-        for place, text in zip(self.texts(turns), said.split(_BETWEEN_TEXTS), strict=True):
+        for place, text in zip(self.texts(turns), said.split(BETWEEN_TEXTS), strict=True):
             turns[place]["content"] = text
-        values = iter([value] if len(self.styles) == 1 else value)
-        for place, style in zip(self.places, self.styles, strict=False):
-            turns[place]["content"] = json.dumps(next(values), **style)
-        for place in self.places if self.has_calls else ():
-            calls = turns[place]["tool_calls"]
-            turns[place]["tool_calls"] = [{**call, "function": next(values)} for call in calls]
+        if self.has_calls:
+            functions = iter(value)
+            for place in dict.fromkeys(self.places):
+                calls = turns[place]["tool_calls"]
+                turns[place]["tool_calls"] = [{**call, "function": next(functions)} for call in calls]
+            return row.with_turns(turns)
+        values = [value] if len(self.places) == 1 else value
+        for place, style, answer in zip(self.places, self.styles, values, strict=True):
+            turns[place]["content"] = json.dumps(answer, **style)
         return row.with_turns(turns)
 
 
@@ -123,12 +133,6 @@ def prompt_of(row: TaskRow) -> str:
     if not row.messages or row.messages[-1]["role"] != "user":
         return ""
     return str(row.messages[-1]["content"])
-
-
-def with_prompt(row: TaskRow, prompt: str) -> TaskRow:
-    """The row with another last turn before its answer."""
-    assert row.messages
-    return row.with_turns((*row.messages[:-1], {**row.messages[-1], "content": prompt}, row.turns[-1]))
 
 
 def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:

@@ -14,7 +14,7 @@ from edgetune_runtime.text.chat import Message
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
 
-from .answers import prompt_of, with_prompt
+from .answers import prompt_of
 from .clauses import reordered
 from .noise import is_english, noisy
 from .slots import Mention, mentions_of
@@ -93,7 +93,7 @@ class _Maker:
         for row in rows:
             for number in _shared_numbers(row):
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
-        self._english = is_english([prompt_of(row) for row in rows])
+        self._english = is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
         self._seen = {_key(row) for row in (*rows, *validation)}
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
@@ -144,6 +144,8 @@ class _Maker:
 
     def _with_noise(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
         """The row with noise in some of the user's turns, and its kinds."""
+        if not self._spec.noise:
+            return row, []
         turns, kinds, item = list(row.turns), [], SlottedRow.of(row)
         for place, turn in enumerate(turns):
             text = turn["content"]
@@ -156,7 +158,7 @@ class _Maker:
         return (row.with_turns(turns) if kinds else row), kinds
 
     def _with_numbers(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
-        """The row with other numbers, of the same form, in its prompt and its plain text."""
+        """The row with other numbers, of the same form, in the turns of the user and the answers in plain text."""
         prompt = prompt_of(row)
         others = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in _shared_numbers(row)}
         others = {number: other for number, other in others.items() if number != other}
@@ -166,8 +168,11 @@ class _Maker:
         def changed(text: str) -> str:
             return _NUMBER.sub(lambda match: others.get(match[0], match[0]), text)
 
-        changed_row = replace(with_prompt(row, changed(prompt)), completion=changed(row.completion or ""))
-        return changed_row, [f"{number} → {other}" for number, other in others.items()]
+        turns = [
+            {**turn, "content": changed(turn["content"])} if turn["role"] in ("user", "assistant") else turn
+            for turn in row.turns
+        ]
+        return row.with_turns(turns), [f"{number} → {other}" for number, other in others.items()]
 
     def _is_new(self, row: TaskRow) -> bool:
         """Whether no other row has its prompt; remembers it."""
@@ -198,8 +203,11 @@ def _kind(number: str, prompt: str) -> str:
 
 def _kept(text: str, turns: Sequence[Message], item: SlottedRow | None) -> list[Mention]:
     """What noise must not change in a text, since answers have it too."""
-    if item is not None:
-        values = [slot.value for slot in item.slots if isinstance(slot.value, str)]
-        return [mention for value in values for mention in mentions_of(text, value)]
-    repeated = {word for turn in turns if turn["role"] == "assistant" for word in _WORD.findall(turn["content"])}
-    return [Mention(m.start(), m.end()) for m in _WORD.finditer(text) if m[0] in repeated]
+    values = [] if item is None else [value for _, value in item.answer.scalars() if isinstance(value, str)]
+    texts = range(len(turns)) if item is None else item.answer.texts(turns)
+    answers = [turns[place]["content"] for place in texts if turns[place]["role"] == "assistant"]
+    repeated = {word for answer in answers for word in _WORD.findall(answer)}
+    return [
+        *(mention for value in values for mention in mentions_of(text, value)),
+        *(Mention(m.start(), m.end()) for m in _WORD.finditer(text) if m[0] in repeated),
+    ]

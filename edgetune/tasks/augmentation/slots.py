@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .answers import Answer, FieldPath, Scalar
+from .answers import BETWEEN_TEXTS, Answer, FieldPath, Scalar
 from .numbers import number_word
 
 _SHORT = 3
-"""Words of at most so many letters, such as `on`, are values only if the prompt has them once."""
+"""Words of at most so many letters, such as `on`, are values only if no text has them more than once."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ def mentions_of(text: str, value: Scalar) -> list[Mention]:
     pattern = _text_pattern(value) if isinstance(value, str) else _number_pattern(value)
     mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
     is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
-    return [] if is_short and len(mentions) > 1 else mentions
+    texts = {text.count(BETWEEN_TEXTS, 0, mention.start) for mention in mentions}
+    return [] if is_short and len(texts) < len(mentions) else mentions
 
 
 def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]]) -> str:

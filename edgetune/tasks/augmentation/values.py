@@ -35,7 +35,7 @@ _EXCHANGED = 0.8
 
 @dataclass(frozen=True)
 class SlottedRow:
-    """A row with its answers as JSON, and the values that its texts have too."""
+    """A row with its answers as JSON, and the values in them that a text before has too."""
 
     row: TaskRow
     answer: Answer
@@ -45,7 +45,10 @@ class SlottedRow:
     def of(cls, row: TaskRow) -> SlottedRow | None:
         """The row; None if its answer is plain text."""
         answer = Answer.of(row)
-        return None if answer is None else cls(row, answer, slots_of(answer.said(row), answer))
+        if answer is None:
+            return None
+        slots = slots_of(answer.said(row), answer)
+        return cls(row, answer, [s for s in slots if answer.is_told(row, s.paths[0], s.mentions[0].start)])
 
 
 class Values:
@@ -87,8 +90,10 @@ class Values:
             chosen = [rng.choice(list(options))]
         changes: list[tuple[Slot, Scalar]] = []
         taken = {slot.value for slot in item.slots}
+        escapes = _has_json_result(item.row)
         for slot in chosen:
-            if (new := rng.choice(options[slot])) not in taken:
+            new = rng.choice(options[slot])
+            if new not in taken and not (escapes and (_is_escaped(new) or _is_escaped(slot.value))):
                 taken.add(new)
                 changes.append((slot, new))
         if not changes:
@@ -137,7 +142,7 @@ class Values:
     def _allowed_in(self, item: SlottedRow, path: FieldPath) -> Sequence[Scalar] | None:
         """The values that the schema of the output, or of a function, lists for a field; None if it lists none."""
         field = item.answer.field(path)
-        if item.row.tools is None:
+        if item.row.tools is None or not item.answer.has_calls:
             return self._allowed.get(field)
         called = item.answer.value[path[0]]["name"]
         schema = next(tool.schema for tool in item.row.tools.tools if tool.name == called)
@@ -162,6 +167,15 @@ def _other_texts(row: TaskRow) -> str:
     """What the model reads before the first turn: a value that is listed there is exchanged for another listed one."""
     system = [str(turn["content"]) for turn in row.turns if turn["role"] == "system"]
     return "\n".join([*system, row.tools.text if row.tools else ""])
+
+
+def _has_json_result(row: TaskRow) -> bool:
+    """Whether a call's result is JSON, in which texts can be escaped."""
+    return any(turn["role"] == "tool" and turn["content"].lstrip()[:1] in ("{", "[") for turn in row.turns)
+
+
+def _is_escaped(value: Scalar) -> bool:
+    return isinstance(value, str) and json.dumps(value) != f'"{value}"'
 
 
 def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scalar]]) -> None:

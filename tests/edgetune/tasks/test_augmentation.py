@@ -256,6 +256,49 @@ def test_a_conversation_of_json_has_changed_turns_and_noise_in_those_of_the_user
     assert [text.count("\n") for text in (*first["prompt"], *first["completion"])] == [1] * 4
 
 
+def test_only_values_that_are_said_before_the_answer_are_exchanged() -> None:
+    dark = {"role": "user", "content": "it is too dark in here"}
+    lit = {"role": "assistant", "content": "The hall is lit."}
+    result = {"role": "tool", "content": "ok"}
+    rows = [{**calls_of(room), "messages": [dark, calls_of(room)["messages"][1], result, lit]} for room in ROOMS]
+    assert copied(rows, copies=9, **QUIET) == []
+
+
+def test_values_that_json_escapes_stay_where_a_result_is_json() -> None:
+    def row(room: str, verb: str) -> dict[str, Any]:
+        called, asked = calls_of(room)["messages"][1], {"role": "user", "content": f"{verb} the {room}"}
+        result = {"role": "tool", "content": json.dumps({"room": room})}
+        return {"tools": [{"name": "light"}], "messages": [asked, called, result, asked, called]}
+
+    rows = {"light": "hall", "darken": "attic", "see to": 'the "den"'}
+    made = copied([row(room, verb) for verb, room in rows.items()], copies=9, **QUIET)
+    assert {c.source.where for c in made} == {"row 1", "row 2"}
+    assert all(json.loads(c.row.turns[2]["content"])["room"] in ("hall", "attic") for c in made)
+
+
+def test_noise_keeps_what_the_model_repeats() -> None:
+    said = [
+        {"role": "user", "content": "This is Margaret, please light the library for me"},
+        calls_of("library")["messages"][1],
+        {"role": "tool", "content": "ok"},
+        {"role": "assistant", "content": "Done, Margaret."},
+    ]
+    made = copied([{**calls_of("library"), "messages": said}], copies=40, noise=1)
+    assert made
+    for c in made:
+        room = c.row.turns[1]["tool_calls"][0]["function"]["arguments"]["room"]
+        assert "Margaret" in c.row.turns[0]["content"] and room in c.row.turns[0]["content"]
+
+
+def test_rows_with_tools_whose_answers_are_json_have_copies() -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"{verb} the {room}"}, {"role": "assistant", "content": answer}]}
+        for room, verb in zip(ROOMS, ("light", "darken", "heat"), strict=False)
+        for answer in [json.dumps({"room": room})]
+    ]
+    assert copied([{**row, "tools": [{"name": "f"}]} for row in rows], copies=9, **QUIET)
+
+
 def test_clauses_that_refer_to_others_keep_their_order() -> None:
     rows = [
         {"prompt": prompt, "completion": [{"area": "hall"}, {"area": "den"}]}

@@ -104,6 +104,10 @@ def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> N
         ("x:2", row.completion),
     ]
     assert [each.completion for each in answers_to_score([row], "json")] == [called, row.completion]
+    assert [each.completion for each in answers_to_score([replace(row, completion="e")], "json")] == [called]
+    assert [each.completion for each in answers_to_score([row], "rouge_l")] == ["c", row.completion]
+    trained = replace(row, where="x:3", messages=tuple(turns[:3]))
+    assert [each.completion for each in answers_to_score([row], "exact", [trained])] == [row.completion]
     assert answers_to_score([row], "label") == [row]
     assert scored[0].messages == tuple(turns[:1])
     assert scored[0].turn == turns[1]
