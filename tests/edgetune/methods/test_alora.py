@@ -110,6 +110,8 @@ def test_a_shared_token_is_active_in_no_row() -> None:
     again = objective.batch(BATCHES["one row invokes again where the other does not"])
     shared = 1
     assert again.tokens.shape[1] == shared + 8 + 9
+    # A process without validation rows asks too.
+    assert objective.shared([]) == 0
     active = again.active[0].tolist()
     assert active == [False, *[True] * 8, *[False] * 4, *[True] * 5]
     first = objective.batch(BATCHES["the invocation comes first"])
