@@ -81,10 +81,11 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
             if split != VALIDATION:
                 rows += [SplitRow(split, row) for row in reader(source, data.columns, labels=task.labels or None)]
     tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
-    kinds = answers.balance(rows)
+    answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
+    kinds = answers.balance(answered)
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
-        *answers.misfits(task, rows),
+        *answers.misfits(task, answered),
         *_too_long(rows, tokens, recipe.context_length),
         *duplicates(rows, has_one_answer=task.metric in EITHER_RIGHT_OR_WRONG),
         *answers.rare(kinds),

@@ -177,8 +177,9 @@ def test_calls_whose_arguments_break_the_schema_are_named(tmp_path: Path) -> Non
         turns = [{"role": "user", "content": f"dim to {number}"}, {"role": "assistant", "tool_calls": [call]}]
         return {"messages": turns, "tools": [TOOL]}
 
-    found = checked(tmp_path, [*(talk(n, n) for n in range(9)), talk(9, "nine")])
-    assert [f.where[0][-2:] for f in found.of_kind("misfit")] == ["10"]
+    earlier = {**talk(0, 0), "messages": [*talk(8, "eight")["messages"], *talk(7, 7)["messages"]]}
+    found = checked(tmp_path, [*(talk(n, n) for n in range(9)), talk(9, "nine"), earlier])
+    assert [f.where[0].partition(":")[2] for f in found.of_kind("misfit")] == ["10", "11, message 2"]
 
 
 @pytest.mark.parametrize("seed", range(5))
