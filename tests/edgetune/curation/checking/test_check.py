@@ -179,7 +179,7 @@ def test_calls_whose_arguments_break_the_schema_are_named(tmp_path: Path) -> Non
 
     earlier = {**talk(0, 0), "messages": [*talk(8, "eight")["messages"], *talk(7, 7)["messages"]]}
     found = checked(tmp_path, [*(talk(n, n) for n in range(9)), talk(9, "nine"), earlier])
-    assert [f.where[0].partition(":")[2] for f in found.of_kind("misfit")] == ["10", "11, message 2"]
+    assert sorted(f.where[0].partition(":")[2] for f in found.of_kind("misfit")) == ["10", "11, message 2"]
 
 
 @pytest.mark.parametrize("seed", range(5))
