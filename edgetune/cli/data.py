@@ -154,9 +154,8 @@ def _print_copies(task: Task, count: int) -> None:
 
 def _shown(row: TaskRow) -> str:
     """The prompt and the answer; of a conversation, each answer after the message before it."""
-    pairs = [(each.messages[-1]["content"] if each.messages else each.text, each.completion) for each in row.answers]
     return ", ".join(
-        f"{shortened(str(prompt or ''), 100)!r} → {shortened(answer or '', 120)}" for prompt, answer in pairs
+        f"{shortened(each.prompt, 100)!r} → {shortened(each.completion or '', 120)}" for each in row.answers
     )
 
 

@@ -38,8 +38,9 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     shared = folder.parents[1] / "shared"
     _share_base(work, shared)
     task = read_task(trial.task, recipe)
-    rows = task.validation_answers
-    if trial.data is not None:
+    if trial.data is None:
+        rows = task.validation_answers
+    else:
         given = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
         rows = answers_to_score(given, task.metric)
     built = build(recipe, bundle, progress=progress)

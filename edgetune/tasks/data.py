@@ -64,6 +64,11 @@ class TaskRow:
         return sum(len(text) for text in texts if text)
 
     @property
+    def prompt(self) -> str:
+        """Its last turn before the answer, or its text."""
+        return str(self.messages[-1]["content"]) if self.messages else self.text or ""
+
+    @property
     def prompt_key(self) -> str:
         """What rows with exactly the same prompt have in common."""
         tools = None if self.tools is None else self.tools.text

@@ -195,8 +195,7 @@ def _loss(task: _Task, row: TaskRow, example: Example | None) -> tuple[float, in
 
 
 def _detail(row: TaskRow, answer: str, score: float, **sureness: Any) -> ScoredRow:  # noqa: ANN401 - as ScoredRow
-    prompt = row.messages[-1]["content"] if row.messages else row.text or ""
-    return ScoredRow(row.where, prompt, row.completion or "", answer, score, **sureness)
+    return ScoredRow(row.where, row.prompt, row.completion or "", answer, score, **sureness)
 
 
 def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -> tuple[list[TaskRow], Metric]:

@@ -70,8 +70,7 @@ class Task:
     @property
     def sample_prompt(self) -> str:
         """The last turn before the answer of a validation row: a short one that no command takes for an option."""
-        rows = self.validation
-        texts = (row.text if row.messages is None else str(row.messages[-1]["content"]) for row in rows)
+        texts = (row.prompt for row in self.validation)
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 

@@ -37,11 +37,6 @@ class SplitRow:
     split: str
     row: TaskRow
 
-    @property
-    def prompt(self) -> str:
-        """Its last turn before the answer, or its text."""
-        return self.row.text or "" if self.row.messages is None else str(self.row.messages[-1]["content"])
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -75,7 +70,7 @@ class Finding:
             kind,
             tuple(item.row.where for item in rows),
             tuple(split for split in SPLITS if any(item.split == split for item in rows)),
-            tuple(item.prompt for item in rows),
+            tuple(item.row.prompt for item in rows),
             tuple(item.row.completion or "" for item in rows),
             note,
             own,

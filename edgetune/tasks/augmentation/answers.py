@@ -130,9 +130,7 @@ class Answer:
 
 def prompt_of(row: TaskRow) -> str:
     """The last turn of the user before the answer; "" if another turn comes before it, or none."""
-    if not row.messages or row.messages[-1]["role"] != "user":
-        return ""
-    return str(row.messages[-1]["content"])
+    return row.prompt if row.messages and row.messages[-1]["role"] == "user" else ""
 
 
 def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:
