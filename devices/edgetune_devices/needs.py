@@ -31,7 +31,8 @@ def needs_of_header(
     needs = needs_of_sizes(header, _sizes(header, types, engine), context_length=context_length, engine=engine)
     if types is not None:
         width = number(header, "embedding_length")
-        needs = replace(needs, main_type=row_type(types.most, width).name, head_type=row_type(types.head, width).name)
+        main_type, head_type = (row_type(name, width).name for name in (types.most, types.head))
+        needs = replace(needs, main_type=main_type, head_type=head_type, layer_types=_layer_types(header, types))
     angles = _angle_bytes(header, engine)
     return replace(needs, base_bytes=needs.base_bytes + angles, angle_bytes=angles)
 
@@ -52,6 +53,11 @@ def _sizes(header: GgufHeader, types: Quantization | None, engine: str) -> dict[
     return sizes
 
 
+def _layer_types(header: GgufHeader, types: Quantization) -> tuple[str, ...]:
+    """As `GgufHeader.layer_types`, after quantization."""
+    return tuple(sorted({kind.name for tensor in header.layer_matrices for kind in _types_of(tensor, header, types)}))
+
+
 def _angle_bytes(header: GgufHeader, engine: str) -> int:
     """Bytes of ONNX Runtime's tables of angles: a cosine and a sine of each pair, in float32, for each position."""
     if load_needs(engine).COST.has_tensor_types:
@@ -70,21 +76,22 @@ def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization | No
 
 
 def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization) -> int:
-    """Bytes of the matrix; half of the value and down projections get another type, so each counts with the mean."""
-    columns = tensor.shape[0]
-    rows = math.prod(tensor.shape[1:])
+    """Bytes of the matrix: the mean where it may get one of two types."""
+    columns, kinds = tensor.shape[0], _types_of(tensor, header, types)
+    row_bytes = sum(columns // kind.block * kind.block_bytes for kind in kinds)
+    return math.prod(tensor.shape[1:]) * row_bytes // len(kinds)
+
+
+def _types_of(tensor: TensorInfo, header: GgufHeader, types: Quantization) -> tuple[TensorType, ...]:
+    """The types that the matrix may get: half of the value and down projections get `types.some`."""
     if tensor.name == _UNCHANGED:
-        return tensor.nbytes
+        return (tensor.type,)
+    names: tuple[str, ...] = (types.most,)
     if tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING):
-        return rows * _row_bytes(types.head, columns)
-    if tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
-        return rows * (_row_bytes(types.most, columns) + _row_bytes(types.some, columns)) // 2
-    return rows * _row_bytes(types.most, columns)
-
-
-def _row_bytes(name: str, columns: int) -> int:
-    kind = row_type(name, columns)
-    return columns // kind.block * kind.block_bytes
+        names = (types.head,)
+    elif tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
+        names = (types.most, types.some)
+    return tuple(row_type(name, tensor.shape[0]) for name in names)
 
 
 def row_type(name: str, columns: int) -> TensorType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import FLOATS, TENSOR_TYPES, TensorType, gains_from_grid
+from edgetune_runtime.formats.quantization import FLOATS, TENSOR_TYPES, gains_from_grid
 
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
@@ -54,7 +54,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     sizes = {engine: item.base_bytes for engine, item in needs.items()}
     base = _plan_base(chosen, source, usable[0], sizes, worth_measuring(recipe, candidates))
     if header is not None:
-        adapters = _with_grid(chosen, adapters, base, TENSOR_TYPES[needs[gguf.NAME].main_type])
+        adapters = _with_grid(chosen, adapters, base, needs[gguf.NAME].layer_types)
     board = None
     if choice is not None:
         fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
@@ -95,17 +95,20 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
     return steps if recipe.domain is None else [*steps, "continue pretraining"]
 
 
-def _with_grid(recipe: Recipe, adapters: Adapters, base: BasePlan, main_type: TensorType) -> dict[str, AdapterPlan]:
-    """The adapters; merged models that keep the base's main type are trained through the rounding to its grid.
+def _with_grid(
+    recipe: Recipe, adapters: Adapters, base: BasePlan, layer_types: Sequence[str]
+) -> dict[str, AdapterPlan]:
+    """The adapters; merged models that keep the base's types are trained through the rounding to its grid.
 
     Such models have the size of the base. UsageError for one that is to be trained in int8.
     """
     planned = dict(adapters)
     for name, adapter in adapters.items():
-        if not (adapter.takes_grid and gains_from_grid(main_type, recipe.merged_quantization)):
+        if not (adapter.takes_grid and gains_from_grid(layer_types, recipe.merged_quantization)):
             continue
         if recipe.training.under(adapter.spec.training).precision == "int8":
-            message = f"adapters.{name} is trained with weights rounded to {main_type.name}, and not in int8"
+            types = ", ".join(name for name in layer_types if not TENSOR_TYPES[name].is_float)
+            message = f"adapters.{name} is trained with weights rounded to {types}, and not in int8"
             raise UsageError(message, "set training.precision: auto, or merged_quantization: q8_0")
         sizes = {
             target: int(

@@ -9,7 +9,7 @@ from edgetune_devices import boards, fit
 from edgetune_devices.needs import engine_of, needs_of_header
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import TENSOR_TYPES, quantization_of_merged
+from edgetune_runtime.formats.quantization import quantization_of_merged
 
 from edgetune.recipe.model import Recipe
 
@@ -42,8 +42,8 @@ def bundle_needs(
         if engine in adapter.memory:
             memory[name] = adapter.memory[engine]
         else:
-            main_type, on_grid = TENSOR_TYPES[base.main_type], adapter.takes_grid
-            other = quantization_of_merged(main_type, recipe.merged_quantization, trains_on_grid=on_grid)
+            requested, on_grid = recipe.merged_quantization, adapter.takes_grid
+            other = quantization_of_merged(base.layer_types, requested, trains_on_grid=on_grid)
             merged[name] = base_in(other or quantization).base_bytes
     return replace(base, adapters=memory, merged=merged)
 

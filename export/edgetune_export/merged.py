@@ -15,9 +15,9 @@ def source_of_merged(source: Source, requested: str | None = None, *, trains_on_
 
     Writes a file to the source's work folder if the base has another quantization. Raises what `quantize_gguf` raises.
     """
-    main_type = source.header.main_type
-    quantization = quantization_of_merged(main_type, requested, trains_on_grid=trains_on_grid)
-    if quantization is None or quantization == main_type.name:
+    layer_types = source.header.layer_types
+    quantization = quantization_of_merged(layer_types, requested, trains_on_grid=trains_on_grid)
+    if quantization is None or {*layer_types} == {quantization}:
         return source
     path = source.work / f"merged-{quantization}.gguf"
     if not path.exists():

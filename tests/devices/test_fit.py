@@ -199,6 +199,7 @@ def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> Non
     assert arm - plain == amx - plain == pytest.approx(needs.head_bytes / 1e6)
     # Its rows are too narrow for q4_k.
     assert needs_of_header(header, context_length=512, quantization="q4_k_m").main_type == "q5_0"
+    assert needs_of_header(header, context_length=512, quantization="q6_k").layer_types == ("q6_k", "q8_0")
     fine = needs_of_header(header, context_length=512, quantization="q8_0")
     mapped = needed_mb(fine, repacks=())
     assert needed_mb(fine, repacks=repacked_types(["dotprod"])) == mapped, "weights in q8_0 are mapped"

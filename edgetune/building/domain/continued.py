@@ -100,7 +100,7 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
     state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
     key = key_of(state, (window.tokens for window in (*train, *validation)))
-    on_grid = kind.trains_on_grid and training.precision != "int8" and gains_from_grid(base.header.main_type)
+    on_grid = kind.trains_on_grid and training.precision != "int8" and gains_from_grid(base.header.layer_types)
     rounds_to = base.path if on_grid else None
     return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options), rounds_to)
 

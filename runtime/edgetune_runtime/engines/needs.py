@@ -98,7 +98,8 @@ class Needs:
     tokens that occur are read, and `angle_bytes` that of tables of angles, with a row for each position.
     `kv_values_per_token` are held in the data type `kv`, None for the engine's default. `head_lengths` are those of a
     key and a value of one head, if known. `head_bytes` is the size of an output head that is also the embedding, else
-    0. `main_type` and `head_type` are the tensor types of most weights and of the head; empty if they are unknown.
+    0. `main_type` and `head_type` are the tensor types of most weights and of the head, `layer_types` all those
+    of the layers' matrices; empty if they are unknown.
     `merged` maps each adapter that is a full model to the bytes of its file.
     `draft_bytes` is the size of all draft tables; `recurrent_values` are the numbers in the recurrent state of a
     sequence, and `recurrent_states` how many of them a loaded model holds; for `max_rollback` see `Engine`.
@@ -125,6 +126,7 @@ class Needs:
     angle_bytes: int = 0
     main_type: str = ""
     head_type: str = ""
+    layer_types: tuple[str, ...] = ()
     draft_bytes: int = 0
     constrained: bool = False
     cache_mb: float = CACHE_MB

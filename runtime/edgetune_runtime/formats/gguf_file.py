@@ -82,6 +82,17 @@ class GgufHeader:
         return main_type(_values_by_type(counted))
 
     @property
+    def layer_matrices(self) -> list[TensorInfo]:
+        """The matrices, but for the embeddings and the output layer."""
+        others = {"token_embd.weight", "output.weight", PER_LAYER_EMBEDDING}
+        return [item for name, item in self.tensors.items() if len(item.shape) > 1 and name not in others]
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The tensor types of `layer_matrices`, sorted."""
+        return tuple(sorted({tensor.type.name for tensor in self.layer_matrices}))
+
+    @property
     def output_tensor(self) -> str:
         """The name of the output layer's matrix, which is the token embedding if they are tied."""
         return "output.weight" if "output.weight" in self.tensors else "token_embd.weight"

@@ -175,4 +175,5 @@ def test_an_embedding_for_the_inputs_of_each_layer_decides_neither_the_main_type
     ]
     header = GgufHeader({}, {tensor.name: tensor for tensor in whole})
     assert (header.main_type.name, header.output_share) == ("q4_0", 0.25)
+    assert header.layer_types == ("q4_0",)
     assert header.values_by_type == {"q6_k": 256 * 9100, "q4_0": 256 * 300}

@@ -65,20 +65,28 @@ def test_the_main_type_takes_the_most_bytes() -> None:
 @pytest.mark.parametrize(
     ("base", "requested", "merged"),
     [
-        ("q4_0", None, "q8_0"),
-        ("q6_k", None, "q8_0"),
-        ("q8_0", None, None),
-        ("bf16", None, None),
-        ("f16", "q4_0", "q4_0"),
+        (["q4_0"], None, "q8_0"),
+        (["q6_k", "q8_0"], None, "q8_0"),
+        (["q8_0"], None, None),
+        (["bf16", "f32"], None, None),
+        (["f16"], "q4_0", "q4_0"),
     ],
 )
-def test_merged_models_have_8_bits_at_least(base: str, requested: str | None, merged: str | None) -> None:
-    assert quantization_of_merged(TENSOR_TYPES[base], requested) == merged
+def test_merged_models_have_8_bits_at_least(base: list[str], requested: str | None, merged: str | None) -> None:
+    assert quantization_of_merged(base, requested) == merged
 
 
 @pytest.mark.parametrize(
     ("base", "requested", "merged"),
-    [("q4_0", None, None), ("q4_0", "q8_0", "q8_0"), ("iq4_nl", None, "q8_0"), ("f16", None, None)],
+    [
+        (["q4_0"], None, None),
+        (["q4_0"], "q8_0", "q8_0"),
+        (["q4_k", "q6_k"], None, None),
+        (["iq4_nl", "q4_k"], None, "q8_0"),
+        (["f16"], None, None),
+    ],
 )
-def test_models_trained_on_the_bases_grid_keep_its_types(base: str, requested: str | None, merged: str | None) -> None:
-    assert quantization_of_merged(TENSOR_TYPES[base], requested, trains_on_grid=True) == merged
+def test_models_trained_on_the_bases_grid_keep_its_types(
+    base: list[str], requested: str | None, merged: str | None
+) -> None:
+    assert quantization_of_merged(base, requested, trains_on_grid=True) == merged

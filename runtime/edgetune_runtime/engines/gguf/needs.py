@@ -107,6 +107,7 @@ def needs_of_sizes(
         engine=engine,
         head_bytes=sizes.get(head, 0) if is_tied else 0,
         main_type=header.main_type.name,
+        layer_types=header.layer_types,
         head_type=header.tensors[head].type.name if head in header.tensors else "",
         head_lengths=(*head_lengths(header), *head_lengths(header, sliding=True)),
         per_layer_bytes=sizes.get(PER_LAYER_EMBEDDING, 0),
