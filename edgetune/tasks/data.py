@@ -150,16 +150,21 @@ def rows_of(
 
 
 def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
-    """Split into training and validation rows, each in the order of `rows`; rows with the same prompt stay together.
+    """Split into training and validation rows, each in the order of `rows`.
 
-    About `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises
-    UsageError if there are not two different prompts.
+    Rows with the same prompt stay together, as do rows that are beginnings of the same conversation. About `held_out`
+    of the rows, and at least one, are for validation; the same seed gives the same split. Raises UsageError if all rows
+    have to stay together.
     """
+    prompts = {row.prompt_key for row in rows}
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        groups.setdefault(row.prompt_key, []).append(index)
+        # The shortest beginning that is a row.
+        first = next(key for answer in row.answers if (key := answer.prompt_key) in prompts)
+        groups.setdefault(first, []).append(index)
     if len(groups) < 2:
-        problem = f"{len(rows)} rows with the same prompt" if len(rows) > 1 else f"only {len(rows)} row"
+        alike = "with the same prompt" if len(prompts) == 1 else "of one conversation"
+        problem = f"{len(rows)} rows {alike}" if len(rows) > 1 else f"only {len(rows)} row"
         raise UsageError(
             f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
         )

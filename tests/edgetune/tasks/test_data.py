@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,16 @@ def tokenizer(tiny_gguf: Callable[[str], Path]) -> Iterator[GgufTokenizer]:
 
 def row(prompt: str, completion: str = "ok", where: str = "rows.jsonl:1") -> TaskRow:
     return TaskRow(where, ({"role": "user", "content": prompt},), completion)
+
+
+def conversation(turns: list[tuple[str, str]], where: str = "x") -> TaskRow:
+    *earlier, (prompt, answer) = turns
+    before = [
+        {"role": role, "content": text}
+        for turn in earlier
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return TaskRow(where, (*before, {"role": "user", "content": prompt}), answer)
 
 
 def problems_of(source: str, columns: Columns | None = None, labels: list[str] | None = None) -> list[str]:
@@ -279,15 +290,33 @@ def test_rows_with_the_same_prompt_stay_on_one_side(seed: int) -> None:
     assert not {str(r.messages) for r in train} & {str(r.messages) for r in validation}
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_that_begin_the_same_conversation_stay_on_one_side(seed: int) -> None:
+    # Two rows of each, one with a turn more. All begin with the same greeting, which is no row.
+    said = [[("hi", "hello"), (f"do {n}", f"did {n}"), (f"undo {n}", f"undid {n}")] for n in range(20)]
+    rows = [conversation(turns[:length], where=str(n)) for n, turns in enumerate(said) for length in (2, 3)]
+    random.Random(seed).shuffle(rows)
+    train, validation = split(rows, 0.2, seed)
+    assert len(validation) == 8
+    assert not {r.where for r in train} & {r.where for r in validation}
+
+
 @pytest.mark.parametrize("held_out", [0.01, 0.99])
 def test_each_side_gets_a_row_at_least(held_out: float) -> None:
     train, validation = split([row("a"), row("b")], held_out, seed=0)
     assert (len(train), len(validation)) == (1, 1)
 
 
-@pytest.mark.parametrize("rows", [[row("a")], [row("a", "b"), row("a", "c")]])
-def test_rows_that_cannot_be_split_are_refused(rows: list[TaskRow]) -> None:
-    with pytest.raises(UsageError, match="cannot be split"):
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([row("a")], "only 1 row"),
+        ([row("a", "b"), row("a", "c")], "2 rows with the same prompt"),
+        ([row("a", "b"), conversation([("a", "b"), ("c", "d")])], "2 rows of one conversation"),
+    ],
+)
+def test_rows_that_cannot_be_split_are_refused(rows: list[TaskRow], problem: str) -> None:
+    with pytest.raises(UsageError, match=f"^{problem} cannot be split"):
         split(rows, 0.5, seed=0)
 
 
