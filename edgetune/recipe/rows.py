@@ -17,7 +17,7 @@ from edgetune_runtime.errors import UsageError
 from .problems import Loc, shown
 
 MAX_ROWS, MAX_BYTES = 1_000_000, 1_000_000_000
-_DATA_KEYS = ("train", "validation")
+_DATA_KEYS = ("train", "validation", "confidence")
 _REMEDY = "give a file, a hub id, or rows: a list or iterator of mappings, a pandas DataFrame or a datasets.Dataset"
 
 

@@ -124,7 +124,8 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
         others = [row for data in specs for row in read(data.train, data.columns)]
     spec = None if output is None else output.spec
     try:
-        _check_negatives(options.negatives, task.labels)
+        if options.negatives is not None:
+            _check_negatives(options.negatives, task.labels, others)
         copies = copies_of(
             task.train,
             options,
@@ -138,9 +139,12 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
     return replace(task, copies=copies)
 
 
-def _check_negatives(negatives: NegativesSpec | None, labels: Sequence[str]) -> None:
-    """UsageError for an answer that is none of the labels, which `classify` would never give."""
-    if negatives is not None and labels and negatives.completion not in labels:
+def _check_negatives(negatives: NegativesSpec, labels: Sequence[str], others: Sequence[TaskRow]) -> None:
+    """UsageError without prompts, and for an answer that is none of the labels, which `classify` would never give."""
+    if not others and not negatives.prompts:
+        message = "data.augment.negatives has no prompts, and the recipe no other adapter"
+        raise UsageError(message, "give prompts that are not for this task as data.augment.negatives.prompts")
+    if labels and negatives.completion not in labels:
         message = f"data.augment.negatives.completion is {negatives.completion!r}, which is not one of the labels"
         raise UsageError(message, "use out_of_scope instead, which adds a label, or give rows of this one")
 

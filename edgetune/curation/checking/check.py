@@ -71,7 +71,7 @@ def files_read(recipe: Recipe, tests: Mapping[str, str]) -> list[str]:
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
     reader = _LenientReader()
     data = recipe.adapters[name].data
-    task = read_task(name, _with_given_rows(name, recipe), reader)
+    task = _read_leniently(name, recipe, reader)
     sources: dict[str, str | Rows] = {TRAIN: data.train}
     rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
     test = test or _test_beside(data)
@@ -102,6 +102,17 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         kinds,
     )
     return check if minutes is None else _with_estimate(check, task, recipe, minutes, progress)
+
+
+def _read_leniently(name: str, recipe: Recipe, reader: _LenientReader) -> Task:
+    """The task with the rows that can be used; an error also names the first row that cannot."""
+    try:
+        return read_task(name, _with_given_rows(name, recipe), reader)
+    except UsageError as error:
+        if not reader.problems:
+            raise
+        (where, reason), count = reader.problems[0], len(reader.problems)
+        raise UsageError(f"{error.message}; {count} cannot be used, as {where}: {reason}", error.remedy) from error
 
 
 def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:
@@ -136,15 +147,15 @@ class _LenientReader:
             except UsageError as error:
                 self.problems.append((where, error.message.removeprefix(f"{where}: ")))
         if not rows:
-            raise UsageError(f"{source} has no rows that can be used", "check it with `edgetune plan`")
+            raise UsageError(f"{source} has no rows that can be used", "correct them, or set data.columns")
         return rows
 
 
 def _with_given_rows(name: str, recipe: Recipe) -> Recipe:
     """The recipe without what a build makes of the rows: copies would give away answers, and texts out of scope are no
-    rows of the user. Nor are rows needed for a confidence."""
+    rows of the user. Nor are rows needed for a confidence. All rows of the files are read."""
     spec = recipe.adapters[name]
-    data = spec.data.model_copy(update={"augment": None, "confidence": None})
+    data = spec.data.model_copy(update={"augment": None, "confidence": None, "rows": None})
     scope, labels = spec.out_of_scope, spec.labels
     if scope is not None and labels is not None:
         labels = tuple(dict.fromkeys((*labels, scope.label)))

@@ -20,13 +20,13 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
 
     Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
     the first of those that repeat; returns how many, by the kind of the problem. If `weighted`, rows with an answer
-    that is probably wrong stay, with a weight below 1.
+    that is probably wrong stay, and their weight is multiplied by one below 1.
     """
     left_out = _left_out(check, is_split_by_build=data.validation is None)
     weights: dict[str, float] = {}
     if weighted and check.estimate is not None:
         left_out = {where: kind for where, kind in left_out.items() if kind != WRONG}
-        weights = {row.where: round(row.weight, 3) for row in check.estimate.rows}
+        weights = {row.where: row.weight for row in check.estimate.rows if row.weight < 1}
     column = WEIGHT if data.columns is None else data.columns.weight
     counted: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,8 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
                 counted[left_out[where]] += 1
             else:
                 if where in weights:
-                    values[column] = weights[where]
+                    own = values.get(column)
+                    values[column] = round(weights[where] * (1.0 if own in (None, "") else float(own)), 3)
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
     return counted
 

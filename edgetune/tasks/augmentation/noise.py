@@ -28,7 +28,8 @@ _NEIGHBOURS = dict(
 _WORD_RATE = 0.15
 """How often a word is replaced by one that sounds alike, an article is lost, or a filler is added."""
 _NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
-_TOKEN = re.compile(rf"(?<![\w'-])(?i:{_NUMBER_WORDS})(?![\w'-])|\d+(?:[.:,]\d+)*|[\w'-]+|[^\w\s]")
+_NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+(?!\w)"
+_TOKEN = re.compile(rf"(?<![\w'-])(?i:{_NUMBER_WORDS})(?![\w'-])|{_NUMBER}|\w+(?:['-]+\w+)*|[^\w\s]")
 _DIGITS = 0.5
 """How often a number word is written in digits."""
 _TYPED_LETTERS = 4
@@ -74,14 +75,15 @@ def _is_kept(match: re.Match[str], kept: Sequence[Mention]) -> bool:
 
 
 def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
-    """A word as a speech recognizer writes it; "" for punctuation."""
-    if not word[0].isalnum():
-        return ""
+    """A word or number as a speech recognizer writes it; a space for punctuation."""
+    if not any(map(str.isalnum, word)):
+        return " "
     word = word.lower()
     if not english:
         return word
-    if word.isdecimal() and (words := number_word(int(word))) is not None:
-        return words.replace("-", " ")
+    digits = word.removeprefix("-")
+    if digits.isdecimal() and (words := number_word(int(digits))) is not None:
+        return words.replace("-", " ") if digits == word else f"minus {words.replace('-', ' ')}"
     # Recognizers write numbers in either way.
     if (number := NUMBERS.get(word.replace("-", " "))) is not None and rng.random() < _DIGITS:
         return str(number)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of, suggestion
 
@@ -71,7 +72,7 @@ class Values:
         self._fixed = {
             field for field in open_fields if any(_depends(field, other, records) for other in self._unmentioned)
         }
-        self._listed, self._allowed = listed, {} if schema is None else dict(_enums(schema))
+        self._listed, self._schema = listed, json.dumps(schema or {})
         for field in listed:
             self._check_allowed(field, rows)
         self._near: dict[tuple[str, object], dict[Scalar, None]] = {}
@@ -117,10 +118,10 @@ class Values:
         """The values that can take the place of that of a slot, and its own."""
         if slot.field in self._fixed:
             return []
-        allowed = self._allowed_in(item, slot.paths[0])
+        allowed = _enum(self._schemas_of(item, slot.paths[0]))
         pool = self._pool(slot.field, self._context(item, slot), is_text=isinstance(slot.value, str))
         if allowed is not None:
-            pool = list(dict.fromkeys(allowed))
+            pool = allowed
         grounds = _other_texts(item.row)
         if mentions_of(grounds, slot.value):
             if isinstance(pool, range):
@@ -139,28 +140,28 @@ class Values:
             self._pools[key] = fitting if is_text else _between(fitting)
         return self._pools[key]
 
-    def _allowed_in(self, item: SlottedRow, path: FieldPath) -> Sequence[Scalar] | None:
-        """The values that the schema of the output, or of a function, lists for a field; None if it lists none."""
-        field = item.answer.field(path)
-        if item.row.tools is None or not item.answer.has_calls:
-            return self._allowed.get(field)
-        called = item.answer.value[path[0]]["name"]
-        schema = next(tool.schema for tool in item.row.tools.tools if tool.name == called)
-        return dict(_cached_enums(json.dumps(schema))).get(field)
+    def _schemas_of(self, item: SlottedRow, path: FieldPath) -> Sequence[Mapping[str, Any]]:
+        """The schemas of a field in that of the output, or of a function: one, several of which one holds, or none."""
+        schema = self._schema
+        if item.row.tools is not None and item.answer.has_calls:
+            called = item.answer.value[path[0]]["name"]
+            schema = json.dumps(next(tool.schema for tool in item.row.tools.tools if tool.name == called))
+        return _cached_fields(schema).get(item.answer.field(path), [])
 
     def _check_allowed(self, field: str, rows: Sequence[SlottedRow]) -> None:
-        """UsageError for a given value that the schema does not list in any answer, where it lists some in all."""
-        lists = [
-            self._allowed_in(item, path)
-            for item in rows
-            for path, _ in item.answer.scalars()
-            if item.answer.field(path) == field
-        ]
-        allowed = dict.fromkeys(value for values in lists for value in values or ())
-        wrong = next((value for value in self._listed[field] if value not in allowed), None)
-        if None not in lists and wrong is not None:
-            message = f"data.augment.values.{field} has {wrong!r}, which the schema does not allow there"
-            raise UsageError(message, f"add it to the schema, or give one of {first_of(list(map(str, allowed)))}")
+        """UsageError for a given value that the schema of no answer allows, where all answers have one."""
+        paths = [(item, path) for item in rows for path, _ in item.answer.scalars()]
+        lists = [self._schemas_of(item, path) for item, path in paths if item.answer.field(path) == field]
+        if not all(lists):
+            return
+        schemas = list({json.dumps(schema): schema for schemas in lists for schema in schemas}.values())
+        specs = [spec_of(schema=schema) for schema in schemas]
+        for value in self._listed[field]:
+            if not any(spec.accepts(json.dumps(value, ensure_ascii=False)) for spec in specs):
+                allowed = _enum(schemas)
+                message = f"data.augment.values.{field} has {value!r}, which the schema does not allow there"
+                others = "other values" if allowed is None else f"one of {first_of(list(map(str, allowed)))}"
+                raise UsageError(message, f"change the schema, or give {others}")
 
 
 def _other_texts(row: TaskRow) -> str:
@@ -222,18 +223,28 @@ def _pairs(counts: Iterable[int]) -> int:
     return sum(count * (count - 1) // 2 for count in counts)
 
 
+def _enum(schemas: Sequence[Mapping[str, Any]]) -> list[Scalar] | None:
+    """The values that a field's schemas list; None if there are none or one lists none."""
+    lists = [schema.get("enum", [schema["const"]] if "const" in schema else None) for schema in schemas]
+    if not lists or None in lists:
+        return None
+    return list(dict.fromkeys(v for values in lists for v in values or () if isinstance(v, str | int | float)))
+
+
 @lru_cache(maxsize=64)
-def _cached_enums(schema: str) -> tuple[tuple[str, Sequence[Scalar]], ...]:
-    return tuple(_enums(json.loads(schema)))
+def _cached_fields(schema: str) -> Mapping[str, list[Mapping[str, Any]]]:
+    fields: dict[str, list[Mapping[str, Any]]] = {}
+    for field, own in _fields(json.loads(schema)):
+        fields.setdefault(field, []).append(own)
+    return fields
 
 
-def _enums(schema: Mapping[str, Any], field: str = "") -> Iterator[tuple[str, Sequence[Scalar]]]:
-    """The fields whose values a JSON schema lists."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if field and values is not None:
-        yield field, [value for value in values if isinstance(value, str | int | float)]
+def _fields(schema: Mapping[str, Any], field: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The schemas of the fields with a type or values, but for references."""
+    if field and schema.keys() & {"type", "enum", "const"}:
+        yield field, schema
     for key, inner in schema.get("properties", {}).items():
-        yield from _enums(inner, f"{field}.{key}" if field else key)
+        yield from _fields(inner, f"{field}.{key}" if field else key)
     for inner in (schema.get("items"), *schema.get("anyOf", ()), *schema.get("oneOf", ())):
         if isinstance(inner, dict):
-            yield from _enums(inner, field)
+            yield from _fields(inner, field)

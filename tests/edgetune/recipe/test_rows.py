@@ -56,6 +56,13 @@ def test_rows_of_each_kind_read_like_those_of_a_file(make: Callable[[], object],
     assert [row.where for row in read_rows(train)] == [f"adapters.intent.data.train row {n}" for n in (1, 2)]
 
 
+def test_all_rows_of_a_task_can_be_given_in_python() -> None:
+    data = recipe_of(ROWS, adapters={"intent": {"data": {"train": ROWS, "validation": ROWS, "confidence": ROWS}}})
+    assert [str(source) for _, source in data.sources()] == [
+        f"adapters.intent.data.{key}" for key in ("train", "validation", "confidence")
+    ]
+
+
 def test_values_of_numpy_and_missing_values_of_pandas_become_json() -> None:
     frame = pd.DataFrame({"prompt": ["a", None], "n": [1.5, float("nan")], "list": [np.array([1, 2]), [3]]})
     assert [json.loads(line) for line in Rows.of("data", frame).lines] == [

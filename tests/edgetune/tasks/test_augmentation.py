@@ -328,6 +328,16 @@ def test_noise_leaves_the_values_of_the_answer_and_is_the_same_for_a_seed() -> N
     assert noisy(prompt, kept, random.Random(3), english=True) == noisy(prompt, kept, random.Random(3), english=True)
 
 
+def test_noise_keeps_negative_numbers_and_words_in_quotes() -> None:
+    prompt = "Set it to -5 or -0.5, from 20-30 to the 5th, and play 'blue moon'/jazz"
+    made = {noisy(prompt, [], random.Random(seed), english=True) for seed in range(90)}
+    spoken = {text for text, kind in made if kind == "spoken"}
+    assert any(
+        "it to minus five or -0.5 from twenty thirty to the 5th and play blue moon jazz" in text for text in spoken
+    )
+    assert all("minus five" in text and "-0.5" in text and " moon jazz" in text for text in spoken)
+
+
 def test_rows_of_labels_get_noise_alone() -> None:
     rows = [{"text": f"Is it going to rain at {hour} in the hall?", "label": "weather"} for hour in range(9)]
     for c in copied(rows, copies=2):
@@ -350,13 +360,19 @@ def test_negatives_have_prompts_of_other_tasks_and_the_given_answer() -> None:
 def test_negatives_of_a_task_with_labels_have_one_of_them(tmp_path: Path) -> None:
     rows = [{"text": f"is it warm in the {room}", "label": ("hot", "cold")[n % 2]} for n, room in enumerate(ROOMS)]
     for completion, is_fine in (("hot", True), ("none", False)):
-        data = {"train": "rows.jsonl", "held_out": 0.2, "augment": {"negatives": {"completion": completion}}}
+        augment = {"negatives": {"completion": completion, "prompts": ["sing a song"]}}
+        data = {"train": "rows.jsonl", "held_out": 0.2, "augment": augment}
         recipe = make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data={"rows.jsonl": rows})
         if is_fine:
             assert read_task("home", recipe).labels == ("cold", "hot")
             continue
         with pytest.raises(UsageError, match=r"negatives\.completion is 'none', which is not one of the labels"):
             read_task("home", recipe)
+
+
+def test_negatives_without_prompts_are_refused(task: Callable[..., Task]) -> None:
+    with pytest.raises(UsageError, match="negatives has no prompts, and the recipe no other adapter; give prompts"):
+        task({"negatives": {"completion": "none"}})
 
 
 @pytest.fixture
@@ -405,9 +421,9 @@ def test_values_that_contradict_the_schema_are_refused(task: Callable[..., Task]
         "type": "object",
         "properties": {"service": {"type": "string"}, "area": {"type": "string", "maxLength": 11}},
     }
-    made = task(augment={"values": {"area": ["much_too_long_a_name"]}}, output={"schema": schema})
-    with pytest.raises(UsageError, match=r"completions break the schema: .* copy .*much_too_long_a_name"):
-        output_of_task(made)
+    message = "values.area has 'much_too_long_a_name', which the schema does not allow there; .* other values"
+    with pytest.raises(UsageError, match=message):
+        task(augment={"values": {"area": ["much_too_long_a_name"]}}, output={"schema": schema})
 
 
 def test_the_preview_shows_rows_with_their_copies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

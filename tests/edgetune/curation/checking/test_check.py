@@ -216,6 +216,22 @@ def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)["command"]["counts"]["unusable"] == 1
 
 
+@pytest.mark.parametrize(
+    ("good", "problem"),
+    [
+        (0, "rows.jsonl has no rows that can be used; 3 cannot be used, as rows.jsonl:1: has no 'completion'"),
+        (1, "only 1 row cannot be split for validation; 3 cannot be used, as rows.jsonl:2: has no 'completion'"),
+    ],
+)
+def test_where_no_check_is_possible_a_row_that_cannot_be_used_is_named(
+    good: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = [*ORDERS[:good], *({"prompt": f"do {n}"} for n in range(3))]
+    recipe = str(write_recipe(tmp_path, NO_BASE, data={"rows.jsonl": rows}))
+    assert main(["data", "check", recipe]) == 2
+    assert problem in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+
+
 def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(write_recipe(tmp_path, NO_BASE, {"one": adapter_of(), "two": adapter_of()}))
     write_rows(tmp_path / "rows-test.jsonl", ORDERS[:1])
@@ -256,11 +272,12 @@ def test_wrong_answers_are_the_least_likely_ones(tiny_gguf: Callable[[str], Path
     named = len(found.of_kind("wrong_label"))
     assert write_clean(found, data, clean)["wrong_label"] == named
     assert len(read_rows(str(clean))) == len(rows) - named
+    write_rows(tmp_path / "rows.jsonl", [{**row, "weight": 0.5} for row in rows])
     assert not write_clean(found, data, clean, weighted=True)
     judged = {row.where.rpartition(":")[2]: row for row in found.estimate.rows}
     for row in read_rows(str(clean)):
         own = judged[row.where.rpartition(":")[2]]
-        assert row.weight == pytest.approx(own.weight, abs=1e-3)
+        assert row.weight == pytest.approx(own.weight * 0.5, abs=1e-3)
         assert own.own is None or own.weight <= 1
 
 
