@@ -224,12 +224,10 @@ class Recipe(RecipePart):
     def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
         task_type = task_types.load(_task_of(info))
         problems = [f"{name}: {problem}" for name, spec in adapters.items() for problem in spec.unfit_for(task_type)]
-        answers = (MARK, ASK, BASE, ERROR, DEFER, *adapters)
-        problems += [
-            f"{name}: unsure is {spec.unsure!r}; {suggestion(spec.unsure, answers)}"
-            for name, spec in adapters.items()
-            if spec.unsure not in answers
-        ]
+        for name, spec in adapters.items():
+            answers = (MARK, ASK, BASE, ERROR, DEFER, *(other for other in adapters if other != name))
+            if spec.unsure not in answers:
+                problems.append(f"{name}: unsure is {spec.unsure!r}; {suggestion(spec.unsure, answers)}")
         if problems:
             raise ValueError("; ".join(problems))
         return adapters

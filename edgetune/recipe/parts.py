@@ -148,7 +148,8 @@ class AdapterSpec(RecipePart):
     """Let the runtime answer validation rows at the end of the build, to fit how likely each answer is right. Answers
     scored by rouge_l or chrf, which are not right or wrong, have no confidence."""
     min_confidence: float | None = Field(default=None, gt=0, lt=1)
-    """Answers with a lower confidence are unsure, and so are those whose confidence is not known."""
+    """Answers with a lower confidence are unsure, and so are those of a kind that has none. Does not count for calls
+    with an output constraint, labels or a scale of their own."""
     unsure: Text = MARK
     """What becomes of an unsure answer: mark (it is marked), ask (the question `ask` comes back in its place), base or
     the name of another adapter (that one answers), defer (a bigger model answers, whose address the runtime is given),

@@ -12,6 +12,8 @@ from pathlib import Path
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.inference.confidence import NOTHING
+from edgetune_runtime.inference.measuring import loaded_bundle
 
 from edgetune.common.progress import Progress
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
@@ -34,7 +36,7 @@ def with_confidence(
         if len(adapter_rows) < MIN_ROWS:
             del rows[name]
             if adapter_rows:
-                reason = f"{len(adapter_rows)} validation rows are too few ({MIN_ROWS} are needed)"
+                reason = f"{len(adapter_rows)} rows are too few ({MIN_ROWS} are needed)"
                 progress.say(f"  {name}: no confidence, as {reason}; give data.validation or data.confidence")
     if not rows:
         return manifest
@@ -54,7 +56,11 @@ def with_confidence(
 
 def _curves(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> dict[str, ConfidenceCurve]:
     """The curves of an adapter's answers to these rows; UsageError for rows that cannot be scored."""
-    details = score(runtime, name, rows, progress).details
+    details = [*score(runtime, name, rows, progress).details]
+    if runtime.manifest.adapter(name).metric == "label" and loaded_bundle(runtime).classifier is None:
+        # In a chat, a label is written and not chosen. No text is no label, nor a text that is out of scope.
+        written = score(runtime, name, rows, progress, "exact").details
+        details += [row for row in written if row.kind != NOTHING]
     return fit_curves(
         [
             RatedAnswer(row.kind, row.log_odds, row.score >= 1)

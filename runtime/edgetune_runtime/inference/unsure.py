@@ -63,6 +63,11 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
     rule = entry.unsure if entry is not None and call.curves else None
     if min_confidence is not None:
         rule = replace(rule or UnsureRule(min_confidence), min_confidence=min_confidence)
+    if then in call.entries:
+        raise UsageError(f"unsure is {then!r}, which is the unsure adapter itself", "name another one, or base")
+    if rule is None and then not in (None, MARK):
+        message = f"unsure is {then!r}, but there is no min_confidence for this call"
+        raise UsageError(message, "give min_confidence too")
     return rule and replace(rule, then=then or rule.then, question=question or rule.question)
 
 
@@ -132,7 +137,7 @@ class _Settling:
         if then == ERROR:
             sureness = "unknown" if answer.confidence is None else f"{answer.confidence:.2f}"
             message = f"the confidence of the answer is {sureness}, and {rule.min_confidence:g} is asked for"
-            raise UnsureError(message, "ask in other words, or with a lower min_confidence")
+            raise UnsureError(message, "ask in other words, or with a lower min_confidence", answer)
         if then == ASK:
             self._replace(answer, ASK, rule.question)
         elif then == DEFER:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from edgetune_runtime.answer_log.log import AnswerLog
-from edgetune_runtime.errors import BusyError, EdgetuneError
+from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
@@ -165,12 +165,17 @@ class Answering:
             options.pop("think", None)
         async with self.runtime.stream(prompt, adapter=request.adapters, **options) as stream:
             is_first = index == 0
-            async for text in stream:
-                if is_first:
-                    self.metrics.count_first_piece(request.adapters, request.arrived)
-                    is_first = False
-                if request.finish is None:
-                    yield Piece(index, text)
+            try:
+                async for text in stream:
+                    if is_first:
+                        self.metrics.count_first_piece(request.adapters, request.arrived)
+                        is_first = False
+                    if request.finish is None:
+                        yield Piece(index, text)
+            except UnsureError as error:
+                if isinstance(error.answer, Answer):
+                    self.metrics.count_answer(request.adapters, error.answer)
+                raise
             answer = stream.answer
         assert answer is not None
         if answer.stop_reason == "cancelled":

@@ -101,6 +101,8 @@ def test_a_client_of_ollama_gives_them_as_options(sure: Running, stop: str) -> N
         ({"min_confidence": "high"}, "min_confidence is"),
         ({"min_confidence": 0.5, "unsure": "defer"}, "there is no address to defer to"),
         ({"min_confidence": 0.5, "ask": 3}, "ask is 3"),
+        ({"min_confidence": 0.5, "unsure": "command"}, "unsure is 'command', which is the unsure adapter itself"),
+        ({"unsure": "error"}, "unsure is 'error', but there is no min_confidence for this call; give min_confidence"),
         ({"min_confidence": 0.5, "model": "home"}, "have no confidence"),
     ],
 )
@@ -111,11 +113,12 @@ def test_wrong_values_are_refused(more: dict[str, Any], message: str, sure: Runn
 
 
 def test_metrics_have_a_histogram(sure: Running, stop: str) -> None:
-    for more in ({}, {"min_confidence": UNSURE}, {"max_tokens": 1}):
+    refused = {"min_confidence": 1, "unsure": "error"}
+    for more in ({}, {"min_confidence": UNSURE}, {"max_tokens": 1}, refused):
         sure.client.post("/v1/chat/completions", json=body_of(stop, **more))
     found = figures(sure)
-    assert found["edgetune_confidence_count adapter=command"] == 2
-    assert found["edgetune_unsure_answers_total adapter=command"] == 1
+    assert found["edgetune_confidence_count adapter=command"] == 3
+    assert found["edgetune_unsure_answers_total adapter=command"] == 2
 
 
 @pytest.fixture
