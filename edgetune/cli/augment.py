@@ -29,7 +29,7 @@ def augment(
     ] = None,
     per_minute: Annotated[float, typer.Option(metavar="N", min=0.1, help="Most requests per minute.")] = 60,
     requests: Annotated[
-        int | None, typer.Option(metavar="N", min=3, help="Most requests in all (default: 6 per row).")
+        int | None, typer.Option(metavar="N", min=3, help="Most requests of this run (default: 6 per row).")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Most tokens per answer, with what the model thinks.")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.chat import Message
 from edgetune_runtime.wording import shortened
 
 from edgetune.building.outputs.infer import infer
@@ -20,11 +21,13 @@ from edgetune.building.outputs.resolve import output_of_task
 from edgetune.common.progress import Progress
 from edgetune.curation.checking.duplicates import answer_key, prompt_key
 from edgetune.curation.checking.findings import TRAIN, SplitRow
+from edgetune.recipe.data import Columns
 from edgetune.tasks.augmentation.answers import Answer, prompt_of
 from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.task import Task
 
-from .questions import Questions
+from .questions import Questions, system_of
+from .row_form import columns_of, row_of
 from .teacher import RefusedRequestError, Reply, Teacher, TeacherError
 
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
@@ -58,6 +61,8 @@ class Lesson:
                 )
             if row.tools is not None:
                 raise UsageError(f"{row.where}: has tools, whose calls a teacher is not asked for", "use other rows")
+        if not self._rows:
+            raise UsageError(f"all rows of {self.task.name} are out of scope", "add rows with its other labels")
 
     @cached_property
     def output(self) -> OutputSpec | None:
@@ -67,14 +72,30 @@ class Lesson:
         return None if self.task.labels else infer([row.completion or "" for row in self.task.train])
 
     @cached_property
+    def _rows(self) -> list[TaskRow]:
+        """The training rows that people wrote for the task: the build makes others that are out of its scope."""
+        return self.task.in_scope(self.task.train)
+
+    @cached_property
+    def _columns(self) -> Columns:
+        return columns_of(self.task.spec.data)
+
+    @cached_property
     def _questions(self) -> Questions:
         option = self.task.spec.output
         given = None if option is None else _schema_of(option.spec)
-        return Questions(self.task.train, self.task.spec, given, self.task.training.seed)
+        return Questions(self._rows, self.task.spec, given, self._answers, self.task.training.seed)
+
+    @property
+    def _answers(self) -> Sequence[str]:
+        """The labels or choices; none if an answer can be something else."""
+        if self.task.labels or self.output is None or self.output.kind != "choices":
+            return self.task.labels
+        return list(json.loads(self.output.text))
 
     @cached_property
     def _most_characters(self) -> int:
-        return _TIMES_AS_LONG * max(len(prompt_of(row)) for row in self.task.train) + _MORE_CHARACTERS
+        return _TIMES_AS_LONG * max(len(prompt_of(row)) for row in self._rows) + _MORE_CHARACTERS
 
     def first_requests(self, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The request for a new prompt that is sent first, and the one for an answer to it; later ones have other rows.
@@ -91,10 +112,10 @@ class Lesson:
         """Write `rows` new rows to `out`, one at a time; those that are there already count. Returns what was left out.
 
         Ends earlier when all requests are sent. Raises TeacherError, with all rows kept, if the teacher fails, or if
-        nothing that it says is of use.
+        nothing that it says is of use, and UsageError if `out` has other lines than rows.
         """
         first = _first_number(out)
-        made = read_rows(str(out)) if first > 1 else []
+        made = self._made_before(out) if first > 1 else []
         existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *made]
         prompts = {prompt_key(SplitRow(TRAIN, row)) for row in existing}
         written = len(made)
@@ -102,6 +123,8 @@ class Lesson:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file, progress.step("asking the teacher", rows) as step:
             step.update(done=written)
+            if made and not out.read_bytes().endswith(b"\n"):
+                file.write("\n")
             new_rows = self._new_rows(prompts, left_out, first)
             while written < rows and (new_row := next(new_rows, None)) is not None:
                 file.write(json.dumps(new_row, ensure_ascii=False) + "\n")
@@ -114,33 +137,56 @@ class Lesson:
             )
         return left_out
 
-    def _new_rows(self, prompts: set[str], left_out: Counter[str], first: int) -> Iterator[dict[str, str]]:
-        """New rows, until too few requests for another one are left. TeacherError after many prompts without a row."""
-        numbers, in_vain = count(first), Counter[str]()
-        while self.teacher.sent + 1 + len(_ANSWERS) <= self.teacher.most_requests:
+    def _made_before(self, out: Path) -> list[TaskRow]:
+        """The rows of earlier runs."""
+        try:
+            return read_rows(str(out), self.task.spec.data.columns)
+        except UsageError as error:
+            remedy = error.remedy or "complete or delete that line, or give another --out"
+            raise UsageError(error.message, remedy) from error
+
+    def _new_rows(self, prompts: set[str], left_out: Counter[str], first: int) -> Iterator[dict[str, Any]]:
+        """New rows, until too few requests for another one are left.
+
+        TeacherError after many prompts without a row, or if none became one.
+        """
+        numbers, in_vain, is_of_use = count(first), Counter[str](), False
+        last: Sequence[str] = ()
+        while in_vain.total() < _MOST_IN_VAIN and self._can_ask:
             try:
                 made = self._made(next(numbers), prompts)
             except RefusedRequestError as error:
                 made = _LeftOut("requests that the teacher refuses", [error.message])
             if not isinstance(made, _LeftOut):
                 in_vain.clear()
+                is_of_use = True
                 yield made
                 continue
             left_out[made.reason] += 1
             in_vain[made.reason] += 1
-            if in_vain.total() == _MOST_IN_VAIN:
-                reasons = ", ".join(f"{number} {reason}" for reason, number in in_vain.most_common())
-                last = " and ".join(repr(shortened(text, 80)) for text in made.texts)
-                message = f"none of the last {_MOST_IN_VAIN} prompts became a row: {reasons}; the last: {last}"
-                raise TeacherError(message, "try another --model; the rows before are kept")
+            last = made.texts
+        is_enough = in_vain.total() == _MOST_IN_VAIN
+        if is_enough or not is_of_use:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in in_vain.most_common())
+            said = " and ".join(repr(shortened(text, 80)) for text in last)
+            message = f"none of the last {in_vain.total()} prompts became a row: {reasons}; the last: {said}"
+            remedy = "try another --model" if is_enough else "try another --model, or allow more with --requests"
+            raise TeacherError(message, f"{remedy}; the rows before are kept")
 
-    def _made(self, number: int, prompts: set[str]) -> dict[str, str] | _LeftOut:
+    @property
+    def _can_ask(self) -> bool:
+        """Whether enough requests are left for another row."""
+        return self.teacher.sent + 1 + len(_ANSWERS) <= self.teacher.most_requests
+
+    def _made(self, number: int, prompts: set[str]) -> dict[str, Any] | _LeftOut:
         """The row that a question leads to, or why it is left out; adds its prompt to `prompts`."""
         wording = self._answer(self._questions.for_prompt(number), _WORDING, number)
         prompt = _request_of(wording.text)
         if wording.is_cut_off and not prompt:
             return _LeftOut(_CUT_OFF, [prompt])
-        key = prompt_key(SplitRow(TRAIN, TaskRow("", ({"role": "user", "content": prompt},))))
+        system = system_of(self._questions.row_of(number))
+        own: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        key = prompt_key(SplitRow(TRAIN, TaskRow("", (*own, {"role": "user", "content": prompt}))))
         if not 0 < len(prompt) <= self._most_characters or key in prompts:
             return _LeftOut("prompts that are there already, or are none", [prompt])
         prompts.add(key)
@@ -149,11 +195,12 @@ class Lesson:
         answers = [self._written(reply.text.strip()) for reply in replies]
         if any(reply.is_cut_off for reply in replies):
             return _LeftOut(_CUT_OFF, answers)
-        if not all(map(self._fits, answers)):
+        row = row_of(self._columns, system, prompt, answers[0])
+        if row is None or not all(map(self._fits, answers)):
             return _LeftOut("answers that do not fit the task", answers)
         if len({answer_key(SplitRow(TRAIN, TaskRow("", completion=answer))) for answer in answers}) > 1:
             return _LeftOut("answers that disagree", answers)
-        return {"prompt": prompt, "completion": answers[0]}
+        return row
 
     def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> Reply:
         body = self.teacher.request(messages, temperature=temperature, seed=seed, schema=schema)

@@ -13,12 +13,14 @@ from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.chat_client import (
     OF_ONE_REQUEST,
     check_address,
+    checked_key,
     is_cut_off,
     message_of,
     post,
     reason_of,
     refused_key,
     without,
+    without_key,
 )
 from edgetune_runtime.wording import shortened
 
@@ -66,6 +68,7 @@ class Teacher:
 
     def __post_init__(self) -> None:
         check_address(self.url)
+        self.key = checked_key(self.key)
 
     def request(
         self, messages: Sequence[Mapping[str, str]], *, temperature: float, seed: int, schema: object = None
@@ -125,7 +128,7 @@ class Teacher:
             raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
             reply = Reply(message_of(raw).get("content") or "", is_cut_off(raw))
         except ValueError as error:
-            start = shortened(raw.decode(errors="replace"), 80) if raw else str(error)
+            start = shortened(without_key(raw.decode(errors="replace"), self.key), 80) if raw else str(error)
             message = f"the teacher at {self.url} answers {start!r}"
             raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
         self._has_answered = True

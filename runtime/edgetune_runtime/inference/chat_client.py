@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 import urllib.error
@@ -17,6 +18,8 @@ OF_ONE_REQUEST = frozenset((400, 413, 422))
 """Statuses of a request that is too long, or that a filter refuses; others may be answered."""
 
 _MAX_BYTES = 1 << 20
+_SHORTEST_SECRET = 6
+"""Characters of a key that is none of the words that servers without keys are given."""
 _REFUSED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 """What OpenAI's newer models refuse, which think before they answer, and its other name if it has one. Other servers
 refuse the other name, or ignore it."""
@@ -34,22 +37,45 @@ _OPENER = urllib.request.build_opener(_NoRedirects)
 
 def check_address(url: str) -> None:
     """Raise UsageError unless it is the address of an API up to `/v1`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise UsageError(f"{url!r} is not an address of a model", "give one such as http://192.168.1.2:8080/v1")
 
 
-def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float) -> bytes:
-    """The reply to a request for a chat completion; `key` is sent as bearer token.
+def checked_key(key: str | None) -> str | None:
+    """The key without white space around it; UsageError, in which it is not, for one that no request can carry."""
+    key = (key or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError("the key has characters that are not printable ASCII", "copy it again")
+    return key or None
 
-    Raises TimeoutError after so many seconds, OSError and HTTPException as urllib does, and ValueError for a reply of
-    more than 1 MiB.
+
+def without_key(text: str, key: str | None) -> str:
+    """A text for a message, without the key that a server may repeat in it."""
+    return text.replace(key, "…") if key is not None and len(key) >= _SHORTEST_SECRET else text
+
+
+def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float) -> bytes:
+    """The reply to a request for a chat completion; a `checked_key` is sent as bearer token.
+
+    Raises TimeoutError after so many seconds, OSError and HTTPException as urllib does, HTTPError with what the server
+    says as reason, and ValueError for a reply of more than 1 MiB.
     """
     end_s = time.monotonic() + timeout_s
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     reply = bytearray()
-    with _OPENER.open(request, timeout=timeout_s) as response:
+    try:
+        response = _OPENER.open(request, timeout=timeout_s)
+    except urllib.error.HTTPError as error:
+        with error:
+            reason = _said_in(error, key)
+        raise urllib.error.HTTPError(error.url, error.code, reason, error.headers, io.BytesIO()) from error
+    with response:
         while part := response.read1(1 << 16):
             reply += part
             if len(reply) > _MAX_BYTES:
@@ -60,12 +86,17 @@ def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float
 
 
 def reason_of(error: urllib.error.HTTPError) -> str:
-    """The status of a refusal, and what the server says about it."""
+    """The status of a refusal that `post` raises, and what the server says about it."""
+    return f"HTTP {error.code}: {error.reason}"
+
+
+def _said_in(error: urllib.error.HTTPError, key: str | None) -> str:
+    """What the server says about a refusal, without the key."""
     try:
-        raw = error.read(_MAX_BYTES)
-        return f"HTTP {error.code}: {shortened(str(json.loads(raw)['error']['message']), 200)}"
+        said = str(json.loads(error.read(_MAX_BYTES))["error"]["message"])
     except (OSError, ValueError, LookupError, TypeError):
-        return f"HTTP {error.code}: {error.reason}"
+        said = str(error.reason)
+    return shortened(without_key(said, key), 200)
 
 
 def refused_key(body: Mapping[str, Any], error: urllib.error.HTTPError, reason: str) -> str | None:

@@ -18,9 +18,10 @@ from edgetune_runtime.tools.calls import ToolCall
 from edgetune_runtime.tools.definitions import MODES, ToolSet
 from edgetune_runtime.wording import shortened
 
-from .chat_client import check_address, message_of, post, reason_of, refused_key, without
+from .chat_client import check_address, checked_key, message_of, post, reason_of, refused_key, without
 
 TIMEOUT_S = 20.0
+_MAX_TIMEOUT_S = 3600.0
 _POLL_S = 0.1
 """How often the limits of the call are checked meanwhile."""
 
@@ -33,7 +34,7 @@ class DeferError(EdgetuneError):
 class DeferTo:
     """A bigger model: the address of its API up to `/v1`, its name, and the seconds that an answer may take.
 
-    `key` is sent as bearer token. UsageError for an address that is none.
+    `key` is sent as bearer token. UsageError for what is no address, no key or no such time.
     """
 
     url: str
@@ -43,8 +44,9 @@ class DeferTo:
 
     def __post_init__(self) -> None:
         check_address(self.url)
-        if not self.timeout_s > 0:
-            raise UsageError(f"timeout_s is {self.timeout_s}", "give a number of seconds above 0")
+        object.__setattr__(self, "key", checked_key(self.key))
+        if not 0 < self.timeout_s <= _MAX_TIMEOUT_S:
+            raise UsageError(f"timeout_s is {self.timeout_s}", f"give seconds above 0, and at most {_MAX_TIMEOUT_S:g}")
 
 
 def ask(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +22,10 @@ from edgetune.cli.main import main
 from edgetune.curation.teaching import teacher as teachers
 from edgetune.curation.teaching.questions import Questions
 from edgetune.curation.teaching.teacher import Teacher, TeacherError
+from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.tasks.data import read_rows, rows_of
+from edgetune.tasks.task import read_task
 
 SCHEMA = {
     "type": "object",
@@ -161,7 +164,7 @@ def test_prompts_are_asked_for_in_other_words_and_for_other_values_of_the_schema
     ]
     spec = AdapterSpec.model_validate({"data": {"train": "rows.jsonl"}, "system": "Home command to JSON."})
     read = rows_of("rows", [(f"row {number}", row) for number, row in enumerate(rows)])
-    questions = Questions(read, spec, schema, seed=0)
+    questions = Questions(read, spec, schema, (), seed=0)
     asked = [questions.for_prompt(number)[0]["content"] for number in range(40)]
     assert all("The task: Home command to JSON." in text for text in asked)
     fillings = [text.partition("whose right answer is: ")[2] for text in asked]
@@ -276,6 +279,194 @@ def test_a_slow_teacher_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(TeacherError, match="does not answer after 5 tries: timed out"):
             asking.ask({})
         assert time.monotonic() - begin < 5
+
+
+def asking_for_requests(body: Mapping[str, Any]) -> bool:
+    return "Answer with the request alone." in body["messages"][-1]["content"]
+
+
+PARTS = [{"question": f"number {n}?", "room": f"room {n % 3}", "state": "on" if n % 2 else "off"} for n in range(12)]
+TURNS = [
+    [{"role": "system", "content": f"You are {who}."}, {"role": "user", "content": f"who {n}"}]
+    for n, who in enumerate(["Ann", "Bob"] * 6)
+]
+FORMS = [
+    ([{"text": f"say {n}", "label": "ab"[n % 2]} for n in range(12)], {}, "a", {"text": "new", "label": "a"}),
+    (
+        [{"q": f"say {n}", "a": f"word {n}"} for n in range(12)],
+        {"columns": {"prompt": "q", "completion": "a"}},
+        "yes",
+        {"q": "new", "a": "yes"},
+    ),
+    (
+        PARTS,
+        {"columns": {"prompt": "question", "completion": ["room", "state"]}},
+        '{"room": "room 1", "state": "on"}',
+        {"question": "new", "room": "room 1", "state": "on"},
+    ),
+    (
+        [
+            {"talk": [{"role": "user", "content": str(n)}, {"role": "assistant", "content": f"it {n}"}]}
+            for n in range(9)
+        ],
+        {"columns": {"messages": "talk"}},
+        "yes",
+        {"talk": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "yes"}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "data", "answer", "made"), FORMS)
+def test_new_rows_have_the_form_of_the_training_rows(
+    rows: list[dict[str, Any]],
+    data: dict[str, Any],
+    answer: str,
+    made: dict[str, Any],
+    teacher: Callable[[Reply], str],
+    tmp_path: Path,
+) -> None:
+    adapters = {"home": {"data": {"train": "rows.jsonl", **data}}}
+    recipe = str(write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows}))
+    before = read_task("home", Recipe.from_file(Path(recipe)))
+    url = teacher(lambda body: said(f"new {body['seed']}" if asking_for_requests(body) else answer))
+    out = tmp_path / "new.jsonl"
+    assert command(recipe, url, out, "--yes", "--rows", "2") == 0
+    first = json.loads(out.read_text().splitlines()[0])
+    assert json.dumps(first).replace("new 1", "new") == json.dumps(made)
+    assert command(recipe, url, out, "--yes", "--rows", "3") == 0, "the rows are read again"
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(out.read_text())
+    after = read_task("home", Recipe.from_file(Path(recipe)))
+    assert (after.metric, after.labels) == (before.metric, before.labels)
+    assert len(after.train) + len(after.validation) == len(rows) + 3
+
+
+def test_new_conversations_have_the_system_prompt_of_a_row(teacher: Callable[[Reply], str], tmp_path: Path) -> None:
+    bodies: list[Mapping[str, Any]] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        bodies.append(body)
+        return said(f"new {body['seed']}" if asking_for_requests(body) else "an answer")
+
+    rows = [{"messages": [*turns, {"role": "assistant", "content": f"it is {n}"}]} for n, turns in enumerate(TURNS)]
+    recipe = str(write_recipe(tmp_path, "missing.gguf", data={"rows.jsonl": rows}))
+    out = tmp_path / "new.jsonl"
+    assert command(recipe, teacher(reply), out, "--yes", "--rows", "8") == 0
+    systems = [json.loads(line)["messages"][0]["content"] for line in out.read_text().splitlines()]
+    assert set(systems) == {"You are Ann.", "You are Bob."}
+    for system, wording, answering in zip(systems, bodies[::3], bodies[1::3], strict=True):
+        assert f"The task: {system}" in wording["messages"][0]["content"]
+        assert answering["messages"][0]["content"].startswith(system)
+
+
+def test_the_teacher_is_told_all_labels_and_asked_for_the_rarest(
+    teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": f"play {n}", "label": "music"} for n in range(40)]
+    adapter = {
+        "data": {"train": "rows.jsonl"},
+        "labels": ["music", "timer"],
+        "out_of_scope": {"label": "other"},
+    }
+    recipe = write_recipe(tmp_path, "missing.gguf", {"home": adapter}, data={"rows.jsonl": rows})
+    task = read_task("home", Recipe.from_file(recipe))
+    made = {row.prompt for row in task.train if row.completion == "other"}
+    assert made
+    bodies: list[Mapping[str, Any]] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        bodies.append(body)
+        return said(f"new {body['seed']}" if asking_for_requests(body) else "timer")
+
+    assert command(str(recipe), teacher(reply), tmp_path / "new.jsonl", "--yes", "--rows", "40") == 0
+    for body in bodies:
+        texts = [message["content"] for message in body["messages"]]
+        assert '["music", "timer", "other"]' in texts[0]
+        assert made.isdisjoint(line.removeprefix("- ") for text in texts for line in text.splitlines())
+    wishes = [body["messages"][0]["content"].rpartition("answer is: ")[2].splitlines()[:1] for body in bodies[::3]]
+    assert wishes.count(["timer"]) >= 15
+    assert ["other"] not in wishes
+
+
+def test_long_lists_of_labels_are_cut() -> None:
+    labels = [f"label number {n}" for n in range(1000)]
+    entries = [(f"row {n}", {"text": f"text {n}", "label": label}) for n, label in enumerate(labels)]
+    spec = AdapterSpec.model_validate({"data": {"train": "rows.jsonl"}})
+    content = Questions(rows_of("rows", entries), spec, None, labels, seed=0).for_prompt(1)[0]["content"]
+    assert '"label number 0", "label number 1"' in content
+    assert re.search(r'"\] and 7\d\d more\n', content) and len(content) < 5000
+
+
+def test_choices_are_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = {"home": adapter_of(output={"choices": ["on", "off", "dim"]})}
+    rows = [{"prompt": f"turn it on {n}", "completion": "on"} for n in range(9)]
+    recipe = str(write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows}))
+    assert command(recipe, "http://127.0.0.1:1/v1", tmp_path / "new.jsonl") == 0
+    wording, answering = map(json.loads, capsys.readouterr().out.splitlines()[1:])
+    assert '["on", "off", "dim"]' in wording["messages"][0]["content"]
+    assert '["on", "off", "dim"]' in answering["messages"][0]["content"]
+
+
+def test_a_key_is_stripped_and_never_shown(
+    recipe: str,
+    teacher: Callable[[Reply], str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys: list[str] = []
+    replies = [(401, {}, b'{"error": {"message": "no such key: sk-secret-1"}}'), (200, {}, b"<p>Bearer sk-secret-1")]
+    url = teacher(lambda body: (keys.append(body["key"]), replies.pop(0))[1])
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret-1\n")
+    for said_instead in ("refuses: HTTP 401: no such key: …", "answers '<p>Bearer …'"):
+        assert command(recipe, url, tmp_path / "new.jsonl", "--yes") == 8
+        err = capsys.readouterr().err
+        assert said_instead in err and "sk-secret-1" not in err
+    assert keys == ["Bearer sk-secret-1"] * 2
+    for wrong in ("sk-sec\nret", "sk-secr\u00e9t"):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong)
+        assert command(recipe, url, tmp_path / "new.jsonl", "--yes") == 2
+        err = capsys.readouterr().err
+        assert "the key has characters that are not printable ASCII; copy it again" in err and "sk-sec" not in err
+
+
+def test_a_file_without_a_last_line_end_is_continued_on_a_new_line(
+    recipe: str, teacher: Callable[[Reply], str], tmp_path: Path
+) -> None:
+    out = tmp_path / "new.jsonl"
+    out.write_text(json.dumps(ORDERS[0]))
+    url = teacher(lambda body: said('{"do": "on"}' if "response_format" in body else f"request {body['seed']}"))
+    assert command(recipe, url, out, "--yes", "--rows", "2") == 0
+    assert [row.completion for row in read_rows(str(out))] == ['{"do": "on"}'] * 2
+
+
+def test_a_half_written_line_is_named_with_a_remedy(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new.jsonl"
+    written = f'{json.dumps(ORDERS[0])}\n{{"prompt": "turn'
+    out.write_text(written)
+    assert command(recipe, "http://127.0.0.1:1/v1", out, "--yes") == 2
+    err = capsys.readouterr().err
+    assert f"{out}:2: not JSON" in err and "; complete or delete that line, or give another --out" in err
+    assert out.read_text() == written
+
+
+def test_a_run_without_a_row_fails_and_one_with_some_says_how_many(
+    recipe: str, teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        useful = body["seed"] == 1 and answers
+        return said('{"do": "on"}' if useful and "response_format" in body else f"Sorry {body['seed']}")
+
+    url, out, answers = teacher(reply), tmp_path / "new.jsonl", False
+    assert command(recipe, url, out, "--yes", "--requests", "9") == 8
+    message = "none of the last 3 prompts became a row: 3 answers that do not fit the task; the last: 'Sorry 3' and"
+    err = capsys.readouterr().err
+    assert message in err and "or allow more with --requests" in err
+    answers = True
+    assert command(recipe, url, out, "--yes", "--requests", "9") == 0
+    assert "1 of 4 rows are made with 9 requests; allow more with --requests" in capsys.readouterr().err
 
 
 def test_rows_with_tools_or_several_turns_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

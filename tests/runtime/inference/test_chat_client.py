@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.inference.chat_client import check_address
+from edgetune_runtime.inference.deferring import DeferError, DeferTo, ask
+from ports import http_server
+
+REPLY = b'{"choices": [{"message": {"content": "on"}}]}'
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[int, bytes], tuple[str, list[str]]]]:
+    """`server(status, body)`: the address of one that answers so, and the keys that it got."""
+    with ExitStack() as servers:
+
+        def make(status: int, body: bytes) -> tuple[str, list[str]]:
+            keys: list[str] = []
+
+            class Handler(BaseHTTPRequestHandler):
+                def do_POST(self) -> None:
+                    self.rfile.read(int(self.headers["Content-Length"]))
+                    keys.append(self.headers["Authorization"])
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            return servers.enter_context(http_server(Handler)) + "/v1", keys
+
+        yield make
+
+
+def asked(to: DeferTo) -> str:
+    return ask(to, [{"role": "user", "content": "turn it on"}], None, None, lambda: None)[0]
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/v1", "http://:80/v1", "ftp://host", "host"])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="is not an address of a model; give one such as"):
+        check_address(url)
+    with pytest.raises(UsageError, match="is not an address of a model"):
+        DeferTo(url, "big")
+
+
+def test_a_key_is_sent_without_the_white_space_around_it(
+    server: Callable[[int, bytes], tuple[str, list[str]]],
+) -> None:
+    url, keys = server(200, REPLY)
+    assert asked(DeferTo(url, "big", key="sk-secret\n")) == "on"
+    assert keys == ["Bearer sk-secret"]
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nx", "sk-secret\u00e9", "sk-secret\x00x"])
+def test_a_key_that_no_request_can_carry_is_not_shown(key: str) -> None:
+    with pytest.raises(UsageError, match="the key has characters that are not printable ASCII") as error:
+        DeferTo("http://127.0.0.1:1/v1", "big", key=key)
+    assert "sk-secret" not in str(error.value)
+
+
+def test_a_refusal_that_repeats_the_key_is_shown_without_it(
+    server: Callable[[int, bytes], tuple[str, list[str]]],
+) -> None:
+    url, _ = server(401, b'{"error": {"message": "the key sk-secret is wrong"}}')
+    with pytest.raises(DeferError, match="failed: HTTP 401: the key … is wrong"):
+        asked(DeferTo(url, "big", key="sk-secret\n"))
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 1e12, 0])
+def test_a_time_limit_of_more_than_an_hour_or_none_is_refused(timeout_s: float) -> None:
+    with pytest.raises(UsageError, match=r"timeout_s is .*; give seconds above 0, and at most 3600"):
+        DeferTo("http://127.0.0.1:1/v1", "big", timeout_s=timeout_s)
