@@ -366,3 +366,16 @@ def test_doctor_reports_what_opening_would_refuse(run: Run, bundle: Path, tmp_pa
 def test_calibrating_without_a_bundle_is_refused(run: Run, tmp_path: Path) -> None:
     code, _, err = run("doctor", "--calibrate", tmp_path / "board.json")
     assert code == 2 and "need a bundle" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--defer-to", "http://127.0.0.1:1/v1"], "only one of --defer-to and --defer-model is given"),
+        (["--defer-timeout-s", 5], "--defer-timeout-s is given without --defer-to; give both, or neither"),
+    ],
+)
+def test_half_a_bigger_model_is_refused(options: list[object], message: str, run: Run, bundle: Path) -> None:
+    code, _, err = run("generate", bundle, "--prompt", "?", *options)
+    assert code == 2
+    assert message in err
