@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import UsageError, VerificationError
 
 from .arguments import AsJson, BundlePath, Quiet, check_not_read, data_option, output_option, print_json
 from .changes import print_changes
@@ -61,6 +61,10 @@ def learn(
     from edgetune.retraining.learning.learn import read_logs
     from edgetune.retraining.learning.page import page_of
 
+    if questions is not None and not ask:
+        raise UsageError("--questions is given without --ask", "say how many with --ask N")
+    if page is not None:
+        check_not_read(page, [*log, *([] if recipe is None else [recipe])])
     # Also with --quiet: what a user wrote would be lost in silence.
     entries = read_logs(bundle, log, Progress().say)
     chosen = asking.most_informative(entries, ask)

@@ -96,7 +96,7 @@ def candidates_of(recipe: Recipe, header: GgufHeader) -> list[Candidate]:
     by_result: dict[tuple[str, int], Candidate] = {}
     for name in _NAMES:
         needs = needs_of(quantization=name)
-        if keeps_types or TENSOR_TYPES[needs.main_type].onnx_bits is not None:
+        if keeps_types or all(TENSOR_TYPES[kind].onnx_bits is not None for kind in needs.layer_types):
             by_result.setdefault((needs.main_type, needs.base_bytes), Candidate(name, needs.base_bytes))
     candidates = sorted(by_result.values(), key=lambda item: item.bytes, reverse=True)
     if not header.main_type.is_float:

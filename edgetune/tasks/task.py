@@ -205,7 +205,7 @@ def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
 
 def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -> None:
     """UsageError for confidence rows that are training rows."""
-    learned = {row.prompt_key for row in train}
+    learned = {answer.prompt_key for row in train for answer in row.answers}
     both = [row.where for row in rows if row.prompt_key in learned]
     if both:
         message = f"adapter {name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"

@@ -77,6 +77,8 @@ def learn(
     """
     manifest, out = read_manifest(bundle), into or bundle
     check_destination(out)
+    if bundle.resolve() in out.resolve().parents:
+        raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
     work = kept_folder(out)
     with locked(work):
         corrected = _by_adapter(entries, manifest)
@@ -103,7 +105,7 @@ def learn(
         sets = {
             name: {
                 VALIDATION: answers_to_score(split.validation, tasks[name].metric, split.train),
-                CORRECTIONS: split.held_out,
+                **({CORRECTIONS: split.held_out} if split.held_out else {}),
             }
             for name, split in rows.items()
         }
@@ -153,6 +155,8 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
     """The adapter's section of the recipe with these rows, and with what was found in the old ones."""
     names = {"train": f"{task.name}-train", "validation": f"{task.name}-validation"}
     rows = {"train": values_of(names["train"], train), "validation": values_of(names["validation"], validation)}
+    if task.spec.data.confidence is not None:
+        rows["confidence"] = values_of(f"{task.name}-confidence", task.confidence_rows)
     data = task.spec.data.model_copy(update={**rows, "columns": None, "rows": None})
     scope = task.spec.out_of_scope
     labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,21 +43,28 @@ class LearnedRows:
 def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     """The rows of `task` with those of its corrected answers.
 
-    A correction takes the place of training rows with its prompt, and of earlier corrections of it. One whose prompt is
-    that of a row for validation or for the confidence is left out. Raises one UsageError for all corrections that
-    cannot be answers of the task.
+    A correction takes the place of training rows with its prompt, of such answers in training conversations, and of
+    earlier corrections of it. Left out are those that rows have already, as after an earlier call with the same log,
+    and those whose prompt is that of a row for validation or for the confidence. Raises one UsageError for all
+    corrections that cannot be answers of the task.
     """
     _check(task, entries)
-    kept_apart = {row.prompt_key for row in (*task.validation, *task.confidence_rows)}
+    apart = [*task.validation, *task.confidence_rows]
+    kept_apart = {answer.prompt_key for row in apart for answer in row.answers}
+    learned_before = {(row.prompt_key, row.completion) for row in (*task.train, *apart)}
     rows = {row.prompt_key: row for row in map(_row, entries)}
+    rows = {prompt: row for prompt, row in rows.items() if (prompt, row.completion) not in learned_before}
     new = [row for prompt, row in rows.items() if prompt not in kept_apart]
     if len(new) < MIN_CORRECTIONS:
         message = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
         raise UsageError(f"{message}, fewer than {MIN_CORRECTIONS}", "correct more answers, or label some with --ask N")
-    held_out = new[::_HELD_OUT_PARTS]
-    learned = [row for number, row in enumerate(new) if number % _HELD_OUT_PARTS]
-    corrected = {row.prompt_key for row in new}
-    kept = [row for row in task.in_scope(task.train) if row.prompt_key not in corrected]
+    corrected = {row.prompt_key: row for row in new}
+    train = task.in_scope(task.train)
+    earlier = {answer.prompt_key for row in train for answer in row.answers[:-1]}
+    # What conversations have corrected is learned with them.
+    held_out = [row for row in new if row.prompt_key not in earlier][::_HELD_OUT_PARTS]
+    learned = [row for row in new if row not in held_out]
+    kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
     validation = task.in_scope(task.validation)
     return LearnedRows([*kept, *learned], validation, held_out, len(learned), len(rows) - len(new))
 
@@ -90,6 +97,17 @@ def _values(row: TaskRow) -> dict[str, Any]:
     turn = row.turn or {"role": "assistant", "content": row.completion}
     tools = {} if row.tools is None else {"tools": row.tools.definitions}
     return {"messages": [*map(dict, row.messages), dict(turn)], **tools, "weight": row.weight}
+
+
+def _with_corrections(row: TaskRow, corrected: Mapping[str, TaskRow]) -> TaskRow:
+    """The row with the corrections in place of earlier answers to their prompts, but for calls: results follow them."""
+    turns = list(row.turns)
+    for place, turn in enumerate(row.turns[:-1]):
+        if turn["role"] == "assistant" and "tool_calls" not in turn:
+            correction = corrected.get(row.with_turns(row.turns[: place + 1]).prompt_key)
+            if correction is not None:
+                turns[place] = {"role": "assistant", "content": correction.completion}
+    return row if turns == list(row.turns) else row.with_turns(turns)
 
 
 def _row(entry: LoggedAnswer) -> TaskRow:

@@ -77,9 +77,8 @@ class GgufHeader:
 
     @property
     def main_type(self) -> TensorType:
-        """The tensor type with the most bytes in the file, but for `PER_LAYER_EMBEDDING`."""
-        counted = (tensor for name, tensor in self.tensors.items() if name != PER_LAYER_EMBEDDING)
-        return main_type(_values_by_type(counted))
+        """The tensor type with the most bytes among `layer_matrices`, or among all tensors where there are none."""
+        return main_type(_values_by_type(self.layer_matrices or self.tensors.values()))
 
     @property
     def layer_matrices(self) -> list[TensorInfo]:

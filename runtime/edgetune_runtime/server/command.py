@@ -114,6 +114,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
 
 def _log(options: argparse.Namespace, manifest: Manifest) -> AnswerLog | None:
     if options.log_answers is None:
+        if options.redact:
+            raise UsageError("--redact is given without --log-answers", "give both, or neither")
         return None
     return AnswerLog(options.log_answers, manifest, max_bytes=options.max_log_bytes, redact=options.redact)
 

@@ -38,6 +38,9 @@ def _correction(body: Mapping[str, Any]) -> tuple[str, str | None]:
     The body has the `id` of a reply, the `index` of an answer in it, and the `correction`, null for a right answer.
     """
     fields = Fields(body)
+    for name in body.keys() - {"id", "index", "correction"}:
+        # A misspelled correction would say that the answer is right.
+        raise RequestError(f"{name} is no member of a correction", "give id, index and correction", param=name)
     # OpenAI's ids have the kind of the reply before them.
     name = fields.needed_text("id").rpartition("-")[2].rpartition("_")[2]
     text = fields.text("correction")

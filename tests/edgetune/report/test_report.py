@@ -115,6 +115,14 @@ def test_an_invalid_score_file_is_a_one_line_error(
     assert not out.exists()
 
 
+def test_a_report_takes_no_place_of_the_recipe(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tmp_path / "recipe.yaml")
+    assert main(["report", str(bundle), "--recipe", recipe, "--out", recipe]) == 2
+    assert "is a file that this command reads; write to another file" in capsys.readouterr().err
+
+
 def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
     labels = ("on", "off")

@@ -164,7 +164,7 @@ def test_the_output_share_is_that_of_the_matrix_that_gives_logits(tiny_gguf: Ggu
     assert 0 < embedding / read < 1
 
 
-def test_an_embedding_for_the_inputs_of_each_layer_decides_neither_the_main_type_nor_the_output_share() -> None:
+def test_embeddings_do_not_decide_the_main_type_nor_those_of_each_layer_the_output_share() -> None:
     def matrix(name: str, kind: str, rows: int) -> TensorInfo:
         return TensorInfo(name, (256, rows), TENSOR_TYPES[kind].number, 0, 0)
 
@@ -176,4 +176,6 @@ def test_an_embedding_for_the_inputs_of_each_layer_decides_neither_the_main_type
     header = GgufHeader({}, {tensor.name: tensor for tensor in whole})
     assert (header.main_type.name, header.output_share) == ("q4_0", 0.25)
     assert header.layer_types == ("q4_0",)
+    larger = [matrix("token_embd.weight", "f16", 900), *whole[1:]]
+    assert GgufHeader({}, {tensor.name: tensor for tensor in larger}).main_type.name == "q4_0"
     assert header.values_by_type == {"q6_k": 256 * 9100, "q4_0": 256 * 300}

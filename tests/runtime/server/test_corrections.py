@@ -65,6 +65,7 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
         ({"id": "a", "correction": " "}, 400, "a text that is not empty"),
         ({"id": "a", "correction": 1}, 400, "correction"),
         ({"id": "a", "index": "b"}, 400, "a whole number"),
+        ({"id": "a", "corection": "on"}, 400, "corection is no member of a correction; give id, index and correction"),
     ],
 )
 def test_bad_corrections_are_refused(server: Running, body: dict[str, object], status: int, message: str) -> None:

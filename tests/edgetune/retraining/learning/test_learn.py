@@ -187,6 +187,22 @@ def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
     assert found["lamp 1"] == "reply off" and found["lamp 2"] is None and found["lamp 5"] == "reply on"
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--page", "{log}"], "log.jsonl is a file that this command reads; write to another file"),
+        (["--questions", "q.jsonl"], "--questions is given without --ask; say how many with --ask N"),
+        (["--into", "{home}/adapters/x"], "adapters/x is inside the bundle"),
+    ],
+)
+def test_outputs_that_cannot_be_are_refused(
+    options: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logged(home, [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)])
+    assert main(["learn", str(home), "--log", str(log), *(each.format(log=log, home=home) for each in options)]) == 2
+    assert message in capsys.readouterr().err.replace(log.name, "log.jsonl")
+
+
 def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = logged(home, [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)])
     questions = home.with_name("questions.jsonl")

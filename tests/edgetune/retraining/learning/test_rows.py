@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from edgetune_runtime.errors import UsageError
 from recipes import make_recipe
 
 from edgetune.retraining.learning.rows import doubts, learned_rows
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
 
 ROOMS = ("hall", "attic", "study", "den", "loft", "cellar")
@@ -62,6 +64,28 @@ def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_pa
     assert (rows.learned, len(rows.held_out), rows.left_out) == (3, 1, 2)
     (said,) = doubts(task, rows)
     assert said == "left out 2 corrections of prompts for validation or the confidence: correct those rows"
+
+
+def test_corrections_that_were_learned_before_are_learned_no_second_time(tmp_path: Path) -> None:
+    first = learned_rows(task_of(tmp_path), corrected(*FINE))
+    task = replace(task_of(tmp_path), train=first.train, validation=[*first.validation, *first.held_out])
+    more = [(f"lamp {n} in the den", '{"do": "on", "area": "den"}') for n in range(4)]
+    second = learned_rows(task, corrected(*FINE, *more))
+    assert (second.learned, len(second.held_out), second.left_out) == (3, 1, 0)
+    assert {row.prompt for row in first.train} < {row.prompt for row in second.train}
+    with pytest.raises(UsageError, match="the log has 0 corrected answers of adapter 'home' to new prompts, fewer"):
+        learned_rows(task, corrected(*FINE))
+
+
+def test_a_correction_takes_its_place_in_conversations_too(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    asked, more = {"role": "user", "content": FINE[0][0]}, {"role": "user", "content": "and now off"}
+    old = {"role": "assistant", "content": '{"do": "off", "area": "hall"}'}
+    talk = TaskRow("x:1", (asked, old, more), '{"do": "off", "area": "hall"}')
+    rows = learned_rows(replace(task, train=[*task.train, talk]), corrected(*FINE))
+    assert FINE[0][0] not in {row.prompt for row in rows.held_out}
+    (taught,) = [row for row in rows.train if row.where == "x:1"]
+    assert taught.turns == (asked, {**old, "content": FINE[0][1]}, more, talk.turns[-1])
 
 
 def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Path) -> None:
