@@ -16,6 +16,7 @@ from .arguments import (
     Quiet,
     Settings,
     base_option,
+    check_not_read,
     data_option,
     output_option,
     pairs_of,
@@ -74,6 +75,8 @@ def rebase(
     bundles answer the validation rows, and test rows if there are any. The new bundle is packed only if no adapter got
     worse by more than one standard error, or as --margin says.
     """
+    if page is not None:
+        check_not_read(page, [] if recipe is None else [recipe])
     result = edgetune.rebase(
         bundle,
         base,
