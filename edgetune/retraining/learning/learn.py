@@ -143,7 +143,7 @@ def _by_adapter(entries: Sequence[LoggedAnswer], manifest: Manifest) -> dict[str
     """The corrected answers of each adapter that has some; UsageError if there are none."""
     corrected: dict[str, list[LoggedAnswer]] = {}
     for entry in entries:
-        if entry.adapter and entry.correction is not None:
+        if entry.adapter and entry.correction:
             corrected.setdefault(manifest.adapter(entry.adapter).name, []).append(entry)
     if not corrected:
         message = f"none of the {len(entries)} answers in the log is a corrected one of an adapter"

@@ -18,7 +18,7 @@ from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.type_checks import dataclass_of
-from edgetune_runtime.wording import printable
+from edgetune_runtime.wording import first_of, printable
 
 from .redaction import Redaction
 
@@ -26,6 +26,7 @@ MAX_BYTES = 64_000_000
 _MIN_BYTES = 100_000
 _MAX_RECENT = 1000
 """Answers that can be corrected; of long ones fewer, as the log keeps them in a tenth of its bytes."""
+_BEGINNING = b'{"id": '
 _LOG = logging.getLogger(__name__)
 
 
@@ -68,6 +69,8 @@ class AnswerLog:
         self._recent: OrderedDict[str, tuple[LoggedAnswer, int]] = OrderedDict()
         self._lock = threading.Lock()
         try:
+            if path.exists() and not _is_log(path):
+                raise UsageError(f"{path} is no log of answers", "choose another file")
             # A process that was killed may have left a part of a line.
             self._append("" if _ends_with_a_line(path) else "\n")
         except OSError as error:
@@ -140,8 +143,8 @@ def line_of(entry: LoggedAnswer) -> str:
 def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] = _LOG.warning) -> list[LoggedAnswer]:
     """The answers in a log of this bundle, each with its last correction, in the order of their first lines.
 
-    `say` gets a sentence about each line that is left out because it is no JSON, as a part of a line that was not
-    written to its end. A correction that is a JSON object or list counts as its text.
+    `say` gets a sentence about lines that are left out because they are no JSON, as a part of a line that was not
+    written to its end. A correction that is any other JSON value than a text counts as its JSON.
 
     NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError for one of
     another bundle.
@@ -160,17 +163,20 @@ def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] =
 
 def _entries(path: Path, say: Callable[[str], None]) -> Iterator[tuple[str, LoggedAnswer]]:
     for file in (_before(path), path):
+        left_out = list[str]()
         for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
             where = f"{file}:{number}"
             try:
                 raw = json.loads(line)
             except (ValueError, RecursionError):
-                say(f"left out {where}, a part of a line")
+                left_out += [where] if line.strip() else []
                 continue
             try:
                 yield where, _entry(raw)
             except (TypeError, UsageError, RecursionError) as error:
                 raise VerificationError(f"{where} is not a line of a log: {error}", "correct or remove it") from error
+        if left_out:
+            say(f"left out what is not JSON, as a part of a line: {first_of(left_out)}")
 
 
 def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
@@ -178,11 +184,17 @@ def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
     if not isinstance(raw, dict) or raw.keys() != {*names}:
         raise TypeError(f"it does not have the keys {', '.join(names)}")
     correction = raw["correction"]
-    if isinstance(correction, dict | list):
+    if isinstance(correction, dict | list | int | float):
         # As people write it into a file of questions, and into rows.
         raw = {**raw, "correction": json.dumps(correction, ensure_ascii=False)}
     entry = dataclass_of(LoggedAnswer, raw)
     return replace(entry, messages=tuple(messages_for(entry.messages, None)))
+
+
+def _is_log(path: Path) -> bool:
+    """Whether the file begins as `line_of` does, as far as it goes."""
+    with path.open("rb") as file:
+        return _BEGINNING.startswith(file.read(len(_BEGINNING)))
 
 
 def _ends_with_a_line(path: Path) -> bool:

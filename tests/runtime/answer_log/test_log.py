@@ -99,7 +99,23 @@ def test_a_part_of_a_line_is_left_out(manifest: Manifest, tmp_path: Path, caplog
     second = AnswerLog(path, manifest).answered("two", "2", adapter="command")
     with caplog.at_level(logging.WARNING):
         assert [entry.id for entry in read_answer_log(path, manifest)] == [first, second]
-    assert "answers.jsonl:2, a part of a line" in caplog.text
+    assert "not JSON, as a part of a line: " in caplog.text and "answers.jsonl:2" in caplog.text
+
+
+def test_many_lines_that_are_left_out_are_one_sentence(manifest: Manifest, tmp_path: Path) -> None:
+    path, said = tmp_path / "answers.jsonl", list[str]()
+    path.write_text("junk\n\n" * 2000)
+    assert read_answer_log(path, manifest, said.append) == []
+    (sentence,) = said
+    assert sentence.endswith("answers.jsonl:1; " + f"{path}:3; {path}:5 and 1997 more")
+
+
+@pytest.mark.parametrize(("correction", "text"), [(True, "true"), (7, "7"), ([1], "[1]"), ("on", "on"), (None, None)])
+def test_a_correction_can_be_any_json(correction: object, text: str | None, manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerLog(path, manifest).answered("one", "1", adapter="command")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "correction": correction}) + "\n")
+    assert [entry.correction for entry in read_answer_log(path, manifest)] == [text]
 
 
 def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path) -> None:
@@ -136,6 +152,11 @@ def test_a_line_that_is_not_one_of_a_log_is_refused(
 
 
 def test_invalid_options_are_refused(manifest: Manifest, tmp_path: Path) -> None:
+    other = tmp_path / "manifest.json"
+    other.write_text('{"name": "home"}')
+    with pytest.raises(UsageError, match=r"manifest\.json is no log of answers; choose another file"):
+        AnswerLog(other, manifest)
+    assert other.read_text() == '{"name": "home"}'
     with pytest.raises(UsageError, match="cannot write"):
         AnswerLog(tmp_path / "none" / "answers.jsonl", manifest)
     with pytest.raises(UsageError, match=r"'\(' is not a regular expression"):

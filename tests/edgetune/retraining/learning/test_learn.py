@@ -221,4 +221,4 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     assert sum(entry.correction == "reply on" for entry in entries) == 4
     assert [entry.correction for entry in entries if entry.correction not in (None, "reply on")] == ['{"reply": "on"}']
     assert len(entries) == 8
-    assert said == [f"left out {questions}:6, a part of a line"]
+    assert said == [f"left out what is not JSON, as a part of a line: {questions}:6"]
