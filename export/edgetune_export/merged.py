@@ -18,7 +18,7 @@ def source_of_merged(source: Source, requested: str | None = None, *, trains_on_
     layer_types = source.header.layer_types
     quantization = quantization_of_merged(layer_types, requested, trains_on_grid=trains_on_grid)
     # llama.cpp leaves some matrices in f32.
-    if quantization is None or {*layer_types} - {"f32"} == {quantization}:
+    if quantization is None or {quantization} <= {*layer_types} <= {quantization, "f32"}:
         return source
     path = source.work / f"merged-{quantization}.gguf"
     if not path.exists():

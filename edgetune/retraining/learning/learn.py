@@ -28,7 +28,7 @@ from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
 from .kept import adapter_folders, keep, kept_folder, recipe_beside
-from .rows import doubts, learned_rows, values_of
+from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
 
@@ -89,7 +89,7 @@ def learn(
             raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
         loaded = Recipe.from_file(path, split_of(manifest, list(corrected)))
         tasks = {name: read_task(name, loaded) for name in corrected}
-        rows = {name: learned_rows(task, corrected[name]) for name, task in tasks.items()}
+        rows = _rows_of(tasks, corrected, progress)
         for name, split in rows.items():
             for doubt in doubts(tasks[name], split):
                 progress.say(f"{name}: {doubt}")
@@ -116,9 +116,27 @@ def learn(
         specs = {
             name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
         }
-        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), corrected, staged, out)
+        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), list(rows), staged, out)
         swap_in(staged, out)
         return learned
+
+
+def _rows_of(
+    tasks: Mapping[str, Task], corrected: Mapping[str, Sequence[LoggedAnswer]], progress: Progress
+) -> dict[str, LearnedRows]:
+    """The rows of the adapters with enough new corrections; the error of the first one if there is none."""
+    rows: dict[str, LearnedRows] = {}
+    few: list[TooFewCorrectionsError] = []
+    for name, task in tasks.items():
+        try:
+            rows[name] = learned_rows(task, corrected[name])
+        except TooFewCorrectionsError as error:
+            few.append(error)
+    if not rows:
+        raise few[0]
+    for left_out in few:
+        progress.say(f"not trained again: {left_out.message}")
+    return rows
 
 
 def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:

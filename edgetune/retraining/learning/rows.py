@@ -26,6 +26,10 @@ _HELD_OUT_PARTS = 4
 """One of so many parts of the corrections is not learned, but only compared."""
 
 
+class TooFewCorrectionsError(UsageError):
+    """An adapter has not enough new corrections to learn from."""
+
+
 @dataclass(frozen=True)
 class LearnedRows:
     """The rows of a task with corrections: those to learn, old validation rows, and corrections that are held out.
@@ -45,19 +49,27 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
 
     A correction takes the place of training rows with its prompt, of such answers in training conversations, and of
     earlier corrections of it. Left out are those that rows have already, as after an earlier call with the same log,
-    and those whose prompt is that of a row for validation or for the confidence. Raises one UsageError for all
-    corrections that cannot be answers of the task.
+    and those whose prompt is that of a row for validation or for the confidence, or follows one of the latter. Raises
+    one UsageError for all corrections that cannot be answers of the task, and TooFewCorrectionsError.
     """
     _check(task, entries)
     apart = [*task.validation, *task.confidence_rows]
-    kept_apart = {answer.prompt_key for row in apart for answer in row.answers}
-    learned_before = {(row.prompt_key, row.completion) for row in (*task.train, *apart)}
+    kept_apart = {row.prompt_key for row in apart}
+    given = {row.prompt_key for row in task.confidence_rows if task.spec.data.confidence is not None}
+    answers: dict[str, set[str | None]] = {}
+    for row in (*task.train, *apart):
+        answers.setdefault(row.prompt_key, set()).add(row.completion)
     rows = {row.prompt_key: row for row in map(_row, entries)}
-    rows = {prompt: row for prompt, row in rows.items() if (prompt, row.completion) not in learned_before}
-    new = [row for prompt, row in rows.items() if prompt not in kept_apart]
+    rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
+    new = [
+        row
+        for prompt, row in rows.items()
+        if prompt not in kept_apart and given.isdisjoint(answer.prompt_key for answer in row.answers)
+    ]
     if len(new) < MIN_CORRECTIONS:
         message = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
-        raise UsageError(f"{message}, fewer than {MIN_CORRECTIONS}", "correct more answers, or label some with --ask N")
+        remedy = "correct more answers, or label some with --ask N"
+        raise TooFewCorrectionsError(f"{message}, fewer than {MIN_CORRECTIONS}", remedy)
     corrected = {row.prompt_key: row for row in new}
     train = task.in_scope(task.train)
     earlier = {answer.prompt_key for row in train for answer in row.answers[:-1]}

@@ -28,8 +28,9 @@ _NEIGHBOURS = dict(
 _WORD_RATE = 0.15
 """How often a word is replaced by one that sounds alike, an article is lost, or a filler is added."""
 _NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
-_NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+(?!\w)"
-_TOKEN = re.compile(rf"(?<![\w'-])(?i:{_NUMBER_WORDS})(?![\w'-])|{_NUMBER}|\w+(?:['-]+\w+)*|[^\w\s]")
+_NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+\w*"
+"""A number with its unit, if there is no space between."""
+_TOKEN = re.compile(rf"(?<![\w'-])(?i:{_NUMBER_WORDS})(?![\w'-])|{_NUMBER}|\w+(?:['\u2019-]+\w+)*|[^\w\s]")
 _DIGITS = 0.5
 """How often a number word is written in digits."""
 _TYPED_LETTERS = 4

@@ -192,9 +192,10 @@ def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
 
 
 def _is_log(path: Path) -> bool:
-    """Whether the file begins as `line_of` does, as far as it goes."""
+    """Whether one of the first lines begins as those of `line_of` do, or all that there is may be a part of one."""
     with path.open("rb") as file:
-        return _BEGINNING.startswith(file.read(len(_BEGINNING)))
+        lines = [line for line in file.read(1 << 16).splitlines() if line.strip(b"\0 ")]
+    return any(line.startswith(_BEGINNING) for line in lines) or all(map(_BEGINNING.startswith, lines))
 
 
 def _ends_with_a_line(path: Path) -> bool:

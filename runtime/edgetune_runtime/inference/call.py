@@ -26,8 +26,9 @@ from .routing.router import Route
 class Call:
     """A prepared call: its pool and job, its system prompt, the time to prepare it, and the tokens carried over.
 
-    `entries` are its adapters, which are loaded in `adapters`; `drafts` reads the first one's draft table. `stopped` is
-    why it had to stop before it was prepared, if it had to; the job is then empty. `curves` give the confidence.
+    `entries` are its adapters, and then those of what is carried over, which are loaded in `adapters`; `drafts` reads
+    the first one's draft table. `stopped` is why it had to stop before it was prepared, if it had to; the job is then
+    empty. `curves` give the confidence.
     """
 
     pool: Pool | MergedPool

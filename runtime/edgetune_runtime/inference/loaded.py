@@ -185,7 +185,8 @@ class LoadedBundle:
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, spans)
-            entries = self._entries({name for _, others in carried.spans for name in others}) | entries
+            others = {name for _, names in carried.spans for name in names} - entries.keys()
+            entries = entries | self._entries(others)
         return replace(
             call,
             job=PromptJob(tokens, spans, prepared.fixed, owner, prepared.comes_with_call),

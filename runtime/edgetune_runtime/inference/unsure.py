@@ -23,6 +23,7 @@ from .options import AnswerForm
 
 _LOG = logging.getLogger(__name__)
 _STOPPED = ("deadline", "cancelled")
+_HAS_CONFIDENCE = "use one adapter whose build had enough validation rows, with its own scale, output and labels"
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,15 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
         return None
     if min_confidence is not None:
         check_min_confidence(min_confidence, call.curves)
-    entry = next(iter(call.entries.values()), None)
+    name, entry = next(iter(call.entries.items()), (None, None))
     rule = entry.unsure if entry is not None and call.curves else None
     if min_confidence is not None:
         rule = replace(rule or UnsureRule(min_confidence), min_confidence=min_confidence)
-    if then in call.entries:
-        raise UsageError(f"unsure is {then!r}, which is the unsure adapter itself", "name another one, or base")
-    if rule is None and then not in (None, MARK):
-        message = f"unsure is {then!r}, but there is no min_confidence for this call"
-        raise UsageError(message, "give min_confidence too")
+    if call.route is None:
+        _check_counts(then, name, rule, call.curves)
+    elif then == name:
+        # Whoever is routed does not know which adapter answers.
+        then = MARK
     return rule and replace(rule, then=then or rule.then, question=question or rule.question)
 
 
@@ -94,14 +95,24 @@ def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | No
     return unsure
 
 
+def _check_counts(then: str | None, adapter: str | None, rule: UnsureRule | None, curves: Curves) -> None:
+    """UsageError for `unsure` where it can do nothing."""
+    if then is None or then == MARK:
+        return
+    if then == adapter:
+        raise UsageError(f"unsure is {then!r}, which is the unsure adapter itself", "name another one, or base")
+    if rule is None:
+        reason = "there is no min_confidence for this call" if curves else "these answers have no confidence"
+        raise UsageError(f"unsure is {then!r}, but {reason}", "give min_confidence too" if curves else _HAS_CONFIDENCE)
+
+
 def check_min_confidence(value: object, curves: Curves) -> None:
     """UsageError for a value that is no probability, and for a call whose answers have no confidence."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise UsageError(f"min_confidence is {value!r}", "give a number from 0 to 1")
     if not curves:
         message = f"min_confidence is {value:g}, but these answers have no confidence"
-        remedy = "use one adapter whose build had enough validation rows, with its own scale, output and labels"
-        raise UsageError(message, remedy)
+        raise UsageError(message, _HAS_CONFIDENCE)
 
 
 @dataclass(frozen=True)

@@ -328,6 +328,26 @@ def test_noise_leaves_the_values_of_the_answer_and_is_the_same_for_a_seed() -> N
     assert noisy(prompt, kept, random.Random(3), english=True) == noisy(prompt, kept, random.Random(3), english=True)
 
 
+def test_the_values_of_a_schema_from_pydantic_are_found() -> None:
+    room = {"$defs": {"Room": {"enum": ["hall", "garage"]}}}
+    for field in ({"$ref": "#/$defs/Room"}, {"anyOf": [{"$ref": "#/$defs/Room"}, {"type": "null"}]}):
+        schema = {"type": "object", "properties": {"area": field}, **room}
+        rows = [row for row in ORDERS if row["completion"]["area"] == "hall"]
+        assert {answer["area"] for _, answer in pairs(copied(rows, schema, **QUIET))} == {"garage"}
+        assert copied(rows, schema, values={"area": ["garage"]}, **QUIET)
+        with pytest.raises(UsageError, match=r"area has 'porch', which the schema does not allow there; .* garage"):
+            copied(rows, schema, values={"area": ["porch"]})
+    unknown = {"type": "object", "properties": {"area": {"$ref": "other.json"}}}
+    assert copied(ORDERS, unknown, values={"area": ["porch"]}, **QUIET)
+
+
+def test_noise_keeps_units_and_typographic_apostrophes() -> None:
+    prompt = "don\u2019t add 1.5kg flour at 10:30am"
+    spoken = {text for seed in range(60) for text, kind in [noisy(prompt, [], random.Random(seed), english=True)]}
+    assert all("1.5kg" in text.lower() and "10:30am" in text.lower() for text in spoken)
+    assert any(text.startswith("don\u2019t") for text in spoken)
+
+
 def test_noise_keeps_negative_numbers_and_words_in_quotes() -> None:
     prompt = "Set it to -5 or -0.5, from 20-30 to the 5th, and play 'blue moon'/jazz"
     made = {noisy(prompt, [], random.Random(seed), english=True) for seed in range(90)}

@@ -157,6 +157,9 @@ def test_invalid_options_are_refused(manifest: Manifest, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"manifest\.json is no log of answers; choose another file"):
         AnswerLog(other, manifest)
     assert other.read_text() == '{"name": "home"}'
+    for torn in ('{"id', '{"id\n', "\n", "\0\0\n" + '{"id": "a", "ti\n'):
+        other.write_text(torn)
+        AnswerLog(other, manifest)
     with pytest.raises(UsageError, match="cannot write"):
         AnswerLog(tmp_path / "none" / "answers.jsonl", manifest)
     with pytest.raises(UsageError, match=r"'\(' is not a regular expression"):

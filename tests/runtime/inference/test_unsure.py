@@ -182,3 +182,7 @@ def test_a_prompt_of_none_of_the_tasks_needs_no_confidence(
     with Runtime.open(bundle, disk_mb=0) as runtime:
         assert not runtime.generate("who is there", adapter="auto", min_confidence=0.5, **ends).is_unsure
         assert runtime.generate("the lamp", adapter="auto", min_confidence=UNSURE, **ends).is_unsure
+        own = runtime.generate("the lamp", adapter="auto", min_confidence=UNSURE, unsure="command", **ends)
+        assert (own.is_unsure, own.instead) == (True, None)
+        # The other adapter may have a min_confidence of its own.
+        assert not runtime.generate("the lamp", adapter="auto", unsure="base", **ends).is_unsure

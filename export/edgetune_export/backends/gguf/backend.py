@@ -74,7 +74,7 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = AUTO,
 
 
 def weight_type(source: Source) -> str:
-    """The tensor type with the most bytes in the base's file."""
+    """The tensor type with the most bytes in the base's layers."""
     return source.header.main_type.name
 
 

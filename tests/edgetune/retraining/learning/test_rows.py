@@ -9,7 +9,7 @@ from edgetune_runtime.answer_log.log import LoggedAnswer
 from edgetune_runtime.errors import UsageError
 from recipes import make_recipe
 
-from edgetune.retraining.learning.rows import doubts, learned_rows
+from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
 
@@ -73,8 +73,11 @@ def test_corrections_that_were_learned_before_are_learned_no_second_time(tmp_pat
     second = learned_rows(task, corrected(*FINE, *more))
     assert (second.learned, len(second.held_out), second.left_out) == (3, 1, 0)
     assert {row.prompt for row in first.train} < {row.prompt for row in second.train}
-    with pytest.raises(UsageError, match="the log has 0 corrected answers of adapter 'home' to new prompts, fewer"):
+    with pytest.raises(TooFewCorrectionsError, match="has 0 corrected answers of adapter 'home' to new prompts, fewer"):
         learned_rows(task, corrected(*FINE))
+    other = replace(first.train[-1], completion='{"do": "off", "area": "hall"}')
+    settled = learned_rows(replace(task, train=[*task.train, other]), corrected(*FINE, *more))
+    assert other not in settled.train
 
 
 def test_a_correction_takes_its_place_in_conversations_too(tmp_path: Path) -> None:
