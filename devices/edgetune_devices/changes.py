@@ -140,7 +140,9 @@ def _quantization(header: GgufHeader | None) -> Callable[[Needs, Board], Step]:
     return smaller
 
 
-_WEIGHTS = ("base_bytes", "per_layer_bytes", "angle_bytes", "read_bytes", "head_bytes", "main_type", "head_type")
+_WEIGHTS = (
+    "base_bytes", "per_layer_bytes", "angle_bytes", "read_bytes", "head_bytes", "main_type", "head_type", "layer_types",
+)  # fmt: skip
 
 
 def _requantized(needs: Needs, header: GgufHeader) -> Iterator[tuple[Needs, str]]:

@@ -93,10 +93,10 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
 
 
 def check_not_read(out: Path, read: Iterable[object]) -> None:
-    """UsageError if the file to write is one of those that the command reads, or a folder."""
+    """UsageError if the file to write is one of those that the command reads, of which None is none, or a folder."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "give the name of a file")
-    if any(out.resolve() == Path(str(source)).resolve() for source in read):
+    if any(source is not None and out.resolve() == Path(str(source)).resolve() for source in read):
         raise UsageError(f"{out} is a file that this command reads", "write to another file")
 
 

@@ -64,7 +64,7 @@ def learn(
     if questions is not None and not ask:
         raise UsageError("--questions is given without --ask", "say how many with --ask N")
     if page is not None:
-        check_not_read(page, [*log, *([] if recipe is None else [recipe])])
+        check_not_read(page, [*log, recipe])
     # Also with --quiet: what a user wrote would be lost in silence.
     entries = read_logs(bundle, log, Progress().say)
     chosen = asking.most_informative(entries, ask)

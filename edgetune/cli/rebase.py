@@ -76,7 +76,7 @@ def rebase(
     worse by more than one standard error, or as --margin says.
     """
     if page is not None:
-        check_not_read(page, [] if recipe is None else [recipe])
+        check_not_read(page, [recipe])
     result = edgetune.rebase(
         bundle,
         base,

@@ -53,7 +53,7 @@ def report(
     from edgetune.report.render import page
 
     manifest = read_manifest(bundle)
-    check_not_read(out, [] if recipe is None else [recipe])
+    check_not_read(out, [recipe])
     results = scores_of((name, Path(file)) for name, file in pairs_of(scores or (), "--score", "NAME=FILE").items())
     files = pairs_of(data or (), "--data", "NAME=FILE")
     learning = list(map(learning_curve_of, compared or ()))

@@ -106,9 +106,7 @@ def _has_values(rows: Sequence[TaskRow]) -> bool:
 
 def _common_system(rows: Sequence[TaskRow]) -> str | None:
     """The system message that all rows have; None if they differ or have none."""
-    prompts = {
-        row.messages[0]["content"] if row.messages and row.messages[0]["role"] == "system" else None for row in rows
-    }
+    prompts = {row.system for row in rows}
     return prompts.pop() if len(prompts) == 1 else None
 
 

@@ -69,6 +69,12 @@ class TaskRow:
         return str(self.messages[-1]["content"]) if self.messages else self.text or ""
 
     @property
+    def system(self) -> str | None:
+        """The system prompt that the row has itself."""
+        first = self.messages[0] if self.messages else None
+        return str(first["content"]) if first is not None and first["role"] == "system" else None
+
+    @property
     def prompt_key(self) -> str:
         """What rows with exactly the same prompt have in common."""
         tools = None if self.tools is None else self.tools.text
@@ -99,8 +105,7 @@ class TaskRow:
 
     def beginning(self, system: str | None) -> str:
         """The definitions of its tools, and its system prompt or else `system`."""
-        first = self.messages[0] if self.messages else {"role": "", "content": ""}
-        own = first["content"] if first["role"] == "system" else system or ""
+        own = system or "" if self.system is None else self.system
         return f"{own}{'' if self.tools is None else self.tools.text}"
 
     def estimated_tokens(self, system: str | None) -> int:

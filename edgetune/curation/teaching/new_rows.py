@@ -26,7 +26,7 @@ from edgetune.tasks.augmentation.answers import Answer, prompt_of
 from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.task import Task
 
-from .questions import Questions, system_of
+from .questions import Questions
 from .row_form import columns_of, row_of
 from .teacher import RefusedRequestError, Reply, Teacher, TeacherError
 
@@ -184,7 +184,7 @@ class Lesson:
         prompt = _request_of(wording.text)
         if wording.is_cut_off and not prompt:
             return _LeftOut(_CUT_OFF, [prompt])
-        system = system_of(self._questions.row_of(number))
+        system = self._questions.row_of(number).system
         own: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         key = prompt_key(SplitRow(TRAIN, TaskRow("", (*own, {"role": "user", "content": prompt}))))
         if not 0 < len(prompt) <= self._most_characters or key in prompts:

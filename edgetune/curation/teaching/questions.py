@@ -55,7 +55,7 @@ class Questions:
         row, wish = self._wish(number)
         others = [other for other in self._shown(row, f"{number}/prompt", _SHOWN_PROMPTS) if other is not row]
         examples = "\n".join(f"- {prompt_of(shown)}" for shown in [row, *others][:_SHOWN_PROMPTS])
-        system = system_of(row) or self._system
+        system = row.system or self._system
         about = f"The task: {system}\n" if system else ""
         about += f"Its answers: {self._listed}\n" if self._listed else ""
         content = f"{about}Requests that people made:\n{examples}\n\n{wish}\nAnswer with the request alone."
@@ -69,7 +69,7 @@ class Questions:
             for shown in self._shown(row, f"{number}/answer", _SHOWN_ANSWERS)
             for role, content in (("user", prompt_of(shown)), ("assistant", shown.completion or ""))
         ]
-        system = system_of(row) or self._system or ""
+        system = row.system or self._system or ""
         one_of = f"\nThe answer is one of {self._listed}" if self._listed else ""
         content = f"{system}{one_of}\nAnswer in the form of the examples, with nothing else.".strip()
         return [{"role": "system", "content": content}, *turns, {"role": "user", "content": prompt}]
@@ -98,13 +98,7 @@ class Questions:
     def _shown(self, row: TaskRow, purpose: str, most: int) -> list[TaskRow]:
         """Some rows, first those with the system prompt of `row`."""
         shuffled = random.Random(f"{self._seed}/{purpose}").sample(self._rows, len(self._rows))
-        return sorted(shuffled, key=lambda other: system_of(other) != system_of(row))[:most]
-
-
-def system_of(row: TaskRow) -> str | None:
-    """The system prompt that a row has itself."""
-    first = row.messages[0] if row.messages else None
-    return first["content"] if first is not None and first["role"] == "system" else None
+        return sorted(shuffled, key=lambda other: other.system != row.system)[:most]
 
 
 def _listed(answers: Sequence[str]) -> str:

@@ -116,7 +116,7 @@ def learn(
         specs = {
             name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
         }
-        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), list(rows), staged, out)
+        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), rows, staged, out)
         swap_in(staged, out)
         return learned
 
@@ -171,11 +171,11 @@ def _by_adapter(entries: Sequence[LoggedAnswer], manifest: Manifest) -> dict[str
 
 def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -> AdapterSpec:
     """The adapter's section of the recipe with these rows, and with what was found in the old ones."""
-    names = {"train": f"{task.name}-train", "validation": f"{task.name}-validation"}
-    rows = {"train": values_of(names["train"], train), "validation": values_of(names["validation"], validation)}
+    rows = {"train": train, "validation": validation}
     if task.spec.data.confidence is not None:
-        rows["confidence"] = values_of(f"{task.name}-confidence", task.confidence_rows)
-    data = task.spec.data.model_copy(update={**rows, "columns": None, "rows": None})
+        rows["confidence"] = task.confidence_rows
+    sources = {key: values_of(f"{task.name}-{key}", part) for key, part in rows.items()}
+    data = task.spec.data.model_copy(update={**sources, "columns": None, "rows": None})
     scope = task.spec.out_of_scope
     labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None
     return task.spec.model_copy(update={"data": data, "metric": task.metric, "labels": labels})

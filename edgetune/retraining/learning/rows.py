@@ -61,24 +61,24 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
         answers.setdefault(row.prompt_key, set()).add(row.completion)
     rows = {row.prompt_key: row for row in map(_row, entries)}
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
-    new = [
-        row
+    corrected = {
+        prompt: row
         for prompt, row in rows.items()
         if prompt not in kept_apart and given.isdisjoint(answer.prompt_key for answer in row.answers)
-    ]
-    if len(new) < MIN_CORRECTIONS:
-        message = f"the log has {len(new)} corrected answers of adapter {task.name!r} to new prompts"
+    }
+    if len(corrected) < MIN_CORRECTIONS:
+        message = f"the log has {len(corrected)} corrected answers of adapter {task.name!r} to new prompts"
         remedy = "correct more answers, or label some with --ask N"
         raise TooFewCorrectionsError(f"{message}, fewer than {MIN_CORRECTIONS}", remedy)
-    corrected = {row.prompt_key: row for row in new}
     train = task.in_scope(task.train)
     earlier = {answer.prompt_key for row in train for answer in row.answers[:-1]}
     # What conversations have corrected is learned with them.
-    held_out = [row for row in new if row.prompt_key not in earlier][::_HELD_OUT_PARTS]
-    learned = [row for row in new if row not in held_out]
+    held = {*[prompt for prompt in corrected if prompt not in earlier][::_HELD_OUT_PARTS]}
+    held_out = [row for prompt, row in corrected.items() if prompt in held]
+    learned = [row for prompt, row in corrected.items() if prompt not in held]
     kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
     validation = task.in_scope(task.validation)
-    return LearnedRows([*kept, *learned], validation, held_out, len(learned), len(rows) - len(new))
+    return LearnedRows([*kept, *learned], validation, held_out, len(learned), len(rows) - len(corrected))
 
 
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:

@@ -160,9 +160,9 @@ def opening_options(options: argparse.Namespace) -> RuntimeOptions:
 def _defer_to(options: argparse.Namespace) -> DeferTo | None:
     if (options.defer_to is None) != (options.defer_model is None):
         raise UsageError("only one of --defer-to and --defer-model is given", "give both, or neither")
-    if options.defer_to is None and options.defer_timeout_s is not None:
-        raise UsageError("--defer-timeout-s is given without --defer-to", "give both, or neither")
     if options.defer_to is None:
+        if options.defer_timeout_s is not None:
+            raise UsageError("--defer-timeout-s is given without --defer-to", "give both, or neither")
         return None
     timeout = {} if options.defer_timeout_s is None else {"timeout_s": options.defer_timeout_s}
     return DeferTo(options.defer_to, options.defer_model, key=os.environ.get(DEFER_KEY), **timeout)
