@@ -32,7 +32,7 @@ def learn(
         Path | None, output_option(metavar="NEW", help="The folder of the new bundle (default: BUNDLE itself).")
     ] = None,
     ask: Annotated[
-        int, data_option(min=0, metavar="N", help="First ask about the N answers that are the least sure.")
+        int, data_option(min=0, metavar="N", help="First ask about N answers: those called wrong, and the least sure.")
     ] = 0,
     questions: Annotated[
         Path | None,

@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for, text_of
+from edgetune_runtime.tools.calls import answer_text
 from edgetune_runtime.tools.definitions import ToolSet, check_schemas, tool_set
 from edgetune_runtime.wording import nearest, shortened, suggestion
 
@@ -76,9 +77,9 @@ class TaskRow:
 
     @property
     def prompt_key(self) -> str:
-        """What rows with exactly the same prompt have in common."""
+        """What rows with exactly the same prompt, but for the ids of calls, have in common."""
         tools = None if self.tools is None else self.tools.text
-        return repr((self.text, [dict(message) for message in self.messages or ()], tools))
+        return repr((self.text, [_without_ids(message) for message in self.messages or ()], tools))
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -186,12 +187,9 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
     return train, [rows[index] for index in sorted(chosen)]
 
 
-def answer_text(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """The answer as one text, to compare it with another: its content, or JSON with names and arguments of calls."""
-    if not calls:
-        return content
-    listed = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
-    return json.dumps({**({"content": content} if content else {}), "tool_calls": listed}, ensure_ascii=False)
+def _without_ids(message: Message) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if key != "tool_call_id"}
+    return plain | ({"tool_calls": [call["function"] for call in plain["tool_calls"]]} if "tool_calls" in plain else {})
 
 
 def _text_of_turn(turn: Message) -> str:

@@ -15,6 +15,7 @@ from edgetune_runtime.bundle import MARK, AdapterEntry, Manifest
 from edgetune_runtime.engines.base import LabelEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.tools.calls import answer_text
 from pydantic import ValidationError
 
 from edgetune.common.progress import Progress, Step
@@ -24,7 +25,7 @@ from edgetune.recipe.parts import Metric
 from edgetune.recipe.rows import Rows
 
 from . import metrics
-from .data import TaskRow, answer_text, labelled_text, read_rows
+from .data import TaskRow, labelled_text, read_rows
 from .tokenization import tokenize_rows
 
 # Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.

@@ -36,7 +36,7 @@ from .pool import CONTAINED, Outcome, Worker
 from .seeds import make_seeds
 
 CASES = 10_000
-GENERATOR = 4
+GENERATOR = 5
 """Version of the edits that a case has: raise it with a change of forms or seeds that gives cases other edits."""
 SEEDS = f"seeds-{GENERATOR}"
 _SAME_CAUSE = 3

@@ -22,6 +22,7 @@ from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.similarity import SIMILARITY_FILE, TrainingPrompts, compared_tokens, write_prompts
 from edgetune_runtime.store.acknowledgement import RunReport, begin
+from edgetune_runtime.tools.calls import ToolCall, answer_text
 from edgetune_runtime.update.report import DeviceReport
 from edgetune_runtime.update.state import write_state
 from edgetune_runtime.update.update import UpdateSource, check
@@ -185,10 +186,19 @@ def _onnx_bundle(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) 
 def _log(work: Path) -> None:
     """A log of one answer, corrected before it was read."""
     log = AnswerLog(work / LOG, read_manifest(work / ADAPTERS))
-    chat = [{"role": "system", "content": "be short"}, {"role": "user", "content": QUESTION}]
-    log.answered(chat, "light.on", adapter=LORA, confidence=0.5)
+    call = ToolCall("light", {"state": "on"})
+    chat = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "tool_calls": [call.to_message()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "done"},
+        {"role": "user", "content": "again"},
+    ]
+    tools = [{"name": "light", "parameters": {"type": "object", "properties": {"state": {"enum": ["on", "off"]}}}}]
+    log.answered(chat, "", calls=[call], tools=tools, adapter=LORA, confidence=0.5)
     (entry,) = read_answer_log(log.path, read_manifest(work / ADAPTERS))
-    log.path.write_text(line_of(replace(entry, correction="light.off")), encoding="utf-8")
+    right = answer_text("", [("light", {"state": "off"})])
+    log.path.write_text(line_of(entry.with_correction(right)), encoding="utf-8")
 
 
 def _states(work: Path) -> None:

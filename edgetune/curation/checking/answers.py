@@ -32,7 +32,7 @@ def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
     spec = None if task.spec.output is None else task.spec.output.spec
     answered = [item for item in rows if item.row.completion is not None and item.row.tools is None]
     for item in rows:
-        if item.row.turn is not None and (problem := _bad_call(item.row)):
+        if item.row.turn is not None and (problem := bad_call(item.row)):
             yield Finding.of(MISFIT, [item], problem)
     if spec is not None:
         for place in rejected(spec, (item.row.completion or "" for item in answered)):
@@ -67,8 +67,8 @@ def rare(kinds: Mapping[str, Mapping[str, int]]) -> Iterator[Finding]:
             yield Finding(RARE, (), note=f"{kind}: {trained} training rows{f', {others}' if others else ''}")
 
 
-def _bad_call(row: TaskRow) -> str | None:
-    """Which function of the answer is called with arguments that its schema does not allow."""
+def bad_call(row: TaskRow) -> str | None:
+    """Which function an answer with calls calls with arguments that its schema does not allow."""
     assert row.turn is not None
     assert row.tools is not None
     schemas = {tool.name: json.dumps(tool.schema) for tool in row.tools.tools}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.answer_log.log import LoggedAnswer, line_of
@@ -17,10 +16,10 @@ HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the rig
 
 
 def most_informative(entries: Sequence[LoggedAnswer], count: int) -> list[LoggedAnswer]:
-    """Up to `count` answers that nobody corrected, to different prompts, the least sure first."""
+    """Up to `count` answers that nobody corrected, to different prompts: wrong ones, and then the least sure, first."""
     open_ = [entry for entry in entries if entry.correction is None]
     corrected = {_key(entry) for entry in entries if entry.correction is not None}
-    ordered = sorted(open_, key=lambda entry: math.inf if entry.confidence is None else entry.confidence)
+    ordered = sorted(open_, key=_doubtlessness)
     first = {_key(entry): entry for entry in reversed(ordered) if _key(entry) not in corrected}
     return list(reversed(first.values()))[:count]
 
@@ -29,13 +28,14 @@ def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator
     """The answers that the user corrects or confirms, by the line that `read` returns to a question; "" ends it."""
     for number, entry in enumerate(entries, 1):
         sure = "" if entry.confidence is None else f" ({entry.confidence:.0%} sure)"
+        sure += ", marked as wrong" if entry.is_wrong else ""
         head = f"\n{number} of {len(entries)}, {entry.adapter}{sure}\n  asked     {entry.messages[-1]['content']}"
         line = read(f"{head}\n  answered  {entry.answer}\nright? ")
         reply = line.strip()
         if not line or reply == QUIT:
             return
         if reply != SKIP:
-            yield replace(entry, correction=reply or entry.answer)
+            yield entry.with_correction(reply or None)
 
 
 def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
@@ -49,6 +49,10 @@ def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]
 def write_questions(entries: Sequence[LoggedAnswer], path: Path) -> None:
     """Write the answers as a log, to be completed with their corrections."""
     write_file(path, "".join(map(line_of, entries)).encode(errors="replace"))
+
+
+def _doubtlessness(entry: LoggedAnswer) -> tuple[bool, float]:
+    return not entry.is_wrong, math.inf if entry.confidence is None else entry.confidence
 
 
 def _key(entry: LoggedAnswer) -> tuple[str | None, str]:

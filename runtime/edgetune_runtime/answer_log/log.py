@@ -8,8 +8,8 @@ import os
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
+from edgetune_runtime.tools.calls import ToolCall, answer_text
+from edgetune_runtime.tools.definitions import Tools, tool_set
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import first_of, printable
 
@@ -27,6 +29,8 @@ _MIN_BYTES = 100_000
 _MAX_RECENT = 1000
 """Answers that can be corrected; of long ones fewer, as the log keeps them in a tenth of its bytes."""
 _BEGINNING = b'{"id": '
+_ANSWERED = ("role", "tool_call_id", "name")
+"""What a log keeps of a message beside its content and its calls."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -35,7 +39,10 @@ class LoggedAnswer:
     """What an adapter (None: the base) of a bundle answered to `messages`, and when (ISO 8601).
 
     `base` is the fingerprint of the bundle's base. `correction` is the right answer, `answer` itself if someone
-    confirmed it, and None if nobody said anything.
+    confirmed it, and None if nobody said anything; with `is_wrong` someone said that `answer` is not right.
+
+    `tools` are the definitions of those that the answer could call. Calls in `answer` and `correction` are JSON, such
+    as `{"tool_calls": [{"name": "turn_on", "arguments": {"room": "hall"}}]}`, with a `content` if there is one.
     """
 
     id: str
@@ -47,16 +54,22 @@ class LoggedAnswer:
     answer: str
     confidence: float | None = None
     correction: str | None = None
+    is_wrong: bool = False
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    def with_correction(self, text: str | None = None) -> LoggedAnswer:
+        """The answer with what it should have been; None: it is right."""
+        right = self.answer if text is None else text
+        return replace(self, correction=right, is_wrong=right != self.answer)
 
 
 class AnswerLog:
     """Appends answers of a bundle to `path`, and corrected ones once more. Thread-safe; for one process.
 
     The file and the one before it, `PATH.1`, have at most `max_bytes` together; the oldest lines are dropped. What the
-    regular expressions `redact` find in prompts, answers and corrections is replaced; a text in which that takes too
-    long is replaced as a whole. Others than the user of the
-    process cannot read the files. UsageError for a path that cannot be written, an expression that is none, and fewer
-    than 100,000 bytes.
+    regular expressions `redact` find in prompts, tools, answers and corrections is replaced; texts in which that takes
+    too long are replaced as a whole. Others than the user of the process cannot read the files. UsageError for a path
+    that cannot be written, an expression that is none, and fewer than 100,000 bytes.
     """
 
     def __init__(
@@ -81,31 +94,58 @@ class AnswerLog:
         prompt: Prompt,
         answer: str,
         *,
+        calls: Sequence[ToolCall] = (),
+        tools: Tools | None = None,
         adapter: str | None = None,
         confidence: float | None = None,
         answer_id: str | None = None,
     ) -> str:
-        """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log."""
+        """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log.
+
+        With `tools`, `answer` is `Answer.content`, and `calls` are `Answer.tool_calls`.
+        """
         turns = messages_for(prompt, None)
-        text, *contents = self._redaction.clean([answer, *(message["content"] for message in turns)])
-        messages = tuple(
-            {"role": message["role"], "content": content} for message, content in zip(turns, contents, strict=True)
+        offered = tool_set(tools)
+        definitions, text, arguments, *parts = self._redaction.clean_values(
+            [None if offered is None else offered.definitions, answer, [call.arguments for call in calls]]
+            + [[turn["content"], [call["function"]["arguments"] for call in _calls(turn)]] for turn in turns]
         )
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        bundle, base = self._manifest.name, self._manifest.base.fingerprint
-        name = answer_id or uuid.uuid4().hex
-        self._write(LoggedAnswer(name, now, bundle, base, adapter, messages, text, confidence))
-        return name
+        entry = LoggedAnswer(
+            answer_id or uuid.uuid4().hex,
+            now,
+            self._manifest.name,
+            self._manifest.base.fingerprint,
+            adapter,
+            tuple(_message(turn, *part) for turn, part in zip(turns, parts, strict=True)),
+            answer_text(text, list(zip([call.name for call in calls], arguments, strict=True))),
+            confidence,
+            tools=None if definitions is None else tuple(definitions),
+        )
+        self._write(entry)
+        return entry.id
 
     def corrected(self, answer_id: str, correction: str | None = None) -> None:
-        """Log what a recent answer should have been; None: it is right. NotFoundError for an unknown id."""
+        """Log what a recent answer should have been; None: it is right. NotFoundError for an unknown id.
+
+        A correction that calls tools is JSON as in `LoggedAnswer`.
+        """
+        entry = self._recent_entry(answer_id)
+        self._write(entry.with_correction(None if correction is None else self._redaction.clean([correction])[0]))
+
+    def wrong(self, answer_id: str) -> None:
+        """Log that a recent answer is wrong, where nobody says what is right. NotFoundError for an unknown id."""
+        entry = self._recent_entry(answer_id)
+        right = None if entry.correction == entry.answer else entry.correction
+        self._write(replace(entry, correction=right, is_wrong=True))
+
+    def _recent_entry(self, answer_id: str) -> LoggedAnswer:
         with self._lock:
             entry, _ = self._recent.get(answer_id, (None, 0))
         if entry is None:
             message = f"no answer {answer_id!r} among the last ones"
             raise NotFoundError(message, "correct an answer soon after it was given")
-        text = entry.answer if correction is None else self._redaction.clean([correction])[0]
-        self._write(replace(entry, correction=text))
+        return entry
 
     def _write(self, entry: LoggedAnswer) -> None:
         line = line_of(entry)
@@ -180,15 +220,34 @@ def _entries(path: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Logg
 
 
 def _entry(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
-    names = [field.name for field in fields(LoggedAnswer)]
-    if not isinstance(raw, dict) or raw.keys() != {*names}:
-        raise TypeError(f"it does not have the keys {', '.join(names)}")
-    correction = raw["correction"]
+    names = {field.name: field.default is MISSING for field in fields(LoggedAnswer)}
+    needed = [name for name, is_needed in names.items() if is_needed]
+    if not isinstance(raw, dict) or not raw.keys() >= {*needed}:
+        raise TypeError(f"it does not have the keys {', '.join(needed)}")
+    if more := raw.keys() - names:
+        raise TypeError(f"it has a key {min(more)!r}; its keys are {', '.join(names)}")
+    correction = raw.get("correction")
     if isinstance(correction, dict | list | int | float):
         # As people write it into a file of questions, and into rows.
         raw = {**raw, "correction": json.dumps(correction, ensure_ascii=False)}
     entry = dataclass_of(LoggedAnswer, raw)
     return replace(entry, messages=tuple(messages_for(entry.messages, None)))
+
+
+def _calls(message: Message) -> Sequence[Mapping[str, Any]]:
+    """The calls of a message."""
+    calls: Sequence[Mapping[str, Any]] = message.get("tool_calls", ())
+    return calls
+
+
+def _message(message: Message, content: str, arguments: Sequence[Mapping[str, Any]]) -> Message:
+    """The message with another content and other arguments of its calls."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": each}}
+        for call, each in zip(_calls(message), arguments, strict=True)
+    ]
+    kept = {key: message[key] for key in _ANSWERED if key in message}
+    return {**kept, "content": content, **({"tool_calls": calls} if calls else {})}
 
 
 def _is_log(path: Path) -> bool:

@@ -6,8 +6,9 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.processes.child_process import has_python, run
@@ -35,8 +36,16 @@ class Redaction:
 
     def clean(self, texts: Sequence[str]) -> list[str]:
         """The texts with REDACTED in place of what was found; REDACTED alone if that takes more than MAX_S."""
+        return self.clean_values(texts)
+
+    def clean_values(self, values: Sequence[Any]) -> list[Any]:
+        """The JSON values with all texts and numbers in them cleaned, but for the keys of objects."""
         if not self.patterns:
-            return list(texts)
+            return list(values)
+        cleaned = iter(self._cleaned([str(leaf) for leaf in _leaves(values)]))
+        return [_replaced(value, cleaned) for value in values]
+
+    def _cleaned(self, texts: Sequence[str]) -> list[str]:
         # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop
         # them; a library with other expressions would be one more to install on each board.
         request = json.dumps({"patterns": self.patterns, "texts": list(texts), "replacement": REDACTED})
@@ -47,3 +56,24 @@ class Redaction:
             _LOG.warning("redacted whole texts, as looking for the expressions %s", ended.how)
             return [REDACTED] * len(texts)
         return cleaned
+
+
+def _leaves(value: Any) -> Iterator[str | float]:  # noqa: ANN401 - any JSON value
+    """The texts and numbers in a JSON value."""
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _replaced(value: Any, texts: Iterator[str]) -> Any:  # noqa: ANN401 - any JSON value
+    """The JSON value with these texts in place of its leaves; a number whose text is as it was stays one."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, texts) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(inner, texts) for inner in value]
+    if next(_leaves(value), None) is None:
+        return value
+    text = next(texts)
+    return value if text == str(value) else text

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError
@@ -190,12 +191,16 @@ class Answering:
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
 
     async def _log(self, request: AnswerRequest, prompt: Prompt, answer: Answer, index: int) -> None:
-        """Log an answer that a row can be made of: of one adapter, without the calls and the syntax of tools."""
-        name = adapter_name(request.adapters)
-        if self.log is None or name is None or request.options.get("tools") or request.options.get("raw"):
+        """Log an answer that a row can be made of: of one adapter, to a prompt that is rendered as rows are."""
+        name, options = adapter_name(request.adapters), request.options
+        if self.log is None or name is None or options.get("raw") or options.get("tool_choice") == "none":
             return
-        log = partial(self.log.answered, prompt, answer.text, adapter=name, confidence=answer.confidence)
-        await asyncio.to_thread(log, answer_id=answer_id(request.id, index))
+        calls = answer.tool_calls[: request.max_calls]
+        # Of a call that was cut off there is only the text.
+        log = partial(self.log.answered, prompt, answer.content if calls else answer.content or answer.text)
+        about: dict[str, Any] = {"adapter": name, "confidence": answer.confidence}
+        about |= {"calls": calls, "tools": options.get("tools"), "answer_id": answer_id(request.id, index)}
+        await asyncio.to_thread(log, **about)
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():

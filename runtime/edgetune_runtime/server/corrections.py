@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -17,33 +18,40 @@ from .fields import Fields
 from .problems import RequestError, json_response
 
 PATH = "/edgetune/corrections"
+_MEMBERS = ("id", "index", "correction", "is_wrong")
 
 
 def routes(answering: Answering, bodies: BodyReader) -> list[Route]:
     """The route, which is there even if answers are not logged, to say so."""
 
     async def correct(request: Request) -> Response:
-        name, correction = await bodies.read(request, _correction)
+        name, is_wrong, correction = await bodies.read(request, _correction)
         if answering.log is None:
             raise RequestError("this server logs no answers", "start it with --log-answers FILE", status=404)
-        await asyncio.to_thread(partial(answering.log.corrected, name, correction))
+        log = answering.log
+        await asyncio.to_thread(partial(log.wrong, name) if is_wrong else partial(log.corrected, name, correction))
         return json_response({"status": "ok"})
 
     return [Route(PATH, correct, methods=["POST"])]
 
 
-def _correction(body: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The name of an answer in the log, and what it should have been; None: it is right.
+def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
+    """The name of an answer in the log, whether no more is known than that it is wrong, and else what is right.
 
-    The body has the `id` of a reply, the `index` of an answer in it, and the `correction`, null for a right answer.
+    The body has the `id` of a reply and the `index` of an answer in it; and `is_wrong`, or the `correction`, a text or
+    an object, which is null for a right answer.
     """
     fields = Fields(body)
-    for name in body.keys() - {"id", "index", "correction"}:
+    for name in body.keys() - {*_MEMBERS}:
         # A misspelled correction would say that the answer is right.
-        raise RequestError(f"{name} is no member of a correction", "give id, index and correction", param=name)
+        raise RequestError(f"{name} is no member of a correction", f"give {', '.join(_MEMBERS)}", param=name)
     # OpenAI's ids have the kind of the reply before them.
     name = fields.needed_text("id").rpartition("-")[2].rpartition("_")[2]
-    text = fields.text("correction")
+    given = body.get("correction")
+    text = json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else fields.text("correction")
     if text is not None and not text.strip():
         fields.refuse("correction", "a text that is not empty, or null if the answer is right")
-    return answer_id(name, fields.integer("index") or 0), text
+    is_wrong = fields.flag("is_wrong")
+    if is_wrong and text is not None:
+        fields.refuse("is_wrong", "left out beside a correction")
+    return answer_id(name, fields.integer("index") or 0), is_wrong, text

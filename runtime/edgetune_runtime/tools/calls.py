@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,14 @@ _DECODER = json.JSONDecoder()
 def random_id() -> str:
     """An id for a call of a tool."""
     return uuid.uuid4().hex[:9]
+
+
+def answer_text(content: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """The answer as one text, to compare it with another: its content, or JSON with names and arguments of calls."""
+    if not calls:
+        return content
+    listed = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
+    return json.dumps({**({"content": content} if content else {}), "tool_calls": listed}, ensure_ascii=False)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Manifest, NotFoundError, UsageError, VerificationError
+from edgetune_runtime import Manifest, NotFoundError, ToolCall, UsageError, VerificationError
 from edgetune_runtime.answer_log import redaction
 from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
 from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.text.chat import messages_for
+from edgetune_runtime.tools.definitions import tool_set
 
 
 @pytest.fixture
@@ -49,6 +51,74 @@ def test_what_an_expression_finds_is_replaced_everywhere(manifest: Manifest, tmp
     texts = [entry.messages[0]["content"], entry.answer, entry.correction]
     assert texts == [f"call {REDACTED} at {REDACTED}", f"dial {REDACTED}", f"dial {REDACTED} 12"]
     assert "5551234" not in path.read_text() and "Anna" not in path.read_text()
+
+
+def test_calls_of_tools_are_read_back(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    talk = [
+        {"role": "user", "content": "lamp"},
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "lamp", "arguments": '{"level": 3}'}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "done"},
+    ]
+    call = ToolCall("lamp", {"level": 4})
+    answer = log.answered(talk, "Sure.", calls=[call], tools=[{"name": "lamp"}], adapter="command")
+    log.corrected(answer)
+    log.answered("play", "", tools=[], adapter="command")
+    entry, plain = read_answer_log(log.path, manifest)
+    assert entry.answer == entry.correction
+    assert json.loads(entry.answer) == {
+        "content": "Sure.",
+        "tool_calls": [{"name": "lamp", "arguments": {"level": 4}}],
+    }
+    assert entry.messages == tuple(messages_for(talk, None))
+    assert tool_set(entry.tools) == tool_set([{"name": "lamp"}])
+    assert plain.tools is None
+
+
+def test_what_an_expression_finds_in_calls_is_replaced(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest, redact=[r"\d{4,}", "(?i)anna"])
+    before = {"name": "dial", "arguments": {"name": "Anna", "numbers": [5551234, 12, True, None]}}
+    talk = [{"role": "assistant", "tool_calls": [{"id": "123456789", "function": before}]}]
+    tools = [{"name": "dial", "description": "as Anna does"}]
+    log.answered(talk, "", calls=[ToolCall("dial", {"name": "Anna"})], tools=tools, adapter="command")
+    (entry,) = read_answer_log(log.path, manifest)
+    (call,) = entry.messages[0]["tool_calls"]
+    assert call["id"] == "123456789"
+    assert call["function"]["arguments"] == {"name": REDACTED, "numbers": [REDACTED, 12, True, None]}
+    assert json.loads(entry.answer)["tool_calls"] == [{"name": "dial", "arguments": {"name": REDACTED}}]
+    assert entry.tools is not None and entry.tools[0]["function"]["description"] == f"as {REDACTED} does"
+
+
+def test_a_wrong_answer_waits_for_its_correction(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+
+    def judged() -> tuple[str | None, bool]:
+        (entry,) = read_answer_log(log.path, manifest)
+        return entry.correction, entry.is_wrong
+
+    answer = log.answered("one", "1", adapter="command")
+    log.corrected(answer)
+    assert judged() == ("1", False)
+    log.wrong(answer)
+    assert judged() == (None, True)
+    log.corrected(answer, "2")
+    log.wrong(answer)
+    assert judged() == ("2", True)
+    log.corrected(answer)
+    assert judged() == ("1", False)
+    with pytest.raises(NotFoundError, match="no answer 'none'"):
+        log.wrong("none")
+
+
+def test_a_line_needs_no_more_than_what_was_answered(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    AnswerLog(path, manifest).answered("one", "1", adapter="command")
+    (before,) = read_answer_log(path, manifest)
+    line = json.loads(path.read_text())
+    for key in ("confidence", "correction", "is_wrong", "tools"):
+        del line[key]
+    path.write_text(json.dumps(line) + "\n")
+    assert read_answer_log(path, manifest) == [before]
 
 
 def test_a_text_in_which_an_expression_never_ends_is_replaced(
@@ -139,6 +209,8 @@ def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path
         {"confidence": "high"},
         {"more": 1},
         {"id": None},
+        {"tools": {}},
+        {"is_wrong": "yes"},
     ],
 )
 def test_a_line_that_is_not_one_of_a_log_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from edgetune_runtime.answer_log.log import read_answer_log
 from edgetune_runtime.server.settings import Access
 from openai import OpenAI
 from runtime.server.conftest import Running, Start
+from runtime.server.test_tools import ASK, TOOLS
 
 KEY = "k" * 32
 PATH = "/edgetune/corrections"
@@ -40,12 +42,41 @@ def test_answers_of_an_adapter_are_logged_with_the_id_of_the_reply(server: Runni
 
 
 def test_answers_without_a_row_are_not_logged(server: Running, client: OpenAI, log: Path) -> None:
-    tool = {"type": "function", "function": {"name": "turn", "parameters": {"type": "object", "properties": {}}}}
     client.chat.completions.create(**{**CHAT, "model": client.models.list().data[0].id})
     client.completions.create(model="command", prompt="turn on", max_tokens=2)
-    reply = server.client.post("/v1/chat/completions", json={**CHAT, "tools": [tool]})
-    assert reply.status_code in (200, 400)
     assert read_answer_log(log, server.runtime.manifest) == []
+
+
+def test_calls_are_logged_with_their_tools(start: Start, tools_bundle: Path, log: Path) -> None:
+    server = start(tools_bundle, log=log)
+    chat = {"model": "one", "messages": ASK, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+    chat |= {"temperature": 1.5, "seed": 1, "max_tokens": 200}
+    reply = server.client.post("/v1/chat/completions", json=chat).json()
+    (call,) = reply["choices"][0]["message"]["tool_calls"]
+    other = {"tool_calls": [{"name": "clock", "arguments": {}}]}
+    body = {"id": reply["id"], "correction": other}
+    assert server.client.post(PATH, json=body).status_code == 200
+    (entry,) = read_answer_log(log, server.runtime.manifest)
+    arguments = json.loads(call["function"]["arguments"])
+    assert json.loads(entry.answer) == {"tool_calls": [{"name": call["function"]["name"], "arguments": arguments}]}
+    assert json.loads(entry.correction or "") == other
+    assert [tool["function"]["name"] for tool in entry.tools or ()] == ["lamp", "clock"]
+
+
+def test_what_may_call_no_tool_is_not_logged(start: Start, tools_bundle: Path, log: Path) -> None:
+    server = start(tools_bundle, log=log)
+    chat = {"model": "one", "messages": ASK, "tools": TOOLS, "tool_choice": "none", "max_tokens": 4}
+    assert server.client.post("/v1/chat/completions", json=chat).status_code == 200
+    assert read_answer_log(log, server.runtime.manifest) == []
+
+
+def test_a_call_that_was_cut_off_is_logged_as_its_text(start: Start, tools_bundle: Path, log: Path) -> None:
+    server = start(tools_bundle, log=log)
+    chat = {"model": "one", "messages": ASK, "tools": TOOLS, "tool_choice": "required", "max_tokens": 4}
+    assert server.client.post("/v1/chat/completions", json=chat).status_code == 200
+    (entry,) = read_answer_log(log, server.runtime.manifest)
+    expected = server.runtime.generate(ASK, adapter="one", tools=TOOLS, tool_choice="required", max_tokens=4)
+    assert entry.answer == expected.text != ""
 
 
 def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, log: Path) -> None:
@@ -55,6 +86,9 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
     assert server.client.post(PATH, json=corrected).status_code == 200
     first, second = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, second.correction) == (first.answer, "light.on")
+    assert server.client.post(PATH, json={"id": reply.id, "is_wrong": True}).json() == {"status": "ok"}
+    first, _ = read_answer_log(log, server.runtime.manifest)
+    assert (first.correction, first.is_wrong) == (None, True)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +99,13 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
         ({"id": "a", "correction": " "}, 400, "a text that is not empty"),
         ({"id": "a", "correction": 1}, 400, "correction"),
         ({"id": "a", "index": "b"}, 400, "a whole number"),
-        ({"id": "a", "corection": "on"}, 400, "corection is no member of a correction; give id, index and correction"),
+        ({"id": "a", "is_wrong": 1}, 400, "true or false"),
+        ({"id": "a", "is_wrong": True, "correction": "on"}, 400, "left out beside a correction"),
+        (
+            {"id": "a", "corection": "on"},
+            400,
+            "corection is no member of a correction; give id, index, corr",
+        ),
     ],
 )
 def test_bad_corrections_are_refused(server: Running, body: dict[str, object], status: int, message: str) -> None:

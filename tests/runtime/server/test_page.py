@@ -124,19 +124,22 @@ def test_an_answer_is_confirmed_or_corrected_on_the_page(start: Start, visit: Vi
     page.get_by_label("Adapter", exact=True).first.select_option("command")
     page.get_by_label("most tokens").fill("4")
     prompt, send = page.get_by_role("textbox", name="Prompt"), page.get_by_role("button", name="Send")
-    for text, correction in (("turn on the light", None), ("close the blind", "blind.close")):
+    for text, correction in (("turn on the light", None), ("close the blind", "blind.close"), ("stop", "")):
         prompt.fill(text)
         send.click()
         if correction is None:
             page.get_by_role("button", name="right").first.click()
         else:
             page.get_by_role("button", name="correct it").first.click()
+            expect(page.get_by_text("Noted as wrong.").first).to_be_visible()
+        if correction:
             page.get_by_label("Correction").first.fill(correction)
             page.get_by_role("button", name="Save the correction").first.click()
         expect(page.get_by_text("Noted").first).to_be_visible()
-    first, second = read_answer_log(tmp_path / "answers.jsonl", server.runtime.manifest)
+    first, second, third = read_answer_log(tmp_path / "answers.jsonl", server.runtime.manifest)
     assert (first.messages[0]["content"], first.correction) == ("turn on the light", first.answer)
     assert (second.adapter, second.correction) == ("command", "blind.close")
+    assert (third.is_wrong, third.correction) == (True, None)
 
 
 @needs_browser

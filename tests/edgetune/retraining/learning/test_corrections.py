@@ -1,0 +1,134 @@
+"""Corrected answers as rows: of texts, and of calls of tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime, ToolCall
+from edgetune_runtime.answer_log.log import AnswerLog, LoggedAnswer
+from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.errors import UsageError
+from recipes import NAME, adapter_of, make_recipe
+from trainings import QUIET
+
+from edgetune.building.pipeline import build
+from edgetune.retraining.learning.corrections import corrected_rows
+from edgetune.retraining.learning.learn import learn, read_logs
+from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
+from edgetune.tasks.task import Task, read_task
+
+LAMP = {
+    "type": "object",
+    "properties": {"state": {"enum": ["on", "off"]}},
+    "required": ["state"],
+    "additionalProperties": False,
+}
+TOOLS: list[Any] = [{"name": "lamp", "parameters": LAMP}]
+
+
+def asked(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def called(state: str, **ids: str) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{**ids, "function": {"name": "lamp", "arguments": {"state": state}}}],
+    }
+
+
+def call_text(state: str, name: str = "lamp") -> str:
+    return json.dumps({"tool_calls": [{"name": name, "arguments": {"state": state}}]})
+
+
+ROWS = [
+    {"messages": [asked(f"lamp {n} {state}"), called(state)], "tools": TOOLS}
+    for n in range(12)
+    for state in ("on", "off")
+]
+
+
+def task_of(folder: Path) -> Task:
+    data = {"train": "rows.jsonl", "held_out": 0.2}
+    return read_task("home", make_recipe(folder, "missing.gguf", {"home": {"data": data}}, data={"rows.jsonl": ROWS}))
+
+
+def logged(number: int, messages: list[dict[str, Any]], correction: str, tools: list[Any] | None) -> LoggedAnswer:
+    offered = None if tools is None else tuple(tools)
+    return LoggedAnswer(
+        f"a{number}", "", "home", "", "home", tuple(messages), "?", correction=correction, tools=offered
+    )
+
+
+def test_corrected_calls_become_rows_with_their_tools(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    entries = [logged(n, [asked(f"light {n}")], call_text("on"), TOOLS) for n in range(5)]
+    rows = learned_rows(task, entries)
+    (row,) = [row for row in rows.train if row.where == "log:a1"]
+    assert row.tools == task.train[0].tools
+    assert row.turn is not None and row.turn["tool_calls"][0]["function"]["arguments"] == {"state": "on"}
+    assert (len(rows.held_out), rows.learned) == (2, 3)
+    old = task.train[0]
+    other = "off" if '"on"' in str(old.completion) else "on"
+    rows = learned_rows(task, [*entries, logged(9, [dict(old.messages[0])], call_text(other), TOOLS)])
+    assert old.where not in {row.where for row in rows.train}
+    assert list(doubts(task, rows)) == []
+
+
+def test_ids_of_calls_tell_no_prompts_apart(tmp_path: Path) -> None:
+    result = {"role": "tool", "content": "done"}
+    talk = [asked("lamp on"), called("on", id="123456789"), {**result, "tool_call_id": "123456789"}, asked("again")]
+    other = [asked("lamp on"), called("on"), result, asked("again")]
+    first, second = corrected_rows(
+        task_of(tmp_path), [logged(n, each, call_text("on"), TOOLS) for n, each in enumerate((talk, other))]
+    )[0]
+    assert first.messages != second.messages
+    assert first.prompt_key == second.prompt_key
+
+
+def test_a_correction_that_calls_what_there_is_not_is_refused(tmp_path: Path) -> None:
+    bad = [call_text("on", "lmap"), call_text("dim"), '{"tool_calls": 1}', "no idea"]
+    entries = [logged(n, [asked(f"light {n}")], text, TOOLS) for n, text in enumerate(bad)]
+    with pytest.raises(UsageError) as refused:
+        corrected_rows(task_of(tmp_path), entries)
+    unknown, broken, malformed, text = str(refused.value).splitlines()
+    assert unknown.startswith("answer a0 to 'light 0': the correction ")
+    assert unknown.endswith("cannot be an answer: calls 'lmap', which is not one of its tools; did you mean 'lamp'?")
+    assert broken.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
+    assert malformed.endswith("cannot be an answer: message 2 has tool_calls of type int")
+    assert text.endswith("the correction 'no idea' is no answer that the metric json can score; correct it")
+
+
+def test_conversations_that_cannot_be_rows_are_left_out_and_named(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    odd = logged(7, [asked("hello"), asked("light")], call_text("on"), TOOLS)
+    with pytest.raises(
+        TooFewCorrectionsError, match="fewer than 4; left out: log:a7: message 2 has role user, expected assistant"
+    ):
+        learned_rows(task, [odd])
+    rows = learned_rows(task, [odd, *(logged(n, [asked(f"light {n}")], call_text("on"), TOOLS) for n in range(4))])
+    assert list(doubts(task, rows)) == ["left out log:a7: message 2 has role user, expected assistant"]
+
+
+def test_calls_are_learned_from_a_log(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    adapters = {"lamp": adapter_of(train="lamp.jsonl", draft=False, golden=False)}
+    training = {"max_steps": 40, "evals": 2, "learning_rate": 1e-2}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"lamp.jsonl": ROWS}, training=training)
+    home = tmp_path / "home"
+    build(recipe, home, progress=QUIET)
+    log = AnswerLog(tmp_path / "answers.jsonl", read_manifest(home))
+    for number in range(8):
+        prompt = f"light {number} please"
+        answer = log.answered(prompt, "", calls=[ToolCall("lamp", {"state": "off"})], tools=TOOLS, adapter="lamp")
+        log.corrected(answer, call_text("on"))
+    result = learn(home, read_logs(home, [log.path], QUIET.say), tmp_path / NAME, tmp_path / "new", QUIET)
+    assert result.learned == {"lamp": 6}
+    assert result.changes["lamp"]["corrections"].after == 1.0
+    with Runtime.open(tmp_path / "new", disk_mb=0) as runtime:
+        reply = runtime.generate("light 1 please", adapter="lamp", tools=TOOLS, max_tokens=60)
+    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("lamp", {"state": "on"})]
