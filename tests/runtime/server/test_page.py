@@ -18,6 +18,7 @@ from edgetune_runtime.server.settings import Access, ServerLimits
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Running, Start, started
+from runtime.server.test_routing import with_router
 
 KEY = "a-key-of-more-than-sixteen-characters"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -140,6 +141,20 @@ def test_an_answer_is_confirmed_or_corrected_on_the_page(start: Start, visit: Vi
     assert (first.messages[0]["content"], first.correction) == ("turn on the light", first.answer)
     assert (second.adapter, second.correction) == ("command", "blind.close")
     assert (third.is_wrong, third.correction) == (True, None)
+
+
+@needs_browser
+def test_what_the_router_chose_is_judged_if_it_is_an_adapter(
+    bundle: Path, start: Start, visit: Visit, tmp_path: Path
+) -> None:
+    page = visit(start(with_router(bundle, tmp_path / "home"), log=tmp_path / "answers.jsonl"))
+    page.get_by_label("Adapter", exact=True).first.select_option("auto")
+    page.get_by_label("most tokens").fill("4")
+    for text, is_judged in (("the lamp", True), ("who is there", False)):
+        page.get_by_role("textbox", name="Prompt").fill(text)
+        page.get_by_role("button", name="Send").click()
+        expect(page.locator(".figures").first).to_contain_text("first token")
+        expect(page.get_by_role("button", name="correct it").first).to_be_visible(visible=is_judged)
 
 
 @needs_browser
