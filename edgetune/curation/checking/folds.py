@@ -35,7 +35,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
-from edgetune.tasks.data import TaskRow
+from edgetune.tasks.data import TaskRow, grouped
 from edgetune.tasks.task import Task
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
@@ -97,18 +97,18 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
 
 
 def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
-    """The rows in FOLDS parts of about the same size; rows with the same prompt are in one. UsageError for too few."""
-    groups: dict[str, list[TaskRow]] = {}
-    for row in rows:
-        groups.setdefault(prompt_key(SplitRow(TRAIN, row)), []).append(row)
+    """The rows in FOLDS parts of about the same size. UsageError for too few.
+
+    Rows with the same prompt, and those that begin the same conversation, are in one.
+    """
+    groups = grouped(rows, lambda row: prompt_key(SplitRow(TRAIN, row)))
     if len(groups) < 2 * FOLDS:
         message = f"{len(groups)} different prompts are too few to tell which answers are wrong"
         raise UsageError(message, f"leave out --minutes, or give at least {2 * FOLDS}, better some hundred")
-    shuffled = list(groups.values())
-    random.Random(seed).shuffle(shuffled)
+    random.Random(seed).shuffle(groups)
     folds: list[list[TaskRow]] = [[] for _ in range(FOLDS)]
-    for group in shuffled:
-        min(folds, key=len).extend(group)
+    for group in groups:
+        min(folds, key=len).extend(rows[place] for place in group)
     return folds
 
 
