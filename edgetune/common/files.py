@@ -8,12 +8,13 @@ from pathlib import Path
 from edgetune_runtime.formats.atomic import replacing
 
 
-def write_file(path: Path, data: str | bytes) -> None:
+def write_file(path: Path, data: str | bytes, *, is_private: bool = False) -> None:
     """Write a text in UTF-8, or bytes, to a file, which is replaced if there is one; makes its folder.
 
-    OutOfSpaceError if the disk is full.
+    If it is private, other users cannot read it. OutOfSpaceError if the disk is full.
     """
     with replacing(path) as temporary:
+        temporary.touch(0o600 if is_private else 0o666)
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 

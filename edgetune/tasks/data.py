@@ -23,8 +23,9 @@ from edgetune.recipe.rows import Rows
 from .row_files import BadRowError, entries
 
 MAX_ERRORS = 20
-_MORE_KEYS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 WEIGHT = "weight"
+"""The column of a row's weight, and the key of an assistant's message: one with weight 0 is not learned."""
+_MORE_KEYS = {"assistant": ("tool_calls", WEIGHT), "tool": ("tool_call_id", "name")}
 LABEL = "label"
 """The column whose values are labels; elsewhere a few short answers may be texts to write."""
 FORMS = "messages, prompt and completion, text and label, or text"
@@ -79,7 +80,8 @@ class TaskRow:
     def prompt_key(self) -> str:
         """What rows with exactly the same prompt, but for the ids of calls, have in common."""
         tools = None if self.tools is None else self.tools.text
-        return repr((self.text, [_without_ids(message) for message in self.messages or ()], tools))
+        turns = [[turn["role"], turn["content"], called(turn)] for turn in self.messages or ()]
+        return json.dumps([self.text, turns, tools], sort_keys=True)
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -95,14 +97,24 @@ class TaskRow:
         return replace(self, messages=tuple(messages), completion=_text_of_turn(last), turn=turn)
 
     @property
-    def answers(self) -> list[TaskRow]:
+    def beginnings(self) -> list[TaskRow]:
         """The row, after a row for each earlier turn of the assistant with the messages before it."""
-        earlier = [
-            replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}, message {place + 1}")
-            for place, turn in enumerate(self.messages or ())
-            if turn["role"] == "assistant"
-        ]
-        return [*earlier, self]
+        return [self._until(place) for place in self._answer_places] or [self]
+
+    @property
+    def answers(self) -> list[TaskRow]:
+        """The beginnings whose answers are learned."""
+        return [self._until(place) for place in self._answer_places if is_learned(self.turns[place])] or [self]
+
+    @property
+    def _answer_places(self) -> list[int]:
+        return [place for place, turn in enumerate(self.turns) if turn["role"] == "assistant"]
+
+    def _until(self, place: int) -> TaskRow:
+        """The row up to a turn of the assistant."""
+        if place == len(self.turns) - 1:
+            return self
+        return replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}, message {place + 1}")
 
     def beginning(self, system: str | None) -> str:
         """The definitions of its tools, and its system prompt or else `system`."""
@@ -187,14 +199,19 @@ def grouped(rows: Sequence[TaskRow], key: Callable[[TaskRow], str]) -> list[list
     groups: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         # The shortest beginning that is a row.
-        first = next(prompt for answer in row.answers if (prompt := key(answer)) in prompts)
+        first = next(prompt for begun in row.beginnings if (prompt := key(begun)) in prompts)
         groups.setdefault(first, []).append(place)
     return list(groups.values())
 
 
-def _without_ids(message: Message) -> dict[str, Any]:
-    plain = {key: value for key, value in message.items() if key != "tool_call_id"}
-    return plain | ({"tool_calls": [call["function"] for call in plain["tool_calls"]]} if "tool_calls" in plain else {})
+def is_learned(turn: Message) -> bool:
+    """Whether a turn of the assistant is trained on."""
+    return turn.get(WEIGHT) != 0
+
+
+def called(turn: Message) -> list[Mapping[str, Any]]:
+    """The functions that a turn calls, without the ids of the calls, which tell no prompts apart."""
+    return [call["function"] for call in turn.get("tool_calls", ())]
 
 
 def _text_of_turn(turn: Message) -> str:
@@ -301,6 +318,8 @@ def _check_order(turns: Sequence[Message]) -> None:
             expected = ["assistant", "tool", "user"] if role == "tool" else ["assistant"]
     if turns[-1]["role"] != "assistant":
         raise BadRowError(f"the last message has role {turns[-1]['role']}, expected assistant")
+    if not is_learned(turns[-1]):
+        raise BadRowError("the last message has weight 0, so that no answer is learned to what is before it; remove it")
 
 
 def _check_calls(names: Sequence[str], tools: ToolSet | None) -> None:
@@ -322,7 +341,10 @@ def _check_message(number: int, message: object) -> None:
     extra = [key for key, value in message.items() if key not in keys and value is not None]
     if extra:
         raise BadRowError(f"message {number} has {extra[0]!r}, which is not supported; use only {', '.join(keys)}")
-    if not message.get("tool_calls"):
+    if message.get(WEIGHT) not in (None, 0, 1):
+        raise BadRowError(f"message {number} has weight {message[WEIGHT]!r}; give 0 or 1")
+    # Functions may return nothing.
+    if not message.get("tool_calls") and (role != "tool" or message.get("content") != ""):
         _text(message.get("content"), f"the content of message {number}")
 
 

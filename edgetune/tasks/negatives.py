@@ -47,6 +47,11 @@ def negative_rows(
     return [_row(number, text, label) for number, text in enumerate(islice(texts, round(len(rows) * _SHARE)), 1)]
 
 
+def given(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows that this module has not made."""
+    return [row for row in rows if not row.where.startswith(f"{MADE}:")]
+
+
 def _row(number: int, text: str, label: str) -> TaskRow:
     return TaskRow(f"{MADE}:{number}", ({"role": "user", "content": text},), label, is_labelled=True)
 

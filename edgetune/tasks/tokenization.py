@@ -17,7 +17,7 @@ from edgetune_runtime.tools.prompts import prompt_tokens, support_of, turn_text
 from edgetune.objectives.base import TrainingRow, row_length
 from edgetune.objectives.example import Example
 
-from .data import TaskRow
+from .data import TaskRow, is_learned
 
 E = TypeVar("E", bound=TrainingRow)
 
@@ -72,11 +72,11 @@ def _learn_earlier_turns(
 ) -> None:
     """Mark the assistant's earlier turns in `prompt` as learned, in place.
 
-    A turn is learned only if the tokens up to it are those that the device would see when it answers. It is not learned
-    if the template renders past turns differently, such as without their reasoning.
+    A turn of weight 0 is not. A turn is learned only if the tokens up to it are those that the device would see when it
+    answers. It is not learned if the template renders past turns differently, such as without their reasoning.
     """
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or not is_learned(message):
             continue
         before = prompt_tokens(tokenizer, messages[:index], tools)
         target = _target_tokens(_written(message, tokenizer), tokenizer)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log.log import read_answer_log
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import AUTO, MANIFEST_NAME, read_manifest
 from edgetune_runtime.bundle.parts import part_path
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME

@@ -13,7 +13,9 @@ from edgetune_export.adapters.shapes import Prefix
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.gguf.prefix import write_prefix
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log.log import AnswerLog, line_of, read_answer_log
+from edgetune_runtime.answer_log.answers import line_of
+from edgetune_runtime.answer_log.log import AnswerLog
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import GENERATE, AdapterEntry, Scope, read_manifest, sha256_of
 from edgetune_runtime.bundle.signatures import read_signed_manifest
 from edgetune_runtime.decoding.drafts import DRAFT_FILE, DraftTable, write_table

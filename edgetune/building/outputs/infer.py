@@ -18,7 +18,8 @@ from edgetune_runtime.decoding.output import OutputSpec, output_of
 _MAX_CHOICES = 50
 _MIN_REPEATS = 5
 """Occurrences per distinct value before a list of values counts as complete."""
-_SPACINGS = {"spaced": None, "compact": (",", ":")}
+SEPARATORS = {"spaced": None, "compact": (",", ":")}
+"""Separators of the parts of JSON, as Python's `json.dumps` takes them, by the runtime's SPACINGS."""
 
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
@@ -28,7 +29,7 @@ def infer(answers: Sequence[str]) -> OutputSpec | None:
         shape = _Shape()
         for value in parsed:
             shape.add(value)
-        return output_of(schema=shape.schema(), spacing=_spacing_of(answers, parsed))
+        return output_of(schema=shape.schema(), spacing=spacing_of(answers))
     values = Counter(answers)
     return output_of(choices=sorted(values)) if _is_complete(values) else None
 
@@ -46,10 +47,10 @@ def _is_complete(values: Counter[str]) -> bool:
     return is_few and "" not in values and min(values.values()) > 1
 
 
-def _spacing_of(answers: Sequence[str], parsed: Sequence[object]) -> str:
+def spacing_of(answers: Sequence[str]) -> str:
     """How all answers separate the parts of their JSON: one of the runtime's SPACINGS."""
-    for name, separators in _SPACINGS.items():
-        pairs = zip(answers, parsed, strict=True)
+    pairs = [(answer, _json_of(answer)) for answer in answers]
+    for name, separators in SEPARATORS.items():
         if all(answer in _written(value, separators) for answer, value in pairs):
             return name
     return "any"

@@ -7,11 +7,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any
 
-from edgetune_runtime.text.chat import Message
-
-from edgetune.tasks.data import TaskRow
+from edgetune.tasks.data import TaskRow, called
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Finding, SplitRow
 
@@ -88,13 +85,8 @@ def _prompt(row: TaskRow) -> str:
     """All turns before the answer, and the tools."""
     if row.messages is None:
         return row.text or ""
-    turns = [f"{turn['role']} {turn['content']} {json.dumps(_called(turn))}" for turn in row.messages]
+    turns = [f"{turn['role']} {turn['content']} {json.dumps(called(turn), sort_keys=True)}" for turn in row.messages]
     return "\n".join([*turns, row.tools.text if row.tools else ""])
-
-
-def _called(turn: Message) -> list[Any]:
-    """The calls of a turn without their ids, which tell no prompts apart."""
-    return [call["function"] for call in turn.get("tool_calls", ())]
 
 
 def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], str]) -> dict[str, list[SplitRow]]:

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from edgetune_runtime.answer_log.log import LoggedAnswer
+from edgetune_runtime.answer_log.answers import LoggedAnswer
+from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.wording import shortened, suggestion
 
+from edgetune.building.outputs.infer import SEPARATORS, spacing_of
 from edgetune.curation.checking.answers import bad_call
 from edgetune.tasks import metrics
-from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.data import WEIGHT, TaskRow, rows_of
 from edgetune.tasks.task import Task
 
 LOG = "log:"
@@ -22,11 +24,14 @@ LOG = "log:"
 
 
 def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[TaskRow], list[str]]:
-    """The rows of corrected answers, and the reasons why others are left out: their conversations cannot be rows.
+    """The rows of corrected answers, and the reasons why others are left out.
 
-    Raises one UsageError for all corrections that cannot be answers of the task.
+    Of a conversation only the corrected answer is learned, as the earlier ones may be wrong. Left out are conversations
+    that cannot be rows, and answers that cannot be right without what was redacted. Raises one UsageError for all other
+    corrections that cannot be answers of the task.
     """
     rows, left_out, problems = list[TaskRow](), list[str](), list[str]()
+    spacing = spacing_of([row.completion or "" for row in task.train])
     for entry in entries:
         try:
             _row(entry, {"role": "assistant", "content": "any"})
@@ -34,15 +39,16 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
             left_out.append(error.message)
             continue
         try:
-            row = _row(entry, _turn(entry))
+            row = _row(entry, _turn(entry, spacing))
             problem = _problem(task, row)
         except UsageError as error:
-            problem = f"cannot be an answer: {error.message.removeprefix(f'{LOG}{entry.id}: ')}"
+            problem = f"cannot be an answer: {str(error).removeprefix(f'{LOG}{entry.id}: ')}"
         if problem is None:
             rows.append(row)
             continue
         asked, answer = shortened(str(entry.messages[-1]["content"]), 60), shortened(entry.correction or "", 80)
-        problems.append(f"answer {entry.id} to {asked!r}: the correction {answer!r} {problem}")
+        problem = f"answer {entry.id} to {asked!r}: the correction {answer!r} {problem}"
+        (left_out if REDACTED in (entry.correction or "") else problems).append(problem)
     if problems:
         raise UsageError("\n".join(problems))
     return rows, left_out
@@ -52,20 +58,20 @@ def _row(entry: LoggedAnswer, turn: Message) -> TaskRow:
     """The row of a conversation with this turn as the answer; UsageError if it cannot be one."""
     tools = {} if entry.tools is None else {"tools": list(entry.tools)}
     where = f"{LOG}{entry.id}"
-    (row,) = rows_of(where, [(where, {"messages": [*entry.messages, turn], **tools})])
+    before = [{**each, WEIGHT: 0} if each["role"] == "assistant" else each for each in entry.messages]
+    (row,) = rows_of(where, [(where, {"messages": [*before, turn], **tools})])
     return row
 
 
-def _turn(entry: LoggedAnswer) -> Message:
-    """The correction as a message, with its calls if it has some and there are tools."""
-    text = entry.correction or ""
+def _turn(entry: LoggedAnswer, spacing: str) -> Message:
+    """The correction as a message; JSON with this spacing, as the training rows have it."""
+    turn = entry.message_of(entry.correction or "")
     value: Any = None
-    if entry.tools is not None:
-        with suppress(ValueError, RecursionError):
-            value = json.loads(text)
-    if not isinstance(value, dict) or "tool_calls" not in value:
-        return {"role": "assistant", "content": text}
-    return {"role": "assistant", "content": value.get("content"), "tool_calls": value["tool_calls"]}
+    with suppress(ValueError, RecursionError):
+        value = json.loads(turn["content"])
+    if spacing not in SEPARATORS or not isinstance(value, dict | list):
+        return turn
+    return {**turn, "content": json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])}
 
 
 def _problem(task: Task, row: TaskRow) -> str | None:

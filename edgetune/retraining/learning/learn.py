@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export.pack import check_destination
-from edgetune_runtime.answer_log.log import LoggedAnswer, read_answer_log
+from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats.atomic import swap_in
@@ -61,8 +62,10 @@ def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) ->
 
     `say` gets a sentence about each line that is left out.
     """
-    manifest = read_manifest(bundle)
-    entries = {entry.id: entry for log in logs for entry in read_answer_log(log, manifest, say)}
+    manifest, entries = read_manifest(bundle), dict[str, LoggedAnswer]()
+    for log in logs:
+        for entry in read_answer_log(log, manifest, say):
+            merged(entries, entry)
     return list(entries.values())
 
 
@@ -81,7 +84,9 @@ def learn(
         raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
     work = kept_folder(out)
     with locked(work):
-        corrected = _by_adapter(entries, manifest)
+        # Users' words are in it.
+        work.chmod(0o700)
+        corrected = _by_adapter(entries, manifest, progress.say)
         path = _recipe_of(bundle, recipe)
         unknown = [name for name in corrected if name not in Recipe.from_file(path).adapters]
         if unknown:
@@ -157,12 +162,19 @@ def _recipe_of(bundle: Path, recipe: Path | None) -> Path:
     return path
 
 
-def _by_adapter(entries: Sequence[LoggedAnswer], manifest: Manifest) -> dict[str, list[LoggedAnswer]]:
-    """The corrected answers of each adapter that has some; UsageError if there are none."""
+def _by_adapter(
+    entries: Sequence[LoggedAnswer], manifest: Manifest, say: Callable[[str], None]
+) -> dict[str, list[LoggedAnswer]]:
+    """The corrected answers of each adapter that has some; UsageError if there are none.
+
+    Those of adapters that the bundle no longer has are left out, and named.
+    """
     corrected: dict[str, list[LoggedAnswer]] = {}
     for entry in entries:
         if entry.adapter and entry.correction:
-            corrected.setdefault(manifest.adapter(entry.adapter).name, []).append(entry)
+            corrected.setdefault(entry.adapter, []).append(entry)
+    for name in corrected.keys() - manifest.adapters.keys():
+        say(f"left out {len(corrected.pop(name))} corrections of adapter {name!r}, which the bundle does not have")
     if not corrected:
         message = f"none of the {len(entries)} answers in the log is a corrected one of an adapter"
         raise UsageError(message, "correct some on the server's page, or label some with --ask N")

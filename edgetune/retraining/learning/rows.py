@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetune_runtime.answer_log.log import LoggedAnswer
+from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of, shortened
 
@@ -15,7 +15,8 @@ from edgetune.curation.checking.duplicates import duplicates
 from edgetune.curation.checking.findings import CONFLICT, TRAIN, VALIDATION, SplitRow
 from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
-from edgetune.tasks.data import TaskRow
+from edgetune.tasks.data import WEIGHT, TaskRow
+from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task
 
 from .corrections import LOG, corrected_rows
@@ -51,35 +52,29 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
 
     A correction takes the place of training rows with its prompt, of such answers in training conversations, and of
     earlier corrections of it. Left out are those that rows have already, as after an earlier call with the same log,
-    and those whose prompt is that of a row for validation or for the confidence, or follows one of the latter. Raises
-    one UsageError for all corrections that cannot be answers of the task, and TooFewCorrectionsError.
+    and those whose prompt is that of a row for validation or for the confidence. Raises one UsageError for all
+    corrections that cannot be answers of the task, and TooFewCorrectionsError.
     """
     fit, unfit = corrected_rows(task, entries)
-    apart = [*task.validation, *task.confidence_rows]
+    train, validation = given(task.train), given(task.validation)
+    apart = [*validation, *given(task.confidence_rows)]
     kept_apart = {row.prompt_key for row in apart}
-    given = {row.prompt_key for row in task.confidence_rows if task.spec.data.confidence is not None}
     answers: dict[str, set[str | None]] = {}
-    for row in (*task.train, *apart):
+    for row in (*train, *apart):
         answers.setdefault(row.prompt_key, set()).add(row.completion)
     rows = {row.prompt_key: row for row in fit}
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
-    corrected = {
-        prompt: row
-        for prompt, row in rows.items()
-        if prompt not in kept_apart and given.isdisjoint(answer.prompt_key for answer in row.answers)
-    }
+    corrected = {prompt: row for prompt, row in rows.items() if prompt not in kept_apart}
     if len(corrected) < MIN_CORRECTIONS:
         message = f"the log has {len(corrected)} corrected answers of adapter {task.name!r} to new prompts"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
         raise TooFewCorrectionsError(message, "correct more answers, or label some with --ask N")
-    train = task.in_scope(task.train)
     earlier = {answer.prompt_key for row in train for answer in row.answers[:-1]}
     # What conversations have corrected is learned with them.
     held = {*[prompt for prompt in corrected if prompt not in earlier][::_HELD_OUT_PARTS]}
     held_out = [row for prompt, row in corrected.items() if prompt in held]
     learned = [row for prompt, row in corrected.items() if prompt not in held]
     kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
-    validation = task.in_scope(task.validation)
     return LearnedRows([*kept, *learned], validation, held_out, len(learned), len(rows) - len(corrected), unfit)
 
 
@@ -115,11 +110,15 @@ def _values(row: TaskRow) -> dict[str, Any]:
 
 
 def _with_corrections(row: TaskRow, corrected: Mapping[str, TaskRow]) -> TaskRow:
-    """The row with the corrections in place of earlier answers to their prompts, but of calls: results follow them."""
+    """The row with the corrections in place of earlier answers to their prompts.
+
+    Calls stay, as their results follow them, and are not learned.
+    """
     turns = list(row.turns)
     for place, turn in enumerate(row.turns[:-1]):
-        if turn["role"] == "assistant" and "tool_calls" not in turn:
-            correction = corrected.get(row.with_turns(row.turns[: place + 1]).prompt_key)
-            if correction is not None:
-                turns[place] = correction.turns[-1]
+        if turn["role"] == "assistant":
+            begun = row.with_turns(row.turns[: place + 1])
+            correction = corrected.get(begun.prompt_key)
+            if correction is not None and correction.completion != begun.completion:
+                turns[place] = {**turn, WEIGHT: 0} if "tool_calls" in turn else correction.turns[-1]
     return row if turns == list(row.turns) else row.with_turns(turns)

@@ -45,6 +45,19 @@ class Redaction:
         cleaned = iter(self._cleaned([str(leaf) for leaf in _leaves(values)]))
         return [_replaced(value, cleaned) for value in values]
 
+    def clean_text(self, text: str) -> str:
+        """The text cleaned; of an object or a list in JSON the values, so that it stays JSON."""
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict | list):
+            return self.clean([text])[0]
+        (cleaned,) = self.clean_values([value])
+        is_compact = text == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        separators = (",", ":") if is_compact else None
+        return text if cleaned == value else json.dumps(cleaned, ensure_ascii=False, separators=separators)
+
     def _cleaned(self, texts: Sequence[str]) -> list[str]:
         # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop
         # them; a library with other expressions would be one more to install on each board.

@@ -61,8 +61,8 @@ class Answer:
     too few validation rows had.
 
     With `min_confidence`, of the call or the recipe, `is_unsure` says whether the confidence is lower, or not known.
-    `instead` is what answered in place of an unsure answer, whose confidence is still that of the unsure one: `ask`,
-    `base`, an adapter, `defer`, or None.
+    `instead` is what answered in place of the unsure answer `replaced`, whose confidence is kept: `ask`, `base`, an
+    adapter, `defer`, or None.
     """
 
     text: str
@@ -79,6 +79,7 @@ class Answer:
     log_odds: float | None = None
     is_unsure: bool = False
     instead: str | None = None
+    replaced: Answer | None = None
 
     @property
     def message(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from typing import Any
 
-from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.tools.calls import ToolCall
@@ -69,13 +69,28 @@ def ask(
         schema = {"name": "answer", "schema": json.loads(output.text)}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     text, calls = _read(to, _post(to, body, check))
-    offered = {tool.name for tool in tools.offered} if tools is not None else set()
-    unknown = next((call.name for call in calls if call.name not in offered), None)
-    if unknown is not None:
-        raise _error(to, f"called {unknown!r}, which is none of the tools")
-    if not calls and output is not None and not replace(output, spacing="any").accepts(text):
+    if calls:
+        return text, tuple(_fitting(to, call, tools) for call in calls)
+    if not text:
+        raise _error(to, "gave an empty answer")
+    if tools is not None and tools.choice not in ("auto", "none"):
+        raise _error(to, f"called no tool, and tool_choice is {tools.choice!r}")
+    if output is not None and not replace(output, spacing="any").accepts(text):
         raise _error(to, f"answered {shortened(text, 80)!r}, which the output constraint does not allow")
     return text, calls
+
+
+def _fitting(to: DeferTo, call: ToolCall, tools: ToolSet | None) -> ToolCall:
+    """The call, its arguments in the order of the tool's schema; DeferError if the tools do not allow it."""
+    tool = next((tool for tool in tools.offered if tool.name == call.name), None) if tools is not None else None
+    if tool is None:
+        raise _error(to, f"called {call.name!r}, which is none of the tools")
+    names = [name for name in tool.schema.get("properties", ()) if name in call.arguments]
+    arguments = {name: call.arguments[name] for name in dict.fromkeys((*names, *call.arguments))}
+    text = json.dumps(arguments, ensure_ascii=False)
+    if not output_of(schema=tool.schema, spacing="any").accepts(text):
+        raise _error(to, f"called {call.name!r} with {shortened(text, 80)}, which its schema does not allow")
+    return replace(call, arguments=arguments)
 
 
 def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> bytes:

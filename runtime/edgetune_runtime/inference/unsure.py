@@ -176,6 +176,7 @@ class _Settling:
             log_odds=answer.log_odds,
             is_unsure=True,
             instead=self.rule.then,
+            replaced=answer,
             route=answer.route,
         )
 
@@ -195,4 +196,5 @@ class _Settling:
 
     def _replace(self, answer: Answer, by: str, text: str, **fields: Any) -> None:  # noqa: ANN401 - those of Answer
         changed = {"kind": QUESTION, "output": None, "tool_calls": (), **fields}
-        self.outcome.answer = replace(answer, text=text, content=text, logprobs=None, instead=by, **changed)
+        changed |= {"text": text, "content": text, "logprobs": None, "instead": by, "replaced": answer}
+        self.outcome.answer = replace(answer, **changed)

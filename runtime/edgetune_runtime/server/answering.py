@@ -13,12 +13,14 @@ from functools import partial
 from typing import Any
 
 from edgetune_runtime.answer_log.log import AnswerLog
+from edgetune_runtime.bundle import ASK
 from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.text.chat import Prompt
+from edgetune_runtime.tools.calls import answer_text
 
 from .answer_queue import AnswerQueue
 from .answer_request import CLIENT, AnswerRequest
@@ -176,6 +178,7 @@ class Answering:
             except UnsureError as error:
                 if isinstance(error.answer, Answer):
                     self.metrics.count_answer(request.adapters, error.answer)
+                    await self._log(request, prompt, error.answer, index)
                 raise
             answer = stream.answer
         assert answer is not None
@@ -191,15 +194,19 @@ class Answering:
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
 
     async def _log(self, request: AnswerRequest, prompt: Prompt, answer: Answer, index: int) -> None:
-        """Log an answer that a row can be made of: of one adapter, to a prompt that is rendered as rows are."""
+        """Log an adapter's own answer that a row can be made of: to a prompt that is rendered as rows are."""
         name, options = adapter_name(request.adapters), request.options
         if self.log is None or name is None or options.get("raw") or options.get("tool_choice") == "none":
             return
-        calls = answer.tool_calls[: request.max_calls]
+        own, shown = answer.replaced or answer, None
+        if answer.replaced is not None:
+            pairs = [(call.name, call.arguments) for call in answer.tool_calls[: request.max_calls]]
+            shown = "" if answer.instead == ASK else answer_text(answer.content, pairs)
+        calls = own.tool_calls[: request.max_calls]
         # Of a call that was cut off there is only the text.
-        log = partial(self.log.answered, prompt, answer.content if calls else answer.content or answer.text)
-        about: dict[str, Any] = {"adapter": name, "confidence": answer.confidence}
-        about |= {"calls": calls, "tools": options.get("tools"), "answer_id": answer_id(request.id, index)}
+        log = partial(self.log.answered, prompt, own.content if calls else own.content or own.text, calls=calls)
+        about: dict[str, Any] = {"adapter": name, "confidence": own.confidence, "shown": shown}
+        about |= {"tools": options.get("tools"), "answer_id": answer_id(request.id, index)}
         await asyncio.to_thread(log, **about)
 
     def _check(self, end_s: float, progress: str) -> None:

@@ -68,6 +68,8 @@ class OllamaReply:
         return logprobs | {
             **route_of(self.request),
             **sureness_of(answer),
+            # Not in Ollama's API: for corrections.
+            "id": self.request.id,
             "done": True,
             "done_reason": finish_reason(answer),
             "total_duration": total_ns,

@@ -159,7 +159,7 @@ def test_all_bad_rows_are_named_with_line_and_reason(write: Write) -> None:
         "13: message 2 has role user, expected assistant",
         "14: message 1 has role assistant, expected user",
         "15: message 2 has role 'robot'; use system, user, assistant or tool",
-        "16: message 2 has 'refusal', which is not supported; use only role, content, tool_calls",
+        "16: message 2 has 'refusal', which is not supported; use only role, content, tool_calls, weight",
         "17: the content of message 2 is missing or null",
     ]
 
@@ -290,6 +290,22 @@ def test_rows_with_the_same_prompt_stay_on_one_side(seed: int) -> None:
     assert not {str(r.messages) for r in train} & {str(r.messages) for r in validation}
 
 
+def test_answers_of_weight_0_are_no_answers_of_the_row(write: Write) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "weight": 1},
+    ]
+    (row,) = read_rows(str(write(json.dumps({"messages": turns}))))
+    assert [answer.completion for answer in row.answers] == ["d"]
+    assert [begun.completion for begun in row.beginnings] == ["b", "d"]
+    for weight, problem in ((2, "message 4 has weight 2; give 0 or 1"), (0, "the last message has weight 0, so that")):
+        turns[-1] = {**turns[-1], "weight": weight}
+        with pytest.raises(UsageError, match=problem):
+            read_rows(str(write(json.dumps({"messages": turns}))))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_that_begin_the_same_conversation_stay_on_one_side(seed: int) -> None:
     # Two rows of each, one with a turn more. All begin with the same greeting, which is no row.
@@ -380,6 +396,13 @@ def test_all_turns_of_the_assistant_are_learned(tokenizer: GgufTokenizer) -> Non
     assert learned_of(example) == first + end + last + end
     before_first = prompt_of(list(CONVERSATION[:1]), tokenizer, None)
     assert example.learned.index(True) == len(before_first)
+
+
+def test_a_turn_of_weight_0_is_not_learned(tokenizer: GgufTokenizer) -> None:
+    first, answer, more = CONVERSATION
+    example = tokenize_one(TaskRow("x:1", (first, {**answer, "weight": 0}, more), "stop it"), tokenizer)
+    assert example.tokens == tokenize_one(TaskRow("x:1", CONVERSATION, "stop it"), tokenizer).tokens
+    assert learned_of(example) == (*tokenizer.tokenize("stop it", continues=True), tokenizer.end_token)
 
 
 def test_a_template_that_rewrites_past_turns_leaves_them_unlearned(

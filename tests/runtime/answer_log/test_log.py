@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Manifest, NotFoundError, ToolCall, UsageError, VerificationError
+from edgetune_runtime import Manifest, NotFoundError, OutOfSpaceError, ToolCall, UsageError, VerificationError
 from edgetune_runtime.answer_log import redaction
-from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
+from edgetune_runtime.answer_log.log import AnswerLog, append_lines
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.text.chat import messages_for
@@ -60,6 +61,9 @@ def test_calls_of_tools_are_read_back(manifest: Manifest, tmp_path: Path) -> Non
         {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "lamp", "arguments": '{"level": 3}'}}]},
         {"role": "tool", "tool_call_id": "a", "content": "done"},
     ]
+    # Ids are random, and the prompts of rows are compared.
+    calls = [{"id": "call00001", "function": {"name": "lamp", "arguments": '{"level": 3}'}}]
+    result = {**talk[2], "tool_call_id": "call00001"}
     call = ToolCall("lamp", {"level": 4})
     answer = log.answered(talk, "Sure.", calls=[call], tools=[{"name": "lamp"}], adapter="command")
     log.corrected(answer)
@@ -70,7 +74,7 @@ def test_calls_of_tools_are_read_back(manifest: Manifest, tmp_path: Path) -> Non
         "content": "Sure.",
         "tool_calls": [{"name": "lamp", "arguments": {"level": 4}}],
     }
-    assert entry.messages == tuple(messages_for(talk, None))
+    assert entry.messages == tuple(messages_for([talk[0], {**talk[1], "tool_calls": calls}, result], None))
     assert tool_set(entry.tools) == tool_set([{"name": "lamp"}])
     assert plain.tools is None
 
@@ -78,15 +82,63 @@ def test_calls_of_tools_are_read_back(manifest: Manifest, tmp_path: Path) -> Non
 def test_what_an_expression_finds_in_calls_is_replaced(manifest: Manifest, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "answers.jsonl", manifest, redact=[r"\d{4,}", "(?i)anna"])
     before = {"name": "dial", "arguments": {"name": "Anna", "numbers": [5551234, 12, True, None]}}
-    talk = [{"role": "assistant", "tool_calls": [{"id": "123456789", "function": before}]}]
-    tools = [{"name": "dial", "description": "as Anna does"}]
-    log.answered(talk, "", calls=[ToolCall("dial", {"name": "Anna"})], tools=tools, adapter="command")
+    talk = [
+        {"role": "user", "name": "anna-55512345", "content": "call"},
+        {"role": "assistant", "tool_calls": [{"id": "123456789", "function": before}]},
+    ]
+    call = ToolCall("dial", {"name": "Anna"})
+    answer = log.answered(talk, "", calls=[call], tools=[{"name": "dial"}], adapter="command")
+    log.corrected(answer, '{"tool_calls": [{"name": "dial", "arguments": {"pin": 654321, "line": "b\\n123456"}}]}')
     (entry,) = read_answer_log(log.path, manifest)
-    (call,) = entry.messages[0]["tool_calls"]
-    assert call["id"] == "123456789"
-    assert call["function"]["arguments"] == {"name": REDACTED, "numbers": [REDACTED, 12, True, None]}
+    (earlier,) = entry.messages[1]["tool_calls"]
+    assert earlier["function"]["arguments"] == {"name": REDACTED, "numbers": [REDACTED, 12, True, None]}
     assert json.loads(entry.answer)["tool_calls"] == [{"name": "dial", "arguments": {"name": REDACTED}}]
-    assert entry.tools is not None and entry.tools[0]["function"]["description"] == f"as {REDACTED} does"
+    (right,) = json.loads(entry.correction or "")["tool_calls"]
+    assert right["arguments"] == {"pin": REDACTED, "line": f"b\n{REDACTED}"}
+    assert not any(text in log.path.read_text() for text in ("Anna", "anna", "5551234", "123456789", "654321"))
+
+
+@pytest.mark.parametrize(
+    "correction",
+    [
+        '{"name": "lamp", "arguments": {}}',
+        '[{"name": "lamp"}]',
+        '{"tool_call": [{"name": "lamp"}]}',
+        '```json\n{"tool_calls": []}',
+        '{"tool_calls": "lamp"}',
+        '{"tool_calls": [{"name": "lmap", "arguments": {}}]}',
+    ],
+)
+def test_a_correction_that_means_calls_and_has_none_is_refused(
+    correction: str, manifest: Manifest, tmp_path: Path
+) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    tools = [{"name": "lamp"}]
+    called = log.answered("on", "", calls=[ToolCall("lamp", {})], tools=tools, adapter="command")
+    said = log.answered("who", '{"who": "me"}', tools=tools, adapter="command")
+    with pytest.raises(UsageError, match=r"calls no tool; write calls as|no calls of tools; write|did you mean 'lamp'"):
+        log.corrected(called, correction)
+    log.corrected(called, "which lamp? [the one in the hall]")
+    log.corrected(said, '{"who": "you"}')
+    assert [entry.correction is None for entry in read_answer_log(log.path, manifest)] == [False, False]
+
+
+def test_what_was_shown_in_place_of_an_unsure_answer_is_confirmed(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    log.corrected(log.answered("one", "1", shown="2", adapter="command"))
+    (entry,) = read_answer_log(log.path, manifest)
+    assert (entry.answer, entry.correction, entry.is_wrong) == ("1", "2", True)
+    with pytest.raises(UsageError, match="a question back, which is not to be learned; give the right answer"):
+        log.corrected(log.answered("two", "1", shown="", adapter="command"))
+
+
+def test_a_judgement_stays_where_a_later_line_says_nothing(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    line = log.answered("one", "1", adapter="command")
+    before = log.path.read_text()
+    log.corrected(line, "2")
+    append_lines(log.path, before)
+    assert [entry.correction for entry in read_answer_log(log.path, manifest)] == ["2"]
 
 
 def test_a_wrong_answer_waits_for_its_correction(manifest: Manifest, tmp_path: Path) -> None:
@@ -149,9 +201,15 @@ def test_an_answer_that_is_too_long_is_left_out_with_a_warning(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = AnswerLog(tmp_path / "answers.jsonl", manifest, max_bytes=100_000)
+    log.corrected(log.answered("z", "y" * 3000, adapter="command"))
     log.answered("x" * 60_000, "y", adapter="command")
     assert "did not log an answer of 60" in caplog.text
-    assert read_answer_log(log.path, manifest) == []
+    # Longer than a tenth of the log, and yet the newest.
+    answer = log.answered("z" * 12_000, "y", adapter="command")
+    log.corrected(answer, "right")
+    with pytest.raises(UsageError, match="did not log an answer of 62"):
+        log.corrected(answer, "x" * 50_000)
+    assert [entry.correction for entry in read_answer_log(log.path, manifest)][1:] == ["right"]
 
 
 def test_a_full_disk_ends_no_answer(manifest: Manifest, small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -159,6 +217,8 @@ def test_a_full_disk_ends_no_answer(manifest: Manifest, small_disk: Path, caplog
     for number in range(40):
         log.answered("x" * 100_000, str(number), adapter="command")
     assert "cannot log an answer" in caplog.text
+    with pytest.raises(OutOfSpaceError, match="cannot log an answer in"):
+        log.corrected(log.answered("y" * 100_000, "1", adapter="command"))
 
 
 def test_a_part_of_a_line_is_left_out(manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime import DeferTo, Runtime, UsageError
+from edgetune_runtime import DeferTo, Runtime, ToolCall, UsageError
+from edgetune_runtime.inference.deferring import DeferError, ask
+from edgetune_runtime.limits import no_limits
+from edgetune_runtime.tools.definitions import tool_set
 from openai import OpenAI, UnprocessableEntityError
 from ports import free_port, http_server
 from runtime.bundles import change_manifest
@@ -265,6 +268,42 @@ def test_its_answer_must_fit_the_output_constraint(sure_bundle: Path, tmp_path: 
     bad = asked('{"room": "attic"}')
     assert bad.instead is None
     assert bad.parsed["room"] in ("hall", "loft")
+
+
+LAMP = {
+    "type": "object",
+    "properties": {"room": {"enum": ["hall", "loft"]}, "on": {"type": "boolean"}},
+    "required": ["room"],
+    "additionalProperties": False,
+}
+
+
+def deferred(message: dict[str, Any], choice: str) -> tuple[str, tuple[ToolCall, ...]]:
+    """What a bigger model that answers so says and calls."""
+    with answering(200, json.dumps({"choices": [{"message": message}]}).encode()) as (url, _):
+        tools = tool_set([{"name": "lamp", "parameters": LAMP}], choice)
+        return ask(DeferTo(url, "big"), MESSAGES, tools, None, no_limits)
+
+
+def calling(arguments: dict[str, Any], name: str = "lamp") -> dict[str, Any]:
+    return {"tool_calls": [{"function": {"name": name, "arguments": json.dumps(arguments)}}]}
+
+
+def test_its_calls_must_fit_the_tools() -> None:
+    _, (call,) = deferred(calling({"on": True, "room": "hall"}), "required")
+    assert (call.name, list(call.arguments.items())) == ("lamp", [("room", "hall"), ("on", True)])
+    for message, choice, problem in (
+        (calling({"room": "attic"}), "auto", "called 'lamp' with .*attic.*, which its schema does not allow"),
+        (calling({"room": "hall", "x": 1}), "auto", "which its schema does not allow"),
+        (calling({}, "lmap"), "auto", "called 'lmap', which is none of the tools"),
+        (calling({"room": "hall"}), "none", "called 'lamp', which is none of the tools"),
+        ({"content": "Sure."}, "required", "called no tool, and tool_choice is 'required'"),
+        ({"content": "Sure."}, "lamp", "called no tool, and tool_choice is 'lamp'"),
+        ({"content": ""}, "auto", "gave an empty answer"),
+    ):
+        with pytest.raises(DeferError, match=problem):
+            deferred(message, choice)
+    assert deferred({"content": "Sure."}, "auto") == ("Sure.", ())
 
 
 @pytest.mark.parametrize(

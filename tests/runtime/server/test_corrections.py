@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.answer_log.log import read_answer_log
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.server.settings import Access
+from httpx import Response
 from openai import OpenAI
 from runtime.server.conftest import Running, Start
 from runtime.server.test_tools import ASK, TOOLS
@@ -31,13 +32,14 @@ def test_answers_of_an_adapter_are_logged_with_the_id_of_the_reply(server: Runni
     reply = client.chat.completions.create(**CHAT, n=2, temperature=1.0, seed=1)
     streamed = list(client.chat.completions.create(**CHAT, stream=True))
     response = client.responses.create(model="tone", input="play", max_output_tokens=2)
-    server.client.post("/api/chat", json={**CHAT, "options": {"num_predict": 2}, "stream": False})
+    ollama = server.client.post("/api/chat", json={**CHAT, "options": {"num_predict": 2}, "stream": False})
     entries = read_answer_log(log, server.runtime.manifest)
     assert [entry.adapter for entry in entries] == ["command", "command", "command", "tone", "command"]
     assert [entry.answer for entry in entries[:2]] == [choice.message.content for choice in reply.choices]
     assert [entry.id for entry in entries[:2]] == [reply.id[9:], f"{reply.id[9:]}-1"]
     assert entries[2].id == streamed[0].id[9:]
     assert entries[3].id == response.id[5:]
+    assert entries[4].id == ollama.json()["id"]
     assert entries[0].messages == ({"role": "user", "content": "turn on the light"},)
 
 
@@ -89,6 +91,36 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
     assert server.client.post(PATH, json={"id": reply.id, "is_wrong": True}).json() == {"status": "ok"}
     first, _ = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, first.is_wrong) == (None, True)
+
+
+def test_an_adapters_own_unsure_answer_is_logged(start: Start, sure_bundle: Path, log: Path) -> None:
+    server = start(sure_bundle, log=log)
+    own = server.runtime.generate("set heat to warm", adapter="command", max_tokens=8)
+    messages = [{"role": "user", "content": "set heat to warm"}]
+    chat = {"model": "command", "messages": messages, "stop": own.text[-2:], "max_tokens": 24}
+    chat |= {"min_confidence": 1 - 1e-9}
+
+    def sent(**more: str) -> Response:
+        return server.client.post("/v1/chat/completions", json={**chat, **more})
+
+    other, question = sent(unsure="tone").json(), sent(ask="Which room?").json()
+    assert sent(unsure="error").status_code == 422
+    entries = read_answer_log(log, server.runtime.manifest)
+    assert [(entry.adapter, entry.answer) for entry in entries] == [("command", own.text[:-2])] * 3
+    assert server.client.post(PATH, json={"id": other["id"]}).status_code == 200
+    refused = server.client.post(PATH, json={"id": question["id"]})
+    assert (refused.status_code, "was a question back" in refused.text) == (400, True)
+    first, *_ = read_answer_log(log, server.runtime.manifest)
+    assert first.correction == other["choices"][0]["message"]["content"]
+
+
+def test_what_calls_no_tool_is_no_correction_of_a_call(start: Start, tools_bundle: Path, log: Path) -> None:
+    server = start(tools_bundle, log=log)
+    chat = {"model": "one", "messages": ASK, "tools": TOOLS, "tool_choice": "required"}
+    reply = server.client.post("/v1/chat/completions", json=chat | {"temperature": 1.5, "seed": 1, "max_tokens": 200})
+    for correction in ({"name": "clock"}, {"tool_calls": "x"}, {"tool_calls": [{"name": "clok"}]}):
+        body = {"id": reply.json()["id"], "correction": correction}
+        assert server.client.post(PATH, json=body).status_code == 400
 
 
 @pytest.mark.parametrize(

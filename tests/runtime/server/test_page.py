@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime.answer_log.log import read_answer_log
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
 from playwright.sync_api import Browser, Page, expect, sync_playwright

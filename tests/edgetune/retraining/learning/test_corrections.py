@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, ToolCall
-from edgetune_runtime.answer_log.log import AnswerLog, LoggedAnswer
-from edgetune_runtime.bundle import read_manifest
+from edgetune_runtime.answer_log.answers import LoggedAnswer
+from edgetune_runtime.answer_log.log import AnswerLog
+from edgetune_runtime.answer_log.reading import read_answer_log
+from edgetune_runtime.bundle import BaseEntry, Manifest, read_manifest
 from edgetune_runtime.errors import UsageError
 from recipes import NAME, adapter_of, make_recipe
 from trainings import QUIET
@@ -19,6 +22,7 @@ from edgetune.building.pipeline import build
 from edgetune.retraining.learning.corrections import corrected_rows
 from edgetune.retraining.learning.learn import learn, read_logs
 from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
 
 LAMP = {
@@ -27,6 +31,7 @@ LAMP = {
     "required": ["state"],
     "additionalProperties": False,
 }
+MANIFEST = Manifest("home", BaseEntry("tiny", "", "llama", "q8_0", 1, 64, 2, 0, "", "", {}), {}, {}, context_length=256)
 TOOLS: list[Any] = [{"name": "lamp", "parameters": LAMP}]
 
 
@@ -98,9 +103,9 @@ def test_a_correction_that_calls_what_there_is_not_is_refused(tmp_path: Path) ->
         corrected_rows(task_of(tmp_path), entries)
     unknown, broken, malformed, text = str(refused.value).splitlines()
     assert unknown.startswith("answer a0 to 'light 0': the correction ")
-    assert unknown.endswith("cannot be an answer: calls 'lmap', which is not one of its tools; did you mean 'lamp'?")
+    assert unknown.endswith("cannot be an answer: 'lmap' is not one of the tools; did you mean 'lamp'?")
     assert broken.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
-    assert malformed.endswith("cannot be an answer: message 2 has tool_calls of type int")
+    assert 'has no calls of tools; write calls as {"tool_calls": [{"name": NAME, "arguments": {…}}]}' in malformed
     assert text.endswith("the correction 'no idea' is no answer that the metric json can score; correct it")
 
 
@@ -113,6 +118,52 @@ def test_conversations_that_cannot_be_rows_are_left_out_and_named(tmp_path: Path
         learned_rows(task, [odd])
     rows = learned_rows(task, [odd, *(logged(n, [asked(f"light {n}")], call_text("on"), TOOLS) for n in range(4))])
     assert list(doubts(task, rows)) == ["left out log:a7: message 2 has role user, expected assistant"]
+
+
+def test_of_a_conversation_only_the_corrected_answer_is_learned(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    talks = [[asked(f"light {n}"), called("off"), {"role": "tool", "content": ""}, asked("again")] for n in range(4)]
+    rows = learned_rows(task, [logged(n, talk, call_text("on"), TOOLS) for n, talk in enumerate(talks)])
+    for row in (*rows.held_out, *(row for row in rows.train if row.where.startswith("log:"))):
+        assert [answer.completion for answer in row.answers] == [call_text("on")]
+    # Nor is a call of a training row that a correction contradicts.
+    old = TaskRow("x:1", tuple(talks[0]), "done").with_turns([*talks[0], called("on")])
+    old = replace(old, tools=task.train[0].tools)
+    first = logged(9, talks[0][:1], call_text("on"), TOOLS)
+    more = [logged(n, [asked(f"light {n}")], call_text("on"), TOOLS) for n in range(1, 4)]
+    (taught,) = [row for row in learned_rows(replace(task, train=[*task.train, old]), [first, *more]).train
+                 if row.where == "x:1"]  # fmt: skip
+    assert [answer.where for answer in taught.answers] == ["x:1"]
+    assert taught.prompt_key == old.prompt_key
+
+
+def test_a_logged_conversation_takes_the_place_of_the_row(tmp_path: Path) -> None:
+    talk = [asked("lamp on"), called("on"), {"role": "tool", "content": "done"}, asked("again")]
+    rows = [*ROWS, {"messages": [*talk, called("off")], "tools": TOOLS}]
+    data = {"train": "rows.jsonl", "validation": "more.jsonl"}
+    files = {"rows.jsonl": rows, "more.jsonl": ROWS}
+    recipe = make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data=files)
+    log = AnswerLog(tmp_path / "answers.jsonl", MANIFEST)
+    for messages in (*([asked(f"light {n}")] for n in range(3)), talk):
+        answer = log.answered(messages, "", calls=[ToolCall("lamp", {"state": "off"})], tools=TOOLS, adapter="home")
+        log.corrected(answer, call_text("on"))
+    learned = learned_rows(read_task("home", recipe), read_answer_log(log.path, MANIFEST))
+    assert [row.completion for row in learned.train if row.prompt == "again"] == [call_text("on")]
+
+
+def test_corrections_are_written_as_the_rows_are(tmp_path: Path) -> None:
+    rows = [{"prompt": f"lamp {n}", "completion": f'{{"n":{n},"on":true}}'} for n in range(20)]
+    adapters = {"home": {"data": {"train": "rows.jsonl"}}}
+    recipe = make_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows})
+    entry = logged(1, [asked("lamp")], '{"n": 7, "on": true}', None)
+    assert [row.completion for row in corrected_rows(read_task("home", recipe), [entry])[0]] == ['{"n":7,"on":true}']
+
+
+def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_path: Path) -> None:
+    entry = logged(1, [asked("lamp")], call_text("[redacted]"), TOOLS)
+    rows, (left_out,) = corrected_rows(task_of(tmp_path), [entry])
+    assert rows == []
+    assert left_out.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
 
 
 def test_calls_are_learned_from_a_log(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.answer_log.log import AnswerLog, read_answer_log
+from edgetune_runtime.answer_log.log import AnswerLog
+from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
@@ -156,6 +157,7 @@ def test_labels_are_corrected_to_labels(home: Path) -> None:
         ([{"prompt": "play"}], "none of the 1 answers in the log is a corrected one"),
         (corrections(3), "3 corrected answers of adapter 'light' to new prompts, fewer than 4"),
         ([{"prompt": "turn on", "adapter": None, "correction": "on"}], "none of the 1 answers"),
+        ([{"prompt": "turn on", "adapter": "gone", "correction": "on"}], "none of the 1 answers"),
     ],
 )
 def test_too_few_corrections_are_refused(home: Path, answers: list[dict[str, Any]], message: str) -> None:
@@ -183,6 +185,7 @@ def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
     assert err.index("asked     lamp 0") < err.index("asked     lamp 1") < err.index("asked     lamp 6")
     assert "0% sure" in err and "lamp 7" not in err
     assert json.loads(out)["learned"] == {"light": 3}
+    assert home.with_name("home.learn").stat().st_mode & 0o777 == 0o700
     found = {entry.messages[0]["content"]: entry.correction for entry in read_answer_log(log, read_manifest(home))}
     assert found["lamp 1"] == "reply off" and found["lamp 2"] is None and found["lamp 5"] == "reply on"
 
@@ -208,6 +211,7 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     questions = home.with_name("questions.jsonl")
     assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(questions)]) == 0
     assert "5 answers" in capsys.readouterr().out
+    assert questions.stat().st_mode & 0o777 == 0o600
     assert main(["learn", str(home), "--log", str(log), "--ask", "5", "--questions", str(log)]) == 2
     assert "is a file that this command reads; write to another file" in capsys.readouterr().err
     rows = [{**json.loads(line), "correction": "reply on"} for line in questions.read_text().splitlines()]

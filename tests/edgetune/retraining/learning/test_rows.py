@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime.answer_log.log import LoggedAnswer
+from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.errors import UsageError
 from recipes import make_recipe
 
@@ -78,6 +78,22 @@ def test_corrections_that_were_learned_before_are_learned_no_second_time(tmp_pat
     other = replace(first.train[-1], completion='{"do": "off", "area": "hall"}')
     settled = learned_rows(replace(task, train=[*task.train, other]), corrected(*FINE, *more))
     assert other not in settled.train
+
+
+def test_the_users_own_rows_out_of_scope_stay(tmp_path: Path) -> None:
+    rows = [{"text": f"make it {color} {n}", "label": color} for n in range(8) for color in ("red", "warm")]
+    rows += [{"text": f"sing a song {n}", "label": "out_of_scope"} for n in range(6)]
+    adapter = {"data": {"train": "rows.jsonl", "held_out": 0.1}, "out_of_scope": True}
+    recipe = make_recipe(tmp_path, "missing.gguf", {"home": adapter}, data={"rows.jsonl": rows})
+    task = read_task("home", recipe)
+    learned = learned_rows(task, corrected(*[(f"what is {n} by two", "out_of_scope") for n in range(4)]))
+    own = [row for row in (*learned.train, *learned.validation) if row.prompt.startswith("sing")]
+    assert len(own) == 6
+    made = [row for row in (*task.train, *task.validation) if row.where.startswith("made:")]
+    assert made and not {row.prompt for row in made} & {row.prompt for row in (*learned.train, *learned.validation)}
+    again = replace(task, train=[*learned.train, *made], validation=[*learned.validation, *learned.held_out])
+    more = corrected(*[(f"and {n} by three", "out_of_scope") for n in range(4)])
+    assert {row.prompt for row in learned_rows(again, more).train} > {row.prompt for row in learned.train}
 
 
 def test_a_correction_takes_its_place_in_conversations_too(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""A line of a log: what was answered to a conversation, and what the answer should have been."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any
+
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.chat import Message, messages_for
+from edgetune_runtime.tools.definitions import tool_set
+from edgetune_runtime.type_checks import dataclass_of
+from edgetune_runtime.wording import shortened, suggestion
+
+_CALLS = 'write calls as {"tool_calls": [{"name": NAME, "arguments": {…}}]}'
+
+
+@dataclass(frozen=True)
+class LoggedAnswer:
+    """What an adapter (None: the base) of a bundle answered to `messages`, and when (ISO 8601).
+
+    `base` is the fingerprint of the bundle's base. `correction` is the right answer, `answer` itself if someone
+    confirmed it, and None if nobody said anything; with `is_wrong` someone said that `answer` is not right.
+
+    `tools` are the definitions of those that the answer could call. Calls in `answer` and `correction` are JSON, such
+    as `{"tool_calls": [{"name": "turn_on", "arguments": {"room": "hall"}}]}`, with a `content` if there is one.
+    """
+
+    id: str
+    time: str
+    bundle: str
+    base: str
+    adapter: str | None
+    messages: tuple[Message, ...]
+    answer: str
+    confidence: float | None = None
+    correction: str | None = None
+    is_wrong: bool = False
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether someone said that the answer is right or wrong."""
+        return self.is_wrong or self.correction is not None
+
+    def with_correction(self, text: str | None = None) -> LoggedAnswer:
+        """The answer with what it should have been; None: it is right. UsageError as of `message_of`."""
+        right = self.answer if text is None else text
+        self.message_of(right)
+        return replace(self, correction=right, is_wrong=right != self.answer)
+
+    def message_of(self, text: str) -> Message:
+        """The assistant's message of a text as in `answer` and `correction`.
+
+        UsageError for calls of tools in another form, and for those of what is none of the tools.
+        """
+        value = _json_of(text)
+        if self.tools is None or not _has_calls(value):
+            if self.tools is not None and _is_json(text, value) and not _is_json(self.answer, _json_of(self.answer)):
+                raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)
+            return {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": value.get("content"), "tool_calls": value["tool_calls"]}
+        try:
+            (turn,) = messages_for([message], None)
+        except UsageError as error:
+            raise UsageError(f"{shortened(text, 80)!r} has no calls of tools", _CALLS) from error
+        offered = tool_set(self.tools)
+        names = [tool.name for tool in offered.tools] if offered is not None else []
+        for call in turn.get("tool_calls", ()):
+            name = call["function"]["name"]
+            if name not in names:
+                raise UsageError(f"{name!r} is not one of the tools", suggestion(name, names))
+        return turn
+
+
+def line_of(entry: LoggedAnswer) -> str:
+    """The line of a log for an answer."""
+    return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+
+
+def answer_of(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
+    """The answer of the JSON of a line. TypeError or UsageError for anything else.
+
+    A correction that is any other JSON value than a text counts as its JSON.
+    """
+    names = {field.name: field.default is MISSING for field in fields(LoggedAnswer)}
+    needed = [name for name, is_needed in names.items() if is_needed]
+    if not isinstance(raw, dict) or not raw.keys() >= {*needed}:
+        raise TypeError(f"it does not have the keys {', '.join(needed)}")
+    if more := raw.keys() - names:
+        raise TypeError(f"it has a key {min(more)!r}; its keys are {', '.join(names)}")
+    correction = raw.get("correction")
+    if isinstance(correction, dict | list | int | float):
+        # As people write it into a file of questions, and into rows.
+        raw = {**raw, "correction": json.dumps(correction, ensure_ascii=False)}
+    entry = dataclass_of(LoggedAnswer, raw)
+    return replace(entry, messages=tuple(messages_for(entry.messages, None)))
+
+
+def merged(entries: dict[str, LoggedAnswer], entry: LoggedAnswer) -> None:
+    """Put an answer, by its id, in place of an earlier line about it, but for one that says more."""
+    if entry.is_judged or entry.id not in entries:
+        entries[entry.id] = entry
+
+
+def _json_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return None
+
+
+def _has_calls(value: object) -> bool:
+    return isinstance(value, dict) and "tool_calls" in value
+
+
+def _is_json(text: str, value: object) -> bool:
+    """Whether a text is JSON without calls, or is meant to be."""
+    looks_like = isinstance(value, dict | list) or text.lstrip().startswith(("{", "```"))
+    return looks_like and not _has_calls(value)
