@@ -130,6 +130,7 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
             task.train,
             options,
             schema=json.loads(spec.text) if spec is not None and spec.kind == "schema" else None,
+            labels=task.labels,
             validation=[*task.validation, *task.confidence_rows],
             others=others,
             seed=task.training.seed,

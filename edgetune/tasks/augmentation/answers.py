@@ -89,8 +89,8 @@ class Answer:
 
     def scalars(self) -> Iterator[tuple[FieldPath, Scalar]]:
         """The texts and numbers, with their paths; of calls, those in the arguments."""
-        for path, value in _scalars(self.value, ()):
-            if not self.has_calls or path[1] == "arguments":
+        for path, value in _leaves(self.value, ()):
+            if _is_scalar(value) and (not self.has_calls or path[1] == "arguments"):
                 yield path, value
 
     def field(self, path: FieldPath) -> str:
@@ -99,13 +99,14 @@ class Answer:
         return ".".join(keys[1:] if self.has_calls else keys)
 
     def record(self, place: int) -> dict[str, Scalar]:
-        """The fields of one of the parts that occur once in it; "" is the function of a call."""
-        by_field: dict[str, list[Scalar]] = {}
-        for path, value in self.scalars():
-            if not isinstance(self.value, list) or path[0] == place:
+        """The fields of one of the parts, with JSON for what is no text or number; "" is the function of a call."""
+        by_field: dict[str, list[Any]] = {}
+        for path, value in _leaves(self.value, ()):
+            is_own = not isinstance(self.value, list) or path[0] == place
+            if is_own and (not self.has_calls or path[1] == "arguments"):
                 by_field.setdefault(self.field(path), []).append(value)
         function = {"": self.value[place]["name"]} if self.has_calls else {}
-        return {**{name: values[0] for name, values in by_field.items() if len(values) == 1}, **function}
+        return {**{name: _of_field(values) for name, values in by_field.items()}, **function}
 
     def with_scalars(self, changes: Mapping[FieldPath, Scalar]) -> Any:  # noqa: ANN401 - any JSON value
         """The value with other texts and numbers at these paths."""
@@ -143,15 +144,26 @@ def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:
     return None if style is None or not isinstance(value, dict | list) else (value, style)
 
 
-def _scalars(value: object, path: FieldPath) -> Iterator[tuple[FieldPath, Scalar]]:
+def _leaves(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:  # noqa: ANN401 - any JSON value
+    """The values that have no others in them, with their paths."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _scalars(inner, (*path, key))
+            yield from _leaves(inner, (*path, key))
     elif isinstance(value, list):
         for place, inner in enumerate(value):
-            yield from _scalars(inner, (*path, place))
-    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+            yield from _leaves(inner, (*path, place))
+    else:
         yield path, value
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _of_field(values: Sequence[Any]) -> Scalar:
+    """The only text or number of a field, or the JSON of its values."""
+    only: Scalar = values[0]
+    return only if len(values) == 1 and _is_scalar(only) else json.dumps(values)
 
 
 def _with_scalars(value: Any, changes: Mapping[FieldPath, Scalar], path: FieldPath) -> Any:  # noqa: ANN401 - as above

@@ -12,7 +12,8 @@ from .values import SlottedRow
 _BETWEEN = re.compile(r"(,? and (?:also )?|; |, )", re.IGNORECASE)
 _REFERRING = frozenset((
     "it", "its", "them", "they", "there", "then", "that", "this", "these", "those", "same", "both", "one", "other",
-    "first", "after", "before", "afterwards", "finally",
+    "first", "after", "before", "afterwards", "finally", "when", "once", "next", "later", "while", "until", "if",
+    "again", "another", "instead", "too", "meanwhile", "done", "last",
 ))  # fmt: skip
 """Words that may refer to another clause, or to an order."""
 _INCOMPLETE = frozenset(["the", "a", "an", "my", "our", "in", "on", "at", "to", "of", "all"])

@@ -55,6 +55,7 @@ def copies_of(
     spec: AugmentSpec,
     *,
     schema: dict[str, Any] | None,
+    labels: Sequence[str],
     validation: Sequence[TaskRow],
     others: Sequence[TaskRow],
     seed: int,
@@ -62,9 +63,10 @@ def copies_of(
     """Changed copies of training rows, and rows with prompts of `others`; no prompt is that of another row or of
     `validation`.
 
-    `schema` is that of the recipe's output. Raises UsageError for values of fields that no answer has.
+    `schema` is that of the recipe's output, and `labels` are those of the task. Raises UsageError for values of fields
+    that no answer has.
     """
-    maker = _Maker(rows, spec, schema, validation)
+    maker = _Maker(rows, spec, schema, labels, validation)
     copies = [
         changed
         for place, row in enumerate(rows)
@@ -84,14 +86,19 @@ class _Maker:
         rows: Sequence[TaskRow],
         spec: AugmentSpec,
         schema: dict[str, Any] | None,
+        labels: Sequence[str],
         validation: Sequence[TaskRow],
     ) -> None:
-        self._rows, self._spec = rows, spec
+        self._rows, self._spec, self._labels = rows, spec, frozenset(labels)
         self._slotted = {id(row): item for row in rows if (item := SlottedRow.of(row)) is not None}
         self._values = Values(list(self._slotted.values()), spec.values, schema)
         self._numbers: dict[str, list[str]] = {}
+        self._answers: dict[str, set[str]] = {}
         for row in rows:
-            for number in _shared_numbers(row):
+            prompt, answer = _without_numbers(prompt_of(row)), _without_numbers(row.completion or "")
+            self._answers.setdefault(prompt, set()).add(answer)
+        for row in rows:
+            for number in self._shared_numbers(row):
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
         self._english = is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
         self._seen = {_key(row) for row in (*rows, *validation)}
@@ -137,7 +144,9 @@ class _Maker:
         elif exchanged := self._values.exchanged(item, rng):
             row, changes = exchanged
             item = SlottedRow.of(row)
-        if item is not None and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
+        # The words that refer to another clause are English.
+        mixes = item is not None and self._english and rng.random() < 0.5
+        if mixes and item is not None and (mixed := reordered(item, rng)) is not None:
             row, changes = mixed, [*changes, "order of clauses"]
         row, kinds = self._with_noise(row, rng)
         return row, [*changes, *kinds]
@@ -160,7 +169,7 @@ class _Maker:
     def _with_numbers(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
         """The row with other numbers, of the same form, in the turns of the user and the answers in plain text."""
         prompt = prompt_of(row)
-        others = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in _shared_numbers(row)}
+        others = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in self._shared_numbers(row)}
         others = {number: other for number, other in others.items() if number != other}
         if not others or len(set(others.values())) < len(others):
             return row, []
@@ -173,6 +182,19 @@ class _Maker:
             for turn in row.turns
         ]
         return row.with_turns(turns), [f"{number} → {other}" for number, other in others.items()]
+
+    def _shared_numbers(self, row: TaskRow) -> list[str]:
+        """The numbers such as 10:00 that the prompt and an answer in plain text have, if the answer only repeats them.
+
+        It does not if it has others, or if the same prompt with other numbers has another answer. Labels repeat none.
+        """
+        answer, prompt = row.completion or "", prompt_of(row)
+        if row.is_labelled or answer in self._labels or SlottedRow.of(row) is not None:
+            return []
+        said, repeated = _NUMBER.findall(prompt), set(_NUMBER.findall(answer))
+        if len(self._answers.get(_without_numbers(prompt), ())) > 1 or not repeated <= set(said):
+            return []
+        return [number for number in said if number in repeated]
 
     def _is_new(self, row: TaskRow) -> bool:
         """Whether no other row has its prompt; remembers it."""
@@ -187,11 +209,8 @@ def _key(row: TaskRow) -> str:
     return row.text or "" if row.messages is None else json.dumps([dict(turn) for turn in row.messages])
 
 
-def _shared_numbers(row: TaskRow) -> list[str]:
-    """The numbers that the prompt and an answer in plain text have, such as 10:00; none of a label."""
-    if not row.completion or SlottedRow.of(row) is not None:
-        return []
-    return [number for number in _NUMBER.findall(prompt_of(row)) if number in _NUMBER.findall(row.completion)]
+def _without_numbers(text: str) -> str:
+    return _NUMBER.sub("0", text)
 
 
 def _kind(number: str, prompt: str) -> str:

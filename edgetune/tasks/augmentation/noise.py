@@ -30,6 +30,11 @@ _WORD_RATE = 0.15
 _NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
 _NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+\w*"
 """A number with its unit, if there is no space between."""
+_SIGNS = re.compile(
+    r"[^\w\s.,;:!?\"'()\u2026\u00bf\u00a1\u3001\u3002\uff0c\uff01\uff1f\u00ab\u00bb\u2010-\u201f-]"
+    r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d"
+)
+"""Signs that a speech recognizer would not leave out: of money and of operators, faces, and marks on letters."""
 _TOKEN = re.compile(rf"(?<![\w'-])(?i:{_NUMBER_WORDS})(?![\w'-])|{_NUMBER}|\w+(?:['\u2019-]+\w+)*|[^\w\s]")
 _DIGITS = 0.5
 """How often a number word is written in digits."""
@@ -45,10 +50,10 @@ def is_english(prompts: Sequence[str]) -> bool:
 def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: bool) -> tuple[str, str]:
     """The prompt as if spoken or typed in haste, and which of it; `kept` is what stays."""
     kind = rng.choice(("spoken", "spoken", "mistyped", "other case"))
-    if kind == "spoken":
+    if kind == "spoken" and not _SIGNS.search(prompt):
         return _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)), kind
-    if kind == "mistyped":
-        return _mistyped(prompt, kept, rng), kind
+    if kind != "other case":
+        return _mistyped(prompt, kept, rng), "mistyped"
     return _changed(prompt, kept, str.upper if rng.random() < _WORD_RATE else str.lower), kind
 
 

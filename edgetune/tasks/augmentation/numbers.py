@@ -8,7 +8,7 @@ _BELOW_20 = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 )  # fmt: skip
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _LIMIT = 100
 
 
@@ -19,7 +19,7 @@ def number_word(number: float) -> str | None:
     if number < len(_BELOW_20):
         return _BELOW_20[int(number)]
     tens, ones = divmod(int(number), 10)
-    return _TENS[tens - 2] + (f"-{_BELOW_20[ones]}" if ones else "")
+    return TENS[tens - 2] + (f"-{_BELOW_20[ones]}" if ones else "")
 
 
 NUMBERS = {(number_word(number) or "").replace("-", " "): number for number in range(2, _LIMIT)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .answers import BETWEEN_TEXTS, Answer, FieldPath, Scalar
-from .numbers import number_word
+from .numbers import NUMBERS, TENS, number_word
 
 _SHORT = 3
 """Words of at most so many letters, such as `on`, are values only if no text has them more than once."""
@@ -92,21 +92,30 @@ def _text_pattern(value: str) -> re.Pattern[str] | None:
 
 @lru_cache(maxsize=4096)
 def _number_pattern(value: float) -> re.Pattern[str]:
-    forms = [re.escape(f"{value:g}" if isinstance(value, float) else str(value))]
+    forms = [re.escape(_digits(value))]
     word = number_word(value)
     if word is not None and value != 1:  # "one" is more often no number
         forms.append(word.replace("-", "[ -]"))
-    return re.compile(rf"{_NOT_INSIDE}(?:{'|'.join(forms)}){_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
+    number = rf"{_NOT_AFTER_TENS}(?:{'|'.join(forms)}){_NOT_BEFORE_WORDS}"
+    return re.compile(rf"{_NOT_INSIDE}{number}{_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
 
 
-# Not a part of another word, or of a time or a decimal number.
-_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,])", r"(?!\w)(?![.:,]\d)"
+# Not a part of another word, or of a time, a fraction or a decimal number.
+_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])", r"(?!\w)(?![.:,/]\d)"
+# Nor of another number in words, such as "two" of "twenty two" and of "two hundred".
+_NOT_AFTER_TENS = "".join(rf"(?<!\b{word}[ -])" for word in (*TENS, "hundred", "thousand", "point"))
+_NOT_BEFORE_WORDS = rf"(?![ -](?:hundred|thousand|million|point|{'|'.join(NUMBERS)})\b)"
+
+
+def _digits(number: float) -> str:
+    """A number as people write it: whole ones without a decimal point, others with all digits."""
+    return str(int(number)) if number == int(number) else repr(number)
 
 
 def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:
     if not isinstance(new, str):
         word = None if text[0].isdigit() or text[0] == "-" else number_word(new)
-        return word or (f"{new:g}" if isinstance(new, float) else str(new))
+        return word or _digits(new)
     if text == old:
         return new
     phrase = _plural(spoken(new)) if is_plural else spoken(new)

@@ -27,9 +27,10 @@ from .slots import Slot, mentions_of, slots_of, with_values
 
 _ENOUGH = 3
 """Values that rows with the same unsaid fields have, from which on those of other rows are not used."""
-_EVIDENCE, _OFTEN_ALIKE, _MOSTLY_UNIQUE = 3, 0.7, 0.8
-"""Pairs of rows that show a dependence; the share of all pairs above which being alike shows none; and the share of
-different values that makes a field an id."""
+_EVIDENCE, _MOSTLY_UNIQUE = 3, 0.8
+"""Rows that show an id, and the share of different values that makes a field one."""
+_BY_CHANCE = 0.15
+"""The chance that rows that are alike in one field are alike in another one, below which that shows a dependence."""
 _EXCHANGED = 0.8
 """How often a value is exchanged, where there is another one."""
 
@@ -70,7 +71,10 @@ class Values:
         # The user knows better.
         open_fields = mentioned.keys() - listed.keys()
         self._fixed = {
-            field for field in open_fields if any(_depends(field, other, records) for other in self._unmentioned)
+            field
+            for field in open_fields
+            if any(_depends(field, other, records) for other in self._unmentioned)
+            or _is_computed(field, self._unmentioned, records)
         }
         self._listed, self._schema = listed, json.dumps(schema or {})
         for field in listed:
@@ -212,11 +216,16 @@ def _depends(field: str, other: str, records: Sequence[Mapping[str, Scalar]]) ->
     if len(both) >= _EVIDENCE and len(two) >= _MOSTLY_UNIQUE * len(both) and alike == _pairs(one.values()):
         return True
     return any(
-        _pairs(own.values()) >= _EVIDENCE
-        and alike == _pairs(own.values())
-        and _pairs(determined.values()) / pairs <= _OFTEN_ALIKE
+        alike == _pairs(own.values()) and (_pairs(determined.values()) / pairs) ** (len(both) - len(own)) < _BY_CHANCE
         for own, determined in ((one, two), (two, one))
     )
+
+
+def _is_computed(field: str, unsaid: Iterable[str], records: Sequence[Mapping[str, Scalar]]) -> bool:
+    """Whether a number may be a part of a sum or a product: an unsaid field has different numbers beside it."""
+    own = [record for record in records if isinstance(record.get(field), int | float)]
+    found = ({value for record in own if isinstance(value := record.get(other), int | float)} for other in unsaid)
+    return any(len(values) > 1 for values in found)
 
 
 def _pairs(counts: Iterable[int]) -> int:

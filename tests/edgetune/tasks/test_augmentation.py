@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,12 @@ def copied(
     rows: list[dict[str, Any]],
     schema: dict[str, Any] | None = None,
     others: list[TaskRow] | None = None,
+    labels: Sequence[str] = (),
     **options: object,
 ) -> list[ChangedRow]:
     """The copies of these rows, without validation rows."""
-    spec = AugmentSpec.model_validate(options)
-    return copies_of(rows_from(rows), spec, schema=schema, validation=[], others=others or [], seed=0)
+    spec, given = AugmentSpec.model_validate(options), rows_from(rows)
+    return copies_of(given, spec, schema=schema, labels=labels, validation=[], others=others or [], seed=0)
 
 
 def pairs(changed: list[ChangedRow]) -> list[tuple[str, Any]]:
@@ -135,6 +136,51 @@ def test_numbers_of_plain_answers_are_exchanged_for_others_of_their_form() -> No
     for prompt, answer in pairs(copied(rows, copies=2, **QUIET)):
         (hour,) = re.findall(r"\d+:00", prompt)
         assert f"the post came at {hour} today" in answer
+
+
+def test_numbers_that_decide_a_plain_answer_stay() -> None:
+    facts = {404: "that the page was not found", 500: "that the server failed", 403: "that it is forbidden"}
+    rows = [{"prompt": f"What is error {n}?", "completion": f"Error {n} says {text}."} for n, text in facts.items()]
+    rows += [{"prompt": f"What is {n} + 5?", "completion": f"{n} + 5 = {n + 5}"} for n in (10, 12, 14)]
+    assert copied(rows, copies=3, **QUIET) == []
+    stars = [{"text": f"I waited {n} hours", "label": str(n)} for n in (2, 3, 4)]
+    assert copied(stars, copies=3, **QUIET) == []
+    rated = [{"prompt": f"I had to {verb} {n} hours", "completion": str(n)} for n, verb in enumerate(("wait", "stay"))]
+    assert copied(rated, copies=3, labels=["0", "1"], **QUIET) == []
+    assert copied(rated, copies=3, **QUIET)
+
+
+@pytest.mark.parametrize("values", [(True, False), (None, "max"), (["light", "dim"], ["heat"])])
+def test_a_field_that_depends_on_an_unsaid_truth_value_or_list_stays(values: tuple[Any, Any]) -> None:
+    kinds = dict(zip(("lamp", "kettle", "fan", "oven"), (values[0], values[1], values[0], values[1]), strict=True))
+    asked = [(f"{verb} {device} of {device}{verb}", device) for device in kinds for verb in ("start", "use", "check")]
+    rows = [{"prompt": prompt, "completion": {"device": device, "kind": kinds[device]}} for prompt, device in asked]
+    assert copied(rows, **QUIET) == []
+    # A truth value that says nothing of the device fixes none.
+    other = [{**row, "completion": {**row["completion"], "kind": values[n % 2]}} for n, row in enumerate(rows)]
+    assert copied(other, **QUIET)
+
+
+def test_parts_of_a_sum_stay() -> None:
+    rows = [
+        {"prompt": f"meet at {start} for {hours} hours", "completion": {"start": start, "hours": hours, "end": end}}
+        for start, hours, end in ((10, 1, 11), (12, 3, 15), (8, 5, 13))
+    ]
+    assert copied(rows, copies=4, **QUIET) == []
+
+
+def test_numbers_in_longer_numbers_are_no_values() -> None:
+    for text in ("two hundred lumen", "twenty two minutes", "twenty-two", "2/3 of it", "one point two", "2 thousand"):
+        assert mentions_of(text, 2) == [], text
+    assert mentions_of("twenty two minutes", 22) == [Mention(0, 10)]
+    assert mentions_of("two songs and 2 lamps", 2) == [Mention(0, 3), Mention(14, 15)]
+
+
+def test_fractions_keep_their_digits() -> None:
+    rows = [{"prompt": f"pay {amount} to Anna", "completion": {"amount": amount}} for amount in (12.5, 99.0, 7.25)]
+    made = pairs(copied(rows, copies=6, values={"amount": [12345.67, 1234567.5, 3.0]}, **QUIET))
+    assert {"pay 12345.67 to Anna", "pay 1234567.5 to Anna"} <= {prompt for prompt, _ in made}
+    assert all(float(prompt.split()[1]) == answer["amount"] for prompt, answer in made)
 
 
 def test_values_that_overlap_or_are_part_of_words_are_no_values() -> None:
@@ -306,9 +352,19 @@ def test_clauses_that_refer_to_others_keep_their_order() -> None:
             "light the hall and then the den",
             "go to the hall and light it in the den",
             "the hall and the den",
+            "light the hall and when done light the den",
         )
     ]
     assert not any("order of clauses" in c.changes for c in copied(rows, copies=9, **QUIET))
+
+
+def test_clauses_of_other_languages_keep_their_order() -> None:
+    rows = [
+        {"prompt": f"öffne das {a} Fenster, danach öffne das {b} Fenster", "completion": [{"area": a}, {"area": b}]}
+        for a, b in (("Bad", "Flur"), ("Küche", "Bad"), ("Flur", "Küche"))
+    ]
+    made = copied(rows, copies=9, **QUIET)
+    assert made and not any("order of clauses" in c.changes for c in made)
 
 
 def test_noise_leaves_the_values_of_the_answer_and_is_the_same_for_a_seed() -> None:
@@ -349,13 +405,33 @@ def test_noise_keeps_units_and_typographic_apostrophes() -> None:
 
 
 def test_noise_keeps_negative_numbers_and_words_in_quotes() -> None:
-    prompt = "Set it to -5 or -0.5, from 20-30 to the 5th, and play 'blue moon'/jazz"
+    prompt = "Set it to -5 or -0.5, to the 5th, and play 'blue moon' jazz"
     made = {noisy(prompt, [], random.Random(seed), english=True) for seed in range(90)}
     spoken = {text for text, kind in made if kind == "spoken"}
-    assert any(
-        "it to minus five or -0.5 from twenty thirty to the 5th and play blue moon jazz" in text for text in spoken
-    )
+    assert any("it to minus five or -0.5 to the 5th and play blue moon jazz" in text for text in spoken)
     assert all("minus five" in text and "-0.5" in text and " moon jazz" in text for text in spoken)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "रसोई की बत्ती जलाओ",
+        "O\u0308ffne die Tu\u0308r",
+        "please pay $20 to Anna",
+        "what is 12 + 7",
+        "what is 12 - 7",
+        "from 20-30 to 40",
+        "sort a list in C++",
+        "that was great 😀",
+        "I love it :)",
+    ],
+)
+def test_what_has_signs_that_decide_the_answer_is_not_spoken(prompt: str) -> None:
+    signs = [letter for letter in prompt if not letter.isalnum() and not letter.isspace()]
+    for seed in range(40):
+        text, kind = noisy(prompt, [], random.Random(seed), english=True)
+        assert kind != "spoken"
+        assert [letter for letter in text if not letter.isalnum() and not letter.isspace()] == signs
 
 
 def test_rows_of_labels_get_noise_alone() -> None:
