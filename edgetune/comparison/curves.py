@@ -31,10 +31,11 @@ class Curve:
         if self.metric in LOWER_IS_BETTER:
             return sentence
         error, more = max(first.standard_error, last.standard_error), _MORE * self.rows[-1]
-        if last.score - first.score <= error:
-            return (
-                f"{sentence}, within one standard error ({error:.2g}); the scores do not show that more rows would help"
-            )
+        gain = last.score - first.score
+        if gain <= error:
+            how = "lower by more than" if gain < -error else "within"
+            shown = f"{how} one standard error ({error:.2g})" if last.score else "no answer is right"
+            return f"{sentence}, {shown}; the scores do not show that more rows would help"
         return f"{sentence}; {more} rows would give about {max(last.score, self.estimate(more)):.2f}"
 
     def estimate(self, rows: int) -> float:

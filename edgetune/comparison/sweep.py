@@ -20,6 +20,7 @@ from edgetune.planning.quantization import quantizations_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows
+from edgetune.tasks.negatives import given
 from edgetune.tasks.task import read_task
 
 from .comparison import Comparison
@@ -91,10 +92,10 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     check_folder(request.out)
     recipe = recipe_of(request)
     task = read_task(request.task, recipe)
-    most = max(request.rows, default=0)
-    if most > len(task.train):
-        message = f"--rows: {most} is more than the {len(task.train)} training rows of {request.task}"
-        raise UsageError(message, f"use at most {len(task.train)}")
+    most, there_are = max(request.rows, default=0), len(given(task.train))
+    if most > there_are:
+        message = f"--rows: {most} is more than the {there_are} training rows of {request.task}"
+        raise UsageError(message, f"use at most {there_are}")
     if request.data is not None:
         read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
     source = bases.find(recipe, download=True)

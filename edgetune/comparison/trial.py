@@ -23,6 +23,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.evaluation import spread
 from edgetune.tasks.metrics import answers_to_score
+from edgetune.tasks.negatives import given
 from edgetune.tasks.task import read_task
 from edgetune.training.job import Point
 
@@ -41,8 +42,8 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
     if trial.data is None:
         rows = task.validation_answers
     else:
-        given = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
-        rows = answers_to_score(given, task.metric)
+        test = read_rows(trial.data, task.spec.data.columns, labels=task.labels or None)
+        rows = answers_to_score(test, task.metric)
     built = build(recipe, bundle, progress=progress)
     measured = BundleMeasurement(bundle, trial.task, spread(rows, trial.limit), progress)
     scored = {target: measured.score(target) for target in recipe.targets}
@@ -59,7 +60,7 @@ def run(trial: Trial, progress: Progress) -> TrialResult:
         training=_training(built.figures[trial.task], built.losses[trial.task]),
         metric=first.metric,
         rows=first.rows,
-        trained_rows=len(task.train),
+        trained_rows=len(given(task.train)),
         torch_score=in_torch.score,
         engines={t: measured.on_engine(t, evaluation, merged[t]) for t, evaluation in scored.items()},
         refused=trial.refused,

@@ -270,7 +270,8 @@ def _prompt_row(where: str, values: Mapping[str, Any], prompt: str, completion: 
     message = {"role": "user", "content": _text(values[prompt], prompt)}
     answer = values[completion] if isinstance(completion, str) else {name: values[name] for name in completion}
     text = _answer(answer, completion if isinstance(completion, str) else "completion")
-    return TaskRow(where, (message,), text, is_labelled=completion == LABEL)
+    is_labelled = completion == LABEL
+    return TaskRow(where, (message,), text.strip() if is_labelled else text, is_labelled=is_labelled)
 
 
 def _check_keys(values: Mapping[str, Any], needed: Sequence[str]) -> None:

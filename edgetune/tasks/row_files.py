@@ -90,7 +90,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     header: list[str] | None = None
     line = 0
     while True:

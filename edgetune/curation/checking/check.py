@@ -24,7 +24,7 @@ from edgetune.tasks.task import Task, read_task
 from edgetune.tasks.tokenization import tokenize_rows
 
 from . import answers
-from .duplicates import duplicates
+from .duplicates import conflicts_in_conversations, duplicates
 from .findings import (
     CONFIDENCE,
     SPLITS,
@@ -83,11 +83,13 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
     kinds = answers.balance(answered)
+    has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
         *answers.misfits(task, answered),
         *_too_long(rows, tokens, recipe.context_length),
-        *duplicates(rows, has_one_answer=task.metric in EITHER_RIGHT_OR_WRONG),
+        *duplicates(rows, has_one_answer=has_one_answer),
+        *(conflicts_in_conversations(rows, answered) if has_one_answer else ()),
         *answers.rare(kinds),
     ]
     check = TaskCheck(

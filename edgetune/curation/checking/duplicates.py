@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -38,6 +39,15 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
                 yield Finding.of(NEAR_REPEAT, cluster)
 
 
+def conflicts_in_conversations(rows: Sequence[SplitRow], answered: Sequence[SplitRow]) -> Iterator[Finding]:
+    """The prompts that have several answers only with those in the middle of conversations, which are in `answered`."""
+    last = {item.row.where for item in rows}
+    for same in _grouped(answered, prompt_key).values():
+        answers = set(map(answer_key, same))
+        if len(answers) > 1 and len({answer_key(item) for item in same if item.row.where in last}) < 2:
+            yield Finding.of(CONFLICT, same, f"{len(answers)} different answers")
+
+
 def prompt_key(item: SplitRow) -> str:
     """The prompt of a row, for comparison with others."""
     return plain(_prompt(item.row))
@@ -53,8 +63,9 @@ def answer_key(item: SplitRow) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without case, with single spaces, and without punctuation at the ends of words."""
-    return " ".join(word.strip(_ENDS) or word for word in text.casefold().split())
+    """A text without case, with single spaces, composed letters, and without punctuation at the ends of words."""
+    composed = unicodedata.normalize("NFC", text)
+    return " ".join(word.strip(_ENDS) or word for word in composed.casefold().split())
 
 
 def near(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

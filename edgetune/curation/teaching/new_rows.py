@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 """How much longer than the longest prompt of the rows a new one may be; a longer text is no request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"
 
 
@@ -168,7 +170,7 @@ class Lesson:
         is_enough = in_vain.total() == _MOST_IN_VAIN
         if is_enough or not is_of_use:
             reasons = ", ".join(f"{number} {reason}" for reason, number in in_vain.most_common())
-            said = " and ".join(repr(shortened(text, 80)) for text in last)
+            said = " and ".join(repr(shortened(text, 200)) for text in last)
             message = f"none of the last {in_vain.total()} prompts became a row: {reasons}; the last: {said}"
             remedy = "try another --model" if is_enough else "try another --model, or allow more with --requests"
             raise TeacherError(message, f"{remedy}; the rows before are kept")
@@ -187,7 +189,7 @@ class Lesson:
         system = self._questions.row_of(number).system
         own: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         key = prompt_key(SplitRow(TRAIN, TaskRow("", (*own, {"role": "user", "content": prompt}))))
-        if not 0 < len(prompt) <= self._most_characters or key in prompts:
+        if not 0 < len(prompt) <= self._most_characters or key in prompts or not _is_text(prompt):
             return _LeftOut("prompts that are there already, or are none", [prompt])
         prompts.add(key)
         question, schema = self._questions.for_answer(prompt, number), _schema_of(self.output)
@@ -204,7 +206,8 @@ class Lesson:
 
     def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> Reply:
         body = self.teacher.request(messages, temperature=temperature, seed=seed, schema=schema)
-        return self.teacher.ask(body)
+        reply = self.teacher.ask(body)
+        return reply._replace(text=_THOUGHT.sub("", reply.text))
 
     def _written(self, answer: str) -> str:
         """An answer in JSON as the rows write it; others as they are."""
@@ -217,12 +220,21 @@ class Lesson:
     def _fits(self, answer: str) -> bool:
         if self.task.labels:
             return answer in self.task.labels
-        return bool(answer) and (self.output is None or self.output.accepts(answer))
+        return bool(answer) and _is_text(answer) and (self.output is None or self.output.accepts(answer))
 
 
 def _first_number(out: Path) -> int:
     """The number of the first question: behind those of earlier runs, as no row takes so few bytes."""
     return 1 + (out.stat().st_size if out.is_file() else 0)
+
+
+def _is_text(text: str) -> bool:
+    """Whether a text has no half of a pair of surrogates, which JSON can have and no file."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _schema_of(output: OutputSpec | None) -> dict[str, Any] | None:
@@ -233,6 +245,7 @@ def _schema_of(output: OutputSpec | None) -> dict[str, Any] | None:
 
 
 def _request_of(text: str) -> str:
-    """The first line of an answer, without the dash or the quotation marks around it."""
+    """The first line of an answer that introduces no other, without the dash or the quotation marks around it."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines
     return lines[0].removeprefix("- ").strip('"“”').strip() if lines else ""

@@ -109,7 +109,7 @@ _NOT_BEFORE_WORDS = rf"(?![ -](?:hundred|thousand|million|point|{'|'.join(NUMBER
 
 def _digits(number: float) -> str:
     """A number as people write it: whole ones without a decimal point, others with all digits."""
-    return str(int(number)) if number == int(number) else repr(number)
+    return str(int(number)) if isinstance(number, int) or number.is_integer() else repr(number)
 
 
 def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:

@@ -27,6 +27,12 @@ def test_scores_within_one_standard_error_promise_nothing() -> None:
     assert curve.outlook.endswith("within one standard error (0.02); the scores do not show that more rows would help")
 
 
+def test_a_falling_curve_and_one_of_no_right_answers_are_called_so() -> None:
+    (falling,), (flat,) = (curves_of([outcome(30, first), outcome(300, last)]) for first, last in ((0.9, 0.4), (0, 0)))
+    assert "0.400 with 300, lower by more than one standard error (0.02); the" in falling.outlook
+    assert "0.000 with 300, no answer is right; the scores do not show" in flat.outlook
+
+
 def test_an_estimate_is_at_least_the_best_measured_score_and_below_1() -> None:
     curve = Curve("lora", "exact", [30, 100, 300], [figures(0.2), figures(1.0), figures(1.0)])
     assert curve.outlook.endswith("600 rows would give about 1.00")

@@ -398,6 +398,13 @@ def test_all_turns_of_the_assistant_are_learned(tokenizer: GgufTokenizer) -> Non
     assert example.learned.index(True) == len(before_first)
 
 
+def test_labels_differ_in_more_than_white_space(write: Write) -> None:
+    table = write("text, label\nopen it, on\nopen this,on \nclose it,off\n", "rows.csv")
+    assert [row.completion for row in read_rows(table)] == ["on", "on", "off"]
+    rows = write('{"text": "open it", "label": " on"}\n')
+    assert [row.completion for row in read_rows(rows, labels=["on", "off"])] == ["on"]
+
+
 def test_a_turn_of_weight_0_is_not_learned(tokenizer: GgufTokenizer) -> None:
     first, answer, more = CONVERSATION
     example = tokenize_one(TaskRow("x:1", (first, {**answer, "weight": 0}, more), "stop it"), tokenizer)

@@ -308,6 +308,22 @@ def test_a_row_is_judged_by_an_adapter_that_knows_no_other_beginning_of_its_conv
     assert len(set().union(*folds)) == 12
 
 
+def test_an_earlier_answer_of_a_conversation_conflicts_with_another_rows(tmp_path: Path) -> None:
+    def talk(first: str, last: str) -> dict[str, Any]:
+        turns = [("user", "lamp"), ("assistant", first), ("user", f"and {last}"), ("assistant", '{"do": "stop"}')]
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    rows = [talk('{"do": "on"}', "now"), talk('{"do": "off"}', "then")]
+    found = checked(tmp_path, [*rows, *ORDERS], validation=[talk('{"do": "dim"}', "so")])
+    (conflict,) = places(found, "conflict")
+    assert conflict == ["train:1, message 2", "train:2, message 2", "validation:1, message 2"]
+
+
+def test_composed_and_decomposed_letters_are_the_same(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "completion": {"do": "on"}} for text in ("Öffne die Tür", "O\u0308ffne die Tu\u0308r")]
+    assert places(checked(tmp_path, [*rows, *ORDERS]), "repeat") == [["train:1", "train:2"]]
+
+
 def test_ids_of_calls_make_no_prompts_different(tmp_path: Path) -> None:
     def row(name: str) -> dict[str, Any]:
         call = {"id": name, "type": "function", "function": {"name": "dim", "arguments": {"level": 1}}}

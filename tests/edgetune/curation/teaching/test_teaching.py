@@ -469,6 +469,20 @@ def test_a_run_without_a_row_fails_and_one_with_some_says_how_many(
     assert "1 of 4 rows are made with 9 requests; allow more with --requests" in capsys.readouterr().err
 
 
+def test_thoughts_and_introductions_are_no_prompts_and_half_characters_no_rows(
+    recipe: str, teacher: Callable[[Reply], str], tmp_path: Path
+) -> None:
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        number, half = body["seed"], "\ud800" if body["seed"] in (1, 3) else ""
+        if "response_format" in body:
+            return said(json.dumps({"do": "on"}) + (half if number == 3 else ""))
+        return said(f"<think>a lamp\nor two</think>Sure! Here is one:\n\nrequest {number}{half if number == 1 else ''}")
+
+    url, out = teacher(reply), tmp_path / "new.jsonl"
+    assert command(recipe, url, out, "--yes", "--rows", "2") == 0
+    assert [row.prompt for row in read_rows(str(out))] == ["request 2", "request 4"]
+
+
 def test_rows_with_tools_or_several_turns_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     rows = [{"messages": [*turns, {"role": "user", "content": str(n)}, turns[1]]} for n in range(9)]
