@@ -80,8 +80,19 @@ class TaskRow:
     def prompt_key(self) -> str:
         """What rows with exactly the same prompt, but for the ids of calls, have in common."""
         tools = None if self.tools is None else self.tools.text
-        turns = [[turn["role"], turn["content"], called(turn)] for turn in self.messages or ()]
-        return json.dumps([self.text, turns, tools], sort_keys=True)
+        return json.dumps([self.text, self.compared_turns, tools], sort_keys=True)
+
+    @property
+    def compared_turns(self) -> list[tuple[str, str, list[Any]]]:
+        """The role, the content and the calls of each message; of a result, the number of its call."""
+        numbers: dict[object, int] = {}
+        turns = []
+        for turn in self.messages or ():
+            calls = turn.get("tool_calls", ())
+            numbers |= {call.get("id"): number for number, call in enumerate(calls, len(numbers))}
+            result = [numbers.get(turn.get("tool_call_id"))] if turn["role"] == "tool" else []
+            turns.append((turn["role"], turn["content"], [*(call["function"] for call in calls), *result]))
+        return turns
 
     @property
     def turns(self) -> tuple[Message, ...]:
@@ -207,11 +218,6 @@ def grouped(rows: Sequence[TaskRow], key: Callable[[TaskRow], str]) -> list[list
 def is_learned(turn: Message) -> bool:
     """Whether a turn of the assistant is trained on."""
     return turn.get(WEIGHT) != 0
-
-
-def called(turn: Message) -> list[Mapping[str, Any]]:
-    """The functions that a turn calls, without the ids of the calls, which tell no prompts apart."""
-    return [call["function"] for call in turn.get("tool_calls", ())]
 
 
 def _text_of_turn(turn: Message) -> str:

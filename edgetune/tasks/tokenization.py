@@ -5,7 +5,7 @@ Uses the runtime's tokenizer and chat template, so training and device see the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 from edgetune_runtime.engines.base import Tokenizer
@@ -57,32 +57,30 @@ def _example(row: TaskRow, tokenizer: Tokenizer, system: str | None, loss_on: st
         messages = messages_for(row.messages, system)
         prompt = prompt_tokens(tokenizer, messages, row.tools)
         target = _target_tokens(_written(row.turn, tokenizer) if row.turn else row.completion or "", tokenizer)
-        learned = [False] * len(prompt) + [True] * len(target)
-        if loss_on == "all":
-            learned = [False] + [True] * (len(learned) - 1)
-        else:
-            _learn_earlier_turns(messages, prompt, learned, tokenizer, row.tools)
+        learned = [False] + [loss_on == "all"] * (len(prompt) - 1) + [True] * len(target)
+        for turn, place in _earlier_turns(messages, prompt, tokenizer, row.tools):
+            learned[place] = [is_learned(turn)] * (place.stop - place.start)
     except UsageError as error:
         raise UsageError(f"{row.where}: {error.message}", error.remedy) from error
     return Example((*prompt, *target), tuple(learned), len(prompt), row.weight)
 
 
-def _learn_earlier_turns(
-    messages: list[Message], prompt: list[int], learned: list[bool], tokenizer: Tokenizer, tools: ToolSet | None
-) -> None:
-    """Mark the assistant's earlier turns in `prompt` as learned, in place.
+def _earlier_turns(
+    messages: list[Message], prompt: list[int], tokenizer: Tokenizer, tools: ToolSet | None
+) -> Iterator[tuple[Message, slice]]:
+    """The assistant's earlier turns, and the places of their tokens in `prompt`.
 
-    A turn of weight 0 is not. A turn is learned only if the tokens up to it are those that the device would see when it
-    answers. It is not learned if the template renders past turns differently, such as without their reasoning.
+    Left out are turns before which the tokens are not those that the device would see when it answers, and those that
+    the template renders differently later, such as without their reasoning.
     """
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or not is_learned(message):
+        if message["role"] != "assistant":
             continue
         before = prompt_tokens(tokenizer, messages[:index], tools)
         target = _target_tokens(_written(message, tokenizer), tokenizer)
         start, end = len(before), len(before) + len(target)
         if prompt[:end] == before + target:
-            learned[start:end] = [True] * len(target)
+            yield message, slice(start, end)
 
 
 def _written(turn: Message, tokenizer: Tokenizer) -> str:

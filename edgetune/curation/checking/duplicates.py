@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
-from edgetune.tasks.data import TaskRow, called
+from edgetune.tasks.data import TaskRow
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Finding, SplitRow
 
@@ -96,7 +96,7 @@ def _prompt(row: TaskRow) -> str:
     """All turns before the answer, and the tools."""
     if row.messages is None:
         return row.text or ""
-    turns = [f"{turn['role']} {turn['content']} {json.dumps(called(turn), sort_keys=True)}" for turn in row.messages]
+    turns = [f"{role} {content} {json.dumps(calls, sort_keys=True)}" for role, content, calls in row.compared_turns]
     return "\n".join([*turns, row.tools.text if row.tools else ""])
 
 

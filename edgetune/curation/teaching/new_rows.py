@@ -37,7 +37,7 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 """How much longer than the longest prompt of the rows a new one may be; a longer text is no request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT = re.compile(r"\A(?:.*?</think>|\s*<think>.*\Z)", re.DOTALL)
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"
 
 

@@ -27,8 +27,8 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
     """The rows of corrected answers, and the reasons why others are left out.
 
     Of a conversation only the corrected answer is learned, as the earlier ones may be wrong. Left out are conversations
-    that cannot be rows, and answers that cannot be right without what was redacted. Raises one UsageError for all other
-    corrections that cannot be answers of the task.
+    that cannot be rows, and answers that cannot be right, as without what was redacted, or after a mere confirmation.
+    Raises one UsageError for all other corrections that cannot be answers of the task.
     """
     rows, left_out, problems = list[TaskRow](), list[str](), list[str]()
     spacing = spacing_of([row.completion or "" for row in task.train])
@@ -43,12 +43,15 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
             problem = _problem(task, row)
         except UsageError as error:
             problem = f"cannot be an answer: {str(error).removeprefix(f'{LOG}{entry.id}: ')}"
+        if entry.correction == REDACTED:
+            problem = "was redacted as a whole"
         if problem is None:
             rows.append(row)
             continue
         asked, answer = shortened(str(entry.messages[-1]["content"]), 60), shortened(entry.correction or "", 80)
         problem = f"answer {entry.id} to {asked!r}: the correction {answer!r} {problem}"
-        (left_out if REDACTED in (entry.correction or "") else problems).append(problem)
+        is_nobodys_mistake = entry.correction == entry.answer or REDACTED in (entry.correction or "")
+        (left_out if is_nobodys_mistake else problems).append(problem)
     if problems:
         raise UsageError("\n".join(problems))
     return rows, left_out

@@ -21,11 +21,12 @@ HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the rig
 
 def most_informative(entries: Sequence[LoggedAnswer], count: int) -> list[LoggedAnswer]:
     """Up to `count` answers that nobody corrected, to different prompts: wrong ones, and then the least sure, first."""
-    open_ = [entry for entry in entries if entry.correction is None]
     corrected = {_key(entry) for entry in entries if entry.correction is not None}
-    ordered = sorted(open_, key=_doubtlessness)
-    first = {_key(entry): entry for entry in reversed(ordered) if _key(entry) not in corrected}
-    return list(reversed(first.values()))[:count]
+    first: dict[tuple[str | None, str], LoggedAnswer] = {}
+    for entry in sorted(entries, key=_doubtlessness):
+        if _key(entry) not in corrected:
+            first.setdefault(_key(entry), entry)
+    return list(first.values())[:count]
 
 
 def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator[LoggedAnswer]:
@@ -80,4 +81,4 @@ def _doubtlessness(entry: LoggedAnswer) -> tuple[bool, float]:
 
 
 def _key(entry: LoggedAnswer) -> tuple[str | None, str]:
-    return entry.adapter, json.dumps([dict(message) for message in entry.messages])
+    return entry.adapter, json.dumps([entry.messages, entry.tools])

@@ -21,6 +21,8 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
 )
 
 
+NO_VALUE = "[null]"
+"""What a record has for null."""
 BETWEEN_TEXTS = "\0"
 """What no value has in it."""
 

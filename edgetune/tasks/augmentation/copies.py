@@ -101,7 +101,7 @@ class _Maker:
             for number in self._shared_numbers(row):
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
         self._english = is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
-        self._seen = {_key(row) for row in (*rows, *validation)}
+        self._seen = {row.prompt_key for row in (*rows, *validation)}
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
         """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
@@ -198,15 +198,11 @@ class _Maker:
 
     def _is_new(self, row: TaskRow) -> bool:
         """Whether no other row has its prompt; remembers it."""
-        key = _key(row)
+        key = row.prompt_key
         if key in self._seen:
             return False
         self._seen.add(key)
         return True
-
-
-def _key(row: TaskRow) -> str:
-    return row.text or "" if row.messages is None else json.dumps([dict(turn) for turn in row.messages])
 
 
 def _without_numbers(text: str) -> str:

@@ -95,8 +95,8 @@ def _number_pattern(value: float) -> re.Pattern[str]:
     forms = [re.escape(_digits(value))]
     word = number_word(value)
     if word is not None and value != 1:  # "one" is more often no number
-        forms.append(word.replace("-", "[ -]"))
-    number = rf"{_NOT_AFTER_TENS}(?:{'|'.join(forms)}){_NOT_BEFORE_WORDS}"
+        forms.append(f"{_NOT_AFTER_TENS}{word.replace('-', '[ -]')}{_NOT_BEFORE_WORDS}")
+    number = rf"(?:{'|'.join(forms)})(?![ -](?:hundred|thousand|million)\b)"
     return re.compile(rf"{_NOT_INSIDE}{number}{_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
 
 
@@ -104,7 +104,7 @@ def _number_pattern(value: float) -> re.Pattern[str]:
 _NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])", r"(?!\w)(?![.:,/]\d)"
 # Nor of another number in words, such as "two" of "twenty two" and of "two hundred".
 _NOT_AFTER_TENS = "".join(rf"(?<!\b{word}[ -])" for word in (*TENS, "hundred", "thousand", "point"))
-_NOT_BEFORE_WORDS = rf"(?![ -](?:hundred|thousand|million|point|{'|'.join(NUMBERS)})\b)"
+_NOT_BEFORE_WORDS = rf"(?![ -](?:point|{'|'.join(NUMBERS)})\b)"
 
 
 def _digits(number: float) -> str:

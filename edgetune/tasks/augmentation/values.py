@@ -21,7 +21,7 @@ from edgetune_runtime.wording import first_of, suggestion
 
 from edgetune.tasks.data import TaskRow
 
-from .answers import Answer, FieldPath, Scalar
+from .answers import NO_VALUE, Answer, FieldPath, Scalar
 from .numbers import numbers_in
 from .slots import Slot, mentions_of, slots_of, with_values
 
@@ -66,7 +66,8 @@ class Values:
         _check_listed(rows, listed)
         mentioned = Counter(slot.field for item in rows for slot in item.slots)
         records = [item.answer.record(place) for item in rows for place in range(len(item.answer.parts))]
-        having = Counter(field for record in records for field in record)
+        # A prompt does not say what is null.
+        having = Counter(field for record in records for field, value in record.items() if value != NO_VALUE)
         self._unmentioned = {field for field, count in having.items() if mentioned[field] * 2 < count}
         # The user knows better.
         open_fields = mentioned.keys() - listed.keys()

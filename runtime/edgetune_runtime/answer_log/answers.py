@@ -67,11 +67,13 @@ class LoggedAnswer:
         except UsageError as error:
             raise UsageError(f"{shortened(text, 80)!r} has no calls of tools", _CALLS) from error
         offered = tool_set(self.tools)
-        names = [tool.name for tool in offered.tools] if offered is not None else []
+        tools = {tool.name: tool for tool in offered.tools} if offered is not None else {}
         for call in turn.get("tool_calls", ()):
-            name = call["function"]["name"]
-            if name not in names:
-                raise UsageError(f"{name!r} is not one of the tools", suggestion(name, names))
+            function = call["function"]
+            tool = tools.get(name := function["name"])
+            if tool is None:
+                raise UsageError(f"{name!r} is not one of the tools", suggestion(name, [*tools]))
+            function["arguments"] = tool.ordered(function["arguments"])
         return turn
 
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class AnswerLog:
         self.path, self._manifest, self._max_bytes = path, manifest, max_bytes
         self._redaction = Redaction(redact)
         self._recent: OrderedDict[str, _Recent] = OrderedDict()
-        self._lock = threading.Lock()
+        # A judgement reads an answer and writes it again.
+        self._lock = threading.RLock()
         try:
             if path.exists() and not _is_log(path):
                 raise UsageError(f"{path} is no log of answers", "choose another file")
@@ -84,10 +86,8 @@ class AnswerLog:
         """
         turns = messages_for(prompt, None)
         offered = tool_set(tools)
-        text, arguments, *parts = self._redaction.clean_values(
-            [answer, [call.arguments for call in calls]]
-            + [[turn["content"], [call["function"]["arguments"] for call in _calls(turn)]] for turn in turns]
-        )
+        said = [[turn["content"], [call["function"]["arguments"] for call in _calls(turn)]] for turn in turns]
+        text, (arguments, *parts) = self._redaction.clean(answer, [[call.arguments for call in calls], *said])
         entry = LoggedAnswer(
             answer_id or uuid.uuid4().hex,
             datetime.now(UTC).isoformat(timespec="seconds"),
@@ -111,19 +111,21 @@ class AnswerLog:
         A correction that calls tools is JSON as in `LoggedAnswer`. NotFoundError for an unknown id, UsageError for a
         correction that cannot be one, OutOfSpaceError if it cannot be written.
         """
-        recent = self._recent_answer(answer_id)
-        right = recent.shown if correction is None else correction
+        shown = self._recent_answer(answer_id).shown
+        right = shown if correction is None else correction
         if right == "":
             raise UsageError("the answer was a question back, which is not to be learned", "give the right answer")
-        text = None if right is None else self._redaction.clean_text(right)
-        self._write(recent.entry.with_correction(text), recent.shown)
+        text = None if right is None else self._redaction.clean(right)[0]
+        with self._lock:
+            self._write(self._recent_answer(answer_id).entry.with_correction(text), shown)
 
     def wrong(self, answer_id: str) -> None:
         """Log that a recent answer is wrong, where nobody says what is right; the same errors as `corrected`."""
-        recent = self._recent_answer(answer_id)
-        entry = recent.entry
-        right = None if entry.correction == entry.answer else entry.correction
-        self._write(replace(entry, correction=right, is_wrong=True), recent.shown)
+        with self._lock:
+            recent = self._recent_answer(answer_id)
+            entry = recent.entry
+            right = None if entry.correction == entry.answer else entry.correction
+            self._write(replace(entry, correction=right, is_wrong=True), recent.shown)
 
     def _recent_answer(self, answer_id: str) -> _Recent:
         with self._lock:
@@ -181,7 +183,7 @@ def _calls(message: Message) -> Sequence[Mapping[str, Any]]:
 
 def _messages(turns: Sequence[Message], parts: Sequence[tuple[str, Sequence[Any]]]) -> Iterator[Message]:
     """The messages with other contents and arguments of their calls; ids of calls become numbers, names of users go."""
-    ids: dict[str, str] = {}
+    ids, numbers = dict[str, str](), count(1)
     for turn, (content, arguments) in zip(turns, parts, strict=True):
         message: dict[str, Any] = {"role": turn["role"], "content": content}
         if turn["role"] == "tool":
@@ -190,7 +192,7 @@ def _messages(turns: Sequence[Message], parts: Sequence[tuple[str, Sequence[Any]
         calls = []
         for call, each in zip(_calls(turn), arguments, strict=True):
             # As `messages_for` numbers calls without an id.
-            ids[call["id"]] = f"call{len(ids) + 1:05d}"
+            ids[call["id"]] = f"call{next(numbers):05d}"
             function = {"name": call["function"]["name"], "arguments": each}
             calls.append({"id": ids[call["id"]], "type": "function", "function": function})
         yield message | ({"tool_calls": calls} if calls else {})

@@ -34,29 +34,30 @@ class Redaction:
             raise UsageError("redaction runs in a Python of its own, which this app does not have", "leave out redact")
         self.patterns = list(patterns)
 
-    def clean(self, texts: Sequence[str]) -> list[str]:
-        """The texts with REDACTED in place of what was found; REDACTED alone if that takes more than MAX_S."""
-        return self.clean_values(texts)
+    def clean(self, text: str, values: Sequence[Any] = ()) -> tuple[str, list[Any]]:
+        """A text and JSON values with REDACTED in place of what was found; REDACTED alone if that takes over MAX_S.
 
-    def clean_values(self, values: Sequence[Any]) -> list[Any]:
-        """The JSON values with all texts and numbers in them cleaned, but for the keys of objects."""
+        Of values, the texts and numbers are searched, not keys of objects. A text in JSON stays JSON if what was found
+        is within its values.
+        """
         if not self.patterns:
-            return list(values)
+            return text, list(values)
+        try:
+            own = json.loads(text)
+        except (ValueError, RecursionError):
+            own = None
+        own = own if isinstance(own, dict | list) else None
+        whole, inner, *cleaned = self._clean_values([text, own, *values])
+        if own is None or (whole, inner) == (text, own):
+            return whole, cleaned
+        is_compact = text == json.dumps(own, ensure_ascii=False, separators=(",", ":"))
+        again = json.dumps(inner, ensure_ascii=False, separators=(",", ":") if is_compact else None)
+        # Expressions may look at what is around a value.
+        return self._clean_values([again])[0], cleaned
+
+    def _clean_values(self, values: Sequence[Any]) -> list[Any]:
         cleaned = iter(self._cleaned([str(leaf) for leaf in _leaves(values)]))
         return [_replaced(value, cleaned) for value in values]
-
-    def clean_text(self, text: str) -> str:
-        """The text cleaned; of an object or a list in JSON the values, so that it stays JSON."""
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict | list):
-            return self.clean([text])[0]
-        (cleaned,) = self.clean_values([value])
-        is_compact = text == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        separators = (",", ":") if is_compact else None
-        return text if cleaned == value else json.dumps(cleaned, ensure_ascii=False, separators=separators)
 
     def _cleaned(self, texts: Sequence[str]) -> list[str]:
         # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop

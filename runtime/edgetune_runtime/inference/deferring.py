@@ -81,12 +81,11 @@ def ask(
 
 
 def _fitting(to: DeferTo, call: ToolCall, tools: ToolSet | None) -> ToolCall:
-    """The call, its arguments in the order of the tool's schema; DeferError if the tools do not allow it."""
+    """The call as a model that is held to the tools writes it; DeferError if these do not allow it."""
     tool = next((tool for tool in tools.offered if tool.name == call.name), None) if tools is not None else None
     if tool is None:
         raise _error(to, f"called {call.name!r}, which is none of the tools")
-    names = [name for name in tool.schema.get("properties", ()) if name in call.arguments]
-    arguments = {name: call.arguments[name] for name in dict.fromkeys((*names, *call.arguments))}
+    arguments = tool.ordered(call.arguments)
     text = json.dumps(arguments, ensure_ascii=False)
     if not output_of(schema=tool.schema, spacing="any").accepts(text):
         raise _error(to, f"called {call.name!r} with {shortened(text, 80)}, which its schema does not allow")
@@ -133,6 +132,8 @@ def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
     try:
         message = message_of(reply)
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
+        # Half a pair of surrogates is no text.
+        json.dumps([message, [call.arguments for call in calls]], ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _error(to, f"sent no chat completion: {error}") from error
     return message.get("content") or "", tuple(calls)

@@ -39,6 +39,11 @@ class Tool:
     definition: Mapping[str, Any]
     schema: Mapping[str, Any]
 
+    def ordered(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments as a model that is held to the schema writes them: fields in its order, whole numbers plain."""
+        written: dict[str, Any] = _ordered(arguments, self.schema)
+        return written
+
 
 @dataclass(frozen=True)
 class ToolSet:
@@ -138,6 +143,18 @@ def _tool(number: int, value: object) -> Tool:
     with _naming(name):
         spec_of(schema=schema)
     return Tool(name, {"type": "function", "function": definition}, closed(schema))
+
+
+def _ordered(value: Any, schema: object) -> Any:  # noqa: ANN401 - any JSON value
+    own = schema if isinstance(schema, Mapping) else {}
+    if isinstance(value, Mapping):
+        schemas = own.get("properties") or {}
+        names = dict.fromkeys((*(name for name in schemas if name in value), *value))
+        return {name: _ordered(value[name], schemas.get(name)) for name in names}
+    if isinstance(value, list):
+        return [_ordered(inner, own.get("items")) for inner in value]
+    is_whole = isinstance(value, float) and value.is_integer() and own.get("type") == "integer"
+    return int(value) if is_whole else value
 
 
 @contextmanager

@@ -161,6 +161,12 @@ def test_a_field_that_depends_on_an_unsaid_truth_value_or_list_stays(values: tup
     assert copied(other, **QUIET)
 
 
+def test_values_that_are_mostly_null_are_exchanged() -> None:
+    rows = [{"prompt": f"turn it on now {n}", "completion": {"room": None, "at": "now"}} for n in range(30)]
+    rows += [{"prompt": f"turn on the {room}, {n}", "completion": {"room": room}} for n, room in enumerate(ROOMS)]
+    assert any(change.startswith("room: ") for copy in copied(rows, **QUIET) for change in copy.changes)
+
+
 def test_parts_of_a_sum_stay() -> None:
     rows = [
         {"prompt": f"meet at {start} for {hours} hours", "completion": {"start": start, "hours": hours, "end": end}}
@@ -173,6 +179,8 @@ def test_numbers_in_longer_numbers_are_no_values() -> None:
     for text in ("two hundred lumen", "twenty two minutes", "twenty-two", "2/3 of it", "one point two", "2 thousand"):
         assert mentions_of(text, 2) == [], text
     assert mentions_of("twenty two minutes", 22) == [Mention(0, 10)]
+    for text in ("set point 22", "channel 22 two times", "point 22"):
+        assert len(mentions_of(text, 22)) == 1, text
     assert mentions_of("two songs and 2 lamps", 2) == [Mention(0, 3), Mention(14, 15)]
 
 

@@ -290,6 +290,23 @@ def test_rows_with_the_same_prompt_stay_on_one_side(seed: int) -> None:
     assert not {str(r.messages) for r in train} & {str(r.messages) for r in validation}
 
 
+def test_results_of_other_calls_make_another_prompt(write: Write) -> None:
+    calls = [{"id": name, "function": {"name": "heat", "arguments": {"room": name}}} for name in "ab"]
+    tools = [{"name": "heat", "parameters": {"properties": {"room": {"type": "string"}}}}]
+
+    def row(first: str, second: str) -> str:
+        told = (("a", first), ("b", second))
+        results = [{"role": "tool", "tool_call_id": name, "content": text} for name, text in told]
+        turns = [{"role": "user", "content": "how warm"}, {"role": "assistant", "tool_calls": calls}, *results]
+        if first == "30":
+            turns[2:] = reversed(turns[2:])
+        return json.dumps({"messages": [*turns, {"role": "assistant", "content": "warm"}], "tools": tools})
+
+    one, other = read_rows(str(write(f"{row('20', '30')}\n{row('30', '20')}")))
+    assert [turn["content"] for turn in one.turns] == [turn["content"] for turn in other.turns]
+    assert one.prompt_key != other.prompt_key
+
+
 def test_answers_of_weight_0_are_no_answers_of_the_row(write: Write) -> None:
     turns = [
         {"role": "user", "content": "a"},
@@ -410,6 +427,10 @@ def test_a_turn_of_weight_0_is_not_learned(tokenizer: GgufTokenizer) -> None:
     example = tokenize_one(TaskRow("x:1", (first, {**answer, "weight": 0}, more), "stop it"), tokenizer)
     assert example.tokens == tokenize_one(TaskRow("x:1", CONVERSATION, "stop it"), tokenizer).tokens
     assert learned_of(example) == (*tokenizer.tokenize("stop it", continues=True), tokenizer.end_token)
+    whole = tokenize_one(TaskRow("x:1", (first, {**answer, "weight": 0}, more), "stop it"), tokenizer, loss_on="all")
+    unlearned = tuple(token for token, learned in zip(whole.tokens, whole.learned, strict=True) if not learned)
+    told = (*tokenizer.tokenize("time to play", continues=True), tokenizer.end_token)
+    assert unlearned == (whole.tokens[0], *told)
 
 
 def test_a_template_that_rewrites_past_turns_leaves_them_unlearned(

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_runtime import Manifest, NotFoundError, OutOfSpaceError, ToolCall, UsageError, VerificationError
@@ -171,6 +173,44 @@ def test_a_line_needs_no_more_than_what_was_answered(manifest: Manifest, tmp_pat
         del line[key]
     path.write_text(json.dumps(line) + "\n")
     assert read_answer_log(path, manifest) == [before]
+
+
+@pytest.mark.parametrize("spacing", [None, (",", ":")])
+def test_what_an_expression_finds_in_json_is_replaced(
+    spacing: tuple[str, str] | None, manifest: Manifest, tmp_path: Path
+) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest, redact=[r"\d{6,}", r'"secret": ?"[^"]*"'])
+    answer = log.answered("dial", json.dumps({"pin": 654321, "123456": 1}, separators=spacing), adapter="command")
+    (entry,) = read_answer_log(log.path, manifest)
+    assert entry.answer == f'{{"pin": "{REDACTED}", "{REDACTED}": 1}}'.replace(" ", "" if spacing else " ")
+    log.corrected(answer, '{"a": "5551234", "a": "x", "secret": "y"}')
+    (entry,) = read_answer_log(log.path, manifest)
+    assert entry.correction == f'{{"a": "x", {REDACTED}}}'
+
+
+def test_judgements_at_once_are_all_kept(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    names = [log.answered(f"n {number}", "1", adapter="command") for number in range(100)]
+    with ThreadPoolExecutor(8) as threads:
+        for name in names:
+            threads.submit(log.wrong, name)
+            threads.submit(log.corrected, name, "2")
+    assert {(entry.correction, entry.is_wrong) for entry in read_answer_log(log.path, manifest)} == {("2", True)}
+
+
+def test_calls_with_one_id_get_numbers_of_their_own(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    call = {"id": "a", "function": {"name": "lamp", "arguments": {}}}
+    talk: list[Any] = [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "1"},
+    ]
+    talk += [talk[0], talk[1], {"role": "assistant", "tool_calls": [call, {**call, "id": "b"}]}]
+    log.answered(talk, "", adapter="command")
+    (entry,) = read_answer_log(log.path, manifest)
+    calls = [call["id"] for message in entry.messages for call in message.get("tool_calls", ())]
+    assert calls == [f"call{number:05d}" for number in range(1, 5)]
+    assert [message["tool_call_id"] for message in entry.messages[1::2]] == ["call00001", "call00002"]
 
 
 def test_a_text_in_which_an_expression_never_ends_is_replaced(

@@ -300,10 +300,18 @@ def test_its_calls_must_fit_the_tools() -> None:
         ({"content": "Sure."}, "required", "called no tool, and tool_choice is 'required'"),
         ({"content": "Sure."}, "lamp", "called no tool, and tool_choice is 'lamp'"),
         ({"content": ""}, "auto", "gave an empty answer"),
+        ({"content": "\ud800"}, "auto", "sent no chat completion"),
+        (calling({"room": "\ud800"}), "auto", "sent no chat completion"),
     ):
         with pytest.raises(DeferError, match=problem):
             deferred(message, choice)
     assert deferred({"content": "Sure."}, "auto") == ("Sure.", ())
+    level, color = {"type": "integer"}, {"type": "object", "properties": {"r": {"type": "integer"}, "g": {}}}
+    schema = {"type": "object", "properties": {"level": level, "colors": {"type": "array", "items": color}}}
+    tool = tool_set([{"name": "lamp", "parameters": schema}])
+    assert tool is not None
+    written = tool.tools[0].ordered({"colors": [{"g": 1.5, "r": 2.0}], "level": 1.0})
+    assert json.dumps(written) == '{"level": 1, "colors": [{"r": 2, "g": 1.5}]}'
 
 
 @pytest.mark.parametrize(

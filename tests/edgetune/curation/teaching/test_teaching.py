@@ -474,13 +474,15 @@ def test_thoughts_and_introductions_are_no_prompts_and_half_characters_no_rows(
 ) -> None:
     def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
         number, half = body["seed"], "\ud800" if body["seed"] in (1, 3) else ""
+        if number == 2 and "response_format" not in body:
+            return said("<think>a lamp that is")
         if "response_format" in body:
             return said(json.dumps({"do": "on"}) + (half if number == 3 else ""))
         return said(f"<think>a lamp\nor two</think>Sure! Here is one:\n\nrequest {number}{half if number == 1 else ''}")
 
     url, out = teacher(reply), tmp_path / "new.jsonl"
     assert command(recipe, url, out, "--yes", "--rows", "2") == 0
-    assert [row.prompt for row in read_rows(str(out))] == ["request 2", "request 4"]
+    assert [row.prompt for row in read_rows(str(out))] == ["request 4", "request 5"]
 
 
 def test_rows_with_tools_or_several_turns_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

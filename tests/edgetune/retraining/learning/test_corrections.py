@@ -159,6 +159,20 @@ def test_corrections_are_written_as_the_rows_are(tmp_path: Path) -> None:
     assert [row.completion for row in corrected_rows(read_task("home", recipe), [entry])[0]] == ['{"n":7,"on":true}']
 
 
+def test_what_is_nobodys_mistake_stops_nothing(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    swapped = json.dumps({"tool_calls": [{"name": "lamp", "arguments": {"area": "hall", "state": "on"}}]})
+    properties = {"state": LAMP["properties"]["state"], "area": {"type": "string"}}
+    tools = [{"name": "lamp", "parameters": {**LAMP, "properties": properties}}]
+    hello = replace(logged(2, [asked("hi")], "Hello!", TOOLS), answer="Hello!")
+    hidden = logged(3, [asked("[redacted]")], "[redacted]", None)
+    rows, left_out = corrected_rows(task, [logged(1, [asked("lamp")], swapped, tools), hello, hidden])
+    (row,) = rows
+    assert '{"state": "on", "area": "hall"}' in (row.completion or "")
+    assert "is no answer that the metric json can score" in left_out[0]
+    assert left_out[1].endswith("was redacted as a whole")
+
+
 def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_path: Path) -> None:
     entry = logged(1, [asked("lamp")], call_text("[redacted]"), TOOLS)
     rows, (left_out,) = corrected_rows(task_of(tmp_path), [entry])

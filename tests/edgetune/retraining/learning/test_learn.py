@@ -23,6 +23,7 @@ from edgetune.building.pipeline import build
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
 from edgetune.retraining.learning.learn import Learned, learn, read_logs
+from edgetune.retraining.learning.questions import most_informative
 
 TRAINING = {"max_steps": 60, "evals": 2, "learning_rate": 1e-2}
 ROWS = lights(24)
@@ -188,6 +189,17 @@ def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
     assert home.with_name("home.learn").stat().st_mode & 0o777 == 0o700
     found = {entry.messages[0]["content"]: entry.correction for entry in read_answer_log(log, read_manifest(home))}
     assert found["lamp 1"] == "reply off" and found["lamp 2"] is None and found["lamp 5"] == "reply on"
+
+
+def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
+    log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
+    for prompt, confidence in (("a", 0.99), ("b", 0.5), ("c", 0.6), ("a", 0.9), ("d", 0.1)):
+        name = log.answered(prompt, "reply", adapter="light", confidence=confidence)
+    log.corrected(name)
+    log.wrong(log.answered("a", "reply", adapter="light", confidence=0.8))
+    entries = read_logs(home, [log.path], QUIET.say)
+    asked = [(entry.messages[0]["content"], entry.confidence) for entry in most_informative(entries, 2)]
+    assert asked == [("a", 0.8), ("b", 0.5)]
 
 
 @pytest.mark.parametrize(
