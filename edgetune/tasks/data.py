@@ -252,7 +252,7 @@ def _row(where: str, values: object, columns: Columns | None, labels: Sequence[s
         keys = ", ".join(map(str, values)) or "none"
         raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
     if labels is not None:
-        _check_label(row, labels)
+        row = _with_label(row, labels)
     name = WEIGHT if columns is None else columns.weight
     value = values.get(name)
     return row if value in (None, "") else replace(row, weight=_weight(value, name))
@@ -383,12 +383,15 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _check_label(row: TaskRow, labels: Sequence[str]) -> None:
+def _with_label(row: TaskRow, labels: Sequence[str]) -> TaskRow:
+    """The row with its label, without the white space around it."""
     if row.completion is None:
         raise BadRowError("is plain text, but the adapter has labels; add a label to the row")
-    if row.completion not in labels:
-        near = difflib.get_close_matches(row.completion, labels, n=1, cutoff=0.0)
-        raise BadRowError(f"{row.completion!r} is not one of the labels; did you mean {near[0]!r}?")
+    label = row.completion if row.completion in labels else row.completion.strip()
+    if label not in labels:
+        near = difflib.get_close_matches(label, labels, n=1, cutoff=0.0)
+        raise BadRowError(f"{label!r} is not one of the labels; did you mean {near[0]!r}?")
+    return replace(row, completion=label)
 
 
 def kind_of(value: object) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -136,12 +138,17 @@ def score(
 
 
 def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
-    """At most `limit` rows, spread evenly; UsageError for a limit below 1."""
+    """At most `limit` rows, one of each part of as many; UsageError for a limit below 1.
+
+    Which one is random, the same each time: rows may alternate between kinds.
+    """
     if limit is None or limit >= len(rows):
         return rows
     if limit < 1:
         raise UsageError(f"a limit of {limit} rows leaves nothing to score", "use at least 1")
-    return [rows[index * len(rows) // limit] for index in range(limit)]
+    ends = [index * len(rows) // limit for index in range(limit + 1)]
+    rng = random.Random(limit)
+    return [rows[rng.randrange(start, end)] for start, end in pairwise(ends)]
 
 
 def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:

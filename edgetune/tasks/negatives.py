@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from itertools import chain, islice, zip_longest
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
 from edgetune_runtime.inference.routing.router import last_user_text
@@ -17,6 +17,8 @@ MADE = "made"
 """Where rows are from that this module makes."""
 _SHARE_SCRAMBLED, _SHORTEST_SCRAMBLED = 0.7, 4
 _SHARE = 0.5
+_PARTS = 4
+"""One of so many parts of general requests, and of other tasks' texts, is for validation."""
 
 
 def scrambled(prompts: Sequence[str], count: int, rng: random.Random) -> list[str]:
@@ -30,21 +32,33 @@ def scrambled(prompts: Sequence[str], count: int, rng: random.Random) -> list[st
 
 
 def negative_rows(
-    rows: Sequence[TaskRow], others: Mapping[str, Sequence[TaskRow]], label: str, seed: int
-) -> list[TaskRow]:
-    """Texts of none of the labels of `rows`, as rows with this `label`; up to half as many as there are `rows`.
+    train: Sequence[TaskRow],
+    validation: Sequence[TaskRow],
+    others: Mapping[str, Sequence[TaskRow]],
+    label: str,
+    seed: int,
+) -> tuple[list[TaskRow], list[TaskRow]]:
+    """Texts of none of the labels of a task, as rows with this `label`: up to half as many as it has rows of each kind.
 
-    General requests, `rows` with shuffled letters, and the rows of each other task take turns. A task that has a text
-    in common with `rows` is left out: what it is asked is in the scope of both.
+    General requests, its own rows with shuffled letters, and the rows of each other task take turns. Those for
+    validation are made of other texts, and do not depend on the training rows. A task that has a text in common with
+    this one is left out: what it is asked is in the scope of both.
     """
-    rng, own = random.Random(seed), list(dict.fromkeys(map(_text_of, rows)))
-    folded = {text.casefold() for text in own}
+    rng, parts = random.Random(seed), [list(dict.fromkeys(map(_text_of, rows))) for rows in (validation, train)]
+    folded = {text.casefold() for text in chain(*parts)}
     foreign = [list(dict.fromkeys(map(_text_of, other))) for other in others.values()]
     apart = [texts for texts in foreign if folded.isdisjoint(map(str.casefold, texts))]
     kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *apart)]
-    turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *kinds))
-    texts = dict.fromkeys(text for text in turns if text and text.casefold() not in folded)
-    return [_row(number, text, label) for number, text in enumerate(islice(texts, round(len(rows) * _SHARE)), 1)]
+    made: list[list[str]] = []
+    for place, (own, rows) in enumerate(zip(parts, (validation, train), strict=True)):
+        texts = [kind[len(kind) // _PARTS :] if place else kind[: len(kind) // _PARTS] for kind in kinds]
+        turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *texts))
+        new = dict.fromkeys(text for text in turns if text and text.casefold() not in folded)
+        made.append(list(islice(new, round(len(rows) * _SHARE))))
+        folded |= {text.casefold() for text in made[-1]}
+    numbers = count(1)
+    judged, learned = ([_row(next(numbers), text, label) for text in texts] for texts in made)
+    return learned, judged
 
 
 def given(rows: Sequence[TaskRow]) -> list[TaskRow]:

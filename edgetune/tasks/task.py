@@ -32,8 +32,6 @@ _APART_FROM = 200
 """Validation rows from which half of them are enough to choose a checkpoint, and half to fit the confidence."""
 _SAMPLE_CHARACTERS = 80
 _ANY_PROMPT = "hello"
-_NEGATIVE_PARTS = 4
-"""One of so many parts of the texts that are out of scope is for validation."""
 Reader = Callable[..., list[TaskRow]]
 """Reads the rows of a source, as `read_rows` does."""
 
@@ -97,8 +95,9 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     labels = _with_scope(spec, spec.labels or ())
     train = read(spec.data.train, spec.data.columns, labels=labels or None)
     metric = recipe.task_type.metric or metric_for(spec.metric, train, labels)
-    if metric == "label" and not labels:
-        labels = _with_scope(spec, labels_in(train))
+    if metric == "label":
+        train = [replace(row, completion=(row.completion or "").strip()) for row in train]
+        labels = labels or _with_scope(spec, labels_in(train))
     if spec.data.validation is None:
         train, validation = split(train, spec.data.held_out, training.seed)
     else:
@@ -161,16 +160,16 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
     assert task.spec.out_of_scope is not None
     if task.metric != "label":
         message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
-        raise UsageError(message, "use rows of text and label, or remove out_of_scope")
+        raise UsageError(message, "set labels or `metric: label`, or remove out_of_scope")
     others = {}
     for name, spec in recipe.adapters.items():
         # Rows that cannot be read are reported by their own task.
         with suppress(EdgetuneError):
             if name != task.name:
                 others[name] = read(spec.data.train, spec.data.columns)
-    negatives = negative_rows([*task.train, *task.validation], others, task.spec.out_of_scope.label, task.training.seed)
-    learned = [row for number, row in enumerate(negatives) if number % _NEGATIVE_PARTS]
-    validation = [*task.validation, *negatives[::_NEGATIVE_PARTS]]
+    label, seed = task.spec.out_of_scope.label, task.training.seed
+    learned, judged = negative_rows(task.train, task.validation, others, label, seed)
+    validation = [*task.validation, *judged]
     return replace(task, train=[*task.train, *learned], validation=validation, choosing=validation)
 
 
@@ -179,19 +178,35 @@ def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
 
 
 def _with_confidence(task: Task) -> Task:
-    """The task with the rows that the confidence of answers is fitted on; UsageError if they are unfit."""
+    """The task with the rows that the confidence of answers is fitted on, which are no training rows.
+
+    UsageError if the given ones are, and where no answer would have the confidence that `min_confidence` asks for.
+    """
     spec, choosing, rows = task.spec, task.validation, task.validation
     if not _has_confidence(spec, task.metric):
         rows = []
     elif spec.data.confidence is not None:
         rows = task.confidence_rows
-        _check_apart(task.name, rows, task.train)
     elif len(task.validation) >= _APART_FROM:
-        choosing, rows = task.validation[::2], task.validation[1::2]
-    rows = answers_to_score(rows, task.metric, task.train)
+        choosing, rows = _halves(task.validation, task.training.seed)
+    learned = {answer.prompt_key for row in task.train for answer in row.answers} if rows else set()
+    both = [row.where for row in rows if row.prompt_key in learned]
+    if both and spec.data.confidence is not None:
+        message = f"adapter {task.name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
+        raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
+    rows = answers_to_score([row for row in rows if row.prompt_key not in learned], task.metric, task.train)
     if spec.min_confidence is not None:
-        _check_enough(task.name, rows, task.metric)
+        _check_enough(task.name, task.in_scope(rows), task.metric)
     return replace(task, choosing=choosing, confidence_rows=rows)
+
+
+def _halves(rows: Sequence[TaskRow], seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
+    """Two random halves of the rows, in their order, with as many rows of each answer in both as possible."""
+    places = list(range(len(rows)))
+    random.Random(seed).shuffle(places)
+    places.sort(key=lambda place: rows[place].completion or "")
+    one, other = ([rows[place] for place in sorted(half)] for half in (places[::2], places[1::2]))
+    return one, other
 
 
 def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
@@ -201,16 +216,8 @@ def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
         raise UsageError(message, "remove min_confidence, or set metric")
     if len(rows) < MIN_ROWS:
         message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give none"
-        raise UsageError(message, f"give {MIN_ROWS} or more as data.validation or data.confidence")
-
-
-def _check_apart(name: str, rows: Sequence[TaskRow], train: Sequence[TaskRow]) -> None:
-    """UsageError for confidence rows that are training rows."""
-    learned = {answer.prompt_key for row in train for answer in row.answers}
-    both = [row.where for row in rows if row.prompt_key in learned]
-    if both:
-        message = f"adapter {name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
-        raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
+        remedy = f"give {MIN_ROWS} or more, which are no training rows, as data.validation or data.confidence"
+        raise UsageError(message, remedy)
 
 
 def _first(rows: list[TaskRow], count: int | None, seed: int) -> list[TaskRow]:

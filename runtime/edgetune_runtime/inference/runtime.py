@@ -32,7 +32,7 @@ from .opening_options import RuntimeOptions, decide
 from .options import AnswerForm, AnswerOptions, split_options
 from .preflight import require_opens
 from .routing.router import Route
-from .scoring import Classification, NegativeLogLikelihood, most_likely, window_loss
+from .scoring import Classification, NegativeLogLikelihood, check_labels, most_likely, window_loss
 from .session import Session
 from .unsure import AnswerCall, answer_pieces, check_min_confidence
 
@@ -214,12 +214,13 @@ class Runtime(AbstractContextManager["Runtime"]):
         first = self.manifest.adapter(next(iter(scales))) if scales else None
         if labels is None:
             labels = first.labels if first is not None else ()
-        if not labels or len(set(labels)) != len(labels) or not all(labels):
-            problem = (
-                f"cannot classify with the labels {list(labels)}" if labels else "there are no labels to choose from"
-            )
-            raise UsageError(problem, "give labels that are unique and not empty, or an adapter that has labels")
-        scope = None if first is None else first.scope.get(self.engine)
+        if not labels and route is not None and not route.is_known:
+            message = "the prompt is of none of the tasks, and the base has no labels"
+            raise UsageError(message, "name an adapter that has labels, or give labels")
+        check_labels(labels)
+        # Of several adapters, and of another scale, neither the threshold nor the training prompts tell anything.
+        is_alone = first is not None and scales == self._loaded.scales(first.name)
+        scope = first.scope.get(self.engine) if first is not None and is_alone else None
         if scope is not None and scope.label not in labels:
             scope = None
         curves = self._loaded.curves(adapter)

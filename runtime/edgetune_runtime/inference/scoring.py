@@ -11,6 +11,7 @@ import numpy as np
 
 from edgetune_runtime.bundle import Scope
 from edgetune_runtime.engines.base import log_total
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.text.sampling import softmax
 
@@ -96,12 +97,25 @@ def most_likely(
     return replace(result, confidence=sure, is_unsure=is_unsure)
 
 
+def check_labels(labels: Sequence[str]) -> None:
+    """UsageError for what are no labels to choose from."""
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise UsageError(f"labels is {labels!r}", "give a list of texts")
+    if not labels or len(set(labels)) != len(labels) or not all(labels):
+        known = f"cannot classify with the labels {list(labels)}"
+        remedy = "give labels that are unique and not empty, or an adapter that has labels"
+        raise UsageError(known if labels else "there are no labels to choose from", remedy)
+
+
 def _in_scope(result: Classification, scope: Scope, similarities: Mapping[str, float]) -> Classification:
     """The result with the label of `scope` if the text is out of scope, and the log odds of this choice."""
     nearest, odds = max(similarities.values(), default=1.0), result.log_odds
     score = scope.score(-odds if result.label == scope.label else odds, nearest)
     if result.label == scope.label or score < scope.threshold:
-        return replace(result, label=scope.label, is_out_of_scope=True, log_odds=-score)
+        # The search may have left it out.
+        probabilities = {scope.label: 0.0, **result.probabilities}
+        chosen = replace(result, label=scope.label, probabilities=probabilities)
+        return replace(chosen, is_out_of_scope=True, log_odds=-score)
     return replace(result, log_odds=scope.score(odds, similarities.get(result.label, nearest)))
 
 

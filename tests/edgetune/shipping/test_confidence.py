@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.confidence import MIN_ROWS
-from edgetune.tasks.evaluation import score
+from edgetune.tasks.evaluation import score, spread
 from edgetune.tasks.task import read_task
 
 COLORS = ("red", "warm", "blue")
@@ -136,6 +137,24 @@ def test_rows_of_their_own_leave_all_validation_rows_to_the_checkpoint(tmp_path:
     assert len(task.confidence_rows) == 30
 
 
+def test_both_halves_have_all_labels_though_rows_alternate(tmp_path: Path) -> None:
+    rows = [{"text": f"lamp {n}", "label": ("on", "off")[n % 2]} for n in range(600)]
+    data = {"train": "rows.jsonl", "validation": "more.jsonl"}
+    files = {"rows.jsonl": rows[:20], "more.jsonl": rows[20:]}
+    task = read_task("task", make_recipe(tmp_path, "base", {"task": {"data": data}}, data=files))
+    for half in (task.choosing, task.confidence_rows, spread(task.validation, 58)):
+        counts = Counter(row.completion for row in half)
+        assert abs(counts["on"] - counts["off"]) < 0.5 * len(half)
+
+
+def test_validation_rows_that_are_trained_on_say_nothing_of_the_confidence(tmp_path: Path) -> None:
+    write_rows(
+        tmp_path / "more.jsonl", [*lights(30), *({"prompt": f"hello {n}", "completion": "on"} for n in range(9))]
+    )
+    task = task_of(tmp_path, 30, data={"validation": "more.jsonl"})
+    assert (len(task.choosing), len(task.confidence_rows)) == (39, 9)
+
+
 def test_training_rows_are_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "own.jsonl", [{"prompt": "hello", "completion": "on"}, *lights(400)])
     with pytest.raises(UsageError, match="'task': 200 of 401 confidence rows have the prompt of a training row"):
@@ -148,6 +167,10 @@ def test_training_rows_are_refused(tmp_path: Path) -> None:
         (
             {"min_confidence": 0.8, "data": {"held_out": 0.1}},
             "has min_confidence, but 10 validation rows give none",
+        ),
+        (
+            {"min_confidence": 0.8, "out_of_scope": True, "metric": "label", "data": {"held_out": 0.06}},
+            "has min_confidence, but 6 validation rows give none; give 20 or more, which are no training rows",
         ),
         ({"min_confidence": 0.8, "metric": "rouge_l"}, "rouge_l scores no answer as right or wrong"),
         ({"unsure": "base"}, "unsure and ask need min_confidence"),

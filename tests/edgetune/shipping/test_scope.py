@@ -118,6 +118,17 @@ def test_a_label_with_a_lower_score_than_the_threshold_is_out_of_scope(
         assert capsys.readouterr().out.split("\t")[0] == found.label
 
 
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_neither_another_scale_nor_several_adapters_have_a_scope(engine: str, bundle: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+    change_manifest(home, lambda raw: raw["adapters"]["color"]["scope"][engine].update(threshold=1e6))
+    with Runtime.open(home, engine=engine, disk_mb=0) as runtime:
+        assert runtime.classify(ASKED, adapter={"color": 1.0}).is_out_of_scope
+        assert not runtime.classify(ASKED, adapter={"color": 0.5}).is_out_of_scope
+        found = runtime.classify(ASKED, adapter="color")
+        assert found.label in found.probabilities
+
+
 def test_golden_answers_do_not_depend_on_the_scope(bundle: Path) -> None:
     for engine in ("gguf", "onnx"):
         assert main(["check", str(bundle), "--engine", engine]) == 0

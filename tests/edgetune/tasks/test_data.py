@@ -420,6 +420,8 @@ def test_labels_differ_in_more_than_white_space(write: Write) -> None:
     assert [row.completion for row in read_rows(table)] == ["on", "on", "off"]
     rows = write('{"text": "open it", "label": " on"}\n')
     assert [row.completion for row in read_rows(rows, labels=["on", "off"])] == ["on"]
+    rows = write('{"prompt": "open it", "completion": "on "}\n')
+    assert [row.completion for row in read_rows(rows, labels=["on", "off"])] == ["on"]
 
 
 def test_a_turn_of_weight_0_is_not_learned(tokenizer: GgufTokenizer) -> None:

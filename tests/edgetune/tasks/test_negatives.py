@@ -34,12 +34,30 @@ def test_a_task_gets_rows_that_none_of_its_labels_fits(tmp_path: Path) -> None:
     learned, judged = (
         [row for row in rows if row.completion == "out_of_scope"] for rows in (task.train, task.validation)
     )
-    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 15, 15, 8 + 5, 5)
+    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 16, 16, 8 + 4, 4)
     texts = [row.messages[0]["content"] for row in (*learned, *judged) if row.messages]
     assert len(set(texts)) == 20
     kinds = [len(set(texts) & {*known}) for known in (GENERAL_REQUESTS, [row["prompt"] for row in SONGS])]
-    assert kinds == [7, 6]
+    assert kinds == [6, 6]
+    for rows in (learned, judged):
+        own = {row.prompt for row in rows}
+        assert own & {*GENERAL_REQUESTS} and own & {row["prompt"] for row in SONGS} and own - {*GENERAL_REQUESTS}
     assert not set(texts) & {row["text"] for row in ROWS}
+
+
+def test_those_for_validation_are_the_same_for_other_training_rows_and_many_of_those_make_no_more(
+    tmp_path: Path,
+) -> None:
+    rows = [{"text": f"paint wall {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(400)]
+    made = []
+    for count in (10, 40):
+        data = {"train": "color.jsonl", "validation": "more.jsonl", "rows": count}
+        adapters = {"color": {"data": data, "out_of_scope": True}}
+        files = {"color.jsonl": ROWS, "more.jsonl": rows}
+        task = read_task("color", make_recipe(tmp_path / str(count), "base.gguf", adapters, data=files))
+        assert len(task.train) == 1.5 * count
+        made.append([row.prompt for row in task.validation[400:]])
+    assert made[0] == made[1] != []
 
 
 def test_the_same_rows_and_seed_make_the_same_rows(tmp_path: Path) -> None:
@@ -68,5 +86,5 @@ def test_a_router_does_not_learn_them(tmp_path: Path) -> None:
 
 def test_a_task_without_labels_has_no_scope(tmp_path: Path) -> None:
     rows = [{"prompt": f"count to {n}", "completion": {"to": n}} for n in range(10)]
-    with pytest.raises(UsageError, match="'color' has out_of_scope, but no labels: its metric is json"):
+    with pytest.raises(UsageError, match="'color' has out_of_scope, but no labels: its metric is json; set labels or"):
         task_with(tmp_path, rows=rows)

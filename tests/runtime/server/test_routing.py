@@ -45,6 +45,21 @@ def test_openai_answers_name_the_model_that_answered(text: str, model: str, rout
         assert response.model == model
 
 
+def test_rules_for_unsure_answers_apply_where_they_can(sure_bundle: Path, tmp_path: Path, start: Start) -> None:
+    server = start(with_router(sure_bundle, tmp_path / "home"))
+    for text, more in (
+        ("who is there", {"min_confidence": 0.9}),
+        ("the lamp", {"min_confidence": 1, "unsure": "command"}),
+    ):
+        body = {"model": "auto", "messages": messages(text), "max_tokens": 3, **more}
+        assert server.client.post("/v1/chat/completions", json=body).status_code == 200
+        options = {"num_predict": 3, **more}
+        body = {"model": "auto", "messages": messages(text), "stream": False, "options": options}
+        assert server.client.post("/api/chat", json=body).status_code == 200
+    body = {"model": "command", "messages": messages("the lamp"), "max_tokens": 3, "min_confidence": 1}
+    assert server.client.post("/v1/chat/completions", json={**body, "unsure": "command"}).status_code == 400
+
+
 def test_a_raw_prompt_is_refused(routed: Running) -> None:
     client = OpenAI(base_url=f"{routed.url}/v1", api_key="-", max_retries=0)
     with client, pytest.raises(BadRequestError, match="raw prompt"):

@@ -72,8 +72,11 @@ def test_classify_chooses_among_the_adapters_with_labels(home: Path) -> None:
         found = runtime.classify("how do you feel", adapter=AUTO)
         assert found.route is not None and found.route.adapter == "tone"
         assert replace(found, route=None) == runtime.classify("how do you feel", adapter="tone")
-        with pytest.raises(UsageError, match="labels"):
+        with pytest.raises(UsageError, match="of none of the tasks, and the base has no labels; name an adapter"):
             runtime.classify(LAMP, adapter=AUTO)
+        for labels in ("abc", [1, 2]):
+            with pytest.raises(UsageError, match=r"labels is .*; give a list of texts"):
+                runtime.classify(LAMP, labels, adapter="tone")  # type: ignore[arg-type]
 
 
 def test_a_session_decides_for_each_message(home: Path, tmp_path: Path) -> None:
