@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -144,6 +145,9 @@ def _columns_of(values: Sequence[Mapping[str, Any]]) -> list[_Column]:
 def _holds_messages(path: Path, column: _Column) -> bool:
     """Whether a column has conversations; UsageError for the form with `from` and `value`."""
     first = column.values[0]
+    if isinstance(first, str) and first.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            first = json.loads(first)
     if not isinstance(first, list) or not first or not isinstance(first[0], dict):
         return False
     if {"from", "value"} <= first[0].keys():

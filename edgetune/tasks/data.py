@@ -289,6 +289,12 @@ def _check_keys(values: Mapping[str, Any], needed: Sequence[str]) -> None:
 
 
 def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa: ANN401 - it is checked here
+    if isinstance(messages, str):
+        # As cells of tables have them.
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"messages is text that is not JSON: {error}") from error
     if not isinstance(messages, list):
         raise BadRowError(f"messages is {kind_of(messages)}, not a list of messages")
     if not messages:
@@ -307,7 +313,12 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
     except ValueError as error:
         raise BadRowError(f"tools is not JSON: {error}") from error
     _check_order(turns)
-    _check_calls([call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())], offered)
+    functions = [call["function"] for turn in turns for call in turn.get("tool_calls", ())]
+    _check_calls([function["name"] for function in functions], offered)
+    ordered = {tool.name: tool.ordered for tool in offered.tools} if offered is not None else {}
+    for function in functions:
+        # As a model that is held to the schema has to write them.
+        function["arguments"] = ordered[function["name"]](function["arguments"])
     return TaskRow(where, tools=offered).with_turns(turns)
 
 

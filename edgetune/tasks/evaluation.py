@@ -172,7 +172,9 @@ def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, lis
         for detail in threads.map(lambda pair: _answer(task, pair[0], max_tokens), pairs):
             details.append(detail)
             step.update()
-    score, scores = metrics.score(task.metric, [row.answer for row in details], [row.reference for row in details])
+    answers, references = [row.answer for row in details], [row.reference for row in details]
+    offers_tools = [row.tools is not None for row, _ in pairs]
+    score, scores = metrics.score(task.metric, answers, references, offers_tools=offers_tools)
     return score, [replace(row, score=points) for row, points in zip(details, scores, strict=True)]
 
 
@@ -267,7 +269,7 @@ def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
     if metric != "perplexity":
         # Check that the metric supports the references before spending time on answers.
         references = [row.completion or "" for row in rows]
-        metrics.score(metric, references, references)
+        metrics.score(metric, references, references, offers_tools=[row.tools is not None for row in rows])
 
 
 def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:

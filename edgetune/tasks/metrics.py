@@ -21,8 +21,8 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     """The metric to use: `metric` itself, or for "auto" the one that suits `rows`.
 
     Label accuracy if there are labels, or if the rows have a label that occurs again; perplexity for rows of text; JSON
-    equality if all completions are JSON objects; ROUGE-L for completions of more than three words on average; otherwise
-    exact match.
+    equality if all completions are JSON objects, but for texts of rows with tools, of which at least half end in calls;
+    ROUGE-L for completions of more than three words on average; otherwise exact match.
     """
     if metric != "auto":
         return metric
@@ -31,7 +31,9 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     completions = [row.completion for row in rows if row.completion is not None]
     if not completions:
         return "perplexity"
-    if all(isinstance(_parsed(text), dict) for text in completions):
+    objects = [isinstance(_parsed(row.completion or ""), dict) for row in rows]
+    are_objects = all(is_object or row.tools is not None for is_object, row in zip(objects, rows, strict=True))
+    if are_objects and sum(objects) * 2 >= len(rows):
         return "json"
     words = sum(len(text.split()) for text in completions) / len(completions)
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
@@ -74,25 +76,35 @@ def _are_labelled(rows: Sequence[TaskRow]) -> bool:
     return all(row.is_labelled for row in rows) and len(labels_in(rows)) < len(rows)
 
 
-def score(metric: Metric, predictions: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
+def score(
+    metric: Metric, predictions: Sequence[str], references: Sequence[str], *, offers_tools: Sequence[bool] = ()
+) -> tuple[float, list[float]]:
     """The mean score and the score of each row, between 0 and 1; compares `predictions[i]` with `references[i]`.
 
     "exact" and "label" ignore surrounding white space; "json" compares parsed values, so the order of keys does not
-    matter, and scores invalid JSON 0; "rouge_l" is the F-measure of ROUGE-L (Lin 2004) from the rouge-score library;
-    "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other metrics, without rows, and if
-    the numbers of predictions and references differ.
+    matter, and scores invalid JSON 0; both compare calls by their names and arguments. With "json", a text is right
+    where a text is expected and `offers_tools[i]`: nothing was to be called. "rouge_l" is the F-measure of ROUGE-L (Lin
+    2004) from the rouge-score library; "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for
+    other metrics, without rows, and if the numbers of predictions and references differ.
     """
     if len(predictions) != len(references) or not references:
         message = f"cannot score {len(predictions)} predictions against {len(references)} references"
         raise UsageError(message, "pass one prediction per reference, and at least one")
     compare = _comparison(metric)
-    rows = [compare(*pair) for pair in zip(predictions, references, strict=True)]
+    rows = [
+        float(_calls(prediction) is None)
+        if metric == "json" and offers and isinstance(_parsed(reference), ValueError)
+        else compare(prediction, reference)
+        for prediction, reference, offers in zip(
+            predictions, references, offers_tools or [False] * len(references), strict=True
+        )
+    ]
     return sum(rows) / len(rows), rows
 
 
 def _comparison(metric: str) -> Callable[[str, str], float]:
     if metric in ("exact", "label"):
-        return lambda prediction, reference: float(prediction.strip() == reference.strip())
+        return _exact_match
     if metric == "json":
         return _json_equality
     if metric == "rouge_l":
@@ -102,11 +114,22 @@ def _comparison(metric: str) -> Callable[[str, str], float]:
     raise UsageError(f"the metric {metric!r} does not compare answers", "use exact, json, label, rouge_l or chrf")
 
 
+def _exact_match(prediction: str, reference: str) -> float:
+    calls = _calls(reference)
+    return float(prediction.strip() == reference.strip() if calls is None else _same(_calls(prediction), calls))
+
+
 def _json_equality(prediction: str, reference: str) -> float:
-    expected = _parsed(reference)
+    expected, calls = _parsed(reference), _calls(reference)
     if isinstance(expected, ValueError):
         raise UsageError(f"the reference {reference[:60]!r} is not JSON", "choose another metric, such as exact")
-    return float(_same(_parsed(prediction), expected))
+    return float(_same(_parsed(prediction), expected) if calls is None else _same(_calls(prediction), calls))
+
+
+def _calls(answer: str) -> object:
+    """The calls of an answer as `answer_text` writes them; None if it has none."""
+    value = _parsed(answer) if "tool_calls" in answer else None
+    return value.get("tool_calls") if isinstance(value, dict) else None
 
 
 def _parsed(text: str) -> object:

@@ -127,4 +127,11 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         remedy = "check the id, the network and your token; if it is a file, add its suffix"
         raise NotFoundError(f"cannot load {source} from the hub: {reason}", remedy) from error
     for number, values in enumerate(with_label_names(loaded), 1):
-        yield f"{source}:{number}", values
+        yield f"{source}:{number}", {name: _without_nulls(value) for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+    """The value without null in its objects: in data sets, all objects of a column have the fields of any."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return list(map(_without_nulls, value)) if isinstance(value, list) else value

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.inference.routing.router import last_user_text
 
 from edgetune.objectives.example import Example
 from edgetune.recipe.data import NegativesSpec
@@ -67,8 +68,8 @@ class Task:
 
     @property
     def sample_prompt(self) -> str:
-        """The last turn before the answer of a validation row: a short one that no command takes for an option."""
-        texts = (row.prompt for row in self.validation)
+        """What a user says in a validation row: a short text that no command takes for an option."""
+        texts = (last_user_text(list(row.messages)) if row.messages else row.prompt for row in self.validation)
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 

@@ -78,16 +78,27 @@ def _earlier_turns(
             continue
         before = prompt_tokens(tokenizer, messages[:index], tools)
         target = _target_tokens(_written(message, tokenizer), tokenizer)
-        start, end = len(before), len(before) + len(target)
-        if prompt[:end] == before + target:
-            yield message, slice(start, end)
+        # Where results follow a call, there may be no end of the turn.
+        for end in (len(before) + len(target), len(before) + len(target) - 1):
+            if prompt[:end] == [*before, *target][:end]:
+                yield message, slice(len(before), end)
+                break
 
 
 def _written(turn: Message, tokenizer: Tokenizer) -> str:
     """The text of an assistant's turn, its calls as the base's chat template writes them."""
     content: str = turn["content"]
-    return turn_text(content, turn["tool_calls"], support_of(tokenizer).format) if "tool_calls" in turn else content
+    if "tool_calls" not in turn:
+        return content
+    form, calls = support_of(tokenizer).format, turn["tool_calls"]
+    if form.between is None and len(calls) > 1:
+        message = f"{len(calls)} calls in one message, and the base's chat template has one call at most"
+        raise UsageError(message, "write a message per call, or use another base")
+    # Without a marker, a call is read at the beginning of an answer alone, as such templates write it.
+    return turn_text(content if form.marker else "", calls, form)
 
 
 def _target_tokens(text: str, tokenizer: Tokenizer) -> list[int]:
-    return [*tokenizer.tokenize(text, continues=True), tokenizer.end_token]
+    """The tokens of an answer to its end, which some formats of calls have themselves."""
+    tokens = list(tokenizer.tokenize(text, continues=True))
+    return tokens if tokens and tokenizer.is_end(tokens[-1]) else [*tokens, tokenizer.end_token]

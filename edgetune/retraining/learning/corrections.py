@@ -81,7 +81,7 @@ def _problem(task: Task, row: TaskRow) -> str | None:
     """Why the row's answer cannot be one of the task."""
     answer = row.completion or ""
     try:
-        metrics.score(task.metric, [answer], [answer])
+        metrics.score(task.metric, [answer], [answer], offers_tools=[row.tools is not None])
     except UsageError:
         return f"is no answer that the metric {task.metric} can score; correct it"
     if row.turn is not None:

@@ -18,7 +18,8 @@ from edgetune_runtime.tools.prompts import prompt_tokens
 
 from edgetune.objectives.example import Example
 from edgetune.recipe.data import Columns
-from edgetune.tasks.data import TaskRow, read_rows, split
+from edgetune.tasks import row_files
+from edgetune.tasks.data import TaskRow, read_rows, rows_of, split
 from edgetune.tasks.tokenization import tokenize_rows
 
 Write = Callable[..., str]
@@ -256,7 +257,6 @@ def test_a_data_set_on_this_machine_is_read_with_the_names_of_its_labels(
 ) -> None:
     # A folder whose name has the form of a hub id is loaded by the same call as one from the hub.
     import datasets  # noqa: PLC0415 - slow
-
     from edgetune.tasks import row_files  # noqa: PLC0415 - for its private reader
 
     folder = tmp_path / "owner" / "name"
@@ -270,6 +270,45 @@ def test_a_data_set_on_this_machine_is_read_with_the_names_of_its_labels(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     read = [values for _, values in row_files._hub_rows("owner/name")]
     assert read == [{"text": "on", "label": "light"}, {"text": "warm", "label": "heat"}]
+
+
+def test_fields_that_a_data_set_adds_with_null_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = {"lamp": "room", "heat": "degrees"}
+    tools = [{"name": name, "parameters": {"properties": {own: {"type": "string"}}}} for name, own in names.items()]
+    rows = [
+        {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": name, "arguments": {own: "x"}}}]}], "tools": tools}
+        for name, own in names.items()
+    ]  # fmt: skip
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    read = rows_of("owner/name", row_files._hub_rows("owner/name"))
+    assert [row.turn and row.turn["tool_calls"][0]["function"]["arguments"] for row in read] == [
+        {"room": "x"},
+        {"degrees": "x"},
+    ]
+
+
+def test_conversations_are_read_from_cells_of_json(write: Write) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    cells = [json.dumps(turns), "[1"]
+    table = "messages\n" + "".join('"' + cell.replace('"', '""') + '"\n' for cell in cells)
+    with pytest.raises(UsageError, match=r"rows\.csv:3: messages is text that is not JSON"):
+        read_rows(write(table, "rows.csv"))
+    (row,) = read_rows(write(table.rpartition('"[1')[0], "rows.csv"))
+    assert row.turns == tuple(turns)
+
+
+def test_arguments_are_written_in_the_order_of_the_schema(write: Write) -> None:
+    tools = [{"name": "lamp", "parameters": {"properties": {"room": {}, "level": {"type": "integer"}}}}]
+    call = {"function": {"name": "lamp", "arguments": {"level": 3.0, "room": "hall"}}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    (row,) = read_rows(write(json.dumps({"messages": turns, "tools": tools})))
+    assert row.completion == '{"tool_calls": [{"name": "lamp", "arguments": {"room": "hall", "level": 3}}]}'
 
 
 def test_the_split_is_the_same_for_the_same_seed_and_loses_no_row() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.tools.definitions import tool_set
 
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.metrics import answers_to_score, labels_in, metric_for, score
@@ -87,6 +88,26 @@ def test_a_reference_that_is_not_json_is_an_error_not_a_zero() -> None:
 def test_nothing_to_score_is_an_error(predictions: list[str], references: list[str]) -> None:
     with pytest.raises(UsageError, match="cannot score"):
         score("exact", predictions, references)
+
+
+def test_calls_are_compared_by_names_and_arguments_and_texts_beside_tools_by_calling_none() -> None:
+    call = '{"tool_calls": [{"name": "lamp", "arguments": {"a": 1, "b": 2}}]}'
+    swapped = '{"content": "Sure.", "tool_calls": [{"name": "lamp", "arguments": {"b": 2, "a": 1}}]}'
+    for metric in ("exact", "json"):
+        assert score(metric, [swapped, call, "no"], [call, swapped, call])[1] == [1, 1, 0]
+    answers, references = ["nothing", call, call, "nothing"], ["there is nothing to do", "no", call, call]
+    assert score("json", answers, references, offers_tools=[True] * 4)[1] == [1, 0, 1, 0]
+    with pytest.raises(UsageError, match="is not JSON"):
+        score("json", answers, references, offers_tools=[False] * 4)
+
+
+def test_rows_with_tools_that_mostly_end_in_calls_are_compared_as_json() -> None:
+    tools = tool_set([{"name": "lamp"}])
+    call = TaskRow("x", completion='{"tool_calls": [{"name": "lamp", "arguments": {}}]}', tools=tools)
+    text = replace(call, completion="there is nothing at all to do here")
+    assert metric_for("auto", [call, call, text], None) == "json"
+    assert metric_for("auto", [call, text, text], None) == "rouge_l"
+    assert metric_for("auto", [call, call, replace(text, tools=None)], None) == "rouge_l"
 
 
 def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> None:

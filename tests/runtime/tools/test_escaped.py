@@ -76,6 +76,24 @@ def gemma(
         yield runtime
 
 
+def test_a_call_is_learned_as_it_will_be_written_also_before_its_result(gemma: Runtime) -> None:
+    from edgetune.tasks.data import rows_of  # noqa: PLC0415 - a part of the host
+    from edgetune.tasks.tokenization import tokenize_rows  # noqa: PLC0415
+
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "heat", "arguments": {"room": "hall"}}}]}
+    turns = [{"role": "user", "content": "warm"}, call, {"role": "tool", "content": "done"}]
+    turns.append({"role": "assistant", "content": "It is warm."})
+    (row,) = rows_of("x", [("x", {"messages": turns, "tools": [{"name": "heat", "parameters": {}}]})])
+    tokenizer = loaded_bundle(gemma).context(None)[0].engine.tokenizer
+    options: dict[str, Any] = {"system": None, "loss_on": "completion", "max_tokens": CONTEXT}
+    (called, whole), _ = tokenize_rows(row.beginnings, tokenizer, **options)
+    answer = called.tokens[called.prompt_length :]
+    assert [tokenizer.is_end(token) for token in answer].index(True) == len(answer) - 1
+    learned = [token for token, is_learned in zip(whole.tokens, whole.learned, strict=True) if is_learned]
+    assert learned[: len(answer) - 1] == list(answer[:-1])
+    assert sum(whole.learned[: whole.prompt_length]) >= len(answer) - 1
+
+
 @pytest.fixture
 def letters(templated: Callable[[str], Runtime]) -> Runtime:
     """A base whose vocabulary has none of the control tokens."""

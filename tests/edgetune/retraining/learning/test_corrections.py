@@ -97,16 +97,20 @@ def test_ids_of_calls_tell_no_prompts_apart(tmp_path: Path) -> None:
 
 
 def test_a_correction_that_calls_what_there_is_not_is_refused(tmp_path: Path) -> None:
-    bad = [call_text("on", "lmap"), call_text("dim"), '{"tool_calls": 1}', "no idea"]
+    bad = [call_text("on", "lmap"), call_text("dim"), '{"tool_calls": 1}']
     entries = [logged(n, [asked(f"light {n}")], text, TOOLS) for n, text in enumerate(bad)]
     with pytest.raises(UsageError) as refused:
         corrected_rows(task_of(tmp_path), entries)
-    unknown, broken, malformed, text = str(refused.value).splitlines()
+    unknown, broken, malformed = str(refused.value).splitlines()
     assert unknown.startswith("answer a0 to 'light 0': the correction ")
     assert unknown.endswith("cannot be an answer: 'lmap' is not one of the tools; did you mean 'lamp'?")
     assert broken.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
     assert 'has no calls of tools; write calls as {"tool_calls": [{"name": NAME, "arguments": {…}}]}' in malformed
-    assert text.endswith("the correction 'no idea' is no answer that the metric json can score; correct it")
+    # That there is nothing to call is said in words.
+    plain = [logged(1, [asked("light")], "no idea", tools) for tools in (TOOLS, None)]
+    assert [row.completion for row in corrected_rows(task_of(tmp_path), plain[:1])[0]] == ["no idea"]
+    with pytest.raises(UsageError, match="'no idea' is no answer that the metric json can score; correct it"):
+        corrected_rows(task_of(tmp_path), plain[1:])
 
 
 def test_conversations_that_cannot_be_rows_are_left_out_and_named(tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_what_is_nobodys_mistake_stops_nothing(tmp_path: Path) -> None:
     swapped = json.dumps({"tool_calls": [{"name": "lamp", "arguments": {"area": "hall", "state": "on"}}]})
     properties = {"state": LAMP["properties"]["state"], "area": {"type": "string"}}
     tools = [{"name": "lamp", "parameters": {**LAMP, "properties": properties}}]
-    hello = replace(logged(2, [asked("hi")], "Hello!", TOOLS), answer="Hello!")
+    hello = replace(logged(2, [asked("hi")], "Hello!", None), answer="Hello!")
     hidden = logged(3, [asked("[redacted]")], "[redacted]", None)
     rows, left_out = corrected_rows(task, [logged(1, [asked("lamp")], swapped, tools), hello, hidden])
     (row,) = rows
