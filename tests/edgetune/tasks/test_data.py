@@ -257,6 +257,7 @@ def test_a_data_set_on_this_machine_is_read_with_the_names_of_its_labels(
 ) -> None:
     # A folder whose name has the form of a hub id is loaded by the same call as one from the hub.
     import datasets  # noqa: PLC0415 - slow
+
     from edgetune.tasks import row_files  # noqa: PLC0415 - for its private reader
 
     folder = tmp_path / "owner" / "name"
