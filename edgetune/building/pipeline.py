@@ -137,7 +137,9 @@ def _built(
         for name, item in items.items()
     }
     losses = {name: result.history for name, result in results.items()}
-    prompts = {task.name: task.sample_prompt for task in planned.tasks}
+    # Calls of tools need more than a prompt.
+    plain = [task for task in planned.tasks if not any(row.tools for row in task.validation)]
+    prompts = {task.name: task.sample_prompt for task in plain}
     router = None if manifest.router is None else asdict(manifest.router)
     return Build(out, figures, losses, prepared.domain, base, adapters, prompts, router=router)
 

@@ -19,9 +19,9 @@ class Build:
     """The bundle and the figures of each adapter, and of a base that was continued on text, as JSON values.
 
     `losses` has the training and validation loss of each adapter at each validation; an export has none. `base` and
-    `trained` are what a build exported; `prompts` has a short prompt of each adapter's task. `seconds` is the time of
-    an export as a whole; a build has that of each adapter's training among its figures. `router` has the figures of the
-    router.
+    `trained` are what a build exported; `prompts` has a short prompt of each adapter's task without tools. `seconds` is
+    the time of an export as a whole; a build has that of each adapter's training among its figures. `router` has the
+    figures of the router.
 
     If a launcher runs a build in several processes, the first one exports, and the others have no figures.
     """

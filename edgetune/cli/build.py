@@ -192,8 +192,9 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
     name, spec = next(iter(recipe.adapters.items()))
     command = "classify" if result.trained[name].plan.labels else "generate"
     data = spec.data.validation or spec.data.train
-    commands = [
-        ["edgetune-run", command, result.bundle, "--adapter", name, "--prompt", result.prompts[name]],
+    prompt = result.prompts.get(name)
+    commands: list[list[object]] = [
+        *([["edgetune-run", command, result.bundle, "--adapter", name, "--prompt", prompt]] if prompt else []),
         ["edgetune", "evaluate", result.bundle, "--adapter", name, "--data", data],
         ["edgetune", "report", result.bundle, "--recipe", path, "--out", f"{result.bundle}.html"],
     ]
