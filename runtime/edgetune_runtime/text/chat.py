@@ -110,6 +110,9 @@ def _message(number: int, message: object) -> dict[str, Any]:
     if not isinstance(result.get("role"), str) or not isinstance(content, str):
         raise UsageError(f"message {number} is {message!r}", 'give {"role": TEXT, "content": TEXT}')
     result["content"] = content
+    for name in ("tool_call_id", "name"):
+        if not isinstance(result.get(name), str | None):
+            raise UsageError(f"message {number} has {name} {result[name]!r}", "give a text")
     if calls:
         if result["role"] != "assistant":
             raise UsageError(

@@ -134,6 +134,7 @@ def test_results_belong_to_the_latest_calls_if_those_before_got_none() -> None:
             "message 2 has tool_calls, but its role is 'user'",
         ),
         ({"role": "assistant", "tool_calls": {"a": 1}}, "message 2 has tool_calls of type dict; give a list"),
+        ({"role": "tool", "content": "a", "tool_call_id": ["b"]}, r"message 2 has tool_call_id \['b'\]; give a text"),
         ({"role": "assistant", "tool_calls": ["f"]}, "message 2 has a tool call without a function's name: 'f'"),
         ({"role": "assistant", "tool_calls": [call("{")]}, "message 2 calls 'f' with arguments '{'; give an object"),
         ({"role": "assistant", "tool_calls": [call("[1]")]}, r"message 2 calls 'f' with arguments '\[1\]'; give"),
