@@ -145,8 +145,7 @@ class _Maker:
             row, changes = exchanged
             item = SlottedRow.of(row)
         # The words that refer to another clause are English.
-        mixes = item is not None and self._english and rng.random() < 0.5
-        if mixes and item is not None and (mixed := reordered(item, rng)) is not None:
+        if item is not None and self._english and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
             row, changes = mixed, [*changes, "order of clauses"]
         row, kinds = self._with_noise(row, rng)
         return row, [*changes, *kinds]

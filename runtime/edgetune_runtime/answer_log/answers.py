@@ -58,7 +58,7 @@ class LoggedAnswer:
         """
         value = _json_of(text)
         if self.tools is None or not _has_calls(value):
-            if self.tools is not None and _is_json(text, value) and not _is_json(self.answer, _json_of(self.answer)):
+            if self.tools is not None and _is_plain_json(text) and not _is_plain_json(self.answer):
                 raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)
             return {"role": "assistant", "content": text}
         message = {"role": "assistant", "content": value.get("content"), "tool_calls": value["tool_calls"]}
@@ -117,7 +117,8 @@ def _has_calls(value: object) -> bool:
     return isinstance(value, dict) and "tool_calls" in value
 
 
-def _is_json(text: str, value: object) -> bool:
+def _is_plain_json(text: str) -> bool:
     """Whether a text is JSON without calls, or is meant to be."""
+    value = _json_of(text)
     looks_like = isinstance(value, dict | list) or text.lstrip().startswith(("{", "```"))
     return looks_like and not _has_calls(value)
