@@ -79,13 +79,13 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
         return self.runtime.engine
 
     async def generate(
-        self, prompt: Prompt, *, adapter: Adapters = None, raw: bool = False, **options: Unpack[AnswerOptions]
+        self, prompt: Prompt, *, adapter: Adapters | Route = None, raw: bool = False, **options: Unpack[AnswerOptions]
     ) -> Answer:
         """Answer a prompt; see `Runtime.generate`."""
         return await self.stream(prompt, adapter=adapter, raw=raw, **options).read()
 
     def stream(
-        self, prompt: Prompt, *, adapter: Adapters = None, raw: bool = False, **options: Unpack[AnswerOptions]
+        self, prompt: Prompt, *, adapter: Adapters | Route = None, raw: bool = False, **options: Unpack[AnswerOptions]
     ) -> AsyncStream:
         """Like `generate`, but yields the text piece by piece; errors are raised by the first read."""
 
@@ -111,7 +111,7 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
         prompt: Prompt,
         labels: Sequence[str] | None = None,
         *,
-        adapter: Adapters = None,
+        adapter: Adapters | Route = None,
         exact: bool = False,
         min_confidence: float | None = None,
     ) -> Classification:

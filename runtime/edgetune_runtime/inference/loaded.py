@@ -135,7 +135,7 @@ class LoadedBundle:
     def call(
         self,
         prompt: Prompt,
-        adapter: Adapters,
+        adapter: Adapters | Route,
         *,
         owner: str = CALLS,
         carried: CarriedState | None = None,
@@ -225,9 +225,11 @@ class LoadedBundle:
         return True
 
     def routed(
-        self, prompt: Prompt, adapter: Adapters, call: str = GENERATE, *, raw: bool = False
+        self, prompt: Prompt, adapter: Adapters | Route, call: str = GENERATE, *, raw: bool = False
     ) -> tuple[Adapters, Route | None]:
         """The adapters that answer a prompt, and how the router chose if they are `auto`; errors of `Router.route`."""
+        if isinstance(adapter, Route):
+            return adapter.adapter, adapter
         if not self.is_routed(adapter, call):
             return adapter, None
         if raw:

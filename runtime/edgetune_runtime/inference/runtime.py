@@ -111,7 +111,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         self,
         prompt: Prompt,
         *,
-        adapter: Adapters = None,
+        adapter: Adapters | Route = None,
         raw: bool = False,
         **options: Unpack[AnswerOptions],
     ) -> Answer:
@@ -121,8 +121,8 @@ class Runtime(AbstractContextManager["Runtime"]):
         begin with one, and its output constraint unless the options give another; see `AnswerOptions`. With `raw`, the
         prompt is a text that the answer continues, without the chat template and the system prompt.
 
-        With `adapter="auto"` the bundle's router chooses by the last message of the user; see `route`. `Answer.route`
-        has its choice.
+        With `adapter="auto"` the bundle's router chooses by the last message of the user; see `route`, whose choice can
+        be given instead. `Answer.route` has it.
 
         Raises NotFoundError for an unknown adapter, UsageError for a prompt that does not fit in the context or an
         output constraint that cannot be used, BusyError when too many calls are already waiting.
@@ -133,7 +133,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         self,
         prompt: Prompt,
         *,
-        adapter: Adapters = None,
+        adapter: Adapters | Route = None,
         raw: bool = False,
         **options: Unpack[AnswerOptions],
     ) -> Stream:
@@ -179,7 +179,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         prompt: Prompt,
         labels: Sequence[str] | None = None,
         *,
-        adapter: Adapters = None,
+        adapter: Adapters | Route = None,
         exact: bool = False,
         min_confidence: float | None = None,
     ) -> Classification:
@@ -201,7 +201,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         self,
         prompt: Prompt,
         labels: Sequence[str] | None,
-        adapter: Adapters,
+        adapter: Adapters | Route,
         *,
         exact: bool,
         min_confidence: float | None,

@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 from edgetune_runtime.answer_log.log import AnswerLog
-from edgetune_runtime.bundle import ASK, MARK
+from edgetune_runtime.bundle import ASK
 from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.loaded import Adapters
-from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text
 
@@ -164,12 +163,10 @@ class Answering:
         if number and options.get("seed") is not None:
             # Answers with one seed would be the same.
             options["seed"] += number
-        if request.route is not None:
-            _follow(request.route, options)
         if request.adapters:
             # Adapters answer as they were trained, without the option.
             options.pop("think", None)
-        async with self.runtime.stream(prompt, adapter=request.adapters, **options) as stream:
+        async with self.runtime.stream(prompt, adapter=request.route or request.adapters, **options) as stream:
             is_first = index == 0
             try:
                 async for text in stream:
@@ -229,15 +226,6 @@ def adapter_name(adapters: Adapters) -> str | None:
     """The name of the only adapter; None for the base and for several."""
     names = [adapters] if isinstance(adapters, str) else list(adapters or ())
     return names[0] if len(names) == 1 else None
-
-
-def _follow(route: Route, options: dict[str, Any]) -> None:
-    """Leave out what cannot apply to the adapter that the router chose, which a client does not know before."""
-    if not route.is_known:
-        for name in ("min_confidence", "unsure", "ask"):
-            options.pop(name, None)
-    elif options.get("unsure") == route.adapter:
-        options["unsure"] = MARK
 
 
 def _seconds_until(end_s: float) -> float:

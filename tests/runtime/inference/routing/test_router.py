@@ -38,6 +38,8 @@ def test_the_router_chooses_the_adapter_of_each_prompt(home: Path) -> None:
             assert (answer.route.adapter, answer.route.is_known) == (name, name is not None)
             assert (answer.route.confidence >= 0.5) == answer.route.is_known
             assert answer.text == runtime.generate(prompt, adapter=name, max_tokens=8).text
+            by_choice = runtime.generate(prompt, adapter=runtime.route(prompt), max_tokens=8)
+            assert (by_choice.text, by_choice.route) == (answer.text, answer.route)
         assert runtime.generate(LAMP, adapter="command", max_tokens=1).route is None
 
 
