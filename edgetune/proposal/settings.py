@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
+
+from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.tasks.augmentation.values import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
@@ -121,7 +122,4 @@ def _prompt(task: str, noun: str, metric: str) -> str:
 
 def _is_json(text: str | None) -> bool:
     """Whether a text is a JSON object or list."""
-    try:
-        return isinstance(json.loads(text or ""), dict | list)
-    except (ValueError, RecursionError):
-        return False
+    return isinstance(json_or_none(text or ""), dict | list)

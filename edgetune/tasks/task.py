@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -122,14 +121,13 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
     if options.negatives is not None:
         specs = [spec.data for name, spec in recipe.adapters.items() if name != task.name]
         others = [row for data in specs for row in read(data.train, data.columns)]
-    spec = None if output is None else output.spec
     try:
         if options.negatives is not None:
             _check_negatives(options.negatives, task.labels, others)
         copies = copies_of(
             task.train,
             options,
-            schema=json.loads(spec.text) if spec is not None and spec.kind == "schema" else None,
+            schema=None if output is None or output.spec is None else output.spec.schema,
             labels=task.labels,
             validation=[*task.validation, *task.confidence_rows],
             others=others,

@@ -33,10 +33,11 @@ def train_all(
     """
     results: dict[str, TrainResult] = {}
     model: PreTrainedModel | None = None
-    left = {job.name: job for job in jobs if finished(work / job.name, job.key) is None}
+    found = {job.name: finished(work / job.name, job.key) for job in jobs}
+    left = {job.name: job for job in jobs if found[job.name] is None}
     for job in jobs:
         folder = work / job.name
-        result = finished(folder, job.key)
+        result = found[job.name]
         left.pop(job.name, None)
         if result is None:
             use_device(job.training.device)

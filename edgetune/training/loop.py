@@ -246,7 +246,7 @@ class _Run:
             return
         state = {
             "key": self.key,
-            "state": {**asdict(self.state), "history": [asdict(point) for point in self.state.history]},
+            "state": asdict(self.state),
             "weights": self._weights(),
             "best": self.best,
             "optimizer": self.optimizer.state_dict(),

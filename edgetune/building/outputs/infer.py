@@ -14,6 +14,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
+from edgetune_runtime.text.json_text import json_or_none
 
 _MAX_CHOICES = 50
 _MIN_REPEATS = 5
@@ -24,7 +25,7 @@ SEPARATORS = {"spaced": None, "compact": (",", ":")}
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
     """The constraint that these answers suggest; None for free text."""
-    parsed = [_json_of(answer) for answer in answers]
+    parsed = [json_or_none(answer) for answer in answers]
     if parsed and all(isinstance(value, dict | list) for value in parsed):
         shape = _Shape()
         for value in parsed:
@@ -32,13 +33,6 @@ def infer(answers: Sequence[str]) -> OutputSpec | None:
         return output_of(schema=shape.schema(), spacing=spacing_of(answers))
     values = Counter(answers)
     return output_of(choices=sorted(values)) if _is_complete(values) else None
-
-
-def _json_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def _is_complete(values: Counter[str]) -> bool:
@@ -49,7 +43,7 @@ def _is_complete(values: Counter[str]) -> bool:
 
 def spacing_of(answers: Sequence[str]) -> str:
     """How all answers separate the parts of their JSON: one of the runtime's SPACINGS."""
-    pairs = [(answer, _json_of(answer)) for answer in answers]
+    pairs = [(answer, json_or_none(answer)) for answer in answers]
     for name, separators in SEPARATORS.items():
         if all(answer in _written(value, separators) for answer, value in pairs):
             return name

@@ -7,9 +7,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
+from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.building.outputs.infer import infer, rejected
 from edgetune.tasks.data import TaskRow, kind_of
@@ -46,7 +46,7 @@ def balance(rows: Sequence[SplitRow]) -> dict[str, dict[str, int]]:
 
     The kind of an answer is its label, the functions that it calls, or the value of a field that has few values.
     """
-    parsed = [_value(item.row) for item in rows]
+    parsed = [json_or_none(item.row.completion or "") for item in rows]
     field = _kind_field(parsed)
     counted: dict[str, Counter[str]] = {}
     for item, value in zip(rows, parsed, strict=True):
@@ -86,7 +86,7 @@ def _spec_of(schema: str) -> OutputSpec:
 
 def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
     """Answers that are no JSON among those that are, with unusual fields, or not like those of the training rows."""
-    parsed = [_value(item.row) for item in rows]
+    parsed = [json_or_none(item.row.completion or "") for item in rows]
     structured = [isinstance(value, dict | list) for value in parsed]
     if sum(structured) < max(1, _USUAL * len(rows)):
         return
@@ -148,14 +148,6 @@ def _fields(value: object, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for inner in value:
             yield from _fields(inner, f"{path}[]")
-
-
-def _value(row: TaskRow) -> Any:  # noqa: ANN401 - any JSON value
-    """The answer as JSON; None if it is no JSON."""
-    try:
-        return json.loads(row.completion or "")
-    except (ValueError, RecursionError):
-        return None
 
 
 def _kind_field(parsed: Sequence[object]) -> str | None:

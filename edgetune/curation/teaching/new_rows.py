@@ -73,6 +73,10 @@ class Lesson:
             return output_of_task(self.task)
         return None if self.task.labels else infer([row.completion or "" for row in self.task.train])
 
+    @property
+    def _schema(self) -> dict[str, Any] | None:
+        return None if self.output is None else self.output.schema
+
     @cached_property
     def _rows(self) -> list[TaskRow]:
         """The training rows that people wrote for the task: the build makes others that are out of its scope."""
@@ -85,7 +89,7 @@ class Lesson:
     @cached_property
     def _questions(self) -> Questions:
         option = self.task.spec.output
-        given = None if option is None else _schema_of(option.spec)
+        given = None if option is None or option.spec is None else option.spec.schema
         return Questions(self._rows, self.task.spec, given, self._answers, self.task.training.seed)
 
     @property
@@ -107,8 +111,7 @@ class Lesson:
         number = _first_number(out)
         wording = self.teacher.request(self._questions.for_prompt(number), temperature=_WORDING, seed=number)
         question = self._questions.for_answer("(the new prompt)", number)
-        schema = _schema_of(self.output)
-        return wording, self.teacher.request(question, temperature=_ANSWERS[0], seed=number, schema=schema)
+        return wording, self.teacher.request(question, temperature=_ANSWERS[0], seed=number, schema=self._schema)
 
     def learn(self, out: Path, rows: int, progress: Progress) -> Counter[str]:
         """Write `rows` new rows to `out`, one at a time; those that are there already count. Returns what was left out.
@@ -192,8 +195,8 @@ class Lesson:
         if not 0 < len(prompt) <= self._most_characters or key in prompts or not _is_text(prompt):
             return _LeftOut("prompts that are there already, or are none", [prompt])
         prompts.add(key)
-        question, schema = self._questions.for_answer(prompt, number), _schema_of(self.output)
-        replies = [self._answer(question, temperature, number, schema) for temperature in _ANSWERS]
+        question = self._questions.for_answer(prompt, number)
+        replies = [self._answer(question, temperature, number, self._schema) for temperature in _ANSWERS]
         answers = [self._written(reply.text.strip()) for reply in replies]
         if any(reply.is_cut_off for reply in replies):
             return _LeftOut(_CUT_OFF, answers)
@@ -235,13 +238,6 @@ def _is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _schema_of(output: OutputSpec | None) -> dict[str, Any] | None:
-    schema: dict[str, Any] | None = None
-    if output is not None and output.kind == "schema":
-        schema = json.loads(output.text)
-    return schema
 
 
 def _request_of(text: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message
+from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.wording import shortened, suggestion
 
 from edgetune.building.outputs.infer import SEPARATORS, spacing_of
@@ -34,14 +33,12 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
     spacing = spacing_of([row.completion or "" for row in task.train])
     for entry in entries:
         try:
-            _row(entry, {"role": "assistant", "content": "any"})
-        except UsageError as error:
-            left_out.append(error.message)
-            continue
-        try:
             row = _row(entry, _turn(entry, spacing))
             problem = _problem(task, row)
         except UsageError as error:
+            if (reason := _unfit(entry)) is not None:
+                left_out.append(reason)
+                continue
             problem = f"cannot be an answer: {str(error).removeprefix(f'{LOG}{entry.id}: ')}"
         if entry.correction == REDACTED:
             problem = "was redacted as a whole"
@@ -66,12 +63,19 @@ def _row(entry: LoggedAnswer, turn: Message) -> TaskRow:
     return row
 
 
+def _unfit(entry: LoggedAnswer) -> str | None:
+    """Why the conversation can be no row, whatever its answer."""
+    try:
+        _row(entry, {"role": "assistant", "content": "any"})
+    except UsageError as error:
+        return error.message
+    return None
+
+
 def _turn(entry: LoggedAnswer, spacing: str) -> Message:
     """The correction as a message; JSON with this spacing, as the training rows have it."""
     turn = entry.message_of(entry.correction or "")
-    value: Any = None
-    with suppress(ValueError, RecursionError):
-        value = json.loads(turn["content"])
+    value = json_or_none(turn["content"])
     if spacing not in SEPARATORS or not isinstance(value, dict | list):
         return turn
     return {**turn, "content": json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune_runtime.text.chat import Message
+from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.tasks.data import TaskRow
 
@@ -138,12 +139,9 @@ def prompt_of(row: TaskRow) -> str:
 
 def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:
     """The object or list, and how json.dumps writes it as it is; None if it is something else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    value = json_or_none(text)
     style = next((style for style in _STYLES if json.dumps(value, **style) == text), None)
-    return None if style is None or not isinstance(value, dict | list) else (value, style)
+    return (value, style) if style is not None and isinstance(value, dict | list) else None
 
 
 def _leaves(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:  # noqa: ANN401 - any JSON value

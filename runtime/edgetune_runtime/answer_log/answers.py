@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message, messages_for
+from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import shortened, suggestion
@@ -56,7 +56,7 @@ class LoggedAnswer:
 
         UsageError for calls of tools in another form, and for those of what is none of the tools.
         """
-        value = _json_of(text)
+        value = json_or_none(text)
         if self.tools is None or not _has_calls(value):
             if self.tools is not None and _is_plain_json(text) and not _is_plain_json(self.answer):
                 raise UsageError(f"{shortened(text, 80)!r} calls no tool", _CALLS)
@@ -107,18 +107,12 @@ def merged(entries: dict[str, LoggedAnswer], entry: LoggedAnswer) -> None:
         entries[entry.id] = entry
 
 
-def _json_of(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
-
-
 def _has_calls(value: object) -> bool:
     return isinstance(value, dict) and "tool_calls" in value
 
 
 def _is_plain_json(text: str) -> bool:
     """Whether a text is JSON without calls, or is meant to be."""
-    value = _json_of(text)
+    value = json_or_none(text)
     looks_like = isinstance(value, dict | list) or text.lstrip().startswith(("{", "```"))
     return looks_like and not _has_calls(value)

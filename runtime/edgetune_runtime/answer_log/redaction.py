@@ -12,6 +12,7 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.processes.child_process import has_python, run
+from edgetune_runtime.text.json_text import json_or_none
 
 REDACTED = "[redacted]"
 MAX_S = 5.0
@@ -42,10 +43,7 @@ class Redaction:
         """
         if not self.patterns:
             return text, list(values)
-        try:
-            own = json.loads(text)
-        except (ValueError, RecursionError):
-            own = None
+        own = json_or_none(text)
         own = own if isinstance(own, dict | list) else None
         whole, inner, *cleaned = self._clean_values([text, own, *values])
         if own is None or (whole, inner) == (text, own):

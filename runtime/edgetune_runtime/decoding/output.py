@@ -73,6 +73,11 @@ class OutputSpec:
         # In JSON, so that a grammar that begins with a brace is not taken for one of llguidance's own format.
         return json.dumps({"grammars": [{"lark_grammar": lark}]})
 
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """The JSON schema of the answers; None where another kind of output is asked for."""
+        return dict(json.loads(self.text)) if self.kind == "schema" else None
+
     def accepts(self, text: str) -> bool:
         """Whether an answer may be exactly this text; IncompatibleError when llguidance is not installed."""
         matcher = self._matcher.deep_copy()

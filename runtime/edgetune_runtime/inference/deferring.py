@@ -65,8 +65,8 @@ def ask(
     if tools is not None:
         named = {"type": "function", "function": {"name": tools.choice}}
         body |= {"tools": tools.definitions, "tool_choice": tools.choice if tools.choice in MODES else named}
-    if output is not None and output.kind == "schema":
-        schema = {"name": "answer", "schema": json.loads(output.text)}
+    if output is not None and output.schema is not None:
+        schema = {"name": "answer", "schema": output.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     text, calls = _read(to, _post(to, body, check))
     if calls:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import IncompatibleError, UsageError, importing
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.wording import shortened
+
+from .json_text import json_or_none
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -140,10 +141,7 @@ def _call(number: int, call: object) -> dict[str, Any]:
         raise UsageError(f"message {number} has a tool call without a function's name: {call!r}", remedy)
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
+        arguments = json_or_none(arguments or "{}")
     elif arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
