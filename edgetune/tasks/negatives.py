@@ -37,15 +37,17 @@ def negative_rows(
     others: Mapping[str, Sequence[TaskRow]],
     label: str,
     seed: int,
+    *,
+    excluded: Sequence[TaskRow] = (),
 ) -> tuple[list[TaskRow], list[TaskRow]]:
     """Texts of none of the labels of a task, as rows with this `label`: up to half as many as it has rows of each kind.
 
     General requests, its own rows with shuffled letters, and the rows of each other task take turns. Those for
     validation are made of other texts, and do not depend on the training rows. A task that has a text in common with
-    this one is left out: what it is asked is in the scope of both.
+    this one is left out: what it is asked is in the scope of both. So are the texts of `excluded`.
     """
     rng, parts = random.Random(seed), [list(dict.fromkeys(map(_text_of, rows))) for rows in (validation, train)]
-    folded = {text.casefold() for text in chain(*parts)}
+    folded = {text.casefold() for text in chain(*parts, map(_text_of, excluded))}
     foreign = [list(dict.fromkeys(map(_text_of, other))) for other in others.values()]
     apart = [texts for texts in foreign if folded.isdisjoint(map(str.casefold, texts))]
     kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *apart)]

@@ -155,7 +155,10 @@ def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
-    """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels."""
+    """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels.
+
+    Those for validation choose nothing if there are rows of the confidence's own without such ones: it needs them.
+    """
     assert task.spec.out_of_scope is not None
     if task.metric != "label":
         message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
@@ -167,9 +170,12 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
             if name != task.name:
                 others[name] = read(spec.data.train, spec.data.columns)
     label, seed = task.spec.out_of_scope.label, task.training.seed
-    learned, judged = negative_rows(task.train, task.validation, others, label, seed)
-    validation = [*task.validation, *judged]
-    return replace(task, train=[*task.train, *learned], validation=validation, choosing=validation)
+    own = task.confidence_rows
+    learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=own)
+    validation, train = [*task.validation, *judged], [*task.train, *learned]
+    if own and label not in {row.completion for row in own}:
+        return replace(task, train=train, validation=validation, confidence_rows=[*own, *judged])
+    return replace(task, train=train, validation=validation, choosing=validation)
 
 
 def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
@@ -181,7 +187,7 @@ def _with_confidence(task: Task) -> Task:
 
     UsageError if the given ones are, and where no answer would have the confidence that `min_confidence` asks for.
     """
-    spec, choosing, rows = task.spec, task.validation, task.validation
+    spec, choosing, rows = task.spec, task.choosing, task.validation
     if not _has_confidence(spec, task.metric):
         rows = []
     elif spec.data.confidence is not None:

@@ -79,6 +79,26 @@ def test_rows_may_have_the_label_of_texts_out_of_scope(tmp_path: Path) -> None:
     assert {row.completion for row in known} == set(COLORS)
 
 
+def test_rows_for_the_confidence_get_those_for_validation_which_choose_nothing_then(tmp_path: Path) -> None:
+    sure = [{"text": f"paint wall {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(30)]
+    task = task_with_confidence(tmp_path / "known", sure)
+    made = [row.prompt for row in task.validation[8:]]
+    assert [row.prompt for row in task.confidence_rows[30:]] == made != []
+    assert list(task.choosing) == list(task.validation[:8])
+
+    own = task_with_confidence(tmp_path / "own", [*sure, *({"text": text, "label": "out_of_scope"} for text in made)])
+    assert len(own.confidence_rows) == 30 + len(made)
+    assert list(own.choosing) == list(own.validation)
+    assert not {*made} & {row.prompt for row in (*own.train, *own.validation)}
+
+
+def task_with_confidence(folder: Path, sure: Sequence[Mapping[str, Any]]) -> Task:
+    data = {"train": "color.jsonl", "held_out": 0.2, "confidence": "sure.jsonl"}
+    adapters = {"color": {"data": data, "out_of_scope": True}}
+    files = {"color.jsonl": ROWS, "sure.jsonl": sure}
+    return read_task("color", make_recipe(folder, "base.gguf", adapters, data=files))
+
+
 def test_a_router_does_not_learn_them(tmp_path: Path) -> None:
     prompts = prompts_of(task_with(tmp_path, songs=SONGS))
     assert {*prompts.train, *prompts.validation} == {row["text"] for row in ROWS}
