@@ -89,7 +89,7 @@ class UnreachableError(EdgetuneError):
 class UnsureError(EdgetuneError):
     """The confidence of an answer is lower than asked for; `answer` is that answer."""
 
-    exit_code = 8
+    exit_code = 9
 
     def __init__(self, message: str, remedy: str = "", answer: object = None) -> None:
         super().__init__(message, remedy)

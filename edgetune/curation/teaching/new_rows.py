@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.inference.chat_client import without_thought
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.wording import shortened
 
@@ -37,7 +37,6 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 """How much longer than the longest prompt of the rows a new one may be; a longer text is no request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
-_THOUGHT = re.compile(r"\A(?:.*?</think>|\s*<think>.*\Z)", re.DOTALL)
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"
 
 
@@ -210,7 +209,7 @@ class Lesson:
     def _answer(self, messages: list[dict[str, str]], temperature: float, seed: int, schema: object = None) -> Reply:
         body = self.teacher.request(messages, temperature=temperature, seed=seed, schema=schema)
         reply = self.teacher.ask(body)
-        return reply._replace(text=_THOUGHT.sub("", reply.text))
+        return reply._replace(text=without_thought(reply.text))
 
     def _written(self, answer: str) -> str:
         """An answer in JSON as the rows write it; others as they are."""

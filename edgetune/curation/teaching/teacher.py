@@ -14,7 +14,7 @@ from edgetune_runtime.inference.chat_client import (
     OF_ONE_REQUEST,
     check_address,
     checked_key,
-    is_cut_off,
+    finish_reason_of,
     message_of,
     post,
     reason_of,
@@ -126,7 +126,7 @@ class Teacher:
         raw = b""
         try:
             raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
-            reply = Reply(message_of(raw).get("content") or "", is_cut_off(raw))
+            reply = Reply(message_of(raw).get("content") or "", finish_reason_of(raw) == "length")
         except ValueError as error:
             start = shortened(without_key(raw.decode(errors="replace"), self.key), 80) if raw else str(error)
             message = f"the teacher at {self.url} answers {start!r}"

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.bundle import AUTO
-from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import NotFoundError, UnsureError, UsageError, VerificationError
 from edgetune_runtime.states.cache import name_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Conversation:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._answer(line)
-            except (UsageError, NotFoundError) as error:
+            except (UsageError, NotFoundError, UnsureError) as error:
                 self._say(f"{PROGRAM}: {error}")
 
     def _read(self) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from edgetune_runtime.errors import UsageError
@@ -23,6 +24,9 @@ _SHORTEST_SECRET = 6
 _REFUSED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
 """What OpenAI's newer models refuse, which think before they answer, and its other name if it has one. Other servers
 refuse the other name, or ignore it."""
+
+
+_THOUGHT = re.compile(r"\A(?:.*?</think>|\s*<think>.*\Z)", re.DOTALL)
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -68,21 +72,26 @@ def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float
     end_s = time.monotonic() + timeout_s
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    reply = bytearray()
     try:
-        response = _OPENER.open(request, timeout=timeout_s)
+        with _OPENER.open(request, timeout=timeout_s) as response:
+            return _read(response, end_s)
     except urllib.error.HTTPError as error:
         with error:
-            reason = _said_in(error, key)
+            reason = _said_in(error, key, end_s)
         raise urllib.error.HTTPError(error.url, error.code, reason, error.headers, io.BytesIO()) from error
-    with response:
-        while part := response.read1(1 << 16):
-            reply += part
-            if len(reply) > _MAX_BYTES:
-                raise ValueError(f"its reply has more than {_MAX_BYTES} bytes")
-            if time.monotonic() > end_s:
-                raise TimeoutError(f"no whole reply within {timeout_s:g} s")
-    return bytes(reply)
+
+
+def _read(response: IO[bytes], end_s: float) -> bytes:
+    """A whole body; TimeoutError when it takes longer, ValueError if it has too many bytes."""
+    body = bytearray()
+    # HTTPResponse has read1, which waits for one part alone.
+    while part := response.read1(1 << 16):  # type: ignore[attr-defined]
+        body += part
+        if len(body) > _MAX_BYTES:
+            raise ValueError(f"its reply has more than {_MAX_BYTES} bytes")
+        if time.monotonic() > end_s:
+            raise TimeoutError("the whole reply takes too long")
+    return bytes(body)
 
 
 def reason_of(error: urllib.error.HTTPError) -> str:
@@ -90,11 +99,11 @@ def reason_of(error: urllib.error.HTTPError) -> str:
     return f"HTTP {error.code}: {error.reason}"
 
 
-def _said_in(error: urllib.error.HTTPError, key: str | None) -> str:
+def _said_in(error: urllib.error.HTTPError, key: str | None, end_s: float) -> str:
     """What the server says about a refusal, without the key."""
     try:
-        said = str(json.loads(error.read(_MAX_BYTES))["error"]["message"])
-    except (OSError, ValueError, LookupError, TypeError):
+        said = str(json.loads(_read(error, end_s))["error"]["message"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         said = str(error.reason)
     return shortened(without_key(said, key), 200)
 
@@ -123,6 +132,11 @@ def message_of(reply: bytes) -> dict[str, Any]:
     return dict(message)
 
 
-def is_cut_off(reply: bytes) -> bool:
-    """Whether a chat completion, which `message_of` can read, ended at its limit of tokens."""
-    return bool(json.loads(reply)["choices"][0].get("finish_reason") == "length")
+def finish_reason_of(reply: bytes) -> object:
+    """Why a chat completion, which `message_of` can read, ended: `length` at its limit of tokens."""
+    return json.loads(reply)["choices"][0].get("finish_reason")
+
+
+def without_thought(text: str) -> str:
+    """An answer without what a model that thinks has written before it."""
+    return _THOUGHT.sub("", text)

@@ -18,12 +18,25 @@ from edgetune_runtime.tools.calls import ToolCall
 from edgetune_runtime.tools.definitions import MODES, ToolSet
 from edgetune_runtime.wording import shortened
 
-from .chat_client import check_address, checked_key, message_of, post, reason_of, refused_key, without
+from .chat_client import (
+    check_address,
+    checked_key,
+    finish_reason_of,
+    message_of,
+    post,
+    reason_of,
+    refused_key,
+    without,
+    without_thought,
+)
 
 TIMEOUT_S = 20.0
 _MAX_TIMEOUT_S = 3600.0
+_MAX_REQUESTS = 32
+"""How many requests may be open at once, also those that were given up and that the peer does not end."""
 _POLL_S = 0.1
 """How often the limits of the call are checked meanwhile."""
+_OPEN = threading.BoundedSemaphore(_MAX_REQUESTS)
 
 
 class DeferError(EdgetuneError):
@@ -58,9 +71,13 @@ def ask(
 ) -> tuple[str, tuple[ToolCall, ...]]:
     """The text of the bigger model's answer and its calls.
 
+    Choices are named in the system prompt, as the API has no other way.
+
     DeferError if there is no answer, or one that the tools or the output constraint do not allow. Raises Stopped when
     `check` does.
     """
+    if output is not None and output.kind == "choices":
+        messages = _with_choices(messages, json.loads(output.text))
     body: dict[str, Any] = {"model": to.model, "messages": list(map(_sent, messages)), "temperature": 0}
     if tools is not None:
         named = {"type": "function", "function": {"name": tools.choice}}
@@ -80,6 +97,14 @@ def ask(
     return text, calls
 
 
+def _with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Message]:
+    line = f"Answer with one of these texts, and nothing else: {'; '.join(choices)}"
+    first, *others = messages
+    if first["role"] != "system":
+        return [{"role": "system", "content": line}, *messages]
+    return [{**first, "content": f"{first['content']}\n\n{line}"}, *others]
+
+
 def _fitting(to: DeferTo, call: ToolCall, tools: ToolSet | None) -> ToolCall:
     """The call as a model that is held to the tools writes it; DeferError if these do not allow it."""
     tool = next((tool for tool in tools.offered if tool.name == call.name), None) if tools is not None else None
@@ -93,7 +118,9 @@ def _fitting(to: DeferTo, call: ToolCall, tools: ToolSet | None) -> ToolCall:
 
 
 def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> bytes:
-    """The reply, read by another thread, which ends soon after the time limit."""
+    """The reply, read by another thread, which may outlive the time limit if the peer sends a little now and then."""
+    if not _OPEN.acquire(blocking=False):
+        raise _error(to, f"has {_MAX_REQUESTS} requests that have not ended")
     outcome: list[bytes | Exception] = []
     end_s = time.monotonic() + to.timeout_s
 
@@ -102,6 +129,8 @@ def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> by
             outcome.append(_reply(to, body, end_s))
         except (OSError, HTTPException, ValueError) as error:
             outcome.append(error)
+        finally:
+            _OPEN.release()
 
     thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
     thread.start()
@@ -136,7 +165,10 @@ def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
         json.dumps([message, [call.arguments for call in calls]], ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _error(to, f"sent no chat completion: {error}") from error
-    return message.get("content") or "", tuple(calls)
+    reason = finish_reason_of(reply)
+    if reason in ("length", "content_filter"):
+        raise _error(to, f"did not finish its answer: {reason}")
+    return without_thought(message.get("content") or "").strip(), tuple(calls)
 
 
 def _error(to: DeferTo, problem: str) -> DeferError:

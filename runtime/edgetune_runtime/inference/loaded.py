@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,8 @@ class LoadedBundle:
         self._constraints = Constraints()
         self.router = Router(folder, manifest, verify=options.verify)
         self.replaced = ReplacedAdapters()
+        self.deferring: Callable[[], AbstractContextManager[None]] = nullcontext
+        """What holds while a bigger model answers, in which a call has no context."""
         self._is_closed = False
         self._fixed = FixedParts()
         self._past = self._past_answers()
@@ -196,7 +198,7 @@ class LoadedBundle:
             constraint=constraint,
             reader=reader,
             past=None if self._past is None else self._past.of(entries, spans, tokens),
-            curves=self.curves(adapter) if form.uses_confidence and not raw else {},
+            curves={} if raw else form.curves_among(self.curves(adapter), first),
             prepared_s=time.perf_counter() - begin,
         )
 

@@ -1,4 +1,4 @@
-"""Access to the internals of a runtime, for measurements and tests: contexts, prepared calls, engines, saved states.
+"""Access to the internals of a runtime, for measurements, tests and the server.
 
 Not part of the public API: names and behavior may change in any version.
 

@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from edgetune_runtime.bundle import AdapterEntry
 from edgetune_runtime.decoding.output import OutputSpec, spec_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import CallLimits
 from edgetune_runtime.text.sampling import Sampling
 from edgetune_runtime.tools.definitions import Tools, ToolSet, tool_set
+
+from .confidence import NOTHING, Curves
 
 _CONSTRAINTS = ("schema", "choices", "regex", "grammar")
 
@@ -92,10 +95,14 @@ class AnswerForm:
         """Whether the output constraint of the adapter, if it has one, applies."""
         return self.output is None and self.tools is None and not self.unconstrained
 
-    @property
-    def uses_confidence(self) -> bool:
-        """Whether answers are of the kinds that the adapter's confidence was fitted for."""
-        return self.output is None and not self.unconstrained
+    def curves_among(self, curves: Curves, entry: AdapterEntry | None) -> Curves:
+        """Those of an adapter's curves that its build fitted on answers of this form."""
+        if entry is None or self.output is not None or self.unconstrained:
+            return {}
+        if self.tools is not None and (entry.output is not None or entry.labels):
+            return {}
+        # No text is no label; the curve is that of texts that `classify` finds to be out of scope.
+        return {kind: curve for kind, curve in curves.items() if not (entry.labels and kind == NOTHING)}
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:

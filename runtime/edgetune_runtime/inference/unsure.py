@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, MARK, UnsureRule
-from edgetune_runtime.errors import UnsureError, UsageError
+from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.errors import EdgetuneError, UnsureError, UsageError
 from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.text.chat import Prompt, messages_for
 from edgetune_runtime.wording import suggestion
@@ -133,8 +134,8 @@ class _Settling:
         self.outcome.answer = answer
         if answer.is_unsure and answer.stop_reason not in _STOPPED:
             yield from self._instead(answer)
-        elif answer.content:
-            yield answer.content
+        else:
+            yield from _content(answer)
 
     def _marked(self) -> Answer:
         answer = self.outcome.answer
@@ -159,15 +160,22 @@ class _Settling:
         else:
             # It was removed, or its bundle is another one from which this adapter was added.
             _LOG.warning("kept an unsure answer: there is no adapter %r to answer in its place", then)
-        assert self.outcome.answer is not None
-        if self.outcome.answer.content:
-            yield self.outcome.answer.content
+        yield from _content(self.outcome.answer)
 
     def _other(self, answer: Answer, adapter: str | None) -> Generator[str, None, None]:
         """Let the base or another adapter answer."""
         answer_call, outcome = self.answer_call, Outcome()
-        call = self.loaded.call(answer_call.prompt, adapter, form=answer_call.form, check=answer_call.limits.check)
-        yield from replace(answer_call, call=call).generate(outcome)
+        try:
+            call = self.loaded.call(answer_call.prompt, adapter, form=answer_call.form, check=answer_call.limits.check)
+            pieces = replace(answer_call, call=call).generate(outcome)
+            begun = next(pieces, "")
+        except EdgetuneError as error:
+            _LOG.warning("kept an unsure answer: %s", error)
+            yield from _content(answer)
+            return
+        if begun:
+            yield begun
+        yield from pieces
         assert outcome.answer is not None
         self.outcome.answer = replace(
             outcome.answer,
@@ -184,17 +192,28 @@ class _Settling:
         answer_call, to = self.answer_call, self.loaded.options.defer_to
         if to is None:
             return
-        messages = messages_for(answer_call.prompt, answer_call.call.system)
+        call, form = answer_call.call, answer_call.form
+        labels = [label for entry in call.entries.values() for label in entry.labels]
+        # An adapter with labels writes them without a constraint; another model has not learned to.
+        output = output_of(choices=labels) if labels and form.uses_adapter_output else call.output
         try:
-            text, calls = ask(to, messages, answer_call.form.tools, answer_call.call.output, answer_call.limits.check)
+            with self.loaded.deferring():
+                messages = messages_for(answer_call.prompt, call.system)
+                text, calls = ask(to, messages, form.tools, output, answer_call.limits.check)
         except DeferError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:
-            self.outcome.answer = replace(answer, stop_reason=stopped.reason)
+            if stopped.reason == "cancelled":
+                self.outcome.answer = replace(answer, stop_reason=stopped.reason)
         else:
-            self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=answer_call.call.output)
+            self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=call.output)
 
     def _replace(self, answer: Answer, by: str, text: str, **fields: Any) -> None:  # noqa: ANN401 - those of Answer
         changed = {"kind": QUESTION, "output": None, "tool_calls": (), **fields}
         changed |= {"text": text, "content": text, "logprobs": None, "instead": by, "replaced": answer}
         self.outcome.answer = replace(answer, **changed)
+
+
+def _content(answer: Answer | None) -> Generator[str, None, None]:
+    if answer is not None and answer.content:
+        yield answer.content

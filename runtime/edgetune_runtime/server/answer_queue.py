@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from edgetune_runtime.errors import BusyError
 
@@ -22,6 +22,7 @@ class AnswerQueue:
         # In the order of their turns, with their clients.
         self._waiting: dict[asyncio.Future[None], str] = {}
         self._running: Counter[str] = Counter()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.stopping = False
 
     @property
@@ -39,6 +40,7 @@ class AnswerQueue:
         """Run the client's block when its turn comes; BusyError if that takes longer than `limit_s` seconds."""
         if self.stopping:
             raise _stopping()
+        self._loop = asyncio.get_running_loop()
         if self.running < self.places:
             self._running[client] += 1
         else:
@@ -47,6 +49,15 @@ class AnswerQueue:
             yield
         finally:
             self._pass_on(client)
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Let another request run while the block of one that has a place computes nothing here. In any thread."""
+        self._change_places(1)
+        try:
+            yield
+        finally:
+            self._change_places(-1)
 
     def stop(self) -> None:
         """Refuse the requests that wait and all later ones."""
@@ -85,15 +96,27 @@ class AnswerQueue:
         if not turn.done():
             turn.set_exception(error)
 
+    def _change_places(self, by: int) -> None:
+        def change() -> None:
+            self.places += by
+            self._call_next()
+
+        # A loop that has ended has no more requests.
+        with suppress(RuntimeError):
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(change)
+
     def _pass_on(self, client: str) -> None:
         self._running[client] -= 1
-        while self._waiting:
+        self._call_next()
+
+    def _call_next(self) -> None:
+        while self._waiting and self.running < self.places:
             turn = min(self._waiting, key=lambda turn: self._running[self._waiting[turn]])
             next_client = self._waiting.pop(turn)
             if not turn.done():
                 self._running[next_client] += 1
                 turn.set_result(None)
-                return
         # So that the count does not keep each client that ever asked.
         self._running = +self._running
 

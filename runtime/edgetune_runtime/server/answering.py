@@ -19,6 +19,7 @@ from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
 from edgetune_runtime.inference.loaded import Adapters
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text
 
@@ -66,6 +67,7 @@ class Answering:
         self.runtime, self.serving, self.limits, self.log = runtime, serving, serving.limits, serving.log
         self._rewriters = {rewriter.name: rewriter for rewriter in serving.rewriters}
         self.queue = AnswerQueue(runtime.contexts, self.limits.waiting)
+        loaded_bundle(runtime.runtime).deferring = self.queue.elsewhere
         self.metrics = Metrics(self.queue)
         self.is_warming = False
         self._end = threading.Event()

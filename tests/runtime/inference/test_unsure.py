@@ -154,6 +154,45 @@ def test_a_rule_whose_adapter_was_removed_marks_with_a_warning(
     assert "there is no adapter 'tone' to answer in its place" in caplog.text
 
 
+def test_one_that_cannot_answer_in_its_place_leaves_the_marked_answer(
+    sure_bundle: Path, ends: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    change_manifest(bundle, lambda raw: raw["adapters"]["tone"].update(system="long " * 2000))
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        own = runtime.generate(PROMPT, adapter="command", **ends)
+        answer = runtime.generate(PROMPT, adapter="command", min_confidence=UNSURE, unsure="tone", **ends)
+    assert (answer.text, answer.is_unsure, answer.instead) == (own.text, True, None)
+    assert "kept an unsure answer: the prompt has" in caplog.text
+
+
+def test_tools_in_place_of_an_own_constraint_have_no_confidence(sure_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    output = {"choices": ["on", "off"]}
+    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(output=output))
+    tools = [{"type": "function", "function": {"name": "lamp", "parameters": {"type": "object", "properties": {}}}}]
+    for path, confident in ((sure_bundle, True), (bundle, False)):
+        with Runtime.open(path, disk_mb=0, context_length=512) as runtime:
+            called = {"tools": tools, "tool_choice": "required", "max_tokens": 60}
+            answer = runtime.generate(PROMPT, adapter="command", **called)
+            assert (len(answer.tool_calls), answer.confidence is not None) == (1, confident)
+
+
+def test_no_text_is_no_label_and_none_that_is_out_of_scope(sure_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        first = runtime.generate(PROMPT, adapter="tone", max_tokens=8).text[0]
+
+    def certain(raw: dict[str, Any]) -> None:
+        curves = raw["adapters"]["tone"]["confidence"]["gguf"]
+        curves["nothing"] = next(iter(curves.values()))
+
+    change_manifest(bundle, certain)
+    with Runtime.open(bundle, engine="gguf", disk_mb=0) as runtime:
+        answer = runtime.generate(PROMPT, adapter="tone", stop=first, max_tokens=8)
+        assert (answer.text, answer.kind, answer.confidence) == ("", "nothing", None)
+
+
 def test_a_label_is_marked(opened: Runtime) -> None:
     for min_confidence, is_unsure in ((SURE, False), (UNSURE, True)):
         found = opened.classify(PROMPT, adapter="tone", min_confidence=min_confidence)

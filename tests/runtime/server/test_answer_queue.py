@@ -26,6 +26,26 @@ def test_places_are_given_in_the_order_of_asking() -> None:
     assert asyncio.run(main()) == [0, 1, 2, 3, 4, 5]
 
 
+def test_one_that_computes_nothing_lets_another_run() -> None:
+    async def main() -> list[int]:
+        queue, order = AnswerQueue(1, 10), []
+        tasks = [asyncio.create_task(hold(queue, order, number, 10)) for number in range(3)]
+        await asyncio.sleep(0)
+        assert (queue.running, queue.waiting) == (1, 2)
+        with queue.elsewhere():
+            await asyncio.sleep(0)
+            assert (queue.running, queue.waiting) == (2, 1)
+        await asyncio.sleep(0)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert queue.places == 1
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(main()) == [0, 1, 2]
+    with AnswerQueue(1, 1).elsewhere():
+        pass
+
+
 def test_a_request_that_waits_too_long_is_refused_and_forgotten() -> None:
     async def main() -> None:
         queue = AnswerQueue(1, 10)

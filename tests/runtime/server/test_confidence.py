@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -124,20 +124,14 @@ def test_metrics_have_a_histogram(sure: Running, stop: str) -> None:
     assert found["edgetune_unsure_answers_total adapter=command"] == 2
 
 
-@pytest.fixture
-def deferring(sure_bundle: Path, sure: Running) -> Iterator[Callable[..., Any]]:
-    """`deferring(prompt, **options)`: an unsure answer of a runtime that defers to `tone` of a server."""
-    with Runtime.open(sure_bundle, disk_mb=0, defer_to=DeferTo(f"{sure.url}/v1", "tone")) as runtime:
-        yield lambda prompt, **options: runtime.generate(
-            prompt, adapter="command", min_confidence=UNSURE, unsure="defer", **options
-        )
-
-
-def test_a_bigger_model_answers(sure: Running, stop: str, deferring: Callable[..., Any]) -> None:
-    answer = deferring(PROMPT, stop=stop, max_tokens=24)
-    system = sure.runtime.manifest.adapter("command").system
+def test_a_bigger_model_answers(sure_bundle: Path, stop: str, start: Start, tmp_path: Path) -> None:
+    bigger = Path(shutil.copytree(sure_bundle, tmp_path / "bigger"))
+    change_manifest(bigger, lambda raw: raw["adapters"]["tone"].update(output={"choices": ["the lamp", "the heat"]}))
+    server = start(bigger)
+    answer = unsure_answer(sure_bundle, stop, DeferTo(f"{server.url}/v1", "tone"))
+    system = server.runtime.manifest.adapter("command").system
     messages = [{"role": "system", "content": system}, *MESSAGES]
-    assert answer.text == sure.runtime.generate(messages, adapter="tone", max_tokens=1024).text
+    assert answer.text == server.runtime.generate(messages, adapter="tone", max_tokens=1024).text
     assert (answer.is_unsure, answer.instead) == (True, "defer")
 
 
@@ -214,6 +208,9 @@ def test_the_reason_of_another_refusal_is_logged(
         (200, b'{"choices": [{"message": {"content": 7}}]}'),
         (200, b'{"choices": [{"message": {"tool_calls": [{"function": {"name": "a", "arguments": "1"}}]}}]}'),
         (200, b"[" * 100_000),
+        (500, b"[" * 100_000),
+        (200, b'{"choices": [{"message": {"content": "the lamp"}, "finish_reason": "length"}]}'),
+        (200, b'{"choices": [{"message": {"content": " <think>a lamp</think>\\n"}}]}'),
         (200, b" " * (1 << 21)),
     ],
 )
@@ -248,6 +245,46 @@ def test_one_that_is_slow_is_waited_for_no_longer_than_the_limit(
         stopped = unsure_answer(sure_bundle, stop, DeferTo(url, "big", timeout_s=60), cancel=cancel)
         assert stopped.stop_reason == "cancelled"
         assert time.monotonic() - begin < 20
+
+
+def test_a_deadline_meanwhile_leaves_the_whole_answer(sure_bundle: Path, stop: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big"), deadline_s=3)
+    assert (answer.is_unsure, answer.instead, answer.stop_reason) == (True, None, "stop")
+    assert answer.confidence is not None
+
+
+def test_other_requests_run_meanwhile(sure_bundle: Path, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        server = start(sure_bundle, contexts=1, defer_to=DeferTo(url, "big", timeout_s=5))
+        stop = server.runtime.generate(PROMPT, adapter="command", max_tokens=8).text[-2:]
+        body, ended = body_of(stop, min_confidence=UNSURE, unsure="defer"), list[str]()
+
+        def ask_for(name: str, body: dict[str, Any]) -> None:
+            assert server.client.post("/v1/chat/completions", json=body).status_code == 200
+            ended.append(name)
+
+        waiting = threading.Thread(target=ask_for, args=("deferred", body))
+        waiting.start()
+        connection, _ = silent.accept()
+        with connection:
+            ask_for("other", body_of(stop))
+            waiting.join()
+    assert ended == ["other", "deferred"]
+
+
+def test_a_label_must_be_one_of_those_that_it_was_told(sure_bundle: Path) -> None:
+    with Runtime.open(sure_bundle) as runtime:
+        labels = runtime.manifest.adapter("tone").labels
+        end = runtime.generate(PROMPT, adapter="tone", max_tokens=8).text[-2:]
+    for text, instead in ((f" {labels[1]}\n", "defer"), ("Sure! Here is a poem.", None)):
+        reply = {"choices": [{"message": {"content": text}}]}
+        with answering(200, json.dumps(reply).encode()) as (url, got):
+            answer = unsure_answer(sure_bundle, end, DeferTo(url, "big"), adapter="tone")
+        assert (answer.instead, answer.text == labels[1]) == (instead, instead is not None)
+        assert f"one of these texts, and nothing else: {'; '.join(labels)}" in got[0]["messages"][0]["content"]
 
 
 def test_its_answer_must_fit_the_output_constraint(sure_bundle: Path, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_rules_for_unsure_answers_apply_where_they_can(sure_bundle: Path, tmp_pa
     for text, more in (
         ("who is there", {"min_confidence": 0.9}),
         ("the lamp", {"min_confidence": 1, "unsure": "command"}),
+        ("the lamp", {"unsure": "base"}),
+        ("who is there", {"ask": "Which room?"}),
     ):
         body = {"model": "auto", "messages": messages(text), "max_tokens": 3, **more}
         assert server.client.post("/v1/chat/completions", json=body).status_code == 200
