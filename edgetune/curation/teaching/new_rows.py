@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.inference.chat_client import without_thought
+from edgetune_runtime.inference.chat_client import unfenced, without_thought
 from edgetune_runtime.text.chat import Message
+from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.wording import shortened
 
 from edgetune.building.outputs.infer import infer
@@ -214,10 +215,8 @@ class Lesson:
     def _written(self, answer: str) -> str:
         """An answer in JSON as the rows write it; others as they are."""
         style = next((style for row in self.task.train if (parsed := Answer.of(row)) for style in parsed.styles), None)
-        try:
-            return answer if style is None else json.dumps(json.loads(answer), **style)
-        except (ValueError, RecursionError):
-            return answer
+        value = json_or_none(unfenced(answer))
+        return answer if style is None or value is None else json.dumps(value, **style)
 
     def _fits(self, answer: str) -> bool:
         if self.task.labels:

@@ -109,6 +109,11 @@ class Teacher:
                     kind = RefusedRequestError if is_of_one else TeacherError
                     raise kind(f"the teacher at {self.url} refuses: {problem}", remedy) from error
                 wait_s = _seconds(error.headers.get("Retry-After"), 2.0**attempt)
+            except ValueError as error:
+                if not self._has_answered:
+                    remedy = "give the address of OpenAI's chat API, which often ends with /v1, and one of its models"
+                    raise TeacherError(f"the teacher at {self.url} answers {str(error)!r}", remedy) from error
+                problem, wait_s = f"it answers {str(error)!r}", 2.0**attempt
             except (OSError, http.client.HTTPException) as error:
                 problem, wait_s = str(error) or type(error).__name__, 2.0**attempt
             self._free_at = time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
@@ -123,14 +128,12 @@ class Teacher:
         self._free_at = max(now, self._free_at) + 60 / self.per_minute
 
     def _sent(self, body: Mapping[str, Any]) -> Reply:
-        raw = b""
+        """The answer to a request; ValueError with what came in place of one, and the errors of `post`."""
+        raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
         try:
-            raw = post(self.url, body, key=self.key, timeout_s=_TIMEOUT_S)
             reply = Reply(message_of(raw).get("content") or "", finish_reason_of(raw) == "length")
         except ValueError as error:
-            start = shortened(without_key(raw.decode(errors="replace"), self.key), 80) if raw else str(error)
-            message = f"the teacher at {self.url} answers {start!r}"
-            raise TeacherError(message, "give the address of OpenAI's chat API, which often ends with /v1") from error
+            raise ValueError(shortened(without_key(raw.decode(errors="replace"), self.key), 80)) from error
         self._has_answered = True
         return reply
 

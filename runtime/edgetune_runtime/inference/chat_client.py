@@ -21,11 +21,12 @@ OF_ONE_REQUEST = frozenset((400, 413, 422))
 _MAX_BYTES = 1 << 20
 _SHORTEST_SECRET = 6
 """Characters of a key that is none of the words that servers without keys are given."""
-_REFUSED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+_REFUSED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None, "response_format": None}
 """What OpenAI's newer models refuse, which think before they answer, and its other name if it has one. Other servers
-refuse the other name, or ignore it."""
+refuse the other name, or ignore it. Many know no schema."""
 
 
+_FENCED = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
 _THOUGHT = re.compile(r"\A(?:.*?</think>|\s*<think>.*\Z)", re.DOTALL)
 
 
@@ -140,3 +141,9 @@ def finish_reason_of(reply: bytes) -> object:
 def without_thought(text: str) -> str:
     """An answer without what a model that thinks has written before it."""
     return _THOUGHT.sub("", text)
+
+
+def unfenced(text: str) -> str:
+    """The text in a code block of Markdown, if that is all that an answer has."""
+    fenced = _FENCED.fullmatch(text)
+    return text if fenced is None else fenced[1]

@@ -26,6 +26,7 @@ from .chat_client import (
     post,
     reason_of,
     refused_key,
+    unfenced,
     without,
     without_thought,
 )
@@ -86,6 +87,8 @@ def ask(
         schema = {"name": "answer", "schema": output.schema}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     text, calls = _read(to, _post(to, body, check))
+    if output is not None and output.kind == "schema":
+        text = unfenced(text)
     if calls:
         return text, tuple(_fitting(to, call, tools) for call in calls)
     if not text:

@@ -222,6 +222,33 @@ def test_a_busy_teacher_is_asked_again_and_a_limit_of_requests_kept(teacher: Cal
         asking.ask({})
 
 
+def test_one_that_answered_before_is_asked_again_after_what_is_no_answer(teacher: Callable[[Reply], str]) -> None:
+    replies = [said("hello"), (200, {}, b"<html>502"), said("again")]
+    heard: list[str] = []
+    url = teacher(lambda _: replies.pop(0))
+    asking = Teacher(url, "m", per_minute=100_000, say=heard.append)
+    assert [asking.ask(asking.request([], temperature=0, seed=0)).text for _ in range(2)] == ["hello", "again"]
+    assert heard == ["the teacher does not answer: it answers '<html>502' (try 1 of 5)"]
+
+
+def test_one_that_knows_no_schema_and_writes_code_blocks_makes_rows(
+    recipe: str, teacher: Callable[[Reply], str], tmp_path: Path
+) -> None:
+    asked: list[Mapping[str, Any]] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        asked.append(body)
+        if "response_format" in body:
+            return 400, {}, b'{"error": {"message": "response_format json_schema is unsupported"}}'
+        is_answer = len(body["messages"]) > 1 or '"do"' not in str(body["messages"])
+        return said('```json\n{"do": "on"}\n```' if is_answer else f"request {body['seed']}")
+
+    out = tmp_path / "new.jsonl"
+    assert command(recipe, teacher(reply), out, "--yes") == 0
+    assert {row.completion for row in read_rows(str(out))} == {'{"do": "on"}'}
+    assert sum("response_format" in body for body in asked) == 1
+
+
 def test_the_limit_of_tokens_has_the_name_that_the_teacher_takes(
     recipe: str, teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
