@@ -17,6 +17,8 @@ MADE = "made"
 """Where rows are from that this module makes."""
 _SHARE_SCRAMBLED, _SHORTEST_SCRAMBLED = 0.7, 4
 _SHARE = 0.5
+_MIN_JUDGED = 30
+"""Of these, enough are found for a confidence of the answer that a text is out of scope."""
 _PARTS = 4
 """One of so many parts of general requests, and of other tasks' texts, is for validation."""
 
@@ -40,7 +42,8 @@ def negative_rows(
     *,
     excluded: Sequence[TaskRow] = (),
 ) -> tuple[list[TaskRow], list[TaskRow]]:
-    """Texts of none of the labels of a task, as rows with this `label`: up to half as many as it has rows of each kind.
+    """Texts of none of the labels of a task, as rows with this `label`: up to half as many as it has rows of each kind,
+    and at least 30 for validation.
 
     General requests, its own rows with shuffled letters, and the rows of each other task take turns. Those for
     validation are made of other texts, and do not depend on the training rows. A task that has a text in common with
@@ -56,7 +59,7 @@ def negative_rows(
         texts = [kind[len(kind) // _PARTS :] if place else kind[: len(kind) // _PARTS] for kind in kinds]
         turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *texts))
         new = dict.fromkeys(text for text in turns if text and text.casefold() not in folded)
-        made.append(list(islice(new, round(len(rows) * _SHARE))))
+        made.append(list(islice(new, max(0 if place else _MIN_JUDGED, round(len(rows) * _SHARE)))))
         folded |= {text.casefold() for text in made[-1]}
     numbers = count(1)
     judged, learned = ([_row(next(numbers), text, label) for text in texts] for texts in made)

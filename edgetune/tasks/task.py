@@ -23,7 +23,7 @@ from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows, split
 from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
-from .negatives import negative_rows
+from .negatives import given, negative_rows
 from .row_files import read_text
 from .tokenization import tokenize_rows
 
@@ -62,8 +62,8 @@ class Task:
 
     @property
     def validation_answers(self) -> list[TaskRow]:
-        """The validation rows, with those of earlier answers of conversations that were not trained on."""
-        return answers_to_score(self.validation, self.metric, self.train)
+        """The validation rows that people wrote, with the earlier answers of conversations that were not trained on."""
+        return answers_to_score(given(self.validation), self.metric, self.train)
 
     @property
     def sample_prompt(self) -> str:
@@ -157,7 +157,8 @@ def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
 def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
     """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels.
 
-    Those for validation choose nothing if there are rows of the confidence's own without such ones: it needs them.
+    Those for validation choose no checkpoint, and are among the rows for the confidence, also if the recipe has its
+    own for that without such texts.
     """
     assert task.spec.out_of_scope is not None
     if task.metric != "label":
@@ -172,10 +173,9 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
     label, seed = task.spec.out_of_scope.label, task.training.seed
     own = task.confidence_rows
     learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=own)
-    validation, train = [*task.validation, *judged], [*task.train, *learned]
     if own and label not in {row.completion for row in own}:
-        return replace(task, train=train, validation=validation, confidence_rows=[*own, *judged])
-    return replace(task, train=train, validation=validation, choosing=validation)
+        own = [*own, *judged]
+    return replace(task, train=[*task.train, *learned], validation=[*task.validation, *judged], confidence_rows=own)
 
 
 def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
@@ -192,8 +192,10 @@ def _with_confidence(task: Task) -> Task:
         rows = []
     elif spec.data.confidence is not None:
         rows = task.confidence_rows
-    elif len(task.validation) >= _APART_FROM:
-        choosing, rows = _halves(task.validation, task.training.seed)
+    elif len(choosing) >= _APART_FROM:
+        made = task.validation[len(choosing) :]
+        choosing, rows = _halves(choosing, task.training.seed)
+        rows += made
     learned = {answer.prompt_key for row in task.train for answer in row.answers} if rows else set()
     both = [row.where for row in rows if row.prompt_key in learned]
     if both and spec.data.confidence is not None:

@@ -34,11 +34,9 @@ def test_a_task_gets_rows_that_none_of_its_labels_fits(tmp_path: Path) -> None:
     learned, judged = (
         [row for row in rows if row.completion == "out_of_scope"] for rows in (task.train, task.validation)
     )
-    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 16, 16, 8 + 4, 4)
+    assert (len(task.train), len(learned), len(task.validation), len(judged)) == (32 + 16, 16, 8 + 30, 30)
     texts = [row.messages[0]["content"] for row in (*learned, *judged) if row.messages]
-    assert len(set(texts)) == 20
-    kinds = [len(set(texts) & {*known}) for known in (GENERAL_REQUESTS, [row["prompt"] for row in SONGS])]
-    assert kinds == [6, 6]
+    assert len(set(texts)) == 46
     for rows in (learned, judged):
         own = {row.prompt for row in rows}
         assert own & {*GENERAL_REQUESTS} and own & {row["prompt"] for row in SONGS} and own - {*GENERAL_REQUESTS}
@@ -79,7 +77,7 @@ def test_rows_may_have_the_label_of_texts_out_of_scope(tmp_path: Path) -> None:
     assert {row.completion for row in known} == set(COLORS)
 
 
-def test_rows_for_the_confidence_get_those_for_validation_which_choose_nothing_then(tmp_path: Path) -> None:
+def test_rows_for_the_confidence_get_those_for_validation_which_choose_nothing(tmp_path: Path) -> None:
     sure = [{"text": f"paint wall {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(30)]
     task = task_with_confidence(tmp_path / "known", sure)
     made = [row.prompt for row in task.validation[8:]]
@@ -88,7 +86,7 @@ def test_rows_for_the_confidence_get_those_for_validation_which_choose_nothing_t
 
     own = task_with_confidence(tmp_path / "own", [*sure, *({"text": text, "label": "out_of_scope"} for text in made)])
     assert len(own.confidence_rows) == 30 + len(made)
-    assert list(own.choosing) == list(own.validation)
+    assert list(own.choosing) == list(own.validation[:8])
     assert not {*made} & {row.prompt for row in (*own.train, *own.validation)}
 
 
