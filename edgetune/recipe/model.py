@@ -13,7 +13,14 @@ from edgetune_export.backends.format import OptionsByFormat
 from edgetune_export.backends.onnx.options import OnnxOptions
 from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, GENERATION, MARK
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import DEFAULT, FLOATS, HEAD_TYPES, QUANTIZATIONS
+from edgetune_runtime.formats.quantization import (
+    DEFAULT,
+    FLOATS,
+    HEAD_TYPES,
+    QUANTIZATIONS,
+    TENSOR_TYPES,
+    quantization_named,
+)
 from edgetune_runtime.wording import suggestion
 from pydantic import (
     BaseModel,
@@ -283,8 +290,14 @@ class Recipe(RecipePart):
 
 
 def gains_from_matrix(quantization: str | QuantizationSpec | None) -> bool:
-    """Whether an importance matrix changes a base of this quantization, or one of those to choose from."""
-    return quantization not in (None, DEFAULT, *FLOATS)
+    """Whether an importance matrix changes a base of this quantization, or one of those to choose from.
+
+    True for text that names no quantization, such as `auto`.
+    """
+    if not isinstance(quantization, str) or quantization.partition("+")[0] not in QUANTIZATIONS:
+        return quantization is not None
+    parts = quantization_named(quantization)
+    return any(TENSOR_TYPES[name].bits < TENSOR_TYPES[DEFAULT].bits for name in (parts.most, parts.some, parts.head))
 
 
 def _task_of(info: ValidationInfo) -> str:

@@ -220,6 +220,14 @@ def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: st
     assert problem in line
 
 
+def test_a_matrix_is_refused_where_all_weights_have_8_bits_or_more(write: Write) -> None:
+    path = write(GOOD)
+    (line,) = problems_of(path, {"quantization": "q8_0+q8_0", "imatrix": "auto"})
+    assert "it changes nothing with quantization: q8_0+q8_0" in line
+    for quantization in ("q8_0+q4_0", "q4_0+q8_0", "q6_k", "auto"):
+        assert Recipe.from_file(path, {"quantization": quantization, "imatrix": "auto"}).imatrix == "auto"
+
+
 def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> None:
     path = write(GOOD.replace("epochs: 2", "epochs: two"))
     lines = problems_of(path, {"threads": "many", "adapters.x.scale": 1})
