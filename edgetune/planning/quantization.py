@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -144,5 +145,7 @@ def _within_budget(recipe: Recipe, candidates: Sequence[C]) -> list[C]:
     if not within:
         smallest = min(candidates, key=lambda item: item.bytes)
         message = f"quantization.budget_mb is {budget_mb:g}, but the smallest of base {recipe.base!r} is {smallest}"
-        raise UsageError(message, "raise it, or choose a smaller base")
+        # Two decimals, rounded up: enough for the next try.
+        enough = math.ceil(smallest.bytes / 1e4) / 100
+        raise UsageError(message, f"raise it to {enough:.2f}, or choose a smaller base")
     return within

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -164,10 +165,16 @@ def test_a_quantized_file_within_the_budget_ships_unchanged(tiny_gguf: Callable[
     assert None not in names_of(recipe_of(tmp_path, base, {"budget_mb": budget_mb}))
 
 
-def test_a_budget_that_nothing_meets_names_the_nearest(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_budget_that_nothing_meets_names_the_nearest_and_one_that_is_enough(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), {"budget_mb": 0.01})
-    with pytest.raises(UsageError, match=r"budget_mb is 0.01, but the smallest of base .* is (q4_0|iq4_nl)\+.* MB"):
+    with pytest.raises(
+        UsageError, match=r"budget_mb is 0.01, but the smallest of base .* is (q4_0|iq4_nl)\+.* MB"
+    ) as caught:
         plan_build(recipe)
+    enough = re.search(r"raise it to ([0-9.]+), or", str(caught.value))
+    assert enough and names_of(recipe_of(tmp_path, tiny_gguf("llama"), {"budget_mb": float(enough[1])}))
 
 
 def test_only_what_the_board_can_run_is_measured(
