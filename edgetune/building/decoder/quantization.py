@@ -68,7 +68,7 @@ class _Measurement:
     times_decoding: bool
 
     def run(self, converter: Path | None) -> list[MeasuredCandidate]:
-        """The figures of all candidates, in their order."""
+        """The figures of all candidates, in their order; without GGUF as a target, sizes are those of the plan."""
         source, candidates = self.plan.source, self.plan.base.candidates
         assert source is not None
         importance = requested_importance(self.plan.recipe, self.progress)
@@ -82,7 +82,9 @@ class _Measurement:
                 for item in self._measured(left, file, matrix, Path(folder)):
                     measured[item.quantization] = item
                     self._store(key, measured)
-        return [measured[item.quantization] for item in candidates]
+        if gguf.NAME in self.plan.recipe.targets:
+            return [measured[item.quantization] for item in candidates]
+        return [replace(measured[item.quantization], bytes=item.bytes) for item in candidates]
 
     def _key(self, source: BaseSource, importance: ImportanceSource | None) -> str:
         """Identifies everything that the figures depend on."""
@@ -117,10 +119,9 @@ class _Measurement:
                 with _engine(path, length) as engine:
                     kl = compare(expected, engine, rows).kl
                     tokens_per_s = _tokens_per_s(engine, rows[0]) if self.times_decoding else None
-                # The prediction is a mean where types alternate between layers.
-                size = path.stat().st_size if gguf.NAME in self.plan.recipe.targets else candidate.bytes
                 step.update()
-                yield MeasuredCandidate(candidate.quantization, size, kl, tokens_per_s)
+                # The prediction is a mean where types alternate between layers.
+                yield MeasuredCandidate(candidate.quantization, path.stat().st_size, kl, tokens_per_s)
 
     def _rows(self, file: Path) -> list[list[int]]:
         """Tokens of validation rows, of training rows where there are none: as many of each task."""

@@ -99,6 +99,19 @@ def test_an_interrupted_measurement_goes_on_with_what_is_left(tiny_gguf: Callabl
     assert [path.name for path in work.iterdir()] == ["quantizations.json"]
 
 
+def test_sizes_follow_the_targets_and_nothing_is_measured_again(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, work = tiny_gguf("llama"), tmp_path / "work"
+    planned = plan_build(recipe_of(tmp_path, base, {"optimize": "size"}, targets=["onnx"]))
+    choose_quantization(planned.plan, planned.tasks, work, QUIET, None)
+    # The tables of angles make ONNX the larger format.
+    budget_mb = budget_for(base, "q4_0+q4_0", tmp_path) + 1e-4
+    planned = plan_build(recipe_of(tmp_path, base, {"budget_mb": budget_mb}, targets=["onnx", "gguf"]))
+    chosen = choose_quantization(planned.plan, planned.tasks, work, Stopping(1, AssertionError), None)
+    assert chosen == "q4_0+q4_0"
+
+
 @pytest.mark.usefixtures("forked_converter")
 def test_a_folder_is_measured_with_the_matrix_of_its_rows(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_folder("llama"), {"optimize": "size"}, imatrix="auto")
