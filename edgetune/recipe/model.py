@@ -217,6 +217,19 @@ class Recipe(RecipePart):
             raise ValueError(refused[onnx.weights])
         return onnx
 
+    @field_validator("onnx")
+    @classmethod
+    def _keeps_quantization(cls, onnx: OnnxOptions, info: ValidationInfo) -> OnnxOptions:
+        quantization, targets = info.data.get("quantization"), info.data.get("targets", ())
+        chooses_size = isinstance(quantization, QuantizationSpec) and (
+            quantization.budget_mb is not None or quantization.optimize == "size"
+        )
+        if chooses_size and targets == ("onnx",) and onnx.weights in ("fp32", "int4"):
+            raise ValueError(
+                f"weights: {onnx.weights} has one size for all quantizations; leave it out, or name a quantization"
+            )
+        return onnx
+
     @field_validator("device")
     @classmethod
     def _known_board(cls, device: str | None) -> str | None:

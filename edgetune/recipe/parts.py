@@ -256,7 +256,8 @@ class QuantizationSpec(RecipePart):
 
     budget_mb: float | None = Field(default=None, gt=0)
     """Most bytes of the base in the bundle, in 10^6: of its GGUF file, or without `gguf` in `targets`, of the first
-    format. Adapters and other formats do not count. null: no limit but that of `device`."""
+    format. Adapters and other formats do not count. null: no limit but that of `device`. ONNX alone has one size in
+    fp32 and one in int4 (`onnx.weights`), so there it is refused."""
     optimize: Literal["score", "size", "speed"] = "score"
     """score: the lowest KL within the budget. size: the smallest with a KL of at most 0.2. speed: among these, the one
     that decodes fastest on this machine."""

@@ -228,6 +228,18 @@ def test_a_matrix_is_refused_where_all_weights_have_8_bits_or_more(write: Write)
         assert Recipe.from_file(path, {"quantization": quantization, "imatrix": "auto"}).imatrix == "auto"
 
 
+@pytest.mark.parametrize("quantization", [{"budget_mb": 2.5}, {"optimize": "size"}])
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_a_size_is_not_chosen_among_quantizations_that_onnx_stores_alike(
+    write: Write, weights: str, quantization: dict[str, object]
+) -> None:
+    path, keys = write(GOOD), {"quantization": quantization, "onnx": {"weights": weights}}
+    (line,) = problems_of(path, {**keys, "targets": ["onnx"]})
+    assert f"weights: {weights} has one size for all quantizations; leave it out" in line
+    for others in ({"targets": ["gguf", "onnx"]}, {"targets": ["onnx"], "onnx": {"weights": "int8"}}):
+        assert Recipe.from_file(path, {**keys, **others}).quantization_spec is not None
+
+
 def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> None:
     path = write(GOOD.replace("epochs: 2", "epochs: two"))
     lines = problems_of(path, {"threads": "many", "adapters.x.scale": 1})
