@@ -7,7 +7,8 @@ The ways, each trained on the same rows of the dequantized base:
 
 - `separate`: the adapter is a file beside the base.
 - `q8_0`: the same adapter, merged into the base in q8_0.
-- `nearest`: the same, merged in the base's own type, which the parity check of a build may refuse.
+- `nearest`: the same with a scale of .999, with which it counts as not trained on the grid, merged in the base's own
+  type and rounded to nearest. The parity check of a build may refuse it.
 - `on-grid`: trained through the rounding to the base's grid, and merged in its type.
 
 Finished runs are lines of WORK/runs.jsonl and are not repeated. With DIR/snips, viggo and banking77.
@@ -43,7 +44,7 @@ Run = dict[str, Any]
 def keys_of(way: str, quantization: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keys of a way in the recipe, and in its adapter. The first three resume the same training."""
     requested = {"q8_0": "q8_0", "nearest": quantization}.get(way)
-    return {"merged_quantization": requested}, {"merged": way != "separate"}
+    return {"merged_quantization": requested}, {"merged": way != "separate", "scale": 0.999 if way == "nearest" else 1}
 
 
 def main() -> None:

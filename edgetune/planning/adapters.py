@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
-from edgetune_export.backends.format import Format, OptionsByFormat
+from edgetune_export.backends.format import Format
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import AdapterSize
@@ -32,7 +32,7 @@ def plan_adapters(
     for name, spec in recipe.adapters.items():
         planned = plan_export(name, spec, shapes[name])
         try:
-            plans[name] = with_options(planned, planned.options, base, recipe.format_options)
+            plans[name] = with_options(planned, planned.options, base)
         except UsageError as error:
             problems.append(f"adapter {name!r}: {error}")
     if problems:
@@ -52,10 +52,11 @@ def _dtype_in(target: str, spec: AdapterSpec) -> str:
     return dtype if dtype in file_format.adapter_dtypes else file_format.adapter_dtypes[0]
 
 
-def with_options(
-    planned: AdapterPlan, options: MethodOptions, base: BaseShape | None, format_options: OptionsByFormat
-) -> AdapterPlan:
-    """The plan with other options of the method, such as chosen modules, and the sizes that follow from them."""
+def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape | None) -> AdapterPlan:
+    """The plan with other options of the method, such as chosen modules, and the sizes that follow from them.
+
+    Merged models keep their sizes, which `board.choose_settings` sets.
+    """
     method = methods.load(planned.method)
     targets = options.target_modules if isinstance(options, TargetOptions) else None
     spec = planned.spec.model_copy(update={"method": planned.spec.method.model_copy(update={"options": options})})
@@ -67,15 +68,12 @@ def with_options(
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)
     values = {"tensors": parameters, "prefix": method.prefix_tokens(options) * base.kv_values_per_token}
-    sizes = {}
-    for target, shape in shapes.items():
-        file_format = backends.format_of(target)
-        if planned.on_grid:
-            sizes[target] = planned.bytes_by_format[target]
-        elif shape == "merged":
-            sizes[target] = int(file_format.merged_bytes(base.parameters, format_options))
-        else:
-            sizes[target] = _bytes(file_format, planned.dtypes[target], shape, trained, values)
+    sizes = {
+        target: planned.bytes_by_format.get(target, 0)
+        if shape == "merged"
+        else _bytes(backends.format_of(target), planned.dtypes[target], shape, trained, values)
+        for target, shape in shapes.items()
+    }
     # In an engine whose format is not exported, the shape of the first one counts.
     in_engine = {engine: shapes.get(engine, next(iter(shapes.values()))) for engine in engines.names_with_needs()}
     return replace(

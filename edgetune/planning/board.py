@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from edgetune_devices import boards, fit
+from edgetune_devices.needs import engine_of, needs_of_header
 from edgetune_export import backends
+from edgetune_export.adapters.shapes import Merged
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
-from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.quantization import FLOATS, TENSOR_TYPES, gains_from_grid
+from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.quantization import FLOATS
 
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
+from edgetune.training.precision import refuse_int8
 
-from .on_device import Adapters, bundle_needs
+from .on_device import Adapters, bundle_needs, grid_types, quantization_in
 from .quantization import Candidate, candidates_of, quantizations_of, worth_measuring
 from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 
@@ -25,8 +28,9 @@ from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | None) -> BuildPlan:
     """The plan with the settings that the recipe leaves unset: for its board if it sets one, within the base's limits.
 
-    Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training, and the errors of
-    `candidates_of`. Of a base with candidates, the plan is that with the largest, until they are measured.
+    Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training, UsageError for a
+    merged model that cannot be trained in int8, and the errors of `candidates_of`. Of a base with candidates, the plan
+    is that with the largest, until they are measured.
     """
     header = None if source is None else source.header
 
@@ -54,7 +58,7 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     sizes = {engine: item.base_bytes for engine, item in needs.items()}
     base = _plan_base(chosen, source, usable[0], sizes, worth_measuring(recipe, candidates))
     if header is not None:
-        adapters = _with_grid(chosen, adapters, base, needs[gguf.NAME].layer_types)
+        adapters = _with_merged(chosen, adapters, base, header)
     board = None
     if choice is not None:
         fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
@@ -95,28 +99,33 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
     return steps if recipe.domain is None else [*steps, "continue pretraining"]
 
 
-def _with_grid(
-    recipe: Recipe, adapters: Adapters, base: BasePlan, layer_types: Sequence[str]
-) -> dict[str, AdapterPlan]:
-    """The adapters; merged models that keep the base's types are trained through the rounding to its grid.
+def _with_merged(recipe: Recipe, adapters: Adapters, base: BasePlan, header: GgufHeader) -> dict[str, AdapterPlan]:
+    """The adapters with the sizes of merged models; those that keep the base's types are trained through the rounding.
 
-    Such models have the size of the base. UsageError for one that is to be trained in int8.
+    UsageError for one that is to be trained in int8, whichever candidate is chosen.
     """
-    planned = dict(adapters)
+    planned, quantizations = dict(adapters), [item.quantization for item in base.candidates] or [base.quantization]
     for name, adapter in adapters.items():
-        if not (adapter.takes_grid and gains_from_grid(layer_types, recipe.merged_quantization)):
-            continue
-        if recipe.training.under(adapter.spec.training).precision == "int8":
-            types = ", ".join(name for name in layer_types if not TENSOR_TYPES[name].is_float)
-            message = f"adapters.{name} is trained with weights rounded to {types}, and not in int8"
-            raise UsageError(message, "set training.precision: auto, or merged_quantization: q8_0")
-        sizes = {
-            target: int(
-                backends.format_of(target).base_bytes(
-                    base.bytes_in(target), base.parameters or 0, recipe.format_options
-                )
+        grids = {chosen: grid_types(recipe, adapter, header, chosen) for chosen in quantizations}
+        for types in filter(None, grids.values()):
+            refuse_int8(
+                f"adapters.{name}",
+                recipe.training.under(adapter.spec.training),
+                types,
+                "set training.precision: auto, or merged_quantization: q8_0",
             )
-            for target in adapter.bytes_by_format
+        merged = quantization_in(recipe, adapter, header, base.quantization)
+        sizes = {
+            target: _bytes_in(target, recipe, header, merged)
+            for target, shape in adapter.shapes.items()
+            if shape == Merged.shape
         }
-        planned[name] = replace(adapter, on_grid=True, bytes_by_format=sizes)
+        sizes = {**adapter.bytes_by_format, **sizes}
+        planned[name] = replace(adapter, on_grid=bool(grids[base.quantization]), bytes_by_format=sizes)
     return planned
+
+
+def _bytes_in(target: str, recipe: Recipe, header: GgufHeader, quantization: str | None) -> int:
+    """The size of a whole model in a format."""
+    size = needs_of_header(header, context_length=1, quantization=quantization, engine=engine_of(target)).base_bytes
+    return int(backends.format_of(target).base_bytes(size, header.parameters, recipe.format_options))

@@ -9,7 +9,7 @@ from edgetune_devices import boards, fit
 from edgetune_devices.needs import engine_of, needs_of_header
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import quantization_of_merged
+from edgetune_runtime.formats.quantization import TENSOR_TYPES, gains_from_grid, quantization_of_merged
 
 from edgetune.recipe.model import Recipe
 
@@ -42,10 +42,42 @@ def bundle_needs(
         if engine in adapter.memory:
             memory[name] = adapter.memory[engine]
         else:
-            requested, on_grid = recipe.merged_quantization, adapter.takes_grid
-            other = quantization_of_merged(base.layer_types, requested, trains_on_grid=on_grid)
-            merged[name] = base_in(other or quantization).base_bytes
+            merged[name] = base_in(quantization_in(recipe, adapter, header, quantization)).base_bytes
     return replace(base, adapters=memory, merged=merged)
+
+
+def quantization_in(recipe: Recipe, adapter: AdapterPlan, header: GgufHeader, quantization: str | None) -> str | None:
+    """The quantization of an adapter's merged model, for a base as in `bundle_needs`."""
+    requested, types = _requested(recipe, adapter, header, quantization)
+    return quantization_of_merged(types, requested, trains_on_grid=adapter.takes_grid) or quantization
+
+
+def grid_types(recipe: Recipe, adapter: AdapterPlan, header: GgufHeader, quantization: str | None) -> tuple[str, ...]:
+    """The types of the base's layers if the adapter is to be trained through the rounding to their grid, else none."""
+    requested, types = _requested(recipe, adapter, header, quantization)
+    return types if adapter.takes_grid and gains_from_grid(types, requested) else ()
+
+
+def _requested(
+    recipe: Recipe, adapter: AdapterPlan, header: GgufHeader, quantization: str | None
+) -> tuple[str | None, tuple[str, ...]]:
+    """The quantization that is requested for the merged model, and the types of the base's layers.
+
+    None if it has the types of the base and the adapter can be trained on their grid.
+    """
+
+    def needs_in(quantization: str | None) -> Needs:
+        return needs_of_header(header, context_length=1, quantization=quantization)
+
+    requested, base = recipe.merged_quantization, needs_in(quantization)
+    if adapter.takes_grid and requested is not None and _quantized(needs_in(requested)) == _quantized(base):
+        requested = None
+    return requested, base.layer_types
+
+
+def _quantized(needs: Needs) -> tuple[set[str], str]:
+    """The quantized types of the layers, and the type of the output layer; which floats llama.cpp leaves varies."""
+    return {name for name in needs.layer_types if not TENSOR_TYPES[name].is_float}, needs.head_type
 
 
 def base_bytes(header: GgufHeader, target: str) -> int:

@@ -74,7 +74,7 @@ class Recipe(RecipePart):
     merged_quantization: str | None = None
     """Quantization of merged models. null: that of the base, for which lora, rslora and loraplus are trained with
     rounded weights; for other methods q8_0 if the base has fewer bits, since rounding them again loses most of what
-    was trained. One that is named is not trained for, even if it is the base's."""
+    was trained."""
     states: Literal["first_use", "start", "ship"] = "first_use"
     """Where the states of the adapters' system prompts are computed. first_use: on the device, at the first call.
     start: on the device, when `edgetune-run serve` starts. ship: by the build, which adds them to the bundle; they work

@@ -203,7 +203,8 @@ class _Stage:
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
         backend = self.backends[target]
         on_grid = adapter.plan.on_grid
-        source = source_of_merged(self.source, self.spec.merged_quantization, trains_on_grid=on_grid)
+        # On the grid it has the base's types, even if the recipe names them.
+        source = self.source if on_grid else source_of_merged(self.source, self.spec.merged_quantization)
         weight_type = backend.weight_type(source)
         if not adapter.plan.spec.merged or source is not self.source:
             description = f"{target} holds {adapter.plan.method} as a whole model, in {weight_type}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from edgetune import methods
 from edgetune.methods import Method
@@ -48,6 +49,16 @@ def require_int8(method: Method[Any], device: str, *, machine: str = "", where: 
     else:
         return
     raise UsageError(f"{key} is int8, but {why}", f"set {key}: fp32")
+
+
+def refuse_int8(where: str, training: TrainingSpec, types: Iterable[str], remedy: str) -> None:
+    """UsageError if a training through the rounding to the grid of these tensor types is to be in int8.
+
+    `where` is the key of the recipe that is trained.
+    """
+    if training.precision == "int8":
+        rounded = ", ".join(name for name in types if not TENSOR_TYPES[name].is_float)
+        raise UsageError(f"{where} is trained with weights rounded to {rounded}, and not in int8", remedy)
 
 
 def _trainings(recipe: Recipe) -> Iterator[tuple[str, TrainingSpec, Method[Any]]]:

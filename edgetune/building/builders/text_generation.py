@@ -217,7 +217,7 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
 
 def _with_options(planned: AdapterPlan, options: MethodOptions, plan: BuildPlan) -> AdapterPlan:
     assert planned.trained is not None
-    return with_options(planned, options, planned.trained.base, plan.recipe.format_options)
+    return with_options(planned, options, planned.trained.base)
 
 
 def _with_draft(

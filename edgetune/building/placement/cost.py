@@ -131,7 +131,7 @@ def costs(
 def _predicted(placement: Placement, plan: AdapterPlan, header: GgufHeader, recipe: Recipe) -> float:
     assert recipe.device is not None and isinstance(plan.options, LoraOptions) and plan.trained is not None
     options = plan.options.placed(placement.target_modules, placement.r)
-    placed = with_options(plan, options, plan.trained.base, recipe.format_options)
+    placed = with_options(plan, options, plan.trained.base)
     speed = fit.fit(bundle_needs(recipe, {plan.name: placed}, header, None), boards.load(recipe.device)).speed
     return 1 - speed.adapter_tokens_per_s / speed.decode_tokens_per_s
 

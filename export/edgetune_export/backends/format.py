@@ -53,10 +53,6 @@ class Format:
         """Approximate size of a base that has `own_bytes` bytes in this format with the types of its GGUF file."""
         return parameters * _FLOAT if self.writes_floats(options) else own_bytes
 
-    def merged_bytes(self, parameters: int, options: OptionsByFormat) -> float:
-        """Approximate size in bytes of a merged model, whose weights have 8 bits."""
-        return parameters * (_FLOAT if self.writes_floats(options) else TENSOR_TYPES["q8_0"].bytes_per_value)
-
     def low_rank_bytes(self, sizes: Iterable[tuple[int, int, int]], dtype: str) -> float:
         """Approximate size in bytes of a low-rank adapter, of which `sizes` has each rank with a module's rows and
         columns."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from edgetune_devices.needs import needs_of_header
 from edgetune_export import parity
+from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
@@ -179,6 +180,37 @@ def test_a_merged_model_in_4_bits_is_trained_on_the_bases_grid_and_keeps_its_siz
         assert manifest.files[entry.files[target]].bytes == manifest.files[manifest.base.files[target]].bytes
     with pytest.raises(UsageError, match="whole is trained with weights rounded to q4_0, and not in int8"):
         plan_build(recipe_of(tmp_path, tiny_gguf(arch), ("whole",), **keys, training={"precision": "int8"}))
+
+
+@pytest.mark.parametrize("arch", ["llama", "lfm2"])
+def test_a_merged_model_in_the_quantization_of_the_base_is_trained_on_its_grid_though_it_is_named(
+    arch: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "small.gguf"
+    quantize_gguf(tiny_gguf(arch), file, "q4_0")
+    for base, quantization in ((tiny_gguf(arch), "q4_0"), (file, None)):
+        keys: dict[str, Any] = {"quantization": quantization, "merged_quantization": "q4_0"}
+        plan = plan_build(recipe_of(tmp_path, base, ("whole",), **keys)).plan
+        assert plan.adapters["whole"].on_grid
+    build(recipe_of(tmp_path, file, ("whole",), merged_quantization="q4_0"), tmp_path / "home", progress=QUIET)
+    entry = read_manifest(tmp_path / "home").adapters["whole"]
+    assert entry.parity["gguf"]["kl"] < parity.TOLERANCE_KL["q4_0"]
+    # Another head is another quantization.
+    keys = {"quantization": "q4_0", "merged_quantization": "q4_0+q4_0"}
+    assert not plan_build(recipe_of(tmp_path, file, ("whole",), **keys)).plan.adapters["whole"].on_grid
+
+
+@pytest.mark.parametrize("merged", ["f16", "q8_0", None])
+def test_the_plan_has_the_size_of_a_merged_model_in_its_own_quantization(
+    merged: str | None, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # DoRA is not trained on a grid.
+    adapters = {"whole": adapter_of({"name": "dora", "r": 4}, merged=True)}
+    keys = {"quantization": "q4_0", "merged_quantization": merged, "data": {"rows.jsonl": lights()}}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, **keys)
+    manifest = read_manifest(build(recipe, tmp_path / "home", progress=QUIET).bundle)
+    written = manifest.files[manifest.adapters["whole"].files["gguf"]].bytes
+    assert plan_build(recipe).plan.adapters["whole"].bytes_by_format["gguf"] == pytest.approx(written, rel=0.02)
 
 
 def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(

@@ -16,7 +16,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, UsageError
 from edgetune_runtime.formats.gguf_file import read_header
-from recipes import lights, make_recipe, write_recipe
+from recipes import adapter_of, lights, make_recipe, write_recipe
 from trainings import QUIET, Listening, Stopping
 
 from edgetune.bases import load_torch, resolve
@@ -188,6 +188,16 @@ def test_a_budget_that_nothing_meets_names_the_nearest_and_one_that_is_enough(
         plan_build(recipe)
     enough = re.search(r"raise it to ([0-9.]+), or", str(caught.value))
     assert enough and names_of(recipe_of(tmp_path, tiny_gguf("llama"), {"budget_mb": float(enough[1])}))
+
+
+def test_a_plan_refuses_int8_if_a_candidate_would_be_trained_on_its_grid(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base, adapters = tiny_gguf("llama"), {"whole": adapter_of(merged=True, training={"precision": "int8"})}
+    # q8_0, the largest, needs no grid.
+    recipe = make_recipe(tmp_path, base, adapters, quantization={"optimize": "size"})
+    with pytest.raises(UsageError, match=r"whole is trained with weights rounded to .*q[456].*, and not in int8"):
+        plan_build(recipe)
 
 
 def test_only_what_the_board_can_run_is_measured(

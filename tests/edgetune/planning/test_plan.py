@@ -63,7 +63,7 @@ def test_chosen_modules_change_the_sizes(tiny_gguf: Callable[[str], Path], tmp_p
     plan = bundle_of(recipe_of(tmp_path, tiny_gguf("llama"), {"name": "lora", "r": 8, "target_modules": "auto"}))
     assert plan.source is not None
     auto, options = plan.adapters["command"], methods.load("lora").options(r=2, target_modules=("o_proj",))
-    chosen = with_options(auto, options, plan.source.shape, "auto")
+    chosen = with_options(auto, options, plan.source.shape)
     assert (auto.target_modules, auto.rank, chosen.target_modules, chosen.rank) == ("auto", 8, ("o_proj",), 2)
     assert chosen.to_json()["modules"] == 2 and 20 * chosen.bytes_by_format["gguf"] < auto.bytes_by_format["gguf"]
     completed = plan.with_adapters({"command": chosen})

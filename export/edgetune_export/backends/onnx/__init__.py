@@ -1,6 +1,7 @@
 """Writes ONNX files for onnxruntime."""
 
 from edgetune_runtime.bundle import CLASSIFICATION, GENERATION
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 
 from edgetune_export.backends.format import Format, OptionsByFormat
 
@@ -16,7 +17,7 @@ class _Onnx(Format):
         """See `Format.base_bytes`; `weights: int8` and `int4` turn floats into at most 8 bits."""
         size = super().base_bytes(own_bytes, parameters, options)
         has_floats = OnnxOptions.of(options).weights in ("auto", "fp32")
-        return size if has_floats else min(size, self.merged_bytes(parameters, options))
+        return size if has_floats else min(size, parameters * TENSOR_TYPES["q8_0"].bytes_per_value)
 
     def export_mb(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
         """See `Format.export_mb`; `weights: int4` adds a copy of the weights in float32, which is requantized."""
