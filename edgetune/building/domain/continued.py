@@ -46,6 +46,7 @@ from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
+from edgetune.training.precision import refuse_int8
 from edgetune.training.rounding import rounded_layers
 
 from .texts import split_windows
@@ -56,6 +57,9 @@ NAME = "domain"
 MEASURED_TOKENS = 65536
 # Windows of the training text used for calibration by quantization methods that need it.
 CALIBRATION_WINDOWS = 16
+# Of the gain in log perplexity, less than this share is worth a warning.
+_LEFT = 0.5
+_MORE_BITS = "use more bits, such as quantization: q8_0, or lora on q4_0 or q4_k_m"
 # Nats per token above which the exponential overflows.
 _MAX_NATS = 700.0
 # Tokens per call of an engine when measuring.
@@ -71,8 +75,9 @@ def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all
     """Continue pretraining of the base on the texts with the recipe's domain options; keeps the base's quantization.
 
     The training run is in `work/domain`, the file in `work/domain/base`; finished parts are reused. All processes of a
-    launcher must call it. Raises, before any training, UsageError for invalid texts or windows and IncompatibleError
-    for a base of a type that cannot be written; also raises what training raises.
+    launcher must call it. Raises, before any training, UsageError for invalid texts or windows and for int8 where the
+    weights are rounded in training, and IncompatibleError for a base of a type that cannot be written; also raises what
+    training raises.
     """
     assert recipe.domain is not None
     _check_writable(base.header)
@@ -100,8 +105,10 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
     state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
     key = key_of(state, (window.tokens for window in (*train, *validation)))
-    on_grid = kind.trains_on_grid and training.precision != "int8" and gains_from_grid(base.header.layer_types)
-    rounds_to = base.path if on_grid else None
+    types, rounds_to = base.header.layer_types, None
+    if kind.trains_on_grid and gains_from_grid(types):
+        refuse_int8(NAME, training, types, f"set {NAME}.training.precision: auto, or quantization: q8_0")
+        rounds_to = base.path
     return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options), rounds_to)
 
 
@@ -203,12 +210,16 @@ class _Stage:
             if after[target] >= old:
                 why = why_worse(old, trained, main_type)
                 self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
+            elif math.log(old / after[target]) < (gained := math.log(old / trained)) * _LEFT:
+                share = math.log(old / after[target]) / gained
+                why = f"requantizing to {main_type} left {share:.0%} of what training gained in {target}"
+                self.progress.say(f"  warning: {NAME}: {why}; {_MORE_BITS}")
 
 
 def why_worse(before: float, trained: float, main_type: str) -> str:
     """Why a continued base is no better than the original, and the remedy; `trained` is before requantizing."""
     if trained < before:
-        return f"requantizing to {main_type} loses more than training gained; use more bits, such as quantization: q8_0"
+        return f"requantizing to {main_type} loses more than training gained; {_MORE_BITS}"
     return "training did not improve it; lower domain.training.learning_rate or add more text of the domain"
 
 

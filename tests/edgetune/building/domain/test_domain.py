@@ -187,6 +187,29 @@ def test_a_lora_is_merged_into_the_base_of_any_type(
     assert found["lost_by_rounding"]["gguf"] == pytest.approx(0, abs=0.01)
 
 
+def test_a_warning_tells_what_a_type_without_a_grid_leaves_of_the_gain(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    training = {"max_steps": 12, "learning_rate": 1e-3}
+    domain = {**DOMAIN, "data": {"train": "plays.txt"}, "method": {"name": "lora", "r": 8}, "training": training}
+    found = built_in(tmp_path, recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="iq4_nl"))
+    perplexity = found.result.domain["perplexity"]
+    before, trained, after = perplexity["before"]["gguf"], perplexity["trained"], perplexity["after"]["gguf"]
+    share = math.log(before / after) / math.log(before / trained)
+    (warning,) = [line for line in found.lines if "warning" in line]
+    assert f"requantizing to iq4_nl left {share:.0%} of what training gained in gguf; use more bits" in warning
+
+
+def test_int8_is_refused_where_the_weights_are_rounded_in_training(
+    tmp_path: Path, tiny_gguf: Callable[[str], Path]
+) -> None:
+    domain = {**DOMAIN, "method": {"name": "lora", "r": 8}, "training": {"precision": "int8"}}
+    with pytest.raises(
+        UsageError, match="^domain is trained with weights rounded to q4_0, and not in int8; set domain"
+    ):
+        build(recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="q4_0"), tmp_path / "home", progress=QUIET)
+
+
 def test_a_warning_names_the_format_in_which_continued_training_did_not_help(
     tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
