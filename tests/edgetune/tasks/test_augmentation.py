@@ -3,23 +3,21 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime.errors import UsageError
+from made_copies import QUIET, copied, pairs, rows_from
 from recipes import adapter_of, make_recipe, write_recipe
 
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.cli.main import main
 from edgetune.planning.needs import plan_rows
-from edgetune.recipe.data import AugmentSpec
-from edgetune.tasks.augmentation.copies import ChangedRow, copies_of
 from edgetune.tasks.augmentation.noise import noisy
 from edgetune.tasks.augmentation.numbers import number_word
 from edgetune.tasks.augmentation.slots import Mention, mentions_of
-from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.task import Task, read_task
 
 ROOMS = ("hall", "attic", "study", "den", "living room")
@@ -33,35 +31,6 @@ ORDERS = [
     for room in ROOMS
     for device in DEVICES
 ]
-QUIET = {"noise": 0}
-
-
-def rows_from(values: list[dict[str, Any]]) -> list[TaskRow]:
-    return rows_of("rows", [(f"row {number}", row) for number, row in enumerate(values, 1)])
-
-
-def copied(
-    rows: list[dict[str, Any]],
-    schema: dict[str, Any] | None = None,
-    others: list[TaskRow] | None = None,
-    labels: Sequence[str] = (),
-    **options: object,
-) -> list[ChangedRow]:
-    """The copies of these rows, without validation rows."""
-    spec, given = AugmentSpec.model_validate(options), rows_from(rows)
-    return copies_of(given, spec, schema=schema, labels=labels, validation=[], others=others or [], seed=0)
-
-
-def pairs(changed: list[ChangedRow]) -> list[tuple[str, Any]]:
-    """Prompt and answer of each copy; JSON as values."""
-    return [(str((c.row.messages or ())[-1]["content"]), _value(c.row.completion or "")) for c in changed]
-
-
-def _value(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def test_values_are_exchanged_in_prompt_and_answer_alike() -> None:

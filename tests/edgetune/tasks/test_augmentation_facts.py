@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from typing import Any
+
+from made_copies import QUIET, copied, pairs
+
+
+def asked(prompt: str, **answer: object) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": answer}
+
+
+def test_the_name_of_a_function_is_exchanged_only_for_one_with_the_same_fields() -> None:
+    timers = [asked(f"set timer {n} minutes", function="set_timer", minutes=n) for n in (5, 10)]
+    calls = [asked(f"call {name}", function="call", name=name) for name in ("anna", "bob")]
+    lamps = [asked(f"turn {do} the {what}", function=f"turn_{do}", device=what) for do, what in (("on", "fan"),)]
+    for rows in (timers[:1] + calls[:1] + lamps, timers + calls + lamps):
+        made = pairs(copied(rows, copies=9, **QUIET))
+        assert all(prompt.startswith(answer["function"].replace("_", " ")) for prompt, answer in made)
+        assert all(("minutes" in answer) == (answer["function"] == "set_timer") for _, answer in made)
+        assert all(("name" in answer) == (answer["function"] == "call") for _, answer in made)
+    mixed = [asked(f"light the {room}", function="light", area=room) for room in ("hall", "attic")]
+    mixed += [
+        asked(f"light the {room} at {n}", function="light", area=room, at=n) for room, n in (("den", 5), ("bar", 8))
+    ]
+    assert {answer["area"] for _, answer in pairs(copied(mixed, copies=9, **QUIET)) if "at" not in answer} > {"den"}
+
+
+def test_values_of_rows_with_other_unsaid_fields_are_not_used_unless_rows_show_that_they_fit() -> None:
+    cities = {"Paris": "FR", "Lyon": "FR", "Berlin": "DE", "Munich": "DE", "Rome": "IT", "Milan": "IT"}
+    rows = [asked(f"{n} days in {city}", city=city, country=land) for n, (city, land) in enumerate(cities.items())]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert made and all(cities[answer["city"]] == answer["country"] for _, answer in made)
+    rooms = [("hall", "warm"), ("hall", "cold"), ("den", "cold"), ("den", "warm"), ("attic", "warm")]
+    asks = [
+        asked(f"is it {'hot' if kind == 'warm' else 'ice'} in the {room}", room=room, kind=kind) for room, kind in rooms
+    ]
+    assert ("is it ice in the attic", {"room": "attic", "kind": "cold"}) in pairs(copied(asks, copies=9, **QUIET))
+    sizes = [asked(f"set {what} to {n}", name=f"{what}_of_it", value=n) for what, n in (("heat", 18), ("heat", 24))]
+    sizes += [asked(f"set sound to {n}", name="sound_of_it", value=n) for n in (60, 90)]
+    made = pairs(copied(sizes, copies=9, **QUIET))
+    assert all(18 <= answer["value"] <= 24 for prompt, answer in made if "heat" in prompt)
