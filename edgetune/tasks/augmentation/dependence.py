@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
@@ -73,9 +74,22 @@ def is_tied(field: str, other: str, records: Sequence[Record]) -> bool:
 
 def _is_computed(field: str, unsaid: Iterable[str], records: Sequence[Record]) -> bool:
     """Whether a number may be a part of a sum or a product: an unsaid field has different numbers beside it."""
-    own = [record for record in records if isinstance(record.get(field), int | float)]
-    found = ({value for record in own if isinstance(value := record.get(other), int | float)} for other in unsaid)
-    return any(len(values) > 1 for values in found)
+    own = [record for record in records if has_number(record.get(field))]
+    found = {other: {value for record in own if has_number(value := record.get(other))} for other in unsaid}
+    return any(len(values) > 1 and not _is_id(other, unsaid, records) for other, values in found.items())
+
+
+def _is_id(field: str, unsaid: Iterable[str], records: Sequence[Record]) -> bool:
+    """Whether a name that prompts say determines a text, and so no number does."""
+    own = [record for record in records if isinstance(record.get(field), str)]
+    names = {key for record in own for key, value in record.items() if not has_number(value)}.difference(unsaid)
+    both = ([(record[name], record[field]) for record in own if name in record] for name in names)
+    return any(_determines(pairs, _BY_CHANCE) for pairs in both)
+
+
+def has_number(value: Scalar | None) -> bool:
+    """Whether a value is a number or a text with digits, such as a time, which may be computed from another one."""
+    return isinstance(value, int | float) or (value is not None and re.search(r"\d", value) is not None)
 
 
 def _pairs(counts: Iterable[int]) -> int:

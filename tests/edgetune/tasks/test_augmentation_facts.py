@@ -39,3 +39,12 @@ def test_values_of_rows_with_other_unsaid_fields_are_not_used_unless_rows_show_t
     sizes += [asked(f"set sound to {n}", name="sound_of_it", value=n) for n in (60, 90)]
     made = pairs(copied(sizes, copies=9, **QUIET))
     assert all(18 <= answer["value"] <= 24 for prompt, answer in made if "heat" in prompt)
+
+
+def test_a_number_that_an_unsaid_text_may_be_computed_from_stays() -> None:
+    times = (("14:00", 5, "14:05"), ("13:55", 10, "14:05"), ("16:00", 20, "16:20"), ("16:10", 10, "16:20"))
+    rows = [asked(f"it is {now}, so ring in {n} minutes", now=now, minutes=n, end=end) for now, n, end in times]
+    assert copied(rows, copies=9, **QUIET) == []
+    lamps = {"den": "light.1", "hall": "light.2"}
+    rows = [asked(f"the {room} at {n}", room=room, id=lamps[room], level=n) for room in lamps for n in (20, 30, 50)]
+    assert {answer["level"] for _, answer in pairs(copied(rows, copies=9, **QUIET))} == {40}
