@@ -52,11 +52,17 @@ def slots_of(prompt: str, answer: Answer) -> list[Slot]:
 
 def mentions_of(text: str, value: Scalar) -> list[Mention]:
     """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words."""
-    pattern = _text_pattern(value) if isinstance(value, str) else _number_pattern(value)
+    pattern = _pattern(value)
     mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
     is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
     texts = {text.count(BETWEEN_TEXTS, 0, mention.start) for mention in mentions}
     return [] if is_short and len(texts) < len(mentions) else mentions
+
+
+def has_value(text: str, value: Scalar) -> bool:
+    """Whether a text has the value, also a short word more than once."""
+    pattern = _pattern(value)
+    return pattern is not None and pattern.search(text) is not None
 
 
 def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]]) -> str:
@@ -74,6 +80,10 @@ def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]]) -> str:
 def spoken(value: str) -> str:
     """A value as people say it: names of programs have _ for spaces."""
     return value.replace("_", " ").strip()
+
+
+def _pattern(value: Scalar) -> re.Pattern[str] | None:
+    return _text_pattern(value) if isinstance(value, str) else _number_pattern(value)
 
 
 def _overlap(one: Slot, other: Slot) -> bool:

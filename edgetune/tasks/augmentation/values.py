@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,15 +22,17 @@ from edgetune_runtime.wording import first_of, suggestion
 from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
-from .dependence import decided_keys, is_fixed, is_tied
+from .dependence import decided_keys, has_number, is_fixed, is_tied
 from .numbers import numbers_in
 from .schemas import fields_of, listed_in
-from .slots import Slot, mentions_of, slots_of, with_values
+from .slots import Slot, has_value, mentions_of, slots_of, with_values
 
 _ENOUGH = 3
 """Values that rows with the same unsaid fields have, from which on those of other rows are not used."""
 _EXCHANGED = 0.8
 """How often a value is exchanged, where there is another one."""
+_DRAWS = 8
+"""Attempts at another value that fits."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,11 @@ class Values:
         chosen = [slot for slot in options if rng.random() < _EXCHANGED]
         if not chosen and options:
             chosen = [rng.choice(list(options))]
-        changes: list[tuple[Slot, Scalar]] = []
-        taken = {slot.value for slot in item.slots}
-        escapes = _has_json_result(item.row)
+        values = {slot: slot.value for slot in item.slots}
         for slot in chosen:
-            new = rng.choice(options[slot])
-            if new not in taken and not (escapes and (_is_escaped(new) or _is_escaped(slot.value))):
-                taken.add(new)
-                changes.append((slot, new))
+            draws = (rng.choice(options[slot]) for _ in range(_DRAWS))
+            values[slot] = next((new for new in draws if self._fits(new, item, slot, values)), slot.value)
+        changes = [(slot, new) for slot, new in values.items() if new != slot.value]
         if not changes:
             return None
         said = with_values(item.answer.said(item.row), changes)
@@ -107,6 +107,19 @@ class Values:
         if reread is None or len(reread.slots) != len(item.slots):
             return None
         return row, [f"{slot.field}: {slot.value} → {new}" for slot, new in changes]
+
+    def _fits(self, new: Scalar, item: SlottedRow, slot: Slot, values: Mapping[Slot, Scalar]) -> bool:
+        """Whether a value can take the place of that of a slot, beside these `values` of all slots.
+
+        One that the texts have already would have two roles. Numbers keep their order, as a minimum and a maximum do.
+        """
+        if new in values.values() or has_value(item.answer.said(item.row), new):
+            return False
+        if _has_json_result(item.row) and (_is_escaped(new) or _is_escaped(slot.value)):
+            return False
+        return all(
+            other is slot or _order(slot.value, other.value) == _order(new, value) for other, value in values.items()
+        )
 
     def _contexts(self, item: SlottedRow, slot: Slot) -> tuple[object, object]:
         """What the value of a slot may depend on: the fields that it decides on, and the unsaid ones, all or the tied.
@@ -122,7 +135,7 @@ class Values:
 
     def _options(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar]:
         """The values that can take the place of that of a slot, and its own."""
-        if slot.field in self._fixed:
+        if slot.field in self._fixed or _is_followed(item, slot):
             return []
         allowed = listed_in(self._schemas_of(item, slot.paths[0]))
         pool = self._pool(slot.field, self._contexts(item, slot), is_text=isinstance(slot.value, str))
@@ -180,6 +193,25 @@ def _other_texts(row: TaskRow) -> str:
     """What the model reads before the first turn: a value that is listed there is exchanged for another listed one."""
     system = [str(turn["content"]) for turn in row.turns if turn["role"] == "system"]
     return "\n".join([*system, row.tools.text if row.tools else ""])
+
+
+def _is_followed(item: SlottedRow, slot: Slot) -> bool:
+    """Whether the answers have another number in the field of this one that no text says, and that may be computed."""
+    if not has_number(slot.value):
+        return False
+    said = {path for other in item.slots for path in other.paths}
+    scalars = ((path, value) for path, value in item.answer.scalars() if path not in said)
+    return any(item.answer.field(path) == slot.field and has_number(value) for path, value in scalars)
+
+
+def _order(one: Scalar, other: Scalar) -> int:
+    """1 if the first number, time or date is larger, -1 if it is smaller, 0 if neither or they are of other kinds."""
+    first, second = _numbers_of(one), _numbers_of(other)
+    return (first > second) - (first < second) if len(first) == len(second) else 0
+
+
+def _numbers_of(value: Scalar) -> list[float]:
+    return [float(part) for part in re.findall(r"\d+", value)] if isinstance(value, str) else [value]
 
 
 def _has_json_result(row: TaskRow) -> bool:

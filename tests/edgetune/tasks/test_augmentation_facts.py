@@ -48,3 +48,37 @@ def test_a_number_that_an_unsaid_text_may_be_computed_from_stays() -> None:
     lamps = {"den": "light.1", "hall": "light.2"}
     rows = [asked(f"the {room} at {n}", room=room, id=lamps[room], level=n) for room in lamps for n in (20, 30, 50)]
     assert {answer["level"] for _, answer in pairs(copied(rows, copies=9, **QUIET))} == {40}
+
+
+def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
+    rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in (("hall", "den"), ("den", "bar"))]
+    rows += [asked("light the bar", room="bar"), asked("attic lights on", room="attic")]
+    made = [(prompt.split(), answer["room"]) for prompt, answer in pairs(copied(rows, copies=9, **QUIET))]
+    assert made and all(words.count(room) + words.count(f"{room},") == 1 for words, room in made)
+
+
+def test_numbers_and_times_keep_their_order() -> None:
+    rows = [asked(f"between {a} and {b} euros", min=a, max=b) for a, b in ((50, 100), (80, 120), (100, 250), (40, 90))]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert made and all(answer["min"] < answer["max"] for _, answer in made)
+    hours = (("9:15", "10:30"), ("11:00", "12:15"), ("8:00", "20:30"))
+    made = pairs(copied([asked(f"busy from {a} to {b}", start=a, end=b) for a, b in hours], copies=9, **QUIET))
+    assert made and all(f"{answer['start']:0>5}" < f"{answer['end']:0>5}" for _, answer in made)
+
+
+def test_a_number_stays_where_a_later_call_may_be_computed_from_it() -> None:
+    def talk(room: str, *calls: tuple[str, int]) -> dict[str, Any]:
+        turns: list[dict[str, Any]] = []
+        for prompt, degrees in calls:
+            called = {"function": {"name": "heat", "arguments": {"room": room, "degrees": degrees}}}
+            turns += [{"role": "user", "content": prompt}, {"role": "assistant", "tool_calls": [called]}]
+        return {"messages": turns, "tools": [{"name": "heat"}]}
+
+    rows = [talk("hall", ("set the hall to 18", 18), ("two degrees warmer", 20))]
+    rows += [talk("den", ("heat the den to 21", 21)), talk("bar", ("20 in the bar", 20), ("now 22", 22))]
+    made = copied(rows, copies=9, **QUIET)
+    changed = {(c.source.where, change.split(":")[0]) for c in made for change in c.changes}
+    assert changed == {
+        ("row 1", "room"),
+        *((row, field) for row in ("row 2", "row 3") for field in ("room", "degrees")),
+    }
