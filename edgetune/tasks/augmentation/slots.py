@@ -65,13 +65,17 @@ def has_value(text: str, value: Scalar) -> bool:
     return pattern is not None and pattern.search(text) is not None
 
 
-def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]]) -> str:
-    """The prompt with another value in each slot, written as the one before: in its case, in words, in the plural."""
-    edits = [
-        (mention, _written(new, slot.value, prompt[mention.start : mention.end], is_plural=mention.is_plural))
-        for slot, new in changes
-        for mention in slot.mentions
-    ]
+def with_values(prompt: str, changes: Sequence[tuple[Slot, Scalar]], written: Sequence[bool]) -> str:
+    """The prompt with another value in each slot, as the one before was: in its case, in words, in the plural.
+
+    `written` says of each text whether a program wrote it: there the names of programs stay as they are.
+    """
+    edits = []
+    for slot, new in changes:
+        for mention in slot.mentions:
+            old = prompt[mention.start : mention.end]
+            is_raw = old == slot.value and ("_" in old or written[prompt.count(BETWEEN_TEXTS, 0, mention.start)])
+            edits.append((mention, str(new) if is_raw else _written(new, slot.value, old, is_plural=mention.is_plural)))
     for mention, text in sorted(edits, key=lambda edit: -edit[0].start):
         prompt = prompt[: mention.start] + text + prompt[mention.end :]
     return prompt
@@ -127,7 +131,7 @@ def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:
         word = None if text[0].isdigit() or text[0] == "-" else number_word(new)
         return word or _digits(new)
     if text == old:
-        return new
+        return spoken(new)
     phrase = _plural(spoken(new)) if is_plural else spoken(new)
     if text.islower() and not str(old).islower():
         return phrase.lower()

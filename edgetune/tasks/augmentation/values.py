@@ -17,6 +17,7 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.chat import Message
 from edgetune_runtime.wording import first_of, suggestion
 
 from edgetune.tasks.data import TaskRow
@@ -99,7 +100,9 @@ class Values:
         changes = [(slot, new) for slot, new in values.items() if new != slot.value]
         if not changes:
             return None
-        said = with_values(item.answer.said(item.row), changes)
+        turns = item.row.turns
+        written = [_is_written(turns[place]) for place in item.answer.texts(turns)]
+        said = with_values(item.answer.said(item.row), changes, written)
         value = item.answer.with_scalars({path: new for slot, new in changes for path in slot.paths})
         row = item.answer.row(item.row, said, value)
         # A new value may also be a part of another one, or be there already.
@@ -193,6 +196,11 @@ def _other_texts(row: TaskRow) -> str:
     """What the model reads before the first turn: a value that is listed there is exchanged for another listed one."""
     system = [str(turn["content"]) for turn in row.turns if turn["role"] == "system"]
     return "\n".join([*system, row.tools.text if row.tools else ""])
+
+
+def _is_written(turn: Message) -> bool:
+    """Whether a program wrote a turn."""
+    return turn["role"] == "tool" or turn["content"].lstrip()[:1] in ("{", "[")
 
 
 def _is_followed(item: SlottedRow, slot: Slot) -> bool:

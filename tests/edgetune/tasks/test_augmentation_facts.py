@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from made_copies import QUIET, copied, pairs
@@ -78,7 +79,22 @@ def test_a_number_stays_where_a_later_call_may_be_computed_from_it() -> None:
     rows += [talk("den", ("heat the den to 21", 21)), talk("bar", ("20 in the bar", 20), ("now 22", 22))]
     made = copied(rows, copies=9, **QUIET)
     changed = {(c.source.where, change.split(":")[0]) for c in made for change in c.changes}
-    assert changed == {
-        ("row 1", "room"),
-        *((row, field) for row in ("row 2", "row 3") for field in ("room", "degrees")),
+    both = {(row, field) for row in ("row 2", "row 3") for field in ("room", "degrees")}
+    assert changed == {("row 1", "room"), *both}
+
+
+def test_names_of_programs_get_into_texts_only_where_there_was_one() -> None:
+    def talk(room: str, prompt: str, said: str) -> dict[str, Any]:
+        called = {"function": {"name": "light", "arguments": {"room": room}}}
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "tool_calls": [called]}]
+        result = {"role": "tool", "content": json.dumps({"room": room})}
+        return {"tools": [{"name": "light"}], "messages": [*turns, result, {"role": "assistant", "content": said}]}
+
+    rows = [talk("hall", "light the hall", "The hall is lit."), talk("dining_room", "light room dining_room", "Lit.")]
+    made = copied(rows, copies=9, **QUIET)
+    assert [c.row.prompt for c in made] and {
+        (c.row.turns[0]["content"], c.row.turns[2]["content"], c.row.completion) for c in made
+    } == {
+        ("light the dining room", '{"room": "dining_room"}', "The dining room is lit."),
+        ("light room hall", '{"room": "hall"}', "Lit."),
     }
