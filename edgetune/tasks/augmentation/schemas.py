@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from edgetune_runtime.decoding.output import OutputSpec, spec_of
+from edgetune_runtime.errors import EdgetuneError
+
 from .answers import Scalar
 
 
@@ -16,6 +19,24 @@ def listed_in(schemas: Sequence[Mapping[str, Any]]) -> list[Scalar] | None:
     if not lists or None in lists:
         return None
     return list(dict.fromkeys(v for values in lists for v in values or () if isinstance(v, str | int | float)))
+
+
+def accepts(schemas: Sequence[Mapping[str, Any]], value: Scalar) -> bool:
+    """Whether one of a field's schemas allows a value, or there are none that can be used."""
+    return not schemas or _accepts(json.dumps(schemas), json.dumps(value, ensure_ascii=False))
+
+
+@lru_cache(maxsize=1 << 14)
+def _accepts(schemas: str, value: str) -> bool:
+    try:
+        return any(spec.accepts(value) for spec in _specs(schemas))
+    except EdgetuneError:
+        return True
+
+
+@lru_cache(maxsize=256)
+def _specs(schemas: str) -> list[OutputSpec]:
+    return [spec_of(schema=schema) for schema in json.loads(schemas)]
 
 
 @lru_cache(maxsize=64)

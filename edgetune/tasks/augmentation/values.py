@@ -25,7 +25,7 @@ from edgetune.tasks.data import TaskRow
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
 from .dependence import decided_keys, has_number, is_fixed, is_tied
 from .numbers import numbers_in
-from .schemas import fields_of, listed_in
+from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
 
 _ENOUGH = 3
@@ -119,6 +119,8 @@ class Values:
         if new in values.values() or has_value(item.answer.said(item.row), new):
             return False
         if _has_json_result(item.row) and (_is_escaped(new) or _is_escaped(slot.value)):
+            return False
+        if not accepts(self._schemas_of(item, slot.paths[0]), new):
             return False
         return all(
             other is slot or _order(slot.value, other.value) == _order(new, value) for other, value in values.items()

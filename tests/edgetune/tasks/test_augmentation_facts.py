@@ -83,6 +83,18 @@ def test_a_number_stays_where_a_later_call_may_be_computed_from_it() -> None:
     assert changed == {("row 1", "room"), *both}
 
 
+def test_values_that_a_schema_does_not_allow_are_not_used() -> None:
+    def row(degrees: int) -> dict[str, Any]:
+        properties = {"to": {"type": "integer", "multipleOf": 4}}
+        tool = {"name": "heat", "parameters": {"type": "object", "properties": properties}}
+        called = {"function": {"name": "heat", "arguments": {"to": degrees}}}
+        asks = {"role": "user", "content": f"heat to {degrees}"}
+        return {"messages": [asks, {"role": "assistant", "tool_calls": [called]}], "tools": [tool]}
+
+    made = copied([row(16), row(20), row(22), row(28)], copies=9, **QUIET)
+    assert {c.row.turn["tool_calls"][0]["function"]["arguments"]["to"] for c in made if c.row.turn} == {24}
+
+
 def test_names_of_programs_get_into_texts_only_where_there_was_one() -> None:
     def talk(room: str, prompt: str, said: str) -> dict[str, Any]:
         called = {"function": {"name": "light", "arguments": {"room": room}}}
