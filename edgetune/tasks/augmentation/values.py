@@ -32,6 +32,12 @@ _ENOUGH = 3
 """Values that rows with the same unsaid fields have, from which on those of other rows are not used."""
 _EXCHANGED = 0.8
 """How often a value is exchanged, where there is another one."""
+_UNSAID = frozenset(("none", "null", "unknown", "unset", "all", "any", "other", "default", "auto"))
+"""Values of schemas that say what a prompt does not."""
+_CLOCK = re.compile(
+    r"\s*([ap]\.?m\b|o['\u2019]clock|(?:in the |at )?(?:morning|afternoon|evening|night)\b)", re.IGNORECASE
+)
+"""What is after an hour, and not after every other one."""
 _DRAWS = 8
 """Attempts at another value that fits."""
 
@@ -80,6 +86,9 @@ class Values:
         self._listed, self._schema = listed, json.dumps(schema or {})
         for field in listed:
             self._check_allowed(field, rows)
+        self._is_said = {
+            (item.answer.field(path), value): False for item in rows for path, value in item.answer.scalars()
+        } | {(slot.field, slot.value): True for item in rows for slot in item.slots}
         self._seen: dict[tuple[str, object], dict[Scalar, None]] = {}
         self._pools: dict[tuple[str, object, bool], Sequence[Scalar]] = {}
         for item in rows:
@@ -129,12 +138,13 @@ class Values:
     def _contexts(self, item: SlottedRow, slot: Slot) -> tuple[object, object]:
         """What the value of a slot may depend on: the fields that it decides on, and the unsaid ones, all or the tied.
 
-        The fields are those of the same part of the answer.
+        The fields are those of the same part of the answer. Of an hour, it is also the half of the day.
         """
+        clock = _clock_after(item, slot) if has_number(slot.value) else []
         place = slot.paths[0][0] if isinstance(item.answer.value, list) else 0
         record = item.answer.record(int(place))
         own, tied = self._decided.get(slot.field, frozenset()), self._tied.get(slot.field, set())
-        decided = tuple(sorted(field for field in own & record.keys() if record[field] != NO_VALUE))
+        decided = (*clock, *sorted(field for field in own & record.keys() if record[field] != NO_VALUE))
         unsaid = tuple(sorted((field, str(record[field])) for field in self._unmentioned & record.keys()))
         return ("all", decided, unsaid), ("tied", decided, tuple(each for each in unsaid if each[0] in tied))
 
@@ -142,7 +152,7 @@ class Values:
         """The values that can take the place of that of a slot, and its own."""
         if slot.field in self._fixed or _is_followed(item, slot):
             return []
-        allowed = listed_in(self._schemas_of(item, slot.paths[0]))
+        allowed = self._listed_by_schema(item, slot)
         pool = self._pool(slot.field, self._contexts(item, slot), is_text=isinstance(slot.value, str))
         if allowed is not None:
             # A schema of a function's own is for no other.
@@ -154,6 +164,14 @@ class Values:
                 pool = [number for number in numbers_in(grounds) if number in pool]
             pool = [value for value in pool if mentions_of(grounds, value)]
         return pool
+
+    def _listed_by_schema(self, item: SlottedRow, slot: Slot) -> list[Scalar] | None:
+        """The values that the schemas of a slot list, as far as people say them; None if they list none."""
+        allowed = listed_in(self._schemas_of(item, slot.paths[0]))
+        if allowed is None:
+            return None
+        unsaid = {value for value in allowed if str(value).lower() in _UNSAID}
+        return [value for value in allowed if self._is_said.get((slot.field, value), value not in unsaid)]
 
     def _pool(self, field: str, contexts: tuple[object, object], *, is_text: bool) -> Sequence[Scalar]:
         """The values of a field in rows with the same unsaid fields, and the given; few texts with those of more rows.
@@ -203,6 +221,11 @@ def _other_texts(row: TaskRow) -> str:
 def _is_written(turn: Message) -> bool:
     """Whether a program wrote a turn."""
     return turn["role"] == "tool" or turn["content"].lstrip()[:1] in ("{", "[")
+
+
+def _clock_after(item: SlottedRow, slot: Slot) -> list[str]:
+    said = item.answer.said(item.row)
+    return [match[1].lower() for mention in slot.mentions if (match := _CLOCK.match(said, mention.end))]
 
 
 def _is_followed(item: SlottedRow, slot: Slot) -> bool:

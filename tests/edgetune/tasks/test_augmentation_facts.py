@@ -95,6 +95,19 @@ def test_values_that_a_schema_does_not_allow_are_not_used() -> None:
     assert {c.row.turn["tool_calls"][0]["function"]["arguments"]["to"] for c in made if c.row.turn} == {24}
 
 
+def test_values_of_a_schema_that_nobody_says_are_not_used() -> None:
+    schema = {"type": "object", "properties": {"room": {"enum": ["hall", "den", "bar", "here", "none", "all"]}}}
+    rows = [asked("light the hall", room="hall"), asked("some light", room="here"), asked("all lights", room="all")]
+    made = {answer["room"] for _, answer in pairs(copied(rows, schema, copies=9, **QUIET))}
+    assert made == {"hall", "den", "bar", "all"}
+
+
+def test_hours_stay_in_their_half_of_the_day() -> None:
+    hours = {"5 am": 5, "6 am": 6, "8 am": 8, "9 pm": 9, "11 PM": 11, "20 o'clock": 20, "22": 22, "15": 15}
+    made = pairs(copied([asked(f"wake me at {text}", hour=hour) for text, hour in hours.items()], copies=9, **QUIET))
+    assert {prompt.lower().removeprefix("wake me at ") for prompt, _ in made} == {"7 am", "11 pm", "9 pm"}
+
+
 def test_names_of_programs_get_into_texts_only_where_there_was_one() -> None:
     def talk(room: str, prompt: str, said: str) -> dict[str, Any]:
         called = {"function": {"name": "light", "arguments": {"room": room}}}
