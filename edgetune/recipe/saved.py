@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+
+from edgetune.common.files import write_file
 
 from .model import Recipe
 from .problems import value_at
@@ -12,29 +15,31 @@ from .rows import Rows
 RECIPE = "recipe.json"
 
 
-def save_recipe(recipe: Recipe, folder: Path) -> Path:
+def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None) -> Path:
     """Write `recipe.json`, from which `Recipe.from_file` makes the same recipe, with rows from memory in files beside.
 
-    Paths become absolute. What is not set stays unset, because some defaults depend on the base or the board.
+    Paths become absolute. What is not set stays unset, because some defaults depend on the base or the board. Data
+    files in the folder `copied_from` are copied. OutOfSpaceError if the disk is full.
     """
     values = recipe.model_dump(exclude_unset=True)
     base = recipe.folder / Path(recipe.base).expanduser()
     if base.exists():
         values["base"] = str(base.absolute())
     for loc, source in recipe.sources():
-        value_at(loc[:-1], values)[loc[-1]] = save_source(source, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+        saved = save_source(source, folder)
+        if copied_from is not None and Path(saved).parent.resolve() == copied_from.resolve():
+            saved = str(shutil.copy(saved, folder.absolute()))
+        value_at(loc[:-1], values)[loc[-1]] = saved
     path = folder / RECIPE
-    path.write_text(json.dumps(values, indent=2), encoding="utf-8")
+    write_file(path, json.dumps(values, indent=2))
     return path
 
 
 def save_source(source: str | Rows, folder: Path) -> str:
     """The absolute path of a data file, which rows from memory are written to; a hub id is unchanged."""
     if isinstance(source, Rows):
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{source}.jsonl"
-        path.write_text(source.text, encoding="utf-8")
+        write_file(path, source.text)
     else:
         path = Path(source)
     return str(path.absolute()) if path.exists() else str(source)

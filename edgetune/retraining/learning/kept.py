@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
+from tempfile import mkdtemp
 
+from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
+
+from edgetune.common.files import write_file
 from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.saved import RECIPE, save_recipe
 
+_KEPT = "kept-"
+"""Beginning of the name of a folder with what was kept for one bundle; several are there after a kill."""
+_DIGESTS = "digests.json"
+"""The digests of the bundle's adapters that the recipe has the rows of, written when all else is."""
 _ADAPTERS = "adapters"
 """Folder with the adapters of the packed bundle as they were trained: the next training starts from them."""
 
@@ -19,31 +29,75 @@ def kept_folder(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}.learn")
 
 
-def recipe_beside(bundle: Path) -> Path | None:
-    """The recipe with the rows of the bundle: the one that was kept, or the one that a build of data files made."""
-    candidates = (kept_folder(bundle) / RECIPE, bundle.with_name(f"{bundle.name}.yaml"))
-    return next((path for path in candidates if path.is_file()), None)
+def recipe_beside(bundle: Path, names: Collection[str]) -> Path | None:
+    """The recipe with the rows of these adapters of the bundle: the kept one, or the one that a build of data made.
+
+    What was kept for an adapter that was replaced since, as by another build, counts no more.
+    """
+    found = [folder / RECIPE for folder, kept in _kept(bundle, read_manifest(bundle)) if kept >= {*names}]
+    return next((path for path in (*found, bundle.with_name(f"{bundle.name}.yaml")) if path.is_file()), None)
 
 
 def adapter_folders(bundle: Path, name: str) -> list[Path]:
     """Where the adapter may be as it was trained: of the last training that was kept, or of the build."""
-    folders = (kept_folder(bundle) / _ADAPTERS / name, _trained(bundle, name))
-    return [folder for folder in folders if folder.is_dir()]
+    kept = [folder / _ADAPTERS / name for folder, names in _kept(bundle, read_manifest(bundle)) if name in names]
+    return [folder for folder in (*kept, _trained(bundle, name)) if folder.is_dir()]
 
 
-def keep(recipe: Recipe, names: Iterable[str], staged: Path, out: Path) -> None:
-    """Keep the recipe of the bundle `out`, and those of its adapters that were trained for the bundle `staged`."""
-    folder = kept_folder(out)
-    save_recipe(recipe, folder)
-    for name in names:
-        target = folder / _ADAPTERS / name
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(_trained(staged, name), target)
+def swap_in_and_keep(recipe: Recipe, names: Collection[str], staged: Path, out: Path) -> None:
+    """Put the bundle `staged` in the place of `out`, and keep its recipe and its adapters `names`, which were trained.
+
+    At any moment what is kept for the bundle at `out` is complete. OutOfSpaceError leaves both as they were.
+    """
+    manifest = read_manifest(staged)
+    before = _kept(out, manifest)
+    folder = Path(mkdtemp(prefix=_KEPT, dir=kept_folder(out)))
+    try:
+        with raising_out_of_space(folder):
+            # Another call deletes the folder that the recipe is from.
+            save_recipe(recipe, folder, copied_from=recipe.folder if _is_kept(recipe.folder) else None)
+            for name in names:
+                shutil.copytree(_trained(staged, name), folder / _ADAPTERS / name)
+            for other, kept in before:
+                for name in kept.difference(names):
+                    if (other / _ADAPTERS / name).is_dir():
+                        shutil.copytree(other / _ADAPTERS / name, folder / _ADAPTERS / name, dirs_exist_ok=True)
+        now = _digests(manifest)
+        digests = now | (_read_digests(recipe.folder) if _is_kept(recipe.folder) else {})
+        write_file(folder / _DIGESTS, json.dumps(digests | {name: now[name] for name in names}))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    swap_in(staged, out)
+    for other in kept_folder(out).glob(f"{_KEPT}*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
 
-def forget_adapters(bundle: Path) -> None:
-    """Delete the adapters that were kept, because the bundle gets another base."""
-    shutil.rmtree(kept_folder(bundle) / _ADAPTERS, ignore_errors=True)
+def _kept(bundle: Path, manifest: Manifest) -> list[tuple[Path, set[str]]]:
+    """The folders kept beside a bundle, each with the adapters that are as in the manifest; those with most first."""
+    now = _digests(manifest).items()
+    folders = [path.parent for path in kept_folder(bundle).glob(f"{_KEPT}*/{_DIGESTS}")]
+    found = [(folder, {name for name, digests in _read_digests(folder).items() if (name, digests) in now})
+             for folder in folders]  # fmt: skip
+    return sorted(found, key=lambda each: -len(each[1]))
+
+
+def _is_kept(folder: Path) -> bool:
+    return folder.name.startswith(_KEPT) and (folder / _DIGESTS).is_file()
+
+
+def _read_digests(folder: Path) -> dict[str, list[str]]:
+    digests: dict[str, list[str]] = json.loads((folder / _DIGESTS).read_text(encoding="utf-8"))
+    return digests
+
+
+def _digests(manifest: Manifest) -> dict[str, list[str]]:
+    """The digests of the files of each adapter."""
+    return {
+        name: sorted(manifest.files[file].sha256 for file in entry.files.values())
+        for name, entry in manifest.adapters.items()
+    }
 
 
 def _trained(bundle: Path, name: str) -> Path:

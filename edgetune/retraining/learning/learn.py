@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.formats.atomic import swap_in
 
 from edgetune.bases import is_gguf
 from edgetune.building.pipeline import build
@@ -28,7 +27,7 @@ from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
-from .kept import adapter_folders, keep, kept_folder, recipe_beside
+from .kept import adapter_folders, kept_folder, recipe_beside, swap_in_and_keep
 from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
@@ -87,7 +86,7 @@ def learn(
         # Users' words are in it.
         work.chmod(0o700)
         corrected = _by_adapter(entries, manifest, progress.say)
-        path = _recipe_of(bundle, recipe)
+        path = _recipe_of(bundle, recipe, corrected)
         unknown = [name for name in corrected if name not in Recipe.from_file(path).adapters]
         if unknown:
             message = f"{path} has no adapter {unknown[0]!r}, of which the log has corrections"
@@ -121,8 +120,7 @@ def learn(
         specs = {
             name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
         }
-        keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), rows, staged, out)
-        swap_in(staged, out)
+        swap_in_and_keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), [*rows], staged, out)
         return learned
 
 
@@ -154,8 +152,8 @@ def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
     return spec
 
 
-def _recipe_of(bundle: Path, recipe: Path | None) -> Path:
-    path = recipe or recipe_beside(bundle)
+def _recipe_of(bundle: Path, recipe: Path | None, names: Collection[str]) -> Path:
+    path = recipe or recipe_beside(bundle, names)
     if path is None:
         message = f"the old rows of {bundle} are in its recipe, which is not beside it"
         raise NotFoundError(message, "give it: --recipe RECIPE")

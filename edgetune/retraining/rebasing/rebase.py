@@ -11,7 +11,6 @@ from typing import Any
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.formats.atomic import swap_in
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
 
 from edgetune.building import builders
@@ -23,7 +22,7 @@ from edgetune.planning.records import BasePlan, BuildPlan
 from edgetune.recipe.rows import Rows
 from edgetune.report.facts import facts_of
 from edgetune.retraining.learning.change import Changes, changes_between, scored, worse_sets
-from edgetune.retraining.learning.kept import forget_adapters, keep, kept_folder
+from edgetune.retraining.learning.kept import kept_folder, swap_in_and_keep
 from edgetune.shipping.exported import BuildBase
 from edgetune.tasks.evaluation import rows_for
 
@@ -134,10 +133,7 @@ def rebase(
         with locked(kept_folder(out)):
             if out == bundle and read_manifest(bundle) != manifest:
                 raise UsageError(f"{bundle} was changed while it was rebased", "run the same command again")
-            # If this is cut off, no adapter of another base is left to start from.
-            forget_adapters(out)
-            swap_in(staged, out)
-            keep(recipe, [name for name in sets if name not in worse], staged, out)
+            swap_in_and_keep(recipe, [name for name in sets if name not in worse], staged, out)
         return Rebased(out, changes, *figures, margin, worse)
 
 

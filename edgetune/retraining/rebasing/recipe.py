@@ -62,7 +62,8 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
 
 
 def _loaded(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe:
-    path, changes = source.recipe or recipe_beside(bundle), {**_changes(source), **(source.settings or {})}
+    path = source.recipe or recipe_beside(bundle, manifest.adapters)
+    changes = {**_changes(source), **(source.settings or {})}
     if path is not None:
         names = [name for name in Recipe.from_file(path).adapters if name in manifest.adapters]
         return Recipe.from_file(path, {**split_of(manifest, names), **changes})

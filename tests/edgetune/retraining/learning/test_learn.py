@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -15,13 +16,14 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.errors import NotFoundError, OutOfSpaceError, UsageError
 from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
+from edgetune.retraining.learning.kept import adapter_folders, recipe_beside
 from edgetune.retraining.learning.learn import Learned, learn, read_logs
 from edgetune.retraining.learning.questions import most_informative
 
@@ -115,11 +117,62 @@ def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> Non
     assert result.bundle == home
     # Corrections that were held out are validation rows now.
     assert result.changes["light"]["validation"].rows == 5 + 2
-    recipe = Recipe.from_file(home.with_name("home.learn") / "recipe.json")
+    recipe = kept_recipe(home)
     assert set(recipe.adapters) == {"light", "color"}
     # Each build would draw so many rows again, and lose corrections.
     assert recipe.adapters["light"].data.rows is None
     assert len(Path(str(recipe.adapters["light"].data.train)).read_text().splitlines()) == 19 + 6 + 3
+
+
+def kept_recipe(home: Path) -> Recipe:
+    path = recipe_beside(home, ["light"])
+    assert path is not None
+    return Recipe.from_file(path)
+
+
+def test_what_was_kept_counts_while_the_bundle_has_the_adapter(built: Path, home: Path) -> None:
+    log = logged(home, corrections())
+    run(home, log)
+    assert recipe_beside(home, ["light", "color"]) and adapter_folders(home, "light")
+    shutil.rmtree(home)
+    shutil.copytree(built / "home", home)
+    assert adapter_folders(home, "light") == []
+    with pytest.raises(NotFoundError, match="--recipe RECIPE"):
+        learn(home, read_logs(home, [log], QUIET.say), None, None, QUIET)
+    # Only the corrected adapter is another one.
+    assert recipe_beside(home, ["color"])
+    assert run(home, log).learned == {"light": 6}
+
+
+@pytest.mark.parametrize("cut", ["edgetune.recipe.saved.write_file", "edgetune.retraining.learning.kept.swap_in"])
+def test_what_was_kept_stays_until_the_next_bundle_is_there(
+    cut: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run(home, logged(home, corrections()))
+    before, more = kept_recipe(home), [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
+    entries = read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say)
+    with monkeypatch.context() as patch:
+        patch.setattr(cut, full)
+        with pytest.raises((OutOfSpaceError, OSError)):
+            learn(home, entries, None, None, QUIET)
+    assert kept_recipe(home) == before
+    assert learn(home, entries, None, None, QUIET).learned == {"light": 3}
+    assert len([*home.with_name("home.learn").glob("kept-*")]) == 1
+
+
+def test_rows_of_other_adapters_are_kept_too(home: Path) -> None:
+    colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
+    text = home.with_name(NAME).read_text(encoding="utf-8")
+    home.with_name(NAME).write_text(text.replace('{"max_steps": 2}', '{"max_steps": 40}'), encoding="utf-8")
+    assert run(home, logged(home, [*corrections(), *colors])).bundle == home
+    more = [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
+    learn(home, read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say), None, None, QUIET)
+    path = recipe_beside(home, ["light", "color"])
+    assert path is not None and "shine 1" in Path(str(kept_recipe(home).adapters["color"].data.train)).read_text()
+    assert len(adapter_folders(home, "color")) == 1
 
 
 def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

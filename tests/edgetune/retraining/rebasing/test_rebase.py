@@ -102,7 +102,7 @@ def test_another_tokenizer_and_template_change_nothing_in_the_rows(
     with Runtime.open(home, disk_mb=0) as runtime:
         assert runtime.generate("turn on the light 1", adapter="light", max_tokens=8).text == "reply on"
     # The next `learn` or `rebase` finds the recipe and the adapters.
-    path = recipe_beside(home)
+    path = recipe_beside(home, ADAPTERS)
     assert path is not None and Recipe.from_file(path).base == str(base)
     assert len(adapter_folders(home, "light")) == 1
 
@@ -118,7 +118,7 @@ def test_nothing_is_packed_if_an_adapter_got_worse_unless_it_is_left_out(
         "edgetune: worse on the new base: light on validation; nothing was packed; allow more with --margin, or leave "
         "these adapters out with --without-worse"
     ]
-    assert "nothing packed" in said.out and not out.exists() and recipe_beside(out) is None
+    assert "nothing packed" in said.out and not out.exists() and not out.with_name("new.learn").exists()
     trained = home.with_name("new.rebase") / "new.work/train/tone/log.jsonl"
     written = trained.stat().st_mtime_ns
     assert run(home, *options, "--without-worse") == 0
