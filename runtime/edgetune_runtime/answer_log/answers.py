@@ -22,7 +22,8 @@ class LoggedAnswer:
     """What an adapter (None: the base) of a bundle answered to `messages`, and when (ISO 8601).
 
     `base` is the fingerprint of the bundle's base. `correction` is the right answer, `answer` itself if someone
-    confirmed it, and None if nobody said anything; with `is_wrong` someone said that `answer` is not right.
+    confirmed it, and None if nobody said anything; with `is_wrong` someone said that `answer` is not right. With
+    `is_cut_off`, `answer` is incomplete and cannot be confirmed.
 
     `tools` are the definitions of those that the answer could call. Calls in `answer` and `correction` are JSON, such
     as `{"tool_calls": [{"name": "turn_on", "arguments": {"room": "hall"}}]}`, with a `content` if there is one.
@@ -39,6 +40,7 @@ class LoggedAnswer:
     correction: str | None = None
     is_wrong: bool = False
     tools: tuple[Mapping[str, Any], ...] | None = None
+    is_cut_off: bool = False
 
     @property
     def is_judged(self) -> bool:
@@ -46,7 +48,12 @@ class LoggedAnswer:
         return self.is_wrong or self.correction is not None
 
     def with_correction(self, text: str | None = None) -> LoggedAnswer:
-        """The answer with what it should have been; None: it is right. UsageError as of `message_of`."""
+        """The answer with what it should have been; None: it is right.
+
+        UsageError as of `message_of`, and if it is right although it was cut off.
+        """
+        if text is None and self.is_cut_off:
+            raise UsageError("the answer was cut off, which is not to be learned", "give the right answer")
         right = self.answer if text is None else text
         self.message_of(right)
         return replace(self, correction=right, is_wrong=right != self.answer)

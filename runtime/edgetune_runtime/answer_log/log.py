@@ -78,11 +78,13 @@ class AnswerLog:
         adapter: str | None = None,
         confidence: float | None = None,
         answer_id: str | None = None,
+        is_cut_off: bool = False,
     ) -> str:
         """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log.
 
         With `tools`, `answer` is `Answer.content`, and `calls` are `Answer.tool_calls`. `shown` is what the user got in
-        place of an unsure answer; an empty text is a question back, which cannot be right.
+        place of an unsure answer; an empty text is none that can be right, such as a question back. Nor can an answer
+        that is cut off.
         """
         turns = messages_for(prompt, None)
         offered = tool_set(tools)
@@ -98,6 +100,7 @@ class AnswerLog:
             answer_text(text, list(zip([call.name for call in calls], arguments, strict=True))),
             confidence,
             tools=None if offered is None else tuple(offered.definitions),
+            is_cut_off=is_cut_off,
         )
         try:
             self._write(entry, shown)
@@ -114,7 +117,8 @@ class AnswerLog:
         shown = self._recent_answer(answer_id).shown
         right = shown if correction is None else correction
         if right == "":
-            raise UsageError("the answer was a question back, which is not to be learned", "give the right answer")
+            message = "the answer was cut off or a question back, which is not to be learned"
+            raise UsageError(message, "give the right answer")
         text = None if right is None else self._redaction.clean(right)[0]
         with self._lock:
             self._write(self._recent_answer(answer_id).entry.with_correction(text), shown)

@@ -82,6 +82,11 @@ class Answer:
     replaced: Answer | None = None
 
     @property
+    def is_cut_off(self) -> bool:
+        """Whether the text is incomplete: it ended neither with the turn nor with a stop text."""
+        return self.stop_reason not in ("end", "stop")
+
+    @property
     def message(self) -> dict[str, Any]:
         """The answer as a chat message: the assistant's `content`, and its `tool_calls` if there are any."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}

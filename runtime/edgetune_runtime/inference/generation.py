@@ -21,8 +21,6 @@ from .confidence import confidence, kind_of, log_chance, log_odds
 
 _WHOLE = ("end", "stop", "length")
 """Reasons to stop that the next answer to the prompt will have too."""
-_COMPLETE = ("end", "stop")
-"""Reasons to stop that leave a whole answer."""
 _MAX_HELD = 64
 """Forced tokens whose log-probabilities are computed in one step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
@@ -139,7 +137,7 @@ class _Answering:
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
         answer = Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)
-        return self._with_confidence(answer) if self._reason in _COMPLETE else answer
+        return answer if answer.is_cut_off else self._with_confidence(answer)
 
     def _with_confidence(self, answer: Answer) -> Answer:
         offers_tools = self._reader is not None

@@ -203,12 +203,14 @@ class Answering:
         own, shown = answer.replaced or answer, None
         if answer.replaced is not None:
             pairs = [(call.name, call.arguments) for call in answer.tool_calls[: request.max_calls]]
-            shown = "" if answer.instead == ASK else answer_text(answer.content, pairs)
+            is_no_answer = answer.instead == ASK or answer.is_cut_off
+            shown = "" if is_no_answer else answer_text(answer.content, pairs)
         calls = own.tool_calls[: request.max_calls]
         # Of a call that was cut off there is only the text.
         log = partial(self.log.answered, prompt, own.content if calls else own.content or own.text, calls=calls)
         about: dict[str, Any] = {"adapter": name, "confidence": own.confidence, "shown": shown}
         about |= {"tools": options.get("tools"), "answer_id": answer_id(request.id, index)}
+        about |= {"is_cut_off": own.is_cut_off}
         await asyncio.to_thread(log, **about)
 
     def _check(self, end_s: float, progress: str) -> None:

@@ -130,8 +130,18 @@ def test_what_was_shown_in_place_of_an_unsure_answer_is_confirmed(manifest: Mani
     log.corrected(log.answered("one", "1", shown="2", adapter="command"))
     (entry,) = read_answer_log(log.path, manifest)
     assert (entry.answer, entry.correction, entry.is_wrong) == ("1", "2", True)
-    with pytest.raises(UsageError, match="a question back, which is not to be learned; give the right answer"):
+    with pytest.raises(UsageError, match="was cut off or a question back, which is not to be learned; give the"):
         log.corrected(log.answered("two", "1", shown="", adapter="command"))
+
+
+def test_an_answer_that_was_cut_off_is_corrected_but_not_confirmed(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    answer = log.answered("one", "1", adapter="command", is_cut_off=True)
+    with pytest.raises(UsageError, match="the answer was cut off, which is not to be learned; give the right answer"):
+        log.corrected(answer)
+    log.corrected(answer, "12")
+    (entry,) = read_answer_log(log.path, manifest)
+    assert (entry.is_cut_off, entry.correction) == (True, "12")
 
 
 def test_a_judgement_stays_where_a_later_line_says_nothing(manifest: Manifest, tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def test_a_call_that_was_cut_off_is_logged_as_its_text(start: Start, tools_bundl
 
 
 def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, log: Path) -> None:
-    reply = client.chat.completions.create(**CHAT, n=2)
+    text = server.runtime.generate(CHAT["messages"], adapter="command", max_tokens=4).text
+    reply = client.chat.completions.create(**CHAT, n=2, stop=text[-2:])
     assert server.client.post(PATH, json={"id": reply.id}).json() == {"status": "ok"}
     corrected = {"id": reply.id, "index": 1, "correction": "light.on"}
     assert server.client.post(PATH, json=corrected).status_code == 200
@@ -91,13 +92,16 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
     assert server.client.post(PATH, json={"id": reply.id, "is_wrong": True}).json() == {"status": "ok"}
     first, _ = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, first.is_wrong) == (None, True)
+    cut_off = client.chat.completions.create(**CHAT)
+    assert "was cut off" in server.client.post(PATH, json={"id": cut_off.id}).json()["error"]
 
 
 def test_an_adapters_own_unsure_answer_is_logged(start: Start, sure_bundle: Path, log: Path) -> None:
     server = start(sure_bundle, log=log)
     own = server.runtime.generate("set heat to warm", adapter="command", max_tokens=8)
+    tone = server.runtime.generate("set heat to warm", adapter="tone", max_tokens=24)
     messages = [{"role": "user", "content": "set heat to warm"}]
-    chat = {"model": "command", "messages": messages, "stop": own.text[-2:], "max_tokens": 24}
+    chat = {"model": "command", "messages": messages, "stop": [own.text[-2:], tone.text[-8:]], "max_tokens": 24}
     chat |= {"min_confidence": 1 - 1e-9}
 
     def sent(**more: str) -> Response:
@@ -109,7 +113,7 @@ def test_an_adapters_own_unsure_answer_is_logged(start: Start, sure_bundle: Path
     assert [(entry.adapter, entry.answer) for entry in entries] == [("command", own.text[:-2])] * 3
     assert server.client.post(PATH, json={"id": other["id"]}).status_code == 200
     refused = server.client.post(PATH, json={"id": question["id"]})
-    assert (refused.status_code, "was a question back" in refused.text) == (400, True)
+    assert (refused.status_code, "was cut off or a question back" in refused.text) == (400, True)
     first, *_ = read_answer_log(log, server.runtime.manifest)
     assert first.correction == other["choices"][0]["message"]["content"]
 

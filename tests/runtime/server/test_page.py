@@ -119,11 +119,16 @@ def test_the_page_streams_the_answers_of_two_adapters_by_keyboard_alone(start: S
 
 
 @needs_browser
-def test_an_answer_is_confirmed_or_corrected_on_the_page(start: Start, visit: Visit, tmp_path: Path) -> None:
-    server = start(log=tmp_path / "answers.jsonl")
+def test_an_answer_is_confirmed_or_corrected_on_the_page(
+    bundle: Path, start: Start, visit: Visit, tmp_path: Path
+) -> None:
+    home = Path(shutil.copytree(bundle, tmp_path / "home"))
+    # Answers that end.
+    change_manifest(home, lambda raw: raw["adapters"]["command"].update(output={"choices": ["on", "off"]}))
+    server = start(home, log=tmp_path / "answers.jsonl")
     page = visit(server)
     page.get_by_label("Adapter", exact=True).first.select_option("command")
-    page.get_by_label("most tokens").fill("4")
+    page.get_by_label("most tokens").fill("20")
     prompt, send = page.get_by_role("textbox", name="Prompt"), page.get_by_role("button", name="Send")
     for text, correction in (("turn on the light", None), ("close the blind", "blind.close"), ("stop", "")):
         prompt.fill(text)
