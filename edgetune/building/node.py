@@ -52,8 +52,7 @@ def main(folder: Path) -> int:
 
 def _prepared(request: AdapterRequest, progress: Progress) -> tuple[Builder[Any], Any, TrainingJob[Any]]:
     """The base and the training job; IncompatibleError if they are not those of the head."""
-    recipe = Recipe.from_file(request.recipe)
-    recipe = recipe.model_copy(update={"adapters": {request.name: recipe.adapters[request.name]}})
+    recipe = Recipe.from_file(request.recipe).only([request.name])
     work = Path(request.work)
     planned = plan_build(recipe, work)
     if planned.plan.source is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -100,6 +100,7 @@ class Recipe(RecipePart):
     """A router, which chooses the adapter of a prompt (`adapter="auto"`): true, or a mapping of options."""
 
     _folder: Path = PrivateAttr(default=Path())
+    _others: dict[str, AdapterSpec] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def from_file(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -266,6 +267,16 @@ class Recipe(RecipePart):
     def _keep_folder(self, info: ValidationInfo) -> Recipe:
         self._folder = (info.context or {}).get("folder", Path())
         return self
+
+    def only(self, names: Collection[str]) -> Recipe:
+        """The recipe with only these adapters to train; the rows of the others are still rows of other tasks."""
+        copy = self.model_copy(update={"adapters": {name: self.adapters[name] for name in names}})
+        copy._others = {name: spec for name, spec in self.adapters.items() if name not in names}
+        return copy
+
+    def others(self, name: str) -> dict[str, AdapterSpec]:
+        """The adapters besides `name`, also those that are not to be trained."""
+        return {other: spec for other, spec in {**self.adapters, **self._others}.items() if other != name}
 
     def check_adapter(self, name: str) -> None:
         """UsageError if the recipe has no adapter of this name."""

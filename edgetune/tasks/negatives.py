@@ -68,7 +68,12 @@ def negative_rows(
 
 def given(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The rows that this module has not made."""
-    return [row for row in rows if not row.where.startswith(f"{MADE}:")]
+    return [row for row in rows if not is_made(row)]
+
+
+def is_made(row: TaskRow) -> bool:
+    """Whether this module has made the row."""
+    return row.where.startswith(f"{MADE}:")
 
 
 def _row(number: int, text: str, label: str) -> TaskRow:

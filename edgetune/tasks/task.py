@@ -119,8 +119,8 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
     assert options is not None
     others = []
     if options.negatives is not None:
-        specs = [spec.data for name, spec in recipe.adapters.items() if name != task.name]
-        others = [row for data in specs for row in read(data.train, data.columns)]
+        specs = recipe.others(task.name).values()
+        others = [row for spec in specs for row in read(spec.data.train, spec.data.columns)]
     try:
         if options.negatives is not None:
             _check_negatives(options.negatives, task.labels, others)
@@ -165,11 +165,10 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
         message = f"adapter {task.name!r} has out_of_scope, but no labels: its metric is {task.metric}"
         raise UsageError(message, "set labels or `metric: label`, or remove out_of_scope")
     others = {}
-    for name, spec in recipe.adapters.items():
+    for name, spec in recipe.others(task.name).items():
         # Rows that cannot be read are reported by their own task.
         with suppress(EdgetuneError):
-            if name != task.name:
-                others[name] = read(spec.data.train, spec.data.columns)
+            others[name] = read(spec.data.train, spec.data.columns)
     label, seed = task.spec.out_of_scope.label, task.training.seed
     own = task.confidence_rows
     learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=own)

@@ -24,6 +24,7 @@ from edgetune.recipe.parts import AdapterSpec
 from edgetune.report.answers import split_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.metrics import answers_to_score
+from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
@@ -104,11 +105,11 @@ def learn(
             name: _started(_spec(tasks[name], split.train, split.validation), bundle, name)
             for name, split in rows.items()
         }
-        again = _of_base(loaded.model_copy(update={"adapters": specs, "route": None}), bundle, manifest)
-        build(again, staged, progress=progress, into=True)
+        again = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}, "route": None})
+        build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
         sets = {
             name: {
-                VALIDATION: answers_to_score(split.validation, tasks[name].metric, split.train),
+                VALIDATION: answers_to_score([*split.validation, *split.made], tasks[name].metric, split.train),
                 **({CORRECTIONS: split.held_out} if split.held_out else {}),
             }
             for name, split in rows.items()
@@ -183,7 +184,7 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
     """The adapter's section of the recipe with these rows, and with what was found in the old ones."""
     rows = {"train": train, "validation": validation}
     if task.spec.data.confidence is not None:
-        rows["confidence"] = task.confidence_rows
+        rows["confidence"] = given(task.confidence_rows)
     sources = {key: values_of(f"{task.name}-{key}", part) for key, part in rows.items()}
     data = task.spec.data.model_copy(update={**sources, "columns": None, "rows": None})
     scope = task.spec.out_of_scope

@@ -16,7 +16,7 @@ from edgetune.curation.checking.findings import CONFLICT, TRAIN, VALIDATION, Spl
 from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
 from edgetune.tasks.data import WEIGHT, TaskRow
-from edgetune.tasks.negatives import given
+from edgetune.tasks.negatives import given, is_made
 from edgetune.tasks.task import Task
 
 from .corrections import LOG, corrected_rows
@@ -35,14 +35,15 @@ class TooFewCorrectionsError(UsageError):
 class LearnedRows:
     """The rows of a task with corrections: those to learn, old validation rows, and corrections that are held out.
 
-    `learned` of the rows in `train` are corrections. `left_out` corrections have prompts that are kept apart, and
-    `unfit` says why others cannot be rows.
+    `made` are validation rows that `tasks.negatives` made, which no recipe keeps. `learned` of the rows in `train` are
+    corrections. `left_out` corrections have prompts that are kept apart, and `unfit` says why others cannot be rows.
     """
 
     train: Sequence[TaskRow]
     validation: Sequence[TaskRow]
     held_out: Sequence[TaskRow]
     learned: int
+    made: Sequence[TaskRow] = ()
     left_out: int = 0
     unfit: Sequence[str] = ()
 
@@ -75,7 +76,8 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     held_out = [row for prompt, row in corrected.items() if prompt in held]
     learned = [row for prompt, row in corrected.items() if prompt not in held]
     kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
-    return LearnedRows([*kept, *learned], validation, held_out, len(learned), len(rows) - len(corrected), unfit)
+    made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
+    return LearnedRows([*kept, *learned], validation, held_out, len(learned), made, len(rows) - len(corrected), unfit)
 
 
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:

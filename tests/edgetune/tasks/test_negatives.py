@@ -63,6 +63,19 @@ def test_the_same_rows_and_seed_make_the_same_rows(tmp_path: Path) -> None:
     assert [row.messages for row in one.train] == [row.messages for row in other.train]
 
 
+def test_adapters_that_are_not_trained_are_other_tasks_all_the_same(tmp_path: Path) -> None:
+    files = {"color.jsonl": ROWS, "songs.jsonl": SONGS}
+    adapters = {
+        "color": adapter_of(train="color.jsonl", out_of_scope=True),
+        "songs": {"data": {"train": "songs.jsonl", "augment": {"negatives": {"completion": "0"}}}},
+    }
+    recipe = make_recipe(tmp_path, "base.gguf", adapters, data=files)
+    for name in adapters:
+        assert read_task(name, recipe.only([name])) == read_task(name, recipe)
+    with pytest.raises(UsageError, match="and the recipe no other adapter"):
+        read_task("songs", recipe.model_copy(update={"adapters": {"songs": recipe.adapters["songs"]}}))
+
+
 def test_a_task_that_is_asked_the_same_is_no_example_of_what_is_out_of_scope(tmp_path: Path) -> None:
     task = task_with(tmp_path, songs=SHARED)
     texts = {row.messages[0]["content"] for row in (*task.train, *task.validation) if row.messages}

@@ -175,6 +175,13 @@ def test_rows_of_other_adapters_are_kept_too(home: Path) -> None:
     assert len(adapter_folders(home, "color")) == 1
 
 
+def test_adapters_that_are_not_learned_have_their_prompts_in_its_rows(home: Path) -> None:
+    text, plain = home.with_name(NAME).read_text(encoding="utf-8"), '"light.jsonl", "held_out": 0.2'
+    augmented = text.replace(plain, plain + ', "augment": {"copies": 1, "negatives": {"completion": "none"}}')
+    home.with_name(NAME).write_text(augmented, encoding="utf-8")
+    assert augmented != text and run(home, logged(home, corrections())).learned == {"light": 6}
+
+
 def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = read_manifest(home)
     text = home.with_name(NAME).read_text().replace("max_steps: 60", "max_steps: 1").replace("0.01", "1.0e-09")

@@ -91,6 +91,7 @@ def test_the_users_own_rows_out_of_scope_stay(tmp_path: Path) -> None:
     assert len(own) == 6
     made = [row for row in (*task.train, *task.validation) if row.where.startswith("made:")]
     assert made and not {row.prompt for row in made} & {row.prompt for row in (*learned.train, *learned.validation)}
+    assert [row.where for row in learned.made] == [row.where for row in task.validation if row in made]
     again = replace(task, train=[*learned.train, *made], validation=[*learned.validation, *learned.held_out])
     more = corrected(*[(f"and {n} by three", "out_of_scope") for n in range(4)])
     assert {row.prompt for row in learned_rows(again, more).train} > {row.prompt for row in learned.train}
