@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.inference.routing.router import last_user_text
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.wording import shortened, suggestion
@@ -33,40 +34,47 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
     spacing = spacing_of([row.completion or "" for row in task.train])
     for entry in entries:
         try:
-            row = _row(entry, _turn(entry, spacing))
+            row = _row(task, entry, _turn(entry, spacing))
             problem = _problem(task, row)
         except UsageError as error:
-            if (reason := _unfit(entry)) is not None:
+            if (reason := _unfit(task, entry)) is not None:
                 left_out.append(reason)
                 continue
             problem = f"cannot be an answer: {str(error).removeprefix(f'{LOG}{entry.id}: ')}"
-        if entry.correction == REDACTED:
-            problem = "was redacted as a whole"
+        is_redacted = REDACTED in (entry.correction, last_user_text(list(entry.messages)))
+        if is_redacted:
+            problem = "was redacted as a whole, or what was asked"
         if problem is None:
             rows.append(row)
             continue
         asked, answer = shortened(str(entry.messages[-1]["content"]), 60), shortened(entry.correction or "", 80)
         problem = f"answer {entry.id} to {asked!r}: the correction {answer!r} {problem}"
-        is_nobodys_mistake = entry.correction == entry.answer or REDACTED in (entry.correction or "")
+        is_mere_confirmation = entry.correction == entry.answer
+        is_nobodys_mistake = is_redacted or is_mere_confirmation or REDACTED in (entry.correction or "")
         (left_out if is_nobodys_mistake else problems).append(problem)
     if problems:
         raise UsageError("\n".join(problems))
     return rows, left_out
 
 
-def _row(entry: LoggedAnswer, turn: Message) -> TaskRow:
-    """The row of a conversation with this turn as the answer; UsageError if it cannot be one."""
+def _row(task: Task, entry: LoggedAnswer, turn: Message) -> TaskRow:
+    """The row of a conversation with this turn as the answer; UsageError if it cannot be one.
+
+    The task's own system prompt is left out, as its rows do not have it.
+    """
     tools = {} if entry.tools is None else {"tools": list(entry.tools)}
     where = f"{LOG}{entry.id}"
-    before = [{**each, WEIGHT: 0} if each["role"] == "assistant" else each for each in entry.messages]
+    has_own = entry.messages[0] == {"role": "system", "content": task.spec.system}
+    talk = entry.messages[has_own:]
+    before = [{**each, WEIGHT: 0} if each["role"] == "assistant" else each for each in talk]
     (row,) = rows_of(where, [(where, {"messages": [*before, turn], **tools})])
     return row
 
 
-def _unfit(entry: LoggedAnswer) -> str | None:
+def _unfit(task: Task, entry: LoggedAnswer) -> str | None:
     """Why the conversation can be no row, whatever its answer."""
     try:
-        _row(entry, {"role": "assistant", "content": "any"})
+        _row(task, entry, {"role": "assistant", "content": "any"})
     except UsageError as error:
         return error.message
     return None

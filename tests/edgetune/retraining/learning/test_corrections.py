@@ -174,7 +174,25 @@ def test_what_is_nobodys_mistake_stops_nothing(tmp_path: Path) -> None:
     (row,) = rows
     assert '{"state": "on", "area": "hall"}' in (row.completion or "")
     assert "is no answer that the metric json can score" in left_out[0]
-    assert left_out[1].endswith("was redacted as a whole")
+    assert left_out[1].endswith("was redacted as a whole, or what was asked")
+
+
+def test_prompts_that_were_redacted_as_a_whole_are_left_out(tmp_path: Path) -> None:
+    entries = [logged(n, [asked(text)], call_text("on"), TOOLS) for n, text in enumerate(("[redacted]", "[redacted]!"))]
+    (row,), (left_out,) = corrected_rows(task_of(tmp_path), entries)
+    assert row.where == "log:a1"
+    assert left_out.endswith("was redacted as a whole, or what was asked")
+
+
+def test_the_tasks_own_system_prompt_makes_no_other_prompt(tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "held_out": 0.2}
+    adapters = {"home": {"data": data, "system": "You control lamps."}}
+    task = read_task("home", make_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": ROWS}))
+    talks = [[{"role": "system", "content": text}, asked("lamp 1 on")] for text in ("You control lamps.", "Be brief.")]
+    entries = [logged(n, talk, call_text("on"), TOOLS) for n, talk in enumerate(talks)]
+    first, second = corrected_rows(task, entries)[0]
+    assert first.prompt_key in {row.prompt_key for row in (*task.train, *task.validation)}
+    assert second.system == "Be brief." and second.prompt_key != first.prompt_key
 
 
 def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_path: Path) -> None:
