@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ import numpy as np
 import torch
 from edgetune_export import architectures, backends
 from edgetune_export.adapters.shapes import Floats, Merged
-from edgetune_export.parity import Decoder, Parity, Rows, check, compare
+from edgetune_export.parity import (
+    TOLERANCE_KL,
+    TOLERANCE_KL_MERGED,
+    Decoder,
+    Parity,
+    Rows,
+    check,
+    check_kept,
+    compare,
+)
 from edgetune_export.parity import TrainedLogits as Model
 from edgetune_runtime import engines
 from edgetune_runtime.engines.base import Engine, Tokenizer
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.formats.quantization import TENSOR_TYPES
 from transformers import PreTrainedModel
 
 from edgetune import methods
@@ -96,20 +107,42 @@ def _adapter_parity(
 ) -> Parity:
     written = export.adapters[adapter.name]
     method, rounds_to = methods.load(adapter.plan.method), base if adapter.plan.on_grid else None
+    # On the grid, torch computes with the weights that the file has.
+    is_rounded = adapter.plan.shapes[export.backend] == Merged.shape and not adapter.plan.on_grid
     with method.loaded(adapter.checkpoint(trained.base)) as tuned, rounded_layers(tuned, rounds_to):
-        parity = _parity(trained.logits(tuned, adapter.name), adapter, export, engine)
-    progress.say(f"  {export.backend} {adapter.name}: {_described(parity)}")
-    check(
-        parity,
-        adapter.name,
-        written.weight_type or export.weight_type,
-        types=written.values_by_type,
-        # On the grid, torch computes with the weights that the file has.
-        merged=adapter.plan.shapes[export.backend] == Merged.shape and not adapter.plan.on_grid,
-        error=written.error,
-        requantized_kl=backends.format_of(export.backend).requantized_kl,
-    )
+        logits = trained.logits(tuned, adapter.name)
+        parity = _parity(logits, adapter, export, engine)
+        progress.say(f"  {export.backend} {adapter.name}: {_described(parity)}")
+        check(
+            parity,
+            adapter.name,
+            written.weight_type or export.weight_type,
+            types=written.values_by_type,
+            merged=is_rounded,
+            error=written.error,
+            requantized_kl=backends.format_of(export.backend).requantized_kl,
+        )
+        if is_rounded:
+            _check_kept(logits, adapter, export, engine)
     return parity
+
+
+def _check_kept(trained: Model, adapter: TrainedAdapter, export: ExportedFormat, engine: Engine) -> None:
+    """Check on the answers of the probes that rounding to fewer than 8 bits has not undone the training."""
+    written = export.adapters[adapter.name]
+    kind = TENSOR_TYPES.get(written.weight_type)
+    if kind is None or kind.bits >= TENSOR_TYPES["q8_0"].bits:
+        return
+    tolerances = TOLERANCE_KL if kind.name == export.weight_type else TOLERANCE_KL_MERGED
+    # The logits after the last token of a prompt are those of the answer's first.
+    compared = partial(
+        compare, trained, rows=adapter.probes, starts=[max(1, length - 1) for length in adapter.prompt_lengths]
+    )
+    engine.activate({})
+    plain = compared(engine=GovernedEngine(engine))
+    with _engine(export.backend, written.file, engine.context_length) as merged:
+        noise = tolerances.get(kind.name, max(tolerances.values()))
+        check_kept(compared(engine=GovernedEngine(merged)), plain, adapter.name, kind.name, noise)
 
 
 def compare_formats(

@@ -59,6 +59,9 @@ EXACT = 1e-5
 TOLERANCE_KL_TRUNCATED = 0.5
 """Largest accepted mean KL of a change that was truncated to a low rank; the recipe limits the truncation itself."""
 
+MOST_LOST = 0.5
+"""Largest accepted KL of a merged model from the trained model, as a share of the plain base's."""
+
 # Positions in double precision at a time: a vocabulary of 262k needs 2 MB per position.
 _POSITIONS = 16
 
@@ -84,26 +87,27 @@ def compare(
     engine: Decoder,
     rows: Sequence[Sequence[int]],
     *,
+    starts: Sequence[int] = (),
     prompts: Sequence[Sequence[int]] = (),
     max_tokens: int = 16,
 ) -> Parity:
     """Compare logits on the token `rows` and greedy answers to the token `prompts` (`greedy` is 0 without prompts).
 
-    The logits after the first token of a row count only if it is the only one: nothing is answered there, and many
-    models have far larger activations at that position than at others (arXiv 2402.17762), which an engine that rounds
-    activations to 8 bits computes coarsely: Qwen2.5-1.5B in q4_k_m is 4 nats off there. The engine uses its active
-    adapters; its sequence is dropped. Raises VerificationError if the vocabularies differ and UsageError if there are
-    no tokens to compare.
+    `starts` are the positions of the rows from which on logits count, by default 1. Those after the first token of a
+    row count only if it is the only one: nothing is answered there, and many models have far larger activations at that
+    position than at others (arXiv 2402.17762), which an engine that rounds activations to 8 bits computes coarsely:
+    Qwen2.5-1.5B in q4_k_m is 4 nats off there. The engine uses its active adapters; its sequence is dropped. Raises
+    VerificationError if the vocabularies differ and UsageError if there are no tokens to compare.
     """
     nats, same, count = 0.0, 0, 0
-    for row in rows:
+    for row, start_of_row in zip(rows, starts or [1] * len(rows), strict=True):
         tokens = list(row)
         if not tokens:
             continue
         engine.truncate(0)
         exported, expected = engine.decode_all(tokens), trained(tokens)
         _require_same_shape(expected, exported)
-        first = min(1, len(tokens) - 1)
+        first = min(start_of_row, len(tokens) - 1)
         for start in range(first, len(tokens), _POSITIONS):
             part = slice(start, start + _POSITIONS)
             expected_part, exported_part = expected[part], exported[part]
@@ -160,6 +164,21 @@ def check(
         coarse = merged or weight_type in requantized_kl
         remedy = "use a base quantization with more bits" if coarse else "report this as a bug, with the recipe"
         raise VerificationError(message, remedy)
+
+
+def check_kept(merged: Parity, plain: Parity, name: str, weight_type: str, noise: float) -> None:
+    """VerificationError if the merged model of the adapter `name` lost more than half of its training to rounding.
+
+    `merged` and `plain` compare the merged model and the plain base with the trained model, on the same tokens. An
+    adapter that is at most `noise`, in nats per token, from the plain base is not judged.
+    """
+    # In this form NaN fails too.
+    if plain.kl > noise and not merged.kl <= MOST_LOST * plain.kl:
+        message = (
+            f"adapter {name!r} loses most of its training in a merged model in {weight_type}: its mean KL from the "
+            f"trained model is {merged.kl:.2g} on {merged.tokens} tokens, that of the plain base {plain.kl:.2g}"
+        )
+        raise VerificationError(message, "leave out merged_quantization, or set it to q8_0")
 
 
 def _agreement(trained: TrainedLogits, engine: Decoder, prompt: list[int], max_tokens: int) -> int:

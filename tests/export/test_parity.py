@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgetune_export.parity import TOLERANCE_KL, Parity, check, compare, greedy_agreement
+from edgetune_export.parity import TOLERANCE_KL, Parity, check, check_kept, compare, greedy_agreement
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.errors import UsageError, VerificationError
 
@@ -78,6 +78,31 @@ def test_what_follows_the_first_token_counts_only_alone(
     alone = compare(wrong_at_first, engine, [rows[0][:1]])
     assert (alone.top1, alone.tokens) == (0.0, 1)
     assert alone.kl > 0.01
+
+
+def test_logits_before_the_start_of_a_row_do_not_count(
+    engine: GgufEngine, same: Callable[..., Any], rows: list[list[int]]
+) -> None:
+    def wrong_before(tokens: list[int]) -> np.ndarray:
+        logits = same(tokens)
+        logits[:8] *= -1
+        return logits
+
+    answers = compare(wrong_before, engine, rows, starts=[8] * len(rows))
+    assert answers.kl < 1e-9 and answers.tokens == sum(len(row) - 8 for row in rows)
+    assert compare(wrong_before, engine, rows).kl > 0.01
+
+
+@pytest.mark.parametrize("kl", [0.22, float("nan")])
+def test_a_merged_model_that_lost_most_of_its_training_is_refused_with_both_distances(kl: float) -> None:
+    merged, plain = (Parity(each, top1=0.9, greedy=0, rows=2, tokens=25) for each in (kl, 0.24))
+    message = f"'command' loses most of its training .* in q4_0: .* is {kl:.2g} on 25 tokens, .* plain base 0.24"
+    with pytest.raises(VerificationError, match=message) as caught:
+        check_kept(merged, plain, "command", "q4_0", 0.03)
+    assert caught.value.remedy == "leave out merged_quantization, or set it to q8_0"
+    check_kept(replace(merged, kl=0.11), plain, "command", "q4_0", 0.03)
+    # One that was hardly trained.
+    check_kept(merged, plain, "command", "q4_0", 0.3)
 
 
 @pytest.mark.parametrize("position", [0, 3])

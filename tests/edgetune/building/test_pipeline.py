@@ -200,6 +200,16 @@ def test_a_merged_model_in_the_quantization_of_the_base_is_trained_on_its_grid_t
     assert not plan_build(recipe_of(tmp_path, file, ("whole",), **keys)).plan.adapters["whole"].on_grid
 
 
+def test_a_merged_model_whose_training_is_lost_to_rounding_is_refused(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapters = {"whole": adapter_of({"name": "dora", "r": 4}, merged=True)}
+    keys = {"quantization": "q4_0", "merged_quantization": "q4_0", "training": {"learning_rate": 1e-3, "max_steps": 12}}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": lights()}, **keys)
+    with pytest.raises(VerificationError, match="'whole' loses most of its training in a merged model in q4_0"):
+        build(recipe, tmp_path / "home", progress=QUIET)
+
+
 @pytest.mark.parametrize("merged", ["f16", "q8_0", None])
 def test_the_plan_has_the_size_of_a_merged_model_in_its_own_quantization(
     merged: str | None, tiny_gguf: Callable[[str], Path], tmp_path: Path

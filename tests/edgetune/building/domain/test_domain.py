@@ -205,7 +205,7 @@ def test_int8_is_refused_where_the_weights_are_rounded_in_training(
 ) -> None:
     domain = {**DOMAIN, "method": {"name": "lora", "r": 8}, "training": {"precision": "int8"}}
     with pytest.raises(
-        UsageError, match=r"^domain is trained with weights rounded to q4_0, and not in int8; set domain"
+        UsageError, match=r"^domain is trained with weights rounded to q4_0, and not in int8; set domain\."
     ):
         build(recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="q4_0"), tmp_path / "home", progress=QUIET)
 
