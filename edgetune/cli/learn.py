@@ -66,8 +66,8 @@ def learn(
     if page is not None:
         check_not_read(page, [*log, recipe])
     # Also with --quiet: what a user wrote would be lost in silence.
-    entries = read_logs(bundle, log, Progress().say)
-    chosen = asking.most_informative(entries, ask)
+    entries, manifest = read_logs(bundle, log, Progress().say), read_manifest(bundle)
+    chosen = asking.most_informative(entries, ask, manifest)
     if questions is not None:
         check_not_read(questions, log)
         asking.write_questions(chosen, questions)
@@ -75,11 +75,11 @@ def learn(
         return
     if chosen:
         print(asking.HELP, file=sys.stderr)
-        corrected = asking.ask(chosen, _reply_to)
-        entries = list({entry.id: entry for entry in (*entries, *asking.logged(corrected, log[-1]))}.values())
+        replies = {entry.id: entry for entry in asking.logged(asking.ask(chosen, _reply_to, manifest), log[-1])}
+        entries = [*(entry for entry in entries if entry.id not in replies), *replies.values()]
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
     if page is not None:
-        write_file(page, page_of(read_manifest(bundle).name, result))
+        write_file(page, page_of(manifest.name, result))
     if as_json:
         print_json(result.to_json())
     else:

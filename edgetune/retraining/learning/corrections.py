@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.answer_log.redaction import REDACTED
+from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.routing.router import last_user_text
 from edgetune_runtime.text.chat import Message
@@ -15,6 +16,7 @@ from edgetune_runtime.wording import shortened, suggestion
 
 from edgetune.building.outputs.infer import SEPARATORS, spacing_of
 from edgetune.curation.checking.answers import bad_call
+from edgetune.recipe.parts import Metric
 from edgetune.tasks import metrics
 from edgetune.tasks.data import WEIGHT, TaskRow, rows_of
 from edgetune.tasks.task import Task
@@ -32,12 +34,13 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
     """
     rows, left_out, problems = list[TaskRow](), list[str](), list[str]()
     spacing = spacing_of([row.completion or "" for row in task.train])
+    output = None if task.spec.output is None else task.spec.output.spec
     for entry in entries:
         try:
-            row = _row(task, entry, _turn(entry, spacing))
-            problem = _problem(task, row)
+            row = row_of(entry, _turn(task, entry, spacing), task.spec.system)
+            problem = problem_with(row, task.metric, task.labels, output)
         except UsageError as error:
-            if (reason := _unfit(task, entry)) is not None:
+            if (reason := _unfit(entry)) is not None:
                 left_out.append(reason)
                 continue
             problem = f"cannot be an answer: {str(error).removeprefix(f'{LOG}{entry.id}: ')}"
@@ -53,55 +56,55 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
         is_nobodys_mistake = is_redacted or is_mere_confirmation or REDACTED in (entry.correction or "")
         (left_out if is_nobodys_mistake else problems).append(problem)
     if problems:
-        raise UsageError("\n".join(problems))
+        raise UsageError("\n".join(problems), "answer them again: --ask N asks about them too")
     return rows, left_out
 
 
-def _row(task: Task, entry: LoggedAnswer, turn: Message) -> TaskRow:
+def row_of(entry: LoggedAnswer, turn: Message, system: str | None) -> TaskRow:
     """The row of a conversation with this turn as the answer; UsageError if it cannot be one.
 
-    The task's own system prompt is left out, as its rows do not have it.
+    The task's own `system` prompt is left out, as its rows do not have it.
     """
     tools = {} if entry.tools is None else {"tools": list(entry.tools)}
     where = f"{LOG}{entry.id}"
-    has_own = entry.messages[0] == {"role": "system", "content": task.spec.system}
+    has_own = entry.messages[0] == {"role": "system", "content": system}
     talk = entry.messages[has_own:]
     before = [{**each, WEIGHT: 0} if each["role"] == "assistant" else each for each in talk]
     (row,) = rows_of(where, [(where, {"messages": [*before, turn], **tools})])
     return row
 
 
-def _unfit(task: Task, entry: LoggedAnswer) -> str | None:
+def _unfit(entry: LoggedAnswer) -> str | None:
     """Why the conversation can be no row, whatever its answer."""
     try:
-        _row(task, entry, {"role": "assistant", "content": "any"})
+        row_of(entry, {"role": "assistant", "content": "any"}, None)
     except UsageError as error:
         return error.message
     return None
 
 
-def _turn(entry: LoggedAnswer, spacing: str) -> Message:
-    """The correction as a message; JSON with this spacing, as the training rows have it."""
-    turn = entry.message_of(entry.correction or "")
+def _turn(task: Task, entry: LoggedAnswer, spacing: str) -> Message:
+    """The correction as a message; JSON with this spacing, as the training rows have it, and no spaces at a label."""
+    text = entry.correction or ""
+    turn = entry.message_of(text.strip() if task.metric == "label" else text)
     value = json_or_none(turn["content"])
     if spacing not in SEPARATORS or not isinstance(value, dict | list):
         return turn
     return {**turn, "content": json.dumps(value, ensure_ascii=False, separators=SEPARATORS[spacing])}
 
 
-def _problem(task: Task, row: TaskRow) -> str | None:
-    """Why the row's answer cannot be one of the task."""
+def problem_with(row: TaskRow, metric: Metric, labels: Sequence[str], output: OutputSpec | None) -> str | None:
+    """Why the row's answer cannot be one with this metric, these labels and this constraint of the recipe."""
     answer = row.completion or ""
     try:
-        metrics.score(task.metric, [answer], [answer], offers_tools=[row.tools is not None])
+        metrics.score(metric, [answer], [answer], offers_tools=[row.tools is not None])
     except UsageError:
-        return f"is no answer that the metric {task.metric} can score; correct it"
+        return f"is no answer that the metric {metric} can score; correct it"
     if row.turn is not None:
         broken = bad_call(row)
         return None if broken is None else f"cannot be an answer: {broken}"
-    if task.metric == "label" and answer not in task.labels:
-        return f"is not one of the labels; {suggestion(answer, task.labels)}"
-    spec = None if task.spec.output is None else task.spec.output.spec
-    if spec is not None and not spec.accepts(answer):
-        return f"breaks the {spec.kind} of the recipe; correct it"
+    if metric == "label" and answer not in labels:
+        return f"is not one of the labels; {suggestion(answer, labels)}"
+    if output is not None and not output.accepts(answer):
+        return f"breaks the {output.kind} of the recipe; correct it"
     return None

@@ -5,31 +5,47 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from edgetune_runtime.answer_log.answers import LoggedAnswer, line_of
 from edgetune_runtime.answer_log.log import append_lines
+from edgetune_runtime.answer_log.redaction import REDACTED
+from edgetune_runtime.bundle import AdapterEntry, Manifest
+from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.routing.router import last_user_text
-from edgetune_runtime.wording import printable
+from edgetune_runtime.wording import printable, shortened
 
 from edgetune.common.files import write_file
+from edgetune.recipe.output import AUTO
+from edgetune.recipe.parts import Metric
+
+from .corrections import problem_with, row_of
 
 SKIP, QUIT = "s", "q"
 HELP = f"Enter: the answer is right; {SKIP}: skip; {QUIT}: quit; or type the right answer."
 
 
-def most_informative(entries: Sequence[LoggedAnswer], count: int) -> list[LoggedAnswer]:
-    """Up to `count` answers that nobody corrected, to different prompts: wrong ones, and then the least sure, first."""
-    corrected = {_key(entry) for entry in entries if entry.correction is not None}
+def most_informative(entries: Sequence[LoggedAnswer], count: int, manifest: Manifest) -> list[LoggedAnswer]:
+    """Up to `count` answers of the bundle's adapters, to different prompts: wrong ones, and then the least sure, first.
+
+    Answers with a correction are left out, but for corrections that cannot be answers.
+    """
+    if not count:
+        return []
+    own = [entry for entry in entries if entry.adapter in manifest.adapters]
+    bad = {entry.id for entry in own if _is_badly_corrected(manifest, entry)}
+    corrected = {_key(entry) for entry in own if entry.correction is not None and entry.id not in bad}
     first: dict[tuple[str | None, str], LoggedAnswer] = {}
-    for entry in sorted(entries, key=_doubtlessness):
-        if _key(entry) not in corrected:
+    for entry in sorted(own, key=_doubtlessness):
+        if entry.id in bad or _key(entry) not in corrected:
             first.setdefault(_key(entry), entry)
     return list(first.values())[:count]
 
 
-def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator[LoggedAnswer]:
+def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str], manifest: Manifest) -> Iterator[LoggedAnswer]:
     """The answers that the user corrects or confirms, by the line that `read` returns to a question; "" ends it.
 
     What cannot be a correction is asked again, with the reason.
@@ -39,24 +55,58 @@ def ask(entries: Sequence[LoggedAnswer], read: Callable[[str], str]) -> Iterator
         sure += ", marked as wrong" if entry.is_wrong else ""
         head = f"\n{number} of {len(entries)}, {entry.adapter}{sure}\n  asked     {printable(_asked(entry))}"
         question = f"{head}\n  answered  {printable(entry.answer)}\nright? "
-        reply = _reply(entry, question, read)
+        reply = _reply(entry, question, read, manifest)
         if reply is None:
             return
         if reply is not entry:
             yield reply
 
 
-def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str]) -> LoggedAnswer | None:
+def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str], manifest: Manifest) -> LoggedAnswer | None:
     """The corrected answer, the answer itself if it is skipped, and None at the end."""
     while True:
         line = read(question)
         text = line.strip()
         if not line or text == QUIT:
             return None
+        if text == SKIP:
+            return entry
         try:
-            return entry if text == SKIP else entry.with_correction(text or None)
+            reply = entry.with_correction(text or None)
         except UsageError as error:
             question = f"{error}\nright? "
+            continue
+        problem = _problem(manifest, entry, reply.correction or "")
+        if problem is None:
+            return reply
+        question = f"{shortened(reply.correction or '', 80)!r} {problem}\nright? "
+
+
+def _is_badly_corrected(manifest: Manifest, entry: LoggedAnswer) -> bool:
+    """Whether someone gave an answer that cannot be one."""
+    text = entry.correction
+    if text is None or text == entry.answer or REDACTED in text:
+        return False
+    return _problem(manifest, entry, text) is not None
+
+
+def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:
+    """Why a text cannot be an answer of the entry's adapter, as its labels, its metric and the recipe's output say."""
+    about = manifest.adapters[str(entry.adapter)]
+    try:
+        turn = entry.message_of(text)
+    except UsageError as error:
+        return f"cannot be an answer: {error}"
+    with suppress(UsageError):  # a conversation that can be no row is never learned
+        row = row_of(entry, turn, about.system)
+        return problem_with(row, cast("Metric", about.metric), about.labels, _given_output(manifest, about))
+    return None
+
+
+def _given_output(manifest: Manifest, about: AdapterEntry) -> OutputSpec | None:
+    """The adapter's constraint, but for one that was inferred from the rows: it changes with them."""
+    given = manifest.recipe.get("adapters", {}).get(about.name, {}).get("output")
+    return OutputSpec.from_json(about.output) if about.output and given not in (None, AUTO) else None
 
 
 def _asked(entry: LoggedAnswer) -> str:

@@ -36,7 +36,8 @@ class LearnedRows:
     """The rows of a task with corrections: those to learn, old validation rows, and corrections that are held out.
 
     `made` are validation rows that `tasks.negatives` made, which no recipe keeps. `learned` of the rows in `train` are
-    corrections. `left_out` corrections have prompts that are kept apart, and `unfit` says why others cannot be rows.
+    corrections. `left_out` corrections have prompts that are kept apart, `unfit` says why others cannot be rows, and
+    `contradicted` has the prompts that were corrected in several ways; the last one is learned.
     """
 
     train: Sequence[TaskRow]
@@ -46,6 +47,7 @@ class LearnedRows:
     made: Sequence[TaskRow] = ()
     left_out: int = 0
     unfit: Sequence[str] = ()
+    contradicted: Sequence[str] = ()
 
 
 def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
@@ -63,7 +65,12 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     answers: dict[str, set[str | None]] = {}
     for row in (*train, *apart):
         answers.setdefault(row.prompt_key, set()).add(row.completion)
-    rows = {row.prompt_key: row for row in fit}
+    corrections: dict[str, dict[str | None, TaskRow]] = {}
+    for row in fit:
+        same = corrections.setdefault(row.prompt_key, {})
+        same.pop(row.completion, None)
+        same[row.completion] = row
+    rows = {prompt: [*same.values()][-1] for prompt, same in corrections.items()}
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
     corrected = {prompt: row for prompt, row in rows.items() if prompt not in kept_apart}
     if len(corrected) < MIN_CORRECTIONS:
@@ -77,7 +84,9 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     learned = [row for prompt, row in corrected.items() if prompt not in held]
     kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
-    return LearnedRows([*kept, *learned], validation, held_out, len(learned), made, len(rows) - len(corrected), unfit)
+    several = [row.prompt for prompt, row in corrected.items() if len(corrections[prompt]) > 1]
+    left_out = len(rows) - len(corrected)
+    return LearnedRows([*kept, *learned], validation, held_out, len(learned), made, left_out, unfit, several)
 
 
 def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
@@ -89,6 +98,7 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     if rows.left_out:
         yield f"left out {rows.left_out} corrections of prompts for validation or the confidence: correct those rows"
     yield from (f"left out {reason}" for reason in rows.unfit)
+    yield from (f"corrected in several ways, of which the last counts: {text!r}" for text in rows.contradicted)
     known = [SplitRow(TRAIN, row) for row in (*rows.train, *rows.held_out)]
     known += [SplitRow(VALIDATION, row) for row in rows.validation]
     repeated = duplicates(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG)

@@ -109,9 +109,13 @@ def answer_of(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
 
 
 def merged(entries: dict[str, LoggedAnswer], entry: LoggedAnswer) -> None:
-    """Put an answer, by its id, in place of an earlier line about it, but for one that says more."""
-    if entry.is_judged or entry.id not in entries:
-        entries[entry.id] = entry
+    """Put an answer, by its id, in place of an earlier line about it, but for one that says more.
+
+    A judged one comes last, so that the order is that of the judgements.
+    """
+    if entry.is_judged:
+        entries.pop(entry.id, None)
+    entries.setdefault(entry.id, entry)
 
 
 def _has_calls(value: object) -> bool:

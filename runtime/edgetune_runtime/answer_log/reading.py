@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] = _LOG.warning) -> list[LoggedAnswer]:
-    """The answers in a log of this bundle, each with its last correction, in the order of their first lines.
+    """The answers in a log of this bundle, each with its last correction, in the order of these, or of first lines.
 
     `say` gets a sentence about lines that are left out because they are no JSON, as a part of a line that was not
     written to its end.

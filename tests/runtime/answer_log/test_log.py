@@ -34,7 +34,7 @@ def test_answers_and_their_corrections_are_read_back(manifest: Manifest, tmp_pat
     log.corrected(first, "light.all_off")
     log.corrected(second)
     found = {entry.id: entry for entry in read_answer_log(path, manifest)}
-    assert list(found) == [first, second, third]
+    assert list(found) == [third, first, second]
     assert (found[first].correction, found[first].confidence, found[first].adapter) == (
         "light.all_off",
         0.25,
@@ -142,6 +142,14 @@ def test_an_answer_that_was_cut_off_is_corrected_but_not_confirmed(manifest: Man
     log.corrected(answer, "12")
     (entry,) = read_answer_log(log.path, manifest)
     assert (entry.is_cut_off, entry.correction) == (True, "12")
+
+
+def test_answers_are_in_the_order_of_their_corrections(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    first, second = (log.answered("one", "1", adapter="command") for _ in range(2))
+    log.corrected(second, "2")
+    log.corrected(first, "3")
+    assert [entry.correction for entry in read_answer_log(log.path, manifest)] == ["2", "3"]
 
 
 def test_a_judgement_stays_where_a_later_line_says_nothing(manifest: Manifest, tmp_path: Path) -> None:

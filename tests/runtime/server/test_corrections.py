@@ -90,7 +90,7 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
     first, second = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, second.correction) == (first.answer, "light.on")
     assert server.client.post(PATH, json={"id": reply.id, "is_wrong": True}).json() == {"status": "ok"}
-    first, _ = read_answer_log(log, server.runtime.manifest)
+    _, first = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, first.is_wrong) == (None, True)
     cut_off = client.chat.completions.create(**CHAT)
     assert "was cut off" in server.client.post(PATH, json={"id": cut_off.id}).json()["error"]
@@ -114,7 +114,7 @@ def test_an_adapters_own_unsure_answer_is_logged(start: Start, sure_bundle: Path
     assert server.client.post(PATH, json={"id": other["id"]}).status_code == 200
     refused = server.client.post(PATH, json={"id": question["id"]})
     assert (refused.status_code, "was cut off or a question back" in refused.text) == (400, True)
-    first, *_ = read_answer_log(log, server.runtime.manifest)
+    *_, first = read_answer_log(log, server.runtime.manifest)
     assert first.correction == other["choices"][0]["message"]["content"]
 
 

@@ -163,6 +163,14 @@ def test_corrections_are_written_as_the_rows_are(tmp_path: Path) -> None:
     assert [row.completion for row in corrected_rows(read_task("home", recipe), [entry])[0]] == ['{"n":7,"on":true}']
 
 
+def test_spaces_around_a_label_are_nobodys(tmp_path: Path) -> None:
+    rows = [{"text": f"make it {color} {n}", "label": color} for n in range(8) for color in ("red", "warm")]
+    adapters = {"home": {"data": {"train": "rows.jsonl"}}}
+    task = read_task("home", make_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows}))
+    (row,), _ = corrected_rows(task, [logged(1, [asked("lamp")], " warm\n", None)])
+    assert row.completion == "warm"
+
+
 def test_what_is_nobodys_mistake_stops_nothing(tmp_path: Path) -> None:
     task = task_of(tmp_path)
     swapped = json.dumps({"tool_calls": [{"name": "lamp", "arguments": {"area": "hall", "state": "on"}}]})

@@ -210,6 +210,7 @@ def test_labels_are_corrected_to_labels(home: Path) -> None:
     lines = str(refused.value).splitlines()
     assert len(lines) == 2
     assert "the correction 'wram' is not one of the labels; did you mean 'warm'?" in lines[0]
+    assert lines[1].endswith("answer them again: --ask N asks about them too")
 
 
 @pytest.mark.parametrize(
@@ -251,6 +252,21 @@ def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
     assert found["lamp 1"] == "reply off" and found["lamp 2"] is None and found["lamp 5"] == "reply on"
 
 
+def test_what_cannot_be_an_answer_is_asked_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels: list[dict[str, Any]] = [{"prompt": f"shine {n}", "answer": "red", "adapter": "color"} for n in range(3)]
+    labels += [{"prompt": "shine", "answer": "red", "adapter": "color", "correction": "wram"}]
+    log = logged(home, [*labels, {"prompt": "hi", "adapter": "gone", "confidence": 0.0}])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("wram\nwarm\nwarm\nwarm\nwarm\n"))
+    options = ["--recipe", str(home.with_name(NAME)), "--into", str(home.with_name("new"))]
+    main(["learn", str(home), "--log", str(log), "--ask", "9", *options])
+    out, err = capsys.readouterr()
+    assert "'wram' is not one of the labels; did you mean 'warm'?" in err and "4 of 4" in err and "gone" not in err
+    assert "learned 3 corrections of color" in out
+    assert {entry.correction for entry in read_answer_log(log, read_manifest(home))} == {"warm", None}
+
+
 def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
     log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
     for prompt, confidence in (("a", 0.99), ("b", 0.5), ("c", 0.6), ("a", 0.9), ("d", 0.1)):
@@ -258,7 +274,8 @@ def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
     log.corrected(name)
     log.wrong(log.answered("a", "reply", adapter="light", confidence=0.8))
     entries = read_logs(home, [log.path], QUIET.say)
-    asked = [(entry.messages[0]["content"], entry.confidence) for entry in most_informative(entries, 2)]
+    chosen = most_informative(entries, 2, read_manifest(home))
+    asked = [(entry.messages[0]["content"], entry.confidence) for entry in chosen]
     assert asked == [("a", 0.8), ("b", 0.5)]
 
 

@@ -66,6 +66,13 @@ def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_pa
     assert said == "left out 2 corrections of prompts for validation or the confidence: correct those rows"
 
 
+def test_of_several_corrections_of_a_prompt_the_last_counts(tmp_path: Path) -> None:
+    task, on, off = task_of(tmp_path), *(f'{{"do": "{state}", "area": "den"}}' for state in ("on", "off"))
+    rows = learned_rows(task, corrected(*FINE, ("dim it", on), ("dim it", off), ("dim me", on), ("dim me", on)))
+    assert [row.completion for row in (*rows.train, *rows.held_out) if row.prompt == "dim it"] == [off]
+    assert [*doubts(task, rows)] == ["corrected in several ways, of which the last counts: 'dim it'"]
+
+
 def test_corrections_that_were_learned_before_are_learned_no_second_time(tmp_path: Path) -> None:
     first = learned_rows(task_of(tmp_path), corrected(*FINE))
     task = replace(task_of(tmp_path), train=first.train, validation=[*first.validation, *first.held_out])
