@@ -21,27 +21,32 @@ def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] =
     """The answers in a log of this bundle, each with its last correction, in the order of these, or of first lines.
 
     `say` gets a sentence about lines that are left out because they are no JSON, as a part of a line that was not
-    written to its end.
+    written to its end, and about those of another bundle or base.
 
-    NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError for one of
-    another bundle.
+    NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError if all are of
+    other bundles.
     """
-    if not path.is_file():
+    if not path.is_file() and not file_before(path).is_file():
         raise NotFoundError(f"no log {path}", "give the file of `edgetune-run serve --log-answers`")
     entries: dict[str, LoggedAnswer] = {}
+    others = list[str]()
     for where, entry in _entries(path, say):
-        if (entry.bundle, entry.base) != (manifest.name, manifest.base.fingerprint):
-            base = printable(entry.base[:12])
-            message = f"{where} is of bundle {entry.bundle!r} on base {base}…, not of {manifest.name!r}"
-            raise UsageError(f"{message} on {manifest.base.fingerprint[:12]}…", "give the log of this bundle")
-        merged(entries, entry)
+        if (entry.bundle, entry.base) == (manifest.name, manifest.base.fingerprint):
+            merged(entries, entry)
+        else:
+            others.append(f"{where} is of bundle {entry.bundle!r} on base {printable(entry.base[:12])}…")
+    if others:
+        message = f"{others[0]}, not of {manifest.name!r} on {manifest.base.fingerprint[:12]}…"
+        if not entries:
+            raise UsageError(message, "give the log of this bundle")
+        say(f"left out {len(others)} lines of other bundles: {message}")
     return list(entries.values())
 
 
 def _entries(path: Path, say: Callable[[str], None]) -> Iterator[tuple[str, LoggedAnswer]]:
-    for file in (file_before(path), path):
+    for file, content in _contents(path):
         left_out = list[str]()
-        for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
+        for number, line in enumerate(content.splitlines(), 1):
             where = f"{file}:{number}"
             try:
                 raw = json.loads(line)
@@ -54,3 +59,21 @@ def _entries(path: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Logg
                 raise VerificationError(f"{where} is not a line of a log: {error}", "correct or remove it") from error
         if left_out:
             say(f"left out what is not JSON, as a part of a line: {first_of(left_out)}")
+
+
+def _contents(path: Path) -> list[tuple[Path, bytes]]:
+    """Both files of a log as they were at one moment: a server may rename one to the other meanwhile."""
+    before = file_before(path)
+    while True:
+        state = _state(before)
+        contents = [(file, file.read_bytes()) for file in (before, path) if file.is_file()]
+        if _state(before) == state:
+            return contents
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What changes if another file takes the place of this one."""
+    if not path.is_file():
+        return None
+    stat = path.stat()
+    return stat.st_ino, stat.st_mtime_ns

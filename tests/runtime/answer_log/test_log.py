@@ -317,6 +317,37 @@ def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path
         read_answer_log(tmp_path / "none.jsonl", manifest)
 
 
+def test_lines_of_another_base_are_left_out_and_counted(manifest: Manifest, tmp_path: Path) -> None:
+    path, said = tmp_path / "answers.jsonl", list[str]()
+    other = replace(manifest, base=replace(manifest.base, fingerprint="ab" * 32))
+    for each in (manifest, other, other):
+        AnswerLog(path, each).answered("one", "1", adapter="command")
+    assert len(read_answer_log(path, manifest, said.append)) == 1
+    assert len(read_answer_log(path, other, said.append)) == 2
+    assert said[0].startswith(f"left out 2 lines of other bundles: {path}:2 is of bundle 'home' on base abababababab…, not")
+    assert said[1].startswith(f"left out 1 lines of other bundles: {path}:1 is")
+
+
+def test_a_log_that_is_renamed_while_it_is_read_is_read_again(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, before, read = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.1", Path.read_bytes
+    log = AnswerLog(path, manifest)
+    names = [log.answered("one", "1", adapter="command")]
+    path.rename(before)
+    assert [entry.id for entry in read_answer_log(path, manifest)] == names
+    names = [log.answered(text, "1", adapter="command") for text in ("two", "three")]
+
+    def renamed(file: Path) -> bytes:
+        content = read(file)
+        if file == before and "three" not in content.decode():
+            path.rename(before)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", renamed)
+    assert [entry.id for entry in read_answer_log(path, manifest)] == names
+
+
 @pytest.mark.parametrize(
     "change",
     [
