@@ -127,14 +127,23 @@ def score(
     system = entry.system if entry is not None else None
     task = _Task(runtime, adapter, system, labels, metric)
     _check_rows(rows, metric)
-    fitting, too_long = _fitting(task, rows)
+    fitting, context = _fitting(task, rows), runtime.context_length
+    if not fitting:
+        message = f"none of {len(rows)} rows fits in the context of {context} tokens"
+        raise UsageError(message, "build the bundle with a larger context_length or shorten the rows")
+    too_long = len(rows) - len(fitting)
     if too_long:
-        context = runtime.context_length
         progress.say(f"leaving out {too_long} of {len(rows)} rows, which do not fit in the context of {context} tokens")
     run = _perplexity if metric == "perplexity" else _answers
     with progress.step(f"evaluating {adapter or 'the base'}", len(fitting)) as step:
         points, details = run(task, fitting, step)
     return Evaluation(points, metric, len(fitting), too_long, tuple(details))
+
+
+def rows_that_fit(runtime: Runtime, adapter: str, rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows that fit in the context with their answers, which are those that can be learned and scored."""
+    entry = runtime.manifest.adapter(adapter)
+    return [row for row, _ in _fitting(_Task(runtime, adapter, entry.system, entry.labels, _metric(entry)), rows)]
 
 
 def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
@@ -272,8 +281,8 @@ def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
         metrics.score(metric, references, references, offers_tools=[row.tools is not None for row in rows])
 
 
-def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
-    """The rows that fit in the context, prompt rows with their tokens, and how many do not; texts always fit."""
+def _fitting(task: _Task, rows: Sequence[TaskRow]) -> list[Pair]:
+    """The rows that fit in the context, prompt rows with their tokens; texts always fit."""
     loaded = loaded_bundle(task.runtime)
     if loaded.classifier is not None:
         return _fitting_texts(loaded.classifier.engine, rows)
@@ -288,29 +297,17 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
         longest = max((len(tokenizer.tokenize(label, continues=True)) + 1 for label in task.labels), default=0)
     by_row = dict(zip(map(id, prompts), examples, strict=True))
     pairs = [(row, by_row.get(id(row))) for row in rows]
-    fitting = [(row, example) for row, example in pairs if example is None or _length(example, longest) <= capacity]
-    if not fitting:
-        raise _nothing_fits(len(rows), capacity)
-    return fitting, len(pairs) - len(fitting)
+    return [(row, example) for row, example in pairs if example is None or _length(example, longest) <= capacity]
 
 
-def _fitting_texts(engine: LabelEngine, rows: Sequence[TaskRow]) -> tuple[list[Pair], int]:
+def _fitting_texts(engine: LabelEngine, rows: Sequence[TaskRow]) -> list[Pair]:
     """Like `_fitting`, for an engine that needs no room for an answer."""
     texts = [tuple(engine.tokenizer.tokenize(labelled_text(row))) for row in rows]
-    capacity = engine.context_length
-    pairs: list[Pair] = [
+    return [
         (row, Example(tokens, (False,) * len(tokens), len(tokens)))
         for row, tokens in zip(rows, texts, strict=True)
-        if len(tokens) <= capacity
+        if len(tokens) <= engine.context_length
     ]
-    if not pairs:
-        raise _nothing_fits(len(rows), capacity)
-    return pairs, len(rows) - len(pairs)
-
-
-def _nothing_fits(rows: int, capacity: int) -> UsageError:
-    message = f"none of {rows} rows fits in the context of {capacity} tokens"
-    return UsageError(message, "build the bundle with a larger context_length or shorten the rows")
 
 
 def _length(example: Example, longest_label: int) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from edgetune_export.pack import check_destination
+from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
@@ -23,6 +25,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.report.answers import split_of
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.evaluation import rows_that_fit
 from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
@@ -94,7 +97,7 @@ def learn(
             raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
         loaded = Recipe.from_file(path, split_of(manifest, list(corrected)))
         tasks = {name: read_task(name, loaded) for name in corrected}
-        rows = _rows_of(tasks, corrected, progress)
+        rows = _rows_of(tasks, corrected, bundle, progress)
         for name, split in rows.items():
             for doubt in doubts(tasks[name], split):
                 progress.say(f"{name}: {doubt}")
@@ -126,16 +129,17 @@ def learn(
 
 
 def _rows_of(
-    tasks: Mapping[str, Task], corrected: Mapping[str, Sequence[LoggedAnswer]], progress: Progress
+    tasks: Mapping[str, Task], corrected: Mapping[str, Sequence[LoggedAnswer]], bundle: Path, progress: Progress
 ) -> dict[str, LearnedRows]:
     """The rows of the adapters with enough new corrections; the error of the first one if there is none."""
     rows: dict[str, LearnedRows] = {}
     few: list[TooFewCorrectionsError] = []
-    for name, task in tasks.items():
-        try:
-            rows[name] = learned_rows(task, corrected[name])
-        except TooFewCorrectionsError as error:
-            few.append(error)
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        for name, task in tasks.items():
+            try:
+                rows[name] = learned_rows(task, corrected[name], partial(rows_that_fit, runtime, name))
+            except TooFewCorrectionsError as error:
+                few.append(error)
     if not rows:
         raise few[0]
     for left_out in few:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,10 @@ class LearnedRows:
     contradicted: Sequence[str] = ()
 
 
-def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
-    """The rows of `task` with those of its corrected answers.
+def learned_rows(
+    task: Task, entries: Sequence[LoggedAnswer], fitting: Callable[[Sequence[TaskRow]], list[TaskRow]] = list
+) -> LearnedRows:
+    """The rows of `task` with those of its corrected answers; `fitting` are those of some rows that are not too long.
 
     A correction takes the place of training rows with its prompt, of such answers in training conversations, and of
     earlier corrections of it. Left out are those that rows have already, as after an earlier call with the same log,
@@ -59,6 +61,9 @@ def learned_rows(task: Task, entries: Sequence[LoggedAnswer]) -> LearnedRows:
     corrections that cannot be answers of the task, and TooFewCorrectionsError.
     """
     fit, unfit = corrected_rows(task, entries)
+    short = {row.where for row in fitting(fit)}
+    unfit += [f"{row.where}: it does not fit in the context" for row in fit if row.where not in short]
+    fit = [row for row in fit if row.where in short]
     train, validation = given(task.train), given(task.validation)
     apart = [*validation, *given(task.confidence_rows)]
     kept_apart = {row.prompt_key for row in apart}

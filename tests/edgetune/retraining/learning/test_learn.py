@@ -200,6 +200,12 @@ def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: p
     assert read_manifest(home) == before
 
 
+def test_corrections_that_do_not_fit_are_left_out_and_named(home: Path) -> None:
+    log = logged(home, [*corrections(3), *({**each, "prompt": "please " * 400} for each in corrections(1))])
+    with pytest.raises(UsageError, match=r"has 3 corrected .*; left out: log:\w+: it does not fit in the context"):
+        run(home, log)
+
+
 def test_labels_are_corrected_to_labels(home: Path) -> None:
     answers = [
         {"prompt": f"color {n}", "answer": "red", "adapter": "color", "correction": text}
