@@ -38,24 +38,28 @@ class Redaction:
     def clean(self, text: str, values: Sequence[Any] = ()) -> tuple[str, list[Any]]:
         """A text and JSON values with REDACTED in place of what was found; REDACTED alone if that takes over MAX_S.
 
-        Of values, the texts and numbers are searched, not keys of objects. A text in JSON stays JSON if what was found
-        is within its values.
+        Of values, the texts and numbers are searched, not keys of objects. So are the values of a text that is JSON,
+        which stays JSON if what was found is within them.
         """
         if not self.patterns:
             return text, list(values)
-        own = json_or_none(text)
-        own = own if isinstance(own, dict | list) else None
-        whole, inner, *cleaned = self._clean_values([text, own, *values])
-        if own is None or (whole, inner) == (text, own):
-            return whole, cleaned
-        is_compact = text == json.dumps(own, ensure_ascii=False, separators=(",", ":"))
-        again = json.dumps(inner, ensure_ascii=False, separators=(",", ":") if is_compact else None)
-        # Expressions may look at what is around a value.
-        return self._clean_values([again])[0], cleaned
+        whole, *cleaned = self._clean_values([text, *values])
+        return whole, cleaned
 
     def _clean_values(self, values: Sequence[Any]) -> list[Any]:
-        cleaned = iter(self._cleaned([str(leaf) for leaf in _leaves(values)]))
-        return [_replaced(value, cleaned) for value in values]
+        leaves = [str(leaf) for leaf in _leaves(values)]
+        if not leaves:
+            return list(values)
+        cleaned = dict(zip(leaves, self._cleaned(leaves), strict=True))
+        decoded = {leaf: value for leaf in leaves if isinstance(value := json_or_none(leaf), dict | list | str)}
+        inner = dict(zip(decoded, self._clean_values([*decoded.values()]), strict=True))
+        changed = [leaf for leaf in decoded if (cleaned[leaf], inner[leaf]) != (leaf, decoded[leaf])]
+        if changed:
+            again = [_written_as(leaf, decoded[leaf], inner[leaf]) for leaf in changed]
+            # Expressions may look at what is around a value.
+            cleaned |= zip(changed, self._cleaned(again), strict=True)
+        texts = iter([cleaned[leaf] for leaf in leaves])
+        return [_replaced(value, texts) for value in values]
 
     def _cleaned(self, texts: Sequence[str]) -> list[str]:
         # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop
@@ -68,6 +72,12 @@ class Redaction:
             _LOG.warning("redacted whole texts, as looking for the expressions %s", ended.how)
             return [REDACTED] * len(texts)
         return cleaned
+
+
+def _written_as(text: str, own: object, value: object) -> str:
+    """A value as JSON, compact if `text`, the JSON of `own`, is."""
+    is_compact = text == json.dumps(own, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":") if is_compact else None)
 
 
 def _leaves(value: Any) -> Iterator[str | float]:  # noqa: ANN401 - any JSON value

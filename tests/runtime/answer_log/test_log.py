@@ -206,6 +206,21 @@ def test_what_an_expression_finds_in_json_is_replaced(
     assert entry.correction == f'{{"a": "x", {REDACTED}}}'
 
 
+def test_what_an_expression_finds_in_json_within_texts_is_replaced(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest, redact=["Müller", r"\bAnna\b"])
+    inner = json.dumps({"name": "Müller"})
+    talk = [
+        {"role": "user", "content": "who"},
+        {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "find", "arguments": {}}}]},
+        {"role": "tool", "tool_call_id": "a", "content": json.dumps({"note": "line\nAnna", "n": 1, "text": inner})},
+    ]
+    log.answered(talk, json.dumps("Müller\nAnna"), adapter="command")
+    (entry,) = read_answer_log(log.path, manifest)
+    found = json.loads(str(entry.messages[2]["content"]))
+    assert (found["note"], found["n"], json.loads(found["text"])) == (f"line\n{REDACTED}", 1, {"name": REDACTED})
+    assert json.loads(entry.answer) == f"{REDACTED}\n{REDACTED}"
+
+
 def test_judgements_at_once_are_all_kept(manifest: Manifest, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "answers.jsonl", manifest)
     names = [log.answered(f"n {number}", "1", adapter="command") for number in range(100)]
