@@ -15,7 +15,7 @@ import pytest
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from runtime.bundles import change_manifest
 from runtime.server.conftest import Running, Start, started
 from runtime.server.test_routing import with_router
@@ -146,6 +146,52 @@ def test_an_answer_is_confirmed_or_corrected_on_the_page(
     assert (first.messages[0]["content"], first.correction) == ("turn on the light", first.answer)
     assert (second.adapter, second.correction) == ("command", "blind.close")
     assert (third.is_wrong, third.correction) == (True, None)
+
+
+@needs_browser
+def test_a_correction_that_is_not_saved_is_said_and_stays(start: Start, visit: Visit, tmp_path: Path) -> None:
+    page = visit(start(log=tmp_path / "answers.jsonl"))
+    page.get_by_label("Adapter", exact=True).first.select_option("command")
+    page.get_by_label("most tokens").fill("4")
+    page.get_by_role("textbox", name="Prompt").fill("stop")
+    page.get_by_role("button", name="Send").click()
+    wrong, save = (page.get_by_role("button", name=name).first for name in ("correct it", "Save the correction"))
+    box = page.get_by_label("Correction").first
+    wrong.click()
+    expect(page.get_by_text("Noted as wrong.").first).to_be_visible()
+    save.click()
+    expect(page.get_by_text("the answer that was wrong: change it").first).to_be_visible()
+    box.fill(" blind.close\n")
+    wrong.click()
+    expect(box).to_have_value(" blind.close\n")
+    page.route("**/edgetune/corrections", lambda route: route.abort())
+    save.click()
+    expect(page.get_by_text("Not saved: ").first).to_be_visible()
+    page.unroute("**/edgetune/corrections")
+    sent: list[str | None] = []
+    page.on("request", lambda request: sent.append(request.post_data))
+    save.click()
+    expect(page.get_by_text("Noted.", exact=True).first).to_be_visible()
+    assert '"correction":"blind.close"' in str(sent[-1])
+
+
+@needs_browser
+def test_a_late_reply_says_nothing_about_the_next_answer(start: Start, visit: Visit, tmp_path: Path) -> None:
+    page = visit(start(log=tmp_path / "answers.jsonl"))
+    page.get_by_label("Adapter", exact=True).first.select_option("command")
+    page.get_by_label("most tokens").fill("4")
+    held: list[Route] = []
+    page.route("**/edgetune/corrections", lambda route: held.append(route))  # noqa: PLW0108 - a builtin has no attributes
+    for text in ("stop", "go"):
+        page.get_by_role("textbox", name="Prompt").fill(text)
+        page.get_by_role("button", name="Send").click()
+        expect(page.get_by_role("button", name="Send")).to_be_enabled()
+        if text == "stop":
+            page.get_by_role("button", name="correct it").first.click()
+    with page.expect_response("**/edgetune/corrections"):
+        held[0].continue_()
+    expect(page.locator(".judge").first).to_be_visible()
+    expect(page.get_by_text("Noted")).to_have_count(0)
 
 
 @needs_browser
