@@ -79,7 +79,7 @@ def learn(
         entries = [*(entry for entry in entries if entry.id not in replies), *replies.values()]
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
     if page is not None:
-        write_file(page, page_of(manifest.name, result))
+        write_file(page, page_of(manifest.name, result), is_private=True)
     if as_json:
         print_json(result.to_json())
     else:

@@ -64,6 +64,9 @@ class AnswerLog:
             if path.exists() and not _is_log(path):
                 raise UsageError(f"{path} is no log of answers", "choose another file")
             append_lines(path, "")
+            for file in (path, file_before(path)):
+                if file.is_file():
+                    file.chmod(0o600)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}", "choose another file") from error
 

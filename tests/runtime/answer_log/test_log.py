@@ -152,6 +152,14 @@ def test_answers_are_in_the_order_of_their_corrections(manifest: Manifest, tmp_p
     assert [entry.correction for entry in read_answer_log(log.path, manifest)] == ["2", "3"]
 
 
+def test_others_cannot_read_a_log_that_was_there(manifest: Manifest, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("answers.jsonl", "answers.jsonl.1")]
+    for file in files:
+        file.touch(0o644)
+    AnswerLog(files[0], manifest)
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o600, 0o600]
+
+
 def test_a_judgement_stays_where_a_later_line_says_nothing(manifest: Manifest, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "answers.jsonl", manifest)
     line = log.answered("one", "1", adapter="command")

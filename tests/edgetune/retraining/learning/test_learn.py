@@ -193,6 +193,7 @@ def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: p
     out, err = capsys.readouterr()
     assert code == 4
     text = page.read_text(encoding="utf-8")
+    assert page.stat().st_mode & 0o777 == 0o600
     assert "Nothing was packed: light on validation" in text
     assert "<h4>Worse answers: " in text and "turn on the light" in text and "expected: reply on" in text
     assert "the new adapters are worse: light on validation" in err
