@@ -92,7 +92,7 @@ def learn(
 def _reply_to(question: str) -> str:
     """What the user types; standard output is for the result."""
     print(question, end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline()
+    return "" if sys.stdin is None else sys.stdin.readline()
 
 
 def _print(result: Learned) -> None:

@@ -65,8 +65,8 @@ class Change:
         return self.before - self.after if self.is_loss else self.after - self.before
 
     def is_worse(self, margin: float = 1.0) -> bool:
-        """Whether the score got worse by more than `margin` standard errors."""
-        return self.gain < -margin * self.error
+        """Whether the score got worse by more than `margin` standard errors, which a single row does not have."""
+        return self.rows > 1 and self.gain < -margin * self.error
 
     def text(self, value: float) -> str:
         """A score for people."""

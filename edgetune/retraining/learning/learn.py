@@ -81,7 +81,8 @@ def learn(
     the place of `bundle`, or is `into`. Its recipe, which the next call takes by default, is in `OUT.learn`. Raises
     UsageError for too few corrections, and what `build` raises.
     """
-    manifest, out = read_manifest(bundle), into or bundle
+    manifest, out = read_manifest(bundle), _named(into or bundle)
+    bundle = _named(bundle)
     check_destination(out)
     if bundle.resolve() in out.resolve().parents:
         raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
@@ -126,6 +127,11 @@ def learn(
         }
         swap_in_and_keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), [*rows], staged, out)
         return learned
+
+
+def _named(folder: Path) -> Path:
+    """The folder by a path with its name, which `.` is not."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 def _rows_of(

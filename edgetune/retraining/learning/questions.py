@@ -14,7 +14,7 @@ from edgetune_runtime.answer_log.log import append_lines
 from edgetune_runtime.answer_log.redaction import REDACTED
 from edgetune_runtime.bundle import AdapterEntry, Manifest
 from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import OutOfSpaceError, UsageError
 from edgetune_runtime.inference.routing.router import last_user_text
 from edgetune_runtime.wording import printable, shortened
 
@@ -93,6 +93,8 @@ def _is_badly_corrected(manifest: Manifest, entry: LoggedAnswer) -> bool:
 def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:
     """Why a text cannot be an answer of the entry's adapter, as its labels, its metric and the recipe's output say."""
     about = manifest.adapters[str(entry.adapter)]
+    if text != text.encode(errors="replace").decode():
+        return "has bytes that are not UTF-8"
     try:
         turn = entry.message_of(text)
     except UsageError as error:
@@ -115,9 +117,16 @@ def _asked(entry: LoggedAnswer) -> str:
 
 
 def logged(entries: Iterable[LoggedAnswer], log: Path) -> Iterator[LoggedAnswer]:
-    """The answers, each once it is written to the end of a log, so that none has to be asked again."""
+    """The answers, each once it is written to the end of a log, so that none has to be asked again.
+
+    OutOfSpaceError if one cannot be written.
+    """
     for entry in entries:
-        append_lines(log, line_of(entry))
+        try:
+            append_lines(log, line_of(entry))
+        except OSError as error:
+            message = f"cannot add the last answer to {log}: {error.strerror}"
+            raise OutOfSpaceError(message, "free some space there, or let it be written") from error
         yield entry
 
 

@@ -28,6 +28,10 @@ def test_a_score_is_worse_if_it_fell_by_more_than_the_margin() -> None:
     assert change.text(change.after) == "75.0%" and change.difference == "-25.0 ± 25.0"
 
 
+def test_a_single_row_says_nothing() -> None:
+    assert not change_between(scored_set(1), scored_set(0)).is_worse(0)
+
+
 def test_more_bits_per_byte_are_worse() -> None:
     change = change_between(read_set(1.0, 1.2), read_set(2.0, 2.2))
     assert change.is_loss and change.is_worse() and change.gain == pytest.approx(-1)

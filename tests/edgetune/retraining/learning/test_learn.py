@@ -25,7 +25,8 @@ from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
 from edgetune.retraining.learning.kept import adapter_folders, recipe_beside
 from edgetune.retraining.learning.learn import Learned, learn, read_logs
-from edgetune.retraining.learning.questions import most_informative
+from edgetune.retraining.learning.questions import ask, most_informative
+from edgetune.retraining.learning.questions import logged as write_logged
 
 TRAINING = {"max_steps": 60, "evals": 2, "learning_rate": 1e-2}
 ROWS = lights(24)
@@ -272,6 +273,38 @@ def test_what_cannot_be_an_answer_is_asked_again(
     assert "'wram' is not one of the labels; did you mean 'warm'?" in err and "4 of 4" in err and "gone" not in err
     assert "learned 3 corrections of color" in out
     assert {entry.correction for entry in read_answer_log(log, read_manifest(home))} == {"warm", None}
+
+
+def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logged(home, corrections())
+    monkeypatch.chdir(home)
+    result = learn(Path(), read_logs(Path(), [log], QUIET.say), home.with_name(NAME), None, QUIET)
+    assert result.bundle == home and recipe_beside(home, ["light"])
+
+
+def test_no_input_ends_the_questions(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logged(home, [{"prompt": "lamp", "confidence": 0.5}])
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["learn", str(home), "--log", str(log), "--ask", "1"]) == 2
+    assert "none of the 1 answers in the log is a corrected one" in capsys.readouterr().err
+
+
+def test_what_is_typed_has_to_be_text_and_to_be_written(home: Path, tmp_path: Path) -> None:
+    log = logged(home, [{"prompt": "lamp"}])
+    lines = iter(["on\udcff\n", "reply on\n"])
+    said: list[str] = []
+
+    def read(question: str) -> str:
+        said.append(question)
+        return next(lines)
+
+    answers = [*ask(read_logs(home, [log], QUIET.say), read, read_manifest(home))]
+    assert [answer.correction for answer in answers] == ["reply on"]
+    assert "has bytes that are not UTF-8" in said[1]
+    with pytest.raises(OutOfSpaceError, match="cannot add the last answer to"):
+        next(write_logged(answers, tmp_path))
 
 
 def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
