@@ -17,6 +17,7 @@ from edgetune.tasks.data import TaskRow
 from .answers import prompt_of
 from .clauses import reordered
 from .noise import is_english, noisy
+from .numbers import NUMBERS
 from .slots import Mention, mentions_of
 from .values import SlottedRow, Values
 
@@ -26,6 +27,14 @@ _MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
 """Characters that nobody says or types in haste."""
 _WORD = re.compile(r"\w+(?:[.:,]\d+)*")
 _NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
+
+_YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
+_QUESTION = re.compile(
+    r"(?is)\W*(?!(?:please )?(?:can|could|would|will) you\b)"
+    r"(?:(?:what|who|when|where|why|which|how|is|are|was|were|do|does|did|can|should)\b|.*\?\W*$)"
+)
+"""Questions, which may be about the numbers in them, unless they ask to do something."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +103,9 @@ class _Maker:
         self._values = Values(list(self._slotted.values()), spec.values, schema)
         self._numbers: dict[str, list[str]] = {}
         self._answers: dict[str, set[str]] = {}
-        for row in rows:
-            prompt, answer = _without_numbers(prompt_of(row)), _without_numbers(row.completion or "")
-            self._answers.setdefault(prompt, set()).add(answer)
+        for answer in (answer for row in rows for answer in row.answers):
+            texts = self._answers.setdefault(_without_numbers(prompt_of(answer)), set())
+            texts.add(_without_numbers(answer.completion or ""))
         for row in rows:
             for number in self._shared_numbers(row):
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
@@ -183,17 +192,33 @@ class _Maker:
         return row.with_turns(turns), [f"{number} → {other}" for number, other in others.items()]
 
     def _shared_numbers(self, row: TaskRow) -> list[str]:
-        """The numbers such as 10:00 that the prompt and an answer in plain text have, if the answer only repeats them.
+        """The numbers such as 10:00 that the prompt and an answer in plain text have, if all answers only repeat some.
 
-        It does not if it has others, or if the same prompt with other numbers has another answer. Labels repeat none.
+        Labels repeat none.
         """
-        answer, prompt = row.completion or "", prompt_of(row)
-        if row.is_labelled or answer in self._labels or SlottedRow.of(row) is not None:
+        answer = row.completion or ""
+        if row.is_labelled or answer in self._labels or id(row) in self._slotted:
             return []
-        said, repeated = _NUMBER.findall(prompt), set(_NUMBER.findall(answer))
-        if len(self._answers.get(_without_numbers(prompt), ())) > 1 or not repeated <= set(said):
+        if not all(map(self._only_repeats, row.answers)):
             return []
-        return [number for number in said if number in repeated]
+        repeated = set(_NUMBER.findall(answer))
+        return [number for number in _NUMBER.findall(prompt_of(row)) if number in repeated]
+
+    def _only_repeats(self, row: TaskRow) -> bool:
+        """Whether the user told all numbers of an answer, instead of asking what is so of them, and none is a year.
+
+        They also decide the answer if the same prompt with other numbers has another one.
+        """
+        told = "\n".join(str(turn["content"]) for turn in row.messages or () if turn["role"] == "user")
+        told = "\n".join(part for part in _SENTENCE_END.split(told) if not _QUESTION.match(part))
+        answer, words = row.completion or "", set(told.lower().split())
+        numbers = set(_NUMBER.findall(answer))
+        return (
+            len(self._answers.get(_without_numbers(prompt_of(row)), ())) <= 1
+            and numbers <= set(_NUMBER.findall(told))
+            and not any(map(_YEAR.fullmatch, numbers))
+            and all(word in words for word in re.findall(r"\w+", answer.lower()) if word in NUMBERS)
+        )
 
     def _is_new(self, row: TaskRow) -> bool:
         """Whether no other row has its prompt; remembers it."""

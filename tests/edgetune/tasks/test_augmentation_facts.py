@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
+import pytest
 from made_copies import QUIET, copied, pairs
 
 
@@ -122,4 +124,34 @@ def test_names_of_programs_get_into_texts_only_where_there_was_one() -> None:
     } == {
         ("light the dining room", '{"room": "dining_room"}', "The dining room is lit."),
         ("light room hall", '{"room": "hall"}', "Lit."),
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answer"),
+    [
+        (["Is 7 greater than 5?", "Is 9 greater than 4?", "Is 8 greater than 3?"], "Yes, {} is greater than {}."),
+        (["tell me about 1945", "and about 1969"], "In {} something happened."),
+        (["Add 2 and 2", "Now add 3 and 1"], "{} and {} make four."),
+        (["how long to boil it, 6 minutes", "is it 8 minutes"], "Boil it for {} minutes."),
+    ],
+)
+def test_numbers_of_facts_stay(prompts: list[str], answer: str) -> None:
+    rows = [{"prompt": text, "completion": answer.format(*re.findall(r"\d+", text))} for text in prompts]
+    assert copied(rows, copies=9, **QUIET) == []
+
+
+def test_numbers_stay_where_an_earlier_answer_is_computed_from_them() -> None:
+    def talk(*texts: str) -> dict[str, Any]:
+        roles = ("user", "assistant") * 2
+        return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]}
+
+    last = ("Please remember {} for me", "I will remember {}.")
+    rows = [talk(f"What is {n} plus 3?", f"{n + 3}.", *(text.format(n) for text in last)) for n in (4, 8, 12)]
+    assert copied(rows, copies=9, **QUIET) == []
+    tasks = (("call", "9:00"), ("leave", "8:30"))
+    rows = [talk("hello", "Yes?", f"Could you {do} at {hour}?", f"Okay, at {hour}.") for do, hour in tasks]
+    assert {prompt for prompt, _ in pairs(copied(rows, **QUIET))} == {
+        "Could you leave at 9:00?",
+        "Could you call at 8:30?",
     }
