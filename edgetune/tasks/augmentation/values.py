@@ -18,6 +18,7 @@ from typing import Any
 from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.text.chat import Message
+from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.wording import first_of, suggestion
 
 from edgetune.tasks.data import TaskRow
@@ -116,7 +117,7 @@ class Values:
         row = item.answer.row(item.row, said, value)
         # A new value may also be a part of another one, or be there already.
         reread = SlottedRow.of(row)
-        if reread is None or len(reread.slots) != len(item.slots):
+        if reread is None or len(reread.slots) != len(item.slots) or _json_results(row) != _json_results(item.row):
             return None
         return row, [f"{slot.field}: {slot.value} → {new}" for slot, new in changes]
 
@@ -127,7 +128,7 @@ class Values:
         """
         if new in values.values() or has_value(item.answer.said(item.row), new):
             return False
-        if _has_json_result(item.row) and (_is_escaped(new) or _is_escaped(slot.value)):
+        if _json_results(item.row) and (_is_escaped(new) or _is_escaped(slot.value)):
             return False
         if not accepts(self._schemas_of(item, slot.paths[0]), new):
             return False
@@ -247,9 +248,10 @@ def _numbers_of(value: Scalar) -> list[float]:
     return [float(part) for part in re.findall(r"\d+", value)] if isinstance(value, str) else [value]
 
 
-def _has_json_result(row: TaskRow) -> bool:
-    """Whether a call's result is JSON, in which texts can be escaped."""
-    return any(turn["role"] == "tool" and turn["content"].lstrip()[:1] in ("{", "[") for turn in row.turns)
+def _json_results(row: TaskRow) -> list[int]:
+    """Where the results of calls are JSON, in which texts can be escaped."""
+    results = [(place, turn["content"].lstrip()) for place, turn in enumerate(row.turns) if turn["role"] == "tool"]
+    return [place for place, text in results if text[:1] in ("{", "[") and json_or_none(text) is not None]
 
 
 def _is_escaped(value: Scalar) -> bool:

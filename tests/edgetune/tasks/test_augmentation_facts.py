@@ -110,6 +110,18 @@ def test_hours_stay_in_their_half_of_the_day() -> None:
     assert {prompt.lower().removeprefix("wake me at ") for prompt, _ in made} == {"7 am", "11 pm", "9 pm"}
 
 
+def test_results_in_json_stay_json() -> None:
+    def talk(prompt: str, order: str, result: str) -> dict[str, Any]:
+        called = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": {"order": order}}}]}
+        turns = [{"role": "user", "content": f"{prompt} {order}"}, called, {"role": "tool", "content": result}]
+        return {"messages": [*turns, {"role": "assistant", "content": "It is sent."}], "tools": [{"name": "find"}]}
+
+    rows = [talk("find", "1234", '{"order": 1234}'), talk("where is", "77", '{"order": 77}')]
+    rows += [talk("is it sent:", "B-12", '{"order": "B-12"}')]
+    made = [json.loads(str(c.row.turns[2]["content"])) for c in copied(rows, copies=9, **QUIET)]
+    assert {"order": 77} in made and {"order": "1234"} in made
+
+
 def test_names_of_programs_get_into_texts_only_where_there_was_one() -> None:
     def talk(room: str, prompt: str, said: str) -> dict[str, Any]:
         called = {"function": {"name": "light", "arguments": {"room": room}}}
