@@ -16,7 +16,8 @@ FieldPath = tuple[str | int, ...]
 """Keys and positions that lead to a value."""
 Scalar = str | int | float
 _STYLES: tuple[dict[str, Any], ...] = tuple(
-    {"ensure_ascii": ascii_only, "separators": separators}
+    {"ensure_ascii": ascii_only, "separators": separators, "indent": indent}
+    for indent in (None, 2, 4, 1)
     for separators in (None, (",", ":"))
     for ascii_only in (False, True)
 )
@@ -140,8 +141,10 @@ def prompt_of(row: TaskRow) -> str:
 def _json_of(text: str) -> tuple[Any, Mapping[str, Any]] | None:
     """The object or list, and how json.dumps writes it as it is; None if it is something else."""
     value = json_or_none(text)
+    if not isinstance(value, dict | list):
+        return None
     style = next((style for style in _STYLES if json.dumps(value, **style) == text), None)
-    return (value, style) if style is not None and isinstance(value, dict | list) else None
+    return None if style is None else (value, style)
 
 
 def _leaves(value: Any, path: FieldPath) -> Iterator[tuple[FieldPath, Any]]:  # noqa: ANN401 - any JSON value

@@ -266,7 +266,8 @@ def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scal
     for field, values in listed.items():
         if field not in types:
             message = f"data.augment.values has the field {field!r}, which no answer has"
-            raise UsageError(message, suggestion(field, sorted(types)))
+            none = "no row has calls or an answer in JSON as json.dumps writes it; write them so, or remove the values"
+            raise UsageError(message, suggestion(field, sorted(types)) if types else none)
         for value in values:
             if isinstance(value, str) not in types[field]:
                 kind, other = ("text", "numbers") if isinstance(value, str) else ("number", "texts")

@@ -55,6 +55,16 @@ def test_values_of_the_user_are_used_and_unknown_fields_refused() -> None:
         copied(ORDERS, values={"area": ["porch", 4]})
 
 
+@pytest.mark.parametrize("indent", [None, 1, 2, 4])
+def test_values_are_exchanged_in_indented_json(indent: int | None) -> None:
+    rows = [{**row, "completion": json.dumps(row["completion"], indent=indent)} for row in ORDERS[::3]]
+    made = copied(rows, **QUIET)
+    assert made and all(c.row.completion == json.dumps(json.loads(c.row.completion or ""), indent=indent) for c in made)
+    odd = [{**row, "completion": row["completion"].replace('": ', '":  ')} for row in rows]
+    with pytest.raises(UsageError, match="which no answer has; no row has calls or an answer in JSON as"):
+        copied(odd, values={"area": ["porch"]})
+
+
 def test_values_of_a_schema_are_used_and_others_are_not() -> None:
     schema = {"type": "object", "properties": {"area": {"enum": ["hall", "garage"]}}}
     rows = [row for row in ORDERS if row["completion"]["area"] == "hall"]
