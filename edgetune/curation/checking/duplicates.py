@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
-from edgetune.tasks.data import TaskRow
+from edgetune.tasks.plain_prompts import plain_prompt
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Finding, SplitRow
 
@@ -17,7 +16,6 @@ NEAR = 0.75
 """Share of their trigrams that nearly the same prompts have in common."""
 _MOST_CHARACTERS = 2000
 """Only this many characters of a longer prompt are compared."""
-_ENDS = ".,;:!?\"'()…"
 
 
 def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
@@ -50,7 +48,7 @@ def conflicts_in_conversations(rows: Sequence[SplitRow], answered: Sequence[Spli
 
 def prompt_key(item: SplitRow) -> str:
     """The prompt of a row, for comparison with others."""
-    return plain(_prompt(item.row))
+    return plain_prompt(item.row)
 
 
 def answer_key(item: SplitRow) -> str:
@@ -60,12 +58,6 @@ def answer_key(item: SplitRow) -> str:
         return json.dumps(json.loads(answer), sort_keys=True)
     except (ValueError, RecursionError):
         return answer
-
-
-def plain(text: str) -> str:
-    """A text without case, with single spaces, composed letters, and without punctuation at the ends of words."""
-    composed = unicodedata.normalize("NFC", text)
-    return " ".join(word.strip(_ENDS) or word for word in composed.casefold().split())
 
 
 def near(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
@@ -90,14 +82,6 @@ def near(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 def _similarity(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
-
-
-def _prompt(row: TaskRow) -> str:
-    """All turns before the answer, and the tools."""
-    if row.messages is None:
-        return row.text or ""
-    turns = [f"{role} {content} {json.dumps(calls, sort_keys=True)}" for role, content, calls in row.compared_turns]
-    return "\n".join([*turns, row.tools.text if row.tools else ""])
 
 
 def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], str]) -> dict[str, list[SplitRow]]:

@@ -5,7 +5,10 @@ import re
 from typing import Any
 
 import pytest
-from made_copies import QUIET, copied, pairs
+from made_copies import QUIET, copied, pairs, rows_from
+
+from edgetune.recipe.data import AugmentSpec
+from edgetune.tasks.augmentation.copies import copies_of
 
 
 def asked(prompt: str, **answer: object) -> dict[str, Any]:
@@ -167,3 +170,12 @@ def test_numbers_stay_where_an_earlier_answer_is_computed_from_them() -> None:
         "Could you leave at 9:00?",
         "Could you call at 8:30?",
     }
+
+
+def test_no_copy_has_a_prompt_for_validation_in_another_case() -> None:
+    rooms = ("hall", "den", "bar")
+    rows = rows_from([asked(f"light the {room}", room=room) for room in rooms])
+    judged = rows_from([asked(f"Light the {room}!", room=room) for room in (*rooms, "attic")])
+    spec = AugmentSpec(copies=9, values={"room": ("attic", "porch")}, noise=0)
+    made = copies_of(rows, spec, schema=None, labels=[], validation=judged, others=[], seed=0)
+    assert {c.row.prompt for c in made} == {"light the porch"}
