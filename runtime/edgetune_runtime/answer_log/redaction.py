@@ -16,6 +16,8 @@ from edgetune_runtime.text.json_text import json_or_none
 
 REDACTED = "[redacted]"
 MAX_S = 5.0
+_MAX_DEPTH = 100
+"""Levels of JSON in a text, far fewer than Python can walk."""
 _PROGRAM = Path(__file__).with_name("redaction_main.py")
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Redaction:
         """A text and JSON values with REDACTED in place of what was found; REDACTED alone if that takes over MAX_S.
 
         Of values, the texts and numbers are searched, not keys of objects. So are the values of a text that is JSON,
-        which stays JSON if what was found is within them.
+        which stays JSON if what was found is within them; REDACTED is in place of one that is nested too deeply.
         """
         if not self.patterns:
             return text, list(values)
@@ -52,6 +54,9 @@ class Redaction:
             return list(values)
         cleaned = dict(zip(leaves, self._cleaned(leaves), strict=True))
         decoded = {leaf: value for leaf in leaves if isinstance(value := json_or_none(leaf), dict | list | str)}
+        for leaf in [leaf for leaf, value in decoded.items() if _is_deeper(value, _MAX_DEPTH)]:
+            cleaned[leaf] = REDACTED
+            del decoded[leaf]
         inner = dict(zip(decoded, self._clean_values([*decoded.values()]), strict=True))
         changed = [leaf for leaf in decoded if (cleaned[leaf], inner[leaf]) != (leaf, decoded[leaf])]
         if changed:
@@ -72,6 +77,11 @@ class Redaction:
             _LOG.warning("redacted whole texts, as looking for the expressions %s", ended.how)
             return [REDACTED] * len(texts)
         return cleaned
+
+
+def _is_deeper(value: Any, levels: int) -> bool:  # noqa: ANN401 - any JSON value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(levels == 0 or _is_deeper(each, levels - 1) for each in inner)
 
 
 def _written_as(text: str, own: object, value: object) -> str:

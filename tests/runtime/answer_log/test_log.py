@@ -12,7 +12,7 @@ from edgetune_runtime import Manifest, NotFoundError, OutOfSpaceError, ToolCall,
 from edgetune_runtime.answer_log import redaction
 from edgetune_runtime.answer_log.log import AnswerLog, append_lines
 from edgetune_runtime.answer_log.reading import read_answer_log
-from edgetune_runtime.answer_log.redaction import REDACTED
+from edgetune_runtime.answer_log.redaction import REDACTED, Redaction
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.text.chat import messages_for
 from edgetune_runtime.tools.definitions import tool_set
@@ -227,6 +227,13 @@ def test_what_an_expression_finds_in_json_within_texts_is_replaced(manifest: Man
     found = json.loads(str(entry.messages[2]["content"]))
     assert (found["note"], found["n"], json.loads(found["text"])) == (f"line\n{REDACTED}", 1, {"name": REDACTED})
     assert json.loads(entry.answer) == f"{REDACTED}\n{REDACTED}"
+
+
+@pytest.mark.parametrize("levels", [50, 400, 5000])
+def test_what_is_nested_too_deeply_is_redacted_as_a_whole(levels: int) -> None:
+    nested = f"{'[' * levels}1, {json.dumps('Müller')}{']' * levels}"
+    text, _ = Redaction(["Müller"]).clean(nested)
+    assert "Müller" not in str(json.loads(text)) if levels == 50 else text in (REDACTED, nested)
 
 
 def test_judgements_at_once_are_all_kept(manifest: Manifest, tmp_path: Path) -> None:
