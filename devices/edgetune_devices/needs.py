@@ -83,15 +83,30 @@ def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization
 
 
 def _types_of(tensor: TensorInfo, header: GgufHeader, types: Quantization) -> tuple[TensorType, ...]:
-    """The types that the matrix may get: half of the value and down projections get `types.some`."""
+    """The types that the matrix may get."""
     if tensor.name == _UNCHANGED:
         return (tensor.type,)
-    names: tuple[str, ...] = (types.most,)
-    if tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING):
-        names = (types.head,)
-    elif tensor.name.endswith(("attn_v.weight", "ffn_down.weight")):
-        names = (types.most, types.some)
+    is_head = tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING)
+    names = (types.head,) if is_head else _body_types(tensor.name, header, types)
     return tuple(row_type(name, tensor.shape[0]) for name in names)
+
+
+def _body_types(name: str, header: GgufHeader, types: Quantization) -> tuple[str, ...]:
+    """The types that llama.cpp may give a matrix that is not the head, as in llama-quant.cpp without a matrix.
+
+    Half of the value and down projections get `types.some`, unless the quantization has other rules.
+    """
+    is_value, is_down = name.endswith("attn_v.weight"), name.endswith("ffn_down.weight")
+    layers = number(header, "block_count")
+    layer = int(name.split(".")[1]) if name.startswith("blk.") else layers
+    if types.most == "q3_k":
+        if (is_value and layer < 2) or (is_down and layer < layers // 16):
+            return ("q5_k",)
+        return (types.some,) if is_value or is_down or name.endswith("attn_output.weight") else (types.most,)
+    if types.most in {"iq4_nl", "iq4_xs"}:
+        has_few_values = number(header, "attention.head_count") >= 4 * number(header, "attention.head_count_kv")
+        return ("q5_k",) if (is_value and has_few_values) or (is_down and layer < layers // 8) else (types.most,)
+    return (types.most, types.some) if is_value or is_down else (types.most,)
 
 
 def row_type(name: str, columns: int) -> TensorType:

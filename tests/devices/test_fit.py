@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from edgetune_devices import boards, fit
 from edgetune_devices.needs import needs_of_header
 from edgetune_export.base_file.quantize import quantize_gguf
@@ -123,6 +124,28 @@ def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
     quantize_gguf(tiny_gguf(arch), out, quantization)
     needs = needs_of_header(read_header(tiny_gguf(arch)), context_length=128, quantization=quantization)
     assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=0.03)
+
+
+@pytest.mark.parametrize("width", [96, 256])
+def test_predicted_sizes_follow_the_layers_to_which_llama_cpp_gives_more_bits(
+    width: int,
+    tiny_folder: Callable[[str], Path],
+    convert: Callable[[Path, Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, config, own = tiny.MODELS["llama"]
+    monkeypatch.setitem(
+        tiny.MODELS, "llama", (model, config, {**own, "num_hidden_layers": 8, "num_key_value_heads": 1})
+    )
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    tokenizer = tiny_folder("llama") / "tokenizer.model"
+    convert(tiny.make_folder("llama", tmp_path / "base", tokenizer, hidden_size=width), base)
+    for quantization in ("iq4_nl", "iq4_xs", "q3_k_m", "q4_k_m"):
+        quantize_gguf(base, out, quantization)
+        needs = needs_of_header(read_header(base), context_length=128, quantization=quantization)
+        assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=1e-3)
+        assert {*needs.layer_types} >= {*read_header(out).layer_types}
 
 
 @pytest.mark.parametrize(

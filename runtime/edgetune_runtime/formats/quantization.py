@@ -69,8 +69,8 @@ class Quantization:
     """A quantization of llama.cpp that needs no importance matrix.
 
     `ftype` is its `llama_ftype`, which GGUF files contain. `most` is the type of most matrices, `some` that of half of
-    the value and down projections, `head` that of the output layer, which llama.cpp chooses unless `has_own_head`.
-    Vectors stay f32. `on_boards`: `fit.choose` may choose it.
+    the value and down projections (in q3_k_m of most of these and of the attention's output), `head` that of the output
+    layer, which llama.cpp chooses unless `has_own_head`. Vectors stay f32. `on_boards`: `fit.choose` may choose it.
     """
 
     name: str
@@ -96,7 +96,7 @@ _TYPES = (
     TensorType("q4_0", 2, 32, 18, onnx_bits=4, repacked=True, kl=0.03, merged_kl=0.5, has_grid=True),
     TensorType("iq4_nl", 20, 32, 18, repacked=True, kl=0.03, merged_kl=0.5),
     TensorType("iq4_xs", 23, 256, 136, narrow="iq4_nl", kl=0.03, merged_kl=0.5),
-    TensorType("q3_k", 11, 256, 110, narrow="iq4_nl"),
+    TensorType("q3_k", 11, 256, 110, narrow="q4_0"),
     TensorType("q2_k", 10, 256, 84),
     TensorType("iq3_s", 21, 256, 110),
     TensorType("iq3_xxs", 18, 256, 98),
@@ -136,7 +136,7 @@ _QUANTIZATIONS = (
     Quantization("q4_0", 2, "q4_0", "q4_0", "q6_k", on_boards=True),
     Quantization("iq4_nl", 25, "iq4_nl", "iq4_nl", "q6_k"),
     Quantization("iq4_xs", 30, "iq4_xs", "iq4_xs", "q6_k"),
-    Quantization("q3_k_m", 12, "q3_k", "q5_k", "q6_k"),
+    Quantization("q3_k_m", 12, "q3_k", "q4_k", "q6_k"),
 )
 
 TENSOR_TYPES: Mapping[str, TensorType] = {kind.name: kind for kind in _TYPES}
