@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -108,7 +109,12 @@ def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:
 def _given_output(manifest: Manifest, about: AdapterEntry) -> OutputSpec | None:
     """The adapter's constraint, but for one that was inferred from the rows: it changes with them."""
     given = manifest.recipe.get("adapters", {}).get(about.name, {}).get("output")
-    return OutputSpec.from_json(about.output) if about.output and given not in (None, AUTO) else None
+    return _output(json.dumps(about.output)) if about.output and given not in (None, AUTO) else None
+
+
+@cache
+def _output(stored: str) -> OutputSpec:
+    return OutputSpec.from_json(json.loads(stored))
 
 
 def _asked(entry: LoggedAnswer) -> str:

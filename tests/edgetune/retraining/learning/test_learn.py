@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,19 @@ def test_what_cannot_be_an_answer_is_asked_again(
     assert "'wram' is not one of the labels; did you mean 'warm'?" in err and "4 of 4" in err and "gone" not in err
     assert "learned 3 corrections of color" in out
     assert {entry.correction for entry in read_answer_log(log, read_manifest(home))} == {"warm", None}
+
+
+def test_an_answer_that_breaks_the_recipes_output_is_asked_again(home: Path) -> None:
+    manifest = read_manifest(home)
+    given = {"choices": ["reply on", "reply off"]}
+    light = replace(manifest.adapters["light"], output=given)
+    recipe = {"adapters": {"light": {"output": given}}}
+    about = replace(manifest, adapters={**manifest.adapters, "light": light}, recipe=recipe)
+    entries = read_logs(home, [logged(home, [{"prompt": "lamp", "correction": "no"}])], QUIET.say)
+    assert [entry.correction for entry in most_informative(entries, 1, about)] == ["no"]
+    # What was inferred from the rows changes with them.
+    inferred = replace(about, recipe={"adapters": {"light": {"output": "auto"}}})
+    assert most_informative(entries, 1, inferred) == []
 
 
 def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
