@@ -88,7 +88,7 @@ class Questions:
         elif number % 2 and self._slotted:
             item = rng.choice(self._slotted)
             if (exchanged := self._values.exchanged(item, rng)) is not None:
-                row, answer = item.row, exchanged[0].completion
+                row, answer = item.row, exchanged[0].row.completion
         if answer is not None:
             return row, f"Write one more request, in other words, whose right answer is: {answer}"
         if number % 4:

@@ -15,7 +15,7 @@ from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.plain_prompts import plain_prompt
 
-from .answers import prompt_of
+from .answers import Answer, prompt_of
 from .clauses import reordered
 from .noise import is_english, noisy
 from .numbers import NUMBERS
@@ -153,24 +153,24 @@ class _Maker:
         if item is None:
             row, changes = self._with_numbers(row, rng)
         elif exchanged := self._values.exchanged(item, rng):
-            row, changes = exchanged
-            item = SlottedRow.of(row)
+            item, changes = exchanged
+            row = item.row
         # The words that refer to another clause are English.
         if item is not None and self._english and rng.random() < 0.5 and (mixed := reordered(item, rng)) is not None:
             row, changes = mixed, [*changes, "order of clauses"]
-        row, kinds = self._with_noise(row, rng)
+        row, kinds = self._with_noise(row, None if item is None else item.answer, rng)
         return row, [*changes, *kinds]
 
-    def _with_noise(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
-        """The row with noise in some of the user's turns, and its kinds."""
+    def _with_noise(self, row: TaskRow, answer: Answer | None, rng: random.Random) -> tuple[TaskRow, list[str]]:
+        """The row with noise in some of the user's turns, and its kinds; `answer` has the values that stay."""
         if not self._spec.noise:
             return row, []
-        turns, kinds, item = list(row.turns), [], SlottedRow.of(row)
+        turns, kinds = list(row.turns), []
         for place, turn in enumerate(turns):
             text = turn["content"]
             if turn["role"] != "user" or rng.random() >= self._spec.noise or _MACHINE_TEXT.search(text):
                 continue
-            changed, kind = noisy(text, _kept(text, turns, item), rng, english=self._english)
+            changed, kind = noisy(text, _kept(text, turns, answer), rng, english=self._english)
             if changed not in ("", text):
                 turns[place] = {**turn, "content": changed}
                 kinds.append(kind)
@@ -242,10 +242,10 @@ def _kind(number: str, prompt: str) -> str:
     return re.sub(r"\d", "9", number) + (f" {words[1].lower()}" if words else "")
 
 
-def _kept(text: str, turns: Sequence[Message], item: SlottedRow | None) -> list[Mention]:
+def _kept(text: str, turns: Sequence[Message], answer: Answer | None) -> list[Mention]:
     """What noise must not change in a text, since answers have it too."""
-    values = [] if item is None else [value for _, value in item.answer.scalars() if isinstance(value, str)]
-    texts = range(len(turns)) if item is None else item.answer.texts(turns)
+    values = [] if answer is None else [value for _, value in answer.scalars() if isinstance(value, str)]
+    texts = range(len(turns)) if answer is None else answer.texts(turns)
     answers = [turns[place]["content"] for place in texts if turns[place]["role"] == "assistant"]
     repeated = {word for answer in answers for word in _WORD.findall(answer)}
     return [

@@ -52,7 +52,7 @@ def slots_of(prompt: str, answer: Answer) -> list[Slot]:
 
 def mentions_of(text: str, value: Scalar) -> list[Mention]:
     """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words."""
-    pattern = _pattern(value)
+    pattern = _pattern(value, text)
     mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
     is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
     texts = {text.count(BETWEEN_TEXTS, 0, mention.start) for mention in mentions}
@@ -61,7 +61,7 @@ def mentions_of(text: str, value: Scalar) -> list[Mention]:
 
 def has_value(text: str, value: Scalar) -> bool:
     """Whether a text has the value, also a short word more than once."""
-    pattern = _pattern(value)
+    pattern = _pattern(value, text)
     return pattern is not None and pattern.search(text) is not None
 
 
@@ -86,15 +86,20 @@ def spoken(value: str) -> str:
     return value.replace("_", " ").strip()
 
 
-def _pattern(value: Scalar) -> re.Pattern[str] | None:
-    return _text_pattern(value) if isinstance(value, str) else _number_pattern(value)
+def _pattern(value: Scalar, text: str) -> re.Pattern[str] | None:
+    """What finds the value; None where it has no mention, or it is plain that the text has none."""
+    if not isinstance(value, str):
+        return _number_pattern(value)
+    # A look is much faster than the pattern of a value that is seen for the first time.
+    first = next(iter(spoken(value).split()), "")
+    return _text_pattern(value) if first.lower() in text.lower() else None
 
 
 def _overlap(one: Slot, other: Slot) -> bool:
     return any(a.overlaps(b) for a in one.mentions for b in other.mentions)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _text_pattern(value: str) -> re.Pattern[str] | None:
     words = [re.escape(word) for word in spoken(value).split()]
     if not words or (len(words) == 1 and len(spoken(value)) < 2 and not value.isdigit()):
@@ -104,7 +109,7 @@ def _text_pattern(value: str) -> re.Pattern[str] | None:
     return re.compile(rf"{_NOT_INSIDE}{phrase}{plural}{_NOT_BEFORE}", re.IGNORECASE)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1 << 16)
 def _number_pattern(value: float) -> re.Pattern[str]:
     forms = [re.escape(_digits(value))]
     word = number_word(value)

@@ -97,7 +97,7 @@ class Values:
                 for context in self._contexts(item, slot):
                     self._seen.setdefault((slot.field, context), {})[slot.value] = None
 
-    def exchanged(self, item: SlottedRow, rng: random.Random) -> tuple[TaskRow, list[str]] | None:
+    def exchanged(self, item: SlottedRow, rng: random.Random) -> tuple[SlottedRow, list[str]] | None:
         """The row with some other values, and what was exchanged; None if there are none that fit."""
         options = {slot: choices for slot in item.slots if len(choices := self._options(item, slot)) > 1}
         chosen = [slot for slot in options if rng.random() < _EXCHANGED]
@@ -119,7 +119,7 @@ class Values:
         reread = SlottedRow.of(row)
         if reread is None or len(reread.slots) != len(item.slots) or _json_results(row) != _json_results(item.row):
             return None
-        return row, [f"{slot.field}: {slot.value} → {new}" for slot, new in changes]
+        return reread, [f"{slot.field}: {slot.value} → {new}" for slot, new in changes]
 
     def _fits(self, new: Scalar, item: SlottedRow, slot: Slot, values: Mapping[Slot, Scalar]) -> bool:
         """Whether a value can take the place of that of a slot, beside these `values` of all slots.
