@@ -17,7 +17,8 @@ from edgetune.tasks.plain_prompts import plain_prompt
 
 from .answers import Answer, prompt_of
 from .clauses import reordered
-from .noise import is_english, noisy
+from .english import is_english
+from .noise import noisy
 from .numbers import NUMBERS
 from .slots import Mention, mentions_of
 from .values import SlottedRow, Values

@@ -16,9 +16,6 @@ _SOUNDS_ALIKE = (
 )  # fmt: skip
 _ALIKE = {word: [other for other in group if other != word] for group in _SOUNDS_ALIKE for word in group}
 _FILLERS, _ARTICLES = ("um", "uh", "okay", "so"), ("the", "a", "an")
-_ENGLISH = frozenset((
-    "the", "is", "to", "and", "of", "please", "what", "my", "it", "for", "in", "on", "turn", "set", "how", "can", "you",
-))  # fmt: skip
 _NEIGHBOURS = dict(
     pair
     for line in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -40,11 +37,6 @@ _DIGITS = 0.5
 """How often a number word is written in digits."""
 _TYPED_LETTERS = 4
 """Only words of at least so many letters get a typo."""
-
-
-def is_english(prompts: Sequence[str]) -> bool:
-    """Whether at least half of the prompts have two of the most frequent words of English."""
-    return sum(len(_ENGLISH & set(prompt.lower().split())) >= 2 for prompt in prompts) * 2 >= len(prompts)
 
 
 def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: bool) -> tuple[str, str]:
