@@ -6,13 +6,15 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from .numbers import NUMBERS, number_word
+from .numbers import NUMBERS, spoken_number
 from .slots import Mention
 
 _SOUNDS_ALIKE = (
     ("to", "two", "too"), ("for", "four"), ("there", "their"), ("by", "buy"), ("right", "write"), ("hear", "here"),
     ("know", "no"), ("one", "won"), ("our", "hour"), ("week", "weak"), ("weather", "whether"), ("son", "sun"),
     ("blue", "blew"), ("whole", "hole"), ("mail", "male"), ("road", "rode"), ("sea", "see"), ("your", "you're"),
+    ("bedroom", "bed room"), ("bathroom", "bath room"), ("hallway", "hall way"), ("playlist", "play list"),
+    ("weekend", "week end"), ("headphones", "head phones"), ("bookshelf", "book shelf"), ("driveway", "drive way"),
 )  # fmt: skip
 _ALIKE = {word: [other for other in group if other != word] for group in _SOUNDS_ALIKE for word in group}
 _FILLERS, _ARTICLES = ("um", "uh", "okay", "so"), ("the", "a", "an")
@@ -25,9 +27,10 @@ _NEIGHBOURS = dict(
 _WORD_RATE = 0.15
 """How often a word is replaced by one that sounds alike, an article is lost, or a filler is added."""
 _NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
-_NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+\w*"
-"""A number with its unit, if there is no space between."""
+_NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+(?:\s?%|\w*)"
+"""A number with its unit, if there is no space between, or a percent sign."""
 _SIGNS = re.compile(
+    r"(?!(?<=\d)%|(?<=\d )%)"
     r"[^\w\s.,;:!?\"'()\u2026\u00bf\u00a1\u3001\u3002\uff0c\uff01\uff1f\u00ab\u00bb\u2010-\u201f-]"
     r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d"
 )
@@ -40,13 +43,18 @@ _TYPED_LETTERS = 4
 
 
 def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: bool) -> tuple[str, str]:
-    """The prompt as if spoken or typed in haste, and which of it; `kept` is what stays."""
-    kind = rng.choice(("spoken", "spoken", "mistyped", "other case"))
-    if kind == "spoken" and not _SIGNS.search(prompt):
-        return _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)), kind
-    if kind != "other case":
-        return _mistyped(prompt, kept, rng), "mistyped"
-    return _changed(prompt, kept, str.upper if rng.random() < _WORD_RATE else str.lower), kind
+    """The prompt as if spoken or typed in haste, and which of these changes it; `kept` is what stays."""
+    for kind in rng.sample(("spoken", "spoken", "mistyped", "other case"), 4):
+        if kind == "mistyped":
+            text = _mistyped(prompt, kept, rng)
+        elif kind == "other case":
+            text = _changed(prompt, kept, str.upper if rng.random() < _WORD_RATE else str.lower)
+        else:
+            is_said = not _SIGNS.search(prompt)
+            text = _changed(prompt, kept, lambda word: _spoken(word, rng, english=english)) if is_said else prompt
+        if text not in ("", prompt):
+            return text, kind
+    return prompt, "mistyped"
 
 
 def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str]) -> str:
@@ -79,9 +87,10 @@ def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
     word = word.lower()
     if not english:
         return word
-    digits = word.removeprefix("-")
-    if digits.isdecimal() and (words := number_word(int(digits))) is not None:
-        return words.replace("-", " ") if digits == word else f"minus {words.replace('-', ' ')}"
+    if (words := spoken_number(word)) is not None:
+        return words
+    if word[0] == "-" and word[1:].isdecimal() and (words := spoken_number(word[1:])) is not None:
+        return f"minus {words}"
     # Recognizers write numbers in either way.
     if (number := NUMBERS.get(word.replace("-", " "))) is not None and rng.random() < _DIGITS:
         return str(number)
@@ -89,9 +98,9 @@ def _spoken(word: str, rng: random.Random, *, english: bool) -> str:
 
 
 def _misheard(word: str, rng: random.Random) -> str:
-    """A word that sounds alike, "" for an article, or the word, possibly after a filler."""
+    """A word that sounds alike, an article twice or not at all, or the word, possibly after a filler."""
     if word in _ARTICLES:
-        return ""
+        return rng.choice(("", f"{word} {word}"))
     if word in _ALIKE:
         return rng.choice(_ALIKE[word])
     return f"{rng.choice(_FILLERS)} {word}" if rng.random() < _WORD_RATE else word

@@ -10,6 +10,8 @@ _BELOW_20 = (
 )  # fmt: skip
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _LIMIT = 100
+# Zeros before a number are those of an id; a full hour may be said in other ways.
+_PLAIN, _TIME = re.compile(r"(0|[1-9]\d{0,2})(?:\.(\d+))?(\s?%)?"), re.compile(r"(1?\d|2[0-3]):(0[1-9]|[1-5]\d)")
 
 
 def number_word(number: float) -> str | None:
@@ -24,6 +26,24 @@ def number_word(number: float) -> str | None:
 
 NUMBERS = {(number_word(number) or "").replace("-", " "): number for number in range(2, _LIMIT)}
 """The numbers by their words, such as `twenty five`; "one" is more often no number."""
+
+
+def spoken_number(text: str) -> str | None:
+    """A number below 1000, one with a point, a percentage or a time as people say it; None for others, such as 007."""
+    if time := _TIME.fullmatch(text):
+        return f"{_below_1000(int(time[1]))} {'oh ' * (time[2] < '10')}{_below_1000(int(time[2]))}"
+    plain = _PLAIN.fullmatch(text)
+    if plain is None:
+        return None
+    tenths = f" point {' '.join(_BELOW_20[int(digit)] for digit in plain[2])}" if plain[2] else ""
+    return f"{_below_1000(int(plain[1]))}{tenths}{' percent' if plain[3] else ''}"
+
+
+def _below_1000(number: int) -> str:
+    hundreds, rest = divmod(number, _LIMIT)
+    words = [f"{_BELOW_20[hundreds]} hundred"] if hundreds else []
+    words += [] if hundreds and not rest else [number_word(rest) or ""]
+    return " ".join(words).replace("-", " ")
 
 
 def numbers_in(text: str) -> list[int]:

@@ -396,7 +396,7 @@ def test_noise_keeps_negative_numbers_and_words_in_quotes() -> None:
     made = {noisy(prompt, [], random.Random(seed), english=True) for seed in range(90)}
     spoken = {text for text, kind in made if kind == "spoken"}
     assert any("it to minus five or -0.5 to the 5th and play blue moon jazz" in text for text in spoken)
-    assert all("minus five" in text and "-0.5" in text and " moon jazz" in text for text in spoken)
+    assert all("minus five" in text and "-0.5" in text and " moon " in text for text in spoken)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 
 from edgetune.tasks.augmentation.english import is_english
+from edgetune.tasks.augmentation.noise import noisy
+from edgetune.tasks.augmentation.slots import Mention
 
 
 @pytest.mark.parametrize(
@@ -20,3 +25,38 @@ from edgetune.tasks.augmentation.english import is_english
 )
 def test_english_is_told_from_other_languages(prompts: list[str], expected: bool) -> None:
     assert is_english(prompts) is expected
+
+
+def made(prompt: str, kept: Sequence[Mention] = (), *, english: bool = True) -> dict[str, str]:
+    """The noisy prompts of some seeds, and their kinds."""
+    return dict(noisy(prompt, kept, random.Random(seed), english=english) for seed in range(90))
+
+
+def test_noise_changes_every_prompt_that_it_can_change() -> None:
+    assert "turn the lamp on now" not in made("turn the lamp on now")
+    assert made("on", [Mention(0, 2)]) == {"on": "mistyped"}
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("20%", "twenty percent"), ("5 %", "five percent"), ("7:30", "seven thirty"), ("18:05", "eighteen oh five"),
+        ("150", "one hundred fifty"), ("300", "three hundred"), ("21.5", "twenty one point five"),
+        ("0.05", "zero point zero five"),
+    ],
+)  # fmt: skip
+def test_numbers_are_spoken_in_words(written: str, said: str) -> None:
+    prompt = f"Set it {written}"
+    spoken = {text for text, kind in made(prompt).items() if kind == "spoken"}
+    assert spoken and all(text.endswith(said) for text in spoken)
+    assert all(written in text for text in [*made(prompt, english=False), *made(prompt, [Mention(7, len(prompt))])])
+
+
+@pytest.mark.parametrize("number", ["007", "07:30", "8812", "1.2.3", "7:00", "2024-05-01", "1,5"])
+def test_ids_and_dates_are_not_spoken_in_words(number: str) -> None:
+    assert all(number in text for text in made(f"Find order {number}"))
+
+
+def test_articles_are_lost_or_repeated_and_compounds_split() -> None:
+    texts = set(made("Go to the bedroom"))
+    assert any("the the" in text for text in texts) and any("bed room" in text for text in texts)
