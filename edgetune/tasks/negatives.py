@@ -33,6 +33,17 @@ def scrambled(prompts: Sequence[str], count: int, rng: random.Random) -> list[st
     return [" ".join(map(word, prompt.split(" "))) for prompt in rng.sample(prompts, min(count, len(prompts)))]
 
 
+def mixed(rows: Sequence[TaskRow], rng: random.Random) -> list[str]:
+    """Texts that begin as one prompt and end as one with another label, which has few of its words."""
+    parts = [(_text_of(row).split(), row.completion) for row in rows]
+    pairs = zip(parts, rng.sample(parts, len(parts)), strict=True)
+    return [
+        " ".join((*one[: (len(one) + 1) // 2], *other[len(other) // 2 :]))
+        for (one, label), (other, another) in pairs
+        if label != another and 2 * len({*one} & {*other}) < min(len(one), len(other))
+    ]
+
+
 def negative_rows(
     train: Sequence[TaskRow],
     validation: Sequence[TaskRow],
@@ -46,7 +57,8 @@ def negative_rows(
     and at least 30 for validation.
 
     General requests, its own rows with shuffled letters, and the rows of each other task take turns. Those for
-    validation are made of other texts, and do not depend on the training rows. A task that has a text in common with
+    validation are made of other texts, and do not depend on the training rows; `mixed` ones are among them, without
+    which labels of texts that are near the task would seem too sure. A task that has a text in common with
     this one is left out: what it is asked is in the scope of both. So are the texts of `excluded`.
     """
     rng, parts = random.Random(seed), [list(dict.fromkeys(map(_text_of, rows))) for rows in (validation, train)]
@@ -57,7 +69,8 @@ def negative_rows(
     made: list[list[str]] = []
     for place, (own, rows) in enumerate(zip(parts, (validation, train), strict=True)):
         texts = [kind[len(kind) // _PARTS :] if place else kind[: len(kind) // _PARTS] for kind in kinds]
-        turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *texts))
+        near = [] if place else [mixed(rows, rng)]
+        turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *near, *texts))
         new = dict.fromkeys(text for text in turns if text and text.casefold() not in folded)
         made.append(list(islice(new, max(0 if place else _MIN_JUDGED, round(len(rows) * _SHARE)))))
         folded |= {text.casefold() for text in made[-1]}

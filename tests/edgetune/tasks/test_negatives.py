@@ -58,6 +58,17 @@ def test_those_for_validation_are_the_same_for_other_training_rows_and_many_of_t
     assert made[0] == made[1] != []
 
 
+def test_some_for_validation_are_nearly_of_the_task(tmp_path: Path) -> None:
+    asked = ["where is my new card", "please change that pin now", "how much does it cost", "freeze everything at once"]
+    rows = [{"text": f"{text} {n}", "label": f"label {kind}"} for n in range(10) for kind, text in enumerate(asked)]
+    task = task_with(tmp_path, rows=rows)
+    begins = tuple(" ".join(text.split()[:3]) for text in asked)
+    mixed = [row.prompt for row in task.validation[8:] if row.prompt.startswith(begins)]
+    assert 3 <= len(mixed) <= 10
+    assert not {*mixed} & {row["text"] for row in rows}
+    assert all(row.prompt not in mixed for row in task.train)
+
+
 def test_the_same_rows_and_seed_make_the_same_rows(tmp_path: Path) -> None:
     one, other = (task_with(tmp_path / name, songs=SONGS) for name in "ab")
     assert [row.messages for row in one.train] == [row.messages for row in other.train]
