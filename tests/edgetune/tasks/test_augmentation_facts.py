@@ -57,10 +57,11 @@ def test_a_number_that_an_unsaid_text_may_be_computed_from_stays() -> None:
 
 
 def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
-    rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in (("hall", "den"), ("den", "bar"))]
-    rows += [asked("light the bar", room="bar"), asked("attic lights on", room="attic")]
-    made = [(prompt.split(), answer["room"]) for prompt, answer in pairs(copied(rows, copies=9, **QUIET))]
-    assert made and all(words.count(room) + words.count(f"{room},") == 1 for words, room in made)
+    negated = (("kitchen", "study"), ("study", "porch"))
+    rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in negated]
+    rows += [asked("light the porch", room="porch"), asked("attic lights on", room="attic")]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert made and all(prompt.count(answer["room"]) == 1 for prompt, answer in made)
 
 
 def test_numbers_and_times_keep_their_order() -> None:
