@@ -192,6 +192,6 @@ def test_exit_codes_are_those_that_the_commands_promise() -> None:
         "OutOfSpaceError": 6,
         "PromptTooLongError": 2,
         "BusyError": 7,
-        "UnsureError": 8,
+        "UnsureError": 9,
         "CancelledError": 130,
     }
