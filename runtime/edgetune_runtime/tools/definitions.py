@@ -148,7 +148,8 @@ def _tool(number: int, value: object) -> Tool:
 def _ordered(value: Any, schema: object) -> Any:  # noqa: ANN401 - any JSON value
     own = schema if isinstance(schema, Mapping) else {}
     if isinstance(value, Mapping):
-        schemas = own.get("properties") or {}
+        properties = own.get("properties")
+        schemas = properties if isinstance(properties, Mapping) else {}
         names = dict.fromkeys((*(name for name in schemas if name in value), *value))
         return {name: _ordered(value[name], schemas.get(name)) for name in names}
     if isinstance(value, list):

@@ -349,6 +349,9 @@ def test_its_calls_must_fit_the_tools() -> None:
     assert tool is not None
     written = tool.tools[0].ordered({"colors": [{"g": 1.5, "r": 2.0}], "level": 1.0})
     assert json.dumps(written) == '{"level": 1, "colors": [{"r": 2, "g": 1.5}]}'
+    odd = tool_set([{"name": "lamp", "parameters": {"type": "object", "properties": {"a": {"properties": 7}}}}])
+    assert odd is not None
+    assert odd.tools[0].ordered({"a": {"b": 1}}) == {"a": {"b": 1}}
 
 
 @pytest.mark.parametrize(
