@@ -271,7 +271,7 @@ class Recipe(RecipePart):
     def only(self, names: Collection[str]) -> Recipe:
         """The recipe with only these adapters to train; the rows of the others are still rows of other tasks."""
         copy = self.model_copy(update={"adapters": {name: self.adapters[name] for name in names}})
-        copy._others = {name: spec for name, spec in self.adapters.items() if name not in names}
+        copy._others = {**self._others, **{name: spec for name, spec in self.adapters.items() if name not in names}}
         return copy
 
     def others(self, name: str) -> dict[str, AdapterSpec]:

@@ -62,15 +62,19 @@ def swap_in_and_keep(recipe: Recipe, names: Collection[str], staged: Path, out: 
                 for name in kept.difference(names):
                     if (other / _ADAPTERS / name).is_dir():
                         shutil.copytree(other / _ADAPTERS / name, folder / _ADAPTERS / name, dirs_exist_ok=True)
-        now = _digests(manifest)
+        now = {name: digests for name, digests in _digests(manifest).items() if name in recipe.adapters}
         digests = now | (_read_digests(recipe.folder) if _is_kept(recipe.folder) else {})
-        write_file(folder / _DIGESTS, json.dumps(digests | {name: now[name] for name in names}))
+        digests |= {name: now[name] for name in names}
+        write_file(folder / _DIGESTS, json.dumps(digests))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     swap_in(staged, out)
+    still = {name for name, own in now.items() if digests[name] == own}
+    # Another folder may have the rows of adapters that are not in this recipe.
+    needed = {folder, *(other for other, kept in before if not kept <= still)}
     for other in kept_folder(out).glob(f"{_KEPT}*"):
-        if other != folder:
+        if other not in needed:
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -53,15 +53,18 @@ def _fields(
     schema: Mapping[str, Any], root: Mapping[str, Any], field: str = "", refs: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The schemas of texts, numbers and truth values in the fields; an empty one where a reference leads nowhere."""
+    if not isinstance(schema, Mapping):
+        return
     ref = schema.get("$ref")
     if ref is not None:
         # One that leads to itself has been read already.
         if ref not in refs:
             yield from _fields(_target(ref, root), root, field, (*refs, ref))
         return
-    for key, inner in schema.get("properties", {}).items():
+    properties = schema.get("properties")
+    for key, inner in properties.items() if isinstance(properties, Mapping) else ():
         yield from _fields(inner, root, f"{field}.{key}" if field else key, refs)
-    parts = [schema.get("items"), *(part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key, ()))]
+    parts = [schema.get("items"), *(part for key in ("anyOf", "oneOf", "allOf") for part in schema.get(key) or ())]
     for inner in parts:
         if isinstance(inner, dict):
             yield from _fields(inner, root, field, refs)

@@ -8,6 +8,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import count
@@ -64,11 +65,13 @@ class AnswerLog:
             if path.exists() and not _is_log(path):
                 raise UsageError(f"{path} is no log of answers", "choose another file")
             append_lines(path, "")
-            for file in (path, file_before(path)):
-                if file.is_file():
-                    file.chmod(0o600)
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}", "choose another file") from error
+
+        for file in filter(Path.is_file, (path, file_before(path))):
+            # Another user's file, or one on a file system without modes, stays as it is.
+            with suppress(OSError):
+                file.chmod(0o600)
 
     def answered(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from edgetune_runtime.bundle import Manifest
@@ -66,14 +67,16 @@ def _contents(path: Path) -> list[tuple[Path, bytes]]:
     before = file_before(path)
     while True:
         state = _state(before)
-        contents = [(file, file.read_bytes()) for file in (before, path) if file.is_file()]
-        if _state(before) == state:
-            return contents
+        with suppress(FileNotFoundError):
+            contents = [(file, file.read_bytes()) for file in (before, path) if file.is_file()]
+            if _state(before) == state:
+                return contents
 
 
 def _state(path: Path) -> tuple[int, int] | None:
     """What changes if another file takes the place of this one."""
-    if not path.is_file():
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
         return None
-    stat = path.stat()
     return stat.st_ino, stat.st_mtime_ns

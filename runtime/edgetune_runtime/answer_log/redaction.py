@@ -58,11 +58,13 @@ class Redaction:
             cleaned[leaf] = REDACTED
             del decoded[leaf]
         inner = dict(zip(decoded, self._clean_values([*decoded.values()]), strict=True))
-        changed = [leaf for leaf in decoded if (cleaned[leaf], inner[leaf]) != (leaf, decoded[leaf])]
+        changed = [leaf for leaf in decoded if inner[leaf] != decoded[leaf]]
         if changed:
-            again = [_written_as(leaf, decoded[leaf], inner[leaf]) for leaf in changed]
-            # Expressions may look at what is around a value.
-            cleaned |= zip(changed, self._cleaned(again), strict=True)
+            again = self._cleaned([_written_as(leaf, decoded[leaf], inner[leaf]) for leaf in changed])
+            for leaf, text in zip(changed, again, strict=True):
+                # Expressions may look at what is around a value, and at its form, which is another one now.
+                is_less = text.count(REDACTED) < cleaned[leaf].count(REDACTED)
+                cleaned[leaf] = REDACTED if is_less else text
         texts = iter([cleaned[leaf] for leaf in leaves])
         return [_replaced(value, texts) for value in values]
 

@@ -27,7 +27,8 @@ refuse the other name, or ignore it. Many know no schema."""
 
 
 _FENCED = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
-_THOUGHT = re.compile(r"\A(?:.*?</think>|\s*<think>.*\Z)", re.DOTALL)
+_THOUGHT = re.compile(r"\A(?:\s*<think>.*?(?:</think>|\Z)|(?!\s*[{\[]).*?</think>(?=\s*(?:\n|\Z|[{\[])))", re.DOTALL)
+"""What comes before an answer; some templates begin a thought in the prompt."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

@@ -83,11 +83,11 @@ def ask(
     if tools is not None:
         named = {"type": "function", "function": {"name": tools.choice}}
         body |= {"tools": tools.definitions, "tool_choice": tools.choice if tools.choice in MODES else named}
-    if output is not None and output.schema is not None:
-        schema = {"name": "answer", "schema": output.schema}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    schema = None if output is None else output.schema
+    if schema is not None:
+        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     text, calls = _read(to, _post(to, body, check))
-    if output is not None and output.kind == "schema":
+    if schema is not None:
         text = unfenced(text)
     if calls:
         return text, tuple(_fitting(to, call, tools) for call in calls)
@@ -95,9 +95,14 @@ def ask(
         raise _error(to, "gave an empty answer")
     if tools is not None and tools.choice not in ("auto", "none"):
         raise _error(to, f"called no tool, and tool_choice is {tools.choice!r}")
-    if output is not None and not replace(output, spacing="any").accepts(text):
+    if output is not None and not _allows(output, text):
         raise _error(to, f"answered {shortened(text, 80)!r}, which the output constraint does not allow")
     return text, calls
+
+
+def _allows(output: OutputSpec, text: str) -> bool:
+    # Choices need no llguidance, which not every device has.
+    return text in json.loads(output.text) if output.kind == "choices" else replace(output, spacing="any").accepts(text)
 
 
 def _with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Message]:
@@ -136,7 +141,11 @@ def _post(to: DeferTo, body: Mapping[str, Any], check: Callable[[], None]) -> by
             _OPEN.release()
 
     thread = threading.Thread(target=run, daemon=True, name="edgetune-defer")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        _OPEN.release()
+        raise _error(to, f"was not asked: {error}") from error
     while thread.is_alive() and (left_s := end_s - time.monotonic()) > 0:
         thread.join(min(_POLL_S, left_s))
         check()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, MARK, UnsureRule
-from edgetune_runtime.decoding.output import output_of
+from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.errors import EdgetuneError, UnsureError, UsageError
 from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.text.chat import Prompt, messages_for
@@ -17,7 +17,7 @@ from edgetune_runtime.wording import suggestion
 from .answer import Answer, Outcome
 from .call import Call
 from .confidence import QUESTION, Curves
-from .deferring import DeferError, ask
+from .deferring import ask
 from .generation import generate
 from .loaded import LoadedBundle
 from .options import AnswerForm
@@ -195,12 +195,12 @@ class _Settling:
         call, form = answer_call.call, answer_call.form
         labels = [label for entry in call.entries.values() for label in entry.labels]
         # An adapter with labels writes them without a constraint; another model has not learned to.
-        output = output_of(choices=labels) if labels and form.uses_adapter_output else call.output
+        output = spec_of(choices=labels) if labels and form.uses_adapter_output else call.output
         try:
             with self.loaded.deferring():
                 messages = messages_for(answer_call.prompt, call.system)
                 text, calls = ask(to, messages, form.tools, output, answer_call.limits.check)
-        except DeferError as error:
+        except EdgetuneError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:
             if stopped.reason == "cancelled":
@@ -210,7 +210,8 @@ class _Settling:
 
     def _replace(self, answer: Answer, by: str, text: str, **fields: Any) -> None:  # noqa: ANN401 - those of Answer
         changed = {"kind": QUESTION, "output": None, "tool_calls": (), **fields}
-        changed |= {"text": text, "content": text, "logprobs": None, "instead": by, "replaced": answer}
+        changed |= {"text": text, "content": text, "stop_reason": "end", "logprobs": None}
+        changed |= {"instead": by, "replaced": answer}
         self.outcome.answer = replace(answer, **changed)
 
 

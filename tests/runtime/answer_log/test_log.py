@@ -211,7 +211,7 @@ def test_what_an_expression_finds_in_json_is_replaced(
     assert entry.answer == f'{{"pin": "{REDACTED}", "{REDACTED}": 1}}'.replace(" ", "" if spacing else " ")
     log.corrected(answer, '{"a": "5551234", "a": "x", "secret": "y"}')
     (entry,) = read_answer_log(log.path, manifest)
-    assert entry.correction == f'{{"a": "x", {REDACTED}}}'
+    assert entry.correction == f'{{"a": "{REDACTED}", "a": "x", {REDACTED}}}'
 
 
 def test_what_an_expression_finds_in_json_within_texts_is_replaced(manifest: Manifest, tmp_path: Path) -> None:
@@ -227,6 +227,20 @@ def test_what_an_expression_finds_in_json_within_texts_is_replaced(manifest: Man
     found = json.loads(str(entry.messages[2]["content"]))
     assert (found["note"], found["n"], json.loads(found["text"])) == (f"line\n{REDACTED}", 1, {"name": REDACTED})
     assert json.loads(entry.answer) == f"{REDACTED}\n{REDACTED}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r'(?m)^\s*"password".*$', json.dumps({"u": "x", "password": "hunter2"}, indent=2)),
+        (r'"password":"[^"]*"', '{"u": "x", "password":"hunter2"}'),
+        (r'x|"password":"[^"]*"', '{"u": "x", "password":"hunter2"}'),
+    ],
+)
+def test_what_is_found_around_the_values_of_json_is_replaced_whatever_its_form(pattern: str, said: str) -> None:
+    text, (cleaned,) = Redaction([pattern]).clean(said, [said])
+    assert REDACTED in text and text == cleaned
+    assert "hunter2" not in text
 
 
 @pytest.mark.parametrize("levels", [50, 400, 5000])

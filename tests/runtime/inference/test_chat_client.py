@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.inference.chat_client import check_address
+from edgetune_runtime.inference.chat_client import check_address, without_thought
 from edgetune_runtime.inference.deferring import DeferError, DeferTo, ask
 from ports import http_server
 
@@ -68,6 +68,21 @@ def test_a_refusal_that_repeats_the_key_is_shown_without_it(
     url, _ = server(401, b'{"error": {"message": "the key sk-secret is wrong"}}')
     with pytest.raises(DeferError, match="failed: HTTP 401: the key … is wrong"):
         asked(DeferTo(url, "big", key="sk-secret\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>a lamp</think>\n\non", "\n\non"),
+        ("a lamp</think>\non", "\non"),
+        ('<think>a</think>{"a": 1}', '{"a": 1}'),
+        ("<think>a lamp", ""),
+        ('{"html": "a</think>b"}', '{"html": "a</think>b"}'),
+        ("Use </think> to close it", "Use </think> to close it"),
+    ],
+)
+def test_only_what_comes_before_an_answer_is_a_thought(text: str, answer: str) -> None:
+    assert without_thought(text) == answer
 
 
 @pytest.mark.parametrize("timeout_s", [float("inf"), float("nan"), 1e12, 0])

@@ -43,6 +43,8 @@ def test_an_unsure_answer_is_marked(opened: Runtime, ends: dict[str, Any]) -> No
 def test_a_confidence_that_is_not_known_is_unsure(opened: Runtime) -> None:
     cut = opened.generate(PROMPT, adapter="command", max_tokens=2, min_confidence=SURE)
     assert (cut.stop_reason, cut.confidence, cut.is_unsure) == ("length", None, True)
+    asked = opened.generate(PROMPT, adapter="command", max_tokens=2, min_confidence=SURE, ask=QUESTION)
+    assert (asked.text, asked.is_cut_off, asked.instead) == (QUESTION, False, "ask")
 
 
 def test_a_question_comes_back_in_its_place(opened: Runtime, ends: dict[str, Any]) -> None:

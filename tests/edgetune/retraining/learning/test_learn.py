@@ -19,6 +19,7 @@ from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, OutOfSpaceError, UsageError
 from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
+from ruamel.yaml import YAML
 from trainings import QUIET
 
 from edgetune.building.pipeline import build
@@ -175,6 +176,19 @@ def test_rows_of_other_adapters_are_kept_too(home: Path) -> None:
     path = recipe_beside(home, ["light", "color"])
     assert path is not None and "shine 1" in Path(str(kept_recipe(home).adapters["color"].data.train)).read_text()
     assert len(adapter_folders(home, "color")) == 1
+
+
+def test_a_recipe_without_an_adapter_leaves_what_was_kept_of_it(home: Path) -> None:
+    run(home, logged(home, corrections()))
+    values = YAML(typ="safe").load(home.with_name(NAME))
+    values["adapters"] = {"color": {**values["adapters"]["color"], "training": {"max_steps": 40}}}
+    only_color = home.with_name("color.yaml")
+    only_color.write_text(json.dumps(values), encoding="utf-8")
+    colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
+    learn(home, read_logs(home, [logged(home, colors, "more.jsonl")], QUIET.say), only_color, None, QUIET)
+    light, color = (recipe_beside(home, [name]) for name in ("light", "color"))
+    assert light is not None and color is not None and light != color
+    assert "light" in Recipe.from_file(light).adapters and "light" not in Recipe.from_file(color).adapters
 
 
 def test_adapters_that_are_not_learned_have_their_prompts_in_its_rows(home: Path) -> None:
