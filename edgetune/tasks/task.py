@@ -23,7 +23,7 @@ from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows, split
 from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
-from .negatives import given, negative_rows
+from .negatives import given, is_made, negative_rows
 from .row_files import read_text
 from .tokenization import tokenize_rows
 
@@ -192,9 +192,8 @@ def _with_confidence(task: Task) -> Task:
     elif spec.data.confidence is not None:
         rows = task.confidence_rows
     elif len(choosing) >= _APART_FROM:
-        made = task.validation[len(choosing) :]
         choosing, rows = _halves(choosing, task.training.seed)
-        rows += made
+        rows += filter(is_made, task.validation)
     learned = {answer.prompt_key for row in task.train for answer in row.answers} if rows else set()
     both = [row.where for row in rows if row.prompt_key in learned]
     if both and spec.data.confidence is not None:

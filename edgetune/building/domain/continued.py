@@ -210,9 +210,8 @@ class _Stage:
             if after[target] >= old:
                 why = why_worse(old, trained, main_type)
                 self.progress.say(f"  warning: {NAME}: the continued base is no better in {target}: {why}")
-            elif math.log(old / after[target]) < (gained := math.log(old / trained)) * _LEFT:
-                share = math.log(old / after[target]) / gained
-                why = f"requantizing to {main_type} left {share:.0%} of what training gained in {target}"
+            elif (kept := math.log(old / after[target])) < (gained := math.log(old / trained)) * _LEFT:
+                why = f"requantizing to {main_type} left {kept / gained:.0%} of what training gained in {target}"
                 self.progress.say(f"  warning: {NAME}: {why}; {_MORE_BITS}")
 
 
