@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,19 @@ class Redaction:
         """
         if not self.patterns:
             return text, list(values)
-        whole, *cleaned = self._clean_values([text, *values])
+        texts = list(dict.fromkeys(_texts([text, *values])))
+        whole, *cleaned = self._clean_values([text, *values], dict(zip(texts, self._cleaned(texts), strict=True)))
         return whole, cleaned
 
-    def _clean_values(self, values: Sequence[Any]) -> list[Any]:
+    def _clean_values(self, values: Sequence[Any], found: Mapping[str, str]) -> list[Any]:
+        """The values with what was found in their texts, and in those of texts that are JSON."""
         leaves = [str(leaf) for leaf in _leaves(values)]
-        if not leaves:
-            return list(values)
-        cleaned = dict(zip(leaves, self._cleaned(leaves), strict=True))
-        decoded = {leaf: value for leaf in leaves if isinstance(value := json_or_none(leaf), dict | list | str)}
+        cleaned = {leaf: found[leaf] for leaf in leaves}
+        decoded = {leaf: value for leaf in cleaned if (value := _decoded(leaf)) is not None}
         for leaf in [leaf for leaf, value in decoded.items() if _is_deeper(value, _MAX_DEPTH)]:
             cleaned[leaf] = REDACTED
             del decoded[leaf]
-        inner = dict(zip(decoded, self._clean_values([*decoded.values()]), strict=True))
+        inner = dict(zip(decoded, self._clean_values([*decoded.values()], found), strict=True)) if decoded else {}
         changed = [leaf for leaf in decoded if inner[leaf] != decoded[leaf]]
         if changed:
             again = self._cleaned([_written_as(leaf, decoded[leaf], inner[leaf]) for leaf in changed])
@@ -79,6 +79,21 @@ class Redaction:
             _LOG.warning("redacted whole texts, as looking for the expressions %s", ended.how)
             return [REDACTED] * len(texts)
         return cleaned
+
+
+def _texts(values: Sequence[Any]) -> Iterator[str]:
+    """The texts and numbers in JSON values, and those in texts that are JSON."""
+    for leaf in map(str, _leaves(values)):
+        yield leaf
+        inner = _decoded(leaf)
+        if inner is not None and not _is_deeper(inner, _MAX_DEPTH):
+            yield from _texts([inner])
+
+
+def _decoded(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """The object, list or text that `text` is as JSON, or None."""
+    value = json_or_none(text)
+    return value if isinstance(value, dict | list | str) else None
 
 
 def _is_deeper(value: Any, levels: int) -> bool:  # noqa: ANN401 - any JSON value
