@@ -32,8 +32,8 @@ class LastLayers(OwnWeights[LastLayersOptions]):
     options = LastLayersOptions
 
     def trained_layers(self, base: BaseShape, options: LastLayersOptions) -> int:
-        """The last layers."""
-        return min(options.layers, base.layers)
+        """The last layers; UsageError if the base has fewer."""
+        return _checked(options, base.layers)
 
     def trained_parameters(self, trained: TrainedModules, options: LastLayersOptions) -> int:
         """Those of the last layers and the final norm."""
@@ -43,12 +43,16 @@ class LastLayers(OwnWeights[LastLayersOptions]):
     def chosen(self, base: PreTrainedModel, options: LastLayersOptions) -> set[str]:
         """The parameters of the last layers and of the final norm."""
         count = base.config.num_hidden_layers
-        if options.layers > count:
-            raise UsageError(f"layers is {options.layers}, but the base has {count}", f"set layers to {count} or fewer")
-        first = count - options.layers
+        first = count - _checked(options, count)
         names = {name for name, _ in base.named_parameters()}
         layers = {name for name in names if (match := _LAYER.search(name)) and int(match[1]) >= first}
         return layers | {name for name in names if name.endswith(_LAST_NORMS)}
+
+
+def _checked(options: LastLayersOptions, count: int) -> int:
+    if options.layers > count:
+        raise UsageError(f"layers is {options.layers}, but the base has {count}", f"set layers to {count} or fewer")
+    return options.layers
 
 
 METHOD = LastLayers()

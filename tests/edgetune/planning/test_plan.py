@@ -94,6 +94,12 @@ def test_every_adapter_with_modules_that_the_base_lacks_is_named(
     assert of_queries.startswith("adapter 'queries': the base has no module 'q_proj'; ")
 
 
+def test_more_last_layers_than_the_base_has_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), {"name": "last_layers", "layers": 3})
+    with pytest.raises(UsageError, match="adapter 'command': layers is 3, but the base has 2; set layers to 2 or"):
+        bundle_of(recipe)
+
+
 def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     planned = plan_build(
         recipe_of(tmp_path, tiny_gguf("llama"), training={"max_steps": None, "epochs": 2, "batch_size": 8})
