@@ -85,8 +85,12 @@ build/tuf-conformance:
 	@git -C $@.part -c advice.detachedHead=false checkout --quiet $(TUF_COMMIT)
 	@mv $@.part $@
 
-test-arm64: setup  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
+# The compiler for wheels of llama.cpp.
+$(VENV)/wheel: $(VENV)/ready
 	@$(BIN)/python tools/install.py $(VENV)/install.log --editable '.[wheel]'
+	@touch $@
+
+test-arm64: $(VENV)/wheel  ## Run a bundle on emulated arm64 boards, on Debian as root; not part of `make test`
 	@$(BIN)/pytest -v -s tests/arm64 $(ARGS)
 
 test-systemd: setup  ## Run a kit's unit in a booted Debian, on Debian as root; not part of `make test`

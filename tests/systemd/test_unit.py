@@ -183,5 +183,5 @@ def test_a_port_of_another_program_is_refused(machine: Machine) -> None:
     refused = machine.run("sh", "-c", f"sh {SHARED}/kit/install.sh --service --port 8083 2>&1", check=False)
     assert "another program listens on port 8083 of 127.0.0.1" in refused
     assert shown(machine, "LoadState")["LoadState"] == "not-found"
+    assert machine.run("sh", "-c", "ls /opt/edgetune/home/versions 2>/dev/null || true") == ""
     machine.run("systemctl", "stop", "other")
-    machine.run(*INSTALL, "uninstall")

@@ -20,11 +20,12 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
 
     Files that the folder lacks are taken from the store; with `receives`, those that are missing there are read from
     standard input first. Nothing is used before its digest was compared, and the version that runs is not touched
-    before the new one has answered. UsageError for a unit of another install.
+    before the new one has answered. UsageError for a unit of another install, and for a port of another program.
     """
     kit = read_kit(folder)
     if unit is not None:
         unit.require_own(prefix)
+        unit.require_port()
     with installing(prefix):
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))

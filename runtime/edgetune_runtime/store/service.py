@@ -165,6 +165,11 @@ class Unit:
             message = f"unit {self.name} exists and is not of {prefix}: {path}"
             raise UsageError(message, "choose another name: --service NAME")
 
+    def require_port(self) -> None:
+        """UsageError if another program than the unit listens on its port."""
+        if not self.manager.serves(self.name, self.port):
+            sockets.require_free(self.host, self.port)
+
     def install(self, prefix: Path, kit: Kit) -> None:
         """Write the unit if it changed, and have systemd read it; it starts with the system from now on.
 
