@@ -18,7 +18,7 @@ RECIPE = "recipe.json"
 def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None) -> Path:
     """Write `recipe.json`, from which `Recipe.from_file` makes the same recipe, with rows from memory in files beside.
 
-    Paths become absolute. What is not set stays unset, because some defaults depend on the base or the board. Data
+    Other paths become absolute. What is not set stays unset, because some defaults depend on the base or the board. Data
     files in the folder `copied_from` are copied. OutOfSpaceError if the disk is full.
     """
     values = recipe.model_dump(exclude_unset=True)
@@ -29,7 +29,8 @@ def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None
         saved = save_source(source, folder)
         if copied_from is not None and Path(saved).parent.resolve() == copied_from.resolve():
             saved = str(shutil.copy(saved, folder.absolute()))
-        value_at(loc[:-1], values)[loc[-1]] = saved
+        # A folder that was moved still has its files.
+        value_at(loc[:-1], values)[loc[-1]] = Path(saved).name if Path(saved).parent == folder.absolute() else saved
     path = folder / RECIPE
     write_file(path, json.dumps(values, indent=2))
     return path

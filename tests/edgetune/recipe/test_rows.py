@@ -17,7 +17,7 @@ from recipes import adapter_of, values_of, write_rows
 from edgetune.recipe import rows as rows_module
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
-from edgetune.recipe.saved import save_recipe
+from edgetune.recipe.saved import RECIPE, save_recipe
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.task import Texts, read_texts
 
@@ -157,4 +157,6 @@ def test_a_saved_recipe_is_read_again_as_it_was(name: str, tmp_path: Path) -> No
 def test_a_saved_recipe_has_its_rows_in_files(tmp_path: Path) -> None:
     saved = Recipe.from_file(save_recipe(recipe_of(ROWS), tmp_path)).adapters["intent"].data.train
     assert saved == str(tmp_path / "adapters.intent.data.train.jsonl")
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    saved = Recipe.from_file(moved / RECIPE).adapters["intent"].data.train
     assert [row.completion for row in read_rows(saved)] == ["media", "lock"]
