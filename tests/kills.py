@@ -1,11 +1,14 @@
-"""Runs an action in a child process that is killed at one of its writes, or whose disk is full from then on."""
+"""Runs an action in a child process that is killed at its writes, or whose disk is full from one of them on."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import subprocess
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
 
 _CHANGES = {
     *("os.rename", "os.link", "os.symlink", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"),
@@ -22,6 +25,47 @@ def changes_a_file(event: str, arguments: tuple[object, ...]) -> bool:
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         return bool(writes) or (isinstance(mode, str) and mode not in {"r", "rb"})
     return event in _CHANGES
+
+
+def left_by_kills(action: Callable[[], int], folder: Path) -> Iterator[bool]:
+    """Put a folder into each state that a kill of `action` at a write leaves, and last into that after its end.
+
+    Yields whether it is one of a kill. The action runs once: at each write, the folder is copied as it is, which is as
+    a process that ends there leaves it. Equal states come once, as between many writes nothing is changed on the disk.
+    """
+    states, known = folder.with_name(f"{folder.name}-states"), set[bytes]()
+    states.mkdir()
+
+    def keep(_: str, count: int) -> None:
+        state = _digest(folder)
+        if state not in known:
+            known.add(state)
+            _copy(folder, states / f"{count:04}")
+
+    assert _run(action, "", keep) == 0
+    _copy(folder, states / "end")
+    for kept in sorted(states.iterdir()):
+        _copy(kept, folder)
+        yield kept.name != "end"
+
+
+def _digest(folder: Path) -> bytes:
+    """What tells states of a folder apart: names, modes, links and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        target = path.readlink() if path.is_symlink() else ""
+        digest.update(f"{path.relative_to(folder)} {about.st_mode} {about.st_nlink} {target}\n".encode())
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _copy(folder: Path, to: Path) -> None:
+    """Make `to` a copy of a folder; there is none if the folder is gone. The programs are faster than Python."""
+    subprocess.run(["rm", "-rf", str(to)], check=True)
+    if folder.exists():
+        subprocess.run(["cp", "-a", str(folder), str(to)], check=True)
 
 
 def killed_at(write: int, action: Callable[[], int], within: str = "") -> int:
