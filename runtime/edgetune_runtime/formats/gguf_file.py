@@ -12,7 +12,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -237,7 +237,7 @@ class _Reader:
         kind, count = self._unsigned(4), self._unsigned(8)
         if kind == _STRING:
             self._need(count * 8)
-            return tuple(self._string() for _ in range(count))
+            return tuple(self._strings(count))
         if kind not in _SCALARS:
             raise self._damaged(f"has an array of unknown type {kind}")
         code = _SCALARS[kind]
@@ -249,6 +249,17 @@ class _Reader:
 
     def _string(self) -> str:
         return self._take(self._unsigned(8)).decode("utf-8", "surrogateescape")
+
+    def _strings(self, count: int) -> Iterator[str]:
+        """So many strings, as `_string` reads them but in half the time: a vocabulary has 100,000 and more."""
+        read, left = self._file.read, self._size - self._position
+        for _ in range(count):
+            size = int.from_bytes(read(8), "little")
+            left -= 8 + size
+            if left < 0 or len(data := read(size)) != size:
+                raise self._damaged("is truncated: it ends within its header")
+            yield data.decode("utf-8", "surrogateescape")
+        self._position = self._size - left
 
     def _take(self, count: int) -> bytes:
         self._need(count)
