@@ -245,13 +245,16 @@ class Unit:
     def wait(self) -> None:
         """Wait until the unit itself answers; VerificationError if it does not."""
         begin = heard = time.monotonic()
+        # Some servers are there at once, others take minutes.
+        pause_s = 0.05
         while time.monotonic() < min(heard + _READY_S, begin + _WARM_S):
             # Another program may have the port while the unit fails to start again and again.
             if answers.is_alive(self.url) and self.manager.serves(self.name, self.port):
                 heard = time.monotonic()
                 if answers.is_ready(self.url):
                     return
-            time.sleep(0.5)
+            time.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, 0.5)
         message = f"unit {self.name} does not answer at {self.url}/readyz"
         raise VerificationError(message, f"see {self.manager.journal(self.name)}")
 
