@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -37,10 +37,19 @@ def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture
-def prefix(environments: Path, tmp_path: Path) -> Path:
-    """A prefix with no version, and with the environment of the kits."""
-    (tmp_path / "home").mkdir()
-    return copied(environments, tmp_path / "home/venvs").parent
+def prepare(environments: Path) -> Callable[[Path], Path]:
+    """`prepare(prefix)`: a prefix with no version, and with the environment of the kits."""
+
+    def make(prefix: Path) -> Path:
+        prefix.mkdir()
+        return copied(environments, prefix / "venvs").parent
+
+    return make
+
+
+@pytest.fixture
+def prefix(prepare: Callable[[Path], Path], tmp_path: Path) -> Path:
+    return prepare(tmp_path / "home")
 
 
 def run(*words: object) -> int:
@@ -160,9 +169,10 @@ def test_a_unit_that_was_stopped_to_make_room_runs_again_if_the_switch_cannot_be
 
 
 def test_a_prefix_that_is_reached_through_a_link_is_the_same(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path
+    make: KitMaker, systemd: Path, port: int, prepare: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "disk").mkdir()
+    prepare(tmp_path / "disk/app")
     (tmp_path / "home").symlink_to("disk")
     assert run("install", make("one"), "--prefix", tmp_path / "home/app", "--service", "--port", port) == 0
     assert run("uninstall", "--prefix", tmp_path / "disk/app") == 0
@@ -192,18 +202,29 @@ def test_a_version_whose_unit_does_not_answer_is_left_again(
 
 
 def test_a_unit_that_computes_the_states_of_its_prompts_is_waited_for(
-    make: KitMaker, systemd: Path, port: int, prefix: Path, monkeypatch: pytest.MonkeyPatch
+    make: KitMaker,
+    systemd: Path,
+    port: int,
+    prefix: Path,
+    prepare: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(service, "_READY_S", 2.0)
     options = ("--prefix", prefix, "--service", "--port", port)
     assert run("install", make("slow"), *options) == 0
     monkeypatch.setattr(service, "_WARM_S", 1.0)
     assert run("uninstall", "--prefix", prefix) == 0
+    prepare(prefix)
     assert run("install", make("slow"), *options) == 4
 
 
 def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
-    make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker,
+    systemd: Path,
+    port: int,
+    prefix: Path,
+    prepare: Callable[[Path], Path],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     kit = kit_with_golden(make, "two")
@@ -217,6 +238,7 @@ def test_a_version_whose_unit_gives_no_golden_answer_is_left_again(
     assert error.endswith("; see journalctl --user -u edgetune-home")
     assert (served(port), ask(prefix)) == ("one", "one")
     assert run("uninstall", "--prefix", prefix) == 0
+    prepare(prefix)
     assert run("install", kit, "--prefix", prefix, "--service", "--port", port) == 4
     assert list((systemd / "units/systemd/user").iterdir()) == []
 
@@ -270,7 +292,12 @@ def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
 
 
 def test_a_unit_of_others_is_neither_replaced_nor_removed(
-    make: KitMaker, systemd: Path, port: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    make: KitMaker,
+    systemd: Path,
+    port: int,
+    prepare: Callable[[Path], Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     units, prefix, other = systemd / "units/systemd/user", tmp_path / "home", tmp_path / "other"
     units.mkdir(parents=True)
@@ -284,6 +311,8 @@ def test_a_unit_of_others_is_neither_replaced_nor_removed(
         assert not prefix.exists()
     assert (foreign.read_text(), calls(systemd)) == ("[Service]\n", [])
     foreign.unlink()
+    for folder in (prefix, other):
+        prepare(folder)
     assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
     assert run("install", make("two"), "--prefix", other, "--service", "--port", port) == 2
     assert served(port) == "one"
@@ -374,8 +403,8 @@ def test_a_wrong_unit_is_refused_before_anything_is_installed(
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("user", [True, False])
-def test_systemd_accepts_the_unit(user: bool, make: KitMaker, tmp_path: Path) -> None:
-    prefix = tmp_path / "100% of a home"
+def test_systemd_accepts_the_unit(user: bool, make: KitMaker, prepare: Callable[[Path], Path], tmp_path: Path) -> None:
+    prefix = prepare(tmp_path / "100% of a home")
     kit = make("one", change=with_fields(opening={"context_length": 512, "kv": "q8_0", "cache_mb": 16.0}))
     assert run("install", kit, "--prefix", prefix) == 0
     unit = tmp_path / "edgetune-home.service"
