@@ -27,13 +27,17 @@ def seeds(
     tiny_source: Callable[[str], Source],
     tiny_folder: Callable[[str], Path],
     tiny_gguf: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    once: Callable[[str, Callable[[Path], object]], Path],
 ) -> Path:
-    """The folder with the valid files."""
-    folder = tmp_path_factory.mktemp("fuzz") / SEEDS
-    return write_seeds(
-        folder, tiny_source("llama"), tiny_folder("llama"), {name: tiny_gguf(name) for name in OTHER_BASES}
-    )
+    """The folder with the valid files, which take 20 s to make."""
+
+    def make(is_made: Path) -> None:
+        others = {name: tiny_gguf(name) for name in OTHER_BASES}
+        # Not in what is renamed when it is made, as one of the files has the path of another.
+        write_seeds(is_made.with_name("fuzz") / SEEDS, tiny_source("llama"), tiny_folder("llama"), others)
+        is_made.touch()
+
+    return once("fuzz-is-made", make).with_name("fuzz") / SEEDS
 
 
 @pytest.mark.parametrize("kind", corpus.kinds())
