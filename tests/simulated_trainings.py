@@ -39,7 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cartridge": {"num_virtual_tokens": 4},
     "last_layers": {"layers": 1},
 }
-STEPS = 6
+STEPS = 4
 
 MakeBase = Callable[[], PreTrainedModel]
 
