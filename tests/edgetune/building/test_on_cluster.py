@@ -38,17 +38,32 @@ STORE_BYTES = 80 * 2**20
 
 
 class LocalCluster:
-    """A cluster whose nodes are processes of this machine; this process is connected to its head."""
+    """A cluster whose nodes are processes of this machine; this process is connected to its head.
+
+    A node takes 5 s of CPU time to start and to end, so the nodes of `have` stay for the next test.
+    """
 
     def __init__(self, ray: Any) -> None:  # noqa: ANN401 - ray carries no types
         from ray.cluster_utils import Cluster  # noqa: PLC0415 - an extra
 
         self.ray = ray
+        self.lasting: list[Any] = []
         self.cluster = Cluster(initialize_head=True, head_node_args=self._sizes(0))
         ray.init(address=self.cluster.address, log_to_driver=False)
 
     def add(self, cpus: int = 1, **options: Any) -> Any:  # noqa: ANN401 - as above
         return self.cluster.add_node(**self._sizes(cpus), **options)
+
+    def have(self, count: int) -> list[Any]:
+        """So many nodes with one core each; all others are removed."""
+        self.lasting = [node for node in self.lasting if node in self.cluster.worker_nodes][:count]
+        self.remove_others()
+        self.lasting += [self.add() for _ in range(count - len(self.lasting))]
+        return self.lasting
+
+    def remove_others(self) -> None:
+        for node in self.cluster.worker_nodes.difference(self.lasting):
+            self.cluster.remove_node(node)
 
     def occupy(self, node: Any) -> Any:  # noqa: ANN401 - as above
         """Keep the only core of a node busy; the result can be cancelled."""
@@ -79,10 +94,6 @@ class LocalCluster:
             finally:
                 os.killpg(process.pid, signal.SIGTERM)
 
-    def remove_nodes(self) -> None:
-        for node in list(self.cluster.worker_nodes):
-            self.cluster.remove_node(node)
-
     def close(self) -> None:
         self.ray.shutdown()
         self.cluster.shutdown()
@@ -104,7 +115,7 @@ def head() -> Iterator[LocalCluster]:
 @pytest.fixture
 def cluster(head: LocalCluster) -> Iterator[LocalCluster]:
     yield head
-    head.remove_nodes()
+    head.remove_others()
 
 
 def recipe_of(folder: Path, base: Path, names: tuple[str, ...] = NAMES, **keys: Any) -> Recipe:  # noqa: ANN401 - of the recipe
@@ -128,38 +139,6 @@ def weights(bundle: Path) -> dict[str, str]:
     return {path.relative_to(bundle).as_posix(): sha256_of(path) for path in files}
 
 
-def test_a_training_that_fails_is_named_and_the_next_build_gives_the_bundle_of_a_local_one(
-    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
-    for _ in range(2):
-        cluster.add()
-    recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0"), Listening()
-    training = recipe.training.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
-    failing = recipe.adapters["lamps"].model_copy(update={"training": training})
-    broken = recipe.model_copy(update={"adapters": {**recipe.adapters, "lamps": failing}})
-    with pytest.raises(
-        EdgetuneError, match=r"^adapter 'lamps' was not trained: the loss is \w+ at step \d; lower train"
-    ):
-        build(broken, tmp_path / "home", progress=listening, on_cluster=True)
-    before = modified(tmp_path / "home.work/train/blinds")
-    built = build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
-    assert modified(tmp_path / "home.work/train/blinds") == before
-    assert [line for line in listening.lines if line.startswith("training ")] == [
-        f"training {count} adapters on the cluster; cores for each: 1" for count in (2, 1)
-    ]
-    assert not any("loading the base" in line for line in listening.lines)
-    local = build(recipe, tmp_path / "local", progress=QUIET)
-    assert weights(tmp_path / "home") == weights(tmp_path / "local")
-    assert results(tmp_path / "home") == results(tmp_path / "local")
-    assert built.losses == local.losses
-    verify_files(tmp_path / "home", read_manifest(tmp_path / "home"))
-    # What is trained already needs no node.
-    cluster.remove_nodes()
-    before = modified(tmp_path / "home.work/train")
-    build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
-    assert modified(tmp_path / "home.work/train") == before
-
-
 def test_a_training_goes_on_elsewhere_when_its_node_dies(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -167,7 +146,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     time that it has taken so far shows."""
     training = {"max_steps": 120, "epochs": 1000, "evals": 12, "patience": None}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
-    first, second = cluster.add(), cluster.add()
+    first, second = cluster.have(2)
     busy = cluster.occupy(second)
 
     saved = tmp_path / "home.work/train/lamps/state.pt"
@@ -199,7 +178,7 @@ def test_an_interrupted_training_is_saved_and_its_process_ends(
 ) -> None:
     training = {"max_steps": 5000, "epochs": 10_000, "evals": 500, "patience": None}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), ("lamps",), training=training)
-    cluster.add()
+    cluster.have(1)
     state = tmp_path / "home.work/train/lamps/state.pt"
 
     def interrupt_when_saved() -> None:
@@ -214,9 +193,61 @@ def test_an_interrupted_training_is_saved_and_its_process_ends(
         assert state.exists() and not (tmp_path / "home").exists()
 
 
+def test_a_node_without_the_data_is_left_out(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = recipe_of(tmp_path / "data", tiny_gguf("llama"), NAMES[:1])
+    # The other node is free once that node is left out, so that the training starts there first.
+    busy = cluster.occupy(*cluster.have(1))
+
+    class Freeing(Listening):
+        def say(self, text: str) -> None:
+            super().say(text)
+            if "is left out" in text:
+                cluster.ray.cancel(busy, force=True)
+
+    with cluster.node_without(tmp_path / "data"):
+        build(recipe, tmp_path / "home", progress=(listening := Freeing()), on_cluster=True)
+    (line,) = [line for line in listening.lines if "is left out" in line]
+    assert f"no data file {tmp_path}/data/" in line
+    assert list(read_manifest(tmp_path / "home").adapters) == list(NAMES[:1])
+
+
+def test_a_training_that_fails_is_named_and_the_next_build_gives_the_bundle_of_a_local_one(
+    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cluster.have(2)
+    recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), quantization="q4_0"), Listening()
+    training = recipe.training.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    failing = recipe.adapters["lamps"].model_copy(update={"training": training})
+    broken = recipe.model_copy(update={"adapters": {**recipe.adapters, "lamps": failing}})
+    with pytest.raises(
+        EdgetuneError, match=r"^adapter 'lamps' was not trained: the loss is \w+ at step \d; lower train"
+    ):
+        build(broken, tmp_path / "home", progress=listening, on_cluster=True)
+    before = modified(tmp_path / "home.work/train/blinds")
+    built = build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
+    assert modified(tmp_path / "home.work/train/blinds") == before
+    assert [line for line in listening.lines if line.startswith("training ")] == [
+        f"training {count} adapters on the cluster; cores for each: 1" for count in (2, 1)
+    ]
+    assert not any("loading the base" in line for line in listening.lines)
+    local = build(recipe, tmp_path / "local", progress=QUIET)
+    assert weights(tmp_path / "home") == weights(tmp_path / "local")
+    assert results(tmp_path / "home") == results(tmp_path / "local")
+    assert built.losses == local.losses
+    verify_files(tmp_path / "home", read_manifest(tmp_path / "home"))
+    # What is trained already needs no node.
+    cluster.have(0)
+    before = modified(tmp_path / "home.work/train")
+    build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
+    assert modified(tmp_path / "home.work/train") == before
+
+
 def test_a_node_of_another_version_is_left_out(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    cluster.have(0)
     other = tmp_path / "other/edgetune-0.1.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: edgetune\nVersion: 0.1\n", encoding="utf-8")
@@ -228,21 +259,10 @@ def test_a_node_of_another_version_is_left_out(
     assert re.match(rf"no node of the cluster can run blinds: node \S+ \(\w+\) is left out: {what}", str(error.value))
 
 
-def test_a_node_without_the_data_is_left_out(
-    cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
-) -> None:
-    recipe, listening = recipe_of(tmp_path / "data", tiny_gguf("llama")), Listening()
-    cluster.add()
-    with cluster.node_without(tmp_path / "data"):
-        build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
-    (line,) = [line for line in listening.lines if "is left out" in line]
-    assert f"no data file {tmp_path}/data/" in line
-    assert list(read_manifest(tmp_path / "home").adapters) == list(NAMES)
-
-
 def test_the_command_finds_the_cluster_and_reserves_a_gpu_if_there_is_one(
     cluster: LocalCluster, tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    cluster.have(0)
     cluster.add(2, num_gpus=1)
     recipe_of(tmp_path, tiny_gguf("llama"), NAMES[:1])
     command = [sys.executable, "-m", "edgetune", "build", "recipe.yaml", "--out", "home", "--engine", "ray", "--json"]
