@@ -36,7 +36,7 @@ FORMS = {"sh", "python", "js", "go", "ini", "yaml", "json", "text"}
 BLOCK = re.compile(r"(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<form>[^\n]*)\n(?P<text>.*?)```", re.DOTALL)
 # What makes a build of a page's recipe a matter of seconds; more threads only wait for each other on a tiny base.
 QUICK = ("training.max_steps=2", "training.precision=fp32", "threads=1")
-ROWS = 40
+ROWS = 20
 BUILD = ["edgetune", "build", "examples/smart-home/recipe.yaml", "--out", "build/smart-home"]
 
 
