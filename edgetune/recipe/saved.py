@@ -18,8 +18,8 @@ RECIPE = "recipe.json"
 def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None) -> Path:
     """Write `recipe.json`, from which `Recipe.from_file` makes the same recipe, with rows from memory in files beside.
 
-    Other paths become absolute. What is not set stays unset, because some defaults depend on the base or the board. Data
-    files in the folder `copied_from` are copied. OutOfSpaceError if the disk is full.
+    Other paths become absolute. What is not set stays unset, because some defaults depend on the base or the board.
+    Data files in the folder `copied_from` are copied. OutOfSpaceError if the disk is full.
     """
     values = recipe.model_dump(exclude_unset=True)
     base = recipe.folder / Path(recipe.base).expanduser()
