@@ -39,6 +39,7 @@ CASES = 10_000
 GENERATOR = 5
 """Version of the edits that a case has: raise it with a change of forms or seeds that gives cases other edits."""
 SEEDS = f"seeds-{GENERATOR}"
+_CASES_PER_START = 100
 _SAME_CAUSE = 3
 """Findings of one cause that are written down; more are counted."""
 
@@ -138,7 +139,9 @@ def _lines(
         except BaseException as error:
             found.put(error)
 
-    threads = [threading.Thread(target=run_cases) for _ in range(options.workers)]
+    # A process takes as long to start as to open some hundred files.
+    count = min(options.workers, 1 + options.cases // _CASES_PER_START)
+    threads = [threading.Thread(target=run_cases) for _ in range(count)]
     for thread in threads:
         thread.start()
     for _ in threads:
