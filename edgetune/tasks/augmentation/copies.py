@@ -19,7 +19,7 @@ from .answers import Answer, prompt_of
 from .clauses import reordered
 from .english import is_english
 from .noise import noisy
-from .numbers import NUMBERS
+from .numbers import NUMBERS, YEAR
 from .slots import Mention, mentions_of
 from .values import SlottedRow, Values
 
@@ -29,8 +29,6 @@ _MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
 """Characters that nobody says or types in haste."""
 _WORD = re.compile(r"\w+(?:[.:,]\d+)*")
 _NUMBER = re.compile(r"(?<!\w)\d+(?:[.:,]\d+)*(?!\w)")
-
-_YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
 _QUESTION = re.compile(
     r"(?is)\W*(?!(?:please )?(?:can|could|would|will) you\b)"
@@ -219,7 +217,7 @@ class _Maker:
         return (
             len(self._answers.get(_without_numbers(prompt_of(row)), ())) <= 1
             and numbers <= set(_NUMBER.findall(told))
-            and not any(map(_YEAR.fullmatch, numbers))
+            and not any(map(YEAR.fullmatch, numbers))
             and all(word in words for word in re.findall(r"\w+", answer.lower()) if word in NUMBERS)
         )
 

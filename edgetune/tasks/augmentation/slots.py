@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .answers import BETWEEN_TEXTS, Answer, FieldPath, Scalar
-from .numbers import NUMBERS, TENS, number_word
+from .numbers import NUMBERS, TENS, digit_words, number_word
 
 _SHORT = 3
 """Words of at most so many letters, such as `on`, are values only if no text has them more than once."""
@@ -51,7 +51,10 @@ def slots_of(prompt: str, answer: Answer) -> list[Slot]:
 
 
 def mentions_of(text: str, value: Scalar) -> list[Mention]:
-    """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words."""
+    """Where a text has the value: texts in any case, with spaces for _, or a plural s; numbers in digits or words.
+
+    Texts of digits may be said digit by digit.
+    """
     pattern = _pattern(value, text)
     mentions = [Mention(m.start(), m.end(), bool(m["plural"])) for m in pattern.finditer(text)] if pattern else []
     is_short = isinstance(value, str) and len(value) <= _SHORT and value.isalpha()
@@ -92,7 +95,8 @@ def _pattern(value: Scalar, text: str) -> re.Pattern[str] | None:
         return _number_pattern(value)
     # A look is much faster than the pattern of a value that is seen for the first time.
     first = next(iter(spoken(value).split()), "")
-    return _text_pattern(value) if first.lower() in text.lower() else None
+    is_there = first.lower() in text.lower() or (_is_digits(value) and digit_words(value) in text.lower())
+    return _text_pattern(value) if is_there else None
 
 
 def _overlap(one: Slot, other: Slot) -> bool:
@@ -106,6 +110,8 @@ def _text_pattern(value: str) -> re.Pattern[str] | None:
         return None
     plural = "(?P<plural>(?:e?s)?)" if value[-1].isalpha() and not value.lower().endswith("s") else "(?P<plural>)"
     phrase = r"[\s_-]+".join(words)
+    if _is_digits(value):
+        phrase = f"(?:{phrase}|{_NOT_AFTER_WORDS}{digit_words(value)}{_NOT_BEFORE_WORDS})"
     return re.compile(rf"{_NOT_INSIDE}{phrase}{plural}{_NOT_BEFORE}", re.IGNORECASE)
 
 
@@ -114,16 +120,26 @@ def _number_pattern(value: float) -> re.Pattern[str]:
     forms = [re.escape(_digits(value))]
     word = number_word(value)
     if word is not None and value != 1:  # "one" is more often no number
-        forms.append(f"{_NOT_AFTER_TENS}{word.replace('-', '[ -]')}{_NOT_BEFORE_WORDS}")
+        said = word.replace("-", "[ -]").replace("hundred ", "hundred (?:and )?")
+        forms.append(f"{_NOT_AFTER_TENS}{said}{_NOT_BEFORE_WORDS}")
     number = rf"(?:{'|'.join(forms)})(?![ -](?:hundred|thousand|million)\b)"
     return re.compile(rf"{_NOT_INSIDE}{number}{_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
 
 
 # Not a part of another word, or of a time, a fraction or a decimal number.
 _NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])", r"(?!\w)(?![.:,/]\d)"
-# Nor of another number in words, such as "two" of "twenty two" and of "two hundred".
-_NOT_AFTER_TENS = "".join(rf"(?<!\b{word}[ -])" for word in (*TENS, "hundred", "thousand", "point"))
-_NOT_BEFORE_WORDS = rf"(?![ -](?:point|{'|'.join(NUMBERS)})\b)"
+# Nor of another number in words, such as "two" of "twenty two", of "two hundred" and of "one hundred and two".
+_LARGE = ("hundred", "thousand", "million")
+_NOT_AFTER_TENS = "".join(
+    rf"(?<!\b{word}[ -])" for word in (*TENS, *_LARGE, *(f"{each} and" for each in _LARGE), "point")
+)
+_NUMBER_WORDS = rf"(?:one|{'|'.join(NUMBERS)})\b"
+_NOT_BEFORE_WORDS = rf"(?![ -](?:point\b|{_NUMBER_WORDS}))(?!(?:(?<=hundred)|(?<=thousand)) and {_NUMBER_WORDS})"
+_NOT_AFTER_WORDS = "".join(rf"(?<!\b{word} )" for word in digit_words("0123456789").split())
+
+
+def _is_digits(value: str) -> bool:
+    return len(value) > 1 and value.isascii() and value.isdecimal()
 
 
 def _digits(number: float) -> str:
@@ -134,9 +150,13 @@ def _digits(number: float) -> str:
 def _written(new: Scalar, old: Scalar, text: str, *, is_plural: bool) -> str:
     if not isinstance(new, str):
         word = None if text[0].isdigit() or text[0] == "-" else number_word(new)
+        if word is not None and " " in text and "-" not in text:
+            word = word.replace("-", " ")
         return word or _digits(new)
     if text == old:
         return spoken(new)
+    if _is_digits(str(old)) and _is_digits(new):
+        return digit_words(new)
     phrase = _plural(spoken(new)) if is_plural else spoken(new)
     if text.islower() and not str(old).islower():
         return phrase.lower()

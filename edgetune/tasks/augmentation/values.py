@@ -25,7 +25,7 @@ from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
 from .dependence import decided_keys, has_number, is_fixed, is_tied
-from .numbers import numbers_in
+from .numbers import YEAR, numbers_in
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
 
@@ -39,6 +39,8 @@ _CLOCK = re.compile(
     r"\s*([ap]\.?m\b|o['\u2019]clock|(?:in the |at )?(?:morning|afternoon|evening|night)\b)", re.IGNORECASE
 )
 """What is after an hour, and not after every other one."""
+_CODE, _CODES = re.compile(r"[0-9]{3,6}"), 100
+"""Digits that name something and count nothing, and how many others are made of them."""
 _DRAWS = 8
 """Attempts at another value that fits."""
 
@@ -79,10 +81,11 @@ class Values:
         self._unmentioned = {field for field, count in having.items() if mentioned[field] * 2 < count}
         # The user knows better.
         open_fields = mentioned.keys() - listed.keys()
-        self._fixed = {field for field in open_fields if is_fixed(field, self._unmentioned, records)}
+        last = [record for item in rows for record in _last_records(item.answer)]
+        self._fixed = {field for field in open_fields if is_fixed(field, self._unmentioned, last)}
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {
-            field: {other for other in self._unmentioned if is_tied(field, other, records)} for field in open_fields
+            field: {other for other in self._unmentioned if is_tied(field, other, last)} for field in open_fields
         }
         self._listed, self._schema = listed, json.dumps(schema or {})
         for field in listed:
@@ -177,7 +180,8 @@ class Values:
     def _pool(self, field: str, contexts: tuple[object, object], *, is_text: bool) -> Sequence[Scalar]:
         """The values of a field in rows with the same unsaid fields, and the given; few texts with those of more rows.
 
-        Numbers are not, since what is little for one function is much for another.
+        Of codes of digits there are others too. Numbers are not those of more rows, since what is little for one
+        function is much for another.
         """
         near, wide = contexts
         key = (field, near, is_text)
@@ -186,7 +190,8 @@ class Values:
             if is_text and len(values) <= _ENOUGH:
                 values |= self._seen.get((field, wide), {})
             fitting = [value for value in values if isinstance(value, str) == is_text]
-            self._pools[key] = fitting if is_text else _between(fitting)
+            more = [] if field in self._listed else _codes_like(fitting)
+            self._pools[key] = [*fitting, *more] if is_text else _between(fitting)
         return self._pools[key]
 
     def _schemas_of(self, item: SlottedRow, path: FieldPath) -> Sequence[Mapping[str, Any]]:
@@ -211,6 +216,19 @@ class Values:
                 message = f"data.augment.values.{field} has {value!r}, which the schema does not allow there"
                 others = "other values" if allowed is None else f"one of {first_of(list(map(str, allowed)))}"
                 raise UsageError(message, f"change the schema, or give {others}")
+
+
+def _last_records(answer: Answer) -> list[dict[str, Scalar]]:
+    """The fields of the parts, without those that a later part repeats: a call that waits for its other arguments.
+
+    What they have in common is no evidence.
+    """
+    records = [answer.record(place) for place in range(len(answer.parts))]
+    return [
+        one
+        for place, one in enumerate(records)
+        if not any(one.items() <= other.items() for other in records[place + 1 :])
+    ]
 
 
 def _other_texts(row: TaskRow) -> str:
@@ -273,6 +291,17 @@ def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scal
                 kind, other = ("text", "numbers") if isinstance(value, str) else ("number", "texts")
                 message = f"data.augment.values.{field} has the {kind} {value!r}, and the answers have {other} there"
                 raise UsageError(message, f"give {other}")
+
+
+def _codes_like(texts: Sequence[Scalar]) -> list[Scalar]:
+    """Other codes, such as the last digits of a card, if the texts are several of as many digits, and no years."""
+    lengths = {len(text) for text in texts if isinstance(text, str) and _CODE.fullmatch(text)}
+    if len(texts) < 2 or len(lengths) != 1 or not all(_CODE.fullmatch(str(text)) for text in texts):
+        return []
+    (digits,) = lengths
+    if all(map(YEAR.fullmatch, map(str, texts))):
+        return []
+    return [f"{code:0{digits}}" for code in random.Random(digits).sample(range(10**digits), _CODES)]
 
 
 def _between(numbers: Sequence[Scalar]) -> Sequence[Scalar]:

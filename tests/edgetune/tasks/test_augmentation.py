@@ -161,6 +161,10 @@ def test_numbers_in_longer_numbers_are_no_values() -> None:
     for text in ("set point 22", "channel 22 two times", "point 22"):
         assert len(mentions_of(text, 22)) == 1, text
     assert mentions_of("two songs and 2 lamps", 2) == [Mention(0, 3), Mention(14, 15)]
+    for text in ("two hundred and one", "two hundred one", "one thousand two hundred", "two hundred thousand"):
+        assert mentions_of(text, 200) == [], text
+    assert mentions_of("two hundred and no more", 200) == [Mention(0, 11)]
+    assert mentions_of("one zero one nine five", "1019") == mentions_of("two one zero one nine", "1019") == []
 
 
 def test_fractions_keep_their_digits() -> None:

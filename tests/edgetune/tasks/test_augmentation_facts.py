@@ -9,6 +9,7 @@ from made_copies import QUIET, copied, pairs, rows_from
 
 from edgetune.recipe.data import AugmentSpec
 from edgetune.tasks.augmentation.copies import copies_of
+from edgetune.tasks.augmentation.numbers import digit_words, number_word
 
 
 def asked(prompt: str, **answer: object) -> dict[str, Any]:
@@ -180,3 +181,45 @@ def test_no_copy_has_a_prompt_for_validation_in_another_case() -> None:
     spec = AugmentSpec(copies=9, values={"room": ("attic", "porch")}, noise=0)
     made = copies_of(rows, spec, schema=None, labels=[], validation=judged, others=[], seed=0)
     assert {c.row.prompt for c in made} == {"light the porch"}
+
+
+def test_a_call_that_waits_for_its_other_arguments_shows_no_dependence() -> None:
+    bills = {"phone": 40, "rent": 900, "water": 31, "gas": 75}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"pay the {bill} bill"},
+                {"role": "assistant", "content": json.dumps({"name": "pay", "bill": bill})},
+                {"role": "user", "content": f"it is {amount} dollars"},
+                {"role": "assistant", "content": json.dumps({"name": "pay", "bill": bill, "amount": amount})},
+            ]
+        }
+        for bill, amount in bills.items()
+    ]
+    changes = [change for made in copied(rows, **QUIET) for change in made.changes]
+    assert {change.partition(":")[0] for change in changes} == {"bill", "amount"}
+
+
+def test_codes_are_exchanged_for_any_others_and_years_are_not() -> None:
+    codes = [{"prompt": f"card {code}", "completion": {"last": code}} for code in ("0417", "9302", "5561")]
+    made = pairs(copied(codes, copies=5, **QUIET))
+    assert len({answer["last"] for _, answer in made}.difference({"0417", "9302", "5561"})) > 5
+    assert all(prompt == f"card {answer['last']}" and len(answer["last"]) == 4 for prompt, answer in made)
+    years = {"taxes of 2021": "2021", "bills of 2023": "2023", "the report of 2019": "2019"}
+    made = pairs(copied([asked(prompt, year=year) for prompt, year in years.items()], **QUIET))
+    assert made and {answer["year"] for _, answer in made} <= {*years.values()}
+
+
+def test_large_numbers_and_codes_are_exchanged_as_they_are_said() -> None:
+    said = {174: "one hundred and seventy four", 451: "four hundred fifty-one", 2500: "two thousand five hundred"}
+    rows = [{"prompt": f"send {text} dollars", "completion": {"amount": amount}} for amount, text in said.items()]
+    rows += [{"prompt": "ending one zero one nine", "completion": {"code": "1019"}}]
+    rows += [{"prompt": "ending in 8720", "completion": {"code": "8720"}}]
+    made = pairs(copied(rows, **QUIET))
+    assert len(made) > len(rows)
+    for prompt, answer in made:
+        if "code" in answer:
+            assert prompt in (f"ending in {answer['code']}", f"ending {digit_words(answer['code'])}")
+        else:
+            words = prompt.removeprefix("send ").removesuffix(" dollars")
+            assert words.replace("-", " ") == (number_word(answer["amount"]) or "").replace("-", " ")
