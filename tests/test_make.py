@@ -43,7 +43,9 @@ def test_each_target_that_the_documentation_names_runs_in_ci_or_here() -> None:
             re.findall(r"^make ([a-z0-9-]+)|`make ([a-z0-9-]+)", (ROOT / page).read_text("utf-8"), re.MULTILINE)
         )
     documented = {first or second for first, second in named}
-    in_ci = with_dependencies(set(re.findall(r"make ([a-z0-9-]+)", (ROOT / ".ci/run").read_text(encoding="utf-8"))))
+    in_ci = with_dependencies(
+        set(re.findall(r"(?:make|start) ([a-z0-9-]+)", (ROOT / ".ci/run").read_text(encoding="utf-8")))
+    )
     here = set(re.findall(r'make\("([a-z0-9-]+)', Path(__file__).read_text(encoding="utf-8")))
     assert documented <= in_ci | here
     assert documented <= targets().keys()
