@@ -31,7 +31,8 @@ def left_by_kills(action: Callable[[], int], folder: Path) -> Iterator[bool]:
     """Put a folder into each state that a kill of `action` at a write leaves, and last into that after its end.
 
     Yields whether it is one of a kill. The action runs once: at each write, the folder is copied as it is, which is as
-    a process that ends there leaves it. Equal states come once, as between many writes nothing is changed on the disk.
+    a process that ends there leaves it; what it changes elsewhere is that of a whole run. Equal states come once, as
+    between many writes nothing is changed on the disk.
     """
     states, known = folder.with_name(f"{folder.name}-states"), set[bytes]()
     states.mkdir()
@@ -40,25 +41,31 @@ def left_by_kills(action: Callable[[], int], folder: Path) -> Iterator[bool]:
         state = _digest(folder)
         if state not in known:
             known.add(state)
-            _copy(folder, states / f"{count:04}")
+            _copy(folder, _made(states / f"{count:04}") / folder.name)
 
     assert _run(action, "", keep) == 0
-    _copy(folder, states / "end")
+    _copy(folder, _made(states / "end") / folder.name)
     for kept in sorted(states.iterdir()):
-        _copy(kept, folder)
+        _copy(kept / folder.name, folder)
         yield kept.name != "end"
 
 
 def _digest(folder: Path) -> bytes:
     """What tells states of a folder apart: names, modes, links and contents."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
+    for path in [folder, *sorted(folder.rglob("*"))] if folder.exists() else []:
         about = path.lstat()
         target = path.readlink() if path.is_symlink() else ""
         digest.update(f"{path.relative_to(folder)} {about.st_mode} {about.st_nlink} {target}\n".encode())
         if path.is_file():
             digest.update(path.read_bytes())
     return digest.digest()
+
+
+def _made(state: Path) -> Path:
+    """A new folder, for the copy of one that may be gone."""
+    state.mkdir()
+    return state
 
 
 def _copy(folder: Path, to: Path) -> None:

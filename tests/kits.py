@@ -84,7 +84,8 @@ case "$*" in
         eval "exec $(sed -n 's/^ExecStart=//p' units/systemd/user/*.service)" > /dev/null 2>&1 &
         echo $! > process ;;
     *ActiveState*)
-        if [ -f process ] && kill -0 "$(cat process)" 2>/dev/null; then
+        for unit; do :; done
+        if [ -f "units/systemd/user/$unit" ] && [ -f process ] && kill -0 "$(cat process)" 2>/dev/null; then
             printf 'ActiveState=active\\nMainPID=%s\\n' "$(cat process)"
         else
             printf 'ActiveState=activating\\nMainPID=0\\n'

@@ -25,12 +25,16 @@ def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None
     base = recipe.folder / Path(recipe.base).expanduser()
     if base.exists():
         values["base"] = str(base.absolute())
+    for name, spec in recipe.adapters.items():
+        if spec.start_from is not None:
+            values["adapters"][name]["start_from"] = str(Path(spec.start_from).absolute())
     for loc, source in recipe.sources():
         saved = save_source(source, folder)
         if copied_from is not None and Path(saved).parent.resolve() == copied_from.resolve():
             saved = str(shutil.copy(saved, folder.absolute()))
-        # A folder that was moved still has its files.
-        value_at(loc[:-1], values)[loc[-1]] = Path(saved).name if Path(saved).parent == folder.absolute() else saved
+        # A folder that was moved still has its files. A name such as ~rows would be read as that of a home.
+        is_own = Path(saved).parent == folder.absolute() and not Path(saved).name.startswith("~")
+        value_at(loc[:-1], values)[loc[-1]] = Path(saved).name if is_own else saved
     path = folder / RECIPE
     write_file(path, json.dumps(values, indent=2))
     return path

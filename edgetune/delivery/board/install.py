@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edgetune_runtime.store import switch, versions
+from edgetune_runtime.store import service, switch, versions
 from edgetune_runtime.store.durable import changing, installing
 from edgetune_runtime.store.files import Store, check_file
 from edgetune_runtime.store.kit import Kit, read_kit
-from edgetune_runtime.store.service import Unit
 from edgetune_runtime.store.versions import Say
 
 from . import check, transfer, venv
 
 
-def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives: bool = False) -> bool:
+def install(folder: Path, prefix: Path, *, unit: service.Unit | None, say: Say, receives: bool = False) -> bool:
     """Install the kit in `folder` and switch to it; whether anything changed.
 
     Files that the folder lacks are taken from the store; with `receives`, those that are missing there are read from
@@ -25,7 +24,7 @@ def install(folder: Path, prefix: Path, *, unit: Unit | None, say: Say, receives
     kit = read_kit(folder)
     if unit is not None:
         unit.require_own(prefix)
-        unit.require_port()
+        unit.require_port(service.installed(prefix, say))
     with installing(prefix):
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))

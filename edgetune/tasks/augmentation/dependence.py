@@ -72,6 +72,12 @@ def is_tied(field: str, other: str, records: Sequence[Record]) -> bool:
     return same == 0 or unlike / same < unlike_by_chance / 2
 
 
+def selects(other: str, field: str, records: Sequence[Record]) -> bool:
+    """Whether a field says which others there are, as the name of a function does: most of its values have no such."""
+    values = {record[other] for record in records if other in record}
+    return 2 * len({record[other] for record in records if other in record and field in record}) < len(values)
+
+
 def _is_computed(field: str, unsaid: Iterable[str], records: Sequence[Record]) -> bool:
     """Whether a number may be a part of a sum or a product: an unsaid field has different numbers beside it."""
     own = [record for record in records if has_number(record.get(field))]

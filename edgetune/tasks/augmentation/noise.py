@@ -35,7 +35,7 @@ _SIGNS = re.compile(
     r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d"
 )
 """Signs that a speech recognizer would not leave out: of money and of operators, faces, and marks on letters."""
-_LARGE = rf"(?:hundred|thousand|million)(?:[ -](?:and[ -])?(?:one|{_NUMBER_WORDS}|hundred|thousand|million))*"
+_LARGE = rf"(?:hundred|thousand|million)(?:[ -](?:and[ -])?(?>one|{_NUMBER_WORDS}|hundred|thousand|million))*"
 """The words of a number above 99, which stay as they are, from the first that is too large."""
 _TOKEN = re.compile(
     rf"(?<![\w'-])(?i:(?:(?:a|one|{_NUMBER_WORDS})[ -])?{_LARGE}|{_NUMBER_WORDS})(?![\w'-])"

@@ -54,6 +54,6 @@ def _said(digits: str) -> str:
 
 
 def numbers_in(text: str) -> list[int]:
-    """The whole numbers that a text may have: those in its digits, and all that have a word."""
+    """The whole numbers that a text may have: those in its digits, and all below 100, which it may have in words."""
     written = [int(digits) for digits in re.findall(r"[0-9]{1,19}", text)]
     return sorted({*range(_LIMIT), *written, *(-number for number in written)})

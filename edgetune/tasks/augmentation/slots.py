@@ -91,11 +91,14 @@ def spoken(value: str) -> str:
 
 def _pattern(value: Scalar, text: str) -> re.Pattern[str] | None:
     """What finds the value; None where it has no mention, or it is plain that the text has none."""
-    if not isinstance(value, str):
-        return _number_pattern(value)
     # A look is much faster than the pattern of a value that is seen for the first time.
+    lower = text.lower()
+    if not isinstance(value, str):
+        first = re.split("[ -]", number_word(value) or "")[0]
+        is_large = value >= _HUNDRED and any(word in lower for word in _LARGE)
+        return _number_pattern(value, in_words=is_large or (0 <= value < _HUNDRED and first in lower))
     first = next(iter(spoken(value).split()), "")
-    is_there = first.lower() in text.lower() or (_is_digits(value) and digit_words(value) in text.lower())
+    is_there = first.lower() in lower or (_is_digits(value) and _DIGIT_WORDS.search(lower) is not None)
     return _text_pattern(value) if is_there else None
 
 
@@ -111,31 +114,33 @@ def _text_pattern(value: str) -> re.Pattern[str] | None:
     plural = "(?P<plural>(?:e?s)?)" if value[-1].isalpha() and not value.lower().endswith("s") else "(?P<plural>)"
     phrase = r"[\s_-]+".join(words)
     if _is_digits(value):
-        phrase = f"(?:{phrase}|{_NOT_AFTER_WORDS}{digit_words(value)}{_NOT_BEFORE_WORDS})"
+        said = "[ ,-]+".join(_ZERO if word == "zero" else word for word in digit_words(value).split())
+        phrase = f"(?:{phrase}|{_NOT_AFTER_WORDS}{said}{_NOT_BEFORE_WORDS})"
     return re.compile(rf"{_NOT_INSIDE}{phrase}{plural}{_NOT_BEFORE}", re.IGNORECASE)
 
 
 @lru_cache(maxsize=1 << 16)
-def _number_pattern(value: float) -> re.Pattern[str]:
+def _number_pattern(value: float, *, in_words: bool) -> re.Pattern[str]:
     forms = [re.escape(_digits(value))]
-    word = number_word(value)
+    word = number_word(value) if in_words else None
     if word is not None and value != 1:  # "one" is more often no number
-        said = word.replace("-", "[ -]").replace("hundred ", "hundred (?:and )?")
-        forms.append(f"{_NOT_AFTER_TENS}{said}{_NOT_BEFORE_WORDS}")
+        said = re.sub("^one (?=hundred|thousand)", "(?:a|one) ", word.replace("-", "[ -]"))
+        said = re.sub("(hundred|thousand) ", r"\1 (?:and )?", said)
+        forms.append(f"{_NOT_AFTER_WORDS}{said}{_NOT_BEFORE_WORDS}")
     number = rf"(?:{'|'.join(forms)})(?![ -](?:hundred|thousand|million)\b)"
     return re.compile(rf"{_NOT_INSIDE}{number}{_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
 
 
 # Not a part of another word, or of a time, a fraction or a decimal number.
 _NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])", r"(?!\w)(?![.:,/]\d)"
-# Nor of another number in words, such as "two" of "twenty two", of "two hundred" and of "one hundred and two".
-_LARGE = ("hundred", "thousand", "million")
-_NOT_AFTER_TENS = "".join(
-    rf"(?<!\b{word}[ -])" for word in (*TENS, *_LARGE, *(f"{each} and" for each in _LARGE), "point")
-)
-_NUMBER_WORDS = rf"(?:one|{'|'.join(NUMBERS)})\b"
+# Nor of another number in words, such as "two" of "twenty two", of "two hundred", of "one hundred and two" and of
+# "four oh two".
+_HUNDRED, _LARGE, _ZERO = 100, ("hundred", "thousand", "million"), "(?:zero|oh|o)"
+_BEFORE = (*TENS, *_LARGE, *(f"{each} and" for each in _LARGE), "point", "oh", "double", "triple")
+_NOT_AFTER_WORDS = "".join(rf"(?<!\b{word}[ ,-])" for word in (*_BEFORE, *digit_words("0123456789").split()))
+_NUMBER_WORDS = rf"(?:zero|oh|one|{'|'.join(NUMBERS)})\b"
 _NOT_BEFORE_WORDS = rf"(?![ -](?:point\b|{_NUMBER_WORDS}))(?!(?:(?<=hundred)|(?<=thousand)) and {_NUMBER_WORDS})"
-_NOT_AFTER_WORDS = "".join(rf"(?<!\b{word} )" for word in digit_words("0123456789").split())
+_DIGIT_WORDS = re.compile(r"\b(?:zero|oh|o|one|two|three|four|five|six|seven|eight|nine)\b")
 
 
 def _is_digits(value: str) -> bool:

@@ -24,7 +24,7 @@ from edgetune_runtime.wording import first_of, suggestion
 from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
-from .dependence import decided_keys, has_number, is_fixed, is_tied
+from .dependence import decided_keys, has_number, is_fixed, is_tied, selects
 from .numbers import YEAR, numbers_in
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
@@ -41,6 +41,8 @@ _CLOCK = re.compile(
 """What is after an hour, and not after every other one."""
 _CODE, _CODES = re.compile(r"[0-9]{3,6}"), 100
 """Digits that name something and count nothing, and how many others are made of them."""
+_COUNTED = (re.compile(r"([01]\d|2[0-3])[0-5]\d"), re.compile(r"(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(\d\d)?"))
+"""Times and dates in digits alone."""
 _DRAWS = 8
 """Attempts at another value that fits."""
 
@@ -86,6 +88,12 @@ class Values:
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {
             field: {other for other in self._unmentioned if is_tied(field, other, last)} for field in open_fields
+        }
+        # A class that the prompt does not say, as of the code of an error, is one of its codes.
+        self._free = {
+            field
+            for field in open_fields
+            if not self._decided[field] and all(selects(other, field, records) for other in self._tied[field])
         }
         self._listed, self._schema = listed, json.dumps(schema or {})
         for field in listed:
@@ -190,7 +198,7 @@ class Values:
             if is_text and len(values) <= _ENOUGH:
                 values |= self._seen.get((field, wide), {})
             fitting = [value for value in values if isinstance(value, str) == is_text]
-            more = [] if field in self._listed else _codes_like(fitting)
+            more = _codes_like(fitting) if field in self._free else []
             self._pools[key] = [*fitting, *more] if is_text else _between(fitting)
         return self._pools[key]
 
@@ -294,14 +302,23 @@ def _check_listed(rows: Sequence[SlottedRow], listed: Mapping[str, Sequence[Scal
 
 
 def _codes_like(texts: Sequence[Scalar]) -> list[Scalar]:
-    """Other codes, such as the last digits of a card, if the texts are several of as many digits, and no years."""
-    lengths = {len(text) for text in texts if isinstance(text, str) and _CODE.fullmatch(text)}
-    if len(texts) < 2 or len(lengths) != 1 or not all(_CODE.fullmatch(str(text)) for text in texts):
+    """Other codes, such as the last digits of a card, if the texts are several of as many digits.
+
+    Not of texts that may be times, dates, quantities or, most of them, years.
+    """
+    codes = [text for text in map(str, texts) if _CODE.fullmatch(text)]
+    if len(codes) < max(2, len(texts)) or len({*map(len, codes)}) > 1:
         return []
-    (digits,) = lengths
-    if all(map(YEAR.fullmatch, map(str, texts))):
+    is_round = all(int(code) % 5 == 0 for code in codes)
+    if (
+        is_round
+        or any(all(map(form.fullmatch, codes)) for form in _COUNTED)
+        or 2 * len(list(filter(YEAR.fullmatch, codes))) >= len(codes)
+    ):
         return []
-    return [f"{code:0{digits}}" for code in random.Random(digits).sample(range(10**digits), _CODES)]
+    most = 10 ** len(codes[0])
+    least = 0 if any(code.startswith("0") for code in codes) else most // 10
+    return [f"{code:0{len(codes[0])}}" for code in random.Random(most).sample(range(least, most), _CODES)]
 
 
 def _between(numbers: Sequence[Scalar]) -> Sequence[Scalar]:

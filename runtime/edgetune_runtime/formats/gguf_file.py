@@ -254,9 +254,10 @@ class _Reader:
         """So many strings, as `_string` reads them but in half the time: a vocabulary has 100,000 and more."""
         read, left = self._file.read, self._size - self._position
         for _ in range(count):
-            size = int.from_bytes(read(8), "little")
+            prefix = read(8)
+            size = int.from_bytes(prefix, "little")
             left -= 8 + size
-            if left < 0 or len(data := read(size)) != size:
+            if left < 0 or len(prefix) != 8 or len(data := read(size)) != size:
                 raise self._damaged("is truncated: it ends within its header")
             yield data.decode("utf-8", "surrogateescape")
         self._position = self._size - left

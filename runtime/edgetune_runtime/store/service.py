@@ -165,9 +165,9 @@ class Unit:
             message = f"unit {self.name} exists and is not of {prefix}: {path}"
             raise UsageError(message, "choose another name: --service NAME")
 
-    def require_port(self) -> None:
-        """UsageError if another program than the unit listens on its port."""
-        if not self.manager.serves(self.name, self.port):
+    def require_port(self, before: Unit | None) -> None:
+        """UsageError if another program listens on the port than the unit, or the one `before`, which it replaces."""
+        if not any(unit.manager.serves(unit.name, self.port) for unit in (self, before) if unit is not None):
             sockets.require_free(self.host, self.port)
 
     def install(self, prefix: Path, kit: Kit) -> None:

@@ -271,6 +271,15 @@ def test_a_port_that_another_program_has_is_refused(
     assert [path.stem for path in (systemd / "units/systemd/user").iterdir()] == ["edgetune-home"]
 
 
+def test_a_unit_with_another_name_takes_the_port_of_the_one_before(
+    make: KitMaker, systemd: Path, port: int, prefix: Path
+) -> None:
+    assert run("install", make("one"), "--prefix", prefix, "--service", "--port", port) == 0
+    assert run("install", make("two"), "--prefix", prefix, "--service", "other", "--port", port) == 0
+    assert (served(port), ask(prefix)) == ("two", "two")
+    assert [path.stem for path in (systemd / "units/systemd/user").iterdir()] == ["other"]
+
+
 def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
     make: KitMaker, systemd: Path, port: int, prefix: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

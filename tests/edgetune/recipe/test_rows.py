@@ -154,6 +154,15 @@ def test_a_saved_recipe_is_read_again_as_it_was(name: str, tmp_path: Path) -> No
     assert saved.model_dump(exclude_unset=True) == recipe.model_dump(exclude_unset=True)
 
 
+def test_a_saved_recipe_starts_from_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = values_of("x.gguf", {"one": adapter_of(start_from="old")})
+    Path("some").mkdir()
+    Path("some/recipe.json").write_text(json.dumps(values), encoding="utf-8")
+    saved = Recipe.from_file(save_recipe(Recipe.from_file(Path("some/recipe.json")), tmp_path / "saved"))
+    assert saved.adapters["one"].start_from == str(tmp_path / "some/old")
+
+
 def test_a_saved_recipe_has_its_rows_in_files(tmp_path: Path) -> None:
     saved = Recipe.from_file(save_recipe(recipe_of(ROWS), tmp_path)).adapters["intent"].data.train
     assert saved == str(tmp_path / "adapters.intent.data.train.jsonl")

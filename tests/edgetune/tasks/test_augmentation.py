@@ -164,6 +164,9 @@ def test_numbers_in_longer_numbers_are_no_values() -> None:
     for text in ("two hundred and one", "two hundred one", "one thousand two hundred", "two hundred thousand"):
         assert mentions_of(text, 200) == [], text
     assert mentions_of("two hundred and no more", 200) == [Mention(0, 11)]
+    assert mentions_of("a hundred and then 100", 100) == [Mention(0, 9), Mention(19, 22)]
+    assert mentions_of("room four oh two", "402") == [Mention(5, 16)]
+    assert mentions_of("room four oh two", 2) == mentions_of("double four two", 2) == []
     assert mentions_of("one zero one nine five", "1019") == mentions_of("two one zero one nine", "1019") == []
 
 
@@ -386,6 +389,10 @@ def test_the_values_of_a_schema_from_pydantic_are_found() -> None:
             copied(rows, schema, values={"area": ["porch"]})
     unknown = {"type": "object", "properties": {"area": {"$ref": "other.json"}}}
     assert copied(ORDERS, unknown, values={"area": ["porch"]}, **QUIET)
+
+
+def test_noise_of_many_number_words_takes_no_time() -> None:
+    assert noisy("hundred" + "-twenty-two" * 200 + "-x", [], random.Random(0), english=True)
 
 
 def test_noise_keeps_units_and_typographic_apostrophes() -> None:

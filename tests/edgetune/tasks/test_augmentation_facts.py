@@ -205,6 +205,16 @@ def test_codes_are_exchanged_for_any_others_and_years_are_not() -> None:
     made = pairs(copied(codes, copies=5, **QUIET))
     assert len({answer["last"] for _, answer in made}.difference({"0417", "9302", "5561"})) > 5
     assert all(prompt == f"card {answer['last']}" and len(answer["last"]) == 4 for prompt, answer in made)
+    # A class that no prompt says is one of these codes alone.
+    kinds = {"404": "client", "403": "client", "500": "server", "503": "server"}
+    errors = [
+        asked(f"error {code}, line {line}", code=code, kind=kind) for line, (code, kind) in enumerate(kinds.items())
+    ]
+    made = pairs(copied(errors, copies=5, **QUIET))
+    assert made and all(kinds[answer["code"]] == answer["kind"] for _, answer in made)
+    for texts in (("0730", "1845", "0915"), ("1224", "0131", "0704"), ("350", "400", "375")):
+        rows = [asked(f"{number} {text}", at=text) for number, text in enumerate(texts)]
+        assert {answer["at"] for _, answer in pairs(copied(rows, **QUIET))} <= {*texts}
     years = {"taxes of 2021": "2021", "bills of 2023": "2023", "the report of 2019": "2019"}
     made = pairs(copied([asked(prompt, year=year) for prompt, year in years.items()], **QUIET))
     assert made and {answer["year"] for _, answer in made} <= {*years.values()}
