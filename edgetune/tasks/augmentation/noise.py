@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from .numbers import NUMBERS, spoken_number
+from .numbers import LARGE, NUMBERS, spoken_number
 from .slots import Mention
 
 _SOUNDS_ALIKE = (
@@ -35,7 +35,8 @@ _SIGNS = re.compile(
     r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d"
 )
 """Signs that a speech recognizer would not leave out: of money and of operators, faces, and marks on letters."""
-_LARGE = rf"(?:hundred|thousand|million)(?:[ -](?:and[ -])?(?>one|{_NUMBER_WORDS}|hundred|thousand|million))*"
+_UNITS = "|".join(LARGE)
+_LARGE = rf"(?:{_UNITS})(?:[ -](?:and[ -])?(?>one|{_NUMBER_WORDS}|{_UNITS}))*"
 """The words of a number above 99, which stay as they are, from the first that is too large."""
 _TOKEN = re.compile(
     rf"(?<![\w'-])(?i:(?:(?:a|one|{_NUMBER_WORDS})[ -])?{_LARGE}|{_NUMBER_WORDS})(?![\w'-])"

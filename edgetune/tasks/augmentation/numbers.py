@@ -9,6 +9,7 @@ _BELOW_20 = (
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 )  # fmt: skip
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+LARGE = ("hundred", "thousand", "million")
 _LIMIT, _LARGEST = 100, 999_999
 YEAR = re.compile(r"1[5-9]\d\d|20\d\d")
 # Zeros before a number are those of an id; a full hour may be said in other ways.

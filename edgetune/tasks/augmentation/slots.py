@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .answers import BETWEEN_TEXTS, Answer, FieldPath, Scalar
-from .numbers import NUMBERS, TENS, digit_words, number_word
+from .numbers import LARGE, NUMBERS, TENS, digit_words, number_word
 
 _SHORT = 3
 """Words of at most so many letters, such as `on`, are values only if no text has them more than once."""
@@ -95,7 +95,7 @@ def _pattern(value: Scalar, text: str) -> re.Pattern[str] | None:
     lower = text.lower()
     if not isinstance(value, str):
         first = re.split("[ -]", number_word(value) or "")[0]
-        is_large = value >= _HUNDRED and any(word in lower for word in _LARGE)
+        is_large = value >= _HUNDRED and any(word in lower for word in LARGE)
         return _number_pattern(value, in_words=is_large or (0 <= value < _HUNDRED and first in lower))
     first = next(iter(spoken(value).split()), "")
     is_there = first.lower() in lower or (_is_digits(value) and _DIGIT_WORDS.search(lower) is not None)
@@ -127,7 +127,7 @@ def _number_pattern(value: float, *, in_words: bool) -> re.Pattern[str]:
         said = re.sub("^one (?=hundred|thousand)", "(?:a|one) ", word.replace("-", "[ -]"))
         said = re.sub("(hundred|thousand) ", r"\1 (?:and )?", said)
         forms.append(f"{_NOT_AFTER_WORDS}{said}{_NOT_BEFORE_WORDS}")
-    number = rf"(?:{'|'.join(forms)})(?![ -](?:hundred|thousand|million)\b)"
+    number = rf"(?:{'|'.join(forms)})(?![ -](?:{'|'.join(LARGE)})\b)"
     return re.compile(rf"{_NOT_INSIDE}{number}{_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
 
 
@@ -135,12 +135,12 @@ def _number_pattern(value: float, *, in_words: bool) -> re.Pattern[str]:
 _NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])", r"(?!\w)(?![.:,/]\d)"
 # Nor of another number in words, such as "two" of "twenty two", of "two hundred", of "one hundred and two" and of
 # "four oh two".
-_HUNDRED, _LARGE, _ZERO = 100, ("hundred", "thousand", "million"), "(?:zero|oh|o)"
-_BEFORE = (*TENS, *_LARGE, *(f"{each} and" for each in _LARGE), "point", "oh", "double", "triple")
+_HUNDRED, _ZERO = 100, "(?:zero|oh|o)"
+_BEFORE = (*TENS, *LARGE, *(f"{each} and" for each in LARGE), "point", "oh", "double", "triple")
 _NOT_AFTER_WORDS = "".join(rf"(?<!\b{word}[ ,-])" for word in (*_BEFORE, *digit_words("0123456789").split()))
 _NUMBER_WORDS = rf"(?:zero|oh|one|{'|'.join(NUMBERS)})\b"
 _NOT_BEFORE_WORDS = rf"(?![ -](?:point\b|{_NUMBER_WORDS}))(?!(?:(?<=hundred)|(?<=thousand)) and {_NUMBER_WORDS})"
-_DIGIT_WORDS = re.compile(r"\b(?:zero|oh|o|one|two|three|four|five|six|seven|eight|nine)\b")
+_DIGIT_WORDS = re.compile(rf"\b(?:oh|o|{digit_words('0123456789').replace(' ', '|')})\b")
 
 
 def _is_digits(value: str) -> bool:
