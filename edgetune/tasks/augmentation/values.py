@@ -77,13 +77,14 @@ class Values:
     ) -> None:
         _check_listed(rows, listed)
         mentioned = Counter(slot.field for item in rows for slot in item.slots)
-        records = [item.answer.record(place) for item in rows for place in range(len(item.answer.parts))]
+        by_row = [[item.answer.record(place) for place in range(len(item.answer.parts))] for item in rows]
+        records = [record for own in by_row for record in own]
         # A prompt does not say what is null.
         having = Counter(field for record in records for field, value in record.items() if value != NO_VALUE)
         self._unmentioned = {field for field, count in having.items() if mentioned[field] * 2 < count}
         # The user knows better.
         open_fields = mentioned.keys() - listed.keys()
-        last = [record for item in rows for record in _last_records(item.answer)]
+        last = [record for own in by_row for record in _last_records(own)]
         self._fixed = {field for field in open_fields if is_fixed(field, self._unmentioned, last)}
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {
@@ -226,12 +227,11 @@ class Values:
                 raise UsageError(message, f"change the schema, or give {others}")
 
 
-def _last_records(answer: Answer) -> list[dict[str, Scalar]]:
-    """The fields of the parts, without those that a later part repeats: a call that waits for its other arguments.
+def _last_records(records: Sequence[dict[str, Scalar]]) -> list[dict[str, Scalar]]:
+    """The parts of an answer without those that a later one repeats: a call that waits for its other arguments.
 
     What they have in common is no evidence.
     """
-    records = [answer.record(place) for place in range(len(answer.parts))]
     return [
         one
         for place, one in enumerate(records)
