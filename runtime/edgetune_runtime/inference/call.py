@@ -28,7 +28,7 @@ class Call:
 
     `entries` are its adapters, and then those of what is carried over, which are loaded in `adapters`; `drafts` reads
     the first one's draft table. `stopped` is why it had to stop before it was prepared, if it had to; the job is then
-    empty. `curves` give the confidence.
+    empty. `curves` give the confidence, and with `answers_tool` the prompt ends with the result of a tool.
     """
 
     pool: Pool | MergedPool
@@ -46,6 +46,7 @@ class Call:
     stopped: str = ""
     route: Route | None = None
     curves: Curves = field(default_factory=dict)
+    answers_tool: bool = False
 
     def lease(self, job: PromptJob | None = None) -> AbstractContextManager[Context]:
         """A context for the call's job, or another one, with its adapters loaded; see `LoadedAdapters.lease`."""

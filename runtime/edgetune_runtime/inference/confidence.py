@@ -47,8 +47,8 @@ def log_odds(log_chances: Iterable[float | None]) -> float:
     return MAX_LOG_ODDS if rest == 0 else _bounded(log_probability - math.log(rest))
 
 
-def kind_of(text: str, output: OutputSpec | None, *, calls: int, offers_tools: bool) -> str:
-    """The kind of a whole answer. Of nothing to do are JSON without any value, no text, and no call of the tools."""
+def kind_of(text: str, output: OutputSpec | None, *, calls: int, expects_calls: bool) -> str:
+    """The kind of a whole answer. Of nothing to do are JSON without any value, no text, and no call where expected."""
     if calls:
         return VALUE
     text = text.strip()
@@ -58,7 +58,7 @@ def kind_of(text: str, output: OutputSpec | None, *, calls: int, offers_tools: b
         return NOTHING
     if text.endswith("?"):
         return QUESTION
-    return NOTHING if offers_tools else VALUE
+    return NOTHING if expects_calls else VALUE
 
 
 def confidence(curves: Curves, kind: str, log_odds: float) -> float | None:

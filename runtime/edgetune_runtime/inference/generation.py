@@ -140,8 +140,8 @@ class _Answering:
         return answer if answer.is_cut_off else self._with_confidence(answer)
 
     def _with_confidence(self, answer: Answer) -> Answer:
-        offers_tools = self._reader is not None
-        kind = kind_of(answer.text, answer.output, calls=len(answer.tool_calls), offers_tools=offers_tools)
+        expects_calls = self._reader is not None and not self._call.answers_tool
+        kind = kind_of(answer.text, answer.output, calls=len(answer.tool_calls), expects_calls=expects_calls)
         # The end token was a choice too; drafted tokens after a stop text were not.
         odds = log_odds(self._log_chances[: self._count + (self._reason == "end")])
         return replace(answer, kind=kind, log_odds=odds, confidence=confidence(self._call.curves, kind, odds))

@@ -163,6 +163,7 @@ class LoadedBundle:
         output = self.files.output_of(first) if form.uses_adapter_output and first is not None else form.output
         call = Call(pool, PromptJob((), ()), system, 0.0, self.adapters, entries, output=output, route=route)
         capacity = self.capacity(active)
+        messages = [] if raw else messages_for(prompt, system)
         try:
             with self.base.tokenizer() as tokenizer:
                 if raw:
@@ -171,7 +172,7 @@ class LoadedBundle:
                     prepared = self._fixed.tokenized(
                         tokenizer,
                         id(pool),
-                        messages_for(prompt, system),
+                        messages,
                         form,
                         own_system=own_system,
                         is_carried=carried is not None,
@@ -199,6 +200,7 @@ class LoadedBundle:
             reader=reader,
             past=None if self._past is None else self._past.of(entries, spans, tokens),
             curves={} if raw else form.curves_among(self.curves(adapter), first),
+            answers_tool=not raw and messages[-1]["role"] == "tool",
             prepared_s=time.perf_counter() - begin,
         )
 

@@ -79,14 +79,14 @@ def test_log_odds_are_those_of_the_mean_choice() -> None:
     ],
 )
 def test_the_kind_of_an_answer_is_found_in_its_text(text: str, kind: str) -> None:
-    assert kind_of(text, None, calls=0, offers_tools=False) == kind
+    assert kind_of(text, None, calls=0, expects_calls=False) == kind
 
 
 def test_choices_and_tools_have_kinds_of_their_own() -> None:
-    assert kind_of("on", spec_of(choices=["on", "off"]), calls=0, offers_tools=False) == "choice"
-    assert kind_of("", None, calls=1, offers_tools=True) == "value"
-    assert kind_of("Nothing to do.", None, calls=0, offers_tools=True) == "nothing"
-    assert kind_of("Which room?", None, calls=0, offers_tools=True) == "question"
+    assert kind_of("on", spec_of(choices=["on", "off"]), calls=0, expects_calls=False) == "choice"
+    assert kind_of("", None, calls=1, expects_calls=True) == "value"
+    assert kind_of("Nothing to do.", None, calls=0, expects_calls=True) == "nothing"
+    assert kind_of("Which room?", None, calls=0, expects_calls=True) == "question"
 
 
 def test_the_confidence_of_an_answer_is_what_its_curve_makes_of_the_log_odds(opened: Runtime) -> None:

@@ -179,6 +179,17 @@ def test_a_session_reuses_the_call_that_it_made(family: str, templated: Callable
     assert second.timings.reused_tokens >= first.timings.prompt_tokens
 
 
+def test_a_text_is_nothing_to_do_where_a_call_was_expected_and_a_value_after_its_result(opened: Runtime) -> None:
+    call = {"type": "function", "function": {"name": "get_time", "arguments": {}}}
+    asked: list[dict[str, Any]] = [{"role": "user", "content": "light"}]
+    answered = [*asked, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "noon"}]
+    for prompt, kind in ((asked, "nothing"), (answered, "value")):
+        text = opened.generate(prompt, tools=TOOLS, **{**HOT, "max_tokens": 12}, seed=0).text
+        answer = opened.generate(prompt, tools=TOOLS, **HOT, seed=0, stop=text[-3:])
+        assert answer.text.strip()
+        assert answer.kind == kind
+
+
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
 @pytest.mark.parametrize("as_session", [False, True])
 def test_the_state_of_system_prompt_and_tools_is_found_again(
