@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import FLOATS
+from edgetune_runtime.formats.quantization import FLOATS, gains_from_grid
 
+from edgetune import methods
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.training.precision import refuse_int8
@@ -29,8 +30,8 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     """The plan with the settings that the recipe leaves unset: for its board if it sets one, within the base's limits.
 
     Raises IncompatibleError if the bundle cannot fit on the board, so a build fails before training, UsageError for a
-    merged model that cannot be trained in int8, and the errors of `candidates_of`. Of a base with candidates, the plan
-    is that with the largest, until they are measured.
+    merged model or a domain that cannot be trained in int8, and the errors of `candidates_of`. Of a base with
+    candidates, the plan is that with the largest, until they are measured.
     """
     header = None if source is None else source.header
 
@@ -58,7 +59,9 @@ def choose_settings(recipe: Recipe, adapters: Adapters, source: BaseSource | Non
     sizes = {engine: item.base_bytes for engine, item in needs.items()}
     base = _plan_base(chosen, source, usable[0], sizes, worth_measuring(recipe, candidates))
     if header is not None:
-        adapters = _with_merged(chosen, adapters, base, header)
+        quantizations = [item.quantization for item in base.candidates] or [base.quantization]
+        _check_domain(chosen, header, quantizations)
+        adapters = _with_merged(chosen, adapters, base, header, quantizations)
     board = None
     if choice is not None:
         fits = tuple(fit.fit(needs[target], choice.board) for target in recipe.targets if target in needs)
@@ -99,12 +102,26 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
     return steps if recipe.domain is None else [*steps, "continue pretraining"]
 
 
-def _with_merged(recipe: Recipe, adapters: Adapters, base: BasePlan, header: GgufHeader) -> dict[str, AdapterPlan]:
+def _check_domain(recipe: Recipe, header: GgufHeader, quantizations: Sequence[str | None]) -> None:
+    """UsageError for a domain that is to be trained in int8 through the rounding to the grid of one of these bases."""
+    domain = recipe.domain
+    if domain is None or not methods.load(domain.method.name).trains_on_grid:
+        return
+    for quantization in quantizations:
+        types = needs_of_header(header, context_length=1, quantization=quantization).layer_types
+        if gains_from_grid(types):
+            remedy = "set domain.training.precision: auto, or quantization: q8_0"
+            refuse_int8("domain", recipe.training.under(domain.training), types, remedy)
+
+
+def _with_merged(
+    recipe: Recipe, adapters: Adapters, base: BasePlan, header: GgufHeader, quantizations: Sequence[str | None]
+) -> dict[str, AdapterPlan]:
     """The adapters with the sizes of merged models; those that keep the base's types are trained through the rounding.
 
     UsageError for one that is to be trained in int8, whichever candidate is chosen.
     """
-    planned, quantizations = dict(adapters), [item.quantization for item in base.candidates] or [base.quantization]
+    planned = dict(adapters)
     for name, adapter in adapters.items():
         grids = {chosen: grid_types(recipe, adapter, header, chosen) for chosen in quantizations}
         for types in filter(None, grids.values()):

@@ -46,7 +46,6 @@ from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainingJob, TrainResult
-from edgetune.training.precision import refuse_int8
 from edgetune.training.rounding import rounded_layers
 
 from .texts import split_windows
@@ -75,9 +74,8 @@ def continued(recipe: Recipe, texts: Texts, base: Base, work: Path, *, train_all
     """Continue pretraining of the base on the texts with the recipe's domain options; keeps the base's quantization.
 
     The training run is in `work/domain`, the file in `work/domain/base`; finished parts are reused. All processes of a
-    launcher must call it. Raises, before any training, UsageError for invalid texts or windows and for int8 where the
-    weights are rounded in training, and IncompatibleError for a base of a type that cannot be written; also raises what
-    training raises.
+    launcher must call it. Raises, before any training, UsageError for invalid texts or windows, and IncompatibleError
+    for a base of a type that cannot be written; also raises what training raises.
     """
     assert recipe.domain is not None
     _check_writable(base.header)
@@ -107,7 +105,6 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
     key = key_of(state, (window.tokens for window in (*train, *validation)))
     types, rounds_to = base.header.layer_types, None
     if kind.trains_on_grid and gains_from_grid(types):
-        refuse_int8(NAME, training, types, f"set {NAME}.training.precision: auto, or quantization: q8_0")
         rounds_to = base.path
     return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options), rounds_to)
 

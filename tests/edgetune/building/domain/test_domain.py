@@ -200,14 +200,14 @@ def test_a_warning_tells_what_a_type_without_a_grid_leaves_of_the_gain(
     assert f"requantizing to iq4_nl left {share:.0%} of what training gained in gguf; use more bits" in warning
 
 
-def test_int8_is_refused_where_the_weights_are_rounded_in_training(
+def test_a_plan_refuses_int8_where_the_weights_are_rounded_in_training(
     tmp_path: Path, tiny_gguf: Callable[[str], Path]
 ) -> None:
     domain = {**DOMAIN, "method": {"name": "lora", "r": 8}, "training": {"precision": "int8"}}
     with pytest.raises(
         UsageError, match=r"^domain is trained with weights rounded to q4_0, and not in int8; set domain\."
     ):
-        build(recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="q4_0"), tmp_path / "home", progress=QUIET)
+        plan_build(recipe_of(tmp_path, tiny_gguf("llama"), domain, quantization="q4_0"))
 
 
 def test_a_warning_names_the_format_in_which_continued_training_did_not_help(
