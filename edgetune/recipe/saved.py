@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from edgetune.common.files import write_file
@@ -15,11 +16,11 @@ from .rows import Rows
 RECIPE = "recipe.json"
 
 
-def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None) -> Path:
+def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Collection[Path] = ()) -> Path:
     """Write `recipe.json`, from which `Recipe.from_file` makes the same recipe, with rows from memory in files beside.
 
     Other paths become absolute. What is not set stays unset, because some defaults depend on the base or the board.
-    Data files in the folder `copied_from` are copied. OutOfSpaceError if the disk is full.
+    Data files in the folders `copied_from` are copied. OutOfSpaceError if the disk is full.
     """
     values = recipe.model_dump(exclude_unset=True)
     base = recipe.folder / Path(recipe.base).expanduser()
@@ -28,9 +29,10 @@ def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Path | None = None
     for name, spec in recipe.adapters.items():
         if spec.start_from is not None:
             values["adapters"][name]["start_from"] = str(Path(spec.start_from).absolute())
+    left = {path.resolve() for path in copied_from}
     for loc, source in recipe.sources():
         saved = save_source(source, folder)
-        if copied_from is not None and Path(saved).parent.resolve() == copied_from.resolve():
+        if Path(saved).parent.resolve() in left:
             saved = str(shutil.copy(saved, folder.absolute()))
         # A folder that was moved still has its files. A name such as ~rows would be read as that of a home.
         is_own = Path(saved).parent == folder.absolute() and not Path(saved).name.startswith("~")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
@@ -14,7 +15,9 @@ from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
 from edgetune.common.files import write_file
 from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.saved import RECIPE, save_recipe
+from edgetune.report.answers import split_of
 
 _KEPT = "kept-"
 """Beginning of the name of a folder with what was kept for one bundle; several are there after a kill."""
@@ -29,13 +32,36 @@ def kept_folder(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}.learn")
 
 
-def recipe_beside(bundle: Path, names: Collection[str]) -> Path | None:
+def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, Any] | None = None) -> Recipe | None:
     """The recipe with the rows of these adapters of the bundle: the kept one, or the one that a build of data made.
 
-    What was kept for an adapter that was replaced since, as by another build, counts no more.
+    All adapters have the rows that were kept for them, in whichever recipe that is. What was kept for an adapter that
+    was replaced since, as by another build, counts no more. `settings` are those of `load_recipe`.
     """
-    found = [folder / RECIPE for folder, kept in _kept(bundle, read_manifest(bundle)) if kept >= {*names}]
-    return next((path for path in (*found, bundle.with_name(f"{bundle.name}.yaml")) if path.is_file()), None)
+    manifest, settings = read_manifest(bundle), settings or {}
+    kept = {folder / RECIPE: own for folder, own in _kept(bundle, manifest)}
+    whole = [path for path, own in kept.items() if own >= {*names}]
+    first = next((path for path in (*whole, bundle.with_name(f"{bundle.name}.yaml")) if path.is_file()), None)
+    if first is None:
+        return None
+    recipe = load_recipe(first, manifest, settings)
+    specs = dict[str, AdapterSpec]()
+    for path, own in kept.items():
+        if others := own - kept.get(first, set()) - specs.keys():
+            prefixes = tuple(f"adapters.{name}." for name in others)
+            theirs = {key: value for key, value in settings.items() if key.startswith(prefixes)}
+            loaded = load_recipe(path, manifest, theirs)
+            specs |= {name: loaded.adapters[name] for name in others}
+    return recipe.model_copy(update={"adapters": {**recipe.adapters, **specs}})
+
+
+def load_recipe(path: Path, manifest: Manifest, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe of a file, whose adapters hold out the rows that the build of the bundle did.
+
+    `settings` are those of `Recipe.from_file`.
+    """
+    names = [name for name in Recipe.from_file(path).adapters if name in manifest.adapters]
+    return Recipe.from_file(path, {**split_of(manifest, names), **settings})
 
 
 def adapter_folders(bundle: Path, name: str) -> list[Path]:
@@ -54,8 +80,9 @@ def swap_in_and_keep(recipe: Recipe, names: Collection[str], staged: Path, out: 
     folder = Path(mkdtemp(prefix=_KEPT, dir=kept_folder(out)))
     try:
         with raising_out_of_space(folder):
-            # Another call deletes the folder that the recipe is from.
-            save_recipe(recipe, folder, copied_from=recipe.folder if _is_kept(recipe.folder) else None)
+            # Another call deletes the folders that its rows are from.
+            parents = {Path(str(source)).parent for _, source in recipe.sources()}
+            save_recipe(recipe, folder, copied_from=[*filter(_is_kept, parents)])
             for name in names:
                 shutil.copytree(_trained(staged, name), folder / _ADAPTERS / name)
             for other, kept in before:
@@ -63,14 +90,17 @@ def swap_in_and_keep(recipe: Recipe, names: Collection[str], staged: Path, out: 
                     if (other / _ADAPTERS / name).is_dir():
                         shutil.copytree(other / _ADAPTERS / name, folder / _ADAPTERS / name, dirs_exist_ok=True)
         now = {name: digests for name, digests in _digests(manifest).items() if name in recipe.adapters}
-        digests = now | (_read_digests(recipe.folder) if _is_kept(recipe.folder) else {})
+        # What another folder has the rows of, it keeps.
+        elsewhere = {name for _, kept in before for name in kept}
+        digests = {name: own for name, own in now.items() if name not in elsewhere}
+        digests |= _read_digests(recipe.folder) if _is_kept(recipe.folder) else {}
         digests |= {name: now[name] for name in names}
         write_file(folder / _DIGESTS, json.dumps(digests))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     swap_in(staged, out)
-    still = {name for name, own in now.items() if digests[name] == own}
+    still = {name for name, own in now.items() if digests.get(name) == own}
     # Another folder may have the rows of adapters that are not in this recipe.
     needed = {folder, *(other for other, kept in before if not kept <= still)}
     for other in kept_folder(out).glob(f"{_KEPT}*"):

@@ -23,7 +23,6 @@ from edgetune.common.work_folder import locked
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.report.answers import split_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import rows_that_fit
 from edgetune.tasks.metrics import answers_to_score
@@ -31,7 +30,7 @@ from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
-from .kept import adapter_folders, kept_folder, recipe_beside, swap_in_and_keep
+from .kept import adapter_folders, kept_folder, load_recipe, recipe_beside, swap_in_and_keep
 from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
 VALIDATION, CORRECTIONS = "validation", "corrections"
@@ -91,12 +90,7 @@ def learn(
         # Users' words are in it.
         work.chmod(0o700)
         corrected = _by_adapter(entries, manifest, progress.say)
-        path = _recipe_of(bundle, recipe, corrected)
-        unknown = [name for name in corrected if name not in Recipe.from_file(path).adapters]
-        if unknown:
-            message = f"{path} has no adapter {unknown[0]!r}, of which the log has corrections"
-            raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
-        loaded = Recipe.from_file(path, split_of(manifest, list(corrected)))
+        loaded = _recipe_of(bundle, manifest, recipe, corrected)
         tasks = {name: read_task(name, loaded) for name in corrected}
         rows = _rows_of(tasks, corrected, bundle, progress)
         for name, split in rows.items():
@@ -163,12 +157,17 @@ def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
     return spec
 
 
-def _recipe_of(bundle: Path, recipe: Path | None, names: Collection[str]) -> Path:
-    path = recipe or recipe_beside(bundle, names)
-    if path is None:
+def _recipe_of(bundle: Path, manifest: Manifest, path: Path | None, names: Collection[str]) -> Recipe:
+    """The recipe at `path`, or else the one beside the bundle, which has these adapters."""
+    recipe = recipe_beside(bundle, names) if path is None else load_recipe(path, manifest, {})
+    if recipe is None:
         message = f"the old rows of {bundle} are in its recipe, which is not beside it"
         raise NotFoundError(message, "give it: --recipe RECIPE")
-    return path
+    unknown = [name for name in names if name not in recipe.adapters]
+    if unknown:
+        message = f"{path or f'the recipe of {bundle}'} has no adapter {unknown[0]!r}, of which the log has corrections"
+        raise UsageError(message, "give the recipe that trained it: --recipe RECIPE")
+    return recipe
 
 
 def _by_adapter(

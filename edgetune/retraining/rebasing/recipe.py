@@ -16,8 +16,7 @@ from edgetune import bases
 from edgetune.recipe.data import is_hub_id
 from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
-from edgetune.report.answers import split_of
-from edgetune.retraining.learning.kept import recipe_beside
+from edgetune.retraining.learning.kept import load_recipe, recipe_beside
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,12 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
 
 
 def _loaded(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe:
-    path = source.recipe or recipe_beside(bundle, manifest.adapters)
     changes = {**_changes(source), **(source.settings or {})}
-    if path is not None:
-        names = [name for name in Recipe.from_file(path).adapters if name in manifest.adapters]
-        return Recipe.from_file(path, {**split_of(manifest, names), **changes})
+    if source.recipe is not None:
+        return load_recipe(source.recipe, manifest, changes)
+    beside = recipe_beside(bundle, manifest.adapters, changes)
+    if beside is not None:
+        return beside
     if not manifest.recipe:
         message = f"{bundle} has no recipe, because its adapters were trained elsewhere"
         raise NotFoundError(message, "write one with their rows and give it: --recipe RECIPE")

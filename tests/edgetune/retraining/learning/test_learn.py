@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,14 @@ def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> Non
     assert len(Path(str(recipe.adapters["light"].data.train)).read_text().splitlines()) == 19 + 6 + 3
 
 
-def kept_recipe(home: Path) -> Recipe:
-    path = recipe_beside(home, ["light"])
-    assert path is not None
-    return Recipe.from_file(path)
+def kept_recipe(home: Path, name: str = "light") -> Recipe:
+    recipe = recipe_beside(home, [name])
+    assert recipe is not None
+    return recipe
+
+
+def rows_of(recipe: Recipe, name: str) -> str:
+    return Path(str(recipe.adapters[name].data.train)).read_text(encoding="utf-8")
 
 
 def test_what_was_kept_counts_while_the_bundle_has_the_adapter(built: Path, home: Path) -> None:
@@ -173,8 +178,8 @@ def test_rows_of_other_adapters_are_kept_too(home: Path) -> None:
     assert run(home, logged(home, [*corrections(), *colors])).bundle == home
     more = [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
     learn(home, read_logs(home, [logged(home, more, "more.jsonl")], QUIET.say), None, None, QUIET)
-    path = recipe_beside(home, ["light", "color"])
-    assert path is not None and "shine 1" in Path(str(kept_recipe(home).adapters["color"].data.train)).read_text()
+    recipe = recipe_beside(home, ["light", "color"])
+    assert recipe is not None and "shine 1" in rows_of(recipe, "color") and "glow 1" in rows_of(recipe, "light")
     assert len(adapter_folders(home, "color")) == 1
 
 
@@ -186,9 +191,28 @@ def test_a_recipe_without_an_adapter_leaves_what_was_kept_of_it(home: Path) -> N
     only_color.write_text(json.dumps(values), encoding="utf-8")
     colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
     learn(home, read_logs(home, [logged(home, colors, "more.jsonl")], QUIET.say), only_color, None, QUIET)
-    light, color = (recipe_beside(home, [name]) for name in ("light", "color"))
-    assert light is not None and color is not None and light != color
-    assert "light" in Recipe.from_file(light).adapters and "light" not in Recipe.from_file(color).adapters
+    assert len([*home.with_name("home.learn").glob("kept-*")]) == 2
+    for recipe in map(partial(kept_recipe, home), ("light", "color")):
+        assert "switch the lamp 7 on" in rows_of(recipe, "light") and "shine 1" in rows_of(recipe, "color")
+
+
+def test_corrections_of_an_adapter_stay_when_another_is_built_anew(home: Path) -> None:
+    values = YAML(typ="safe").load(home.with_name(NAME))
+    values["adapters"]["color"]["training"] = {"max_steps": 40}
+    home.with_name("home.yaml").write_text(json.dumps(values), encoding="utf-8")
+    learn(home, read_logs(home, [logged(home, corrections())], QUIET.say), None, None, QUIET)
+    build(Recipe.from_file(home.with_name("home.yaml")).only(["color"]), home, progress=QUIET, into=True)
+    colors = [{"prompt": f"shine {n}", "adapter": "color", "correction": "warm"} for n in range(4)]
+    more = [{"prompt": f"glow {n}", "correction": "reply on"} for n in range(4)]
+    for number, new in enumerate((colors, more, [*colors, *more])):
+        recipe = recipe_beside(home, ["light", "color"])
+        assert recipe is not None and "switch the lamp 7 on" in rows_of(recipe, "light")
+        again = [{**row, "prompt": f"{row['prompt']} {number}"} for row in new]
+        log = logged(home, again, f"{number}.jsonl")
+        assert learn(home, read_logs(home, [log], QUIET.say), None, None, QUIET).bundle == home
+    # Of each four, one is held out.
+    recipe = kept_recipe(home)
+    assert (rows_of(recipe, "light").count("glow"), rows_of(recipe, "color").count("shine")) == (6, 6)
 
 
 def test_adapters_that_are_not_learned_have_their_prompts_in_its_rows(home: Path) -> None:

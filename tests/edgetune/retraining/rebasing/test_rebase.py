@@ -19,7 +19,6 @@ from trainings import QUIET
 import edgetune
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
-from edgetune.recipe.model import Recipe
 from edgetune.retraining.learning.kept import adapter_folders, recipe_beside
 from edgetune.retraining.rebasing.recipe import RecipeSource, recipe_for
 
@@ -102,8 +101,8 @@ def test_another_tokenizer_and_template_change_nothing_in_the_rows(
     with Runtime.open(home, disk_mb=0) as runtime:
         assert runtime.generate("turn on the light 1", adapter="light", max_tokens=8).text == "reply on"
     # The next `learn` or `rebase` finds the recipe and the adapters.
-    path = recipe_beside(home, ADAPTERS)
-    assert path is not None and Recipe.from_file(path).base == str(base)
+    recipe = recipe_beside(home, ADAPTERS)
+    assert recipe is not None and recipe.base == str(base)
     assert len(adapter_folders(home, "light")) == 1
 
 
