@@ -36,7 +36,8 @@ class Board:
     one adapted module adds. `sources` has the source of each figure. `ram_sizes_mib` are the sizes that the board is
     sold with, if there are several; `ram_free_by_size_mib` has the free memory of those whose system needs another
     amount than that of this one. `kv_gb_per_s` is the rate at which attention reads keys and values, by default the
-    memory's. `system` is one of `SYSTEMS`.
+    memory's. `system` is one of `SYSTEMS`. `model_pattern` is a regular expression that is found in the name in
+    /proc/device-tree/model; without one, the board is not recognized.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Board:
     ram_free_by_size_mib: Mapping[int, int] = field(default_factory=dict)
     kv_gb_per_s: float | None = None
     system: str = "linux"
+    model_pattern: str = ""
 
     @property
     def free_mb(self) -> float:
@@ -186,6 +188,8 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
     problems += [f"{key} is not text" for key in ("title", "storage") if not isinstance(raw[key], str)]
     if raw.get("system", SYSTEMS[0]) not in SYSTEMS:
         problems.append(f"system is {raw['system']!r}, not one of: {', '.join(SYSTEMS)}")
+    if not _is_pattern(raw.get("model_pattern", "")):
+        problems.append(f"model_pattern is {raw['model_pattern']!r}, not a regular expression")
     sets, sizes, sources = raw["instruction_sets"], raw.get("ram_sizes_mib", []), raw["sources"]
     if not isinstance(sets, list) or not all(isinstance(name, str) for name in sets):
         problems.append("instruction_sets is not a list of names")
@@ -207,3 +211,10 @@ def _problems(raw: Mapping[str, Any]) -> list[str]:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _is_pattern(value: object) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False

@@ -129,6 +129,7 @@ def test_a_copied_board_file_is_a_board(tmp_path: Path) -> None:
         ({"ram_free_mib": "ram_free_mib = 9000"}, "ram_free_mib is 9000, not less than ram_mib 8192"),
         ({"instruction_sets": 'instruction_sets = "neon"'}, "instruction_sets is not a list of names"),
         ({"cores": 'cores = 4\nsystem = "mac"'}, "system is 'mac', not one of: linux, macos"),
+        ({"model_pattern": 'model_pattern = "Pi ("'}, r"model_pattern is 'Pi \(', not a regular expression"),
         ({"title": "title = "}, "mine.toml is not valid TOML"),
         ({"ram_sizes_mib": "ram_sizes_mib = 1024"}, "ram_sizes_mib is not a list of multiples of 1024"),
         ({"ram_sizes_mib": "ram_free_by_size_mib = 720"}, "ram_free_by_size_mib does not give fewer MiB"),

@@ -33,16 +33,6 @@ echo "python=$(python3 -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>
 echo "current=$(readlink "$prefix/{current}")"
 echo "unit=$(test -f "$prefix/{settings}" && echo yes)"
 """
-# The board's own name, as in /proc/device-tree/model, and the board whose kit it gets.
-_MODELS = (
-    ("Raspberry Pi Zero 2", "pi-zero-2w"),
-    ("Raspberry Pi 3", "pi-3b-plus"),
-    ("Raspberry Pi (4|Compute Module 4|400)", "pi-4"),
-    ("Raspberry Pi (5|Compute Module 5|500)", "pi-5"),
-    ("Orange Pi 5", "orange-pi-5"),
-    ("ROCK 5|Radxa.* 5", "rock-5"),
-    ("Orin Nano", "jetson-orin-nano"),
-)
 _FORMS = {
     "prefix": r"/.{1,1000}",
     "machine": r"\w{1,30}",
@@ -100,14 +90,14 @@ class BoardFacts:
         return board.name if ram_mib == board.ram_mib else f"{board.family}-{ram_mib // 1024}gb"
 
     def _named_by_model(self) -> str:
-        names = [name for name in boards.names() if boards.load(name).system == "linux"]
-        for pattern, name in _MODELS:
-            if re.search(pattern, self.model) and name in names:
-                return name
+        linux = [board for board in map(boards.load, boards.names()) if board.system == "linux"]
+        for board in linux:
+            if board.model_pattern and re.search(board.model_pattern, self.model):
+                return board.name
         if self.machine == "x86_64":
             return _X86_BOARD
         message = f"the board's model {self.model!r} is not known" if self.model else "the board names no model"
-        raise UsageError(message, f"give a similar one with --board: {', '.join(names)}")
+        raise UsageError(message, f"give a similar one with --board: {', '.join(board.name for board in linux)}")
 
 
 def probe(connection: Connection, name: str, prefix: str | None) -> BoardFacts:

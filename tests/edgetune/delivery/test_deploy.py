@@ -283,6 +283,11 @@ PI_4 = "Raspberry Pi 4 Model B Rev 1.4"
         (PI_4, "aarch64", 3792, "pi-4"),
         (PI_4, "aarch64", 7819, "pi-4-8gb"),
         ("Raspberry Pi 5 Model B Rev 1.0", "aarch64", 8060, "pi-5"),
+        ("Raspberry Pi 3 Model B Plus Rev 1.3", "aarch64", 905, "pi-3b-plus"),
+        ("Raspberry Pi 400 Rev 1.0", "aarch64", 3792, "pi-4"),
+        ("Raspberry Pi 500 Rev 1.0", "aarch64", 8060, "pi-5"),
+        ("Radxa ROCK 5 Model B", "aarch64", 7819, "rock-5"),
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "aarch64", 7620, "jetson-orin-nano"),
         ("", "x86_64", 3900, "laptop"),
     ],
 )
