@@ -32,14 +32,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_devices import boards
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
-from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.sizing.calibration import MeasuredSpeed, figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.needs import needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.speed import adapter_seconds, prefill_speed, speed_of, token_seconds
-from edgetune_runtime.threads.machine import disturbance, peak_mb
+from edgetune_runtime.threads.machine import disturbance, instructions, peak_mb
 
 if TYPE_CHECKING:
     from edgetune_runtime import Runtime

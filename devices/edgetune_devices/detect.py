@@ -9,14 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.cli.doctor import instructions, memory, processor
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.inference.runtime import Runtime
 from edgetune_runtime.sizing.calibration import figures_of, measure
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.machine_speed import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.needs import needs_of_bundle
-from edgetune_runtime.threads.machine import disturbance, free_mb, usable_cores
+from edgetune_runtime.threads.machine import disturbance, free_mb, instructions, memory, processor, usable_cores
 from edgetune_runtime.wording import printable
 
 from . import boards

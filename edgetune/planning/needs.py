@@ -11,10 +11,10 @@ from pathlib import Path
 from edgetune_export import backends
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.format import IMPORTS_MB, PROCESS_MB
-from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError
 from edgetune_runtime.formats.gguf_sizes import vocabulary
 from edgetune_runtime.threads import machine
+from edgetune_runtime.threads.machine import instructions
 
 from edgetune import methods
 from edgetune.common.work_folder import work_folder

@@ -16,7 +16,6 @@ from edgetune_devices import boards, fit
 from edgetune_devices.needs import needs_of_header
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, FileEntry, Manifest
-from edgetune_runtime.cli.doctor import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.gguf.needs import recurrent_sizes
 from edgetune_runtime.engines.needs import MB, AdapterSize, Needs
@@ -26,6 +25,7 @@ from edgetune_runtime.formats.gguf_sizes import kv_values_per_token
 from edgetune_runtime.formats.quantization import QUANTIZATIONS, repacked_types
 from edgetune_runtime.sizing.needs import items_of, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.options import with_options
+from edgetune_runtime.threads.machine import instructions
 from runtime.gguf_files import UINT32, rewritten, setting
 
 from edgetune.building.fit_target import read_target
@@ -187,7 +187,7 @@ def test_prefill_prediction_is_near_published_figures(header: GgufHeader, publis
 MEASURE = """
 import sys
 from pathlib import Path
-from edgetune_runtime.cli.doctor import instructions
+from edgetune_runtime.threads.machine import instructions
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.gguf.needs import recurrent_sizes
 engine = GgufEngine(Path(sys.argv[1]), context_length=512, threads=1, repack=sys.argv[2] == "repacked")

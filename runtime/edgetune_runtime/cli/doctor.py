@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import struct
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,9 @@ from edgetune_runtime.threads.machine import (
     cpu_quota,
     disturbance,
     free_mb,
+    instructions,
+    memory,
+    processor,
     read_text,
     threads_for,
     throttling,
@@ -31,24 +33,6 @@ _LIBRARIES = ("edgetune-runtime", "llama-cpp-python", "onnxruntime", "numpy", "t
 _CLOCK = "sys/devices/system/cpu/cpu0/cpufreq"
 _HOT_C = 80
 """Raspberry Pi boards slow down from this temperature on."""
-_INSTRUCTIONS = {
-    "asimd": "neon",
-    "crc32": "crc32",
-    "asimdhp": "fp16",
-    "asimddp": "dotprod",
-    "i8mm": "i8mm",
-    "sve": "sve",
-    "sse4_2": "sse4.2",
-    "avx2": "avx2",
-    "fma": "fma",
-    "f16c": "f16c",
-    "avx_vnni": "avx-vnni",
-    "avx512f": "avx512f",
-    "avx512_vnni": "avx512-vnni",
-    "avx512_bf16": "avx512-bf16",
-    "amx_int8": "amx-int8",
-}
-"""Names in /proc/cpuinfo, and those in the files of boards: what the engines have faster code for."""
 
 
 def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, Any]:
@@ -81,32 +65,6 @@ def examine(manifest: Manifest | None = None, root: Path = ROOT) -> dict[str, An
     if manifest is not None:
         facts["bundle"] = {"name": manifest.name, "threads": threads_for(manifest.threads, root)}
     return facts | {"problems": list(_problems(facts, manifest))}
-
-
-def processor(root: Path = ROOT) -> str:
-    """The processor's name; on ARM boards, which report none, the name of the board."""
-    lines = read_text(root / "proc/cpuinfo").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
-    named = next((name for name in names if not name.isdigit()), "")
-    is_arm = platform.machine() in ("aarch64", "arm64")
-    return f"{'ARM, ' if is_arm else ''}{named or platform.processor() or platform.machine()}"
-
-
-def instructions(root: Path = ROOT) -> list[str]:
-    """The instruction sets of the processor that the engines have faster code for; empty if it does not report any."""
-    lines = read_text(root / "proc/cpuinfo").splitlines()
-    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
-    return [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
-
-
-def memory(root: Path = ROOT) -> dict[str, float]:
-    """Total memory and swap, total and used, in MB (10^6 bytes); empty if the system does not report it."""
-    sizes = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
-    mb = {name: int(kib) * 1024 / 1e6 for name, kib in sizes}
-    if "MemTotal" not in mb:
-        return {}
-    swap = mb.get("SwapTotal", 0.0)
-    return {"total_mb": mb["MemTotal"], "swap_mb": swap, "swap_used_mb": swap - mb.get("SwapFree", 0.0)}
 
 
 def _problems(facts: Mapping[str, Any], manifest: Manifest | None) -> Iterator[str]:

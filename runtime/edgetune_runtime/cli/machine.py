@@ -56,7 +56,7 @@ def bench(options: argparse.Namespace) -> None:
     """`bench`: measure the bundle on this machine."""
     from tempfile import TemporaryDirectory  # noqa: PLC0415 - as above
 
-    from .bench import measure, restored_ms, start_ms  # noqa: PLC0415 - see open_runtime
+    from edgetune_runtime.sizing.bench import measure, restored_ms, start_ms  # noqa: PLC0415 - see open_runtime
 
     figures = measure(lambda: open_runtime(options, disk_mb=0), lambda text: print(f"{text} ...", file=sys.stderr))
     if figures["ttft_ms"] is not None:

@@ -1,4 +1,4 @@
-"""The cores and memory that this process may use, from affinity, cgroups and core types.
+"""The processor, cores and memory of this machine, and what this process may use: affinity, cgroups, core types.
 
 Read from /proc and /sys of Linux, in the folder `root`. Where a file is missing, and on other systems, no limit is
 assumed.
@@ -7,6 +7,7 @@ assumed.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -29,6 +30,24 @@ _THROTTLED = {
 """Flags of Raspberry Pi firmware: https://www.raspberrypi.com/documentation/computers/os.html#get_throttled"""
 _PERFORMANCE = 0.75
 """Cores slower than this share of the fastest core's capacity are not used: a step waits for its slowest thread."""
+_INSTRUCTIONS = {
+    "asimd": "neon",
+    "crc32": "crc32",
+    "asimdhp": "fp16",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "sve": "sve",
+    "sse4_2": "sse4.2",
+    "avx2": "avx2",
+    "fma": "fma",
+    "f16c": "f16c",
+    "avx_vnni": "avx-vnni",
+    "avx512f": "avx512f",
+    "avx512_vnni": "avx512-vnni",
+    "avx512_bf16": "avx512-bf16",
+    "amx_int8": "amx-int8",
+}
+"""Names in /proc/cpuinfo, and those in the files of boards: what the engines have faster code for."""
 
 
 def usable_cores(root: Path = ROOT) -> int:
@@ -120,6 +139,32 @@ def free_mb(root: Path = ROOT) -> float | None:
             cached = re.search(r"^(?:total_)?inactive_file (\d+)$", read_text(folder / "memory.stat"), re.MULTILINE)
             free.append(max(0.0, limit - used + (int(cached[1]) if cached else 0)) / 1e6)
     return min(free, default=None)
+
+
+def processor(root: Path = ROOT) -> str:
+    """The processor's name; on ARM boards, which report none, the name of the board."""
+    lines = read_text(root / "proc/cpuinfo").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.lower().startswith(("model name", "model\t"))]
+    named = next((name for name in names if not name.isdigit()), "")
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    return f"{'ARM, ' if is_arm else ''}{named or platform.processor() or platform.machine()}"
+
+
+def instructions(root: Path = ROOT) -> list[str]:
+    """The instruction sets of the processor that the engines have faster code for; empty if it does not report any."""
+    lines = read_text(root / "proc/cpuinfo").splitlines()
+    flags = {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    return [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+
+
+def memory(root: Path = ROOT) -> dict[str, float]:
+    """Total memory and swap, total and used, in MB (10^6 bytes); empty if the system does not report it."""
+    sizes = re.findall(r"^(MemTotal|SwapTotal|SwapFree): +(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
+    mb = {name: int(kib) * 1024 / 1e6 for name, kib in sizes}
+    if "MemTotal" not in mb:
+        return {}
+    swap = mb.get("SwapTotal", 0.0)
+    return {"total_mb": mb["MemTotal"], "swap_mb": swap, "swap_used_mb": swap - mb.get("SwapFree", 0.0)}
 
 
 def throttling(root: Path = ROOT, *, since_start: bool = False) -> str | None:
