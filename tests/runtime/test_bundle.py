@@ -55,20 +55,7 @@ def test_keys_that_an_earlier_version_lacks_have_defaults(copy: Path) -> None:
     assert read_manifest(copy).base.values_by_type == read_manifest(copy).adapter("tone").values_by_type == {}
 
 
-def test_bytes_of_keys_and_values_in_an_earlier_manifest_are_read_as_values_of_two_bytes(copy: Path) -> None:
-    values = read_manifest(copy).base.kv_values_per_token
-    change_manifest(copy, lambda raw: raw["base"].update(kv_bytes_per_token=2 * raw["base"].pop("kv_values_per_token")))
-    assert read_manifest(copy).base.kv_values_per_token == values > 0
-    change_manifest(copy, lambda raw: raw["base"].pop("kv_bytes_per_token"))
-    with pytest.raises(VerificationError, match="kv_values_per_token"):
-        read_manifest(copy)
-
-
-def test_ranks_by_module_in_an_earlier_manifest_are_counted(copy: Path) -> None:
-    earlier = {"ranks": {"a": 4, "b": 4, "c": 4, "d": 2}}
-    change_manifest(copy, lambda raw: raw["adapters"]["tone"].update(earlier))
-    change_manifest(copy, lambda raw: raw["adapters"]["tone"].pop("modules_by_rank"))
-    assert read_manifest(copy).adapter("tone").modules_by_rank == {4: 3, 2: 1}
+def test_wrong_counts_of_modules_by_rank_are_damage(copy: Path) -> None:
     for wrong in ({"four": 3}, {"4": -3}, {"0": 3}, {"4": None}):
         change_manifest(copy, lambda raw, wrong=wrong: raw["adapters"]["tone"].update(modules_by_rank=wrong))
         with pytest.raises(VerificationError, match="is not a manifest"):

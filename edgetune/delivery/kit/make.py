@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetune_devices import boards, fit
 from edgetune_runtime import __version__, engines
-from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, of_formats, read_manifest, resolve, verify_files
+from edgetune_runtime.bundle import Manifest, of_formats, read_manifest, resolve, verify_files
 from edgetune_runtime.bundle.signatures import unlisted_in
 from edgetune_runtime.decoding.single_flight import SingleFlightCache
 from edgetune_runtime.engines import gguf
@@ -29,6 +29,7 @@ from edgetune_runtime.store.kit import (
     WHEELS_FOLDER,
     Kit,
     KitFile,
+    bundle_identity,
     parse_kit,
     wheels_id,
 )
@@ -190,7 +191,7 @@ def with_description(
             "packages_mb": math.ceil(sum(wheel.installed_bytes for wheel in wheels) / 1e6),
         },
         "wheels": wheels_id(target.python, files),
-        "bundle": next(file.sha256 for file in files if file.path == f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"),
+        "bundle": bundle_identity(files),
         "service": {"port": PORT, "memory_max_mb": memory_max_mb},
         "files": [asdict(file) for file in files],
     }

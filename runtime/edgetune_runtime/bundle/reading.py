@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,7 @@ def _parse(raw: Mapping[str, Any], path: Path) -> Manifest:
     with parsing(f"{path} is not a manifest", COPY_BUNDLE_AGAIN):
         adapters = {name: parse_adapter(value) for name, value in raw["adapters"].items()}
         files = {name: dataclass_of(FileEntry, value) for name, value in raw["files"].items()}
-        entry = raw["base"]
-        # Manifests used to have the bytes of these values in f16.
-        before = {"kv_values_per_token": entry["kv_bytes_per_token"] // 2} if "kv_bytes_per_token" in entry else {}
-        base = dataclass_of(BaseEntry, {**before, **entry})
+        base = dataclass_of(BaseEntry, raw["base"])
         router = None if raw.get("router") is None else _router(raw["router"])
         return dataclass_of(Manifest, {**raw, "base": base, "adapters": adapters, "files": files, "router": router})
 
@@ -80,9 +76,7 @@ def parse_adapter(raw: Mapping[str, Any]) -> AdapterEntry:
         for backend, kinds in raw.get("confidence", {}).items()
     }
     unsure = None if raw.get("unsure") is None else dataclass_of(UnsureRule, raw["unsure"])
-    # Manifests used to have the rank of each module by its name.
-    counts = raw["modules_by_rank"] if "modules_by_rank" in raw else Counter(raw.get("ranks", {}).values())
-    ranks = {int(rank): int(count) for rank, count in counts.items()}
+    ranks = {int(rank): int(count) for rank, count in raw.get("modules_by_rank", {}).items()}
     if any(number < 1 for number in (*ranks, *ranks.values())):
         raise ValueError(f"modules_by_rank is {ranks}")
     parsed = {"golden": golden, "scope": scope, "confidence": curves, "unsure": unsure, "modules_by_rank": ranks}

@@ -117,12 +117,7 @@ def _take_report() -> RunReport | None:
 
 def _noted(prefix: Path) -> list[Unacknowledged]:
     """The unacknowledged versions: of a switch, the one to switch to and the one before."""
-
-    def parse(raw: Any) -> list[Unacknowledged]:  # noqa: ANN401 - JSON
-        # Earlier versions noted one.
-        return [dataclass_of(Unacknowledged, each) for each in ([raw] if isinstance(raw, dict) else raw)]
-
-    return _parse(prefix / NAME, parse) or []
+    return _parse(prefix / NAME, lambda raw: [dataclass_of(Unacknowledged, each) for each in raw]) or []
 
 
 def _parse(path: Path, parse: Callable[[Any], T]) -> T | None:

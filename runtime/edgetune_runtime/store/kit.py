@@ -6,11 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from edgetune_runtime.bundle import MANIFEST_NAME
 from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
 
@@ -60,9 +59,8 @@ class Kit:
     """The contents of kit.json; `text` is the file itself.
 
     `needs` has `instructions`, `glibc`, `ram_mb`, and `packages_mb`, the disk space of installed wheels. `wheels` is
-    the id of the set of wheels; `bundle` the bundle's `identity`, in the file the digest of its manifest; `service` the
-    settings of the systemd unit, `opening` how it and the check open the bundle. `release` is the bundle's version in a
-    repository, 0 if a kit brought it.
+    the id of the set of wheels; `bundle` the bundle's `identity`; `service` the settings of the systemd unit, `opening`
+    how it and the check open the bundle. `release` is the bundle's version in a repository, 0 if a kit brought it.
     """
 
     name: str
@@ -133,6 +131,12 @@ def wheels_id(python: str, files: Iterable[KitFile]) -> str:
     return hashlib.sha256(f"{python}\n{text}".encode()).hexdigest()[:ID_LENGTH]
 
 
+def bundle_identity(files: Iterable[KitFile]) -> str:
+    """The `identity` of the bundle in a kit; KeyError if it has no manifest."""
+    folder = f"{BUNDLE_FOLDER}/"
+    return identity({file.path.removeprefix(folder): file.sha256 for file in files if file.path.startswith(folder)})
+
+
 def parse_kit(text: str) -> Kit:
     """The kit described by the text of a kit.json; VerificationError if it is damaged or of another version."""
     if len(text.encode()) > _MOST_TEXT_BYTES:
@@ -160,9 +164,7 @@ def parse_kit(text: str) -> Kit:
             release=_number({"release": 0, **raw}, "release", _MOST_BYTES),
         )
         _check_consistent(kit)
-    # Programs from before there were parts compare the field with the manifest.
-    of_bundle = {file.path.removeprefix(f"{BUNDLE_FOLDER}/"): file.sha256 for file in kit.bundle_files}
-    return replace(kit, bundle=identity(of_bundle))
+    return kit
 
 
 def _check_consistent(kit: Kit) -> None:
@@ -174,8 +176,8 @@ def _check_consistent(kit: Kit) -> None:
         raise ValueError("it has no engine")
     if kit.wheels != wheels_id(kit.python, kit.files):
         raise ValueError(f"wheels is {kit.wheels}, which is not the id of the listed wheels")
-    if kit.bundle != digests.get(f"{BUNDLE_FOLDER}/{MANIFEST_NAME}"):
-        raise ValueError(f"bundle is {kit.bundle}, which is not the digest of the listed manifest")
+    if kit.bundle != bundle_identity(kit.files):
+        raise ValueError(f"bundle is {kit.bundle}, which is not the identity of the listed bundle")
 
 
 def _needs(raw: Mapping[str, Any]) -> Mapping[str, Any]:

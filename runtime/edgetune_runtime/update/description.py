@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry
+from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import write_text
@@ -45,7 +45,7 @@ def describe(release: Release, current: Kit | None) -> Kit:
     raw |= {
         "engines": sorted(release.formats, key=lambda name: name != engine),
         "name": release.name,
-        "bundle": release.files[MANIFEST_NAME].sha256,
+        "bundle": release.bundle,
         "files": files,
         "release": release.version,
     }

@@ -56,8 +56,8 @@ class Release:
     in it, the manifest and its signature included. `formats` are those of its base. `manifest_schema` is that of the
     manifest, and `min_runtime` the oldest edgetune-runtime that may run it, empty for any. It is for a `share` of the
     devices, and `older` has the versions that others can take instead, newest first. `pieces` has those of the large
-    texts among the files. `base` is the fingerprint of its base, and `authors` are the roles whose parts its
-    manifest lets replace an adapter; both are empty in releases of earlier versions of edgetune.
+    texts among the files. `base` is the fingerprint of its base, and `authors` are the roles whose parts its manifest
+    lets replace an adapter.
     """
 
     name: str
@@ -160,7 +160,6 @@ def parse_release(data: bytes) -> Release:
             message = f"the release has schema {shortened(str(raw['schema']))}, this runtime reads {SCHEMA_VERSION}"
             raise IncompatibleError(message, "update edgetune-runtime")
         files = {bundle_path(path): file_entry(entry) for path, entry in raw["files"].items()}
-        pieces = raw.get("pieces", {})
         release = Release(
             name=_text(raw["name"], NAME),
             channel=_text(raw["channel"], NAME),
@@ -169,11 +168,11 @@ def parse_release(data: bytes) -> Release:
             formats=tuple(_text(name, _WORD) for name in raw["formats"]),
             manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
             min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
-            share=_share(raw.get("share", 1.0)),
-            older=tuple(_number(version, _MOST_VERSION) for version in raw.get("older", [])[:MOST_OLDER]),
-            pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in pieces.items()},
-            base=_text(raw.get("base", ""), _FINGERPRINT),
-            authors=tuple(_text(role, _PART_ROLE) for role in raw.get("authors", [])[:MOST_AUTHORS]),
+            share=_share(raw["share"]),
+            older=tuple(_number(version, _MOST_VERSION) for version in raw["older"][:MOST_OLDER]),
+            pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in raw["pieces"].items()},
+            base=_text(raw["base"], _FINGERPRINT),
+            authors=tuple(_text(role, _PART_ROLE) for role in raw["authors"][:MOST_AUTHORS]),
         )
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:

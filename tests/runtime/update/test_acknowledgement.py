@@ -96,12 +96,6 @@ def test_what_is_counted_of_a_version_holds_if_a_switch_from_it_is_cut_off(switc
     assert [start(switched) for _ in range(3)] == ["one", "zero", "zero"]
 
 
-def test_a_note_of_an_earlier_runtime_is_read(switched: Path) -> None:
-    (note,) = json.loads((switched / acknowledgement.NAME).read_text())
-    (switched / acknowledgement.NAME).write_text(json.dumps(note))
-    assert [start(switched) for _ in range(3)] == ["one", "one", "zero"]
-
-
 def test_good_answers_of_several_runs_acknowledge_a_version(switched: Path, report: Path) -> None:
     version = (switched / "current").readlink().name
     for answers in (1, 2):
