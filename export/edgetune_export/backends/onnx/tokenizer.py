@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.engines.gguf.llama import Vocabulary, library, load_model
+from edgetune_runtime.engines.gguf.llama import Vocabulary, library
 from edgetune_runtime.engines.onnx.tokenizers import SPACE, byte_character
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.formats.gguf_base import check_vocabulary
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.tokenizer_json import DEFAULT, DIGIT, GPT2, LINES, LLAMA3, QWEN2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -65,14 +64,13 @@ def write_tokenizer(base: Path, folder: Path) -> None:
     """
     header = read_header(base)
     _check_kind(header)
-    check_vocabulary(header, base)
-    with _opened(base) as (vocabulary, pointer):
-        tokens = _tokens(vocabulary, pointer)
-        adds_bos = bool(library().llama_vocab_get_add_bos(pointer)) and vocabulary.bos != ""
+    with closing(GgufTokenizer(base)) as vocabulary:
+        tokens = _tokens(vocabulary)
+        adds_bos = bool(library().llama_vocab_get_add_bos(vocabulary.pointer)) and vocabulary.bos != ""
         tokenizer = _byte_level(header, tokens) if _kind(header) == "gpt2" else _sentencepiece(header, tokens)
         _add_specials(tokenizer, tokens)
         if adds_bos:
-            _add_bos(tokenizer, vocabulary.bos, library().llama_vocab_bos(pointer))
+            _add_bos(tokenizer, vocabulary.bos, library().llama_vocab_bos(vocabulary.pointer))
         config = _config(vocabulary, tokens, adds_bos=adds_bos)
         template = vocabulary.chat_template
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
@@ -85,18 +83,7 @@ def write_tokenizer(base: Path, folder: Path) -> None:
 def end_tokens(base: Path) -> list[int]:
     """All tokens at which llama.cpp ends a generation, the end-of-turn token first."""
     with closing(GgufTokenizer(base)) as tokenizer:
-        ends = [token for token in range(tokenizer.vocab_size) if tokenizer.is_end(token)]
-        return sorted(ends, key=lambda token: token != tokenizer.end_token)
-
-
-@contextmanager
-def _opened(base: Path) -> Iterator[tuple[Vocabulary, Any]]:
-    """The base's vocabulary with llama.cpp's pointer to it."""
-    model = load_model(base, vocabulary_only=True)
-    try:
-        yield Vocabulary(model), library().llama_model_get_vocab(model)
-    finally:
-        library().llama_model_free(model)
+        return sorted(tokenizer.ends(), key=lambda token: token != tokenizer.end_token)
 
 
 def _config(vocabulary: Vocabulary, tokens: Sequence[_Token], *, adds_bos: bool) -> dict[str, Any]:
@@ -134,8 +121,8 @@ def _splits(header: GgufHeader) -> tuple[str, ...]:
     return patterns
 
 
-def _tokens(vocabulary: Vocabulary, pointer: Any) -> list[_Token]:  # noqa: ANN401 - a bare pointer
-    llama = library()
+def _tokens(vocabulary: Vocabulary) -> list[_Token]:
+    llama, pointer = library(), vocabulary.pointer
     tokens = []
     for token in range(vocabulary.vocab_size):
         try:

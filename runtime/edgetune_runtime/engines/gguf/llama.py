@@ -180,22 +180,22 @@ def decode_batch(
 
 
 class Vocabulary(Tokenizer):
-    """The tokenizer of a loaded model."""
+    """The tokenizer of a loaded model; `pointer` is llama.cpp's."""
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401 - a bare pointer
         llama = library()
         self._model = model
-        self._vocab = llama.llama_model_get_vocab(model)
-        self.vocab_size = llama.llama_vocab_n_tokens(self._vocab)
-        bos: int = llama.llama_vocab_bos(self._vocab)
-        self._eos: int = llama.llama_vocab_eos(self._vocab)
+        self.pointer = llama.llama_model_get_vocab(model)
+        self.vocab_size = llama.llama_vocab_n_tokens(self.pointer)
+        bos: int = llama.llama_vocab_bos(self.pointer)
+        self._eos: int = llama.llama_vocab_eos(self.pointer)
         self.bos = self._text(bos)
         self.eos = self._text(self._eos)
         template = llama.llama_model_chat_template(model, None)
         self.chat_template: str | None = template.decode("utf-8", "replace") if template else None
-        self._added_bos = [bos] if bos >= 0 and llama.llama_vocab_get_add_bos(self._vocab) else []
-        self._newline = llama.llama_vocab_nl(self._vocab)
-        spm = llama.llama_vocab_type(self._vocab) == _SPM_VOCABULARY
+        self._added_bos = [bos] if bos >= 0 and llama.llama_vocab_get_add_bos(self.pointer) else []
+        self._newline = llama.llama_vocab_nl(self.pointer)
+        spm = llama.llama_vocab_type(self.pointer) == _SPM_VOCABULARY
         self._adds_space = spm and self.piece(self._raw("a")[0]).startswith(b" ")
         self._end_token: int | None = None
 
@@ -212,7 +212,7 @@ class Vocabulary(Tokenizer):
         for token in self._after_answer():
             if self.is_end(token):
                 return token
-        eot: int = library().llama_vocab_eot(self._vocab)
+        eot: int = library().llama_vocab_eot(self.pointer)
         return self._eos if eot < 0 or (self._eos >= 0 and self.is_end(self._eos)) else eot
 
     @cached_property
@@ -220,7 +220,7 @@ class Vocabulary(Tokenizer):
         """The control tokens."""
         self._check()
         attributes = library().llama_vocab_get_attr
-        tokens = (token for token in range(self.vocab_size) if attributes(self._vocab, token) & _UNKNOWN_OR_CONTROL)
+        tokens = (token for token in range(self.vocab_size) if attributes(self.pointer, token) & _UNKNOWN_OR_CONTROL)
         return ControlTokens(map(self._text, tokens))
 
     def piece(self, token: int) -> bytes:
@@ -230,7 +230,7 @@ class Vocabulary(Tokenizer):
         size = 64
         while True:
             buffer = ctypes.create_string_buffer(size)
-            written: int = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, False)
+            written: int = llama.llama_token_to_piece(self.pointer, token, buffer, size, 0, False)
             if written >= 0:
                 return buffer.raw[:written]
             size = -written
@@ -238,7 +238,7 @@ class Vocabulary(Tokenizer):
     def pieces(self) -> list[bytes]:
         """The bytes of every token, as `piece` gives them."""
         self._check()
-        convert, vocab, size = library().llama_token_to_piece, self._vocab, 256
+        convert, vocab, size = library().llama_token_to_piece, self.pointer, 256
         # A buffer per token would take most of the time.
         buffer = ctypes.create_string_buffer(size)
         pieces = []
@@ -250,12 +250,12 @@ class Vocabulary(Tokenizer):
     def is_end(self, token: int) -> bool:
         """Whether generation ends with `token`."""
         self._check(token)
-        return bool(library().llama_vocab_is_eog(self._vocab, token))
+        return bool(library().llama_vocab_is_eog(self.pointer, token))
 
     def ends(self) -> list[int]:
         """All tokens that generation ends with, in order."""
         self._check()
-        is_end, vocab = library().llama_vocab_is_eog, self._vocab
+        is_end, vocab = library().llama_vocab_is_eog, self.pointer
         return [token for token in range(self.vocab_size) if is_end(vocab, token)]
 
     def _after_answer(self) -> list[int]:
@@ -276,11 +276,11 @@ class Vocabulary(Tokenizer):
         size = len(data) + 8
         while True:
             tokens = (ctypes.c_int32 * size)()
-            count: int = library().llama_tokenize(self._vocab, data, len(data), tokens, size, False, True)
+            count: int = library().llama_tokenize(self.pointer, data, len(data), tokens, size, False, True)
             if count >= 0:
                 return tokens[:count]
             size = -count
 
     def _text(self, token: int) -> str:
-        text = library().llama_vocab_get_text(self._vocab, token) if token >= 0 else None
+        text = library().llama_vocab_get_text(self.pointer, token) if token >= 0 else None
         return text.decode("utf-8", "replace") if text else ""
