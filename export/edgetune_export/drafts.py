@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgetune_runtime.decoding.batch_cost import BatchCost
-from edgetune_runtime.decoding.drafts import END, LONGEST_CONTEXT, LONGEST_DRAFT, Drafter, DraftTable, context_keys
+from edgetune_runtime.decoding.drafts import (
+    EMPTY,
+    END,
+    LONGEST_CONTEXT,
+    LONGEST_DRAFT,
+    Drafter,
+    DraftTable,
+    context_keys,
+)
+from edgetune_runtime.states.cache import common_prefix
 
 MAX_ENTRIES = 24_000
 """13 bytes each: 312 kB."""
@@ -47,9 +56,8 @@ def table_of(rows: Sequence[Row], is_end: Callable[[int], bool], tokenizer_sha25
                 break
     best = {key: _best(counter) for key, counter in counts.items()}
     kept = _pruned(best, shorter)
-    empty = DraftTable(tokenizer_sha256, (), (), ())
     entries = {key: (token, share) for key, (token, share, _) in kept.items()}
-    return DraftTable.of(entries, _copy_rates(rows, empty), tokenizer_sha256)
+    return DraftTable.of(entries, _copy_rates(rows), tokenizer_sha256)
 
 
 def tokens_per_step(table: DraftTable, rows: Iterable[Row], cost: BatchCost) -> float:
@@ -63,7 +71,7 @@ def tokens_per_step(table: DraftTable, rows: Iterable[Row], cost: BatchCost) -> 
             drafter.add(answer[position : position + 1])
             draft, chances = drafter.propose(LONGEST_DRAFT)
             count = cost.worthwhile(chances)
-            accepted = _common_length(draft[:count], answer[position + 1 :])
+            accepted = common_prefix(draft[:count], answer[position + 1 :])
             drafter.learn(chances[:count], accepted)
             drafter.add(draft[:accepted])
             steps, tokens, position = steps + 1, tokens + 1 + accepted, position + 1 + accepted
@@ -94,11 +102,11 @@ def _pruned(
     return {key: kept[key] for key in frequent}
 
 
-def _copy_rates(rows: Sequence[Row], empty: DraftTable) -> list[float]:
+def _copy_rates(rows: Sequence[Row]) -> list[float]:
     """How often the token after a repetition of 1, 2, … tokens is the next one."""
     seen, right = [0] * LONGEST_CONTEXT, [0] * LONGEST_CONTEXT
     for row in rows:
-        drafter = Drafter(empty, list(row.tokens[: row.prompt_length]))
+        drafter = Drafter(EMPTY, list(row.tokens[: row.prompt_length]))
         for token in row.tokens[row.prompt_length :]:
             repeated, length = drafter.repeated()
             if length:
@@ -106,8 +114,3 @@ def _copy_rates(rows: Sequence[Row], empty: DraftTable) -> list[float]:
                 right[length - 1] += repeated == token
             drafter.add([token])
     return [hits / (count + _PRIOR) for hits, count in zip(right, seen, strict=True)]
-
-
-def _common_length(draft: Sequence[int], answer: Sequence[int]) -> int:
-    pairs = zip(draft, answer, strict=False)
-    return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(draft), len(answer)))
