@@ -47,14 +47,16 @@ def score_adapters(
 
 
 def split_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
-    """The settings of the build that decide which rows it held out, as overrides of its recipe."""
-    adapters = manifest.recipe.get("adapters", {})
-    seed = manifest.recipe.get("training", {}).get("seed", 0)
+    """The settings of the build that decide which rows it held out, as overrides of its recipe.
+
+    There are none for adapters that were not built from a recipe.
+    """
+    recipe = manifest.recipe
     settings = {}
-    for name in names:
-        adapter = adapters.get(name, {})
-        settings[f"adapters.{name}.training.seed"] = adapter.get("training", {}).get("seed", seed)
-        settings[f"adapters.{name}.data.held_out"] = adapter.get("data", {}).get("held_out", 0.1)
+    for name in filter(recipe.get("adapters", {}).__contains__, names):
+        adapter = recipe["adapters"][name]
+        settings[f"adapters.{name}.training.seed"] = {**recipe["training"], **adapter["training"]}["seed"]
+        settings[f"adapters.{name}.data.held_out"] = adapter["data"]["held_out"]
     return settings
 
 

@@ -57,7 +57,7 @@ def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
     adapters = {"task": Adapter(low_rank(base, seed=1), system=NAME), "other": Adapter(low_rank(base, seed=2))}
     path = write_bundle(tmp_path_factory.mktemp("report") / "home", base, adapters, context_length=64)
     parity = {"gguf": {"kl": 0.02, "top1": 0.975, "greedy": 9, "tokens": 80}}
-    recipe = {"adapters": {"task": {"data": {"train": "rows.jsonl"}}}}
+    recipe = {"training": {"seed": 0}, "adapters": {"task": {"data": {"train": "rows.jsonl"}}}}
     change_manifest(path, lambda raw: raw["adapters"]["task"].update(training=TRAINING, parity=parity))
     curves = {"value": SURE, "question": {"rows": 3, "right": 1.0}}
     change_manifest(path, lambda raw: raw["adapters"]["task"].update(confidence={"gguf": curves}))
@@ -142,11 +142,15 @@ def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], 
     assert "i" not in page.tags, "the texts of rows are escaped"
 
 
-def test_the_recipe_gives_the_rows_that_the_build_held_out(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_built", [True, False])
+def test_the_rows_are_those_that_the_build_held_out_or_the_recipe_if_there_was_none(
+    is_built: bool, bundle: Path, tmp_path: Path
+) -> None:
     copied = shutil.copytree(bundle, tmp_path / "copied")
     other = adapter_of(held_out=0.5, training={"seed": 3})
-    change_manifest(copied, lambda raw: raw["recipe"]["adapters"].update(other=other))
-    adapters, rows = {"other": adapter_of(), "more": adapter_of(train="none")}, lights(6)
+    change_manifest(copied, lambda raw: raw["recipe"]["adapters"].update({"other": other} if is_built else {}))
+    own = {"other": adapter_of() if is_built else other}
+    adapters, rows = {**own, "more": adapter_of(train="none")}, lights(6)
     recipe = write_recipe(tmp_path, "b", adapters, data={"rows.jsonl": rows})
     out = tmp_path / "page.html"
     assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0
