@@ -133,7 +133,7 @@ class TextClassification(Builder[EncoderBase]):
 
 
 def _key(planned: AdapterPlan, base: EncoderBase, rows: Sequence[Labelled]) -> str:
-    method = {"name": planned.method, **planned.options.model_dump(mode="json")}
+    method = planned.spec.method.model_dump(mode="json")
     state = [CLASSIFICATION, base.fingerprint, method, planned.training.model_dump(mode="json"), list(planned.labels)]
     return key_of(state, ((row.tokens, row.label, row.weight) for row in rows))
 

@@ -237,7 +237,7 @@ def _start_of(planned: AdapterPlan) -> Path | None:
 
 
 def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
-    method = {"name": planned.method, **planned.options.model_dump(mode="json")}
+    method = planned.spec.method.model_dump(mode="json")
     start = _start_of(planned)
     state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
     state += [] if start is None else [sha256_of(find_weights(start))]
