@@ -51,19 +51,19 @@ def config_of(manifest: Manifest, files: Mapping[str, FileEntry]) -> bytes:
 def artifact_manifest(files: Mapping[str, FileEntry], config: bytes) -> bytes:
     """The artifact's manifest; `files` are those of the bundle, its manifest included, by their paths."""
     layers = [
-        {**_descriptor(_layer_type(path), entry), "annotations": {_PATH: path, _TITLE: path}}
+        {**descriptor(_layer_type(path), entry), "annotations": {_PATH: path, _TITLE: path}}
         for path, entry in files.items()
     ]
-    return _json(_manifest(_MODEL_TYPE, _descriptor(_CONFIG_TYPE, entry_of(config)), layers))
+    return _json(_manifest(_MODEL_TYPE, descriptor(_CONFIG_TYPE, entry_of(config)), layers))
 
 
 def referrer_manifest(
     subject: FileEntry, kind: str, files: Mapping[str, FileEntry], annotations: Mapping[str, str]
 ) -> bytes:
     """The manifest of an artifact of this kind that refers to another one, whose manifest is `subject`."""
-    layers = [{**_descriptor(_FILE_TYPE, entry), "annotations": {_TITLE: path}} for path, entry in files.items()]
-    own = _manifest(kind, _descriptor(_EMPTY_TYPE, entry_of(EMPTY_CONFIG)), layers)
-    return _json({**own, "subject": _descriptor(MANIFEST_TYPE, subject), "annotations": annotations})
+    layers = [{**descriptor(_FILE_TYPE, entry), "annotations": {_TITLE: path}} for path, entry in files.items()]
+    own = _manifest(kind, descriptor(_EMPTY_TYPE, entry_of(EMPTY_CONFIG)), layers)
+    return _json({**own, "subject": descriptor(MANIFEST_TYPE, subject), "annotations": annotations})
 
 
 def entry_of(data: bytes) -> FileEntry:
@@ -114,11 +114,22 @@ def _file(layer: Mapping[str, Any]) -> tuple[str, FileEntry]:
     path = named.get(_PATH) or named.get(_TITLE)
     if path is None:
         raise ValueError("it has a layer without a file's name")
-    return bundle_path(path), file_entry({"sha256": layer["digest"].removeprefix(DIGEST), "bytes": layer["size"]})
+    return bundle_path(path), described_entry(layer)
 
 
-def _descriptor(media_type: str, entry: FileEntry) -> dict[str, Any]:
+def descriptor(media_type: str, entry: FileEntry) -> dict[str, Any]:
+    """What names a file of an artifact, or a manifest, by its digest."""
     return {"mediaType": media_type, "digest": f"{DIGEST}{entry.sha256}", "size": entry.bytes}
+
+
+def described_entry(described: Mapping[str, Any]) -> FileEntry:
+    """The digest and size in a descriptor; ValueError, TypeError, LookupError or AttributeError for a wrong one."""
+    return file_entry({"sha256": described["digest"].removeprefix(DIGEST), "bytes": described["size"]})
+
+
+def index_of(others: Sequence[Mapping[str, Any]], added: Mapping[str, Any]) -> dict[str, Any]:
+    """The index of these descriptors."""
+    return {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, added]}
 
 
 def _layer_type(path: str) -> str:

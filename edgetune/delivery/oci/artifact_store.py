@@ -6,6 +6,7 @@ import hashlib
 
 from edgetune_runtime.errors import VerificationError
 
+from .artifact import DIGEST
 from .layout import ImageLayout
 from .registry import Registry
 
@@ -18,5 +19,5 @@ def checked_manifest(store: ArtifactStore) -> bytes:
     data = store.read_manifest()
     digest = hashlib.sha256(data).hexdigest()
     if store.reference.digest not in {None, digest}:
-        raise VerificationError(f"{store.reference} was answered with the artifact sha256:{digest}", "try again")
+        raise VerificationError(f"{store.reference} was answered with the artifact {DIGEST}{digest}", "try again")
     return data

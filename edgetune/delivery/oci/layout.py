@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,13 +13,20 @@ from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, replacing
 from edgetune_runtime.formats.regular_file import open_regular
 from edgetune_runtime.update.fetch import limited
-from edgetune_runtime.update.release import file_entry
 from edgetune_runtime.wording import first_of
 from filelock import FileLock
 
 from edgetune.common.files import write_file
 
-from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
+from .artifact import (
+    DIGEST,
+    MANIFEST_TYPE,
+    MOST_ARTIFACT_MANIFEST_BYTES,
+    described_entry,
+    descriptor,
+    entry_of,
+    index_of,
+)
 from .reference import Reference
 
 _LAYOUT_NAME, _INDEX_NAME = "oci-layout", "index.json"
@@ -79,21 +85,15 @@ class ImageLayout:
 
     def put_manifest(self, data: bytes, media_type: str = MANIFEST_TYPE) -> bool:
         """Add the artifact's manifest under its tag, if it has one, which may have been another artifact's; False."""
-        digest = hashlib.sha256(data).hexdigest()
-        self.put_blob(FileEntry(digest, len(data)), data)
+        entry = entry_of(data)
+        self.put_blob(entry, data)
         _write(self._folder / _LAYOUT_NAME, {"imageLayoutVersion": "1.0.0"})
         if self.reference.tag is None:
             return False
-        described = {
-            "mediaType": media_type,
-            "digest": f"sha256:{digest}",
-            "size": len(data),
-            "annotations": {_TAG: self.reference.tag},
-        }
+        described = {**descriptor(media_type, entry), "annotations": {_TAG: self.reference.tag}}
         with FileLock(self._folder / ".lock"):
             others = [item for item in self._index() if _tag_of(item) != self.reference.tag]
-            index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, described]}
-            _write(self._folder / _INDEX_NAME, index)
+            _write(self._folder / _INDEX_NAME, index_of(others, described))
         return False
 
     def _blob(self, digest: str) -> Path:
@@ -105,7 +105,7 @@ class ImageLayout:
             names = first_of(sorted(filter(None, tags)), 10, ", ") or "none"
             message = f"{self._folder} has no tag {self.reference.tag}"
             raise NotFoundError(message, f"its tags are: {names}")
-        return str(tags[self.reference.tag]).removeprefix("sha256:")
+        return str(tags[self.reference.tag]).removeprefix(DIGEST)
 
     def _index(self) -> list[dict[str, Any]]:
         """The artifacts of the layout, none if it is new; VerificationError if its index is damaged."""
@@ -114,7 +114,7 @@ class ImageLayout:
             with open_regular(path, follows_links=True) as file:
                 artifacts = json.loads(file.read(_MOST_INDEX_BYTES))["manifests"]
             for item in artifacts:
-                file_entry({"sha256": item["digest"].removeprefix("sha256:"), "bytes": item["size"]})
+                described_entry(item)
                 if not isinstance(_tag_of(item), str | None):
                     raise TypeError("a tag is not text")
         except (FileNotFoundError, NotADirectoryError):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from edgetune_runtime.errors import UsageError
 
-_VERSION = r"(?::(?P<tag>\w[\w.-]{0,127})|@sha256:(?P<digest>[0-9a-f]{64}))"
+from .artifact import DIGEST
+
+_VERSION = rf"(?::(?P<tag>\w[\w.-]{{0,127}})|@{DIGEST}(?P<digest>[0-9a-f]{{64}}))"
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REGISTRY = re.compile(
     rf"(?P<scheme>oci://)(?P<place>(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::\d{{1,5}})?/{_PART}(?:/{_PART})*){_VERSION}",
@@ -27,7 +29,7 @@ class Reference:
     digest: str | None
 
     def __str__(self) -> str:
-        return f"{self.scheme}{self.place}" + (f":{self.tag}" if self.digest is None else f"@sha256:{self.digest}")
+        return f"{self.scheme}{self.place}" + (f":{self.tag}" if self.digest is None else f"@{DIGEST}{self.digest}")
 
     @property
     def is_layout(self) -> bool:

@@ -19,7 +19,7 @@ from edgetune_runtime.update.http_client import HttpClient, StatusError
 from edgetune_runtime.wording import shortened
 from urllib3 import BaseHTTPResponse
 
-from .artifact import INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
+from .artifact import DIGEST, INDEX_TYPE, MANIFEST_TYPE, MOST_ARTIFACT_MANIFEST_BYTES
 from .login import Credentials, answer
 from .reference import Reference
 
@@ -53,7 +53,7 @@ class Registry:
     def has_blob(self, entry: FileEntry) -> bool:
         """Whether the registry has this file."""
         try:
-            with self._reply("HEAD", f"blobs/sha256:{entry.sha256}") as reply:
+            with self._reply("HEAD", f"blobs/{DIGEST}{entry.sha256}") as reply:
                 return reply.headers.get("Content-Length") == str(entry.bytes)
         except NotFoundError:
             return False
@@ -63,12 +63,12 @@ class Registry:
         with self._reply("POST", "blobs/uploads/", b"") as reply:
             place = self._uploads_to(reply)
         separator = "&" if "?" in place else "?"
-        with self._reply("PUT", f"{place}{separator}digest=sha256:{entry.sha256}", source) as reply:
+        with self._reply("PUT", f"{place}{separator}digest={DIGEST}{entry.sha256}", source) as reply:
             self._require_created(reply, entry.sha256)
 
     def blocks(self, entry: FileEntry, offset: int = 0) -> Iterator[bytes]:
         """The bytes of a file from an offset on, at most its size."""
-        path = f"blobs/sha256:{entry.sha256}"
+        path = f"blobs/{DIGEST}{entry.sha256}"
         with self._reply("GET", path, headers=range_from(offset)) as reply:
             skip_to(offset, reply, path)
             yield from limited(reply, entry.bytes - offset, f"{self._api}/{path}")
@@ -116,7 +116,7 @@ class Registry:
     def _version(self) -> str:
         """The tag or the digest, as in an address."""
         reference = self.reference
-        return f"sha256:{reference.digest}" if reference.tag is None else reference.tag
+        return f"{DIGEST}{reference.digest}" if reference.tag is None else reference.tag
 
     @contextmanager
     def _reply(
@@ -182,9 +182,9 @@ class Registry:
 
     def _require_digest(self, reply: BaseHTTPResponse, digest: str) -> None:
         """VerificationError if the registry names another digest."""
-        named = reply.headers.get("Docker-Content-Digest", f"sha256:{digest}")
-        if named != f"sha256:{digest}":
-            message = f"{self._api} names the digest {named[:80]} for sha256:{digest}"
+        named = reply.headers.get("Docker-Content-Digest", f"{DIGEST}{digest}")
+        if named != f"{DIGEST}{digest}":
+            message = f"{self._api} names the digest {named[:80]} for {DIGEST}{digest}"
             raise VerificationError(message, "try again; if it stays so, do not use this registry")
 
     def _problem(self, error: StatusError, where: str) -> EdgetuneError:

@@ -5,7 +5,6 @@ The referrer has the files of a signed repository that a device reads before it 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,13 +23,22 @@ from edgetune_runtime.update.release import (
     LONGEST_RELEASE,
     METADATA_FOLDER,
     Release,
-    file_entry,
     newest_parts,
     with_parts,
 )
 from edgetune_runtime.update.trust import TrustedRepository
 
-from .artifact import DIGEST, EMPTY_CONFIG, INDEX_TYPE, MANIFEST_TYPE, entry_of, layers_of, referrer_manifest
+from .artifact import (
+    EMPTY_CONFIG,
+    INDEX_TYPE,
+    MANIFEST_TYPE,
+    described_entry,
+    descriptor,
+    entry_of,
+    index_of,
+    layers_of,
+    referrer_manifest,
+)
 from .artifact_store import ArtifactStore, checked_manifest
 
 METADATA_TYPE = "application/vnd.edgetune.release.tuf.v1"
@@ -92,9 +100,10 @@ def attach(store: ArtifactStore, subject: FileEntry, metadata: Mapping[str, byte
             store.put_blob(entry, data)
     created = {_CREATED: datetime.now(UTC).isoformat(timespec="microseconds")}
     manifest = referrer_manifest(subject, METADATA_TYPE, entries, created)
-    digest = hashlib.sha256(manifest).hexdigest()
-    if not store.at(store.reference.by_digest(digest)).put_manifest(manifest):
-        _list(store, _descriptor(digest, len(manifest), created))
+    entry = entry_of(manifest)
+    if not store.at(store.reference.by_digest(entry.sha256)).put_manifest(manifest):
+        described = {"artifactType": METADATA_TYPE, "annotations": created}
+        _list(store, {**descriptor(MANIFEST_TYPE, entry), **described})
 
 
 def check(store: ArtifactStore, work: Path, trusted: TrustedChannel, name: str, files: Mapping[str, FileEntry]) -> None:
@@ -107,7 +116,7 @@ def check(store: ArtifactStore, work: Path, trusted: TrustedChannel, name: str, 
     if not listed:
         raise NotFoundError(f"{store.reference} has no metadata of a release", _PUSH_AGAIN)
     newest = max(listed, key=lambda item: str(item.get("annotations", {}).get(_CREATED, "")))
-    data = checked_manifest(store.at(store.reference.by_digest(newest["digest"].removeprefix(DIGEST))))
+    data = checked_manifest(store.at(store.reference.by_digest(described_entry(newest).sha256)))
     layers, where = layers_of(data, str(store.reference)), work / "repository"
     if sum(entry.bytes for entry in layers.values()) > _MOST_BYTES:
         raise VerificationError(f"the metadata of {store.reference} has more than {_MOST_BYTES} bytes", _PUSH_AGAIN)
@@ -140,8 +149,8 @@ def _require_same(release: Release, files: Mapping[str, FileEntry], remedy: str)
 def _list(store: ArtifactStore, described: Mapping[str, Any]) -> None:
     """List a referrer under the tag that takes the place of the list where a registry keeps none."""
     others = [item for item in _listed(store) if not _is_metadata(item)]
-    index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [*others, described]}
-    store.at(store.reference.of_referrers()).put_manifest(json.dumps(index, indent=1).encode(), INDEX_TYPE)
+    index = json.dumps(index_of(others, described), indent=1).encode()
+    store.at(store.reference.of_referrers()).put_manifest(index, INDEX_TYPE)
 
 
 def _listed(store: ArtifactStore) -> list[dict[str, Any]]:
@@ -153,7 +162,7 @@ def _listed(store: ArtifactStore) -> list[dict[str, Any]]:
     try:
         listed = [item for part in parts for item in json.loads(part)["manifests"]]
         for item in filter(_is_metadata, listed):
-            file_entry({"sha256": item["digest"].removeprefix(DIGEST), "bytes": item["size"]})
+            described_entry(item)
             if not isinstance(item.get("annotations", {}), dict):
                 raise TypeError("its annotations are none")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -164,8 +173,3 @@ def _listed(store: ArtifactStore) -> list[dict[str, Any]]:
 
 def _is_metadata(described: Mapping[str, Any]) -> bool:
     return described.get("artifactType") == METADATA_TYPE
-
-
-def _descriptor(digest: str, size: int, created: Mapping[str, str]) -> dict[str, Any]:
-    described = {"mediaType": MANIFEST_TYPE, "digest": f"{DIGEST}{digest}", "size": size}
-    return {**described, "artifactType": METADATA_TYPE, "annotations": created}
