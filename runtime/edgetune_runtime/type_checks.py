@@ -1,13 +1,34 @@
-"""Checks values that were read from JSON against type hints, many at a time: a manifest may have 1,000 adapters."""
+"""Checks values that were read from JSON, many at a time against type hints: a manifest may have 1,000 adapters."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+DIGEST = re.compile("[0-9a-f]{64}")
+WORD = re.compile("[a-z0-9_]{1,60}")
+"""Such as a machine, an engine or a format."""
+MOST_BYTES = 10**15
+"""No file is larger."""
+
+
+def matching(pattern: re.Pattern[str], value: object, name: str) -> str:
+    """`value` if it is a text of the pattern; ValueError with the name of the field otherwise."""
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise ValueError(f"{name} is {str(value)[:80]!r}")
+    return value
+
+
+def whole(value: object, most: int, name: str) -> int:
+    """`value` if it is a whole number from 0 to `most`; ValueError with the name of the field otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{name} is {str(value)[:80]!r}")
+    return value
 
 
 def dataclass_of(cls: Callable[..., T], raw: Mapping[str, Any]) -> T:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
+from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
 
 from .opening import Opening, parse_opening
 
@@ -25,17 +26,14 @@ ID_LENGTH = 16
 """Hex digits of a version id and of a wheels id."""
 COPY_AGAIN = "copy the kit again"
 
-_DIGEST = re.compile("[0-9a-f]{64}")
 _ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_WORD = re.compile(r"[a-z0-9_]{1,60}")
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
 # Without control characters, of which a terminal or a unit's file would make something else.
 _LINE = re.compile(r"[^\0-\x1f\x7f-\x9f\u2028\u2029]{1,200}")
 # pip would take a leading - for an option.
 _WHEEL = re.compile(rf"{WHEELS_FOLDER}/[A-Za-z0-9_][A-Za-z0-9_.!+-]{{0,199}}\.whl")
-_MOST_MB, _MOST_BYTES = 10**9, 10**15
-_MOST_TEXT_BYTES = 10**7
+_MOST_MB, _MOST_TEXT_BYTES = 10**9, 10**7
 
 T = TypeVar("T")
 
@@ -151,17 +149,17 @@ def parse_kit(text: str) -> Kit:
         kit = Kit(
             name=_text_of(raw, "name", _NAME),
             board=_text_of(raw, "board", _LINE),
-            machine=_text_of(raw, "machine", _WORD),
+            machine=_text_of(raw, "machine", WORD),
             python=_text_of(raw, "python", _VERSION),
             engines=_words(raw, "engines"),
             needs=_needs(_field(raw, "needs", dict)),
             wheels=_text_of(raw, "wheels", _ID),
-            bundle=_text_of(raw, "bundle", _DIGEST),
+            bundle=_text_of(raw, "bundle", DIGEST),
             service=_service(_field(raw, "service", dict)),
             opening=parse_opening(raw.get("opening", {})),
             files=tuple(_file(entry) for entry in _field(raw, "files", list)),
             text=text,
-            release=_number({"release": 0, **raw}, "release", _MOST_BYTES),
+            release=whole(raw.get("release", 0), MOST_BYTES, "release"),
         )
         _check_consistent(kit)
     return kit
@@ -181,12 +179,13 @@ def _check_consistent(kit: Kit) -> None:
 
 
 def _needs(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    numbers = {key: _number(raw, key, _MOST_MB) for key in ("ram_mb", "packages_mb")}
+    numbers = {key: whole(raw.get(key), _MOST_MB, key) for key in ("ram_mb", "packages_mb")}
     return {"instructions": _words(raw, "instructions"), "glibc": _text_of(raw, "glibc", _VERSION), **numbers}
 
 
 def _service(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    settings = {"port": _number(raw, "port", 65535), "memory_max_mb": _number(raw, "memory_max_mb", _MOST_MB)}
+    most = {"port": 65535, "memory_max_mb": _MOST_MB}
+    settings = {key: whole(raw.get(key), limit, key) for key, limit in most.items()}
     if 0 in settings.values():
         raise ValueError(f"service is {settings}")
     return settings
@@ -198,28 +197,15 @@ def _file(raw: Mapping[str, Any]) -> KitFile:
     is_of_kit = _WHEEL.fullmatch(path) or (parts[0] == BUNDLE_FOLDER and len(parts) > 1) or _NAME.fullmatch(path)
     if not is_of_kit or {"", ".", ".."} & set(parts) or "\\" in path or path in (KIT_NAME, SUMS_NAME):
         raise ValueError(f"it names {path!r}, which is outside the kit, or no file of one")
-    return KitFile(path, _text_of(raw, "sha256", _DIGEST), _number(raw, "bytes", _MOST_BYTES))
+    return KitFile(path, _text_of(raw, "sha256", DIGEST), whole(raw.get("bytes"), MOST_BYTES, "bytes"))
 
 
 def _words(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(_matching(_WORD, key, value) for value in _field(raw, key, list))
+    return tuple(matching(WORD, value, key) for value in _field(raw, key, list))
 
 
 def _text_of(raw: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> str:
-    return _matching(pattern, key, raw.get(key))
-
-
-def _matching(pattern: re.Pattern[str], key: str, value: object) -> str:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError(f"{key} is {str(value)[:80]!r}")
-    return value
-
-
-def _number(raw: Mapping[str, Any], key: str, most: int) -> int:
-    value = _field(raw, key, int)
-    if not 0 <= value <= most:
-        raise ValueError(f"{key} is {str(value)[:80]}")
-    return value
+    return matching(pattern, raw.get(key), key)
 
 
 def _field(raw: Mapping[str, Any], key: str, kind: type[T]) -> T:
@@ -233,7 +219,7 @@ def _sums(text: str) -> dict[str, str]:
     digests = {}
     for line in text.splitlines():
         digest, separator, path = line.partition("  ")
-        if not separator or not _DIGEST.fullmatch(digest):
+        if not separator or not DIGEST.fullmatch(digest):
             raise VerificationError(f"{SUMS_NAME} has the line {line[:80]!r}", COPY_AGAIN)
         digests[path] = digest
     return digests

@@ -14,6 +14,7 @@ from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
 from edgetune_runtime.bundle.parts import LONGEST_PART, Part, identity, parse_part, part_path
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
 from edgetune_runtime.errors import IncompatibleError, parsing
+from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
 from edgetune_runtime.wording import printable, shortened
 
 from .pieces import Piece, parse_pieces
@@ -38,13 +39,11 @@ OF_PART = "~"
 """Between the name of a bundle, an adapter of it and a key of its author; none of them has it."""
 _KEY_DIGITS = 16
 _PART_ROLE = re.compile(rf"{ROLE_PREFIX}({NAME.pattern}){OF_PART}({AUTHOR_NAME}){OF_PART}[0-9a-z]{{1,{_KEY_DIGITS}}}")
-_DIGEST = re.compile("[0-9a-f]{64}")
 _FINGERPRINT = re.compile("[!-~]{0,100}")
 _LONGEST_PATH_BYTES = 255
 """The limit of one name in common file systems."""
-_WORD = re.compile("[a-z0-9_]{1,60}")
 _VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
-_MOST_BYTES, _MOST_VERSION = 10**15, 10**9
+_MOST_VERSION = 10**9
 _REMEDY = "publish the bundle again"
 
 
@@ -161,18 +160,18 @@ def parse_release(data: bytes) -> Release:
             raise IncompatibleError(message, "update edgetune-runtime")
         files = {bundle_path(path): file_entry(entry) for path, entry in raw["files"].items()}
         release = Release(
-            name=_text(raw["name"], NAME),
-            channel=_text(raw["channel"], NAME),
-            version=_number(raw["version"], _MOST_VERSION),
+            name=matching(NAME, raw["name"], "name"),
+            channel=matching(NAME, raw["channel"], "channel"),
+            version=whole(raw["version"], _MOST_VERSION, "version"),
             files=files,
-            formats=tuple(_text(name, _WORD) for name in raw["formats"]),
-            manifest_schema=_number(raw["manifest_schema"], _MOST_VERSION),
-            min_runtime=raw["min_runtime"] and _text(raw["min_runtime"], _VERSION),
+            formats=tuple(matching(WORD, name, "formats") for name in raw["formats"]),
+            manifest_schema=whole(raw["manifest_schema"], _MOST_VERSION, "manifest_schema"),
+            min_runtime=raw["min_runtime"] and matching(_VERSION, raw["min_runtime"], "min_runtime"),
             share=_share(raw["share"]),
-            older=tuple(_number(version, _MOST_VERSION) for version in raw["older"][:MOST_OLDER]),
+            older=tuple(whole(version, _MOST_VERSION, "older") for version in raw["older"][:MOST_OLDER]),
             pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in raw["pieces"].items()},
-            base=_text(raw["base"], _FINGERPRINT),
-            authors=tuple(_text(role, _PART_ROLE) for role in raw["authors"][:MOST_AUTHORS]),
+            base=matching(_FINGERPRINT, raw["base"], "base"),
+            authors=tuple(matching(_PART_ROLE, role, "authors") for role in raw["authors"][:MOST_AUTHORS]),
         )
         manifest = release.files.get(MANIFEST_NAME)
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
@@ -192,22 +191,10 @@ def bundle_path(path: str) -> str:
 
 def file_entry(raw: Mapping[str, Any]) -> FileEntry:
     """The digest and size in a record; ValueError for impossible ones."""
-    return FileEntry(_text(raw["sha256"], _DIGEST), _number(raw["bytes"], _MOST_BYTES))
-
-
-def _text(value: object, pattern: re.Pattern[str]) -> str:
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise ValueError(f"it has {str(value)[:80]!r}")
-    return value
+    return FileEntry(matching(DIGEST, raw["sha256"], "sha256"), whole(raw["bytes"], MOST_BYTES, "bytes"))
 
 
 def _share(value: object) -> float:
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"it is for the share {str(value)[:80]!r}")
     return float(value)
-
-
-def _number(value: object, most: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(f"it has the number {str(value)[:80]!r}")
-    return value

@@ -293,7 +293,7 @@ def layer(path: str, digest: str = "0" * 64, size: object = 3) -> dict[str, obje
         (as_json({"layers": [layer("manifest.json"), layer("../x")]}), "outside the bundle"),
         (as_json({"layers": [layer("manifest.json"), layer("manifest.json/x")]}), "in place of a folder"),
         (as_json({"layers": [layer("manifest.json"), layer("x" * 300)]}), "which is too long"),
-        (as_json({"layers": [layer("manifest.json", size="3\n")]}), "it has the number '3"),
+        (as_json({"layers": [layer("manifest.json", size="3\n")]}), "bytes is '3"),
         (as_json({"layers": [layer("model.gguf")]}), "it has no manifest.json"),
         (as_json({"layers": [layer("manifest.json", size=1 << 40)]}), "manifest.json of .* has 1099511627776 bytes"),
         ((200, {}, b"[" * (5 << 20)), "is not a bundle"),
