@@ -66,11 +66,9 @@ class OnnxHeader:
     """Everything in an ONNX file except its weights.
 
     `external_files` are relative to the model's folder. `ops` are the operators of all graphs and functions, such as
-    `MatMul` and `com.microsoft::MatMulNBits`. In `opsets`, the default domain is "".
+    `MatMul` and `com.microsoft::MatMulNBits`.
     """
 
-    ir_version: int
-    opsets: Mapping[str, int]
     inputs: Mapping[str, Value]
     outputs: Mapping[str, Value]
     initializers: Mapping[str, Value]
@@ -100,10 +98,9 @@ class _Header:
 
     def header(self) -> OnnxHeader:
         model, graph = self._model, self._model.get("graph")
-        ir_version = model.get("ir_version", 0)
-        if ir_version < 1 or graph is None or "opset_import" not in model:
+        if model.get("ir_version", 0) < 1 or graph is None or "opset_import" not in model:
             raise self._damaged("has no version, no graph or no opset")
-        opsets = [(_domain(entry), int(entry.get("version", 0))) for entry in model["opset_import"]]
+        self._unique("operator set", ((_domain(entry), None) for entry in model["opset_import"]))
         metadata = [(e.get("key", ""), e.get("value", "")) for e in model.get("metadata_props", ())]
         self._check_graph(graph)
         for training in model.get("training_info", ()):
@@ -113,8 +110,6 @@ class _Header:
             self._check_nodes(function.get("node", ()))
             self._check_attributes(function.get("attribute_proto", ()))
         return OnnxHeader(
-            ir_version,
-            self._unique("operator set", opsets),
             self._by_name("input", map(self._value, graph.get("input", ()))),
             self._by_name("output", map(self._value, graph.get("output", ()))),
             self._by_name("initializer", _initializers(graph)),

@@ -96,8 +96,6 @@ def shape_of(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
 
 def assert_agrees(header: OnnxHeader, model: ModelProto) -> None:
     """`header` says what onnx's own reader says."""
-    assert header.ir_version == model.ir_version
-    assert header.opsets == {entry.domain: entry.version for entry in model.opset_import}
     assert header.metadata == {entry.key: entry.value for entry in model.metadata_props}
     for found, expected in ((header.inputs, model.graph.input), (header.outputs, model.graph.output)):
         assert list(found.values()) == [Value(v.name, v.type.tensor_type.elem_type, shape_of(v)) for v in expected]
