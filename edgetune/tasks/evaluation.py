@@ -30,10 +30,6 @@ from . import metrics
 from .data import TaskRow, labelled_text, read_rows
 from .tokenization import tokenize_rows
 
-# Answers may be this much longer than the longest reference: a worse model writes more, but needs a limit.
-_LENGTH_FACTOR = 1.5
-_EXTRA_TOKENS = 16
-
 T = TypeVar("T")
 Pair = tuple[TaskRow, Example | None]
 """A row with its tokens; None for a row of plain text."""
@@ -160,6 +156,11 @@ def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
     return [rows[rng.randrange(start, end)] for start, end in pairwise(ends)]
 
 
+def most_tokens(reference: int) -> int:
+    """How long an answer may be to a row with one of `reference` tokens: a worse model writes more."""
+    return int(reference * 1.5) + 16
+
+
 def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     details, total_nats, total_tokens = [], 0.0, 0
     for row, example in pairs:
@@ -174,11 +175,10 @@ def _perplexity(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, 
 
 def _answers(task: _Task, pairs: Sequence[Pair], step: Step) -> tuple[float, list[ScoredRow]]:
     longest = max(len(example.tokens) - example.prompt_length for _, example in pairs if example is not None)
-    max_tokens = int(longest * _LENGTH_FACTOR) + _EXTRA_TOKENS
     details = []
     with ThreadPoolExecutor(task.runtime.contexts) as threads:
         # Answers are the same side by side.
-        for detail in threads.map(lambda pair: _answer(task, pair[0], max_tokens), pairs):
+        for detail in threads.map(lambda pair: _answer(task, pair[0], most_tokens(longest)), pairs):
             details.append(detail)
             step.update()
     answers, references = [row.answer for row in details], [row.reference for row in details]

@@ -15,12 +15,11 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import json_or_none
+from edgetune_runtime.tools.formats import SEPARATORS
 
 _MAX_CHOICES = 50
 _MIN_REPEATS = 5
 """Occurrences per distinct value before a list of values counts as complete."""
-SEPARATORS = {"spaced": None, "compact": (",", ":")}
-"""Separators of the parts of JSON, as Python's `json.dumps` takes them, by the runtime's SPACINGS."""
 
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
@@ -50,7 +49,7 @@ def spacing_of(answers: Sequence[str]) -> str:
     return "any"
 
 
-def _written(value: object, separators: tuple[str, str] | None) -> tuple[str, str]:
+def _written(value: object, separators: tuple[str, str]) -> tuple[str, str]:
     return (
         json.dumps(value, separators=separators, ensure_ascii=False),
         json.dumps(value, separators=separators),

@@ -15,6 +15,7 @@ from edgetune.common.progress import Step
 from edgetune.objectives.base import row_length
 from edgetune.objectives.example import Example
 from edgetune.tasks.data import TaskRow
+from edgetune.tasks.evaluation import most_tokens
 from edgetune.training.schedule import passes
 
 from .findings import JudgedRow
@@ -24,8 +25,6 @@ _LOGITS_PER_PASS = 2**25
 _WRONG = 0.1
 """An answer is called probably wrong if it is so much less likely than those of most right rows."""
 _SMALLEST = 1e-30
-# The model's own answer may be this much longer than that of the row.
-_LENGTH_FACTOR, _EXTRA_TOKENS = 1.5, 16
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def _own_answer(
     """
     start, place = example.prompt_length, example.prompt_length + likelihood.place
     tokens, guess = [*example.tokens[:place], likelihood.token], list(example.tokens[place + 1 :])
-    most = start + int(len(example.tokens[start:]) * _LENGTH_FACTOR) + _EXTRA_TOKENS
+    most = start + most_tokens(len(example.tokens) - start)
     while not tokenizer.is_end(tokens[-1]) and len(tokens) < most and time.monotonic() <= deadline:
         read = reader.logits([*tokens, *guess], len(tokens) - 1).argmax(-1).tolist()
         misses = (n for n, (token, guessed) in enumerate(zip(read, guess, strict=False)) if token != guessed)

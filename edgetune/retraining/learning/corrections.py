@@ -12,9 +12,10 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.routing.router import last_user_text
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.text.json_text import json_or_none
+from edgetune_runtime.tools.formats import SEPARATORS
 from edgetune_runtime.wording import shortened, suggestion
 
-from edgetune.building.outputs.infer import SEPARATORS, spacing_of
+from edgetune.building.outputs.infer import spacing_of
 from edgetune.curation.checking.answers import bad_call
 from edgetune.recipe.parts import Metric
 from edgetune.tasks import metrics

@@ -20,6 +20,7 @@ from edgetune.bases import is_gguf
 from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked
+from edgetune.curation.checking.findings import VALIDATION
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
@@ -33,7 +34,7 @@ from .change import Changes, changes_between, scored, worse_sets
 from .kept import adapter_folders, kept_folder, load_recipe, recipe_beside, swap_in_and_keep
 from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
-VALIDATION, CORRECTIONS = "validation", "corrections"
+CORRECTIONS = "corrections"
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build, with_download
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, work_folder
+from edgetune.curation.checking.findings import TEST, VALIDATION
 from edgetune.planning.records import BasePlan, BuildPlan
 from edgetune.recipe.rows import Rows
 from edgetune.report.facts import facts_of
@@ -28,7 +29,6 @@ from edgetune.tasks.evaluation import rows_for
 
 from .recipe import RecipeSource, recipe_for
 
-VALIDATION, TEST = "validation", "test"
 TestData = Mapping[str, str | Path | Rows]
 """Test rows by the name of their adapter."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from edgetune_runtime.engines.base import Tokenizer
+from edgetune_runtime.text.controls import USUAL_NAME
 
 from .library import library
 
@@ -16,7 +16,6 @@ _CONTROL = b"\xff"
 # Tokens within a JSON string, which llguidance looks up at once instead of one by one where all of them may come next:
 # two of its own four slices, as the others make no mask faster and a third of the vocabulary's time and memory.
 _SLICES = [rf'[^"\\\x00-\x1F\x7F]{{1,{length}}}' for length in (10, 30)]
-_NAME = re.compile(r"<[^<>\s]{1,60}>")
 
 
 class GrammarVocabulary:
@@ -73,7 +72,7 @@ class _LlguidanceTokenizer:
 def _control_names(tokenizer: Tokenizer) -> dict[int, str]:
     """The control tokens that the chat template names."""
     names = {}
-    for name in _NAME.findall(f"{tokenizer.bos}{tokenizer.eos}{tokenizer.chat_template or ''}"):
+    for name in USUAL_NAME.findall(f"{tokenizer.bos}{tokenizer.eos}{tokenizer.chat_template or ''}"):
         tokens = tokenizer.tokenize(name, continues=True)
         if len(tokens) == 1 and not tokenizer.piece(tokens[0]):
             names[tokens[0]] = name

@@ -87,6 +87,11 @@ class Answer:
         return self.stop_reason not in ("end", "stop")
 
     @property
+    def was_stopped(self) -> bool:
+        """Whether the caller or a deadline ended it."""
+        return self.stop_reason in ("deadline", "cancelled")
+
+    @property
     def message(self) -> dict[str, Any]:
         """The answer as a chat message: the assistant's `content`, and its `tool_calls` if there are any."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from edgetune_runtime.bundle import AdapterEntry
-from edgetune_runtime.decoding.output import OutputSpec, spec_of
+from edgetune_runtime.decoding.output import KINDS, OutputSpec, spec_of
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import CallLimits
 from edgetune_runtime.text.sampling import Sampling
 from edgetune_runtime.tools.definitions import Tools, ToolSet, tool_set
 
 from .confidence import NOTHING, Curves
-
-_CONSTRAINTS = ("schema", "choices", "regex", "grammar")
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -113,10 +111,10 @@ def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, d
     """
     limits = CallLimits(options.get("deadline_s"), options.get("cancel"))
     rule, stop = ("min_confidence", "unsure", "ask"), ("deadline_s", "cancel")
-    handled = (*_CONSTRAINTS, "unconstrained", "tools", "tool_choice", "think", *rule, *stop)
+    handled = (*KINDS, "unconstrained", "tools", "tool_choice", "think", *rule, *stop)
     others = {key: value for key, value in options.items() if key not in handled}
     tools = tool_set(options.get("tools"), options.get("tool_choice"))
-    constraints = {key: options[key] for key in _CONSTRAINTS if options.get(key) is not None}
+    constraints = {key: options[key] for key in KINDS if options.get(key) is not None}
     unconstrained = bool(options.get("unconstrained", False))
     kinds = [*(["unconstrained"] if unconstrained else []), *(["tools"] if tools is not None else []), *constraints]
     if len(kinds) > 1 and kinds[0] in ("unconstrained", "tools") and kinds != ["tools", "schema"]:

@@ -27,7 +27,6 @@ Carry = Literal["recompute", "reuse"]
 """What becomes of the state when a session changes adapters; see `Session.use`."""
 
 _LOG = logging.getLogger(__name__)
-_STOPPED = ("deadline", "cancelled")
 
 
 class Session(AbstractContextManager["Session"]):
@@ -163,7 +162,7 @@ class Session(AbstractContextManager["Session"]):
     ) -> Generator[str, None, None]:
         yield from pieces
         answer = outcome.answer
-        if answer is not None and answer.stop_reason not in _STOPPED:
+        if answer is not None and not answer.was_stopped:
             self.history = [*messages, answer.message]
             self._last = CarriedState(outcome.tokens, call.job.spans, call.system)
 

@@ -23,7 +23,6 @@ from .loaded import LoadedBundle
 from .options import AnswerForm
 
 _LOG = logging.getLogger(__name__)
-_STOPPED = ("deadline", "cancelled")
 _HAS_CONFIDENCE = "use one adapter whose build had enough validation rows, with its own scale, output and labels"
 
 
@@ -132,7 +131,7 @@ class _Settling:
             pass
         answer = self._marked()
         self.outcome.answer = answer
-        if answer.is_unsure and answer.stop_reason not in _STOPPED:
+        if answer.is_unsure and not answer.was_stopped:
             yield from self._instead(answer)
         else:
             yield from _content(answer)

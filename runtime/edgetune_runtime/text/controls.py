@@ -15,8 +15,8 @@ MARK = "\ufdd0"
 _MAX_AT_ONCE = 256
 _AT_ONCE = 16
 """llama.cpp's time grows with the square of the control tokens in a text: more than 256 are tokenized 16 at a time."""
-_USUAL = re.compile(r"<[^<>\s]{1,60}>")
-"""The form of most names. Gemma has 6,000 of this form, which would be too many for one expression."""
+USUAL_NAME = re.compile(r"<[^<>\s]{1,60}>")
+"""The form of most control tokens' names. Gemma has 6,000 of this form, which would be too many for one expression."""
 _LONGEST_RUN = 4096
 """Characters without, or of nothing but, whitespace: llama.cpp's regex overflows a stack of 8 MB at some 100,000."""
 
@@ -27,8 +27,8 @@ class ControlTokens:
     def __init__(self, names: Iterable[str]) -> None:
         # A name of one character leaves no place for the mark.
         self._names = frozenset(name for name in names if len(name) > 1 and MARK not in name)
-        others = sorted((name for name in self._names if not _USUAL.fullmatch(name)), key=len, reverse=True)
-        name = "|".join([*map(re.escape, others), _USUAL.pattern])
+        others = sorted((name for name in self._names if not USUAL_NAME.fullmatch(name)), key=len, reverse=True)
+        name = "|".join([*map(re.escape, others), USUAL_NAME.pattern])
         self._name, self._beginning = re.compile(name), re.compile(rf"(?=({name}))(.)", re.DOTALL)
 
     def as_text(self, value: Any) -> Any:  # noqa: ANN401 - any JSON

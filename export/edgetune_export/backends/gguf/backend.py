@@ -24,15 +24,13 @@ from edgetune_export.base_file import merge
 from edgetune_export.base_file.quantize import quantize_rows
 
 from . import AUTO, FORMAT, factor_types, prefix_type, stored_rank
-from .prefix import write_prefix
+from .prefix import F16_MAX, write_prefix
 from .writer import adapter_file
 
 SHAPES = ("low_rank", "prefix", "merged")
 ADAPTER_FILE = "adapter.gguf"
 MODEL_FILE = "model.gguf"
 PACKAGES = ("llama-cpp-python",)
-
-_F16_MAX = float(np.finfo(np.float16).max)
 
 
 def write_base(source: Source, folder: Path, _adapters: Sequence[Adapter]) -> Path:
@@ -146,5 +144,5 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, tensor_type:
 
 def _require_f16_range(name: str, values: Floats) -> None:
     largest = float(np.abs(values).max())
-    if not largest <= _F16_MAX:
-        raise VerificationError(f"{name} reaches {largest:.3g}, f16 ends at {_F16_MAX:.0f}", "write it with dtype: f32")
+    if not largest <= F16_MAX:
+        raise VerificationError(f"{name} reaches {largest:.3g}, f16 ends at {F16_MAX:.0f}", "write it with dtype: f32")

@@ -20,7 +20,7 @@ from .writer import adapter_file
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
 
-_F16_MAX = float(np.finfo(np.float16).max)
+F16_MAX = float(np.finfo(np.float16).max)
 
 
 def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fingerprint: str) -> None:
@@ -49,8 +49,8 @@ def check_prefix_fits(prefix: Prefix, shape: CacheShape) -> None:
             message = f"prefix {prefix.name!r} has {part} of shape {array.shape}, but the base needs {needed}"
             raise IncompatibleError(message, "use the base that the prefix was trained on")
         largest = float(np.abs(array).max())
-        if not largest <= _F16_MAX:
-            message = f"prefix {prefix.name!r} has {part} up to {largest:.3g}, above the f16 maximum of {_F16_MAX:.0f}"
+        if not largest <= F16_MAX:
+            message = f"prefix {prefix.name!r} has {part} up to {largest:.3g}, above the f16 maximum of {F16_MAX:.0f}"
             raise VerificationError(message, "train it again with a lower learning rate")
 
 
