@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -78,6 +78,10 @@ class TrainResult:
     def curve(self) -> list[dict[str, float]]:
         """Step, training loss and validation loss of each validation pass, as JSON values."""
         return [{"step": p.step, "train_loss": p.train_loss, "val_loss": p.val_loss} for p in self.history]
+
+
+TrainAll = Callable[[Sequence[TrainingJob[Any]]], Mapping[str, TrainResult]]
+"""Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 
 
 def finished(folder: Path, key: str) -> TrainResult | None:

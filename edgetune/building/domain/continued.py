@@ -45,7 +45,7 @@ from edgetune.shipping.verify import logits_of
 from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
-from edgetune.training.job import TrainingJob, TrainResult
+from edgetune.training.job import TrainAll, TrainingJob, TrainResult
 from edgetune.training.rounding import rounded_layers
 
 from .texts import split_windows
@@ -64,8 +64,6 @@ _MAX_NATS = 700.0
 # Tokens per call of an engine when measuring.
 _ROWS = 64
 
-TrainAll = Callable[[Sequence[TrainingJob[Any]]], Mapping[str, TrainResult]]
-"""Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 Rows = Callable[[list[int]], Iterable[Floats]]
 """Maps tokens to the logits after each."""
 

@@ -6,7 +6,7 @@ Placements within the budget are trained for a few steps; the one with the lowes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,13 +22,10 @@ from edgetune.objectives.example import Example
 from edgetune.planning.records import AdapterPlan
 from edgetune.recipe.model import Recipe
 from edgetune.training.hardware import processes
-from edgetune.training.job import TrainingJob, TrainResult
+from edgetune.training.job import TrainAll, TrainingJob
 from edgetune.training.schedule import Schedule
 
 from .cost import Placement, costs, placements
-
-Trials = Callable[[Sequence[TrainingJob[Example]]], Mapping[str, TrainResult]]
-"""Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 
 # A trial runs this share of the steps of the full training, within the limits below.
 _SHARE = 0.1
@@ -104,7 +101,7 @@ def choose(
     recipe: Recipe,
     *,
     folder: Path,
-    train_all: Trials,
+    train_all: TrainAll,
     progress: Progress,
 ) -> PlacementChoice:
     """Choose the placement for a job with `target_modules: auto`; its options set the highest rank.
