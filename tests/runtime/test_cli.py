@@ -181,6 +181,15 @@ def test_chat_keeps_a_history_for_each_adapter(run: Run, bundle: Path, monkeypat
     assert first == tone == anew < min(tone_again, base_again)
 
 
+def test_chat_keeps_a_history_for_a_scale_of_1_where_another_one_is_the_adapters_own(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["/use tone", PROMPT, "/use tone=1", PROMPT]
+    _, out, _ = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--json")
+    first, other = (json.loads(line)["prompt_tokens"] for line in out.splitlines())
+    assert first == other
+
+
 def test_chat_continues_after_an_error(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = ["/use tome", "/nothing", "/use", "stop " * 300, "/help", PROMPT]
     code, out, err = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--adapter", "tone")

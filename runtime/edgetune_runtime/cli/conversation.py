@@ -57,7 +57,7 @@ class Conversation:
 
     def _read(self) -> str | None:
         if sys.stdin.isatty():
-            print(f"{self._name()}> ", end="", flush=True, file=sys.stderr)
+            print(f"{name_of(self._adapters)}> ", end="", flush=True, file=sys.stderr)
         line = sys.stdin.readline()
         return line.strip() if line else None
 
@@ -68,7 +68,7 @@ class Conversation:
             self._adapters = None
         elif command == "/new":
             self._session().close()
-            del self._sessions[self._name()]
+            del self._sessions[self._key()]
         elif command == "/help":
             self._say(CHAT_HELP)
         else:
@@ -82,12 +82,13 @@ class Conversation:
                 print()
 
     def _session(self) -> Session:
-        if self._name() not in self._sessions:
-            self._sessions[self._name()] = self._runtime.session(self._adapters)
-        return self._sessions[self._name()]
+        if self._key() not in self._sessions:
+            self._sessions[self._key()] = self._runtime.session(self._adapters)
+        return self._sessions[self._key()]
 
-    def _name(self) -> str:
-        return name_of(self._adapters)
+    def _key(self) -> str:
+        # Not their name, which is that of the adapter alone for a scale of 1, whatever its own scale is.
+        return repr(self._adapters)
 
     def _say(self, text: str) -> None:
         # Standard output is reserved for answers.

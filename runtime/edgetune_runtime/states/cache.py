@@ -77,10 +77,11 @@ def key_of(base: str, spans: Iterable[tuple[int, Mapping[str, float]]]) -> Key:
 
 
 def name_of(adapters: str | Mapping[str, float] | None) -> str:
-    """Adapters as one name, with their scales if they have any; `base` for none."""
+    """Adapters as one name, with the scales other than 1; `base` for none."""
     if isinstance(adapters, str):
         return adapters
-    return " ".join(f"{name}={scale:g}" for name, scale in (adapters or {}).items()) or "base"
+    names = (name if scale == 1 else f"{name}={scale:g}" for name, scale in (adapters or {}).items())
+    return " ".join(names) or "base"
 
 
 def reusable(state: tuple[Key, Sequence[int]], prompt: tuple[Key, Sequence[int]]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .batches import CHUNK
-from .cache import Key
+from .cache import Key, name_of
 from .store import StateStore
 
 SHORTEST = 16
@@ -44,8 +44,7 @@ class PromptStates:
     def save(self, key: Key, tokens: Sequence[int], state: memoryview, *, is_warmed: bool = False) -> None:
         """Save a state to disk, if there is a folder for it; see `StateStore.save`."""
         if self.store is not None:
-            names = " ".join(name if scale == 1 else f"{name}={scale:g}" for name, scale in key.spans[-1][1])
-            label = f"{self.bundle}: {names or 'base'}"
+            label = f"{self.bundle}: {name_of(dict(key.spans[-1][1]))}"
             self.store.save(self.identity(key, tokens), state, label, len(tokens), is_warmed=is_warmed)
 
     def drop(self, key: Key, tokens: Sequence[int]) -> None:

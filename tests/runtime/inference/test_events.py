@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import Event, Runtime
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.states.cache import name_of
 
 LONG = "turn on the light " * 12
 
@@ -19,12 +20,13 @@ def test_an_app_gets_events_of_loading_and_of_each_switch(bundle: Path) -> None:
     with Runtime.open(bundle, disk_mb=0, contexts=1, on_event=events.append) as runtime:
         name = runtime.manifest.name
         first, second = runtime.adapters[:2]
+        scales = {name: entry.scale for name, entry in runtime.manifest.adapters.items()}
         for adapter in (first, first, second, None):
             runtime.generate("turn on the light", adapter=adapter, max_tokens=2)
         runtime.generate("turn on the light", adapter={first: 0.5}, max_tokens=2)
     assert events_of(events, "loaded") == [name, first, second]
-    switched = [name.partition("=")[0] for name in events_of(events, "switched")]
-    assert switched == [first, second, "base", first]
+    names = [name_of({name: scales[name]}) for name in (first, second)]
+    assert events_of(events, "switched") == [*names, "base", f"{first}=0.5"]
     assert all(0 < event.seconds < 10 for event in events)
 
 

@@ -74,7 +74,7 @@ def test_evictions_are_reported_without_the_lock() -> None:
     cache = StateCache(30e-6, lambda event: reported.append((event, cache._lock.locked())))
     for scale in (1, 2, 3, 4):
         cache.put(saved(key("base", {"a": scale}), [1, 2], size(15)))
-    events = [Event("evicted", f"a={scale}", tokens=2, bytes=15) for scale in (1, 2)]
+    events = [Event("evicted", name, tokens=2, bytes=15) for name in ("a", "a=2")]
     assert reported == [(event, False) for event in events]
 
 
