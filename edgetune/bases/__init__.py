@@ -27,6 +27,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundEr
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
+from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.wording import first_of, nearest
 
 from edgetune.common.digests import key_of
@@ -71,7 +72,7 @@ ENCODERS = {
 """Bases for `task: text-classification`; the digest is that of the folder's weights."""
 ENCODER_TYPES = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
 """The model_types of Hugging Face folders with such bases."""
-ENCODER_WEIGHTS, ENCODER_TOKENIZER = "model.safetensors", "tokenizer.json"
+ENCODER_WEIGHTS = "model.safetensors"
 _SAVE_AGAIN = "save it with save_pretrained of transformers, with its fast tokenizer"
 
 
@@ -313,7 +314,7 @@ def _encoder(name: str, folder: Path) -> BaseSource:
     if (path / ADAPTER_CONFIG).exists():
         message = f"base {name!r} has an {ADAPTER_CONFIG}, an adapter that transformers would load with it"
         raise IncompatibleError(message, "merge it with PEFT's merge_and_unload(), and save the result")
-    for file in (ENCODER_WEIGHTS, ENCODER_TOKENIZER):
+    for file in (ENCODER_WEIGHTS, TOKENIZER_NAME):
         if not (path / file).is_file():
             raise NotFoundError(f"base {name!r} has no {file} in {path}", _SAVE_AGAIN)
     return BaseSource(name, path, architecture, _encoder_length(read_config(path), path))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.wording import first_of
 from optimum.utils import NormalizedConfigManager
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -57,7 +58,7 @@ class EncoderBase:
     @property
     def tokenizer(self) -> Path:
         """The file of its tokenizer."""
-        return self.folder / bases.ENCODER_TOKENIZER
+        return self.folder / TOKENIZER_NAME
 
 
 def make(source: BaseSource) -> EncoderBase:

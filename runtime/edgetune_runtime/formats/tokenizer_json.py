@@ -15,6 +15,8 @@ from typing import Any
 from edgetune_runtime.errors import VerificationError, parsing
 from edgetune_runtime.wording import first_of
 
+TOKENIZER_NAME = "tokenizer.json"
+
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import gguf
+from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.formats.gguf_file import GgufHeader
 
@@ -27,7 +28,7 @@ def adapter_file(
         writer.add_string(gguf.Keys.Adapter.TYPE, kind)
         if alpha is not None:
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        writer.add_string("edgetune.base_fingerprint", base_fingerprint)
+        writer.add_string(BASE_FINGERPRINT, base_fingerprint)
         writer.add_string("edgetune.method", adapter.method)
         yield writer
         writer.write_header_to_file()

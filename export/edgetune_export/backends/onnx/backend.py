@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgetune_runtime.engines.onnx.config import CONFIG_NAME
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
@@ -42,7 +44,6 @@ MODEL_FILE = f"onnx/{GRAPH}"
 PACKAGES = ("onnxruntime", "onnxruntime-genai")
 values_by_type = value_types.values_by_type
 
-_CONFIG = "genai_config.json"
 _MATRIX = 2
 
 
@@ -119,7 +120,7 @@ def _write_model(
     source: Source, file: Path, out: Path, adapters: Sequence[Adapter], merged: Merged | None = None
 ) -> None:
     structure, base = _structure(source), source.header
-    config = json.loads((structure / _CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((structure / CONFIG_NAME).read_text(encoding="utf-8"))
     model = load_structure(structure, base)
     if merged is not None:
         vectors = {name: parameter.numpy(force=True) for name, parameter in _vectors(source).items()}
@@ -139,12 +140,12 @@ def _write_model(
     # Before the low-rank slots, so that they act on the outputs of these.
     add_tensor_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, Tensors)])
     onnx_slots.add_slots(model, header, [adapter for adapter in adapters if isinstance(adapter, LowRank)])
-    model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
+    model.metadata_props[BASE_FINGERPRINT] = source.fingerprint
     save_model(model, out.parent)
     with raising_out_of_space(out):
         write_tokenizer(source.path, out.parent)
         config["model"]["eos_token_id"] = end_tokens(source.path)
-        (out.parent / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (out.parent / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _structure(source: Source) -> Path:

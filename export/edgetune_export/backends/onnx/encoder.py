@@ -22,8 +22,10 @@ import onnx_ir as ir
 import torch
 from edgetune_runtime.engines.onnx.encoder import HEAD_BIAS, HEAD_WEIGHT, LOGITS, POOLED, TRAINED_CONTEXT_LENGTH
 from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.onnx_file import read_onnx
+from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.wording import first_of
 
 from edgetune_export.adapters.shapes import Floats, LowRank, Merged
@@ -48,7 +50,6 @@ values_by_type = value_types.values_by_type
 _OPSET = 23
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NAMES = ("input_ids", "attention_mask")
-_TOKENIZER = "tokenizer.json"
 
 
 def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank]) -> Path:
@@ -76,11 +77,11 @@ def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank])
             add_slot(model.graph, product, (module.in_features, module.out_features))
     _add_head(model.graph, source.model.config.hidden_size)
     model.metadata_props[METADATA] = json.dumps(slots)
-    model.metadata_props["edgetune.base_fingerprint"] = source.fingerprint
+    model.metadata_props[BASE_FINGERPRINT] = source.fingerprint
     model.metadata_props[TRAINED_CONTEXT_LENGTH] = str(source.trained_context_length)
     save_model(model, out.parent)
     with raising_out_of_space(out):
-        shutil.copyfile(source.path.with_name(_TOKENIZER), out.with_name(_TOKENIZER))
+        shutil.copyfile(source.path.with_name(TOKENIZER_NAME), out.with_name(TOKENIZER_NAME))
     return out
 
 

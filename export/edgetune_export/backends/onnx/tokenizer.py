@@ -27,7 +27,7 @@ from edgetune_runtime.engines.gguf.llama import Vocabulary, library
 from edgetune_runtime.engines.onnx.tokenizers import SPACE, byte_character
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
-from edgetune_runtime.formats.tokenizer_json import DEFAULT, DIGIT, GPT2, LINES, LLAMA3, QWEN2
+from edgetune_runtime.formats.tokenizer_json import DEFAULT, DIGIT, GPT2, LINES, LLAMA3, QWEN2, TOKENIZER_NAME
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _REMEDY = "build for gguf, or choose another base"
@@ -73,7 +73,7 @@ def write_tokenizer(base: Path, folder: Path) -> None:
             _add_bos(tokenizer, vocabulary.bos, library().llama_vocab_bos(vocabulary.pointer))
         config = _config(vocabulary, tokens, adds_bos=adds_bos)
         template = vocabulary.chat_template
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    tokenizer.save(str(folder / TOKENIZER_NAME), pretty=False)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
     if template is not None:

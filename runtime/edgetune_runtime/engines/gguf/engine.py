@@ -20,6 +20,7 @@ from edgetune_runtime.engines.base import (
     check_tokens_fit,
 )
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.gguf_adapter import check_adapter, invocation_of
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.formats.quantization import TENSOR_TYPES
@@ -151,7 +152,7 @@ class GgufEngine:
         if name in self._adapters:
             return
         header = read_header(path)
-        made_for = header.metadata.get("edgetune.base_fingerprint")
+        made_for = header.metadata.get(BASE_FINGERPRINT)
         if None not in {made_for, fingerprint} and made_for != fingerprint:
             raise IncompatibleError(f"adapter {name!r} was made for another base", "build the bundle again")
         if header.metadata.get("adapter.type") == "prefix":

@@ -9,6 +9,7 @@ from pathlib import Path
 from edgetune_runtime.errors import parsing
 from edgetune_runtime.formats.regular_file import reading
 
+CONFIG_NAME = "genai_config.json"
 _LONGEST_CONTEXT, _LARGEST_HEAD = 1 << 24, 2048
 _SIZES = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers")
 
@@ -30,7 +31,7 @@ def read_config(path: Path) -> OnnxConfig:
     """Read the file; NotFoundError when it is missing, VerificationError when a value is missing or wrong."""
     with reading(path) as file:
         text = file.read()
-    problem = f"{path} is not a genai_config.json as onnxruntime-genai's builder writes it"
+    problem = f"{path} is not a {CONFIG_NAME} as onnxruntime-genai's builder writes it"
     with parsing(problem, "build the bundle again"):
         model = json.loads(text.decode())["model"]
         ends = model["eos_token_id"]

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from edgetune_runtime.engines.base import Logits, check_context_length, check_options
 from edgetune_runtime.errors import NotFoundError, PromptTooLongError, UsageError, VerificationError
+from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_slots import check_arrays, slots_of, summed
+from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.text.chat import Prompt, text_of
 from edgetune_runtime.threads.machine import threads_for
 from edgetune_runtime.wording import CLOSED, COPY_BUNDLE_AGAIN
@@ -66,7 +68,7 @@ class EncoderEngine:
         check_context_length(context_length, _trained_context_length(header, path))
         self.context_length = context_length
         self._slots = slots_of(header)
-        self.tokenizer = EncoderTokenizer(path.with_name("tokenizer.json"))
+        self.tokenizer = EncoderTokenizer(path.with_name(TOKENIZER_NAME))
         self.threads = threads_for(threads)
         self._session: Any = open_session(path, self.threads)
         self._adapters: dict[str, Arrays] = {}
@@ -77,8 +79,8 @@ class EncoderEngine:
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
         """All files that are read for the base at `path`; the fingerprint of the weights that the graph says it has."""
         header = read_onnx(path)
-        parts = [path, *(path.parent / name for name in ("tokenizer.json", *header.external_files))]
-        return parts, header.metadata.get("edgetune.base_fingerprint")
+        parts = [path, *(path.parent / name for name in (TOKENIZER_NAME, *header.external_files))]
+        return parts, header.metadata.get(BASE_FINGERPRINT)
 
     def load_adapter(self, name: str, path: Path, fingerprint: str | None = None, labels: int | None = None) -> None:
         """See `LabelEngine`."""

@@ -31,17 +31,19 @@ from edgetune_runtime.engines.base import (
     prefix_among,
 )
 from edgetune_runtime.errors import UsageError, VerificationError
+from edgetune_runtime.formats import BASE_FINGERPRINT
 from edgetune_runtime.formats.onnx_file import read_onnx
 from edgetune_runtime.formats.onnx_operators import check_operators
 from edgetune_runtime.formats.onnx_prefix import check_prefix_arrays, is_past, past_inputs
 from edgetune_runtime.formats.onnx_recurrence import recurrence_of
 from edgetune_runtime.formats.onnx_slots import check_arrays, slots_of
+from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import threads_for
 
 from . import NAME
 from .arrays import Arrays, read_arrays, sum_of_adapters, to_float32
-from .config import read_config
+from .config import CONFIG_NAME, read_config
 from .hybrid_cache import HybridCache
 from .kv_cache import KvCache
 from .ort import graph_error, library_version, open_session, run_binding, run_options
@@ -94,7 +96,7 @@ class OnnxEngine:
         self.context_length = context_length
         header = read_onnx(path)
         check_operators(header, path)
-        config = read_config(path.with_name("genai_config.json"))
+        config = read_config(path.with_name(CONFIG_NAME))
         check_context_length(context_length, config.trained_context_length)
         self._slots, self._past = slots_of(header), past_inputs(header, config.head_size)
         self._recurrence = recurrence_of(header)
@@ -149,8 +151,8 @@ class OnnxEngine:
     def examine(path: Path, _sha256: str) -> tuple[list[Path], str | None]:
         """All files of the base at `path`, and the fingerprint of the GGUF file that it was made from."""
         header = read_onnx(path)
-        names = ("genai_config.json", "tokenizer.json", "tokenizer_config.json", *header.external_files)
-        return [path, *(path.parent / name for name in names)], header.metadata.get("edgetune.base_fingerprint")
+        names = (CONFIG_NAME, TOKENIZER_NAME, "tokenizer_config.json", *header.external_files)
+        return [path, *(path.parent / name for name in names)], header.metadata.get(BASE_FINGERPRINT)
 
     def load_adapter(
         self, name: str, path: Path, fingerprint: str | None = None, invocation: Sequence[int] = ()

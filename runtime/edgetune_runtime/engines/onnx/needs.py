@@ -11,7 +11,7 @@ from edgetune_runtime.formats import onnx_recurrence
 from edgetune_runtime.formats.onnx_file import OnnxHeader, read_onnx
 
 from . import KV_TYPES, NAME
-from .config import read_config
+from .config import CONFIG_NAME, read_config
 
 _PER_LAYER_EMBEDDING = "model.embed_tokens_per_layer."
 """The start of the names of the tensors of the embedding for the inputs of each layer."""
@@ -24,7 +24,7 @@ COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_ada
 
 def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
     """See `EngineNeeds`; errors as those of `read_config` and `read_onnx`."""
-    config, header = read_config(path.with_name("genai_config.json")), read_onnx(path)
+    config, header = read_config(path.with_name(CONFIG_NAME)), read_onnx(path)
     graph = onnx_recurrence.recurrence_of(header)
     states, max_rollback = recurrence_of(RecurrentSizes(graph.values, graph.inputs_per_token), context_length)
     base_bytes = model_bytes(manifest, manifest.base.files[NAME])

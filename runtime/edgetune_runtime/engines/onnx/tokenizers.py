@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.engines.base import Tokenizer
 from edgetune_runtime.errors import VerificationError, importing, parsing
 from edgetune_runtime.formats.regular_file import reading
-from edgetune_runtime.formats.tokenizer_json import check_tokenizer
+from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME, check_tokenizer
 from edgetune_runtime.text.controls import ControlTokens
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
@@ -37,7 +37,7 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path, end_tokens: Sequence[int]) -> None:
-        self._tokenizer = load_tokenizer(folder / "tokenizer.json")
+        self._tokenizer = load_tokenizer(folder / TOKENIZER_NAME)
         config = _config(folder / "tokenizer_config.json")
         self.vocab_size = self._tokenizer.get_vocab_size()
         for token in end_tokens:
