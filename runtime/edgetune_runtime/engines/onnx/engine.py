@@ -103,7 +103,7 @@ class OnnxEngine:
         self.tokenizer = JsonTokenizer(path.parent, config.end_tokens)
         self.threads = threads_for(threads)
         self._session = open_session(path, self.threads)
-        self._vocab_size = _last_dimension(self._session, "logits", path)
+        self._vocab_size = _vocab_size(self._session, path)
         self._adapters: dict[str, Arrays] = {}
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
@@ -354,10 +354,10 @@ class OnnxEngine:
         self._length = total
 
 
-def _last_dimension(session: Any, name: str, path: Path) -> int:  # noqa: ANN401 - an InferenceSession
-    size = next((value.shape[-1] for value in session.get_outputs() if value.name == name), None)
+def _vocab_size(session: Any, path: Path) -> int:  # noqa: ANN401 - an InferenceSession
+    size = next((value.shape[-1] for value in session.get_outputs() if value.name == "logits"), None)
     if not isinstance(size, int):
-        raise VerificationError(f"{path} has no {name} of a known size", "build the bundle again")
+        raise VerificationError(f"{path} has no logits of a known size", "build the bundle again")
     return size
 
 
