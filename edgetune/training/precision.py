@@ -33,12 +33,9 @@ def precision_on(device: TrainingDevice, training: TrainingSpec) -> str:
     return "bf16" if device.multiplies_bf16 else "fp32"
 
 
-def require_int8(method: Method[Any], device: str, *, machine: str = "", where: str = "") -> None:
-    """UsageError if `method` cannot train in int8 on a `device` of that kind.
-
-    `machine` is a name as in `platform.machine()`, by default this machine's; `where` is the prefix of the recipe key.
-    """
-    machine = machine or platform.machine()
+def require_int8(method: Method[Any], device: str, *, where: str = "") -> None:
+    """UsageError if `method` cannot train in int8 on such a `device`; `where` is the prefix of the recipe key."""
+    machine = platform.machine()
     key = f"{where}training.precision"
     if method.trains_base:
         why = f"{method.name} trains the base's own weights, and int8 needs frozen weights"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ INT8 = {"precision": "int8"}
         ("full", "cpu", "x86_64", "full trains the base's own weights, and int8 needs frozen weights"),
     ],
 )
-def test_int8_is_refused_where_it_cannot_be(method: str, device: str, machine: str, why: str) -> None:
+def test_int8_is_refused_where_it_cannot_be(
+    method: str, device: str, machine: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     with pytest.raises(UsageError) as error:
-        require_int8(methods.load(method), device, machine=machine)
+        require_int8(methods.load(method), device)
     assert str(error.value) == f"training.precision is int8, but {why}; set training.precision: fp32"
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "AMD64"])
-def test_int8_is_taken_on_x86(machine: str) -> None:
-    require_int8(methods.load("lora"), "cpu", machine=machine)
+def test_int8_is_taken_on_x86(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    require_int8(methods.load("lora"), "cpu")
 
 
 def test_plan_and_build_refuse_int8_for_methods_that_train_the_base(
