@@ -23,7 +23,7 @@ def manifest_of(
     packages: Iterable[str],
     *,
     task: str,
-    router: RouterEntry | None = None,
+    router: RouterEntry | None,
 ) -> Manifest:
     """The manifest of a bundle, with the versions of `packages` and of the packages of every build."""
     return Manifest(
@@ -51,7 +51,7 @@ def adapter_entry(
     *,
     fingerprint: str,
     stage: Path,
-    draft: Path | None = None,
+    draft: Path | None,
 ) -> AdapterEntry:
     """The entry of an adapter whose files are in `stage`; `folded` are its shapes, except a merged model."""
     plan, written = adapter.plan, {export.backend: export.adapters[adapter.name] for export in exports}

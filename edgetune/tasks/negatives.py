@@ -51,7 +51,7 @@ def negative_rows(
     label: str,
     seed: int,
     *,
-    excluded: Sequence[TaskRow] = (),
+    excluded: Sequence[TaskRow],
 ) -> tuple[list[TaskRow], list[TaskRow]]:
     """Texts of none of the labels of a task, as rows with this `label`: up to half as many as it has rows of each kind,
     and at least 30 for validation.

@@ -10,7 +10,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.base_file.quantize import quantize_gguf
 
 
-def source_of_merged(source: Source, requested: str | None = None, *, trains_on_grid: bool = False) -> Source:
+def source_of_merged(source: Source, requested: str | None, *, trains_on_grid: bool = False) -> Source:
     """The base for merged models, quantized to what `quantization_of_merged` chooses.
 
     Writes a file to the source's work folder if the base has another quantization. Raises what `quantize_gguf` raises.

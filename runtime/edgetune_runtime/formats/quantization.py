@@ -182,7 +182,7 @@ def main_type(values_by_type: Mapping[str, int]) -> TensorType:
 
 
 def quantization_of_merged(
-    layer_types: Iterable[str], requested: str | None = None, *, trains_on_grid: bool = False
+    layer_types: Iterable[str], requested: str | None, *, trains_on_grid: bool = False
 ) -> str | None:
     """The quantization of merged models on a base whose layers have these types; None if they keep the base's types.
 

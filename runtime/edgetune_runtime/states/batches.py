@@ -12,7 +12,7 @@ CHUNK = 128
 """Tokens of a prompt per batch; a call can be stopped between batches."""
 
 
-def boundaries_of(end: int, cuts: Iterable[int], rows: int = CHUNK) -> list[int]:
+def boundaries_of(end: int, cuts: Iterable[int], rows: int) -> list[int]:
     """Where a prompt of `end` tokens is split: at the `cuts`, and at all multiples of `rows`."""
     return sorted({*(cut for cut in cuts if 0 < cut <= end), *range(rows, end + 1, rows)})
 

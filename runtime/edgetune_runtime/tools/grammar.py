@@ -51,9 +51,7 @@ def written_form(form: CallFormat, controls: Mapping[str, int], tokenizer: Token
     return form
 
 
-def grammar_of(
-    tools: ToolSet, form: CallFormat, controls: Mapping[str, int], output: OutputSpec | None = None
-) -> OutputSpec:
+def grammar_of(tools: ToolSet, form: CallFormat, controls: Mapping[str, int], output: OutputSpec | None) -> OutputSpec:
     """What an answer may be with these tools.
 
     With the choice `auto` any text, and from where a call begins only calls; with `required` calls; with a tool's name
