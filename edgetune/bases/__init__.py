@@ -28,7 +28,7 @@ from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
-from edgetune_runtime.wording import first_of, nearest
+from edgetune_runtime.wording import first_line, first_of, nearest
 
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
@@ -240,8 +240,7 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
             config.name_or_path = str(base.path.parent)
             model = model_of(config, dtype, base.path, base.header, mapped)
     except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"transformers cannot load base {base.name!r}: {reason}"
+        message = f"transformers cannot load base {base.name!r}: {first_line(error)}"
         raise IncompatibleError(message, "use a base with another quantization or architecture") from error
     missing = sorted(name for name, parameter in model.named_parameters() if parameter.is_meta)
     if missing:
@@ -362,8 +361,7 @@ def _downloaded(hub_id: str) -> Path:
         remedy = "ask on its page of the hub, and set HF_TOKEN or run hf auth login, or use a local folder"
         raise NotFoundError(message, remedy) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"cannot download base {hub_id!r} from the hub: {reason}"
+        message = f"cannot download base {hub_id!r} from the hub: {first_line(error)}"
         raise NotFoundError(message, "check the name, your token and the network, or use a local folder") from error
     if not (folder / CONFIG_NAME).is_file():
         remedy = "if it has .gguf files, get one with hf download and give its path"

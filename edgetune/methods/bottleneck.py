@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from edgetune_export.adapters.shapes import Activation, Bottleneck, Floats, Folded, Tensors
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.wording import first_line
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -151,8 +152,8 @@ def _read(folder: Path) -> tuple[BottleneckOptions, dict[str, Bottleneck]]:
         message = f"{folder} is not a bottleneck adapter: {OPTIONS_NAME} or {WEIGHTS_NAME} is missing"
         raise NotFoundError(message, "give a folder written by a training") from error
     except (ValidationError, SafetensorError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise VerificationError(f"the bottleneck adapter in {folder} is damaged: {reason}", _AGAIN) from error
+        message = f"the bottleneck adapter in {folder} is damaged: {first_line(error)}"
+        raise VerificationError(message, _AGAIN) from error
 
 
 def _bottleneck(block: str, arrays: Mapping[str, Floats], options: BottleneckOptions) -> Bottleneck:

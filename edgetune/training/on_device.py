@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from edgetune_runtime.errors import EdgetuneError
-from edgetune_runtime.wording import shortened
+from edgetune_runtime.wording import first_line, shortened
 
 _RESUME = "run the same command to resume"
 # The allocators of the CPU and of Metal, and CUDA's libraries, raise plain RuntimeErrors.
@@ -54,6 +54,6 @@ def failure_of(error: RuntimeError, device: torch.device, name: str) -> Edgetune
         remedy = f"close other programs that use it, or set a lower training.memory_mb{other}; {_RESUME}"
         return EdgetuneError(f"training {name} ran out of memory on {device}", remedy)
     if isinstance(error, torch.AcceleratorError):
-        message = f"training {name} lost {device}: {shortened(str(error).splitlines()[0])}"
+        message = f"training {name} lost {device}: {shortened(first_line(error))}"
         return EdgetuneError(message, f"check the device and its driver, then {_RESUME}")
     return None

@@ -26,6 +26,11 @@ def shortened(text: str, max_characters: int = 300) -> str:
     return line if len(line) <= max_characters else f"{line[: max_characters - 1]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def nearest(name: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `name` is probably a misspelling of."""
     near = difflib.get_close_matches(name, list(names), n=1)

@@ -18,7 +18,7 @@ import torch
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
-from edgetune_runtime.wording import first_of
+from edgetune_runtime.wording import first_line, first_of
 from optimum.utils import NormalizedConfigManager
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
@@ -87,8 +87,8 @@ def load_torch(base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
                 base.folder, dtype=dtype, output_loading_info=True, use_safetensors=True, **_FROM_FOLDER
             )
     except (ImportError, ValueError, KeyError, RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise IncompatibleError(f"transformers cannot load base {base.name!r}: {reason}", _SAVE_AGAIN) from error
+        message = f"transformers cannot load base {base.name!r}: {first_line(error)}"
+        raise IncompatibleError(message, _SAVE_AGAIN) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         message = f"base {base.name!r} has no weights for {first_of(missing, 1)}"

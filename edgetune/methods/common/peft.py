@@ -16,7 +16,7 @@ from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Delta, Floats, Folded, LowRank, Merged
 from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import IncompatibleError, UsageError
-from edgetune_runtime.wording import nearest
+from edgetune_runtime.wording import first_line, nearest
 from pydantic import AliasChoices, Field, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, O, TrainedModules
@@ -165,8 +165,8 @@ def load_peft(checkpoint: Checkpoint) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(checkpoint.base, str(checkpoint.folder))
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise IncompatibleError(f"PEFT cannot load {checkpoint.folder}: {reason}", "save the adapter again") from error
+        message = f"PEFT cannot load {checkpoint.folder}: {first_line(error)}"
+        raise IncompatibleError(message, "save the adapter again") from error
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.decoding.schema import closed
 from edgetune_runtime.errors import UsageError, importing
-from edgetune_runtime.wording import suggestion
+from edgetune_runtime.wording import first_line, suggestion
 
 MODES = ("auto", "none", "required")
 MAX_TOOLS = 128
@@ -175,7 +175,7 @@ def _of_function(function: Callable[..., Any]) -> dict[str, Any]:
         adapter: Any = TypeAdapter
         schema = adapter(function).json_schema()
     except (PydanticUserError, NameError) as error:
-        message = f"function {name!r} is not a tool: {str(error).splitlines()[0]}"
+        message = f"function {name!r} is not a tool: {first_line(error)}"
         raise UsageError(message, "use types that JSON has, or give a definition") from error
     for parameter in schema.get("properties", {}).values():
         # Pydantic's title is the name again, and costs tokens.
