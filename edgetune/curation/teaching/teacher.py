@@ -15,6 +15,7 @@ from edgetune_runtime.inference.chat_client import (
     check_address,
     checked_key,
     finish_reason_of,
+    format_of,
     message_of,
     post,
     reason_of,
@@ -77,7 +78,7 @@ class Teacher:
         body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
         body |= {"temperature": temperature, "seed": seed, "max_tokens": self.max_tokens}
         if schema is not None:
-            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+            body["response_format"] = format_of(schema)
         return without(body, self._refused)
 
     def ask(self, body: Mapping[str, Any]) -> Reply:

@@ -65,6 +65,11 @@ def without_key(text: str, key: str | None) -> str:
     return text.replace(key, "…") if key is not None and len(key) >= _SHORTEST_SECRET else text
 
 
+def format_of(schema: object) -> dict[str, Any]:
+    """The `response_format` of a request for an answer in JSON that fits a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 def post(url: str, body: Mapping[str, Any], *, key: str | None, timeout_s: float) -> bytes:
     """The reply to a request for a chat completion; a `checked_key` is sent as bearer token.
 

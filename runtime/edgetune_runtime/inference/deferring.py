@@ -22,6 +22,7 @@ from .chat_client import (
     check_address,
     checked_key,
     finish_reason_of,
+    format_of,
     message_of,
     post,
     reason_of,
@@ -85,7 +86,7 @@ def ask(
         body |= {"tools": tools.definitions, "tool_choice": tools.choice if tools.choice in MODES else named}
     schema = None if output is None else output.schema
     if schema is not None:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        body["response_format"] = format_of(schema)
     text, calls = _read(to, _post(to, body, check))
     if schema is not None:
         text = unfenced(text)
