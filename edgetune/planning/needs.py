@@ -50,7 +50,7 @@ def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
 def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildNeeds:
     """What the build, whose adapters have `rows`, needs if it trains on `device`; a high estimate."""
     recipe, parameters = plan.recipe, base.parameters
-    weights_mb, base_mb = base.loaded_parameters * _FLOAT_BYTES / 1e6, (plan.base.gguf_bytes or 0) / 1e6
+    weights_mb, base_mb = base.weights_mb, (plan.base.gguf_bytes or 0) / 1e6
     formats = {target: backends.format_of(target) for target in recipe.targets}
     options = recipe.format_options
     by_target = [

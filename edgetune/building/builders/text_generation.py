@@ -246,7 +246,7 @@ def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
 
 def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:
     """The file to map the base's weights from, because memory is short; None if it is not."""
-    weights_mb, free_mb = BaseShape.of_header(base.header).loaded_parameters * 4 / 1e6, machine.free_mb()
+    weights_mb, free_mb = BaseShape.of_header(base.header).weights_mb, machine.free_mb()
     needed_mb = weights_mb + max(
         backends.format_of(target).export_mb(
             base_bytes(base.header, target), base.header.parameters, spec.format_options

@@ -114,6 +114,11 @@ class BaseShape:
         return self.parameters - self.parameters_in_file
 
     @property
+    def weights_mb(self) -> float:
+        """Their size in float32, in MB."""
+        return 4 * self.loaded_parameters / 1e6
+
+    @property
     def hidden(self) -> int:
         """The width of the model."""
         return self.output_layer.columns

@@ -70,7 +70,7 @@ def adapter_size(manifest: Manifest, entry: AdapterEntry, engine: str) -> Adapte
     file_bytes = manifest.files[entry.files[engine]].bytes if engine in entry.files else 0
     types = entry.values_by_type.get(engine, {}) if load_needs(engine).COST.f32_adapters else {}
     # Values in float16 are copied.
-    in_memory = 4 * sum(types.values()) if types else file_bytes
+    in_memory = _FLOAT_BYTES * sum(types.values()) if types else file_bytes
     is_prefix = entry.shapes.get(engine) == "prefix"
     return AdapterSize(in_memory, entry.module_count, is_mapped=[*types] == ["f32"], is_prefix=is_prefix)
 
@@ -170,15 +170,15 @@ class Needs:
     @property
     def compute_bytes(self) -> int:
         """Activations and attention scores of a batch, and logits; the factors of activations were fitted."""
-        activations = CHUNK * 4 * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
+        activations = CHUNK * _FLOAT_BYTES * (4.4 * self.embedding_length + 3.2 * self.feed_forward_length)
         scores = self.scores_bytes_per_token * self.context_length
-        return int(activations) + scores + self.cost.logits_rows * 4 * self.vocabulary
+        return int(activations) + scores + self.cost.logits_rows * _FLOAT_BYTES * self.vocabulary
 
     @property
     def scores_bytes_per_token(self) -> int:
         """Bytes per token of context in a batch: attention scores and a mask."""
         scores = self.heads * self.cost.scores_bytes
-        return CHUNK * (scores + 4) if scores else 0
+        return CHUNK * (scores + _FLOAT_BYTES) if scores else 0
 
     @property
     def state_bytes(self) -> int:
