@@ -142,7 +142,7 @@ def roll_back_at_start(prefix: Path, *, say: Say) -> str:
 
 def _begin_rollback(prefix: Path, say: Say) -> tuple[Kit, Unit | None]:
     """The version to go back to, and the unit; what was counted of the current version is forgotten."""
-    before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
+    before = versions.before(prefix)
     if before is None:
         raise NotFoundError(f"{prefix} has no version before the current one", "install another one")
     kit, unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)

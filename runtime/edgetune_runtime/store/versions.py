@@ -100,6 +100,11 @@ def previous(prefix: Path) -> str | None:
     return linked(prefix, KEPT) if version == linked(prefix, CURRENT) else version
 
 
+def before(prefix: Path) -> str | None:
+    """The version that a rollback goes to, also one that was cut off; None without one."""
+    return linked(prefix, ROLLING_BACK) or previous(prefix)
+
+
 def place(prefix: Path, kit: Kit) -> bool:
     """Make the version's folder of hard links to the store, which must have its files; whether it changed.
 
@@ -145,14 +150,14 @@ def switch(prefix: Path, version: str) -> None:
     `restore` undoes it until `settle` is called. If it is cut off, the current version is one of the two, and
     `previous` returns the one before it.
     """
-    before = linked(prefix, CURRENT)
-    if before == version:
+    current = linked(prefix, CURRENT)
+    if current == version:
         return
     _write_script(prefix)
-    if before is not None:
+    if current is not None:
         _point(prefix, KEPT, previous(prefix))
         # Before the switch: the version that runs now must be kept whenever the power is cut.
-        _point(prefix, PREVIOUS, before)
+        _point(prefix, PREVIOUS, current)
     _point(prefix, CURRENT, version)
 
 

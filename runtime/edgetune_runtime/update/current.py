@@ -85,7 +85,7 @@ def count_start(prefix: Path, say: Say) -> str:
 
 def _go_back(prefix: Path, reason: str, switch_back: Callable[[], str]) -> str:
     state, current = read_state(prefix), current_kit(prefix)
-    before = versions.linked(prefix, versions.ROLLING_BACK) or versions.previous(prefix)
+    before = versions.before(prefix)
     if before is not None and current is not None and current.version != before:
         kit = read_installed(versions.path_of(prefix, before))
         refused = {**state.refused, current.bundle: reason}
