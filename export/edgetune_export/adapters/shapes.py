@@ -28,6 +28,13 @@ class Delta:
         """The number of rows of `a`."""
         return int(self.a.shape[0])
 
+    def misfit(self, module: str, rows: int, columns: int) -> str:
+        """Why it does not fit a module of the base with these outputs and inputs, or ''."""
+        own_rows, own_columns = self.b.shape[0], self.a.shape[1]
+        if (own_rows, own_columns) == (rows, columns):
+            return ""
+        return f"{module} is {own_rows}x{own_columns} in the adapter, {rows}x{columns} in the base"
+
 
 @dataclass(frozen=True)
 class Head:

@@ -119,9 +119,7 @@ def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
     if tensor.name == "token_embd.weight" or len(tensor.shape) != 2:
         return f"{module} is no linear layer"
     columns, rows = tensor.shape
-    if (rows, columns) == (delta.b.shape[0], delta.a.shape[1]):
-        return ""
-    return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
+    return delta.misfit(module, rows, columns)
 
 
 def _filled(delta: Delta, rank: int) -> Delta:

@@ -115,10 +115,7 @@ def refuse_misfits(name: str, problems: Sequence[str]) -> None:
 def _misfit(module: str, delta: Delta, sizes: Mapping[str, tuple[int, int]]) -> str:
     if module not in sizes:
         return f"no slot for {module}"
-    rows, columns = sizes[module]
-    if (rows, columns) != (delta.b.shape[0], delta.a.shape[1]):
-        return f"{module} is {delta.b.shape[0]}x{delta.a.shape[1]} in the adapter, {rows}x{columns} in the base"
-    return ""
+    return delta.misfit(module, *sizes[module])
 
 
 def add_slot(graph: ir.Graph, projection: Projection, shape: tuple[int, int], *, grouped: bool = False) -> None:
