@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 POLL_S = 0.05
-"""How often running steps are checked: a deadline may be missed by up to 200 ms, and a check must not slow down the
-compute threads."""
+"""How often running steps are checked: a deadline may be missed by as much, and a check must not slow down the compute
+threads."""
 _IDLE_POLLS = 20
 """Checks without a running step before the thread sleeps until the next one."""
 

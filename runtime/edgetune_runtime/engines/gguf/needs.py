@@ -36,7 +36,14 @@ _MODULE_BYTES = 5600
 """llama.cpp's graphs have room for the nodes of all adapters that are loaded, whichever are active."""
 # Scores are f32, and f16 for the product with the values. Logits are kept in two buffers.
 COST = EngineCost(
-    KV_TYPES, 65.0, 33.0, 350, 2 * (BRANCHES + 1), 4 + 2, has_tensor_types=True, module_bytes=_MODULE_BYTES
+    kv_types=KV_TYPES,
+    runtime_mb=65.0,
+    libraries_mb=33.0,
+    vocabulary_bytes=350,
+    logits_rows=2 * (BRANCHES + 1),
+    scores_bytes=4 + 2,
+    has_tensor_types=True,
+    module_bytes=_MODULE_BYTES,
 )
 
 

@@ -19,7 +19,16 @@ _ANGLES = ("cos_cache", "sin_cache")
 _FLOAT, _BLOCK = 1, 32
 UNDONE = 32
 """Tokens of a step that can be undone in part; of longer ones, what convolutions read is not kept."""
-COST = EngineCost(KV_TYPES, 100.0, 67.0, 700, 2, 0, maps_embedding=True, f32_adapters=True)
+COST = EngineCost(
+    kv_types=KV_TYPES,
+    runtime_mb=100.0,
+    libraries_mb=67.0,
+    vocabulary_bytes=700,
+    logits_rows=2,
+    scores_bytes=0,
+    maps_embedding=True,
+    f32_adapters=True,
+)
 
 
 def needs_of_base(path: Path, manifest: Manifest, context_length: int) -> Needs:
