@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
+from edgetune_runtime.engines.needs import ADAPTERS_MB
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.inference.deferring import DeferTo
-from edgetune_runtime.inference.opening_options import ALL, LEARN_DRAFTS, OFF, RuntimeOptions
+from edgetune_runtime.inference.deferring import TIMEOUT_S, DeferTo
+from edgetune_runtime.inference.opening_options import ALL, DISK_MB_PER_DAY, LEARN_DRAFTS, OFF, RuntimeOptions
+from edgetune_runtime.states.cache import CACHE_MB
 from edgetune_runtime.threads.priority import NORMAL, PRIORITIES
 
 if TYPE_CHECKING:
@@ -96,15 +98,15 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
     text = "priority of the compute threads: normal, or low or idle to let other processes run first (Linux only)"
     group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
-    text = "memory for adapters in MB; those that were not used for longest are dropped (default: 256)"
+    text = f"memory for adapters in MB; those that were not used for longest are dropped (default: {ADAPTERS_MB})"
     group.add_argument("--adapters-mb", type=float, metavar="N", help=text)
     text = "load this adapter at the start and keep it in memory, or all; may be repeated"
     group.add_argument("--preload", action="append", default=[], metavar="NAME", help=text)
-    text = "memory for prompt states in MB (default: 128)"
+    text = f"memory for prompt states in MB (default: {CACHE_MB})"
     group.add_argument("--cache-mb", type=float, metavar="N", help=text)
     add_cache_folder(group)
-    text = "most MB per day that calls write to that folder; with 0 only `warm` and `--warm` do (default: 512)"
-    group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=text)
+    text = "most MB per day that calls write to that folder; with 0 only `warm` and `--warm` do"
+    group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=f"{text} (default: {DISK_MB_PER_DAY})")
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
     text = "keep the last answer to each prompt as a draft of the next one: off (default), in memory, or also on disk"
@@ -112,7 +114,7 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     text = "let a bigger model at this OpenAI-compatible address answer where a recipe or a request says defer"
     group.add_argument("--defer-to", metavar="URL", help=f"{text}; a key is read from {DEFER_KEY}")
     group.add_argument("--defer-model", metavar="NAME", help="name of that model")
-    text = "seconds that its answer may take (default: 20)"
+    text = f"seconds that its answer may take (default: {TIMEOUT_S:g})"
     group.add_argument("--defer-timeout-s", type=float, metavar="N", help=text)
     text = "do not open a new bundle in a child process first, which turns a crash into an error"
     group.add_argument("--no-preflight", action="store_true", help=text)
