@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class InitializedOptions(LowRankOptions):
+class PissaOptions(LowRankOptions):
     """Options of a LoRA that is initialized from the base's weights. In the bundle it has twice the rank."""
 
     r: Rank = 8
@@ -31,21 +31,21 @@ class InitializedOptions(LowRankOptions):
     learning_rate_factor: float = rate_factor(0.2)
 
 
-class Pissa(LoraCheckpoint[InitializedOptions]):
+class Pissa(LoraCheckpoint[PissaOptions]):
     """LoRA that trains the principal components of the base's weights: use it when plain LoRA learns too slowly."""
 
-    options = InitializedOptions
+    options = PissaOptions
     trains_base = True
     takes_encoders = False
     # The value of PEFT's init_lora_weights. Fast randomized SVD: the full SVD takes minutes and reaches the same loss
     # (the paper, section 5.4).
     start = "pissa_niter_4"
 
-    def shipped_rank(self, options: InitializedOptions) -> int:
+    def shipped_rank(self, options: PissaOptions) -> int:
         """The rank of the trained update plus that of its initialization."""
         return 2 * options.r
 
-    def attach(self, base: PreTrainedModel, options: InitializedOptions, steps: int) -> PeftModel:
+    def attach(self, base: PreTrainedModel, options: PissaOptions, steps: int) -> PeftModel:
         """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""
         model = super().attach(base, options, steps)
         model.start = TemporaryDirectory(prefix="edgetune-")
@@ -56,7 +56,7 @@ class Pissa(LoraCheckpoint[InitializedOptions]):
         config.init_lora_weights = self.start
         return model
 
-    def peft_settings(self, options: InitializedOptions, steps: int) -> Mapping[str, Any]:
+    def peft_settings(self, options: PissaOptions, steps: int) -> Mapping[str, Any]:
         """The initialization."""
         return {"init_lora_weights": self.start}
 

@@ -35,7 +35,7 @@ _FLOAT_BYTES = 4
 # Of weights in float32, those in bf16 take this share.
 _BF16_SHARE = 0.5
 # Of SmolLM2's chat template in a row with a system prompt, less what `RowsPlan.mean_tokens` is too high by.
-_TEMPLATE_TOKENS = 10
+_ROW_CORRECTION_TOKENS = 10
 
 
 def report(plan: BuildPlan, base: BaseShape, room: Room) -> NeedsReport:
@@ -117,7 +117,7 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     cpu = replace(CPU, multiplies_bf16=not room.instruction_sets.isdisjoint({"avx512-bf16", "amx-int8"}))
     weights, trainings = base.linear_weights + base.hidden * base.vocabulary, []
     for adapter, rows in trained:
-        own = rows.mean_tokens + _TEMPLATE_TOKENS - rows.shared_tokens * (1 - SHARED_COST)
+        own = rows.mean_tokens + _ROW_CORRECTION_TOKENS - rows.shared_tokens * (1 - SHARED_COST)
         tokens = rows.steps * (rows.shared_tokens + adapter.training.batch_size * own)
         trainings.append((precision_on(cpu, adapter.training), weights * tokens))
     return predicted_time(trainings, room.cores)

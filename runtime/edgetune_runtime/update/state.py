@@ -15,7 +15,7 @@ from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.type_checks import dataclass_of
 
 FOLDER = "update"
-METADATA_FOLDER = "metadata"
+TRUSTED_FOLDER = "metadata"
 """Folder in FOLDER with the repository's metadata that this device trusts."""
 _STATE_NAME, _ROOT_NAME = "state.json", "root.json"
 _TRIES = 2

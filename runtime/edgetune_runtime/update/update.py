@@ -24,7 +24,7 @@ from .release import NAME, Release, newest_parts, path_of_part, with_parts
 from .rollout import Choice, choose, device_id, why_not_run
 from .state import (
     FOLDER,
-    METADATA_FOLDER,
+    TRUSTED_FOLDER,
     UpdateState,
     read_root_file,
     read_state,
@@ -165,7 +165,7 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
         message = f"{prefix} trusts no repository yet"
         raise UsageError(message, "add --root FILE once, with the 1.root.json of `edgetune keys init`")
     known = [] if current is None else [text_of_release(current, state.channel).encode()]
-    trusted = TrustedRepository(location, prefix / FOLDER / METADATA_FOLDER, root, state.time, known)
+    trusted = TrustedRepository(location, prefix / FOLDER / TRUSTED_FOLDER, root, state.time, known)
     trusted.refresh()
     name = source.bundle or state.bundle or _name_among(trusted.names(), current)
     release = trusted.release(name, source.channel or state.channel)
