@@ -52,7 +52,7 @@ def _place_parameters(merged: Merged, header: GgufHeader) -> list[tuple[TensorIn
             placed.append((tensor, compute))
     if problems:
         message = f"adapter {merged.name!r} does not fit this base: {first_of(problems)}"
-        raise IncompatibleError(message, "give the base that the adapter was trained on")
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
     return placed
 
 

@@ -108,7 +108,7 @@ def _place(adapter: LowRank, header: GgufHeader) -> list[tuple[TensorInfo, Delta
             placed.append((tensor, Delta(a, delta.b if rows is None else delta.b[rows])))
     if problems:
         message = f"adapter {adapter.name!r} does not fit this base: {first_of(problems)}"
-        raise IncompatibleError(message, "give the base that the adapter was trained on")
+        raise IncompatibleError(message, "use the base that the adapter was trained on")
     return placed
 
 
