@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.adapters.fold import fold_peft
-from edgetune_export.adapters.shapes import Folded, LowRank
+from edgetune_export.adapters.shapes import Folded
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.activation import start_of
 from edgetune_runtime.text.chat import render
@@ -59,7 +59,7 @@ class Alora(Lora[AloraOptions]):
 
     def shapes(self, options: AloraOptions) -> tuple[str, ...]:
         """Low-rank only; a merged model would act before the invocation tokens too."""
-        return (LowRank.shape,)
+        return ("low_rank",)
 
     def prepared(self, options: AloraOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> AloraOptions:
         """The options with the invocation's tokens. Raises UsageError if a row has nothing to learn after them."""

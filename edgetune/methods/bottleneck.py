@@ -69,7 +69,7 @@ class BottleneckMethod(Method[BottleneckOptions]):
 
     def shapes(self, options: BottleneckOptions) -> tuple[str, ...]:
         """The networks' weights; they cannot be expressed as a change of the base's weights."""
-        return (Tensors.shape,)
+        return ("tensors",)
 
     def trained_parameters(self, trained: TrainedModules, options: BottleneckOptions) -> int:
         """Both layers of each network, with their biases."""

@@ -93,7 +93,7 @@ class Ia3(PeftMethod[Ia3Options]):
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """The factors of each module, or its weights and bias times the factors."""
-        if shape == Merged.shape:
+        if shape == "merged":
             with self.loaded(checkpoint) as model:
                 layers = dict(tuned_layers(model))
                 return Merged(checkpoint.name, self.name, {**merged_weights(layers), **_merged_biases(layers)})
