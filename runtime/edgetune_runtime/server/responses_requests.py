@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields as fields_of
 from dataclasses import replace
 from typing import Any
+
+from edgetune_runtime.text.sampling import Sampling
 
 from .common_fields import message_of
 from .fields import Fields
@@ -21,7 +24,8 @@ _UNSUPPORTED: Mapping[str, object] = {
     "top_logprobs": 0,
     "max_tool_calls": None,
 }
-_SAMPLING = ("temperature", "top_p", "min_p", "top_k", "repeat_penalty", "seed", "stop")
+# Its limit of tokens has another name here.
+_SAMPLING = tuple(field.name for field in fields_of(Sampling) if field.name != "max_tokens")
 _SAME = ("model", "adapters", "stream", *_SAMPLING, "min_confidence", "unsure", "ask")
 _ITEMS = ("message", "function_call", "function_call_output")
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "temperature", "top_p")
