@@ -81,7 +81,7 @@ def _both_lengths(target: Target) -> Replies:
 
 
 def _lengths(target: Target) -> Replies:
-    """Lengths that are no number, two, negative, too large, and beyond 64 bits."""
+    """Lengths that are not a number, two, negative, too large, and beyond 64 bits."""
     values = ("abc", "-1", "1_0", "+2", "9" * 400, str(2**64), "4 4")
     replies = [target.raw(_head(target, f"Content-Length: {value}") + b"{}", seconds=8) for value in values]
     return [*replies, target.raw(_head(target, "Content-Length: 2", "Content-Length: 3") + b"{}", seconds=8)]

@@ -185,7 +185,7 @@ OPTIONS: Sequence[Attack] = (
     _raw_json(
         "json-same-key", "6", "the same key 100,000 times", "{" + '"messages": [], ' * 100_000 + '"model": MODEL}'
     ),
-    _raw_json("not-text", "6", "bytes that are no UTF-8", "\ud800\ud800"),
+    _raw_json("not-text", "6", "bytes that are not UTF-8", "\ud800\ud800"),
     Attack("surrogate", "6", "lone surrogates, which responses repeat", _surrogate),
     Attack("merged", "8", "each adapter, merged ones among them", _merged),
     Attack("system-prompts", "9", "50 changing system prompts", _system_prompts),
@@ -228,7 +228,7 @@ MESSAGES: Sequence[Attack] = (
     _messages(
         "tool-calls-types",
         "6",
-        "calls that are no list",
+        "calls that are not a list",
         [_USER, _message("assistant", "", tool_calls={"a": 1}), _USER],
     ),
     Attack("forged-roles", "7", "control tokens in a user's text", _forged),

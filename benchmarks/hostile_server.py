@@ -103,7 +103,7 @@ class Target:
         except OSError as error:
             status = type(error).__name__
         with suppress(http.client.HTTPException):
-            # What is no answer, or ends too early, keeps the status of the connection.
+            # What is not an answer, or ends too early, keeps the status of the connection.
             response = http.client.HTTPResponse(_Received(received))
             response.begin()
             return Reply(response.status, response.read(), time.monotonic() - begin)

@@ -34,7 +34,7 @@ class Moment:
 class Household:
     """Draws days of a home.
 
-    `new` is the share of sentences that are no habit, `reworded` that of the habits that are said in other words.
+    `new` is the share of sentences that are not a habit, `reworded` that of the habits that are said in other words.
     """
 
     def __init__(self, seed: int, new: float, reworded: float) -> None:

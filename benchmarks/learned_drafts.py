@@ -89,7 +89,7 @@ def main() -> None:
     parser = BENCHMARK.parser(only=ENGINES, threads=2)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--days", type=int, default=3)
-    parser.add_argument("--new", type=float, default=0.25, help="share of sentences that are no habit")
+    parser.add_argument("--new", type=float, default=0.25, help="share of sentences that are not a habit")
     parser.add_argument("--reworded", type=float, default=0.3, help="share of habits that are said in other words")
     parser.add_argument("--seed", type=int, default=0)
     options = BENCHMARK.options(parser, days=1)

@@ -181,8 +181,8 @@ def learn(
     the corrections, which are not learned. If none got worse by more than one standard error, the new bundle takes the
     place of the old one, or is `into`.
 
-    Raises EdgetuneError for the log of another bundle, too few corrections or some that are no answers of the task, and
-    what `build` raises.
+    Raises EdgetuneError for the log of another bundle, too few corrections or some that are not answers of the task,
+    and what `build` raises.
     """
     from .retraining.learning import learn as learning  # noqa: PLC0415 - torch
 

@@ -303,7 +303,7 @@ def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
 
 
 def _encoder(name: str, folder: Path) -> BaseSource:
-    """The encoder `name`; IncompatibleError if it is none, NotFoundError if one of its files is missing."""
+    """The encoder `name`; IncompatibleError if it is not an encoder, NotFoundError if one of its files is missing."""
     path = locate(name, folder, ENCODERS)
     if not path.is_dir():
         raise _no_encoder(name, "it is a file of a base that writes text")

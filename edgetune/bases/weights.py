@@ -80,8 +80,8 @@ def model_of(
 
     Needs memory for the model and one tensor in float32. With `mapped`, float32 weights are written to that file and
     mapped from it: when memory is short, the system drops their pages and reads them again. The `embeddings_in_file` of
-    its architecture stay in the GGUF file, and are no parameters. Parameters without a tensor there stay on the meta
-    device.
+    its architecture stay in the GGUF file, and are not parameters. Parameters without a tensor there stay on the
+    meta device.
 
     Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
     has an unknown type or an embedding is missing.

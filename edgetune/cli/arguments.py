@@ -93,7 +93,7 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
 
 
 def check_not_read(out: Path, read: Iterable[object]) -> None:
-    """UsageError if the file to write is one of those that the command reads, of which None is none, or a folder."""
+    """UsageError if the file to write is a folder or one of those that the command reads; None in `read` is skipped."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "give the name of a file")
     if any(source is not None and out.resolve() == Path(str(source)).resolve() for source in read):
@@ -106,7 +106,7 @@ def check_rows_file(out: Path, read: Iterable[object]) -> None:
 
     check_not_read(out, read)
     if out.suffix.lower() not in JSONL_SUFFIXES:
-        raise UsageError(f"{out} is no .jsonl file, and rows are written as JSON lines", "name it .jsonl")
+        raise UsageError(f"{out} is not a .jsonl file, and rows are written as JSON lines", "name it .jsonl")
 
 
 def print_json(values: Mapping[str, Any] | Sequence[Any]) -> None:

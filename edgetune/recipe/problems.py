@@ -241,13 +241,13 @@ class _Composer(Composer):
 
 
 def _parse(text: str) -> Plain:
-    """The values of a YAML text as ruamel has them; YAMLError for a text that is none, RecursionError for depth."""
+    """The values of a YAML text as ruamel has them; YAMLError for an invalid text, RecursionError for depth."""
     yaml = YAML()
     yaml.Composer = _Composer
     try:
         return yaml.load(StringIO(text))
     except (ValueError, OverflowError, IndexError, TypeError) as error:
-        # Of numbers and dates, of tags without a value, and of keys that are no values.
+        # Of numbers and dates, of tags without a value, and of keys that are not values.
         raise YAMLError(str(error)) from error
 
 

@@ -32,8 +32,8 @@ class Rows:
     def of(cls, name: str, rows: object) -> Rows:
         """Read all rows: mappings in any iterable, a pandas DataFrame (missing values become null), or a Dataset.
 
-        Raises UsageError for a row, counted from 1, that is no mapping of JSON values or whose reading raises an error,
-        and for more than MAX_ROWS rows or MAX_BYTES.
+        Raises UsageError for a row, counted from 1, that is not a mapping of JSON values or whose reading raises an
+        error, and for more than MAX_ROWS rows or MAX_BYTES.
         """
         lines, size = list[str](), 0
         for number, row in enumerate(_mappings(name, rows), 1):

@@ -46,7 +46,7 @@ def with_confidence(
         try:
             curves = _curves(runtime, name, rows[name], progress)
         except UsageError as error:
-            # It is no reason to lose a trained adapter.
+            # Not a reason to lose a trained adapter.
             progress.say(f"  {engine} {name}: no confidence, as {error}")
             continue
         progress.say(f"  {engine} {name}: {described(curves)}")
@@ -58,7 +58,8 @@ def _curves(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Prog
     """The curves of an adapter's answers to these rows; UsageError for rows that cannot be scored."""
     details = [*score(runtime, name, rows, progress).details]
     if runtime.manifest.adapter(name).metric == "label" and loaded_bundle(runtime).classifier is None:
-        # In a chat, a label is written and not chosen. No text is no label, nor a text that is out of scope.
+        # In a chat, a label is written and not chosen. An empty text is not a label, and neither is one that is
+        # out of scope.
         written = score(runtime, name, rows, progress, "exact").details
         details += [row for row in written if row.kind != NOTHING]
     return fit_curves(

@@ -139,7 +139,7 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
 
 
 def _check_negatives(negatives: NegativesSpec, labels: Sequence[str], others: Sequence[TaskRow]) -> None:
-    """UsageError without prompts, and for an answer that is none of the labels, which `classify` would never give."""
+    """UsageError without prompts, and for an answer that is not a label, which `classify` would never give."""
     if not others and not negatives.prompts:
         message = "data.augment.negatives has no prompts, and the recipe no other adapter"
         raise UsageError(message, "give prompts that are not for this task as data.augment.negatives.prompts")
@@ -182,7 +182,7 @@ def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
 
 
 def _with_confidence(task: Task) -> Task:
-    """The task with the rows that the confidence of answers is fitted on, which are no training rows.
+    """The task with the rows that the confidence of answers is fitted on, which are not training rows.
 
     UsageError if the given ones are, and where no answer would have the confidence that `min_confidence` asks for.
     """
@@ -221,7 +221,7 @@ def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
         raise UsageError(message, "remove min_confidence, or set metric")
     if len(rows) < MIN_ROWS:
         message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give none"
-        remedy = f"give {MIN_ROWS} or more, which are no training rows, as data.validation or data.confidence"
+        remedy = f"give {MIN_ROWS} or more, which are not training rows, as data.validation or data.confidence"
         raise UsageError(message, remedy)
 
 

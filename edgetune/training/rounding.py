@@ -94,7 +94,7 @@ class _StraightThrough(torch.autograd.Function):
     ) -> torch.Tensor:
         rows, a, b = x.flatten(0, -2).to(weight.dtype), a.to(weight.dtype), b.to(weight.dtype)
         ctx.save_for_backward(rows, a, b)
-        # Not saved: it is there between the passes too, so it is no memory of a pass (`checkpointing.layer_cost`).
+        # Not saved: it is there between the passes too, so it is not memory of a pass (`checkpointing.layer_cost`).
         ctx.weight, ctx.scale, ctx.dtype = weight, scale, x.dtype
         return torch.nn.functional.linear(rows, weight).view(*x.shape[:-1], -1)
 

@@ -57,7 +57,7 @@ def _refuse_code(path: Path, settings: object) -> None:
 
 
 def read_json(path: Path) -> object:
-    """The JSON in a file; VerificationError if it is none."""
+    """The JSON in a file; VerificationError if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -85,7 +85,7 @@ def _spec_of(schema: str) -> OutputSpec:
 
 
 def _odd(rows: Sequence[SplitRow]) -> Iterator[Finding]:
-    """Answers that are no JSON among those that are, with unusual fields, or not like those of the training rows."""
+    """Answers that are not JSON among those that are, with unusual fields, or not like those of the training rows."""
     parsed = [json_or_none(item.row.completion or "") for item in rows]
     structured = [isinstance(value, dict | list) for value in parsed]
     if sum(structured) < max(1, _USUAL * len(rows)):

@@ -154,7 +154,7 @@ class _LenientReader:
 
 
 def _with_given_rows(name: str, recipe: Recipe) -> Recipe:
-    """The recipe without what a build makes of the rows: copies would give away answers, and texts out of scope are no
+    """The recipe without what a build makes of the rows: copies would give away answers, and texts out of scope are not
     rows of the user. Nor are rows needed for a confidence. All rows of the files are read."""
     spec = recipe.adapters[name]
     data = spec.data.model_copy(update={"augment": None, "confidence": None, "rows": None})

@@ -35,7 +35,7 @@ from .teacher import RefusedRequestError, Reply, Teacher, TeacherError
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
 """Temperatures of a new prompt, and of the two answers to it."""
 _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
-"""How much longer than the longest prompt of the rows a new one may be; a longer text is no request."""
+"""How much longer than the longest prompt of the rows a new one may be; a longer text is not a request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"
@@ -193,7 +193,7 @@ class Lesson:
         own: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         key = prompt_key(SplitRow(TRAIN, TaskRow("", (*own, {"role": "user", "content": prompt}))))
         if not 0 < len(prompt) <= self._most_characters or key in prompts or not _is_text(prompt):
-            return _LeftOut("prompts that are there already, or are none", [prompt])
+            return _LeftOut("prompts that are there already, or cannot be used", [prompt])
         prompts.add(key)
         question = self._questions.for_answer(prompt, number)
         replies = [self._answer(question, temperature, number, self._schema) for temperature in _ANSWERS]

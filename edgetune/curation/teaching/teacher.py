@@ -31,7 +31,7 @@ _AGAIN = frozenset((408, 429, 500, 502, 503, 504))
 
 
 class TeacherError(EdgetuneError):
-    """The teacher is not reached, refuses a request, or answers something that is no answer."""
+    """The teacher is not reached, refuses a request, or answers something unusable."""
 
     exit_code = 8
 

@@ -66,7 +66,7 @@ class Wheel:
 
 
 def read_wheel(path: Path) -> Wheel:
-    """Read a wheel's metadata; VerificationError if the file is no wheel."""
+    """Read a wheel's metadata; VerificationError if the file is not a wheel."""
     try:
         parse_wheel_filename(path.name)
         with zipfile.ZipFile(path) as archive:
@@ -79,7 +79,7 @@ def read_wheel(path: Path) -> Wheel:
 def require_wheel_of(name: str, path: Path, target: TargetPython) -> None:
     """Raise IncompatibleError unless `path` is a wheel of `name` that runs with the board's Python.
 
-    VerificationError if it is no wheel.
+    VerificationError if it is not a wheel.
     """
     wheel = read_wheel(path)
     *_, tags = parse_wheel_filename(path.name)

@@ -31,7 +31,7 @@ _PATH, _TITLE = "org.cncf.model.filepath", "org.opencontainers.image.title"
 DIGEST = "sha256:"
 """Before each digest."""
 EMPTY_CONFIG = b"{}"
-"""What artifacts that are no images have in place of a description."""
+"""What artifacts other than images have in place of a description."""
 _EMPTY_TYPE, _FILE_TYPE = "application/vnd.oci.empty.v1+json", "application/json"
 
 
@@ -90,7 +90,7 @@ def parse_artifact(data: bytes, where: str) -> dict[str, FileEntry]:
 
 
 def layers_of(data: bytes, where: str) -> dict[str, FileEntry]:
-    """The files of an artifact by their paths; VerificationError for a damaged one, and for paths that are none."""
+    """The files of an artifact by their paths; VerificationError for a damaged one, and for an invalid path."""
     try:
         raw = json.loads(data)
         if raw.get("mediaType", MANIFEST_TYPE) != MANIFEST_TYPE:

@@ -32,8 +32,8 @@ _MOST_PARTS = 16
 class Registry:
     """The artifact of a reference in its registry; over plain HTTP if that is on this machine or `insecure`.
 
-    All functions raise UnreachableError if the registry cannot be reached or is none, UsageError if it wants another
-    login, NotFoundError if it lacks what is asked for.
+    All functions raise UnreachableError if the registry cannot be reached or is not a registry, UsageError if it wants
+    another login, NotFoundError if it lacks what is asked for.
     """
 
     def __init__(

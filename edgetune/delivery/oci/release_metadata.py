@@ -164,7 +164,7 @@ def _listed(store: ArtifactStore) -> list[dict[str, Any]]:
         for item in filter(_is_metadata, listed):
             described_entry(item)
             if not isinstance(item.get("annotations", {}), dict):
-                raise TypeError("its annotations are none")
+                raise TypeError("its annotations are not an object")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         message = f"the list of what refers to {store.reference} is damaged"
         raise VerificationError(message, _PUSH_AGAIN) from error

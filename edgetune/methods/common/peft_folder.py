@@ -28,7 +28,7 @@ def check_peft_folder(folder: Path, base: PreTrainedModel) -> None:
     """Raise what `read_config` and `find_weights` raise.
 
     Also IncompatibleError for options that make PEFT load something else, or that no method here has, and for regular
-    expressions that do not end on the names of the base; VerificationError for what is no regular expression.
+    expressions that do not end on the names of the base; VerificationError for an invalid regular expression.
     """
     config = read_config(folder)
     find_weights(folder)

@@ -76,7 +76,7 @@ def row_of(entry: LoggedAnswer, turn: Message, system: str | None) -> TaskRow:
 
 
 def _unfit(entry: LoggedAnswer) -> str | None:
-    """Why the conversation can be no row, whatever its answer."""
+    """Why the conversation cannot be a row, whatever its answer."""
     try:
         row_of(entry, {"role": "assistant", "content": "any"}, None)
     except UsageError as error:
@@ -100,7 +100,7 @@ def problem_with(row: TaskRow, metric: Metric, labels: Sequence[str], output: Ou
     try:
         metrics.score(metric, [answer], [answer], offers_tools=[row.tools is not None])
     except UsageError:
-        return f"is no answer that the metric {metric} can score; correct it"
+        return f"is not an answer that the metric {metric} can score; correct it"
     if row.turn is not None:
         broken = bad_call(row)
         return None if broken is None else f"cannot be an answer: {broken}"

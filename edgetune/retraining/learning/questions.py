@@ -100,7 +100,7 @@ def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:
         turn = entry.message_of(text)
     except UsageError as error:
         return f"cannot be an answer: {error}"
-    with suppress(UsageError):  # a conversation that can be no row is never learned
+    with suppress(UsageError):  # a conversation that cannot be a row is never learned
         row = row_of(entry, turn, about.system)
         return problem_with(row, cast("Metric", about.metric), about.labels, _given_output(manifest, about))
     return None

@@ -44,7 +44,7 @@ class Answer:
 
     @classmethod
     def of(cls, row: TaskRow) -> Answer | None:
-        """The answers; None without a call, if the last one is no object or list that json.dumps would write so."""
+        """The answers; None without a call, if the last one is not an object or list that json.dumps would write so."""
         turns = row.turns
         if any(BETWEEN_TEXTS in turn["content"] for turn in turns):
             return None
@@ -103,7 +103,7 @@ class Answer:
         return ".".join(keys[1:] if self.has_calls else keys)
 
     def record(self, place: int) -> dict[str, Scalar]:
-        """The fields of one of the parts, with JSON for what is no text or number; "" is the function of a call."""
+        """The fields of one of the parts, with JSON for what is not text or a number; "" is the function of a call."""
         by_field: dict[str, list[Any]] = {}
         for path, value in _leaves(self.value, ()):
             is_own = not isinstance(self.value, list) or path[0] == place

@@ -230,7 +230,7 @@ class Values:
 def _last_records(records: Sequence[dict[str, Scalar]]) -> list[dict[str, Scalar]]:
     """The parts of an answer without those that a later one repeats: a call that waits for its other arguments.
 
-    What they have in common is no evidence.
+    What they have in common is not evidence.
     """
     return [
         one

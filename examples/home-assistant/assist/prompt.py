@@ -124,7 +124,7 @@ def question(domain: str, devices: Sequence[Device]) -> str:
 
 
 def _say(answer: Mapping[str, Any], devices: Sequence[Device]) -> str:
-    """The words for an answer that is no call."""
+    """The words for an answer that is not a call."""
     if "ask" in answer:
         return question(str(answer["ask"]), devices)
     if answer.get("missing") == "timer":

@@ -1,4 +1,4 @@
-"""Sentences that are no single order: follow-ups, questions, lists, timers and talk."""
+"""Sentences that are not a single order: follow-ups, questions, lists, timers and talk."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ def of_key(key: str) -> str:
 def matching(
     expressions: Sequence[str], names: Sequence[str], subject: str, *, whole: bool = False
 ) -> list[set[str] | None]:
-    """The names that begin with a match of each expression, or are one; None for what is no regular expression.
+    """The names that begin with a match of each expression, or are one; None for an invalid expression.
 
-    IncompatibleError, which says `subject` the expressions are, if that takes more than LIMIT_S.
+    IncompatibleError, which names their `subject`, after LIMIT_S.
     """
     if not expressions:
         return []

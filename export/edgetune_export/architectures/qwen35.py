@@ -20,7 +20,7 @@ _READS_VALUES = "ssm_out.weight"
 
 class _Qwen35(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
-        """IncompatibleError for layers of other kinds, and for value heads that are no multiple of the key heads."""
+        """IncompatibleError for layers of other kinds, and for value heads that are not a multiple of the key heads."""
         kinds = config.get("layer_types") or ()
         if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {_RECURRENT, _ATTENTION}:
             message = f"the base has layer_types {str(kinds)[:80]!r}, not {_RECURRENT} or {_ATTENTION} for each layer"
@@ -70,7 +70,7 @@ class _Qwen35(Architecture):
 
 def _check_heads(keys: int, values: int) -> None:
     if keys < 1 or values % keys:
-        message = f"the base has {values} value heads, which is no multiple of its {keys} key heads"
+        message = f"the base has {values} value heads, which is not a multiple of its {keys} key heads"
         raise IncompatibleError(message, "use a base that llama.cpp can run")
 
 

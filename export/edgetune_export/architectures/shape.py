@@ -82,7 +82,7 @@ class BaseShape:
         for name, tensor in header.tensors.items():
             match = _LAYER.match(name)
             layer, kind = (int(match[1]), match[2]) if match else (_OUTSIDE, name)
-            # Angles of the rotary embedding and the scales of layers are no parameters of the model, and llama.cpp's
+            # Angles of the rotary embedding and the scales of layers are not parameters of the model, and llama.cpp's
             # converter also writes the keys and values of layers that do not use them.
             is_unused = layer in sharing and kind in _KEYS_AND_VALUES
             if not (kind.startswith("rope_") or kind == "layer_output_scale" or is_unused):

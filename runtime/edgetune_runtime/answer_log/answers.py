@@ -61,7 +61,7 @@ class LoggedAnswer:
     def message_of(self, text: str) -> Message:
         """The assistant's message of a text as in `answer` and `correction`.
 
-        UsageError for calls of tools in another form, and for those of what is none of the tools.
+        UsageError for calls of tools in another form, and for those of anything but the tools.
         """
         value = json_or_none(text)
         if self.tools is None or not _has_calls(value):

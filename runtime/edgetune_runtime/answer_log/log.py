@@ -47,7 +47,7 @@ class AnswerLog:
     The file and the one before it, `PATH.1`, have at most `max_bytes` together; the oldest lines are dropped. What the
     regular expressions `redact` find in prompts, answers and corrections is replaced, but for names of fields, and in
     tools nothing is; texts in which that takes too long are replaced as a whole. Others than the user of the process
-    cannot read the files. UsageError for a path that cannot be written, an expression that is none, and fewer than
+    cannot read the files. UsageError for a path that cannot be written, an invalid expression, and fewer than
     100,000 bytes.
     """
 
@@ -63,7 +63,7 @@ class AnswerLog:
         self._lock = threading.RLock()
         try:
             if path.exists() and not _is_log(path):
-                raise UsageError(f"{path} is no log of answers", "choose another file")
+                raise UsageError(f"{path} is not a log of answers", "choose another file")
             append_lines(path, "")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}", "choose another file") from error
@@ -89,8 +89,8 @@ class AnswerLog:
         """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log.
 
         With `tools`, `answer` is `Answer.content`, and `calls` are `Answer.tool_calls`. `shown` is what the user got in
-        place of an unsure answer; an empty text is none that can be right, such as a question back. Nor can an answer
-        that is cut off.
+        place of an unsure answer; an empty text, as after a question back, is never right. Nor is an answer that is
+        cut off.
         """
         turns = messages_for(prompt, None)
         offered = tool_set(tools)

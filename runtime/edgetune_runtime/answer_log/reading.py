@@ -21,8 +21,8 @@ _LOG = logging.getLogger(__name__)
 def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] = _LOG.warning) -> list[LoggedAnswer]:
     """The answers in a log of this bundle, each with its last correction, in the order of these, or of first lines.
 
-    `say` gets a sentence about lines that are left out because they are no JSON, as a part of a line that was not
-    written to its end, and about those of another bundle or base.
+    `say` gets a sentence about lines that are left out because they are not JSON, such as a line that was not written
+    to its end, and about those of another bundle or base.
 
     NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError if all are of
     other bundles.

@@ -23,7 +23,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Redaction:
-    """Replaces what `patterns`, Python's regular expressions, find; UsageError for one that is none."""
+    """Replaces what `patterns`, Python's regular expressions, find; UsageError for an invalid one."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         for pattern in patterns:

@@ -31,7 +31,7 @@ def trusted_keys_text(keys: Iterable[Key]) -> str:
 def read_trusted_keys(path: Path, least: int = 1) -> Mapping[str, Key]:
     """The keys in a file by their ids.
 
-    NotFoundError if it cannot be read, VerificationError if it is no such file, or has fewer than `least` keys.
+    NotFoundError if it cannot be read, VerificationError if it is not such a file, or has fewer than `least` keys.
     """
     with importing("signatures need", '"edgetune-runtime[update]"'):
         from securesystemslib.signer import Key  # noqa: PLC0415 - part of an extra

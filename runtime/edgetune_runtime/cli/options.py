@@ -50,7 +50,7 @@ def add_sampling(command: argparse.ArgumentParser) -> None:
 
 
 def add_form(command: argparse.ArgumentParser) -> None:
-    """What form answers have to have."""
+    """What form answers must have."""
     group = command.add_argument_group("output constraint (default: the adapter's own, if it has one)")
     forms = group.add_mutually_exclusive_group()
     forms.add_argument("--schema", type=Path, metavar="FILE", help="answer in JSON that matches this JSON Schema")
@@ -134,7 +134,7 @@ def open_runtime(options: argparse.Namespace, **more: Unpack[RuntimeOptions]) ->
 
 
 def opening_options(options: argparse.Namespace) -> RuntimeOptions:
-    """The options of `Runtime.open` on the command line; UsageError for a size that is none."""
+    """The options of `Runtime.open` on the command line; UsageError for an invalid size."""
     sizes = {name: value for name in _SIZES if (value := getattr(options, name)) is not None}
     for name, value in sizes.items():
         if not 0 <= value < math.inf:

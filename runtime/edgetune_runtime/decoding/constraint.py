@@ -158,7 +158,7 @@ class Constraint:
         self._matcher.consume_tokens(self.tokens)
 
     def _failure(self) -> str:
-        """Why the matcher failed, or ''; a dead end is no failure."""
+        """Why the matcher failed, or ''; a dead end is not a failure."""
         error = str(self._matcher.get_error())
         return "" if DEAD_END in error else error
 

@@ -86,7 +86,8 @@ class OutputSpec:
     def parse(self, text: str) -> Any:  # noqa: ANN401 - whatever the schema describes
         """The parsed answer: JSON, or an instance of `model`, for a schema; else the text itself.
 
-        VerificationError when the text is no such JSON, as that of an answer that ended early, or `model` refuses it.
+        VerificationError when the text is not such JSON, for example because the answer ended early, or `model` refuses
+        it.
         """
         if self.kind != "schema":
             return text

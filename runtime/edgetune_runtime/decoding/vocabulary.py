@@ -11,7 +11,7 @@ from edgetune_runtime.text.controls import USUAL_NAME
 
 from .library import library
 
-# llguidance's mark of a token that is no text; no byte of UTF-8.
+# llguidance's mark of a token without text; not a byte of UTF-8.
 _CONTROL = b"\xff"
 # Tokens within a JSON string, which llguidance looks up at once instead of one by one where all of them may come next:
 # two of its own four slices, as the others make no mask faster and a third of the vocabulary's time and memory.

@@ -260,7 +260,7 @@ def _wrong_delta_nets(header: GgufHeader, layers: int, size: int) -> Iterator[st
         for key in ("state_size", "group_count", "time_step_rank", "inner_size")
     )
     if not groups or heads % groups or inner != heads * state:
-        yield f"{heads} heads of size {state} in {groups} groups are no delta nets of qwen35.ssm.inner_size {inner}"
+        yield f"{heads} heads of size {state} in {groups} groups are not delta nets of qwen35.ssm.inner_size {inner}"
     flags = header.metadata.get("qwen35.attention.recurrent_layers")
     if isinstance(flags, tuple) and len(flags) != layers:
         yield f"qwen35.attention.recurrent_layers has {len(flags)} flags for {layers} layers"
@@ -313,7 +313,7 @@ def _wrong_tokenizer(header: GgufHeader) -> Iterator[str]:
     ids = Between(0, len(tokens) - 1)
     for key, value in metadata.items():
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id") and value not in ids:
-            yield f"{key} is {str(value)[:80]}, which is none of its {len(tokens)} tokens"
+            yield f"{key} is {str(value)[:80]}, which is not one of its {len(tokens)} tokens"
 
 
 def _wrong_kind(metadata: Mapping[str, Any], texts: set[str]) -> Iterator[str]:
@@ -328,7 +328,7 @@ def _wrong_kind(metadata: Mapping[str, Any], texts: set[str]) -> Iterator[str]:
     if missing and kind in _KINDS:
         yield f"its SentencePiece tokenizer has no token for byte {missing[0]:#04x}"
     if not _is_array(merges, str):
-        yield "its merges are no list of texts"
+        yield "its merges are not a list of texts"
     elif wrong := [merge for merge in merges if merge.find(" ", 1) < 1]:
         yield f"it has the merge {wrong[0][:80]!r}, which is not two texts"
 

@@ -10,7 +10,7 @@ LAYERS = 512
 
 @dataclass(frozen=True)
 class Between:
-    """Numbers from `low` to `high`, of the type of `low`; NaN is none of them."""
+    """Numbers from `low` to `high`, of the type of `low`; NaN is not one of them."""
 
     low: _Number
     high: _Number

@@ -57,7 +57,7 @@ class Value:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of an initializer that is no text."""
+        """The bytes of an initializer that is not text."""
         return -(-self.size * _TYPE_BITS.get(self.elem_type, 0) // 8)
 
 

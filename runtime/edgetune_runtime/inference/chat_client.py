@@ -20,7 +20,7 @@ OF_ONE_REQUEST = frozenset((400, 413, 422))
 
 _MAX_BYTES = 1 << 20
 _SHORTEST_SECRET = 6
-"""Characters of a key that is none of the words that servers without keys are given."""
+"""Characters of a key that is not one of the words that servers without keys are given."""
 _REFUSED = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None, "response_format": None}
 """What OpenAI's newer models refuse, which think before they answer, and its other name if it has one. Other servers
 refuse the other name, or ignore it. Many know no schema."""

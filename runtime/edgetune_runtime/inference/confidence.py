@@ -48,7 +48,10 @@ def log_odds(log_chances: Iterable[float | None]) -> float:
 
 
 def kind_of(text: str, output: OutputSpec | None, *, calls: int, expects_calls: bool) -> str:
-    """The kind of a whole answer. Of nothing to do are JSON without any value, no text, and no call where expected."""
+    """The kind of a whole answer.
+
+    It is NOTHING for JSON without values, for empty text, and for no call where one was expected.
+    """
     if calls:
         return VALUE
     text = text.strip()

@@ -49,7 +49,7 @@ class DeferError(EdgetuneError):
 class DeferTo:
     """A bigger model: the address of its API up to `/v1`, its name, and the seconds that an answer may take.
 
-    `key` is sent as bearer token. UsageError for what is no address, no key or no such time.
+    `key` is sent as bearer token. UsageError for an invalid address, key or time.
     """
 
     url: str
@@ -118,7 +118,7 @@ def _fitting(to: DeferTo, call: ToolCall, tools: ToolSet | None) -> ToolCall:
     """The call as a model that is held to the tools writes it; DeferError if these do not allow it."""
     tool = next((tool for tool in tools.offered if tool.name == call.name), None) if tools is not None else None
     if tool is None:
-        raise _error(to, f"called {call.name!r}, which is none of the tools")
+        raise _error(to, f"called {call.name!r}, which is not one of the tools")
     arguments = tool.ordered(call.arguments)
     text = json.dumps(arguments, ensure_ascii=False)
     if not output_of(schema=tool.schema, spacing="any").accepts(text):
@@ -174,7 +174,7 @@ def _read(to: DeferTo, reply: bytes) -> tuple[str, tuple[ToolCall, ...]]:
     try:
         message = message_of(reply)
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
-        # Half a pair of surrogates is no text.
+        # A lone surrogate cannot be encoded.
         json.dumps([message, [call.arguments for call in calls]], ensure_ascii=False).encode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _error(to, f"sent no chat completion: {error}") from error

@@ -83,7 +83,7 @@ class LoadedBundle:
         self.router = Router(folder, manifest, verify=options.verify)
         self.replaced = ReplacedAdapters()
         self.deferring: Callable[[], AbstractContextManager[None]] = nullcontext
-        """What holds while a bigger model answers, in which a call has no context."""
+        """Entered while a bigger model answers, so that the call gives back its context."""
         self._is_closed = False
         self._fixed = FixedParts()
         self._past = self._past_answers()
@@ -206,7 +206,7 @@ class LoadedBundle:
 
     @contextmanager
     def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
-        """Lease a context for tokens that are no call's, with these adapters loaded, and their scales."""
+        """Lease a context for tokens that belong to no call, with these adapters loaded, and their scales."""
         entries = self._entries(self.scales(adapter))
         pool, active = self.pool(adapter)
         with self.adapters.lease(pool, PromptJob(tokens, self.base.first.spans(active, tokens)), entries) as context:

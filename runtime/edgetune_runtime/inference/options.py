@@ -99,7 +99,7 @@ class AnswerForm:
             return {}
         if self.tools is not None and (entry.output is not None or entry.labels):
             return {}
-        # No text is no label; the curve is that of texts that `classify` finds to be out of scope.
+        # An empty text is not a label; the curve is that of texts that `classify` finds to be out of scope.
         return {kind: curve for kind, curve in curves.items() if not (entry.labels and kind == NOTHING)}
 
 

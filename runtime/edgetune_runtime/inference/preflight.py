@@ -156,7 +156,7 @@ def _last_values(output: bytes) -> dict[str, Any]:
 
 
 def _error(raw: Any) -> EdgetuneError:  # noqa: ANN401 - JSON
-    """The error that the child had, which is no more to be trusted than the bundle."""
+    """The error that the child had, which is as untrusted as the bundle."""
     name, message, remedy = (str(raw.get(key))[:_CHARACTERS] for key in ("name", "message", "remedy"))
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, EdgetuneError):

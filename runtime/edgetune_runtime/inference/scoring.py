@@ -98,7 +98,7 @@ def most_likely(
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """UsageError for what are no labels to choose from."""
+    """UsageError unless these are labels to choose from."""
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise UsageError(f"labels is {labels!r}", "give a list of texts")
     if not labels or len(set(labels)) != len(labels) or not all(labels):

@@ -53,7 +53,7 @@ def answer_pieces(
 
 
 def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> UnsureRule | None:
-    """The rule of a call; UsageError for a value that is none, and for a call whose answers have no confidence."""
+    """The rule of a call; UsageError for an invalid value, and for a call whose answers have no confidence."""
     min_confidence, unsure, question = (options.get(name) for name in ("min_confidence", "unsure", "ask"))
     then = _checked(loaded, unsure, question)
     if call.stopped or (call.route is not None and not call.route.is_known):
@@ -107,7 +107,7 @@ def _check_counts(then: str | None, adapter: str | None, rule: UnsureRule | None
 
 
 def check_min_confidence(value: object, curves: Curves) -> None:
-    """UsageError for a value that is no probability, and for a call whose answers have no confidence."""
+    """UsageError for a value that is not a probability, and for a call whose answers have no confidence."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise UsageError(f"min_confidence is {value!r}", "give a number from 0 to 1")
     if not curves:
@@ -139,7 +139,7 @@ class _Settling:
     def _marked(self) -> Answer:
         answer = self.outcome.answer
         assert answer is not None
-        # An unknown confidence is no high one.
+        # An unknown confidence counts as low.
         is_unsure = answer.confidence is None or answer.confidence < self.rule.min_confidence
         return replace(answer, is_unsure=is_unsure)
 

@@ -144,7 +144,7 @@ class Answering:
                 await self.warm()
 
     def _look(self) -> None:
-        """See what the bundle has now."""
+        """Read again which models the bundle has now."""
         names = [rewriter.name for rewriter in self.serving.rewriters]
         runtime = self.runtime.runtime
         self.models = Models(runtime.manifest, runtime.engine, names, runtime.route)

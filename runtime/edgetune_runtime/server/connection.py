@@ -30,7 +30,7 @@ class BodyReader:
     async def read(self, request: Request, parse: Callable[[Mapping[str, Any]], T]) -> T:
         """What `parse` makes of the JSON object in a request's body.
 
-        RequestError if it is none, too large or too slow; ClientGoneError if the client disconnects.
+        RequestError if it is not one, or is too large or too slow; ClientGoneError if the client disconnects.
         """
         data = await _read(request, self._limits)
         if len(data) <= LARGE_BYTES:

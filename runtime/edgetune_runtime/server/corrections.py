@@ -44,7 +44,7 @@ def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
     fields = Fields(body)
     for name in body.keys() - {*_MEMBERS}:
         # A misspelled correction would say that the answer is right.
-        raise RequestError(f"{name} is no member of a correction", f"give {', '.join(_MEMBERS)}", param=name)
+        raise RequestError(f"{name} is not a member of a correction", f"give {', '.join(_MEMBERS)}", param=name)
     # OpenAI's ids have the kind of the reply before them.
     name = fields.needed_text("id").rpartition("-")[2].rpartition("_")[2]
     given = body.get("correction")

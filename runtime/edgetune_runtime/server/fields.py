@@ -160,7 +160,7 @@ def _depth(text: str) -> int:
 
 
 def _require_whole_characters(value: object) -> None:
-    """RequestError for half a surrogate pair, which is no character and cannot be sent back."""
+    """RequestError for half a surrogate pair, which is not a character and cannot be sent back."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -89,7 +89,7 @@ class Rewriter:
         return cls(name, rewrite)
 
     async def rewrite(self, request: AnswerRequest) -> AnswerRequest:
-        """The request to the adapter. RequestError for one that is no plain chat, or that the function fails with."""
+        """The request to the adapter. RequestError for one that is not a plain chat, or if the function fails."""
         if any(isinstance(prompt, str) for prompt in request.prompts) or "schema" in request.options:
             kind = "format" if "schema" in request.options else "prompt"
             raise RequestError(f"model {self.name!r} answers chats without a {kind} of their own", "send messages only")

@@ -64,7 +64,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _host_of(header: str) -> str:
-    """A Host header without its port and the brackets of an IPv6 address; empty if it is none."""
+    """A Host header without its port and the brackets of an IPv6 address; empty for an invalid one."""
     match = _HOST.fullmatch(header)
     return "" if match is None else (match["ipv6"] or match["name"]).lower()
 

@@ -93,7 +93,7 @@ class SharedResources:
             self.prompts.save(saved.key, saved.tokens, saved.state, is_warmed=job.is_warmed)
 
     def know_adapter(self, name: str, digest: str, invocation: Sequence[int]) -> None:
-        """Have states of a new adapter, whose file has this digest."""
+        """Register a new adapter, whose file has this digest, so that its states can be kept."""
         if invocation:
             self.invocations[name] = invocation
         if self.prompts is not None:

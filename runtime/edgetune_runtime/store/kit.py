@@ -102,7 +102,7 @@ class Kit:
 def read_kit(folder: Path) -> Kit:
     """The kit in `folder`, whose kit.json must be the one in SHA256SUMS; reads no other file.
 
-    NotFoundError if it is no kit, VerificationError if either file is damaged or they list different digests.
+    NotFoundError if it is not a kit, VerificationError if either file is damaged or they list different digests.
     """
     kit = parse_kit(_text(folder / KIT_NAME))
     listed = _sums(_text(folder / SUMS_NAME))

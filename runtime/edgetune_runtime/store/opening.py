@@ -33,7 +33,7 @@ DEFAULTS = Opening()
 
 
 def parse_opening(raw: Mapping[str, Any]) -> Opening:
-    """The options in a kit.json; TypeError or ValueError if they are none."""
+    """The options in a kit.json; TypeError or ValueError for an invalid option."""
     opening = Opening(**raw)
     length, kv, cache = opening.context_length, opening.kv, opening.cache_mb
     if not (length is None or (type(length) is int and 0 < length < 2**31)):

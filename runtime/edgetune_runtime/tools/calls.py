@@ -114,7 +114,7 @@ class ContentStream:
         self._has_begun = False
 
     def push(self, piece: str) -> str:
-        """Add a piece; returns the text that is now known to be no call."""
+        """Add a piece; returns the text that is now known not to be a call."""
         if piece and not self._has_begun:
             self._has_begun = True
             self._text.stopped = bool(self._first) and piece.startswith(self._first)
@@ -134,7 +134,7 @@ class CallsOrJson:
         self._is_json = False
 
     def push(self, piece: str) -> str:
-        """Add a piece; returns the text that is now known to be no call."""
+        """Add a piece; returns the text that is now known not to be a call."""
         if self._is_json:
             return piece
         self._held += piece

@@ -55,7 +55,7 @@ def grammar_of(tools: ToolSet, form: CallFormat, controls: Mapping[str, int], ou
     """What an answer may be with these tools.
 
     With the choice `auto` any text, and from where a call begins only calls; with `required` calls; with a tool's name
-    one call of it; with `none` text in which no call begins. With `output`, a schema, what is no call is JSON.
+    one call of it; with `none` text in which no call begins. With `output`, a schema, what is not a call is JSON.
     """
     if output is not None and tools.choice == "none":
         return output

@@ -53,7 +53,7 @@ class DeviceReport:
 
 
 def parse_report(data: bytes) -> DeviceReport:
-    """The report in a file; VerificationError if it is none."""
+    """The report in a file; VerificationError if it is not a report."""
     with parsing("the report is damaged", "delete it"):
         report = dataclass_of(DeviceReport, json.loads(data))
         is_named = _ID.fullmatch(report.device) and all(map(NAME.fullmatch, (report.name, report.channel)))

@@ -219,7 +219,7 @@ class _Fetcher(FetcherInterface):
 
 
 def read_root(data: bytes) -> Root:
-    """The root metadata in a file; UsageError if it is none, or damaged."""
+    """The root metadata in a file; UsageError if it is not root metadata, or is damaged."""
     try:
         metadata = Metadata[Root].from_bytes(data)
         metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)

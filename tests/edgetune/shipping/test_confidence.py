@@ -170,7 +170,7 @@ def test_training_rows_are_refused(tmp_path: Path) -> None:
         ),
         (
             {"min_confidence": 0.8, "out_of_scope": True, "metric": "label", "data": {"held_out": 0.06}},
-            "has min_confidence, but 6 validation rows give none; give 20 or more, which are no training rows",
+            "has min_confidence, but 6 validation rows give none; give 20 or more, which are not training rows",
         ),
         ({"min_confidence": 0.8, "metric": "rouge_l"}, "rouge_l scores no answer as right or wrong"),
         ({"unsure": "base"}, "unsure and ask need min_confidence"),

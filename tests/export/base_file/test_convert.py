@@ -304,6 +304,5 @@ def test_value_heads_that_are_no_multiple_of_the_key_heads_are_refused(
     folder = Path(shutil.copytree(tiny_folder("qwen35"), tmp_path / "base"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "linear_num_key_heads": keys}))
-    assert_refused(
-        IncompatibleError, f"6 value heads, which is no multiple of its {keys} key heads", lambda: check_folder(folder)
-    )
+    message = f"6 value heads, which is not a multiple of its {keys} key heads"
+    assert_refused(IncompatibleError, message, lambda: check_folder(folder))

@@ -419,7 +419,7 @@ def test_a_line_that_is_not_one_of_a_log_is_refused(
 def test_invalid_options_are_refused(manifest: Manifest, tmp_path: Path) -> None:
     other = tmp_path / "manifest.json"
     other.write_text('{"name": "home"}')
-    with pytest.raises(UsageError, match=r"manifest\.json is no log of answers; choose another file"):
+    with pytest.raises(UsageError, match=r"manifest\.json is not a log of answers; choose another file"):
         AnswerLog(other, manifest)
     assert other.read_text() == '{"name": "home"}'
     for torn in ('{"id', '{"id\n', "\n", "\0\0\n" + '{"id": "a", "ti\n'):

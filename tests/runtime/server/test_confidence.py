@@ -332,8 +332,8 @@ def test_its_calls_must_fit_the_tools() -> None:
     for message, choice, problem in (
         (calling({"room": "attic"}), "auto", "called 'lamp' with .*attic.*, which its schema does not allow"),
         (calling({"room": "hall", "x": 1}), "auto", "which its schema does not allow"),
-        (calling({}, "lmap"), "auto", "called 'lmap', which is none of the tools"),
-        (calling({"room": "hall"}), "none", "called 'lamp', which is none of the tools"),
+        (calling({}, "lmap"), "auto", "called 'lmap', which is not one of the tools"),
+        (calling({"room": "hall"}), "none", "called 'lamp', which is not one of the tools"),
         ({"content": "Sure."}, "required", "called no tool, and tool_choice is 'required'"),
         ({"content": "Sure."}, "lamp", "called no tool, and tool_choice is 'lamp'"),
         ({"content": ""}, "auto", "gave an empty answer"),

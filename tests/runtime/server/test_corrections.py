@@ -140,7 +140,7 @@ def test_what_calls_no_tool_is_no_correction_of_a_call(start: Start, tools_bundl
         (
             {"id": "a", "corection": "on"},
             400,
-            "corection is no member of a correction; give id, index, corr",
+            "corection is not a member of a correction; give id, index, corr",
         ),
     ],
 )

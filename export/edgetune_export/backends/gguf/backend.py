@@ -117,7 +117,7 @@ def _misfit(module: str, delta: Delta, tensor: TensorInfo | None) -> str:
         tied = " (its output layer is its token embedding)" if module == "lm_head" else ""
         return f"the base has no tensor for {module}{tied}"
     if tensor.name == "token_embd.weight" or len(tensor.shape) != 2:
-        return f"{module} is no linear layer"
+        return f"{module} is not a linear layer"
     columns, rows = tensor.shape
     return delta.misfit(module, rows, columns)
 

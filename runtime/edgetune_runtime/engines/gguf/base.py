@@ -37,8 +37,8 @@ class GgufBase:
     def __init__(self, path: Path, context_length: int, repack: bool | None) -> None:
         self.header = read_base(path)
         self.repacks = _can_repack(self.header) if repack is None else repack
-        # Repacked weights together with a mapped file would need twice the memory. But an embedding of which tokens
-        # read single rows, half of a file of Gemma 4, is to stay there.
+        # Repacked weights beside a mapped file would take twice the memory. But the per-layer embedding of Gemma 4,
+        # half of its file, is only read row by row, and should stay in the file.
         mapped = not self.repacks or PER_LAYER_EMBEDDING in self.header.tensors
         self.model = load_model(path, repack=self.repacks, mapped=mapped)
         self.adapters = GgufAdapters(self.model)

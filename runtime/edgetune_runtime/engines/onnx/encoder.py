@@ -36,7 +36,7 @@ TRAINED_CONTEXT_LENGTH = "edgetune.trained_context_length"
 """Key of the graph's metadata: the tokens that the base was trained for."""
 
 _MAX_CHARACTERS = 256
-"""Per token of the context: a longer text is not tokenized. Tokenizers may drop accents, so it is no exact bound."""
+"""Per token of the context: a longer text is not tokenized. Tokenizers may drop accents, so the bound is not exact."""
 
 
 class EncoderTokenizer:
@@ -165,7 +165,7 @@ def _check_head(head: Mapping[str, NDArray[np.generic]], hidden: int, labels: in
 
 
 def _hidden_size(header: OnnxHeader, path: Path) -> int:
-    """Width of the pooled layer; VerificationError when the graph is no encoder's."""
+    """Width of the pooled layer; VerificationError when the graph is not an encoder's."""
     weight, bias, pooled = header.inputs.get(HEAD_WEIGHT), header.inputs.get(HEAD_BIAS), header.outputs.get(POOLED)
     defaults = [header.initializers.get(name) for name in (HEAD_WEIGHT, HEAD_BIAS)]
     has_interface = {"input_ids", "attention_mask"} <= header.inputs.keys() and LOGITS in header.outputs

@@ -142,7 +142,7 @@ def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 @contextmanager
 def panics_as_errors(problem: str) -> Iterator[None]:
-    """Turn all that the library raises into a VerificationError: plain Exceptions, and panics, which are none."""
+    """Turn all that the library raises into a VerificationError: Exceptions, and panics, which are not Exceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -76,4 +76,4 @@ def _address(uri: str) -> tuple[str, int]:
             return parts.hostname, parts.port
     except ValueError:
         pass
-    raise UsageError(f"--uri {uri!r} is no address", "give tcp://HOST:PORT")
+    raise UsageError(f"--uri {uri!r} is not an address", "give tcp://HOST:PORT")

@@ -137,7 +137,7 @@ def test_rows_are_kept_that_fit_and_whose_answers_agree(
     ]
     err = capsys.readouterr().err
     for reason in (
-        "prompts that are there already, or are none",
+        "prompts that are there already, or cannot be used",
         "answers that do not fit the task",
         "answers that disagree",
         "requests that the teacher refuses",

@@ -122,5 +122,5 @@ def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Pa
         UsageError, match=r"answer a4 to 'dim the den': the correction '.*dim.*' breaks the schema of the recipe"
     ):
         learned_rows(task, corrected(*FINE, bad))
-    with pytest.raises(UsageError, match="the correction 'lamp on' is no answer that the metric json can score"):
+    with pytest.raises(UsageError, match="the correction 'lamp on' is not an answer that the metric json can score"):
         learned_rows(task_of(tmp_path), corrected(*FINE, ("dim the den", "lamp on")))

@@ -173,8 +173,8 @@ def test_an_adapter_of_another_base_is_refused_with_both_shapes(
     [
         ("model.layers.2.mlp.up_proj", ones(4, 128, 64), "no tensor for model.layers.2.mlp.up_proj"),
         ("model.vision_tower.layers.0.mlp.fc1", ones(4, 128, 64), "no tensor for model.vision_tower"),
-        ("model.layers.0.input_layernorm", ones(4, 64, 1), "input_layernorm is no linear layer"),
-        ("model.embed_tokens", ones(4, 384, 64), "embed_tokens is no linear layer"),
+        ("model.layers.0.input_layernorm", ones(4, 64, 1), "input_layernorm is not a linear layer"),
+        ("model.embed_tokens", ones(4, 384, 64), "embed_tokens is not a linear layer"),
         ("lm_head", ones(4, 384, 64), "lm_head .its output layer is its token embedding"),
     ],
 )

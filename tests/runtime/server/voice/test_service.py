@@ -214,8 +214,8 @@ def test_a_client_that_does_not_read_is_dropped(runtime: Runtime) -> None:
         (["--adapter", "none"], "no adapter 'none'"),
         ([], "has several adapters"),
         (["--adapter", "plain", "--uri", "tcp://0.0.0.0:0"], "others can reach 0.0.0.0"),
-        (["--adapter", "plain", "--uri", "127.0.0.1:5"], "is no address"),
-        (["--adapter", "plain", "--uri", "tcp://127.0.0.1:70000"], "is no address"),
+        (["--adapter", "plain", "--uri", "127.0.0.1:5"], "is not an address"),
+        (["--adapter", "plain", "--uri", "tcp://127.0.0.1:70000"], "is not an address"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(
