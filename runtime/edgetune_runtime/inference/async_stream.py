@@ -20,26 +20,42 @@ OpenStream = Callable[[threading.Event], Stream]
 
 
 class StreamThreads:
-    """The threads of the unfinished streams of one runtime, so that closing it can end them."""
+    """The threads of the unfinished streams of a runtime, or of one of its sessions, so that closing it can end them.
 
-    def __init__(self) -> None:
+    Those of a session are also among those of its `runtime`.
+    """
+
+    def __init__(self, runtime: StreamThreads | None = None) -> None:
         self.running: set[_StreamThread] = set()
+        self._runtime = runtime
         self._closed = False
 
     def start(self, open_stream: OpenStream, cancel: threading.Event | None) -> _StreamThread:
         """Start reading a stream; UsageError after `close`."""
         if self._closed:
             raise UsageError(*CLOSED)
-        thread = _StreamThread(open_stream, cancel)
+        if self._runtime is None:
+            thread = _StreamThread(open_stream, cancel)
+        else:
+            thread = self._runtime.start(open_stream, cancel)
         self.running.add(thread)
         thread.ended.add_done_callback(lambda _: self.running.discard(thread))
         return thread
 
+    def require_none_open(self) -> None:
+        """Raise UsageError if a stream is open that somebody may still read."""
+        if any(thread.is_open for thread in self.running):
+            raise UsageError("a stream of this session is still open", "read it to its end or close it first")
+
+    async def end_all(self) -> None:
+        """End the streams, which then raise UsageError; returns once their contexts are free."""
+        for thread in list(self.running):
+            await thread.stop()
+
     async def close(self) -> None:
         """End all streams, and refuse new ones."""
         self._closed = True
-        for thread in list(self.running):
-            await thread.stop()
+        await self.end_all()
 
 
 class AsyncStream(AsyncIterator[str], AbstractAsyncContextManager["AsyncStream"]):
@@ -107,6 +123,11 @@ class _StreamThread:
         self._room = threading.Semaphore(_AHEAD)
         # A daemon, because a stream that nobody reads any more would keep the process from exiting.
         threading.Thread(target=self._run, name="edgetune-stream", daemon=True).start()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the stream has neither ended nor been told to."""
+        return not (self._abandoned or self.ended.done())
 
     async def next_piece(self) -> str | None:
         """The next piece, None after the last one; raises what the stream raised."""

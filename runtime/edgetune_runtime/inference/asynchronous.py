@@ -161,10 +161,10 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
 
 
 class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):
-    """A `Session` whose calls are awaited, one after another."""
+    """A `Session` whose calls are awaited, one after another; `threads` are those of its runtime."""
 
     def __init__(self, session: Session, threads: StreamThreads) -> None:
-        self._session, self._threads = session, threads
+        self._session, self._threads = session, StreamThreads(threads)
 
     @property
     def adapter(self) -> Adapters:
@@ -189,11 +189,16 @@ class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):
         await asyncio.to_thread(self._session.use, adapter, carry=carry)
 
     async def save(self, path: str | Path) -> None:
-        """Write the conversation and its state to a file; see `Session.save`."""
+        """Write the conversation and its state to a file; see `Session.save`. UsageError while a stream is open."""
+        self._threads.require_none_open()
         await asyncio.to_thread(self._session.save, path)
 
     async def close(self) -> None:
-        """Drop the session's state; a second call does nothing."""
+        """End unfinished streams, which then raise UsageError, and drop the session's state.
+
+        A second call does nothing.
+        """
+        await self._threads.end_all()
         await asyncio.to_thread(self._session.close)
 
     async def __aexit__(self, *_error: object) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime import AsyncRuntime, NotFoundError, Runtime, UsageError
+from edgetune_runtime.inference.async_stream import AsyncStream
 from edgetune_runtime.inference.measuring import loaded_bundle
 
 PROMPT = "turn on the light"
@@ -186,6 +187,63 @@ def test_closing_ends_open_streams(bundle: Path) -> None:
         stream = runtime.stream(PROMPT, max_tokens=230)
         await anext(stream)
         await asyncio.wait_for(runtime.close(), 10)
+        with pytest.raises(UsageError, match="closed"):
+            await stream.read()
+
+    asyncio.run(main())
+
+
+async def in_10_s(call: Awaitable[object], stream: AsyncStream) -> None:
+    """Await a call, and close the stream even if the call waits for it."""
+    try:
+        await asyncio.wait_for(call, 10)
+    finally:
+        await stream.aclose()
+
+
+def test_leaving_a_session_ends_its_open_streams_and_no_others(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=2) as runtime:
+            other = runtime.stream(PROMPT, max_tokens=60)
+            await anext(other)
+            async with runtime.session("command") as session:
+                stream = session.stream(PROMPT, max_tokens=230)
+                await anext(stream)
+                await in_10_s(session.close(), stream)
+            with pytest.raises(UsageError, match="closed before its end"):
+                await stream.read()
+            assert (await other.read()).tokens == 60
+
+    asyncio.run(main())
+
+
+def test_a_session_is_not_saved_while_its_stream_is_open(bundle: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        path = tmp_path / "talk.kv"
+        async with opened(bundle) as runtime, runtime.session("command") as session:
+            await session.send("play", max_tokens=4)
+            history = session.history
+            stream = session.stream(PROMPT, max_tokens=230)
+            await anext(stream)
+            with pytest.raises(UsageError, match="stream of this session is still open"):
+                await in_10_s(session.save(path), stream)
+            await session.save(path)
+            async for _ in session.stream(PROMPT, max_tokens=230):
+                break
+            # A stream that nobody can read any more is not open.
+            await session.save(path)
+            async with await runtime.load_session(path) as again:
+                assert again.history == history
+
+    asyncio.run(main())
+
+
+def test_closing_a_runtime_ends_the_streams_of_its_sessions(bundle: Path) -> None:
+    async def main() -> None:
+        runtime = await AsyncRuntime.open(bundle, disk_mb=0)
+        stream = runtime.session("command").stream(PROMPT, max_tokens=230)
+        await anext(stream)
+        await in_10_s(runtime.close(), stream)
         with pytest.raises(UsageError, match="closed"):
             await stream.read()
 
