@@ -66,7 +66,7 @@ def require_fits(new: NewAdapter, manifest: Manifest) -> None:
 def add_adapter(loaded: LoadedBundle, folder: Path, name: str | None) -> str:
     """Add an adapter of the bundle in `folder`, check it and load it; see `Runtime.add_adapter`."""
     new = chosen_adapter(read_signed_manifest(folder, loaded.options.trusted_keys), folder, name)
-    with loaded.changing:
+    with loaded.changing():
         _require_sound(loaded, new)
         _add(loaded, new)
     return new.entry.name
@@ -74,7 +74,7 @@ def add_adapter(loaded: LoadedBundle, folder: Path, name: str | None) -> str:
 
 def reload(loaded: LoadedBundle, folder: Path) -> AdapterChanges:
     """Take over the bundle in `folder`; see `Runtime.reload`."""
-    with loaded.changing:
+    with loaded.changing():
         now, changes = read_signed_manifest(folder, loaded.options.trusted_keys), AdapterChanges([], [], [], {})
         _require_same_base(loaded, folder, now)
         for name in [name for name in loaded.files.own() if name not in now.adapters]:

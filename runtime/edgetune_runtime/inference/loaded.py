@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,16 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from edgetune_runtime.bundle import (
-    AUTO,
-    GENERATE,
-    AdapterEntry,
-    Manifest,
-    NewAdapter,
-    files_of,
-    without_adapter,
-)
-from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
+from edgetune_runtime.bundle import AUTO, GENERATE, AdapterEntry, Manifest, NewAdapter, files_of, without_adapter
 from edgetune_runtime.engines.base import prefix_among
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.limits import Stopped, no_limits
@@ -33,16 +23,16 @@ from edgetune_runtime.serving.places import Holder
 from edgetune_runtime.serving.pool import Pool
 from edgetune_runtime.states.activation import join_spans
 from edgetune_runtime.states.cache import CALLS, common_prefix
-from edgetune_runtime.states.store import default_folder
 from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt, messages_for
-from edgetune_runtime.wording import CLOSED
 
 from .adapter_files import AdapterFiles
 from .adapter_loading import BundleAdapterLoader
 from .call import Call, CarriedState
 from .confidence import Curves
-from .opening_options import ALL, DISK, OFF, OpeningOptions
+from .lifetime import Lifetime, never_free_in_forks
+from .opening import past_answers
+from .opening_options import ALL, OpeningOptions
 from .options import AnswerForm
 from .preparing import Constraints, FixedParts, TokenizedPrompt, raw_tokens
 from .replaced_adapters import ReplacedAdapters
@@ -71,10 +61,10 @@ class LoadedBundle:
         self.options = options
         self.files = AdapterFiles(folder, lambda: self.manifest, options)
         self._in_use = in_use
-        self.changing = threading.Lock()
-        """Held by whoever changes which adapters there are."""
+        self.lifetime = Lifetime()
+        never_free_in_forks(self)
+        self._changing = threading.Lock()
         self._running = running
-        self._process = os.getpid()
         loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, lambda: self.contexts)
         self.adapters = LoadedAdapters(loader, lambda: self.manifest.adapters, options.adapters_mb)
         self._merged = MergedModels(loader.open_merged, options.merged_mb)
@@ -84,9 +74,8 @@ class LoadedBundle:
         self.replaced = ReplacedAdapters()
         self.deferring: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered while a bigger model answers, so that the call gives back its context."""
-        self._is_closed = False
         self._fixed = FixedParts()
-        self._past = self._past_answers()
+        self._past = past_answers(manifest, running, options, lambda: self.manifest.adapters)
 
     @property
     def classifier(self) -> Classifier | None:
@@ -244,13 +233,9 @@ class LoadedBundle:
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
 
-        All calls begin here, so UsageError too after `close`, and in a process that was forked since: its parent has
-        the threads.
+        Calls with adapters begin here, so UsageError too as from `Lifetime.check`.
         """
-        self._check_open()
-        if os.getpid() != self._process:
-            message = "the bundle was opened before this process was forked"
-            raise UsageError(message, "open it after the fork, or start processes by spawn")
+        self.lifetime.check()
         if adapter is None:
             return {}
         if isinstance(adapter, str):
@@ -284,8 +269,16 @@ class LoadedBundle:
         names = list(adapters) if self.options.preload == ALL else self.options.preload
         self.adapters.pin({name: adapters[name] for name in names})
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """A block that changes which adapters there are; others wait for its end. UsageError as of a call."""
+        # A forked process may wait forever for a lock that its parent held.
+        self.lifetime.check()
+        with self._changing:
+            yield
+
     def add(self, new: NewAdapter) -> None:
-        """Add an adapter; the caller holds `changing`."""
+        """Add an adapter, in a block of `changing`."""
         entry, files = new.entry, new.files
         self.files.put(entry.name, new.folder)
         if isinstance(self._running, Pool):
@@ -295,7 +288,7 @@ class LoadedBundle:
         self.manifest = replace(self.manifest, adapters=adapters, files={**self.manifest.files, **files})
 
     def drop(self, name: str) -> None:
-        """Remove an adapter and all that is known of it, once running calls do not use it; the caller holds `changing`.
+        """Remove an adapter and all that is known of it, once running calls do not use it, in a block of `changing`.
 
         Other calls get NotFoundError from now on. UsageError, and the adapter stays, if only streams of this thread use
         it. The router stays until `renew_router` or `move`.
@@ -323,7 +316,7 @@ class LoadedBundle:
         self.router = Router(self.folder, self.manifest, verify=self.options.verify)
 
     def move(self, folder: Path, manifest: Manifest, refused: Collection[str]) -> None:
-        """Read all else from the bundle in `folder`, whose adapters are there already; the caller holds `changing`.
+        """Read all else from the bundle in `folder`, whose adapters are there already, in a block of `changing`.
 
         Those that were `refused` stay as they are, with their files.
         """
@@ -350,7 +343,7 @@ class LoadedBundle:
 
     def clear(self) -> None:
         """Drop all sequences and cached states, except those on disk, and all past answers."""
-        self._check_open()
+        self.lifetime.check()
         if self._past is not None:
             self._past.clear()
         with self._pools() as pools:
@@ -358,16 +351,23 @@ class LoadedBundle:
                 pool.clear()
 
     def drop_states(self, owner: str) -> None:
-        """Drop the states of an owner, such as a closed session."""
+        """Drop the states of an owner, such as a closed session; those of a parent process stay."""
+        if self.lifetime.is_of_parent:
+            return
         with self._pools() as pools:
             for pool in pools:
                 pool.drop_states(owner)
 
     def close(self) -> None:
-        """Free the base and adapters after the calls of other threads end; a second call does nothing."""
-        self._is_closed = True
+        """Free the base and adapters after the calls of other threads end; a second call does nothing.
+
+        In a process that was forked meanwhile, it frees nothing.
+        """
+        self.lifetime.is_closed = True
+        if self.lifetime.is_of_parent:
+            return
         self.adapters.close()
-        with self.changing:
+        with self._changing:
             self._close()
 
     def _close(self) -> None:
@@ -383,20 +383,6 @@ class LoadedBundle:
             shared.cache.clear()
             if shared.threads is not None:
                 shared.threads.close()
-
-    def _past_answers(self) -> PastAnswers | None:
-        learns, path = self.options.learn_drafts, None
-        if learns == OFF or not isinstance(self._running, Pool):
-            return None
-        if learns == DISK:
-            folder = Path(self.options.cache_folder or default_folder())
-            path = path_of(folder, self.manifest.name, self.manifest.base.fingerprint)
-        with self._running.tokenizer() as tokenizer:
-            return PastAnswers(tokenizer.vocab_size, path, lambda: self.manifest.adapters)
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise UsageError(*CLOSED)
 
     def _is_prefix(self, name: str) -> bool:
         return self.manifest.adapter(name).shapes.get(self.options.engine) == "prefix"

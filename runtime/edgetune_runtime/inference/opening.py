@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import STATES_FOLDER, Manifest, files_beside, resolve, unchanged, verify_files
+from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Engine, EngineClass
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.serving.classifier import Classifier
@@ -28,7 +29,7 @@ from edgetune_runtime.states.store import StateStore, default_folder
 from edgetune_runtime.threads.machine import free_mb
 from edgetune_runtime.threads.priority import ComputeThreads, compute_threads
 
-from .opening_options import OpeningOptions, context_mb
+from .opening_options import DISK, OFF, OpeningOptions, context_mb
 
 T = TypeVar("T")
 
@@ -103,6 +104,20 @@ def open_merged(
         prompts, governor = _prompts(bundle, manifest, running, options, store), base.governor.beside()
         shared = replace(base, base=manifest.files[file].sha256, prompts=prompts, governor=governor)
         return Pool(Context(running, shared))
+
+
+def past_answers(
+    manifest: Manifest, running: Pool | Classifier, options: OpeningOptions, adapters: Callable[[], Collection[str]]
+) -> PastAnswers | None:
+    """The past answers of a base, which are kept for these adapters; None if none are to be kept."""
+    learns, path = options.learn_drafts, None
+    if learns == OFF or not isinstance(running, Pool):
+        return None
+    if learns == DISK:
+        folder = Path(options.cache_folder or default_folder())
+        path = path_of(folder, manifest.name, manifest.base.fingerprint)
+    with running.tokenizer() as tokenizer:
+        return PastAnswers(tokenizer.vocab_size, path, adapters)
 
 
 def _checked(

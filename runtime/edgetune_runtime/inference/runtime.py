@@ -254,6 +254,7 @@ class Runtime(AbstractContextManager["Runtime"]):
 
         UsageError for a text-generation bundle.
         """
+        self._loaded.lifetime.check()
         classifier = self._loaded.classifier
         if classifier is None:
             message = f"bundle {self.manifest.name!r} generates text: it has no encoder for embeddings"
@@ -330,7 +331,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         NotFoundError for an unknown name, UsageError, which changes nothing, if only streams that this thread read last
         use it.
         """
-        with self._loaded.changing:
+        with self._loaded.changing():
             self._loaded.drop(name)
             self._loaded.renew_router()
 
@@ -355,7 +356,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         """Free the base and adapters after the calls of other threads end; a second call does nothing.
 
         Calls that wait for a context, and all later ones, raise UsageError; so does a stream that this thread went on
-        with last.
+        with last. A process that was forked meanwhile frees nothing.
         """
         self._loaded.close()
 
