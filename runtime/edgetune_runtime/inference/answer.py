@@ -9,9 +9,13 @@ from typing import Any
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
 from edgetune_runtime.decoding.output import OutputSpec
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.tools.calls import ToolCall
 
 from .routing.router import Route
+
+CLOSED_EARLY = ("the stream was closed before its end", "read it to its end first")
+"""Message and remedy of the UsageError for a stream that has no answer."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,11 @@ class Stream(Iterator[str], AbstractContextManager["Stream"]):
         return self._outcome.answer
 
     def read(self) -> Answer:
-        """Wait for the whole answer and return it."""
+        """Wait for the whole answer and return it; UsageError if the stream was closed before its end."""
         for _ in self:
             pass
-        assert self._outcome.answer is not None
+        if self._outcome.answer is None:
+            raise UsageError(*CLOSED_EARLY)
         return self._outcome.answer
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import CLOSED
 
-from .answer import Answer, Stream
+from .answer import CLOSED_EARLY, Answer, Stream
 
 _AHEAD = 16
 """Pieces that are computed before they are read, so that decoding does not wait for a reader that keeps up."""
@@ -92,7 +92,7 @@ class AsyncStream(AsyncIterator[str], AbstractAsyncContextManager["AsyncStream"]
         async for _ in self:
             pass
         if self.answer is None:
-            raise UsageError("the stream was closed before its end", "read it first")
+            raise UsageError(*CLOSED_EARLY)
         return self.answer
 
     async def aclose(self) -> None:
@@ -171,7 +171,7 @@ class _StreamThread:
 
     def _finish(self) -> None:
         if self._abandoned and self.answer is None and self._error is None:
-            self._error = UsageError("the stream was closed before its end", "read it first")
+            self._error = UsageError(*CLOSED_EARLY)
         self._pieces.put_nowait(None)
         if not self.ended.done():
             self.ended.set_result(None)

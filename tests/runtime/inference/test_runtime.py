@@ -331,6 +331,15 @@ def test_a_stream_left_behind_lets_others_run(runtime: Runtime) -> None:
     assert runtime.generate(PROMPT, max_tokens=1).tokens == 1
 
 
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_a_stream_that_was_closed_before_its_end_has_no_answer_to_read(runtime: Runtime, pieces: int) -> None:
+    with runtime.stream(PROMPT, max_tokens=20) as stream:
+        for _ in range(pieces):
+            next(stream)
+    with pytest.raises(UsageError, match="closed before its end; read it to its end first"):
+        stream.read()
+
+
 def test_a_stream_checks_its_arguments_at_once(runtime: Runtime) -> None:
     with pytest.raises(UsageError):
         runtime.stream(PROMPT, temperature=-1)
