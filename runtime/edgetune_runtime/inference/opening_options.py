@@ -30,6 +30,7 @@ DISK_MB_PER_DAY = 512
 MAX_WAITING = 64
 OFF, MEMORY, DISK = "off", "memory", "disk"
 LEARN_DRAFTS = (OFF, MEMORY, DISK)
+_SIZES = ("cache_mb", "disk_mb", "disk_mb_per_day", "adapters_mb")
 ALL = "all"
 """Value of `preload` for all adapters."""
 
@@ -234,9 +235,11 @@ def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
         raise UsageError(f"learn_drafts is {learn_drafts!r}, and drafts is False", "leave out one of them")
     if options.get("trusted_keys") is not None and not options.get("verify", True):
         raise UsageError("trusted_keys is given, and verify is False", "leave out one of them")
-    for name, size_mb in (("merged_mb", options.get("merged_mb")), ("adapters_mb", options.get("adapters_mb"))):
-        if size_mb is not None and not size_mb >= 0:
-            raise UsageError(f"{name} is {size_mb}", "give a number of at least 0")
+    # Without a limit, merged models use what memory is free.
+    sizes = {name: options.get(name, 0) for name in _SIZES} | {"merged_mb": options.get("merged_mb") or 0}
+    for name, size_mb in sizes.items():
+        if not (isinstance(size_mb, int | float) and size_mb >= 0):
+            raise UsageError(f"{name} is {size_mb!r}", "give a number of at least 0")
     contexts, max_waiting = options.get("contexts"), options.get("max_waiting", MAX_WAITING)
     if (contexts is not None and contexts < 1) or max_waiting < 0:
         message = f"contexts is {contexts} and max_waiting is {max_waiting}"

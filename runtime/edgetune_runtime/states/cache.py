@@ -117,7 +117,7 @@ class StateCache:
     """
 
     def __init__(self, budget_mb: float, emit: Emit = ignore) -> None:
-        self._budget, self._emit = int(budget_mb * 1e6), emit
+        self._budget, self._emit = budget_mb * 1e6, emit
         self._states: OrderedDict[Slot, SavedState] = OrderedDict()
         self._lock = threading.Lock()
         self.bytes = 0

@@ -74,7 +74,7 @@ class StateStore:
         verify: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder, self._verify = folder, verify
-        self._budget = int(budget_mb * 1e6)
+        self._budget = budget_mb * 1e6
         self._daily = DailyBudget(folder, mb_per_day * 1e6)
 
     def path_of(self, identity: Mapping[str, Any]) -> Path:
@@ -190,7 +190,7 @@ class StateStore:
                     case _:
                         yield StoredState(path, "damaged", 0, "", status.st_size, 0.0)
 
-    def _evict(self, left: int, path: Path) -> None:
+    def _evict(self, left: float, path: Path) -> None:
         """Delete the least recently used states until all except `path` take at most `left` bytes."""
         entries = [entry for entry in self.entries() if entry.path != path]
         total = sum(entry.bytes for entry in entries)

@@ -433,6 +433,23 @@ def test_the_error_about_an_unknown_engine_names_the_nearest_one(bundle: Path) -
         Runtime.open(bundle, engine="onxx")
 
 
+@pytest.mark.parametrize("name", ["cache_mb", "disk_mb", "disk_mb_per_day", "adapters_mb", "merged_mb"])
+@pytest.mark.parametrize("size_mb", [-1, math.nan, "64"])
+def test_a_size_that_is_no_number_of_at_least_0_is_refused(bundle: Path, name: str, size_mb: object) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {size_mb!r}; give a number of at least 0"):
+        Runtime.open(bundle, **{name: size_mb})
+
+
+def test_sizes_may_be_without_a_limit(bundle: Path, tmp_path: Path) -> None:
+    sizes = dict.fromkeys(("cache_mb", "disk_mb", "disk_mb_per_day", "adapters_mb", "merged_mb"), math.inf)
+    with Runtime.open(bundle, cache_folder=tmp_path, **sizes) as runtime:
+        first = runtime.generate(PROMPT, adapter="command", max_tokens=4)
+        runtime.generate(PROMPT, adapter="whole", max_tokens=4)
+        assert runtime.generate(PROMPT, adapter="command", max_tokens=4).text == first.text
+    assert [*tmp_path.rglob("*.kv")]
+
+
+
 def test_an_unknown_option_of_opening_is_refused_with_the_nearest_one(bundle: Path) -> None:
     with pytest.raises(UsageError, match=r"Runtime\.open has no option 'thread'; did you mean 'threads'"):
         Runtime.open(bundle, thread=1)
