@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.limits import check_cancel
 from edgetune_runtime.wording import CLOSED
 
 from .answer import CLOSED_EARLY, Answer, Stream
@@ -182,6 +183,7 @@ class _EitherEvent(threading.Event):
 
     def __init__(self, other: threading.Event | None) -> None:
         super().__init__()
+        check_cancel(other)
         self._other = other
 
     def is_set(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -99,7 +99,11 @@ def most_likely(
 
 def check_labels(labels: Sequence[str]) -> None:
     """UsageError unless these are labels to choose from."""
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if (
+        isinstance(labels, str)
+        or not isinstance(labels, Collection)
+        or not all(isinstance(label, str) for label in labels)
+    ):
         raise UsageError(f"labels is {labels!r}", "give a list of texts")
     if not labels or len(set(labels)) != len(labels) or not all(labels):
         known = f"cannot classify with the labels {list(labels)}"

@@ -28,8 +28,11 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
     become objects. Calls without an id get one, and results without the id of their call that of the first call of the
     latest turn with calls that has no result.
 
-    UsageError, with the number of the message, for no messages or one that is not of this form.
+    UsageError for what is neither a text nor messages, and, with the number of the message, for one that is not of this
+    form.
     """
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise UsageError(f"the prompt is {shortened(repr(prompt))}", "give a text, or a list of messages")
     prompt_messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not prompt_messages:
         raise UsageError("the list of messages is empty", "give at least one message")

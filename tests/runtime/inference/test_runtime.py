@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 import shutil
 import threading
@@ -10,7 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, Sampling, UsageError, VerificationError
+from edgetune_runtime import (
+    AsyncRuntime,
+    IncompatibleError,
+    NotFoundError,
+    Runtime,
+    Sampling,
+    UsageError,
+    VerificationError,
+)
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.chat import messages_for, render
 from hypothesis import HealthCheck, given, settings
@@ -190,6 +199,21 @@ def test_an_answer_that_does_not_end_fills_the_context(runtime: Runtime) -> None
     assert full
     # The last token is not decoded, so it needs no room.
     assert {answer.timings.prompt_tokens + answer.tokens for answer in full} == {256 + 1}
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ({"deadline_s": "1"}, "deadline_s is '1'; give a number of seconds above 0"),
+        ({"deadline_s": math.nan}, "deadline_s is nan; give a number of seconds above 0"),
+        ({"cancel": True}, "cancel is True; give a threading.Event"),
+    ],
+)
+def test_a_limit_of_a_wrong_kind_is_refused(runtime: Runtime, limit: dict[str, object], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        runtime.stream(PROMPT, **limit)
+    with pytest.raises(UsageError, match=told):
+        asyncio.run(AsyncRuntime(runtime).generate(PROMPT, **limit))
 
 
 def test_an_answer_ends_before_a_stop_text(runtime: Runtime) -> None:
@@ -447,7 +471,6 @@ def test_sizes_may_be_without_a_limit(bundle: Path, tmp_path: Path) -> None:
         runtime.generate(PROMPT, adapter="whole", max_tokens=4)
         assert runtime.generate(PROMPT, adapter="command", max_tokens=4).text == first.text
     assert [*tmp_path.rglob("*.kv")]
-
 
 
 def test_an_unknown_option_of_opening_is_refused_with_the_nearest_one(bundle: Path) -> None:

@@ -85,6 +85,12 @@ def test_messages_without_role_or_content_are_refused(wrong: list[object]) -> No
         messages_for(wrong, None)
 
 
+@pytest.mark.parametrize("wrong", [None, 5, b"hi", {"role": "user", "content": "hi"}, iter(MESSAGES)])
+def test_a_prompt_that_is_neither_text_nor_messages_is_refused(wrong: object) -> None:
+    with pytest.raises(UsageError, match=r"the prompt is .*; give a text, or a list of messages"):
+        messages_for(wrong, None)  # type: ignore[arg-type]
+
+
 def call(arguments: object, **more: object) -> dict[str, object]:
     return {"function": {"name": "f", "arguments": arguments}, **more}
 

@@ -76,7 +76,7 @@ def test_classify_chooses_among_the_adapters_with_labels(home: Path) -> None:
         assert replace(found, route=None) == runtime.classify("how do you feel", adapter="tone")
         with pytest.raises(UsageError, match="of none of the tasks, and the base has no labels; name an adapter"):
             runtime.classify(LAMP, adapter=AUTO)
-        for labels in ("abc", [1, 2]):
+        for labels in ("abc", [1, 2], 5, iter(["warm"])):
             with pytest.raises(UsageError, match=r"labels is .*; give a list of texts"):
                 runtime.classify(LAMP, labels, adapter="tone")  # type: ignore[arg-type]
 
