@@ -90,7 +90,7 @@ def _token_margin(runtime: Runtime, name: str, question: GoldenAnswer) -> tuple[
     options = {**options_of(question), "logprobs": 0}
     answer = runtime.generate(question.prompt, adapter=name, **options)
     tokens = [logprob.token for logprob in answer.logprobs or ()]
-    _, form, _ = split_options(options)
+    _, form, _ = split_options(options, ("raw",))
     call = loaded_bundle(runtime).call(question.prompt, name, form=form, raw=options["raw"])
     has_ended = answer.stop_reason == "end"
     smallest = math.inf

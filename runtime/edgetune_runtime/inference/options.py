@@ -13,6 +13,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import CallLimits
 from edgetune_runtime.text.sampling import Sampling
 from edgetune_runtime.tools.definitions import Tools, ToolSet, tool_set
+from edgetune_runtime.wording import suggestion
 
 from .confidence import NOTHING, Curves
 
@@ -103,12 +104,16 @@ class AnswerForm:
         return {kind: curve for kind, curve in curves.items() if not (entry.labels and kind == NOTHING)}
 
 
-def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:
+def split_options(
+    options: Mapping[str, Any], named: Sequence[str] = ()
+) -> tuple[CallLimits, AnswerForm, dict[str, Any]]:
     """When the call must stop, whose time begins now; what constrains the answer; and the other options.
 
-    Raises what `spec_of` and `tool_set` do; UsageError for more than one constraint (other than tools with a schema),
-    `unconstrained` with one, and what `CallLimits` refuses.
+    `named` are the arguments that the call has besides `AnswerOptions`. Raises what `spec_of` and `tool_set` do;
+    UsageError for an unknown option, more than one constraint (other than tools with a schema), `unconstrained` with
+    one, and what `CallLimits` refuses.
     """
+    _check_names(options, (*named, *AnswerOptions.__annotations__))
     limits = CallLimits(options.get("deadline_s"), options.get("cancel"))
     rule, stop = ("min_confidence", "unsure", "ask"), ("deadline_s", "cancel")
     handled = (*KINDS, "unconstrained", "tools", "tool_choice", "think", *rule, *stop)
@@ -123,3 +128,9 @@ def split_options(options: Mapping[str, Any]) -> tuple[CallLimits, AnswerForm, d
     if think is not None and not isinstance(think, bool):
         raise UsageError(f"think is {think!r}", "give True, False or None")
     return limits, AnswerForm(spec_of(**constraints) if constraints else None, tools, unconstrained, think), others
+
+
+def _check_names(options: Mapping[str, Any], names: Sequence[str]) -> None:
+    unknown = next((name for name in options if name not in names), None)
+    if unknown is not None:
+        raise UsageError(f"a call has no option {unknown!r}", suggestion(unknown, names))

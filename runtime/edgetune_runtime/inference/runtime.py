@@ -143,7 +143,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         context, but not for streams that its own thread read last: if for 2 s no other thread reads them, it raises
         UsageError.
         """
-        limits, form, others = split_options(options)
+        limits, form, others = split_options(options, ("adapter", "raw"))
         outcome = Outcome()
 
         def prepare() -> Generator[str, None, None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ class Sampling:
     max_tokens: int = 256
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop", _stops(self.stop))
         rules = (
             (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a number of at least 0"),
             (_is_integer(self.top_k) and self.top_k >= 0, "top_k", "an integer of at least 0"),
@@ -51,7 +51,8 @@ class Sampling:
             ),
             (self.seed is None or (_is_integer(self.seed) and self.seed >= 0), "seed", "an integer of at least 0"),
             (
-                len(self.stop) <= _MAX_STOPS
+                isinstance(self.stop, tuple)
+                and len(self.stop) <= _MAX_STOPS
                 and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP for text in self.stop),
                 "stop",
                 f"a list of up to {_MAX_STOPS} texts of 1 to {_LONGEST_STOP} characters",
@@ -68,12 +69,10 @@ class Sampling:
 
 
 def sampling_of(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
-    """The sampling with some fields replaced; UsageError for an unknown field."""
-    try:
-        return replace(sampling or Sampling(), **overrides)
-    except TypeError as error:
-        names = ", ".join(Sampling.__dataclass_fields__)
-        raise UsageError(f"unknown sampling option in {sorted(overrides)}: {error}", f"choose from: {names}") from error
+    """The sampling with some fields replaced; UsageError for what is no `Sampling`."""
+    if not isinstance(sampling, Sampling | None):
+        raise UsageError(f"sampling is {reprlib.repr(sampling)}", "give a Sampling, or its fields as options")
+    return replace(sampling or Sampling(), **overrides)
 
 
 class Sampler:
@@ -130,6 +129,13 @@ def softmax(values: NDArray[np.float64], temperature: float = 1.0) -> NDArray[np
         weights = np.exp((values - values.max()) / temperature)
     normalized: NDArray[np.float64] = weights / weights.sum()
     return normalized
+
+
+def _stops(stop: object) -> object:
+    """A tuple of one text or of several; anything else unchanged."""
+    if isinstance(stop, str):
+        return (stop,)
+    return tuple(stop) if isinstance(stop, Iterable) else stop
 
 
 def _is_number(value: object) -> bool:

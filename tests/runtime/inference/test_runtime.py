@@ -235,8 +235,21 @@ def test_overrides_change_single_fields_of_the_sampling(runtime: Runtime) -> Non
     sampling = Sampling(temperature=1.0, seed=1, max_tokens=3)
     assert runtime.generate(PROMPT, sampling=sampling).tokens == 3
     assert runtime.generate(PROMPT, sampling=sampling, max_tokens=2).tokens == 2
-    with pytest.raises(UsageError, match="temprature"):
-        runtime.generate(PROMPT, temprature=1)
+    with pytest.raises(UsageError, match=r"sampling is \{'temperature': 1\.0\}; give a Sampling"):
+        runtime.generate(PROMPT, sampling={"temperature": 1.0}, max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("temprature", "temperature"), ("min_confidense", "min_confidence"), ("adaptor", "adapter")]
+)
+def test_an_unknown_option_of_a_call_is_refused_with_the_nearest_one(runtime: Runtime, wrong: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"a call has no option '{wrong}'; did you mean '{meant}'"):
+        runtime.generate(PROMPT, max_tokens=2, **{wrong: 1})
+
+
+def test_a_session_has_no_options_that_only_other_calls_have(runtime: Runtime) -> None:
+    with runtime.session() as session, pytest.raises(UsageError, match="a call has no option 'raw'"):
+        session.send(PROMPT, raw=True)
 
 
 def test_classify_gives_probabilities_over_the_labels(runtime: Runtime) -> None:

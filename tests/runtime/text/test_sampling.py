@@ -86,6 +86,12 @@ def test_one_stop_text_may_stand_alone() -> None:
     assert Sampling(stop="END").stop == Sampling(stop=["END"]).stop == ("END",)
 
 
+@pytest.mark.parametrize("stop", [5, None, [5], b"END"])
+def test_stop_texts_of_a_wrong_kind_are_refused(stop: object) -> None:
+    with pytest.raises(UsageError, match=r"stop .* is not a list of up to 64 texts"):
+        Sampling(stop=stop)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-30, 1e308, 10**300])
 def test_every_temperature_above_0_draws_a_token(temperature: float) -> None:
     assert set(drawn(**{**OPEN, "temperature": temperature}, count=20)) <= set(range(5))
