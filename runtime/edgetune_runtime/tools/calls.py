@@ -106,11 +106,12 @@ class CallReader:
 
 
 class ContentStream:
-    """The pieces of an answer up to its calls."""
+    """The pieces of an answer up to its calls, without the whitespace before them, as `CallReader` reads it."""
 
     def __init__(self, form: CallFormat) -> None:
         self._first = "" if form.marker else form.begin[:1]
         self._text = TextStream((form.marker,) if form.marker else ())
+        self._spaces = ""
         self._has_begun = False
 
     def push(self, piece: str) -> str:
@@ -118,11 +119,16 @@ class ContentStream:
         if piece and not self._has_begun:
             self._has_begun = True
             self._text.stopped = bool(self._first) and piece.startswith(self._first)
-        return "" if self._text.stopped else self._text.push(piece.encode())
+        if self._text.stopped:
+            return ""
+        text = self._spaces + self._text.push(piece.encode())
+        shown = text.rstrip()
+        self._spaces = "" if self._text.stopped else text[len(shown) :]
+        return shown
 
     def finish(self) -> str:
         """The text that was held back, after the last piece."""
-        return self._text.finish()
+        return self._spaces + self._text.finish()
 
 
 class CallsOrJson:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import openai
 import pytest
+from edgetune_runtime.inference.generation import _Answering
+from edgetune_runtime.inference.measuring import loaded_bundle
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, ConfigDict
 from runtime.server.conftest import Running, Start
@@ -153,6 +155,29 @@ def test_streamed_calls_are_those_of_the_whole_response(tools_client: OpenAI) ->
     assert [(item.name, item.arguments) for item in final.output if item.type == "function_call"] == wanted
     one = tools_client.responses.create(**arguments, parallel_tool_calls=False)
     assert [item.name for item in one.output if item.type == "function_call"] == [wanted[0][0]]
+
+
+@pytest.mark.parametrize(("before", "kinds"), [("\n", ["function_call"]), ("on\n\n", ["message", "function_call"])])
+def test_whitespace_before_a_call_is_in_no_item(
+    before: str, kinds: list[str], start: Start, tools_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(tools_bundle, contexts=1)
+    tokenizer = loaded_bundle(server.runtime).context()[0].engine.tokenizer
+    written = f'{before}<tool_call>\n{{"name": "lamp", "arguments": {{"area": "hall"}}}}\n</tool_call>'
+    tokens = [*tokenizer.tokenize(written, continues=True), tokenizer.end_token]
+
+    def chosen(answering: _Answering, _row: object, computed: int) -> int:
+        return tokens[computed - len(answering._call.job.tokens)]
+
+    monkeypatch.setattr(_Answering, "_chosen", chosen)
+    arguments: dict[str, Any] = {"model": "one", "input": "light", "tools": TOOLS, "max_output_tokens": 200}
+    with OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        whole = client.responses.create(**arguments)
+        with client.responses.stream(**arguments) as stream:
+            deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+            final = stream.get_final_response()
+    assert [item.type for item in final.output] == [item.type for item in whole.output] == kinds
+    assert "".join(deltas) == final.output_text == whole.output_text == before.rstrip()
 
 
 def test_a_client_that_leaves_frees_the_context(start: Start) -> None:

@@ -134,7 +134,10 @@ def test_a_stream_shows_the_text_before_the_calls(family: str, size: int) -> Non
         pieces = [stream.push(text[at : at + size]) for at in range(0, len(text), size)]
         return "".join([*pieces, stream.finish()])
 
-    assert shown("é < [TOOL <tool_") == "é < [TOOL <tool_"
-    assert shown(WRITTEN[family]) == ""
+    texts = ["é < [TOOL <tool_", "One\n\ntwo \n", " \n", "", WRITTEN[family]]
     if form.marker:
-        assert shown(f"Well: {WRITTEN[family]} more") == "Well: "
+        calls = WRITTEN[family]
+        texts += [f"Well: {calls} more", f"\n{calls}", f"One \n two\n\n{calls}", f"Well \n {form.marker}"]
+    for text in texts:
+        assert shown(text) == CallReader(form).read(text)[0]
+    assert shown(texts[1]) == texts[1]
