@@ -34,7 +34,7 @@ from .preflight import require_opens
 from .routing.router import Route
 from .scoring import Classification, NegativeLogLikelihood, check_labels, most_likely, window_loss
 from .session import Session
-from .unsure import AnswerCall, answer_pieces, check_min_confidence
+from .unsure import AnswerCall, answer_pieces, check_min_confidence, require_curves
 
 _LOG = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         If the adapter has a label for texts that are out of scope and it is among `labels`, a text gets it too where
         the most likely label and the similarity of the prompt to training prompts are lower than those of the task are.
 
-        With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower.
+        With `min_confidence` (default: the recipe's) the label is marked if its confidence is lower, or not known.
         """
         classify = partial(self._classify, prompt, labels, adapter, exact=exact, min_confidence=min_confidence)
         return self._loaded.replaced.prepared(classify)
@@ -206,6 +206,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         exact: bool,
         min_confidence: float | None,
     ) -> Classification:
+        check_min_confidence(min_confidence)
         adapter, route = self._loaded.routed(prompt, adapter, CLASSIFY)
         scales, classifier = self._loaded.scales(adapter), self._loaded.classifier
         if classifier is not None and len(scales) != 1:
@@ -226,9 +227,9 @@ class Runtime(AbstractContextManager["Runtime"]):
         curves = self._loaded.curves(adapter)
         if first is None or {*labels} != {*first.labels}:
             curves = {}
-        if min_confidence is not None:
-            check_min_confidence(min_confidence, curves)
-        elif curves and first is not None and first.unsure is not None:
+        if route is None:
+            require_curves(min_confidence, curves)
+        if min_confidence is None and curves and first is not None and first.unsure is not None:
             min_confidence = first.unsure.min_confidence
 
         prompts = None if scope is None or first is None else self._loaded.files.training_prompts_of(first)

@@ -56,18 +56,18 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
     """The rule of a call; UsageError for an invalid value, and for a call whose answers have no confidence."""
     min_confidence, unsure, question = (options.get(name) for name in ("min_confidence", "unsure", "ask"))
     then = _checked(loaded, unsure, question)
+    check_min_confidence(min_confidence)
     if call.stopped or (call.route is not None and not call.route.is_known):
         return None
-    if min_confidence is not None:
-        check_min_confidence(min_confidence, call.curves)
     name, entry = next(iter(call.entries.items()), (None, None))
     rule = entry.unsure if entry is not None and call.curves else None
     if min_confidence is not None:
         rule = replace(rule or UnsureRule(min_confidence), min_confidence=min_confidence)
+    # Whoever is routed does not know which adapter answers, and which of them have a confidence.
     if call.route is None:
+        require_curves(min_confidence, call.curves)
         _check_counts(then, name, rule, call.curves)
     elif then == name:
-        # Whoever is routed does not know which adapter answers.
         then = MARK
     return rule and replace(rule, then=then or rule.then, question=question or rule.question)
 
@@ -106,12 +106,18 @@ def _check_counts(then: str | None, adapter: str | None, rule: UnsureRule | None
         raise UsageError(f"unsure is {then!r}, but {reason}", "give min_confidence too" if curves else _HAS_CONFIDENCE)
 
 
-def check_min_confidence(value: object, curves: Curves) -> None:
-    """UsageError for a value that is not a probability, and for a call whose answers have no confidence."""
+def check_min_confidence(value: object) -> None:
+    """UsageError for a value that is neither a probability nor None."""
+    if value is None:
+        return
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
         raise UsageError(f"min_confidence is {value!r}", "give a number from 0 to 1")
-    if not curves:
-        message = f"min_confidence is {value:g}, but these answers have no confidence"
+
+
+def require_curves(min_confidence: float | None, curves: Curves) -> None:
+    """UsageError for a `min_confidence` of answers that have no confidence."""
+    if min_confidence is not None and not curves:
+        message = f"min_confidence is {min_confidence:g}, but these answers have no confidence"
         raise UsageError(message, _HAS_CONFIDENCE)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, UnsureError, UsageError
-from edgetune_runtime.bundle import GENERATE
+from edgetune_runtime.bundle import CLASSIFY, GENERATE
 from runtime.bundles import add_router, change_manifest
 
 PROMPT = "set heat to warm"
@@ -227,3 +227,31 @@ def test_a_prompt_of_none_of_the_tasks_needs_no_confidence(
         assert (own.is_unsure, own.instead) == (True, None)
         # The other adapter may have a min_confidence of its own.
         assert not runtime.generate("the lamp", adapter="auto", unsure="base", **ends).is_unsure
+
+
+def test_a_routed_answer_without_a_confidence_is_unsure(sure_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    words = {"command": "lamp", "tone": "music"}
+    add_router(bundle, {GENERATE: words, CLASSIFY: words})
+    change_manifest(bundle, lambda raw: raw["adapters"]["tone"].pop("confidence"))
+    auto: dict[str, Any] = {"adapter": "auto", "min_confidence": SURE}
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        answer = runtime.generate("music", max_tokens=4, **auto)
+        assert (answer.confidence, answer.is_unsure, answer.instead) == (None, True, None)
+        assert runtime.generate("music", max_tokens=4, ask=QUESTION, **auto).text == QUESTION
+        found = runtime.classify("music", **auto)
+        assert (found.confidence, found.is_unsure) == (None, True)
+        with pytest.raises(UsageError, match="these answers have no confidence"):
+            runtime.generate("music", adapter="tone", min_confidence=SURE)
+
+
+@pytest.mark.parametrize("prompt", ["the lamp", "who is there"])
+def test_a_wrong_min_confidence_is_refused_for_any_prompt(prompt: str, sure_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(sure_bundle, tmp_path / "home"))
+    add_router(bundle, {GENERATE: {"command": "lamp", "tone": "music"}, CLASSIFY: {"command": "lamp", "tone": "music"}})
+    wrong: dict[str, Any] = {"adapter": "auto", "min_confidence": 7}
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        with pytest.raises(UsageError, match="min_confidence is 7; give a number from 0 to 1"):
+            runtime.generate(prompt, **wrong)
+        with pytest.raises(UsageError, match="min_confidence is 7; give a number from 0 to 1"):
+            runtime.classify(prompt, ["red", "green"], **wrong)

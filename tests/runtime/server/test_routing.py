@@ -49,6 +49,7 @@ def test_rules_for_unsure_answers_apply_where_they_can(sure_bundle: Path, tmp_pa
     server = start(with_router(sure_bundle, tmp_path / "home"))
     for text, more in (
         ("who is there", {"min_confidence": 0.9}),
+        ("music", {"min_confidence": 0.9}),
         ("the lamp", {"min_confidence": 1, "unsure": "command"}),
         ("the lamp", {"unsure": "base"}),
         ("who is there", {"ask": "Which room?"}),
