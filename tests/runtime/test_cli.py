@@ -202,6 +202,26 @@ def test_chat_continues_after_an_error(run: Run, bundle: Path, monkeypatch: pyte
     assert told[5].startswith("/use NAME")
 
 
+def test_chat_continues_with_the_same_adapter_after_one_that_cannot_be_used(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [PROMPT, "/use whole=0.5", "/use auto", PROMPT]
+    code, out, err = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--json", "--adapter", "tone")
+    first, again = (json.loads(line)["prompt_tokens"] for line in out.splitlines())
+    assert (code, again > first) == (0, True)
+    told = err.splitlines()[1:]
+    assert "adapter 'whole' is merged, so it cannot be scaled" in told[0]
+    assert "has no router" in told[1]
+    assert len(told) == 2
+
+
+def test_chat_with_adapters_that_cannot_be_used_reads_no_line(
+    run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = chat(run, monkeypatch, "/quit", bundle, "--adapter", "whole=0.5")
+    assert (code, out, "cannot be scaled" in err) == (5, "", True)
+
+
 def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> None:
     code, out, err = run("bench", bundle, "--json")
     told = json.loads(out)

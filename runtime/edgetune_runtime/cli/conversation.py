@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.bundle import AUTO
-from edgetune_runtime.errors import NotFoundError, UnsureError, UsageError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
 from edgetune_runtime.states.cache import name_of
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ class Conversation:
         self._runtime = runtime
         self._sampling = sampling
         self._as_json = as_json
-        self._adapters = adapter_choice(runtime, adapters)
         self._sessions: dict[str, Session] = {}
+        self._use(adapter_choice(runtime, adapters))
 
     def run(self) -> None:
         """Answer each line of standard input, or run it if it is a command."""
@@ -52,7 +52,7 @@ class Conversation:
                     self._command(*line.split(maxsplit=1))
                 elif line:
                     self._answer(line)
-            except (UsageError, NotFoundError, UnsureError) as error:
+            except EdgetuneError as error:
                 self._say(f"{PROGRAM}: {error}")
 
     def _read(self) -> str | None:
@@ -63,32 +63,31 @@ class Conversation:
 
     def _command(self, command: str, rest: str = "") -> None:
         if command == "/use" and rest:
-            self._adapters = adapter_choice(self._runtime, rest.split())
+            self._use(adapter_choice(self._runtime, rest.split()))
         elif command == "/base":
-            self._adapters = None
+            self._use(None)
         elif command == "/new":
-            self._session().close()
-            del self._sessions[self._key()]
+            new = self._runtime.session(self._adapters)
+            self._sessions[repr(self._adapters)].close()
+            self._sessions[repr(self._adapters)] = new
         elif command == "/help":
             self._say(CHAT_HELP)
         else:
             self._say(f"{PROGRAM}: no command {command!r}; /help lists the commands")
 
+    def _use(self, adapters: str | dict[str, float] | None) -> None:
+        """Continue with these adapters; those that cannot answer are an error, which changes nothing."""
+        # Not by name, which is that of the adapter alone for a scale of 1, whatever its own scale is.
+        if repr(adapters) not in self._sessions:
+            self._sessions[repr(adapters)] = self._runtime.session(adapters)
+        self._adapters = adapters
+
     def _answer(self, text: str) -> None:
-        with self._session().stream(text, **self._sampling) as stream:
+        with self._sessions[repr(self._adapters)].stream(text, **self._sampling) as stream:
             try:
                 show(stream, as_json=self._as_json)
             except KeyboardInterrupt:
                 print()
-
-    def _session(self) -> Session:
-        if self._key() not in self._sessions:
-            self._sessions[self._key()] = self._runtime.session(self._adapters)
-        return self._sessions[self._key()]
-
-    def _key(self) -> str:
-        # Not their name, which is that of the adapter alone for a scale of 1, whatever its own scale is.
-        return repr(self._adapters)
 
     def _say(self, text: str) -> None:
         # Standard output is reserved for answers.

@@ -47,8 +47,8 @@ class Session(AbstractContextManager["Session"]):
         self.history: list[Message] = [dict(message) for message in history]
         self._loaded = loaded
         self._answering = self._until_routed(adapter)
-        # An unknown adapter is refused now.
-        self._pool()
+        # Adapters that cannot answer are refused now.
+        self._pool_of(self._answering)
         self._owner = uuid.uuid4().hex
         self._last: CarriedState | None = None
         self._carries = False
@@ -79,7 +79,7 @@ class Session(AbstractContextManager["Session"]):
         return Stream(self._loaded.replaced.pieces(prepare), outcome)
 
     def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
-        """Use other adapters from now on; NotFoundError for an unknown one, which changes nothing.
+        """Use other adapters from now on; an error, as of `Runtime.generate` with them, changes nothing.
 
         With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
         exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
@@ -89,7 +89,7 @@ class Session(AbstractContextManager["Session"]):
         if carry not in ("recompute", "reuse"):
             raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
         answering = self._until_routed(adapter)
-        pool, _ = self._loaded.pool(answering)
+        pool = self._pool_of(answering)
         if carry == "reuse" and answering != adapter:
             message = f"a state cannot be carried over to {adapter!r}, which is another adapter for each message"
             raise IncompatibleError(message, 'use carry="recompute"')
@@ -168,6 +168,12 @@ class Session(AbstractContextManager["Session"]):
 
     def _pool(self) -> Pool | MergedPool:
         return self._loaded.pool(self._answering)[0]
+
+    def _pool_of(self, adapter: Adapters) -> Pool | MergedPool:
+        """The pool of adapters that can be used together."""
+        pool, active = self._loaded.pool(adapter)
+        self._loaded.capacity(active)
+        return pool
 
     def _until_routed(self, adapter: Adapters) -> Adapters:
         """The adapters that answer; for `auto` the base, until the router has chosen."""

@@ -233,6 +233,12 @@ def test_prompts_answers_and_texts_fill_what_the_prefix_leaves(backend: str, bun
             runtime.generate("play " * 40, adapter="long")
         with pytest.raises(UsageError, match="both prefixes"):
             runtime.generate("play", adapter={"long": 1.0, "prefix": 1.0})
+        with pytest.raises(UsageError, match="both prefixes"):
+            runtime.session({"long": 1.0, "prefix": 1.0})
+        with runtime.session("long") as session:
+            with pytest.raises(UsageError, match="cannot be scaled"):
+                session.use({"long": 0.5})
+            assert session.adapter == "long"
         nats, count = runtime.negative_log_likelihood("turn on the light in the hall " * 20, adapter="long")
         assert count > 100
         assert np.isfinite(nats)
