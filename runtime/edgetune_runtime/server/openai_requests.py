@@ -22,7 +22,14 @@ from .problems import RequestError
 from .settings import ServerLimits
 
 _CHOICES = 'auto, none, required, or {"type": "function", "function": {"name": NAME}}'
-_UNSUPPORTED = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "audio": None, "modalities": ["text"]}
+UNSUPPORTED: Mapping[str, object] = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "audio": None,
+    "modalities": ["text"],
+}
+"""Options that are refused by all routes that answer, with the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,11 @@ class OpenAIRequest(AnswerRequest):
 def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
     """A body of /v1/chat/completions."""
     fields = Fields(body)
-    fields.forbid(_UNSUPPORTED | {"functions": [], "function_call": "none", "web_search_options": None})
+    fields.forbid({**UNSUPPORTED, "functions": [], "function_call": "none", "web_search_options": None})
     messages = messages_of(fields)
     if not messages:
         fields.refuse("messages", "at least one message")
-    options = _options(fields, limits) | _response_format(fields) | _tools(fields) | logprob_options(fields)
+    options = _options(fields, limits) | _response_format(fields) | _tools(fields) | _logprobs(fields)
     if fields.text("reasoning_effort") == "none":
         options["think"] = False
     request = _request(fields, models, limits, [messages], options)
@@ -50,7 +57,7 @@ def chat_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) 
 def completion_request(body: Mapping[str, Any], models: Models, limits: ServerLimits) -> OpenAIRequest:
     """A body of /v1/completions. A prompt of token numbers is refused, as tokens differ from base to base."""
     fields = Fields(body)
-    fields.forbid(_UNSUPPORTED | {"suffix": "", "best_of": 1, "echo": False})
+    fields.forbid({**UNSUPPORTED, "suffix": "", "best_of": 1, "echo": False})
     prompts = fields.texts("prompt")
     if not 0 < len(prompts) <= limits.answers:
         fields.refuse("prompt", f"1 to {limits.answers} strings")
@@ -102,6 +109,12 @@ def _tools(fields: Fields) -> dict[str, Any]:
     elif choice is not None:
         options["tool_choice"] = fields.choice("tool_choice", ("auto", "none", "required"))
     return options
+
+
+def _logprobs(fields: Fields) -> dict[str, Any]:
+    if fields.integer("top_logprobs") and not fields.flag("logprobs"):
+        fields.refuse("top_logprobs", "logprobs: true beside it")
+    return logprob_options(fields)
 
 
 def _response_format(fields: Fields) -> dict[str, Any]:

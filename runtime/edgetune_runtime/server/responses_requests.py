@@ -12,10 +12,11 @@ from edgetune_runtime.text.sampling import Sampling
 from .common_fields import message_of
 from .fields import Fields
 from .models import Models
-from .openai_requests import OpenAIRequest, chat_request
+from .openai_requests import UNSUPPORTED, OpenAIRequest, chat_request
 from .settings import ServerLimits
 
 _UNSUPPORTED: Mapping[str, object] = {
+    **UNSUPPORTED,
     "previous_response_id": None,
     "conversation": None,
     "background": False,
@@ -23,6 +24,7 @@ _UNSUPPORTED: Mapping[str, object] = {
     "include": [],
     "top_logprobs": 0,
     "max_tool_calls": None,
+    "n": 1,
 }
 # Its limit of tokens has another name here.
 _SAMPLING = tuple(field.name for field in fields_of(Sampling) if field.name != "max_tokens")

@@ -99,6 +99,7 @@ def test_several_adapters_answer_with_their_scales_by_name_or_by_an_extra_member
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role is \"robot\""),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, r"messages\[0\].content\[0\].type"),
         ({"frequency_penalty": 1.0}, "frequency_penalty is not supported"),
+        ({"top_logprobs": 3}, "top_logprobs is 3; give logprobs: true beside it"),
         ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema is missing"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "thing"}}}}, "schema"),

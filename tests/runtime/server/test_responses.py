@@ -43,7 +43,8 @@ def tools_client(start: Start, tools_bundle: Path) -> Iterator[OpenAI]:
 
 def test_a_text_is_answered_as_in_chat(server: Running, client: OpenAI) -> None:
     expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=12)
-    reply = client.responses.create(model="command", input=PROMPT, max_output_tokens=12)
+    neutral = {"n": 1, "frequency_penalty": 0, "logit_bias": {}}
+    reply = client.responses.create(model="command", input=PROMPT, max_output_tokens=12, extra_body=neutral)
     assert (reply.output_text, reply.model) == (expected.text, "command")
     assert (reply.status, reply.incomplete_details and reply.incomplete_details.reason) == (
         "incomplete",
@@ -206,6 +207,10 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
         ({"input": [{"type": "function_call_output", "output": "x"}]}, r"input\[0\].call_id is missing"),
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"background": True}, "background is not supported"),
+        ({"extra_body": {"frequency_penalty": 1.0}}, "frequency_penalty is not supported"),
+        ({"extra_body": {"presence_penalty": 1.0}}, "presence_penalty is not supported"),
+        ({"extra_body": {"logit_bias": {"5": 10}}}, "logit_bias is not supported"),
+        ({"extra_body": {"n": 3}}, "n is not supported"),
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\].type is"),
         ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.name is missing"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema is missing"),

@@ -295,6 +295,8 @@ def test_logprobs_come_in_the_shape_of_each_api(server: Running, client: OpenAI)
     assert [len(top) for top in text.logprobs.top_logprobs or []] == [3] * 5
     with ollama.Client(server.url) as other:
         reply = other.chat("one", ASK, options={"num_predict": 5}, logprobs=True, top_logprobs=2)
+        # Ollama ignores it alone.
+        assert other.chat("one", ASK, options={"num_predict": 1}, top_logprobs=2).logprobs is None
     assert reply.logprobs is not None
     assert [(token.token, token.logprob) for token in reply.logprobs] == wanted
     assert all(math.isfinite(other.logprob) for token in reply.logprobs for other in token.top_logprobs or [])
