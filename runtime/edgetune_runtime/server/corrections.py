@@ -38,8 +38,8 @@ def routes(answering: Answering, bodies: BodyReader) -> list[Route]:
 def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
     """The name of an answer in the log, whether no more is known than that it is wrong, and else what is right.
 
-    The body has the `id` of a reply and the `index` of an answer in it; and `is_wrong`, or the `correction`, a text or
-    an object, which is null for a right answer.
+    The body has the `id` of a reply and the `index` of an answer in it; and `is_wrong`, or the `correction`, a text,
+    an object or a list, which is null for a right answer.
     """
     fields = Fields(body)
     for name in body.keys() - {*_MEMBERS}:
@@ -48,9 +48,9 @@ def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
     # OpenAI's ids have the kind of the reply before them.
     name = fields.needed_text("id").rpartition("-")[2].rpartition("_")[2]
     given = body.get("correction")
-    text = json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else fields.text("correction")
-    if text is not None and not text.strip():
-        fields.refuse("correction", "a text that is not empty, or null if the answer is right")
+    text = json.dumps(given, ensure_ascii=False) if isinstance(given, dict | list) else given
+    if text is not None and not (isinstance(text, str) and text.strip()):
+        fields.refuse("correction", "a text that is not empty, an object or a list, or null if the answer is right")
     is_wrong = fields.flag("is_wrong")
     if is_wrong and text is not None:
         fields.refuse("is_wrong", "left out beside a correction")

@@ -89,6 +89,10 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
     assert server.client.post(PATH, json=corrected).status_code == 200
     first, second = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, second.correction) == (first.answer, "light.on")
+    for right in (["light.on", "é"], {"service": "light.on"}, []):
+        assert server.client.post(PATH, json={**corrected, "correction": right}).status_code == 200
+        *_, second = read_answer_log(log, server.runtime.manifest)
+        assert json.loads(second.correction or "") == right
     assert server.client.post(PATH, json={"id": reply.id, "is_wrong": True}).json() == {"status": "ok"}
     _, first = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, first.is_wrong) == (None, True)
@@ -133,7 +137,7 @@ def test_what_calls_no_tool_is_no_correction_of_a_call(start: Start, tools_bundl
         ({"id": "chatcmpl-unknown"}, 404, "no answer 'unknown'"),
         ({"correction": "on"}, 400, "id"),
         ({"id": "a", "correction": " "}, 400, "a text that is not empty"),
-        ({"id": "a", "correction": 1}, 400, "correction"),
+        ({"id": "a", "correction": 1}, 400, "correction is 1; give a text that is not empty, an object or a list"),
         ({"id": "a", "index": "b"}, 400, "a whole number"),
         ({"id": "a", "is_wrong": 1}, 400, "true or false"),
         ({"id": "a", "is_wrong": True, "correction": "on"}, 400, "left out beside a correction"),
