@@ -27,7 +27,7 @@ def message_of(fields: Fields) -> dict[str, Any]:
         fields.refuse("role", f"one of {', '.join(_ROLES)}")
     fields.forbid({"images": [], "audio": None})
     # `developer` is what newer models of OpenAI call the system prompt.
-    message: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": _content(fields)}
+    message: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content_of(fields)}
     if calls := fields.values.get("tool_calls"):
         message["tool_calls"] = calls
     if (call := fields.text("tool_call_id")) is not None:
@@ -36,6 +36,18 @@ def message_of(fields: Fields) -> dict[str, Any]:
     if (name := fields.text("tool_name") or fields.text("name")) is not None:
         message["name"] = name
     return message
+
+
+def content_of(fields: Fields, name: str = "content") -> str:
+    """The text in a member that is a text or a list of parts; RequestError for parts that are no text."""
+    content = fields.values.get(name)
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in fields.objects(name):
+        kind = part.choice("type", _TEXT_PARTS) or "text"
+        texts.append(part.text("refusal" if kind == "refusal" else "text") or "")
+    return "".join(texts)
 
 
 def sampling_options(fields: Fields, limits: ServerLimits, max_tokens: int | None) -> dict[str, Any]:
@@ -73,14 +85,3 @@ def texts_to_embed(fields: Fields, models: Models) -> tuple[str, list[str]]:
     models.info(model)
     fields.forbid({"dimensions": None})
     return model, fields.texts("input")
-
-
-def _content(fields: Fields) -> str:
-    content = fields.values.get("content")
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for part in fields.objects("content"):
-        kind = part.choice("type", _TEXT_PARTS) or "text"
-        texts.append(part.text("refusal" if kind == "refusal" else "text") or "")
-    return "".join(texts)

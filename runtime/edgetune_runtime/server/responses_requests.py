@@ -9,7 +9,7 @@ from typing import Any
 
 from edgetune_runtime.text.sampling import Sampling
 
-from .common_fields import message_of
+from .common_fields import content_of, message_of
 from .fields import Fields
 from .models import Models
 from .openai_requests import UNSUPPORTED, OpenAIRequest, chat_request
@@ -69,8 +69,8 @@ def _add(messages: list[dict[str, Any]], item: Fields) -> None:
     if kind == "message":
         messages.append(message_of(item))
     elif kind == "function_call_output":
-        output = message_of(Fields({"role": "tool", "content": item.values.get("output")}))
-        messages.append({**output, "tool_call_id": item.needed_text("call_id")})
+        call_id = item.needed_text("call_id")
+        messages.append({"role": "tool", "content": content_of(item, "output"), "tool_call_id": call_id})
     else:
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})

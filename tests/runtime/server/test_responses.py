@@ -205,6 +205,11 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
         ({"input": [{"role": "king", "content": "x"}]}, r"input\[0\].role is"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, r"input\[0\].content\[0\].type is"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, r"input\[0\].call_id is missing"),
+        ({"input": [{"type": "function_call_output", "call_id": "a", "output": 5}]}, r"input\[0\].output is 5"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "a", "output": [{"type": "input_image"}]}]},
+            r"input\[0\].output\[0\].type is",
+        ),
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"background": True}, "background is not supported"),
         ({"extra_body": {"frequency_penalty": 1.0}}, "frequency_penalty is not supported"),
