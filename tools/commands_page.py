@@ -18,7 +18,8 @@ INTRODUCTION = """\
 progress and errors to standard error. `NO_COLOR` is respected, `--debug` prints tracebacks.
 
 Exit codes: 0 success; 1 unexpected error; 2 usage or recipe; 3 not found; 4 verification; 5 incompatible; 6 out of
-space; 7 too many calls are waiting, or another deploy is at work; 8 board or teacher not reached; 130 interrupted.
+space; 7 too many calls are waiting, or another deploy is at work; 8 board or teacher not reached; 9 unsure
+answer; 130 interrupted.
 """
 # The lines of a help text that start with the name of a command.
 _COMMAND = re.compile(r"^ {2,4}([a-z][a-z-]*)(?:  |$)", re.MULTILINE)

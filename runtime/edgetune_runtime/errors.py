@@ -9,7 +9,7 @@ EdgetuneError                1
 ├── OutOfSpaceError          6   a disk is full
 ├── BusyError                7   too many calls are already waiting
 ├── UnreachableError         8   another machine cannot be reached, or the connection was lost
-├── UnsureError              8   the confidence of an answer is lower than asked for
+├── UnsureError              9   the confidence of an answer is lower than asked for
 └── CancelledError         130   the user interrupted
 """
 

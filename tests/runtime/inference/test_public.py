@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import subprocess
 import sys
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import get_args, get_type_hints
 
 import edgetune_runtime
 import pytest
+from edgetune_runtime import errors
 
 NAMES = {
     "AdapterChanges",
@@ -113,6 +115,12 @@ def test_the_public_members_are_these(bundle: Path) -> None:
         assert public(runtime) == RUNTIME
         assert public(session) == {"adapter", "close", "history", "save", "send", "stream", "use"}
         assert public(stream) == {"answer", "close", "read"}
+
+
+def test_the_tree_of_errors_has_their_exit_codes() -> None:
+    listed = dict(re.findall(r"^[│├└─ ]*(\w+Error) +(\d+)", errors.__doc__ or "", re.MULTILINE))
+    classes = [thing for _, thing in inspect.getmembers(errors, inspect.isclass) if issubclass(thing, Exception)]
+    assert listed == {error.__name__: str(error.exit_code) for error in classes}
 
 
 def test_every_type_that_a_public_signature_names_is_public() -> None:
