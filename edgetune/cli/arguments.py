@@ -92,15 +92,18 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     return pairs
 
 
-def check_not_read(out: Path, read: Iterable[object]) -> None:
-    """UsageError if the file to write is a folder or one of those that the command reads; None in `read` is skipped."""
+def check_not_read(out: Path, read: Iterable[str | Path], bundle: Path | None = None) -> None:
+    """UsageError if the file to write is one of those that the command reads, in the bundle's folder, or a folder."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "give the name of a file")
-    if any(source is not None and out.resolve() == Path(str(source)).resolve() for source in read):
+    written = out.resolve()
+    if any(written == Path(file).resolve() for file in read):
         raise UsageError(f"{out} is a file that this command reads", "write to another file")
+    if bundle is not None and bundle.resolve() in written.parents:
+        raise UsageError(f"{out} is inside the bundle {bundle}", "give a file beside it")
 
 
-def check_rows_file(out: Path, read: Iterable[object]) -> None:
+def check_rows_file(out: Path, read: Iterable[str | Path]) -> None:
     """UsageError for a file that rows cannot be written to: one that the command reads, or a table."""
     from edgetune.tasks.row_files import JSONL_SUFFIXES
 

@@ -55,7 +55,7 @@ def augment(
         raise UsageError("the recipe has several adapters", f"add --adapter {next(iter(loaded.adapters))}")
     name = adapter or next(iter(loaded.adapters))
     loaded.check_adapter(name)
-    check_rows_file(out, [recipe, *(source for _, source in loaded.sources())])
+    check_rows_file(out, loaded.files())
     most = requests or 6 * rows
     key = os.environ.get(KEY_VARIABLE)
     progress = Progress(quiet=quiet)

@@ -26,6 +26,6 @@ def imatrix(
     from edgetune.recipe.model import Recipe
 
     loaded = Recipe.from_file(recipe, settings_of(settings))
-    check_not_read(out, [recipe, loaded.base, *(source for _, source in loaded.sources())])
+    check_not_read(out, loaded.files())
     write_imatrix(importance_of(loaded, Progress(quiet=quiet)), out, f"training rows of {loaded.name}")
     print(out)

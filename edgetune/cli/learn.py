@@ -52,24 +52,24 @@ def learn(
     which are not learned. The new bundle is packed only if no adapter got worse on either by more than one standard
     error.
     """
+    from edgetune_runtime.answer_log.log import file_before
     from edgetune_runtime.bundle import read_manifest
 
     from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
     from edgetune.retraining.learning import questions as asking
+    from edgetune.retraining.learning.learn import files_read, read_logs
     from edgetune.retraining.learning.learn import learn as run
-    from edgetune.retraining.learning.learn import read_logs
     from edgetune.retraining.learning.page import page_of
 
     if questions is not None and not ask:
         raise UsageError("--questions is given without --ask", "say how many with --ask N")
-    if page is not None:
-        check_not_read(page, [*log, recipe])
     # Also with --quiet: what a user wrote would be lost in silence.
     entries, manifest = read_logs(bundle, log, Progress().say), read_manifest(bundle)
+    for written in filter(None, (page, questions)):
+        check_not_read(written, [*log, *map(file_before, log), *files_read(bundle, manifest, recipe)], bundle)
     chosen = asking.most_informative(entries, ask, manifest)
     if questions is not None:
-        check_not_read(questions, log)
         asking.write_questions(chosen, questions)
         print(f"{questions}: {len(chosen)} answers; write the right one of each as its correction")
         return

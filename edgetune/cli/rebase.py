@@ -75,8 +75,15 @@ def rebase(
     bundles answer the validation rows, and test rows if there are any. The new bundle is packed only if no adapter got
     worse by more than one standard error, or as --margin says.
     """
+    changes, tests = settings_of(settings), pairs_of(data or (), "--data", "NAME=FILE")
     if page is not None:
-        check_not_read(page, [recipe])
+        from edgetune_runtime.bundle import read_manifest
+
+        from edgetune.retraining.rebasing.recipe import RecipeSource, recipe_for
+
+        source = RecipeSource(base, quantization, recipe, folder, changes)
+        read = recipe_for(bundle, read_manifest(bundle), source).files()
+        check_not_read(page, [*read, *tests.values()], bundle)
     result = edgetune.rebase(
         bundle,
         base,
@@ -84,8 +91,8 @@ def rebase(
         quantization=quantization,
         recipe=recipe,
         folder=folder,
-        settings=settings_of(settings),
-        data=pairs_of(data or (), "--data", "NAME=FILE"),
+        settings=changes,
+        data=tests,
         margin=margin,
         without_worse=without_worse,
         converter=converter,

@@ -100,6 +100,7 @@ class Recipe(RecipePart):
     """A router, which chooses the adapter of a prompt (`adapter="auto"`): true, or a mapping of options."""
 
     _folder: Path = PrivateAttr(default=Path())
+    _files: tuple[Path, ...] = PrivateAttr(default=())
     _others: dict[str, AdapterSpec] = PrivateAttr(default_factory=dict)
 
     @classmethod
@@ -265,7 +266,8 @@ class Recipe(RecipePart):
 
     @model_validator(mode="after")
     def _keep_folder(self, info: ValidationInfo) -> Recipe:
-        self._folder = (info.context or {}).get("folder", Path())
+        context = info.context or {}
+        self._folder, self._files = context.get("folder", Path()), context.get("files", ())
         return self
 
     def only(self, names: Collection[str]) -> Recipe:
@@ -308,6 +310,11 @@ class Recipe(RecipePart):
                     if source is not None:
                         yield (*loc, section, key), source
 
+    def files(self) -> list[str]:
+        """What is read for it: its file and those of its adapters, the base, and data files; also hub ids and rows."""
+        base = self._folder / Path(self.base).expanduser()
+        return [*map(str, (*self._files, base)), *(str(source) for _, source in self.sources())]
+
     def _portable(self, source: str) -> str:
         inside = source.removeprefix(f"{self._folder}{os.sep}")
         return Path(inside).name if Path(inside).is_absolute() else inside
@@ -334,7 +341,7 @@ def _validated(document: Document, folder: Path, settings: Mapping[str, Any]) ->
     values = copy.deepcopy(document.values)
     problems = [problem for key, value in settings.items() if (problem := override(values, key, value, _model_at))]
     try:
-        recipe = Recipe.model_validate(values, context={"folder": folder})
+        recipe = Recipe.model_validate(values, context={"folder": folder, "files": document.files})
     except ValidationError as error:
         problems += explain(error, values, document, settings, _model_at)
     if problems:

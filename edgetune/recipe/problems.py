@@ -84,6 +84,11 @@ class Document:
     lines: Mapping[Loc, int] = field(default_factory=dict)
     parts: Mapping[Loc, Document] = field(default_factory=dict)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it was read from."""
+        return tuple(part.path for part in (self, *self.parts.values()) if part.path is not None)
+
     def line(self, loc: Loc) -> int:
         """The line of `loc`, or of its nearest parent that is in the file."""
         while loc and loc not in self.lines:

@@ -65,7 +65,7 @@ def check(
 def files_read(recipe: Recipe, tests: Mapping[str, str]) -> list[str]:
     """The files and hub ids that a check reads, or a build of the recipe."""
     found = [test for spec in recipe.adapters.values() if (test := _test_beside(spec.data)) is not None]
-    return [*(str(source) for _, source in recipe.sources()), *tests.values(), *found]
+    return [*recipe.files(), *tests.values(), *found]
 
 
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:

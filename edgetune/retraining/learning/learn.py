@@ -72,6 +72,14 @@ def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) ->
     return list(entries.values())
 
 
+def files_read(bundle: Path, manifest: Manifest, recipe: Path | None) -> list[str]:
+    """The recipe with the old rows, by default any that is beside the bundle, and the files that it names."""
+    if recipe is not None:
+        return Recipe.from_file(recipe).files()
+    beside = filter(None, (recipe_beside(bundle, [name]) for name in manifest.adapters))
+    return [file for each in beside for file in each.files()]
+
+
 def learn(
     bundle: Path, entries: Sequence[LoggedAnswer], recipe: Path | None, into: Path | None, progress: Progress
 ) -> Learned:

@@ -115,12 +115,26 @@ def test_an_invalid_score_file_is_a_one_line_error(
     assert not out.exists()
 
 
-def test_a_report_takes_no_place_of_the_recipe(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", ["recipe.yaml", "tasks/one.yaml", "rows.jsonl", "lab.csv", "score.json", "rows.png"])
+def test_a_report_takes_no_place_of_a_file_that_it_reads(
+    name: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = str(tmp_path / "recipe.yaml")
-    assert main(["report", str(bundle), "--recipe", recipe, "--out", recipe]) == 2
-    assert "is a file that this command reads; write to another file" in capsys.readouterr().err
+    recipe = write_recipe(tmp_path, "base.gguf", {"from": "tasks/*.yaml"}, data={"rows.jsonl": lights(3)})
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/one.yaml").write_text("data: {train: ../rows.jsonl}\n")
+    options = ["--data", f"task={tmp_path / 'lab.csv'}", "--score", f"task={tmp_path / 'score.json'}"]
+    options += ["--compare", str(tmp_path), "--recipe", str(recipe)]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert main(["report", str(bundle), *options, "--out", str(tmp_path / name)]) == 2
+    assert f"{name} is a file that this command reads; write to another file" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_a_report_is_not_written_into_the_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = (bundle / "manifest.json").read_bytes()
+    assert main(["report", str(bundle), "--out", str(bundle / "manifest.json")]) == 2
+    assert f"manifest.json is inside the bundle {bundle}; give a file beside it" in capsys.readouterr().err
+    assert (bundle / "manifest.json").read_bytes() == manifest
 
 
 def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

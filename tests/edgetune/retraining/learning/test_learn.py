@@ -375,6 +375,10 @@ def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
     ("options", "message"),
     [
         (["--page", "{log}"], "log.jsonl is a file that this command reads; write to another file"),
+        (["--page", "{rows}"], "light.jsonl is a file that this command reads; write to another file"),
+        (["--page", "{recipe}", "--recipe", "{recipe}"], "recipe.yaml is a file that this command reads"),
+        (["--page", "{home}/manifest.json"], "manifest.json is inside the bundle"),
+        (["--ask", "2", "--questions", "{recipe}", "--recipe", "{recipe}"], "recipe.yaml is a file that this command"),
         (["--questions", "q.jsonl"], "--questions is given without --ask; say how many with --ask N"),
         (["--into", "{home}/adapters/x"], "adapters/x is inside the bundle"),
     ],
@@ -383,8 +387,11 @@ def test_outputs_that_cannot_be_are_refused(
     options: list[str], message: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = logged(home, [{"prompt": f"lamp {n}", "confidence": n / 10} for n in range(8)])
-    assert main(["learn", str(home), "--log", str(log), *(each.format(log=log, home=home) for each in options)]) == 2
+    recipe = shutil.copy(home.with_name(NAME), home.with_name("home.yaml"))
+    files = {"log": log, "home": home, "recipe": home.with_name(NAME), "rows": home.with_name("light.jsonl")}
+    assert main(["learn", str(home), "--log", str(log), *(each.format(**files) for each in options)]) == 2
     assert message in capsys.readouterr().err.replace(log.name, "log.jsonl")
+    assert recipe.read_bytes() == home.with_name(NAME).read_bytes()
 
 
 def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
