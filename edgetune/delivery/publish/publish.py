@@ -19,7 +19,7 @@ from edgetune_runtime.bundle import (
 )
 from edgetune_runtime.bundle.parts import parts_in
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, signature_file
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part, version_key
 from filelock import FileLock, Timeout
 from securesystemslib.signer import Key
@@ -29,7 +29,7 @@ from edgetune.common.progress import Progress
 
 from .external_keys import signing
 from .key_folder import KeyFolder, missing_keys, require_name
-from .repository import Repository
+from .repository import Repository, is_repository
 from .upkeep import delete_old
 
 _LOCK = ".lock"
@@ -162,7 +162,12 @@ def _is_in_place_of(newer: Release, older: Release) -> bool:
 
 
 def refresh(repo: Path, keys: KeyFolder, *, expires_days: int, keep: int | None = None) -> None:
-    """Sign a repository again, as before its metadata expires or after a change of keys; `keep` as for `publish`."""
+    """Sign a repository again, as before its metadata expires or after a change of keys; `keep` as for `publish`.
+
+    NotFoundError if nothing was published in it.
+    """
+    if not is_repository(repo):
+        raise NotFoundError(f"{repo} is not a repository", "check --repo, or publish a bundle to make one")
     with locked(repo):
         commit(Repository(repo, keys), expires_days, keep)
 

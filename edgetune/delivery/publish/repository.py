@@ -285,7 +285,7 @@ class Repository:
         """The newest published root; UsageError if the folder has not the same root of this version."""
         names = {path.name: path for path in self._keys.roots}
         published = [path for path in self._metadata.glob("*.root.json") if path.name in names]
-        if not published and (self._metadata / "timestamp.json").exists():
+        if not published and is_repository(self.folder):
             raise UsageError(
                 f"{self.folder} has no root that {self._keys.folder} knows", "give the keys of this --repo"
             )
@@ -305,7 +305,7 @@ class Repository:
         """Read and verify what is published; expired metadata is fine, as it will be signed again."""
         self._roles = {Targets.type: _unwritten(Targets())}
         self._snapshot, self._timestamp = _unwritten(Snapshot()), _unwritten(Timestamp())
-        if not (self._metadata / "timestamp.json").exists():
+        if not is_repository(self.folder):
             return
         delegator = self._published_root
         assert delegator is not None
@@ -341,6 +341,11 @@ class Repository:
         if not isinstance(metadata.signed, kind):
             raise VerificationError(f"{path} has metadata of another kind", _RESTORE)
         return metadata.signed
+
+
+def is_repository(folder: Path) -> bool:
+    """Whether something was published in the folder."""
+    return (folder / METADATA_FOLDER / "timestamp.json").exists()
 
 
 def _delegator_of(role: str) -> str:

@@ -392,6 +392,17 @@ def test_an_expired_repository_is_valid_again_after_another_signature(publisher:
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
 
 
+def test_signing_again_makes_no_repository(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, PASSPHRASE)
+    mistyped = tmp_path / "nope"
+    assert main(["publish", "--repo", str(mistyped), "--keys", str(publisher.keys.folder)]) == NotFoundError.exit_code
+    message = f"{mistyped} is not a repository; check --repo, or publish a bundle to make one"
+    assert message in capsys.readouterr().err
+    assert not mistyped.exists()
+
+
 def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_folder, "_ROOT_DAYS", -1)
     publisher = Publisher(tmp_path)
@@ -399,7 +410,7 @@ def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch
         publisher("one")
     others = Path(shutil.copytree(publisher.keys.folder, tmp_path / "others", ignore=shutil.ignore_patterns("root-*")))
     with pytest.raises(UsageError, match=r"expired on .*; copy the next \*\.root\.json from whoever has the root keys"):
-        refresh(publisher.repo, open_keys(others), expires_days=30)
+        publish(publisher.bundle, publisher.repo, open_keys(others))
     monkeypatch.undo()
     publisher.keys.rotate("root")
     publisher("one")
