@@ -115,7 +115,7 @@ class AugmentSpec(RecipePart):
     shows the copies. The same seed gives the same ones.
     """
 
-    copies: PositiveInt = 3
+    copies: int = Field(default=3, ge=1, le=1000)
     """Most copies of a row. A training pass reads all of them, so it takes longer."""
     values: dict[Text, tuple[str | int | float, ...]] = Field(default_factory=dict)
     """More values by the field of the answer, such as `area: [attic, cellar]`; nested fields as `slots.area`."""

@@ -49,7 +49,7 @@ class TrainingSpec(RecipePart):
     auto: bool = False
     """Choose the options that the recipe does not set by the number of training rows and the width of the base
     (docs/how-to/few-rows.md)."""
-    epochs: PositiveFloat = 3.0
+    epochs: float = Field(default=3.0, gt=0, le=100_000)
     """Passes over the training rows; may be a fraction."""
     max_steps: PositiveInt | None = None
     """Stop after this many steps, even before the last epoch ends."""

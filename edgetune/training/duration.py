@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from edgetune.objectives.base import TrainingRow
 from edgetune.recipe.training import TrainingSpec
 
-from .schedule import Schedule, plan
+from .schedule import Schedule
 
 TRIAL_STEPS = 10
 """Steps after which the speed of this machine is estimated."""
@@ -51,13 +51,12 @@ def predicted_time(trainings: Collection[tuple[str, float]], cores: int) -> Trai
 def tokens_left(
     train: Sequence[TrainingRow], validation: Sequence[TrainingRow], training: TrainingSpec, step: int = 0
 ) -> float:
-    """Tokens that a training run has left after `step` steps; validation tokens count at their lower cost.
+    """About how many tokens a training run has left after `step` steps; those of validation count at their lower cost.
 
     `validation` are the rows of one validation pass. Early stopping is not considered.
     """
     schedule = Schedule(len(train), training)
-    lengths = [len(row.tokens) for row in train]
-    rows = sum(lengths[index] for indices in plan(lengths, schedule, training)[step:] for index in indices)
+    rows = (schedule.steps - step) / schedule.steps_per_epoch * sum(len(row.tokens) for row in train)
     passes = sum(eval_step > step for eval_step in schedule.evals)
     return rows + passes * sum(len(row.tokens) for row in validation) * _VALIDATION_COST
 

@@ -292,7 +292,7 @@ class _Run:
 
     def _batches(self) -> Iterator[list[TrainingRow]]:
         """The rows of each remaining step."""
-        for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training)[self.state.step :]:
+        for indices in plan([len(e.tokens) for e in self.train_rows], self.schedule, self.training, self.state.step):
             yield [self.train_rows[i] for i in indices]
 
     def _step(self, rows: Sequence[TrainingRow]) -> None:

@@ -40,22 +40,25 @@ class Schedule:
         return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[self._form]
 
 
-def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec) -> list[list[int]]:
-    """The row indices of every step of a run, with rows of similar length together."""
-    steps: list[list[int]] = []
-    epoch = 0
-    while len(steps) < schedule.steps:
-        rng = random.Random(f"{training.seed}/{epoch}")
-        order = rng.sample(range(len(lengths)), len(lengths))
-        window = _WINDOW_STEPS * training.batch_size
-        batches: list[list[int]] = []
-        for start in range(0, len(order), window):
-            near = sorted(order[start : start + window], key=lambda i: lengths[i])
-            batches += [near[i : i + training.batch_size] for i in range(0, len(near), training.batch_size)]
-        rng.shuffle(batches)
-        steps += batches
-        epoch += 1
-    return steps[: schedule.steps]
+def plan(lengths: Sequence[int], schedule: Schedule, training: TrainingSpec, first: int = 0) -> Iterator[list[int]]:
+    """The row indices of every step of a run from `first` on, with rows of similar length together."""
+    epoch, place = divmod(first, schedule.steps_per_epoch)
+    for step in range(first - place, schedule.steps, schedule.steps_per_epoch):
+        yield from _epoch(lengths, training, epoch)[place : schedule.steps - step]
+        epoch, place = epoch + 1, 0
+
+
+def _epoch(lengths: Sequence[int], training: TrainingSpec, epoch: int) -> list[list[int]]:
+    """The row indices of every step of an epoch."""
+    rng = random.Random(f"{training.seed}/{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    window = _WINDOW_STEPS * training.batch_size
+    batches: list[list[int]] = []
+    for start in range(0, len(order), window):
+        near = sorted(order[start : start + window], key=lambda i: lengths[i])
+        batches += [near[i : i + training.batch_size] for i in range(0, len(near), training.batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
 def passes(examples: Sequence[R], most_tokens: int, shared: int = 0) -> Iterator[list[R]]:

@@ -200,6 +200,8 @@ adapters:
         ("adapters.intent.method.r.x", "1", "adapters.intent.method.r is not a mapping"),
         ("training.epochs", "[", "'[' is not valid YAML"),
         ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
+        ("training.epochs", "1e9", "1000000000.0 must be at most 100000"),
+        ("adapters.intent.data.augment", "{copies: 1000000}", "1000000 must be at most 1000"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantization", "q4_9", "no quantization 'q4_9'"),
         ("quantization", "q5_0+q4", "no type of the output layer 'q4'"),

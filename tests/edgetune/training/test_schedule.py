@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ def example(length: int) -> Example:
 
 def test_a_plan_takes_each_row_once_an_epoch() -> None:
     schedule, training = schedule_of()
-    steps = plan(LENGTHS, schedule, training)
+    steps = list(plan(LENGTHS, schedule, training))
     assert (len(steps), schedule.steps, schedule.steps_per_epoch) == (78, 78, 26)
     for epoch in range(3):
         rows = Counter(index for step in steps[26 * epoch : 26 * (epoch + 1)] for index in step)
@@ -33,12 +33,23 @@ def test_a_plan_takes_each_row_once_an_epoch() -> None:
 
 
 def test_a_plan_follows_from_the_seed() -> None:
-    plans = [plan(LENGTHS, *schedule_of(seed=seed)) for seed in (1, 1, 2)]
+    plans = [list(plan(LENGTHS, *schedule_of(seed=seed))) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
 
 
+@pytest.mark.parametrize("first", [0, 1, 25, 26, 27, 51, 60, 61])
+def test_a_run_goes_on_with_the_steps_that_it_has_left(first: int) -> None:
+    schedule, training = schedule_of(max_steps=61)
+    assert list(plan(LENGTHS, schedule, training, first)) == list(plan(LENGTHS, schedule, training))[first:]
+
+
+def test_a_run_of_very_many_epochs_is_planned_as_it_goes() -> None:
+    steps = plan(LENGTHS, *schedule_of(epochs=100_000))
+    assert list(islice(steps, 78)) == list(plan(LENGTHS, *schedule_of(epochs=3)))
+
+
 def test_each_epoch_has_its_own_order() -> None:
-    steps = plan(LENGTHS, *schedule_of())
+    steps = list(plan(LENGTHS, *schedule_of()))
     assert len({tuple(index for step in steps[at : at + 26] for index in step) for at in (0, 26, 52)}) == 3
 
 
@@ -48,7 +59,7 @@ def test_the_rows_of_a_step_have_like_lengths() -> None:
 
     at_random = random.Random(1).sample(range(len(LENGTHS)), len(LENGTHS))
     chunks = [at_random[i : i + 8] for i in range(0, len(at_random), 8)]
-    planned = plan(LENGTHS, *schedule_of(epochs=1))
+    planned = list(plan(LENGTHS, *schedule_of(epochs=1)))
     assert padding(planned) < padding(chunks) / 5
     # Not in the order of their lengths: that would make the rows of a run's end the longest.
     longest = [max(LENGTHS[i] for i in step) for step in planned]
@@ -61,7 +72,7 @@ def test_the_rows_of_a_step_have_like_lengths() -> None:
 )
 def test_epochs_and_max_steps_bound_the_steps(options: dict[str, Any], steps: int) -> None:
     schedule, training = schedule_of(**options)
-    assert schedule.steps == len(plan(LENGTHS, schedule, training)) == steps
+    assert schedule.steps == len(list(plan(LENGTHS, schedule, training))) == steps
 
 
 def test_the_learning_rate_rises_in_the_warmup_and_falls_to_nearly_nothing() -> None:
