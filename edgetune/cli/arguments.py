@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -44,12 +45,22 @@ Kv = Annotated[
     str | None,
     engine_option(metavar="TYPE", help="Data type of keys and values, as for `edgetune-run`: q8_0 halves them."),
 ]
+
+
+def finite_mb(size_mb: float | None) -> float | None:
+    """The size of an option, as its callback; BadParameter for inf and nan."""
+    if size_mb is not None and not math.isfinite(size_mb):
+        raise typer.BadParameter(f"{size_mb} is not a finite number; give a number of MB.")
+    return size_mb
+
+
 CacheMb = Annotated[
-    float | None, engine_option(metavar="N", min=0, help="Memory for saved states, as for `edgetune-run`.")
+    float | None,
+    engine_option(metavar="N", min=0, callback=finite_mb, help="Memory for saved states, as for `edgetune-run`."),
 ]
 AdaptersMb = Annotated[
     float | None,
-    engine_option(metavar="N", min=0, help="Memory for loaded adapters, as for `edgetune-run`."),
+    engine_option(metavar="N", min=0, callback=finite_mb, help="Memory for loaded adapters, as for `edgetune-run`."),
 ]
 Targets = Annotated[str | None, recipe_option(metavar="A,B", help="Formats to write, such as gguf,onnx.")]
 

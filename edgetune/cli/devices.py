@@ -18,7 +18,7 @@ from edgetune_runtime.sizing.calibration import read_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from edgetune_runtime.sizing.options import with_options
 
-from .arguments import BOARD, AdaptersMb, AsJson, CacheMb, ContextLength, Engine, Kv, print_json
+from .arguments import BOARD, AdaptersMb, AsJson, CacheMb, ContextLength, Engine, Kv, finite_mb, print_json
 from .grouped_help import GroupedCommand
 from .tables import print_columns
 
@@ -81,7 +81,13 @@ def fit_target(
     serve: Annotated[bool, typer.Option("--serve", help="Also count the memory of `edgetune-run serve`.")] = False,
     limit_mb: Annotated[
         float | None,
-        typer.Option("--limit-mb", metavar="N", min=1, help="Memory limit of a container or a systemd unit in MB."),
+        typer.Option(
+            "--limit-mb",
+            metavar="N",
+            min=1,
+            callback=finite_mb,
+            help="Memory limit of a container or a systemd unit in MB.",
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,

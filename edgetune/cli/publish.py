@@ -46,7 +46,10 @@ def publish(
         ),
     ] = None,
     expires_days: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Days until devices refuse a repository that nobody signed again.")
+        int,
+        typer.Option(
+            metavar="N", min=1, max=36_500, help="Days until devices refuse a repository that nobody signed again."
+        ),
     ] = 90,
     keep: Annotated[
         int | None,

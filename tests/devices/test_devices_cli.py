@@ -70,6 +70,13 @@ def test_fit_of_a_gguf_file_sums_its_parts(tiny_gguf: Callable[[str], Path]) -> 
     assert longer["needed_mb"] > figures["needed_mb"]
 
 
+@pytest.mark.parametrize("option", ["--cache-mb", "--adapters-mb", "--limit-mb"])
+def test_fit_refuses_a_size_that_is_not_finite(option: str, tiny_gguf: Callable[[str], Path]) -> None:
+    result = CliRunner().invoke(app, ["fit", str(tiny_gguf("llama")), "--device", "pi-4", option, "inf"])
+    assert result.exit_code == 2
+    assert "inf is not a finite number" in result.output
+
+
 def test_fit_for_people_says_whether_it_fits(tiny_gguf: Callable[[str], Path]) -> None:
     lines = [line.rsplit("  ", 1) for line in _run("fit", tiny_gguf("llama"), "--device", "pi-zero-2w").splitlines()]
     assert ["fits", "yes"] in [[label.strip(), value] for label, value in lines]

@@ -24,9 +24,11 @@ def read_answer_log(path: Path, manifest: Manifest, say: Callable[[str], None] =
     `say` gets a sentence about lines that are left out because they are not JSON, such as a line that was not written
     to its end, and about those of another bundle or base.
 
-    NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError if all are of
-    other bundles.
+    NotFoundError if there is no log, VerificationError for a line that is not one of a log, UsageError for a folder,
+    and if all are of other bundles.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "give the log, a file in it")
     if not path.is_file() and not file_before(path).is_file():
         raise NotFoundError(f"no log {path}", "give the file of `edgetune-run serve --log-answers`")
     entries: dict[str, LoggedAnswer] = {}

@@ -392,6 +392,15 @@ def test_an_expired_repository_is_valid_again_after_another_signature(publisher:
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device").version == 1
 
 
+def test_a_time_beyond_the_calendar_is_refused_before_anything_is_copied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["publish", str(tmp_path), "--repo", str(tmp_path / "repo"), "--keys", str(tmp_path)]
+    assert main([*words, "--expires-days", "4000000"]) == 2
+    assert "invalid value for '--expires-days': Input should be less than or equal to 36500" in capsys.readouterr().err
+    assert not (tmp_path / "repo").exists()
+
+
 def test_signing_again_makes_no_repository(
     publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -357,6 +357,9 @@ def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path
         read_answer_log(path, replace(manifest, name="garden"))
     with pytest.raises(UsageError, match="give the log of this bundle"):
         read_answer_log(path, replace(manifest, base=replace(manifest.base, fingerprint="ab" * 32)))
+    for folder in (tmp_path, Path(), Path("/")):
+        with pytest.raises(UsageError, match="is a folder; give the log, a file in it"):
+            read_answer_log(folder, manifest)
     with pytest.raises(NotFoundError, match="no log"):
         read_answer_log(tmp_path / "none.jsonl", manifest)
 
