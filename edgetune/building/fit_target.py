@@ -17,6 +17,7 @@ from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_base import read_base
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.inference.opening_options import check_context_length
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune import bases
@@ -40,8 +41,8 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
     """The needs of the target at `path`, for a context length and an engine, by default its own.
 
     NotFoundError if there is no such file, or if the size of a recipe's base is not known; UsageError for another kind
-    of file, and for a task without a prediction; IncompatibleError if the target has no such engine, or cannot have it;
-    and what `read_base` raises.
+    of file, for a task without a prediction, and for a context that the base was not trained for; IncompatibleError if
+    the target has no such engine, or cannot have it; and what `read_base` raises.
     """
     if not path.exists():
         raise NotFoundError(f"no bundle, recipe or GGUF file {path}", "check the path")
@@ -50,7 +51,9 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
     if path.suffix == ".gguf":
         header = read_base(path)
         architectures.of(header).check_formats([engine or gguf.NAME])
-        length = context_length or fit.CONTEXT_LENGTHS[0]
+        trained = bases.trained_context_length(header)
+        check_context_length(context_length, trained)
+        length = context_length or min(fit.CONTEXT_LENGTHS[0], trained)
         return FitTarget(needs_of_header(header, context_length=length, engine=engine or gguf.NAME), None, header)
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path, context_length, engine)
@@ -60,6 +63,7 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
 def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> FitTarget:
     manifest = read_manifest(bundle)
     task_types.load(manifest.task).check_offers("fit", bundle)
+    check_context_length(context_length, manifest.base.trained_context_length)
     file = manifest.base.files.get(gguf.NAME)
     header = None if file is None else read_base(resolve(bundle, file))
 

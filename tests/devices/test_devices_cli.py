@@ -14,6 +14,7 @@ from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.sizing.calibration import write_calibration
 from edgetune_runtime.sizing.figures import SpeedFigures
 from recipes import adapter_of, make_recipe, write_recipe
+from runtime.bundles import Adapter, low_rank, write_bundle
 from typer.testing import CliRunner
 
 from edgetune.bases import BaseSource
@@ -66,8 +67,19 @@ def test_fit_of_a_gguf_file_sums_its_parts(tiny_gguf: Callable[[str], Path]) -> 
     assert figures["needed_mb"] == pytest.approx(sum(item["mb"] for item in figures["items"]), abs=0.5)
     assert figures["available_mb"] == pytest.approx(boards.load("pi-4").free_mb, abs=0.05)
     assert figures["decode_tokens_per_s"] > 0
-    longer = json.loads(_run("fit", tiny_gguf("llama"), "--device", "pi-4", "--context-length", "4096", "--json"))
-    assert longer["needed_mb"] > figures["needed_mb"]
+    shorter = json.loads(_run("fit", tiny_gguf("llama"), "--device", "pi-4", "--context-length", "16", "--json"))
+    assert shorter["needed_mb"] < figures["needed_mb"]
+    assert "keys and values of 512 tokens" in [item["name"] for item in figures["items"]], "the base has no more"
+
+
+@pytest.mark.parametrize("length", ["1", "513"])
+def test_fit_refuses_a_context_that_the_runtime_refuses(
+    length: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny_gguf("llama")
+    for target in (base, write_bundle(tmp_path / "home", base, {"task": Adapter(low_rank(base, seed=1))})):
+        with pytest.raises(UsageError, match=f"context_length is {length}; give 2 to 512, the context length that the"):
+            _run("fit", target, "--device", "pi-4", "--context-length", length)
 
 
 @pytest.mark.parametrize("option", ["--cache-mb", "--adapters-mb", "--limit-mb"])

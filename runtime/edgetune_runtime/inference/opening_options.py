@@ -223,11 +223,15 @@ def _check_preload(manifest: Manifest, preload: Sequence[str]) -> None:
         manifest.adapter(name)
 
 
-def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
-    trained, length = manifest.base.trained_context_length, options.get("context_length")
+def check_context_length(length: int | None, trained: int) -> None:
+    """UsageError for a context that no runtime opens a base with; `trained` is the longest one, None the default."""
     if length is not None and not 2 <= length <= trained:
         remedy = f"give 2 to {trained}, the context length that the base was trained for"
         raise UsageError(f"context_length is {length}", remedy)
+
+
+def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
+    check_context_length(options.get("context_length"), manifest.base.trained_context_length)
     learn_drafts = options.get("learn_drafts", OFF)
     if learn_drafts not in LEARN_DRAFTS:
         raise UsageError(f"learn_drafts is {learn_drafts!r}", f"give one of: {', '.join(LEARN_DRAFTS)}")
