@@ -10,7 +10,8 @@ from typing import Any
 
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest
-from edgetune_runtime.wording import shortened
+from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import first_of, shortened
 
 from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
@@ -27,10 +28,16 @@ def score_adapters(
     bundle: Path, manifest: Manifest, recipe: Path | None, files: Mapping[str, str], *, limit: int, progress: Progress
 ) -> dict[str, Score]:
     """Score the adapters in `files` on at most `limit` rows of these, and the others of `recipe` on their validation
-    rows."""
+    rows.
+
+    UsageError for a recipe of other adapters, if there are no `files`.
+    """
     tasks = []
     if recipe is not None:
         adapters = Recipe.from_file(recipe).adapters
+        if not files and not adapters.keys() & manifest.adapters.keys():
+            message = f"{recipe} has none of the adapters {first_of([*manifest.adapters], separator=', ')}"
+            raise UsageError(message, "give the recipe that trained them")
         names = [name for name in adapters if name in manifest.adapters and name not in files]
         loaded = Recipe.from_file(recipe, split_of(manifest, names))
         tasks = [read_task(name, loaded) for name in names]

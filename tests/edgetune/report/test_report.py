@@ -137,6 +137,16 @@ def test_a_report_is_not_written_into_the_bundle(bundle: Path, capsys: pytest.Ca
     assert (bundle / "manifest.json").read_bytes() == manifest
 
 
+def test_a_recipe_of_other_adapters_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = write_recipe(tmp_path, "base.gguf", {"heating": adapter_of()}), tmp_path / "page.html"
+    assert main(["report", str(bundle), "--recipe", str(recipe), "--out", str(out)]) == 2
+    message = f"{recipe} has none of the adapters task, other; give the recipe that trained them"
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_right_and_wrong_answers_of_a_file_are_shown(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
     labels = ("on", "off")
