@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -90,6 +91,8 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    # One limit for all of the process: put back afterwards, it would stop another thread in the middle of a table.
+    csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     header: list[str] | None = None
     line = 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -215,6 +216,15 @@ def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) 
 )
 def test_a_broken_table_is_refused_with_its_line(write: Write, table: str, problem: str) -> None:
     assert problems_of(write(table, "rows.csv")) == [problem]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_a_cell_of_a_table_may_be_long(name: str, delimiter: str, write: Write) -> None:
+    # Python's default, which another test may have raised.
+    csv.field_size_limit(131_072)
+    text = "turn on " * 20_000
+    (row,) = read_rows(write(f"prompt{delimiter}completion\n{text}{delimiter}on\n", name))
+    assert row.prompt == text
 
 
 def test_text_in_another_encoding_is_refused_with_the_byte(write: Write) -> None:
