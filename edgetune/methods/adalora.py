@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.adapters.shapes import Delta
-from pydantic import AliasChoices, Field, PositiveInt
+from pydantic import AliasChoices, Field, PositiveInt, model_validator
 
 from .common.base import trainable
 from .common.peft import TargetOptions, WeightMethod, array
@@ -26,7 +27,9 @@ class AdaLoraOptions(TargetOptions):
     target_r: PositiveInt = Field(
         8, validation_alias=AliasChoices("target_r", "r", "rank"), description="Mean rank after training."
     )
-    init_r: PositiveInt = Field(12, description="Rank of every module before training.")
+    init_r: PositiveInt | None = Field(
+        None, description="Rank of every module before training, more than target_r. null: 1.5 times target_r."
+    )
     lora_alpha: float = Field(
         32,
         gt=0,
@@ -37,6 +40,18 @@ class AdaLoraOptions(TargetOptions):
     tfinal: float = Field(0.3, ge=0, lt=1, description="Share of the steps after the last reduction.")
     orth_reg_weight: float = Field(0.1, ge=0, description="Weight of the penalty that keeps the factors orthogonal.")
 
+    @property
+    def initial_rank(self) -> int:
+        """The rank of every module before training."""
+        return self.init_r or math.ceil(1.5 * self.target_r)
+
+    @model_validator(mode="after")
+    def _reduces_ranks(self) -> AdaLoraOptions:
+        if self.initial_rank <= self.target_r:
+            message = f"init_r is {self.init_r}, but ranks are reduced to a mean of {self.target_r} (target_r)"
+            raise ValueError(f"{message}; give more than {self.target_r}, or remove init_r")
+        return self
+
 
 class AdaLora(WeightMethod[AdaLoraOptions]):
     """LoRA whose rank differs per module: use it when no single rank suits all modules."""
@@ -46,16 +61,16 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
 
     def shipped_rank(self, options: AdaLoraOptions) -> int:
         """The initial rank, which some modules may keep."""
-        return max(options.init_r, options.target_r)
+        return options.initial_rank
 
     def trained_parameters_in(self, module: SizedModule, options: AdaLoraOptions) -> int:
         """Both factors and the values between them."""
-        return (module.values_per_rank + 1) * self.shipped_rank(options)
+        return (module.values_per_rank + 1) * options.initial_rank
 
     def peft_settings(self, options: AdaLoraOptions, steps: int) -> Mapping[str, Any]:
         """The initial rank, and the phases in steps."""
         return {
-            "init_r": self.shipped_rank(options),
+            "init_r": options.initial_rank,
             "tinit": int(options.tinit * steps),
             "tfinal": int(options.tfinal * steps),
             "deltaT": max(1, steps // 50),

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from tiny import make_model
+from trainings import QUIET, VOCABULARY, job
+
+from edgetune import methods
+from edgetune.training.loop import train
+
+ADALORA = methods.load("adalora")
+
+
+@pytest.mark.parametrize(("rank", "initial"), [(1, 2), (8, 12), (16, 24)])
+def test_the_initial_rank_follows_the_mean_rank(rank: int, initial: int) -> None:
+    assert ADALORA.shipped_rank(ADALORA.options(r=rank)) == initial
+
+
+def test_a_mean_rank_is_all_that_a_training_needs(tmp_path: Path) -> None:
+    work = job("adalora", {"r": 16, "target_modules": ["q_proj"]}, max_steps=4, evals=1)
+    result = train(make_model("llama", VOCABULARY), work, tmp_path, QUIET)
+    assert math.isfinite(result.history[-1].train_loss)
+
+
+def test_an_initial_rank_that_leaves_nothing_to_reduce_is_refused() -> None:
+    problem = r"init_r is 8, but ranks are reduced to a mean of 8 \(target_r\); give more than 8, or remove init_r"
+    with pytest.raises(ValidationError, match=problem):
+        ADALORA.options(init_r=8)
