@@ -52,6 +52,13 @@ class AdaLoraOptions(TargetOptions):
             raise ValueError(f"{message}; give more than {self.target_r}, or remove init_r")
         return self
 
+    @model_validator(mode="after")
+    def _has_steps_between(self) -> AdaLoraOptions:
+        if self.tinit + self.tfinal >= 1:
+            message = f"tinit {self.tinit} and tfinal {self.tfinal} leave no steps in which ranks are reduced"
+            raise ValueError(f"{message}; their sum must be below 1")
+        return self
+
 
 class AdaLora(WeightMethod[AdaLoraOptions]):
     """LoRA whose rank differs per module: use it when no single rank suits all modules."""

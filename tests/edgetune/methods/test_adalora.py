@@ -25,7 +25,13 @@ def test_a_mean_rank_is_all_that_a_training_needs(tmp_path: Path) -> None:
     assert math.isfinite(result.history[-1].train_loss)
 
 
-def test_an_initial_rank_that_leaves_nothing_to_reduce_is_refused() -> None:
-    problem = r"init_r is 8, but ranks are reduced to a mean of 8 \(target_r\); give more than 8, or remove init_r"
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"init_r": 8}, r"init_r is 8, but ranks are reduced to a mean of 8 \(target_r\); give more than 8, or remove"),
+        ({"tinit": 0.5, "tfinal": 0.5}, "tinit 0.5 and tfinal 0.5 leave no steps in .*; their sum must be below 1"),
+    ],
+)
+def test_options_with_which_no_rank_is_reduced_are_refused(options: dict[str, float], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
-        ADALORA.options(init_r=8)
+        ADALORA.options.model_validate(options)
