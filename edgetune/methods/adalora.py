@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from edgetune_export.architectures.shape import SizedModule
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -83,6 +84,15 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
             "deltaT": max(1, steps // 50),
             "total_step": steps,
         }
+
+    def attach(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> PeftModel:
+        """Add PEFT's trainable parts in float32 to `base`."""
+        model = super().attach(base, options, steps)
+        for name, parameter in model.named_parameters():
+            # PEFT saves no ranks, and those that it casts to float32 lose that they are not trained.
+            if ".ranknum." in name:
+                parameter.requires_grad_(requires_grad=False)
+        return model
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write PEFT's folder with all ranks, pruned ones as zeros, because PEFT scales a reduced rank differently."""

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from tiny import make_model
 from trainings import QUIET, VOCABULARY, job
 
 from edgetune import methods
+from edgetune.methods.common.base import trainable
 from edgetune.training.loop import train
 
 ADALORA = methods.load("adalora")
@@ -35,3 +37,10 @@ def test_a_mean_rank_is_all_that_a_training_needs(tmp_path: Path) -> None:
 def test_options_with_which_no_rank_is_reduced_are_refused(options: dict[str, float], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         ADALORA.options.model_validate(options)
+
+
+def test_on_a_base_in_bf16_only_what_is_saved_is_trained(tmp_path: Path) -> None:
+    model = ADALORA.attach(make_model("llama", VOCABULARY).bfloat16(), ADALORA.options(), 10)
+    ADALORA.save(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.replace(".default", "") for name, _ in trainable(model)} == saved.keys()
