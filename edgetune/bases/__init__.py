@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgetune_export import architectures
 from edgetune_export.adapters.fold import CONFIG_NAME as ADAPTER_CONFIG
-from edgetune_export.architectures.shape import BaseShape
+from edgetune_export.architectures.shape import BaseShape, SizedModule
 from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, part_of
 from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
@@ -35,7 +35,7 @@ from edgetune.common.progress import Progress
 from edgetune.recipe.data import is_hub_id
 from edgetune.recipe.model import Recipe
 
-from .folder_header import predict_header
+from .folder_header import encoder_modules, predict_header
 
 if TYPE_CHECKING:
     import torch
@@ -97,6 +97,7 @@ class BaseSource:
     """A base before the build changes it: its name in the recipe, its file or folder, and what is read of it.
 
     `header` is that of the file, predicted for a folder, and `shape` has its sizes; both are None for an encoder.
+    `linear_modules` are those that an adapter may change.
     `trained_context_length` is in tokens.
     """
 
@@ -107,6 +108,7 @@ class BaseSource:
     is_folder: bool = True
     header: GgufHeader | None = None
     shape: BaseShape | None = None
+    linear_modules: tuple[SizedModule, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,7 @@ def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
     if not path.is_dir():
         check_base(header, path)
     length, shape = trained_context_length(header), BaseShape.of_header(header)
-    return BaseSource(name, path, header.architecture, length, path.is_dir(), header, shape)
+    return BaseSource(name, path, header.architecture, length, path.is_dir(), header, shape, shape.linear_modules)
 
 
 def _encoder(name: str, folder: Path) -> BaseSource:
@@ -316,7 +318,8 @@ def _encoder(name: str, folder: Path) -> BaseSource:
     for file in (ENCODER_WEIGHTS, TOKENIZER_NAME):
         if not (path / file).is_file():
             raise NotFoundError(f"base {name!r} has no {file} in {path}", _SAVE_AGAIN)
-    return BaseSource(name, path, architecture, _encoder_length(read_config(path), path))
+    length, modules = _encoder_length(read_config(path), path), encoder_modules(path / ENCODER_WEIGHTS)
+    return BaseSource(name, path, architecture, length, linear_modules=modules)
 
 
 def _no_encoder(name: str, why: str) -> IncompatibleError:

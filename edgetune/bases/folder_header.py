@@ -1,4 +1,4 @@
-"""Predicts the GGUF header of a Hugging Face folder from its config, as far as sizes need it. Needs no torch."""
+"""Reads the sizes of a Hugging Face folder without torch: predicts its GGUF header, and lists an encoder's modules."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from edgetune_export.architectures import Architecture
 from edgetune_export.architectures.base import ENTRIES
 from edgetune_export.architectures.layout import name_map, tensor_name
+from edgetune_export.architectures.shape import SizedModule
 from edgetune_export.base_file.convert import check_folder, weight_files
 from edgetune_export.hf_folder import read_config
 from edgetune_runtime.errors import VerificationError
@@ -27,6 +28,8 @@ _NOT_TEXT = ("model.visual.", "model.vision_", "model.audio_", "model.embed_visi
 """The beginnings of names of tensors that no text part has."""
 _OF_MULTIMODAL = "model.language_model."
 """The beginning of names where others have `model.`."""
+_OF_ENCODER = re.compile(r"(?:\w+\.)?((?:(?:encoder|transformer)\.layer\.\d+\..+|embeddings_project))\.weight")
+"""The weights of an encoder's modules, whose names some folders begin with its model_type."""
 _F16 = TENSOR_TYPES["f16"].number
 
 
@@ -61,6 +64,19 @@ def predict_header(folder: Path) -> GgufHeader:
     start = HEADER_BYTES_PER_TOKEN * sum(shapes.get("token_embd.weight", ())[1:2])
     return GgufHeader(
         metadata, {name: TensorInfo(name, shape, _F16, start, 2 * math.prod(shape)) for name, shape in shapes.items()}
+    )
+
+
+def encoder_modules(weights: Path) -> tuple[SizedModule, ...]:
+    """The linear modules of an encoder, of any of `bases.ENCODER_TYPES`, from the header of its weights.
+
+    Raises VerificationError if the file is damaged.
+    """
+    found = ((_OF_ENCODER.fullmatch(name), shape) for name, shape in _shapes(weights))
+    return tuple(
+        SizedModule(match[1], match[1], columns=shape[1], rows=shape[0])
+        for match, shape in found
+        if match and len(shape) == 2
     )
 
 

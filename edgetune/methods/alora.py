@@ -6,11 +6,12 @@ alone. So all such adapters share their keys and values, and a switch in the mid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgetune_export.adapters.fold import fold_peft
 from edgetune_export.adapters.shapes import Folded
+from edgetune_export.architectures.base import OUTPUT_LAYER
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.states.activation import start_of
 from edgetune_runtime.text.chat import render
@@ -21,6 +22,7 @@ from .common.peft import as_names
 from .lora import Lora, LoraOptions
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import SizedModule
     from edgetune_runtime.engines.base import Tokenizer
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -71,15 +73,19 @@ class Alora(Lora[AloraOptions]):
             raise UsageError(f"{unfit} of {len(rows)} rows have nothing to learn after the invocation {shown}", remedy)
         return options.model_copy(update={"invocation_tokens": tokens})
 
+    def check(self, options: AloraOptions, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Raise UsageError as lora does, and for the output layer."""
+        super().check(options, linear, shapes)
+        if OUTPUT_LAYER in as_names(options.target_modules):
+            raise UsageError(f"alora cannot adapt {OUTPUT_LAYER}", "use other target_modules, or method lora")
+
     def attach(self, base: PreTrainedModel, options: AloraOptions, steps: int) -> PeftModel:
-        """Add LoRA modules in float32 to `base`. Raises UsageError as lora does, and if there is no invocation."""
+        """Add LoRA modules in float32 to `base`. Raises UsageError if there is no invocation."""
         from .common.activated import gate
 
         if not options.invocation_tokens or not base.can_generate():
             message = "alora needs invocation tokens and a decoder as its base"
             raise UsageError(message, "set invocation_tokens, or use method lora for an encoder")
-        if "lm_head" in as_names(options.target_modules):
-            raise UsageError("alora cannot adapt lm_head", "use other target_modules, or method lora")
         model = super().attach(base, options, steps)
         gate(model)
         return model

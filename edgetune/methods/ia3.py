@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from .common.peft import (
     TargetOptions,
     array,
     as_names,
-    check_targets,
+    check_names,
     is_target,
     merged_parameter,
     merged_weights,
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import torch
     from edgetune_export.architectures.shape import SizedModule
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 class Ia3Options(TargetOptions):
@@ -60,10 +59,10 @@ class Ia3(PeftMethod[Ia3Options]):
         """The factors themselves, or the weights times the factors."""
         return ("tensors", "merged")
 
-    def attach(self, base: PreTrainedModel, options: Ia3Options, steps: int) -> PeftModel:
-        """Add factors of 1 in float32 to `base`. Raises UsageError if the base lacks a module."""
-        check_targets(base, options.feedforward_modules)
-        return super().attach(base, options, steps)
+    def check(self, options: Ia3Options, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Raise UsageError for a target or feed-forward module that the base lacks."""
+        super().check(options, linear, shapes)
+        check_names({module.name for module in linear}, options.feedforward_modules, "feedforward_modules")
 
     def trained_parameters_in(self, module: SizedModule, options: Ia3Options) -> int:
         """A factor per input of a feed-forward module, and per output of another."""

@@ -7,7 +7,7 @@ arXiv:2402.12354.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -18,14 +18,12 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from .common.base import TrainedModules, trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import ALL_LINEAR, AUTO, LowRankOptions, check_targets
+from .common.peft import ALL_LINEAR, AUTO, LowRankOptions, targets_among
 from .common.peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
     from edgetune_export.architectures.shape import BaseShape, SizedModule
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 
 def _share(value: object) -> object:
@@ -98,8 +96,13 @@ class Lora(LoraCheckpoint[L]):
         plain = not config.get("use_dora") and not config.get("alora_invocation_tokens")
         return super().wrote(config) and plain
 
+    def check(self, options: L, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Raise UsageError for a target module that the base lacks, and for a pattern that matches none of them."""
+        super().check(options, linear, shapes)
+        _check_patterns({module.name for module in targets_among(linear, options)}, options)
+
     def trained_modules(self, base: BaseShape, options: L) -> list[SizedModule]:
-        """The target modules. UsageError for one that the base lacks, and for `auto` on other modules than LLaMA's."""
+        """The target modules. Raises UsageError for `auto` on other modules than LLaMA's."""
         if options.is_auto and base.has_other_modules:
             names = sorted({module.name.rpartition(".")[2] for module in base.modules})
             message = "target_modules: auto does not support the modules of this base"
@@ -118,11 +121,6 @@ class Lora(LoraCheckpoint[L]):
     def trained_parameters(self, trained: TrainedModules, options: L) -> int:
         """Both factors of each module, with its own rank."""
         return trained.low_rank_values
-
-    def attach(self, base: PreTrainedModel, options: L, steps: int) -> PeftModel:
-        """Add LoRA modules in float32 to `base`. Raises UsageError if a target module or pattern matches nothing."""
-        _check_patterns(check_targets(base, options.target_modules), options)
-        return super().attach(base, options, steps)
 
     def start_from(self, model: Any, folder: Path, options: L) -> None:  # noqa: ANN401 - PEFT's, which wraps its base
         """Load the factors of an adapter with the same ranks, scales and modules."""

@@ -11,33 +11,47 @@ from edgetune_export.backends.format import Format
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import AdapterSize
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError
 
 from edgetune import methods
+from edgetune.bases import BaseSource
 from edgetune.methods import MethodOptions
 from edgetune.methods.common.base import TrainedModules
 from edgetune.methods.common.peft import TargetOptions
 from edgetune.recipe.model import Recipe
-from edgetune.recipe.parts import AdapterSpec
+from edgetune.recipe.parts import AdapterSpec, MethodSpec
 from edgetune.recipe.targets import misfit
 
 from .records import AdapterPlan
 
 
 def plan_adapters(
-    recipe: Recipe, shapes: Mapping[str, Mapping[str, str]], base: BaseShape | None
+    recipe: Recipe, shapes: Mapping[str, Mapping[str, str]], source: BaseSource | None
 ) -> dict[str, AdapterPlan]:
-    """The plans of all adapters without their data; one UsageError for those with modules that the base lacks."""
-    plans, problems = {}, []
+    """The plans of all adapters without their data.
+
+    Raises one error for all adapters with options that do not fit the base, of the type of the first.
+    """
+    plans, problems = {}, list[EdgetuneError]()
     for name, spec in recipe.adapters.items():
-        planned = plan_export(name, spec, shapes[name])
         try:
-            plans[name] = with_options(planned, planned.options, base)
-        except UsageError as error:
-            problems.append(f"adapter {name!r}: {error}")
+            planned = plan_export(name, spec, shapes[name])
+            if source is not None:
+                check_method(spec.method, shapes[name], source)
+            plans[name] = with_options(planned, planned.options, None if source is None else source.shape)
+        except EdgetuneError as error:
+            problems.append(type(error)(f"adapter {name!r}: {error.message}", error.remedy))
     if problems:
-        raise UsageError("\n".join(problems))
+        raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
     return plans
+
+
+def check_method(method: MethodSpec, shapes: Mapping[str, str], source: BaseSource) -> None:
+    """Raise UsageError or IncompatibleError if the method cannot tune the base, or not into one of these shapes."""
+    loaded = methods.load(method.name)
+    if source.shape is not None and (reason := misfit(method.name, shapes, source.shape)):
+        raise IncompatibleError(f"{method.name} {reason}", "train it with lora")
+    loaded.check(method.options, source.linear_modules, {*shapes.values()})
 
 
 def plan_export(name: str, spec: AdapterSpec, shapes: Mapping[str, str]) -> AdapterPlan:
@@ -63,8 +77,6 @@ def with_options(planned: AdapterPlan, options: MethodOptions, base: BaseShape |
     planned = replace(planned, spec=spec, target_modules=targets, rank=getattr(options, "r", 0))
     if base is None:
         return planned
-    if reason := misfit(planned.method, planned.shapes, base):
-        raise IncompatibleError(f"adapter {planned.name!r} of {planned.method} {reason}", "train it with lora")
     trained, shapes = method.trained(base, options), planned.shapes
     parameters = method.trained_parameters(trained, options)
     values = {"tensors": parameters, "prefix": method.prefix_tokens(options) * base.kv_values_per_token}

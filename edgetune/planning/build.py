@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from edgetune_export.adapters.shapes import Merged
 from edgetune_runtime.decoding.output import OutputSpec
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, Texts
 
-from .adapters import plan_adapters
+from .adapters import check_method, plan_adapters
 from .board import choose_settings
 from .needs import plan_rows, report
 from .records import AdapterPlan, BuildPlan, Room
@@ -23,13 +24,13 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Mapping[str, 
     """The plan without the data: the base, the settings that recipe and board choose, the adapters and their sizes.
 
     `shapes` are those of each adapter by format. `source` None: the base must be downloaded first, and all that depends
-    on its header is missing. Raises UsageError for a context or a module that the base does not support,
-    IncompatibleError if the bundle cannot fit on the recipe's board.
+    on its header is missing. Raises UsageError or IncompatibleError for a context, or options of a method,
+    that the base does not support, and IncompatibleError if the bundle cannot fit on the recipe's board.
     """
     if source is not None:
         _check_lengths(recipe, source.trained_context_length)
-    base = None if source is None else source.shape
-    return choose_settings(recipe, plan_adapters(recipe, shapes, base), source)
+        _check_domain(recipe, source)
+    return choose_settings(recipe, plan_adapters(recipe, shapes, source), source)
 
 
 def plan_data(
@@ -65,6 +66,16 @@ def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, widt
         training_reason=reason,
         rows=plan_rows(task, training),
     )
+
+
+def _check_domain(recipe: Recipe, source: BaseSource) -> None:
+    """UsageError or IncompatibleError if the method of the recipe's domain, whose result is merged, does not fit."""
+    if recipe.domain is None:
+        return
+    try:
+        check_method(recipe.domain.method, dict.fromkeys(recipe.targets, Merged.shape), source)
+    except EdgetuneError as error:
+        raise type(error)(f"domain.method: {error.message}", error.remedy) from error
 
 
 def _check_lengths(recipe: Recipe, trained: int) -> None:

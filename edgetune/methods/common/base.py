@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
@@ -129,12 +129,18 @@ class Method(ABC, Generic[O]):
     def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """How many parameters training changes, exactly; with modules still to be chosen, the most."""
 
+    def check(self, options: O, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Check the options against the linear modules of a base and the shapes to fold to, before any training.
+
+        Raises UsageError or IncompatibleError if they do not fit, for example if the base lacks target modules.
+        """
+
     @abstractmethod
     def attach(self, base: PreTrainedModel, options: O, steps: int) -> torch.nn.Module:
         """Add the method's trainable parts to `base`, in place, for a training of `steps` steps, and freeze the rest.
 
-        The result is called with packed sequences (see `objectives.NextToken.loss`). Raises UsageError if the options
-        do not fit the base, for example if it lacks target modules.
+        The result is called with packed sequences (see `objectives.NextToken.loss`). Expects options that `check`
+        accepts.
         """
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import fields
@@ -74,12 +74,16 @@ class LowRankOptions(TargetOptions):
 class PeftMethod(Method[O]):
     """A PEFT method that changes linear modules, which `peft_type` selects."""
 
-    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
-        """The target modules. Raises UsageError for one that the base lacks."""
+    def check(self, options: O, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Raise UsageError for a target module that the base lacks."""
         assert isinstance(options, TargetOptions)
-        modules = (*base.modules, base.output_layer)
-        check_names({module.name for module in modules}, options.target_modules)
-        return [module for module in modules if is_target(module.name, options.target_modules)]
+        if options.target_modules not in (ALL_LINEAR, AUTO):
+            check_names({module.name for module in linear}, options.target_modules, "target_modules")
+
+    def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
+        """The target modules."""
+        assert isinstance(options, TargetOptions)
+        return targets_among(base.linear_modules, options)
 
     def trained_parameters(self, trained: TrainedModules, options: O) -> int:
         """Those of all target modules."""
@@ -97,8 +101,6 @@ class PeftMethod(Method[O]):
         """Add PEFT's trainable parts in float32 to `base`."""
         from peft import get_peft_model
 
-        if isinstance(options, TargetOptions):
-            check_targets(base, options.target_modules)
         return get_peft_model(base, peft_config(self.peft_type, base, options, self.peft_settings(options, steps)))
 
     def save(self, model: PeftModel, folder: Path) -> None:
@@ -246,8 +248,9 @@ def peft_config(
             # PEFT would read any other string as a regular expression.
             values["target_modules"] = list(as_names(options.target_modules))
         elif _fixed_modules(base):
-            linear = check_targets(base, ALL_LINEAR) - {OUTPUT_LAYER}
-            values["target_modules"] = sorted({name.rpartition(".")[2] for name in linear})
+            linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
+            adapted = linear - _fixed_modules(base) - {OUTPUT_LAYER}
+            values["target_modules"] = sorted({name.rpartition(".")[2] for name in adapted})
     # An encoder lacks methods that PEFT calls for CAUSAL_LM.
     task_type = "CAUSAL_LM" if base.can_generate() else None
     return config_class(**{"task_type": task_type, **values, **settings})
@@ -260,14 +263,9 @@ def is_target(module: str, target_modules: str | tuple[str, ...]) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in as_names(target_modules))
 
 
-def check_targets(base: PreTrainedModel, target_modules: str | tuple[str, ...]) -> set[str]:
-    """The names of the linear modules selected by `target_modules`. Raises UsageError for one that the base lacks."""
-    linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
-    linear -= _fixed_modules(base)
-    if target_modules == ALL_LINEAR:
-        return linear
-    check_names(linear, target_modules)
-    return {name for name in linear if is_target(name, target_modules)}
+def targets_among(linear: Sequence[SizedModule], options: TargetOptions) -> list[SizedModule]:
+    """The linear modules that PEFT adapts."""
+    return [module for module in linear if is_target(module.name, options.target_modules)]
 
 
 def _fixed_modules(base: PreTrainedModel) -> set[str]:
@@ -275,14 +273,13 @@ def _fixed_modules(base: PreTrainedModel) -> set[str]:
     return set(architectures.of_model_type(base.config.model_type).fixed_modules) if base.can_generate() else set()
 
 
-def check_names(linear: Collection[str], target_modules: str | tuple[str, ...]) -> None:
-    """UsageError for a target that none of the linear modules `linear` is."""
-    if target_modules in (ALL_LINEAR, AUTO):
-        return
-    for target in as_names(target_modules):
+def check_names(linear: Collection[str], modules: str | tuple[str, ...], key: str) -> None:
+    """UsageError for a name in the option `key` that none of the linear modules `linear` has."""
+    for target in as_names(modules):
         if not any(is_target(name, (target,)) for name in linear):
             names = sorted({name.rpartition(".")[2] for name in linear})
             near = nearest(target, names)
             hint = f"did you mean {near!r}? Or " if near else ""
-            remedy = f"{hint}set target_modules to all-linear, or to some of {', '.join(names)}"
+            all_of_them = "all-linear, or to " if key == "target_modules" else ""
+            remedy = f"{hint}set {key} to {all_of_them}some of {', '.join(names)}"
             raise UsageError(f"the base has no module {target!r}", remedy)

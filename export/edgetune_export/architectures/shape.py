@@ -104,6 +104,11 @@ class BaseShape:
         )
 
     @property
+    def linear_modules(self) -> tuple[SizedModule, ...]:
+        """The linear modules of all layers, and the output layer."""
+        return (*self.modules, self.output_layer)
+
+    @property
     def layers(self) -> int:
         """The number of layers."""
         return len(self.parameters_by_layer)

@@ -131,8 +131,8 @@ def test_a_base_with_recurrent_layers_is_converted_trained_and_answers(
 @pytest.mark.parametrize(
     ("keys", "method", "message"),
     [
-        ({}, "prefix", r"adapter 'plain' of prefix needs attention, which some layers .*; train it with lora"),
-        ({"targets": ["onnx"]}, "bottleneck", r"'plain' of bottleneck needs attention"),
+        ({}, "prefix", r"adapter 'plain': prefix needs attention, which some layers .*; train it with lora"),
+        ({"targets": ["onnx"]}, "bottleneck", r"'plain': bottleneck needs attention"),
         (
             {},
             {"name": "lora", "target_modules": "auto"},

@@ -1,0 +1,90 @@
+"""Options of methods that do not fit the base end in one line before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from edgetune_runtime.errors import EdgetuneError
+from recipes import adapter_of, make_recipe
+from tiny import ENCODERS
+from torch import nn
+
+from edgetune import bases
+from edgetune.building.encoder import base as encoder
+from edgetune.planning.build import plan_bundle
+from edgetune.recipe.model import Recipe
+from edgetune.recipe.targets import shapes_of
+
+
+def plan(recipe: Recipe) -> None:
+    plan_bundle(recipe, bases.find(recipe), shapes_of(recipe))
+
+
+def refused(recipe: Recipe) -> str:
+    with pytest.raises(EdgetuneError) as caught:
+        plan(recipe)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        (
+            {"name": "lora", "target_modules": ["v_proj", "q_porj"]},
+            "the base has no module 'q_porj'; did you mean 'q_proj'? Or set target_modules to all-linear, or to some",
+        ),
+        ({"name": "lora", "rank_pattern": {"q_porj": 4}}, "rank_pattern 'q_porj' matches no adapted module; use one"),
+        (
+            {"name": "lora", "alpha_pattern": {"layers.7.q_proj": 4}},
+            "alpha_pattern 'layers.7.q_proj' matches no adapted module",
+        ),
+        ({"name": "rslora", "alpha_pattern": {"(": 4}}, "alpha_pattern '(' matches no adapted module"),
+        ({"name": "alora", "target_modules": ["q_proj", "lm_head"]}, "alora cannot adapt lm_head"),
+        (
+            {"name": "ia3", "feedforward_modules": ["down_porj"]},
+            "the base has no module 'down_porj'; did you mean 'down_proj'? Or set feedforward_modules to some of",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_base_are_refused(
+    method: object, problem: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapters = {"fits": adapter_of(), "command": adapter_of(method)}
+    assert f"adapter 'command': {problem}" in refused(make_recipe(tmp_path, tiny_gguf("qwen2"), adapters))
+
+
+def test_the_method_of_a_domain_is_checked_too(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    domain = {"data": {"train": "texts.txt"}, "method": {"name": "lora", "rank_pattern": {"q_porj": 4}}}
+    message = refused(make_recipe(tmp_path, tiny_gguf("llama"), domain=domain))
+    assert message.startswith("domain.method: rank_pattern 'q_porj' matches no adapted module")
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_the_linear_modules_of_an_encoder_are_known_without_its_weights(
+    arch: str, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = bases.find(make_recipe(tmp_path, tiny_encoder(arch), task="text-classification"))
+    assert source is not None
+    model = encoder.load_torch(encoder.make(source), torch.float32)
+    linear = {name: tuple(part.weight.shape) for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    assert {module.name: (module.rows, module.columns) for module in source.linear_modules} == linear
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"target_modules": ["q_proj"]}, "the base has no module 'q_proj'"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern 'q_proj' matches no adapted module; use one of dense, "),
+    ],
+)
+def test_options_that_do_not_fit_an_encoder_are_refused(
+    options: dict[str, object], problem: str, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapters = {"command": adapter_of({"name": "lora", **options})}
+    message = refused(make_recipe(tmp_path, tiny_encoder("bert"), adapters, task="text-classification"))
+    assert f"adapter 'command': {problem}" in message
