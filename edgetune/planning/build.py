@@ -9,6 +9,7 @@ from edgetune_export.adapters.shapes import Merged
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
+from edgetune import methods
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import Task, Texts
@@ -30,7 +31,9 @@ def plan_bundle(recipe: Recipe, source: BaseSource | None, shapes: Mapping[str, 
     if source is not None:
         _check_lengths(recipe, source.trained_context_length)
         _check_domain(recipe, source)
-    return choose_settings(recipe, plan_adapters(recipe, shapes, source), source)
+    plan = choose_settings(recipe, plan_adapters(recipe, shapes, source), source)
+    _check_prefixes(plan)
+    return plan
 
 
 def plan_data(
@@ -76,6 +79,16 @@ def _check_domain(recipe: Recipe, source: BaseSource) -> None:
         check_method(recipe.domain.method, dict.fromkeys(recipe.targets, Merged.shape), source)
     except EdgetuneError as error:
         raise type(error)(f"domain.method: {error.message}", error.remedy) from error
+
+
+def _check_prefixes(plan: BuildPlan) -> None:
+    """UsageError for an adapter that fills the context, so that no row fits after it."""
+    length = plan.recipe.context_length
+    for name, adapter in plan.adapters.items():
+        tokens = methods.load(adapter.method).prefix_tokens(adapter.options)
+        if tokens >= length:
+            message = f"adapter {name!r}: num_virtual_tokens is {tokens}, but the context has {length} tokens"
+            raise UsageError(message, f"give fewer than {length}")
 
 
 def _check_lengths(recipe: Recipe, trained: int) -> None:

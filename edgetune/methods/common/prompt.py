@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgetune_export.adapters.shapes import Folded, Prefix
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import IncompatibleError
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, TrainedModules
@@ -88,13 +88,9 @@ class PromptMethod(Method[P]):
         """Set initial values other than PEFT's."""
 
     def attach(self, base: PreTrainedModel, options: P, steps: int) -> PrefixedModel:
-        """The base with trainable virtual tokens in float32. Raises UsageError if they do not fit in its context."""
+        """The base with trainable virtual tokens in float32."""
         from peft import get_peft_model
 
-        room = base.config.max_position_embeddings
-        if options.num_virtual_tokens >= room:
-            message = f"num_virtual_tokens is {options.num_virtual_tokens}, but the base has {room} positions"
-            raise UsageError(message, f"give fewer than {room}")
         peft = get_peft_model(base, peft_config(self.peft_type, base, options, self.peft_settings(options)))
         self.initialize(peft, options)
         return self.prefixed(peft)

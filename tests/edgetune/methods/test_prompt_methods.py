@@ -286,10 +286,6 @@ def test_impossible_options_of_prompt_methods_are_one_line_errors(
     base_of: BaseOf, document: str, tmp_path: Path
 ) -> None:
     base = base_of("llama")
-    with pytest.raises(
-        UsageError, match="num_virtual_tokens is 512, but the base has 512 positions; give fewer than 512"
-    ):
-        method_of("prefix")[0].attach(base, method_of("prefix", num_virtual_tokens=512)[1], 1)
     refusal = "has 150 tokens, but num_virtual_tokens is 151; set num_virtual_tokens to 150 or less"
     with pytest.raises(UsageError, match=refusal):
         method_of("cartridge", document=document, num_virtual_tokens=151)

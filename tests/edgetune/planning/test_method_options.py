@@ -58,6 +58,16 @@ def test_options_that_do_not_fit_the_base_are_refused(
     assert f"adapter 'command': {problem}" in refused(make_recipe(tmp_path, tiny_gguf("qwen2"), adapters))
 
 
+@pytest.mark.parametrize(("context_length", "longest"), [(None, 512), (256, 256)])
+def test_virtual_tokens_that_fill_the_context_are_refused(
+    context_length: int | None, longest: int, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapters = {"command": adapter_of({"name": "prefix", "num_virtual_tokens": 600})}
+    keys = {} if context_length is None else {"context_length": context_length}
+    problem = f"num_virtual_tokens is 600, but the context has {longest} tokens; give fewer than {longest}"
+    assert refused(make_recipe(tmp_path, tiny_gguf("llama"), adapters, **keys)) == f"adapter 'command': {problem}"
+
+
 def test_the_method_of_a_domain_is_checked_too(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     domain = {"data": {"train": "texts.txt"}, "method": {"name": "lora", "rank_pattern": {"q_porj": 4}}}
     message = refused(make_recipe(tmp_path, tiny_gguf("llama"), domain=domain))
