@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError
 
-from edgetune import bases
+from edgetune import bases, methods
 from edgetune.bases import BaseSource
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.building.routing.prompts import prompts_of
@@ -51,7 +51,9 @@ def plan_build(
     with _collected(problems):
         texts = read_texts(recipe)
     tasks, outputs = [], {}
-    for name in recipe.adapters:
+    for name, spec in recipe.adapters.items():
+        with _collected(problems):
+            _check_start(name, spec)
         with _collected(problems):
             tasks.append(read_task(name, recipe))
             outputs[name] = output_of_task(tasks[-1])
@@ -61,6 +63,16 @@ def plan_build(
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
     room = room_for(out or recipe.default_out, device)
     return PlannedBuild(plan_data(plan, tasks, outputs, texts, room), tasks, texts)
+
+
+def _check_start(name: str, spec: AdapterSpec) -> None:
+    """Raise IncompatibleError or NotFoundError if the training cannot start from the adapter that the recipe names."""
+    if spec.start_from is None:
+        return
+    try:
+        methods.load(spec.method.name).check_start(Path(spec.start_from), spec.method.options)
+    except EdgetuneError as error:
+        raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error
 
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:

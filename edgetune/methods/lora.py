@@ -122,23 +122,25 @@ class Lora(LoraCheckpoint[L]):
         """Both factors of each module, with its own rank."""
         return trained.low_rank_values
 
+    def check_start(self, folder: Path, options: L) -> None:
+        """Raise IncompatibleError if the adapter has other ranks or scales, NotFoundError if there is none."""
+        if difference := other_option(folder, options):
+            raise _no_start(folder, difference)
+        find_weights(folder)
+
     def start_from(self, model: Any, folder: Path, options: L) -> None:  # noqa: ANN401 - PEFT's, which wraps its base
         """Load the factors of an adapter with the same ranks, scales and modules."""
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         check_peft_folder(folder, model.get_base_model())
-        difference = other_option(folder, options)
-        if not difference:
-            try:
-                result = set_peft_model_state_dict(model, load_file(find_weights(folder)))
-                unlike = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
-                difference = "other modules" if unlike else ""
-            except RuntimeError:
-                difference = "other sizes"
-        if difference:
-            message = f"the adapter in {folder} has {difference}, so training cannot start from it"
-            raise IncompatibleError(message, "give the method the options of that adapter, or remove start_from")
+        self.check_start(folder, options)
+        try:
+            result = set_peft_model_state_dict(model, load_file(find_weights(folder)))
+        except RuntimeError as error:
+            raise _no_start(folder, "other sizes") from error
+        if result.unexpected_keys or any(".lora_" in key for key in result.missing_keys):
+            raise _no_start(folder, "other modules")
 
     def parameter_groups(self, model: torch.nn.Module, options: L, learning_rate: float) -> list[dict[str, Any]]:
         """A at the learning rate, B at `loraplus_lr_ratio` times it (LoRA+, section 4)."""
@@ -157,6 +159,11 @@ def other_option(folder: Path, options: LoraOptions) -> str:
         if (value or option) and value != option:
             return f"{key} {value} and not {option}"
     return ""
+
+
+def _no_start(folder: Path, difference: str) -> IncompatibleError:
+    message = f"the adapter in {folder} has {difference}, so training cannot start from it"
+    return IncompatibleError(message, "give the method the options of that adapter, or remove start_from")
 
 
 def _check_patterns(adapted: set[str], options: LoraOptions) -> None:

@@ -207,10 +207,15 @@ class Method(ABC, Generic[O]):
         rate = learning_rate * options.learning_rate_factor
         return [{"params": [p for _, p in trainable(model)], "lr": rate}]
 
+    def check_start(self, folder: Path, options: O) -> None:
+        """Raise IncompatibleError if the adapter in a folder saved by PEFT has other options, NotFoundError if there is
+        none."""
+        raise NotImplementedError
+
     def start_from(self, model: torch.nn.Module, folder: Path, options: O) -> None:
         """Give an attached model the weights in a folder saved by PEFT, if the method takes a start.
 
-        Raises IncompatibleError if the folder is of an adapter with other options, and what `check_peft_folder` raises.
+        Raises what `check_start` and `check_peft_folder` raise, and IncompatibleError for other modules or sizes.
         """
         raise NotImplementedError
 

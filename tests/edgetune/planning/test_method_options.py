@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch import nn
 
 from edgetune import bases
 from edgetune.building.encoder import base as encoder
+from edgetune.building.plan import plan_build
 from edgetune.planning.build import plan_bundle
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
@@ -66,6 +69,28 @@ def test_virtual_tokens_that_fill_the_context_are_refused(
     keys = {} if context_length is None else {"context_length": context_length}
     problem = f"num_virtual_tokens is 600, but the context has {longest} tokens; give fewer than {longest}"
     assert refused(make_recipe(tmp_path, tiny_gguf("llama"), adapters, **keys)) == f"adapter 'command': {problem}"
+
+
+@pytest.mark.parametrize(
+    ("saved", "problem"),
+    [
+        (None, "is not a PEFT adapter: it has no adapter_config.json; use a folder written by PEFT's save_pretrained"),
+        ({"r": 8, "lora_alpha": 32}, "has r 8 and not 16, so training cannot start from it; give the method the opti"),
+        ({"r": 16, "lora_alpha": 8}, "has lora_alpha 8 and not 32"),
+        ({"r": 16, "lora_alpha": 32, "rank_pattern": {"q_proj": 2}}, "has rank_pattern {'q_proj': 2} and not {}"),
+    ],
+)
+def test_a_start_with_other_options_is_refused(
+    saved: dict[str, object] | None, problem: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    start = tmp_path / "old"
+    if saved is not None:
+        start.mkdir()
+        (start / "adapter_config.json").write_text(json.dumps(saved))
+        (start / "adapter_model.safetensors").touch()
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter_of(start_from="old")})
+    with pytest.raises(EdgetuneError, match=f"^adapter 'command': .*{re.escape(problem)}"):
+        plan_build(recipe)
 
 
 def test_the_method_of_a_domain_is_checked_too(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
