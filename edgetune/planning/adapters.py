@@ -11,7 +11,7 @@ from edgetune_export.backends.format import Format
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import AdapterSize
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 
 from edgetune import methods
 from edgetune.bases import BaseSource
@@ -52,6 +52,21 @@ def check_method(method: MethodSpec, shapes: Mapping[str, str], source: BaseSour
     if source.shape is not None and (reason := misfit(method.name, shapes, source.shape)):
         raise IncompatibleError(f"{method.name} {reason}", "train it with lora")
     loaded.check(method.options, source.linear_modules, {*shapes.values()})
+    if source.shape is not None and source.shape.ties_output:
+        _check_output_layer(method, shapes, source.shape)
+
+
+def _check_output_layer(method: MethodSpec, shapes: Mapping[str, str], base: BaseShape) -> None:
+    """UsageError if the output layer is adapted where the base's file has none of its own.
+
+    ONNX graphs have one even if it is tied.
+    """
+    trained = methods.load(method.name).trained_modules(base, method.options)
+    unable = [name for name, shape in shapes.items() if shape == "merged" or backends.format_of(name).links_base]
+    if unable and base.output_layer in trained:
+        layer = base.output_layer.name
+        message = f"{', '.join(unable)} cannot change {layer}, which is the token embedding of this base"
+        raise UsageError(message, f"leave {layer} out of target_modules")
 
 
 def plan_export(name: str, spec: AdapterSpec, shapes: Mapping[str, str]) -> AdapterPlan:

@@ -51,6 +51,7 @@ class BaseShape:
     `parameters_by_layer` does not count embeddings and the last norm, and `parameters` counts all, of which
     `parameters_in_file` are embeddings that training does not load. `queries` and `keys`
     are the widths of all heads of a layer, `norms` the values per token that a layer's norms read.
+    With `ties_output`, the weights of the output layer are the token embedding.
     For `is_recurrent`, `has_equal_caches` and `has_other_modules` see `Architecture`.
     """
 
@@ -67,6 +68,7 @@ class BaseShape:
     has_equal_caches: bool = True
     has_other_modules: bool = False
     parameters_in_file: int = 0
+    ties_output: bool = False
 
     @classmethod
     def of_header(cls, header: GgufHeader) -> BaseShape:
@@ -101,6 +103,7 @@ class BaseShape:
             has_equal_caches=architecture.has_equal_caches,
             has_other_modules=architecture.has_other_modules,
             parameters_in_file=math.prod(embedding.shape) if embedding else 0,
+            ties_output="output.weight" not in header.tensors,
         )
 
     @property

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,31 @@ def test_options_that_do_not_fit_the_base_are_refused(
 ) -> None:
     adapters = {"fits": adapter_of(), "command": adapter_of(method)}
     assert f"adapter 'command': {problem}" in refused(make_recipe(tmp_path, tiny_gguf("qwen2"), adapters))
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "unable"),
+    [
+        ("lora", {}, "gguf"),
+        ("lokr", {"targets": ["gguf", "onnx"]}, "gguf"),
+        ("lora", {"targets": ["onnx"], "merged": True}, "onnx"),
+        ("ia3", {}, "gguf"),
+    ],
+)
+def test_an_output_layer_that_is_the_embedding_is_refused(
+    method: str, keys: dict[str, Any], unable: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    chosen = {"name": method, "target_modules": ["q_proj", "lm_head"]}
+    adapters = {"command": adapter_of(chosen, merged=keys.get("merged", False))}
+    recipe = partial(make_recipe, tmp_path, adapters=adapters, targets=keys.get("targets", ["gguf"]))
+    message = f"{unable} cannot change lm_head, which is the token embedding of this base; leave lm_head out of"
+    assert message in refused(recipe(base=tiny_gguf("llama")))
+    plan(recipe(base=tiny_gguf("qwen2")))
+
+
+def test_onnx_adapts_an_output_layer_that_is_the_embedding(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    adapters = {"command": adapter_of({"name": "lora", "target_modules": ["lm_head"]})}
+    plan(make_recipe(tmp_path, tiny_gguf("llama"), adapters, targets=["onnx"]))
 
 
 @pytest.mark.parametrize(("context_length", "longest"), [(None, 512), (256, 256)])
