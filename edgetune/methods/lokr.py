@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.adapters.shapes import Delta
+from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_runtime.errors import IncompatibleError
 from pydantic import AliasChoices, Field, PositiveInt
 
-from .common.peft import TargetOptions, WeightMethod, array
+from .common.peft import TargetOptions, WeightMethod, array, targets_among
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +35,19 @@ class LoKr(WeightMethod[LoKrOptions]):
         """The rank of the larger factor times the size of the smaller one."""
         return options.r * options.decompose_factor
 
+    def check(self, options: LoKrOptions, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Raise UsageError for a target module that the base lacks, and what `factors` raises."""
+        super().check(options, linear, shapes)
+        if LowRank.shape in shapes:
+            for module in targets_among(linear, options):
+                small, (rows, columns) = _sizes(module, options)
+                large = options.r if _is_product(rows, columns, options) else min(rows, columns)
+                _check_rank(module.rows, module.columns, min(small) * large)
+
     def trained_parameters_in(self, module: SizedModule, options: LoKrOptions) -> int:
-        """The smaller factor, and the larger one as a product if that has fewer numbers, as PEFT makes them."""
-        sizes = (module.rows, module.columns)
-        small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in sizes)
-        rows, columns = module.rows // small_rows, module.columns // small_columns
-        large = options.r * (rows + columns) if options.r < max(rows, columns) / 2 else rows * columns
+        """The smaller factor, and the larger one as a product if that has fewer numbers."""
+        (small_rows, small_columns), (rows, columns) = _sizes(module, options)
+        large = options.r * (rows + columns) if _is_product(rows, columns, options) else rows * columns
         return small_rows * small_columns + large
 
     def factors(self, layer: Any) -> Delta:  # noqa: ANN401 - PEFT carries no types
@@ -48,11 +56,27 @@ class LoKr(WeightMethod[LoKrOptions]):
 
         (b1, a1), (b2, a2) = _pair(layer, "w1"), _pair(layer, "w2")
         b, a = torch.kron(b1, b2.contiguous()), torch.kron(a1, a2.contiguous())
-        if a.shape[0] >= min(b.shape[0], a.shape[1]):
-            message = f"the update of {b.shape[0]}x{a.shape[1]} weights has full rank ({a.shape[0]})"
-            raise IncompatibleError(message, "lower r or decompose_factor, or set merged: true")
+        _check_rank(b.shape[0], a.shape[1], a.shape[0])
         (name,) = layer.active_adapters
         return Delta(array(a), array(b * layer.scaling[name]))
+
+
+def _sizes(module: SizedModule, options: LoKrOptions) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of the smaller factor and of the larger one."""
+    small_rows, small_columns = (_smaller(size, options.decompose_factor) for size in (module.rows, module.columns))
+    return (small_rows, small_columns), (module.rows // small_rows, module.columns // small_columns)
+
+
+def _is_product(rows: int, columns: int, options: LoKrOptions) -> bool:
+    """Whether PEFT makes a larger factor of this size as a product of rank `r`."""
+    return options.r < max(rows, columns) / 2
+
+
+def _check_rank(rows: int, columns: int, rank: int) -> None:
+    """IncompatibleError if the rank is that of any change of these weights."""
+    if rank >= min(rows, columns):
+        message = f"the update of {rows}x{columns} weights has full rank ({rank})"
+        raise IncompatibleError(message, "lower r or decompose_factor, or set merged: true")
 
 
 def _smaller(size: int, most: int) -> int:

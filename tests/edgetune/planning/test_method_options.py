@@ -88,6 +88,17 @@ def test_onnx_adapts_an_output_layer_that_is_the_embedding(tiny_gguf: Callable[[
     plan(make_recipe(tmp_path, tiny_gguf("llama"), adapters, targets=["onnx"]))
 
 
+@pytest.mark.parametrize("options", [{"r": 8, "decompose_factor": 8}, {"r": 500, "decompose_factor": 2}])
+def test_a_kronecker_product_of_full_rank_is_refused_unless_it_is_merged(
+    options: dict[str, int], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    method, base = {"name": "lokr", **options}, tiny_gguf("llama")
+    problem = "the update of 64x64 weights has full rank (64); lower r or decompose_factor, or set merged: true"
+    adapters = {"command": adapter_of(method)}
+    assert refused(make_recipe(tmp_path, base, adapters)) == f"adapter 'command': {problem}"
+    plan(make_recipe(tmp_path, base, {"command": adapter_of(method, merged=True)}))
+
+
 @pytest.mark.parametrize(("context_length", "longest"), [(None, 512), (256, 256)])
 def test_virtual_tokens_that_fill_the_context_are_refused(
     context_length: int | None, longest: int, tiny_gguf: Callable[[str], Path], tmp_path: Path
