@@ -38,12 +38,23 @@ def plan_adapters(
             planned = plan_export(name, spec, shapes[name])
             if source is not None:
                 check_method(spec.method, shapes[name], source)
+            _check_dtypes(planned)
             plans[name] = with_options(planned, planned.options, None if source is None else source.shape)
         except EdgetuneError as error:
             problems.append(type(error)(f"adapter {name!r}: {error.message}", error.remedy))
     if problems:
         raise problems[0] if len(problems) == 1 else type(problems[0])("\n".join(map(str, problems)))
     return plans
+
+
+def _check_dtypes(planned: AdapterPlan) -> None:
+    """UsageError for a number format that is only for low-rank adapters."""
+    for target, shape in planned.shapes.items():
+        dtype, file_format = planned.dtypes[target], backends.format_of(target)
+        if shape not in ("low_rank", "merged") and dtype in file_format.low_rank_dtypes:
+            key = file_format.dtype_key
+            message = f"{key} is {dtype}, which {target} has for low-rank adapters only, not for a {shape}"
+            raise UsageError(message, f"set {key} to f16 or f32, or leave it out")
 
 
 def check_method(method: MethodSpec, shapes: Mapping[str, str], source: BaseSource) -> None:

@@ -32,14 +32,15 @@ class Format:
     """A format's facts.
 
     `adapter_dtypes` are the number formats of an adapter's file, the default first, and `dtype_key` is the recipe's key
-    for it. `tasks` maps tasks to the module that writes their models. With `links_base` the base's GGUF file ships
-    unchanged. `adapter_factor` is the size of low-rank adapters relative to their numbers.
-    `requantized_kl` has the types that the format may requantize a base to after training, with the largest accepted
-    mean KL.
+    for it. Those in `low_rank_dtypes` are for low-rank adapters only. `tasks` maps tasks to the module that writes
+    their models. With `links_base` the base's GGUF file ships unchanged. `adapter_factor` is the size of low-rank
+    adapters relative to their numbers. `requantized_kl` has the types that the format may requantize a base to after
+    training, with the largest accepted mean KL.
     """
 
     adapter_dtypes: tuple[str, ...] = ("f32", "f16")
     dtype_key: str = "dtype"
+    low_rank_dtypes: tuple[str, ...] = ()
     tasks: Mapping[str, str] = field(default_factory=lambda: {GENERATION: "backend"})
     links_base: bool = False
     adapter_factor: float = 1.0

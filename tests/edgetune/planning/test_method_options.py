@@ -99,6 +99,14 @@ def test_a_kronecker_product_of_full_rank_is_refused_unless_it_is_merged(
     plan(make_recipe(tmp_path, base, {"command": adapter_of(method, merged=True)}))
 
 
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p_tuning", "cartridge"])
+def test_virtual_tokens_in_blocks_are_refused(method: str, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base = tiny_gguf("llama")
+    problem = "dtype is q8_0, which gguf has for low-rank adapters only, not for a prefix; set dtype to f16 or f32"
+    assert problem in refused(make_recipe(tmp_path, base, {"command": adapter_of(method, dtype="q8_0")}))
+    plan(make_recipe(tmp_path, base, {"command": adapter_of(method, dtype="q8_0")}, targets=["onnx"]))
+
+
 @pytest.mark.parametrize(("context_length", "longest"), [(None, 512), (256, 256)])
 def test_virtual_tokens_that_fill_the_context_are_refused(
     context_length: int | None, longest: int, tiny_gguf: Callable[[str], Path], tmp_path: Path

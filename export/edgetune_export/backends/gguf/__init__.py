@@ -53,4 +53,4 @@ class _Gguf(Format):
         return super().adapter_bytes(values, prefix_type(dtype))
 
 
-FORMAT = _Gguf(adapter_dtypes=(AUTO, "f16", "q8_0", "f32"), links_base=True)
+FORMAT = _Gguf(adapter_dtypes=(AUTO, "f16", "q8_0", "f32"), low_rank_dtypes=("q8_0",), links_base=True)
