@@ -9,16 +9,19 @@ made by PEFT's own conversion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from edgetune_runtime.errors import UsageError
+
 from .common.base import rate_factor
 from .common.lora_checkpoint import LoraCheckpoint
-from .common.peft import Alpha, LowRankOptions, Rank
+from .common.peft import Alpha, LowRankOptions, Rank, targets_among
 
 if TYPE_CHECKING:
+    from edgetune_export.architectures.shape import SizedModule
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -45,6 +48,14 @@ class Pissa(LoraCheckpoint[PissaOptions]):
         """The rank of the trained update plus that of its initialization."""
         return 2 * options.r
 
+    def check(self, options: PissaOptions, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
+        """Raise UsageError for a target module that the base lacks, and for a rank above that of its weights."""
+        super().check(options, linear, shapes)
+        smallest = min(targets_among(linear, options), key=_full_rank)
+        if options.r > _full_rank(smallest):
+            message = f"r is {options.r}, but {smallest.name} has {smallest.rows}x{smallest.columns} weights"
+            raise UsageError(message, f"set r to {_full_rank(smallest)} or less, or use other target_modules")
+
     def attach(self, base: PreTrainedModel, options: PissaOptions, steps: int) -> PeftModel:
         """Add LoRA modules to `base` and subtract their initial product from its weights; `model.start` keeps it."""
         model = super().attach(base, options, steps)
@@ -69,6 +80,11 @@ class Pissa(LoraCheckpoint[PissaOptions]):
         """Remove PEFT's layers; the base still lacks the initial product."""
         super().detach(model)
         model.start.cleanup()
+
+
+def _full_rank(module: SizedModule) -> int:
+    """The highest rank that the module's weights can have, and thus the most components to start from."""
+    return min(module.rows, module.columns)
 
 
 class OLora(Pissa):

@@ -99,6 +99,18 @@ def test_a_kronecker_product_of_full_rank_is_refused_unless_it_is_merged(
     plan(make_recipe(tmp_path, base, {"command": adapter_of(method, merged=True)}))
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_more_components_than_the_smallest_module_has_are_refused(
+    method: str, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def of_rank(r: int) -> Recipe:
+        return make_recipe(tmp_path, tiny_gguf("llama"), {"command": adapter_of({"name": method, "r": r})})
+
+    problem = "r is 33, but model.layers.0.self_attn.k_proj has 32x64 weights; set r to 32 or less, or use other target"
+    assert f"adapter 'command': {problem}" in refused(of_rank(33))
+    plan(of_rank(32))
+
+
 @pytest.mark.parametrize("method", ["prefix", "prompt", "p_tuning", "cartridge"])
 def test_virtual_tokens_in_blocks_are_refused(method: str, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
