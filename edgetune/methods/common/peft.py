@@ -75,8 +75,10 @@ class PeftMethod(Method[O]):
     """A PEFT method that changes linear modules, which `peft_type` selects."""
 
     def check(self, options: O, linear: Sequence[SizedModule], shapes: Collection[str]) -> None:
-        """Raise UsageError for a target module that the base lacks."""
+        """Raise UsageError for a target module that the base lacks, and if there is none."""
         assert isinstance(options, TargetOptions)
+        if not options.target_modules:
+            raise UsageError("target_modules names no module", "list some, or use all-linear")
         if options.target_modules not in (ALL_LINEAR, AUTO):
             check_names({module.name for module in linear}, options.target_modules, "target_modules")
 

@@ -43,6 +43,7 @@ def refused(recipe: Recipe) -> str:
             {"name": "lora", "target_modules": ["v_proj", "q_porj"]},
             "the base has no module 'q_porj'; did you mean 'q_proj'? Or set target_modules to all-linear, or to some",
         ),
+        ({"name": "pissa", "target_modules": []}, "target_modules names no module; list some, or use all-linear"),
         ({"name": "lora", "rank_pattern": {"q_porj": 4}}, "rank_pattern 'q_porj' matches no adapted module; use one"),
         (
             {"name": "lora", "alpha_pattern": {"layers.7.q_proj": 4}},
