@@ -69,7 +69,7 @@ class TextClassification(Builder[EncoderBase]):
                 planned.training,
                 train,
                 validation,
-                _key(planned, base, [*train, *validation]),
+                _key(planned, base, train, validation),
                 Classify(base.hidden_size, len(task.labels)),
             )
             probes = [row.tokens for row in validation[:PARITY_ROWS]]
@@ -132,10 +132,10 @@ class TextClassification(Builder[EncoderBase]):
         return verify(model, adapters, exports, progress)
 
 
-def _key(planned: AdapterPlan, base: EncoderBase, rows: Sequence[Labelled]) -> str:
+def _key(planned: AdapterPlan, base: EncoderBase, train: Sequence[Labelled], validation: Sequence[Labelled]) -> str:
     method = planned.spec.method.model_dump(mode="json")
     state = [CLASSIFICATION, base.fingerprint, method, planned.training.model_dump(mode="json"), list(planned.labels)]
-    return key_of(state, ((row.tokens, row.label, row.weight) for row in rows))
+    return key_of([*state, len(train)], ((row.tokens, row.label, row.weight) for row in (*train, *validation)))
 
 
 BUILDER = TextClassification()

@@ -172,8 +172,8 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
     train, validation, too_long = task.tokenize(tokenizer, capacity)
     if too_long:
         progress.say(f"{task.name}: {len(too_long)} rows are longer than {capacity} tokens: {first_of(too_long)}")
-    rows = (*train, *validation)
-    planned = _with_options(planned, method.prepared(planned.options, tokenizer, rows), plan)
+    options = method.prepared(planned.options, tokenizer, (*train, *validation))
+    planned = _with_options(planned, options, plan)
     job = TrainingJob(
         task.name,
         method,
@@ -181,7 +181,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         planned.training,
         train,
         validation,
-        _key(planned, base, rows),
+        _key(planned, base, train, validation),
         method.objective(planned.options),
         base.path if planned.on_grid else None,
         _start_of(planned),
@@ -210,7 +210,7 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
     planned = _with_options(item.plan, chosen, plan)
-    key = _key(planned, base, (*item.job.train, *item.job.validation))
+    key = _key(planned, base, item.job.train, item.job.validation)
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
 
@@ -236,12 +236,12 @@ def _start_of(planned: AdapterPlan) -> Path | None:
     return None if planned.spec.start_from is None else Path(planned.spec.start_from)
 
 
-def _key(planned: AdapterPlan, base: Base, examples: Sequence[Example]) -> str:
+def _key(planned: AdapterPlan, base: Base, train: Sequence[Example], validation: Sequence[Example]) -> str:
     method = planned.spec.method.model_dump(mode="json")
     start = _start_of(planned)
     state = [base.fingerprint, method, planned.training.model_dump(mode="json"), planned.on_grid]
-    state += [] if start is None else [sha256_of(find_weights(start))]
-    return key_of(state, ((example.tokens, example.learned, example.weight) for example in examples))
+    state += [len(train)] if start is None else [len(train), sha256_of(find_weights(start))]
+    return key_of(state, ((row.tokens, row.learned, row.weight) for row in (*train, *validation)))
 
 
 def _file_to_map(base: Base, spec: BundleSpec, folder: Path, progress: Progress) -> Path | None:

@@ -88,9 +88,9 @@ class _Measurement:
 
     def _key(self, source: BaseSource, importance: ImportanceSource | None) -> str:
         """Identifies everything that the figures depend on."""
-        systems = [task.spec.system for task in self.tasks]
+        tasks = [(task.spec.system, len(task.train)) for task in self.tasks]
         limits = [MAX_TOKENS, self.plan.recipe.context_length]
-        state = [bases.key_of_source(source), importance and importance.key, systems, self.times_decoding, limits]
+        state = [bases.key_of_source(source), importance and importance.key, tasks, self.times_decoding, limits]
         rows = ((row.prompt_key, row.completion) for task in self.tasks for row in (*task.train, *task.choosing))
         return key_of(state, rows)
 

@@ -99,7 +99,7 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
         options = kind.prepared(spec.method.options, tokenizer, (*train, *validation))
     tokens = sum(len(window.tokens) for window in validation)
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
-    state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json")]
+    state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json"), len(train)]
     key = key_of(state, (window.tokens for window in (*train, *validation)))
     types, rounds_to = base.header.layer_types, None
     if kind.trains_on_grid and gains_from_grid(types):

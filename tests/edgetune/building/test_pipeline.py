@@ -20,7 +20,7 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.threads import machine
 from peft import LoraConfig, get_peft_model
-from recipes import adapter_of, lights, make_recipe, write_rows
+from recipes import adapter_of, lights, make_recipe, values_of, write_rows
 from runtime.gguf_files import rewritten
 from tiny import make_folder, make_tokenizer
 from trainings import QUIET, Listening, modified
@@ -309,6 +309,17 @@ def test_a_resumed_build_trains_only_new_or_changed_adapters(tmp_path: Path, tin
     build(recipe, out, progress=QUIET)
     assert modified(training / "plain") == first
     assert modified(training / "scaled")["result.json"] > second["result.json"]
+
+
+def test_a_row_that_moves_from_training_to_validation_makes_another_training(tiny_base: Callable[[str], Base]) -> None:
+    base, rows, keys = tiny_base("llama"), lights(10), []
+    for count in (8, 6):
+        adapter = {"data": {"train": rows[:count], "validation": rows[count:]}}
+        recipe = Recipe.from_dict(values_of(base.path, {"plain": adapter}))
+        planned = plan_build(recipe)
+        (prepared,) = builders.load(recipe.task).jobs(planned.plan, planned.tasks, base, QUIET)
+        keys.append(prepared.job.key)
+    assert keys[0] != keys[1]
 
 
 def test_an_adapter_that_fails_parity_is_named_and_the_last_bundle_stays(

@@ -16,7 +16,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import CancelledError, UsageError
 from edgetune_runtime.formats.gguf_file import read_header
-from recipes import adapter_of, lights, make_recipe, write_recipe
+from recipes import adapter_of, lights, make_recipe, values_of, write_recipe
 from trainings import QUIET, Listening, Stopping
 
 from edgetune.bases import load_torch, resolve
@@ -97,6 +97,21 @@ def test_an_interrupted_measurement_goes_on_with_what_is_left(tiny_gguf: Callabl
     assert 0 < len(before) < len(after) == len(planned.plan.base.candidates)
     assert after[: len(before)] == before
     assert [path.name for path in work.iterdir()] == ["quantizations.json"]
+
+
+def test_rows_that_move_from_training_to_validation_are_measured_anew(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows, keys = lights(20), []
+    for count in (16, 12):
+        adapter = {"data": {"train": rows[:count], "validation": rows[count:]}}
+        values = values_of(tiny_gguf("llama"), {"command": adapter}, quantization={"optimize": "size"})
+        planned = plan_build(Recipe.from_dict(values))
+        with pytest.raises(CancelledError):
+            stopping = Stopping(2, CancelledError("stopped", "resume"))
+            choose_quantization(planned.plan, planned.tasks, tmp_path / "work", stopping, None)
+        keys.append(json.loads((tmp_path / "work" / "quantizations.json").read_text())["key"])
+    assert keys[0] != keys[1]
 
 
 def test_sizes_follow_the_targets_and_nothing_is_measured_again(

@@ -4,11 +4,11 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from edgetune_export.parity import TOLERANCE_KL
@@ -20,13 +20,16 @@ from recipes import LIGHTS, NAME, adapter_of, make_recipe, write_recipe
 from tiny import WORDS
 from trainings import QUIET, Listening, Stopping, build_in_two_processes, modified
 
-from edgetune.building.domain.continued import why_worse
+from edgetune.bases import Base
+from edgetune.building.domain.continued import continued, why_worse
 from edgetune.building.domain.texts import Texts, split_windows, windows_of
 from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
+from edgetune.tasks.task import read_texts
+from edgetune.training.job import TrainingJob
 
 WINDOW = 32
 DOMAIN: dict[str, Any] = {
@@ -162,6 +165,25 @@ def test_a_stopped_build_resumes_to_the_same_base(
         build(recipe, tmp_path / "home", progress=Stopping(13))
     assert not (tmp_path / "home").exists()
     assert built_in(tmp_path, recipe).manifest.base.fingerprint == built.manifest.base.fingerprint
+
+
+def test_a_window_that_moves_from_training_to_validation_makes_another_training(
+    tiny_base: Callable[[str], Base], tmp_path: Path
+) -> None:
+    keys = []
+
+    def keep_key(jobs: Sequence[TrainingJob[Any]]) -> NoReturn:
+        keys.append(jobs[0].key)
+        raise CancelledError("stopped", "resume")
+
+    base = tiny_base("llama")
+    for held_out in (0.1, 0.4):
+        recipe = recipe_of(tmp_path, base.path, {**DOMAIN, "data": {"train": "plays.txt", "held_out": held_out}})
+        texts = read_texts(recipe)
+        assert texts is not None
+        with pytest.raises(CancelledError):
+            continued(recipe, texts, base, tmp_path, train_all=keep_key, progress=QUIET)
+    assert keys[0] != keys[1]
 
 
 def test_the_second_stage_alone_gives_the_same_adapters(built: Built, tmp_path: Path) -> None:

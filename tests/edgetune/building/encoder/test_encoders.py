@@ -23,14 +23,15 @@ from edgetune_runtime import (
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
 from peft import PeftModel
+from recipes import values_of, write_rows
 from recipes import write_recipe as write_values
-from recipes import write_rows
 from safetensors.torch import load_file, save_file
 from tiny import load_encoder
 from trainings import QUIET, Listening, Stopping
 
 from edgetune import bases
 from edgetune.bases import resolve as resolve_decoder
+from edgetune.building import builders
 from edgetune.building.encoder import base as encoder_base
 from edgetune.building.encoder import verify as encoder_verify
 from edgetune.building.encoder.objective import load_head, logits_of
@@ -181,6 +182,19 @@ def test_a_second_build_trains_nothing_and_int8_agrees(built: Built, tmp_path: P
         assert figures["parity"]["kl"] < encoder_verify.TOLERANCE_KL
         assert figures["parity"]["top1"] == 1.0
     assert result.figures["place"]["bytes"] < 0.7 * built.result.figures["place"]["bytes"]
+
+
+def test_a_row_that_moves_from_training_to_validation_makes_another_training(
+    tiny_encoder: Callable[[str], Path],
+) -> None:
+    rows, keys = DATA["place.jsonl"], []
+    for count in (18, 12):
+        adapter = {"data": {"train": rows[:count], "validation": rows[count:]}, "labels": list(PLACES)}
+        recipe = Recipe.from_dict(values_of(tiny_encoder("bert"), {"place": adapter}, task="text-classification"))
+        planned = plan_build(recipe)
+        (prepared,) = builders.load(recipe.task).jobs(planned.plan, planned.tasks, encoder_of(recipe), QUIET)
+        keys.append(prepared.job.key)
+    assert keys[0] != keys[1]
 
 
 def test_rows_that_are_too_long_are_counted_and_left_out(built: Built, tmp_path: Path) -> None:
