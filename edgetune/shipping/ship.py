@@ -255,8 +255,10 @@ def _make_states(bundle: Path, engines: Iterable[str], progress: Progress) -> No
         options: dict[str, Any] = {"cache_mb": 0, "disk_mb": sys.maxsize / 1e6, "cache_folder": bundle / STATES_FOLDER}
         with Runtime.open(bundle, engine=engine, verify=False, preflight=False, contexts=1, **options) as runtime:
             tokens = runtime.warm()
-        progress.say(f"  {engine}: states of {', '.join(f'{name} ({count} tokens)' for name, count in tokens.items())}")
+        states = ", ".join(f"{name} ({count} tokens)" for name, count in tokens.items())
+        progress.say(f"  {engine}: {f'states of {states}' if states else 'no prompt is long enough for a state'}")
     # The runtime keeps its own states private, and whoever may read a bundle needs these.
     folder = bundle / STATES_FOLDER
-    for path in (folder, *folder.glob("*")):
-        path.chmod(0o755 if path == folder else 0o644)
+    if folder.is_dir():
+        for path in (folder, *folder.iterdir()):
+            path.chmod(0o755 if path == folder else 0o644)

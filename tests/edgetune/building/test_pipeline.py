@@ -242,6 +242,15 @@ def test_states_ship_with_the_bundle_and_are_found_there_whatever_the_weights(
                 assert answer.timings.reused_tokens == (job.fixed if job.is_worth_a_state else 0)
 
 
+def test_a_bundle_whose_prompts_are_too_short_for_a_state_ships_without_states(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe, listening = recipe_of(tmp_path, tiny_gguf("llama"), ("scaled",), states="ship"), Listening()
+    build(recipe, tmp_path / "home", progress=listening)
+    assert "  gguf: no prompt is long enough for a state" in listening.lines
+    assert not [name for name in read_manifest(tmp_path / "home").files if name.startswith("states/")]
+
+
 def test_the_figures_have_training_and_parity(built: Built) -> None:
     told = built.result.to_json()
     assert json.loads(json.dumps(told)) == told
