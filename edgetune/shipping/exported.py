@@ -167,7 +167,7 @@ class WrittenAdapter:
 
     `error` is the share of the trained change that the file leaves out, `invocation` the tokens that activate it, and
     `prefix_tokens` the number of positions that it occupies. A merged model has the `quantization` that was requested
-    for it, and its own `weight_type` (see `ExportedFormat`).
+    for it, and its own `weight_type` (see `ExportedFormat`): that to which its weights were rounded, if it is coarser.
     """
 
     file: Path

@@ -212,6 +212,9 @@ class _Stage:
         merged, out = self._fold(adapter, Merged.shape), self._folder(adapter) / backend.MODEL_FILE
         assert isinstance(merged, Merged)
         backend.write_merged(replace(merged, on_grid=on_grid), source, out)
+        if not on_grid and weight_type == "f32":
+            # What is stored in float32 was rounded to the types of the source's file before.
+            weight_type = source.header.main_type.name
         values = backend.values_by_type(out)
         return WrittenAdapter(out, values, quantization=source.quantization, weight_type=weight_type)
 

@@ -210,6 +210,15 @@ def test_a_merged_model_whose_training_is_lost_to_rounding_is_refused(
         build(recipe, tmp_path / "home", progress=QUIET)
 
 
+def test_a_merged_model_in_float32_is_compared_as_one_of_the_type_that_it_was_rounded_to(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"merged_quantization": "q5_0", "targets": ["onnx"], "onnx": {"weights": "fp32"}}
+    build(recipe_of(tmp_path, tiny_gguf("llama"), ("whole",), **keys), tmp_path / "home", progress=QUIET)
+    kl = read_manifest(tmp_path / "home").adapters["whole"].parity["onnx"]["kl"]
+    assert parity.TOLERANCE_KL_MERGED["f32"] < kl <= parity.TOLERANCE_KL_MERGED["q5_0"]
+
+
 @pytest.mark.parametrize("merged", ["f16", "q8_0", None])
 def test_the_plan_has_the_size_of_a_merged_model_in_its_own_quantization(
     merged: str | None, tiny_gguf: Callable[[str], Path], tmp_path: Path
