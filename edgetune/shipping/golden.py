@@ -40,14 +40,11 @@ def with_golden(bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdap
     if not rows:
         return manifest
     progress.say("storing a golden answer per adapter")
-    longest = max(len(row) for adapter in adapters for row in adapter.probes)
-    longest += max(entry.prefix_tokens for entry in manifest.adapters.values()) + MAX_TOKENS
-    length = min(longest, manifest.context_length)
     entries = dict(manifest.adapters)
-    for engine, name, runtime in opened(bundle, manifest, rows, context_length=length, cache_mb=0):
+    for engine, name, runtime in opened(bundle, manifest, rows, cache_mb=0):
         golden = _golden(runtime, name, rows[name])
         if golden is None:
-            progress.say(f"  {engine} {name}: no golden answer, as no row fits in {length} tokens")
+            progress.say(f"  {engine} {name}: no golden answer, as no row fits in {manifest.context_length} tokens")
             continue
         entries[name] = replace(entries[name], golden={**entries[name].golden, engine: golden})
     return replace(manifest, adapters=entries)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, PromptTooLongError, UsageError
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.text.controls import ControlTokens
 
@@ -346,13 +346,14 @@ def check_tokens_fit(tokens: Sequence[int], length: int, context_length: int, vo
 def check_continuations(
     continuations: Sequence[Sequence[int]], length: int, context_length: int, vocab_size: int
 ) -> None:
-    """Raise UsageError unless all continuations are in the vocabulary and the longest fits after `length` tokens."""
+    """Raise UsageError unless all continuations are in the vocabulary, and PromptTooLongError unless the longest fits
+    after `length` tokens."""
     for tokens in continuations:
         _check_tokens(tokens, vocab_size)
     longest = max(map(len, continuations), default=0)
     if length + longest > context_length:
         message = f"{length} tokens and {longest} of a label do not fit in a context of {context_length}"
-        raise UsageError(message, "shorten the prompt, or open the bundle with a larger context_length")
+        raise PromptTooLongError(message, "shorten the prompt, or open the bundle with a larger context_length")
 
 
 def check_scales(adapters: Mapping[str, float], loaded: Container[str]) -> None:

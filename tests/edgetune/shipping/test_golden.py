@@ -123,6 +123,18 @@ def test_golden_false_keeps_the_rows_out_of_the_manifest(bundle: Path, manifest:
     assert "turn on the light" in (bundle / "manifest.json").read_text(encoding="utf-8")
 
 
+def test_rows_for_the_golden_answer_may_be_longer_than_those_of_the_parity_check(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # Two rows are held out, and longer ones are made that are out of scope.
+    rows = [{"text": f"turn {number}", "label": ("off", "on")[number % 2]} for number in range(20)]
+    adapters = {"color": adapter_of(train="rows.jsonl", held_out=0.1, draft=False, out_of_scope=True)}
+    keys = {"training": {"max_steps": 1, "evals": 1}}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": rows}, **keys)
+    golden = read_manifest(build(recipe, tmp_path / "home", progress=QUIET).bundle).adapters["color"].golden
+    assert golden["gguf"].answer
+
+
 def test_states_start_has_a_server_compute_them(manifest: Manifest) -> None:
     assert manifest.warms
     assert not [name for name in manifest.files if name.startswith("states/")]

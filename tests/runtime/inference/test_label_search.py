@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import Classification, Runtime, UsageError
+from edgetune_runtime import Classification, PromptTooLongError, Runtime
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.label_search import LabelTree, score_labels
@@ -149,6 +149,6 @@ def test_no_label_is_more_probable_than_the_tree_says(labels: list[tuple[int, ..
 
 def test_a_label_that_does_not_fit_is_refused_before_the_search(open_: Callable[[str, float], Runtime]) -> None:
     runtime = open_("gguf", SHARP)
-    with pytest.raises(UsageError, match="of a label do not fit in a context of 256"):
+    with pytest.raises(PromptTooLongError, match="of a label do not fit in a context of 256"):
         runtime.classify(PROMPT, ["on", "warm light " * 120])
     assert runtime.classify(PROMPT, ["on", "off"]).label in ("on", "off")
