@@ -241,14 +241,17 @@ def _one_task(recipe: Recipe, task: str) -> Recipe:
     # Nobody asks a trial how sure it is.
     unrated = {"confidence": False, "min_confidence": None, "unsure": MARK, "ask": None}
     adapter = recipe.adapters[task].model_copy(update=unrated)
-    return recipe.model_copy(update={"adapters": {task: adapter}, "route": None})
+    return recipe.only([task]).model_copy(update={"adapters": {task: adapter}, "route": None})
 
 
 def _key(trial: Trial, fingerprint: str) -> str:
     """A digest of the version, the base, the resolved recipe and the data files."""
     recipe = trial.one_task
-    data = recipe.adapters[trial.task].data
-    sources = [str(source) for source in (data.train, data.validation, trial.data) if source is not None]
-    files = {source: sha256_of(Path(source)) if Path(source).is_file() else source for source in sources}
-    state = [version("edgetune"), fingerprint, recipe.resolved(), trial.limit, files]
+    spec = recipe.adapters[trial.task]
+    others = [other.data for other in recipe.others(trial.task).values()] if spec.learns_from_others else []
+    sources = [spec.data.train, spec.data.validation, trial.data, *(data.train for data in others)]
+    names = [str(source) for source in sources if source is not None]
+    files = {name: sha256_of(Path(name)) if Path(name).is_file() else name for name in names}
+    columns = [data.model_dump(mode="json", include={"columns"}) for data in others]
+    state = [version("edgetune"), fingerprint, recipe.resolved(), trial.limit, files, columns]
     return key_of(state)

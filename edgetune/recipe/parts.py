@@ -211,6 +211,12 @@ class AdapterSpec(RecipePart):
         return self
 
     @property
+    def learns_from_others(self) -> bool:
+        """Whether rows are made from the training rows of the recipe's other adapters."""
+        augment = self.data.augment
+        return self.out_of_scope is not None or (augment is not None and augment.negatives is not None)
+
+    @property
     def unsure_rule(self) -> UnsureRule | None:
         """What the manifest says of unsure answers."""
         if self.min_confidence is None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
-from recipes import adapter_of, lights, write_recipe
+from recipes import adapter_of, lights, write_recipe, write_rows
 from trainings import QUIET
 
 from edgetune.cli.main import main
@@ -26,6 +26,7 @@ from edgetune.comparison.figures import TrialResult, read_outcome, write_outcome
 from edgetune.comparison.grid import Request, Trial, recipe_of, trials_of
 from edgetune.comparison.sweep import Comparison, compare
 from edgetune.comparison.trial import run as run_trial
+from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_task
 
 TASKS = dict.fromkeys(
@@ -33,6 +34,9 @@ TASKS = dict.fromkeys(
     adapter_of({"name": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}),
 )
 SETTINGS = {"rslora.target_modules": "nothing_like_it"}
+LABELLED = [{"text": f"turn on light {number}", "label": ("on", "off")[number % 2]} for number in range(40)]
+OTHER = adapter_of(train="others.jsonl")
+OTHERS = [{"prompt": f"set the heat to {number}", "completion": "none"} for number in range(40)]
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,33 @@ def test_another_recipe_or_other_rows_are_run_anew(compared: Compared, request_o
     assert read_outcome(Path(same.folder), same.key) is None  # the base's fingerprint is another
     done = Path(same.folder) / "trial.json"
     assert read_outcome(Path(same.folder), json.loads(done.read_text())["key"]) == compared.outcome("lora-r2")
+
+
+def keys_before_and_after(change: Callable[[], object], request: Request) -> tuple[str, str]:
+    before = trials(request)[0].key
+    change()
+    return before, trials(request)[0].key
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        ({"out_of_scope": True}, LABELLED),
+        ({"data": {"train": "rows.jsonl", "augment": {"negatives": {"completion": "none"}}}}, lights(20)),
+        ({}, lights(20)),
+    ],
+)
+def test_a_trial_learns_from_the_rows_of_other_adapters_as_a_build_does(
+    keys: dict[str, Any], rows: list[dict[str, Any]], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapters, data = {"lights": adapter_of(**keys), "other": OTHER}, {"rows.jsonl": rows, "others.jsonl": OTHERS}
+    request = Request(write_recipe(tmp_path, tiny_gguf("llama"), adapters, data=data), "lights", ("lora",), tmp_path)
+    recipes = (Recipe.from_file(request.recipe), trials(request)[0].one_task)
+    built, tried = ([row.messages for row in read_task("lights", recipe).trained_rows] for recipe in recipes)
+    assert tried == built
+    assert ("heat" in str(tried)) == bool(keys)
+    before, after = keys_before_and_after(lambda: write_rows(tmp_path / "others.jsonl", OTHERS[:-1]), request)
+    assert (before != after) == bool(keys)
 
 
 def test_the_page_has_every_row_and_needs_nothing_else(compared: Compared) -> None:
