@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from edgetune_export.adapters.fold import find_weights
 from edgetune_runtime.bundle import MARK, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.wording import suggestion
@@ -245,12 +246,16 @@ def _one_task(recipe: Recipe, task: str) -> Recipe:
 
 
 def _key(trial: Trial, fingerprint: str) -> str:
-    """A digest of the version, the base, the resolved recipe and the data files."""
+    """A digest of the version, the base, the resolved recipe and the files that are read.
+
+    NotFoundError and IncompatibleError for a folder to start from without weights.
+    """
     recipe = trial.one_task
     spec = recipe.adapters[trial.task]
     others = [other.data for other in recipe.others(trial.task).values()] if spec.learns_from_others else []
-    sources = [spec.data.train, spec.data.validation, trial.data, *(data.train for data in others)]
-    names = [str(source) for source in sources if source is not None]
+    sources = [source for _, source in recipe.sources()] + [data.train for data in others]
+    names = [str(source) for source in (*sources, trial.data) if source is not None]
+    names += [] if spec.start_from is None else [str(find_weights(Path(spec.start_from)))]
     files = {name: sha256_of(Path(name)) if Path(name).is_file() else name for name in names}
     columns = [data.model_dump(mode="json", include={"columns"}) for data in others]
     state = [version("edgetune"), fingerprint, recipe.resolved(), trial.limit, files, columns]

@@ -220,6 +220,26 @@ def test_a_trial_learns_from_the_rows_of_other_adapters_as_a_build_does(
     assert (before != after) == bool(keys)
 
 
+def test_a_trial_with_another_document_or_other_weights_to_start_from_is_run_anew(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    document, weights = tmp_path / "text.txt", tmp_path / "start/adapter_model.safetensors"
+    weights.parent.mkdir()
+    document.write_text("turn on the light in the hall")
+    weights.write_bytes(b"some")
+    adapters = {
+        "cartridge": adapter_of({"name": "cartridge", "document": "text.txt"}),
+        "lora": adapter_of(start_from="start"),
+    }
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), adapters)
+    for name, change in (
+        ("cartridge", lambda: document.write_text("close the blind")),
+        ("lora", lambda: weights.write_bytes(b"others")),
+    ):
+        before, after = keys_before_and_after(change, Request(recipe, name, (name,), tmp_path / "out"))
+        assert before != after
+
+
 def test_the_page_has_every_row_and_needs_nothing_else(compared: Compared) -> None:
     page = (compared.request.out / "compare.html").read_text(encoding="utf-8")
     for outcome in compared.result.outcomes:
