@@ -245,7 +245,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--page", recipe], "recipe.yaml is a file that this command reads; write to another file"),
         (["--page", str(tmp_path / NO_BASE)], f"{NO_BASE} is a file that this command reads; write to another file"),
         (["--adapter", "one", "--out", "o.jsonl", "--page", "o.jsonl"], "o.jsonl is given as --out and as --page"),
-        (["--adapter", "one", "--out", "clean.csv"], "clean.csv is not a .jsonl file, and rows are written as JSON lines"),
+        (["--adapter", "one", "--out", "clean.csv"], "clean.csv is not a .jsonl file, and rows are written as JSON"),
         (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
     ):
         assert main(["data", "check", recipe, *options]) in (2, 3)
