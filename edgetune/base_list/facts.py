@@ -16,7 +16,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import QUANTIZATIONS
 
 from edgetune import methods
-from edgetune.methods.common.peft import TargetOptions, check_names
+from edgetune.methods.common.peft import TargetOptions, check_targets
 from edgetune.recipe.targets import misfit, supported_shapes
 
 WEIGHTS = Path(__file__).with_name("weights.toml")
@@ -117,7 +117,7 @@ def _has_modules(architecture: Architecture, method: str) -> bool:
     if isinstance(options, TargetOptions):
         names = [module.name for module in architecture.linear_modules]
         try:
-            check_names([*names, OUTPUT_LAYER], options.target_modules)
+            check_targets([*names, OUTPUT_LAYER], options.target_modules)
         except UsageError:
             return False
     return True

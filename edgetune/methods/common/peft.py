@@ -79,8 +79,7 @@ class PeftMethod(Method[O]):
         assert isinstance(options, TargetOptions)
         if not options.target_modules:
             raise UsageError("target_modules names no module", "list some, or use all-linear")
-        if options.target_modules not in (ALL_LINEAR, AUTO):
-            check_names({module.name for module in linear}, options.target_modules, "target_modules")
+        check_targets({module.name for module in linear}, options.target_modules)
 
     def trained_modules(self, base: BaseShape, options: O) -> list[SizedModule]:
         """The target modules."""
@@ -273,6 +272,12 @@ def targets_among(linear: Sequence[SizedModule], options: TargetOptions) -> list
 def _fixed_modules(base: PreTrainedModel) -> set[str]:
     """The linear modules that no adapter may change; none of an encoder."""
     return set(architectures.of_model_type(base.config.model_type).fixed_modules) if base.can_generate() else set()
+
+
+def check_targets(linear: Collection[str], target_modules: str | tuple[str, ...]) -> None:
+    """UsageError for a target that none of the linear modules `linear` is."""
+    if target_modules not in (ALL_LINEAR, AUTO):
+        check_names(linear, target_modules, "target_modules")
 
 
 def check_names(linear: Collection[str], modules: str | tuple[str, ...], key: str) -> None:
