@@ -52,7 +52,7 @@ def test_columns_that_groups_cannot_divide_are_followed_by_zeros() -> None:
     parts = {"q": (6, 8, 4), "k": (6, 8, 6), "v": (6, 8, 9)}  # inputs, outputs, rank
     slots = {"slot": [(name, columns, rows) for name, (columns, rows, _) in parts.items()]}
     inputs = {A: Value(A, 1, ("groups", 6, "width")), "slot.lora_B.weight": Value("slot.lora_B.weight", 1, ("r", 24))}
-    header = OnnxHeader(10, {"": 23}, inputs, {}, {}, (), {METADATA: json.dumps(slots)}, frozenset())
+    header = OnnxHeader(inputs, {}, {}, (), {METADATA: json.dumps(slots)}, frozenset())
     rng = np.random.default_rng(0)
     deltas = {
         name: Delta(*(rng.normal(size=shape).astype(np.float32) for shape in ((rank, columns), (rows, rank))))
