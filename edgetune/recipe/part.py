@@ -1,10 +1,12 @@
-"""The base class of all recipe sections."""
+"""The base class of a recipe's own sections, and types of their fields."""
 
 from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
+
+from edgetune.common.section import Section
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -22,7 +24,7 @@ OrSwitch = Annotated[
 """An optional section, which `true` turns on with all defaults."""
 
 
-class RecipePart(BaseModel):
-    """Base class of all recipe sections: frozen, no unknown keys, the text under a field is its description."""
+class RecipePart(Section):
+    """Base class of the sections with a fixed place in a recipe; the text under a field is its description."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, create_model
+
+from edgetune.common.section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +34,10 @@ def rate_factor(default: float, note: str = "") -> Any:  # noqa: ANN401 - as pyd
     return Field(default=default, gt=0, description=text)
 
 
-class MethodOptions(BaseModel):
-    """Base class of all method options: frozen, no unknown keys, fields accepted by name or alias."""
+class MethodOptions(Section):
+    """Base class of all method options; fields are accepted by name or alias."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     learning_rate_factor: float = rate_factor(1.0)
     token_options: ClassVar[tuple[str, ...]] = ()

@@ -222,6 +222,31 @@ def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: st
     assert problem in line
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threads", "true"),
+        ("training.epochs", "true"),
+        ("training.patience", "false"),
+        ("adapters.command.data.rows", "true"),
+        ("adapters.command.data.augment.values", "{area: [attic, true]}"),
+        ("adapters.command.method.rank", "true"),
+        ("adapters.command.method.alpha_pattern", "{q_proj: true}"),
+        ("adapters.command.method.learning_rate_factor", "true"),
+    ],
+)
+def test_true_and_false_are_no_numbers(write: Write, key: str, value: str) -> None:
+    (line,) = problems_of(write(GOOD), {key: value})
+    assert line == f"--set {key}: {'false' if value == 'false' else 'true'} is not a number"
+
+
+def test_options_that_take_true_still_do(write: Write) -> None:
+    switches = ("data.augment", "out_of_scope", "method.use_rslora", "merged")
+    recipe = Recipe.from_file(write(GOOD), {"route": True} | {f"adapters.command.{key}": True for key in switches})
+    assert recipe.route is not None
+    assert recipe.adapters["command"].data.augment is not None
+
+
 def test_a_matrix_is_refused_where_all_weights_have_8_bits_or_more(write: Write) -> None:
     path = write(GOOD)
     (line,) = problems_of(path, {"quantization": "q8_0+q8_0", "imatrix": "auto"})

@@ -1,0 +1,39 @@
+"""The base class of all sections of a recipe that pydantic validates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    """A section of a recipe: frozen, no unknown keys, and true and false are no numbers, which pydantic reads as 1 and
+    0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans_as_numbers(cls, value: object, info: ValidationInfo) -> object:
+        types = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
+        if types & {int, float} and bool not in types:
+            for boolean in _booleans_in(value):
+                raise ValueError(f"{str(boolean).lower()} is not a number")
+        return value
+
+
+def _types_in(annotation: Any) -> Iterator[object]:  # noqa: ANN401 - a type or any form of typing
+    """The types that an annotation is composed of."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _types_in(argument)
+
+
+def _booleans_in(value: object) -> Iterator[bool]:
+    """The booleans in a value of JSON."""
+    if isinstance(value, bool):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _booleans_in(inner)
