@@ -90,17 +90,21 @@ def build(
     from edgetune.common.progress import Progress
     from edgetune.proposal.files import is_data
     from edgetune.proposal.writing import recipe_to_build
+    from edgetune.recipe.problems import check_set_once
 
     if into is not None and any(map(is_data, recipe)):
         raise UsageError("--into needs a recipe", "write one for these files with `edgetune init --data FILE`")
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.
-    overrides: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
+    flags: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
-        overrides["targets"] = targets_of(targets)
+        flags["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
+    flags |= {f"training.{key}": value for key, value in training.items()}
+    changes = settings_of(settings)
+    check_set_once(changes, {f"--{key.rpartition('.')[2]}": [key] for key in flags})
     path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
-    loaded = _load(path, overrides | settings_of(settings), training)
+    loaded = _load(path, changes | flags, training)
     result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)
     if result.figures:
         _print_build(result.to_json(), as_json=as_json)
@@ -147,9 +151,8 @@ def export(
     _print_build(result.to_json(), as_json=as_json)
 
 
-def _load(path: Path, overrides: Mapping[str, Any], training: Mapping[str, Any]) -> edgetune.Recipe:
-    """The recipe with the flags applied; `training` overrides all adapters, also those that set their own values."""
-    changes = {**{f"training.{key}": value for key, value in training.items()}, **overrides}
+def _load(path: Path, changes: Mapping[str, Any], training: Mapping[str, Any]) -> edgetune.Recipe:
+    """The recipe with the changes; `training` overrides all adapters, also those that set their own values."""
     recipe = edgetune.Recipe.from_file(path, changes)
     adapter_changes = {
         f"adapters.{name}.training.{key}": value

@@ -1,4 +1,4 @@
-"""Plain-text --help with options and commands grouped by Typer's rich_help_panel."""
+"""Commands whose plain-text --help groups options by Typer's rich_help_panel, and that take an option once."""
 
 from __future__ import annotations
 
@@ -6,11 +6,21 @@ from collections.abc import Iterable
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from edgetune_runtime.errors import UsageError
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose options are listed by panel."""
+    """A command whose options are listed by panel; one that has a single value can be given once."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """As Typer does; UsageError for an option with a single value that is given twice."""
+        *_, given = self.make_parser(ctx).parse_args(list(args))
+        options = [part for part in given if isinstance(part, TyperOption) and not (part.multiple or part.is_flag)]
+        twice = next((option for option in options if options.count(option) > 1), None)
+        if twice is not None and not ctx.resilient_parsing:
+            raise UsageError(f"{max(twice.opts, key=len)} is given twice", "give it once")
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         """The names of arguments without the braces and second brackets that Typer puts around them."""

@@ -75,7 +75,11 @@ def rebase(
     bundles answer the validation rows, and test rows if there are any. The new bundle is packed only if no adapter got
     worse by more than one standard error, or as --margin says.
     """
+    from edgetune.recipe.problems import check_set_once
+
     changes, tests = settings_of(settings), pairs_of(data or (), "--data", "NAME=FILE")
+    flags = {"base": base, "quantization": quantization}
+    check_set_once(changes, {f"--{key}": [key] for key, value in flags.items() if value is not None})
     if page is not None:
         from edgetune_runtime.bundle import read_manifest
 

@@ -22,6 +22,7 @@ from edgetune import methods
 from edgetune.common.digests import key_of
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
+from edgetune.recipe.problems import check_set_once, other_names
 from edgetune.recipe.targets import shapes_in
 
 from .figures import TrialResult
@@ -133,6 +134,19 @@ def _check_lists(request: Request) -> None:
     for rows in request.rows:
         if rows < 1:
             raise UsageError(f"--rows: {rows} is not a number of training rows", "use whole numbers of at least 1")
+    check_set_once(request.settings, _keys_of_flags(request))
+
+
+def _keys_of_flags(request: Request) -> dict[str, list[str]]:
+    """The keys of --set that each of the options given sets for all trials."""
+    prefix = f"adapters.{request.task}"
+    ranks = [f"{prefix}.method.{name}" for name in (RANK, "rank", MEAN_RANK)]
+    for method in request.methods:
+        options = methods.load(method).options
+        key = _rank_key(options.model_fields)
+        ranks += [] if key is None else [f"{method}.{name}" for name in (key, *other_names(key, options))]
+    keys = {"--ranks": ranks if request.ranks else [], "--rows": [f"{prefix}.data.rows"] if request.rows else []}
+    return {**keys, "--targets": [] if request.targets is None else ["targets"]}
 
 
 def _trial(

@@ -161,6 +161,15 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
     return None
 
 
+def check_set_once(settings: Iterable[str], flags: Mapping[str, Iterable[str]]) -> None:
+    """UsageError if --set sets a key, or a part of it, that one of the other options in `flags` sets too."""
+    for flag, keys in flags.items():
+        for key in keys:
+            both = next((other for other in settings if f"{other}.".startswith(f"{key}.")), None)
+            if both is not None:
+                raise UsageError(f"{flag} and --set {both} are both given, and set the same", "keep one")
+
+
 def explain(
     error: ValidationError, values: dict[str, Any], document: Document, overrides: Iterable[str], model_at: ModelAt
 ) -> list[str]:

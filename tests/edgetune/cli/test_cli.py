@@ -140,6 +140,11 @@ def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
         (("evaluate", "home", "--data", "rows.jsonl", "--limit", "few"), "'--limit'"),
         (("plan", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
         (("plan", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set: 'name' is set twice"),
+        (("evaluate", "home", "--data", "a.jsonl", "--data=b.jsonl"), "--data is given twice; give it once"),
+        (("build", "recipe.yaml", "--epochs", "1", "--set", "training.epochs=3"), "--epochs and --set training.epochs"),
+        (("build", "recipe.yaml", "--base", "x", "--set", "base=y"), "--base and --set base are both given"),
+        (("build", "recipe.yaml", "--quantization", "q4_0", "--set", "quantization.budget_mb=9"), "--quantization and"),
+        (("rebase", "home", "--base", "x", "--set", "base=y"), "--base and --set base are both given"),
         (("export", "--base", "b", "--adapter", "a", "--out", "o", "--system", "b=x"), "no adapter 'b'"),
         (("export", "--base", "b", "--adapter", "a=x", "--adapter", "a=y", "--out", "o"), "'a' is used twice"),
         (("export", "--base", "b", "--adapter", "A b=x", "--out", "o"), "the name 'A b' may contain only a-z"),
@@ -424,7 +429,7 @@ def test_flags_override_the_recipe_for_all_adapters(
     run: Run, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ("--epochs", 1, "--seed", 7, "--device", "pi-5", "--targets", "gguf", "--quiet", "--json")
+    flags = ("--epochs", 1, "--seed", 7, "--device", "pi-5", "--targets", "gguf", "--quiet", "--quiet", "--json")
     settings = ("--set", "adapters.reply.method.r=3", "--set", "adapters.tone.training.epochs=3", "--set", "name=other")
     code, out, err = run("build", recipe, *flags, *settings)
     assert (code, err) == (0, "")

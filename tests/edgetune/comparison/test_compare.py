@@ -319,6 +319,16 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
         ({"task": "light"}, "--task: no task 'light'; did you mean 'lights'?"),
         ({"task": "zzz"}, "--task: no task 'zzz'; choose one of: lights, other"),
         ({"ranks": (4, 0)}, "--ranks: 0 is not a rank; use whole numbers of at least 1"),
+        ({"settings": {"lora.r": "4"}}, "--ranks and --set lora.r are both given, and set the same; keep one"),
+        ({"settings": {"lora.rank": "4"}}, "--ranks and --set lora.rank are both given, and set the same; keep one"),
+        (
+            {"settings": {"adapters.lights.method.r": "4"}},
+            "--ranks and --set adapters.lights.method.r are both given, and set the same; keep one",
+        ),
+        (
+            {"targets": ("gguf",), "settings": {"targets": "[onnx]"}},
+            "--targets and --set targets are both given, and set the same; keep one",
+        ),
         ({"settings": {"dora.r": "2"}}, "--set: dora is not in --methods; add it there, or remove --set dora.…"),
     ],
 )

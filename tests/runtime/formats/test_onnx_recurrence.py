@@ -15,7 +15,7 @@ def header(inputs: dict[str, tuple[int | str, ...]], outputs: dict[str, tuple[in
     """A graph whose states also are outputs."""
     outputs = outputs | {name.replace("past", "present"): shape for name, shape in inputs.items()}
     values = ({name: Value(name, 1, shape) for name, shape in group.items()} for group in (inputs, outputs))
-    return OnnxHeader(10, {}, *values, {}, (), {}, frozenset())
+    return OnnxHeader(*values, {}, (), {}, frozenset())
 
 
 def test_states_of_convolutions_alone_can_be_computed_from_what_these_read() -> None:

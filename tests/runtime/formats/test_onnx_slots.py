@@ -52,7 +52,7 @@ def header(inputs: Mapping[str, Shape], defaults: Mapping[str, Shape], elem_type
     tables = ({name: Value(name, elem_type, shape) for name, shape in table.items()} for table in (inputs, defaults))
     given, initializers = tables
     other = {"input_ids": Value("input_ids", 7, ("batch", "sequence"))}
-    return OnnxHeader(10, {"": 23}, {**other, **given}, {}, initializers, (), {}, frozenset())
+    return OnnxHeader({**other, **given}, {}, initializers, (), {}, frozenset())
 
 
 def arrays(rank: int = 3) -> dict[str, np.ndarray]:
