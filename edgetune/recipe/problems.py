@@ -158,6 +158,8 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
         node[last] = _plain(_parse(value), (), {}) if isinstance(value, str) else value
     except (YAMLError, RecursionError):
         return f"--set {key}: {value!r} is not valid YAML; put strings with special characters in quotes"
+    if isinstance(value, str) and _has_comment(value):
+        return f"--set {key}: {shown(value)} has a # that begins a comment; put it in quotes"
     return None
 
 
@@ -263,6 +265,12 @@ def _parse(text: str) -> Plain:
     except (ValueError, OverflowError, IndexError, TypeError) as error:
         # Of numbers and dates, of tags without a value, and of keys that are not values.
         raise YAMLError(str(error)) from error
+
+
+def _has_comment(text: str) -> bool:
+    """Whether a part of a YAML text is a comment."""
+    # ruamel keeps empty lines as comments too.
+    return any("#" in str(token.comment) for token in YAML().scan(StringIO(text)) if hasattr(token, "comment"))
 
 
 def _plain(node: Plain, loc: Loc, lines: dict[Loc, int]) -> Plain:

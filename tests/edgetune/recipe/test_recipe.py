@@ -199,6 +199,9 @@ adapters:
         ("adapters.command.system", "''", "is empty"),
         ("adapters.intent.method.r.x", "1", "adapters.intent.method.r is not a mapping"),
         ("training.epochs", "[", "'[' is not valid YAML"),
+        ("adapters.command.system", "Rule #1 be brief", "'Rule #1 be brief' has a # that begins a comment; put it"),
+        ("adapters.command.system", "#no", "'#no' has a # that begins a comment; put it in quotes"),
+        ("adapters.command.labels", "[a, b] # c", "has a # that begins a comment"),
         ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
         ("training.epochs", "1e9", "1000000000.0 must be at most 100000"),
         ("adapters.intent.data.augment", "{copies: 1000000}", "1000000 must be at most 1000"),
@@ -296,6 +299,19 @@ def test_overrides_replace_the_files_values(write: Write) -> None:
     columns = recipe.adapters["command"].data.columns
     assert columns is not None
     assert columns.completion == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "system"),
+    [
+        ("'Rule #1 be brief'", "Rule #1 be brief"),
+        ("Channel#1", "Channel#1"),
+        ("|\n  Rule\n\n  #1", "Rule\n\n#1"),
+        ("Rule\n\n  one", "Rule\none"),
+    ],
+)
+def test_a_text_that_is_set_may_have_a_hash_that_begins_no_comment(write: Write, text: str, system: str) -> None:
+    assert Recipe.from_file(write(GOOD), {"adapters.command.system": text}).adapters["command"].system == system
 
 
 def test_two_names_of_one_option_are_refused(write: Write) -> None:
