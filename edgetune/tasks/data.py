@@ -20,7 +20,7 @@ from edgetune_runtime.wording import nearest, shortened, suggestion
 from edgetune.recipe.data import Columns
 from edgetune.recipe.rows import Rows
 
-from .row_files import BadRowError, entries
+from .row_files import BadRowError, entries, json_values
 
 MAX_ERRORS = 20
 WEIGHT = "weight"
@@ -292,7 +292,7 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
     if isinstance(messages, str):
         # As cells of tables have them.
         try:
-            messages = json.loads(messages)
+            messages = json_values(messages)
         except (ValueError, RecursionError) as error:
             raise BadRowError(f"messages is text that is not JSON: {error}") from error
     if not isinstance(messages, list):
@@ -305,7 +305,7 @@ def _conversation(where: str, messages: object, tools: Any) -> TaskRow:  # noqa:
         # Columns of data sets have a null where a message lacks a key.
         stated = [{key: value for key, value in message.items() if value is not None} for message in messages]
         turns = messages_for(stated, None)
-        offered = tool_set(json.loads(tools) if isinstance(tools, str) else tools)
+        offered = tool_set(json_values(tools) if isinstance(tools, str) else tools)
         if offered is not None:
             check_schemas(offered)
     except UsageError as error:

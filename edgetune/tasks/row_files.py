@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.wording import shortened
 
 from edgetune.recipe.data import HUB_ID, is_hub_id
 from edgetune.recipe.rows import Rows, with_label_names
@@ -78,7 +80,9 @@ def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line, parse_constant=_refuse_constant)
+            values = json_values(line)
+        except BadRowError as error:
+            values = error
         except json.JSONDecodeError as error:
             values = BadRowError(f"not JSON: {error.msg} at column {error.colno}")
         except (ValueError, RecursionError) as error:
@@ -86,8 +90,30 @@ def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
         yield f"{place}{number}", values
 
 
+def json_values(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """The values of a JSON text. Raises BadRowError for one that Python would read as another value than it says, and
+    what `json.loads` raises."""
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_with_keys_once)
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise BadRowError(f"the number {shortened(text)} is too large")
+    return number
+
+
+def _with_keys_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRowError(f"the key {twice!r} appears twice; keep one")
+    return values
 
 
 def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:

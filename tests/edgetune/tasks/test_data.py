@@ -304,6 +304,20 @@ def test_fields_that_a_data_set_adds_with_null_are_left_out(tmp_path: Path, monk
     ]
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "a", "completion": "x", "prompt": "b"}', "the key 'prompt' appears twice; keep one"),
+        ('{"prompt": "a", "completion": {"x": [{"y": 1, "y": 2}]}}', "the key 'y' appears twice; keep one"),
+        ('{"prompt": "a", "completion": {"x": 1e999}}', "the number 1e999 is too large"),
+        ('{"prompt": "a", "completion": {"x": -1e999}}', "the number -1e999 is too large"),
+        (json.dumps({"messages": '[{"role": "user", "role": "assistant"}]'}), "the key 'role' appears twice; keep one"),
+    ],
+)
+def test_values_that_json_readers_change_without_a_word_are_refused(write: Write, line: str, problem: str) -> None:
+    assert problems_of(write(line)) == [f"1: {problem}"]
+
+
 def test_conversations_are_read_from_cells_of_json(write: Write) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     cells = [json.dumps(turns), "[1"]
