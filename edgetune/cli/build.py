@@ -96,15 +96,15 @@ def build(
         raise UsageError("--into needs a recipe", "write one for these files with `edgetune init --data FILE`")
     texts = {"base": base, "quantization": quantization, "device": device}
     # Values are parsed as YAML; JSON quotes keep them strings.
-    flags: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
+    given: dict[str, Any] = {key: json.dumps(text) for key, text in texts.items() if text is not None}
     if targets is not None:
-        flags["targets"] = targets_of(targets)
+        given["targets"] = targets_of(targets)
     training = {key: value for key, value in {"epochs": epochs, "seed": seed}.items() if value is not None}
-    flags |= {f"training.{key}": value for key, value in training.items()}
-    changes = settings_of(settings)
-    check_set_once(changes, {f"--{key.rpartition('.')[2]}": [key] for key in flags})
+    given |= {f"training.{key}": value for key, value in training.items()}
+    changes, flags = settings_of(settings), {key: f"--{key.rpartition('.')[2]}" for key in given}
+    check_set_once(changes, {flag: [key] for key, flag in flags.items()})
     path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
-    loaded = _load(path, changes | flags, training)
+    loaded = _load(path, changes | given, flags, training)
     result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)
     if result.figures:
         _print_build(result.to_json(), as_json=as_json)
@@ -151,16 +151,18 @@ def export(
     _print_build(result.to_json(), as_json=as_json)
 
 
-def _load(path: Path, changes: Mapping[str, Any], training: Mapping[str, Any]) -> edgetune.Recipe:
+def _load(
+    path: Path, changes: Mapping[str, Any], flags: Mapping[str, str], training: Mapping[str, Any]
+) -> edgetune.Recipe:
     """The recipe with the changes; `training` overrides all adapters, also those that set their own values."""
-    recipe = edgetune.Recipe.from_file(path, changes)
+    recipe = edgetune.Recipe.from_file(path, changes, flags)
     adapter_changes = {
         f"adapters.{name}.training.{key}": value
         for name, spec in recipe.adapters.items()
         for key, value in training.items()
         if key in spec.training.model_fields_set
     }
-    return edgetune.Recipe.from_file(path, {**adapter_changes, **changes}) if adapter_changes else recipe
+    return edgetune.Recipe.from_file(path, {**adapter_changes, **changes}, flags) if adapter_changes else recipe
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:

@@ -77,12 +77,15 @@ def publish(
     adapter is published as a part that its author has signed, for all devices of the channel.
     """
     from edgetune_runtime.bundle import read_manifest
+    from edgetune_runtime.update.release import RUNTIME_VERSION
 
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci.transfer import open_store
     from edgetune.delivery.publish import author, mirror, one_adapter
     from edgetune.delivery.publish import publish as publishing
 
+    if min_runtime and not RUNTIME_VERSION.fullmatch(min_runtime):
+        raise UsageError(f"--min-runtime is {min_runtime!r}, not a version", "write it as 1.2.0")
     folder, progress = open_keys(keys), Progress(quiet=quiet)
     if bundle is not None and source is not None:
         raise UsageError(f"both {bundle} and --from {source} are given", "give one bundle")

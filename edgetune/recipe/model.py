@@ -104,16 +104,18 @@ class Recipe(RecipePart):
     _others: dict[str, AdapterSpec] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def from_file(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Recipe:
+    def from_file(
+        cls, path: str | Path, settings: Mapping[str, Any] | None = None, flags: Mapping[str, str] | None = None
+    ) -> Recipe:
         """Read and validate a recipe file; paths in it are relative to its folder.
 
         `settings` maps dotted keys, such as `adapters.command.method.r`, to values that replace those in the file;
-        texts are parsed as YAML.
+        texts are parsed as YAML. `flags` names the options that set some of these keys; the others are of --set.
 
         Raises NotFoundError if the file does not exist, and UsageError with all problems, one per line.
         """
         document = read_document(Path(path))
-        return _validated(document, Path(path).parent, settings or {})
+        return _validated(document, Path(path).parent, settings or {}, flags or {})
 
     @classmethod
     def from_dict(
@@ -127,7 +129,7 @@ class Recipe(RecipePart):
 
         Raises UsageError with all problems, one per line, or with the number of a row that cannot be read.
         """
-        return _validated(Document(plain_recipe(values)), Path(folder), settings or {})
+        return _validated(Document(plain_recipe(values)), Path(folder), settings or {}, {})
 
     @property
     def folder(self) -> Path:
@@ -336,14 +338,16 @@ def _task_of(info: ValidationInfo) -> str:
     return str(info.data.get("task", GENERATION))
 
 
-def _validated(document: Document, folder: Path, settings: Mapping[str, Any]) -> Recipe:
+def _validated(document: Document, folder: Path, settings: Mapping[str, Any], flags: Mapping[str, str]) -> Recipe:
     document = with_task_files(document, folder)
     values = copy.deepcopy(document.values)
-    problems = [problem for key, value in settings.items() if (problem := override(values, key, value, _model_at))]
+    named = {key: flags.get(key, f"--set {key}") for key in settings}
+    found = ((key, override(values, key, value, _model_at)) for key, value in settings.items())
+    problems = [f"{named[key]}: {problem}" for key, problem in found if problem]
     try:
         recipe = Recipe.model_validate(values, context={"folder": folder, "files": document.files})
     except ValidationError as error:
-        problems += explain(error, values, document, settings, _model_at)
+        problems += explain(error, values, document, named, _model_at)
     if problems:
         raise UsageError("\n".join(problems))
     return recipe

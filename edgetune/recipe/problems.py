@@ -144,22 +144,22 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
     node: Any = values
     for depth, part in enumerate(parents):
         if parents[:depth] == ["adapters"] and part not in node:
-            return f"--set {key}: no adapter {part!r}; {suggestion(part, list(node))}"
+            return f"no adapter {part!r}; {suggestion(part, list(node))}"
         if part in _SHORT_FORMS and isinstance(node.get(part), str):
             node[part] = _SHORT_FORMS[part](node[part])
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            return f"--set {key}: {'.'.join(parents[: depth + 1])} is not a mapping in this recipe"
+            return f"{'.'.join(parents[: depth + 1])} is not a mapping in this recipe"
     for other in other_names(last, model_at(tuple(parents), values)):
         node.pop(other, None)
     try:
         node[last] = _plain(_parse(value), (), {}) if isinstance(value, str) else value
     except (YAMLError, RecursionError):
-        return f"--set {key}: {value!r} is not valid YAML; put strings with special characters in quotes"
+        return f"{value!r} is not valid YAML; put strings with special characters in quotes"
     if isinstance(value, str) and _has_comment(value):
-        return f"--set {key}: {shown(value)} has a # that begins a comment; put it in quotes"
+        return f"{shown(value)} has a # that begins a comment; put it in quotes"
     return None
 
 
@@ -173,9 +173,10 @@ def check_set_once(settings: Iterable[str], flags: Mapping[str, Iterable[str]]) 
 
 
 def explain(
-    error: ValidationError, values: dict[str, Any], document: Document, overrides: Iterable[str], model_at: ModelAt
+    error: ValidationError, values: dict[str, Any], document: Document, flags: Mapping[str, str], model_at: ModelAt
 ) -> list[str]:
-    """One line per invalid value: first those set by the dotted `overrides`, then the others in the file's order."""
+    """One line per invalid value: first those of the dotted keys that options set, which `flags` names, then the others
+    in the file's order."""
     problems: dict[Loc, str] = {}
     for item in error.errors():
         loc = _existing(item["loc"], item["type"], values)
@@ -193,13 +194,13 @@ def explain(
         for loc, problem in problems.items()
         if not any(loc == other[: len(loc)] != other for other in problems)
     }
-    flags = {tuple(key.split(".")): f"--set {key}: " for key in overrides}
+    options = {tuple(key.split(".")): flag for key, flag in flags.items()}
     lines = []
     for loc, problem in problems.items():
-        flag = next((key for key in flags if loc[: len(key)] == key), None)
-        if flag is not None:
-            name = "" if loc == flag else f"{'.'.join(map(str, loc))}: "
-            lines.append((0, 0, f"{flags[flag]}{name}{problem}"))
+        option = next((key for key in options if loc[: len(key)] == key), None)
+        if option is not None:
+            name = "" if loc == option else f"{'.'.join(map(str, loc))}: "
+            lines.append((0, 0, f"{options[option]}: {name}{problem}"))
             continue
         number, part, inside = document.part_of(loc)
         line = part.line(inside or (NAME,))

@@ -42,7 +42,8 @@ _PART_ROLE = re.compile(rf"{ROLE_PREFIX}({NAME.pattern}){OF_PART}({AUTHOR_NAME})
 _FINGERPRINT = re.compile("[!-~]{0,100}")
 _LONGEST_PATH_BYTES = 255
 """The limit of one name in common file systems."""
-_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
+RUNTIME_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
+"""The form of a version of edgetune-runtime."""
 _MOST_VERSION = 10**9
 _REMEDY = "publish the bundle again"
 
@@ -166,7 +167,7 @@ def parse_release(data: bytes) -> Release:
             files=files,
             formats=tuple(matching(WORD, name, "formats") for name in raw["formats"]),
             manifest_schema=whole(raw["manifest_schema"], _MOST_VERSION, "manifest_schema"),
-            min_runtime=raw["min_runtime"] and matching(_VERSION, raw["min_runtime"], "min_runtime"),
+            min_runtime=raw["min_runtime"] and matching(RUNTIME_VERSION, raw["min_runtime"], "min_runtime"),
             share=_share(raw["share"]),
             older=tuple(whole(version, _MOST_VERSION, "older") for version in raw["older"][:MOST_OLDER]),
             pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in raw["pieces"].items()},

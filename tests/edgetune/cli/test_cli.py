@@ -137,7 +137,18 @@ def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
         (("biuld",), "no such command 'biuld'; did you mean 'build'?"),
         (("build",), "missing argument 'RECIPE'; see edgetune build --help"),
         (("build", "recipe.yaml", "--outt", "x"), "no such option: --outt"),
-        (("evaluate", "home", "--data", "rows.jsonl", "--limit", "few"), "'--limit'"),
+        (
+            ("evaluate", "home", "--data", "a.jsonl", "--limit", "few"),
+            "--limit is 'few', not a whole number; see edgetune",
+        ),
+        (("evaluate", "home", "--data", "a.jsonl", "--limit", "0"), "--limit is '0', not a number of at least 1"),
+        (("rebase", "home", "--margin", "nan"), "--margin is 'nan', not a number of at least 0"),
+        (("rebase", "home", "--margin", "far"), "--margin is 'far', not a number; see edgetune rebase --help"),
+        (
+            ("publish", "home", "--repo", "r", "--keys", "k", "--share", "2"),
+            "--share is '2', not a number of at most 1",
+        ),
+        (("publish", "home", "--repo", "r", "--keys", "k", "--min-runtime", "abc"), "--min-runtime is 'abc', not a"),
         (("plan", "recipe.yaml", "--set", "name"), "--set 'name' is not of the form KEY=VALUE"),
         (("plan", "recipe.yaml", "--set", "name=a", "--set", "name=b"), "--set: 'name' is set twice"),
         (("evaluate", "home", "--data", "a.jsonl", "--data=b.jsonl"), "--data is given twice; give it once"),
@@ -152,6 +163,23 @@ def test_no_command_shows_the_help_as_a_mistake(run: Run) -> None:
 )
 def test_a_wrong_command_line_is_one_line(run: Run, arguments: tuple[str, ...], message: str) -> None:
     assert_is_one_error(run(*arguments), 2, message)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seed", "-1", "--seed: -1 must be at least 0"),
+        ("--epochs", "nan", "--epochs: nan is not a finite number"),
+        ("--device", "", "--device: no board ''"),
+        ("--quantization", "null", "--quantization: no quantization 'null'"),
+        ("--set", "training.seed=-1", "--set training.seed: -1 must be at least 0"),
+    ],
+)
+def test_a_wrong_value_of_a_recipe_is_named_by_the_option_that_gave_it(
+    run: Run, recipe: Path, flag: str, value: str, message: str
+) -> None:
+    code, out, err = run("build", recipe, flag, value)
+    assert (code, out, err.startswith(f"edgetune: {message}"), err.count("\n")) == (2, "", True, 1), err
 
 
 def test_help_and_plan_need_no_torch(recipe: Path) -> None:
