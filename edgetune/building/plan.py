@@ -53,7 +53,7 @@ def plan_build(
     tasks, outputs = [], {}
     for name, spec in recipe.adapters.items():
         with _collected(problems):
-            _check_start(name, spec)
+            _check_files(name, spec)
         with _collected(problems):
             tasks.append(read_task(name, recipe))
             outputs[name] = output_of_task(tasks[-1])
@@ -65,12 +65,13 @@ def plan_build(
     return PlannedBuild(plan_data(plan, tasks, outputs, texts, room), tasks, texts)
 
 
-def _check_start(name: str, spec: AdapterSpec) -> None:
-    """Raise IncompatibleError or NotFoundError if the training cannot start from the adapter that the recipe names."""
-    if spec.start_from is None:
-        return
+def _check_files(name: str, spec: AdapterSpec) -> None:
+    """Raise if a file that the method reads is missing, or if training cannot start from the adapter that it names."""
+    method, options = methods.load(spec.method.name), spec.method.options
     try:
-        methods.load(spec.method.name).check_start(Path(spec.start_from), spec.method.options)
+        method.check_files(options)
+        if spec.start_from is not None:
+            method.check_start(Path(spec.start_from), options)
     except EdgetuneError as error:
         raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error
 

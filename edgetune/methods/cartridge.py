@@ -77,8 +77,13 @@ class Cartridge(CacheMethod[CartridgeOptions]):
         """The keys and values of the tokens that are not frozen."""
         return (options.num_virtual_tokens - options.num_frozen_tokens) * trained.base.kv_values_per_token
 
+    def check_files(self, options: CartridgeOptions) -> None:
+        """Read the document. Raises NotFoundError if it is missing, UsageError if it is empty or not UTF-8."""
+        if options.document is not None:
+            _text(options.document)
+
     def prepared(self, options: CartridgeOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> CartridgeOptions:
-        """The options with the document's tokens. Raises NotFoundError if it is missing, UsageError if it is short."""
+        """The options with the document's tokens. Raises what `check_files` raises, UsageError if it is short."""
         if options.document is None:
             return super().prepared(options, tokenizer, rows)
         text = _text(options.document)
@@ -104,11 +109,14 @@ class Cartridge(CacheMethod[CartridgeOptions]):
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise NotFoundError(f"no document {path}", "give the path of a text file, relative to the recipe") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path}: {error}", "give a UTF-8 text file") from error
+    if not text.strip():
+        raise UsageError(f"the document {path} is empty", "give a file with the text to learn, or remove document")
+    return text
 
 
 METHOD = Cartridge()

@@ -131,6 +131,28 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_files_that_the_training_reads_are_checked_by_the_plan(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "blank.txt").write_text(" \n", encoding="utf-8")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/adapter_config.json").write_text('{"r": 16, "lora_alpha": 32}', encoding="utf-8")
+    adapters = {
+        "a": adapter_of({"name": "cartridge", "document": "none.txt"}),
+        "b": adapter_of({"name": "cartridge", "document": "blank.txt"}),
+        "c": adapter_of(start_from="nowhere"),
+        "d": adapter_of(start_from="half"),
+    }
+    data = {"rows.jsonl": lights(20, ("reply 0", "reply 1"))}
+    with pytest.raises(NotFoundError) as caught:
+        plan_build(make_recipe(tmp_path, tiny_gguf("llama"), adapters, data=data))
+    missing, blank, nowhere, half = str(caught.value).splitlines()
+    assert f"no document {tmp_path / 'none.txt'}" in missing
+    assert f"the document {tmp_path / 'blank.txt'} is empty; give a file with the text to learn" in blank
+    assert f"{tmp_path / 'nowhere'} is not a PEFT adapter" in nowhere
+    assert f"{tmp_path / 'half'} has no adapter_model.safetensors" in half
+
+
 def test_the_manifest_stores_no_path_and_nothing_of_this_machine(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
