@@ -14,14 +14,13 @@ from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
-from edgetune_runtime.formats.quantization import FLOATS, gains_from_grid
+from edgetune_runtime.formats.quantization import FLOATS
 
-from edgetune import methods
 from edgetune.bases import BaseSource
 from edgetune.recipe.model import Recipe
 from edgetune.training.precision import refuse_int8
 
-from .on_device import Adapters, bundle_needs, grid_types, quantization_in
+from .on_device import Adapters, bundle_needs, domain_grid_types, grid_types, quantization_in
 from .quantization import Candidate, candidates_of, quantizations_of, worth_measuring
 from .records import AdapterPlan, BasePlan, BoardPlan, BuildPlan
 
@@ -104,14 +103,11 @@ def _steps(recipe: Recipe, source: BaseSource | None, quantization: str | None) 
 
 def _check_domain(recipe: Recipe, header: GgufHeader, quantizations: Sequence[str | None]) -> None:
     """UsageError for a domain that is to be trained in int8 through the rounding to the grid of one of these bases."""
-    domain = recipe.domain
-    if domain is None or not methods.load(domain.method.name).trains_on_grid:
+    if recipe.domain is None:
         return
-    for quantization in quantizations:
-        types = needs_of_header(header, context_length=1, quantization=quantization).layer_types
-        if gains_from_grid(types):
-            remedy = "set domain.training.precision: auto, or quantization: q8_0"
-            refuse_int8("domain", recipe.training.under(domain.training), types, remedy)
+    training = recipe.training.under(recipe.domain.training)
+    for types in filter(None, (domain_grid_types(recipe, header, quantization) for quantization in quantizations)):
+        refuse_int8("domain", training, types, "set domain.training.precision: auto, or quantization: q8_0")
 
 
 def _with_merged(

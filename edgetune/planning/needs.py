@@ -28,6 +28,7 @@ from edgetune.training.memory import saved_states_mb, training_need
 from edgetune.training.precision import precision_on
 from edgetune.training.schedule import SHARED_COST, Schedule
 
+from .on_device import domain_grid_types
 from .quantization import MAX_TOKENS
 from .records import BuildNeeds, BuildPlan, NeedsReport, Room, RowsPlan, mb
 
@@ -234,6 +235,7 @@ def _training_mb(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> tu
             )
         )
     if recipe.domain is not None:
+        assert plan.source is not None and plan.source.header is not None
         window, training = recipe.domain.window or recipe.context_length, recipe.training.under(recipe.domain.training)
         method = recipe.domain.method
         loaded = methods.load(method.name)
@@ -247,6 +249,7 @@ def _training_mb(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> tu
                 batch_tokens=window * training.batch_size,
                 precision=_precision(training, device),
                 process_mb=process_mb,
+                on_grid=bool(domain_grid_types(recipe, plan.source.header, plan.base.quantization)),
             )
         )
     min_mb, max_mb = max(need.min_mb for need in needs), max(need.max_mb for need in needs)

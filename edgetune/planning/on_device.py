@@ -11,6 +11,7 @@ from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.quantization import TENSOR_TYPES, gains_from_grid, quantization_of_merged
 
+from edgetune import methods
 from edgetune.recipe.model import Recipe
 
 from .records import AdapterPlan, BuildPlan
@@ -56,6 +57,14 @@ def grid_types(recipe: Recipe, adapter: AdapterPlan, header: GgufHeader, quantiz
     """The types of the base's layers if the adapter is to be trained through the rounding to their grid, else none."""
     requested, types = _requested(recipe, adapter, header, quantization)
     return types if adapter.takes_grid and gains_from_grid(types, requested) else ()
+
+
+def domain_grid_types(recipe: Recipe, header: GgufHeader, quantization: str | None = None) -> tuple[str, ...]:
+    """The types of the base's layers if the domain is to be trained through the rounding to their grid, else none."""
+    if recipe.domain is None or not methods.load(recipe.domain.method.name).trains_on_grid:
+        return ()
+    types = needs_of_header(header, context_length=1, quantization=quantization).layer_types
+    return types if gains_from_grid(types) else ()
 
 
 def _requested(

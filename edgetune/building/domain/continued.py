@@ -29,7 +29,6 @@ from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
-from edgetune_runtime.formats.quantization import gains_from_grid
 from transformers import PreTrainedModel
 
 from edgetune import bases, methods
@@ -38,6 +37,7 @@ from edgetune.common.digests import key_of
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.objectives.example import Example
+from edgetune.planning.on_device import domain_grid_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
 from edgetune.shipping.parity_engines import GovernedEngine
@@ -101,9 +101,7 @@ def _job(recipe: Recipe, spec: DomainSpec, texts: Texts, base: Base) -> Training
     validation = list(spread(validation, math.ceil(len(validation) * min(1.0, MEASURED_TOKENS / tokens))))
     state = [base.fingerprint, spec.method.model_dump(mode="json"), training.model_dump(mode="json"), len(train)]
     key = key_of(state, (window.tokens for window in (*train, *validation)))
-    types, rounds_to = base.header.layer_types, None
-    if kind.trains_on_grid and gains_from_grid(types):
-        rounds_to = base.path
+    rounds_to = base.path if domain_grid_types(recipe, base.header) else None
     return TrainingJob(NAME, kind, options, training, train, validation, key, kind.objective(options), rounds_to)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.parity import TOLERANCE_KL
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
@@ -220,6 +221,19 @@ def test_a_warning_tells_what_a_type_without_a_grid_leaves_of_the_gain(
     share = math.log(before / after) / math.log(before / trained)
     (warning,) = [line for line in found.lines if "warning" in line]
     assert f"requantizing to iq4_nl left {share:.0%} of what training gained in gguf; use more bits" in warning
+
+
+def test_the_needs_count_the_weights_that_are_rounded_in_training(
+    tmp_path: Path, tiny_base: Callable[[str], Base]
+) -> None:
+    base, needs_mb = tiny_base("llama"), []
+    for quantization in ("q8_0", "q4_0"):
+        planned = plan_build(recipe_of(tmp_path, base.path, {**DOMAIN, "method": "lora"}, quantization=quantization))
+        assert planned.plan.needs is not None
+        needs_mb.append(planned.plan.needs.needs.min_training_mb)
+    # In float32: the merged weights, and the same on the grid.
+    weights = BaseShape.of_header(base.header).linear_weights
+    assert needs_mb[1] - needs_mb[0] == pytest.approx(2 * 4 * weights / 1e6)
 
 
 def test_a_plan_refuses_int8_where_the_weights_are_rounded_in_training(
