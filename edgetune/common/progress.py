@@ -22,7 +22,8 @@ class ProgressEvent:
     """What a running build, export, evaluation or comparison reports: a message, or the position in a step.
 
     `step` is the name of the step, such as `training command`, of which `done` of `total` parts are done; it is empty
-    for a message alone. During training, the losses are the latest ones, means over the learned predictions in nats.
+    for a message alone. During training, the losses are the latest ones in nats, means over the learned predictions by
+    the weights of their rows.
     """
 
     message: str = ""

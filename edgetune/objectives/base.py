@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -22,6 +22,10 @@ class TrainingRow(Protocol):
     def tokens(self) -> tuple[int, ...]:
         """The tokens that the model reads."""
 
+    @property
+    def weight(self) -> float:
+        """From 0 to 1; the loss of the row is multiplied by it."""
+
 
 def row_length(row: TrainingRow) -> int:
     """Number of tokens of a row."""
@@ -30,10 +34,6 @@ def row_length(row: TrainingRow) -> int:
 
 class Batch(Protocol):
     """Rows for one forward pass."""
-
-    @property
-    def targets(self) -> torch.Tensor:
-        """One target per prediction, int64 [n]."""
 
     def to(self, device: torch.device) -> Self:
         """Copy to `device`."""
@@ -65,3 +65,8 @@ class Objective(Protocol[R_contra]):
 
     def save(self, model: PeftModel, folder: Path) -> None:
         """Write the weights that `extend` added to `folder`, beside PEFT's files."""
+
+
+def total_weight(objective: Objective[R_contra], rows: Iterable[R_contra]) -> float:
+    """The sum of the weights of all learned predictions in the rows: their summed loss divided by it is their mean."""
+    return sum(objective.learned(row) * row.weight for row in rows)

@@ -38,7 +38,8 @@ class TrainingJob(Generic[R]):
 
 @dataclass
 class Point:
-    """One validation pass, after `step` steps; losses are means over the learned predictions, in nats."""
+    """One validation pass, after `step` steps; losses are means over the learned predictions by the weights of their
+    rows, in nats."""
 
     step: int
     epoch: float

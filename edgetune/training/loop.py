@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
-from edgetune.objectives.base import Batch, TrainingRow, row_length
+from edgetune.objectives.base import Batch, TrainingRow, row_length, total_weight
 
 from .checkpointing import checkpointed, layers_of
 from .device_memory import peak_mb
@@ -58,7 +58,7 @@ class _State:
     step: int = 0
     history: list[Point] = field(default_factory=list)
     loss_sum: float = 0.0
-    loss_tokens: int = 0
+    loss_weight: float = 0.0
     row_tokens: int = 0
     seconds: float = 0.0
 
@@ -106,7 +106,7 @@ class _Run:
         self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
         self.method, self.options, self.name, self.rounds_to = method, job.options, job.name, job.rounds_to
         self.train_rows = list(job.train)
-        self.validation = list(job.validation)[:VALIDATION_ROWS]
+        self.validation = [row for row in job.validation if row.weight > 0][:VALIDATION_ROWS]
         # Processes validate different numbers of batches, so no forward pass may wait for another process.
         apart = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(kwargs_handlers=[apart])
@@ -193,7 +193,7 @@ class _Run:
             if (estimate := trial.step(tokens, time.monotonic())) is not None:
                 say(estimate)
             self.state.seconds = before + time.monotonic() - started
-            progress.train_loss = self.state.loss_sum / max(1, self.state.loss_tokens)
+            progress.train_loss = self.state.loss_sum / (self.state.loss_weight or 1.0)
             note = f"loss {progress.train_loss:.3f}, {self._speed():.0f} tokens/s"
             if self._is_validation_due():
                 point = self._validate()
@@ -296,7 +296,7 @@ class _Run:
             yield [self.train_rows[i] for i in indices]
 
     def _step(self, rows: Sequence[TrainingRow]) -> None:
-        """One optimizer step on the mean loss over all learned predictions of `rows`, across processes.
+        """One optimizer step on the weighted loss of `rows` per learned prediction, across processes.
 
         The state changes only at the end, so an interrupted step is repeated.
         """
@@ -328,7 +328,7 @@ class _Run:
         self.optimizer.zero_grad()
         self.state.step += 1
         self.state.loss_sum += loss_sum
-        self.state.loss_tokens += sum(len(part.targets) for part in parts) if own else 0
+        self.state.loss_weight += total_weight(self.objective, own)
         self.state.row_tokens += sum(len(example.tokens) for example in rows)
         self.is_changing = False
 
@@ -352,21 +352,21 @@ class _Run:
     @torch.no_grad()
     def _validate(self) -> Point:
         self.model.eval()
-        val_sum, val_tokens = 0.0, 0.0
+        val_sum = 0.0
         own = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
         for part in passes(sorted(own, key=row_length), self.passes.validation_tokens, self.objective.shared(own)):
             batch = self.objective.batch(part).to(self.accelerator.device)
             val_sum += self._loss(batch, self.model).item()
-            val_tokens += len(batch.targets)
-        sums = (val_sum, val_tokens, self.state.loss_sum, self.state.loss_tokens)
-        val_sum, val_tokens, train_sum, train_tokens = over_processes(sums, self.accelerator)
+        sums = (val_sum, total_weight(self.objective, own), self.state.loss_sum, self.state.loss_weight)
+        val_sum, val_weight, train_sum, train_weight = over_processes(sums, self.accelerator)
         self._require_finite(val_sum, self.state.step)
-        self.state.loss_sum, self.state.loss_tokens = 0.0, 0
+        self.state.loss_sum, self.state.loss_weight = 0.0, 0.0
         point = Point(
             step=self.state.step,
             epoch=self.state.step / self.schedule.steps_per_epoch,
-            train_loss=train_sum / train_tokens,
-            val_loss=val_sum / val_tokens,
+            # All rows since the last one may have weight 0.
+            train_loss=train_sum / (train_weight or 1.0),
+            val_loss=val_sum / val_weight,
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
         lowest = min((p.val_loss for p in self.state.history), default=math.inf)

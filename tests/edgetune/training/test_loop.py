@@ -290,6 +290,19 @@ def test_a_training_state_with_another_key_is_ignored(run: Callable[..., Any], t
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
+def test_losses_are_means_by_the_weights_of_the_rows(run: Callable[..., Any]) -> None:
+    def weighted(rows: Sequence[Example], weight: float) -> list[Example]:
+        return [replace(row, weight=weight) for row in rows]
+
+    plain = job(validation=SHORT[:4], max_steps=1, evals=1)
+    result = run(plain)
+    validation = [*weighted(SHORT[8:], 0.0), *weighted(SHORT[:4], 0.1)]
+    assert run(replace(plain, validation=validation), "validated").val_loss == pytest.approx(result.val_loss, rel=1e-5)
+    trained = run(replace(plain, train=weighted(SHORT, 0.1)), "trained")
+    assert trained.train_loss == pytest.approx(result.train_loss, rel=1e-5)
+    assert run(replace(plain, train=weighted(SHORT, 0.0)), "without").train_loss == 0
+
+
 @pytest.mark.parametrize("checkpoint", ["best", "last"])
 def test_the_checkpoint_that_ships_is_that_of_the_options(
     checkpoint: str, run: Callable[..., Any], tmp_path: Path
