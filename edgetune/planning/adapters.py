@@ -63,8 +63,19 @@ def check_method(method: MethodSpec, shapes: Mapping[str, str], source: BaseSour
     if source.shape is not None and (reason := misfit(method.name, shapes, source.shape)):
         raise IncompatibleError(f"{method.name} {reason}", "train it with lora")
     loaded.check(method.options, source.linear_modules, {*shapes.values()})
+    if source.shape is not None:
+        _check_tokens(method.options, source.shape.vocabulary)
     if source.shape is not None and source.shape.ties_output:
         _check_output_layer(method, shapes, source.shape)
+
+
+def _check_tokens(options: MethodOptions, vocabulary: int) -> None:
+    """UsageError for the id of a token that a base with so many tokens does not have."""
+    for key in options.token_options:
+        for token in getattr(options, key) or ():
+            if token >= vocabulary:
+                message = f"{key} has {token}, and the base has {vocabulary} tokens"
+                raise UsageError(message, f"use ids below {vocabulary}")
 
 
 def _check_output_layer(method: MethodSpec, shapes: Mapping[str, str], base: BaseShape) -> None:
