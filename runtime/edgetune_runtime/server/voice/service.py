@@ -159,6 +159,8 @@ class Client:
 
     async def _answer(self, transcript: Transcript) -> None:
         """Send the answer piece by piece, then whole, for clients that do not read pieces."""
+        if not isinstance(transcript.text, str):
+            raise TypeError(f"the text of a transcript is of type {type(transcript.text).__name__}")
         service = self._service
         try:
             async with service.runtime.stream(
