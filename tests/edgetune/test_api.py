@@ -30,7 +30,7 @@ SIGNATURES = {
     "plan": "(recipe, out=None)",
     "rebase": "(bundle, base=None, out=None, *, quantization=None, recipe=None, folder='', settings=None, data=None, "
     "margin=1.0, without_worse=False, converter=None, on_progress=None)",
-    "Recipe.from_file": "(path, settings=None)",
+    "Recipe.from_file": "(path, settings=None, flags=None)",
     "Recipe.from_dict": "(values, folder='', settings=None)",
     "Build.open": "(self, **options)",
 }

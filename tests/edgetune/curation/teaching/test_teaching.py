@@ -74,8 +74,9 @@ def recipe(tmp_path: Path) -> str:
 
 
 def command(recipe: str, url: str, out: Path, *more: str, model: str = "m") -> int:
-    options = ["--teacher", url, "--model", model, "--rows", "4", "--out", str(out), "--per-minute", "100000", *more]
-    return main(["augment", recipe, *options])
+    usual = {"--rows": "4", "--per-minute": "100000"}
+    options = [word for pair in usual.items() if pair[0] not in more for word in pair]
+    return main(["augment", recipe, "--teacher", url, "--model", model, "--out", str(out), *options, *more])
 
 
 def test_this_projects_own_server_makes_rows_that_fit_the_schema(
