@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """A section of a recipe: frozen, no unknown keys, and true and false are no numbers, which pydantic reads as 1 and
-    0."""
+    """A section of a recipe: frozen, without unknown keys, and without true and false in place of numbers, which
+    pydantic reads as 1 and 0."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
