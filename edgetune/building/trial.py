@@ -51,4 +51,5 @@ def short_job(job: TrainingJob[Any]) -> TrainingJob[Any]:
     if isinstance(options, LoraOptions) and options.is_auto:
         options = options.placed(ALL_LINEAR, options.r)
     training = job.training.model_copy(update={"max_steps": TRIAL_STEPS, "evals": 1, "patience": None})
-    return replace(job, options=options, training=training, validation=job.validation[:1])
+    validation = [row for row in job.validation if row.weight][:1]
+    return replace(job, options=options, training=training, validation=validation)

@@ -104,7 +104,7 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
 
 
 def check_not_read(out: Path, read: Iterable[str | Path], bundle: Path | None = None) -> None:
-    """UsageError if the file to write is one of those that the command reads, in the bundle's folder, or a folder."""
+    """UsageError if `out` is a folder, is inside the bundle, or is one of the files that the command reads."""
     if out.is_dir():
         raise UsageError(f"{out} is a folder", "give the name of a file")
     written = out.resolve()

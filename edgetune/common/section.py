@@ -1,4 +1,4 @@
-"""The base class of all sections of a recipe that pydantic validates."""
+"""The base class of the sections of a recipe, but for those of formats and of `output`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Section(BaseModel):
         types = set(_types_in(cls.model_fields[str(info.field_name)].annotation))
         if types & {int, float} and bool not in types:
             for boolean in _booleans_in(value):
-                raise ValueError(f"{str(boolean).lower()} is not a number")
+                said = "is neither a text nor a number; put it in quotes" if str in types else "is not a number"
+                raise ValueError(f"{str(boolean).lower()} {said}")
         return value
 
 

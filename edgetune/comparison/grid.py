@@ -226,6 +226,9 @@ def _options(spec: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
         for alpha in fields.keys() & ALPHAS if key == RANK else ():
             options[alpha] = _value(options, fields, alpha) * rank / _value(options, fields, RANK)
         options[key] = rank
+        if key == MEAN_RANK:
+            # The recipe's own belongs to its mean rank.
+            options.pop("init_r", None)
     return options
 
 

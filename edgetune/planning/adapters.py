@@ -53,7 +53,7 @@ def _check_dtypes(planned: AdapterPlan) -> None:
         dtype, file_format = planned.dtypes[target], backends.format_of(target)
         if shape not in ("low_rank", "merged") and dtype in file_format.low_rank_dtypes:
             key = file_format.dtype_key
-            message = f"{key} is {dtype}, which {target} has for low-rank adapters only, not for a {shape}"
+            message = f"{key} is {dtype}, which {target} has for low-rank adapters only, not for the shape {shape}"
             raise UsageError(message, f"set {key} to f16 or f32, or leave it out")
 
 

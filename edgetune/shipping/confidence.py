@@ -14,6 +14,7 @@ from edgetune_runtime.bundle import ConfidenceCurve, Manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.confidence import NOTHING
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.common.progress import Progress
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
@@ -31,7 +32,10 @@ def with_confidence(
     bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress
 ) -> Manifest:
     """The manifest of `bundle` with the curves of each adapter that has enough `confidence_rows`, in each format."""
-    rows = {adapter.name: spread(adapter.confidence_rows, MAX_ROWS) for adapter in adapters}
+    rows = dict[str, Sequence[TaskRow]]()
+    for adapter in adapters:
+        metric = manifest.adapter(adapter.name).metric
+        rows[adapter.name] = spread([row for row in adapter.confidence_rows if _is_judged(row, metric)], MAX_ROWS)
     for name, adapter_rows in list(rows.items()):
         if len(adapter_rows) < MIN_ROWS:
             del rows[name]
@@ -52,6 +56,12 @@ def with_confidence(
         progress.say(f"  {engine} {name}: {described(curves)}")
         entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
+
+
+def _is_judged(row: TaskRow, metric: str | None) -> bool:
+    """Whether the answer to a row may be wrong: with "json" any text is right after the result of a tool."""
+    is_result = row.messages is not None and row.messages[-1]["role"] == "tool"
+    return metric != "json" or not is_result or json_or_none(row.completion or "") is not None
 
 
 def _curves(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> dict[str, ConfidenceCurve]:

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +18,8 @@ from edgetune.recipe.rows import Rows, with_label_names
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_CELL = 2**31 - 1
+"""The most characters that csv takes as a limit on all systems."""
 
 
 class BadRowError(Exception):
@@ -118,7 +119,7 @@ def _with_keys_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
     # One limit for all of the process: put back afterwards, it would stop another thread in the middle of a table.
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(_LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     header: list[str] | None = None
     line = 0

@@ -110,7 +110,12 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
         task = _augmented(task, recipe, read)
     if spec.out_of_scope is not None:
         task = _with_negatives(task, recipe, read)
-    return _with_confidence(task)
+    task = _with_confidence(task)
+    for rows in (task.trained_rows, task.choosing):
+        if rows and not any(row.weight for row in rows):
+            message = f"all {len(rows)} rows, such as {rows[0].where}, have weight 0, so nothing is learned or measured"
+            raise UsageError(message, "give some of them a weight above 0")
+    return task
 
 
 def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:

@@ -33,25 +33,19 @@ def tokenize_rows(
     """Tokenize the rows that fit in `max_tokens`, in order; also returns where the longer ones are, never truncated.
 
     Prompts are rendered and tokenized exactly as in the runtime, followed by the completion and the end-of-turn token.
-    Raises UsageError if no row fits or all have weight 0, or the chat template rejects a row.
+    Raises UsageError if no row fits, or the chat template rejects a row.
     """
     return fitting(rows, (_example(row, tokenizer, system, loss_on) for row in rows), max_tokens)
 
 
 def fitting(rows: Sequence[TaskRow], examples: Iterable[E], max_tokens: int) -> tuple[list[E], tuple[str, ...]]:
-    """The examples of the rows that fit in `max_tokens`, and where the other rows are.
-
-    UsageError if none fits, or those that fit all have weight 0.
-    """
+    """The examples of the rows that fit in `max_tokens`, and where the other rows are; UsageError if none fits."""
     pairs = list(zip(rows, examples, strict=True))
     kept = [example for _, example in pairs if row_length(example) <= max_tokens]
     if pairs and not kept:
         shortest = min(row_length(example) for _, example in pairs)
         message = f"all {len(rows)} rows are longer than {max_tokens} tokens; the shortest has {shortest}"
         raise UsageError(message, "raise context_length or shorten the rows")
-    if kept and not any(example.weight for example in kept):
-        message = f"all {len(kept)} rows, such as {rows[0].where}, have weight 0, so nothing is learned or measured"
-        raise UsageError(message, "give some of them a weight above 0")
     return kept, tuple(row.where for row, example in pairs if row_length(example) > max_tokens)
 
 

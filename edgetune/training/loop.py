@@ -364,9 +364,9 @@ class _Run:
         point = Point(
             step=self.state.step,
             epoch=self.state.step / self.schedule.steps_per_epoch,
-            # All rows since the last one may have weight 0.
+            # All rows since the last one may have weight 0, and so may those of validation that are not too long.
             train_loss=train_sum / (train_weight or 1.0),
-            val_loss=val_sum / val_weight,
+            val_loss=val_sum / (val_weight or 1.0),
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
         lowest = min((p.val_loss for p in self.state.history), default=math.inf)

@@ -15,10 +15,10 @@ class Event:
     """Something that a runtime did.
 
     `kind` is `loaded` (the bundle, or an adapter on its first use and whenever it is read again), `switched` (a call
-    has other adapters than the call before it in the same context), `evicted` (a cached state, for lack of space) or
-    `warmed` (the state of a fixed prompt). `name` is the bundle's or the adapter's, `base` for the plain base; with a
-    scale other than 1 it is such as `lamp=0.5`. `tokens` are those of the state, `bytes` the memory of the state or the
-    adapter.
+    has other adapters than the call before it in the same context), `evicted` (a cached state, for lack of space)
+    or `warmed` (the state of a fixed prompt). `name` is the bundle's or the adapter's, `base` for the plain base; a
+    scale other than 1 is added, as in `lamp=0.5`. `tokens` are those of the state, `bytes` the memory of the state
+    or the adapter.
     """
 
     kind: Literal["loaded", "switched", "evicted", "warmed"]

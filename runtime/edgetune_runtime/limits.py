@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from numbers import Real
 
 from .errors import UsageError
 
@@ -21,16 +22,16 @@ def no_limits() -> None:
 
 
 def check_cancel(cancel: object) -> None:
-    """UsageError for what is no event that can cancel a call."""
+    """UsageError for anything but an event."""
     if cancel is not None and not hasattr(cancel, "is_set"):
         raise UsageError(f"cancel is {cancel!r}", "give a threading.Event")
 
 
 class CallLimits:
-    """When a call must stop; UsageError for a deadline that is no positive number, and what `check_cancel` refuses."""
+    """When a call must stop; UsageError for a deadline that is not positive, and for what `check_cancel` refuses."""
 
     def __init__(self, deadline_s: float | None = None, cancel: threading.Event | None = None) -> None:
-        if deadline_s is not None and not (isinstance(deadline_s, int | float) and deadline_s > 0):
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s > 0):
             raise UsageError(f"deadline_s is {deadline_s!r}", "give a number of seconds above 0")
         check_cancel(cancel)
         self._end = None if deadline_s is None else time.monotonic() + deadline_s

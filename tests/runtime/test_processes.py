@@ -171,10 +171,12 @@ def in_fork(check: Callable[[], bool]) -> bool:
 
 
 @needs_fork
-def test_a_fork_in_the_middle_of_an_answer_can_close_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_in_the_middle_of_an_answer_can_close_it_and_not_read_on(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(GgufEngine, "adjusts_threads", False)
     with Runtime.open(bundle, disk_mb=0, threads=2) as runtime:
         stream = runtime.stream(PROMPT, max_tokens=8)
         next(stream)
-        assert in_fork(lambda: stream.close() is None)
+        assert in_fork(lambda: is_refused(lambda: next(stream)) and stream.close() is None)
         assert "".join(stream)

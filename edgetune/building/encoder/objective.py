@@ -54,7 +54,7 @@ def tokenize_labelled(
 ) -> tuple[list[Labelled], tuple[str, ...]]:
     """Tokenize the rows that fit in `max_tokens`, in order; also returns where the longer ones are, never truncated.
 
-    Raises UsageError for rows other than text and label, and if no row fits or all have weight 0.
+    Raises UsageError for rows other than text and label, and if no row fits.
     """
     numbers = {label: number for number, label in enumerate(labels)}
     examples = (

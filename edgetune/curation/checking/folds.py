@@ -75,7 +75,8 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         return builder.jobs(planned, [part], base, Progress(quiet=True))[0]
 
     rows = [*task.train, *task.validation]
-    whole = job_of(rows, rows[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
+    weighted = [row for row in rows if row.weight]
+    whole = job_of(rows, weighted[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
     folds = folds_of([row for row in rows if row.where not in whole.too_long], task.training.seed)
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)

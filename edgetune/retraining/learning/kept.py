@@ -17,6 +17,7 @@ from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.saved import RECIPE, save_recipe
+from edgetune.recipe.training import TrainingSpec
 from edgetune.report.answers import split_of
 
 _KEPT = "kept-"
@@ -39,20 +40,33 @@ def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, A
     was replaced since, as by another build, counts no more. `settings` are those of `load_recipe`.
     """
     manifest, settings = read_manifest(bundle), settings or {}
-    kept = {folder / RECIPE: own for folder, own in _kept(bundle, manifest)}
+    kept = {folder / RECIPE: names for folder, names in _kept(bundle, manifest)}
     whole = [path for path, own in kept.items() if own >= {*names}]
     first = next((path for path in (*whole, bundle.with_name(f"{bundle.name}.yaml")) if path.is_file()), None)
     if first is None:
         return None
-    recipe = load_recipe(first, manifest, settings)
-    specs = dict[str, AdapterSpec]()
-    for path, own in kept.items():
-        if others := own - kept.get(first, set()) - specs.keys():
-            prefixes = tuple(f"adapters.{name}." for name in others)
-            theirs = {key: value for key, value in settings.items() if key.startswith(prefixes)}
-            loaded = load_recipe(path, manifest, theirs)
-            specs |= {name: loaded.adapters[name] for name in others}
+    sources = dict.fromkeys(manifest.adapters, first)
+    for path, own in reversed([*kept.items()]):
+        sources |= dict.fromkeys(own - kept.get(first, set()), path)
+
+    def loaded(path: Path) -> Recipe:
+        others = tuple(f"adapters.{name}." for name, source in sources.items() if source != path)
+        return load_recipe(
+            path, manifest, {key: value for key, value in settings.items() if not key.startswith(others)}
+        )
+
+    recipe, specs = loaded(first), dict[str, AdapterSpec]()
+    for path in {*sources.values()} - {first}:
+        other = loaded(path)
+        specs |= {name: _alone(other, name) for name, source in sources.items() if source == path}
     return recipe.model_copy(update={"adapters": {**recipe.adapters, **specs}})
+
+
+def _alone(recipe: Recipe, name: str) -> AdapterSpec:
+    """The section of an adapter with the options of training that it has from its recipe."""
+    training = recipe.training.under(recipe.adapters[name].training)
+    own = TrainingSpec(**training.model_dump(exclude_unset=True, exclude={"device"}))
+    return recipe.adapters[name].model_copy(update={"training": own})
 
 
 def load_recipe(path: Path, manifest: Manifest, settings: Mapping[str, Any]) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
-from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
 from edgetune.bases import is_gguf
 from edgetune.building.pipeline import build
@@ -76,8 +77,13 @@ def files_read(bundle: Path, manifest: Manifest, recipe: Path | None) -> list[st
     """The recipe with the old rows, by default any that is beside the bundle, and the files that it names."""
     if recipe is not None:
         return Recipe.from_file(recipe).files()
-    beside = filter(None, (recipe_beside(bundle, [name]) for name in manifest.adapters))
-    return [file for each in beside for file in each.files()]
+    files = list[str]()
+    for name in manifest.adapters:
+        # Learning says what is wrong with a recipe; questions need none.
+        with suppress(EdgetuneError):
+            beside = recipe_beside(bundle, [name])
+            files += [] if beside is None else beside.files()
+    return files
 
 
 def learn(

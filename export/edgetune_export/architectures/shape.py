@@ -123,7 +123,7 @@ class BaseShape:
 
     @property
     def weights_mb(self) -> float:
-        """Their size in float32, in MB."""
+        """The size of the loaded parameters in float32, in MB."""
         return 4 * self.loaded_parameters / 1e6
 
     @property

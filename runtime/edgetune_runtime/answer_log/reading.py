@@ -61,7 +61,7 @@ def _entries(path: Path, say: Callable[[str], None]) -> Iterator[tuple[str, Logg
             except (TypeError, UsageError, RecursionError) as error:
                 raise VerificationError(f"{where} is not a line of a log: {error}", "correct or remove it") from error
         if left_out:
-            say(f"left out what is not JSON, as a part of a line: {first_of(left_out)}")
+            say(f"left out lines that are not JSON, such as cut-off ones: {first_of(left_out)}")
 
 
 def _contents(path: Path) -> list[tuple[Path, bytes]]:

@@ -119,7 +119,6 @@ def classify(options: argparse.Namespace) -> None:
 def chat(options: argparse.Namespace) -> None:
     """`chat`: read messages and answer them, until the input ends."""
     with open_runtime(options) as runtime:
-        runtime.session()  # fails for a bundle that cannot chat, before the first line is read
         Conversation(runtime, options.adapter, answer_options(options), as_json=options.json).run()
 
 

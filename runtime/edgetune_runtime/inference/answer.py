@@ -12,6 +12,7 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.tools.calls import ToolCall
 
+from .lifetime import Lifetime
 from .routing.router import Route
 
 CLOSED_EARLY = ("the stream was closed before its end", "read it to its end first")
@@ -126,14 +127,16 @@ class Outcome:
 class Stream(Iterator[str], AbstractContextManager["Stream"]):
     """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
 
-    `close`, and leaving its `with` block, end the answer early.
+    `close`, and leaving its `with` block, end the answer early. A process that was forked meanwhile cannot read on.
     """
 
     def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
         self._pieces = pieces
         self._outcome = outcome
+        self._lifetime = Lifetime()
 
     def __next__(self) -> str:
+        self._lifetime.check()
         return next(self._pieces)
 
     @property

@@ -9,6 +9,8 @@ from weakref import WeakSet
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import CLOSED
 
+FORKED = "the bundle was opened before this process was forked", "open it after the fork, or start processes by spawn"
+
 
 class Lifetime:
     """The lifetime of a bundle that this process opens now."""
@@ -27,8 +29,7 @@ class Lifetime:
         if self.is_closed:
             raise UsageError(*CLOSED)
         if self.is_of_parent:
-            message = "the bundle was opened before this process was forked"
-            raise UsageError(message, "open it after the fork, or start processes by spawn")
+            raise UsageError(*FORKED)
 
 
 _OPENED = WeakSet[object]()

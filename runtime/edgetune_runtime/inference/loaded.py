@@ -233,7 +233,7 @@ class LoadedBundle:
     def scales(self, adapter: Adapters) -> dict[str, float]:
         """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
 
-        Calls with adapters begin here, so UsageError too as from `Lifetime.check`.
+        Calls with adapters begin here, so it also raises what `Lifetime.check` does.
         """
         self.lifetime.check()
         if adapter is None:
@@ -275,6 +275,7 @@ class LoadedBundle:
         # A forked process may wait forever for a lock that its parent held.
         self.lifetime.check()
         with self._changing:
+            self.lifetime.check()
             yield
 
     def add(self, new: NewAdapter) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -242,7 +243,7 @@ def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
     # Without a limit, merged models use what memory is free.
     sizes = {name: options.get(name, 0) for name in _SIZES} | {"merged_mb": options.get("merged_mb") or 0}
     for name, size_mb in sizes.items():
-        if not (isinstance(size_mb, int | float) and size_mb >= 0):
+        if not (isinstance(size_mb, Real) and float(size_mb) >= 0):
             raise UsageError(f"{name} is {size_mb!r}", "give a number of at least 0")
     contexts, max_waiting = options.get("contexts"), options.get("max_waiting", MAX_WAITING)
     if (contexts is not None and contexts < 1) or max_waiting < 0:

@@ -52,7 +52,8 @@ class AnswerOptions(SamplingOptions, total=False):
     beside them, an answer is either calls or JSON that fits the schema.
 
     `min_confidence` (0 to 1) marks answers with a lower confidence as `is_unsure`, and those whose confidence is not
-    known; a call whose answers cannot have one is refused unless it is routed. `unsure` says what answers in their
+    known; a call whose answers cannot have one is refused unless it is routed, and answers to a routed prompt of no
+    task are not marked. `unsure` says what answers in their
     place, instead of what the recipe says: "mark" (nothing), "base", the name of another adapter, "defer" (the bigger
     model of `Runtime.open`), or "error" (UnsureError); `ask` is a question back. `Answer.instead` then says so, and a
     stream gives its first piece when the answer has been judged.

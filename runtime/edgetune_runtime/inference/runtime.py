@@ -305,7 +305,8 @@ class Runtime(AbstractContextManager["Runtime"]):
                 job = replace(call.job, comes_with_call=False, is_warmed=True)
                 with call.lease(job) as context:
                     reused = context.run(job).reused
-                name, count, elapsed_s = name_of(choice), call.job.fixed, time.perf_counter() - begin
+                elapsed_s = time.perf_counter() - begin
+                name, count = name_of(self._loaded.scales(choice)), call.job.fixed
                 _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", name, count, reused, elapsed_s * 1e3)
                 self._loaded.options.emit(Event("warmed", name, seconds=elapsed_s, tokens=count))
                 tokens[name] = count

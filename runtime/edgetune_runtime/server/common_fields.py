@@ -39,7 +39,7 @@ def message_of(fields: Fields) -> dict[str, Any]:
 
 
 def content_of(fields: Fields, name: str = "content") -> str:
-    """The text in a member that is a text or a list of parts; RequestError for parts that are no text."""
+    """The text in a member that is a text or a list of parts; RequestError for parts that are not text."""
     content = fields.values.get(name)
     if content is None or isinstance(content, str):
         return content or ""

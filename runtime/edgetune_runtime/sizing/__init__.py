@@ -1,1 +1,1 @@
-"""The memory that a bundle needs and the speed to expect, for `doctor` on a board and `devices fit` on the host."""
+"""The memory that a bundle needs and its speed: predicted, for `doctor` and `devices fit`, and measured by `bench`."""

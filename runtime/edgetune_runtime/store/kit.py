@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from edgetune_runtime.bundle.parts import identity
+from edgetune_runtime.bundle.records import MANIFEST_NAME
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
 from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
 
@@ -174,6 +175,8 @@ def _check_consistent(kit: Kit) -> None:
         raise ValueError("it has no engine")
     if kit.wheels != wheels_id(kit.python, kit.files):
         raise ValueError(f"wheels is {kit.wheels}, which is not the id of the listed wheels")
+    if f"{BUNDLE_FOLDER}/{MANIFEST_NAME}" not in digests:
+        raise ValueError("it lists no manifest of a bundle")
     if kit.bundle != bundle_identity(kit.files):
         raise ValueError(f"bundle is {kit.bundle}, which is not the identity of the listed bundle")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
     UsageError for what is neither a text nor messages, and, with the number of the message, for one that is not of this
     form.
     """
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping | Iterator):
         raise UsageError(f"the prompt is {shortened(repr(prompt))}", "give a text, or a list of messages")
     prompt_messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not prompt_messages:

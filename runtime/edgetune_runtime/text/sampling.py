@@ -69,7 +69,7 @@ class Sampling:
 
 
 def sampling_of(sampling: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
-    """The sampling with some fields replaced; UsageError for what is no `Sampling`."""
+    """The sampling with some fields replaced; UsageError for anything but a `Sampling`."""
     if not isinstance(sampling, Sampling | None):
         raise UsageError(f"sampling is {reprlib.repr(sampling)}", "give a Sampling, or its fields as options")
     return replace(sampling or Sampling(), **overrides)

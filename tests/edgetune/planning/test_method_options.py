@@ -117,7 +117,7 @@ def test_more_components_than_the_smallest_module_has_are_refused(
 @pytest.mark.parametrize("method", ["prefix", "prompt", "p_tuning", "cartridge"])
 def test_virtual_tokens_in_blocks_are_refused(method: str, tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
-    problem = "dtype is q8_0, which gguf has for low-rank adapters only, not for a prefix; set dtype to f16 or f32"
+    problem = "dtype is q8_0, which gguf has for low-rank adapters only, not for the shape prefix; set dtype to"
     assert problem in refused(make_recipe(tmp_path, base, {"command": adapter_of(method, dtype="q8_0")}))
     plan(make_recipe(tmp_path, base, {"command": adapter_of(method, dtype="q8_0")}, targets=["onnx"]))
 

@@ -538,12 +538,6 @@ def test_rows_that_are_all_too_long_are_refused_with_the_length_needed(tokenizer
         )
 
 
-def test_rows_that_all_have_weight_0_are_refused(tokenizer: GgufTokenizer) -> None:
-    rows = [replace(row("stop"), weight=0.0), replace(row("play"), weight=0.0)]
-    with pytest.raises(UsageError, match=r"all 2 rows, such as rows.jsonl:1, have weight 0, .*; give some of them"):
-        tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=600)
-
-
 def test_a_row_that_the_template_refuses_is_named(tiny_gguf: Callable[[str], Path]) -> None:
     strict = GgufTokenizer(tiny_gguf("llama"))
     strict.chat_template = "{{ raise_exception('no system role') }}"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, lights, make_recipe
 
 from edgetune.tasks.task import read_task
@@ -22,3 +24,10 @@ def test_fewer_rows_are_part_of_more_and_validation_rows_stay(tmp_path: Path) ->
     assert held_out == others == same
     assert set(few) != set(rows_of(tmp_path, 5, seed=1)[0])
     assert set(rows_of(tmp_path, 100)[0]) == set(whole)
+
+
+def test_rows_that_all_have_weight_0_are_refused(tmp_path: Path) -> None:
+    rows = [{**row, "weight": 0} for row in lights(10)]
+    recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter_of()}, data={"rows.jsonl": rows})
+    with pytest.raises(UsageError, match=r"all 8 rows, such as .*rows.jsonl:\d+, have weight 0, .*; give some of them"):
+        read_task("command", recipe)

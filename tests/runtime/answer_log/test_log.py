@@ -331,7 +331,7 @@ def test_a_part_of_a_line_is_left_out(manifest: Manifest, tmp_path: Path, caplog
     second = AnswerLog(path, manifest).answered("two", "2", adapter="command")
     with caplog.at_level(logging.WARNING):
         assert [entry.id for entry in read_answer_log(path, manifest)] == [first, second]
-    assert "not JSON, as a part of a line: " in caplog.text and "answers.jsonl:2" in caplog.text
+    assert "not JSON, such as cut-off ones: " in caplog.text and "answers.jsonl:2" in caplog.text
 
 
 def test_many_lines_that_are_left_out_are_one_sentence(manifest: Manifest, tmp_path: Path) -> None:

@@ -194,6 +194,7 @@ def test_a_recipe_without_an_adapter_leaves_what_was_kept_of_it(home: Path) -> N
     assert len([*home.with_name("home.learn").glob("kept-*")]) == 2
     for recipe in map(partial(kept_recipe, home), ("light", "color")):
         assert "switch the lamp 7 on" in rows_of(recipe, "light") and "shine 1" in rows_of(recipe, "color")
+    assert kept_recipe(home, "color").adapters["light"].training.max_steps == TRAINING["max_steps"]
 
 
 def test_corrections_of_an_adapter_stay_when_another_is_built_anew(home: Path) -> None:
@@ -413,4 +414,4 @@ def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFix
     assert sum(entry.correction == "reply on" for entry in entries) == 4
     assert [entry.correction for entry in entries if entry.correction not in (None, "reply on")] == ['{"reply": "on"}']
     assert len(entries) == 8
-    assert said == [f"left out what is not JSON, as a part of a line: {questions}:6"]
+    assert said == [f"left out lines that are not JSON, such as cut-off ones: {questions}:6"]
