@@ -90,7 +90,7 @@ def run(words: list[str], base: Path) -> int:
     if program == "edgetune" and rest[0] == "rebase":
         rest[rest.index("--base") + 1] = str(base.with_name("qwen2.gguf"))
         rest += ["--margin", "inf", *(word for setting in QUICK for word in ("--set", setting))]
-    if program == "edgetune" and rest[0] == "evaluate":
+    if program == "edgetune" and rest[0] == "evaluate" and "--limit" not in rest:
         rest += ["--limit", "5"]
     project = ROOT / "runtime" if program == "edgetune-run" else ROOT
     scripts = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]

@@ -139,7 +139,12 @@ def test_fit_of_a_recipe_on_a_folder_predicts_its_default_quantization(
 
 
 def _planned(recipe: Recipe, header: GgufHeader) -> dict[str, AdapterPlan]:
-    return plan_adapters(recipe, shapes_of(recipe), BaseShape.of_header(header))
+    return plan_adapters(recipe, shapes_of(recipe), _source(header))
+
+
+def _source(header: GgufHeader) -> BaseSource:
+    shape = BaseShape.of_header(header)
+    return BaseSource("base", Path("base"), "llama", 512, True, header, shape, shape.linear_modules)
 
 
 def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> Needs:
@@ -147,8 +152,7 @@ def _needs(recipe: Recipe, header: GgufHeader, quantization: str | None) -> Need
 
 
 def _settings(recipe: Recipe, header: GgufHeader) -> BuildPlan:
-    source = BaseSource("base", Path("base"), "llama", 512, is_folder=True, header=header)
-    return choose_settings(recipe, _planned(recipe, header), source)
+    return choose_settings(recipe, _planned(recipe, header), _source(header))
 
 
 def test_needs_of_a_recipe_follow_its_methods_and_quantization(

@@ -133,8 +133,8 @@ def add_golden(bundle: Path, engines: tuple[str, ...]) -> None:
 def make(bundle: Path, out: Path, wheelhouse: Path, *options: str) -> int:
     """Run `edgetune kit` for this machine."""
     (llama,) = wheelhouse.glob("llama_cpp_python-*")
-    words = ["kit", str(bundle), "--board", BOARD, "--python", PYTHON, "--wheel", str(llama), "--out", str(out)]
-    return main([*words, "--quiet", *options])
+    words = ["kit", str(bundle), "--python", PYTHON, "--wheel", str(llama), "--out", str(out), "--quiet"]
+    return main([*words, *(() if "--board" in options else ("--board", BOARD)), *options])
 
 
 @pytest.fixture(scope="module")

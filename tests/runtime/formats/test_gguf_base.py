@@ -154,7 +154,7 @@ def test_a_byte_level_vocabulary_with_the_wrong_model_or_merges_is_refused(byte_
         (setting("tokenizer.ggml.model", "llama", STRING), "no token for byte 0x00"),
         (setting("tokenizer.ggml.pre", "whitespace", STRING), "pre-tokenizer"),
         (items("tokenizer.ggml.merges", lambda merges: [*merges, "one"]), "'one', which is not two texts"),
-        (setting("tokenizer.ggml.merges", 1, UINT32), "no list of texts"),
+        (setting("tokenizer.ggml.merges", 1, UINT32), "not a list of texts"),
     ]
     for change, told in changes:
         path = rewritten(byte_level, tmp_path / "base.gguf", change)

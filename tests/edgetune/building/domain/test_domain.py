@@ -390,7 +390,7 @@ def test_the_resolved_recipe_has_portable_paths_and_what_is_set(tmp_path: Path) 
     resolved = recipe.resolved()
     assert resolved["domain"]["data"] == {"train": "plays.txt", "validation": "more.jsonl", "held_out": 0.1}
     assert resolved["domain"]["training"] == DOMAIN["training"]
-    assert Recipe.model_validate(resolved, context={"folder": tmp_path}) == recipe
+    assert Recipe.model_validate(resolved, context={"folder": tmp_path}).model_dump() == recipe.model_dump()
     assert recipe.domain is not None
     assert recipe.training.under(recipe.domain.training).model_dump(include={"max_steps", "batch_size"}) == {
         "max_steps": 24, "batch_size": 4,

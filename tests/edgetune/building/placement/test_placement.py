@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from edgetune_devices import boards, fit
-from edgetune_export.architectures.shape import BaseShape
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.engines.needs import AdapterSize
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 from recipes import LIGHTS, adapter_of, make_recipe
 from trainings import QUIET, Listening
 
-from edgetune import methods
+from edgetune import bases, methods
 from edgetune.bases import Base
 from edgetune.building.pipeline import build
 from edgetune.building.placement.cost import ATTENTION, MLP, costs, placements
@@ -44,8 +43,8 @@ def recipe_of(folder: Path, base: Path, budget: object, rank: int = 2, **keys: o
     return make_recipe(folder, base, {"command": adapter_of(method)}, training={"max_steps": 8}, **keys)
 
 
-def planned(recipe: Recipe, base: Base) -> AdapterPlan:
-    return plan_adapters(recipe, shapes_of(recipe), BaseShape.of_header(base.header))["command"]
+def planned(recipe: Recipe) -> AdapterPlan:
+    return plan_adapters(recipe, shapes_of(recipe), bases.find(recipe))["command"]
 
 
 def tried(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -126,7 +125,7 @@ def test_a_resumed_build_keeps_costs_that_were_measured(
 ) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%")
     base = tiny_base("llama")
-    plan = planned(recipe, base)
+    plan = planned(recipe)
     wanted = placements(4)[:6]
     first = costs(wanted[:3], plan, base, recipe, folder=tmp_path, progress=QUIET)
     both = costs(wanted, plan, base, recipe, folder=tmp_path, progress=QUIET)
@@ -155,7 +154,7 @@ def test_a_boards_model_tells_the_costs_without_an_engine(tiny_base: Callable[[s
     base, progress = tiny_base("llama"), Listening()
     recipe = recipe_of(tmp_path, base.path, "10%", device="pi-5")
     wanted = placements(16)
-    found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path / "none", progress=progress)
+    found = costs(wanted, planned(recipe), base, recipe, folder=tmp_path / "none", progress=progress)
     cost = {placement.key: share for placement, share in found.by_placement.items()}
     assert cost["o_proj-r4"] < cost["o_proj-r8"] < cost["o_proj-r16"] < cost["attention-r4"] < cost["all-linear-r4"] < 1
     board, needs = boards.load("pi-5"), bundle_needs(recipe, {}, base.header, None)
@@ -173,7 +172,7 @@ def test_onnx_is_measured_on_graphs_of_the_placements_own(
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), "100%", targets=["onnx"])
     wanted = [placement for placement in placements(1) if placement.target_modules == ("v_proj",)]
     base = tiny_base("llama")
-    found = costs(wanted, planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET).by_placement
+    found = costs(wanted, planned(recipe), base, recipe, folder=tmp_path, progress=QUIET).by_placement
     assert set(found) == set(wanted)
     assert all(0 <= cost < 1 for cost in found.values())
     assert not (tmp_path / "bench").exists()
@@ -183,7 +182,7 @@ def test_a_single_placement_that_fits_needs_no_trial(tiny_base: Callable[[str], 
     base = tiny_base("llama")
     keys: dict[str, Any] = {"rank": 1, "device": "pi-5", "context_length": 64}
     recipe = recipe_of(tmp_path, base.path, "100%", **keys)
-    cost = costs(placements(1), planned(recipe, base), base, recipe, folder=tmp_path, progress=QUIET).by_placement
+    cost = costs(placements(1), planned(recipe), base, recipe, folder=tmp_path, progress=QUIET).by_placement
     cheapest, next_one = sorted(placements(1), key=cost.__getitem__)[:2]
     between = (cost[cheapest] + cost[next_one]) / 2
     progress = Listening()
@@ -202,9 +201,7 @@ def test_a_board_is_asked_for_room_for_the_largest_placement(tiny_base: Callable
     spec = auto.adapters["command"]
     method = spec.method.model_copy(update={"options": methods.load("lora").options(r=2)})
     whole = auto.model_copy(update={"adapters": {"command": spec.model_copy(update={"method": method})}})
-    sizes = [
-        bundle_needs(recipe, {"command": planned(recipe, base)}, base.header, None).adapters for recipe in (auto, whole)
-    ]
+    sizes = [bundle_needs(recipe, {"command": planned(recipe)}, base.header, None).adapters for recipe in (auto, whole)]
     assert sizes[0] == sizes[1]
     assert sizes[0]["command"].modules == 14
 
