@@ -309,7 +309,7 @@ class Runtime(AbstractContextManager["Runtime"]):
                 name, count = name_of(self._loaded.scales(choice)), call.job.fixed
                 _LOG.info("warmed %s: %d tokens, %d reused, %.0f ms", name, count, reused, elapsed_s * 1e3)
                 self._loaded.options.emit(Event("warmed", name, seconds=elapsed_s, tokens=count))
-                tokens[name] = count
+                tokens[name_of(choice)] = count
         return tokens
 
     def add_adapter(self, path: str | Path, name: str | None = None) -> str:
