@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -26,9 +26,10 @@ class Section(BaseModel):
 
 
 def _types_in(annotation: Any) -> Iterator[object]:  # noqa: ANN401 - a type or any form of typing
-    """The types that an annotation is composed of."""
+    """The types that the values of an annotation are composed of."""
     yield annotation
-    for argument in get_args(annotation):
+    arguments = get_args(annotation)
+    for argument in arguments[1:] if get_origin(annotation) is dict else arguments:
         yield from _types_in(argument)
 
 

@@ -232,7 +232,6 @@ def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: st
         ("training.epochs", "true"),
         ("training.patience", "false"),
         ("adapters.command.data.rows", "true"),
-        ("adapters.command.data.augment.values", "{area: [attic, true]}"),
         ("adapters.command.method.rank", "true"),
         ("adapters.command.method.alpha_pattern", "{q_proj: true}"),
         ("adapters.command.method.learning_rate_factor", "true"),
@@ -241,6 +240,12 @@ def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: st
 def test_true_and_false_are_no_numbers(write: Write, key: str, value: str) -> None:
     (line,) = problems_of(write(GOOD), {key: value})
     assert line == f"--set {key}: {'false' if value == 'false' else 'true'} is not a number"
+
+
+def test_true_is_neither_a_text_nor_a_number(write: Write) -> None:
+    key = "adapters.command.data.augment.values"
+    (line,) = problems_of(write(GOOD), {key: "{area: [attic, true]}"})
+    assert line == f"--set {key}: true is neither a text nor a number; put it in quotes"
 
 
 def test_options_that_take_true_still_do(write: Write) -> None:
