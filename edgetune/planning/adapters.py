@@ -59,14 +59,14 @@ def _check_dtypes(planned: AdapterPlan) -> None:
 
 def check_method(method: MethodSpec, shapes: Mapping[str, str], source: BaseSource) -> None:
     """Raise UsageError or IncompatibleError if the method cannot tune the base, or not into one of these shapes."""
-    loaded = methods.load(method.name)
-    if source.shape is not None and (reason := misfit(method.name, shapes, source.shape)):
+    base = source.shape
+    if base is not None and (reason := misfit(method.name, shapes, base)):
         raise IncompatibleError(f"{method.name} {reason}", "train it with lora")
-    loaded.check(method.options, source.linear_modules, {*shapes.values()})
-    if source.shape is not None:
-        _check_tokens(method.options, source.shape.vocabulary)
-    if source.shape is not None and source.shape.ties_output:
-        _check_output_layer(method, shapes, source.shape)
+    methods.load(method.name).check(method.options, source.linear_modules, {*shapes.values()})
+    if base is not None:
+        _check_tokens(method.options, base.vocabulary)
+        if base.ties_output:
+            _check_output_layer(method, shapes, base)
 
 
 def _check_tokens(options: MethodOptions, vocabulary: int) -> None:

@@ -40,7 +40,7 @@ def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, A
     was replaced since, as by another build, counts no more. `settings` are those of `load_recipe`.
     """
     manifest, settings = read_manifest(bundle), settings or {}
-    kept = {folder / RECIPE: names for folder, names in _kept(bundle, manifest)}
+    kept = {folder / RECIPE: own for folder, own in _kept(bundle, manifest)}
     whole = [path for path, own in kept.items() if own >= {*names}]
     first = next((path for path in (*whole, bundle.with_name(f"{bundle.name}.yaml")) if path.is_file()), None)
     if first is None:
