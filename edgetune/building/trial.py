@@ -19,7 +19,6 @@ from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
-from edgetune.training.loop import VALIDATION_ROWS
 
 
 def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     with TemporaryDirectory() as folder:
         load = partial(builder.load_torch, base)
         result = train_all([short_job(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]
-    left = sum(tokens_left(job.train, job.validation[:VALIDATION_ROWS], job.training) for job in jobs)
+    left = sum(tokens_left(job.train, job.loss_rows, job.training) for job in jobs)
     seconds = left / result.tokens_per_s
     summary = f"training takes about {duration(seconds)} at the {result.tokens_per_s:.0f} tokens/s of {jobs[0].name}"
     return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
@@ -51,5 +50,4 @@ def short_job(job: TrainingJob[Any]) -> TrainingJob[Any]:
     if isinstance(options, LoraOptions) and options.is_auto:
         options = options.placed(ALL_LINEAR, options.r)
     training = job.training.model_copy(update={"max_steps": TRIAL_STEPS, "evals": 1, "patience": None})
-    validation = [row for row in job.validation if row.weight][:1]
-    return replace(job, options=options, training=training, validation=validation)
+    return replace(job, options=options, training=training, validation=job.loss_rows[:1])

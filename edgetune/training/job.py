@@ -14,6 +14,8 @@ from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.recipe.training import TrainingSpec
 
 R = TypeVar("R", bound=TrainingRow)
+# Validation uses at most this many rows, so that validating on a large task does not cost more than training.
+_LOSS_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class TrainingJob(Generic[R]):
     objective: Objective[Any] = NEXT_TOKEN
     rounds_to: Path | None = None
     start: Path | None = None
+
+    @property
+    def loss_rows(self) -> Sequence[R]:
+        """The validation rows that the validation loss is the mean of: the first 256 of a weight above 0."""
+        return [row for row in self.validation if row.weight > 0][:_LOSS_ROWS]
 
 
 @dataclass

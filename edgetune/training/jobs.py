@@ -14,7 +14,7 @@ from edgetune.common.progress import Progress
 from .duration import tokens_left
 from .hardware import DTYPES, precision_of, processes, use_device
 from .job import TrainingJob, TrainResult, finished
-from .loop import VALIDATION_ROWS, train
+from .loop import train
 from .plot import plot_training
 
 
@@ -46,7 +46,7 @@ def train_all(
             if model is None or dtype != model.dtype:
                 progress.say(f"loading the base {base}")
                 model = load(dtype)
-            later = sum(tokens_left(o.train, o.validation[:VALIDATION_ROWS], o.training) for o in left.values())
+            later = sum(tokens_left(o.train, o.loss_rows, o.training) for o in left.values())
             result = train(model, job, folder, progress, later)
             if job.method.trains_base:
                 model = None

@@ -43,8 +43,6 @@ from .rounding import rounded_layers
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
 
-# Validation uses at most this many rows, so that validating on a large task does not cost more than training.
-VALIDATION_ROWS = 256
 # A killed run loses at most about this much work.
 _SAVE_EVERY_S = 60.0
 # A final validation loss above the best by this factor is overfitting; below it is noise.
@@ -106,7 +104,7 @@ class _Run:
         self.training, self.folder, self.key, self.objective = training, folder, job.key, job.objective
         self.method, self.options, self.name, self.rounds_to = method, job.options, job.name, job.rounds_to
         self.train_rows = list(job.train)
-        self.validation = [row for row in job.validation if row.weight > 0][:VALIDATION_ROWS]
+        self.validation = job.loss_rows
         # Processes validate different numbers of batches, so no forward pass may wait for another process.
         apart = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(kwargs_handlers=[apart])

@@ -183,6 +183,6 @@ def _trial(job: TrainingJob[Example], placement: Placement, steps: int) -> Train
         name=_name(job, placement),
         options=options,
         training=training,
-        validation=[row for row in job.validation if row.weight][:_VALIDATION_ROWS],
+        validation=job.loss_rows[:_VALIDATION_ROWS],
         key=key_of(state),
     )
