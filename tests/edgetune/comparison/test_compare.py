@@ -280,6 +280,16 @@ def test_the_mean_rank_of_adalora_is_a_rank(request_of: Callable[..., Request]) 
     assert [method_of(trial)["target_r"] for trial in found] == [2, 4]
 
 
+def test_the_recipes_initial_rank_of_adalora_is_left_out_at_other_mean_ranks(
+    request_of: Callable[..., Request], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    method = {"name": "adalora", "target_r": 2, "init_r": 3}
+    recipe = write_recipe(tmp_path, tiny_gguf("llama"), {"lights": adapter_of(method)})
+    own, larger = (trials(request_of(recipe=recipe, methods=("adalora",), ranks=ranks))[0] for ranks in ((), (4,)))
+    assert (method_of(own)["target_r"], method_of(own)["init_r"]) == (2, 3)
+    assert (method_of(larger)["target_r"], method_of(larger)["init_r"]) == (4, None)
+
+
 def test_alpha_follows_the_rank(request_of: Callable[..., Request]) -> None:
     small, large = trials(request_of(ranks=(2, 16)))
     assert (method_of(small)["lora_alpha"], method_of(large)["lora_alpha"]) == (4, 32)
