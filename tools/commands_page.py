@@ -20,6 +20,15 @@ progress and errors to standard error. `NO_COLOR` is respected, `--debug` prints
 Exit codes: 0 success; 1 unexpected error; 2 usage or recipe; 3 not found; 4 verification; 5 incompatible; 6 out of
 space; 7 too many calls are waiting, or another deploy is at work; 8 board or teacher not reached; 9 unsure
 answer; 130 interrupted.
+
+| variable | what it sets |
+| --- | --- |
+| `EDGETUNE_CACHE` | the folder of prompt states and past answers (default: `edgetune/states` in the user's cache) |
+| `EDGETUNE_PREFLIGHT=0` | open new bundles without a child process first |
+| `EDGETUNE_DEFER_KEY` | the key of the bigger model of `--defer-to` |
+| `EDGETUNE_REGISTRY_PASSWORD` | the password for an OCI registry |
+| `EDGETUNE_KEYS_PASSPHRASE`, `EDGETUNE_KEYS_PIN` | of signing keys |
+| `HF_TOKEN`, `OPENAI_API_KEY`, `NO_COLOR` | as elsewhere |
 """
 # The lines of a help text that start with the name of a command.
 _COMMAND = re.compile(r"^ {2,4}([a-z][a-z-]*)(?:  |$)", re.MULTILINE)

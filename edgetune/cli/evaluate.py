@@ -16,7 +16,7 @@ def evaluate(
     bundle: BundlePath,
     *,
     data: Annotated[
-        str, data_option(metavar="FILE", help="Rows in the form of the training data: .jsonl, .csv or a hub id.")
+        str, data_option(metavar="FILE", help="Rows in the form of the training data: .jsonl, .csv, .tsv or a hub id.")
     ],
     adapter: Annotated[
         str | None, typer.Option(metavar="NAME", help="The adapter to score (default: the base without one).")

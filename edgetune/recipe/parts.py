@@ -155,7 +155,7 @@ class AdapterSpec(RecipePart):
     the name of another adapter (that one answers), defer (a bigger model answers, whose address the runtime is given),
     or error."""
     ask: Text | None = None
-    """The question back; sets `unsure: ask`."""
+    """The clarifying question that is returned instead; sets `unsure: ask`."""
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
     start_from: Folder | None = None

@@ -21,8 +21,8 @@ class RouteSpec(RecipePart):
     """What answers a prompt that is of none of the tasks: `base`, the name of an adapter, or `error`. null: base, and
     error in a bundle that only classifies."""
     threshold: float | None = Field(default=None, gt=0, lt=1)
-    """Probability of the likeliest task below which a prompt is of none. null: 0.5, as the build shifts the odds such
-    that this separates best, with at most 2 % of the validation rows lost."""
+    """If the likeliest task has a lower probability than this, the prompt belongs to none. null: 0.5, as the build
+    shifts the odds such that this separates best, with at most 2 % of the validation rows lost."""
 
     def summary(self, adapters: Iterable[str]) -> str:
         """The adapters that the router chooses among, in one line."""

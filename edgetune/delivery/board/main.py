@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("kit", type=Path, metavar="KIT", help="the kit's folder")
     text = "run `edgetune-run serve` as a systemd unit: of the system for root, of the user for others"
     command.add_argument("--service", nargs="?", const="", metavar="NAME", help=text)
-    text = "address that the unit listens on; others than this board's own need the key in PREFIX/keys"
+    text = "address that the unit listens on; one that other machines reach needs the key in PREFIX/keys"
     command.add_argument("--host", metavar="IP", help=f"{text} (default: {service.LOOPBACK})")
     command.add_argument("--port", type=int, metavar="N", help=f"port of the unit (default: the kit's, {service.PORT})")
     text = "update once a day from the signed repository at this address, by a systemd timer"

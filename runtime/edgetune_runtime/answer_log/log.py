@@ -89,7 +89,7 @@ class AnswerLog:
         """Log an answer of an adapter; returns its id, for `corrected`. A disk error is a warning in the log.
 
         With `tools`, `answer` is `Answer.content`, and `calls` are `Answer.tool_calls`. `shown` is what the user got in
-        place of an unsure answer; an empty text, as after a question back, is never right. Nor is an answer that is
+        place of an unsure answer; an empty text, as after a question, is never right. Nor is an answer that is
         cut off.
         """
         turns = messages_for(prompt, None)
@@ -123,7 +123,7 @@ class AnswerLog:
         shown = self._recent_answer(answer_id).shown
         right = shown if correction is None else correction
         if right == "":
-            message = "the answer was cut off or a question back, which is not to be learned"
+            message = "the answer was cut off or a clarifying question, which is not to be learned"
             raise UsageError(message, "give the right answer")
         text = None if right is None else self._redaction.clean(right)[0]
         with self._lock:

@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     chat = add("chat", answers.chat, "chat with the base and its adapters")
     bench = add("bench", machine.bench, "measure load time, switching, time to first token, speed and memory")
     check = add("check", answers.check, "compare the answers on this machine with those that the build stored")
-    text = "run without network and rights of root, with limits: for a bundle of unknown origin (Linux)"
+    text = "run without network or root privileges, with limits: for a bundle of unknown origin (Linux)"
     check.add_argument("--confined", action="store_true", help=text)
     warm = add("warm", answers.warm, "compute the states of the adapters' fixed prompts and save them to disk")
     serve = add("serve", _serve, "answer requests of OpenAI's and Ollama's APIs over HTTP")

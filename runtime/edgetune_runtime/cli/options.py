@@ -98,7 +98,7 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--repack", action=argparse.BooleanOptionalAction, help=text)
     text = "priority of the compute threads: normal, or low or idle to let other processes run first (Linux only)"
     group.add_argument("--priority", choices=PRIORITIES, default=NORMAL, help=text)
-    text = f"memory for adapters in MB; those that were not used for longest are dropped (default: {ADAPTERS_MB})"
+    text = f"memory for loaded adapters in MB, with LRU eviction (default: {ADAPTERS_MB})"
     group.add_argument("--adapters-mb", type=float, metavar="N", help=text)
     text = "load this adapter at the start and keep it in memory, or all; may be repeated"
     group.add_argument("--preload", action="append", default=[], metavar="NAME", help=text)

@@ -18,7 +18,7 @@ from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.engines.base import Logits
 
 VALUE, CHOICE, LABEL, NOTHING, QUESTION = "value", "choice", "label", "nothing", "question"
-"""The kinds of answers: data or text, one of the given texts, the label of `classify`, nothing to do, a question back.
+"""The kinds of answers: data or text, one of the given texts, the label of `classify`, nothing to do, a question.
 """
 MAX_LOG_ODDS = 30.0
 

@@ -55,7 +55,7 @@ class AnswerOptions(SamplingOptions, total=False):
     known; a call whose answers cannot have one is refused unless it is routed, and answers to a routed prompt of no
     task are not marked. `unsure` says what answers in their
     place, instead of what the recipe says: "mark" (nothing), "base", the name of another adapter, "defer" (the bigger
-    model of `Runtime.open`), or "error" (UnsureError); `ask` is a question back. `Answer.instead` then says so, and a
+    model of `Runtime.open`), or "error" (UnsureError); `ask` is a question. `Answer.instead` then says so, and a
     stream gives its first piece when the answer has been judged.
 
     `think` is the `enable_thinking` of chat templates that know it; others ignore it. Adapters answer as they were

@@ -1,4 +1,4 @@
-"""Confines this process before native code reads files of unknown origin: limits, no network, no rights of root.
+"""Confines this process before native code reads files of unknown origin: limits, no network, no root privileges.
 
 What a system does not have, or does not allow, is left out: limits need Unix; the rest needs Linux.
 """

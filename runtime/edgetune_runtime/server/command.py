@@ -39,7 +39,7 @@ _LIMITS = {
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add the options of `serve`, apart from those that say how the bundle is opened."""
     group = command.add_argument_group("serving")
-    text = "address to listen on (default: %(default)s); others than this machine's own need a key"
+    text = "address to listen on (default: %(default)s); one that other machines reach needs a key"
     group.add_argument("--host", default="127.0.0.1", help=text)
     group.add_argument("--port", type=int, default=8080, help="port; 0 takes a free one (default: %(default)s)")
     text = "file of API keys, one per line; clients send one as Authorization: Bearer KEY"

@@ -130,7 +130,7 @@ def test_what_was_shown_in_place_of_an_unsure_answer_is_confirmed(manifest: Mani
     log.corrected(log.answered("one", "1", shown="2", adapter="command"))
     (entry,) = read_answer_log(log.path, manifest)
     assert (entry.answer, entry.correction, entry.is_wrong) == ("1", "2", True)
-    with pytest.raises(UsageError, match="was cut off or a question back, which is not to be learned; give the"):
+    with pytest.raises(UsageError, match="was cut off or a clarifying question, which is not to be learned; give the"):
         log.corrected(log.answered("two", "1", shown="", adapter="command"))
 
 

@@ -117,7 +117,7 @@ def test_an_adapters_own_unsure_answer_is_logged(start: Start, sure_bundle: Path
     assert [(entry.adapter, entry.answer) for entry in entries] == [("command", own.text[:-2])] * 3
     assert server.client.post(PATH, json={"id": other["id"]}).status_code == 200
     refused = server.client.post(PATH, json={"id": question["id"]})
-    assert (refused.status_code, "was cut off or a question back" in refused.text) == (400, True)
+    assert (refused.status_code, "was cut off or a clarifying question" in refused.text) == (400, True)
     *_, first = read_answer_log(log, server.runtime.manifest)
     assert first.correction == other["choices"][0]["message"]["content"]
 
