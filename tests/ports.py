@@ -37,7 +37,7 @@ def free_port() -> int:
         return port
 
 
-def wait_for(port: int, timeout_s: float = 60.0) -> None:
+def wait_for_port(port: int, timeout_s: float = 60.0) -> None:
     """Wait until something listens on a port; ConnectionError if nothing does in time."""
     end = time.monotonic() + timeout_s
     while True:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
-from ports import free_port, http_server, wait_for
+from ports import free_port, http_server, wait_for_port
 
 DOCKER_REGISTRY = shutil.which("docker-registry")
 needs_registry = pytest.mark.skipif(
@@ -44,7 +44,7 @@ def docker_registry(folder: Path, auth: str = "") -> Iterator[str]:
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen([DOCKER_REGISTRY, "serve", folder / "config.yml"], stdout=log, stderr=log)
     try:
-        wait_for(port)
+        wait_for_port(port)
         yield f"127.0.0.1:{port}"
     finally:
         process.kill()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from ports import free_port
+from waiting import wait_for
 
 from edgetune.delivery.deploy.ssh import Connection
 
@@ -117,14 +118,6 @@ def cut_in_the_middle(store: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Connection, "converse", converse)
         yield
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait until something is so; AssertionError if it is not in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @contextmanager

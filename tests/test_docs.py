@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from ports import free_port, wait_for
+from ports import free_port, wait_for_port
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -119,7 +119,7 @@ def serving_files(words: list[str], port: int) -> Iterator[None]:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen([sys.executable, *words[1:]], **quiet) as process:
         try:
-            wait_for(port)
+            wait_for_port(port)
             yield
         finally:
             process.terminate()

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,6 +20,7 @@ import paho.mqtt.client as mqtt
 import pytest
 from examples.conftest import EXAMPLES, ORDERS
 from ports import free_port
+from waiting import wait_for
 
 # Debian installs it where only root's PATH has it.
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
@@ -39,7 +39,7 @@ def broker_at(port: int, folder: Path, anonymous: str = "true") -> Iterator[None
     config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous {anonymous}\n", encoding="utf-8")
     with subprocess.Popen([MOSQUITTO, "-c", str(config)], stderr=subprocess.DEVNULL) as process:
         try:
-            wait_until(lambda: is_open(port))
+            wait_for(lambda: is_open(port))
             yield
         finally:
             process.terminate()
@@ -51,13 +51,6 @@ def is_open(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    end = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 class App:

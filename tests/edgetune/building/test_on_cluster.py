@@ -26,6 +26,7 @@ from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleE
 from filelock import FileLock
 from recipes import adapter_of, lights, make_recipe
 from trainings import QUIET, Listening, modified
+from waiting import wait_for
 
 from edgetune.building.pipeline import build
 from edgetune.recipe.model import Recipe
@@ -152,8 +153,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     saved = tmp_path / "home.work/train/lamps/state.pt"
 
     def kill_when_saved() -> None:
-        while not saved.exists():
-            time.sleep(0.02)
+        wait_for(saved.exists)
         cluster.kill(first)
         with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
             state = torch.load(saved, weights_only=True)
@@ -161,7 +161,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
             torch.save(state, saved)
         cluster.ray.cancel(busy, force=True)
 
-    killing = threading.Thread(target=kill_when_saved)
+    killing = threading.Thread(target=kill_when_saved, daemon=True)
     killing.start()
     listening = Listening()
     build(recipe, tmp_path / "home", progress=listening, on_cluster=True)
@@ -182,11 +182,10 @@ def test_an_interrupted_training_is_saved_and_its_process_ends(
     state = tmp_path / "home.work/train/lamps/state.pt"
 
     def interrupt_when_saved() -> None:
-        while not state.exists():
-            time.sleep(0.02)
+        wait_for(state.exists)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt_when_saved).start()
+    threading.Thread(target=interrupt_when_saved, daemon=True).start()
     with pytest.raises(CancelledError, match="training on the cluster stopped; run the same command to resume"):
         build(recipe, tmp_path / "home", progress=QUIET, on_cluster=True)
     with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):

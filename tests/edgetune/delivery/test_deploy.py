@@ -7,7 +7,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME
 from edgetune_runtime.update.state import read_state, read_trusted_root
 from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
 from repositories import Publisher
-from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd, wait_for
+from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd
+from waiting import wait_for
 
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
@@ -402,14 +402,13 @@ def test_an_install_goes_on_when_the_connection_is_lost(
     digests = {file.sha256 for file in board.assemble(bundle)("laptop", PYTHON).kit.version_files}
 
     def cut_when_installing() -> None:
-        while not digests <= {path.name for path in (board.prefix / "files").iterdir()}:
-            time.sleep(0.005)
+        wait_for(lambda: digests <= {path.name for path in (board.prefix / "files").iterdir()})
         cut_ssh()
 
     def converse(self: Connection, command: Sequence[str], start: str, answer: Answer, *, limit_s: float) -> str:
         def answer_and_cut(lacking: str) -> Iterator[bytes]:
             yield from answer(lacking)
-            threading.Thread(target=cut_when_installing).start()
+            threading.Thread(target=cut_when_installing, daemon=True).start()
 
         return whole(self, command, start, answer_and_cut, limit_s=limit_s)
 

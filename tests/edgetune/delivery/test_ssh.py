@@ -16,7 +16,8 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
-from sshd import Sshd, cut_ssh, free_port, needs_sshd, wait_for
+from sshd import Sshd, cut_ssh, free_port, needs_sshd
+from waiting import wait_for
 
 from edgetune.delivery.deploy import replies
 from edgetune.delivery.deploy.ssh import Connection

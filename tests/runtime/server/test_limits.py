@@ -13,6 +13,7 @@ import httpx
 import pytest
 from edgetune_runtime.server.settings import ServerLimits
 from runtime.server.conftest import Running, Start
+from waiting import wait_for
 
 PROMPT = "turn on the light"
 LONG = {"context_length": 512, "contexts": 1}
@@ -37,11 +38,8 @@ def streaming(server: Running, **more: object) -> Iterator[Iterator[str]]:
         yield lines
 
 
-def wait_until_idle(server: Running, limit_s: float = 10) -> None:
-    begin = time.monotonic()
-    while not server.is_idle:
-        time.sleep(0.005)
-        assert time.monotonic() < begin + limit_s
+def wait_until_another_waits(server: Running) -> None:
+    wait_for(lambda: "edgetune_requests_waiting 1.0" in server.client.get("/metrics").text)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +104,7 @@ def test_a_request_beyond_the_limit_of_waiting_ones_gets_retry_after(start: Star
     server = start(**LONG, limits=ServerLimits(waiting=1))
     with streaming(server), ThreadPoolExecutor(1) as other:
         waits = other.submit(post, server)
-        while "edgetune_requests_waiting 1.0" not in server.client.get("/metrics").text:
-            time.sleep(0.005)
+        wait_until_another_waits(server)
         refused = post(server)
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
@@ -141,8 +138,7 @@ def test_stopping_lets_running_answers_finish_and_refuses_those_that_wait_or_arr
     expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=490).text
     with streaming(server, n=2) as lines, ThreadPoolExecutor(1) as other:
         waits = other.submit(post, server)
-        while "edgetune_requests_waiting 1.0" not in server.client.get("/metrics").text:
-            time.sleep(0.005)
+        wait_until_another_waits(server)
         server.client.close()
         server.stop()
         for refused in (waits.result(), post(server)):
@@ -182,7 +178,7 @@ def test_a_client_that_stops_reading_is_dropped_and_its_context_is_freed(start: 
         client.sendall(head.encode() + data)
         assert client.recv(12) == b"HTTP/1.1 200"
         assert not server.is_idle
-        wait_until_idle(server, 20)
+        wait_for(lambda: server.is_idle)
         assert post(server).status_code == 200
         received = b"".join(iter(lambda: client.recv(65536), b""))
         assert b"[DONE]" not in received

@@ -11,6 +11,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 from runtime.server.conftest import Running, Start
+from waiting import wait_for
 
 PROMPT = "turn on the light"
 MESSAGES = [{"role": "user", "content": PROMPT}]
@@ -244,7 +245,7 @@ def test_a_client_that_leaves_in_the_middle_frees_its_context_at_once(start: Sta
         next(iter(stream))
         assert not server.is_idle
         stream.close()
-        wait_until_idle(server)
+        wait_for(lambda: server.is_idle)
         reply = client.chat.completions.create(model="tone", messages=MESSAGES, max_tokens=8)
         assert reply.choices[0].message.content == expected
 
@@ -259,15 +260,8 @@ def test_a_client_that_stops_waiting_for_a_whole_answer_frees_its_context(start:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=whole_s / 4)
     begin = time.monotonic()
-    wait_until_idle(server)
+    wait_for(lambda: server.is_idle)
     assert time.monotonic() - begin < whole_s
     assert (
         'edgetune_requests_total{route="/v1/chat/completions",status="499"} 1.0' in server.client.get("/metrics").text
     )
-
-
-def wait_until_idle(server: Running) -> None:
-    begin = time.monotonic()
-    while not server.is_idle:
-        time.sleep(0.001)
-        assert time.monotonic() < begin + 10

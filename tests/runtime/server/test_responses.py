@@ -13,7 +13,8 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, ConfigDict
 from runtime.server.conftest import Running, Start
-from runtime.server.test_limits import LONG, wait_until_idle
+from runtime.server.test_limits import LONG
+from waiting import wait_for
 
 PROMPT = "turn on the light"
 LAMP: dict[str, Any] = {
@@ -193,7 +194,7 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
             await stream.close()
 
     asyncio.run(main())
-    wait_until_idle(server)
+    wait_for(lambda: server.is_idle)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ from edgetune_runtime.events import Event
 from edgetune_runtime.inference.answer import Stream
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.serving.waiting import is_waiting, opening
+from waiting import wait_for
 
 PROMPT = "turn on the light"
 MOST_S = 30
@@ -172,8 +172,7 @@ def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
 
     monkeypatch.setattr(grammars, "compile_grammar", compile_slowly)
     slow = [threads.submit(runtime.generate, PROMPT, choices=["slow"], max_tokens=8) for _ in range(3)]
-    while not compiled:
-        time.sleep(0.01)
+    wait_for(lambda: compiled)
     assert threads.submit(runtime.generate, PROMPT, choices=["red"], max_tokens=8).result(MOST_S).text == "red"
     go.set()
     assert [future.result(MOST_S).text for future in slow] == ["slow"] * 3
