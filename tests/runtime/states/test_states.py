@@ -101,12 +101,13 @@ def test_warm_computes_missing_states_and_returns_their_lengths(
     with open_(engine) as runtime:
         tokens = runtime.warm()
         assert tokens == {name: fixed(runtime, name) for name in ("one", "two")}
-    written = {path: path.stat().st_mtime_ns for path in files_of(tmp_path)}
+    # A file that is written again is another one with the same name.
+    written = {path: path.stat().st_ino for path in files_of(tmp_path)}
     assert len(written) == 2
     with open_(engine) as runtime:
         assert runtime.warm() == tokens
         assert runtime.generate(PROMPT, adapter="two", max_tokens=1).timings.reused_tokens == tokens["two"]
-    assert [path.stat().st_size for path in files_of(tmp_path)] == [path.stat().st_size for path in written]
+    assert {path: path.stat().st_ino for path in files_of(tmp_path)} == written
 
 
 def test_a_state_of_mapped_weights_is_none_of_repacked_ones(open_: Callable[..., Runtime]) -> None:
@@ -134,7 +135,8 @@ def test_a_damaged_state_is_made_again(engine: str, damage: str, open_: Callable
         one.write_bytes({"flipped": bytes(middle), "cut off": data[:-9], "emptied": b""}[damage])
     with open_(engine) as runtime:
         assert [runtime.generate(PROMPT, adapter=name, max_tokens=6).text for name in ("one", "two")] == expected
-    assert one.read_bytes()[-100:] == data[-100:]
+    third = len(data) // 3
+    assert one.read_bytes()[third:] == data[third:]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
