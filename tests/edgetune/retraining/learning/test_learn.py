@@ -225,7 +225,7 @@ def test_adapters_that_are_not_learned_have_their_prompts_in_its_rows(home: Path
 
 def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = read_manifest(home)
-    text = home.with_name(NAME).read_text().replace("max_steps: 60", "max_steps: 1").replace("0.01", "1.0e-09")
+    text = home.with_name(NAME).read_text().replace('"max_steps": 60', '"max_steps": 1').replace("0.01", "1.0e-09")
     home.with_name(NAME).write_text(text)
     log = logged(home, corrections())
     page = home.with_name("learned.html")
