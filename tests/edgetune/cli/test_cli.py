@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Runtime
+from edgetune_runtime import Runtime, __version__
 from recipes import lights, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
@@ -98,7 +98,7 @@ def assert_is_one_error(result: tuple[int, str, str], code: int, message: str) -
 
 
 def test_help_and_version_are_on_standard_output(run: Run) -> None:
-    assert run("--version") == (0, "edgetune 0.1.0\n", "")
+    assert run("--version") == (0, f"edgetune {__version__}\n", "")
     for command in ("build", "export", "plan", "init", "schema", "evaluate", "devices"):
         assert command in run("--help")[1]
         code, out, err = run(command, "--help")
