@@ -18,6 +18,7 @@ from edgetune_export.backends.gguf.backend import write_merged
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
+from edgetune_runtime.serving import places
 from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_bundle
 from runtime.encoders import write_encoder_bundle
 from runtime.tools.templates import CONTROLS
@@ -150,6 +151,12 @@ def runtime(bundle: Path) -> Iterator[Runtime]:
     """The bundle, opened anew for each test, with one context, no states on the disk, and calls that are not exact."""
     with Runtime.open(bundle, contexts=1, disk_mb=0, exact=False) as opened:
         yield opened
+
+
+@pytest.fixture
+def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call gives up waiting for a stream of its own thread sooner."""
+    monkeypatch.setattr(places, "PATIENCE_S", 0.5)
 
 
 @pytest.fixture(scope="session")

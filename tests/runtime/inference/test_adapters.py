@@ -183,6 +183,7 @@ def test_threads_with_more_adapters_than_room_get_the_right_answers(
     assert len(loaded(runtime)) <= 2
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_a_stream_keeps_its_adapter_and_a_call_of_its_own_thread_does_not_wait_for_it(
     open_: Callable[..., Runtime], many: Path, engine: str, expected: list[str]
 ) -> None:
@@ -253,6 +254,7 @@ def test_a_running_call_ends_normally_and_later_ones_do_not_find_its_adapter(
         removing.result(timeout=60)
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_removing_what_only_an_open_stream_of_the_thread_uses_changes_nothing(
     open_: Callable[..., Runtime], expected: list[str]
 ) -> None:

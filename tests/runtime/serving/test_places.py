@@ -14,7 +14,6 @@ from edgetune_runtime.events import Event
 from edgetune_runtime.inference.answer import Stream
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.places import PATIENCE_S
-from edgetune_runtime.threads.machine import free_mb
 from runtime.bundles import change_manifest, write_bundle
 from runtime.serving.waiting import is_waiting, opening
 
@@ -127,15 +126,14 @@ def test_a_session_continues_after_its_merged_model_was_evicted(open_: Callable[
 
 
 def test_memory_for_contexts_is_counted_for_the_type_of_keys_and_values(
-    wide_gguf: Callable[[int], Path], tmp_path: Path
+    wide_gguf: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = free_mb()
-    assert free is not None
+    monkeypatch.setattr("edgetune_runtime.inference.opening.free_mb", lambda: 2000.0)
     bundle = write_bundle(tmp_path / "home", wide_gguf(128), {})
     with Runtime.open(bundle, disk_mb=0) as runtime:
         assert runtime.contexts == 4
     # In f16 a context would take 1.4 times what is free, in q8_0 three quarters of it.
-    change_manifest(bundle, lambda raw: raw["base"].update(kv_values_per_token=int(1.4 * free * 1e6 / 256 / 2)))
+    change_manifest(bundle, lambda raw: raw["base"].update(kv_values_per_token=int(1.4 * 2e9 / 256 / 2)))
     with pytest.raises(IncompatibleError, match="a context of 256 tokens takes"):
         Runtime.open(bundle, disk_mb=0)
     with Runtime.open(bundle, disk_mb=0, kv="q8_0") as runtime:
@@ -166,6 +164,7 @@ def test_a_call_waits_for_a_stream_that_other_threads_go_on_with(
     assert reading.result(MOST_S) == expected
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_a_call_that_would_wait_for_its_own_threads_stream_is_an_error(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=1)
     stream = _begun(runtime, None)
@@ -174,7 +173,7 @@ def test_a_call_that_would_wait_for_its_own_threads_stream_is_an_error(open_: Ca
         with pytest.raises(UsageError, match="a stream of this thread is still open"):
             call()
     assert time.monotonic() - begin < 4 * PATIENCE_S
-    stream.close()
+    assert list(stream)
     assert runtime.generate(PROMPT, max_tokens=1).tokens
 
 

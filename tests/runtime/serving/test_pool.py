@@ -88,6 +88,7 @@ def test_calls_compute_at_the_same_time_where_threads_can_be_divided(
     assert turns.is_idle
 
 
+@pytest.mark.usefixtures("short_patience")
 def test_calls_beyond_the_limit_of_waiting_ones_are_refused(open_: Callable[..., Runtime]) -> None:
     runtime = open_(contexts=1, max_waiting=0)
     stream = runtime.stream(PROMPT, max_tokens=50)
