@@ -24,15 +24,22 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def found(wide_gguf: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(
+    wide_gguf: Callable[[int], Path],
+    once: Callable[[str, Callable[[Path], object]], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
     """What the trainings of a process of their own found: the device stays registered."""
-    work = tmp_path_factory.mktemp("base")
-    source = str(wide_gguf(256))
-    base = bases.resolve(source, folder=Path(), quantization="q4_0", work=work, progress=QUIET, converter=None)
-    # torch and transformers, which take half as long to import as all trainings, are there already.
-    done = forks.run([sys.executable, "-P", simulated_trainings.__file__, str(base.path)])
-    assert done.returncode == 0, done.stderr
-    told: dict[str, Any] = json.loads(done.stderr.splitlines()[-1])
+
+    def train(out: Path) -> None:
+        work, source = tmp_path_factory.mktemp("base"), str(wide_gguf(256))
+        base = bases.resolve(source, folder=Path(), quantization="q4_0", work=work, progress=QUIET, converter=None)
+        # torch and transformers, which take half as long to import as all trainings, are there already.
+        done = forks.run([sys.executable, "-P", simulated_trainings.__file__, str(base.path)])
+        assert done.returncode == 0, done.stderr
+        out.write_text(done.stderr.splitlines()[-1], encoding="utf-8")
+
+    told: dict[str, Any] = json.loads(once("simulated-trainings.json", train).read_text(encoding="utf-8"))
     assert list(told) == CASES
     return told
 
