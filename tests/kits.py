@@ -98,6 +98,11 @@ esac
 BASES = {"gguf": "base/model.gguf", "onnx": "base/onnx/model.onnx"}
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files in a folder by their paths."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def write_bundle(
     folder: Path, answer: str, formats: Sequence[str] = ("gguf",), adapters: Mapping[str, AdapterEntry] | None = None
 ) -> Path:

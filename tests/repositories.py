@@ -92,6 +92,13 @@ def keys_of_author(publisher: Publisher, folder: Path, adapter: str = "reply") -
     return open_keys(folder)
 
 
+def author_of(publisher: Publisher, folder: Path) -> KeyFolder:
+    """Publish "home" with "command" and "reply"; returns the keys of the author of "reply"."""
+    keys = keys_of_author(publisher, folder)
+    publish(with_adapters(publisher.bundle, "command", "reply"), publisher.repo, publisher.keys)
+    return keys
+
+
 def sign_as_author(publisher: Publisher, keys: KeyFolder, change: Callable[[Repository, str], None]) -> None:
     """Let the author of "reply" sign what no command of ours would: `change` gets the role."""
     (key,) = keys.keys("bundles/home/reply")

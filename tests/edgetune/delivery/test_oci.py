@@ -24,7 +24,7 @@ from edgetune_runtime.errors import (
 from edgetune_runtime.update import http_client, slow_replies
 from filelock import FileLock, Timeout
 from kills import left_by_kills
-from kits import write_bundle
+from kits import contents, write_bundle
 from registries import Reply, TokenService, docker_registry, needs_registry, replying
 from repositories import PASSPHRASE, make_keys, publish, seen_by_device
 
@@ -74,10 +74,6 @@ def push(bundle: Path, reference: str, **options: Path) -> Pushed:
 def pull(reference: str, out: Path, **options: object) -> str:
     with open_store(reference, None, insecure=False) as store:
         return str(pull_bundle(store, out, _SILENT, **options))  # type: ignore[arg-type]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_pulled_bundle_is_the_one_that_was_pushed(place: str, bundle: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
 from filelock import FileLock
 from kills import full_from, killed_at, left_by_kills, read_only_from
-from kits import write_bundle
+from kits import contents, write_bundle
 from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device, with_adapters
 from runtime.bundles import add_router
 
@@ -444,10 +444,6 @@ def test_the_keys_of_another_repository_are_refused(publisher: Publisher, tmp_pa
     publisher("one")
     with pytest.raises(UsageError, match="is not the one in"):
         publish(publisher.bundle, publisher.repo, make_keys(tmp_path / "others"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def keys_with(tmp_path: Path, damage: str) -> KeyFolder:

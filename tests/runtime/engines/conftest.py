@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx.backend import write_base
@@ -14,6 +15,12 @@ from runtime.bundles import concatenated, folded, low_rank, write_adapter, write
 MANY_MODULES = [
     f"blk.{layer}.{module}.weight" for layer in (0, 1) for module in ("attn_q", "attn_v", "ffn_up", "ffn_down")
 ]
+
+
+def log_p(logits: np.ndarray) -> np.ndarray:
+    """The log-probabilities of all tokens, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from runtime.bundles import HYBRIDS
 from runtime.conftest import LABELS
+from runtime.engines.conftest import log_p
 
 Engine = GgufEngine | OnnxEngine
 Open = Callable[..., Engine]
@@ -72,11 +73,6 @@ def fresh(engine: Engine, adapters: dict[str, float], tokens: Sequence[int]) -> 
 
 def close_to(expected: object, engine: Engine) -> object:
     return Close(expected, CLOSE[type(engine)])
-
-
-def log_p(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @pytest.mark.parametrize("arch", [*FEW, "gemma4", "lfm2", "qwen35"])

@@ -16,7 +16,7 @@ from edgetune_runtime.update.release import path_of_part
 from edgetune_runtime.update.state import read_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kits import ask, write_bundle
-from repositories import Publisher, Server, keys_of_author, publish, publish_part, sign_as_author, with_adapters
+from repositories import Publisher, Server, author_of, publish, publish_part, sign_as_author, with_adapters
 
 from edgetune.delivery.publish.key_folder import KeyFolder
 from edgetune.delivery.publish.repository import Repository
@@ -28,9 +28,7 @@ BUNDLE = "current/bundle"
 
 @pytest.fixture
 def author(publisher: Publisher, tmp_path: Path) -> KeyFolder:
-    keys = keys_of_author(publisher, tmp_path / "author-keys")
-    publish(with_adapters(publisher.bundle, "command", "reply"), publisher.repo, publisher.keys)
-    return keys
+    return author_of(publisher, tmp_path / "author-keys")
 
 
 def apply(prefix: Path) -> bool:

@@ -13,15 +13,11 @@ from edgetune_runtime import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.engines.gguf.engine import GgufEngine, GgufTokenizer
 from edgetune_runtime.engines.gguf.llama import library
 from runtime.bundles import low_rank, write_adapter
+from runtime.engines.conftest import log_p
 
 Gguf = Callable[[str], Path]
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3"]
 CONTEXT = 200
-
-
-def log_p(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def test_a_state_with_impossible_cells_is_refused(tiny_gguf: Gguf) -> None:
