@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, __version__
-from edgetune_runtime.cli import main
+from edgetune_runtime.cli import machine, main
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest
 from runtime.conftest import LABELS
@@ -222,7 +222,7 @@ def test_chat_with_adapters_that_cannot_be_used_reads_no_line(
     assert (code, out, "cannot be scaled" in err) == (5, "", True)
 
 
-def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> None:
+def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(run: Run, bundle: Path) -> None:
     code, out, err = run("bench", bundle, "--json")
     told = json.loads(out)
     assert (code, set(told)) == (
@@ -247,11 +247,7 @@ def test_bench_measures_everything_that_it_promises(run: Run, bundle: Path) -> N
     assert told["adapter_mb"] == pytest.approx(sum(path.stat().st_size for path in files) / 1e6)
     assert told["rss_mb"] > 10
     assert "switching 1200 times" in err
-
-
-def test_bench_without_json_writes_a_figure_a_line(run: Run, bundle: Path) -> None:
-    _, out, _ = run("bench", bundle)
-    figures = dict(line.split("\t") for line in out.splitlines())
+    figures = dict(line.split("\t") for line in machine._lines(told))
     assert {"load_ms", "switch_us.p99", "decode_tokens_per_s.adapters.tone"} < set(figures)
     del figures["busy"], figures["slow"], figures["engine"]
     assert all(float(value) >= 0 for value in figures.values())
@@ -351,11 +347,6 @@ def test_doctor_reports_the_machine_and_its_problems(run: Run, bundle: Path) -> 
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith("processor\t")
     assert "bundle" not in out
-
-
-def test_a_timing_says_whether_the_answer_was_slow(run: Run, bundle: Path) -> None:
-    told = json.loads(run("generate", bundle, "--prompt", PROMPT, "--max-tokens", 3, "--json")[1])
-    assert isinstance(told["slow"], bool)
 
 
 def test_doctor_tries_a_bundle_and_keeps_what_it_measures(run: Run, bundle: Path, tmp_path: Path) -> None:

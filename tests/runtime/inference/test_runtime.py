@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -225,9 +226,10 @@ def test_an_answer_ends_before_a_stop_text(runtime: Runtime) -> None:
 
 
 def test_an_answer_ends_with_the_turn(runtime: Runtime) -> None:
-    answers = [runtime.generate(PROMPT, temperature=3.0, top_k=0, top_p=1, min_p=0, seed=seed) for seed in range(40)]
-    ended = [answer for answer in answers if answer.stop_reason == "end"]
-    assert ended
+    options = {"temperature": 3.0, "top_k": 0, "top_p": 1, "min_p": 0}
+    answers = (runtime.generate(PROMPT, **options, seed=seed) for seed in range(40))
+    ended = list(islice((answer for answer in answers if answer.stop_reason == "end"), 3))
+    assert len(ended) == 3
     assert all(answer.tokens < 256 and "im_end" not in answer.text for answer in ended)
 
 
@@ -351,15 +353,6 @@ def test_a_call_waits_for_another_threads_stream(runtime: Runtime) -> None:
     stream.close()
     thread.join()
     assert done.is_set()
-
-
-def test_a_call_inside_ones_own_open_stream_is_an_error_and_not_a_deadlock(runtime: Runtime) -> None:
-    stream = runtime.stream(PROMPT, max_tokens=20)
-    next(stream)
-    with pytest.raises(UsageError, match="stream"):
-        runtime.generate(PROMPT)
-    assert list(stream)
-    runtime.generate(PROMPT, max_tokens=1)
 
 
 def test_a_stream_left_behind_lets_others_run(runtime: Runtime) -> None:

@@ -36,16 +36,13 @@ def run_llm(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("options", [(), ("--no-stream",)])
-def test_llm_asks_an_adapter_by_an_entry_for_models_of_openais_api(
-    options: tuple[str, ...], server: Running, llm_folder: Path
-) -> None:
+def test_llm_asks_an_adapter_by_an_entry_for_models_of_openais_api(server: Running, llm_folder: Path) -> None:
     expected = server.runtime.generate(PROMPT, adapter="command", max_tokens=12).text
-    assert run_llm(llm_folder, *options) == f"{expected}\n"
+    assert run_llm(llm_folder) == f"{expected}\n"
 
 
 def test_llm_gets_json_that_fits_its_schema(llm_folder: Path) -> None:
-    answer = run_llm(llm_folder, "--schema", json.dumps(SCHEMA), "-o", "max_tokens", "60")
+    answer = run_llm(llm_folder, "--no-stream", "--schema", json.dumps(SCHEMA), "-o", "max_tokens", "60")
     assert set(json.loads(answer)) == {"on"}
 
 
