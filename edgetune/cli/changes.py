@@ -29,7 +29,7 @@ def print_changes(changes: Changes) -> None:
                 lines += [
                     f"  {field:<10}{shortened(getattr(answer, field))}" for field in ("expected", "before", "after")
                 ]
-    titles = ("adapter", "rows", "number", "before", "after", "difference in points", "ms per row before", "after")
+    titles = ("adapter", "rows", "number", "before", "after", "difference", "ms per row before", "after")
     print_table(titles, rows, texts=titles[:2])
     for line in lines:
         print(printable(line))

@@ -25,6 +25,8 @@ from .row_files import BadRowError, entries, json_values
 MAX_ERRORS = 20
 WEIGHT = "weight"
 """The column of a row's weight, and the key of an assistant's message: one with weight 0 is not learned."""
+EARLIER_ANSWER = ", message "
+"""Where an earlier answer of a conversation is: this follows where the row is."""
 _MORE_KEYS = {"assistant": ("tool_calls", WEIGHT), "tool": ("tool_call_id", "name")}
 LABEL = "label"
 """The column whose values are labels; elsewhere a few short answers may be texts to write."""
@@ -125,7 +127,7 @@ class TaskRow:
         """The row up to a turn of the assistant."""
         if place == len(self.turns) - 1:
             return self
-        return replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}, message {place + 1}")
+        return replace(self.with_turns(self.turns[: place + 1]), where=f"{self.where}{EARLIER_ANSWER}{place + 1}")
 
     def beginning(self, system: str | None) -> str:
         """The definitions of its tools, and its system prompt or else `system`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 
 from edgetune_runtime.errors import UsageError
 
 from edgetune.recipe.parts import Metric
 
-from .data import TaskRow
+from .data import EARLIER_ANSWER, TaskRow
 
 LONG_ANSWER_WORDS = 3
 EITHER_RIGHT_OR_WRONG: tuple[Metric, ...] = ("exact", "json", "label")
@@ -59,6 +60,14 @@ def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[
         if not earlier or metric != "json" or _compares(metric, row):
             scored.append(row)
     return scored
+
+
+def per_conversation(points: Iterable[tuple[str, float]]) -> list[float]:
+    """The mean of the points of each conversation, as its answers are not independent; each with where its row is."""
+    conversations: dict[str, list[float]] = {}
+    for where, value in points:
+        conversations.setdefault(where.partition(EARLIER_ANSWER)[0], []).append(value)
+    return [*map(statistics.fmean, conversations.values())]
 
 
 def _compares(metric: Metric, answer: TaskRow) -> bool:

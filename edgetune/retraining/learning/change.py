@@ -16,6 +16,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune.common.progress import Progress
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import ScoredRow, score
+from edgetune.tasks.metrics import per_conversation
 
 RowsByAdapter = Mapping[str, Mapping[str, Sequence[TaskRow]]]
 """For each adapter, sets of rows by their names."""
@@ -36,6 +37,7 @@ class ChangedAnswer:
 class Change:
     """The mean score before and after on `rows` rows, the standard error of the difference, and what changed.
 
+    The error is that of the mean differences of `conversations`, as answers in one of them are not independent.
     Scores are between 0 and 1. If `is_loss`, they are bits per byte of text instead, of which fewer are better, and
     which do not depend on the tokenizer. `before_ms` and `after_ms` are the mean times per row on this machine.
     `left_out` more rows do not fit in the context of one of the bundles.
@@ -45,6 +47,7 @@ class Change:
     after: float
     error: float
     rows: int
+    conversations: int
     answers: tuple[ChangedAnswer, ...] = ()
     is_loss: bool = False
     before_ms: float = 0.0
@@ -57,7 +60,7 @@ class Change:
         change = self.after - self.before
         if self.is_loss:
             return f"{change:+.3f} ± {self.error:.3f}"
-        return f"{change * 100:+.1f} ± {self.error * 100:.1f}"
+        return f"{change * 100:+.1f} ± {self.error * 100:.1f} points"
 
     @property
     def gain(self) -> float:
@@ -66,7 +69,8 @@ class Change:
 
     def is_worse(self, margin: float = 1.0) -> bool:
         """Whether the score got worse by more than `margin` standard errors, which a single row does not have."""
-        return self.rows > 1 and self.gain < -margin * self.error
+        # One lost answer among any number is a loss of exactly one standard error, apart from rounding.
+        return self.conversations > 1 and self.gain < -margin * self.error * (1 + 1e-9)
 
     def text(self, value: float) -> str:
         """A score for people."""
@@ -125,8 +129,8 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
         message = "no row fits in the context of both bundles"
         raise UsageError(message, "use shorter rows, or a larger context_length")
     points = [(_point(old), _point(new)) for old, new in pairs]
-    differences = [new - old for old, new in points]
-    error = statistics.stdev(differences) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+    differences = per_conversation((old.where, _point(new) - _point(old)) for old, new in pairs)
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     answers = tuple(
         ChangedAnswer(old.prompt, old.reference, old.answer, new.answer, new.score - old.score)
         for old, new in pairs
@@ -137,6 +141,7 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
         statistics.fmean(new for _, new in points),
         error,
         len(pairs),
+        len(differences),
         answers,
         is_loss=pairs[0][0].bits_per_byte is not None,
         before_ms=before.ms_per_row,

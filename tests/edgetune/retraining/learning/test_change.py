@@ -14,6 +14,18 @@ def scored_set(*scores: float, first: int = 0, too_long: int = 0) -> ScoredSet:
     return ScoredSet(rows, too_long, 1.0)
 
 
+def talk_set(*scores: float) -> ScoredSet:
+    """The answers of one conversation."""
+    places = [f"rows.jsonl:0{f', message {2 * n}' if n < len(scores) else ''}" for n in range(1, len(scores) + 1)]
+    return ScoredSet(
+        [ScoredRow(at, at, "r", f"a{score}", score) for at, score in zip(places, scores, strict=True)], 0, 1.0
+    )
+
+
+def joined(*sets: ScoredSet) -> ScoredSet:
+    return ScoredSet([row for each in sets for row in each.details], 0, 1.0)
+
+
 def read_set(*bits: float) -> ScoredSet:
     rows = [ScoredRow(f"rows.jsonl:{n}", "p", "r", "", 9.0, bits_per_byte=value) for n, value in enumerate(bits)]
     return ScoredSet(rows, 0, 1.0)
@@ -25,11 +37,26 @@ def test_a_score_is_worse_if_it_fell_by_more_than_the_margin() -> None:
     assert not change.is_worse() and change.is_worse(0.5) and not change.is_worse(2)
     assert change_between(scored_set(1, 1), scored_set(0, 0)).is_worse()
     assert not change_between(scored_set(0, 0), scored_set(1, 1)).is_worse(0)
-    assert change.text(change.after) == "75.0%" and change.difference == "-25.0 ± 25.0"
+    assert change.text(change.after) == "75.0%" and change.difference == "-25.0 ± 25.0 points"
 
 
-def test_a_single_row_says_nothing() -> None:
+def test_one_lost_answer_is_not_worse_among_any_number() -> None:
+    for rows in range(2, 120):
+        for place in {0, rows // 2, rows - 1}:
+            lost = [float(row != place) for row in range(rows)]
+            assert not change_between(scored_set(*[1] * rows), scored_set(*lost)).is_worse(), f"{place} of {rows}"
+
+
+def test_a_single_row_or_conversation_says_nothing() -> None:
     assert not change_between(scored_set(1), scored_set(0)).is_worse(0)
+    assert not change_between(talk_set(1, 1), talk_set(0, 0)).is_worse(0)
+
+
+def test_the_answers_of_a_conversation_count_as_one_for_the_error() -> None:
+    before, after = (joined(talk_set(score, 1), scored_set(1, 1, 0, first=1)) for score in (1, 0))
+    change = change_between(before, after)
+    assert (change.rows, change.conversations, change.after - change.before) == (5, 4, pytest.approx(-0.2))
+    assert change.error == pytest.approx(0.125), "half an answer in one of four"
 
 
 def test_more_bits_per_byte_are_worse() -> None:
