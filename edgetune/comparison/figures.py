@@ -140,6 +140,8 @@ def goodness(metric: str, score: float) -> float:
 def standard_error(metric: str, score: float, points: Sequence[float]) -> float:
     """Standard error of a mean score over rows with these points; binomial if all points are 0 or 1.
 
+    Two right and two wrong answers are added for a binomial one, which would be 0 for a perfect score (Agresti and
+    Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions").
     For perplexity, the points are each row's nats per token, and the error is that of their mean times the perplexity.
     """
     n = len(points)
@@ -148,6 +150,6 @@ def standard_error(metric: str, score: float, points: Sequence[float]) -> float:
     if metric in LOWER_IS_BETTER:
         return score * statistics.stdev(points) / math.sqrt(n)
     if set(points) <= {0.0, 1.0}:
-        mean = statistics.fmean(points)
+        mean = (sum(points) + 2) / (n + 4)
         return math.sqrt(mean * (1 - mean) / n)
     return statistics.stdev(points) / math.sqrt(n)

@@ -28,6 +28,7 @@ from edgetune.recipe.model import Recipe
 from edgetune.shipping.exported import TrainedAdapter
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import Evaluation, score
+from edgetune.tasks.metrics import per_conversation
 
 from .figures import EngineFigures, standard_error
 from .torch_engine import TorchEngine
@@ -70,6 +71,7 @@ class BundleMeasurement:
     def on_engine(self, target: str, scored: Evaluation, merged: MergedSpeed | None) -> EngineFigures:
         """All figures of the adapter on an engine: the given scores, and speeds measured here."""
         self.progress.say(f"timing {target}")
+        points = per_conversation((row.where, row.score) for row in scored.details)
         timed = bench.measure(
             partial(Runtime.open, self.bundle, engine=target, disk_mb=0, preflight=False), lambda _: None
         )
@@ -82,7 +84,7 @@ class BundleMeasurement:
             shape=shape,
             bytes=round(timed["adapter_mb"] * 1e6),
             score=scored.score,
-            standard_error=standard_error(scored.metric, scored.score, [row.score for row in scored.details]),
+            standard_error=standard_error(scored.metric, scored.score, points),
             kl=self.entry.parity[target]["kl"],
             base_tokens_per_s=speed["base"],
             tokens_per_s=None if is_merged else decode_speed,

@@ -68,10 +68,8 @@ def _undecided(candidates: Sequence[_Candidate], best: _Candidate) -> str:
         return f"{trials} scored 0; {remedy}"
     if len(names) == 1:
         return ""
-    worst = min(candidates, key=lambda candidate: candidate.goodness)
-    # A score of 1 has a standard error of 0 for any number of rows.
-    error = max(best.figures.standard_error, worst.figures.standard_error)
-    apart = best.goodness - worst.goodness
+    error = best.figures.standard_error
+    apart = best.goodness - min(candidate.goodness for candidate in candidates)
     if apart == 0:
         return f"{trials} scored {best.figures.score:.4g}; score on more than {rows} rows, or on harder ones"
     if apart > error:

@@ -113,13 +113,18 @@ def test_trials_within_one_standard_error_of_each_other_are_not_told_apart_by_th
     assert "within one standard error" in recommended(*perplexities).undecided
 
 
-def test_a_perfect_score_beside_a_nearly_perfect_one_decides_nothing() -> None:
-    found = recommended(outcome("all", gguf=engine(1, 9, error=0)), outcome("most", gguf=engine(0.985, 2, error=0.02)))
-    assert (found.name, found.undecided.split(";")[0]) == (
-        "most",
-        "all 2 trials are within one standard error (0.02) of each other",
+@pytest.mark.parametrize("rows", [7, 30, 100, 1000])
+def test_one_answer_decides_nothing_beside_a_perfect_score(rows: int) -> None:
+    error = standard_error("exact", 1, [1.0] * rows)
+    found = recommended(
+        outcome("all", gguf=engine(1, 9, error=error)), outcome("most", gguf=engine(1 - 1 / rows, 2, error=error))
     )
-    found = recommended(outcome("one", gguf=engine(1, 9, error=0)), outcome("two", gguf=engine(1, 2, error=0)))
+    assert found.name == "most"
+    assert found.undecided.startswith("all 2 trials are within one standard error")
+
+
+def test_the_same_score_decides_nothing() -> None:
+    found = recommended(outcome("one", gguf=engine(1, 9, error=0.02)), outcome("two", gguf=engine(1, 2, error=0.02)))
     assert (found.name, found.undecided) == (
         "two",
         "all 2 trials scored 1; score on more than 100 rows, or on harder ones",
@@ -193,7 +198,7 @@ def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine() -> None:
 
 
 def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
-    assert standard_error("exact", 0.75, [1.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert standard_error("exact", 0.75, [1.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(5 / 8 * 3 / 8 / 4))
     points = [0.2, 0.4, 0.9]
     assert standard_error("rouge_l", 0.5, points) == pytest.approx(np.std(points, ddof=1) / math.sqrt(3))
     assert standard_error("perplexity", 8.0, points) == pytest.approx(8 * np.std(points, ddof=1) / math.sqrt(3))
