@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
-from edgetune.tasks.plain_prompts import plain_prompt
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetune.tasks.plain_prompts import plain, plain_prompt
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Finding, SplitRow
 
+Ints = NDArray[np.int64]
+Key = TypeVar("Key", bound=Hashable)
+
 NEAR = 0.75
-"""Share of their trigrams that nearly the same prompts have in common."""
+"""Share of their trigrams, if they are long of their words, that nearly the same prompts have in common."""
+_ROUNDING = 1e-6
+_LONG_WORDS = 48
+"""Texts of more words are compared by these."""
 _MOST_CHARACTERS = 2000
 """Only this many characters of a longer prompt are compared."""
 
 
 def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
-    """The problems with prompts of these rows; `has_one_answer`: a prompt has only one right answer.
-
-    Prompts are the same if they differ in case, white space and punctuation at the ends of words alone.
-    """
-    groups = _grouped(rows, prompt_key)
-    for same in groups.values():
-        if len(same) > 1:
-            yield from _of_one_prompt(same, has_one_answer=has_one_answer)
-    firsts = [group[0] for group in groups.values()]
+    """The problems with prompts of these rows; `has_one_answer`: a prompt has only one right answer."""
+    groups = _grouped(rows, prompt_key).values()
+    for same in groups:
+        yield from _of_one_prompt(same, has_one_answer=has_one_answer)
+    firsts = [group[0] for group in groups]
     # With one right answer, another value in the prompt makes another answer, so only those with the same are alike.
-    for alike in _grouped(firsts, answer_key).values() if has_one_answer else [firsts]:
+    # What comes before the last turn is often the same in all rows, or longer than the turn.
+    for alike in _grouped(firsts, lambda item: (_before(item), answer_key(item) if has_one_answer else None)).values():
         for cluster in _clusters(alike):
             if len({item.split for item in cluster}) > 1:
                 yield Finding.of(NEAR_SHARED, cluster)
             elif len(set(map(answer_key, cluster))) == 1:
                 yield Finding.of(NEAR_REPEAT, cluster)
+
+
+def same_prompts(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
+    """The problems with prompts that are the same but for case, white space and punctuation at the ends of words."""
+    for same in _grouped(rows, prompt_key).values():
+        yield from _of_one_prompt(same, has_one_answer=has_one_answer)
 
 
 def conflicts_in_conversations(rows: Sequence[SplitRow], answered: Sequence[SplitRow]) -> Iterator[Finding]:
@@ -60,32 +73,76 @@ def answer_key(item: SplitRow) -> str:
         return answer
 
 
+def _before(item: SplitRow) -> str:
+    """What is before the last turn of a prompt: tools, the system prompt and earlier turns."""
+    row = item.row
+    return plain_prompt(replace(row, messages=row.messages[:-1])) if row.messages else ""
+
+
 def near(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Positions of texts, each with that of an earlier one that it is nearly the same as, if there is one.
+    """Positions of texts, each with that of the first earlier one that it is nearly the same as, if there is one.
 
-    Two sets of trigrams with the Jaccard similarity NEAR share one of their rarest, so only these are looked up
-    (Bayardo et al. 2007, "Scaling up all pairs similarity search").
+    Long texts are compared by their words, as most of them have most trigrams; those of medium length in both ways, so
+    that any two of similar length are compared.
     """
-    trigrams = [{text[i : i + 3] for i in range(max(1, len(text) - 2))} for text in texts]
-    counts = Counter(chain.from_iterable(trigrams))
-    having: dict[str, list[int]] = defaultdict(list)
-    for place, own in enumerate(trigrams):
-        rarest = sorted(own, key=lambda gram: (counts[gram], gram))[: len(own) - math.ceil(NEAR * len(own)) + 1]
-        candidates = dict.fromkeys(chain.from_iterable(having[gram] for gram in rarest))
-        first = next((other for other in candidates if _similarity(own, trigrams[other]) >= NEAR), None)
-        if first is not None:
-            yield first, place
-            continue
-        for gram in rarest:
-            having[gram].append(place)
+    found: dict[int, int] = {}
+    words = [text.split() for text in texts]
+    numbers: dict[str, int] = defaultdict(lambda: len(numbers))
+    trigrams = {place: _trigrams(text) for place, text in enumerate(texts) if len(words[place]) <= _LONG_WORDS}
+    long = {
+        place: np.array(sorted({numbers[word] for word in own}))
+        for place, own in enumerate(words)
+        if len(own) > NEAR * _LONG_WORDS
+    }
+    for sets in (trigrams, long):
+        places = [*sets]
+        for first, place in _alike([*sets.values()]):
+            found[places[place]] = min(places[first], found.get(places[place], len(texts)))
+    yield from ((found[place], place) for place in sorted(found))
 
 
-def _similarity(one: set[str], other: set[str]) -> float:
-    return len(one & other) / len(one | other)
+def _trigrams(text: str) -> Ints:
+    """The different trigrams of a text, each as a number."""
+    codes = np.frombuffer(text.ljust(3, "\0").encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.int64)
+    return np.unique(codes[:-2] << 42 | codes[1:-1] << 21 | codes[2:])
 
 
-def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], str]) -> dict[str, list[SplitRow]]:
-    groups: dict[str, list[SplitRow]] = {}
+def _alike(sets: Sequence[Ints]) -> Iterator[tuple[int, int]]:
+    """Positions of sets, each with that of the first earlier one with at least the Jaccard similarity NEAR.
+
+    Two such sets share some of their rarest features, so only these are looked up (Bayardo et al. 2007, "Scaling up all
+    pairs similarity search").
+    """
+    ranked, having = _by_rarity(sets)
+    sizes = np.array([len(own) for own in ranked])
+    is_own = np.zeros(len(having), dtype=bool)
+    for place, own in enumerate(ranked):
+        looked_up = own[: math.floor(len(own) * (1 - NEAR)) + 1 + len(own) // 4]
+        found = np.bincount(np.concatenate([having[feature] for feature in looked_up]), minlength=len(sets))[:place]
+        least = np.maximum(NEAR * len(own), NEAR / (1 + NEAR) * (sizes[:place] + len(own)))
+        is_own[own] = True
+        for other in np.flatnonzero(found + len(own) - len(looked_up) >= least - _ROUNDING):
+            both = np.count_nonzero(is_own[ranked[other]])
+            if both >= NEAR * (len(own) + sizes[other] - both):
+                yield int(other), place
+                break
+        is_own[own] = False
+
+
+def _by_rarity(sets: Sequence[Ints]) -> tuple[list[Ints], list[Ints]]:
+    """The sets with features numbered from the rarest one up, and for each feature the positions of its sets."""
+    if not sets:
+        return [], []
+    sizes = [len(own) for own in sets]
+    _, numbers, counts = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
+    ranks = np.argsort(np.argsort(counts, kind="stable"))[numbers]
+    places = np.repeat(np.arange(len(sets)), sizes)[np.argsort(ranks, kind="stable")]
+    ranked = [np.sort(own) for own in np.split(ranks, np.cumsum(sizes)[:-1])]
+    return ranked, np.split(places, np.cumsum(np.sort(counts))[:-1])
+
+
+def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], Key]) -> dict[Key, list[SplitRow]]:
+    groups: dict[Key, list[SplitRow]] = {}
     for item in rows:
         groups.setdefault(key(item), []).append(item)
     return groups
@@ -104,8 +161,8 @@ def _of_one_prompt(same: Sequence[SplitRow], *, has_one_answer: bool) -> Iterato
 
 
 def _clusters(rows: Sequence[SplitRow]) -> list[list[SplitRow]]:
-    """Rows with nearly the same prompt, each group with the row that the others are compared with first."""
-    texts = [prompt_key(item)[:_MOST_CHARACTERS] for item in rows]
+    """Rows with nearly the same last turn, each group with the row that all others in it are alike first."""
+    texts = [plain(item.row.prompt)[:_MOST_CHARACTERS] for item in rows]
     groups: dict[int, list[SplitRow]] = {}
     for first, place in near(texts):
         groups.setdefault(first, [rows[first]]).append(rows[place])

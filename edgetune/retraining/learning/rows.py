@@ -11,7 +11,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of, shortened
 
 from edgetune.curation.checking.answers import misfits
-from edgetune.curation.checking.duplicates import duplicates
+from edgetune.curation.checking.duplicates import same_prompts
 from edgetune.curation.checking.findings import CONFLICT, TRAIN, VALIDATION, SplitRow
 from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
@@ -106,7 +106,7 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     yield from (f"corrected in several ways, of which the last counts: {text!r}" for text in rows.contradicted)
     known = [SplitRow(TRAIN, row) for row in (*rows.train, *rows.held_out)]
     known += [SplitRow(VALIDATION, row) for row in rows.validation]
-    repeated = duplicates(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG)
+    repeated = same_prompts(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG)
     for finding in (*misfits(task, known), *(each for each in repeated if each.kind == CONFLICT)):
         if any(where.startswith(LOG) for where in finding.where):
             answers = " | ".join(dict.fromkeys(finding.answers))

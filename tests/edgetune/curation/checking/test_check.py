@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -21,7 +20,6 @@ from edgetune.common.progress import Progress, Step
 from edgetune.curation.checking import judging
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
-from edgetune.curation.checking.duplicates import NEAR, near
 from edgetune.curation.checking.findings import TaskCheck
 from edgetune.curation.checking.folds import folds_of
 from edgetune.curation.checking.judging import judge
@@ -181,18 +179,6 @@ def test_calls_whose_arguments_break_the_schema_are_named(tmp_path: Path) -> Non
     earlier = {**talk(0, 0), "messages": [*talk(8, "eight")["messages"], *talk(7, 7)["messages"]]}
     found = checked(tmp_path, [*(talk(n, n) for n in range(9)), talk(9, "nine"), earlier])
     assert sorted(f.where[0].partition(":")[2] for f in found.of_kind("misfit")) == ["10", "11, message 2"]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_each_text_near_an_earlier_one_is_found(seed: int) -> None:
-    rng = random.Random(seed)
-    texts = [" ".join(rng.choices(ROOMS, k=rng.randint(3, 6))) for _ in range(60)]
-    texts += [text[:place] + rng.choice("abc") + text[place:] for text in texts for place in [rng.randrange(len(text))]]
-    grams = [{text[i : i + 3] for i in range(len(text) - 2)} for text in texts]
-    found = {place: first for first, place in near(texts)}
-    for place, own in enumerate(grams):
-        earlier = [n for n in range(place) if n not in found and len(own & grams[n]) / len(own | grams[n]) >= NEAR]
-        assert found.get(place) in earlier if earlier else place not in found
 
 
 def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

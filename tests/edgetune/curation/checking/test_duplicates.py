@@ -1,0 +1,83 @@
+"""Prompts that are nearly the same: which ones are, in which splits, and how long it takes to find them."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+
+from edgetune.curation.checking.duplicates import NEAR, duplicates, near
+from edgetune.curation.checking.findings import TEST, TRAIN, SplitRow
+from edgetune.tasks.data import rows_of
+
+WORDS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
+
+
+def rows(split: str, *values: dict[str, Any]) -> list[SplitRow]:
+    return [SplitRow(split, row) for row in rows_of(split, [(f"{split}:{n}", each) for n, each in enumerate(values)])]
+
+
+def labelled(*texts: str) -> list[dict[str, Any]]:
+    return [{"text": text, "label": "light"} for text in texts]
+
+
+def asked(text: str, system: str) -> dict[str, Any]:
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    return {"messages": [*turns, {"role": "assistant", "content": "done"}]}
+
+
+def found(*items: SplitRow) -> list[tuple[str, tuple[str, ...]]]:
+    return [(each.kind, each.where) for each in duplicates(items, has_one_answer=True)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_text_near_an_earlier_one_is_found(seed: int) -> None:
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(3, 6))) for _ in range(60)]
+    texts += [text[:place] + rng.choice("abc") + text[place:] for text in texts for place in [rng.randrange(len(text))]]
+    grams = [{text[i : i + 3] for i in range(len(text) - 2)} for text in texts]
+    expected = {
+        place: earlier[0]
+        for place, own in enumerate(grams)
+        if (earlier := [n for n in range(place) if len(own & grams[n]) / len(own | grams[n]) >= NEAR])
+    }
+    assert {place: first for first, place in near(texts)} == expected
+
+
+def test_long_texts_are_compared_by_their_words() -> None:
+    words = [f"word{n}" for n in range(100)]
+    texts = [" ".join(each) for each in (words, [*words[:90], *WORDS], [*words[:60], *WORDS], words[:46], words[:50])]
+    assert list(near(texts)) == [(0, 1), (3, 4)]
+    assert list(near(["", "\ud83d", "ab", "ab"])) == [(2, 3)]
+
+
+def test_thousands_of_texts_take_seconds() -> None:
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9))) for _ in range(2000)]
+    texts = [" ".join(rng.choices(words, range(2000, 0, -1), k=k)) for k in (100, 8) for _ in range(1000)]
+    began = time.process_time()
+    assert list(near([*texts, texts[0]])) == [(0, 2000)]
+    assert time.process_time() - began < 5
+
+
+def test_a_test_row_near_any_training_row_is_found() -> None:
+    first, last = "turn off the lamp in the hall right now ok thanks", "please turn off the lamp in the hall right now"
+    assert found(*rows(TRAIN, *labelled(first, f"please {first}")), *rows(TEST, *labelled(last))) == [
+        ("near_repeat", ("train:0", "train:1")),
+        ("near_shared", ("train:1", "test:0")),
+    ]
+
+
+def test_a_long_system_prompt_makes_no_prompts_alike_or_different() -> None:
+    lights = "You control " + ", ".join(f"the light {room}" for room in WORDS)
+    assert not found(
+        *rows(TRAIN, *(asked(text, lights) for text in ("good night", "I am leaving now"))),
+        *rows(TEST, asked("switch everything off please", lights)),
+    )
+    alike = ("switch everything off please", "switch everything off, please do")
+    assert found(*rows(TRAIN, asked(alike[0], lights)), *rows(TEST, asked(alike[1], lights))) == [
+        ("near_shared", ("train:0", "test:0"))
+    ]
+    assert not found(*rows(TRAIN, asked(alike[0], lights)), *rows(TEST, asked(alike[1], "You control no light.")))
