@@ -24,6 +24,7 @@ from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows, split
 from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
 from .negatives import given, is_made, negative_rows
+from .plain_prompts import plain_prompt
 from .row_files import read_text
 from .tokenization import tokenize_rows
 
@@ -189,7 +190,8 @@ def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
 def _with_confidence(task: Task) -> Task:
     """The task with the rows that the confidence of answers is fitted on, which are not training rows.
 
-    UsageError if the given ones are, and where no answer would have the confidence that `min_confidence` asks for.
+    Those whose prompts differ in case and punctuation alone count as the same. UsageError if given ones are training
+    rows, and where no answer would have the confidence that `min_confidence` asks for.
     """
     spec, choosing, rows = task.spec, task.choosing, task.validation
     if not _has_confidence(spec, task.metric):
@@ -199,12 +201,12 @@ def _with_confidence(task: Task) -> Task:
     elif len(choosing) >= _APART_FROM:
         choosing, rows = _halves(choosing, task.training.seed)
         rows += filter(is_made, task.validation)
-    learned = {answer.prompt_key for row in task.train for answer in row.answers} if rows else set()
-    both = [row.where for row in rows if row.prompt_key in learned]
+    learned = {plain_prompt(answer) for row in task.train for answer in row.answers} if rows else set()
+    both = [row.where for row in rows if plain_prompt(row) in learned]
     if both and spec.data.confidence is not None:
         message = f"adapter {task.name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
         raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
-    rows = answers_to_score([row for row in rows if row.prompt_key not in learned], task.metric, task.train)
+    rows = answers_to_score([row for row in rows if plain_prompt(row) not in learned], task.metric, task.train)
     if spec.min_confidence is not None:
         _check_enough(task.name, task.in_scope(rows), task.metric)
     return replace(task, choosing=choosing, confidence_rows=rows)

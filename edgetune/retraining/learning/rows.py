@@ -17,6 +17,7 @@ from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
 from edgetune.tasks.data import WEIGHT, TaskRow
 from edgetune.tasks.negatives import given, is_made
+from edgetune.tasks.plain_prompts import plain_prompt
 from edgetune.tasks.task import Task
 
 from .corrections import LOG, corrected_rows
@@ -57,8 +58,9 @@ def learned_rows(
 
     A correction takes the place of training rows with its prompt, of such answers in training conversations, and of
     earlier corrections of it. Left out are those that rows have already, as after an earlier call with the same log,
-    and those whose prompt is that of a row for validation or for the confidence. Raises one UsageError for all
-    corrections that cannot be answers of the task, and TooFewCorrectionsError.
+    and those whose prompt, but for case and punctuation, is that of a row for validation or for the confidence. None is
+    held out whose prompt is learned too. Raises one UsageError for all corrections that cannot be answers of the task,
+    and TooFewCorrectionsError.
     """
     fit, unfit = corrected_rows(task, entries)
     short = {row.where for row in fitting(fit)}
@@ -66,7 +68,7 @@ def learned_rows(
     fit = [row for row in fit if row.where in short]
     train, validation = given(task.train), given(task.validation)
     apart = [*validation, *given(task.confidence_rows)]
-    kept_apart = {row.prompt_key for row in apart}
+    kept_apart = {*map(plain_prompt, apart)}
     answers: dict[str, set[str | None]] = {}
     for row in (*train, *apart):
         answers.setdefault(row.prompt_key, set()).add(row.completion)
@@ -77,16 +79,17 @@ def learned_rows(
         same[row.completion] = row
     rows = {prompt: [*same.values()][-1] for prompt, same in corrections.items()}
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
-    corrected = {prompt: row for prompt, row in rows.items() if prompt not in kept_apart}
+    corrected = {prompt: row for prompt, row in rows.items() if plain_prompt(row) not in kept_apart}
     if len(corrected) < MIN_CORRECTIONS:
         message = f"the log has {len(corrected)} corrected answers of adapter {task.name!r} to new prompts"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
         raise TooFewCorrectionsError(message, "correct more answers, or label some with --ask N")
-    earlier = {answer.prompt_key for row in train for answer in row.answers[:-1]}
-    # What conversations have corrected is learned with them.
-    held = {*[prompt for prompt in corrected if prompt not in earlier][::_HELD_OUT_PARTS]}
-    held_out = [row for prompt, row in corrected.items() if prompt in held]
-    learned = [row for prompt, row in corrected.items() if prompt not in held]
+    plain = {prompt: plain_prompt(row) for prompt, row in corrected.items()}
+    # What other rows and conversations have, also in another case, is learned with them.
+    known = {plain_prompt(answer) for row in train if row.prompt_key not in corrected for answer in row.answers}
+    held = {*[text for text in dict.fromkeys(plain.values()) if text not in known][::_HELD_OUT_PARTS]}
+    held_out = [row for prompt, row in corrected.items() if plain[prompt] in held]
+    learned = [row for prompt, row in corrected.items() if plain[prompt] not in held]
     kept = [_with_corrections(row, corrected) for row in train if row.prompt_key not in corrected]
     made = [row for row in task.validation if is_made(row) and row.prompt_key not in corrected]
     several = [row.prompt for prompt, row in corrected.items() if len(corrections[prompt]) > 1]

@@ -156,7 +156,8 @@ def test_validation_rows_that_are_trained_on_say_nothing_of_the_confidence(tmp_p
 
 
 def test_training_rows_are_refused(tmp_path: Path) -> None:
-    write_rows(tmp_path / "own.jsonl", [{"prompt": "hello", "completion": "on"}, *lights(400)])
+    loud = [{**row, "prompt": f"{row['prompt'].upper()}!"} for row in lights(400)]
+    write_rows(tmp_path / "own.jsonl", [{"prompt": "hello", "completion": "on"}, *loud])
     with pytest.raises(UsageError, match="'task': 200 of 401 confidence rows have the prompt of a training row"):
         task_of(tmp_path, 400, data={"confidence": "own.jsonl"})
 

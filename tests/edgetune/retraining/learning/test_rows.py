@@ -59,11 +59,20 @@ def test_what_is_doubtful_about_corrections_is_said(tmp_path: Path) -> None:
 
 def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_path: Path) -> None:
     task = task_of(tmp_path)
-    apart = [(str(ORDERS[place]["prompt"]), '{"do": "on", "area": "den"}') for place in (8, 10)]
+    apart = [(f"{ORDERS[place]['prompt']}!", '{"do": "on", "area": "den"}') for place in (8, 10)]
     rows = learned_rows(task, corrected(*FINE, *apart))
     assert (rows.learned, len(rows.held_out), rows.left_out) == (3, 1, 2)
     (said,) = doubts(task, rows)
     assert said == "left out 2 corrections of prompts for validation or the confidence: correct those rows"
+
+
+def test_no_correction_is_held_out_whose_prompt_is_learned_in_another_case(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    old = [(f"{row['prompt']}!", '{"do": "on", "area": "cellar"}') for row in ORDERS[:8]]
+    loud = [(f"{prompt.upper()}!", answer) for prompt, answer in FINE]
+    rows = learned_rows(task, corrected(*old, *FINE, *loud))
+    assert sorted(row.prompt for row in rows.held_out) == ["LAMP 0 IN THE HALL!", "lamp 0 in the hall"]
+    assert rows.learned == 14
 
 
 def test_of_several_corrections_of_a_prompt_the_last_counts(tmp_path: Path) -> None:
