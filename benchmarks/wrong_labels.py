@@ -25,7 +25,7 @@ from edgetune.common.progress import Progress
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
 from edgetune.curation.checking.duplicates import answer_key
-from edgetune.curation.checking.findings import TRAIN, WRONG, SplitRow
+from edgetune.curation.checking.findings import WRONG
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.augmentation.values import SlottedRow, Values
 from edgetune.tasks.data import TaskRow, read_rows
@@ -101,8 +101,8 @@ def with_wrong_answers(rows: Sequence[TaskRow], share: float, rng: random.Random
 
 def other_answer(rows: Sequence[TaskRow], place: int, rng: random.Random) -> str | None:
     """The answer of another row, which is not that of this one."""
-    own = answer_key(SplitRow(TRAIN, rows[place]))
-    return rng.choice([row.completion for row in rows if answer_key(SplitRow(TRAIN, row)) != own])
+    own = answer_key(rows[place].completion)
+    return rng.choice([row.completion for row in rows if answer_key(row.completion) != own])
 
 
 def write(path: Path, rows: Sequence[TaskRow]) -> None:

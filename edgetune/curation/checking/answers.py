@@ -118,22 +118,36 @@ def _odd_fields(parsed: Sequence[object]) -> Iterator[tuple[int, str]]:
         for path, kind in sorted(set(_fields(value, ""))):
             seen.setdefault(path, Counter())[kind] += 1
             places.setdefault((path, kind), []).append(place)
-    few = max(1, int(_ODD * len(parsed)))
+    few, common = max(1, int(_ODD * len(parsed))), _common_names(seen)
     for path, kinds in seen.items():
         usual, most = kinds.most_common(1)[0]
-        if kinds.total() == 1 and (meant := _meant(path, seen)):
+        if kinds.total() == 1 and (meant := _meant(path, common)):
             yield places[path, usual][0], f"has the field {path}, which no other answer has; {meant} is meant?"
         for kind, count in kinds.items():
             if kind != usual and count <= few and most >= _USUAL * kinds.total():
                 yield from ((place, f"{path} is {kind}, and {usual} in {most} answers") for place in places[path, kind])
 
 
-def _meant(path: str, seen: Mapping[str, Counter[str]]) -> str | None:
+def _common_names(seen: Mapping[str, Counter[str]]) -> dict[str, list[str]]:
+    """The names of the fields of several values by their parent, without parents whose names are data.
+
+    Most of the fields of these are in one value.
+    """
+    fields: dict[str, dict[str, bool]] = {}
+    for path, kinds in seen.items():
+        parent, _, name = path.rpartition(".")
+        fields.setdefault(parent, {})[name] = kinds.total() > 1
+    return {
+        parent: [name for name, is_common in names.items() if is_common]
+        for parent, names in fields.items()
+        if 2 * sum(names.values()) >= len(names)
+    }
+
+
+def _meant(path: str, common: Mapping[str, Sequence[str]]) -> str | None:
     """The field of several values that is spelled nearly like this one."""
     parent, dot, name = path.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in seen if other.rpartition(".")[0] == parent}
-    common = [name for name, other in siblings.items() if seen[other].total() > 1]
-    near = difflib.get_close_matches(name, common, n=1, cutoff=_MISSPELLED)
+    near = difflib.get_close_matches(name, common.get(parent, ()), n=1, cutoff=_MISSPELLED)
     return f"{parent}{dot}{near[0]}" if near else None
 
 

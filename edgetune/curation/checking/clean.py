@@ -12,15 +12,17 @@ from edgetune.recipe.data import DataSpec
 from edgetune.tasks.data import WEIGHT
 from edgetune.tasks.row_files import entries
 
-from .findings import CONFIDENCE, REPEAT, SHARED, TEST, UNUSABLE, WRONG, TaskCheck
+from .duplicates import answer_key
+from .findings import CONFIDENCE, REPEAT, SHARED, TEST, UNUSABLE, WRONG, Finding, TaskCheck
 
 
 def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
     """Write the rows of the training data to `out`, as JSON lines with the same columns.
 
     Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
-    the first of those that repeat; returns how many, by the kind of the problem. If `weighted`, rows with an answer
-    that is probably wrong stay, and their weight is multiplied by one below 1.
+    the first of those that repeat, whatever part of the file a build holds out; returns how many, by the kind of the
+    problem. If `weighted`, rows with an answer that is probably wrong stay, and their weight is multiplied by one
+    below 1.
     """
     left_out = _left_out(check, is_split_by_build=data.validation is None)
     weights: dict[str, float] = {}
@@ -48,8 +50,14 @@ def _left_out(check: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
     for finding in check.findings:
         if finding.kind in (UNUSABLE, WRONG):
             places |= dict.fromkeys(finding.where, finding.kind)
-        elif finding.kind == REPEAT:
-            places |= dict.fromkeys(finding.where[1:], REPEAT)
         elif finding.kind == SHARED and ({CONFIDENCE, TEST} & {*finding.splits} or not is_split_by_build):
             places |= dict.fromkeys(finding.where, SHARED)
+        elif finding.kind in (REPEAT, SHARED):
+            places |= dict.fromkeys(_repeats(finding), REPEAT)
     return places
+
+
+def _repeats(finding: Finding) -> list[str]:
+    """Where the rows with a prompt are that have the answer of an earlier one."""
+    firsts = {answer_key(answer): place for place, answer in reversed([*enumerate(finding.answers)])}
+    return [where for place, where in enumerate(finding.where) if place not in firsts.values()]

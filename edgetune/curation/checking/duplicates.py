@@ -36,11 +36,11 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
     firsts = [group[0] for group in groups]
     # With one right answer, another value in the prompt makes another answer, so only those with the same are alike.
     # What comes before the last turn is often the same in all rows, or longer than the turn.
-    for alike in _grouped(firsts, lambda item: (_before(item), answer_key(item) if has_one_answer else None)).values():
+    for alike in _grouped(firsts, lambda item: (_before(item), _answer_of(item) if has_one_answer else None)).values():
         for cluster in _clusters(alike):
             if len({item.split for item in cluster}) > 1:
                 yield Finding.of(NEAR_SHARED, cluster)
-            elif len(set(map(answer_key, cluster))) == 1:
+            elif len(set(map(_answer_of, cluster))) == 1:
                 yield Finding.of(NEAR_REPEAT, cluster)
 
 
@@ -54,8 +54,8 @@ def conflicts_in_conversations(rows: Sequence[SplitRow], answered: Sequence[Spli
     """The prompts that have several answers only with those in the middle of conversations, which are in `answered`."""
     last = {item.row.where for item in rows}
     for same in _grouped(answered, prompt_key).values():
-        answers = set(map(answer_key, same))
-        if len(answers) > 1 and len({answer_key(item) for item in same if item.row.where in last}) < 2:
+        answers = set(map(_answer_of, same))
+        if len(answers) > 1 and len({_answer_of(item) for item in same if item.row.where in last}) < 2:
             yield Finding.of(CONFLICT, same, f"{len(answers)} different answers")
 
 
@@ -64,13 +64,17 @@ def prompt_key(item: SplitRow) -> str:
     return plain_prompt(item.row)
 
 
-def answer_key(item: SplitRow) -> str:
-    """The answer of a row, for comparison with others: of JSON, the values."""
-    answer = (item.row.completion or "").strip()
+def answer_key(answer: str | None) -> str:
+    """An answer, for comparison with others: of JSON, the values."""
+    text = (answer or "").strip()
     try:
-        return json.dumps(json.loads(answer), sort_keys=True)
+        return json.dumps(json.loads(text), sort_keys=True)
     except (ValueError, RecursionError):
-        return answer
+        return text
+
+
+def _answer_of(item: SplitRow) -> str:
+    return answer_key(item.row.completion)
 
 
 def _before(item: SplitRow) -> str:
@@ -149,7 +153,7 @@ def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], Key]) -> dict[K
 
 
 def _of_one_prompt(same: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
-    by_answer = _grouped(same, answer_key)
+    by_answer = _grouped(same, _answer_of)
     if len(by_answer) > 1 and has_one_answer:
         yield Finding.of(CONFLICT, same, f"{len(by_answer)} different answers")
     if len({item.split for item in same}) > 1:

@@ -203,7 +203,7 @@ class Lesson:
         row = row_of(self._columns, system, prompt, answers[0])
         if row is None or not all(map(self._fits, answers)):
             return _LeftOut("answers that do not fit the task", answers)
-        if len({answer_key(SplitRow(TRAIN, TaskRow("", completion=answer))) for answer in answers}) > 1:
+        if len({*map(answer_key, answers)}) > 1:
             return _LeftOut("answers that disagree", answers)
         return row
 

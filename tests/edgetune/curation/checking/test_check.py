@@ -170,6 +170,11 @@ def test_answers_of_another_form_than_most_are_named(tmp_path: Path) -> None:
     }
 
 
+def test_fields_whose_names_are_data_are_not_taken_for_misspelled(tmp_path: Path) -> None:
+    orders = [{"prompt": f"note {n}", "completion": {"prices": {f"lamp{n}": n, "lamp": n}}} for n in range(30)]
+    assert "misfit" not in checked(tmp_path, orders, validation=orders[:1]).counts
+
+
 def test_calls_whose_arguments_break_the_schema_are_named(tmp_path: Path) -> None:
     def talk(number: int, level: object) -> dict[str, Any]:
         call = {"function": {"name": "dim", "arguments": {"level": level}}}
@@ -201,6 +206,15 @@ def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest
     assert not {"script", "b>hello"} & tags
     assert main(["data", "check", recipe, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["command"]["counts"]["unusable"] == 1
+
+
+def test_of_rows_that_repeat_in_both_parts_of_a_file_the_first_is_written(tmp_path: Path) -> None:
+    loud = [{**row, "prompt": f"{row['prompt'].upper()}!"} for row in ORDERS]
+    found = checked(tmp_path, [*ORDERS, *loud, {**ORDERS[0], "completion": {"do": "off", "area": "den"}}])
+    assert found.counts["shared"]
+    data, clean = Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data, tmp_path / "clean.jsonl"
+    assert write_clean(found, data, clean) == {"repeat": len(ORDERS)}
+    assert len({row.prompt.lower().strip("!") for row in read_rows(str(clean))}) == len(ORDERS)
 
 
 @pytest.mark.parametrize(
