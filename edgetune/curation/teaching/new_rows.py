@@ -30,7 +30,7 @@ from edgetune.tasks.task import Task
 
 from .questions import Questions
 from .row_form import columns_of, row_of
-from .teacher import RefusedRequestError, Reply, Teacher, TeacherError
+from .teacher import RefusedRequestError, Reply, RequestsSentError, Teacher, TeacherError
 
 _WORDING, _ANSWERS = 1.0, (0.0, 0.7)
 """Temperatures of a new prompt, and of the two answers to it."""
@@ -162,6 +162,11 @@ class Lesson:
                 made = self._made(next(numbers), prompts)
             except RefusedRequestError as error:
                 made = _LeftOut("requests that the teacher refuses", [error.message])
+            except RequestsSentError:
+                # Tries after failures leave fewer requests for the row than it needs.
+                if not is_of_use:
+                    raise
+                return
             if not isinstance(made, _LeftOut):
                 in_vain.clear()
                 is_of_use = True

@@ -40,6 +40,10 @@ class RefusedRequestError(TeacherError):
     """The teacher answered others, but refuses this request."""
 
 
+class RequestsSentError(TeacherError):
+    """All requests that the teacher may be sent are sent."""
+
+
 class Reply(NamedTuple):
     """The text of an answer, and whether it was cut off at the limit of tokens."""
 
@@ -87,13 +91,13 @@ class Teacher:
         A teacher that refuses the temperature, the seed or the name of the limit of tokens gets none from then on, or
         the other name.
 
-        Raises TeacherError after some tries, when all requests are sent, and for a refusal: RefusedRequestError if
-        others may be answered.
+        Raises TeacherError after some tries, RequestsSentError when all requests are sent, and for a refusal
+        RefusedRequestError if others may be answered.
         """
         problem = ""
         for attempt in range(_TRIES):
             if self.sent >= self.most_requests:
-                raise TeacherError(f"{self.sent} requests are sent", "allow more with --requests")
+                raise RequestsSentError(f"{self.sent} requests are sent", "allow more with --requests")
             self._wait()
             self.sent += 1
             try:

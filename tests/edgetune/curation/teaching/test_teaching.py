@@ -497,6 +497,23 @@ def test_a_run_without_a_row_fails_and_one_with_some_says_how_many(
     assert "1 of 4 rows are made with 9 requests; allow more with --requests" in capsys.readouterr().err
 
 
+def test_a_request_that_is_sent_again_ends_no_run_with_an_error(
+    teacher: Callable[[Reply], str], recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[int] = []
+
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        sent.append(body["seed"])
+        if len(sent) == 5:
+            return 429, {"Retry-After": "0"}, b"{}"
+        return said(f"new {body['seed']}" if asking_for_requests(body) else '{"do": "on"}')
+
+    out = tmp_path / "new.jsonl"
+    assert command(recipe, teacher(reply), out, "--yes", "--requests", "6") == 0
+    assert "1 of 4 rows are made with 6 requests; allow more with --requests" in capsys.readouterr().err
+    assert len(read_rows(str(out))) == 1
+
+
 def test_thoughts_and_introductions_are_no_prompts_and_half_characters_no_rows(
     recipe: str, teacher: Callable[[Reply], str], tmp_path: Path
 ) -> None:
