@@ -27,7 +27,8 @@ class AnswerRequest:
     `model` is the name that it used; for `auto` that of the model that the router chose, and `route` is its choice.
     `prompts` each get `count` answers. `options` are those of `Runtime.generate`, `raw` among them. `streams`: answers
     are sent in pieces, with at most `max_calls` tool calls each. `finish` makes of a whole answer what is sent; its
-    text is then not sent in pieces. `id` is that of the reply, and of its answers in a log.
+    text is then not sent in pieces. A question in place of an unsure answer is sent as it is. `id` is that of the
+    reply, and of its answers in a log.
     """
 
     model: str

@@ -190,7 +190,8 @@ class Answering:
         await asyncio.to_thread(self.good_answers.add)
         await self._log(request, prompt, answer, index)
         if request.finish is not None:
-            answer = request.finish(answer)
+            if answer.instead != ASK:
+                answer = request.finish(answer)
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))

@@ -77,6 +77,17 @@ def test_a_chat_is_answered_by_the_adapter_with_the_rewritten_prompt(server: Run
     assert answer.usage.prompt_tokens == own.timings.prompt_tokens
 
 
+def test_a_question_in_place_of_an_unsure_answer_is_sent_as_it_is(sure_bundle: Path, folder: Path) -> None:
+    rewriters = [Rewriter.load("short=shortened:rewrite", folder)]
+    with started(sure_bundle, Access(), ServerLimits(grace_s=5), rewriters=rewriters, disk_mb=0) as running:
+        own = running.runtime.generate("play music in the hall", adapter="command", max_tokens=8)
+        body = {"model": "short", "messages": said("play music"), "stop": own.text[-2:], "max_tokens": 24}
+        unsure = {"min_confidence": 1 - 1e-9, "ask": "Which room?"}
+        replies = [running.client.post("/v1/chat/completions", json={**body, **more}) for more in ({}, unsure)]
+    sent = [reply.json()["choices"][0]["message"]["content"] for reply in replies]
+    assert sent[0].startswith("said: ") and sent[1] == "Which room?"
+
+
 def test_calls_of_the_reply_are_tool_calls_in_both_apis_streamed_and_not(server: Running, client: OpenAI) -> None:
     whole = client.chat.completions.create(model="short", messages=said("light"), tools=TOOLS).choices[0]
     assert whole.finish_reason == "tool_calls"
