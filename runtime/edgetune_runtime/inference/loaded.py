@@ -173,12 +173,14 @@ class LoadedBundle:
         except Stopped as stopped:
             return replace(call, stopped=stopped.reason, prepared_s=time.perf_counter() - begin)
         tokens = prepared.tokens
-        spans, kept = self.base.first.spans(active, tokens), 0
+        own = self.base.first.spans(active, tokens)
+        spans, kept = own, 0
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
-            spans = join_spans(carried.spans, kept, spans)
+            spans = join_spans(carried.spans, kept, own)
             others = {name for _, names in carried.spans for name in names} - entries.keys()
             entries = entries | self._entries(others)
+        has_own_state = system == own_system and all(names in dict(own).values() for _, names in spans)
         return replace(
             call,
             job=PromptJob(tokens, spans, prepared.fixed, owner, prepared.comes_with_call),
@@ -188,7 +190,7 @@ class LoadedBundle:
             constraint=constraint,
             reader=reader,
             past=None if self._past is None else self._past.of(entries, spans, tokens),
-            curves={} if raw else form.curves_among(self.curves(adapter), first),
+            curves=form.curves_among(self.curves(adapter), first) if has_own_state and not raw else {},
             answers_tool=not raw and messages[-1]["role"] == "tool",
             prepared_s=time.perf_counter() - begin,
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
@@ -166,6 +167,19 @@ def test_a_loaded_session_keeps_carrying_states_to_the_next_adapter(runtime: Run
         again = runtime.load_session(tmp_path / "saved")
         assert again.send(MESSAGES[1], max_tokens=4).text == expected.text
         assert expected.timings.carried_tokens > 0
+
+
+def test_answers_on_the_state_of_another_adapter_have_no_confidence(sure_bundle: Path) -> None:
+    options: dict[str, Any] = {"max_tokens": 4, "min_confidence": 0.5}
+    with Runtime.open(sure_bundle, engine="gguf", disk_mb=0) as runtime, runtime.session("command") as session:
+        session.send(MESSAGES[0], **options)
+        session.use("command", carry="reuse")
+        session.send(MESSAGES[1], **options)
+        session.use("tone", carry="reuse")
+        with pytest.raises(UsageError, match="these answers have no confidence"):
+            session.send(MESSAGES[2], **options)
+        session.use("tone")
+        session.send(MESSAGES[2], **options)
 
 
 def test_files_that_are_no_sessions_are_refused(
