@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PositiveInt,
+    PrivateAttr,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -153,6 +154,18 @@ class DataSpec(RecipePart):
     """Which tokens count in the loss: those of the completions, or all."""
     augment: OrSwitch[AugmentSpec] = None
     """Changed copies of the training rows: true, or a mapping of options."""
+    _apart: Rows | None = PrivateAttr(default=None)
+
+    @property
+    def apart(self) -> Rows | None:
+        """Rows that are compared later, whose prompts no copy has."""
+        return self._apart
+
+    def keeping_apart(self, rows: Rows) -> DataSpec:
+        """The data whose copies have no prompts of these rows."""
+        copy = self.model_copy()
+        copy._apart = rows
+        return copy
 
 
 class TextSpec(RecipePart):

@@ -123,6 +123,7 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
     """The task with changed copies of its training rows; UsageError for options that do not fit the rows."""
     options, output = task.spec.data.augment, task.spec.output
     assert options is not None
+    apart = [] if task.spec.data.apart is None else read(task.spec.data.apart)
     others = []
     if options.negatives is not None:
         specs = recipe.others(task.name).values()
@@ -135,7 +136,7 @@ def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
             options,
             schema=None if output is None or output.spec is None else output.spec.schema,
             labels=task.labels,
-            validation=[*task.validation, *task.confidence_rows],
+            validation=[*task.validation, *task.confidence_rows, *apart],
             others=others,
             seed=task.training.seed,
         )

@@ -114,10 +114,7 @@ def learn(
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
-        specs = {
-            name: _started(_spec(tasks[name], split.train, split.validation), bundle, name)
-            for name, split in rows.items()
-        }
+        specs = {name: _started(_spec_to_compare(tasks[name], split), bundle, name) for name, split in rows.items()}
         again = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}, "route": None})
         build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
         sets = {
@@ -214,6 +211,15 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
     scope = task.spec.out_of_scope
     labels = tuple(label for label in task.labels if scope is None or label != scope.label) or None
     return task.spec.model_copy(update={"data": data, "metric": task.metric, "labels": labels})
+
+
+def _spec_to_compare(task: Task, rows: LearnedRows) -> AdapterSpec:
+    """The adapter's section without the corrections that are held out, of which no changed copy may tell."""
+    spec = _spec(task, rows.train, rows.validation)
+    if not rows.held_out:
+        return spec
+    apart = values_of(f"{task.name}-{CORRECTIONS}", rows.held_out)
+    return spec.model_copy(update={"data": spec.data.keeping_apart(apart)})
 
 
 def _of_base(recipe: Recipe, bundle: Path, manifest: Manifest) -> Recipe:

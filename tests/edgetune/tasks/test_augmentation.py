@@ -15,6 +15,7 @@ from recipes import adapter_of, make_recipe, write_recipe
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.cli.main import main
 from edgetune.planning.needs import plan_rows
+from edgetune.recipe.rows import Rows
 from edgetune.tasks.augmentation.noise import noisy
 from edgetune.tasks.augmentation.numbers import number_word
 from edgetune.tasks.augmentation.slots import Mention, mentions_of
@@ -500,6 +501,18 @@ def test_no_copy_has_the_prompt_of_a_row_for_the_confidence(tmp_path: Path) -> N
     asked = {row.prompt_key for row in made.confidence_rows}
     assert len(asked) == len(sure)
     assert made.copies and not asked & {copy.row.prompt_key for copy in made.copies}
+
+
+def test_no_copy_has_the_prompt_of_a_row_that_is_kept_apart(tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "validation": "more.jsonl", "augment": {"copies": 9, **QUIET}}
+    files = {"rows.jsonl": ORDERS[::3], "more.jsonl": ORDERS[:1]}
+    recipe = make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data=files)
+    prompt, _ = pairs(list(read_task("home", recipe).copies))[0]
+    spec = recipe.adapters["home"]
+    apart = spec.data.keeping_apart(Rows.of("apart", [{"prompt": f"{prompt.upper()}!", "completion": {}}]))
+    changed = recipe.model_copy(update={"adapters": {"home": spec.model_copy(update={"data": apart})}})
+    made = pairs(list(read_task("home", changed).copies))
+    assert made and prompt not in {other for other, _ in made}
 
 
 def test_an_inferred_output_allows_new_values_and_no_copy_makes_values_look_complete(task: Callable[..., Task]) -> None:

@@ -9,6 +9,8 @@ from edgetune_runtime.answer_log.answers import LoggedAnswer
 from edgetune_runtime.errors import UsageError
 from recipes import make_recipe
 
+from edgetune.recipe.model import Recipe
+from edgetune.retraining.learning.learn import _spec, _spec_to_compare
 from edgetune.retraining.learning.rows import TooFewCorrectionsError, doubts, learned_rows
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task, read_task
@@ -73,6 +75,19 @@ def test_no_correction_is_held_out_whose_prompt_is_learned_in_another_case(tmp_p
     rows = learned_rows(task, corrected(*old, *FINE, *loud))
     assert sorted(row.prompt for row in rows.held_out) == ["LAMP 0 IN THE HALL!", "lamp 0 in the hall"]
     assert rows.learned == 14
+
+
+def test_no_copy_has_the_prompt_of_a_correction_that_is_held_out(tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "validation": "more.jsonl", "augment": {"copies": 9, "noise": 0}}
+    task = task_of(tmp_path, data=data)
+    rows = learned_rows(task, corrected(("lamp 1 in the attic", '{"do": "on", "area": "attic"}'), *FINE))
+    recipe = Recipe.from_file(tmp_path / "recipe.yaml")
+    found = [
+        {copy.row.prompt for copy in read_task("home", recipe.model_copy(update={"adapters": {"home": spec}})).copies}
+        for spec in (_spec(task, rows.train, rows.validation), _spec_to_compare(task, rows))
+    ]
+    told = [prompts & {row.prompt for row in rows.held_out} for prompts in found]
+    assert told == [{"lamp 1 in the attic"}, set()] and found[1]
 
 
 def test_of_several_corrections_of_a_prompt_the_last_counts(tmp_path: Path) -> None:
