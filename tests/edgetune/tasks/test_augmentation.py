@@ -86,7 +86,6 @@ def test_a_field_that_depends_on_an_unsaid_one_stays() -> None:
         for room in ROOMS
         for verb, do in (("brighten", "on"), ("darken", "off"), ("light up", "on"))
     ]
-    assert all(ids[answer["name"]] == answer["id"] for _, answer in pairs(copied(rows, **QUIET)))
     assert copied(rows, **QUIET) == []
 
 
@@ -104,16 +103,19 @@ def test_numbers_keep_their_form_and_their_steps() -> None:
         assert f"{words} minutes" in prompt
         assert "20:60" in prompt or "at" not in prompt.split()
     large = [{"prompt": f"cancel {order}", "completion": {"order": order}} for order in (7, 8, 10**20)]
-    assert {answer["order"] for _, answer in pairs(copied(large, **QUIET))} <= {7, 8, 10**20}
+    assert copied(large, **QUIET) == []
 
 
 def test_numbers_of_plain_answers_are_exchanged_for_others_of_their_form() -> None:
+    boxes = {10: "mailbox", 11: "letterbox", 12: "parcel box"}
     rows = [
-        {"prompt": f"mailbox opened, {hour}:00", "completion": f"If I may, the post came at {hour}:00 today, sir."}
-        for hour in (10, 11, 12)
+        {"prompt": f"{box} opened, {hour}:00", "completion": f"If I may, the post came at {hour}:00 today, sir."}
+        for hour, box in boxes.items()
     ]
     rows.append({"prompt": "window 7 is open", "completion": "If I may, window 7 is open, sir."})
-    for prompt, answer in pairs(copied(rows, copies=2, **QUIET)):
+    made = pairs(copied(rows, copies=2, **QUIET))
+    assert len(made) > 3
+    for prompt, answer in made:
         (hour,) = re.findall(r"\d+:00", prompt)
         assert f"the post came at {hour} today" in answer
 
@@ -348,9 +350,11 @@ def test_clauses_that_refer_to_others_keep_their_order() -> None:
             "go to the hall and light it in the den",
             "the hall and the den",
             "light the hall and when done light the den",
+            "light the hall and light the den",
         )
     ]
-    assert not any("order of clauses" in c.changes for c in copied(rows, copies=9, **QUIET))
+    reordered = {c.source.where for c in copied(rows, copies=9, **QUIET) if "order of clauses" in c.changes}
+    assert reordered == {"row 5"}
 
 
 def test_clauses_of_other_languages_keep_their_order() -> None:
