@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
-from edgetune_runtime.processes.interrupts import end_on_interrupt
+from edgetune_runtime.processes.interrupts import end_in_order, end_on_interrupt
 from edgetune_runtime.store import service, switch, systemd, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit
@@ -37,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
     end_on_interrupt()
-    _end_in_order()
+    end_in_order()
     if os.geteuid() == 0:
         # The account of the unit must be able to read what root installs.
         os.umask(0o022)
@@ -55,16 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _fail(EdgetuneError(f"unexpected {type(error).__name__}: {error}", "report it"))
     return 0
-
-
-def _end_in_order() -> None:
-    """Go on when the terminal is closed, and undo what is half done on SIGTERM as on Ctrl-C.
-
-    A unit that was stopped while a new version is asked must run again.
-    """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _fail(error: EdgetuneError) -> int:

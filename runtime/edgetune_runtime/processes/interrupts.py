@@ -1,4 +1,4 @@
-"""Make Ctrl-C work in command-line tools that were started with SIGINT ignored, and hold it where it would do harm."""
+"""What signals do to command-line tools: end them in order, also in the background, or wait where that would harm."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def end_on_interrupt() -> None:
     """
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_in_order() -> None:
+    """Go on when the terminal is closed, and undo what is half done on SIGTERM as on Ctrl-C.
+
+    A unit that was stopped while a new version is asked must run again. Unix only.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

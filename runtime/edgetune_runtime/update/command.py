@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space
+from edgetune_runtime.processes.interrupts import end_in_order
 from edgetune_runtime.store import versions
 from edgetune_runtime.wording import printable
 
@@ -53,7 +54,13 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Run the action that was asked for, and print what it did; OutOfSpaceError where the disk is full."""
+    """Run the action that was asked for, and print what it did.
+
+    OutOfSpaceError where the disk is full, IncompatibleError on Windows.
+    """
+    if sys.platform == "win32":
+        raise IncompatibleError("updates need links and locks that Windows does not have", "copy the bundle instead")
+    end_in_order()
     default = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
     prefix = (options.prefix or Path(default)).absolute()
     try:

@@ -17,11 +17,13 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from edgetune_runtime import cli
 from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
 from kits import KitMaker, ask, copied, with_fields
 from ports import http_server
+from repositories import Publisher
 
 from edgetune.delivery.board import main
 
@@ -137,12 +139,31 @@ def test_an_install_that_changes_nothing_starts_a_unit_that_does_not_run(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["install", "update"])
 def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
-    make: KitMaker, systemd: Path, port: int, prefix: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+    command: str,
+    sent: signal.Signals,
+    make: KitMaker,
+    systemd: Path,
+    port: int,
+    prefix: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ("--prefix", prefix)
     assert run("install", make("one"), *options, "--service", "--port", port) == 0
-    two = make("two")
+    # An update is another program, in which nothing has set how to end.
+    signal.signal(sent, signal.SIG_DFL)
+    publisher = Publisher(tmp_path / "host")
+    publisher("two")
+    source = ("--repo", publisher.repo, "--root", publisher.root)
+    kit = make("two")
+
+    def switch_to_two() -> int:
+        if command == "install":
+            return run("install", kit, *options)
+        return cli.main(["update", "--apply", *map(str, (*source, *options))])
+
     monkeypatch.setattr(switch, "free_mb", lambda: 0.0)
     asked = trial.golden_answers
 
@@ -154,7 +175,7 @@ def test_a_unit_that_was_stopped_to_make_room_runs_again_after_a_signal(
         return asked(prefix, kit)
 
     monkeypatch.setattr(trial, "golden_answers", signalled)
-    code = run("install", two, *options)
+    code = switch_to_two()
     assert (code, served(port)) == ((0, "two") if sent == signal.SIGHUP else (130, "one"))
 
 

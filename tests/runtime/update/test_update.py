@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -608,3 +609,11 @@ def test_the_command_speaks_json(
     assert main(["update", "--prefix", str(prefix / "none"), "--status"]) == 3
     with pytest.raises(SystemExit, match="2"):
         main(["update", "--prefix", str(prefix)])
+
+
+def test_windows_is_told_that_it_has_no_updates(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert main(["update", "--status", "--prefix", str(prefix)]) == IncompatibleError.exit_code
+    assert "updates need links and locks that Windows does not have" in capsys.readouterr().err
