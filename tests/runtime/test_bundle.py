@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,8 @@ def test_another_schema_is_refused_with_what_to_do(schema: int, remedy: str, cop
         lambda raw: raw["files"].pop("base/model.gguf"),
         lambda raw: raw["base"]["files"].update(gguf="../model.gguf"),
         lambda raw: raw["base"]["files"].update(gguf="/etc/passwd"),
+        lambda raw: raw["files"].update({"x" * 300: {"sha256": "", "bytes": 0}}),
+        lambda raw: raw["files"].update({"a//b": {"sha256": "", "bytes": 0}}),
         lambda raw: raw["files"].update({"..\\x": {"sha256": "", "bytes": 0}}),
         lambda raw: raw["files"].update({"base/\0": {"sha256": "", "bytes": 0}}),
         lambda raw: raw.update(name="home\x1b[2J"),
@@ -170,6 +173,22 @@ def test_a_link_that_leads_outside_is_refused(copy: Path, tmp_path: Path) -> Non
     (copy / "base/model.gguf").symlink_to(outside)
     with pytest.raises(VerificationError, match="outside"):
         resolve(copy, "base/model.gguf")
+
+
+def test_a_link_that_leads_to_itself_is_refused(copy: Path) -> None:
+    (copy / "base/model.gguf").unlink()
+    (copy / "base/model.gguf").symlink_to("model.gguf")
+    with pytest.raises(VerificationError):
+        verify_files(copy, read_manifest(copy), ["base/model.gguf"])
+
+
+def test_a_path_of_many_folders_is_refused_before_anything_is_made_of_them(copy: Path) -> None:
+    deep = "a/" * 8000
+    change_manifest(copy, lambda raw: raw["files"].update({f"{deep}{n}": {"sha256": "", "bytes": 0} for n in range(2)}))
+    begin = time.monotonic()
+    with pytest.raises(VerificationError, match=r"which is too long; do not use this bundle$"):
+        read_manifest(copy)
+    assert time.monotonic() < begin + 1
 
 
 def overwrite(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
-from edgetune_runtime.store.kit import Kit
+from edgetune_runtime.store.kit import Kit, version_key
 
 _OLDEST_CLOCK = time.mktime((2025, 1, 1, 0, 0, 0, 0, 0, 0))
 """Before the first kit; a board without a battery for its clock starts in 1970."""
@@ -83,7 +83,7 @@ def problems(kit: Kit, facts: MachineFacts, *, disk_mb: int) -> Iterator[Incompa
         yield IncompatibleError(
             f"this is Python {facts.python}, and the kit's wheels are for Python {kit.python}", remedy
         )
-    if _numbers(facts.glibc) < _numbers(kit.needs["glibc"]):
+    if version_key(facts.glibc) < version_key(kit.needs["glibc"]):
         remedy = "use a newer system, such as Debian 12"
         yield IncompatibleError(
             f"glibc is {facts.glibc or 'missing'}, the kit's wheels need {kit.needs['glibc']}", remedy
@@ -138,10 +138,6 @@ def _glibc() -> str:
     except ValueError:
         return ""
     return version if name == "glibc" else ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _existing(path: Path) -> Path:

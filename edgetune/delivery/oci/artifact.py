@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from edgetune_runtime.bundle import MANIFEST_NAME, FileEntry, Manifest
+from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.update.release import bundle_path, file_entry
+from edgetune_runtime.update.release import file_entry
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"

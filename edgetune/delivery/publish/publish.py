@@ -20,7 +20,8 @@ from edgetune_runtime.bundle import (
 from edgetune_runtime.bundle.parts import parts_in
 from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, signature_file
 from edgetune_runtime.errors import NotFoundError, UsageError
-from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part, version_key
+from edgetune_runtime.store.kit import version_key
+from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part
 from filelock import FileLock, Timeout
 from securesystemslib.signer import Key
 

@@ -9,9 +9,13 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.wording import COPY_BUNDLE_AGAIN
+from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable
 
 from .records import AdapterEntry, Manifest
+
+_LONGEST_PATH_BYTES = 200
+"""File systems have names of up to 255 bytes, also for what is written beside a file until it is complete."""
+_DEEPEST_PATH = 16
 
 
 def verify_files(bundle: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
@@ -159,10 +163,27 @@ def pinned(bundle: Path) -> Path:
     return bundle.resolve() if bundle.parent.is_symlink() else bundle
 
 
+def bundle_path(path: str) -> str:
+    """`path`, if it can be one of a file in a bundle; ValueError for one that is outside, too long or too deep.
+
+    What is made of the folders above a file grows with the square of its depth.
+    """
+    parts = path.split("/")
+    if {"", ".", ".."} & {*parts} or "\\" in path or path != printable(path):
+        raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
+    if len(path.encode()) > _LONGEST_PATH_BYTES or len(parts) > _DEEPEST_PATH:
+        raise ValueError(f"it names {path[:80]!r}…, which is too long")
+    return path
+
+
 def resolve(bundle: Path, name: str) -> Path:
     """The path of file `name` in the bundle; VerificationError when it points outside, even through a symbolic link."""
-    root = bundle.resolve()
-    path = (root / name).resolve()
+    try:
+        root = bundle.resolve()
+        path = (root / name).resolve()
+    except (OSError, RuntimeError) as error:
+        # Links that lead to each other.
+        raise VerificationError(f"cannot find {name} in the bundle {bundle}: {error}", COPY_BUNDLE_AGAIN) from error
     if not path.is_relative_to(root):
         raise VerificationError(f"{name} points outside the bundle {bundle}", "do not use this bundle")
     return path

@@ -19,7 +19,7 @@ from edgetune_runtime.errors import IncompatibleError, NotFoundError, Verificati
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, shortened
 
-from .files import files_only_of, resolve, sha256_of, with_present_formats
+from .files import bundle_path, files_only_of, resolve, sha256_of, with_present_formats
 from .reading import check, parse_adapter, parse_manifest
 from .records import AUTHOR_NAME, LONGEST_MANIFEST, MANIFEST_NAME, AdapterEntry, FileEntry, Manifest
 
@@ -27,7 +27,7 @@ SCHEMA_VERSION = 1
 FOLDER = "authors"
 LONGEST_PART = 1 << 20
 _NAME = "part.json"
-_MOST_VERSION = 10**9
+MOST_VERSION = 10**9
 _PURPOSE = b"edgetune part\n"
 """Signed in front of a part, so that no signature for another purpose fits."""
 _PATH = re.compile(rf"{FOLDER}/{AUTHOR_NAME}/{re.escape(_NAME)}")
@@ -85,14 +85,14 @@ def parse_part(data: bytes, where: str) -> Part:
         part = dataclass_of(Part, values)
         folder = part_path(part.adapter.name).removesuffix(_NAME)
         named = {*part.files, *part.adapter.files.values(), *part.adapter.shared_files}
-        folders = {str(parent) for name in named for parent in PurePosixPath(name).parents}
+        folders = {str(parent) for name in named for parent in PurePosixPath(bundle_path(name)).parents}
         outside = [
             name for name in named
             if not name.startswith(folder) or name in folders or name.removeprefix(folder).split("/")[0] == _NAME
         ]  # fmt: skip
         if outside or named != part.files.keys():
             raise ValueError(f"it names {next(iter(outside or named - part.files.keys()))!r}, which is not its own")
-        if not re.fullmatch(AUTHOR_NAME, part.adapter.name) or not 1 <= part.version <= _MOST_VERSION:
+        if not re.fullmatch(AUTHOR_NAME, part.adapter.name) or not 1 <= part.version <= MOST_VERSION:
             raise ValueError(f"it is version {part.version} of {part.adapter.name!r}")
     return part
 

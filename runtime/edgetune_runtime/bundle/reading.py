@@ -13,6 +13,7 @@ from edgetune_runtime.errors import IncompatibleError, VerificationError, parsin
 from edgetune_runtime.type_checks import dataclass_of
 from edgetune_runtime.wording import COPY_BUNDLE_AGAIN, printable, shortened
 
+from .files import bundle_path
 from .records import (
     AUTHOR_NAME,
     BASE,
@@ -109,9 +110,9 @@ def _check_references(manifest: Manifest, path: Path) -> None:
     named = [*manifest.base.files.values(), *(f for a in manifest.adapters.values() for f in a.files.values())]
     named += [file for adapter in manifest.adapters.values() for file in adapter.shared_files]
     named += [] if manifest.router is None else [manifest.router.file]
-    for name in {*manifest.files, *named}:
-        if name.startswith("/") or ".." in name.split("/") or "\\" in name:
-            raise VerificationError(f"{path} names {name!r}, which is outside the bundle", "do not use this bundle")
+    with parsing(f"{path} is refused", "do not use this bundle"):
+        for name in {*manifest.files, *named}:
+            bundle_path(name)
     for name in named:
         if name not in manifest.files:
             raise VerificationError(f"{path} has no digest for {name!r}", COPY_BUNDLE_AGAIN)

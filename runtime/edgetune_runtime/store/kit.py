@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.bundle.parts import identity
 from edgetune_runtime.bundle.records import MANIFEST_NAME
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
@@ -123,6 +124,11 @@ def read_installed(version: Path) -> Kit:
     return kit
 
 
+def version_key(version: str) -> tuple[int, ...]:
+    """What orders versions, such as those of glibc and of edgetune-runtime."""
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
 def wheels_id(python: str, files: Iterable[KitFile]) -> str:
     """The id of an environment: the first digits of the digest of the Python version and of all wheels' digests."""
     wheels = sorted((file.path, file.sha256) for file in files if file.path.startswith(f"{WHEELS_FOLDER}/"))
@@ -195,11 +201,11 @@ def _service(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _file(raw: Mapping[str, Any]) -> KitFile:
-    path = _text_of(raw, "path", _LINE)
-    parts = path.split("/")
-    is_of_kit = _WHEEL.fullmatch(path) or (parts[0] == BUNDLE_FOLDER and len(parts) > 1) or _NAME.fullmatch(path)
-    if not is_of_kit or {"", ".", ".."} & set(parts) or "\\" in path or path in (KIT_NAME, SUMS_NAME):
-        raise ValueError(f"it names {path!r}, which is outside the kit, or no file of one")
+    path = _field(raw, "path", str)
+    if path.startswith(f"{BUNDLE_FOLDER}/"):
+        bundle_path(path.removeprefix(f"{BUNDLE_FOLDER}/"))
+    elif not (_WHEEL.fullmatch(path) or _NAME.fullmatch(path)) or path in (KIT_NAME, SUMS_NAME):
+        raise ValueError(f"it names {path[:80]!r}, which is outside the kit, or no file of one")
     return KitFile(path, _text_of(raw, "sha256", DIGEST), whole(raw.get("bytes"), MOST_BYTES, "bytes"))
 
 

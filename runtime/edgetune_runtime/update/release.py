@@ -7,15 +7,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from edgetune_runtime.bundle import LONGEST_MANIFEST, MANIFEST_NAME, FileEntry
-from edgetune_runtime.bundle.parts import LONGEST_PART, Part, identity, parse_part, part_path
+from edgetune_runtime.bundle.files import bundle_path
+from edgetune_runtime.bundle.parts import LONGEST_PART, MOST_VERSION, Part, identity, parse_part, part_path
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
-from edgetune_runtime.errors import IncompatibleError, parsing
+from edgetune_runtime.errors import IncompatibleError, VerificationError, parsing
 from edgetune_runtime.type_checks import DIGEST, MOST_BYTES, WORD, matching, whole
-from edgetune_runtime.wording import printable, shortened
+from edgetune_runtime.wording import shortened
 
 from .pieces import Piece, parse_pieces
 
@@ -40,11 +40,8 @@ OF_PART = "~"
 _KEY_DIGITS = 16
 _PART_ROLE = re.compile(rf"{ROLE_PREFIX}({NAME.pattern}){OF_PART}({AUTHOR_NAME}){OF_PART}[0-9a-z]{{1,{_KEY_DIGITS}}}")
 _FINGERPRINT = re.compile("[!-~]{0,100}")
-_LONGEST_PATH_BYTES = 255
-"""The limit of one name in common file systems."""
 RUNTIME_VERSION = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}")
 """The form of a version of edgetune-runtime."""
-_MOST_VERSION = 10**9
 _REMEDY = "publish the bundle again"
 
 
@@ -121,8 +118,7 @@ def parse_released_part(data: bytes, role: str) -> ReleasedPart:
     name, adapter = author_of(role)
     part = parse_part(data, f"the part of {adapter}")
     with parsing(f"the part of {adapter} in {name} is damaged", _REMEDY):
-        for path, entry in part.files.items():
-            bundle_path(path)
+        for entry in part.files.values():
             file_entry(vars(entry))
         if len(data) > LONGEST_PART or (part.bundle, part.adapter.name) != (name, adapter):
             raise ValueError(f"it is of {part.adapter.name!r} in {shortened(part.bundle)!r}, with {len(data)} bytes")
@@ -147,13 +143,11 @@ def with_parts(release: Release, parts: Iterable[ReleasedPart]) -> Release:
     return replace(release, files=files)
 
 
-def version_key(version: str) -> tuple[int, ...]:
-    """What orders versions of edgetune-runtime."""
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
-
-
 def parse_release(data: bytes) -> Release:
     """The release in a file; VerificationError if it is damaged, IncompatibleError if it has a newer schema."""
+    if len(data) > LONGEST_RELEASE:
+        message = f"the release has {len(data)} bytes, and devices read up to {LONGEST_RELEASE}"
+        raise VerificationError(message, "publish bundles of fewer files")
     with parsing("the release is damaged", _REMEDY):
         raw = json.loads(data)
         if raw["schema"] != SCHEMA_VERSION:
@@ -163,13 +157,13 @@ def parse_release(data: bytes) -> Release:
         release = Release(
             name=matching(NAME, raw["name"], "name"),
             channel=matching(NAME, raw["channel"], "channel"),
-            version=whole(raw["version"], _MOST_VERSION, "version"),
+            version=whole(raw["version"], MOST_VERSION, "version"),
             files=files,
             formats=tuple(matching(WORD, name, "formats") for name in raw["formats"]),
-            manifest_schema=whole(raw["manifest_schema"], _MOST_VERSION, "manifest_schema"),
+            manifest_schema=whole(raw["manifest_schema"], MOST_VERSION, "manifest_schema"),
             min_runtime=raw["min_runtime"] and matching(RUNTIME_VERSION, raw["min_runtime"], "min_runtime"),
             share=_share(raw["share"]),
-            older=tuple(whole(version, _MOST_VERSION, "older") for version in raw["older"][:MOST_OLDER]),
+            older=tuple(whole(version, MOST_VERSION, "older") for version in raw["older"][:MOST_OLDER]),
             pieces={path: parse_pieces(listed, files[path].bytes) for path, listed in raw["pieces"].items()},
             base=matching(_FINGERPRINT, raw["base"], "base"),
             authors=tuple(matching(_PART_ROLE, role, "authors") for role in raw["authors"][:MOST_AUTHORS]),
@@ -178,16 +172,6 @@ def parse_release(data: bytes) -> Release:
         if manifest is None or manifest.bytes > LONGEST_MANIFEST or not release.formats:
             raise ValueError(f"it has no {MANIFEST_NAME} that can be read, or no formats")
     return release
-
-
-def bundle_path(path: str) -> str:
-    """The path of a file in a bundle; ValueError for one that is outside."""
-    parts = PurePosixPath(path).parts
-    if not parts or path != "/".join(parts) or ".." in parts or path != printable(path) or {"/", "\\"} & set(parts[0]):
-        raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
-    if len(path.encode()) > _LONGEST_PATH_BYTES:
-        raise ValueError(f"it names {path[:80]!r}…, which is too long")
-    return path
 
 
 def file_entry(raw: Mapping[str, Any]) -> FileEntry:

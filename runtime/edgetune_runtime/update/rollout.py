@@ -14,8 +14,9 @@ from pathlib import Path
 
 from edgetune_runtime import __version__
 from edgetune_runtime.bundle import SCHEMA_VERSION
+from edgetune_runtime.store.kit import version_key
 
-from .release import Release, version_key
+from .release import Release
 
 _MACHINE_ID = Path("/etc/machine-id")
 _ID_LENGTH = 32

@@ -207,6 +207,7 @@ def test_a_role_of_an_author_delegates_to_nobody(publisher: Publisher, author: K
     [
         ('"authors/reply/adapter.gguf"', '"adapters/command/adapter.gguf"', "which is not its own"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/../../x"', "outside the bundle"),
+        ('"authors/reply/adapter.gguf"', f'"authors/reply/{"a/" * 10**5}x"', "which is too long"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/part.json"', "which is not its own"),
         ('"authors/reply/adapter.gguf"', '"authors/reply/part.json/a"', "which is not its own"),
         (

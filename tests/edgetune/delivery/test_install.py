@@ -239,7 +239,7 @@ def changed(**needs: object) -> Callable[[bytes], bytes]:
         ({"ram_mb": 10**9}, "the bundle needs at least 1000000000 MB of memory"),
         ({"schema": 99}, "has schema 99"),
         ({"name": "../home"}, "name is '../home'"),
-        ({"files": [{"path": "bundle/../../x", "sha256": "0" * 64, "bytes": 1}]}, "outside the kit"),
+        ({"files": [{"path": "bundle/../../x", "sha256": "0" * 64, "bytes": 1}]}, "outside the bundle"),
     ],
 )
 def test_a_kit_that_does_not_fit_this_machine_is_refused_in_one_line(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.store.kit import KIT_NAME, parse_kit, read_kit
 from kits import KitMaker
@@ -105,6 +106,16 @@ def test_the_id_of_the_environment_is_that_of_the_listed_wheels(text: str) -> No
 def test_a_file_is_listed_once(text: str) -> None:
     files = json.loads(text)["files"]
     assert "twice" in refused(text, files=[*files, files[0]])
+
+
+def test_a_file_of_a_bundle_has_the_same_paths_in_a_kit(text: str) -> None:
+    longest = bundle_path(f"{'ä' * 90}/{'x' * 19}")
+    files = [*json.loads(text)["files"], {**FILE, "path": f"bundle/{longest}"}]
+    assert parse_kit(json.dumps({**json.loads(text), "files": files})).bundle_files[-1].name == "x" * 19
+    with pytest.raises(ValueError, match="too long"):
+        bundle_path(f"{longest}x")
+    files[-1]["path"] += "x"
+    assert "which is too long" in refused(text, files=files)
 
 
 def test_a_kit_json_of_any_size_is_read_up_to_a_limit_and_none_beyond_it_is_made(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from edgetune_runtime.errors import (
     UsageError,
     VerificationError,
 )
+from edgetune_runtime.update import release
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release
 from edgetune_runtime.update.trust import TrustedRepository
@@ -54,6 +55,15 @@ def test_a_bundle_that_the_channel_has_is_not_published_again(publisher: Publish
     first = publisher("one")
     again = publisher("one")
     assert (again.changed, again.copied_bytes, again.release) == (False, 0, first.release)
+
+
+def test_a_release_that_no_device_would_read_is_not_published(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "LONGEST_RELEASE", 500)
+    with pytest.raises(VerificationError, match=r"the release has \d+ bytes, and devices read up to 500; publish"):
+        publisher("one")
+    assert not (publisher.repo / "blobs").exists()
 
 
 def test_an_adapter_is_published_alone(publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
