@@ -145,7 +145,9 @@ def _is_signed(data: bytes, signatures: Mapping[str, Signature], keys: Mapping[s
 
 
 def _read(path: Path, max_bytes: int = LONGEST_SIGNATURE) -> bytes:
-    """The bytes of a file; ValueError if there are more than `max_bytes`."""
+    """The bytes of a file; ValueError if there are more than `max_bytes`, or if it is a pipe: that would wait."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path.name} is not a regular file")
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:

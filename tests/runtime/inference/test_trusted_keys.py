@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import MANIFEST_NAME, read_manifest
 from edgetune_runtime.bundle.parts import part_path
-from edgetune_runtime.bundle.signatures import SIGNATURE_NAME
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, read_signed_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import UsageError, VerificationError
 from edgetune_runtime.inference.adapter_changes import chosen_adapter
+from kits import write_bundle
 from repositories import add_part, make_keys
 
 from edgetune.delivery.publish.key_folder import BUNDLES
@@ -46,6 +48,16 @@ def test_only_a_signed_bundle_opens_where_keys_are_trusted(
     assert main(words) == 0
     with pytest.raises(UsageError, match="trusted_keys is given, and verify is False"):
         Runtime.open(copy, trusted_keys=trusted, verify=False)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, SIGNATURE_NAME])
+def test_a_pipe_in_place_of_a_signed_file_is_refused(name: str, tmp_path: Path) -> None:
+    keys, bundle = make_keys(tmp_path / "keys"), write_bundle(tmp_path / "home", "one")
+    sign(bundle, keys)
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    with pytest.raises(VerificationError, match=f"{name} is not a regular file"):
+        read_signed_manifest(bundle, keys.trusted_keys(BUNDLES))
 
 
 @pytest.mark.parametrize("command", ["info", "check", "serve", "doctor"])
