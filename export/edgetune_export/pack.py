@@ -34,7 +34,7 @@ def pack(work: Path, out: Path, manifest: Manifest, steps: Sequence[Complete] = 
     check_destination(out)
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _clean_up(out)
+        clean_up(out)
         staged = _staged_files(work)
         require_space(out, _MARGIN_BYTES + sum(path.stat().st_size for path in staged.values()))
         temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
@@ -55,7 +55,7 @@ def check_destination(out: Path) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise UsageError(f"{out} is not a folder", "choose another --out")
-    existing = _files_below(out)
+    existing = files_below(out)
     if not existing and not any(out.iterdir()):
         return
     try:
@@ -73,10 +73,11 @@ def check_destination(out: Path) -> None:
 
 def _staged_files(work: Path) -> dict[str, Path]:
     """The files to pack, by their path in the bundle, with slashes."""
-    return {name: work / name for part in PARTS for name in sorted(_files_below(work / part, part))}
+    return {name: work / name for part in PARTS for name in sorted(files_below(work / part, part))}
 
 
-def _files_below(folder: Path, prefix: str = "") -> set[str]:
+def files_below(folder: Path, prefix: str = "") -> set[str]:
+    """The files in a folder and the folders below it, by their paths in it, with slashes, behind `prefix`."""
     names = (Path(root, name) for root, _, files in os.walk(folder) for name in files)
     return {Path(prefix, path.relative_to(folder)).as_posix() for path in names}
 
@@ -95,14 +96,14 @@ def _fill(folder: Path, staged: Mapping[str, Path], manifest: Manifest) -> Manif
 def _write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write and check the manifest of the files in `folder`, with the digests of those that it does not list yet."""
     files = dict(manifest.files)
-    for name in sorted(_files_below(folder) - {*files, MANIFEST_NAME}):
+    for name in sorted(files_below(folder) - {*files, MANIFEST_NAME}):
         files[name] = FileEntry(sha256_of(folder / name), (folder / name).stat().st_size)
     (folder / MANIFEST_NAME).write_text(replace(manifest, files=files).to_json(), encoding="utf-8")
     return read_manifest(folder)
 
 
-def _clean_up(out: Path) -> None:
-    """Delete leftovers of killed builds beside `out`, and restore a bundle that one of them had renamed."""
+def clean_up(out: Path) -> None:
+    """Delete what killed processes have left of `out` beside it, and restore a folder that one of them had renamed."""
     pattern = re.compile(rf"\.{re.escape(out.name)}\.(?P<kind>tmp|old)-(?P<process>\d+)")
     for path in list(out.parent.iterdir()):
         match = pattern.fullmatch(path.name)

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from edgetune_export.pack import clean_up, files_below
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import UsageError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, replacing, swap_in
-from edgetune_runtime.store.kit import KIT_NAME, KitFile
+from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit
 
 Contents = Mapping[str, Path | bytes]
 """Files by their path in the kit: where they are, or what is in them."""
@@ -48,13 +49,25 @@ def sums(files: list[KitFile], kit: bytes) -> bytes:
 
 
 def check_destination(out: Path) -> None:
-    """UsageError if `out` exists and is neither a kit nor a tar file that may be replaced, or is the current folder."""
+    """UsageError unless `out` is a tar file, does not exist, is an empty folder, or is a kit without other files in it.
+
+    UsageError for the current folder, too.
+    """
+    if out.is_symlink() or (out.exists() and is_tar(out) != out.is_file()):
+        raise UsageError(f"{out} exists and is not a {'file' if is_tar(out) else 'folder'}", "choose another --out")
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"--out {out} is the folder that you are in, or one above it", "give a folder of its own")
-    if out.is_dir() and any(out.iterdir()) and not (out / KIT_NAME).is_file():
-        raise UsageError(f"{out} exists and is not a kit", "choose another --out")
-    if out.exists() and is_tar(out) != out.is_file():
-        raise UsageError(f"{out} exists and is not a {'file' if is_tar(out) else 'folder'}", "choose another --out")
+    if is_tar(out) or not out.exists() or not any(out.iterdir()):
+        return
+    try:
+        listed = {KIT_NAME, SUMS_NAME, *(file.path for file in read_kit(out).files)}
+    except EdgetuneError as error:
+        remedy = "choose another --out, or delete that folder first"
+        raise UsageError(f"{out} exists and is not a kit of this version", remedy) from error
+    foreign = sorted(files_below(out) - listed)
+    if foreign:
+        message = f"{out} contains files that are not part of the kit, such as {foreign[0]}"
+        raise UsageError(message, "move them away or choose another --out")
 
 
 def is_tar(out: Path) -> bool:
@@ -72,6 +85,8 @@ def write(contents: Contents, out: Path, top: str) -> None:
             _write_tar(contents, temporary, top)
         return
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    clean_up(out)
     try:
         with raising_out_of_space(out):
             _write_folder(contents, temporary)

@@ -197,10 +197,9 @@ def test_the_same_bundle_gives_the_same_bytes(
     assert signed.adapter("command").files["onnx"].startswith("authors/command/")
 
 
-def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path: Path) -> None:
+def test_a_folder_has_the_files_of_the_tar_file(tmp_path: Path) -> None:
     contents: dict[str, Path | bytes] = {"kit.json": b"{}", "install.sh": b"exit", "wheels/a.whl": b"a"}
     for out in ("kit", "kit.tar", "kit"):
-        output.check_destination(tmp_path / out)
         output.write(contents, tmp_path / out, f"home-{BOARD}")
     folder = unpacked(tmp_path / "kit.tar", tmp_path)
     for name, data in contents.items():
@@ -208,9 +207,30 @@ def test_a_folder_has_the_files_of_the_tar_file_and_replaces_only_kits(tmp_path:
             assert path.read_bytes() == data
             assert path.stat().st_mode & 0o777 == (0o755 if name == "install.sh" else 0o644)
     assert {path.name for path in tmp_path.iterdir()} == {"kit", "kit.tar", folder.name}
-    (folder / "kit.json").unlink()
-    with pytest.raises(UsageError, match="is not a kit; choose another --out"):
-        output.check_destination(folder)
+
+
+def test_nothing_but_a_kit_without_other_files_is_replaced(tmp_path: Path) -> None:
+    kit = KitMaker(tmp_path)("one")
+    output.check_destination(kit)
+    (kit / "1.root.json").touch()
+    with pytest.raises(UsageError, match=r"not part of the kit, such as 1\.root\.json; move them away"):
+        output.check_destination(kit)
+    (kit / "1.root.json").unlink()
+    (tmp_path / "link").symlink_to(kit)
+    with pytest.raises(UsageError, match="link exists and is not a folder"):
+        output.check_destination(tmp_path / "link")
+    (kit / "SHA256SUMS").unlink()
+    with pytest.raises(UsageError, match="is not a kit of this version; choose another --out"):
+        output.check_destination(kit)
+
+
+def test_what_a_killed_process_has_left_of_a_kit_is_deleted(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left = tmp_path / f".kit.tmp-{ended.pid}"
+    (left / "wheels").mkdir(parents=True)
+    output.write({"kit.json": b"{}"}, tmp_path / "kit", f"home-{BOARD}")
+    assert [path.name for path in tmp_path.iterdir()] == ["kit"]
 
 
 def test_the_list_of_parts_has_each_wheel_with_its_licence(kit_of: Callable[[str], Path], tmp_path: Path) -> None:
