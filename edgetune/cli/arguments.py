@@ -103,6 +103,13 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     return pairs
 
 
+def require_unused(has_no_use: bool, options: Mapping[str, object], when: str, remedy: str) -> None:
+    """UsageError if one of the options, by their flags, is given where it has no use: it does nothing `when`."""
+    given = [flag for flag, value in options.items() if value is not None and value is not False]
+    if has_no_use and given:
+        raise UsageError(f"{given[0]} does nothing {when}", remedy)
+
+
 def check_not_read(out: Path, read: Iterable[str | Path], bundle: Path | None = None) -> None:
     """UsageError if `out` is a folder, is inside the bundle, or is one of the files that the command reads."""
     if out.is_dir():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json
+from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json, require_unused
 
 if TYPE_CHECKING:
     from edgetune.delivery.deploy.deploy import Outcome
@@ -101,6 +101,13 @@ def deploy(
         raise UsageError("--rollback and --list are given together", "give one of them")
     if prefix is not None and not prefix.startswith("/"):
         raise UsageError(f"--prefix {prefix!r} is not an absolute path", "write for example /opt/edgetune/home")
+    installing = {
+        **{"--wait-healthy": wait_healthy, "--service": service, "--listen": listen, "--port": port},
+        **{"--updates": updates, "--root": root, "--board": board, "--engine": engine},
+        **{"--context-length": context_length, "--kv": kv, "--cache-mb": cache_mb},
+    }
+    when = f"with {'--rollback' if goes_back else '--list'}"
+    require_unused(goes_back or lists, installing, when, "leave it out")
     if service is None and (listen is not None or port is not None):
         raise UsageError("--listen and --port are those of a unit", "add --service NAME")
     repository = repository_from_options(updates, root)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import AsJson, BundlePath, Quiet, output_option, print_json
+from .arguments import AsJson, BundlePath, Quiet, output_option, print_json, require_unused
 
 # Options by the groups in --help.
 registry_option = partial(typer.Option, rich_help_panel="Registry")
@@ -30,7 +30,7 @@ TrustedKeys = Annotated[
     Path | None,
     registry_option(metavar="FILE", help="Refuse a bundle that none of these keys has signed, see `edgetune keys`."),
 ]
-Channel = Annotated[str, registry_option(metavar="NAME", help="The channel of the release.")]
+Channel = Annotated[str | None, registry_option(metavar="NAME", help="The channel of the release (default: stable).")]
 
 
 def push(
@@ -41,7 +41,7 @@ def push(
         Path | None,
         registry_option(metavar="REPO", help="Attach the signed metadata of its release in this repository."),
     ] = None,
-    channel: Channel = "stable",
+    channel: Channel = None,
     username: Username = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -53,11 +53,14 @@ def push(
     is the reference by digest, which always means this bundle. With --repo, the bundle must be the newest release
     there, and `edgetune pull --root` can check that it was when it was pushed.
     """
+    from edgetune_runtime.update.state import DEFAULT_CHANNEL
+
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
 
+    require_unused(repo is None, {"--channel": channel}, "without --repo", "add --repo REPO, or leave it out")
     with transfer.open_store(reference, username, insecure=insecure) as store:
-        pushed = transfer.push(bundle, store, Progress(quiet=quiet), repo=repo, channel=channel)
+        pushed = transfer.push(bundle, store, Progress(quiet=quiet), repo=repo, channel=channel or DEFAULT_CHANNEL)
     if as_json:
         print_json(pushed.to_json())
         return
@@ -76,7 +79,7 @@ def pull(
             metavar="FILE", help="Refuse a bundle that is not the newest release by the keys of this N.root.json."
         ),
     ] = None,
-    channel: Channel = "stable",
+    channel: Channel = None,
     username: Username = None,
     insecure: Insecure = False,
     as_json: AsJson = False,
@@ -86,13 +89,14 @@ def pull(
 
     Each file is compared with its digest. If this is interrupted, the next call goes on from there.
     """
-    from edgetune_runtime.update.state import read_root_file
+    from edgetune_runtime.update.state import DEFAULT_CHANNEL, read_root_file
 
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
     from edgetune.delivery.oci.release_metadata import TrustedChannel
 
-    trusted = None if root is None else TrustedChannel(read_root_file(root), channel)
+    require_unused(root is None, {"--channel": channel}, "without --root", "add --root FILE, or leave it out")
+    trusted = None if root is None else TrustedChannel(read_root_file(root), channel or DEFAULT_CHANNEL)
     with transfer.open_store(reference, username, insecure=insecure) as store:
         resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys, trusted_channel=trusted)
     if as_json:

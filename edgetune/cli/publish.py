@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import UsageError
 
-from .arguments import AsJson, Quiet, output_option, print_json
+from .arguments import AsJson, Quiet, output_option, print_json, require_unused
 from .keys import open_keys
 from .oci import Insecure, TrustedKeys, Username, registry_option
 
@@ -28,7 +28,9 @@ def publish(
         str | None,
         typer.Option(metavar="NAME", help="Publish only this adapter of BUNDLE, in the newest release of that name."),
     ] = None,
-    channel: Annotated[str, typer.Option(metavar="NAME", help="The channel whose devices get the bundle.")] = "stable",
+    channel: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The channel whose devices get the bundle (default: stable).")
+    ] = None,
     min_runtime: Annotated[
         str | None,
         typer.Option(
@@ -78,6 +80,7 @@ def publish(
     """
     from edgetune_runtime.bundle import read_manifest
     from edgetune_runtime.update.release import RUNTIME_VERSION
+    from edgetune_runtime.update.state import DEFAULT_CHANNEL
 
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci.transfer import open_store
@@ -86,15 +89,18 @@ def publish(
 
     if min_runtime and not RUNTIME_VERSION.fullmatch(min_runtime):
         raise UsageError(f"--min-runtime is {min_runtime!r}, not a version", "write it as 1.2.0")
-    folder, progress = open_keys(keys), Progress(quiet=quiet)
+    registry = {"--trusted-keys": trusted_keys, "--username": username, "--insecure": insecure}
+    require_unused(source is None, registry, "without --from", "add --from REFERENCE, or leave it out")
+    release = {"--adapter": adapter, "--channel": channel, "--min-runtime": min_runtime, "--share": share}
+    has_none = bundle is None and source is None
+    require_unused(has_none, release, "without a bundle", "give BUNDLE or --from, or leave it out")
+    folder, progress, channel = open_keys(keys), Progress(quiet=quiet), channel or DEFAULT_CHANNEL
     if bundle is not None and source is not None:
         raise UsageError(f"both {bundle} and --from {source} are given", "give one bundle")
     with ExitStack() as stack:
         if source is not None:
             store = stack.enter_context(open_store(source, username, insecure=insecure))
             bundle = stack.enter_context(mirror.fetched(store, repo, folder, progress, trusted_keys))
-        if bundle is None and adapter is not None:
-            raise UsageError(f"--adapter {adapter} is given without a bundle", "give BUNDLE, or --from")
         if bundle is not None and adapter is not None:
             owner = folder.role_of(read_manifest(bundle).name)
             if owner not in folder.roles_here:
@@ -111,7 +117,7 @@ def publish(
             share = before.share if share is None else share
         if bundle is None:
             publishing.refresh(repo, folder, expires_days=expires_days, keep=keep)
-            print(repo)
+            print_json({"path": str(repo)}) if as_json else print(repo)
             return
         published = publishing.publish(
             bundle,

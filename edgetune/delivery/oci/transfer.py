@@ -37,6 +37,7 @@ from edgetune_runtime.formats.atomic import require_space, swap_in
 from edgetune_runtime.store.durable import flush_tree
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.update.http_client import HttpClient
+from edgetune_runtime.update.state import DEFAULT_CHANNEL
 
 from edgetune.common import work_folder
 from edgetune.common.files import link_or_copy
@@ -80,7 +81,7 @@ def open_store(text: str, username: str | None, *, insecure: bool) -> Iterator[A
 
 
 def push(
-    bundle: Path, store: ArtifactStore, progress: Progress, *, repo: Path | None = None, channel: str = "stable"
+    bundle: Path, store: ArtifactStore, progress: Progress, *, repo: Path | None = None, channel: str = DEFAULT_CHANNEL
 ) -> Pushed:
     """Send the files of a bundle that the store lacks, and then its manifest, which makes it the one of the tag.
 

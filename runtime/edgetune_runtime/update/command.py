@@ -20,6 +20,8 @@ from . import current
 
 _DEFAULT = "device"
 """Name of the default prefix of a device on which no kit was installed."""
+_SOURCE = ("repo", "bundle", "channel", "formats", "root", "report", "quota_mb")
+"""The options that --check and --apply remember."""
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -60,6 +62,10 @@ def run(options: argparse.Namespace) -> None:
     """
     if sys.platform == "win32":
         raise IncompatibleError("updates need links and locks that Windows does not have", "copy the bundle instead")
+    given = [name for name in _SOURCE if getattr(options, name) is not None]
+    if given and not (options.check or options.apply):
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UsageError(f"{flag} does nothing without --check or --apply", "add one of them, or leave it out")
     end_in_order()
     default = os.environ.get(versions.PREFIX_VARIABLE) or versions.default_prefix(_DEFAULT)
     prefix = (options.prefix or Path(default)).absolute()

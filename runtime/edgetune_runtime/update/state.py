@@ -17,6 +17,7 @@ from edgetune_runtime.type_checks import dataclass_of
 FOLDER = "update"
 TRUSTED_FOLDER = "metadata"
 """Folder in FOLDER with the repository's metadata that this device trusts."""
+DEFAULT_CHANNEL = "stable"
 _STATE_NAME, _ROOT_NAME = "state.json", "root.json"
 _TRIES = 2
 """How often a version may fail before it is not tried again."""
@@ -36,7 +37,7 @@ class UpdateState:
 
     repo: str = ""
     bundle: str = ""
-    channel: str = "stable"
+    channel: str = DEFAULT_CHANNEL
     formats: tuple[str, ...] = ()
     floors: Mapping[str, int] = field(default_factory=dict)
     failures: Mapping[str, int] = field(default_factory=dict)

@@ -422,6 +422,16 @@ def test_signing_again_makes_no_repository(
     assert not mistyped.exists()
 
 
+def test_signing_again_speaks_json(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(VARIABLE, PASSPHRASE)
+    publisher("one")
+    words = ["publish", "--repo", str(publisher.repo), "--keys", str(publisher.keys.folder), "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(publisher.repo)}
+
+
 def test_an_expired_root_is_followed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_folder, "_ROOT_DAYS", -1)
     publisher = Publisher(tmp_path)
