@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
 from edgetune_runtime.processes import child_process
+from edgetune_runtime.processes.confinement import MAX_S
 
 from . import versions
 from .kit import BUNDLE_FOLDER, Kit
 
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = MAX_S + 60.0
+"""After the limit that the process has set itself."""
 
 
 def golden_answers(prefix: Path, kit: Kit) -> dict[str, Any] | None:
@@ -34,5 +36,5 @@ def golden_answers(prefix: Path, kit: Kit) -> dict[str, Any] | None:
         reason = ended.last_line or "no reason is given"
         problem = f"it {ended.how}: {reason}" if ended.code < 0 else reason
         raise VerificationError(f"version {kit.version} fails its check: {problem}", "the version before still runs")
-    answers: dict[str, Any] = json.loads(ended.output)
-    return answers
+    with parsing(f"version {kit.version} fails its check: it printed no answers", "the version before still runs"):
+        return dict(json.loads(ended.output))
