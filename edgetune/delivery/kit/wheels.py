@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
+from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
@@ -32,6 +34,8 @@ _NEVER_IMPORTED = {
     "onnxruntime": {"flatbuffers", "packaging", "protobuf"},
     "tokenizers": {"huggingface-hub"},
 }
+_IN_USE_S = 86_400
+"""Seconds after which nobody copies a wheel any more that was collected."""
 _NO_MATCH = "No matching distribution found for "
 _GLIBC = re.compile(r"manylinux_2_(\d+)_")
 
@@ -97,8 +101,16 @@ def collect(
 
     The `local` wheels are not downloaded: the runtime's, and llama-cpp-python's if an extra needs it. The others have
     the versions that are installed here, with which bundles were checked, or else the newest; they are downloaded into
-    the folder `cache`, unless it has them.
+    the folder `cache`, unless it has them. A second process waits for the first.
     """
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / ".lock"):
+        return _collected(extras, target, local, cache, progress)
+
+
+def _collected(
+    extras: Sequence[str], target: TargetPython, local: Sequence[Path], cache: Path, progress: Progress
+) -> list[Wheel]:
     wheels = {wheel.name: wheel for wheel in map(read_wheel, local)}
     extras_of: dict[str, set[str]] = {}
     pending = [Requirement(f"{DISTRIBUTION}[{','.join(extras)}]"), Requirement(_PIP)]
@@ -145,12 +157,13 @@ def _pinned(requirement: Requirement) -> Requirement:
 
 
 def _cached(requirement: Requirement, cache: Path) -> Wheel | None:
-    """The wheel in the cache that meets a requirement; None if there is none, or if it is damaged."""
+    """The wheel in the cache that meets a requirement, used from now on; None if there is none, or if it is damaged."""
     for path in sorted(cache.glob("*.whl"), reverse=True):
         if parse_wheel_filename(path.name)[0] == canonicalize_name(requirement.name):
             with suppress(VerificationError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
                 wheel = read_wheel(path)
                 if wheel.meets(requirement) and archive.testzip() is None:
+                    path.touch()
                     return wheel
     return None
 
@@ -158,12 +171,11 @@ def _cached(requirement: Requirement, cache: Path) -> Wheel | None:
 def _download(
     requirements: Sequence[Requirement], target: TargetPython, cache: Path, progress: Progress
 ) -> list[Wheel]:
-    """Download wheels into the cache, where they replace other versions."""
+    """Download wheels into the cache, where they replace other versions that nobody copies any more."""
     names = sorted({canonicalize_name(item.name) for item in requirements})
     if not names:
         return []
     progress.say(f"downloading wheels for {target.platform} and Python {target.python}: {', '.join(names)}")
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         try:
             _pip_download([_pinned(item) for item in requirements], target, folder)
@@ -175,7 +187,7 @@ def _download(
                 except IncompatibleError:
                     _pip_download([item], target, folder)
         for old in cache.glob("*.whl"):
-            if parse_wheel_filename(old.name)[0] in names:
+            if parse_wheel_filename(old.name)[0] in names and old.stat().st_mtime < time.time() - _IN_USE_S:
                 old.unlink()
         return [read_wheel(path.replace(cache / path.name)) for path in Path(folder).glob("*.whl")]
 

@@ -12,8 +12,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from wheels import repack
 
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress
-from edgetune.delivery.kit import output, rehearsal, sbom
+from edgetune.delivery.kit import output, rehearsal, sbom, wheels
 from edgetune.delivery.kit.make import KitOptions, make_kit
 from edgetune.delivery.kit.program import board_program
 from edgetune.delivery.kit.runtime_wheel import runtime_wheel
@@ -462,6 +464,32 @@ def test_downloaded_wheels_are_kept_and_damaged_ones_are_downloaded_again(
         collected("onnx")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheelhouse))
     assert collected("onnx") == first
+
+
+@pytest.mark.usefixtures("_offline")
+def test_kits_that_are_made_at_once_share_downloads_and_delete_no_wheels_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, cache, asked = repack("edgetune-runtime", tmp_path, "py3-none-any"), tmp_path / "cache", list[str]()
+    cache.mkdir()
+    recent, old = (cache / f"h11-0.{number}-py3-none-any.whl" for number in (1, 2))
+    for path, days in ((recent, 0.5), (old, 2)):
+        path.touch()
+        os.utime(path, (time.time() - days * 86_400,) * 2)
+    download = wheels._pip_download
+
+    def slowly(requirements: Sequence[Requirement], target: TargetPython, folder: str) -> None:
+        asked.extend(item.name for item in requirements)
+        time.sleep(0.1)
+        download(requirements, target, folder)
+
+    monkeypatch.setattr(wheels, "_pip_download", slowly)
+    arguments = (["server"], TargetPython(this_machine.machine(), PYTHON), [own], cache, QUIET)
+    with ThreadPoolExecutor() as pool:
+        first, second = (running.result() for running in [pool.submit(collect, *arguments) for _ in range(2)])
+    assert [wheel.path for wheel in first] == [wheel.path for wheel in second]
+    assert len(asked) == len({*asked}) > 3
+    assert (recent.exists(), old.exists()) == (True, False)
 
 
 def test_markers_are_those_of_the_board_and_not_of_this_machine(tmp_path: Path) -> None:
