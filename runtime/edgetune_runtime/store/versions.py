@@ -225,7 +225,8 @@ def _point(prefix: Path, link: str, version: str | None) -> None:
 
 
 def _discard_others(root: Path, kept: set[str]) -> None:
-    for folder in [path for path in root.iterdir() if path.name not in kept]:
+    # Sorted: hidden ones come first, which a deletion that was cut off has left where others are to be renamed to.
+    for folder in sorted(path for path in root.glob("*") if path.name not in kept):
         # Renamed first: an interrupted deletion must not leave what looks like a whole folder.
         hidden = folder if folder.name.startswith(".") else folder.rename(_hidden(folder))
         if hidden.is_dir():

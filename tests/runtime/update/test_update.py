@@ -446,6 +446,21 @@ def test_what_a_failed_release_has_left_makes_room_for_the_next(
     assert ask(prefix) == "three"
 
 
+def test_a_fresh_device_without_room_is_told_so(publisher: Publisher, server: Server, tmp_path: Path) -> None:
+    with pytest.raises(OutOfSpaceError, match=r"MB are allowed; allow more with --quota-mb"):
+        apply(tmp_path / "new", replace(source_of(publisher, server), quota_mb=1e-6))
+
+
+def test_what_a_sweep_that_was_cut_off_has_left_does_not_keep_later_ones_from_deleting(
+    prefix: Path, publisher: Publisher, server: Server
+) -> None:
+    # In whatever order a file system lists them.
+    for name in (f"{start}{number:016}" for number in range(8) for start in ("", ".")):
+        (prefix / "versions" / name / "bundle").mkdir(parents=True)
+    assert apply(prefix, source_of(publisher, server))
+    assert len(list((prefix / "versions").iterdir())) == 2
+
+
 def test_two_updates_at_once_are_refused(prefix: Path, publisher: Publisher, server: Server) -> None:
     with installing(prefix), pytest.raises(BusyError):
         apply(prefix, source_of(publisher, server))
