@@ -224,7 +224,8 @@ def _check_manifest(prefix: Path, kit: Kit, release: Release) -> None:
 
 def _activate(prefix: Path, kit: Kit, newest: DeviceRelease, say: Say) -> bool:
     """Switch to a version, and remember how that ended."""
-    state, release = newest.state, newest.release
+    # Another switch may have been cut off before.
+    state, release = replace(newest.state, switching=""), newest.release
     write_state(prefix, replace(state, switching=kit.version))
     try:
         changed = switch.activate(prefix, kit, None, say)
@@ -244,5 +245,5 @@ def _finish(prefix: Path, newest: DeviceRelease, say: Say) -> bool:
         return False
     if newest.state.switching == newest.current.version:
         return _activate(prefix, newest.current, newest, say)
-    write_state(prefix, replace(newest.state, floors=newest.floors))
+    write_state(prefix, replace(newest.state, floors=newest.floors, switching=""))
     return False

@@ -555,6 +555,15 @@ def test_an_update_that_is_killed_at_any_write_leaves_a_version_running(prefix: 
     assert seen == sorted(seen) and set(seen) == {"one", "two"}
 
 
+def test_a_switch_that_was_cut_off_is_completed_once(prefix: Path, publisher: Publisher) -> None:
+    publisher("one")
+    apply(prefix, source_of(publisher, publisher.repo))
+    with locked(prefix):
+        write_state(prefix, replace(read_state(prefix), switching=(prefix / "current").readlink().name))
+    apply(prefix)
+    assert read_state(prefix).switching == ""
+
+
 def test_a_disk_that_is_full_at_any_write_leaves_the_old_version_running(
     prefix: Path, publisher: Publisher, tmp_path: Path
 ) -> None:
