@@ -5,12 +5,11 @@ It needs no library of an extra.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import BusyError, NotFoundError
+from edgetune_runtime.errors import BusyError, NotFoundError, VerificationError
 from edgetune_runtime.store import acknowledgement, switch, versions
 from edgetune_runtime.store.durable import locked
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit, read_installed
@@ -55,7 +54,8 @@ def roll_back(prefix: Path, reason: str, say: Say) -> str:
     NotFoundError if there is no version before.
     """
     with locked(prefix):
-        return _go_back(prefix, reason, lambda: switch.roll_back(prefix, say=say))
+        _refuse_current(prefix, reason, say)
+        return switch.roll_back(prefix, say=say)
 
 
 def mark_good(prefix: Path) -> str:
@@ -77,21 +77,25 @@ def count_start(prefix: Path, say: Say) -> str:
         with locked(prefix):
             is_unfinished = versions.linked(prefix, versions.ROLLING_BACK) is not None
             if is_unfinished or acknowledgement.count_start(prefix):
-                version = _go_back(prefix, _STARTED_OFTEN, lambda: switch.roll_back_at_start(prefix, say=say))
+                _refuse_current(prefix, _STARTED_OFTEN, say)
+                version = switch.roll_back_at_start(prefix, say=say)
     except BusyError:
         say("an install or an update switches to a version, so this start is not counted")
     return version
 
 
-def _go_back(prefix: Path, reason: str, switch_back: Callable[[], str]) -> str:
-    state, current = read_state(prefix), current_kit(prefix)
+def _refuse_current(prefix: Path, reason: str, say: Say) -> None:
+    """Leave the bundle of the current version out once it is gone back from; a warning where something is damaged."""
     before = versions.before(prefix)
-    if before is not None and current is not None and current.version != before:
-        kit = read_installed(versions.path_of(prefix, before))
-        refused = {**state.refused, current.bundle: reason}
-        refused.pop(kit.bundle, None)
-        write_state(prefix, replace(state, refused=refused))
-    return switch_back()
+    try:
+        state, current = read_state(prefix), current_kit(prefix)
+        if before is not None and current is not None and current.version != before:
+            kit = read_installed(versions.path_of(prefix, before))
+            refused = {**state.refused, current.bundle: reason}
+            refused.pop(kit.bundle, None)
+            write_state(prefix, replace(state, refused=refused))
+    except (NotFoundError, VerificationError) as error:
+        say(f"the bundle that runs now is not left out of later updates: {error}")
 
 
 def _current_version(prefix: Path) -> str:

@@ -64,6 +64,19 @@ def test_the_third_start_without_an_acknowledgement_goes_back_and_leaves_the_bun
     assert ask(switched) == "two"
 
 
+@pytest.mark.parametrize("damaged", ["update/state.json", "current/kit.json"])
+@pytest.mark.parametrize("option", ["--starting", "--rollback"])
+def test_what_is_damaged_keeps_no_device_from_going_back(
+    option: str, damaged: str, switched: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        start(switched)
+    (switched / damaged).write_text("{")
+    assert main(["update", option, "--prefix", str(switched)]) == 0
+    assert "the bundle that runs now is not left out of later updates: " in capsys.readouterr().err
+    assert ask(switched) == "zero"
+
+
 def test_a_kit_is_gone_back_from_too(prefix: Path, tmp_path: Path) -> None:
     (tmp_path / "kits").mkdir()
     assert board.main(["install", str(KitMaker(tmp_path / "kits")("kit")), "--prefix", str(prefix)]) == 0
