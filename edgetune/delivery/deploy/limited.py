@@ -12,6 +12,8 @@ from typing import IO
 MOST_BYTES = 10**6
 _CHUNK_BYTES = 1 << 16
 _LOOK_EVERY_S = 0.2
+_STALLED_S, _TRANSFER_S = 1800.0, 86_400.0
+"""Time to take each part of the input, and all of it."""
 _REST_S = 5.0
 """Time to read output that is still in the pipes when the process ends."""
 
@@ -19,7 +21,8 @@ _REST_S = 5.0
 class LimitedProcess:
     """A program that is killed when it prints more than MOST_BYTES on one of its outputs, or takes too long.
 
-    `limit_s` are the seconds that it may take to end after it took the last of its input.
+    `limit_s` are the seconds that it may take to end after it took the last of its input. It may not take half an hour
+    for a part of that, and not a day for all.
     """
 
     def __init__(self, words: Sequence[str], limit_s: float) -> None:
@@ -28,7 +31,8 @@ class LimitedProcess:
         self.exceeded = ""
         """The limit that it was killed for exceeding, as a phrase; or nothing."""
         self._limit_s = limit_s
-        self._deadline = time.monotonic() + limit_s
+        self._allow(limit_s, "did not end in")
+        self._transfer_end = time.monotonic() + _TRANSFER_S
         self._printed = threading.Condition()
         self._is_closed = False
         self._ended = threading.Event()
@@ -42,9 +46,12 @@ class LimitedProcess:
         """Give it input; BrokenPipeError if it takes no more."""
         stream = self._process.stdin
         assert stream is not None
+        if time.monotonic() > self._transfer_end:
+            self._exceed(f"did not take its input in {_TRANSFER_S:.0f} s")
+        self._allow(min(self._limit_s, _STALLED_S), "did not take a part of its input in")
         stream.write(data)
         stream.flush()
-        self._deadline = time.monotonic() + self._limit_s
+        self._allow(self._limit_s, "did not end in")
 
     def wait_for(self, start: bytes) -> bytes | None:
         """Wait until it prints a line with this start; the rest of the line, or None if it ends without one."""
@@ -54,7 +61,7 @@ class LimitedProcess:
 
     def finish(self) -> tuple[int, bytes, bytes]:
         """End its input and wait for its end: the exit code, and what it printed on both outputs."""
-        self._deadline = time.monotonic() + self._limit_s
+        self._allow(self._limit_s, "did not end in")
         with suppress(BrokenPipeError):
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -69,6 +76,9 @@ class LimitedProcess:
         """End it at once."""
         self._process.kill()
         self.finish()
+
+    def _allow(self, seconds: float, problem: str) -> None:
+        self._deadline, self._late = time.monotonic() + seconds, f"{problem} {seconds:.0f} s"
 
     def _line(self, start: bytes) -> bytes | None:
         lines = bytes(self._out).split(b"\n")[:-1]
@@ -90,7 +100,7 @@ class LimitedProcess:
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_EVERY_S):
             if time.monotonic() > self._deadline:
-                self._exceed(f"did not end in {self._limit_s:.0f} s")
+                self._exceed(self._late)
                 return
 
     def _exceed(self, problem: str) -> None:

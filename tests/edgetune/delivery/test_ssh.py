@@ -19,7 +19,8 @@ from edgetune_runtime.errors import (
 from sshd import Sshd, cut_ssh, free_port, needs_sshd
 from waiting import wait_for
 
-from edgetune.delivery.deploy import replies
+from edgetune.delivery.deploy import limited, replies
+from edgetune.delivery.deploy.limited import LimitedProcess
 from edgetune.delivery.deploy.ssh import Connection
 from edgetune.delivery.deploy.target import Target, parse_target, read_inventory
 
@@ -159,7 +160,7 @@ def test_a_command_that_does_not_end_is_cut_off(sshd: Sshd) -> None:
     with Connection(parse_target(sshd.target)) as board:
         with pytest.raises(UnreachableError, match="did not end in 1 s"):
             board.run(["sleep", "60"], limit_s=1)
-        with pytest.raises(UnreachableError, match="did not end in 1 s"):
+        with pytest.raises(UnreachableError, match="did not take a part of its input in 1 s"):
             board.run(["sleep", "60"], (b"x" * 10**6 for _ in range(100)), limit_s=1)
         with pytest.raises(UnreachableError, match="did not end in 1 s"):
             board.converse(["cat"], "ready", lambda _: (), limit_s=1)
@@ -178,6 +179,23 @@ def test_a_command_may_take_long_over_its_input(sshd: Sshd) -> None:
 
 
 @needs_sshd
+@pytest.mark.parametrize(
+    ("limit", "takes"), [("_STALLED_S", "sleep 60"), ("_TRANSFER_S", "while read -N 65536 x; do sleep 0.1; done")]
+)
+def test_a_command_that_takes_its_input_too_slowly_is_cut_off(
+    limit: str, takes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limited, limit, 0.5)
+    process = LimitedProcess(["bash", "-c", takes], 7200)
+    begin = time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        while True:
+            process.write(bytes(1 << 18))
+    process.kill()
+    assert process.exceeded.startswith("did not take ")
+    assert time.monotonic() < begin + 10
+
+
 def test_what_a_board_prints_cannot_control_the_terminal(sshd: Sshd) -> None:
     with Connection(parse_target(sshd.target)) as board:
         assert board.run(["printf", r"\033]0;title\007\302\2332J\342\200\256"]) == "]0;title  2J"
