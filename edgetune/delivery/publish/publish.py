@@ -18,7 +18,7 @@ from edgetune_runtime.bundle import (
     verify_files,
 )
 from edgetune_runtime.bundle.parts import parts_in
-from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, signature_file
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, is_signature_file, signature_file
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.store.kit import version_key
 from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of, role_of_part
@@ -180,7 +180,7 @@ def commit(repository: Repository, expires_days: int, keep: int | None) -> int:
 
 
 def sign(bundle: Path, keys: KeyFolder) -> Path:
-    """Sign the manifest of a bundle, and put the signature beside it; the file of the signature.
+    """Sign the manifest of a bundle, and put the signature beside it, unless it is there; the file of the signature.
 
     The manifest gets the keys of its authors. NotFoundError if no private key for it is in the folder.
     """
@@ -190,10 +190,11 @@ def sign(bundle: Path, keys: KeyFolder) -> Path:
     if not signers:
         raise missing_keys(role, keys)
     manifest = _with_authors(bundle, keys.authors(name))
-    with signing(role):
-        data = signature_file(manifest, signers)
-    if not (path.is_file() and path.read_bytes() == data):
-        write_file(path, data)
+    before, keys_here = path.read_bytes() if path.is_file() else b"", [signer.public_key for signer in signers]
+    # Many keys sign with random numbers: another signature would make another release of the same bundle.
+    if not is_signature_file(before, manifest, keys_here):
+        with signing(role):
+            write_file(path, signature_file(manifest, signers))
     return path
 
 

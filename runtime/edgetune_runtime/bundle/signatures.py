@@ -53,6 +53,18 @@ def signature_file(manifest: bytes, signers: Iterable[Signer]) -> bytes:
     return (json.dumps(_signatures(_PURPOSE + manifest, signers), indent=1) + "\n").encode()
 
 
+def is_signature_file(data: bytes, manifest: bytes, keys: Iterable[Key]) -> bool:
+    """Whether these contents of SIGNATURE_NAME are valid for a manifest, and of exactly these keys."""
+    try:
+        with parsing(SIGNATURE_NAME, ""):
+            signatures = _parsed(json.loads(data)["signatures"])
+    except VerificationError:
+        return False
+    by_id = {key.keyid: key for key in keys}
+    signed = (_is_signed(_PURPOSE + manifest, signatures, {keyid: key}) for keyid, key in by_id.items())
+    return signatures.keys() == by_id.keys() and all(signed)
+
+
 def part_file(part: Part, signers: Iterable[Signer]) -> bytes:
     """The contents of the file of a part."""
     about = part.to_json()

@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from edgetune_runtime.bundle.signatures import require_signed
+from edgetune_runtime.bundle.signatures import SIGNATURE_NAME, require_signed
 from edgetune_runtime.errors import NotFoundError, UsageError
 from kits import write_bundle
-from repositories import PASSPHRASE, Publisher, seen_by_device
+from repositories import PASSPHRASE, Publisher, publish, seen_by_device
 
 from edgetune.cli.main import main
 from edgetune.delivery.publish import external_keys
@@ -63,6 +63,22 @@ def test_a_key_elsewhere_signs_in_place_of_one_in_the_folder(role: str, publishe
     done = publisher("two")
     assert seen_by_device(publisher.repo, publisher.root, tmp_path / "device") == done.release
     require_signed(publisher.bundle, publisher.keys.trusted_keys(publisher.keys.role_of("home")))
+
+
+def test_a_key_with_random_signatures_makes_no_new_release_of_an_unchanged_bundle(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher.keys.rotate(BUNDLES, external_key(*write_pair(tmp_path)))
+    publisher("one")
+    signature = publisher.bundle / SIGNATURE_NAME
+    before = signature.read_bytes()
+    assert not publish(publisher.bundle, publisher.repo, publisher.keys).changed
+    assert signature.read_bytes() == before
+    # It is of the keys that the role has now, and of no others.
+    publisher.keys.rotate(BUNDLES)
+    assert publish(publisher.bundle, publisher.repo, publisher.keys).changed
+    signature.write_text("{")
+    assert not publish(publisher.bundle, publisher.repo, publisher.keys).changed
 
 
 @pytest.mark.parametrize(
