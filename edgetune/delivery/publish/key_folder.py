@@ -16,6 +16,7 @@ from typing import Any
 from edgetune_runtime.bundle.records import AUTHOR_NAME, MOST_AUTHORS
 from edgetune_runtime.bundle.signatures import read_trusted_keys, trusted_keys_text
 from edgetune_runtime.errors import NotFoundError, UsageError
+from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.update.release import ISSUED, NAME, OF_PART
 from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
@@ -36,6 +37,7 @@ OF_ONE_BUNDLE = f"{BUNDLES}/"
 NAME/ADAPTER is the role of an adapter's author, who signs parts of the bundle with this adapter.
 """
 _TRUSTED_KEYS = "trusted-keys"
+_ROOT = re.compile(r"([1-9]\d*)\.root\.json", re.ASCII)
 _ROOT_DAYS = 730
 
 
@@ -49,10 +51,12 @@ class KeyFolder:
     @property
     def roots(self) -> list[Path]:
         """The versions of the root, oldest first; NotFoundError if there is none."""
-        paths = sorted(self.folder.glob("*.root.json"), key=lambda path: int(path.name.split(".")[0]))
-        if not paths:
+        # A user may keep copies under other names.
+        matches = [_ROOT.fullmatch(path.name) for path in self.folder.glob("*.root.json")]
+        numbers = sorted(int(match[1]) for match in matches if match is not None)
+        if not numbers:
             raise NotFoundError(f"{self.folder} has no keys", f"make them: edgetune keys init {self.folder}")
-        return paths
+        return [self.folder / f"{number}.root.json" for number in numbers]
 
     def root(self) -> Metadata[Root]:
         """The newest root."""
@@ -212,7 +216,7 @@ class KeyFolder:
     def _write_root(self, root: Root, before: Root | None) -> None:
         """Sign a root with its own keys and those of the root before, and write it.
 
-        UsageError if too few private keys are in the folder.
+        UsageError if too few private keys are in the folder, or if another command has written one meanwhile.
         """
         now = datetime.now(UTC).replace(microsecond=0)
         root.expires, root.unrecognized_fields[ISSUED] = now + timedelta(days=_ROOT_DAYS), now.isoformat()
@@ -227,7 +231,16 @@ class KeyFolder:
             if not result.verified:
                 message = f"{len(result.signed)} private root keys are in {self.folder}"
                 raise UsageError(f"{message}, and {result.threshold} must sign", "copy more of root-*.pem there for it")
-        write_file(self.folder / f"{root.version}.root.json", metadata.to_bytes())
+        path = self.folder / f"{root.version}.root.json"
+        with replacing(path) as temporary:
+            temporary.write_bytes(metadata.to_bytes())
+            try:
+                path.hardlink_to(temporary)
+            except FileExistsError as error:
+                raise UsageError(f"another command has written {path}", "run this one again") from error
+            except OSError:
+                # A file system without links, such as that of a stick.
+                pass
 
     def _write_bundle_keys(self, role: str, keys: Sequence[Key]) -> None:
         # Also without keys: copied to others who publish, it takes an author's keys away there too.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from kills import full_from, killed_at, left_by_kills, read_only_from
 from kits import contents, write_bundle
 from repositories import PASSPHRASE, START, Publisher, make_keys, open_keys, publish, seen_by_device, with_adapters
 from runtime.bundles import add_router
+from securesystemslib.signer import Key, Signer
 
 from edgetune.cli.main import main
 from edgetune.delivery.publish import key_folder, repository
@@ -526,6 +527,28 @@ def test_the_commands_make_list_and_replace_keys(
     bundle = str(write_bundle(tmp_path / "home", "one"))
     assert main(["publish", bundle, "--repo", str(tmp_path / "repo"), "--keys", keys]) == 2
     assert f"set {VARIABLE}" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_root_under_another_name_is_not_read(tmp_path: Path) -> None:
+    keys = make_keys(tmp_path / "keys")
+    for name in ("backup.root.json", "3.old.root.json"):
+        shutil.copy(keys.roots[0], keys.folder / name)
+    keys.rotate("snapshot")
+    assert [path.name for path in keys.roots] == ["1.root.json", "2.root.json"]
+
+
+def test_two_changes_of_keys_at_once_do_not_replace_each_other(tmp_path: Path) -> None:
+    others = make_keys(tmp_path / "keys")
+
+    class Interrupted(KeyFolder):
+        def signers(self, role: str, keys: Iterable[Key]) -> list[Signer]:
+            others.rotate("timestamp")
+            return super().signers(role, keys)
+
+    with pytest.raises(UsageError, match=r"another command has written .*2\.root\.json; run this one again"):
+        Interrupted(others.folder, lambda: PASSPHRASE).rotate("snapshot")
+    assert len(list(others.folder.glob("timestamp-*.pem"))) == 2
+    assert len(list(others.folder.glob("snapshot-*.pem"))) == 1
 
 
 def test_a_bundle_is_trusted_by_the_keys_that_signed_it(tmp_path: Path) -> None:
