@@ -232,12 +232,16 @@ class Unit:
             self.manager.call("stop", self.name)
 
     def remove(self, prefix: Path) -> bool:
-        """Stop the unit and delete it; False if it is not that of `prefix`, and stays."""
+        """Stop the unit and delete it, with its cache and state; False if it is not that of `prefix`, and stays."""
         if not self.unit_path.exists():
             return True
         if not is_of(self.unit_path, prefix):
             return False
         self.manager.call("disable", "--quiet", "--now", self.name)
+        # Only of a unit that has not failed, and of systemd 243 or newer.
+        with suppress(IncompatibleError):
+            self.manager.call("reset-failed", self.name)
+            self.manager.call("clean", "--what=all", self.name)
         self.unit_path.unlink()
         self.manager.call("daemon-reload")
         return True

@@ -122,7 +122,8 @@ def test_the_unit_follows_the_versions_and_goes_with_them(
     assert unit.is_file()
     assert run("uninstall", *options) == 0
     assert not unit.exists() and not prefix.exists()
-    assert "--user disable --quiet --now edgetune-home" in calls(systemd)
+    removed = ["disable --quiet --now", "reset-failed", "clean --what=all"]
+    assert calls(systemd)[-4:-1] == [f"--user {call} edgetune-home" for call in removed]
 
 
 def test_an_install_that_changes_nothing_starts_a_unit_that_does_not_run(
