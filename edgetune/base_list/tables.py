@@ -42,8 +42,8 @@ modules which the method changes by default.
 
 ## Published weights
 
-Weights to begin with; others of the same architectures work too. Begin with SmolLM2-135M, which fits every board in q4_0: a
-larger base learns more from [few rows](how-to/few-rows.md#a-larger-base), but is slower
+Weights to begin with; others of the same architectures work too. Begin with SmolLM2-135M, which fits every board in
+q4_0: a larger base learns more from [few rows](how-to/few-rows.md#a-larger-base), but is slower
 ([measured](measurements.md#a-larger-base)). Sizes are those of the GGUF file on the board, in MB (10^6 bytes), computed
 from the number of parameters. An ONNX base is larger: by about 10% in q8_0, by 10 to 25% in q4_0, those of Gemma 4 by
 40%. `edgetune devices fit` adds keys and values, adapters and the program ([boards](boards.md)). The licenses are those
