@@ -115,7 +115,7 @@ def export(
     """
     for name in adapters:
         if not NAME_PATTERN.fullmatch(name):
-            message = f"adapters: the name {name!r} may contain only a-z, 0-9, _ and -"
+            message = f"adapters: the name {name!r} may contain only a-z, 0-9, _ and -, up to 100"
             raise UsageError(message, "choose another name for the folder")
     unknown = next((name for name in systems or () if name not in adapters), None)
     if unknown is not None:

@@ -103,10 +103,10 @@ def pairs_of(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     return pairs
 
 
-def require_unused(has_no_use: bool, options: Mapping[str, object], when: str, remedy: str) -> None:
-    """UsageError if one of the options, by their flags, is given where it has no use: it does nothing `when`."""
+def refuse_given(options: Mapping[str, object], when: str, remedy: str) -> None:
+    """UsageError if one of the options, by their flags, is given, as it does nothing `when`."""
     given = [flag for flag, value in options.items() if value is not None and value is not False]
-    if has_no_use and given:
+    if given:
         raise UsageError(f"{given[0]} does nothing {when}", remedy)
 
 

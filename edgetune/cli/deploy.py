@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import EdgetuneError, UsageError
 
-from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json, require_unused
+from .arguments import AsJson, BundlePath, CacheMb, ContextLength, Engine, Kv, Quiet, print_json, refuse_given
 
 if TYPE_CHECKING:
     from edgetune.delivery.deploy.deploy import Outcome
@@ -91,7 +91,7 @@ def deploy(
     from edgetune.common.progress import Progress
     from edgetune.delivery.board.updates import repository_from_options
     from edgetune.delivery.deploy import deploy as actions
-    from edgetune.delivery.deploy.fleet import Failed, on_each
+    from edgetune.delivery.deploy.fleet import on_each
     from edgetune.delivery.deploy.target import parse_target, read_inventory
     from edgetune.delivery.kit.make import KitOptions, assembler
 
@@ -106,8 +106,8 @@ def deploy(
         **{"--updates": updates, "--root": root, "--board": board, "--engine": engine},
         **{"--context-length": context_length, "--kv": kv, "--cache-mb": cache_mb},
     }
-    when = f"with {'--rollback' if goes_back else '--list'}"
-    require_unused(goes_back or lists, installing, when, "leave it out")
+    if goes_back or lists:
+        refuse_given(installing, f"with {'--rollback' if goes_back else '--list'}", "leave it out")
     if service is None and (listen is not None or port is not None):
         raise UsageError("--listen and --port are those of a unit", "add --service NAME")
     repository = repository_from_options(updates, root)
@@ -131,13 +131,21 @@ def deploy(
     if host is not None:
         _print(act(targets[0]), as_json=as_json)
         return
+    failures = _print_each(on_each(targets, parallel, act), as_json=as_json)
+    if failures:
+        raise EdgetuneError("\n".join([f"{len(failures)} of {len(targets)} boards failed", *failures]))
+
+
+def _print_each(outcomes: Iterable[Outcome], *, as_json: bool) -> list[str]:
+    """Print each outcome as it comes; returns the boards that failed, with their errors."""
+    from edgetune.delivery.deploy.fleet import Failed
+
     failures = []
-    for outcome in on_each(targets, parallel, act):
+    for outcome in outcomes:
         _print(outcome, as_json=as_json)
         if isinstance(outcome, Failed):
             failures.append(f"{outcome.target}: {outcome.error}")
-    if failures:
-        raise EdgetuneError("\n".join([f"{len(failures)} of {len(targets)} boards failed", *failures]))
+    return failures
 
 
 def _print(outcome: Outcome, *, as_json: bool) -> None:

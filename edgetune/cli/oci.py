@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .arguments import AsJson, BundlePath, Quiet, output_option, print_json, require_unused
+from .arguments import AsJson, BundlePath, Quiet, output_option, print_json, refuse_given
 
 # Options by the groups in --help.
 registry_option = partial(typer.Option, rich_help_panel="Registry")
@@ -58,7 +58,8 @@ def push(
     from edgetune.common.progress import Progress
     from edgetune.delivery.oci import transfer
 
-    require_unused(repo is None, {"--channel": channel}, "without --repo", "add --repo REPO, or leave it out")
+    if repo is None:
+        refuse_given({"--channel": channel}, "without --repo", "add --repo REPO, or leave it out")
     with transfer.open_store(reference, username, insecure=insecure) as store:
         pushed = transfer.push(bundle, store, Progress(quiet=quiet), repo=repo, channel=channel or DEFAULT_CHANNEL)
     if as_json:
@@ -95,7 +96,8 @@ def pull(
     from edgetune.delivery.oci import transfer
     from edgetune.delivery.oci.release_metadata import TrustedChannel
 
-    require_unused(root is None, {"--channel": channel}, "without --root", "add --root FILE, or leave it out")
+    if root is None:
+        refuse_given({"--channel": channel}, "without --root", "add --root FILE, or leave it out")
     trusted = None if root is None else TrustedChannel(read_root_file(root), channel or DEFAULT_CHANNEL)
     with transfer.open_store(reference, username, insecure=insecure) as store:
         resolved = transfer.pull(store, out, Progress(quiet=quiet), trusted_keys=trusted_keys, trusted_channel=trusted)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from edgetune_runtime.errors import UsageError
 
-from .arguments import AsJson, Quiet, output_option, print_json, require_unused
+from .arguments import AsJson, Quiet, output_option, print_json, refuse_given
 from .keys import open_keys
 from .oci import Insecure, TrustedKeys, Username, registry_option
 
@@ -90,10 +90,11 @@ def publish(
     if min_runtime and not RUNTIME_VERSION.fullmatch(min_runtime):
         raise UsageError(f"--min-runtime is {min_runtime!r}, not a version", "write it as 1.2.0")
     registry = {"--trusted-keys": trusted_keys, "--username": username, "--insecure": insecure}
-    require_unused(source is None, registry, "without --from", "add --from REFERENCE, or leave it out")
+    if source is None:
+        refuse_given(registry, "without --from", "add --from REFERENCE, or leave it out")
     release = {"--adapter": adapter, "--channel": channel, "--min-runtime": min_runtime, "--share": share}
-    has_none = bundle is None and source is None
-    require_unused(has_none, release, "without a bundle", "give BUNDLE or --from, or leave it out")
+    if bundle is None and source is None:
+        refuse_given(release, "without a bundle", "give BUNDLE or --from, or leave it out")
     folder, progress, channel = open_keys(keys), Progress(quiet=quiet), channel or DEFAULT_CHANNEL
     if bundle is not None and source is not None:
         raise UsageError(f"both {bundle} and --from {source} are given", "give one bundle")

@@ -138,10 +138,10 @@ def goodness(metric: str, score: float) -> float:
 
 
 def standard_error(metric: str, score: float, points: Sequence[float]) -> float:
-    """Standard error of a mean score over rows with these points; binomial if all points are 0 or 1.
+    """Standard error of a mean score of rows or conversations with these points; binomial if all are 0 or 1.
 
-    Two right and two wrong answers are added for a binomial one, which would be 0 for a perfect score (Agresti and
-    Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions").
+    The share of a binomial one is that with two right and two wrong answers more, as it would be 0 for a perfect score
+    (Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions").
     For perplexity, the points are each row's nats per token, and the error is that of their mean times the perplexity.
     """
     n = len(points)

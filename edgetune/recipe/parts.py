@@ -34,12 +34,14 @@ from .problems import FileMapping, other_names, shown
 from .task_types import TaskType
 from .training import OwnTraining, TrainingSpec
 
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]*")
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 
 
 def _check_name(name: str) -> str:
     if not NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"{name!r} is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit")
+        raise ValueError(
+            f"{name!r} is not a valid name; use up to 100 of a-z, 0-9, _ and -, starting with a letter or a digit"
+        )
     return name
 
 

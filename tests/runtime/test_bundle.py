@@ -185,10 +185,10 @@ def test_a_link_that_leads_to_itself_is_refused(copy: Path) -> None:
 def test_a_path_of_many_folders_is_refused_before_anything_is_made_of_them(copy: Path) -> None:
     deep = "a/" * 8000
     change_manifest(copy, lambda raw: raw["files"].update({f"{deep}{n}": {"sha256": "", "bytes": 0} for n in range(2)}))
-    begin = time.monotonic()
-    with pytest.raises(VerificationError, match=r"which is too long; do not use this bundle$"):
+    begin = time.process_time()
+    with pytest.raises(VerificationError, match=r"in too many folders; do not use this bundle$"):
         read_manifest(copy)
-    assert time.monotonic() < begin + 1
+    assert time.process_time() < begin + 2
 
 
 def overwrite(path: Path) -> None:

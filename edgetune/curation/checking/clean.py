@@ -60,4 +60,5 @@ def _left_out(check: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
 def _repeats(finding: Finding) -> list[str]:
     """Where the rows with a prompt are that have the answer of an earlier one."""
     firsts = {answer_key(answer): place for place, answer in reversed([*enumerate(finding.answers)])}
-    return [where for place, where in enumerate(finding.where) if place not in firsts.values()]
+    kept = {*firsts.values()}
+    return [where for place, where in enumerate(finding.where) if place not in kept]

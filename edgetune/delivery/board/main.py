@@ -99,7 +99,7 @@ def _install(options: argparse.Namespace) -> None:
     if options.receive not in (None, kit.version):
         raise BusyError("another deploy is sending a kit to this board", "wait until it ends")
     prefix = (options.prefix or versions.default_prefix(kit.name)).absolute()
-    name = options.service or f"edgetune-{kit.name}"
+    name = options.service or f"{service.NAME_START}{kit.name}"
     unit, updates = _unit(options, kit, name), updates_from_options(options.updates, options.root, name)
     if updates is not None:
         updates.timer.require_own(prefix)

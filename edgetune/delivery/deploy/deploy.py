@@ -38,7 +38,7 @@ Assemble = Callable[[str, str], AssembledKit]
 _ROOT_NAME = "root.json"
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
-_LONG_S = 7200.0
+_LONG_S = 14_400.0
 """More than the board program itself waits for packages, golden answers and a unit that computes its states."""
 # Read by sh, whatever the login shell is. Each sender has its own unfinished file.
 # What root sends must be readable for the unit's account, whatever root's umask is.

@@ -149,7 +149,10 @@ class Connection:
         text = _printable(problems[-_MOST_PROBLEM_BYTES:])
         if process.exceeded:
             message = f"{self.target}: a command on the board {process.exceeded}"
-            raise UnreachableError(message, "see what its login shell prints, and what keeps it busy")
+            remedy = "see what its login shell prints, and what keeps it busy"
+            if process.exceeded.startswith("did not take"):
+                remedy = "check the network; the same command resumes"
+            raise UnreachableError(message, remedy)
         # A negative code is a signal that ended ssh.
         if code == _SSH_FAILED or code < 0:
             raise self._lost(text)

@@ -53,7 +53,9 @@ def check_destination(out: Path) -> None:
 
     UsageError for the current folder, too.
     """
-    if out.is_symlink() or (out.exists() and is_tar(out) != out.is_file()):
+    if out.is_symlink() and not is_tar(out):
+        raise UsageError(f"{out} is a link", "give the folder itself, or choose another --out")
+    if out.exists() and is_tar(out) != out.is_file():
         raise UsageError(f"{out} exists and is not a {'file' if is_tar(out) else 'folder'}", "choose another --out")
     if out.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UsageError(f"--out {out} is the folder that you are in, or one above it", "give a folder of its own")

@@ -37,7 +37,7 @@ class ChangedAnswer:
 class Change:
     """The mean score before and after on `rows` rows, the standard error of the difference, and what changed.
 
-    The error is that of the mean differences of `conversations`, as answers in one of them are not independent.
+    The scores are means over `conversations`, as answers in one of them are not independent.
     Scores are between 0 and 1. If `is_loss`, they are bits per byte of text instead, of which fewer are better, and
     which do not depend on the tokenizer. `before_ms` and `after_ms` are the mean times per row on this machine.
     `left_out` more rows do not fit in the context of one of the bundles.
@@ -128,8 +128,8 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
     if not pairs:
         message = "no row fits in the context of both bundles"
         raise UsageError(message, "use shorter rows, or a larger context_length")
-    points = [(_point(old), _point(new)) for old, new in pairs]
-    differences = per_conversation((old.where, _point(new) - _point(old)) for old, new in pairs)
+    olds, news = ([*per_conversation((row.where, _point(row)) for row in side)] for side in zip(*pairs, strict=True))
+    differences = [new - old for old, new in zip(olds, news, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     answers = tuple(
         ChangedAnswer(old.prompt, old.reference, old.answer, new.answer, new.score - old.score)
@@ -137,8 +137,8 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
         if old.answer != new.answer
     )
     return Change(
-        statistics.fmean(old for old, _ in points),
-        statistics.fmean(new for _, new in points),
+        statistics.fmean(olds),
+        statistics.fmean(news),
         error,
         len(pairs),
         len(differences),

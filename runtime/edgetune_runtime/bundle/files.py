@@ -170,9 +170,9 @@ def bundle_path(path: str) -> str:
     """
     parts = path.split("/")
     if {"", ".", ".."} & {*parts} or "\\" in path or path != printable(path):
-        raise ValueError(f"it names {path[:80]!r}, which is outside the bundle")
+        raise ValueError(f"it names {path[:80]!r}, which is outside the bundle, or no plain path")
     if len(path.encode()) > _LONGEST_PATH_BYTES or len(parts) > _DEEPEST_PATH:
-        raise ValueError(f"it names {path[:80]!r}…, which is too long")
+        raise ValueError(f"it names {path[:80]!r}, which is too long or in too many folders")
     return path
 
 

@@ -108,6 +108,10 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     keys = read_trusted_keys(trusted)
     try:
         with parsing(f"{bundle / SIGNATURE_NAME} is damaged", "copy the bundle again"):
+            for name in (MANIFEST_NAME, SIGNATURE_NAME):
+                # Reading a pipe waits.
+                if (bundle / name).exists() and not (bundle / name).is_file():
+                    raise ValueError(f"{name} is not a regular file")
             manifest = _read(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
             raw: Any = json.loads(_read(bundle / SIGNATURE_NAME))
             signatures = _parsed(raw["signatures"])
@@ -157,9 +161,7 @@ def _is_signed(data: bytes, signatures: Mapping[str, Signature], keys: Mapping[s
 
 
 def _read(path: Path, max_bytes: int = LONGEST_SIGNATURE) -> bytes:
-    """The bytes of a file; ValueError if there are more than `max_bytes`, or if it is a pipe: that would wait."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path.name} is not a regular file")
+    """The bytes of a file; ValueError if there are more than `max_bytes`."""
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:

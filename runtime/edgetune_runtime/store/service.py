@@ -27,6 +27,8 @@ KEYS_NAME = "keys"
 LOOPBACK = "127.0.0.1"
 PORT = 8080
 """Where a unit listens unless the kit or an option says otherwise."""
+NAME_START = "edgetune-"
+"""How the names of units begin unless others are given."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RELOAD_S = 10.0
 """Seconds in which a server takes over adapters; one that has not is restarted."""
@@ -232,16 +234,20 @@ class Unit:
             self.manager.call("stop", self.name)
 
     def remove(self, prefix: Path) -> bool:
-        """Stop the unit and delete it, with its cache and state; False if it is not that of `prefix`, and stays."""
+        """Stop the unit and delete it; False if it is not that of `prefix`, and stays.
+
+        Its cache and state go too if its name begins with `edgetune-`: in folders of another name may be other files.
+        """
         if not self.unit_path.exists():
             return True
         if not is_of(self.unit_path, prefix):
             return False
         self.manager.call("disable", "--quiet", "--now", self.name)
-        # Only of a unit that has not failed, and of systemd 243 or newer.
-        with suppress(IncompatibleError):
-            self.manager.call("reset-failed", self.name)
-            self.manager.call("clean", "--what=all", self.name)
+        if self.name.startswith(NAME_START):
+            for words in (("reset-failed",), ("clean", "--what=all")):
+                # A unit that has not failed may not be loaded, and systemd before 243 cannot clean.
+                with suppress(IncompatibleError):
+                    self.manager.call(*words, self.name)
         self.unit_path.unlink()
         self.manager.call("daemon-reload")
         return True

@@ -14,7 +14,7 @@ from . import versions
 from .kit import BUNDLE_FOLDER, Kit
 
 _TIMEOUT_S = MAX_S + 60.0
-"""After the limit that the process has set itself."""
+"""The time that the process may compute on each core, and a minute to start."""
 
 
 def golden_answers(prefix: Path, kit: Kit) -> dict[str, Any] | None:

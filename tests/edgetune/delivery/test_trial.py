@@ -32,5 +32,4 @@ def test_a_version_that_prints_no_answers_fails_its_check(
     monkeypatch.setattr(child_process, "run", recorded)
     with pytest.raises(VerificationError, match=rf"fails its check: it printed no answers: .*{problem}"):
         trial.golden_answers(tmp_path, kit)
-    # It ends itself before.
     assert limits[0] > MAX_S

@@ -250,7 +250,7 @@ def test_one_that_is_slow_is_waited_for_no_longer_than_the_limit(
 def test_a_deadline_meanwhile_leaves_the_whole_answer(sure_bundle: Path, stop: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
-        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big"), deadline_s=1)
+        answer = unsure_answer(sure_bundle, stop, DeferTo(url, "big"), deadline_s=3)
     assert (answer.is_unsure, answer.instead, answer.stop_reason) == (True, None, "stop")
     assert answer.confidence is not None
 

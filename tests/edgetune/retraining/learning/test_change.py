@@ -52,11 +52,11 @@ def test_a_single_row_or_conversation_says_nothing() -> None:
     assert not change_between(talk_set(1, 1), talk_set(0, 0)).is_worse(0)
 
 
-def test_the_answers_of_a_conversation_count_as_one_for_the_error() -> None:
+def test_the_answers_of_a_conversation_count_as_one() -> None:
     before, after = (joined(talk_set(score, 1), scored_set(1, 1, 0, first=1)) for score in (1, 0))
     change = change_between(before, after)
-    assert (change.rows, change.conversations, change.after - change.before) == (5, 4, pytest.approx(-0.2))
-    assert change.error == pytest.approx(0.125), "half an answer in one of four"
+    assert (change.rows, change.conversations, change.after - change.before) == (5, 4, -0.125)
+    assert change.error == pytest.approx(0.125) and not change.is_worse(), "half an answer in one of four"
 
 
 def test_more_bits_per_byte_are_worse() -> None:
