@@ -17,11 +17,11 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from edgetune_runtime.errors import IncompatibleError, UnreachableError, VerificationError
-from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from edgetune.common.progress import Progress
+from edgetune.common.waiting_lock import waiting_lock
 
 from .runtime_wheel import DISTRIBUTION
 from .target_python import TargetPython
@@ -104,7 +104,7 @@ def collect(
     the folder `cache`, unless it has them. A second process waits for the first.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / ".lock"):
+    with waiting_lock(cache / ".lock", progress):
         return _collected(extras, target, local, cache, progress)
 
 

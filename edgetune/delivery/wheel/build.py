@@ -11,9 +11,9 @@ from pathlib import Path
 import platformdirs
 from edgetune_export.base_file.llama_cpp_source import download_source
 from edgetune_runtime.formats.atomic import replacing
-from filelock import FileLock
 
 from edgetune.common.progress import Progress
+from edgetune.common.waiting_lock import waiting_lock
 
 from .compile import compile_libraries
 from .platforms import platform_of
@@ -48,7 +48,7 @@ def llama_wheel(platform: str, *, progress: Progress) -> Path:
     version = importlib.metadata.version("llama-cpp-python")
     wheel = cache_folder() / wheel_name(version, target.tag)
     wheel.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(wheel.with_suffix(".lock")):
+    with waiting_lock(wheel.with_suffix(".lock"), progress):
         if wheel.is_file():
             return wheel
         toolchain = find_toolchain()
