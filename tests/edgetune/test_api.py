@@ -38,7 +38,10 @@ FIELDS = {
     "Build": ["bundle", "figures", "losses", "domain", "base", "trained", "prompts", "seconds", "router"],
     "BuildPlan": ["recipe", "source", "base", "adapters", "board", "domain", "needs", "training_device"],
     "BundleFigures": ["base", "quantization", "parameters", "base_mb", "adapters_mb", "total_mb"],
-    "Change": ["before", "after", "error", "rows", "answers", "is_loss", "before_ms", "after_ms", "left_out"],
+    "Change": [
+        *("before", "after", "error", "rows", "conversations", "answers", "is_loss"),
+        *("before_ms", "after_ms", "left_out"),
+    ],
     "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],
     "Learned": ["bundle", "changes", "learned"],
@@ -256,7 +259,7 @@ def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path
     [
         (
             {"adapters": {"a b": "x"}},
-            "adapters: the name 'a b' may contain only a-z, 0-9, _ and -; choose another name",
+            "adapters: the name 'a b' may contain only a-z, 0-9, _ and -, up to 100; choose another name",
         ),
         ({"systems": {"b": "x"}}, "systems: no adapter 'b'; choose one of: a"),
         ({"targets": ["ggfu"]}, "no format 'ggfu'; did you mean 'gguf'?"),
