@@ -162,8 +162,9 @@ adapters:
     method: loar
   d:
 """)
+    invalid = "is not a valid name; use up to 100 of a-z, 0-9, _ and -, starting with a letter or a digit"
     assert problems_of(path) == [
-        "1: name: 'My Home' is not a valid name; use up to 100 of a-z, 0-9, _ and -, starting with a letter or a digit",
+        f"1: name: 'My Home' {invalid}",
         "1: base: is missing",
         "2: bse: unknown key; did you mean 'base'?",
         "4: training.epochs: 'three' is not a number",
@@ -172,7 +173,7 @@ adapters:
         "7: training.schedule: 'cosin' is not one of: 'cosine', 'linear' or 'constant'; did you mean 'cosine'?",
         "8: training.patience: 2.5 is not an integer",
         "9: learning_rate: unknown key; did you mean 'training.learning_rate'?",
-        "11: adapters.Command: 'Command' is not a valid name; use up to 100 of a-z, 0-9, _ and -, starting with a letter or a digit",
+        f"11: adapters.Command: 'Command' {invalid}",
         "13: adapters.b.data: is missing",
         "14: adapters.b.scale: inf is not a finite number",
         "15: adapters.b.labels.1: 5 is not a string; put it in quotes",
