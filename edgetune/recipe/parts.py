@@ -39,9 +39,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
 
 def _check_name(name: str) -> str:
     if not NAME_PATTERN.fullmatch(name):
-        raise ValueError(
-            f"{name!r} is not a valid name; use up to 100 of a-z, 0-9, _ and -, starting with a letter or a digit"
-        )
+        raise ValueError(f"{name!r} is not a valid name; use up to 100 of a-z, 0-9, _ and -, the first a-z or 0-9")
     return name
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import ERROR, Manifest, RouterEntry, read_manifest, verify_files
 from edgetune_runtime.inference.opening_options import OpeningOptions, context_mb, decide
-from edgetune_runtime.processes.confinement import MAX_S, confine, limits_of
+from edgetune_runtime.processes.child_process import MAX_S
+from edgetune_runtime.processes.confinement import confine, limits_of
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.wording import printable
 

@@ -23,6 +23,8 @@ from edgetune_runtime.wording import printable
 _MAX_BYTES = 1 << 20
 """Size of the end of each stream that stays in memory: a child may write without end."""
 _LINE_CHARACTERS = 300
+MAX_S = 3600
+"""The longest time that a process confines itself to, such as one that asks a bundle for its golden answers."""
 _CHECK_S = 0.05
 _FOLDERS = re.compile(r"\S*/(?=[^/\s]+:\d+: )")
 """Folders of the source file that an assertion names, which are those of the machine that compiled it."""

@@ -16,13 +16,15 @@ from pathlib import Path
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.threads.machine import free_mb
 
+from .child_process import MAX_S
+
 _COPIES = 4
 """An engine may have a file twice while it repacks weights; the rest is for buffers that grow with it."""
 _KV_BYTES = 4
 """Size of a number in keys and values: f32, the widest type of any engine."""
 _SPARE_BYTES = 1_000_000_000
 """Memory of Python, the libraries, and allocations that are never used, such as most of the stacks of threads."""
-_MIN_S, MAX_S = 60, 3600
+_MIN_S = 60
 _BYTES_PER_S = 1_000_000
 """Bytes per second of the slowest disk and processor, by which a larger bundle gets more time."""
 _OPEN_FILES = 256

@@ -8,12 +8,11 @@ from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, VerificationError, parsing
 from edgetune_runtime.processes import child_process
-from edgetune_runtime.processes.confinement import MAX_S
 
 from . import versions
 from .kit import BUNDLE_FOLDER, Kit
 
-_TIMEOUT_S = MAX_S + 60.0
+_TIMEOUT_S = child_process.MAX_S + 60.0
 """The time that the process may compute on each core, and a minute to start."""
 
 

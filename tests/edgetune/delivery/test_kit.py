@@ -219,7 +219,7 @@ def test_nothing_but_a_kit_without_other_files_is_replaced(tmp_path: Path) -> No
         output.check_destination(kit)
     (kit / "1.root.json").unlink()
     (tmp_path / "link").symlink_to(kit)
-    with pytest.raises(UsageError, match="link exists and is not a folder"):
+    with pytest.raises(UsageError, match="link is a link; give the folder itself"):
         output.check_destination(tmp_path / "link")
     (kit / "SHA256SUMS").unlink()
     with pytest.raises(UsageError, match="is not a kit of this version; choose another --out"):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.processes import child_process
-from edgetune_runtime.processes.confinement import MAX_S
 from edgetune_runtime.store import trial, versions
 from edgetune_runtime.store.kit import read_kit
 from kits import KitMaker
@@ -32,4 +31,4 @@ def test_a_version_that_prints_no_answers_fails_its_check(
     monkeypatch.setattr(child_process, "run", recorded)
     with pytest.raises(VerificationError, match=rf"fails its check: it printed no answers: .*{problem}"):
         trial.golden_answers(tmp_path, kit)
-    assert limits[0] > MAX_S
+    assert limits[0] > child_process.MAX_S

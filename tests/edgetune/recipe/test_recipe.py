@@ -162,7 +162,7 @@ adapters:
     method: loar
   d:
 """)
-    invalid = "is not a valid name; use up to 100 of a-z, 0-9, _ and -, starting with a letter or a digit"
+    invalid = "is not a valid name; use up to 100 of a-z, 0-9, _ and -, the first a-z or 0-9"
     assert problems_of(path) == [
         f"1: name: 'My Home' {invalid}",
         "1: base: is missing",

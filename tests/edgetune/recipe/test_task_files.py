@@ -119,8 +119,8 @@ def test_an_adapter_may_still_be_called_from(tmp_path: Path) -> None:
             {"tasks/A b.yaml": adapter_of(), "tasks/c.yaml": "data: {train: a}\nname: No\n"},
             TASKS,
             [
-                "tasks/A b.yaml:1: 'A b' is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit",
-                "tasks/c.yaml:2: 'No' is not a valid name; use a-z, 0-9, _ and -, starting with a letter or a digit",
+                "tasks/A b.yaml:1: 'A b' is not a valid name; use up to 100 of a-z, 0-9, _ and -, the first a-z or 0-9",
+                "tasks/c.yaml:2: 'No' is not a valid name; use up to 100 of a-z, 0-9, _ and -, the first a-z or 0-9",
             ],
         ),
         (
