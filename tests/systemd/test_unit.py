@@ -69,8 +69,11 @@ def test_a_unit_of_the_system_answers_restarts_and_goes(machine: Machine, expect
     assert shown(machine, "MainPID")["MainPID"] != unit["MainPID"]
     assert answer_of(machine, 8080) == expected
     assert shown(machine, "ActiveState")["ActiveState"] == "active"
+    folders = ("find", "/var/cache", "/var/lib", "-name", "edgetune-home")
+    assert machine.run(*folders)
     machine.run(*INSTALL, "uninstall")
     assert shown(machine, "LoadState")["LoadState"] == "not-found"
+    assert not machine.run(*folders)
 
 
 def start_session(machine: Machine) -> None:
