@@ -128,7 +128,7 @@ def change_between(before: ScoredSet, after: ScoredSet) -> Change:
     if not pairs:
         message = "no row fits in the context of both bundles"
         raise UsageError(message, "use shorter rows, or a larger context_length")
-    olds, news = ([*per_conversation((row.where, _point(row)) for row in side)] for side in zip(*pairs, strict=True))
+    olds, news = (per_conversation((row.where, _point(row)) for row in side) for side in zip(*pairs, strict=True))
     differences = [new - old for old, new in zip(olds, news, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     answers = tuple(

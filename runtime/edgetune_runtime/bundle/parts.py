@@ -104,7 +104,7 @@ def read_manifest(bundle: Path) -> Manifest:
     another schema or names paths outside the bundle, and IncompatibleError when an adapter was trained on another base.
     """
     path = bundle / MANIFEST_NAME
-    data = _bytes_of(path, LONGEST_MANIFEST)
+    data = bytes_of(path, LONGEST_MANIFEST)
     if data is None:
         remedy = "give the folder that `edgetune build --out` wrote"
         raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", remedy)
@@ -116,11 +116,11 @@ def with_files_of(bundle: Path, manifest: Manifest, verify: Verify | None = None
 
     Errors as those of `with_parts`.
     """
-    composed = with_parts(manifest, lambda name: _bytes_of(resolve(bundle, name), LONGEST_PART), verify)
+    composed = with_parts(manifest, lambda name: bytes_of(resolve(bundle, name), LONGEST_PART), verify)
     return with_present_formats(composed, lambda name: (bundle / name).exists())
 
 
-def _bytes_of(path: Path, most_bytes: int) -> bytes | None:
+def bytes_of(path: Path, most_bytes: int) -> bytes | None:
     """The contents of a file, None if there is none; VerificationError if it is no regular file, or too large."""
     if path.exists() and (not path.is_file() or path.stat().st_size > most_bytes):
         raise VerificationError(f"{path} is not a regular file of up to {most_bytes} bytes", COPY_BUNDLE_AGAIN)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import NotFoundError, VerificationError, importing, parsing
 
 from . import LONGEST_MANIFEST, MANIFEST_NAME, Manifest, parse_manifest, read_manifest
-from .parts import Part, part_path, parts_among, parts_in, signed_bytes, with_files_of
+from .parts import Part, bytes_of, part_path, parts_among, parts_in, signed_bytes, with_files_of
 
 if TYPE_CHECKING:
     from securesystemslib.signer import Key, Signature, Signer
@@ -106,22 +106,14 @@ def require_signed(bundle: Path, trusted: Path) -> bytes:
     Reads no other file of the bundle. NotFoundError if the folder has no manifest, or the keys cannot be read.
     """
     keys = read_trusted_keys(trusted)
-    try:
-        with parsing(f"{bundle / SIGNATURE_NAME} is damaged", "copy the bundle again"):
-            for name in (MANIFEST_NAME, SIGNATURE_NAME):
-                # Reading a pipe waits.
-                if (bundle / name).exists() and not (bundle / name).is_file():
-                    raise ValueError(f"{name} is not a regular file")
-            manifest = _read(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
-            raw: Any = json.loads(_read(bundle / SIGNATURE_NAME))
-            signatures = _parsed(raw["signatures"])
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        if missing == MANIFEST_NAME:
-            raise NotFoundError(f"{bundle} is not a bundle: it has no {missing}", "give a bundle's folder") from error
-        raise VerificationError(f"{bundle} is not signed: it has no {missing}", _UNSIGNED) from error
-    except OSError as error:
-        raise VerificationError(f"cannot read {error.filename}: {error.strerror}", "check its permissions") from error
+    manifest = bytes_of(bundle / MANIFEST_NAME, LONGEST_MANIFEST)
+    if manifest is None:
+        raise NotFoundError(f"{bundle} is not a bundle: it has no {MANIFEST_NAME}", "give a bundle's folder")
+    data = bytes_of(bundle / SIGNATURE_NAME, LONGEST_SIGNATURE)
+    if data is None:
+        raise VerificationError(f"{bundle} is not signed: it has no {SIGNATURE_NAME}", _UNSIGNED)
+    with parsing(f"{bundle / SIGNATURE_NAME} is damaged", "copy the bundle again"):
+        signatures = _parsed(json.loads(data)["signatures"])
     if not _is_signed(_PURPOSE + manifest, signatures, keys):
         message = f"{bundle} is not signed by a key in {trusted}, or its manifest was changed"
         raise VerificationError(message, "do not use this bundle")
@@ -160,10 +152,10 @@ def _is_signed(data: bytes, signatures: Mapping[str, Signature], keys: Mapping[s
     return False
 
 
-def _read(path: Path, max_bytes: int = LONGEST_SIGNATURE) -> bytes:
-    """The bytes of a file; ValueError if there are more than `max_bytes`."""
+def _read(path: Path) -> bytes:
+    """The bytes of a file or pipe; ValueError if there are more than LONGEST_SIGNATURE."""
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"{path.name} has more than {max_bytes} bytes")
+        data = file.read(LONGEST_SIGNATURE + 1)
+    if len(data) > LONGEST_SIGNATURE:
+        raise ValueError(f"{path.name} has more than {LONGEST_SIGNATURE} bytes")
     return data
