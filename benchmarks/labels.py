@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from edgetune_runtime import Runtime
 
+from edgetune.common.spread import spread as spread_rows
 from edgetune.tasks.data import labelled_text, read_rows
-from edgetune.tasks.evaluation import spread as spread_rows
 
 ENGINES = ("gguf", "onnx")
 SEARCH, ALL, PROMPT = MODES = ("search", "all", "prompt")

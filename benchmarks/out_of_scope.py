@@ -28,9 +28,9 @@ from edgetune_runtime.inference.measuring import logits_after
 from edgetune_runtime.inference.similarity import read_prompts
 
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.confidence import bins_of, calibration_error
-from edgetune.tasks.evaluation import spread
 
 ADAPTER = "intent"
 ENGINES = ("gguf", "onnx")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
 from edgetune.curation.checking.duplicates import answer_key
@@ -29,7 +30,7 @@ from edgetune.curation.checking.findings import WRONG
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.augmentation.values import SlottedRow, Values
 from edgetune.tasks.data import TaskRow, read_rows
-from edgetune.tasks.evaluation import evaluate, spread
+from edgetune.tasks.evaluation import evaluate
 
 SCORED = ("right", "wrong", "clean", "weighted")
 FIRST = 0.25

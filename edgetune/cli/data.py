@@ -143,7 +143,7 @@ def preview(
 
 
 def _print_copies(task: Task, count: int) -> None:
-    from edgetune.tasks.evaluation import spread
+    from edgetune.common.spread import spread
 
     print(f"{task.name}: {len(task.copies)} rows are added to {len(task.train)}")
     for source in spread(list({id(copied.source): copied.source for copied in task.copies}.values()), count):

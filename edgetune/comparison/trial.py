@@ -19,9 +19,9 @@ from edgetune.building.pipeline import build
 from edgetune.common.failure import fail
 from edgetune.common.module_process import end_with_parent, read_request
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import read_rows
-from edgetune.tasks.evaluation import spread
 from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.negatives import given
 from edgetune.tasks.task import read_task

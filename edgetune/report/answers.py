@@ -14,8 +14,9 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of, shortened
 
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.evaluation import Evaluation, ScoredRow, evaluate, score, spread
+from edgetune.tasks.evaluation import Evaluation, ScoredRow, evaluate, score
 from edgetune.tasks.task import read_task
 
 from .facts import Answer, Score

@@ -17,9 +17,10 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.evaluation import score, spread
+from edgetune.tasks.evaluation import score
 
 from .exported import TrainedAdapter
 from .opened import opened

@@ -15,6 +15,7 @@ from edgetune_runtime.inference.routing.classifier import PromptClassifier
 from transformers import PreTrainedModel
 
 from edgetune import methods
+from edgetune.common.spread import spread
 from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.task import Task
@@ -111,7 +112,7 @@ class PreparedAdapter:
             prompt_lengths=self.prompt_lengths,
             texts=self.texts,
             draft=self.draft,
-            golden_rows=self.task.validation[:GOLDEN_ROWS] if self.plan.spec.golden else (),
+            golden_rows=spread(self.task.validation, GOLDEN_ROWS) if self.plan.spec.golden else (),
             scope_rows=self.task.validation if self.plan.spec.out_of_scope is not None else (),
             known_rows=self.task.train if self.plan.spec.out_of_scope is not None else (),
             confidence_rows=self.task.confidence_rows,

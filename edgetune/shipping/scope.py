@@ -28,9 +28,9 @@ from edgetune_runtime.inference.similarity import (
 )
 
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.recipe.parts import OutOfScopeSpec
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.evaluation import spread
 
 from .exported import TrainedAdapter
 from .opened import opened

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
@@ -21,6 +19,7 @@ from edgetune_runtime.tools.calls import answer_text
 from pydantic import ValidationError
 
 from edgetune.common.progress import Progress, Step
+from edgetune.common.spread import spread
 from edgetune.objectives.example import Example
 from edgetune.recipe.data import Columns
 from edgetune.recipe.parts import Metric
@@ -140,20 +139,6 @@ def rows_that_fit(runtime: Runtime, adapter: str, rows: Sequence[TaskRow]) -> li
     """The rows that fit in the context with their answers, which are those that can be learned and scored."""
     entry = runtime.manifest.adapter(adapter)
     return [row for row, _ in _fitting(_Task(runtime, adapter, entry.system, entry.labels, _metric(entry)), rows)]
-
-
-def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
-    """At most `limit` rows, one of each part of as many; UsageError for a limit below 1.
-
-    Which one is random, the same each time: rows may alternate between kinds.
-    """
-    if limit is None or limit >= len(rows):
-        return rows
-    if limit < 1:
-        raise UsageError(f"a limit of {limit} rows leaves nothing to score", "use at least 1")
-    ends = [index * len(rows) // limit for index in range(limit + 1)]
-    rng = random.Random(limit)
-    return [rows[rng.randrange(start, end)] for start, end in pairwise(ends)]
 
 
 def most_tokens(reference: int) -> int:

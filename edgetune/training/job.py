@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from edgetune.common.spread import spread
 from edgetune.methods import Method, MethodOptions
 from edgetune.objectives.base import Objective, TrainingRow
 from edgetune.objectives.next_token import NEXT_TOKEN
@@ -39,8 +40,8 @@ class TrainingJob(Generic[R]):
 
     @property
     def loss_rows(self) -> Sequence[R]:
-        """The validation rows that the validation loss is the mean of: the first 256 of a weight above 0."""
-        return [row for row in self.validation if row.weight > 0][:_LOSS_ROWS]
+        """The validation rows that the validation loss is the mean of: 256 of a weight above 0, spread over all."""
+        return spread([row for row in self.validation if row.weight > 0], _LOSS_ROWS)
 
 
 @dataclass

@@ -23,6 +23,7 @@ from edgetune.building.encoder.objective import Classify, Labelled, load_head, t
 from edgetune.building.encoder.verify import verify
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (
@@ -72,7 +73,7 @@ class TextClassification(Builder[EncoderBase]):
                 _key(planned, base, train, validation),
                 Classify(base.hidden_size, len(task.labels)),
             )
-            probes = [row.tokens for row in validation[:PARITY_ROWS]]
+            probes = [row.tokens for row in spread(validation, PARITY_ROWS)]
             prepared.append(PreparedAdapter(planned, task, job, too_long, probes))
         return prepared
 

@@ -31,6 +31,7 @@ from edgetune.building.outputs.resolve import write_inferred
 from edgetune.building.placement import choose as placement
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.methods import MethodOptions
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
@@ -186,7 +187,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         base.path if planned.on_grid else None,
         _start_of(planned),
     )
-    probes = validation[:PARITY_ROWS]
+    probes = spread(validation, PARITY_ROWS)
     return PreparedAdapter(
         planned,
         task,
@@ -194,7 +195,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
         too_long,
         [example.tokens for example in probes],
         prompt_lengths=[example.prompt_length for example in probes],
-        texts=[text for row in task.validation[:TEXT_ROWS] for text in _texts(row)],
+        texts=[text for row in spread(task.validation, TEXT_ROWS) for text in _texts(row)],
     )
 
 

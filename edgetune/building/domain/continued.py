@@ -36,13 +36,13 @@ from edgetune.bases import Base
 from edgetune.common.digests import key_of
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.objectives.example import Example
 from edgetune.planning.on_device import domain_grid_types
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import DomainSpec
 from edgetune.shipping.parity_engines import GovernedEngine
 from edgetune.shipping.verify import logits_of
-from edgetune.tasks.evaluation import spread
 from edgetune.tasks.task import Texts
 from edgetune.training.hardware import processes
 from edgetune.training.job import TrainAll, TrainingJob, TrainResult

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.shipping.exported import ExportedFormat, Figures, ParityReport, TrainedAdapter
 
 from .objective import load_head, logits_of
@@ -122,7 +123,7 @@ def _compare_base(
     rounded: bool,
 ) -> Figures:
     """The largest difference of the plain base's pooled layer, and the smallest cosine."""
-    rows = [row for task in tasks for row in task.probes[:_BASE_ROWS]]
+    rows = [row for task in tasks for row in spread(task.probes, _BASE_ROWS)]
 
     def pooled(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return mean_pooled(model(input_ids=tokens, attention_mask=mask).last_hidden_state, mask)

@@ -17,6 +17,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune.bases import Base
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.methods.lora import LoraOptions
 from edgetune.objectives.example import Example
 from edgetune.planning.records import AdapterPlan
@@ -183,6 +184,6 @@ def _trial(job: TrainingJob[Example], placement: Placement, steps: int) -> Train
         name=_name(job, placement),
         options=options,
         training=training,
-        validation=job.loss_rows[:_VALIDATION_ROWS],
+        validation=spread(job.loss_rows, _VALIDATION_ROWS),
         key=key_of(state),
     )

@@ -15,9 +15,10 @@ from trainings import Listening
 
 from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
+from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.confidence import MIN_ROWS
-from edgetune.tasks.evaluation import score, spread
+from edgetune.tasks.evaluation import score
 from edgetune.tasks.task import read_task
 
 COLORS = ("red", "warm", "blue")
