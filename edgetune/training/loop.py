@@ -43,8 +43,8 @@ from .rounding import rounded_layers
 from .schedule import Schedule, passes, plan
 from .step_threads import StepThreads
 
-# A killed run loses at most about this much work.
-_SAVE_EVERY_S = 60.0
+# A killed run loses at most about this much work, or twenty times as much as the last state took to write.
+_SAVE_EVERY_S, _SAVE_SHARE = 60.0, 0.05
 # A final validation loss above the best by this factor is overfitting; below it is noise.
 _OVERFIT = 1.01
 
@@ -134,7 +134,7 @@ class _Run:
         self.passes = PassPlan()
         self.checkpointed: list[Any] = []
         self.threads = StepThreads(is_cpu=self.accelerator.device.type == "cpu")
-        self._saved = time.monotonic()
+        self._next_save = time.monotonic() + _SAVE_EVERY_S
         self._resume()
 
     def plan_passes(self) -> None:
@@ -177,8 +177,7 @@ class _Run:
     def loop(self, progress: Step, trial: TimeTrial, say: Callable[[str], None]) -> None:
         """Run the remaining steps, with validation and saving in between."""
         self.model.train()
-        started = time.monotonic()
-        before = self.state.seconds
+        started = time.monotonic() - self.state.seconds
         progress.update("resumed" if self.state.step else "", self.state.step)
         if self._is_validation_due():
             self._validate()
@@ -190,15 +189,16 @@ class _Run:
                 self._step(rows)
             if (estimate := trial.step(tokens, time.monotonic())) is not None:
                 say(estimate)
-            self.state.seconds = before + time.monotonic() - started
+            self.state.seconds = time.monotonic() - started
             progress.train_loss = self.state.loss_sum / (self.state.loss_weight or 1.0)
             note = f"loss {progress.train_loss:.3f}, {self._speed():.0f} tokens/s"
             if self._is_validation_due():
                 point = self._validate()
+                self.state.seconds = time.monotonic() - started
                 progress.val_loss = point.val_loss
                 note = f"validation loss {point.val_loss:.3f}, {self._speed():.0f} tokens/s"
                 self.save()
-            elif time.monotonic() - self._saved > _SAVE_EVERY_S:
+            elif time.monotonic() > self._next_save:
                 self.save()
             progress.update(note, self.state.step)
 
@@ -239,9 +239,13 @@ class _Run:
 
     def save(self) -> None:
         """Write the state from which a later run resumes."""
-        self._saved = time.monotonic()
-        if not self.accelerator.is_main_process:
-            return
+        begin = time.monotonic()
+        if self.accelerator.is_main_process:
+            self._write_state()
+        end = time.monotonic()
+        self._next_save = end + max(_SAVE_EVERY_S, (end - begin) / _SAVE_SHARE)
+
+    def _write_state(self) -> None:
         state = {
             "key": self.key,
             "state": asdict(self.state),
@@ -358,7 +362,6 @@ class _Run:
         sums = (val_sum, total_weight(self.objective, own), self.state.loss_sum, self.state.loss_weight)
         val_sum, val_weight, train_sum, train_weight = over_processes(sums, self.accelerator)
         self._require_finite(val_sum, self.state.step)
-        self.state.loss_sum, self.state.loss_weight = 0.0, 0.0
         point = Point(
             step=self.state.step,
             epoch=self.state.step / self.schedule.steps_per_epoch,
@@ -371,6 +374,7 @@ class _Run:
         if self.training.checkpoint == "best" and point.val_loss < lowest:
             self.best = self._weights()
         self.state.history.append(point)
+        self.state.loss_sum, self.state.loss_weight = 0.0, 0.0
         self.model.train()
         return point
 
