@@ -128,7 +128,7 @@ def find(recipe: Recipe, *, download: bool = False) -> BaseSource | None:
     name, folder = recipe.base, recipe.folder
     if recipe.task_type.has_encoders and name in ALIASES:
         raise _no_encoder(name, "it writes text")
-    if not (download or is_gguf(name) or _is_at_hand(name, folder)):
+    if not (download or is_gguf(name, folder) or _is_at_hand(name, folder)):
         return None
     return _encoder(name, folder) if recipe.task_type.has_encoders else _source(name, folder, recipe.targets)
 
@@ -272,9 +272,9 @@ def _refuse_encoder(name: str, folder: Path) -> None:
         raise IncompatibleError(message, "set task: text-classification in the recipe, or choose another base")
 
 
-def is_gguf(name: str) -> bool:
-    """Whether the base `name` is a GGUF file."""
-    return name in ALIASES or name.endswith(".gguf")
+def is_gguf(name: str, folder: Path) -> bool:
+    """Whether the base `name` is a GGUF file, as each local file is; one that is missing by its name."""
+    return name in ALIASES or name.lower().endswith(".gguf") or _as_path(name, folder).is_file()
 
 
 def locate(name: str, folder: Path, aliases: Mapping[str, PackagedBase] = ALIASES) -> Path:

@@ -48,7 +48,7 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
         raise NotFoundError(f"no bundle, recipe or GGUF file {path}", "check the path")
     if path.is_dir() or path.name == MANIFEST_NAME:
         return _of_bundle(path if path.is_dir() else path.parent, context_length, engine)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         header = read_base(path)
         architectures.of(header).check_formats([engine or gguf.NAME])
         trained = bases.trained_context_length(header)

@@ -160,7 +160,7 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
 
 def _is_shipped(recipe: Recipe, manifest: Manifest) -> bool:
     """Whether the recipe's base is the file that the bundle was made from, quantized already."""
-    if not bases.is_gguf(recipe.base):
+    if not bases.is_gguf(recipe.base, recipe.folder):
         return False
     return sha256_of(bases.locate(recipe.base, recipe.folder)) == manifest.base.fingerprint
 

@@ -75,7 +75,7 @@ def quantizations_of(recipe: Recipe, candidates: Sequence[Candidate] = ()) -> Se
         return [recipe.quantization]
     if candidates:
         return [item.quantization for item in candidates]
-    if recipe.quantization or is_gguf(recipe.base) or "quantization" in recipe.task_type.refused_keys:
+    if recipe.quantization or is_gguf(recipe.base, recipe.folder) or "quantization" in recipe.task_type.refused_keys:
         return [None]
     # The first one is the default.
     return BOARD_QUANTIZATIONS

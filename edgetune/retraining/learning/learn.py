@@ -17,7 +17,6 @@ from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
-from edgetune.bases import is_gguf
 from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked
@@ -224,7 +223,7 @@ def _spec_to_compare(task: Task, rows: LearnedRows) -> AdapterSpec:
 
 def _of_base(recipe: Recipe, bundle: Path, manifest: Manifest) -> Recipe:
     """The recipe on the bundle's own base, if training can read it: the recipe's may be another after its domain."""
-    file = next(filter(is_gguf, manifest.base.files.values()), None)
+    file = next((file for file in manifest.base.files.values() if file.endswith(".gguf")), None)
     if file is None:
         return recipe
     return recipe.model_copy(update={"base": str((bundle / file).absolute()), "domain": None})

@@ -80,7 +80,7 @@ def _changes(source: RecipeSource) -> dict[str, Any]:
         path = Path(source.base).expanduser()
         # Quoted, because texts are parsed as YAML.
         changes["base"] = json.dumps(str(path.absolute()) if path.exists() else source.base)
-    if source.quantization is not None or bases.is_gguf(source.base or ""):
+    if source.quantization is not None or (source.base and bases.is_gguf(source.base, Path())):
         changes["quantization"] = source.quantization
         if not gains_from_matrix(source.quantization):
             changes["imatrix"] = None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_a_file_ships_unchanged_or_is_requantized(tiny_gguf: Callable[[str], Pat
     base = tiny_gguf("llama")
     unchanged, smaller = (bundle_of(recipe_of(tmp_path, base, quantization=name)).base for name in (None, "q4_0"))
     assert (unchanged.steps, unchanged.gguf_bytes) == ((), pytest.approx(base.stat().st_size, rel=0.01))
+    for name in ("Base.GGUF", "sha256-0f"):
+        copy = Path(shutil.copy(base, tmp_path / name))
+        assert bundle_of(recipe_of(tmp_path, copy)).base.steps == ()
     assert smaller.steps == ("requantize to q4_0",) and (smaller.gguf_bytes or 0) < (unchanged.gguf_bytes or 0)
 
 
