@@ -5,6 +5,7 @@ A trial is the recipe reduced to one task, with one method at one rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -222,9 +223,12 @@ def _options(spec: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
         options |= {key: value for key, value in set_options.items() if key in fields}
     key = _rank_key(fields)
     if rank is not None and key is not None:
+        share = rank / _value(options, fields, key)
+        if "use_rslora" in fields and _value(options, fields, "use_rslora"):
+            share = math.sqrt(share)
         # A mean rank applies at the end of training and does not change what alpha is divided by.
         for alpha in fields.keys() & ALPHAS if key == RANK else ():
-            options[alpha] = _value(options, fields, alpha) * rank / _value(options, fields, RANK)
+            options[alpha] = _value(options, fields, alpha) * share
         options[key] = rank
         if key == MEAN_RANK:
             # The recipe's own belongs to its mean rank.

@@ -293,6 +293,9 @@ def test_the_recipes_initial_rank_of_adalora_is_left_out_at_other_mean_ranks(
 def test_alpha_follows_the_rank(request_of: Callable[..., Request]) -> None:
     small, large = trials(request_of(ranks=(2, 16)))
     assert (method_of(small)["lora_alpha"], method_of(large)["lora_alpha"]) == (4, 32)
+    # rsLoRA divides by the square root of the rank.
+    small, large = trials(request_of(methods=("rslora",), ranks=(4, 64)))
+    assert (method_of(small)["lora_alpha"], method_of(large)["lora_alpha"]) == (4, 16)
 
 
 def test_what_the_recipe_sets_holds_for_methods_that_weigh_alike(request_of: Callable[..., Request]) -> None:
