@@ -99,7 +99,8 @@ class _Measurement:
     ) -> Iterator[MeasuredCandidate]:
         """Quantize `file`, the base before quantization, to one candidate after the other, and measure it."""
         rows = self._rows(file)
-        length = max(map(len, rows), default=1) + _DECODED
+        longest = max(map(len, rows), default=1) + _DECODED
+        length = min(longest, self.plan.recipe.context_length)
         with _engine(file, length) as engine:
             for row in rows:
                 engine.truncate(0)
@@ -118,7 +119,7 @@ class _Measurement:
                     quantize_gguf(file, path, candidate.quantization, again=True, importance=matrix)
                 with _engine(path, length) as engine:
                     kl = compare(expected, engine, rows).kl
-                    tokens_per_s = _tokens_per_s(engine, rows[0]) if self.times_decoding else None
+                    tokens_per_s = _tokens_per_s(engine, min(rows, key=len), length) if self.times_decoding else None
                 step.update()
                 # The prediction is a mean where types alternate between layers.
                 yield MeasuredCandidate(candidate.quantization, path.stat().st_size, kl, tokens_per_s)
@@ -161,11 +162,11 @@ def _logits_file(folder: Path, tokens: Sequence[int]) -> Path:
     return folder / f"{key_of(list(tokens))}.npy"
 
 
-def _tokens_per_s(engine: GovernedEngine, tokens: Sequence[int]) -> float:
-    """The median decode speed after these tokens."""
+def _tokens_per_s(engine: GovernedEngine, tokens: Sequence[int], context_length: int) -> float:
+    """The median decode speed after these tokens, or as many of them as leave room."""
     engine.truncate(0)
-    token, steps_s = int(engine.decode(tokens).argmax()), []
-    for _ in range(_DECODED):
+    token, steps_s = int(engine.decode(tokens[: max(1, context_length - _DECODED)]).argmax()), []
+    for _ in range(min(_DECODED, context_length - 1)):
         begin = time.perf_counter()
         engine.decode([token])
         steps_s.append(time.perf_counter() - begin)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,17 @@ def test_the_speed_is_measured_if_it_is_asked_for(tiny_gguf: Callable[[str], Pat
     fastest = max((item for item in stored if item["kl"] <= MAX_KL), key=lambda item: item["tokens_per_s"])
     assert chosen == fastest["quantization"]
     assert " tokens/s" in listening.lines[-2]
+
+
+@pytest.mark.usefixtures("forked_converter")
+def test_rows_as_long_as_the_base_allows_leave_out_tokens_that_are_timed(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "base"))
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 60}))
+    planned = plan_build(recipe_of(tmp_path, base, {"optimize": "speed"}, context_length=60))
+    assert choose_quantization(planned.plan, planned.tasks, tmp_path / "work", QUIET, None)
 
 
 def test_the_plan_shows_the_sizes_and_measures_nothing(
