@@ -20,7 +20,7 @@ def source_of_merged(source: Source, requested: str | None, *, trains_on_grid: b
     # llama.cpp leaves some matrices in f32.
     if quantization is None or {quantization} <= {*layer_types} <= {quantization, "f32"}:
         return source
-    path = source.work / f"merged-{quantization}.gguf"
+    path = source.work / f"merged-{source.fingerprint[:12]}-{quantization}.gguf"
     if not path.exists():
         quantize_gguf(source.path, path, quantization, again=True)
     return replace(source, path=path, quantization=quantization)

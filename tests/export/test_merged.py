@@ -50,6 +50,12 @@ def test_merged_models_have_8_bits_at_least_unless_others_are_requested(
     assert (found.path == source.path) == (merged == held)
 
 
+def test_the_merged_file_of_another_base_is_not_used_again(source_in: Callable[[str], Source]) -> None:
+    source = source_in("q4_0")
+    other = replace(source, fingerprint="f" * 64)
+    assert source_of_merged(source, None).path != source_of_merged(other, None).path
+
+
 def test_a_merged_model_in_8_bits_is_closer_to_the_trained_weights_than_in_4(
     source_in: Callable[[str], Source], tmp_path: Path
 ) -> None:
