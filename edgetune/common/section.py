@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
-    """A section of a recipe: frozen, without unknown keys, and without true and false in place of numbers, which
-    pydantic reads as 1 and 0."""
+    """A section of a recipe: frozen, without unknown keys, infinity and NaN, and without true and false in place of
+    numbers, which pydantic reads as 1 and 0."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

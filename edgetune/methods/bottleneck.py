@@ -50,7 +50,7 @@ class BottleneckOptions(MethodOptions):
         "pfeiffer",
         description="houlsby: after attention and after the MLP; pfeiffer: after the MLP; parallel: beside the MLP.",
     )
-    reduction_factor: PositiveFloat = Field(16, description="The base's hidden size divided by that of the bottleneck.")
+    reduction_factor: float = Field(16, ge=1, description="The base's hidden size divided by that of the bottleneck.")
     bottleneck_size: PositiveInt | None = Field(
         None, description="Hidden size of the bottleneck; overrides reduction_factor."
     )

@@ -294,10 +294,11 @@ class Recipe(RecipePart):
         the bundle does not reveal where it was built.
         """
         values = self.model_dump(mode="json")
-        values["base"] = self._portable(values["base"])
-        for loc, _ in self.sources():
-            section = value_at(loc[:-1], values)
-            section[loc[-1]] = self._portable(section[loc[-1]])
+        paths: list[Loc] = [("base",), *(loc for loc, _ in self.sources())]
+        paths += [("adapters", name, "start_from") for name, spec in self.adapters.items() if spec.start_from]
+        for *parents, key in paths:
+            section = value_at(tuple(parents), values)
+            section[key] = self._portable(section[key])
         return values
 
     def sources(self) -> Iterator[tuple[Loc, str | Rows]]:

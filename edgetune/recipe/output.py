@@ -34,7 +34,7 @@ class OutputOption(BaseModel):
             raise ValueError(f"{value!r} is not an output constraint; {_REMEDY}")
         folder: Path = (info.context or {}).get("folder", Path())
         constraint: dict[str, Any] = {key: _read(key, content, folder) for key, content in value.items()}
-        unknown = sorted(constraint.keys() - {*KINDS, "spacing"})
+        unknown = sorted(constraint.keys() - {*KINDS, "spacing"}, key=str)
         if unknown:
             raise ValueError(f"there is no key {unknown[0]!r} here; {_REMEDY}")
         try:

@@ -27,4 +27,4 @@ OrSwitch = Annotated[
 class RecipePart(Section):
     """Base class of the sections with a fixed place in a recipe; the text under a field is its description."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(use_attribute_docstrings=True)

@@ -65,7 +65,7 @@ class TrainingSpec(RecipePart):
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Random seed for the held-out split, the order of the rows and the adapter's initial weights."""
     evals: PositiveInt = 8
     """Validation passes per training run; there is at least one per epoch."""

@@ -118,10 +118,11 @@ def test_the_resolved_recipe_makes_the_same_recipe_and_names_no_folder_of_this_m
     write: Write, tmp_path: Path
 ) -> None:
     base = tmp_path.parent / "elsewhere" / "base.gguf"
-    resolved = Recipe.from_file(write(GOOD), {"base": str(base)}).resolved()
+    overrides = {"base": str(base), "adapters.command.start_from": str(tmp_path.parent / "before" / "adapter")}
+    resolved = Recipe.from_file(write(GOOD), overrides).resolved()
     text = json.dumps(resolved)
     assert str(tmp_path.parent) not in text
-    assert resolved["base"] == "base.gguf"
+    assert (resolved["base"], resolved["adapters"]["command"]["start_from"]) == ("base.gguf", "adapter")
     assert resolved["adapters"]["command"]["data"]["train"] == "data/command.jsonl"
     assert resolved["adapters"]["intent"]["training"] == {"epochs": 5.0}
     assert Recipe.model_validate(json.loads(text)).resolved() == resolved
@@ -205,6 +206,10 @@ adapters:
         ("adapters.command.labels", "[a, b] # c", "has a # that begins a comment"),
         ("training", "{epochs: 0}", "--set training: training.epochs: 0 must be greater than 0"),
         ("training.epochs", "1e9", "1000000000.0 must be at most 100000"),
+        ("training.seed", str(2**63), f"{2**63} must be less than 9.22337e+18"),
+        ("adapters.command.method.alpha_pattern", "{q_proj: .nan}", "nan is not a finite number"),
+        ("adapters.command.method", "{name: bottleneck, reduction_factor: 1e-300}", "1e-300 must be at least 1"),
+        ("adapters.command.output", "{1: x, foo: y}", "there is no key 1 here"),
         ("adapters.intent.data.augment", "{copies: 1000000}", "1000000 must be at most 1000"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantization", "q4_9", "no quantization 'q4_9'"),
