@@ -85,6 +85,10 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
             "total_step": steps,
         }
 
+    def settled_step(self, options: AdaLoraOptions, steps: int) -> int:
+        """The number of steps after which the mean rank is `target_r`."""
+        return min(steps, steps - int(options.tfinal * steps) + 1)
+
     def attach(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> PeftModel:
         """Add PEFT's trainable parts in float32 to `base`."""
         model = super().attach(base, options, steps)

@@ -205,7 +205,7 @@ class _Run:
     def finish(self) -> TrainResult:
         """Write the checkpoint that ships and the result, and delete the saved state."""
         history = self.state.history
-        best = min(history, key=lambda point: point.val_loss)
+        best = min(self._settled(), key=lambda point: point.val_loss)
         shipped = best if self.training.checkpoint == "best" else history[-1]
         turned = history[-1].val_loss > best.val_loss * _OVERFIT
         result = TrainResult(
@@ -341,15 +341,14 @@ class _Run:
             return self.objective.loss(model, self.tuned, batch)
 
     def _uncast(self) -> AbstractContextManager[None]:
-        """Stop PEFT from casting inputs to float32 and back where autocast already casts the adapter's weights."""
-        active = self.precision == "bf16" and self._casts_inputs()
+        """Stop PEFT from casting inputs to float32 and back where autocast already casts the adapter's weights.
+
+        (IA)3 layers never cast, and have no such switch.
+        """
+        layers = (module for module in self.tuned.modules() if isinstance(module, BaseTunerLayer))
+        active = self.precision == "bf16" and all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
         casting: AbstractContextManager[None] = disable_input_dtype_casting(self.tuned, active=active)
         return casting
-
-    def _casts_inputs(self) -> bool:
-        """Whether casting can be disabled in all of PEFT's layers; (IA)3 layers never cast and have no such switch."""
-        layers = (module for module in self.tuned.modules() if isinstance(module, BaseTunerLayer))
-        return all(hasattr(layer, "cast_input_dtype_enabled") for layer in layers)
 
     @torch.no_grad()
     def _validate(self) -> Point:
@@ -370,10 +369,9 @@ class _Run:
             val_loss=val_sum / (val_weight or 1.0),
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
-        lowest = min((p.val_loss for p in self.state.history), default=math.inf)
-        if self.training.checkpoint == "best" and point.val_loss < lowest:
-            self.best = self._weights()
         self.state.history.append(point)
+        if self.training.checkpoint == "best" and min(self._settled(), key=lambda p: p.val_loss, default=None) is point:
+            self.best = self._weights()
         self.state.loss_sum, self.state.loss_weight = 0.0, 0.0
         self.model.train()
         return point
@@ -388,12 +386,14 @@ class _Run:
         validated = self.state.history[-1].step if self.state.history else 0
         return self.state.step in self.schedule.evals and self.state.step > validated
 
+    def _settled(self) -> list[Point]:
+        """The validations from which a checkpoint may ship, as the method's own schedule had ended."""
+        since = self.method.settled_step(self.options, self.schedule.steps)
+        return [point for point in self.state.history if point.step >= since]
+
     def _is_out_of_patience(self) -> bool:
-        history, patience = self.state.history, self.training.patience
-        if patience is None or not history:
-            return False
-        best = min(range(len(history)), key=lambda i: history[i].val_loss)
-        return len(history) - 1 - best >= patience
+        losses, patience = [point.val_loss for point in self._settled()], self.training.patience
+        return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def _speed(self) -> float:
         """Training tokens/s, with the time of validation included."""

@@ -228,6 +228,10 @@ class Method(ABC, Generic[O]):
         """A term added to a step's mean loss."""
         return 0.0
 
+    def settled_step(self, options: O, steps: int) -> int:
+        """The number of steps, of `steps` in all, after which the method's own schedule, if any, has ended."""
+        return 0
+
     def after_step(self, model: torch.nn.Module, step: int) -> None:
         """Called after each optimizer `step` (from 0), before the gradients are cleared."""
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from tiny import make_model
-from trainings import QUIET, VOCABULARY, job
+from trainings import QUIET, SHORT, VOCABULARY, job, job_of, short_answer
 
 from edgetune import methods
 from edgetune.methods.common.base import trainable
@@ -25,6 +25,19 @@ def test_a_mean_rank_is_all_that_a_training_needs(tmp_path: Path) -> None:
     work = job("adalora", {"r": 16, "target_modules": ["q_proj"]}, max_steps=4, evals=1)
     result = train(make_model("llama", VOCABULARY), work, tmp_path, QUIET)
     assert math.isfinite(result.history[-1].train_loss)
+
+
+def test_no_checkpoint_ships_before_the_ranks_have_their_mean(tmp_path: Path) -> None:
+    # Of another rule than the training rows, so that their loss soon rises.
+    held_out = [short_answer(number, shift=7) for number in range(8)]
+    options = ADALORA.options(target_r=2, init_r=4)
+    settings = {"max_steps": 40, "evals": 20, "batch_size": 4, "patience": 3, "learning_rate": 3e-2}
+    work = job_of(ADALORA, options, SHORT[:4], held_out, **settings)
+    result = train(make_model("llama", VOCABULARY), work, tmp_path, QUIET)
+    assert result.shipped_step >= ADALORA.settled_step(options, 40) == 29
+    assert min(point.val_loss for point in result.history) < result.val_loss
+    values = [e for name, e in load_file(tmp_path / "adapter/adapter_model.safetensors").items() if "lora_E" in name]
+    assert sum(int((value != 0).sum()) for value in values) == 2 * len(values)
 
 
 @pytest.mark.parametrize(
