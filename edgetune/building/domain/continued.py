@@ -143,15 +143,12 @@ class _Stage:
 
     def make(self) -> dict[str, Any]:
         """Write the base, measure it and save its figures."""
-        model = bases.load_torch(self.source, torch.float32)
-        checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
-        self._write(checkpoint)
-        self.progress.say(f"{NAME}: measuring perplexity before and after")
-        with self.job.method.loaded(checkpoint) as tuned, rounded_layers(tuned, self.job.rounds_to):
-            trained = _perplexity(logits_of(tuned), self.job.validation)
-        before = self._on_engines(self.source, model)
-        continued = self.base({})
-        after = self._on_engines(continued, bases.load_torch(continued, torch.float32))
+        before, trained = self._written()
+        continued, model = self.base({}), None
+        # Only now, as the base's own weights are no longer in memory.
+        if not all(backends.format_of(target).links_base for target in self.recipe.targets):
+            model = bases.load_torch(continued, torch.float32)
+        after = self._on_engines(continued, model)
         self._require_finite(after)
         self._report(before, trained, after)
         figures = {
@@ -166,6 +163,16 @@ class _Stage:
         write_file(self.folder / "figures.json", json.dumps(stored, indent=2))
         return figures
 
+    def _written(self) -> tuple[dict[str, float], float]:
+        """Write the base; returns the perplexities of the old one in each format, and that of the trained one."""
+        model = bases.load_torch(self.source, torch.float32)
+        checkpoint = methods.Checkpoint(NAME, self.folder / "adapter", model, self.job.options)
+        self._write(checkpoint)
+        self.progress.say(f"{NAME}: measuring perplexity before and after")
+        with self.job.method.loaded(checkpoint) as tuned, rounded_layers(tuned, self.job.rounds_to):
+            trained = _perplexity(logits_of(tuned), self.job.validation)
+        return self._on_engines(self.source, model), trained
+
     def _write(self, checkpoint: methods.Checkpoint) -> None:
         self.progress.say(f"{NAME}: writing the continued base")
         shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -174,7 +181,7 @@ class _Stage:
         assert isinstance(folded, Merged)
         write_merged(replace(folded, on_grid=self.job.rounds_to is not None), self.source.path, self.path)
 
-    def _on_engines(self, base: Base, model: PreTrainedModel) -> dict[str, float]:
+    def _on_engines(self, base: Base, model: PreTrainedModel | None) -> dict[str, float]:
         """Perplexity of a base without adapters in each of the recipe's formats, on the runtime's engines."""
         length = max(len(window.tokens) for window in self.job.validation)
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
