@@ -64,7 +64,7 @@ class _Shape:
     strings: Counter[str] = field(default_factory=Counter)
     properties: dict[str, _Shape] = field(default_factory=dict)
     present: Counter[str] = field(default_factory=Counter)
-    before: dict[str, set[str]] = field(default_factory=dict)
+    before: dict[str, dict[str, None]] = field(default_factory=dict)
     items: _Shape | None = None
     is_empty_seen: bool = False
 
@@ -89,11 +89,13 @@ class _Shape:
         return options[0] if len(options) == 1 else {"anyOf": options}
 
     def _add_object(self, value: dict[str, Any]) -> None:
-        keys = list(value)
-        for place, key in enumerate(keys):
-            self.properties.setdefault(key, _Shape()).add(value[key])
+        # Not sets, whose order differs from process to process.
+        previous: dict[str, None] = {}
+        for key, item in value.items():
+            self.properties.setdefault(key, _Shape()).add(item)
             self.present[key] += 1
-            self.before.setdefault(key, set()).update(keys[:place])
+            self.before.setdefault(key, {}).update(previous)
+            previous = {key: None}
 
     def _of_kind(self, kind: str) -> dict[str, Any]:
         if kind == "string" and _is_complete(self.strings):

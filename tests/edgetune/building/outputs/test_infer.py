@@ -56,6 +56,18 @@ def test_keys_in_changing_order_are_all_accepted() -> None:
     assert rejected(spec, ['{"c": 1}']) == [0]
 
 
+def test_keys_that_never_occur_together_have_the_order_of_the_rows() -> None:
+    keys = [f"key{number}" for number in range(9)]
+    assert list(schema_of([{key: 1, "last": 2} for key in keys])["properties"]) == [*keys, "last"]
+
+
+def test_keys_in_an_order_that_three_rows_make_a_circle_of_are_all_accepted() -> None:
+    answers = ['{"a": 1, "b": 2}', '{"b": 2, "x": 0, "c": 1}', '{"c": 1, "a": 2}']
+    spec = infer(answers)
+    assert spec is not None
+    assert "patternProperties" in json.loads(spec.text)
+
+
 @pytest.mark.parametrize(
     ("options", "spacing"),
     [
