@@ -66,6 +66,12 @@ class CartridgeOptions(InitializedOptions):
             raise ValueError(f"num_frozen_tokens is {self.num_frozen_tokens}; give at most {most}")
         return self
 
+    @model_validator(mode="after")
+    def _begins_with_the_document(self) -> CartridgeOptions:
+        if self.document is not None and self.init_text is not None:
+            raise ValueError("the document initializes the cartridge; remove init_text, or document")
+        return self
+
 
 class Cartridge(CacheMethod[CartridgeOptions]):
     """A document as a trained prefix: use it when answers need a long text that is too slow to prefill."""

@@ -50,8 +50,9 @@ def train_all(
             result = train(model, job, folder, progress, later)
             if job.method.trains_base:
                 model = None
-            if plots and processes().is_main_process:
-                plot_training(result, job.name, folder / "training.png")
+        # A process that ended right after a training has not plotted it.
+        if plots and not (folder / "training.png").exists() and processes().is_main_process:
+            plot_training(result, job.name, folder / "training.png")
         progress.say(_summary(job.name, result))
         results[job.name] = result
     return results

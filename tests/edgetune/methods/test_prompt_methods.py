@@ -293,6 +293,8 @@ def test_impossible_options_of_prompt_methods_are_one_line_errors(
         method_of("cartridge", document=str(tmp_path / "none.txt"))
     with pytest.raises(ValidationError, match="num_frozen_tokens is 4; give at most 3"):
         method_of("cartridge", num_virtual_tokens=4, num_frozen_tokens=4)
+    with pytest.raises(ValidationError, match="the document initializes the cartridge; remove init_text, or document"):
+        method_of("cartridge", document=document, init_text="first words")
     done = job("prefix", max_steps=1)
     train(base, done, tmp_path, QUIET)
     with pytest.raises(IncompatibleError, match=r"reply has scale 0\.5, but a prefix cannot be scaled"):
