@@ -11,6 +11,8 @@ from edgetune_runtime.errors import UsageError
 from filelock import FileLock, Timeout
 
 _LOCK = "lock"
+TEMPORARY = ".tmp-"
+"""How the names of temporary folders in a work folder begin. Those of temporary files contain it."""
 
 
 def work_folder(out: Path) -> Path:
@@ -22,7 +24,8 @@ def work_folder(out: Path) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder, and hold its lock in the block; the system releases the lock of a process that ends.
 
-    A folder that is still empty at the end is deleted. Raises UsageError if another process holds the lock.
+    Temporary files of a process that was killed are deleted, and so is a folder that is still empty at the end. Raises
+    UsageError if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK)
@@ -31,6 +34,8 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         message = f"another process is using {folder}"
         raise UsageError(message, "wait until it has ended, or choose another folder for the bundle") from error
+    for path in [*folder.rglob(f".*{TEMPORARY}*"), *folder.rglob(f"{TEMPORARY}*")]:
+        _delete(path)
     try:
         yield
     finally:
@@ -44,7 +49,12 @@ def locked(folder: Path) -> Iterator[None]:
 def clear(folder: Path) -> None:
     """Delete what an earlier build left in the folder, if it exists."""
     for path in folder.glob("*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != _LOCK:
-            path.unlink()
+        if path.name != _LOCK:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -232,12 +232,15 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_the_lock_of_a_process_that_was_killed_is_free(tmp_path: Path) -> None:
+def test_the_lock_of_a_process_that_was_killed_is_free_and_its_temporary_files_go(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDS, str(tmp_path / "home.work")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         with pytest.raises(edgetune.EdgetuneError, match="another process is using"), locked(tmp_path / "home.work"):
             pass
+        (tmp_path / "home.work" / ".state.pt.tmp-12-13").write_bytes(b"half")
+        (tmp_path / "home.work" / ".tmp-abc" / "deep").mkdir(parents=True)
+        (tmp_path / "home.work" / ".tmp-abc" / "deep" / ".x.tmp-1-2").write_bytes(b"half")
         process.kill()
     with locked(tmp_path / "home.work"):
         pass

@@ -26,6 +26,7 @@ from edgetune.bases import BaseSource, ImportanceSource
 from edgetune.common.digests import key_of
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
+from edgetune.common.work_folder import TEMPORARY
 from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
 from edgetune.shipping.parity_engines import GovernedEngine
@@ -76,7 +77,7 @@ class _Measurement:
         measured = self._stored(key)
         left = [item for item in candidates if item.quantization not in measured]
         if left:
-            with TemporaryDirectory(dir=self.work) as folder:
+            with TemporaryDirectory(prefix=TEMPORARY, dir=self.work) as folder:
                 file = bases.before_quantization(source, Path(folder), self.progress, converter)
                 matrix = None if importance is None else importance.collect(file)
                 for item in self._measured(left, file, matrix, Path(folder)):

@@ -37,6 +37,7 @@ from edgetune.common.digests import key_of
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
+from edgetune.common.work_folder import TEMPORARY
 from edgetune.objectives.example import Example
 from edgetune.planning.on_device import domain_grid_types
 from edgetune.recipe.model import Recipe
@@ -187,7 +188,7 @@ class _Stage:
         rows = tuple(window.tokens for window in self.job.train[:CALIBRATION_WINDOWS])
         perplexities: dict[str, float] = {}
         for target in self.recipe.targets:
-            with TemporaryDirectory(dir=self.folder) as name:
+            with TemporaryDirectory(prefix=TEMPORARY, dir=self.folder) as name:
                 work, options = Path(name) / "work", self.recipe.format_options
                 source = Source(base.path, base.fingerprint, model, work, options, rows)
                 path = backends.load(target).write_base(source, Path(name), ())

@@ -156,7 +156,7 @@ def _changed(folder: Path, changes: Mapping[str, Any], work: Path) -> Iterator[P
     if not changes:
         yield folder
         return
-    with tempfile.TemporaryDirectory(dir=work) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=work) as temporary:
         # The converter writes the folder's name into the file.
         source = Path(temporary, folder.resolve().name)
         source.mkdir()
