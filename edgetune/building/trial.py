@@ -24,7 +24,7 @@ from edgetune.training.jobs import train_all
 def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:
     """Train ten steps; returns `tokens_per_s`, `training_s` (seconds, all adapters at this speed) and a `summary`.
 
-    A converted or quantized base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a
+    Continued pretraining and the choice of target modules come on top, which the summary says. A converted or quantized base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a
     build raises, and UsageError for a task without a trial.
     """
     recipe.task_type.check_offers("trial", "--trial")
@@ -41,6 +41,10 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     left = sum(tokens_left(job.train, job.loss_rows, job.training) for job in jobs)
     seconds = left / result.tokens_per_s
     summary = f"training takes about {duration(seconds)} at the {result.tokens_per_s:.0f} tokens/s of {jobs[0].name}"
+    more = ["continued pretraining"] if recipe.domain is not None else []
+    if any(adapter.method.is_auto for adapter in recipe.adapters.values()):
+        more.append("the choice of target_modules")
+    summary += f", without {' and '.join(more)}" if more else ""
     return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
 
 

@@ -41,8 +41,8 @@ adapter's modules, shapes and sizes, the speed on the board, the memory for trai
 on the disk and with 5 if the base's weights do not fit in memory, and says what would fit; a build makes the same
 checks before any work. If space is tight, it warns. If memory is short, training uses smaller forward passes. For a
 base that is not downloaded yet, the plan has what is known without it, and the build completes it after the download.
-`--trial` trains ten steps of the first adapter and estimates the time of all trainings; a build reports the same
-estimate after its first ten steps.
+`--trial` trains ten steps of the first adapter and estimates the time of training all adapters; a build
+reports the same estimate after its first ten steps.
 
 This page is generated from the descriptions in `edgetune/recipe/`, `edgetune/methods/` and `edgetune_export/backends/`.
 """

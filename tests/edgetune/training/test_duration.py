@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from edgetune_runtime.errors import UsageError
-from recipes import adapter_of, make_recipe
+from recipes import adapter_of, make_recipe, write_rows
 from trainings import Listening, job
 
 from edgetune.bases import Base, load_torch
@@ -111,6 +111,13 @@ def test_a_trial_reports_speed_and_time_and_leaves_no_files(tiny_gguf: Callable[
     assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
     assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "rows.jsonl"}
+
+
+def test_a_trial_says_which_trainings_it_leaves_out(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    domain = {"data": {"train": str(write_rows(tmp_path / "texts.jsonl", [{"text": "a light " * 40}] * 9))}}
+    recipe = recipe_of(tmp_path, tiny_gguf("llama"), domain=domain)
+    found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
+    assert found["summary"].endswith(" tokens/s of command, without continued pretraining")
 
 
 def test_an_encoder_has_no_trial(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
