@@ -24,8 +24,9 @@ from edgetune.training.jobs import train_all
 def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:
     """Train ten steps; returns `tokens_per_s`, `training_s` (seconds, all adapters at this speed) and a `summary`.
 
-    Continued pretraining and the choice of target modules come on top, which the summary says. A converted or quantized base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a
-    build raises, and UsageError for a task without a trial.
+    Continued pretraining and the choice of target modules come on top, which the summary says. A converted or quantized
+    base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a build raises, and UsageError
+    for a task without a trial.
     """
     recipe.task_type.check_offers("trial", "--trial")
     if planned.plan.source is None:
