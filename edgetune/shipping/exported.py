@@ -166,8 +166,9 @@ class TrainedAdapter:
 class WrittenAdapter:
     """The file of an adapter in one format, and its number of values in each type.
 
-    `error` is the share of the trained change that the file leaves out, `invocation` the tokens that activate it, and
-    `prefix_tokens` the number of positions that it occupies. A merged model has the `quantization` that was requested
+    `error` is the share of the trained change that the file leaves out, `invocation` the tokens that activate it,
+    `prefix_tokens` the number of positions that it occupies, and `modules_by_rank` the number of modules of each rank
+    of a low-rank one. A merged model has the `quantization` that was requested
     for it, and its own `weight_type` (see `ExportedFormat`): that to which its weights were rounded, if it is coarser.
     """
 
@@ -176,6 +177,7 @@ class WrittenAdapter:
     error: float = 0.0
     invocation: tuple[int, ...] = ()
     prefix_tokens: int = 0
+    modules_by_rank: Mapping[int, int] = field(default_factory=dict)
     quantization: str | None = None
     weight_type: str = ""
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from edgetune_export.adapters.shapes import Adapter, LowRank
 from edgetune_runtime.bundle import AdapterEntry, BaseEntry, Manifest, RouterEntry
 
 from .exported import BundleSpec, ExportedFormat, ParityReport, TrainedAdapter
@@ -45,7 +43,6 @@ def manifest_of(
 
 def adapter_entry(
     adapter: TrainedAdapter,
-    folded: Iterable[Adapter],
     exports: Sequence[ExportedFormat],
     parity: ParityReport,
     *,
@@ -53,7 +50,7 @@ def adapter_entry(
     stage: Path,
     draft: Path | None,
 ) -> AdapterEntry:
-    """The entry of an adapter whose files are in `stage`; `folded` are its shapes, except a merged model."""
+    """The entry of an adapter whose files are in `stage`."""
     plan, written = adapter.plan, {export.backend: export.adapters[adapter.name] for export in exports}
     return AdapterEntry(
         name=plan.name,
@@ -61,9 +58,7 @@ def adapter_entry(
         shapes=plan.shapes,
         files={target: item.file.relative_to(stage).as_posix() for target, item in written.items()},
         base_fingerprint=fingerprint,
-        modules_by_rank=dict(
-            Counter(m.rank for item in folded if isinstance(item, LowRank) for m in item.modules.values())
-        ),
+        modules_by_rank=dict(next((item.modules_by_rank for item in written.values() if item.modules_by_rank), {})),
         error=max(item.error for item in written.values()),
         prefix_tokens=max(item.prefix_tokens for item in written.values()),
         invocation=next((item.invocation for item in written.values()), ()),

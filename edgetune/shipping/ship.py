@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,41 +128,38 @@ class _Stage:
     progress: Progress
 
     def __post_init__(self) -> None:
-        """Fold all adapters except merged models, which are folded when they are written."""
         self.backends = {target: backends.load(target, self.builder.task) for target in self.spec.targets}
+        # Where a base needs places for all adapters, they are folded before it is written, and kept.
+        is_new = self.spec.existing is None
+        self.needs_all = {name: is_new and not backends.format_of(name).links_base for name in self.spec.targets}
         self.folded: dict[tuple[str, str], Adapter] = {}
-        for adapter in self.adapters:
-            for shape in dict.fromkeys(adapter.plan.shapes.values()):
-                if shape != Merged.shape:
-                    folded = self._fold(adapter, shape)
-                    assert not isinstance(folded, Merged)
-                    self.folded[adapter.name, shape] = folded
 
     def export(self, target: str) -> ExportedFormat:
         """Write the base and all adapters in one format."""
         backend = self.backends[target]
         shapes = {adapter.name: adapter.plan.shapes[target] for adapter in self.adapters}
-        beside = {name: self.folded[name, shape] for name, shape in shapes.items() if shape != Merged.shape}
         if self.spec.existing is None:
-            base = backend.write_base(self.source, self.work / "base", list(beside.values()))
+            beside = [item for item in self.adapters if self.needs_all[target] and shapes[item.name] != Merged.shape]
+            folded = [self._folded(adapter, shapes[adapter.name]) for adapter in beside]
+            base = backend.write_base(self.source, self.work / "base", folded)
         else:
             base = self.work / self.spec.existing.manifest.base.files[target]
         written = {}
         for adapter in self.adapters:
-            if shapes[adapter.name] == Merged.shape:
+            shape = shapes[adapter.name]
+            if shape == Merged.shape:
                 written[adapter.name] = self._write_merged(target, adapter)
             else:
-                written[adapter.name] = self._write(target, beside[adapter.name], adapter, base)
+                written[adapter.name] = self._write(target, self._folded(adapter, shape), adapter, base)
         return ExportedFormat(target, base, backend.values_by_type(base), written, backend.weight_type(self.source))
 
     def entries(self, exports: Sequence[ExportedFormat], parity: ParityReport) -> dict[str, AdapterEntry]:
         """The manifest entry of each adapter; writes the draft tables."""
         entries = {}
         for adapter in self.adapters:
-            folded = [item for (name, _), item in self.folded.items() if name == adapter.name]
             draft = self._write_draft(adapter)
             entries[adapter.name] = adapter_entry(
-                adapter, folded, exports, parity, fingerprint=self.source.fingerprint, stage=self.work, draft=draft
+                adapter, exports, parity, fingerprint=self.source.fingerprint, stage=self.work, draft=draft
             )
         return entries
 
@@ -197,7 +195,8 @@ class _Stage:
         backend.write_adapter(folded, base, out, dtype=dtype, base_fingerprint=self.source.fingerprint)
         written = WrittenAdapter(out, backend.values_by_type(out))
         if isinstance(folded, LowRank):
-            return replace(written, error=folded.error, invocation=folded.invocation)
+            ranks = Counter(delta.rank for delta in folded.modules.values())
+            return replace(written, error=folded.error, invocation=folded.invocation, modules_by_rank=ranks)
         return replace(written, prefix_tokens=folded.tokens) if isinstance(folded, Prefix) else written
 
     def _write_merged(self, target: str, adapter: TrainedAdapter) -> WrittenAdapter:
@@ -217,6 +216,15 @@ class _Stage:
             weight_type = source.header.main_type.name
         values = backend.values_by_type(out)
         return WrittenAdapter(out, values, quantization=source.quantization, weight_type=weight_type)
+
+    def _folded(self, adapter: TrainedAdapter, shape: str) -> Adapter:
+        """The adapter in a shape to be a file of its own."""
+        key = adapter.name, shape
+        folded = self.folded.get(key) or self._fold(adapter, shape)
+        assert not isinstance(folded, Merged)
+        if any(self.needs_all.values()):
+            self.folded[key] = folded
+        return folded
 
     def _fold(self, adapter: TrainedAdapter, shape: str) -> Folded:
         assert self.source.model is not None

@@ -83,12 +83,12 @@ def verify(
             # One engine at a time, because each loads another copy of the base.
             with _engine(export.backend, export.base, length) as engine:
                 _compare_tokenizers(base.path, export.backend, engine.tokenizer, adapters, progress)
-                checked[export.backend] = {
-                    adapter.name: asdict(
-                        _adapter_parity(base.path, trained, adapter, export, engine, progress=progress)
-                    )
-                    for adapter in adapters
-                }
+                checked[export.backend] = {}
+                for adapter in adapters:
+                    parity = _adapter_parity(base.path, trained, adapter, export, engine, progress=progress)
+                    checked[export.backend][adapter.name] = asdict(parity)
+                    if export is exports[-1]:
+                        trained.forget(adapter.name)
                 plain = trained.logits(model, None)
                 bases[export.backend] = asdict(_base_parity(plain, adapters, export, engine, progress))
     finally:
@@ -124,6 +124,9 @@ def _adapter_parity(
         )
         if is_rounded:
             _check_kept(logits, adapter, export, engine)
+    # There may be hundreds.
+    engine.activate({})
+    engine.unload_adapter(adapter.name)
     return parity
 
 
@@ -283,6 +286,11 @@ class _Trained:
             return _Logits(self.base, self.states[key])
 
         return logits
+
+    def forget(self, name: str) -> None:
+        """Drop what was computed with the adapter `name`."""
+        for key in [key for key in self.states if key[0] == name]:
+            del self.states[key]
 
 
 def _states(head: Any, model: Any, tokens: list[int]) -> Any:  # noqa: ANN401 - as above
