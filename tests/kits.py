@@ -16,6 +16,7 @@ from edgetune_runtime.store.kit import BUNDLE_FOLDER, KIT_NAME, SUMS_NAME, WHEEL
 from edgetune_runtime.store.opening import DEFAULTS
 from wheels import repack
 
+from edgetune.delivery.board import main
 from edgetune.delivery.kit import output
 from edgetune.delivery.kit.make import AssembledKit, with_description
 from edgetune.delivery.kit.program import board_program, install_script
@@ -178,6 +179,11 @@ def install_sh(kit: Path, *words: str, variables: Mapping[str, str] | None = Non
     command = ["sh", str(kit / "install.sh"), *words]
     environment = {**os.environ, **(variables or {})}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def run(*words: object) -> int:
+    """Run board.pyz's commands in this process."""
+    return main.main([str(word) for word in words])
 
 
 def ask(prefix: Path) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.store import service, sockets
-from kits import SYSTEMCTL, KitMaker
+from kits import SYSTEMCTL, KitMaker, write_bundle
 from ports import free_port
+from repositories import Publisher
 from sshd import Sshd, running
 
 # Tells the file of a unit of the system's packages.
@@ -59,7 +60,18 @@ def sshd(running_sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Sshd:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
+    """`make(answer)`: a small kit."""
     return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "home", "one")
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(tmp_path)
 
 
 @pytest.fixture

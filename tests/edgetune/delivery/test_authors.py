@@ -57,11 +57,6 @@ PART, FILE = part_path("reply"), "authors/reply/adapter.gguf"
 
 
 @pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    return Publisher(tmp_path)
-
-
-@pytest.fixture
 def author(publisher: Publisher, tmp_path: Path) -> KeyFolder:
     return author_of(publisher, tmp_path / "author-keys")
 

@@ -60,7 +60,7 @@ class Board:
     sshd: Sshd
     prefix: Path
     work: Path
-    maker: KitMaker
+    make: KitMaker
 
     @property
     def target(self) -> Target:
@@ -72,7 +72,7 @@ class Board:
 
     def assemble(self, bundle: Path, **changes: object) -> Assemble:
         """Makes the kit of a bundle; `changes` go into kit.json."""
-        return lambda _board, _python: self.maker.assembled(contents(bundle), with_fields(**changes))
+        return lambda _board, _python: self.make.assembled(contents(bundle), with_fields(**changes))
 
     def deploy(self, bundle: Path, *, waits_healthy: bool = False, **changes: object) -> Deployed:
         options = DeployOptions("laptop", waits_healthy=waits_healthy)
@@ -87,22 +87,17 @@ def contents(bundle: Path) -> dict[str, Path | bytes]:
 
 
 @pytest.fixture(scope="module")
-def maker(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
-    return KitMaker(tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture(scope="module")
-def environments(maker: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The virtual environments that an install of a kit makes."""
     prefix = tmp_path_factory.mktemp("installed") / "home"
-    assert install_sh(maker("one"), "--prefix", str(prefix)).returncode == 0
+    assert install_sh(make("one"), "--prefix", str(prefix)).returncode == 0
     return prefix / "venvs"
 
 
 @pytest.fixture
-def bare(sshd: Sshd, maker: KitMaker, tmp_path: Path) -> Board:
+def bare(sshd: Sshd, make: KitMaker, tmp_path: Path) -> Board:
     """A board on which nothing is installed."""
-    return Board(sshd, tmp_path / "board", tmp_path, maker)
+    return Board(sshd, tmp_path / "board", tmp_path, make)
 
 
 @pytest.fixture
@@ -112,11 +107,6 @@ def board(bare: Board, environments: Path) -> Board:
     for path in environments.iterdir():
         (bare.prefix / "venvs" / path.name).symlink_to(path)
     return bare
-
-
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    return write_bundle(tmp_path / "home", "one")
 
 
 def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(bare: Board, bundle: Path) -> None:
@@ -442,7 +432,7 @@ def run(board: Board, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     """`run(*arguments)` of `edgetune deploy`: exit code, standard output, standard error."""
 
     def assemble(bundle: Path, _board: str, *_options: object) -> AssembledKit:
-        return board.maker.assembled(contents(bundle), with_fields())
+        return board.make.assembled(contents(bundle), with_fields())
 
     monkeypatch.setattr("edgetune.delivery.kit.make.assemble", assemble)
     monkeypatch.setenv("XDG_CACHE_HOME", str(board.work / "cache"))

@@ -33,11 +33,6 @@ needs_softhsm = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    return Publisher(tmp_path)
-
-
 def write_pair(folder: Path) -> tuple[str, Path]:
     """The URI of a private key in a file, and the file of its public half."""
     private, public = folder / "private.pem", folder / "public.pem"

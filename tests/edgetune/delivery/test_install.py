@@ -15,17 +15,9 @@ from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import LOCK_NAME, installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
-from kits import PYTHON, KitMaker, ask, install_sh
-
-from edgetune.delivery.board import main
+from kits import PYTHON, KitMaker, ask, install_sh, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
-    """`make(answer)`: a small kit."""
-    return KitMaker(tmp_path_factory.mktemp("kits"))
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +42,6 @@ def prefix(installed: Path, tmp_path: Path) -> Path:
     subprocess.run(["cp", "-a", str(installed), str(copy)], check=True)
     (copy / "bin/edgetune-run").write_text((copy / "bin/edgetune-run").read_text().replace(str(installed), str(copy)))
     return copy
-
-
-def run(*words: str | Path) -> int:
-    """Run board.pyz's commands in this process."""
-    return main.main([str(word) for word in words])
 
 
 def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:

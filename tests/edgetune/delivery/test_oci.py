@@ -51,11 +51,6 @@ def without_docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.fixture
-def bundle(tmp_path: Path) -> Path:
-    return write_bundle(tmp_path / "home", "one")
-
-
 @pytest.fixture(params=["layout", pytest.param("registry", marks=needs_registry)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A reference without its tag."""

@@ -54,11 +54,6 @@ def answers(prefix: Path) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
-    return KitMaker(tmp_path_factory.mktemp("kits"))
-
-
-@pytest.fixture(scope="module")
 def installed(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prefix with the versions zero and one, so that the install of two has a version to remove."""
     prefix = tmp_path_factory.mktemp("board") / "home"

@@ -37,11 +37,6 @@ from edgetune.delivery.publish.key_folder import BUNDLES, ROOT_ROLES, KeyFolder
 from edgetune.delivery.publish.publish import refresh, sign
 
 
-@pytest.fixture
-def publisher(tmp_path: Path) -> Publisher:
-    return Publisher(tmp_path)
-
-
 def test_a_repository_has_each_file_once_and_a_release_per_publish(publisher: Publisher, tmp_path: Path) -> None:
     first = publisher("one")
     blobs = {path.name for path in (publisher.repo / "blobs").iterdir()}

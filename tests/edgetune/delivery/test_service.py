@@ -21,11 +21,9 @@ from edgetune_runtime import cli
 from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
-from kits import KitMaker, ask, copied, with_fields
+from kits import KitMaker, ask, copied, run, with_fields
 from ports import http_server
 from repositories import Publisher
-
-from edgetune.delivery.board import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
@@ -52,10 +50,6 @@ def prepare(environments: Path) -> Callable[[Path], Path]:
 @pytest.fixture
 def prefix(prepare: Callable[[Path], Path], tmp_path: Path) -> Path:
     return prepare(tmp_path / "home")
-
-
-def run(*words: object) -> int:
-    return main.main([str(word) for word in words])
 
 
 def served(port: int) -> str:

@@ -12,16 +12,10 @@ import pytest
 from edgetune_runtime.store.timer import Timer
 from edgetune_runtime.update import update
 from edgetune_runtime.update.state import read_state, read_trusted_root
-from kits import KitMaker, ask
+from kits import KitMaker, ask, run
 from repositories import Publisher, serving
 
-from edgetune.delivery.board import main
-
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
-
-
-def run(*words: object) -> int:
-    return main.main([str(word) for word in words])
 
 
 def test_a_kit_follows_a_repository_until_it_is_removed(make: KitMaker, systemd: Path, tmp_path: Path) -> None:
