@@ -14,9 +14,11 @@ from edgetune_runtime.bundle import AdapterEntry, NewAdapter, read_manifest
 from edgetune_runtime.bundle.parts import Part, part_path
 from edgetune_runtime.bundle.signatures import part_file
 from edgetune_runtime.inference.bundle_files import moved
+from edgetune_runtime.update import update
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release, newest_parts, role_of_part, with_parts
 from edgetune_runtime.update.trust import TrustedRepository
+from edgetune_runtime.update.update import DeviceRelease, UpdateSource
 from kits import write_bundle
 from ports import http_server
 
@@ -151,6 +153,15 @@ class Publisher:
         """Publish the bundle with another answer."""
         bundle = write_bundle(self.bundle, answer, self.formats, self.adapters)
         return publish(bundle, self.repo, self.keys, **options)  # type: ignore[arg-type]
+
+
+def silent(_: str) -> None:
+    """What says nothing of an update."""
+
+
+def apply(prefix: Path, publisher: Publisher) -> tuple[DeviceRelease, bool]:
+    """Update a device from a publisher's repository without a word."""
+    return update.apply(prefix, UpdateSource(repo=str(publisher.repo), root=publisher.root), silent)
 
 
 class Server:

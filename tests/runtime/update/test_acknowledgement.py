@@ -10,24 +10,15 @@ from edgetune_runtime.errors import NotFoundError
 from edgetune_runtime.store import acknowledgement
 from edgetune_runtime.store.acknowledgement import REPORT_VARIABLE, RunReport, write_report
 from edgetune_runtime.store.durable import locked
-from edgetune_runtime.update import current, update
+from edgetune_runtime.update import current
 from edgetune_runtime.update.state import read_state
-from edgetune_runtime.update.update import UpdateSource
 from kills import left_by_kills
 from kits import KitMaker, ask
-from repositories import Publisher
+from repositories import Publisher, apply, silent
 
 from edgetune.delivery.board import main as board
 
 pytestmark = pytest.mark.slow
-
-
-def silent(_: str) -> None:
-    pass
-
-
-def apply(prefix: Path, publisher: Publisher) -> bool:
-    return update.apply(prefix, UpdateSource(repo=str(publisher.repo), root=publisher.root), silent)[1]
 
 
 def start(prefix: Path) -> str:
@@ -40,7 +31,7 @@ def start(prefix: Path) -> str:
 def switched(prefix: Path, publisher: Publisher) -> Path:
     """A prefix that an update has switched to a bundle that answers "one"."""
     publisher("one")
-    assert apply(prefix, publisher)
+    assert apply(prefix, publisher)[1]
     return prefix
 
 
@@ -57,10 +48,10 @@ def test_the_third_start_without_an_acknowledgement_goes_back_and_leaves_the_bun
     assert [start(switched) for _ in range(4)] == ["one", "one", "zero", "zero"]
     (reason,) = read_state(switched).refused.values()
     assert reason == "it was started 2 times without a clean exit, and not acknowledged"
-    assert not apply(switched, publisher)
+    assert not apply(switched, publisher)[1]
     assert ask(switched) == "zero"
     publisher("two")
-    assert apply(switched, publisher)
+    assert apply(switched, publisher)[1]
     assert ask(switched) == "two"
 
 
@@ -157,6 +148,6 @@ def test_going_back_at_a_start_that_is_killed_at_any_write_is_completed_by_the_n
     seen = []
     for _ in left_by_kills(lambda: int(current.count_start(switched, silent) == ""), switched):
         seen.append(start(switched))
-        assert not apply(switched, publisher)
+        assert not apply(switched, publisher)[1]
         assert not (switched / ".rollback").is_symlink()
     assert len(seen) > 10 and set(seen) == {"zero"}

@@ -7,25 +7,16 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.bundle import FileEntry
 from edgetune_runtime.errors import VerificationError
-from edgetune_runtime.update import rollout, update
+from edgetune_runtime.update import rollout
 from edgetune_runtime.update.fetch import Location
 from edgetune_runtime.update.release import Release, parse_release, path_of
 from edgetune_runtime.update.rollout import choose, device_id
 from edgetune_runtime.update.state import read_state
 from edgetune_runtime.update.trust import TrustedRepository
-from edgetune_runtime.update.update import DeviceRelease, UpdateSource
 from kits import ask
-from repositories import START, Publisher
+from repositories import START, Publisher, apply
 
 pytestmark = pytest.mark.slow
-
-
-def silent(_: str) -> None:
-    pass
-
-
-def apply(prefix: Path, publisher: Publisher) -> DeviceRelease:
-    return update.apply(prefix, UpdateSource(repo=str(publisher.repo), root=publisher.root), silent)[0]
 
 
 @pytest.fixture
@@ -95,17 +86,17 @@ def test_a_staged_release_reaches_a_device_when_it_is_published_for_more(
     publisher("one")
     apply(prefix, publisher)
     publisher("two", share=0.0)
-    found = apply(prefix, publisher).to_json()
+    found = apply(prefix, publisher)[0].to_json()
     assert (found["release"], found["refused"]) == (1, None)
     assert found["held_back"] == "release 2 of home is for 0% of the devices so far, and this is not one of them"
     assert ask(prefix) == "one"
     device = read_state(prefix).device
     publisher("two")
-    assert apply(prefix, publisher).to_json()["held_back"] is None
+    assert apply(prefix, publisher)[0].to_json()["held_back"] is None
     assert (ask(prefix), read_state(prefix).device) == ("two", device)
     # It keeps a release that is not for it any more.
     publisher("two", share=0.0)
-    assert apply(prefix, publisher).to_json()["available"] is False
+    assert apply(prefix, publisher)[0].to_json()["available"] is False
     assert ask(prefix) == "two"
 
 
@@ -114,13 +105,13 @@ def test_a_bundle_that_is_published_again_for_fewer_devices_reaches_no_others(
 ) -> None:
     publisher("one")
     publisher("one", share=0.0)
-    assert apply(prefix, publisher).to_json()["available"] is False
+    assert apply(prefix, publisher)[0].to_json()["available"] is False
     assert ask(prefix) == "zero"
 
 
 def test_a_device_that_no_release_is_for_yet_has_none(tmp_path: Path, prefix: Path, publisher: Publisher) -> None:
     publisher("one", share=0.0)
-    assert apply(prefix, publisher).to_json()["refused"].startswith("release 1 of home is for 0%")
+    assert apply(prefix, publisher)[0].to_json()["refused"].startswith("release 1 of home is for 0%")
     assert ask(prefix) == "zero"
 
 
@@ -131,11 +122,11 @@ def test_a_release_for_a_newer_runtime_is_skipped_for_the_newest_that_this_one_c
     publisher("two")
     publisher("three", min_runtime="99.1")
     publisher("four", min_runtime="99.2")
-    found = apply(prefix, publisher)
+    found = apply(prefix, publisher)[0]
     assert (found.release.version, ask(prefix)) == (2, "two")
     assert "release 4 of home needs edgetune-runtime 99.2" in str(found.to_json()["held_back"])
     publisher("five")
-    assert (apply(prefix, publisher).release.version, ask(prefix)) == (5, "five")
+    assert (apply(prefix, publisher)[0].release.version, ask(prefix)) == (5, "five")
 
 
 def test_only_releases_that_a_device_may_take_stay_in_the_repository(publisher: Publisher) -> None:

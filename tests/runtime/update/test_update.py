@@ -35,17 +35,13 @@ from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
 from kills import full_from, left_by_kills
 from kits import KitMaker, answer_of, ask, copied, write_bundle
-from repositories import Publisher, Server, publish, serving
+from repositories import Publisher, Server, publish, serving, silent
 
 from edgetune.delivery.board import main as board
 
 # The environment of a kit has a stand-in for the runtime, which answers from text files.
 pytestmark = pytest.mark.slow
 NOTHING = UpdateSource()
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def apply(prefix: Path, source: UpdateSource = NOTHING) -> bool:
