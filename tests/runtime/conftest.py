@@ -146,6 +146,11 @@ def bundle(bundle_of: Callable[[str], Path]) -> Path:
     return bundle_of("llama")
 
 
+@pytest.fixture(scope="module", params=["gguf", "onnx"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def runtime(bundle: Path) -> Iterator[Runtime]:
     """The bundle, opened anew for each test, with one context, no states on the disk, and calls that are not exact."""

@@ -108,11 +108,6 @@ def test_the_table_of_another_tokenizer_is_refused(table: DraftTable, tmp_path: 
 PROMPTS = ("turn on the warm light", "play", "stop " * 12)
 
 
-@pytest.fixture(scope="module", params=["gguf", "onnx"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def drafting(prompted_of: Callable[[str], Path], engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose adapter `one` has a table of what it answers to some prompts."""

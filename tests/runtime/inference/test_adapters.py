@@ -20,11 +20,6 @@ NAMES = [f"task{number}" for number in range(6)]
 SYSTEM = "answer in one word and play " * 2
 
 
-@pytest.fixture(params=["gguf", "onnx"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def many(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of six adapters of one size in both formats."""

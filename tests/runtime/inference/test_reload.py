@@ -23,11 +23,6 @@ NAMES = [f"task{number}" for number in range(5)]
 FIRST, SECOND = "a" * 16, "b" * 16
 
 
-@pytest.fixture(params=["gguf", "onnx"])
-def engine(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
 def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tiny_source("llama"), tmp_path_factory.mktemp("first") / "home", NAMES, 1)
