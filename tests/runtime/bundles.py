@@ -204,6 +204,13 @@ def change_manifest(copy: Path, change: Callable[[dict[str, Any]], object]) -> N
     (copy / MANIFEST_NAME).write_text(json.dumps(raw))
 
 
+def make_foreign(raw: dict[str, Any]) -> None:
+    """Make the JSON values of a manifest those of a bundle of another base."""
+    raw["base"]["fingerprint"] = "0" * 64
+    for adapter in raw["adapters"].values():
+        adapter["base_fingerprint"] = "0" * 64
+
+
 def room_for(bundle: Path, engine: str, count: int, contexts: int = 1) -> float:
     """The `adapters_mb` that so many adapters like the bundle's first one need, and half of one more."""
     manifest = read_manifest(bundle)

@@ -13,7 +13,7 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.inference.measuring import loaded_bundle
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, room_for, write_bundle
+from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, make_foreign, room_for, write_bundle
 
 PROMPT = "turn on the warm light in the kitchen"
 NAMES = [f"task{number}" for number in range(6)]
@@ -279,13 +279,7 @@ def test_what_cannot_be_added_is_one_error_and_calls_go_on(
 ) -> None:
     runtime = open_()
     foreign, damaged = (Path(shutil.copytree(others, tmp_path / name)) for name in ("foreign", "damaged"))
-
-    def swap(raw: dict[str, dict]) -> None:
-        raw["base"]["fingerprint"] = "0" * 64
-        for adapter in raw["adapters"].values():
-            adapter["base_fingerprint"] = "0" * 64
-
-    change_manifest(foreign, swap)
+    change_manifest(foreign, make_foreign)
     path = file_of(damaged, "new", engine)
     path.write_bytes(path.read_bytes()[:-1])
     with runtime.stream(PROMPT, adapter="task0", max_tokens=6) as stream:

@@ -25,7 +25,7 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.chat import messages_for, render
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
+from runtime.bundles import Adapter, change_manifest, low_rank, make_foreign, write_bundle
 from runtime.conftest import LABELS, SYSTEM
 
 Adapters = str | dict[str, float] | None
@@ -430,12 +430,7 @@ def test_an_adapter_file_made_for_another_base_is_refused(tiny_gguf: Callable[[s
 
 
 def test_a_base_that_is_not_the_one_of_the_fingerprint_is_refused(copy: Path) -> None:
-    def swap(raw: dict) -> None:
-        raw["base"]["fingerprint"] = "0" * 64
-        for adapter in raw["adapters"].values():
-            adapter["base_fingerprint"] = "0" * 64
-
-    change_manifest(copy, swap)
+    change_manifest(copy, make_foreign)
     with pytest.raises(VerificationError, match="not the base"):
         Runtime.open(copy)
 
