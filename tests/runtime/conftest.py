@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -149,6 +150,19 @@ def bundle(bundle_of: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module", params=["gguf", "onnx"])
 def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def opened(engine: str, prompted_of: Callable[[str], Path]) -> Iterator[Runtime]:
+    """A bundle whose adapters have long system prompts, in each engine."""
+    with Runtime.open(prompted_of("llama"), engine=engine, disk_mb=0) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(8) as threads:
+        yield threads
 
 
 @pytest.fixture

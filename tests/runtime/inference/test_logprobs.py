@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,6 @@ from edgetune_runtime.inference.options import AnswerForm
 from runtime.inference.test_structured import HOT, SCHEMA
 
 SERVICES = [f"turn the warm light {state} in the hall and in the kitchen" for state in ("on", "off")]
-
-
-@pytest.fixture(scope="module", params=["gguf", "onnx"])
-def opened(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Runtime]:
-    with Runtime.open(prompted_of("llama"), engine=request.param, disk_mb=0) as runtime:
-        yield runtime
 
 
 def logprobs_of(answer: Answer) -> tuple[TokenLogprob, ...]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,6 @@ class Command(BaseModel):
     service: str
     entities: list[str]
     brightness: int | None = None
-
-
-@pytest.fixture(scope="module", params=["gguf", "onnx"])
-def opened(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Runtime]:
-    with Runtime.open(prompted_of("llama"), engine=request.param, disk_mb=0) as runtime:
-        yield runtime
 
 
 @pytest.fixture

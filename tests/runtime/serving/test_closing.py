@@ -19,12 +19,6 @@ PROMPT = "turn on the light"
 MOST_S = 30
 
 
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-
-
 @pytest.fixture(params=["gguf", "onnx"])
 def open_(request: pytest.FixtureRequest, both_of: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
     """Opens the bundle with a merged adapter, in each engine."""

@@ -22,12 +22,6 @@ MOST_S = 30
 MODELS = (None, "whole", "other")
 
 
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
-
-
 @pytest.fixture(params=["gguf", "onnx"])
 def open_(request: pytest.FixtureRequest, merged_bundle: Path) -> Iterator[Callable[..., Runtime]]:
     """Opens the bundle with two merged adapters, in each engine."""
