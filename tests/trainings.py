@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from edgetune_runtime.errors import CancelledError
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from edgetune import methods
@@ -123,6 +124,21 @@ def stopped_and_resumed(base: PreTrainedModel, work: TrainingJob[Example], folde
     with pytest.raises(CancelledError):
         train(base, work, folder, Stopping(step))
     return train(base, work, folder, QUIET)
+
+
+def check_resumed(
+    base: PreTrainedModel, work: TrainingJob[Example], result: TrainResult, folder: Path, step: int
+) -> None:
+    """A training that stops after `step` steps has the history of `result`, and its checkpoint has the loss of it."""
+    assert stopped_and_resumed(base, work, folder, step).history == result.history
+    with work.method.loaded(methods.Checkpoint("reply", folder / "adapter", base, work.options)) as model:
+        losses = [
+            cross_entropy(
+                logits_of(model, row.tokens)[row.prompt_length - 1 : -1], torch.tensor(row.tokens[row.prompt_length :])
+            ).item()
+            for row in work.validation
+        ]
+    assert sum(losses) / len(losses) == pytest.approx(result.val_loss, rel=1e-4)
 
 
 def modified(folder: Path) -> dict[str, int]:

@@ -12,7 +12,7 @@ from edgetune_export.adapters.shapes import Bottleneck, Tensors
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from tiny import FEW, make_encoder, make_model
 from torch.nn import functional
-from trainings import QUIET, VOCABULARY, answer, job, learn, logits_of, stopped_and_resumed
+from trainings import QUIET, VOCABULARY, answer, check_resumed, job, learn, logits_of
 
 from edgetune import methods
 from edgetune.methods import Checkpoint
@@ -160,16 +160,7 @@ def test_a_training_learns_and_a_stopped_one_resumes(options: dict[str, Any], tm
     base, work = make_model("llama", VOCABULARY), job("bottleneck", options, max_steps=40, learning_rate=1e-2)
     result = learn(base, work, tmp_path / "whole")
     assert result.val_loss < 0.75 * result.history[0].val_loss
-    assert stopped_and_resumed(base, work, tmp_path / "resumed", 21).history == result.history
-    checkpoint = Checkpoint("reply", tmp_path / "resumed/adapter", base, work.options)
-    with BOTTLENECK.loaded(checkpoint) as model:
-        losses = [
-            functional.cross_entropy(
-                logits_of(model, row.tokens)[row.prompt_length - 1 : -1], torch.tensor(row.tokens[row.prompt_length :])
-            ).item()
-            for row in work.validation
-        ]
-    assert sum(losses) / len(losses) == pytest.approx(result.val_loss, rel=1e-4)
+    check_resumed(base, work, result, tmp_path / "resumed", 21)
 
 
 def test_it_learns_on_a_bf16_base(tmp_path: Path) -> None:
