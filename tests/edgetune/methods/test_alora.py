@@ -170,12 +170,6 @@ def test_a_training_learns_and_a_stopped_one_resumes(tmp_path: Path) -> None:
     check_resumed(base, work, result, tmp_path / "resumed", 21)
 
 
-def test_it_learns_on_a_bf16_base(tmp_path: Path) -> None:
-    work = job("alora", {"r": 4, "invocation_tokens": [13]}, max_steps=24, learning_rate=1e-2, precision="bf16")
-    result = learn(make_model("llama", VOCABULARY).bfloat16(), work, tmp_path)
-    assert result.val_loss < 0.9 * result.history[0].val_loss
-
-
 ROWS = [
     TaskRow("a", ({"role": "user", "content": "turn on the lamp"},), "lamp on"),
     TaskRow("b", ({"role": "user", "content": "play red"}, {"role": "assistant", "content": "red"},

@@ -12,13 +12,12 @@ from edgetune_export.adapters.shapes import Bottleneck, Tensors
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from tiny import FEW, make_encoder, make_model
 from torch.nn import functional
-from trainings import QUIET, VOCABULARY, answer, check_resumed, job, learn, logits_of
+from trainings import VOCABULARY, answer, check_resumed, job, learn, logits_of
 
 from edgetune import methods
 from edgetune.methods import Checkpoint
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.packing import pack, take_packed_rows
-from edgetune.training.loop import train
 
 BOTTLENECK = methods.load("bottleneck")
 TOKENS = answer(5).tokens
@@ -161,13 +160,6 @@ def test_a_training_learns_and_a_stopped_one_resumes(options: dict[str, Any], tm
     result = learn(base, work, tmp_path / "whole")
     assert result.val_loss < 0.75 * result.history[0].val_loss
     check_resumed(base, work, result, tmp_path / "resumed", 21)
-
-
-def test_it_learns_on_a_bf16_base(tmp_path: Path) -> None:
-    base, work = make_model("llama", VOCABULARY).bfloat16(), job("bottleneck", max_steps=24, learning_rate=1e-2)
-    training = work.training.model_copy(update={"precision": "bf16"})
-    result = train(base, replace(work, training=training), tmp_path, QUIET)
-    assert result.val_loss < 0.9 * result.history[0].val_loss
 
 
 def test_a_base_without_such_blocks_is_refused() -> None:
