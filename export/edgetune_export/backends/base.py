@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
 from edgetune_export.adapters.shapes import Adapter, Merged
@@ -16,6 +17,9 @@ from .format import OptionsByFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+DTYPES = {"f32": np.float32, "f16": np.float16}
+"""The number formats of an adapter that is no matrix to quantize."""
 
 
 @dataclass(frozen=True)

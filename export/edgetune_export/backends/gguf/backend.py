@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_adapter import INVOCATION_TOKENS
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.wording import first_of
@@ -23,7 +23,7 @@ from edgetune_export.backends.base import Source
 from edgetune_export.base_file import merge
 from edgetune_export.base_file.quantize import quantize_rows
 
-from . import AUTO, FORMAT, factor_types, prefix_type, stored_rank
+from . import AUTO, factor_types, prefix_type, stored_rank
 from .prefix import F16_MAX, write_prefix
 from .writer import adapter_file
 
@@ -48,8 +48,6 @@ def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = AUTO,
     Raises IncompatibleError when the adapter does not fit the base, VerificationError when a value is beyond the range
     of f16, OutOfSpaceError when the disk is full.
     """
-    if dtype not in FORMAT.adapter_dtypes:
-        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(FORMAT.adapter_dtypes)}")
     header = read_header(base)
     if isinstance(adapter, Prefix):
         write_prefix(adapter, base, out, dtype=prefix_type(dtype), base_fingerprint=base_fingerprint)

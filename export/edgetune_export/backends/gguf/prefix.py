@@ -9,16 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_adapter import CacheShape, cache_shape, prefix_tensor
 from edgetune_runtime.formats.gguf_file import read_header
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Prefix
+from edgetune_export.backends.base import DTYPES
 
 from .writer import adapter_file
-
-DTYPES = {"f32": np.float32, "f16": np.float16}
 
 F16_MAX = float(np.finfo(np.float16).max)
 
@@ -26,11 +25,9 @@ F16_MAX = float(np.finfo(np.float16).max)
 def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fingerprint: str) -> None:
     """Write the prefix for the base GGUF `base`, whose sha256 is `base_fingerprint`; `dtype` is f32 or f16.
 
-    Raises UsageError for another dtype, IncompatibleError if the prefix does not fit the base, VerificationError if a
-    value is out of the range of f16, OutOfSpaceError if the disk is full.
+    Raises IncompatibleError if the prefix does not fit the base, VerificationError if a value is out of the range of
+    f16, OutOfSpaceError if the disk is full.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no dtype {dtype!r} for a prefix", f"choose one of: {', '.join(DTYPES)}")
     header = read_header(base)
     check_prefix_fits(prefix, cache_shape(header))
     keys = _interleaved(prefix.keys) if architectures.of(header).interleaves_rows else prefix.keys

@@ -8,21 +8,17 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from edgetune_runtime.engines.onnx.arrays import model_version
-from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune_export.adapters.shapes import Floats
-
-DTYPES = {"f32": np.float32, "f16": np.float16}
+from edgetune_export.backends.base import DTYPES
 
 
 def write_tensors(tensors: Mapping[str, Floats], out: Path, *, dtype: str, base_fingerprint: str) -> None:
     """Write the tensors, by the name of their input, to `out`; `dtype` is f32 or f16.
 
-    Raises UsageError for another dtype, OutOfSpaceError if the disk is full.
+    Raises OutOfSpaceError if the disk is full.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"no adapter dtype {dtype!r}", f"choose one of: {', '.join(DTYPES)}")
     values = {
         name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(tensor, DTYPES[dtype]))
         for name, tensor in tensors.items()

@@ -15,7 +15,7 @@ from edgetune_export.backends.gguf.backend import write_adapter, write_merged
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, OutOfSpaceError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from tiny import SAME_MODULES
 from weights import weights_in
@@ -136,12 +136,6 @@ def test_an_adapter_is_written_in_the_types_that_llama_cpp_multiplies_fastest(
     assert {(name[-1], tensor.type.name) for name, tensor in tensors.items()} == {*zip("ab", types, strict=True)}
     assert {tensor.shape[0] for name, tensor in tensors.items() if name[-1] == "b"} == {stored}
     assert np.abs(logits["auto"] - logits["f32"]).max() < 0.02 * np.abs(logits["f32"]).max()
-
-
-def test_an_unknown_dtype_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
-    base = tiny_gguf("llama")
-    with pytest.raises(UsageError, match=r"q4_0.*choose one of: auto, f16, q8_0, f32"):
-        write_adapter(random_adapter(base), base, tmp_path / "out", dtype="q4_0", base_fingerprint=FINGERPRINT)
 
 
 def test_values_beyond_f16_need_f32(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
