@@ -11,12 +11,12 @@ _STYLE = Path(__file__).with_name("page.css")
 
 
 def template_of(path: Path, *, autoescape: bool = True) -> Template:
-    """The template in a file; without `autoescape`, its values are not made safe for HTML.
+    """The template in a file, which may include those beside this one; without `autoescape`, its values may be HTML.
 
     `style` is the style sheet of pages, and the filter `number` formats a number, or writes - for none.
     """
     environment = Environment(
-        loader=FileSystemLoader(path.parent),
+        loader=FileSystemLoader([path.parent, _STYLE.parent]),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

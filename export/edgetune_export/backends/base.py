@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
-"""The number formats of an adapter that is no matrix to quantize."""
+"""The NumPy types of the number formats that an adapter's file has as they are."""
 
 
 @dataclass(frozen=True)
