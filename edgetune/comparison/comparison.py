@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from .curves import curves_of
@@ -37,7 +37,7 @@ class Comparison:
             "base": self.base,
             "metric": self.metric,
             "rows": self.rows,
-            "trials": [outcome.to_json() for outcome in self.outcomes],
+            "trials": [asdict(outcome) for outcome in self.outcomes],
             "recommended": self.recommended and self.recommended.name,
             "target": self.recommended and self.recommended.target,
             "reason": self.recommended and self.recommended.reason,

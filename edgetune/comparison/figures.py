@@ -103,28 +103,19 @@ class TrialResult:
     placement: Mapping[str, Any] | None = None
     trained_rows: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """All figures as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def of_json(cls, values: Mapping[str, Any]) -> TrialResult:
-        """The result from the values of `to_json`; ValueError for other values."""
-        return TypeAdapter(cls).validate_python(values)
-
 
 def read_outcome(folder: Path, key: str) -> TrialResult | None:
     """The outcome in `folder` if it has this key, else None."""
     try:
         values = json.loads((folder / OUTCOME_FILE).read_text(encoding="utf-8"))
-        return TrialResult.of_json(values["outcome"]) if values["key"] == key else None
+        return TypeAdapter(TrialResult).validate_python(values["outcome"]) if values["key"] == key else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def write_outcome(outcome: TrialResult, folder: Path, key: str) -> None:
     """Write the outcome of a trial with this key to `folder`."""
-    write_file(folder / OUTCOME_FILE, json.dumps({"key": key, "outcome": outcome.to_json()}, indent=2))
+    write_file(folder / OUTCOME_FILE, json.dumps({"key": key, "outcome": asdict(outcome)}, indent=2))
 
 
 def megabytes(size: int) -> str:

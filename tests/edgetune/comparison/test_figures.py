@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -16,7 +17,16 @@ from matplotlib.figure import Figure
 from edgetune.bases import Base, load_torch
 from edgetune.comparison import plots
 from edgetune.comparison.columns import busy_notes, engine_rows, placement_rows
-from edgetune.comparison.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
+from edgetune.comparison.figures import (
+    OUTCOME_FILE,
+    BoardFit,
+    EngineFigures,
+    TrainingFigures,
+    TrialResult,
+    read_outcome,
+    standard_error,
+    write_outcome,
+)
 from edgetune.comparison.page import page
 from edgetune.comparison.recommend import Recommendation, recommend
 from edgetune.comparison.sweep import Comparison
@@ -170,7 +180,6 @@ def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation()
     )
     shown = page(Comparison("lights", "tiny", "exact", 100, [calm, busy], None), [])
     assert "busy in gguf (load 3.1 on 2 cores)" in shown and "88.0*" in shown
-    assert TrialResult.of_json(busy.to_json()) == busy
     quiet = replace(busy, engines={name: replace(of, slow=False, busy=None) for name, of in busy.engines.items()})
     assert recommended(calm, busy) == recommended(calm, quiet)
 
@@ -190,11 +199,14 @@ def test_the_plot_of_losses_rings_the_checkpoint_that_ships() -> None:
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1.5], [0.5])
 
 
-def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine() -> None:
-    values = outcome("lora", gguf=engine(0.9, 10)).to_json()
+def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine(tmp_path: Path) -> None:
+    write_outcome(outcome("lora", gguf=engine(0.9, 10)), tmp_path, "key")
+    values = json.loads((tmp_path / OUTCOME_FILE).read_text())
     for key in ("slow", "busy"):
-        del values["engines"]["gguf"][key]
-    assert not TrialResult.of_json(values).engines["gguf"].slow
+        del values["outcome"]["engines"]["gguf"][key]
+    (tmp_path / OUTCOME_FILE).write_text(json.dumps(values))
+    found = read_outcome(tmp_path, "key")
+    assert found is not None and not found.engines["gguf"].slow
 
 
 def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
@@ -205,10 +217,12 @@ def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> No
     assert standard_error("exact", 1.0, [1.0]) == 0
 
 
-def test_an_outcome_is_read_as_it_was_written() -> None:
+def test_an_outcome_is_read_as_it_was_written(tmp_path: Path) -> None:
     board = BoardFit("pi-5", True, 300.5, 3800)
-    whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=engine(0.8, 20))
-    assert TrialResult.of_json(whole.to_json()) == whole
+    busy = replace(engine(0.8, 20), slow=True, busy="load 3.1 on 2 cores")
+    whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=busy)
+    write_outcome(whole, tmp_path, "key")
+    assert read_outcome(tmp_path, "key") == whole and read_outcome(tmp_path, "other") is None
 
 
 def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
