@@ -214,11 +214,11 @@ def measure_bundle(path: Path, work: Path) -> Result:
     }
 
 
-def import_s(rounds: int = 5) -> float:
+def import_s() -> float:
     """CPU time of importing the client."""
     words = [sys.executable, "-c", _IMPORT]
     return statistics.median(
-        float(subprocess.run(words, capture_output=True, text=True, check=True).stdout) for _ in range(rounds)
+        float(subprocess.run(words, capture_output=True, text=True, check=True).stdout) for _ in range(5)
     )
 
 

@@ -45,7 +45,7 @@ from . import output, rehearsal, sbom
 from .program import board_program, install_script
 from .runtime_wheel import runtime_wheel
 from .target_python import TargetPython, target_python
-from .wheels import LLAMA, Wheel, collect, require_wheel_of
+from .wheels import Wheel, collect, require_llama_wheel
 
 _HEADROOM = 1.25
 """The unit's memory limit in relation to the prediction: the kernel ends a process that exceeds it."""
@@ -108,7 +108,7 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
     facts = boards.find(board)
     target = target_python(facts, options.python)
     if options.wheel is not None:
-        require_wheel_of(LLAMA, options.wheel, target)
+        require_llama_wheel(options.wheel, target)
     manifest, opening = read_manifest(bundle), options.opening
     engine = _engine(manifest, options.engine)
     needed_mb, kept_mb = _memory_mb(bundle, manifest, engine, facts, opening=opening, device=board)

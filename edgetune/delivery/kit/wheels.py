@@ -80,18 +80,18 @@ def read_wheel(path: Path) -> Wheel:
         raise VerificationError(f"{path} is not a wheel: {error}", "download or build it again") from error
 
 
-def require_wheel_of(name: str, path: Path, target: TargetPython) -> None:
-    """Raise IncompatibleError unless `path` is a wheel of `name` that runs with the board's Python.
+def require_llama_wheel(path: Path, target: TargetPython) -> None:
+    """Raise IncompatibleError unless `path` is a wheel of llama-cpp-python that runs with the board's Python.
 
     VerificationError if it is not a wheel.
     """
     wheel = read_wheel(path)
     *_, tags = parse_wheel_filename(path.name)
-    if wheel.name != name:
-        raise IncompatibleError(f"{path.name} is a wheel of {wheel.name}", f"give one of {name}")
+    if wheel.name != LLAMA:
+        raise IncompatibleError(f"{path.name} is a wheel of {wheel.name}", f"give one of {LLAMA}")
     if not any(map(target.runs, tags)):
         message = f"{path.name} does not run with Python {target.python} on {target.platform}"
-        raise IncompatibleError(message, f"give a wheel of {name} for this, or leave out --wheel to build one")
+        raise IncompatibleError(message, f"give a wheel of {LLAMA} for this, or leave out --wheel to build one")
 
 
 def collect(
