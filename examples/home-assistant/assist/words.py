@@ -23,7 +23,7 @@ def tokens(text: str) -> tuple[str, ...]:
     """The words of a text in a comparable form: small letters, no accents, singular, `two` as `2`."""
     plain = unicodedata.normalize("NFKD", text.lower().replace("ß", "ss"))
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
-    plain = re.sub(r"['\u2019]s\\b|['\u2019]", " ", plain)
+    plain = re.sub(r"['\u2019]", " ", plain)
     return tuple(_comparable(word) for word in re.findall(r"[^\W_]+", plain))
 
 
