@@ -16,7 +16,6 @@ from runtime.bundles import low_rank, write_adapter
 from runtime.engines.conftest import log_p
 
 Gguf = Callable[[str], Path]
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3"]
 CONTEXT = 200
 
 
@@ -99,41 +98,6 @@ def test_a_sound_gguf_file_that_is_no_model_is_told_with_what_it_lacks(tiny_gguf
         GgufEngine(path, context_length=32)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_tokens_join_to_the_text_again(arch: str, tiny_gguf: Gguf) -> None:
-    tokenizer = GgufTokenizer(tiny_gguf(arch))
-    text = "turn on the lamp: 23 °C, ok?\n\n  fine 🙂"
-    tokens = tokenizer.tokenize(text, continues=True)
-    assert b"".join(map(tokenizer.piece, tokens)).decode() == text
-    assert tokenizer.tokenize("", continues=True) == tokenizer.tokenize("") == []
-    tokenizer.close()
-
-
-def test_a_text_that_continues_gets_no_space_of_its_own(tiny_gguf: Gguf) -> None:
-    tokenizer = GgufTokenizer(tiny_gguf("llama"))
-    assert tokenizer.piece(tokenizer.tokenize("lamp")[0]).startswith(b" ")
-    whole = tokenizer.tokenize("turn\nlamp")
-    assert whole == [*tokenizer.tokenize("turn\n"), *tokenizer.tokenize("lamp", continues=True)]
-
-
-def test_special_tokens_are_recognized_and_end_a_turn(tiny_gguf: Gguf) -> None:
-    tokenizer = GgufTokenizer(tiny_gguf("llama"))
-    assert tokenizer.tokenize("<|im_end|>")[-1] == tokenizer.end_token
-    assert tokenizer.is_end(tokenizer.end_token)
-    assert not tokenizer.is_end(tokenizer.tokenize("lamp")[0])
-    assert tokenizer.piece(tokenizer.end_token) == b""
-    assert tokenizer.chat_template is not None
-    assert (tokenizer.bos, tokenizer.vocab_size) == ("<s>", 384)
-
-
-@pytest.mark.parametrize("token", [-1, 384, 2**31 - 1])
-def test_a_token_outside_the_vocabulary_is_refused(tiny_gguf: Gguf, token: int) -> None:
-    tokenizer = GgufTokenizer(tiny_gguf("llama"))
-    for use in (tokenizer.piece, tokenizer.is_end):
-        with pytest.raises(UsageError, match="vocabulary"):
-            use(token)
-
-
 def test_bos_is_added_once_where_the_vocabulary_wants_it(tiny_gguf: Gguf, tmp_path: Path) -> None:
     key = b"tokenizer.ggml.add_bos_token" + (7).to_bytes(4, "little")
     data = tiny_gguf("llama").read_bytes()
@@ -145,22 +109,6 @@ def test_bos_is_added_once_where_the_vocabulary_wants_it(tiny_gguf: Gguf, tmp_pa
     assert tokenizer.piece(once[0]) == b""
     assert tokenizer.tokenize("<s>lamp").count(once[0]) == 1
     assert once[0] not in tokenizer.tokenize("lamp", continues=True)
-
-
-def test_a_closed_tokenizer_says_so(tiny_gguf: Gguf) -> None:
-    tokenizer = GgufTokenizer(tiny_gguf("llama"))
-    tokenizer.close()
-    tokenizer.close()
-    with pytest.raises(UsageError, match="closed"):
-        tokenizer.tokenize("lamp")
-    with pytest.raises(UsageError, match="closed"):
-        tokenizer.piece(5)
-
-
-def test_text_that_is_no_text_is_tokenized_all_the_same(tiny_gguf: Gguf) -> None:
-    tokenizer = GgufTokenizer(tiny_gguf("llama"))
-    assert tokenizer.tokenize("a\ud800b") == tokenizer.tokenize("a?b")
-    assert b"".join(map(tokenizer.piece, tokenizer.tokenize("a\0b"))) == b" a\0b"
 
 
 WITHOUT_LLAMA = """

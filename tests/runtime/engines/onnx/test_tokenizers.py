@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_export.backends.onnx.tokenizer import end_tokens, write_tokenizer
+from edgetune_export.backends.onnx.tokenizer import write_tokenizer
 from edgetune_runtime.engines.onnx.tokenizers import JsonTokenizer
-from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import NotFoundError, VerificationError
 
 Gguf = Callable[[str], Path]
 
@@ -21,56 +21,12 @@ def folder(tiny_gguf: Gguf, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_tokens_join_to_the_text_again(arch: str, tiny_gguf: Gguf, tmp_path: Path) -> None:
-    write_tokenizer(tiny_gguf(arch), tmp_path)
-    tokenizer = JsonTokenizer(tmp_path, end_tokens(tiny_gguf(arch)))
-    text = "turn on the lamp: 23 °C, ok?\n\n  fine 🙂\0"
-    tokens = tokenizer.tokenize(text, continues=True)
-    assert b"".join(map(tokenizer.piece, tokens)).decode() == text
-    assert tokenizer.tokenize("", continues=True) == tokenizer.tokenize("") == []
-
-
-def test_a_text_that_continues_gets_no_space_of_its_own(folder: Path) -> None:
-    tokenizer = JsonTokenizer(folder, [])
-    assert tokenizer.piece(tokenizer.tokenize("lamp")[0]).startswith(b" ")
-    whole = tokenizer.tokenize("turn\nlamp")
-    assert whole == [*tokenizer.tokenize("turn\n"), *tokenizer.tokenize("lamp", continues=True)]
-
-
-def test_special_tokens_are_recognized_and_the_first_end_token_ends_a_turn(folder: Path) -> None:
+def test_the_first_end_token_ends_a_turn_and_others_end_an_answer(folder: Path) -> None:
     tokenizer = JsonTokenizer(folder, [4, 2])
-    assert tokenizer.tokenize("lamp<|im_end|>")[-1] == tokenizer.end_token == 4
-    assert tokenizer.is_end(4)
-    assert tokenizer.is_end(2)
-    assert not tokenizer.is_end(tokenizer.tokenize("lamp")[0])
-    assert tokenizer.piece(4) == b""
-    assert (tokenizer.bos, tokenizer.vocab_size) == ("<s>", 384)
-
-
-def test_text_that_is_no_text_is_tokenized_all_the_same(folder: Path) -> None:
-    tokenizer = JsonTokenizer(folder, [])
-    assert tokenizer.tokenize("a\ud800b") == tokenizer.tokenize("a?b")
-
-
-@pytest.mark.parametrize("token", [-1, 384])
-def test_a_token_outside_the_vocabulary_is_refused(token: int, folder: Path) -> None:
-    tokenizer = JsonTokenizer(folder, [])
-    with pytest.raises(UsageError, match=f"no token {token} in a vocabulary of 384"):
-        tokenizer.piece(token)
-    with pytest.raises(UsageError, match=f"no token {token}"):
-        tokenizer.is_end(token)
-    with pytest.raises(VerificationError, match=f"end token {token}"):
-        JsonTokenizer(folder, [token])
-
-
-def test_a_closed_tokenizer_says_so(folder: Path) -> None:
-    tokenizer = JsonTokenizer(folder, [4])
-    tokenizer.close()
-    tokenizer.close()
-    for call in (lambda: tokenizer.tokenize("lamp"), lambda: tokenizer.piece(5), lambda: tokenizer.is_end(4)):
-        with pytest.raises(UsageError, match="closed"):
-            call()
+    assert tokenizer.end_token == 4 and tokenizer.is_end(4) and tokenizer.is_end(2)
+    for token in (-1, 384):
+        with pytest.raises(VerificationError, match=f"end token {token}"):
+            JsonTokenizer(folder, [token])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
