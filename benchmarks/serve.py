@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +37,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import read_manifest, resolve
 from edgetune_runtime.engines.gguf.base import GgufTokenizer
 from edgetune_runtime.text.chat import messages_for, render
+from ports import free_port
 
 from benchmarks.libraries import llama_server_params
 from edgetune.recipe.model import Recipe
@@ -262,15 +262,10 @@ def start_llama_server(bundle: Path, threads: int) -> Callable[[], tuple[str, st
     base = resolve(bundle, manifest.base.files["gguf"])
     files = [resolve(bundle, entry.files["gguf"]) for entry in manifest.adapters.values()]
     params = llama_server_params(base, files, threads, CONTEXT * threads)
-    params.n_parallel, params.port, params.warmup = threads, _free_port(), True
+    params.n_parallel, params.port, params.warmup = threads, free_port(), True
     server = xllamacpp.Server(params)
     template = GgufTokenizer(base).chat_template
     return lambda: (server.listening_address, template, os.getpid())
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 SERVERS = {"edgetune": edgetune, "llama-server": llama_server}
