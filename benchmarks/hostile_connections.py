@@ -25,19 +25,19 @@ def _body(target: Target) -> bytes:
     return json.dumps(chat_body(target.names.base, "hi")).encode()
 
 
-def _idle(target: Target, count: int, data: bytes) -> Replies:
+def _idle(target: Target, data: bytes) -> Replies:
     """Open connections, send a few bytes on each, and hold them."""
     begin = time.monotonic()
     refused = 0
     with ExitStack() as opened:
-        for _ in range(count):
+        for _ in range(_IDLE):
             try:
                 connection = opened.enter_context(socket.create_connection(("127.0.0.1", target.port), timeout=2))
                 connection.sendall(data)
             except OSError:
                 refused += 1
         time.sleep(_HOLD_S)
-    return [Reply(f"{refused} of {count} refused", b"", time.monotonic() - begin)]
+    return [Reply(f"{refused} of {_IDLE} refused", b"", time.monotonic() - begin)]
 
 
 def _slow(target: Target) -> Replies:
@@ -155,15 +155,13 @@ def _paths(target: Target) -> Replies:
 
 
 ATTACKS: Sequence[Attack] = (
-    Attack("idle", "5", "300 idle connections", lambda target: _idle(target, _IDLE, b"")),
-    Attack(
-        "idle-half", "5", "300 connections with half a request", lambda target: _idle(target, _IDLE, b"POST /v1/chat")
-    ),
+    Attack("idle", "5", "300 idle connections", lambda target: _idle(target, b"")),
+    Attack("idle-half", "5", "300 connections with half a request", lambda target: _idle(target, b"POST /v1/chat")),
     Attack(
         "idle-files",
         "5",
         "300 idle connections, with 128 open files",
-        lambda target: _idle(target, _IDLE, b""),
+        lambda target: _idle(target, b""),
         ("--max-connections", "1000"),
         128,
     ),

@@ -39,13 +39,13 @@ def _messages(name: str, item: str, does: str, messages: Sequence[Mapping[str, A
     return Attack(name, item, does, lambda target: [target.chat(messages=messages)])
 
 
-def _everywhere(name: str, item: str, does: str, text: str) -> Attack:
+def _everywhere(name: str, does: str, text: str) -> Attack:
     """The same text to every path that takes one."""
 
     def run(target: Target) -> Replies:
         return [target.post(path, _on_path(target, path, text)) for path in _PATHS]
 
-    return Attack(name, item, does, run)
+    return Attack(name, "3", does, run)
 
 
 def _on_path(target: Target, path: str, text: str) -> dict[str, Any]:
@@ -55,14 +55,14 @@ def _on_path(target: Target, path: str, text: str) -> dict[str, Any]:
     return {**body, "options": {"num_predict": 8}} if path.startswith("/api") else body
 
 
-def _raw_json(name: str, item: str, does: str, text: str) -> Attack:
+def _raw_json(name: str, does: str, text: str) -> Attack:
     """A body that is not what json.dumps writes; MODEL stands for the model's name."""
 
     def run(target: Target) -> Replies:
         data = text.replace("MODEL", json.dumps(target.names.base)).encode("utf-8", "surrogatepass")
         return [target.post("/v1/chat/completions", data)]
 
-    return Attack(name, item, does, run)
+    return Attack(name, "6", does, run)
 
 
 def _options(field: str, values: Sequence[object] = _ODD_NUMBERS) -> Attack:
@@ -151,8 +151,8 @@ PROMPTS: Sequence[Attack] = (
     _prompt("zero", "1 MB of NUL", _long("\0")),
     _prompt("quotes", "1 MB of apostrophes", _long("'s")),
     _prompt("half-control", "1 MB of the start of a control token", _long("<|im_")),
-    _everywhere("control-tokens-everywhere", "3", "1 MB of <|im_end|> to each path", _long("<|im_end|>")),
-    _everywhere("words-everywhere", "3", "1 MB of words to each path", _long("play the warm light in the hall ")),
+    _everywhere("control-tokens-everywhere", "1 MB of <|im_end|> to each path", _long("<|im_end|>")),
+    _everywhere("words-everywhere", "1 MB of words to each path", _long("play the warm light in the hall ")),
     Attack(
         "control-tokens-at-once",
         "3",
@@ -173,19 +173,14 @@ OPTIONS: Sequence[Attack] = (
     Attack("scales", "6", "scales of adapters up to 10^308", _scales),
     _raw_json(
         "numbers",
-        "6",
         "numbers beyond 10^308",
         '{"model": MODEL, "temperature": 1e999, "messages": [{"role": "user", "content": "hi"}]}',
     ),
-    _raw_json("number-long", "6", "a number of 1 MB", '{"model": MODEL, "seed": ' + "9" * _BYTES + ', "messages": []}'),
-    _raw_json("json-deep", "6", "JSON 500,000 levels deep", '{"model": MODEL, "messages": ' + _deep(500_000) + "}"),
-    _raw_json(
-        "json-keys", "6", "JSON with 100,000 keys", "{" + ", ".join(f'"k{n}": {n}' for n in range(100_000)) + "}"
-    ),
-    _raw_json(
-        "json-same-key", "6", "the same key 100,000 times", "{" + '"messages": [], ' * 100_000 + '"model": MODEL}'
-    ),
-    _raw_json("not-text", "6", "bytes that are not UTF-8", "\ud800\ud800"),
+    _raw_json("number-long", "a number of 1 MB", '{"model": MODEL, "seed": ' + "9" * _BYTES + ', "messages": []}'),
+    _raw_json("json-deep", "JSON 500,000 levels deep", '{"model": MODEL, "messages": ' + _deep(500_000) + "}"),
+    _raw_json("json-keys", "JSON with 100,000 keys", "{" + ", ".join(f'"k{n}": {n}' for n in range(100_000)) + "}"),
+    _raw_json("json-same-key", "the same key 100,000 times", "{" + '"messages": [], ' * 100_000 + '"model": MODEL}'),
+    _raw_json("not-text", "bytes that are not UTF-8", "\ud800\ud800"),
     Attack("surrogate", "6", "lone surrogates, which responses repeat", _surrogate),
     Attack("merged", "8", "each adapter, merged ones among them", _merged),
     Attack("system-prompts", "9", "50 changing system prompts", _system_prompts),
