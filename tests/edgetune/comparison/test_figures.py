@@ -15,18 +15,9 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from matplotlib.figure import Figure
 
 from edgetune.bases import Base, load_torch
-from edgetune.comparison import plots
+from edgetune.comparison import figures, plots
 from edgetune.comparison.columns import busy_notes, engine_rows, placement_rows
-from edgetune.comparison.figures import (
-    OUTCOME_FILE,
-    BoardFit,
-    EngineFigures,
-    TrainingFigures,
-    TrialResult,
-    read_outcome,
-    standard_error,
-    write_outcome,
-)
+from edgetune.comparison.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
 from edgetune.comparison.page import page
 from edgetune.comparison.recommend import Recommendation, recommend
 from edgetune.comparison.sweep import Comparison
@@ -200,12 +191,12 @@ def test_the_plot_of_losses_rings_the_checkpoint_that_ships() -> None:
 
 
 def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine(tmp_path: Path) -> None:
-    write_outcome(outcome("lora", gguf=engine(0.9, 10)), tmp_path, "key")
-    values = json.loads((tmp_path / OUTCOME_FILE).read_text())
+    figures.write_outcome(outcome("lora", gguf=engine(0.9, 10)), tmp_path, "key")
+    values = json.loads((tmp_path / figures.OUTCOME_FILE).read_text())
     for key in ("slow", "busy"):
         del values["outcome"]["engines"]["gguf"][key]
-    (tmp_path / OUTCOME_FILE).write_text(json.dumps(values))
-    found = read_outcome(tmp_path, "key")
+    (tmp_path / figures.OUTCOME_FILE).write_text(json.dumps(values))
+    found = figures.read_outcome(tmp_path, "key")
     assert found is not None and not found.engines["gguf"].slow
 
 
@@ -221,8 +212,8 @@ def test_an_outcome_is_read_as_it_was_written(tmp_path: Path) -> None:
     board = BoardFit("pi-5", True, 300.5, 3800)
     busy = replace(engine(0.8, 20), slow=True, busy="load 3.1 on 2 cores")
     whole = outcome("lora-r4", board, gguf=engine(0.9, 10), onnx=busy)
-    write_outcome(whole, tmp_path, "key")
-    assert read_outcome(tmp_path, "key") == whole and read_outcome(tmp_path, "other") is None
+    figures.write_outcome(whole, tmp_path, "key")
+    assert figures.read_outcome(tmp_path, "key") == whole and figures.read_outcome(tmp_path, "other") is None
 
 
 def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
