@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from edgetune_runtime.errors import IncompatibleError, UsageError, importing
@@ -156,30 +158,45 @@ def _call(number: int, call: object) -> dict[str, Any]:
 
 def _pair_ids(messages: Sequence[dict[str, Any]]) -> None:
     """Give an id to calls without one, and to results without one that of a call of the latest turn that has calls."""
-    calls: list[dict[str, Any]] = []
-    latest: list[dict[str, Any]] = []
+    by_id: dict[str, dict[str, Any]] = {}
+    open_calls, numbers = _OpenCalls([]), count(1)
     for message in messages:
         if "tool_calls" in message:
-            latest = list(message["tool_calls"])
-            for number, call in enumerate(latest, len(calls) + 1):
+            for call, number in zip(message["tool_calls"], numbers, strict=False):
                 # Nine characters, because Mistral's templates refuse others.
                 call.setdefault("id", f"call{number:05d}")
-            calls += latest
-        if message["role"] == "tool" and (answered := _answered(message, calls, latest)) is not None:
-            if answered in latest:
-                latest.remove(answered)
-            message.setdefault("tool_call_id", answered["id"])
-            message.setdefault("name", answered["function"]["name"])
+                by_id[call["id"]] = call
+            open_calls = _OpenCalls(message["tool_calls"])
+        if message["role"] == "tool":
+            call_id = message.get("tool_call_id")
+            answered = open_calls.first(message.get("name")) if call_id is None else by_id.get(call_id)
+            if answered is not None:
+                open_calls.remove(answered)
+                message.setdefault("tool_call_id", answered["id"])
+                message.setdefault("name", answered["function"]["name"])
 
 
-def _answered(
-    result: Message, calls: Sequence[dict[str, Any]], latest: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
-    """The call that a result belongs to: that of its id, or else the first of its name in the latest turn, or else the
-    first there."""
-    if result.get("tool_call_id") is not None:
-        return next((call for call in reversed(calls) if call["id"] == result["tool_call_id"]), None)
-    return next((call for call in latest if call["function"]["name"] == result.get("name")), next(iter(latest), None))
+class _OpenCalls:
+    """The calls of a turn that have no result yet; a client may send thousands."""
+
+    def __init__(self, calls: Sequence[dict[str, Any]]) -> None:
+        self._calls, self._by_name = deque(calls), defaultdict[str | None, deque[dict[str, Any]]](deque)
+        for call in calls:
+            self._by_name[call["function"]["name"]].append(call)
+        self._removed: set[int] = set()
+
+    def first(self, name: str | None) -> dict[str, Any] | None:
+        """The first call of this name, or else the first one."""
+        for calls in (self._by_name[name], self._calls):
+            while calls and id(calls[0]) in self._removed:
+                calls.popleft()
+            if calls:
+                return calls[0]
+        return None
+
+    def remove(self, call: dict[str, Any]) -> None:
+        """Count a call as answered."""
+        self._removed.add(id(call))
 
 
 @lru_cache(maxsize=16)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,18 @@ def test_results_belong_to_the_latest_calls_if_those_before_got_none() -> None:
     turns = [{"role": "assistant", "tool_calls": [call({})]}, {"role": "user", "content": "again"}]
     *_, result = messages_for([*turns, turns[0], {"role": "tool", "content": "1"}], None)
     assert result["tool_call_id"] == "call00002"
+
+
+@pytest.mark.parametrize("result", [{"tool_call_id": "lost"}, {"tool_call_id": "call00001"}, {"name": "g"}, {}])
+def test_thousands_of_calls_and_results_take_no_time(result: dict[str, str]) -> None:
+    calls, count = [call({}) for _ in range(20_000)], 20_000
+    talk = [{"role": "assistant", "tool_calls": calls}, *[{"role": "tool", "content": "", **result}] * count]
+    begin_s = time.process_time()
+    _, *results = messages_for(talk, None)
+    # Looking through all calls for each result takes 10 s and more.
+    assert time.process_time() - begin_s < 3
+    if "tool_call_id" not in result:
+        assert [each["tool_call_id"] for each in results] == [f"call{number:05d}" for number in range(1, count + 1)]
 
 
 @pytest.mark.parametrize(
