@@ -41,11 +41,11 @@ if TYPE_CHECKING:
     from .decoding.output import OutputSpec
     from .events import Event
     from .inference.adapter_changes import AdapterChanges
+    from .inference.adapter_choice import Adapters
     from .inference.answer import Answer, Stream, Timings
     from .inference.async_stream import AsyncStream
     from .inference.asynchronous import AsyncRuntime, AsyncSession
     from .inference.deferring import DeferTo
-    from .inference.loaded import Adapters
     from .inference.opening_options import RuntimeOptions
     from .inference.options import AnswerOptions, SamplingOptions
     from .inference.routing.router import Route
@@ -129,7 +129,7 @@ _LAZY = {
     "inference.async_stream": "AsyncStream",
     "inference.asynchronous": "AsyncRuntime AsyncSession",
     "inference.deferring": "DeferTo",
-    "inference.loaded": "Adapters",
+    "inference.adapter_choice": "Adapters",
     "inference.opening_options": "RuntimeOptions",
     "inference.options": "AnswerOptions SamplingOptions",
     "inference.routing.router": "Route",

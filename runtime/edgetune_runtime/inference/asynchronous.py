@@ -16,9 +16,9 @@ from edgetune_runtime.text.chat import Message, Prompt
 from edgetune_runtime.tools.definitions import Tools
 
 from .adapter_changes import AdapterChanges
+from .adapter_choice import Adapters
 from .answer import Answer, Stream
 from .async_stream import AsyncStream, StreamThreads
-from .loaded import Adapters
 from .opening_options import RuntimeOptions
 from .options import AnswerOptions
 from .routing.router import Route

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from edgetune_runtime.bundle import AUTO, GENERATE, AdapterEntry, Manifest, NewAdapter, files_of, without_adapter
-from edgetune_runtime.engines.base import prefix_among
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.limits import Stopped, no_limits
 from edgetune_runtime.serving.adapters import LoadedAdapters
@@ -26,6 +25,7 @@ from edgetune_runtime.states.cache import CALLS, common_prefix
 from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt, messages_for
 
+from .adapter_choice import Adapters, prefix_of, require_one_prefix, scales_of
 from .adapter_files import AdapterFiles
 from .adapter_loading import BundleAdapterLoader
 from .call import Call, CarriedState
@@ -37,12 +37,6 @@ from .options import AnswerForm
 from .preparing import Constraints, FixedParts, TokenizedPrompt, raw_tokens
 from .replaced_adapters import ReplacedAdapters
 from .routing.router import Route, Router
-
-Adapters = str | Mapping[str, float] | None
-"""An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
-
-_LARGEST_SCALE = 1000
-"""Engines compute in float32, and far larger scales would give no numbers."""
 
 
 class LoadedBundle:
@@ -114,7 +108,10 @@ class LoadedBundle:
 
     def pool(self, adapter: Adapters) -> tuple[Pool | MergedPool, dict[str, float]]:
         """The pool that runs a call with these adapters, and their scales; same errors as `context`."""
-        base, scales = self.base, self.scales(adapter)
+        return self._pool_of(self.scales(adapter))
+
+    def _pool_of(self, scales: dict[str, float]) -> tuple[Pool | MergedPool, dict[str, float]]:
+        base = self.base
         merged = [name for name in scales if self.manifest.adapter(name).is_merged(self.options.engine)]
         if not merged:
             return base, scales
@@ -142,18 +139,20 @@ class LoadedBundle:
         """
         begin = time.perf_counter()
         adapter, route = self.routed(prompt, adapter, raw=raw)
-        # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
-        entries = self._entries(self.scales(adapter))
-        pool, active = self.pool(adapter)
-        first = next(iter(entries.values()), None)
-        own_system = None if first is None else first.system
-        system = carried.system if carried is not None else own_system
         form = AnswerForm() if form is None else form
-        output = self.files.output_of(first) if form.uses_adapter_output and first is not None else form.output
-        call = Call(pool, PromptJob((), ()), system, 0.0, self.adapters, entries, output=output, route=route)
-        capacity = self.capacity(active)
-        messages = [] if raw else messages_for(prompt, system)
+        call = Call(self.base, PromptJob((), ()), None, 0.0, self.adapters, {}, output=form.output, route=route)
         try:
+            scales = self.scales(adapter, check)
+            # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
+            entries = self._entries(scales)
+            pool, active = self._pool_of(scales)
+            first = next(iter(entries.values()), None)
+            own_system = None if first is None else first.system
+            system = carried.system if carried is not None else own_system
+            output = self.files.output_of(first) if form.uses_adapter_output and first is not None else form.output
+            call = replace(call, pool=pool, system=system, entries=entries, output=output)
+            capacity = self.capacity(active)
+            messages = [] if raw else messages_for(prompt, system)
             with self.base.tokenizer() as tokenizer:
                 if raw:
                     prepared = TokenizedPrompt(raw_tokens(tokenizer, prompt, form, capacity))
@@ -178,6 +177,7 @@ class LoadedBundle:
         if carried is not None:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, own)
+            self.require_one_prefix(names for _, names in spans)
             others = {name for _, names in carried.spans for name in names} - entries.keys()
             entries = entries | self._entries(others)
         has_own_state = system == own_system and all(names in dict(own).values() for _, names in spans)
@@ -190,7 +190,7 @@ class LoadedBundle:
             constraint=constraint,
             reader=reader,
             past=None if self._past is None else self._past.of(entries, spans, tokens),
-            curves=form.curves_among(self.curves(adapter), first) if has_own_state and not raw else {},
+            curves=form.curves_among(self.curves(scales), first) if has_own_state and not raw else {},
             answers_tool=not raw and messages[-1]["role"] == "tool",
             prepared_s=time.perf_counter() - begin,
         )
@@ -198,8 +198,9 @@ class LoadedBundle:
     @contextmanager
     def lease(self, adapter: Adapters, tokens: Sequence[int]) -> Iterator[tuple[Context, dict[str, float]]]:
         """Lease a context for tokens that belong to no call, with these adapters loaded, and their scales."""
-        entries = self._entries(self.scales(adapter))
-        pool, active = self.pool(adapter)
+        scales = self.scales(adapter)
+        entries = self._entries(scales)
+        pool, active = self._pool_of(scales)
         with self.adapters.lease(pool, PromptJob(tokens, self.base.first.spans(active, tokens)), entries) as context:
             yield context, active
 
@@ -208,9 +209,12 @@ class LoadedBundle:
 
         Loads none of them. UsageError for two prefixes, or a scaled one.
         """
-        tokens = {name: self.manifest.adapter(name).prefix_tokens for name in adapters if self._is_prefix(name)}
-        prefix = prefix_among(adapters, tokens)
-        return self.options.context_length - (tokens[prefix] if prefix else 0)
+        prefix = prefix_of(adapters, self.manifest, self.options.engine)
+        return self.options.context_length - (self.manifest.adapter(prefix).prefix_tokens if prefix else 0)
+
+    def require_one_prefix(self, spans: Iterable[Mapping[str, float]]) -> None:
+        """Raise IncompatibleError if not all adapters of a sequence's spans have the same prefix, or none."""
+        require_one_prefix(spans, self.manifest, self.options.engine)
 
     def is_routed(self, adapter: Adapters, call: str = GENERATE) -> bool:
         """Whether the router chooses the adapter of each prompt; NotFoundError without a router for such calls."""
@@ -232,38 +236,23 @@ class LoadedBundle:
         route = self.router.route(prompt, call)
         return route.adapter, route
 
-    def scales(self, adapter: Adapters) -> dict[str, float]:
-        """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice.
+    def scales(self, adapter: Adapters, check: Callable[[], None] = no_limits) -> dict[str, float]:
+        """The scale of each chosen adapter, when none of them is being replaced; errors as those of `scales_of`.
 
-        Calls with adapters begin here, so it also raises what `Lifetime.check` does.
+        Calls with adapters begin here, so it also raises what `Lifetime.check` does, and what `check` does.
         """
         self.lifetime.check()
-        if adapter is None:
-            return {}
-        if isinstance(adapter, str):
-            self.replaced.wait([adapter])
-            entry = self.manifest.adapter(adapter)
-            # The weights of a merged model include its scale.
-            return {adapter: 1.0 if entry.is_merged(self.options.engine) else entry.scale}
-        if not isinstance(adapter, Mapping):
-            raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
-        self.replaced.wait(adapter)
-        for name, scale in adapter.items():
-            self.manifest.adapter(name)
-            if not isinstance(scale, int | float) or not abs(scale) <= _LARGEST_SCALE:
-                remedy = f"give a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}"
-                raise UsageError(f"adapter {name!r} has scale {scale!r}", remedy)
-        return {name: float(scale) for name, scale in adapter.items()}
+        names = [adapter] if isinstance(adapter, str) else adapter if isinstance(adapter, Mapping) else ()
+        self.replaced.wait(names)
+        return scales_of(adapter, self.manifest, self.options.engine)
 
-    def curves(self, adapter: Adapters) -> Curves:
+    def curves(self, scales: Mapping[str, float]) -> Curves:
         """What gives the confidence of one adapter's answers with its own scale; empty for other choices."""
-        scales = self.scales(adapter)
         if len(scales) != 1:
             return {}
         (name,) = scales
-        return (
-            self.manifest.adapter(name).confidence.get(self.options.engine, {}) if scales == self.scales(name) else {}
-        )
+        manifest, engine = self.manifest, self.options.engine
+        return manifest.adapter(name).confidence.get(engine, {}) if scales == scales_of(name, manifest, engine) else {}
 
     def preload(self) -> None:
         """Load the adapters that the options name, and keep them in memory."""
@@ -386,9 +375,6 @@ class LoadedBundle:
             shared.cache.clear()
             if shared.threads is not None:
                 shared.threads.close()
-
-    def _is_prefix(self, name: str) -> bool:
-        return self.manifest.adapter(name).shapes.get(self.options.engine) == "prefix"
 
     def _entries(self, names: Iterable[str]) -> dict[str, AdapterEntry]:
         return {name: self.manifest.adapter(name) for name in names}

@@ -24,9 +24,10 @@ from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
 from .adapter_changes import AdapterChanges, add_adapter, reload
+from .adapter_choice import Adapters
 from .answer import Answer, Outcome, Stream
 from .label_search import LabelScores, score_labels
-from .loaded import Adapters, LoadedBundle
+from .loaded import LoadedBundle
 from .opening import open_base
 from .opening_options import RuntimeOptions, decide
 from .options import AnswerForm, AnswerOptions, split_options
@@ -224,7 +225,7 @@ class Runtime(AbstractContextManager["Runtime"]):
         scope = first.scope.get(self.engine) if first is not None and is_alone else None
         if scope is not None and scope.label not in labels:
             scope = None
-        curves = self._loaded.curves(adapter)
+        curves = self._loaded.curves(scales)
         if first is None or {*labels} != {*first.labels}:
             curves = {}
         if route is None:

@@ -17,9 +17,10 @@ from edgetune_runtime.states.cache import Key, SavedState
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 
+from .adapter_choice import Adapters
 from .answer import Answer, Outcome, Stream
 from .call import Call, CarriedState
-from .loaded import Adapters, LoadedBundle
+from .loaded import LoadedBundle
 from .options import AnswerOptions, split_options
 from .unsure import AnswerCall, answer_pieces
 
@@ -84,18 +85,21 @@ class Session(AbstractContextManager["Session"]):
         With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
         exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
         system prompt. This is immediate, but the answers are not those that the new adapters alone would give.
-        `Answer.timings.carried_tokens` counts the tokens carried over. Not for `auto`.
+        `Answer.timings.carried_tokens` counts the tokens carried over. Not for `auto`, and not to another prefix: a
+        prefix comes before all tokens. IncompatibleError where it is not possible.
         """
         if carry not in ("recompute", "reuse"):
             raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
         answering = self._until_routed(adapter)
-        pool = self._pool_of(answering)
+        pool, active = self._pool_of(answering)
         if carry == "reuse" and answering != adapter:
             message = f"a state cannot be carried over to {adapter!r}, which is another adapter for each message"
             raise IncompatibleError(message, 'use carry="recompute"')
         if carry == "reuse" and pool is not self._pool():
             message = "the state of one model cannot be reused by another, and a merged adapter is a full model"
             raise IncompatibleError(message, 'use carry="recompute"')
+        if carry == "reuse" and self._last is not None:
+            self._loaded.require_one_prefix([active, *(names for _, names in self._last.spans)])
         self.adapter, self._answering = adapter, answering
         self._carries = carry == "reuse"
 
@@ -169,11 +173,11 @@ class Session(AbstractContextManager["Session"]):
     def _pool(self) -> Pool | MergedPool:
         return self._loaded.pool(self._answering)[0]
 
-    def _pool_of(self, adapter: Adapters) -> Pool | MergedPool:
-        """The pool of adapters that can be used together."""
+    def _pool_of(self, adapter: Adapters) -> tuple[Pool | MergedPool, dict[str, float]]:
+        """The pool of adapters that can be used together, and their scales."""
         pool, active = self._loaded.pool(adapter)
         self._loaded.capacity(active)
-        return pool
+        return pool, active
 
     def _until_routed(self, adapter: Adapters) -> Adapters:
         """The adapters that answer; for `auto` the base, until the router has chosen."""

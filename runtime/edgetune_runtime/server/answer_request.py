@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
-from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
 

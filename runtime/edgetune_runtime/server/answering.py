@@ -15,10 +15,10 @@ from typing import Any
 from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.bundle import ASK
 from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError
+from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
 from edgetune_runtime.inference.following import FollowedBundle
-from edgetune_runtime.inference.loaded import Adapters
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text

@@ -15,8 +15,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
-from edgetune_runtime.inference.loaded import Adapters
 
 from .answer_queue import AnswerQueue
 

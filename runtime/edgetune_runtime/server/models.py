@@ -11,7 +11,7 @@ from typing import Literal
 
 from edgetune_runtime.bundle import AUTO, GENERATE, Manifest
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.inference.loaded import Adapters
+from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.wording import first_of

@@ -223,6 +223,32 @@ def test_switching_back_to_a_prefix_computes_nothing_again(backend: str, bundle_
 
 
 @pytest.mark.parametrize("backend", ENGINES)
+def test_a_state_is_not_carried_over_to_another_prefix(
+    backend: str, bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with Runtime.open(bundle_of("llama"), engine=backend, disk_mb=0) as runtime:
+        for first, second in ((None, "prefix"), ("prefix", "lora"), ("prefix", "long"), ("prefix", None)):
+            with runtime.session(first) as session:
+                session.use(second, carry="reuse")
+                session.use(first, carry="reuse")
+                session.send(PROMPTS[0], max_tokens=4)
+                with pytest.raises(IncompatibleError, match=r"different prefixes \(.* and .*\); use carry="):
+                    session.use(second, carry="reuse")
+                assert session.send(PROMPTS[2], max_tokens=4).timings.carried_tokens
+                session.use(second)
+                assert session.send(PROMPTS[2], max_tokens=4).timings.carried_tokens == 0
+        with runtime.session("prefix") as session:
+            session.send(PROMPTS[0], max_tokens=4)
+            session.use({"prefix": 1.0, "lora": 1.0}, carry="reuse")
+            assert session.send(PROMPTS[2], max_tokens=4).timings.carried_tokens
+            # As in a file that an earlier version wrote.
+            session.adapter, session._carries = "lora", True
+            session.save(tmp_path / "saved")
+        with runtime.load_session(tmp_path / "saved") as session, pytest.raises(IncompatibleError, match="prefixes"):
+            session.send(PROMPTS[2], max_tokens=4)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
 def test_prompts_answers_and_texts_fill_what_the_prefix_leaves(backend: str, bundle_of: Callable[[str], Path]) -> None:
     with Runtime.open(bundle_of("llama"), engine=backend, context_length=90) as runtime:
         answer = runtime.generate("play", adapter="long", temperature=0, max_tokens=100)

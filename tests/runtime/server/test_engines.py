@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from edgetune_runtime.inference.loaded import Adapters
+from edgetune_runtime.inference.adapter_choice import Adapters
 from runtime.server.conftest import Running, Start
 
 PROMPT = "turn on the light"

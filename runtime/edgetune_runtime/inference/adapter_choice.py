@@ -1,0 +1,48 @@
+"""The adapters of a call with their scales, and the prefix among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.engines.base import prefix_among
+from edgetune_runtime.errors import IncompatibleError, UsageError
+
+Adapters = str | Mapping[str, float] | None
+"""An adapter by name, `auto` for the one that the router chooses, adapters with their scales, or None for the base."""
+
+_LARGEST_SCALE = 1000
+"""Engines compute in float32, and far larger scales would give no numbers."""
+
+
+def scales_of(adapter: Adapters, manifest: Manifest, engine: str) -> dict[str, float]:
+    """The scale of each chosen adapter; NotFoundError for an unknown one, UsageError for an invalid choice."""
+    if adapter is None:
+        return {}
+    if isinstance(adapter, str):
+        entry = manifest.adapter(adapter)
+        # The weights of a merged model include its scale.
+        return {adapter: 1.0 if entry.is_merged(engine) else entry.scale}
+    if not isinstance(adapter, Mapping):
+        raise UsageError(f"adapter is {adapter!r}", "give a name, {name: scale}, or None for the base")
+    for name, scale in adapter.items():
+        manifest.adapter(name)
+        if not isinstance(scale, int | float) or not abs(scale) <= _LARGEST_SCALE:
+            remedy = f"give a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}"
+            raise UsageError(f"adapter {name!r} has scale {scale!r}", remedy)
+    return {name: float(scale) for name, scale in adapter.items()}
+
+
+def prefix_of(adapters: Mapping[str, float], manifest: Manifest, engine: str) -> str | None:
+    """The prefix among the adapters; None if there is none. UsageError for two prefixes, or a scaled one."""
+    prefixes = [name for name in adapters if manifest.adapter(name).shapes.get(engine) == "prefix"]
+    return prefix_among(adapters, prefixes)
+
+
+def require_one_prefix(spans: Iterable[Mapping[str, float]], manifest: Manifest, engine: str) -> None:
+    """Raise IncompatibleError if not all adapters of a sequence's spans have the same prefix, or none."""
+    names = {prefix_of(adapters, manifest, engine) for adapters in spans}
+    if len(names) > 1:
+        prefixes = " and ".join(sorted("none" if name is None else repr(name) for name in names))
+        message = f"a state cannot be carried over between adapters with different prefixes ({prefixes})"
+        raise IncompatibleError(message, 'use carry="recompute"')
