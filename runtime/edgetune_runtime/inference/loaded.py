@@ -159,7 +159,6 @@ class LoadedBundle:
                 else:
                     prepared = self._fixed.tokenized(
                         tokenizer,
-                        id(pool),
                         messages,
                         form,
                         own_system=own_system,

@@ -48,12 +48,11 @@ class FixedParts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tokens: dict[tuple[int, bytes], array[int]] = {}
+        self._tokens: dict[bytes, array[int]] = {}
 
     def tokenized(
         self,
         tokenizer: Tokenizer,
-        model: int,
         messages: Sequence[Message],
         form: AnswerForm,
         *,
@@ -62,7 +61,7 @@ class FixedParts:
         max_tokens: int,
         check: Check,
     ) -> TokenizedPrompt:
-        """The prompt of messages made by `messages_for`, for this model and an adapter with this system prompt.
+        """The prompt of messages made by `messages_for`, for an adapter with this system prompt.
 
         PromptTooLongError for more than `max_tokens`.
         """
@@ -70,24 +69,23 @@ class FixedParts:
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         # Other adapters computed the beginning of a session that was carried over.
         is_shared = not is_carried or system == own_system
-        fixed = self._count(tokenizer, model, system, form, tokens=tokens, check=check) if is_shared else 0
+        fixed = self._count(tokenizer, system, form, tokens=tokens, check=check) if is_shared else 0
         comes_with_call = system != own_system or form.tools is not None or form.think is not None
         return TokenizedPrompt(tokens, fixed, comes_with_call)
 
     def _count(
         self,
         tokenizer: Tokenizer,
-        model: int,
         system: str | None,
         form: AnswerForm,
         *,
         tokens: Sequence[int],
         check: Check,
     ) -> int:
-        """How many of the tokens of a prompt for this model are fixed."""
+        """How many of the tokens of a prompt are fixed."""
         # A client may send prompts of any length, so only their digests are remembered.
         texts = [system, None if form.tools is None else form.tools.text, form.think]
-        key = (model, hashlib.sha256(json.dumps(texts).encode()).digest())
+        key = hashlib.sha256(json.dumps(texts).encode()).digest()
         fixed = self._tokens.get(key)
         if fixed is None:
             one, *others = (chat_tokens(tokenizer, messages_for(probe, system), form, check) for probe in _PROBES)
