@@ -242,7 +242,7 @@ class LoadedBundle:
         """
         self.lifetime.check()
         names = [adapter] if isinstance(adapter, str) else adapter if isinstance(adapter, Mapping) else ()
-        self.replaced.wait(names)
+        self.replaced.wait(names, check)
         return scales_of(adapter, self.manifest, self.options.engine)
 
     def curves(self, scales: Mapping[str, float]) -> Curves:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 from edgetune_runtime.errors import BusyError, NotFoundError
+from edgetune_runtime.limits import no_limits
 from edgetune_runtime.serving.adapters import RemovedAdapterError
+from edgetune_runtime.serving.turns import POLL_S
 
 _REPLACING_S = 60.0
 """How long a call waits: the old adapter stays until the answers that use it have ended."""
@@ -36,12 +39,15 @@ class ReplacedAdapters:
             del self._ended[name]
             ended.set()
 
-    def wait(self, names: Iterable[str]) -> None:
-        """Wait until none of these adapters is being replaced; BusyError if that takes too long."""
+    def wait(self, names: Iterable[str], check: Callable[[], None] = no_limits) -> None:
+        """Wait until none of these adapters is being replaced, or `check` raises; BusyError if that takes too long."""
+        end_s = time.monotonic() + _REPLACING_S
         for name in names:
             ended = self._ended.get(name)
-            if ended is not None and not ended.wait(_REPLACING_S):
-                raise BusyError(f"adapter {name!r} is being replaced, and running calls use it", "call again")
+            while ended is not None and not ended.wait(POLL_S):
+                check()
+                if time.monotonic() >= end_s:
+                    raise BusyError(f"adapter {name!r} is being replaced, and running calls use it", "call again")
 
     def pieces(self, prepare: Callable[[], Pieces]) -> Pieces:
         """The pieces of the answer that `prepare` prepares, again if its adapter was replaced before it began."""

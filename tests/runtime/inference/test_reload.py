@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_export.backends.base import Source
@@ -110,6 +113,19 @@ def test_a_version_that_was_switched_to_is_taken_over_between_calls(
         shutil.rmtree(prefix / "versions" / FIRST)
         assert all(answer(runtime, name) for name in ("new", *NAMES[3:]))
         assert runtime.reload() == ([], [], [], {})
+
+
+@pytest.mark.parametrize("reason", ["deadline", "cancelled"])
+def test_a_call_that_waits_for_a_replaced_adapter_stops_in_time(reason: str, prefix: Path, engine: str) -> None:
+    limits: dict[str, Any] = {"deadline_s": 0.3}
+    if reason == "cancelled":
+        limits = {"cancel": threading.Event()}
+        limits["cancel"].set()
+    with open_(prefix, engine) as runtime, loaded_bundle(runtime).replaced.replacing("task0"):
+        begin_s = time.monotonic()
+        stopped = runtime.generate(PROMPT, adapter="task0", max_tokens=6, **limits)
+        assert (stopped.stop_reason, stopped.text) == (reason, "")
+        assert time.monotonic() - begin_s < 5
 
 
 def test_calls_of_many_threads_get_the_old_or_the_new_adapter(
