@@ -19,6 +19,7 @@ from edgetune_runtime import __version__
 from . import corrections, ollama_answers, ollama_requests, openai_answers, openai_requests, page
 from .answering import Answering
 from .connection import BodyReader, until_disconnect
+from .error_responses import ErrorResponses
 from .guard import Guard
 from .large_bodies import LargeBodies
 from .metrics import CONTENT_TYPE
@@ -46,6 +47,7 @@ def application(answering: Answering) -> ASGIApp:
         middleware=[
             Middleware(MetricsMiddleware, metrics=answering.metrics),
             Middleware(Guard, access=answering.serving.access),
+            Middleware(ErrorResponses),
             Middleware(LargeBodies),
         ],
         exception_handlers={HTTPException: _http_error},

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .openai_answers import CONFIDENCE, UNSURE
 from .problems import RequestError, error_response
 from .settings import Access
 
@@ -103,6 +104,7 @@ def _with_cors(send: Send, origin: str | None) -> Send:
         if message["type"] == "http.response.start" and origin is not None:
             headers = MutableHeaders(scope=message)
             headers["Access-Control-Allow-Origin"] = origin
+            headers["Access-Control-Expose-Headers"] = f"{CONFIDENCE}, {UNSURE}"
             headers.add_vary_header("Origin")
         await send(message)
 

@@ -1,4 +1,4 @@
-"""Middleware that counts and logs requests by route and status, and turns every error into a response."""
+"""Middleware that counts and logs requests by route and status."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .answer_request import ARRIVED, CLIENT
 from .metrics import Metrics
-from .problems import ClientGoneError, error_response, failure
+from .problems import ClientGoneError
 
 LOG = logging.getLogger(__name__)
 """Has an info line for each request."""
@@ -25,7 +25,7 @@ class MetricsMiddleware:
         self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request, with an error if anything raises one."""
+        """Answer the request."""
         status = GONE
         has_started = False
         begin_s = time.monotonic()
@@ -46,11 +46,6 @@ class MetricsMiddleware:
                 # Nobody reads it; the server requires a response.
                 await send({"type": "http.response.start", "status": GONE, "headers": []})
                 await send({"type": "http.response.body", "body": b""})
-        except Exception as error:
-            response = error_response(failure(error), scope["path"])
-            if has_started:
-                raise
-            await response(scope, receive, counting)
         finally:
             # Unknown paths would make as many counters as a client likes.
             route = scope.get("route")

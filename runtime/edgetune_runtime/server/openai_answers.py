@@ -26,6 +26,8 @@ from .streaming import EVENTS, event
 
 _FINISH = {"end": "stop", "stop": "stop"}
 """Other reasons (the length, the deadline, a dead end of the output constraint) leave an incomplete answer."""
+CONFIDENCE, UNSURE = "X-Edgetune-Confidence", "X-Edgetune-Unsure"
+"""The headers of `sureness_headers`."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ def sureness_headers(answers: Sequence[Answer]) -> dict[str, str]:
     """The lowest confidence of a reply's answers, and what answered in place of the first unsure one, or `mark`."""
     confidences = [answer.confidence for answer in answers if answer.confidence is not None]
     unsure = [answer.instead or MARK for answer in answers if answer.is_unsure]
-    headers = {"X-Edgetune-Confidence": f"{min(confidences):.4f}"} if confidences else {}
-    return headers | ({"X-Edgetune-Unsure": quote(unsure[0])} if unsure else {})
+    headers = {CONFIDENCE: f"{min(confidences):.4f}"} if confidences else {}
+    return headers | ({UNSURE: quote(unsure[0])} if unsure else {})
 
 
 def model_list(models: Models) -> dict[str, Any]:

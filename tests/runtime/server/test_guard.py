@@ -3,7 +3,8 @@ from __future__ import annotations
 import socket
 
 import pytest
-from edgetune_runtime.server.settings import Access
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.server.settings import Access, ServerLimits
 from runtime.server.conftest import Running, Start
 
 KEY, OTHER = "a key of the test 123456", "another key of the test 7"
@@ -56,6 +57,24 @@ def test_an_allowed_origin_gets_cors_headers_and_may_send_a_key(start: Start) ->
         assert response.headers["access-control-allow-origin"] == ORIGIN
         assert response.headers["vary"] == "Origin"
     assert server.client.get("/v1/models", headers={"Origin": "https://app.example.attacker"}).status_code == 403
+
+
+def test_an_allowed_origin_can_read_errors_and_the_servers_own_headers(start: Start) -> None:
+    server = start(access=Access(origins=(ORIGIN,)), limits=ServerLimits(body_bytes=10_000))
+    wrong: list[tuple[int, str, dict[str, object]]] = [
+        (400, "/v1/chat/completions", {"top_p": 3}),
+        (404, "/v1/chat/completions", {"model": "nowhere"}),
+        (404, "/v1/nowhere", {}),
+        (413, "/api/chat", {"more": "a" * 10_000}),
+        (500, "/v1/chat/completions", {}),
+    ]
+    for status, path, more in wrong:
+        if status == 500:
+            loaded_bundle(server.runtime).call = None  # type: ignore[assignment, method-assign]  # breaks it
+        response = server.client.post(path, json=CHAT | more, headers={"Origin": ORIGIN})
+        assert response.status_code == status
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+        assert response.headers["access-control-expose-headers"] == "X-Edgetune-Confidence, X-Edgetune-Unsure"
 
 
 @pytest.mark.parametrize("header", [f"Bearer {OTHER}", f"bearer  {OTHER}", f"Bearer {KEY}"])
