@@ -16,8 +16,12 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 def messages_of(fields: Fields) -> list[dict[str, Any]]:
-    """The messages in member `messages`; RequestError for one with an unknown role, or with more than text."""
-    return [message_of(message) for message in fields.objects("messages")]
+    """The messages in member `messages`, without system prompts that are empty.
+
+    RequestError for one with an unknown role, or with more than text.
+    """
+    messages = [message_of(message) for message in fields.objects("messages")]
+    return [message for message in messages if message["role"] != "system" or message["content"]]
 
 
 def message_of(fields: Fields) -> dict[str, Any]:

@@ -207,6 +207,17 @@ def test_system_messages_text_parts_and_developers_are_read(server: Running, cli
         assert reply.choices[0].message.content == expected
 
 
+def test_a_system_message_without_text_leaves_the_adapter_its_own(server: Running) -> None:
+    def tokens(path: str, *messages: dict[str, str]) -> int:
+        body = {"model": "command", "messages": [*messages, *MESSAGES], "max_tokens": 2, "stream": False}
+        reply = server.client.post(path, json=body).json()
+        return int(reply["usage"]["prompt_tokens"] if "usage" in reply else reply["prompt_eval_count"])
+
+    for path in ("/v1/chat/completions", "/api/chat"):
+        empty, other = ({"role": "system", "content": text} for text in ("", "play music"))
+        assert tokens(path, empty) == tokens(path) != tokens(path, other)
+
+
 def test_completions_answer_several_prompts_and_stream(server: Running, client: OpenAI) -> None:
     reply = client.completions.create(model="command", prompt=["play", "stop"], max_tokens=6)
     assert [choice.index for choice in reply.choices] == [0, 1]
