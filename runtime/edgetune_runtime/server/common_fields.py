@@ -55,11 +55,18 @@ def content_of(fields: Fields, name: str = "content") -> str:
 
 
 def sampling_options(fields: Fields, limits: ServerLimits, max_tokens: int | None) -> dict[str, Any]:
-    """How tokens are sampled, and how many, at most as many as the server's limit."""
+    """How tokens are sampled, and how many, at most as many as the server's limit.
+
+    What clients of llama.cpp and Ollama send counts as there: negative numbers for no limit, a random seed and no
+    `top_k`, and stop texts that are empty.
+    """
     options: dict[str, Any] = {n: fields.number(n) for n in ("temperature", "top_p", "min_p", "repeat_penalty")}
-    options |= {name: fields.integer(name) for name in ("top_k", "seed")}
-    options["stop"] = fields.texts("stop") or None
-    options["max_tokens"] = limits.answer_tokens if max_tokens is None else min(max_tokens, limits.answer_tokens)
+    top_k, seed = fields.integer("top_k"), fields.integer("seed")
+    options |= {"top_k": top_k and max(top_k, 0), "seed": seed if seed is not None and seed >= 0 else None}
+    options["stop"] = [text for text in fields.texts("stop") if text] or None
+    if max_tokens is None or max_tokens < 0:
+        max_tokens = limits.answer_tokens
+    options["max_tokens"] = min(max_tokens, limits.answer_tokens)
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -87,11 +87,8 @@ def _request(
 
 def _options(fields: Fields, limits: ServerLimits) -> dict[str, Any]:
     """The options that apply here. Others, such as `num_ctx` or `num_gpu`, are settings of the server."""
-    max_tokens = fields.integer("num_predict")
-    # Negative numbers mean no limit, and a random seed.
-    options = sampling_options(fields, limits, None if max_tokens is not None and max_tokens < 0 else max_tokens)
-    kept = {name: value for name, value in options.items() if name != "seed" or value >= 0}
-    return kept | unsure_options(fields)
+    # 0 tokens mean no limit here.
+    return sampling_options(fields, limits, fields.integer("num_predict") or None) | unsure_options(fields)
 
 
 def _format(fields: Fields) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Sampling:
         rules = (
             (_is_number(self.temperature) and self.temperature >= 0, "temperature", "a number of at least 0"),
             (_is_integer(self.top_k) and self.top_k >= 0, "top_k", "an integer of at least 0"),
-            (_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1"),
+            (_is_number(self.top_p) and 0 <= self.top_p <= 1, "top_p", "a number from 0 to 1"),
             (_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", "a number from 0 to 1"),
             # With much larger or smaller ones, logits in float32 would be infinite.
             (

@@ -174,9 +174,10 @@ def test_options_change_the_answer(server: Running, client: ollama.Client) -> No
     first = client.chat("command", MESSAGES, options=hot).message.content
     assert client.chat("command", MESSAGES, options=hot).message.content == first
     assert client.chat("command", MESSAGES, options={**hot, "seed": 6}).message.content != first
-    unlimited = client.chat("command", MESSAGES, options={"num_predict": -1})
-    assert unlimited.eval_count is not None
-    assert unlimited.eval_count > 100
+    for count in (-1, 0):
+        unlimited = client.chat("command", MESSAGES, options={"num_predict": count})
+        assert unlimited.eval_count is not None
+        assert unlimited.eval_count > 100
     several = client.chat("home", MESSAGES, options={"adapters": {"command": 0.7, "tone": 0.3}, **SHORT})
     assert several.message.content == client.chat("command:0.7+tone:0.3", MESSAGES, options=SHORT).message.content
 

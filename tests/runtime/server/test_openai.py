@@ -94,6 +94,7 @@ def test_several_adapters_answer_with_their_scales_by_name_or_by_an_extra_member
         ({"model": "command", "extra_body": {"adapters": ["tone"]}}, "is an adapter"),
         ({"temperature": "hot"}, 'temperature is "hot"; give a number'),
         ({"temperature": -1}, "temperature"),
+        ({"max_tokens": 0}, "max_tokens 0 is not an integer of at least 1"),
         ({"n": 100}, "n is 100; give 1 to 8"),
         ({"n": 0}, "n is 0"),
         ({"messages": []}, "messages is"),
@@ -164,6 +165,19 @@ def test_stop_texts_end_an_answer(server: Running, client: OpenAI) -> None:
     reply = client.chat.completions.create(model="command", messages=MESSAGES, max_tokens=30, stop=[stop, "zzz"])
     assert reply.choices[0].message.content == whole[: whole.index(stop)]
     assert reply.choices[0].finish_reason == "stop"
+
+
+def test_values_that_other_servers_take_mean_the_same_here(server: Running) -> None:
+    def answer(**options: object) -> dict[str, str | int]:
+        body = {"model": "command", "messages": MESSAGES, "temperature": 2, "max_tokens": 12, **options}
+        reply = server.client.post("/v1/chat/completions", json=body).json()
+        return {"text": reply["choices"][0]["message"]["content"], "tokens": reply["usage"]["completion_tokens"]}
+
+    for name in ("max_tokens", "max_completion_tokens"):
+        assert answer(temperature=0, **{"max_tokens": None, name: -1}) == answer(temperature=0, max_tokens=1024)
+    assert len({answer(seed=-1)["text"] for _ in range(4)}) > 1
+    assert answer(seed=1, top_k=-1) == answer(seed=1, top_k=0)
+    assert answer(top_p=0, stop=["", "no such text"]) == answer(temperature=0)
 
 
 def test_a_seed_repeats_an_answer_and_n_answers_to_one_prompt_differ(client: OpenAI) -> None:

@@ -38,6 +38,7 @@ def test_a_higher_temperature_flattens() -> None:
         ("top_k", 2, {0, 1}),
         ("top_p", 0.8, {0, 1, 2}),
         ("top_p", 0.01, {0}),
+        ("top_p", 0, {0}),
         ("min_p", 0.2, {0, 1, 2}),
         ("min_p", 1, {0}),
     ],
@@ -71,7 +72,7 @@ def test_sampling_leaves_the_logits_as_they_are() -> None:
 
 def test_all_wrong_values_are_in_one_error() -> None:
     with pytest.raises(UsageError) as caught:
-        Sampling(temperature=-1, top_k=-1, top_p=0, min_p=2, repeat_penalty=0, seed=-1, stop=("",), max_tokens=0)
+        Sampling(temperature=-1, top_k=-1, top_p=-0.1, min_p=2, repeat_penalty=0, seed=-1, stop=("",), max_tokens=0)
     named = ["temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop", "max_tokens"]
     assert [name for name in named if name not in str(caught.value)] == []
 
