@@ -124,7 +124,9 @@ def _response_format(fields: Fields) -> dict[str, Any]:
     if response_format is None or kind in (None, "text"):
         return {}
     if kind == "json_object":
-        return {"schema": ANY_OBJECT}
+        # llama.cpp's servers take a schema with it.
+        own = response_format.mapping("schema")
+        return {"schema": own.values if own is not None and own.values else ANY_OBJECT}
     json_schema = response_format.mapping("json_schema")
     schema = None if json_schema is None else json_schema.mapping("schema")
     if schema is None:

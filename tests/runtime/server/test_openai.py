@@ -159,6 +159,18 @@ def test_json_object_is_any_json_object(client: OpenAI) -> None:
     assert whole
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_json_object_with_a_schema_fits_it(path: str, server: Running) -> None:
+    schema = {"type": "object", "properties": {"lamp": {"const": 1}}, "required": ["lamp"]}
+    form = {"type": "json_object", "schema": schema}
+    body = {"model": "command", "messages": MESSAGES, "response_format": form, "max_tokens": 60}
+    if path == "/v1/responses":
+        body = {"model": "command", "input": PROMPT, "text": {"format": form}}
+    reply = server.client.post(path, json=body).json()
+    text = reply["choices"][0]["message"]["content"] if "choices" in reply else reply["output"][0]["content"][0]["text"]
+    assert json.loads(text)["lamp"] == 1
+
+
 def test_stop_texts_end_an_answer(server: Running, client: OpenAI) -> None:
     whole = server.runtime.generate(PROMPT, adapter="command", max_tokens=30).text
     stop = whole[5:8]
