@@ -21,7 +21,6 @@ _UNSUPPORTED: Mapping[str, object] = {
     "conversation": None,
     "background": False,
     "prompt": None,
-    "include": [],
     "top_logprobs": 0,
     "max_tool_calls": None,
     "n": 1,
@@ -37,6 +36,9 @@ def responses_request(body: Mapping[str, Any], models: Models, limits: ServerLim
     """A body of /v1/responses."""
     fields = Fields(body)
     fields.forbid(_UNSUPPORTED)
+    # Clients of agents always ask for the reasoning, and an answer has none.
+    if not all(name.startswith("reasoning.") for name in fields.texts("include")):
+        fields.refuse("include", "none, or reasoning.encrypted_content, which changes nothing")
     chat = {name: body[name] for name in _SAME if name in body}
     chat |= {"messages": _messages(fields), "max_completion_tokens": fields.integer("max_output_tokens")}
     chat |= {"tools": _tools(fields), "tool_choice": _tool_choice(fields), "response_format": _format(fields)}

@@ -56,6 +56,13 @@ def test_a_text_is_answered_as_in_chat(server: Running, client: OpenAI) -> None:
     assert (reply.usage.output_tokens, reply.usage.total_tokens) == (12, 12 + expected.timings.prompt_tokens)
 
 
+def test_encrypted_reasoning_may_be_asked_for_in_vain(client: OpenAI) -> None:
+    reply = client.responses.create(
+        model="command", input=PROMPT, max_output_tokens=4, include=["reasoning.encrypted_content"]
+    )
+    assert [item.type for item in reply.output] == ["message"]
+
+
 def test_messages_and_instructions_make_a_conversation(server: Running, client: OpenAI) -> None:
     items: list[Any] = [
         {"role": "user", "content": [{"type": "input_text", "text": "light"}]},
@@ -213,6 +220,7 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
         ),
         ({"previous_response_id": "resp_1"}, "previous_response_id is not supported"),
         ({"background": True}, "background is not supported"),
+        ({"include": ["message.output_text.logprobs"]}, r"include is \[.*\]; give none"),
         ({"extra_body": {"frequency_penalty": 1.0}}, "frequency_penalty is not supported"),
         ({"extra_body": {"presence_penalty": 1.0}}, "presence_penalty is not supported"),
         ({"extra_body": {"logit_bias": {"5": 10}}}, "logit_bias is not supported"),
