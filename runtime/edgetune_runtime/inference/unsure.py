@@ -178,6 +178,10 @@ class _Settling:
             _LOG.warning("kept an unsure answer: %s", error)
             yield from _content(answer)
             return
+        if not begun and outcome.answer is not None and outcome.answer.was_stopped:
+            self._keep(answer, outcome.answer.stop_reason)
+            yield from _content(self.outcome.answer)
+            return
         if begun:
             yield begun
         yield from pieces
@@ -208,10 +212,14 @@ class _Settling:
         except EdgetuneError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:
-            if stopped.reason == "cancelled":
-                self.outcome.answer = replace(answer, stop_reason=stopped.reason)
+            self._keep(answer, stopped.reason)
         else:
             self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=call.output)
+
+    def _keep(self, answer: Answer, reason: str) -> None:
+        """Keep an unsure answer where another one had to stop for this reason."""
+        if reason == "cancelled":
+            self.outcome.answer = replace(answer, stop_reason=reason)
 
     def _replace(self, answer: Answer, by: str, text: str, **fields: Any) -> None:  # noqa: ANN401 - those of Answer
         changed = {"kind": QUESTION, "output": None, "tool_calls": (), **fields}

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, UnsureError, UsageError
 from edgetune_runtime.bundle import CLASSIFY, GENERATE
+from edgetune_runtime.inference.call import Call
+from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.limits import CallLimits
 from runtime.bundles import add_router, change_manifest
 
 PROMPT = "set heat to warm"
@@ -83,6 +86,29 @@ def test_nothing_answers_in_place_of_one_that_had_to_stop(opened: Runtime) -> No
     answer = opened.generate(PROMPT, adapter="command", min_confidence=UNSURE, unsure="base", **options)
     assert (answer.stop_reason, answer.instead) == ("deadline", None)
     assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(("reason", "stop_reason"), [("deadline", "stop"), ("cancelled", "cancelled")])
+def test_one_that_has_to_stop_before_it_says_anything_leaves_the_marked_answer(
+    reason: str, stop_reason: str, opened: Runtime, ends: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = opened.generate(PROMPT, adapter="command", **ends)
+    loaded, calls = loaded_bundle(opened), list[Call]()
+    prepare = loaded.call
+
+    def counting(*arguments: Any, **options: Any) -> Call:  # noqa: ANN401 - those of `call`
+        calls.append(prepare(*arguments, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(loaded, "call", counting)
+    # From the call of the base on.
+    monkeypatch.setattr(CallLimits, "reason", lambda _: reason if len(calls) > 1 else "")
+    stream = opened.stream(PROMPT, adapter="command", min_confidence=UNSURE, unsure="base", **ends)
+    assert "".join(stream) == own.text
+    answer = stream.answer
+    assert answer is not None
+    assert (answer.text, answer.stop_reason, answer.is_unsure, answer.instead) == (own.text, stop_reason, True, None)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(
