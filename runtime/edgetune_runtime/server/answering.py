@@ -14,7 +14,7 @@ from typing import Any
 
 from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.bundle import ASK
-from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError
+from edgetune_runtime.errors import BusyError, EdgetuneError, UnsureError, UsageError
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.answer import Answer
 from edgetune_runtime.inference.asynchronous import AsyncRuntime
@@ -61,7 +61,7 @@ class Serving:
 
 
 class Answering:
-    """Answers requests with one runtime."""
+    """Answers requests with one runtime; UsageError if a rewriter has the name of another model."""
 
     def __init__(self, runtime: AsyncRuntime, serving: Serving) -> None:
         self.runtime, self.serving, self.limits, self.log = runtime, serving, serving.limits, serving.log
@@ -74,6 +74,9 @@ class Answering:
         self._reloading = asyncio.Lock()
         self.bundle = FollowedBundle(runtime)
         self._look()
+        if self.models.hidden:
+            name = self.models.hidden[0]
+            raise UsageError(f"--rewrite {name}=… has the name of another model", "choose a name of its own")
 
     async def pieces(self, request: AnswerRequest) -> AsyncGenerator[Piece, None]:
         """The pieces of the answers, one answer after another. Close it (`aclosing`) to free the context at once.
@@ -138,6 +141,8 @@ class Answering:
             if changes is None:
                 return
             self._look()
+            for name in self.models.hidden:
+                _LOG.warning("the bundle has a model %r, which cannot be used: a --rewrite has its name", name)
             for name in changes.removed:
                 self.metrics.forget(name)
             if self.serving.warms:

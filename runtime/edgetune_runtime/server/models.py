@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from edgetune_runtime.bundle import AUTO, GENERATE, Manifest
-from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.adapter_choice import Adapters
 from edgetune_runtime.inference.routing.router import Route
 from edgetune_runtime.text.chat import Prompt
@@ -44,9 +43,8 @@ class ModelInfo:
 class Models:
     """The models of a bundle, as its files for one engine; and those of rewriters, which are listed as the base is.
 
-    `route` chooses the adapter of a prompt for the model `auto`, which a bundle with a router has.
-
-    Raises UsageError if a rewriter has the name of another model.
+    `route` chooses the adapter of a prompt for the model `auto`, which a bundle with a router has. `hidden` are the
+    names that rewriters share with other models, and with each other: such a name means the rewriter.
     """
 
     def __init__(
@@ -59,10 +57,8 @@ class Models:
         self._route, router = route, manifest.router
         self._routes = route is not None and router is not None and GENERATE in router.calls
         self.manifest, self.engine, self._rewriters = manifest, engine, frozenset(rewriters)
-        for name in rewriters:
-            taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes else []))
-            if name in taken or rewriters.count(name) > 1:
-                raise UsageError(f"--rewrite {name}=… has the name of another model", "choose a name of its own")
+        taken = (manifest.name, *manifest.adapters, *([AUTO] if self._routes else []))
+        self.hidden = [name for name in rewriters if name in taken or rewriters.count(name) > 1]
         base = None if manifest.name in manifest.adapters else manifest.name
         files = {name: entry.files.get(engine) for name, entry in manifest.adapters.items()}
         infos = [] if base is None else [self._info("base", base, manifest.base.files[engine])]
@@ -110,9 +106,11 @@ class Models:
     def adapters(self, name: str) -> Adapters:
         """The adapters of a model name; RequestError (404) if there is no such model."""
         plain_name = base_name(name)
+        if plain_name in self._rewriters:
+            return None
         if plain_name in self.manifest.adapters or (plain_name == AUTO and self._routes):
             return plain_name
-        if plain_name == self.manifest.name or plain_name in self._rewriters:
+        if plain_name == self.manifest.name:
             return None
         scales: dict[str, float] = {}
         for part in plain_name.split("+"):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,16 @@ import ollama
 import pytest
 from edgetune_runtime import Runtime
 from edgetune_runtime.errors import UsageError
-from edgetune_runtime.server.models import Models
+from edgetune_runtime.inference.asynchronous import AsyncRuntime
+from edgetune_runtime.inference.bundle_files import remove_from_bundle
+from edgetune_runtime.server.answering import Answering, Serving
 from edgetune_runtime.server.rewriting import Rewriter
 from edgetune_runtime.server.settings import Access, ServerLimits
 from openai import OpenAI
 from runtime.server.conftest import Running, started
 from runtime.server.test_serve_command import serving
+from runtime.stores import switch_to
+from waiting import wait_for
 
 MODULE = """
 from dataclasses import dataclass
@@ -156,5 +162,27 @@ def test_a_function_that_cannot_be_loaded_is_refused(given: str, text: str, fold
 
 
 def test_the_name_of_another_model_is_refused(bundle: Path, folder: Path) -> None:
-    with Runtime.open(bundle) as runtime, pytest.raises(UsageError, match="has the name of another model"):
-        Models(runtime.manifest, runtime.engine, ["command"])
+    for names in (["command"], ["home"], ["short", "short"]):
+        rewriters = [replace(Rewriter.load("short=shortened:rewrite", folder), name=name) for name in names]
+        with Runtime.open(bundle) as runtime, pytest.raises(UsageError, match="has the name of another model"):
+            Answering(AsyncRuntime(runtime), Serving(Access(), ServerLimits(), False, rewriters, None))
+
+
+def test_a_new_adapter_with_the_name_of_a_rewriter_is_hidden_by_it(
+    bundle: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, prefix = Path(shutil.copytree(bundle, tmp_path / "first")), tmp_path / "device"
+    remove_from_bundle(first, "tone")
+    rewriters = [Rewriter.load("tone=shortened:rewrite", folder)]
+    path = switch_to(prefix, "a" * 16, first)
+    with started(path, Access(), ServerLimits(grace_s=5), rewriters=rewriters, contexts=1, disk_mb=0) as server:
+        for version, has_tone in (("b", True), ("c", False), ("d", True)):
+            caplog.clear()
+            switch_to(prefix, version * 16, bundle if has_tone else first)
+            wait_for(lambda has=has_tone: ("tone" in server.runtime.adapters) == has)
+            wait_for(lambda has=has_tone: ("a --rewrite has its name" in caplog.text) == has)
+            listed = [model["id"] for model in server.client.get("/v1/models").json()["data"]]
+            assert sorted(listed) == sorted(["home", "command", "whole", "tone"])
+            body = {"model": "tone", "messages": said("play"), "max_tokens": 4}
+            reply = server.client.post("/v1/chat/completions", json=body).json()
+            assert reply["choices"][0]["message"]["content"].startswith("said: ")
