@@ -124,7 +124,9 @@ class Pool:
             context.clear()
 
     def close(self) -> None:
-        """Free everything once no other thread runs a call or uses the tokenizer; a second call does nothing.
+        """Free everything once no other thread runs a call, makes a context or uses the tokenizer.
+
+        A second call does nothing.
 
         Calls that wait for a context and later ones raise UsageError. A stream that this thread read last ends
         with an error.
@@ -156,6 +158,7 @@ class Pool:
                     context.holder = holder
                     return context
                 makes_one = self.places.may_fork()
+                self._uses += makes_one
                 if not makes_one:
                     patience.check(context.holder for context in contexts if context.holder is not None)
                     gate.wait(POLL_S)
@@ -164,14 +167,16 @@ class Pool:
             job.check()
 
     def _fork(self) -> None:
-        """Make a context, without the gate; if there is no memory for it, calls wait for those that there are."""
+        """Make a context, without the gate, while it counts as a use; without memory calls wait for those there are."""
         try:
             fork = self.first.fork()
         except (EdgetuneError, MemoryError) as error:
             with self.places.gate:
+                self._uses -= 1
                 self.places.fork_failed(error)
             return
         with self.places.gate:
+            self._uses -= 1
             self._contexts.append(fork)
             self.places.forked(fork)
             _LOG.debug("created context %d of its model", len(self._contexts))

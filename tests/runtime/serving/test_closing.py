@@ -72,6 +72,31 @@ def test_closing_waits_for_calls_and_for_texts_that_are_tokenized(
     assert tokenizing.result(MOST_S)
 
 
+def test_closing_waits_for_a_context_that_is_being_made(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = open_(contexts=2)
+    context, _ = loaded_bundle(runtime).context()
+    fork, begun, go = context.engine.fork, threading.Event(), threading.Event()
+
+    def make() -> Any:  # noqa: ANN401 - an engine
+        begun.set()
+        go.wait(MOST_S)
+        return fork()
+
+    monkeypatch.setattr(context.engine, "fork", make)
+    with runtime.stream(PROMPT, max_tokens=8) as stream:
+        next(stream)
+        waiting = threads.submit(runtime.generate, PROMPT, max_tokens=2)
+        assert begun.wait(MOST_S)
+    closing = threads.submit(runtime.close)
+    assert is_waiting(closing)
+    go.set()
+    closing.result(MOST_S)
+    with pytest.raises(UsageError, match="the runtime is closed"):
+        waiting.result(MOST_S)
+
+
 def test_a_closed_fork_leaves_the_tokenizer_to_the_other_contexts(open_: Callable[..., Runtime]) -> None:
     first = loaded_bundle(open_()).context()[0]
     fork = first.engine.fork()
