@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.tools.calls import answer_text
 
 from .answer_queue import AnswerQueue
-from .answer_request import CLIENT, AnswerRequest
+from .answer_request import ARRIVED, CLIENT, AnswerRequest
 from .good_answers import GoodAnswers
 from .metrics import Metrics
 from .models import Models, base_name
@@ -84,10 +84,7 @@ class Answering:
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
         index = 0
-        # A request that waits outlasts the answers that came with it, and has time for its own.
-        end_s, more_s = request.arrived + self.limits.request_s, self.limits.request_s / 4
-        async with self.queue.place(_seconds_until(end_s) + more_s, CLIENT.get()):
-            end_s = max(end_s, time.monotonic() + more_s)
+        async with self._place(request.arrived) as end_s:
             if rewriter := self._rewriters.get(base_name(request.model)):
                 request = await rewriter.rewrite(request)
             for prompt in request.prompts:
@@ -112,8 +109,7 @@ class Answering:
             remedy = f"send at most {_MAX_TEXTS} per request"
             raise RequestError(f"input has {len(texts)} texts", remedy, param="input")
         limit_s, vectors, tokens = self.limits.request_s, list[list[float]](), 0
-        end_s = time.monotonic() + limit_s
-        async with self.queue.place(limit_s, CLIENT.get()):
+        async with self._place(ARRIVED.get(time.monotonic())) as end_s:
             for text in texts:
                 self._check(end_s, f"{len(vectors)} of {len(texts)} texts were embedded within {limit_s:g} s")
                 embedding = await self.runtime.embed(text)
@@ -158,6 +154,14 @@ class Answering:
     def end(self) -> None:
         """End running answers, which then fail with BusyError."""
         self._end.set()
+
+    @asynccontextmanager
+    async def _place(self, arrived: float) -> AsyncGenerator[float, None]:
+        """Run the block when its turn comes; gives the time at which a request that arrived then has to end."""
+        # A request that waits outlasts the answers that came with it, and has time for its own.
+        end_s, more_s = arrived + self.limits.request_s, self.limits.request_s / 4
+        async with self.queue.place(_seconds_until(end_s) + more_s, CLIENT.get()):
+            yield max(end_s, time.monotonic() + more_s)
 
     async def _answer(
         self, request: AnswerRequest, prompt: Prompt, number: int, index: int, end_s: float

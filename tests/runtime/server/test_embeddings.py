@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from edgetune_runtime.server.settings import ServerLimits
+from edgetune_runtime import AsyncRuntime, Runtime
+from edgetune_runtime.server.answer_request import ARRIVED
+from edgetune_runtime.server.answering import Answering, Serving
+from edgetune_runtime.server.settings import Access, ServerLimits
 from runtime.server.conftest import Running, Start
 
 MOST = 2048
@@ -42,6 +47,27 @@ def test_texts_that_take_longer_than_a_request_may_are_refused(encoder_bundle: P
     assert refused.json()["error"]["param"] == "input"
     assert "retry-after" not in refused.headers
     assert post(server, "/v1/embeddings", ["play"]).status_code == 200
+
+
+def test_the_time_of_a_request_begins_with_its_arrival_and_has_a_quarter_more_if_it_waits(encoder_bundle: Path) -> None:
+    limits, waits = ServerLimits(request_s=120), list[float]()
+
+    async def embed(runtime: Runtime) -> None:
+        answering = Answering(AsyncRuntime(runtime), Serving(Access(), limits, False, [], None))
+        place = answering.queue.place
+
+        def counting(limit_s: float, client: str) -> AbstractAsyncContextManager[None]:
+            waits.append(limit_s)
+            return place(limit_s, client)
+
+        answering.queue.place = counting  # type: ignore[method-assign, assignment]
+        for passed_s in (100, 130):
+            ARRIVED.set(time.monotonic() - passed_s)
+            assert len((await answering.embeddings(["play"]))[0]) == 1
+
+    with Runtime.open(encoder_bundle) as runtime:
+        asyncio.run(embed(runtime))
+    assert waits == [pytest.approx(20 + 30, abs=15), pytest.approx(30, abs=1)]
 
 
 def test_texts_that_are_not_embedded_when_the_server_ends_get_an_error(encoder_bundle: Path, start: Start) -> None:
