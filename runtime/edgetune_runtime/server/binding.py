@@ -38,9 +38,9 @@ def can_be_reached(host: str) -> bool:
     return not all(is_loopback(str(address[0])) for *_, address in addresses)
 
 
-def url_of(listening: socket.socket) -> str:
+def url_of(listening: socket.socket, scheme: str = "http") -> str:
     """The address of a server for clients on this machine."""
     host, port = listening.getsockname()[:2]
     if listening.family == socket.AF_INET6:
-        return f"http://[{'::1' if host == '::' else host}]:{port}"
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        return f"{scheme}://[{'::1' if host == '::' else host}]:{port}"
+    return f"{scheme}://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"

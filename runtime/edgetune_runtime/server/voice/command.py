@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 from edgetune_runtime.bundle import AUTO, Manifest, read_manifest
 from edgetune_runtime.errors import UsageError, importing
-from edgetune_runtime.server.binding import bind, can_be_reached
+from edgetune_runtime.limits import CallLimits
+from edgetune_runtime.server.binding import bind, can_be_reached, url_of
 
 if TYPE_CHECKING:
     from edgetune_runtime.inference.runtime import Runtime
@@ -38,12 +39,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextManager[Runtime]]) -> None:
     """Answer voice assistants until the process is told to stop.
 
-    Raises UsageError for a wrong URI, a host that others can reach without --no-api-key, or a port in use.
+    Raises UsageError for a wrong URI or limit, a host that others can reach without --no-api-key, or a port in use.
     """
     with importing("the Wyoming service needs", '"edgetune-runtime[wyoming]"'):
         from .service import WyomingService, serve  # noqa: PLC0415 - only `wyoming` needs the extra
     from edgetune_runtime.inference.asynchronous import AsyncRuntime  # noqa: PLC0415 - it imports numpy
+    from edgetune_runtime.text.sampling import Sampling  # noqa: PLC0415 - as above
 
+    # Now, and not at each transcript.
+    Sampling(max_tokens=options.max_tokens)
+    CallLimits(options.deadline_s)
     adapter = _adapter(options.adapter, read_manifest(options.bundle))
     host, port = _address(options.uri)
     if can_be_reached(host) and not options.no_api_key:
@@ -53,7 +58,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
 
     with bind(host, port) as listening, open_bundle() as runtime:
         service = WyomingService(AsyncRuntime(runtime), adapter, languages, options.max_tokens, options.deadline_s)
-        uri = f"tcp://{host}:{listening.getsockname()[1]}"
+        uri = url_of(listening, "tcp")
         line = json.dumps({"uri": uri, "pid": os.getpid()}) if options.json else f"serving {options.bundle} at {uri}"
         serve(service, listening, lambda: print(line, flush=True))
 

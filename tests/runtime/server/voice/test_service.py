@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from edgetune_runtime import Runtime
+from edgetune_runtime import Runtime, UsageError
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.cli import main
 from edgetune_runtime.inference import following
@@ -216,6 +216,8 @@ def test_a_client_that_does_not_read_is_dropped(runtime: Runtime) -> None:
         (["--adapter", "plain", "--uri", "tcp://0.0.0.0:0"], "others can reach 0.0.0.0"),
         (["--adapter", "plain", "--uri", "127.0.0.1:5"], "is not an address"),
         (["--adapter", "plain", "--uri", "tcp://127.0.0.1:70000"], "is not an address"),
+        (["--adapter", "plain", "--max-tokens", "0"], "max_tokens 0 is not an integer of at least 1"),
+        (["--adapter", "plain", "--deadline-s", "0"], "deadline_s is 0.0; give a number of seconds above 0"),
     ],
 )
 def test_a_wrong_command_ends_in_one_line(
@@ -230,8 +232,13 @@ def test_a_wrong_command_ends_in_one_line(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
-def test_the_command_prints_its_address_and_stops_on_a_signal(bundle: Path, runtime: Runtime) -> None:
-    command = [sys.executable, "-m", "edgetune_runtime", "wyoming", str(bundle), "--uri", "tcp://127.0.0.1:0", "--json"]
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_the_command_prints_its_address_and_stops_on_a_signal(host: str, bundle: Path, runtime: Runtime) -> None:
+    try:
+        bind(host.strip("[]"), 0).close()
+    except UsageError:
+        pytest.skip("there is no IPv6")
+    command = [sys.executable, "-m", "edgetune_runtime", "wyoming", str(bundle), "--uri", f"tcp://{host}:0", "--json"]
     with subprocess.Popen([*command, "--adapter", runtime.adapters[0]], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         uri = json.loads(process.stdout.readline())["uri"]
@@ -241,6 +248,9 @@ def test_the_command_prints_its_address_and_stops_on_a_signal(bundle: Path, runt
                 await client.write_event(Transcript("turn on the light").event())
                 await events(client, "handled-stop")
 
-        asyncio.run(ask())
-        process.send_signal(signal.SIGTERM)
+        try:
+            asyncio.run(ask())
+        finally:
+            process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
+    assert uri.startswith(f"tcp://{host}:")
