@@ -274,7 +274,7 @@ def _fitting(task: _Task, rows: Sequence[TaskRow]) -> list[Pair]:
     context, active = loaded.context(task.adapter)
     prompts = [row for row in rows if row.messages is not None]
     with context.hold():
-        tokenizer, capacity = context.engine.tokenizer, context.capacity(active)
+        tokenizer, capacity = context.engine.tokenizer, context.engine.capacity(active)
         examples, _ = tokenize_rows(prompts, tokenizer, system=task.system, loss_on="all", max_tokens=sys.maxsize)
         for row in rows:
             if row.messages is None and len(tokenizer.tokenize(row.text or "")) < 2:

@@ -203,10 +203,6 @@ class Context:
         prompts = self.shared.prompts
         return digest_of(prompts.identity(saved.key, saved.tokens)) if prompts is not None else ""
 
-    def capacity(self, adapters: Mapping[str, float]) -> int:
-        """The number of tokens that fit in the context with these adapters, prompt and answer together."""
-        return self.engine.capacity(adapters)
-
     @property
     def max_tokens(self) -> int:
         """The number of tokens that fit in the sequence."""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from edgetune_runtime.limits import no_limits
+
 POLL_S = 0.05
 """How often a waiting call checks whether it must stop."""
 _RECENT_S = 0.05
@@ -65,7 +67,7 @@ class Turns:
             self._alone, self._limit = alone, limit
 
     @contextmanager
-    def take(self, check: Callable[[], None] = lambda: None, *, is_prompt: bool = False) -> Iterator[Turn]:
+    def take(self, check: Callable[[], None] = no_limits, *, is_prompt: bool = False) -> Iterator[Turn]:
         """Wait for this thread's turn, unless `check` raises; pass it on when the block ends."""
         waiter = _Waiter(threading.get_ident(), time.monotonic() + _PATIENCE_S if is_prompt else 0.0)
         with self._lock:

@@ -219,7 +219,7 @@ def _decode_speeds(runtime: Runtime, name: str) -> tuple[_Speed, _Speed]:
 def _decode_speed(runtime: Runtime, name: str | None) -> _Speed:
     context, active = loaded_bundle(runtime).context(name)
     with context.hold():
-        capacity = context.capacity(active)
+        capacity = context.engine.capacity(active)
         tokens = context.engine.tokenizer.tokenize(MESSAGES[0])[: capacity // 2]
         token = int(context.start(active, tokens).logits.argmax())
         steps = min(DECODE_STEPS, capacity - len(tokens))
