@@ -31,8 +31,6 @@ MOST_BYTES, MOST_DEPTH, MOST_ALIASES, MOST_VALUES = 250_000, 50, 100, 100_000
 """Limits of a recipe file: bytes, levels of nesting, YAML aliases and values."""
 NAME = "name"
 """The key of an adapter's name in a file of its own."""
-RENAMED = {"quantize": "quantization", "quantize_merged": "merged_quantization"}
-"""Former keys and what they are called now."""
 _SHORT_FORMS: Mapping[str, Callable[[str], dict[str, Plain]]] = {
     "method": lambda name: {"name": name},
     "training": lambda word: {word: True},
@@ -213,7 +211,7 @@ def _suggested_key(name: str, keys: Sequence[str]) -> str:
     """Like `suggestion`, for a key that may belong to a nested section: a similar key is given with its path; if there
     is none, the keys of this section are listed."""
     short = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    near = RENAMED.get(name) or nearest(name, short)
+    near = nearest(name, short)
     direct = [key for key in keys if "." not in key]
     return f"did you mean {short[near]!r}?" if near in short else f"choose one of: {', '.join(direct or keys)}"
 

@@ -221,7 +221,6 @@ adapters:
         ("quantization.optimize", "seize", "'seize' is not one of: 'score', 'size' or 'speed'; did you mean 'size'?"),
         ("imatrix", "auto", "it changes nothing with quantization: null; use q4_0, or remove it"),
         ("quantize", "q4_0", "unknown key; did you mean 'quantization'?"),
-        ("quantize_merged", "q4_0", "unknown key; did you mean 'merged_quantization'?"),
         ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
     ],
 )
