@@ -8,11 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.formats.atomic import TEMPORARY
 from filelock import FileLock, Timeout
 
 _LOCK = "lock"
-TEMPORARY = ".tmp-"
-"""How the names of temporary folders in a work folder begin. Those of temporary files contain it."""
 
 
 def work_folder(out: Path) -> Path:
@@ -34,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         message = f"another process is using {folder}"
         raise UsageError(message, "wait until it has ended, or choose another folder for the bundle") from error
-    for path in [*folder.rglob(f".*{TEMPORARY}*"), *folder.rglob(f"{TEMPORARY}*")]:
+    for path in [path for path in folder.rglob(".*") if TEMPORARY in path.name]:
         _delete(path)
     try:
         yield

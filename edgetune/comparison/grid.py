@@ -5,7 +5,6 @@ A trial is the recipe reduced to one task, with one method at one rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods
 from edgetune.common.digests import key_of
+from edgetune.methods.lora import alpha_at
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
 from edgetune.recipe.problems import check_set_once, other_names
@@ -224,11 +224,10 @@ def _options(spec: MethodSpec, method: str, rank: int | None) -> dict[str, Any]:
     key = _rank_key(fields)
     if rank is not None and key is not None:
         share = rank / _value(options, fields, key)
-        if "use_rslora" in fields and _value(options, fields, "use_rslora"):
-            share = math.sqrt(share)
+        use_rslora = "use_rslora" in fields and _value(options, fields, "use_rslora")
         # A mean rank applies at the end of training and does not change what alpha is divided by.
         for alpha in fields.keys() & ALPHAS if key == RANK else ():
-            options[alpha] = _value(options, fields, alpha) * share
+            options[alpha] = alpha_at(_value(options, fields, alpha), share, use_rslora=use_rslora)
         options[key] = rank
         if key == MEAN_RANK:
             # The recipe's own belongs to its mean rank.

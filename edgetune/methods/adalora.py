@@ -87,7 +87,8 @@ class AdaLora(WeightMethod[AdaLoraOptions]):
 
     def settled_step(self, options: AdaLoraOptions, steps: int) -> int:
         """The number of steps after which the mean rank is `target_r`."""
-        return min(steps, steps - int(options.tfinal * steps) + 1)
+        after_last_reduction: int = self.peft_settings(options, steps)["tfinal"]
+        return min(steps, steps - after_last_reduction + 1)
 
     def attach(self, base: PreTrainedModel, options: AdaLoraOptions, steps: int) -> PeftModel:
         """Add PEFT's trainable parts in float32 to `base`."""

@@ -75,9 +75,13 @@ class LoraOptions(LowRankOptions):
 
     def placed(self, target_modules: str | tuple[str, ...], r: int) -> LoraOptions:
         """The options for these modules and this rank, with alpha adjusted so that the scaling stays the same."""
-        share = r / self.r
-        alpha = self.lora_alpha * (math.sqrt(share) if self.use_rslora else share)
+        alpha = alpha_at(self.lora_alpha, r / self.r, use_rslora=self.use_rslora)
         return self.model_copy(update={"target_modules": target_modules, "r": r, "lora_alpha": alpha})
+
+
+def alpha_at(alpha: float, share: float, *, use_rslora: bool) -> float:
+    """The alpha that keeps the scaling at `share` times the rank, by whose square root rsLoRA divides."""
+    return alpha * (math.sqrt(share) if use_rslora else share)
 
 
 L = TypeVar("L", bound=LoraOptions)

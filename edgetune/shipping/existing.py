@@ -17,6 +17,11 @@ from edgetune.common.files import link_or_copy
 _OF_ALL_ADAPTERS = ("board", "needs")
 
 
+def gguf_base_of(manifest: Manifest) -> str | None:
+    """The base's GGUF file in a bundle, which a recipe can name as its base; None if it has none."""
+    return next((file for file in manifest.base.files.values() if file.endswith(".gguf")), None)
+
+
 @dataclass(frozen=True)
 class ExistingBundle:
     """The bundle in `folder` with its manifest before the build, which adds or replaces the adapters `added`.
@@ -63,7 +68,7 @@ class ExistingBundle:
     @property
     def base_remedy(self) -> str:
         """How a recipe names the base of the bundle; empty if it has no file that a recipe can name."""
-        file = next((name for name in self.manifest.base.files.values() if name.endswith(".gguf")), None)
+        file = gguf_base_of(self.manifest)
         return "" if file is None else f"set base: {self.folder / file}, or "
 
     def stage(self, work: Path) -> None:

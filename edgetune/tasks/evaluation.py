@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, cast, get_args
 
 from edgetune_runtime import Answer, Classification, Runtime
 from edgetune_runtime.bundle import MARK, AdapterEntry, Manifest
@@ -29,7 +29,6 @@ from . import metrics
 from .data import TaskRow, labelled_text, read_rows
 from .tokenization import tokenize_rows
 
-T = TypeVar("T")
 Pair = tuple[TaskRow, Example | None]
 """A row with its tokens; None for a row of plain text."""
 

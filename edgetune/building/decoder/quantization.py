@@ -20,13 +20,13 @@ from edgetune_export.parity import compare
 from edgetune_runtime import engines
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
+from edgetune_runtime.formats.atomic import TEMPORARY
 
 from edgetune import bases
 from edgetune.bases import BaseSource, ImportanceSource
 from edgetune.common.digests import key_of
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
-from edgetune.common.work_folder import TEMPORARY
 from edgetune.planning.quantization import MAX_TOKENS, Candidate, MeasuredCandidate, best_of
 from edgetune.planning.records import BuildPlan
 from edgetune.shipping.parity_engines import GovernedEngine

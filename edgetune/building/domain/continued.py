@@ -28,6 +28,7 @@ from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.formats.atomic import TEMPORARY
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from transformers import PreTrainedModel
 
@@ -37,7 +38,6 @@ from edgetune.common.digests import key_of
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
-from edgetune.common.work_folder import TEMPORARY
 from edgetune.objectives.example import Example
 from edgetune.planning.on_device import domain_grid_types
 from edgetune.recipe.model import Recipe

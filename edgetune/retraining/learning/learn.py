@@ -24,6 +24,7 @@ from edgetune.curation.checking.findings import VALIDATION
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
+from edgetune.shipping.existing import gguf_base_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import rows_that_fit
 from edgetune.tasks.metrics import answers_to_score
@@ -223,7 +224,7 @@ def _spec_to_compare(task: Task, rows: LearnedRows) -> AdapterSpec:
 
 def _of_base(recipe: Recipe, bundle: Path, manifest: Manifest) -> Recipe:
     """The recipe on the bundle's own base, if training can read it: the recipe's may be another after its domain."""
-    file = next((file for file in manifest.base.files.values() if file.endswith(".gguf")), None)
+    file = gguf_base_of(manifest)
     if file is None:
         return recipe
     return recipe.model_copy(update={"base": str((bundle / file).absolute()), "domain": None})

@@ -21,6 +21,7 @@ from typing import Any
 
 import platformdirs
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, VerificationError, parsing
+from edgetune_runtime.formats.atomic import TEMPORARY
 
 from edgetune_export import architectures
 from edgetune_export.architectures import Architecture
@@ -156,7 +157,7 @@ def _changed(folder: Path, changes: Mapping[str, Any], work: Path) -> Iterator[P
     if not changes:
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=work) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=work) as temporary:
         # The converter writes the folder's name into the file.
         source = Path(temporary, folder.resolve().name)
         source.mkdir()

@@ -17,6 +17,8 @@ from edgetune_runtime.errors import OutOfSpaceError
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDY = "free some space or choose another folder"
+TEMPORARY = ".tmp-"
+"""What the names of temporary files contain, which begin with a dot too."""
 
 
 @contextmanager
@@ -27,7 +29,7 @@ def replacing(out: Path) -> Iterator[Path]:
     """
     with raising_out_of_space(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}-{threading.get_native_id()}")
+    temporary = out.with_name(f".{out.name}{TEMPORARY}{os.getpid()}-{threading.get_native_id()}")
     try:
         with raising_out_of_space(out):
             yield temporary

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,16 @@ def open_(request: pytest.FixtureRequest, both_of: Callable[[str], Path]) -> Ite
     """Opens the bundle with a merged adapter, in each engine."""
     with opening(both_of("llama"), request.param) as make:
         yield make
+
+
+def close_meanwhile(runtime: Runtime, threads: ThreadPoolExecutor, go: threading.Event, call: Future[Any]) -> None:
+    """Close while `call`, which goes on at `go`, is not done: closing waits for it, and it is refused."""
+    closing = threads.submit(runtime.close)
+    assert is_waiting(closing)
+    go.set()
+    closing.result(MOST_S)
+    with pytest.raises(UsageError, match="the runtime is closed"):
+        call.result(MOST_S)
 
 
 def test_a_text_that_is_tokenized_stops_no_other_call(
@@ -89,12 +99,7 @@ def test_closing_waits_for_a_context_that_is_being_made(
         next(stream)
         waiting = threads.submit(runtime.generate, PROMPT, max_tokens=2)
         assert begun.wait(MOST_S)
-    closing = threads.submit(runtime.close)
-    assert is_waiting(closing)
-    go.set()
-    closing.result(MOST_S)
-    with pytest.raises(UsageError, match="the runtime is closed"):
-        waiting.result(MOST_S)
+    close_meanwhile(runtime, threads, go, waiting)
 
 
 def test_a_closed_fork_leaves_the_tokenizer_to_the_other_contexts(open_: Callable[..., Runtime]) -> None:
@@ -169,12 +174,7 @@ def test_an_adapter_that_is_loaded_does_not_outlive_the_runtime(
     runtime = open_(on_event=on_event)
     call = threads.submit(runtime.generate, PROMPT, adapter="command", max_tokens=2)
     assert loading.wait(MOST_S)
-    closing = threads.submit(runtime.close)
-    assert is_waiting(closing)
-    go.set()
-    closing.result(MOST_S)
-    with pytest.raises(UsageError, match="the runtime is closed"):
-        call.result(MOST_S)
+    close_meanwhile(runtime, threads, go, call)
 
 
 def test_a_form_is_compiled_once_and_stops_no_call_with_another_form(
