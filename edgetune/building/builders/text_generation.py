@@ -174,7 +174,7 @@ def _job(plan: BuildPlan, task: Task, base: Base, tokenizer: GgufTokenizer, prog
     if too_long:
         progress.say(f"{task.name}: {len(too_long)} rows are longer than {capacity} tokens: {first_of(too_long)}")
     options = method.prepared(planned.options, tokenizer, (*train, *validation))
-    planned = _with_options(planned, options, plan)
+    planned = _with_options(planned, options)
     job = TrainingJob(
         task.name,
         method,
@@ -210,13 +210,13 @@ def _placed(item: PreparedAdapter, base: Base, plan: BuildPlan, work: Path, prog
     choice = placement.choose(item.job, item.plan, base, recipe, folder=folder, train_all=trials, progress=progress)
     placed = choice.chosen.placement
     chosen = options.placed(placed.target_modules, placed.r)
-    planned = _with_options(item.plan, chosen, plan)
+    planned = _with_options(item.plan, chosen)
     key = _key(planned, base, item.job.train, item.job.validation)
     job = replace(item.job, options=chosen, key=key)
     return replace(item, plan=planned, job=job, choices={**item.choices, "placement": choice.to_json()})
 
 
-def _with_options(planned: AdapterPlan, options: MethodOptions, plan: BuildPlan) -> AdapterPlan:
+def _with_options(planned: AdapterPlan, options: MethodOptions) -> AdapterPlan:
     assert planned.trained is not None
     return with_options(planned, options, planned.trained.base)
 

@@ -286,9 +286,7 @@ class Repository:
         names = {path.name: path for path in self._keys.roots}
         published = [path for path in self._metadata.glob("*.root.json") if path.name in names]
         if not published and is_repository(self.folder):
-            raise UsageError(
-                f"{self.folder} has no root that {self._keys.folder} knows", "give the keys of this --repo"
-            )
+            raise UsageError(f"{self.folder} has no root that {self._keys.folder} knows", _OTHER_KEYS)
         for path in published:
             if path.read_bytes() != names[path.name].read_bytes():
                 raise UsageError(f"{path} is not the one in {self._keys.folder}", _OTHER_KEYS)

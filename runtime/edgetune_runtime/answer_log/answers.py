@@ -47,7 +47,7 @@ class LoggedAnswer:
         """Whether someone said that the answer is right or wrong."""
         return self.is_wrong or self.correction is not None
 
-    def with_correction(self, text: str | None = None) -> LoggedAnswer:
+    def with_correction(self, text: str | None) -> LoggedAnswer:
         """The answer with what it should have been; None: it is right.
 
         UsageError as of `message_of`, and if it is right although it was cut off.

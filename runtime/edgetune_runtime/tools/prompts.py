@@ -69,7 +69,7 @@ def tokens_within(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]
 def prompt_text(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
-    tools: ToolSet | None = None,
+    tools: ToolSet | None,
     *,
     think: bool | None = None,
     check: Callable[[], None] = no_limits,
