@@ -126,8 +126,8 @@ class Scope:
     def score(self, log_odds: float, similarity: float) -> float:
         """How sure it is that a text is in scope, in log odds.
 
-        From the log odds of its likeliest label (negative ones for `label`), less the distance of its state from those
-        of the training prompts, which counts for somewhat more over the texts of the task.
+        From the log odds of its likeliest label (none, or for an encoder negative ones, for `label`), less the distance
+        of its state from those of the training prompts, which counts for somewhat more over the texts of the task.
         """
         return log_odds - _DISTANCE * (1 - similarity) * self.odds_spread / self.similarity_spread
 

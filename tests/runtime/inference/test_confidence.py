@@ -194,13 +194,18 @@ def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("red", "similarities", "kind", "odds"),
     [
-        (0.9, {"red": 1.0, "warm": 0.2}, LABEL, math.log(9)),
+        (0.9, {"red": 1.0}, LABEL, math.log(9)),
+        # Nearer its own label's training prompts than those of the others.
+        (0.9, {"red": 1.0, "warm": 0.2, "cold": 0.1}, LABEL, math.log(9) + 6.0),
         # Far from its own label's training prompts, but near those of another one: in scope, and less sure.
-        (0.9, {"red": 0.95, "warm": 1.0}, LABEL, math.log(9) - 1.5),
+        (0.9, {"red": 0.95, "warm": 1.0}, LABEL, math.log(9) - 1.5 - 0.375),
         (0.9, {"red": 0.8, "warm": 0.2}, NOTHING, 6.0 - math.log(9)),
         # The label of texts that are out of scope is the likeliest: the surer, the farther the prompt is.
-        (0.1, {"red": 1.0, "warm": 0.2}, NOTHING, math.log(9)),
-        (0.1, {"red": 0.8, "warm": 0.2}, NOTHING, math.log(9) + 6.0),
+        (0.1, {"red": 1.0, "warm": 0.2}, NOTHING, 0.0),
+        (0.1, {"red": 0.8, "warm": 0.2}, NOTHING, 6.0),
+        # An encoder compares nothing.
+        (0.9, {}, LABEL, math.log(9)),
+        (0.1, {}, NOTHING, math.log(9)),
     ],
 )
 def test_log_odds_of_a_label_say_how_near_its_training_prompts_are(
