@@ -122,7 +122,7 @@ def asked(runtime: Runtime, bundle: Path, texts: Sequence[tuple[str, str]]) -> I
             answer.label == label,
             answer.is_out_of_scope,
             1 - probability if likeliest == scope.label else probability,
-            max(similarities.values()),
+            max(similarities.nearest.values()),
             -answer.log_odds if answer.is_out_of_scope else answer.log_odds,
             answer.confidence,
         )

@@ -114,7 +114,7 @@ class PreparedAdapter:
             draft=self.draft,
             golden_rows=spread(self.task.validation, GOLDEN_ROWS) if self.plan.spec.golden else (),
             scope_rows=self.task.validation if self.plan.spec.out_of_scope is not None else (),
-            known_rows=self.task.train if self.plan.spec.out_of_scope is not None else (),
+            compared_rows=self.task.compared_rows,
             confidence_rows=self.task.confidence_rows,
             training={**self.figures(result), "history": result.curve()},
         )
@@ -136,8 +136,8 @@ class TrainedAdapter:
 
     `folder` is what its method wrote. `probes` are token rows for the parity check; the first of them, up to their
     `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers. The golden answer is to
-    one of `golden_rows`; `scope_rows` choose what is out of scope, by how similar they are to `known_rows` too, and the
-    confidence of answers is fitted on `confidence_rows`. `training` are figures for the manifest.
+    one of `golden_rows`; `scope_rows` choose what is out of scope, and the confidence of answers is fitted on
+    `confidence_rows`, both also by how similar they are to `compared_rows`. `training` are figures for the manifest.
     """
 
     plan: AdapterPlan
@@ -148,7 +148,7 @@ class TrainedAdapter:
     draft: DraftTable | None = None
     golden_rows: Sequence[TaskRow] = ()
     scope_rows: Sequence[TaskRow] = ()
-    known_rows: Sequence[TaskRow] = ()
+    compared_rows: Sequence[TaskRow] = ()
     confidence_rows: Sequence[TaskRow] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
 

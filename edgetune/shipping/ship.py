@@ -103,7 +103,7 @@ def ship(
 def _state_basis(model: Any, adapters: Sequence[TrainedAdapter]) -> Floats | None:  # noqa: ANN401 - a PreTrainedModel
     """What computes states from logits, if an adapter needs it; None for an encoder."""
     head: Any = model.get_output_embeddings()
-    if head is None or not any(adapter.scope_rows for adapter in adapters):
+    if head is None or not any(adapter.compared_rows for adapter in adapters):
         return None
     return state_basis(head.weight.detach().float().numpy())
 

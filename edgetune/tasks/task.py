@@ -73,6 +73,13 @@ class Task:
         fitting = (text for text in texts if text and len(text) <= _SAMPLE_CHARACTERS and not text.startswith("-"))
         return " ".join(next(fitting, _ANY_PROMPT).split())
 
+    @property
+    def compared_rows(self) -> list[TaskRow]:
+        """The training rows that a prompt to classify is compared with, if its label has a confidence or a scope."""
+        if self.metric != "label" or (self.spec.out_of_scope is None and len(self.confidence_rows) < MIN_ROWS):
+            return []
+        return self.in_scope(self.train)
+
     def in_scope(self, rows: Sequence[TaskRow]) -> list[TaskRow]:
         """The rows that have one of the task's own labels, or none."""
         scope = self.spec.out_of_scope

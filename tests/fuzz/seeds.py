@@ -155,7 +155,7 @@ def _add_parts(bundle: Path, source: Source) -> None:
         draft=draft,
         similarity=similarity,
         labels=("red", "green"),
-        scope={"gguf": Scope("green", -1.0, 0.0, 0.0, 1.0, 1.0)},
+        scope={"gguf": Scope("green", -1.0, 0.0, 0.0)},
     )
     prefix = AdapterEntry(
         PREFIX, "prefix", {"gguf": "prefix"}, {"gguf": file}, manifest.base.fingerprint, prefix_tokens=3

@@ -101,35 +101,19 @@ class GoldenAnswer:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
 
-_DISTANCE = 1.5
-"""Weight of the distance from training prompts, where the odds of a label have 1: more finds more texts out of scope,
-and orders right and wrong labels worse (measured on CLINC150 and BANKING77)."""
-
-
 @dataclass(frozen=True)
 class Scope:
     """Which texts `classify` finds to be out of scope with an adapter's labels in one format.
 
-    These get `label`: because it is the likeliest, or because the `score` of the likeliest is below `threshold`.
-    `refused` is the share of the validation rows with other labels that got it, and `found` that of texts which the
-    build made of none of them. `odds_spread` and `similarity_spread` are the standard deviations over these validation
-    rows of what the score is computed from.
+    These get `label`: because it is the likeliest, or because the log odds that they are in scope are below `threshold`
+    (see `inference.similarity`). `refused` is the share of the validation rows with other labels that got it, and
+    `found` that of texts which the build made of none of them.
     """
 
     label: str
     threshold: float
     refused: float
     found: float
-    odds_spread: float = 1.0
-    similarity_spread: float = 1.0
-
-    def score(self, log_odds: float, similarity: float) -> float:
-        """How sure it is that a text is in scope, in log odds.
-
-        From the log odds of its likeliest label (none, or for an encoder negative ones, for `label`), less the distance
-        of its state from those of the training prompts, which counts for somewhat more over the texts of the task.
-        """
-        return log_odds - _DISTANCE * (1 - similarity) * self.odds_spread / self.similarity_spread
 
 
 @dataclass(frozen=True)

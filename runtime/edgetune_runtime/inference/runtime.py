@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,7 @@ from .preflight import require_opens
 from .routing.router import Route
 from .scoring import Classification, NegativeLogLikelihood, check_labels, most_likely, window_loss
 from .session import Session
+from .similarity import Similarities
 from .unsure import AnswerCall, answer_pieces, check_min_confidence, require_curves
 
 _LOG = logging.getLogger(__name__)
@@ -233,22 +234,23 @@ class Runtime(AbstractContextManager["Runtime"]):
         if min_confidence is None and curves and first is not None and first.unsure is not None:
             min_confidence = first.unsure.min_confidence
 
-        prompts = None if scope is None or first is None else self._loaded.files.training_prompts_of(first)
+        compares = first is not None and is_alone and (scope is not None or bool(curves))
+        prompts = self._loaded.files.training_prompts_of(first) if first is not None and compares else None
 
-        def classified(scores: LabelScores, similarities: Mapping[str, float]) -> Classification:
+        def classified(scores: LabelScores, similarities: Similarities | None) -> Classification:
             likeliest = partial(most_likely, labels, scores, similarities)
             return replace(likeliest(scope=scope, curves=curves, min_confidence=min_confidence), route=route)
 
         if classifier is not None:
             assert first is not None
             with self._loaded.adapters.use({first.name: first}, Holder()):
-                return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])), {})
+                return classified(LabelScores(classifier.scores(prompt, labels, first, scales[first.name])), None)
         call = self._loaded.call(prompt, adapter)
         with call.lease() as context:
             tokenizer = context.engine.tokenizer
             endings = [(*tokenizer.tokenize(label, continues=True), tokenizer.end_token) for label in labels]
             logits = context.run(call.job).logits
-            similarities = {} if prompts is None else prompts.similarities(logits)
+            similarities = None if prompts is None else prompts.similarities(logits)
             return classified(score_labels(context, logits, endings, exact=exact), similarities)
 
     def embed(self, text: str) -> Embedding:

@@ -18,10 +18,8 @@ from edgetune_runtime.text.sampling import softmax
 from .confidence import LABEL, NOTHING, Curves, confidence, log_odds
 from .label_search import LabelScores
 from .routing.router import Route
+from .similarity import Similarities
 
-_LEAD = 0.25
-"""Weight of how much nearer the training prompts of the chosen label are than those of the others, where the similarity
-to its own has 1: more orders right and wrong labels of texts that have one better, and texts that have none worse."""
 _ROWS = 64
 """Rows of logits per step; with a vocabulary of 150,000 a row takes 0.6 MB."""
 
@@ -32,8 +30,8 @@ class Classification:
 
     If not all were, these are the lowest probabilities that they can have. `log_odds` are the model's own for the
     likeliest label against any other text, so they are the same however many labels were computed. `is_out_of_scope`:
-    the label is the one that the recipe has for texts that none of the others fits. An adapter with such a label also
-    compares the prompt with training prompts; `log_odds` are then those of both together.
+    the label is the one that the recipe has for texts that none of the others fits. Where the bundle has the adapter's
+    training prompts, the prompt is compared with them, and `log_odds` are those of both together.
     `confidence` is the probability that the label is right, as that of an `Answer`; None for other labels than the
     adapter's. With `min_confidence`, `is_unsure` says whether it is lower, or not known. `route` is the router's choice
     where it chose the adapter.
@@ -76,7 +74,7 @@ class NegativeLogLikelihood(NamedTuple):
 def most_likely(
     labels: Sequence[str],
     scores: LabelScores,
-    similarities: Mapping[str, float],
+    similarities: Similarities | None,
     *,
     scope: Scope | None,
     curves: Curves,
@@ -84,8 +82,7 @@ def most_likely(
 ) -> Classification:
     """The label with the highest score, or that of `scope`, and the probability of each label with a score.
 
-    `similarities` are those of the prompt to the adapter's training prompts, by their labels; none are known for an
-    encoder.
+    `similarities` are those of the prompt to the adapter's training prompts, None where they are not compared.
     """
     scored = {label: value for label, value in zip(labels, scores.values, strict=True) if value is not None}
     shares = softmax(np.array([*scored.values(), scores.unseen])).tolist()
@@ -93,8 +90,11 @@ def most_likely(
     probabilities = dict(zip(scored, shares, strict=False))
     label = max(scored, key=scored.__getitem__)
     result = Classification(label, probabilities, log_odds([scored[label]]))
+    odds = result.log_odds
+    if similarities is not None:
+        result = replace(result, log_odds=similarities.label_log_odds(label, odds))
     if scope is not None:
-        result = _in_scope(result, scope, similarities)
+        result = _in_scope(result, odds, scope, similarities)
     sure = confidence(curves, result.kind, result.log_odds)
     is_unsure = min_confidence is not None and (sure is None or sure < min_confidence)
     return replace(result, confidence=sure, is_unsure=is_unsure)
@@ -114,21 +114,25 @@ def check_labels(labels: Sequence[str]) -> None:
         raise UsageError(known if labels else "there are no labels to choose from", remedy)
 
 
-def _in_scope(result: Classification, scope: Scope, similarities: Mapping[str, float]) -> Classification:
-    """The result with the label of `scope` if the text is out of scope, and the log odds of this choice."""
-    nearest, odds = max(similarities.values(), default=1.0), result.log_odds
-    if result.label == scope.label:
-        # Beside the similarity, how sure the adapter is of this label says little.
-        odds = 0.0 if similarities else -odds
-    score = scope.score(odds, nearest)
-    if result.label == scope.label or score < scope.threshold:
-        # The search may have left it out.
-        probabilities = {scope.label: 0.0, **result.probabilities}
-        chosen = replace(result, label=scope.label, probabilities=probabilities)
-        return replace(chosen, is_out_of_scope=True, log_odds=-score)
-    own = similarities.get(result.label, nearest)
-    lead = own - max((value for label, value in similarities.items() if label != result.label), default=own)
-    return replace(result, log_odds=scope.score(odds, own + _LEAD * lead))
+def _in_scope(
+    result: Classification, log_odds: float, scope: Scope, similarities: Similarities | None
+) -> Classification:
+    """The result with the label of `scope` if the text is out of scope, and the log odds of this choice.
+
+    `log_odds` are the model's own for its likeliest label.
+    """
+    is_likeliest = result.label == scope.label
+    if similarities is None:
+        odds = -log_odds if is_likeliest else log_odds
+    else:
+        # Beside the similarity, how sure the model is that a text is out of scope says little.
+        odds = similarities.scope_log_odds(0.0 if is_likeliest else log_odds)
+    if not is_likeliest and odds >= scope.threshold:
+        return result
+    # The search may have left it out.
+    probabilities = {scope.label: 0.0, **result.probabilities}
+    chosen = replace(result, label=scope.label, probabilities=probabilities)
+    return replace(chosen, is_out_of_scope=True, log_odds=-odds)
 
 
 def window_loss(context: Context, adapters: Mapping[str, float], tokens: Sequence[int]) -> float:

@@ -16,6 +16,7 @@ from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.inference.confidence import LABEL, NOTHING, kind_of, log_chance, log_odds
 from edgetune_runtime.inference.label_search import LabelScores
 from edgetune_runtime.inference.scoring import most_likely
+from edgetune_runtime.inference.similarity import Similarities
 from runtime.bundles import change_manifest
 from runtime.conftest import LABEL_CURVE, VALUE_CURVE
 
@@ -192,13 +193,15 @@ def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("red", "similarities", "kind", "odds"),
+    ("red", "nearest", "kind", "odds"),
     [
         (0.9, {"red": 1.0}, LABEL, math.log(9)),
         # Nearer its own label's training prompts than those of the others.
-        (0.9, {"red": 1.0, "warm": 0.2, "cold": 0.1}, LABEL, math.log(9) + 6.0),
+        (0.9, {"red": 1.0, "warm": 0.2, "cold": 0.1}, LABEL, math.log(9) + 12.0),
         # Far from its own label's training prompts, but near those of another one: in scope, and less sure.
-        (0.9, {"red": 0.95, "warm": 1.0}, LABEL, math.log(9) - 1.5 - 0.375),
+        (0.9, {"red": 0.95, "warm": 1.0}, LABEL, math.log(9) - 1.5 - 0.75),
+        # Its label has no training prompts.
+        (0.9, {"warm": 0.95}, LABEL, math.log(9) - 1.5),
         (0.9, {"red": 0.8, "warm": 0.2}, NOTHING, 6.0 - math.log(9)),
         # The label of texts that are out of scope is the likeliest: the surer, the farther the prompt is.
         (0.1, {"red": 1.0, "warm": 0.2}, NOTHING, 0.0),
@@ -209,12 +212,14 @@ def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -
     ],
 )
 def test_log_odds_of_a_label_say_how_near_its_training_prompts_are(
-    red: float, similarities: dict[str, float], kind: str, odds: float
+    red: float, nearest: dict[str, float], kind: str, odds: float
 ) -> None:
-    scope = Scope("other", -1.0, 0.0, 0.0, odds_spread=2.0, similarity_spread=0.1)
     scores = LabelScores([math.log(red), math.log(1 - red)])
+    similarities = Similarities(nearest, spread=0.1) if nearest else None
     curves = {LABEL: ConfidenceCurve(20, 0.5, 0.5, 0.1), NOTHING: ConfidenceCurve(20, 0.5, 2.0, -0.2)}
-    found = most_likely(("red", "other"), scores, similarities, scope=scope, curves=curves, min_confidence=None)
-    assert (found.label, found.kind) == ("red" if kind == LABEL else "other", kind)
-    assert found.log_odds == pytest.approx(odds)
-    assert found.confidence == pytest.approx(logistic(curves[kind], odds))
+    scopes = [Scope("other", -1.0, 0.0, 0.0)] if kind == NOTHING else [Scope("other", -1.0, 0.0, 0.0), None]
+    for scope in scopes:
+        found = most_likely(("red", "other"), scores, similarities, scope=scope, curves=curves, min_confidence=None)
+        assert (found.label, found.kind) == ("red" if kind == LABEL else "other", kind)
+        assert found.log_odds == pytest.approx(odds)
+        assert found.confidence == pytest.approx(logistic(curves[kind], odds))

@@ -34,7 +34,10 @@ def test_similarity_is_the_cosine_to_the_nearest_state_of_each_label(tmp_path: P
     for state in (*(3 * STATES), *others):
         cosines = STATES @ state / np.linalg.norm(STATES, axis=1) / np.linalg.norm(state)
         nearest = {label: float(cosines[[own == label for own in LABELS]].max()) for label in LABELS}
-        assert prompts.similarities(HEAD @ state) == pytest.approx(nearest, abs=2e-3)
+        assert prompts.similarities(HEAD @ state).nearest == pytest.approx(nearest, abs=2e-3)
+    unit = STATES / np.linalg.norm(STATES, axis=1, keepdims=True)
+    others_of = [np.delete(unit @ state, place).max() for place, state in enumerate(unit)]
+    assert prompts.spread == pytest.approx(float(np.std(others_of)), abs=2e-3)
 
 
 def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
@@ -45,15 +48,19 @@ def test_states_of_a_base_with_another_vocabulary_are_refused() -> None:
 @pytest.mark.parametrize(
     ("about", "data"),
     [
-        ({"tokens": 1, "labels": [], "width": 2}, bytes(4)),
-        ({"tokens": 1, "labels": ["a", "b", "c"], "width": 2}, bytes(8)),
-        ({"tokens": 1, "labels": 1, "width": 2}, bytes(8)),
-        ({"tokens": 1, "labels": ["a"]}, bytes(8)),
-        ({"tokens": 1, "labels": ["a"], "width": 2}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
+        ({"labels": []}, bytes(4)),
+        ({"labels": ["a", "b", "c"]}, bytes(8)),
+        ({"labels": 1}, bytes(8)),
+        ({"width": None}, bytes(8)),
+        ({"spread": None}, bytes(8)),
+        ({"spread": 0.0}, bytes(8)),
+        ({"spread": "nan"}, bytes(8)),
+        ({}, np.array([1, np.nan, 0, 1], "<f2").tobytes()),
     ],
 )
 def test_a_file_of_anything_else_is_refused(about: dict[str, object], data: bytes, tmp_path: Path) -> None:
-    write_checked(tmp_path / "similarity.bin", KIND, about, memoryview(data))
+    whole = {"tokens": 1, "labels": ["a"], "width": 2, "spread": 0.1}
+    write_checked(tmp_path / "similarity.bin", KIND, {**whole, **about}, memoryview(data))
     with pytest.raises(VerificationError, match="is not a file of training prompts"):
         read_prompts(tmp_path / "similarity.bin")
     (tmp_path / "similarity.bin").write_bytes(b"{}")
