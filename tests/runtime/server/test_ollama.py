@@ -82,43 +82,6 @@ def test_an_answer_is_that_of_the_runtime(model: str, server: Running, client: o
     assert reply.eval_duration > 0
 
 
-def test_home_assistants_calls_are_answered_as_it_makes_them(server: Running) -> None:
-    # As in homeassistant/components/ollama: list, then a streamed chat with all of these arguments.
-    expected = server.runtime.generate(
-        [{"role": "system", "content": "You are a voice assistant."}, *MESSAGES], adapter="command", max_tokens=20
-    ).text
-
-    async def main() -> str:
-        client = ollama.AsyncClient(host=server.url, headers=None, verify=True)
-        try:
-            models = await client.list()
-            assert "command:latest" in {model["model"] for model in models.get("models", [])}
-            generator = await client.chat(
-                model="command:latest",
-                messages=[
-                    ollama.Message(role="system", content="You are a voice assistant."),
-                    ollama.Message(role="user", content=PROMPT, images=None),
-                ],
-                tools=None,
-                stream=True,
-                keep_alive=-1,
-                options={"num_ctx": 8192, "num_predict": 20},
-                think=False,
-                format=None,
-            )
-            text, ended = "", False
-            async for response in generator:
-                assert not ended
-                text += response["message"].get("content") or ""
-                ended = bool(response.get("done"))
-            assert ended
-            return text
-        finally:
-            await client.close()
-
-    assert asyncio.run(main()) == expected
-
-
 @pytest.mark.parametrize("keep_alive", [-1, 0, 300, 1.5, "5m", "-1s", "1h30m", "0"])
 def test_keep_alive_is_accepted_in_all_its_forms(keep_alive: float | str, client: ollama.Client) -> None:
     assert client.chat("home", MESSAGES, options={"num_predict": 1}, keep_alive=keep_alive).done
