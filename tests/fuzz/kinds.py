@@ -137,45 +137,31 @@ def _template_of(base: Path) -> bytes:
     return str(values["tokenizer.chat_template"]).encode()
 
 
-def _state(folder: Path) -> Open:
-    (state,) = (folder / STATES).glob("*.kv")
-
-    def open_changed(data: bytes) -> None:
-        _replace(state, data)
-        _answer(folder / ADAPTERS, LORA, cache_folder=folder / STATES, disk_mb=100)
-
-    return open_changed
-
-
-def _only_state(states: Path) -> bytes:
-    (state,) = states.glob("*.kv")
-    return state.read_bytes()
-
-
-def _past_answers(folder: Path) -> Open:
-    (file,) = (folder / STATES).glob("past-answers/*.bin")
-
+def _replacing(file: Path, open_it: Callable[[], object]) -> Open:
     def open_changed(data: bytes) -> None:
         _replace(file, data)
-        _answer(folder / ADAPTERS, LORA, cache_folder=folder / STATES, learn_drafts="disk")
+        open_it()
 
     return open_changed
 
 
-def _only_past_answers(states: Path) -> bytes:
-    (file,) = states.glob("past-answers/*.bin")
+def _kept(pattern: str, opening: dict[str, Any], folder: Path) -> Open:
+    """Answers after the only file of that pattern in the folder of states was changed."""
+    (file,) = (folder / STATES).glob(pattern)
+    return _replacing(file, partial(_answer, folder / ADAPTERS, LORA, cache_folder=folder / STATES, **opening))
+
+
+def _only(pattern: str, folder: Path) -> bytes:
+    (file,) = folder.glob(pattern)
     return file.read_bytes()
 
 
 def _session(folder: Path) -> Open:
-    file = folder / SESSION
-
-    def open_changed(data: bytes) -> None:
-        _replace(file, data)
+    def load() -> None:
         with Runtime.open(folder / ADAPTERS, contexts=1, threads=1, disk_mb=0) as runtime:
-            runtime.load_session(file).send(QUESTION, max_tokens=3)
+            runtime.load_session(folder / SESSION).send(QUESTION, max_tokens=3)
 
-    return open_changed
+    return _replacing(folder / SESSION, load)
 
 
 def _kit(folder: Path) -> Open:
@@ -224,21 +210,13 @@ def _model(file: str, folder: Path) -> Open:
 
     from edgetune.bases.folder_header import predict_header  # noqa: PLC0415
 
-    def open_changed(data: bytes) -> None:
-        _replace(folder / MODEL / file, data)
-        architectures.of(predict_header(folder / MODEL))
-
-    return open_changed
+    return _replacing(folder / MODEL / file, lambda: architectures.of(predict_header(folder / MODEL)))
 
 
 def _recipe(folder: Path) -> Open:
     from edgetune.recipe.model import Recipe  # noqa: PLC0415 - as above
 
-    def open_changed(data: bytes) -> None:
-        _replace(folder / RECIPE, data)
-        Recipe.from_file(folder / RECIPE)
-
-    return open_changed
+    return _replacing(folder / RECIPE, partial(Recipe.from_file, folder / RECIPE))
 
 
 def _log(folder: Path) -> Open:
@@ -287,8 +265,13 @@ KINDS = {
     "draft": _bundle_kind(ADAPTERS, f"adapters/{LORA}/draft.bin", Checked(), LORA),
     "similarity": _bundle_kind(ADAPTERS, f"adapters/{LORA}/{SIMILARITY_FILE}", Checked(), LORA, _classify),
     "router": _bundle_kind(ADAPTERS, f"adapters/{ROUTER_FILE}", Checked(), AUTO),
-    "state": Kind(STATES, Checked(), _state, _only_state),
-    "past-answers": Kind(STATES, Checked(), _past_answers, _only_past_answers),
+    "state": Kind(STATES, Checked(), partial(_kept, "*.kv", {"disk_mb": 100}), partial(_only, "*.kv")),
+    "past-answers": Kind(
+        STATES,
+        Checked(),
+        partial(_kept, "past-answers/*.bin", {"learn_drafts": "disk"}),
+        partial(_only, "past-answers/*.bin"),
+    ),
     "session": Kind(SESSION, Checked(), _session),
     "manifest": Kind(f"{ADAPTERS}/{MANIFEST_NAME}", Json(), _manifest),
     "template": Kind(f"{PLAIN}/base/model.gguf", Text(fragments.TEMPLATE), _template, _template_of),
@@ -313,10 +296,12 @@ KINDS = {
     "device-report": Kind(REPORT, Json(), updates.report),
     "start-note": Kind(updates.NOTE, Json(), partial(updates.start, updates.NOTE)),
     "run-report": Kind(RUN, Json(), partial(updates.start, RUN)),
-    "oci-artifact": Kind(LAYOUT, Json(), layouts.artifact, layouts.only_artifact),
+    "oci-artifact": Kind(LAYOUT, Json(), layouts.artifact, partial(layouts.read, layouts.only_artifact)),
     "oci-index": Kind(f"{LAYOUT}/{layouts.INDEX}", Json(), layouts.index),
-    "oci-referrers": Kind(RELEASED, Json(), layouts.referrers, layouts.only_referrers),
-    "oci-release": Kind(RELEASED, Json(), layouts.release_metadata, layouts.only_release_metadata),
+    **{
+        f"oci-{name}": Kind(RELEASED, Json(), partial(layouts.released, find), partial(layouts.read, find))
+        for name, find in (("referrers", layouts.referrers), ("release", layouts.release_metadata))
+    },
 }
 
 

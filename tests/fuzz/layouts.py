@@ -41,41 +41,38 @@ def index(folder: Path) -> Open:
     return open_changed
 
 
-def only_artifact(layout: Path) -> bytes:
+def released(find: Callable[[Path], Path], folder: Path) -> Open:
+    """Pulls a bundle and checks its release, of which the file that `find` gives was changed."""
+    from edgetune.delivery.oci.release_metadata import TrustedChannel  # noqa: PLC0415 - as below
+
+    path = find(folder / RELEASED)
+    trusted = TrustedChannel((folder / KEYS / "1.root.json").read_bytes(), "stable")
+
+    def open_changed(data: bytes) -> None:
+        path.write_bytes(data)
+        _pull(folder, f":{TAG}", RELEASED, trusted)
+
+    return open_changed
+
+
+def read(find: Callable[[Path], Path], layout: Path) -> bytes:
+    return find(layout).read_bytes()
+
+
+def only_artifact(layout: Path) -> Path:
     """The artifact manifest in a layout."""
-    return _blob_of(layout, lambda _: True).read_bytes()
+    return _blob_of(layout, lambda _: True)
 
 
-def referrers(folder: Path) -> Open:
-    """Pulls a bundle and checks its release, of which the list of what refers to it was changed."""
-    path = _blob_of(folder / RELEASED, _listed)
-
-    def open_changed(data: bytes) -> None:
-        path.write_bytes(data)
-        _pull_released(folder)
-
-    return open_changed
-
-
-def release_metadata(folder: Path) -> Open:
-    """Pulls a bundle and checks its release, of which the manifest was changed that lists the metadata."""
-    path = folder / RELEASED / _BLOBS / _referrer_in(folder / RELEASED)
-
-    def open_changed(data: bytes) -> None:
-        path.write_bytes(data)
-        _pull_released(folder)
-
-    return open_changed
-
-
-def only_referrers(layout: Path) -> bytes:
+def referrers(layout: Path) -> Path:
     """The list of what refers to the only bundle in a layout."""
-    return _blob_of(layout, _listed).read_bytes()
+    return _blob_of(layout, _listed)
 
 
-def only_release_metadata(layout: Path) -> bytes:
+def release_metadata(layout: Path) -> Path:
     """The manifest that lists the metadata of the only release in a layout."""
-    return (layout / _BLOBS / _referrer_in(layout)).read_bytes()
+    (described,) = json.loads(referrers(layout).read_bytes())["manifests"]
+    return layout / _BLOBS / str(described["digest"]).removeprefix("sha256:")
 
 
 def _listed(described: Mapping[str, Any]) -> bool:
@@ -85,17 +82,6 @@ def _listed(described: Mapping[str, Any]) -> bool:
 def _blob_of(layout: Path, is_wanted: Callable[[Mapping[str, Any]], bool]) -> Path:
     (described,) = filter(is_wanted, json.loads((layout / INDEX).read_bytes())["manifests"])
     return layout / _BLOBS / str(described["digest"]).removeprefix("sha256:")
-
-
-def _referrer_in(layout: Path) -> str:
-    (described,) = json.loads(only_referrers(layout))["manifests"]
-    return str(described["digest"]).removeprefix("sha256:")
-
-
-def _pull_released(folder: Path) -> None:
-    from edgetune.delivery.oci.release_metadata import TrustedChannel  # noqa: PLC0415 - as below
-
-    _pull(folder, f":{TAG}", RELEASED, TrustedChannel((folder / KEYS / "1.root.json").read_bytes(), "stable"))
 
 
 def _pull(folder: Path, version: str, layout: str = LAYOUT, trusted: TrustedChannel | None = None) -> None:
