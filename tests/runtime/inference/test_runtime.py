@@ -3,9 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -331,30 +329,6 @@ def test_an_adapter_that_is_neither_name_nor_scales_is_refused(runtime: Runtime,
         runtime.generate(PROMPT, adapter=adapter)
 
 
-def test_threads_get_the_answers_that_one_alone_gets(runtime: Runtime) -> None:
-    adapters: list[Adapters] = [None, "command", "tone", {"command": 0.5}]
-    alone = [[runtime.generate(prompt, adapter=a, max_tokens=3).text for a in adapters] for prompt in PROMPTS[:2]]
-    jobs = [(p, a) for _ in range(4) for p in range(2) for a in range(4)]
-
-    def answer(job: tuple[int, int]) -> str:
-        return runtime.generate(PROMPTS[job[0]], adapter=adapters[job[1]], max_tokens=3).text
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(answer, jobs)) == [alone[p][a] for p, a in jobs]
-
-
-def test_a_call_waits_for_another_threads_stream(runtime: Runtime) -> None:
-    stream = runtime.stream(PROMPT, max_tokens=20)
-    next(stream)
-    done = threading.Event()
-    thread = threading.Thread(target=lambda: (runtime.generate(PROMPT, adapter="tone", max_tokens=1), done.set()))
-    thread.start()
-    assert not done.wait(0.1)
-    stream.close()
-    thread.join()
-    assert done.is_set()
-
-
 def test_a_stream_left_behind_lets_others_run(runtime: Runtime) -> None:
     for _ in runtime.stream(PROMPT, max_tokens=20):
         break
@@ -394,6 +368,12 @@ def copy(bundle: Path, tmp_path: Path) -> Iterator[Path]:
     yield Path(shutil.copytree(bundle, tmp_path / "copy"))
 
 
+@pytest.fixture
+def copy_of_both(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
+    """The same, in both formats."""
+    return Path(shutil.copytree(both_of("llama"), tmp_path / "copy"))
+
+
 @pytest.mark.parametrize("file", ["base/model.gguf", "adapters/tone/adapter.gguf"])
 def test_a_changed_file_is_refused_before_it_is_loaded(copy: Path, file: str) -> None:
     data = bytearray((copy / file).read_bytes())
@@ -405,20 +385,24 @@ def test_a_changed_file_is_refused_before_it_is_loaded(copy: Path, file: str) ->
         assert runtime.generate(PROMPT, max_tokens=1).tokens == 1
 
 
-def test_a_changed_merged_adapter_is_refused_when_it_is_used(copy: Path) -> None:
-    path = copy / "adapters/whole/model.gguf"
+@pytest.mark.parametrize(("engine", "file"), [("gguf", "model.gguf"), ("onnx", "onnx/model.onnx.data")])
+def test_a_changed_merged_adapter_is_refused_when_it_is_used(engine: str, file: str, copy_of_both: Path) -> None:
+    path = copy_of_both / "adapters/whole" / file
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with Runtime.open(copy) as runtime:
+    with Runtime.open(copy_of_both, engine=engine) as runtime:
         with pytest.raises(VerificationError, match="whole"):
             runtime.generate(PROMPT, adapter="whole")
         assert runtime.generate(PROMPT, max_tokens=1).tokens == 1
 
 
-def test_a_cut_off_file_is_refused_even_without_digests(copy: Path) -> None:
-    path = copy / "base/model.gguf"
+@pytest.mark.parametrize(
+    ("engine", "file"), [("gguf", "model.gguf"), ("onnx", "onnx/model.onnx.data"), ("onnx", "onnx/model.onnx")]
+)
+def test_a_cut_off_file_is_refused_even_without_digests(engine: str, file: str, copy_of_both: Path) -> None:
+    path = copy_of_both / "base" / file
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(VerificationError):
-        Runtime.open(copy, verify=False)
+    with pytest.raises(VerificationError, match=r"^[^\n]*$"):
+        Runtime.open(copy_of_both, engine=engine, verify=False)
 
 
 def test_an_adapter_file_made_for_another_base_is_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:

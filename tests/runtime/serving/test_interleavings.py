@@ -125,6 +125,7 @@ def test_eight_threads_change_no_answer(
 
         with ThreadPoolExecutor(8) as threads:
             answers = list(threads.map(answer, jobs))
+        assert len(loaded_bundle(runtime).pool(None)[0].contexts) <= 3
     for (choice, prompt), found in zip(jobs, answers, strict=True):
         expected = fresh_of(engine, arch).greedy([{"role": "user", "content": PROMPTS[prompt]}], choice)
         np.testing.assert_array_equal(found, expected)

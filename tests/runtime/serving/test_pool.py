@@ -13,6 +13,7 @@ from edgetune_runtime.engines.base import Engine, Logits
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 from edgetune_runtime.threads.machine import usable_cores
+from runtime.serving.waiting import opening
 
 ENGINES = ("gguf", "onnx")
 PROMPT = "turn on the light"
@@ -21,15 +22,8 @@ PROMPT = "turn on the light"
 @pytest.fixture(params=ENGINES)
 def open_(request: pytest.FixtureRequest, prompted_of: Callable[[str], Path]) -> Iterator[Callable[..., Runtime]]:
     """Opens the bundle of long prompts with options, in each engine."""
-    opened: list[Runtime] = []
-
-    def make(**options: int) -> Runtime:
-        opened.append(Runtime.open(prompted_of("llama"), engine=request.param, disk_mb=0, **options))
-        return opened[-1]
-
-    yield make
-    for runtime in opened:
-        runtime.close()
+    with opening(prompted_of("llama"), request.param) as make:
+        yield make
 
 
 def test_two_streams_of_one_thread_give_the_answers_of_each_alone(open_: Callable[..., Runtime]) -> None:
@@ -42,23 +36,6 @@ def test_two_streams_of_one_thread_give_the_answers_of_each_alone(open_: Callabl
             texts[name] += next(stream, "")
     assert texts == alone
     assert len(loaded_bundle(runtime).pool(None)[0].contexts) == 2
-
-
-def test_eight_threads_get_the_answers_that_one_alone_gets(open_: Callable[..., Runtime]) -> None:
-    runtime = open_(contexts=3)
-    choices = [None, "one", "two", {"one": 0.5}]
-    prompts = (PROMPT, "play music in the hall", "stop")
-    alone = {
-        (p, a): runtime.generate(prompts[p], adapter=choices[a], max_tokens=4).text for p in range(3) for a in range(4)
-    }
-    jobs = [place for _ in range(6) for place in alone]
-
-    def answer(place: tuple[int, int]) -> str:
-        return runtime.generate(prompts[place[0]], adapter=choices[place[1]], max_tokens=4).text
-
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(answer, jobs)) == [alone[place] for place in jobs]
-    assert len(loaded_bundle(runtime).pool(None)[0].contexts) <= 3
 
 
 @pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
