@@ -14,6 +14,7 @@ from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, Ru
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, make_foreign, room_for, write_bundle
+from runtime.serving.waiting import opening
 
 PROMPT = "turn on the warm light in the kitchen"
 NAMES = [f"task{number}" for number in range(6)]
@@ -50,15 +51,8 @@ def copy(many: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def open_(engine: str, many: Path) -> Iterator[Callable[..., Runtime]]:
     """`open_(**options)`: the bundle of six, or another one, in each engine."""
-    opened: list[Runtime] = []
-
-    def make(bundle: Path = many, **options: object) -> Runtime:
-        opened.append(Runtime.open(bundle, **{"engine": engine, "disk_mb": 0, "contexts": 1, **options}))  # type: ignore[arg-type]
-        return opened[-1]
-
-    yield make
-    for runtime in opened:
-        runtime.close()
+    with opening(many, engine, contexts=1) as make:
+        yield make
 
 
 def answer(runtime: Runtime, adapter: str | dict[str, float] | None) -> str:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from runtime.bundles import add_onnx, write_bundle
 from runtime.conftest import adapters_of
 from runtime.gguf_files import rewritten
+from runtime.serving.waiting import opening
 from tiny import WORDS
 
 PROMPT = "turn on the warm light in the kitchen"
@@ -46,17 +47,9 @@ def sharp_bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def open_(sharp_bundle: Path, both_of: Callable[[str], Path]) -> Iterator[Callable[[str, float], Runtime]]:
     """`open_(engine, sharpness)`: a runtime, opened once."""
-    opened = []
-
-    @cache
-    def make(engine: str, sharpness: float) -> Runtime:
-        bundle = sharp_bundle if sharpness == SHARP else both_of("llama")
-        opened.append(Runtime.open(bundle, engine=engine, contexts=1, disk_mb=0, exact=False))
-        return opened[-1]
-
-    yield make
-    for runtime in opened:
-        runtime.close()
+    bundles = {SHARP: sharp_bundle, FLAT: both_of("llama")}
+    with opening(sharp_bundle, "gguf", contexts=1, exact=False) as make:
+        yield cache(lambda engine, sharpness: make(bundles[sharpness], engine=engine))
 
 
 @pytest.mark.parametrize("sharpness", [SHARP, FLAT])

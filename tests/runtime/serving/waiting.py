@@ -14,12 +14,12 @@ from edgetune_runtime import Runtime
 
 
 @contextmanager
-def opening(bundle: Path, engine: str) -> Iterator[Callable[..., Runtime]]:
-    """A function that opens the bundle, with options of `Runtime.open`."""
+def opening(bundle: Path, engine: str, **defaults: Any) -> Iterator[Callable[..., Runtime]]:  # noqa: ANN401
+    """A function that opens the bundle, or another one, with options of `Runtime.open`."""
     opened: list[Runtime] = []
 
-    def make(**options: Any) -> Runtime:  # noqa: ANN401 - those of Runtime.open
-        opened.append(Runtime.open(bundle, engine=engine, disk_mb=0, **options))
+    def make(other: Path = bundle, **options: Any) -> Runtime:  # noqa: ANN401 - those of Runtime.open
+        opened.append(Runtime.open(other, **{"engine": engine, "disk_mb": 0, **defaults, **options}))
         return opened[-1]
 
     yield make
