@@ -16,6 +16,8 @@ from edgetune_export.architectures.layout import base_columns, base_rows, name_m
 from edgetune_export.architectures.shape import linear_modules
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx import backend as onnx
+from edgetune_export.drafts import Row, table_of
+from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import (
     BASE,
     MANIFEST_NAME,
@@ -28,9 +30,11 @@ from edgetune_runtime.bundle import (
     read_manifest,
     sha256_of,
 )
+from edgetune_runtime.decoding.drafts import write_table
 from edgetune_runtime.engines import load_needs
 from edgetune_runtime.engines.needs import adapter_size
 from edgetune_runtime.formats.gguf_file import GgufHeader, digest_of_chat_template, digest_of_tokenizer, read_header
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.inference.routing.classifier import ROUTER_FILE, PromptClassifier, write_classifiers
 from edgetune_runtime.inference.routing.features import count_buckets
 
@@ -224,9 +228,30 @@ def add_router(bundle: Path, words: Mapping[str, Mapping[str, str]], below: str 
     write_classifiers(bundle / "adapters" / ROUTER_FILE, classifiers)
     calls = {call: RoutedCall(tuple(one), 0.5, dict.fromkeys(one, 1.0), 1.0) for call, one in words.items()}
     entry, file = RouterEntry(f"adapters/{ROUTER_FILE}", calls, below), bundle / "adapters" / ROUTER_FILE
-    about = {entry.file: asdict(FileEntry(sha256_of(file), file.stat().st_size))}
+    about = {entry.file: _described(file)}
     change_manifest(bundle, lambda raw: raw.update(router=asdict(entry), files={**raw["files"], **about}))
     return entry
+
+
+def add_draft_table(bundle: Path, engine: str, prompts: Sequence[str]) -> None:
+    """Put a table of what its adapter `one` answers to some prompts into a bundle."""
+    rows, path = [], bundle / "adapters/one/draft.bin"
+    with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
+        for prompt in prompts:
+            call = loaded_bundle(runtime).call(prompt, "one")
+            assert runtime.generate(prompt, adapter="one", max_tokens=40).timings.accepted == 0
+            rows += [Row(list(call.pool.first.tokens), len(call.job.tokens))] * 3
+    write_table(path, table_of(rows, lambda _: False, read_manifest(bundle).base.tokenizer_sha256))
+
+    def add(raw: dict[str, Any]) -> None:
+        raw["adapters"]["one"]["draft"] = "adapters/one/draft.bin"
+        raw["files"]["adapters/one/draft.bin"] = _described(path)
+
+    change_manifest(bundle, add)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    return asdict(FileEntry(sha256_of(file), file.stat().st_size))
 
 
 def _classifier_of(words: Sequence[str], buckets: int = 1 << 14) -> PromptClassifier:

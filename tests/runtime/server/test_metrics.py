@@ -7,17 +7,11 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from edgetune_export.drafts import Row, table_of
-from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import read_manifest, sha256_of
-from edgetune_runtime.decoding.drafts import write_table
-from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.server.answer_queue import AnswerQueue
 from edgetune_runtime.server.metrics import Metrics
-from runtime.bundles import change_manifest
+from runtime.bundles import add_draft_table
 from runtime.server.conftest import Start
 from runtime.server.test_health import figures
 
@@ -28,19 +22,7 @@ KNOWN, OTHER = "play", "turn on the warm light"
 def drafting(prompted_of: Callable[[str], Path], tmp_path: Path) -> Path:
     """A bundle whose adapter `one` has a table of its answer to KNOWN."""
     bundle = Path(shutil.copytree(prompted_of("llama"), tmp_path / "home"))
-    with Runtime.open(bundle, disk_mb=0) as runtime:
-        call = loaded_bundle(runtime).call(KNOWN, "one")
-        runtime.generate(KNOWN, adapter="one", max_tokens=40)
-        row = Row(list(call.pool.first.tokens), len(call.job.tokens))
-    path = bundle / "adapters/one/draft.bin"
-    write_table(path, table_of([row] * 3, lambda _: False, read_manifest(bundle).base.tokenizer_sha256))
-    name = path.relative_to(bundle).as_posix()
-
-    def add(raw: dict[str, Any]) -> None:
-        raw["adapters"]["one"]["draft"] = name
-        raw["files"][name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-
-    change_manifest(bundle, add)
+    add_draft_table(bundle, "gguf", [KNOWN])
     return bundle
 
 
