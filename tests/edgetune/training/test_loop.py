@@ -112,7 +112,7 @@ def test_bf16_trains_on_the_cpu(tmp_path: Path) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path).values())
 
 
-def test_the_base_is_left_as_it_was(base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_base_is_left_as_it_was(base: PreTrainedModel, run: Callable[..., Any]) -> None:
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     modules = [(name, type(module)) for name, module in base.named_modules()]
     attention = base.config._attn_implementation
@@ -176,23 +176,25 @@ def test_a_killed_training_resumes_from_its_last_validation(
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
+def interrupting(at: int, counts: Callable[..., bool]) -> Callable[..., None]:
+    """A hook that raises KeyboardInterrupt at that one of the calls that count."""
+    calls = []
+
+    def interrupt(*arguments: object) -> None:
+        calls.extend([1] if counts(*arguments) else [])
+        if len(calls) == at:
+            raise KeyboardInterrupt
+
+    return interrupt
+
+
 @pytest.mark.parametrize("point", [3, 12])
 def test_a_run_interrupted_while_it_validates_validates_again(
     point: int, base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path, whole: Path
 ) -> None:
-    passes = []
-
-    def interrupt(model: torch.nn.Module, _inputs: object) -> None:
-        passes.extend([] if model.training else [1])
-        if len(passes) == point // 3:
-            raise KeyboardInterrupt
-
-    hook = base.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(CancelledError, match=f"stopped at step {point}"):
-            run(RESUMED)
-    finally:
-        hook.remove()
+    interrupt = interrupting(point // 3, lambda model, _: not model.training)
+    with base.register_forward_pre_hook(interrupt), pytest.raises(CancelledError, match=f"stopped at step {point}"):
+        run(RESUMED)
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
 
@@ -202,20 +204,10 @@ def test_a_run_interrupted_in_the_middle_of_a_step_takes_it_again_wholly(
 ) -> None:
     monkeypatch.setattr(memory, "MOST_TOKENS", 40)
     run(RESUMED, "whole")
-    passes = []
-
-    def interrupt(model: torch.nn.Module, _inputs: object) -> None:
-        passes.extend([1] if model.training else [])
-        # Two more passes before the first step measure what a pass keeps.
-        if len(passes) == 12:
-            raise KeyboardInterrupt
-
-    hook = base.register_forward_pre_hook(interrupt)
-    try:
-        with pytest.raises(CancelledError, match="stopped at step 4"):
-            run(RESUMED)
-    finally:
-        hook.remove()
+    # Two more passes before the first step measure what a pass keeps.
+    interrupt = interrupting(12, lambda model, _: model.training)
+    with base.register_forward_pre_hook(interrupt), pytest.raises(CancelledError, match="stopped at step 4"):
+        run(RESUMED)
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", tmp_path / "whole")
 
@@ -223,19 +215,8 @@ def test_a_run_interrupted_in_the_middle_of_a_step_takes_it_again_wholly(
 def test_a_run_interrupted_while_weights_change_goes_on_from_the_state_before(
     run: Callable[..., Any], tmp_path: Path, whole: Path
 ) -> None:
-    steps = []
-
-    def interrupt(*_: object) -> None:
-        steps.append(1)
-        if len(steps) == 8:
-            raise KeyboardInterrupt
-
-    hook = register_optimizer_step_post_hook(interrupt)
-    try:
-        with pytest.raises(CancelledError):
-            run(RESUMED)
-    finally:
-        hook.remove()
+    with register_optimizer_step_post_hook(interrupting(8, lambda *_: True)), pytest.raises(CancelledError):
+        run(RESUMED)
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
 
@@ -321,7 +302,7 @@ def test_the_checkpoint_that_ships_is_that_of_the_options(
 
 
 @pytest.mark.parametrize("stopped", [None, 4])
-def test_patience_ends_a_run_that_gets_no_better(stopped: int | None, run: Callable[..., Any], tmp_path: Path) -> None:
+def test_patience_ends_a_run_that_gets_no_better(stopped: int | None, run: Callable[..., Any]) -> None:
     impatient = TrainingJob(
         **{**vars(OVERFITTING), "training": OVERFITTING.training.model_copy(update={"patience": 2})}
     )
