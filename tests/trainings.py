@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from edgetune import methods
 from edgetune.common.progress import Progress, Step
+from edgetune.methods.common.base import trainable
 from edgetune.objectives.example import Example
+from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.recipe.training import TrainingSpec
 from edgetune.training.job import TrainingJob, TrainResult
 from edgetune.training.loop import train
@@ -151,6 +153,34 @@ def logits_of(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:  # noqa: ANN
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=torch.tensor([tokens])).logits[0]
     return logits
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: ANN401 - as above
+    """The gradients of a loss, by the names of their parameters."""
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def pass_gradients(model: Any, rows: Sequence[Example]) -> dict[str, torch.Tensor]:  # noqa: ANN401 - as above
+    """The loss and the gradients of one packed pass."""
+    loss = NEXT_TOKEN.loss(model, model, NEXT_TOKEN.batch(rows))
+    return {"loss": loss.detach()} | gradients(model, loss)
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Make the trainable parameters random."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in trainable(model):
+            parameter.copy_(torch.randn_like(parameter) / 4)
+
+
+def random_row(seed: int, length: int, beginning: Sequence[int] = (), learned_from: int = 1) -> Example:
+    """A row of random tokens after `beginning`."""
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.randint(30, VOCABULARY, (length - len(beginning),), generator=generator).tolist()
+    return Example((*beginning, *own), tuple(i >= learned_from for i in range(length)), learned_from)
 
 
 def build_in_two_processes(recipe: Path, out: Path) -> dict[str, Any]:

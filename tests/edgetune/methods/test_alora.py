@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tiny import FEW, make_encoder, make_model
 from torch.nn.functional import cross_entropy
-from trainings import VOCABULARY, check_resumed, job, learn, logits_of
+from trainings import VOCABULARY, check_resumed, job, learn, logits_of, randomize
 
 from edgetune import methods
 from edgetune.methods import Checkpoint
@@ -62,10 +62,7 @@ def attached(arch: str, **more: object) -> Any:  # noqa: ANN401 - PEFT carries n
     """A tiny base with a random adapter, as training attaches it."""
     base = make_model(arch, VOCABULARY).eval()
     model = ALORA.attach(base, ALORA.options.model_validate({**OPTIONS, **more}), 10)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in trainable(model):
-            parameter.copy_(torch.randn_like(parameter) / 4)
+    randomize(model)
     return model
 
 

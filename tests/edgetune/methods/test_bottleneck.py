@@ -12,7 +12,7 @@ from edgetune_export.adapters.shapes import Bottleneck, Tensors
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from tiny import FEW, make_encoder, make_model
 from torch.nn import functional
-from trainings import VOCABULARY, answer, check_resumed, job, learn, logits_of
+from trainings import VOCABULARY, answer, check_resumed, job, learn, logits_of, randomize
 
 from edgetune import methods
 from edgetune.methods import Checkpoint
@@ -31,10 +31,7 @@ KINDS: list[dict[str, Any]] = [
 def attach(arch: str, options: dict[str, Any]) -> Any:  # noqa: ANN401 - a module with parts of its own
     """A tiny base with random bottlenecks."""
     model = BOTTLENECK.attach(make_model(arch, VOCABULARY).eval(), BOTTLENECK.options.model_validate(options), 10)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for _, parameter in trainable(model):
-            parameter.copy_(torch.randn_like(parameter) / 4)
+    randomize(model)
     return model
 
 

@@ -16,7 +16,7 @@ from recipes import adapter_of, make_recipe
 from safetensors.torch import load_file
 from tiny import make_model
 from torch.nn.functional import cross_entropy
-from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of, learn
+from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of, learn, random_row
 from transformers import DynamicCache, PreTrainedModel
 
 from edgetune import methods
@@ -47,16 +47,9 @@ def base_of() -> BaseOf:
     return cache(lambda arch: make_model(arch, VOCABULARY))
 
 
-def random_row(seed: int, length: int, beginning: Sequence[int] = ()) -> Example:
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.randint(30, VOCABULARY, (length - len(beginning),), generator=generator).tolist()
-    learned = tuple(i >= length - 4 for i in range(length))
-    return Example((*beginning, *own), learned, length - 4)
-
-
 ROWS = {
-    "rows of different lengths": [random_row(1, 40), random_row(2, 9), random_row(3, 23)],
-    "rows with a shared beginning": [random_row(seed, 18 + 9 * seed, range(10, 22)) for seed in range(3)],
+    "rows of different lengths": [random_row(1, 40, (), 36), random_row(2, 9, (), 5), random_row(3, 23, (), 19)],
+    "rows with a shared beginning": [random_row(n, 18 + 9 * n, range(10, 22), 14 + 9 * n) for n in range(3)],
 }
 
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 from tiny import make_model
 from torch.nn.functional import cross_entropy
+from trainings import VOCABULARY, gradients
 
 from edgetune import methods
 from edgetune.objectives import chunks
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN, packed_logits
-
-VOCABULARY = 384
 
 
 def batch() -> Any:  # noqa: ANN401 - of an objective
@@ -36,18 +35,13 @@ def test_a_loss_by_chunks_has_the_value_and_gradients_of_one_on_all_logits(
     NEXT_TOKEN.prepare(base)
     packed = batch()
 
-    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        tuned.zero_grad()
-        loss.backward()
-        return {name: p.grad.clone() for name, p in tuned.named_parameters() if p.grad is not None}
-
     whole = cross_entropy(packed_logits(tuned, packed).float(), packed.targets, reduction="sum")
-    wanted = gradients(whole)
+    wanted = gradients(tuned, whole)
     # 60 predictions in chunks of 7.
     monkeypatch.setattr(chunks, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
     loss = NEXT_TOKEN.loss(tuned, tuned, packed)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
-    found = gradients(loss)
+    found = gradients(tuned, loss)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))

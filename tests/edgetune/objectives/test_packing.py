@@ -10,15 +10,14 @@ import pytest
 import torch
 from tiny import make_model
 from torch.nn.functional import cross_entropy
+from trainings import VOCABULARY, gradients, random_row
 from transformers import DynamicCache, PreTrainedModel
 
 from edgetune.objectives import packing
 from edgetune.objectives.example import Example
 from edgetune.objectives.packing import PackedRows, pack, shared_length, take_packed_rows
 
-VOCABULARY = 384
 SYSTEM = range(10, 22)
-Gradients = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +28,6 @@ def model_of() -> Callable[[str], PreTrainedModel]:
 
 def row(*tokens: int, learned_from: int = 1) -> Example:
     return Example(tokens, tuple(i >= learned_from for i in range(len(tokens))), learned_from)
-
-
-def random_row(seed: int, length: int, beginning: Sequence[int] = (), learned_from: int = 1) -> Example:
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.randint(30, VOCABULARY, (length - len(beginning),), generator=generator).tolist()
-    return row(*beginning, *own, learned_from=learned_from)
 
 
 ROWS = {
@@ -79,12 +72,6 @@ def loss_alone(model: PreTrainedModel, examples: Sequence[Example]) -> torch.Ten
         logits.append(out[[i - 1 for i in learned]])
         targets += [example.tokens[i] for i in learned]
     return cross_entropy(torch.cat(logits), torch.tensor(targets))
-
-
-def gradients(model: PreTrainedModel, loss: torch.Tensor) -> Gradients:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "lfm2", "qwen35"])

@@ -8,11 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ARCHITECTURES, make_model
-from trainings import VOCABULARY, answer
+from trainings import VOCABULARY, answer, pass_gradients
 
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import take_packed_rows
 from edgetune.training.fused import fused
+
+ROWS = [answer(number) for number in range(6)]
 
 
 def _tuned(arch: str, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
@@ -26,14 +28,6 @@ def _tuned(arch: str, **options: Any) -> Any:  # noqa: ANN401 - PEFT's
     return model.train()
 
 
-def _gradients(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - as above
-    """The loss and the gradients of one packed pass."""
-    model.zero_grad()
-    loss = NEXT_TOKEN.loss(model, model, NEXT_TOKEN.batch([answer(number) for number in range(6)]))
-    loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 def _fused_modules(model: torch.nn.Module) -> list[str]:
     return [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
 
@@ -42,10 +36,10 @@ def _fused_modules(model: torch.nn.Module) -> list[str]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_losses_and_gradients_are_those_of_the_own_layers(arch: str, targets: Any) -> None:  # noqa: ANN401
     model = _tuned(arch, target_modules=targets)
-    expected = _gradients(model)
+    expected = pass_gradients(model, ROWS)
     with fused(model):
         changed = set(_fused_modules(model))
-        found = _gradients(model)
+        found = pass_gradients(model, ROWS)
     assert "Linear" in changed
     assert any(name.endswith("RMSNorm") for name in changed)
     assert found.keys() == expected.keys()

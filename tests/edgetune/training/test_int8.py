@@ -14,7 +14,7 @@ import torch
 from edgetune_runtime.errors import UsageError
 from tiny import ARCHITECTURES, make_encoder, make_model
 from torch.nn.functional import cosine_similarity
-from trainings import QUIET, VOCABULARY, answer, job, learn, stopped_and_resumed
+from trainings import QUIET, VOCABULARY, answer, job, learn, pass_gradients, stopped_and_resumed
 
 from edgetune import methods
 from edgetune.building.encoder.objective import Classify, Labelled
@@ -56,15 +56,6 @@ def _loss(model: Any) -> torch.Tensor:  # noqa: ANN401 - as above
     return NEXT_TOKEN.loss(model, model, NEXT_TOKEN.batch(ROWS))
 
 
-def _gradients(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - as above
-    """The loss and the gradients of one packed pass."""
-    model.zero_grad()
-    loss = _loss(model)
-    loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach()} | found
-
-
 def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(cosine_similarity(first.flatten(), second.flatten(), dim=0))
 
@@ -103,9 +94,9 @@ def test_rows_of_zeros_give_zeros_and_nan_stays_nan() -> None:
 def test_losses_and_gradients_are_near_those_of_float32(arch: str, method: str) -> None:
     model = _tuned(arch, method)
     with fused(model):
-        expected = _gradients(model)
+        expected = pass_gradients(model, ROWS)
     with fused(model, int8=True):
-        found = _gradients(model)
+        found = pass_gradients(model, ROWS)
     assert found.keys() == expected.keys()
     assert found["loss"] != expected["loss"]
     assert found["loss"] == pytest.approx(float(expected["loss"]), rel=0.005)
@@ -116,9 +107,9 @@ def test_losses_and_gradients_are_near_those_of_float32(arch: str, method: str) 
 
 def test_a_base_without_adapters_in_its_layers_computes_in_int8_too() -> None:
     model = _tuned("llama", "prompt", {"num_virtual_tokens": 4})
-    exact = _gradients(model)
+    exact = pass_gradients(model, ROWS)
     with fused(model, int8=True):
-        found = _gradients(model)
+        found = pass_gradients(model, ROWS)
     assert found["loss"] != exact["loss"]
     assert all(_cosine(found[name], gradient) > 0.99 for name, gradient in exact.items())
 
@@ -127,9 +118,9 @@ def test_a_base_without_adapters_in_its_layers_computes_in_int8_too() -> None:
 def test_checkpointed_layers_have_the_same_gradients(arch: str) -> None:
     model = _tuned(arch)
     with fused(model, int8=True):
-        whole = _gradients(model)
+        whole = pass_gradients(model, ROWS)
         with checkpointed(layers_of(model)):
-            again = _gradients(model)
+            again = pass_gradients(model, ROWS)
     assert all(torch.equal(whole[name], gradient) for name, gradient in again.items())
 
 

@@ -15,7 +15,7 @@ from edgetune_export.base_file.merge import write_merged
 from edgetune_export.parity import compare
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from peft import LoraConfig, get_peft_model
-from trainings import QUIET, job, short_answer
+from trainings import QUIET, job, pass_gradients, short_answer
 
 from edgetune import bases
 from edgetune.bases import Base
@@ -58,30 +58,22 @@ def tuned(base: Base, dtype: torch.dtype = torch.float32, **options: Any) -> Any
     return peft.train()
 
 
-def gradients(model: Any) -> dict[str, torch.Tensor]:  # noqa: ANN401 - as above
-    """The loss and the gradients of one packed pass."""
-    model.zero_grad()
-    loss = NEXT_TOKEN.loss(model, model, NEXT_TOKEN.batch(ROWS))
-    loss.backward()
-    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 def test_gradients_are_those_of_a_lora_on_weights_that_add_up_to_the_rounded_ones(
     base_in: Callable[[str], Base],
 ) -> None:
     base = base_in("q4_0")
     model = tuned(base)
     with rounded_layers(model, base.path):
-        rounded = gradients(model)
+        rounded = pass_gradients(model, ROWS)
         layers = dict(tuned_layers(model))
         weights = {name: layer.forward._weight.view_as(layer.base_layer.weight) for name, layer in layers.items()}
     assert not [name for name, layer in layers.items() if "forward" in vars(layer)]
-    plain = gradients(model)
+    plain = pass_gradients(model, ROWS)
     assert abs(plain["loss"] - rounded["loss"]) > 1e-3
     with torch.no_grad():
         for name, layer in layers.items():
             layer.base_layer.weight.copy_(weights[name] - layer.get_delta_weight("default"))
-    expected = gradients(model)
+    expected = pass_gradients(model, ROWS)
     assert rounded.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(
@@ -94,10 +86,10 @@ def test_dropout_acts_on_the_update_alone(base_in: Callable[[str], Base]) -> Non
     model = tuned(base, lora_dropout=0.5)
     with rounded_layers(model, base.path):
         torch.manual_seed(1)
-        first, second = gradients(model)["loss"], gradients(model)["loss"]
+        first, second = pass_gradients(model, ROWS)["loss"], pass_gradients(model, ROWS)["loss"]
         assert first != second
         model.eval()
-        assert gradients(model)["loss"] == gradients(model)["loss"]
+        assert pass_gradients(model, ROWS)["loss"] == pass_gradients(model, ROWS)["loss"]
 
 
 def test_rounded_weights_are_no_memory_of_a_pass(base_in: Callable[[str], Base]) -> None:
@@ -115,7 +107,7 @@ def test_a_base_in_bfloat16_is_rounded_as_one_in_float32(base_in: Callable[[str]
     for dtype in (torch.float32, torch.bfloat16):
         model = tuned(base, dtype=dtype)
         with rounded_layers(model, base.path), torch.autocast("cpu", torch.bfloat16):
-            gradients(model)
+            pass_gradients(model, ROWS)
             weights.append([layer.forward._weight for _, layer in tuned_layers(model)])
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
