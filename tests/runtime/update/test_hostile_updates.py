@@ -155,27 +155,6 @@ def test_a_rollback_where_nothing_can_be_written_leaves_a_version_running(
     assert write > 5
 
 
-def test_a_disk_that_becomes_read_only_at_any_write_leaves_the_old_version_running(
-    prefix: Path, publisher: Publisher, tmp_path: Path
-) -> None:
-    publisher("one")
-    assert apply(prefix, publisher) == 0
-    publisher("two")
-    kept, seen = tmp_path / "kept", []
-    prefix.rename(kept)
-    for write in range(1, 500, 10):
-        copied(kept, prefix)
-        code = read_only_from(write, lambda: run(prefix, "--apply"))
-        seen.append(ask(prefix))
-        assert run(prefix, "--apply") == 0
-        assert answer_of(prefix) == "two"
-        if code == 0:
-            break
-        assert code == UsageError.exit_code
-    assert write > 30
-    assert seen == sorted(seen) and set(seen) == {"one", "two"}
-
-
 def test_the_status_is_shown_where_nothing_can_be_written(prefix: Path, publisher: Publisher) -> None:
     publisher("one")
     assert apply(prefix, publisher) == 0

@@ -33,7 +33,7 @@ from edgetune_runtime.update import current, trust, update
 from edgetune_runtime.update.download import download
 from edgetune_runtime.update.state import read_state, text_of_state, write_state
 from edgetune_runtime.update.update import UpdateSource
-from kills import full_from, left_by_kills
+from kills import full_from, left_by_kills, read_only_from
 from kits import KitMaker, answer_of, ask, copied, write_bundle
 from repositories import Publisher, Server, publish, serving, silent
 
@@ -560,8 +560,9 @@ def test_a_switch_that_was_cut_off_is_completed_once(prefix: Path, publisher: Pu
     assert read_state(prefix).switching == ""
 
 
-def test_a_disk_that_is_full_at_any_write_leaves_the_old_version_running(
-    prefix: Path, publisher: Publisher, tmp_path: Path
+@pytest.mark.parametrize(("failing", "expected"), [(full_from, OutOfSpaceError), (read_only_from, UsageError)])
+def test_a_disk_that_cannot_be_written_from_any_write_on_leaves_the_old_version_running(
+    failing: Callable[..., int], expected: type[EdgetuneError], prefix: Path, publisher: Publisher, tmp_path: Path
 ) -> None:
     publisher("one")
     apply(prefix, source_of(publisher, publisher.repo))
@@ -570,13 +571,13 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_old_version_running(
     prefix.rename(kept)
     for write in range(1, 500, 5):
         copied(kept, prefix)
-        code = full_from(write, lambda: main(["update", "--apply", "--prefix", str(prefix)]))
+        code = failing(write, lambda: main(["update", "--apply", "--prefix", str(prefix)]))
         seen.append(ask(prefix))
         apply(prefix)
         assert answer_of(prefix) == "two"
         if code == 0:
             break
-        assert code == OutOfSpaceError.exit_code
+        assert code == expected.exit_code
     assert write > 30
     assert seen == sorted(seen) and set(seen) == {"one", "two"}
 
