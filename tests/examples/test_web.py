@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from edgetune_runtime import AsyncRuntime, Runtime
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.context import Context
 from examples.conftest import EXAMPLES
+from waiting import wait_for
 from werkzeug.serving import make_server
 
 PROMPT = "turn on the light"
@@ -80,13 +80,6 @@ def context_of(runtime: Runtime) -> Context:
     return context
 
 
-def wait_until_free(context: Context) -> None:
-    end = time.monotonic() + WAIT_S
-    while context.holder is not None:
-        assert time.monotonic() < end, "the context is still held"
-        time.sleep(0.005)
-
-
 def test_an_answer_arrives_in_pieces(served: tuple[str, Runtime]) -> None:
     url, runtime = served
     expected = runtime.generate(PROMPT, adapter="reply", max_tokens=200)
@@ -105,7 +98,7 @@ def test_a_client_that_leaves_frees_the_context_before_the_answer_ends(served: t
     with httpx.stream("POST", f"{url}/reply", content=PROMPT) as response:
         next(response.iter_raw())
     context = context_of(runtime)
-    wait_until_free(context)
+    wait_for(lambda: context.holder is None)
     assert len(context.tokens) < prompt_tokens + 200
     assert httpx.post(f"{url}/reply", content=PROMPT).status_code == 200
 

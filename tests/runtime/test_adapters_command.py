@@ -22,6 +22,7 @@ from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_b
 from kills import KILLED, full_from, killed_at, read_only_from
 from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, make_foreign, write_bundle
 from runtime.server.test_serve_command import serving
+from waiting import wait_for
 
 PROMPT = "turn on the light"
 Run = Callable[..., tuple[int, str, str]]
@@ -211,24 +212,21 @@ def test_a_running_server_takes_over_changes_at_a_hang_up(run: Run, home: Path, 
         body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}
         return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
 
-    def wait_for(url: str, names: set[str]) -> None:
-        end_s = time.monotonic() + 30
-        while {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]} != names:
-            assert time.monotonic() < end_s
-            time.sleep(0.05)
+    def listed(url: str) -> set[str]:
+        return {model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]}
 
     with serving(home, "--contexts", 2) as (process, url):
         before = ask(url, "command").json()["choices"]
         assert ask(url, "new").status_code == 404
         assert run("add", home, source, "--adapter", "new")[0] == 0
         process.send_signal(signal.SIGHUP)
-        wait_for(url, {"home", "command", "tone", "whole", "new"})
+        wait_for(lambda: listed(url) == {"home", "command", "tone", "whole", "new"})
         assert ask(url, "new").status_code == 200
         run("remove", home, "tone")
         run("remove", home, "command")
         run("add", home, source, "--adapter", "command")
         process.send_signal(signal.SIGHUP)
-        wait_for(url, {"home", "command", "whole", "new"})
+        wait_for(lambda: listed(url) == {"home", "command", "whole", "new"})
         assert ask(url, "tone").status_code == 404
         assert ask(url, "command").json()["choices"] != before
         assert 'adapter="new"' in httpx.get(f"{url}/metrics").text

@@ -22,6 +22,7 @@ from edgetune_runtime.server.connections import ClientConnection, Connections
 from edgetune_runtime.server.settings import Access, ServerLimits
 from runtime.server.conftest import Running, Start
 from runtime.server.test_limits import LONG, body, post, streaming
+from waiting import wait_for
 
 HERE, ALICE, BOB = "127.0.0.1", "192.168.1.5", "192.168.1.6"
 
@@ -158,9 +159,7 @@ def test_a_client_that_stops_reading_makes_room(start: Start) -> None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect((HERE, server.port))
         client.sendall(head + data)
-        end = time.monotonic() + 10
-        while httpx.get(f"{server.url}/v1/models").status_code != 200:
-            assert time.monotonic() < end
+        wait_for(lambda: httpx.get(f"{server.url}/v1/models").status_code == 200, 10)
 
 
 def test_a_body_that_arrives_slowly_makes_room(start: Start) -> None:

@@ -8,6 +8,7 @@ from edgetune_runtime.bundle import sha256_of
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from runtime.server.conftest import Running, Start
+from waiting import wait_for
 
 CHAT = {"model": "command", "messages": [{"role": "user", "content": "play"}], "max_tokens": 4}
 
@@ -79,7 +80,5 @@ def test_embeddings_come_as_numbers_or_in_base64(encoder_bundle: Path, start: St
 
 def test_a_bundle_without_prompts_is_ready_although_it_cannot_be_warmed(encoder_bundle: Path, start: Start) -> None:
     server = start(encoder_bundle, warms=True)
-    begin = time.monotonic()
-    while server.client.get("/readyz").status_code == 503:
-        assert time.monotonic() < begin + 10
+    wait_for(lambda: server.client.get("/readyz").status_code != 503, 10)
     assert server.client.get("/v1/models").status_code == 200

@@ -9,7 +9,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import httpx
 import pytest
 from edgetune_runtime.cli import main
 from runtime.bundles import change_manifest
+from waiting import wait_for
 
 RUN = [sys.executable, "-m", "edgetune_runtime", "serve"]
 CHAT = {"model": "command", "messages": [{"role": "user", "content": "play"}], "max_tokens": 4}
@@ -95,9 +95,7 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
     bundle = Path(shutil.copytree(prompted_of("llama"), tmp_path / "home"))
     change_manifest(bundle, lambda raw: raw.update(warms=says))
     with serving(bundle, "--cache-folder", tmp_path / "states", *options) as (_, url):
-        begin = time.monotonic()
-        while httpx.get(f"{url}/readyz").status_code == 503:
-            assert time.monotonic() < begin + 30
+        wait_for(lambda: httpx.get(f"{url}/readyz").status_code != 503)
         assert bool(list(tmp_path.glob("states/*.kv"))) is warms
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.serving.turns import _RECENT_S, Turn, Turns
+from waiting import wait_for
 
 
 class Calls:
@@ -29,7 +30,7 @@ class Calls:
             self._running[name] = threading.Thread(target=self._work, args=(name, is_prompt))
             before = self._asked()
             self._running[name].start()
-            _until(lambda before=before: self._asked() > before)
+            wait_for(lambda before=before: self._asked() > before)
 
     def end(self, *names: str) -> None:
         """End their turns."""
@@ -62,20 +63,12 @@ def _calls(most: int, *, shares: bool = True) -> Iterator[Calls]:
         calls.close()
 
 
-def _until(happened: object) -> None:
-    assert callable(happened)
-    deadline = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_a_call_alone_has_all_threads_and_the_next_ones_divide_them() -> None:
     with _calls(4) as calls:
         calls.begin("first", "second", "third")
         assert calls.threads == {"first": 4}, "the others wait for the end of its step"
         calls.end("first")
-        _until(lambda: len(calls.began) == 3)
+        wait_for(lambda: len(calls.began) == 3)
         # "first" only just ended, and is expected back.
         assert calls.threads == {"first": 4, "second": 2, "third": 1}
         calls.begin("first")
@@ -83,7 +76,7 @@ def test_a_call_alone_has_all_threads_and_the_next_ones_divide_them() -> None:
         calls.end("first", "second", "third")
         time.sleep(2 * _RECENT_S)
         calls.begin("last")
-        _until(lambda: "last" in calls.threads)
+        wait_for(lambda: "last" in calls.threads)
         assert calls.threads["last"] == 4
 
 
@@ -95,7 +88,7 @@ def test_calls_beyond_the_number_of_threads_wait_in_the_order_of_asking() -> Non
         for ended in range(6):
             calls.end(str(ended))
             expected = names[: min(6, ended + 3)]
-            _until(lambda expected=expected: len(calls.began) == len(expected))
+            wait_for(lambda expected=expected: len(calls.began) == len(expected))
             assert sorted(calls.began) == expected
     assert calls.threads == {"0": 2} | dict.fromkeys(names[1:], 1)
 
@@ -112,7 +105,7 @@ def test_steps_of_answers_go_before_those_of_prompts_for_a_while(
         calls.begin("prompt", is_prompt=True)
         calls.begin("answer")
         for count, name in enumerate(expected, 1):
-            _until(lambda count=count: len(calls.began) == count)
+            wait_for(lambda count=count: len(calls.began) == count)
             assert calls.began == expected[:count]
             calls.end(name)
 
@@ -122,7 +115,7 @@ def test_where_threads_cannot_be_divided_one_computes_at_a_time() -> None:
         calls.begin("first", "second", "third")
         assert calls.began == ["first"]
         calls.end("first")
-        _until(lambda: len(calls.began) == 2)
+        wait_for(lambda: len(calls.began) == 2)
         assert calls.began == ["first", "second"]
         assert calls.threads == {"first": 4, "second": 4}
 
@@ -131,7 +124,7 @@ def test_several_calls_get_a_core_each_even_while_other_processes_use_some() -> 
     with _calls(4) as calls:
         calls.turns.divide(alone=1, limit=4)
         calls.begin("first", "second", "third")
-        _until(lambda: len(calls.began) == 3)
+        wait_for(lambda: len(calls.began) == 3)
         assert calls.threads == {"first": 1, "second": 1, "third": 1}
 
 
@@ -142,7 +135,7 @@ def test_a_call_that_stops_while_it_waits_does_not_keep_its_place() -> None:
             raise AssertionError("the turn of another call")
         calls.begin("second")
         calls.end("first")
-        _until(lambda: calls.began == ["first", "second"])
+        wait_for(lambda: calls.began == ["first", "second"])
         calls.end("second")
         assert calls.turns.is_idle
 
