@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import openai
 import pytest
 from edgetune_runtime.inference.generation import _Answering
 from edgetune_runtime.inference.measuring import loaded_bundle
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI
 from pydantic import BaseModel, ConfigDict
 from runtime.server.conftest import Running, Start
 from runtime.server.test_limits import LONG
@@ -191,16 +190,11 @@ def test_whitespace_before_a_call_is_in_no_item(
 
 def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
     server = start(**LONG)
-
-    async def main() -> None:
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
-            stream = await client.responses.create(model="command", input=PROMPT, max_output_tokens=490, stream=True)
-            async for event in stream:
-                if event.type == "response.output_text.delta":
-                    break
-            await stream.close()
-
-    asyncio.run(main())
+    with (
+        OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
+        client.responses.create(model="command", input=PROMPT, max_output_tokens=490, stream=True) as stream,
+    ):
+        assert any(event.type == "response.output_text.delta" for event in stream)
     wait_for(lambda: server.is_idle)
 
 
