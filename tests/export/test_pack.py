@@ -142,8 +142,13 @@ def test_a_manifest_that_names_a_missing_file_makes_no_bundle(work: Path, tmp_pa
     assert names_beside(work) == ["work"]
 
 
-def test_a_failed_build_keeps_the_bundle_that_was_there(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_set_aside", [False, True])
+def test_a_failed_build_keeps_the_bundle_that_was_there_or_that_a_killed_build_set_aside(
+    is_set_aside: bool, work: Path, tmp_path: Path
+) -> None:
     out = pack(work, tmp_path / "home", MANIFEST)
+    if is_set_aside:
+        out.rename(tmp_path / f".home.old-{dead_process()}")
     (work / "base/m.gguf").unlink()
     with pytest.raises(VerificationError):
         pack(work, out, MANIFEST)
@@ -157,16 +162,6 @@ def test_what_killed_builds_left_is_removed(work: Path, tmp_path: Path) -> None:
         (tmp_path / name / "base").mkdir(parents=True)
     pack(work, tmp_path / "home", MANIFEST)
     assert names_beside(work) == sorted([f".home.tmp-{other}", f".house.tmp-{dead}", "home", "work"])
-
-
-def test_a_bundle_set_aside_by_a_killed_build_comes_back(work: Path, tmp_path: Path) -> None:
-    out = pack(work, tmp_path / "home", MANIFEST)
-    out.rename(tmp_path / f".home.old-{dead_process()}")
-    (work / "base/m.gguf").unlink()
-    with pytest.raises(VerificationError):
-        pack(work, out, MANIFEST)
-    verify_files(out, read_manifest(out))
-    assert names_beside(out) == ["home", "work"]
 
 
 def test_too_small_a_disk_is_refused_before_anything_is_written(work: Path, small_disk: Path) -> None:

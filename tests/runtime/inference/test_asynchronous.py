@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from edgetune_runtime import AsyncRuntime, NotFoundError, Runtime, UsageError
@@ -181,10 +182,13 @@ def test_errors_are_raised_by_the_first_read(bundle: Path) -> None:
     asyncio.run(main())
 
 
-def test_closing_ends_open_streams(bundle: Path) -> None:
+@pytest.mark.parametrize("of", [lambda runtime: runtime, lambda runtime: runtime.session("command")])
+def test_closing_ends_open_streams_of_the_runtime_and_of_sessions(
+    of: Callable[[AsyncRuntime], Any], bundle: Path
+) -> None:
     async def main() -> None:
         runtime = await AsyncRuntime.open(bundle, disk_mb=0)
-        stream = runtime.stream(PROMPT, max_tokens=230)
+        stream = of(runtime).stream(PROMPT, max_tokens=230)
         await anext(stream)
         await asyncio.wait_for(runtime.close(), 10)
         with pytest.raises(UsageError, match="closed"):
@@ -234,18 +238,6 @@ def test_a_session_is_not_saved_while_its_stream_is_open(bundle: Path, tmp_path:
             await session.save(path)
             async with await runtime.load_session(path) as again:
                 assert again.history == history
-
-    asyncio.run(main())
-
-
-def test_closing_a_runtime_ends_the_streams_of_its_sessions(bundle: Path) -> None:
-    async def main() -> None:
-        runtime = await AsyncRuntime.open(bundle, disk_mb=0)
-        stream = runtime.session("command").stream(PROMPT, max_tokens=230)
-        await anext(stream)
-        await in_10_s(runtime.close(), stream)
-        with pytest.raises(UsageError, match="closed"):
-            await stream.read()
 
     asyncio.run(main())
 
