@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import flip
 from edgetune_runtime import Runtime, __version__
 from recipes import lights, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
@@ -347,10 +348,7 @@ def test_evaluate_shows_some_wrong_rows(run: Run, bundle: Path, recipe: Path) ->
 
 def test_a_damaged_bundle_ends_with_its_exit_code(run: Run, bundle: Path, recipe: Path, tmp_path: Path) -> None:
     damaged = shutil.copytree(bundle, tmp_path / "damaged")
-    adapter = damaged / "adapters/tone/adapter.gguf"
-    content = bytearray(adapter.read_bytes())
-    content[-1] ^= 1
-    adapter.write_bytes(content)
+    flip(damaged / "adapters/tone/adapter.gguf", -1)
     data = recipe.parent / "tone.jsonl"
     assert_is_one_error(
         run("evaluate", damaged, "--adapter", "tone", "--data", data), 4, "adapter.gguf does not match its digest"
@@ -509,12 +507,6 @@ def test_export_bundles_peft_folders_without_training(
         assert told == original.generate("play", adapter="tone", max_tokens=8).text
 
 
-def damage(path: Path, at: int = -1, *, keep: int | None = None) -> None:
-    content = bytearray(path.read_bytes())[:keep]
-    content[at] ^= 0xFF
-    path.write_bytes(content)
-
-
 BAD_INPUT: dict[str, tuple[int, str, Callable[[Path], object]]] = {
     "missing data": (3, "no data file", lambda folder: (folder / "tone.jsonl").unlink()),
     "empty data": (2, "tone.jsonl has no rows", lambda folder: (folder / "tone.jsonl").write_text("")),
@@ -532,8 +524,8 @@ BAD_INPUT: dict[str, tuple[int, str, Callable[[Path], object]]] = {
     "unknown target module": (
         2, "the base has no module 'q_porj'", lambda folder: edit(folder, "r: 4", "r: 4, target_modules: [q_porj]"),
     ),
-    "truncated base": (4, "base.gguf", lambda folder: damage(folder / "base.gguf", keep=90_000)),
-    "base with a wrong magic": (4, "base.gguf", lambda folder: damage(folder / "base.gguf", 0)),
+    "truncated base": (4, "base.gguf", lambda folder: os.truncate(folder / "base.gguf", 90_000)),
+    "base with a wrong magic": (4, "base.gguf", lambda folder: flip(folder / "base.gguf", 0)),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from damage import flip
 from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
 from edgetune_runtime.store import versions
 from edgetune_runtime.store.durable import LOCK_NAME, installing
@@ -162,10 +163,8 @@ def test_a_tampered_kit_is_refused_and_the_old_version_runs(
     # A wheel is read where it is not installed yet; the environment of the others is there, which saves two seconds.
     kit = Path(shutil.copytree(make("new", runtime="2" if path == "wheels" else "1"), tmp_path / "kit"))
     file = kit / path if path != "wheels" else next((kit / path).glob("edgetune*"))
-    data = bytearray(file.read_bytes())
     # In a comment of the script, so that it still runs.
-    data[15 if path == "install.sh" else len(data) // 2] ^= 1
-    file.write_bytes(data)
+    flip(file, 15 if path == "install.sh" else 0.5)
     done = install_sh(kit, "--prefix", str(prefix))
     assert done.returncode in {4, 5}
     assert len([line for line in done.stderr.splitlines() if "copy the kit again" in line]) == 1, done.stderr

@@ -22,6 +22,7 @@ from typing import Any
 
 import gguf
 import pytest
+from damage import flip
 from edgetune_devices import boards, fit
 from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
@@ -449,21 +450,19 @@ def test_downloaded_wheels_are_kept_and_damaged_ones_are_downloaded_again(
 ) -> None:
     own = repack("edgetune-runtime", tmp_path, "py3-none-any")
 
-    def collected(extra: str) -> dict[str, bytes]:
-        found = collect([extra], TargetPython(this_machine.machine(), PYTHON), [own], tmp_path / "cache", QUIET)
+    def collected() -> dict[str, bytes]:
+        found = collect(["onnx"], TargetPython(this_machine.machine(), PYTHON), [own], tmp_path / "cache", QUIET)
         return {wheel.name: wheel.path.read_bytes() for wheel in found}
 
-    first = collected("onnx")
+    first = collected()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
-    assert collected("onnx") == first
+    assert collected() == first
     (numpy,) = (tmp_path / "cache").glob("numpy-*")
-    data = bytearray(numpy.read_bytes())
-    data[len(data) // 2] ^= 255
-    numpy.write_bytes(data)
+    flip(numpy, 0.5)
     with pytest.raises(IncompatibleError, match="there is no wheel of numpy"):
-        collected("onnx")
+        collected()
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheelhouse))
-    assert collected("onnx") == first
+    assert collected() == first
 
 
 @pytest.mark.usefixtures("_offline")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import flip
 from edgetune_runtime import (
     AsyncRuntime,
     IncompatibleError,
@@ -376,9 +377,7 @@ def copy_of_both(both_of: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("file", ["base/model.gguf", "adapters/tone/adapter.gguf"])
 def test_a_changed_file_is_refused_before_it_is_loaded(copy: Path, file: str) -> None:
-    data = bytearray((copy / file).read_bytes())
-    data[-1] ^= 1
-    (copy / file).write_bytes(data)
+    flip(copy / file, -1)
     with pytest.raises(VerificationError, match=file):
         Runtime.open(copy, preload="all")
     with Runtime.open(copy, verify=False) as runtime:

@@ -6,9 +6,11 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from damage import flip
 from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.states.daily import COUNT_NAME
 from edgetune_runtime.states.store import KIND, StateStore, default_folder
@@ -41,13 +43,15 @@ def test_another_engine_base_or_adapter_has_a_state_of_its_own(store: StateStore
     assert store.load(identity("one")) == STATE
 
 
-@pytest.mark.parametrize("place", [0, 40, -1, -len(STATE)])
-def test_a_damaged_file_is_dropped(store: StateStore, place: int) -> None:
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [*(partial(flip, place=place) for place in (0, 40, -1, -len(STATE))), cut_off])
+def test_a_damaged_or_cut_off_file_is_dropped(store: StateStore, damage: Callable[[Path], None]) -> None:
     store.save(identity("one"), STATE, "home", 7)
     path = store.path_of(identity("one"))
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
+    damage(path)
     assert store.load(identity("one")) is None
     assert not path.exists()
 
@@ -119,14 +123,6 @@ def test_a_folder_or_a_device_under_a_states_name_counts_as_missing(store: State
     assert not store.save(identity("one"), STATE, "home", 7)
     assert store.save(identity("two"), STATE, "home", 7)
     assert read_checked(Path("/dev/zero"), KIND) is None
-
-
-def test_a_cut_off_file_is_dropped(store: StateStore) -> None:
-    store.save(identity("one"), STATE, "home", 7)
-    path = store.path_of(identity("one"))
-    path.write_bytes(path.read_bytes()[:-1])
-    assert store.load(identity("one")) is None
-    assert not path.exists()
 
 
 def test_a_state_under_anothers_name_is_not_taken_for_it(store: StateStore) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from damage import flip
 from edgetune_runtime.cli import main
 from edgetune_runtime.errors import OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.store.kit import read_installed
@@ -27,14 +28,6 @@ def run(prefix: Path, *words: str) -> int:
 
 def apply(prefix: Path, publisher: Publisher) -> int:
     return run(prefix, "--apply", "--repo", str(publisher.repo), "--root", str(publisher.root))
-
-
-def flip(path: Path, place: float) -> None:
-    """Change a bit of a file, without touching what it is linked to otherwise."""
-    data = bytearray(path.read_bytes())
-    data[int(place * len(data))] ^= 1
-    path.unlink()
-    path.write_bytes(data)
 
 
 def files_in(folder: Path, *left_out: str) -> list[str]:

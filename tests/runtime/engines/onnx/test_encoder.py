@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import flip
 from edgetune_export.backends.base import EncoderSource
 from edgetune_export.backends.onnx.adapter import write_tensors
 from edgetune_export.backends.onnx.encoder import write_base
@@ -172,10 +173,7 @@ def test_other_engines_are_refused(bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["base/onnx/model.onnx.data", "base/onnx/tokenizer.json", "adapters/power/adapter"])
 def test_a_changed_byte_is_found_before_anything_is_loaded(bundle: Path, tmp_path: Path, name: str) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    path = next(path for path in copy.rglob("*") if path.relative_to(copy).as_posix().startswith(name))
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
+    flip(next(path for path in copy.rglob("*") if path.relative_to(copy).as_posix().startswith(name)), 0.5)
     with pytest.raises(VerificationError, match="does not match its digest"):
         Runtime.open(copy, preload="all")
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from damage import flip
 from edgetune_export.backends.base import Source
 from edgetune_runtime import EdgetuneError, IncompatibleError, Runtime, VerificationError
 from edgetune_runtime.bundle import read_manifest
@@ -69,9 +70,7 @@ def refused(bundle: Path, *, verify: bool = True) -> EdgetuneError:
     ],
 )
 def test_a_flipped_bit_is_refused_before_the_file_is_read(copy: Path, file: str) -> None:
-    data = bytearray((copy / file).read_bytes())
-    data[len(data) // 2] ^= 4
-    (copy / file).write_bytes(data)
+    flip(copy / file, 0.5)
     error = refused(copy)
     assert isinstance(error, VerificationError)
     assert f"{file} does not match its digest" in str(error)
