@@ -57,7 +57,7 @@ print(answer)
 """
 
 
-def stand_in(folder: Path, version: str = "1") -> Path:
+def stand_in(folder: Path, version: str) -> Path:
     """A wheel of edgetune-runtime with only `python -m edgetune_runtime ask|check|serve BUNDLE`."""
     info = f"edgetune_runtime-{version}.dist-info"
     contents = {

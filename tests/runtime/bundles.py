@@ -254,7 +254,8 @@ def _described(file: Path) -> dict[str, Any]:
     return asdict(FileEntry(sha256_of(file), file.stat().st_size))
 
 
-def _classifier_of(words: Sequence[str], buckets: int = 1 << 14) -> PromptClassifier:
+def _classifier_of(words: Sequence[str]) -> PromptClassifier:
+    buckets = 1 << 14
     weights = np.zeros((buckets, len(words)), np.float16)
     for column, word in enumerate(words):
         weights[list(count_buckets(word, buckets)), column] = 20

@@ -21,14 +21,12 @@ from edgetune.delivery.board import main, transfer
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
 
-def install_until(kit: Path, prefix: Path, kill_at: int, within: str = "") -> int:
+def install_until(kit: Path, prefix: Path, kill_at: int, within: str) -> int:
     """Install as `run_until` does."""
     return run_until(("install", str(kit)), prefix, kill_at, within)
 
 
-def run_until(
-    words: Sequence[str], prefix: Path, kill_at: int, within: str = "", stdin: Path = Path(os.devnull)
-) -> int:
+def run_until(words: Sequence[str], prefix: Path, kill_at: int, within: str, stdin: Path = Path(os.devnull)) -> int:
     """Run a command in a child process, killed at write `kill_at` of those whose path has `within`; its exit code."""
 
     def action() -> int:

@@ -151,7 +151,7 @@ def test_problems_of_the_recipe_come_before_those_of_the_files(tmp_path: Path) -
     ]
 
 
-def test_the_schema_takes_patterns(tmp_path: Path) -> None:
+def test_the_schema_takes_patterns() -> None:
     schema = json_schema()
     for adapters in (TASKS, {"from": ["a", "b"]}, {"from": adapter_of()}):
         jsonschema.validate(values_of("b.gguf", adapters), schema)

@@ -24,12 +24,12 @@ def recipe_of(folder: Path, base: Path, **keys: object) -> Recipe:
     return make_recipe(folder, base, adapters, data={"rows.jsonl": rows}, training={"max_steps": None}, **keys)
 
 
-def told(steps: int, left: float, later: float, *, tokens: int = 100, seconds: float = 0.5) -> list[str]:
+def told(steps: int, left: float, later: float, *, seconds: float = 0.5) -> list[str]:
     """What a trial says whose first two steps take ten times as long."""
     made, now, lines = TimeTrial("reply", left, later), 0.0, []
     for step in range(steps):
         now += seconds * (10 if step < 2 else 1)
-        lines.append(made.step(tokens, now))
+        lines.append(made.step(100, now))
     return [line for line in lines if line is not None]
 
 

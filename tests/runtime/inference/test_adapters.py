@@ -151,7 +151,6 @@ def test_what_is_larger_than_the_limit_is_refused(
     [
         ({"preload": ["task9"]}, NotFoundError, "no adapter 'task9'"),
         ({"preload": "task1"}, UsageError, "preload is 'task1'; give a list of adapters, or 'all'"),
-        ({"adapters_mb": -1}, UsageError, "adapters_mb is -1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(

@@ -139,9 +139,7 @@ REPLY = {"choices": [{"message": {"role": "assistant", "content": "the lamp is o
 
 
 @contextmanager
-def answering(
-    status: int, body: bytes, wait_s: float = 0.0, refused: str | None = None
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def answering(status: int, body: bytes, refused: str | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The address of a server that answers every request with these bytes, and the requests it got.
 
     Those with the key `refused` it refuses as OpenAI does.
@@ -152,7 +150,6 @@ def answering(
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             got.append({"path": self.path, "key": self.headers["Authorization"], **request})
-            time.sleep(wait_s)
             message = f"Unsupported value: '{refused}' does not support {request.get(refused)} with this model."
             refusal = json.dumps({"error": {"message": message, "param": refused}}).encode()
             self.send_response(400 if refused in request else status)

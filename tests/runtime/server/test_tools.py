@@ -36,9 +36,9 @@ def lamp_choice(name: str) -> Any:  # noqa: ANN401 - one of the client's many ty
     return {"type": "function", "function": {"name": name}}
 
 
-def sent_by_ollama(tools: list[Any]) -> list[Any]:
+def sent_by_ollama() -> list[Any]:
     """The tools as Ollama's client sends them: it leaves out keywords of their schemas that it does not know."""
-    return [ollama.Tool.model_validate(tool).model_dump(exclude_none=True) for tool in tools]
+    return [ollama.Tool.model_validate(tool).model_dump(exclude_none=True) for tool in TOOLS]
 
 
 def test_a_call_and_its_result_make_a_round_trip(server: Running, client: OpenAI) -> None:
@@ -227,7 +227,7 @@ def test_home_assistants_rounds_with_tools_are_answered(server: Running) -> None
         {"role": "assistant", "tool_calls": [{"function": {"name": "lamp", "arguments": expected.arguments}}]},
         {"role": "tool", "content": json.dumps({"data": {"area": "hall"}, "error": None})},
     ]
-    answer = server.runtime.generate(runtime_history, adapter="one", tools=sent_by_ollama(TOOLS), max_tokens=30)
+    answer = server.runtime.generate(runtime_history, adapter="one", tools=sent_by_ollama(), max_tokens=30)
     assert content == answer.content
     assert lines[-1].done
     assert lines[-1].prompt_eval_count == answer.timings.prompt_tokens
@@ -237,7 +237,7 @@ def test_calls_come_as_ollamas_clients_expect_them(server: Running) -> None:
     # With this template an answer that begins with a brace is a call. One of these seeds begins with one.
     loaded_bundle(server.runtime).context()[0].engine.tokenizer.chat_template = FAMILIES["llama3"]
     hot: dict[str, Any] = {"temperature": 5.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    tools = sent_by_ollama(TOOLS)
+    tools = sent_by_ollama()
     for seed in range(5000):
         if server.runtime.generate(ASK, tools=tools, seed=seed, max_tokens=1, **hot).text == "{":
             break

@@ -133,8 +133,6 @@ def test_memory_for_contexts_is_counted_for_the_type_of_keys_and_values(
     with Runtime.open(bundle, disk_mb=0, kv="q8_0") as runtime:
         assert runtime.contexts == 1
         assert runtime.generate(PROMPT, max_tokens=2).tokens
-    with pytest.raises(UsageError, match="merged_mb is -1"):
-        Runtime.open(bundle, merged_mb=-1)
 
 
 def test_a_call_waits_for_a_stream_that_other_threads_go_on_with(

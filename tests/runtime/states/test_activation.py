@@ -121,9 +121,9 @@ def torch_logits(peft: Any, tokens: Sequence[int]) -> np.ndarray:  # noqa: ANN40
         return np.asarray(peft(input_ids=torch.tensor([list(tokens)])).logits[0].numpy())
 
 
-def walked(context: Context, adapters: dict[str, float], tokens: Sequence[int], rows: int = 7) -> np.ndarray:
+def walked(context: Context, adapters: dict[str, float], tokens: Sequence[int]) -> np.ndarray:
     with context.hold():
-        return np.concatenate(list(context.walk(adapters, tokens, rows)))
+        return np.concatenate(list(context.walk(adapters, tokens, 7)))
 
 
 @pytest.mark.parametrize(("arch", "backend"), CASES)

@@ -83,7 +83,7 @@ def test_a_call_that_the_model_begins_is_held_to_the_end(family: str, templated:
     loaded = loaded_bundle(runtime)
     written = runtime.generate("light", tools=TOOLS, tool_choice="set_light", seed=1, **HOT).text
     tokenizer = loaded.context()[0].engine.tokenizer
-    form = loaded.call("light", None, form=auto(TOOLS))
+    form = loaded.call("light", None, form=auto())
     assert form.constraint is not None
     before = "" if family == "llama3" else "well < [\n"
     tokens = tokenizer.tokenize(before, continues=True) + tokens_of(written, tokenizer)
@@ -91,7 +91,7 @@ def test_a_call_that_the_model_begins_is_held_to_the_end(family: str, templated:
     form.constraint.accept(*tokens)
     assert form.constraint.may_end
     other = tokenizer.tokenize(before, continues=True) + tokens_of(written.replace("light", "heat"), tokenizer)
-    assert loaded.call("light", None, form=auto(TOOLS)).constraint.valid_prefix(other) < len(other)  # type: ignore[union-attr]
+    assert loaded.call("light", None, form=auto()).constraint.valid_prefix(other) < len(other)  # type: ignore[union-attr]
 
 
 def tokens_of(written: str, tokenizer: Tokenizer) -> list[int]:
@@ -100,15 +100,15 @@ def tokens_of(written: str, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.tokenize(re.sub(f"({names}) ", r"\1", written), continues=True)
 
 
-def auto(tools: list[dict[str, Any]], choice: str = "auto") -> Any:  # noqa: ANN401 - of a private module
-    return split_options({"tools": tools, "tool_choice": choice})[1]
+def auto(choice: str = "auto") -> Any:  # noqa: ANN401 - of a private module
+    return split_options({"tools": TOOLS, "tool_choice": choice})[1]
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
 def test_no_call_begins_where_none_may(family: str, templated: Callable[[str], Runtime]) -> None:
     runtime = templated(TEMPLATES[family])
     written = runtime.generate("light", tools=TOOLS, tool_choice="get_time", **HOT).text
-    constraint = loaded_bundle(runtime).call("light", None, form=auto(TOOLS, "none")).constraint
+    constraint = loaded_bundle(runtime).call("light", None, form=auto("none")).constraint
     assert constraint is not None
     tokens = tokens_of(written, loaded_bundle(runtime).context()[0].engine.tokenizer)
     assert constraint.valid_prefix(tokens) < len(tokens)
@@ -118,7 +118,7 @@ def test_no_call_begins_where_none_may(family: str, templated: Callable[[str], R
 def test_a_control_token_spelled_in_letters_is_refused(templated: Callable[[str], Runtime]) -> None:
     runtime = templated(TEMPLATES["granite"])
     tokenizer = loaded_bundle(runtime).context()[0].engine.tokenizer
-    constraint = loaded_bundle(runtime).call("light", None, form=auto(TOOLS)).constraint
+    constraint = loaded_bundle(runtime).call("light", None, form=auto()).constraint
     letters = [token for letter in "<|tool_call|>" for token in tokenizer.tokenize(letter, continues=True)[-1:]]
     assert constraint is not None
     assert constraint.valid_prefix(letters) == len(letters) - 1
@@ -203,7 +203,7 @@ def test_the_state_of_system_prompt_and_tools_is_found_again(
 
     folder = tmp_path / "states"
     with Runtime.open(tools_bundle, engine=engine, cache_folder=folder) as first:
-        fixed = loaded_bundle(first).call("?", "one", form=auto(TOOLS)).job.fixed
+        fixed = loaded_bundle(first).call("?", "one", form=auto()).job.fixed
         plain = loaded_bundle(first).call("?", "one").job.fixed
         assert fixed > plain + 100
         cold = ask(first, "light", TOOLS)

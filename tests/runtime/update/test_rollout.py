@@ -109,7 +109,7 @@ def test_a_bundle_that_is_published_again_for_fewer_devices_reaches_no_others(
     assert ask(prefix) == "zero"
 
 
-def test_a_device_that_no_release_is_for_yet_has_none(tmp_path: Path, prefix: Path, publisher: Publisher) -> None:
+def test_a_device_that_no_release_is_for_yet_has_none(prefix: Path, publisher: Publisher) -> None:
     publisher("one", share=0.0)
     assert apply(prefix, publisher)[0].to_json()["refused"].startswith("release 1 of home is for 0%")
     assert ask(prefix) == "zero"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -363,7 +363,7 @@ def test_rows_are_judged_together_as_alone(
 ) -> None:
     base = tiny_base(architecture)
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        examples = examples_of(ROWS, tokenizer)
+        examples = examples_of(tokenizer)
         model = load_torch(base, torch.float32)
         together = judge(Reader(model, examples, takes_cache=True), tokenizer, ROWS, examples, Step("", len(ROWS)))
         monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
@@ -377,7 +377,7 @@ def test_rows_are_judged_together_as_alone(
 def test_versions_of_a_row_are_read_after_what_did_not_change(tiny_base: Callable[[str], Base]) -> None:
     base = tiny_base("llama")
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        examples = examples_of(ROWS, tokenizer)
+        examples = examples_of(tokenizer)
         model = load_torch(base, torch.float32)
         cached, whole = (Reader(model, examples, takes_cache=cache).continued() for cache in (True, False))
         tokens = list(examples[0].tokens)
@@ -393,11 +393,11 @@ def test_rows_that_the_time_leaves_are_not_judged(
     base = tiny_base("llama")
     monkeypatch.setattr(judging, "_LOGITS_PER_PASS", 1)
     with closing(GgufTokenizer(base.path)) as tokenizer:
-        examples = examples_of(ROWS, tokenizer)
+        examples = examples_of(tokenizer)
         reader = Reader(load_torch(base, torch.float32), examples, takes_cache=True)
         judged = judge(reader, tokenizer, ROWS, examples, Step("", len(ROWS)), deadline=time.monotonic())
     assert [row.where for row in judged] == ["x:1"]
 
 
-def examples_of(rows: Sequence[TaskRow], tokenizer: GgufTokenizer) -> list[Example]:
-    return tokenize_rows(rows, tokenizer, system="Be brief.", loss_on="completion", max_tokens=512)[0]
+def examples_of(tokenizer: GgufTokenizer) -> list[Example]:
+    return tokenize_rows(ROWS, tokenizer, system="Be brief.", loss_on="completion", max_tokens=512)[0]

@@ -289,7 +289,7 @@ def test_a_teacher_that_thinks_is_asked_without_what_it_refuses(teacher: Callabl
     assert sampling == [{"temperature", "seed"}, {"seed"}, set(), set()]
 
 
-def test_a_teacher_that_is_down_is_named(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_is_down_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers, "_LONGEST_WAIT_S", 0.0)
     asking = Teacher("http://127.0.0.1:1/v1", "m", per_minute=100_000)
     with pytest.raises(TeacherError, match=r"at http://127.0.0.1:1/v1 does not answer after 5 tries: .*refused"):

@@ -43,9 +43,9 @@ def bottleneck(seed: int, activation: Activation = "relu", reads: Reads = "outpu
     return Bottleneck(down, down_bias, up, up_bias, activation, reads)
 
 
-def ia3(layers: int, seed: int = 1) -> Tensors:
+def ia3(layers: int) -> Tensors:
     """Factors where (IA)3 has them: on keys, on values and on what goes into the second layer of a network."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     scalings = {}
     for layer in range(layers):
         for module in ("k_proj", "v_proj"):
