@@ -11,7 +11,7 @@ import pytest
 from arm64.board import SHARED, Board
 from arm64.rootfs import missing, prepare
 from edgetune_export.backends.base import Source
-from runtime.bundles import Adapter, add_onnx, low_rank, write_bundle
+from runtime.bundles import Adapter, low_rank, write_both
 
 from edgetune.common.progress import Progress
 from edgetune.delivery.kit.make import KitOptions, make_kit
@@ -42,9 +42,7 @@ def bundle(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPa
         return BUNDLE
     source = tiny_source("llama")
     adapters = {"one": Adapter(low_rank(source.path, seed=1)), "two": Adapter(low_rank(source.path, seed=2, rank=3))}
-    made = write_bundle(tmp_path_factory.mktemp("tiny") / "home", source.path, adapters)
-    add_onnx(made, source, adapters)
-    return made
+    return write_both(tmp_path_factory.mktemp("tiny") / "home", source, adapters)
 
 
 @pytest.fixture(scope="session")

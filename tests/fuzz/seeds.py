@@ -31,7 +31,7 @@ from edgetune_runtime.update.update import UpdateSource, check
 from kits import KitMaker
 from kits import write_bundle as write_signable
 from repositories import add_part, make_keys, open_keys, publish, with_adapters
-from runtime.bundles import Adapter, add_onnx, add_router, low_rank, write_bundle, write_manifest
+from runtime.bundles import Adapter, add_router, low_rank, write_both, write_bundle, write_manifest
 from runtime.gguf_files import with_first_tokens
 
 from edgetune.common.progress import Progress
@@ -173,8 +173,7 @@ def _prefix(base: Path) -> Prefix:
 
 def _onnx_bundle(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) -> None:
     """The LoRA in ONNX, without the GGUF files that the graph was made from."""
-    write_bundle(bundle, source.path, adapters)
-    add_onnx(bundle, source, adapters)
+    write_both(bundle, source, adapters)
     manifest = read_manifest(bundle)
     for file in (manifest.base.files["gguf"], *(entry.files["gguf"] for entry in manifest.adapters.values())):
         (bundle / file).unlink()

@@ -171,6 +171,13 @@ def add_onnx(bundle: Path, source: Source, adapters: Mapping[str, Adapter]) -> N
     write_manifest(bundle, entry, entries)
 
 
+def write_both(out: Path, source: Source, adapters: Mapping[str, Adapter]) -> Path:
+    """A bundle of the base with these adapters in both formats."""
+    bundle = write_bundle(out, source.path, adapters)
+    add_onnx(bundle, source, adapters)
+    return bundle
+
+
 def write_manifest(out: Path, base: BaseEntry, adapters: Mapping[str, AdapterEntry], **changes: object) -> None:
     """`manifest.json` with the digests of the files that are there."""
     files = {

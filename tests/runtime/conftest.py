@@ -20,7 +20,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.serving import places
-from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_bundle
+from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_both, write_bundle
 from runtime.encoders import write_encoder_bundle
 from runtime.tools.templates import CONTROLS
 from weights import weights_in
@@ -207,7 +207,6 @@ def tools_bundle(
     base = Base("llama", path, sha256_of(path), read_header(path))
     source = Source(path, base.fingerprint, load_torch(base, torch.float32), root / "work")
     adapters = {"one": Adapter(low_rank(path, seed=1), system=LONG_PROMPTS[0])}
-    bundle = write_bundle(root / "home", path, adapters)
-    add_onnx(bundle, source, adapters)
+    bundle = write_both(root / "home", source, adapters)
     change_manifest(bundle, lambda raw: raw.update(context_length=TOOLS_CONTEXT))
     return bundle

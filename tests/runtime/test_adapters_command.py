@@ -20,7 +20,7 @@ from edgetune_runtime.bundle import read_manifest, verify_files
 from edgetune_runtime.cli import main
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
 from kills import KILLED, full_from, killed_at, read_only_from
-from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, make_foreign, write_bundle
+from runtime.bundles import Adapter, add_router, change_manifest, low_rank, make_foreign, write_both
 from runtime.server.test_serve_command import serving
 from waiting import wait_for
 
@@ -51,8 +51,7 @@ def source(tiny_source: Callable[[str], Source], tmp_path: Path) -> Path:
     """A bundle of the same base, without its files, with `new` and another `command`."""
     base = tiny_source("llama")
     adapters = {name: Adapter(low_rank(base.path, seed)) for seed, name in enumerate(("new", "command"), 40)}
-    bundle = write_bundle(tmp_path / "source", base.path, adapters)
-    add_onnx(bundle, base, adapters)
+    bundle = write_both(tmp_path / "source", base, adapters)
     shutil.rmtree(bundle / "base")
     return bundle
 

@@ -25,7 +25,7 @@ from edgetune_runtime.sizing.machine_speed import arithmetic, read_bandwidth
 from edgetune_runtime.sizing.needs import items_of, kept_mb, needed_mb, needs_of_bundle
 from edgetune_runtime.sizing.options import kv_types, with_kv, with_options
 from edgetune_runtime.sizing.speed import adapter_seconds, speed_of, token_seconds
-from runtime.bundles import MODULES, Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.bundles import MODULES, Adapter, change_manifest, low_rank, write_both, write_bundle
 
 FIGURES = SpeedFigures(10.0, 100.0, 50.0, 5.0, 4.0)
 
@@ -35,9 +35,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, tiny_source: Callable[[str], 
     """A bundle with two adapters in both formats."""
     source = tiny_source("llama")
     adapters = {name: Adapter(low_rank(source.path, seed)) for seed, name in enumerate(("one", "two"))}
-    bundle = write_bundle(tmp_path_factory.mktemp("sizing") / "bundle", source.path, adapters)
-    add_onnx(bundle, source, adapters)
-    return bundle
+    return write_both(tmp_path_factory.mktemp("sizing") / "bundle", source, adapters)
 
 
 def test_memory_is_predicted_for_each_engine_and_shared_modules_are_no_engines() -> None:

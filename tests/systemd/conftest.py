@@ -13,7 +13,7 @@ from edgetune_runtime.bundle import GoldenAnswer
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.store.opening import Opening
 from repositories import make_keys, publish
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.bundles import Adapter, change_manifest, low_rank, write_both
 from systemd.machine import Machine, booted, missing, prepare
 
 from edgetune.common.progress import Progress
@@ -60,8 +60,7 @@ def machine(bundle: Path, next_bundle: Path, tmp_path_factory: pytest.TempPathFa
 
 def _write(source: Source, out: Path, seed: int) -> Path:
     adapters = {"one": Adapter(low_rank(source.path, seed))}
-    made = write_bundle(out, source.path, adapters)
-    add_onnx(made, source, adapters)
+    made = write_both(out, source, adapters)
     question = GoldenAnswer(({"role": "user", "content": "turn on the light"},), "", 8)
     with Runtime.open(made, engine="onnx", threads=1, disk_mb=0) as runtime:
         golden = {"prompt": question.prompt, "answer": ask(runtime, "one", question), "max_tokens": 8}

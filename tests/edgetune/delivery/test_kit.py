@@ -39,7 +39,7 @@ from kits import PYTHON, KitMaker, install_sh, with_fields
 from packaging.requirements import Requirement
 from packaging.tags import parse_tag
 from repositories import add_part, make_keys
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, write_bundle
+from runtime.bundles import Adapter, change_manifest, low_rank, write_both, write_bundle
 from runtime.encoders import write_encoder_bundle
 from wheels import repack
 
@@ -103,8 +103,7 @@ def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFac
     """A bundle of both formats with the golden answers of this machine, whose adapter its author has signed."""
     source = tiny_source("llama")
     adapters = {"command": Adapter(low_rank(source.path, seed=1))}
-    bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", source.path, adapters)
-    add_onnx(bundle, source, adapters)
+    bundle = write_both(tmp_path_factory.mktemp("bundle") / "home", source, adapters)
     add_golden(bundle, ("gguf", "onnx"))
     keys = make_keys(bundle.parent / "keys")
     keys.add("bundles/home/command")

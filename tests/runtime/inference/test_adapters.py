@@ -13,7 +13,7 @@ from edgetune_export.backends.base import Source
 from edgetune_runtime import EdgetuneError, IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.inference.measuring import loaded_bundle
-from runtime.bundles import Adapter, add_onnx, change_manifest, low_rank, make_foreign, room_for, write_bundle
+from runtime.bundles import Adapter, change_manifest, low_rank, make_foreign, room_for, write_both
 from runtime.serving.waiting import opening
 
 PROMPT = "turn on the warm light in the kitchen"
@@ -26,9 +26,7 @@ def many(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPath
     """A bundle of six adapters of one size in both formats."""
     source = tiny_source("llama")
     adapters = {name: Adapter(low_rank(source.path, seed), system=SYSTEM) for seed, name in enumerate(NAMES, 1)}
-    bundle = write_bundle(tmp_path_factory.mktemp("many") / "home", source.path, adapters)
-    add_onnx(bundle, source, adapters)
-    return bundle
+    return write_both(tmp_path_factory.mktemp("many") / "home", source, adapters)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +34,7 @@ def others(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPa
     """A bundle of the same base with `new`, and `task0` with other weights, without the files of its base."""
     source = tiny_source("llama")
     adapters = {"new": Adapter(low_rank(source.path, 30)), "task0": Adapter(low_rank(source.path, 31), system=SYSTEM)}
-    bundle = write_bundle(tmp_path_factory.mktemp("others") / "other", source.path, adapters)
-    add_onnx(bundle, source, adapters)
+    bundle = write_both(tmp_path_factory.mktemp("others") / "other", source, adapters)
     shutil.rmtree(bundle / "base")
     return bundle
 

@@ -17,7 +17,7 @@ from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_b
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.store.durable import replace_link
 from edgetune_runtime.store.in_use import is_in_use
-from runtime.bundles import Adapter, add_onnx, add_router, change_manifest, low_rank, room_for, write_bundle
+from runtime.bundles import Adapter, add_router, change_manifest, low_rank, room_for, write_both
 from runtime.stores import switch_to
 
 PROMPT = "turn on the warm light in the kitchen"
@@ -39,9 +39,7 @@ def others(tiny_source: Callable[[str], Source], tmp_path_factory: pytest.TempPa
 
 def write(source: Source, out: Path, names: list[str], seed: int) -> Path:
     adapters = {name: Adapter(low_rank(source.path, seed + at), system=SYSTEM) for at, name in enumerate(names)}
-    bundle = write_bundle(out, source.path, adapters)
-    add_onnx(bundle, source, adapters)
-    return bundle
+    return write_both(out, source, adapters)
 
 
 @pytest.fixture
