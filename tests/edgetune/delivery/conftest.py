@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.store import service, sockets
-from kits import SYSTEMCTL, KitMaker, write_bundle
+from kits import SYSTEMCTL, KitMaker, run, write_bundle
 from ports import free_port
 from repositories import Publisher
 from sshd import Sshd, running
@@ -62,6 +62,14 @@ def sshd(running_sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> Sshd:
 def make(tmp_path_factory: pytest.TempPathFactory) -> KitMaker:
     """`make(answer)`: a small kit."""
     return KitMaker(tmp_path_factory.mktemp("kits"))
+
+
+@pytest.fixture(scope="module")
+def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The virtual environments that an install makes, which takes pip a second."""
+    prefix = tmp_path_factory.mktemp("installed") / "home"
+    assert run("install", make("one"), "--prefix", prefix) == 0
+    return prefix / "venvs"
 
 
 @pytest.fixture

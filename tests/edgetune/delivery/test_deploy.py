@@ -28,7 +28,7 @@ from edgetune_runtime.errors import (
 from edgetune_runtime.store.durable import installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME
 from edgetune_runtime.update.state import read_state, read_trusted_root
-from kits import PYTHON, SYSTEMCTL, KitMaker, ask, install_sh, with_fields, write_bundle
+from kits import PYTHON, SYSTEMCTL, KitMaker, ask, with_fields, write_bundle
 from repositories import Publisher
 from sshd import Answer, Sshd, cut_in_the_middle, cut_ssh, free_port, needs_sshd
 from waiting import wait_for
@@ -84,14 +84,6 @@ class Board:
 
 def contents(bundle: Path) -> dict[str, Path | bytes]:
     return {str(path.relative_to(bundle)): path for path in bundle.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The virtual environments that an install of a kit makes."""
-    prefix = tmp_path_factory.mktemp("installed") / "home"
-    assert install_sh(make("one"), "--prefix", str(prefix)).returncode == 0
-    return prefix / "venvs"
 
 
 @pytest.fixture

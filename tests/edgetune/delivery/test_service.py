@@ -28,14 +28,6 @@ from repositories import Publisher
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="boards run Linux")]
 
 
-@pytest.fixture(scope="module")
-def environments(make: KitMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The virtual environments that an install makes, which takes pip a second."""
-    prefix = tmp_path_factory.mktemp("installed") / "home"
-    assert run("install", make("one"), "--prefix", prefix) == 0
-    return prefix / "venvs"
-
-
 @pytest.fixture
 def prepare(environments: Path) -> Callable[[Path], Path]:
     """`prepare(prefix)`: a prefix with no version, and with the environment of the kits."""
