@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +46,8 @@ ACTIONS = st.one_of(
 @pytest.fixture(scope="module")
 def fresh_of(prompted_of: Callable[[str], Path]) -> Any:  # noqa: ANN401 - a generator fixture
     """`fresh_of(engine, arch)`: what a runtime of that engine answers that knows nothing."""
-    made: dict[tuple[str, str], Fresh] = {}
-
-    def make(engine: str, arch: str) -> Fresh:
-        if (engine, arch) not in made:
-            made[engine, arch] = Fresh(prompted_of(arch), engine, CHOICES)
-        return made[engine, arch]
-
-    yield make
-    for fresh in made.values():
-        fresh.close()
+    with ExitStack() as opened:
+        yield cache(lambda engine, arch: opened.enter_context(closing(Fresh(prompted_of(arch), engine, CHOICES))))
 
 
 @pytest.mark.parametrize(

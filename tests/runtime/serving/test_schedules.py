@@ -7,8 +7,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,17 +231,14 @@ def fresh_of(
     merged_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str, str], Fresh]]:
     """`fresh_of(engine, arch)`: what a runtime of that engine answers that knows nothing, on a copy of the bundle."""
-    made: dict[tuple[str, str], Fresh] = {}
+    with ExitStack() as opened:
 
-    def make(engine: str, arch: str) -> Fresh:
-        if (engine, arch) not in made:
+        @cache
+        def make(engine: str, arch: str) -> Fresh:
             copy = Path(shutil.copytree(merged_of(arch), tmp_path_factory.mktemp("fresh") / "home"))
-            made[engine, arch] = Fresh(copy, engine, CHOICES)
-        return made[engine, arch]
+            return opened.enter_context(closing(Fresh(copy, engine, CHOICES)))
 
-    yield make
-    for fresh in made.values():
-        fresh.close()
+        yield make
 
 
 @pytest.mark.parametrize(
