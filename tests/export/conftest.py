@@ -61,6 +61,8 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
     from tiny import FIRST_TOKENS  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
+    from edgetune.shipping.verify import logits_of  # noqa: PLC0415
+
     config = AutoConfig.from_pretrained(model)
     if config.model_type == "gemma3_text":
         # GGUF does not carry this number; llama.cpp takes the head's size, which all but the largest Gemma 3 have.
@@ -82,10 +84,7 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
     # Fewer embeddings than the folder has are no change to save.
     peft.save_pretrained(folder, save_embedding_layers=False)
 
-    def adapted(tokens: Sequence[int]) -> np.ndarray:
-        with torch.no_grad():
-            logits: np.ndarray = peft(torch.tensor([list(tokens)])).logits[0].numpy()
-        return logits
+    adapted = logits_of(peft)
 
     def plain(tokens: Sequence[int]) -> np.ndarray:
         with peft.disable_adapter():

@@ -44,6 +44,7 @@ from edgetune import bases
 from edgetune.bases import Base, load_torch
 from edgetune.bases.weights import GgufWeights
 from edgetune.common.progress import Progress
+from edgetune.shipping.verify import logits_of
 
 
 @pytest.fixture
@@ -242,12 +243,7 @@ def test_a_folder_is_converted_once(
 def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base: Callable[[str], Base]) -> None:
     base = tiny_base(arch)
     model = load_torch(base, torch.float32).eval()
-
-    def logits(tokens: list[int]) -> np.ndarray:
-        with torch.inference_mode():
-            found: np.ndarray = model(torch.tensor([tokens])).logits[0].numpy()
-        return found
-
+    logits = logits_of(model)
     # Longer than the tiny Gemma's sliding window of 16.
     rows = [np.random.default_rng(seed).integers(5, 380, length).tolist() for seed, length in ((0, 40), (1, 24))]
     with closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:

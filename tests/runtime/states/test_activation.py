@@ -115,10 +115,9 @@ def context_of(bundle_of: Callable[[str], Path]) -> Iterator[Callable[..., Conte
 
 
 def torch_logits(peft: Any, tokens: Sequence[int]) -> np.ndarray:  # noqa: ANN401 - PEFT carries no types
-    import torch  # noqa: PLC0415 - as above
+    from edgetune.shipping.verify import logits_of  # noqa: PLC0415 - as above
 
-    with torch.no_grad():
-        return np.asarray(peft(input_ids=torch.tensor([list(tokens)])).logits[0].numpy())
+    return logits_of(peft)(list(tokens))
 
 
 def walked(context: Context, adapters: dict[str, float], tokens: Sequence[int]) -> np.ndarray:

@@ -40,10 +40,11 @@ from genai import greedy, greedy_in_genai
 from onnx import numpy_helper
 from pydantic import ValidationError
 from tiny import ARCHITECTURES, FEW
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from weights import weights_in
 
 from edgetune.bases import Base, load_torch
+from edgetune.shipping.verify import logits_of
 
 KINDS = ["plain", "rslora", "patterns", "q and v"]
 CLOSE = 1e-4
@@ -90,12 +91,6 @@ def made(source_of: Sources, tune: Callable[..., Any], tmp_path_factory: pytest.
         return write_base(source, tmp_path_factory.mktemp("made"), adapters)
 
     return make
-
-
-def logits_of(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
-    with torch.no_grad():
-        logits: np.ndarray = model(torch.tensor([tokens])).logits[0].numpy()
-    return logits
 
 
 def decoded(engine: OnnxEngine, tokens: list[int], adapters: dict[str, float] | None = None) -> np.ndarray:
@@ -153,7 +148,7 @@ def test_a_quantized_graph_is_close_to_torch_on_the_same_weights(
 ) -> None:
     # The rest is the rounding of activations to 8 bits, which accuracy_level 4 asks for.
     model = source_of("llama", held).model
-    assert compare(lambda tokens: logits_of(model, tokens), open_engine(made("llama", "plain", held)), rows).kl < 1e-3
+    assert compare(logits_of(model), open_engine(made("llama", "plain", held)), rows).kl < 1e-3
 
 
 @pytest.mark.parametrize("held", ["f16", "q4_0"])
@@ -173,7 +168,7 @@ def test_a_float_graph_computes_what_torch_computes(
 ) -> None:
     engine = open_engine(made(arch, "plain", "f16", options))
     for row in rows:
-        np.testing.assert_allclose(decoded(engine, row), logits_of(source_of(arch).model, row), atol=CLOSE)
+        np.testing.assert_allclose(decoded(engine, row), logits_of(source_of(arch).model)(row), atol=CLOSE)
 
 
 def test_a_float_graph_of_a_quantized_base_computes_what_torch_computes(
@@ -181,7 +176,7 @@ def test_a_float_graph_of_a_quantized_base_computes_what_torch_computes(
 ) -> None:
     engine = open_engine(made("llama", "plain", "q4_0", FP32))
     assert not matrices(made("llama", "plain", "q4_0", FP32))
-    expected = logits_of(source_of("llama", "q4_0").model, rows[0])
+    expected = logits_of(source_of("llama", "q4_0").model)(rows[0])
     np.testing.assert_allclose(decoded(engine, rows[0]), expected, atol=CLOSE)
 
 
@@ -400,7 +395,7 @@ def test_each_method_gives_a_4_bit_graph_that_is_near_torch(
     assert counted["int4"] + counted["int8"] == matrices
     assert set(counted) == {"int4", "int8", "f32"}
     engine, model = open_engine(base), source_of(arch).model
-    plain = compare(lambda tokens: logits_of(model, tokens), engine, rows)
+    plain = compare(logits_of(model), engine, rows)
     assert 1e-3 < plain.kl < INT4_KL
     tuned = tune(arch)
     write_adapter(fold_peft(tuned.folder, "command"), base, tmp_path / "a", base_fingerprint="0" * 64)
@@ -455,7 +450,7 @@ def test_int8_of_a_float_base_is_near_torch(
 ) -> None:
     base, model = made("llama", "plain", "f16", OnnxOptions(weights="int8")), source_of("llama").model
     assert len(matrices(base)) == 10
-    assert compare(lambda tokens: logits_of(model, tokens), open_engine(base), rows).kl < 1e-3
+    assert compare(logits_of(model), open_engine(base), rows).kl < 1e-3
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(96, 64), (64, 96)])
