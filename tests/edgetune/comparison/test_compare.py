@@ -364,21 +364,26 @@ def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
 
 
+def noting(given: list[Any], what: Callable[[Trial], object]) -> Callable[..., Iterator[TrialResult]]:
+    """Runs trials that note something of themselves in `given`, and fail."""
+
+    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
+        for trial in trials:
+            given.append(what(trial))
+            yield trial.without_figures("failed", "for the test")
+
+    return run
+
+
 @pytest.mark.usefixtures("forked_converter")
 def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_converted_once(
     tiny_folder: Callable[[str], Path], slow_board: Callable[..., str], tmp_path: Path
 ) -> None:
     given: list[str | None] = []
-
-    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
-        for trial in trials:
-            given.append(trial.one_task.quantization)
-            yield trial.without_figures("failed", "for the test")
-
     recipe = write_recipe(tmp_path, tiny_folder("llama"), TASKS, device=slow_board())
     request = Request(recipe, "lights", ("lora", "full"), tmp_path / "out", ranks=(2,), limit=3)
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
-        compare(request, run, QUIET)
+        compare(request, noting(given, lambda trial: trial.one_task.quantization), QUIET)
     assert given == ["q4_0", "q4_0"]
     (base,) = (tmp_path / "out/shared/base").iterdir()
     assert base.name.endswith("-q4_0.gguf")
@@ -386,15 +391,10 @@ def test_all_trials_get_the_quantization_that_the_board_picks_and_a_folder_is_co
 
 def test_all_trials_get_the_base_of_one_importance_matrix(request_of: Callable[..., Request], tmp_path: Path) -> None:
     given: list[tuple[str, str | None, int | None]] = []
-
-    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
-        for trial in trials:
-            given.append((trial.one_task.base, trial.one_task.imatrix, trial.rows))
-            yield trial.without_figures("failed", "for the test")
-
     settings = {"quantization": "q4_0", "imatrix": "auto"}
+    request = request_of(rows=(8, 16), settings=settings, out=tmp_path)
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
-        compare(request_of(rows=(8, 16), settings=settings, out=tmp_path), run, QUIET)
+        compare(request, noting(given, lambda trial: (trial.one_task.base, trial.one_task.imatrix, trial.rows)), QUIET)
     (base,) = (tmp_path / "shared/base").rglob("*.gguf")
     assert given == [(str(base), None, 8), (str(base), None, 16)]
 
@@ -403,15 +403,9 @@ def test_all_trials_get_the_quantization_that_was_measured_once(
     request_of: Callable[..., Request], tmp_path: Path
 ) -> None:
     given: list[str | None] = []
-
-    def run(trials: Sequence[Trial], _progress: Progress) -> Iterator[TrialResult]:
-        for trial in trials:
-            given.append(trial.one_task.quantization)
-            yield trial.without_figures("failed", "for the test")
-
     request = request_of(rows=(8, 16), settings={"quantization": "auto"}, out=tmp_path)
     with pytest.raises(EdgetuneError, match="none of 2 trials succeeded"):
-        compare(request, run, QUIET)
+        compare(request, noting(given, lambda trial: trial.one_task.quantization), QUIET)
     measured = json.loads((tmp_path / "shared/base/quantizations.json").read_text())["measured"]
     assert given == [min(measured, key=lambda item: item["kl"])["quantization"]] * 2
 
