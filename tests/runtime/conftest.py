@@ -18,6 +18,7 @@ from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_export.backends.gguf.backend import write_merged
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import ConfidenceCurve, sha256_of
+from edgetune_runtime.cli import main
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.serving import places
 from runtime.bundles import Adapter, add_onnx, change_manifest, folded, low_rank, write_both, write_bundle
@@ -30,6 +31,22 @@ LONG_PROMPTS = ("answer in one word and play " * 2, "turn on the warm light in t
 LABELS = ("red", "green", "warm red", "warm")
 TOOLS_CONTEXT = 2048
 VALUE_CURVE, LABEL_CURVE = ConfidenceCurve(50, 0.9, 0.5, -1.0, 0.02), ConfidenceCurve(50, 0.9, 0.25, 0.5, 0.02)
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`run(*arguments)`: exit code, standard output and standard error of `edgetune-run`."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

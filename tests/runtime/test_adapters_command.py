@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -17,27 +18,20 @@ import pytest
 from edgetune_export.backends.base import Source
 from edgetune_runtime import EdgetuneError, Runtime
 from edgetune_runtime.bundle import read_manifest, verify_files
-from edgetune_runtime.cli import main
 from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_bundle
 from kills import KILLED, full_from, killed_at, read_only_from
 from runtime.bundles import Adapter, add_router, change_manifest, low_rank, make_foreign, write_both
+from runtime.conftest import Run
 from runtime.server.test_serve_command import serving
 from waiting import wait_for
 
 PROMPT = "turn on the light"
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        code = main(["adapters", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def run(run: Run) -> Run:
+    """`run(*arguments)` of `edgetune-run adapters`."""
+    return partial(run, "adapters")
 
 
 @pytest.fixture

@@ -15,29 +15,13 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, __version__
-from edgetune_runtime.cli import machine, main
+from edgetune_runtime.cli import machine
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest
-from runtime.conftest import LABELS
+from runtime.conftest import LABELS, Run
 
 PROMPT = "turn on the light"
 RUN = [sys.executable, "-c", "import sys; from edgetune_runtime.cli import main; sys.exit(main())"]
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 def test_info_prints_the_manifest(run: Run, bundle: Path) -> None:
