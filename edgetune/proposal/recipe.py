@@ -16,7 +16,8 @@ from edgetune_runtime.wording import printable
 from edgetune import bases
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.data import TaskRow, rows_of, split
+from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
 from .choices import Choice, text_of, values_of

@@ -1,12 +1,11 @@
-"""Turns entries of row files into the checked rows of a task, and splits them."""
+"""Turns entries of row files into the checked rows of a task."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -178,43 +177,6 @@ def rows_of(
     if not rows:
         raise UsageError(f"{source} has no rows", "add at least two rows")
     return rows
-
-
-def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
-    """Split into training and validation rows, each in the order of `rows`.
-
-    Rows with the same prompt stay together, as do rows that are beginnings of the same conversation. About `held_out`
-    of the rows, and at least one, are for validation; the same seed gives the same split. Raises UsageError if all rows
-    have to stay together.
-    """
-    groups = grouped(rows, lambda row: row.prompt_key)
-    if len(groups) < 2:
-        alike = "with the same prompt" if len({row.prompt_key for row in rows}) == 1 else "of one conversation"
-        problem = f"{len(rows)} rows {alike}" if len(rows) > 1 else f"only {len(rows)} row"
-        raise UsageError(
-            f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
-        )
-    most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
-    random.Random(seed).shuffle(groups)
-    chosen: set[int] = set()
-    for group in groups:
-        if len(chosen) + len(group) <= most:
-            chosen.update(group)
-    smallest = min(groups, key=len)
-    chosen = chosen or set(smallest)
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [rows[index] for index in sorted(chosen)]
-
-
-def grouped(rows: Sequence[TaskRow], key: Callable[[TaskRow], str]) -> list[list[int]]:
-    """The positions of the rows, together where `key` is the same or they begin the same conversation."""
-    prompts = set(map(key, rows))
-    groups: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        # The shortest beginning that is a row.
-        first = next(prompt for begun in row.beginnings if (prompt := key(begun)) in prompts)
-        groups.setdefault(first, []).append(place)
-    return list(groups.values())
 
 
 def is_learned(turn: Message) -> bool:

@@ -21,11 +21,12 @@ from edgetune.recipe.training import TrainingSpec
 
 from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
-from .data import TaskRow, read_rows, split
+from .data import TaskRow, read_rows
 from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
 from .negatives import given, is_made, negative_rows
 from .plain_prompts import plain_prompt
 from .row_files import read_text
+from .splitting import split
 from .tokenization import tokenize_rows
 
 PLAIN_SUFFIX = ".txt"

@@ -12,8 +12,7 @@ from edgetune.recipe.data import DataSpec
 from edgetune.tasks.data import WEIGHT
 from edgetune.tasks.row_files import entries
 
-from .duplicates import answer_key
-from .findings import CONFIDENCE, REPEAT, SHARED, TEST, UNUSABLE, WRONG, Finding, TaskCheck
+from .findings import REPEAT, SHARED, UNUSABLE, WRONG, TaskCheck
 
 
 def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool = False) -> Counter[str]:
@@ -24,7 +23,7 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     problem. If `weighted`, rows with an answer that is probably wrong stay, and their weight is multiplied by one
     below 1.
     """
-    left_out = _left_out(check, is_split_by_build=data.validation is None)
+    left_out = _left_out(check)
     weights: dict[str, float] = {}
     if weighted and check.estimate is not None:
         left_out = {where: kind for where, kind in left_out.items() if kind != WRONG}
@@ -44,21 +43,14 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     return counted
 
 
-def _left_out(check: TaskCheck, *, is_split_by_build: bool) -> dict[str, str]:
+def _left_out(check: TaskCheck) -> dict[str, str]:
     """Where the rows to leave out are, with the kind of the problem."""
     places: dict[str, str] = {}
     for finding in check.findings:
         if finding.kind in (UNUSABLE, WRONG):
             places |= dict.fromkeys(finding.where, finding.kind)
-        elif finding.kind == SHARED and ({CONFIDENCE, TEST} & {*finding.splits} or not is_split_by_build):
+        elif finding.kind == SHARED:
             places |= dict.fromkeys(finding.where, SHARED)
-        elif finding.kind in (REPEAT, SHARED):
-            places |= dict.fromkeys(_repeats(finding), REPEAT)
+        elif finding.kind == REPEAT:
+            places |= dict.fromkeys(finding.where[1:], REPEAT)
     return places
-
-
-def _repeats(finding: Finding) -> list[str]:
-    """Where the rows with a prompt are that have the answer of an earlier one."""
-    firsts = {answer_key(answer): place for place, answer in reversed([*enumerate(finding.answers)])}
-    kept = {*firsts.values()}
-    return [where for place, where in enumerate(finding.where) if place not in kept]

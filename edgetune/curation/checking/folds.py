@@ -35,13 +35,13 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
-from edgetune.tasks.data import TaskRow, grouped
+from edgetune.tasks.data import TaskRow
+from edgetune.tasks.splitting import grouped
 from edgetune.tasks.task import Task
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
-from .duplicates import prompt_key
-from .findings import TRAIN, JudgedRow, LabelEstimate, SplitRow
+from .findings import JudgedRow, LabelEstimate
 from .judging import judge
 from .reading import Reader
 
@@ -102,7 +102,7 @@ def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
 
     Rows with the same prompt, and those that begin the same conversation, are in one.
     """
-    groups = grouped(rows, lambda row: prompt_key(SplitRow(TRAIN, row)))
+    groups = grouped(rows)
     if len(groups) < 2 * FOLDS:
         message = f"{len(groups)} different prompts are too few to tell which answers are wrong"
         raise UsageError(message, f"leave out --minutes, or give at least {2 * FOLDS}, better some hundred")

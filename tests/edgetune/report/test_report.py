@@ -16,7 +16,8 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from edgetune.cli.main import main
 from edgetune.report.facts import facts_of
 from edgetune.report.render import HEIGHT, WIDTH, card, curve
-from edgetune.tasks.data import read_rows, split
+from edgetune.tasks.data import read_rows
+from edgetune.tasks.splitting import split
 
 HISTORY = [
     {"step": 10, "train_loss": 2.0, "val_loss": 1.5},

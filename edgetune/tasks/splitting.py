@@ -1,0 +1,48 @@
+"""Splits the rows of a task into those for training and those for validation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from edgetune_runtime.errors import UsageError
+
+from .data import TaskRow
+from .plain_prompts import plain_prompt
+
+
+def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
+    """Split into training and validation rows, each in the order of `rows`.
+
+    Rows with the same prompt but for case and punctuation stay together, as do rows that are beginnings of the same
+    conversation. About `held_out` of the rows, and at least one, are for validation; the same seed gives the same
+    split. Raises UsageError if all rows have to stay together.
+    """
+    groups = grouped(rows)
+    if len(groups) < 2:
+        alike = "with the same prompt" if len(set(map(plain_prompt, rows))) == 1 else "of one conversation"
+        problem = f"{len(rows)} rows {alike}" if len(rows) > 1 else f"only {len(rows)} row"
+        raise UsageError(
+            f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
+        )
+    most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
+    random.Random(seed).shuffle(groups)
+    chosen: set[int] = set()
+    for group in groups:
+        if len(chosen) + len(group) <= most:
+            chosen.update(group)
+    smallest = min(groups, key=len)
+    chosen = chosen or set(smallest)
+    train = [row for index, row in enumerate(rows) if index not in chosen]
+    return train, [rows[index] for index in sorted(chosen)]
+
+
+def grouped(rows: Sequence[TaskRow]) -> list[list[int]]:
+    """The positions of the rows, together where the plain prompt is the same or they begin the same conversation."""
+    prompts = set(map(plain_prompt, rows))
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        # The shortest beginning that is a row.
+        first = next(prompt for begun in row.beginnings if (prompt := plain_prompt(begun)) in prompts)
+        groups.setdefault(first, []).append(place)
+    return list(groups.values())
