@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterable
 
 from .data import TaskRow
 
@@ -22,3 +23,8 @@ def plain_prompt(row: TaskRow) -> str:
         return plain(row.text or "")
     turns = [f"{role} {content} {json.dumps(calls, sort_keys=True)}" for role, content, calls in row.compared_turns]
     return plain("\n".join([*turns, row.tools.text if row.tools else ""]))
+
+
+def answered_prompts(rows: Iterable[TaskRow]) -> set[str]:
+    """The plain prompts of all answers that are learned of the rows, or scored, also of earlier turns."""
+    return {plain_prompt(answer) for row in rows for answer in row.answers}

@@ -24,7 +24,7 @@ from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows
 from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
 from .negatives import given, is_made, negative_rows
-from .plain_prompts import plain_prompt
+from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
 from .splitting import split
 from .tokenization import tokenize_rows
@@ -210,8 +210,8 @@ def _with_confidence(task: Task) -> Task:
     elif len(choosing) >= _APART_FROM:
         choosing, rows = _halves(choosing, task.training.seed)
         rows += filter(is_made, task.validation)
-    learned = {plain_prompt(answer) for row in task.train for answer in row.answers} if rows else set()
-    both = [row.where for row in rows if plain_prompt(row) in learned]
+    learned = answered_prompts(task.trained_rows) if rows else set()
+    both = [row.where for row in given(rows) if plain_prompt(row) in learned]
     if both and spec.data.confidence is not None:
         message = f"adapter {task.name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
         raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")

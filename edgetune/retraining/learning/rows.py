@@ -17,7 +17,7 @@ from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
 from edgetune.tasks.data import WEIGHT, TaskRow
 from edgetune.tasks.negatives import given, is_made
-from edgetune.tasks.plain_prompts import plain_prompt
+from edgetune.tasks.plain_prompts import answered_prompts, plain_prompt
 from edgetune.tasks.task import Task
 
 from .corrections import LOG, corrected_rows
@@ -86,7 +86,7 @@ def learned_rows(
         raise TooFewCorrectionsError(message, "correct more answers, or label some with --ask N")
     plain = {prompt: plain_prompt(row) for prompt, row in corrected.items()}
     # What other rows and conversations have, also in another case, is learned with them.
-    known = {plain_prompt(answer) for row in train if row.prompt_key not in corrected for answer in row.answers}
+    known = answered_prompts(row for row in train if row.prompt_key not in corrected)
     held = {*[text for text in dict.fromkeys(plain.values()) if text not in known][::_HELD_OUT_PARTS]}
     held_out = [row for prompt, row in corrected.items() if plain[prompt] in held]
     learned = [row for prompt, row in corrected.items() if plain[prompt] not in held]

@@ -13,7 +13,7 @@ from edgetune_runtime.text.chat import Message
 
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.plain_prompts import plain_prompt
+from edgetune.tasks.plain_prompts import answered_prompts
 
 from .answers import Answer, prompt_of
 from .clauses import reordered
@@ -69,8 +69,8 @@ def copies_of(
     others: Sequence[TaskRow],
     seed: int,
 ) -> list[ChangedRow]:
-    """Changed copies of training rows, and rows with prompts of `others`; no prompt is that of another row, or that
-    of one for `validation` but for case and punctuation.
+    """Changed copies of training rows, and rows with prompts of `others`; no prompt is that of another row, and none,
+    also of an earlier turn, is one for `validation` but for case and punctuation.
 
     `schema` is that of the recipe's output, and `labels` are those of the task. Raises UsageError for values of fields
     that no answer has.
@@ -111,7 +111,8 @@ class _Maker:
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
         self._english = is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
         self._seen = {row.prompt_key for row in rows}
-        self._judged = {plain_prompt(row) for row in validation}
+        # What the rows have is learned anyway, such as a greeting.
+        self._judged = answered_prompts(validation) - answered_prompts(rows)
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
         """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
@@ -222,9 +223,9 @@ class _Maker:
         )
 
     def _is_new(self, row: TaskRow) -> bool:
-        """Whether no other row has its prompt, and none for validation nearly; remembers it."""
+        """Whether no other row has its prompt, and none for validation nearly one of its prompts; remembers it."""
         key = row.prompt_key
-        if key in self._seen or plain_prompt(row) in self._judged:
+        if key in self._seen or not self._judged.isdisjoint(answered_prompts([row])):
             return False
         self._seen.add(key)
         return True

@@ -19,6 +19,7 @@ from edgetune.recipe.rows import Rows
 from edgetune.tasks.augmentation.noise import noisy
 from edgetune.tasks.augmentation.numbers import number_word
 from edgetune.tasks.augmentation.slots import Mention, mentions_of
+from edgetune.tasks.plain_prompts import answered_prompts
 from edgetune.tasks.task import Task, read_task
 
 ROOMS = ("hall", "attic", "study", "den", "living room")
@@ -496,15 +497,33 @@ def test_copies_are_trained_on_and_validation_rows_stay(task: Callable[..., Task
     assert augmented == task(augment=True), "the same seed gives the same copies"
 
 
-def test_no_copy_has_the_prompt_of_a_row_for_the_confidence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_conversation", [False, True])
+def test_no_copy_has_the_prompt_of_a_row_for_the_confidence(is_conversation: bool, tmp_path: Path) -> None:
+    rows = list(map(continued, ORDERS[::3])) if is_conversation else ORDERS[::3]
     own = {"train": "rows.jsonl", "validation": "more.jsonl", "confidence": "sure.jsonl"}
     sure = [row for number, row in enumerate(ORDERS) if number % 3]
-    files = {"rows.jsonl": ORDERS[::3], "more.jsonl": ORDERS[:1], "sure.jsonl": sure}
+    files = {"rows.jsonl": rows, "more.jsonl": ORDERS[:1], "sure.jsonl": sure}
     data = {**own, "augment": {"copies": 9, **QUIET}}
     made = read_task("home", make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data=files))
-    asked = {row.prompt_key for row in made.confidence_rows}
+    asked = answered_prompts(made.confidence_rows)
     assert len(asked) == len(sure)
-    assert made.copies and not asked & {copy.row.prompt_key for copy in made.copies}
+    assert made.copies and not asked & answered_prompts(copy.row for copy in made.copies)
+
+
+def test_a_first_turn_that_all_conversations_have_hinders_no_copy(tmp_path: Path) -> None:
+    rows = [continued(row, before={"prompt": "hello", "completion": "Yes?"}) for row in ORDERS]
+    files = {"rows.jsonl": rows[::3], "more.jsonl": rows[1:2]}
+    data = {"train": "rows.jsonl", "validation": "more.jsonl", "augment": QUIET}
+    assert read_task("home", make_recipe(tmp_path, "missing.gguf", {"home": {"data": data}}, data=files)).copies
+
+
+def continued(row: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A conversation of two orders, of which `before` or the row is the first."""
+    turns = (row, {**row, "prompt": f"Again: {row['prompt']}"}) if before is None else (before, row)
+    told = [(turn["prompt"], turn["completion"]) for turn in turns]
+    roles = ("user", "assistant")
+    texts = [text if isinstance(text, str) else json.dumps(text) for pair in told for text in pair]
+    return {"messages": [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]}
 
 
 def test_no_copy_has_the_prompt_of_a_row_that_is_kept_apart(tmp_path: Path) -> None:
