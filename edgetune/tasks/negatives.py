@@ -10,6 +10,7 @@ from pathlib import Path
 from edgetune_runtime.inference.routing.router import last_user_text
 
 from .data import TaskRow
+from .plain_prompts import plain
 
 GENERAL_REQUESTS = Path(__file__).with_name("general_requests.txt").read_text(encoding="utf-8").splitlines()
 """What people ask an assistant, written for edgetune: prompts of no task."""
@@ -59,21 +60,22 @@ def negative_rows(
     General requests, its own rows with shuffled letters, and the rows of each other task take turns. Those for
     validation are made of other texts, and do not depend on the training rows; `mixed` ones are among them, without
     which labels of texts that are near the task would seem too sure. A task that has a text in common with
-    this one is left out: what it is asked is in the scope of both. So are the texts of `excluded`.
+    this one, but for case and punctuation, is left out: what it is asked is in the scope of both. So are the texts of
+    `excluded`.
     """
     rng, parts = random.Random(seed), [list(dict.fromkeys(map(_text_of, rows))) for rows in (validation, train)]
-    folded = {text.casefold() for text in chain(*parts, map(_text_of, excluded))}
+    known = {plain(text) for text in chain(*parts, map(_text_of, excluded))}
     foreign = [list(dict.fromkeys(map(_text_of, other))) for other in others.values()]
-    apart = [texts for texts in foreign if folded.isdisjoint(map(str.casefold, texts))]
+    apart = [texts for texts in foreign if known.isdisjoint(map(plain, texts))]
     kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *apart)]
     made: list[list[str]] = []
     for place, (own, rows) in enumerate(zip(parts, (validation, train), strict=True)):
         texts = [kind[len(kind) // _PARTS :] if place else kind[: len(kind) // _PARTS] for kind in kinds]
         near = [] if place else [mixed(rows, rng)]
         turns = chain.from_iterable(zip_longest(scrambled(own, len(own), rng), *near, *texts))
-        new = dict.fromkeys(text for text in turns if text and text.casefold() not in folded)
+        new = dict.fromkeys(text for text in turns if text and plain(text) not in known)
         made.append(list(islice(new, max(0 if place else _MIN_JUDGED, round(len(rows) * _SHARE)))))
-        folded |= {text.casefold() for text in made[-1]}
+        known |= {*map(plain, made[-1])}
     numbers = count(1)
     judged, learned = ([_row(next(numbers), text, label) for text in texts] for texts in made)
     return learned, judged

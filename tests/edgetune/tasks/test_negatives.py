@@ -15,7 +15,7 @@ from edgetune.tasks.task import Task, read_task
 COLORS = ("red", "warm")
 ROWS = [{"text": f"make the lamp number {n} {COLORS[n % 2]}", "label": COLORS[n % 2]} for n in range(40)]
 SONGS = [{"prompt": f"play {n} songs by the band", "completion": str(n)} for n in range(20)]
-SHARED = [*SONGS, {"prompt": ROWS[0]["text"].upper(), "completion": "1"}]
+SHARED = [*SONGS, {"prompt": f"{ROWS[0]['text'].upper()}!", "completion": "1"}]
 
 
 def task_with(
