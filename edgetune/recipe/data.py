@@ -158,11 +158,11 @@ class DataSpec(RecipePart):
 
     @property
     def apart(self) -> Rows | None:
-        """Rows that are compared later, whose prompts no copy has."""
+        """Rows that are compared later, whose prompts no row has that a build makes."""
         return self._apart
 
     def keeping_apart(self, rows: Rows) -> DataSpec:
-        """The data whose copies have no prompts of these rows."""
+        """The data of which a build makes no rows with prompts of these ones."""
         copy = self.model_copy()
         copy._apart = rows
         return copy

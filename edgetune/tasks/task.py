@@ -115,10 +115,11 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     own = spec.data.confidence if _has_confidence(spec, metric) else None
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure)
+    apart = [] if spec.data.apart is None else read(spec.data.apart)
     if spec.data.augment is not None:
-        task = _augmented(task, recipe, read)
+        task = _augmented(task, recipe, read, apart)
     if spec.out_of_scope is not None:
-        task = _with_negatives(task, recipe, read)
+        task = _with_negatives(task, recipe, read, apart)
     task = _with_confidence(task)
     for rows in (task.trained_rows, task.choosing):
         if rows and not any(row.weight for row in rows):
@@ -127,11 +128,10 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     return task
 
 
-def _augmented(task: Task, recipe: Recipe, read: Reader) -> Task:
+def _augmented(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow]) -> Task:
     """The task with changed copies of its training rows; UsageError for options that do not fit the rows."""
     options, output = task.spec.data.augment, task.spec.output
     assert options is not None
-    apart = [] if task.spec.data.apart is None else read(task.spec.data.apart)
     others = []
     if options.negatives is not None:
         specs = recipe.others(task.name).values()
@@ -169,7 +169,7 @@ def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*labels, *extra)))
 
 
-def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
+def _with_negatives(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow]) -> Task:
     """The task with generated rows that are out of scope, some for validation; UsageError if it has no labels.
 
     Those for validation choose no checkpoint, and are among the rows for the confidence, also if the recipe has its
@@ -186,7 +186,7 @@ def _with_negatives(task: Task, recipe: Recipe, read: Reader) -> Task:
             others[name] = read(spec.data.train, spec.data.columns)
     label, seed = task.spec.out_of_scope.label, task.training.seed
     own = task.confidence_rows
-    learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=own)
+    learned, judged = negative_rows(task.train, task.validation, others, label, seed, excluded=[*own, *apart])
     if own and label not in {row.completion for row in own}:
         own = [*own, *judged]
     return replace(task, train=[*task.train, *learned], validation=[*task.validation, *judged], confidence_rows=own)

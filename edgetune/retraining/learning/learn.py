@@ -214,7 +214,7 @@ def _spec(task: Task, train: Sequence[TaskRow], validation: Sequence[TaskRow]) -
 
 
 def _spec_to_compare(task: Task, rows: LearnedRows) -> AdapterSpec:
-    """The adapter's section without the corrections that are held out, of which no changed copy may tell."""
+    """The adapter's section without the corrections that are held out, of which no row that a build makes may tell."""
     spec = _spec(task, rows.train, rows.validation)
     if not rows.held_out:
         return spec

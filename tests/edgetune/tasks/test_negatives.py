@@ -9,6 +9,7 @@ from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, make_recipe
 
 from edgetune.building.routing.prompts import prompts_of
+from edgetune.recipe.rows import Rows
 from edgetune.tasks.negatives import GENERAL_REQUESTS
 from edgetune.tasks.task import Task, read_task
 
@@ -119,6 +120,16 @@ def task_with_confidence(folder: Path, sure: Sequence[Mapping[str, Any]]) -> Tas
     adapters = {"color": {"data": data, "out_of_scope": True}}
     files = {"color.jsonl": ROWS, "sure.jsonl": sure}
     return read_task("color", make_recipe(folder, "base.gguf", adapters, data=files))
+
+
+def test_none_has_the_text_of_a_row_that_is_kept_apart(tmp_path: Path) -> None:
+    apart = Rows.of("apart", [{"text": f"{text.upper()}!", "label": "red"} for text in GENERAL_REQUESTS[::2]])
+    recipe = make_recipe(tmp_path, "base.gguf", {"color": adapter_of(out_of_scope=True)}, data={"rows.jsonl": ROWS})
+    spec = recipe.adapters["color"]
+    spec = spec.model_copy(update={"data": spec.data.keeping_apart(apart)})
+    task = read_task("color", recipe.model_copy(update={"adapters": {"color": spec}}))
+    general = {*GENERAL_REQUESTS} & {row.prompt for row in (*task.train, *task.validation)}
+    assert general and general <= {*GENERAL_REQUESTS[1::2]}
 
 
 def test_a_router_does_not_learn_them(tmp_path: Path) -> None:
