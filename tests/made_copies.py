@@ -20,13 +20,13 @@ def rows_from(values: list[dict[str, Any]]) -> list[TaskRow]:
 def copied(
     rows: list[dict[str, Any]],
     schema: dict[str, Any] | None = None,
-    others: list[TaskRow] | None = None,
+    foreign: Sequence[str] = (),
     labels: Sequence[str] = (),
     **options: object,
 ) -> list[ChangedRow]:
     """The copies of these rows, without validation rows."""
     spec, given = AugmentSpec.model_validate(options), rows_from(rows)
-    return copies_of(given, spec, schema=schema, labels=labels, validation=[], others=others or [], seed=0)
+    return copies_of(given, spec, schema=schema, labels=labels, validation=[], foreign=foreign, seed=0)
 
 
 def pairs(changed: list[ChangedRow]) -> list[tuple[str, Any]]:

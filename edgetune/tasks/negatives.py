@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 
@@ -57,17 +57,14 @@ def negative_rows(
     """Texts of none of the labels of a task, as rows with this `label`: up to half as many as it has rows of each kind,
     and at least 30 for validation.
 
-    General requests, its own rows with shuffled letters, and the rows of each other task take turns. Those for
-    validation are made of other texts, and do not depend on the training rows; `mixed` ones are among them, without
-    which labels of texts that are near the task would seem too sure. A task that has a text in common with
-    this one, but for case and punctuation, is left out: what it is asked is in the scope of both. So are the texts of
-    `excluded`.
+    General requests, its own rows with shuffled letters, and the `foreign_texts` of each other task take turns. Those
+    for validation are made of other texts, and do not depend on the training rows; `mixed` ones are among them, without
+    which labels of texts that are near the task would seem too sure. The texts of `excluded` are its own ones too.
     """
     rng, parts = random.Random(seed), [list(dict.fromkeys(map(_text_of, rows))) for rows in (validation, train)]
-    known = {plain(text) for text in chain(*parts, map(_text_of, excluded))}
-    foreign = [list(dict.fromkeys(map(_text_of, other))) for other in others.values()]
-    apart = [texts for texts in foreign if known.isdisjoint(map(plain, texts))]
-    kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *apart)]
+    own_rows = [*validation, *train, *excluded]
+    kinds = [rng.sample(texts, len(texts)) for texts in (GENERAL_REQUESTS, *foreign_texts(others.values(), own_rows))]
+    known = _plain_texts(own_rows)
     made: list[list[str]] = []
     for place, (own, rows) in enumerate(zip(parts, (validation, train), strict=True)):
         texts = [kind[len(kind) // _PARTS :] if place else kind[: len(kind) // _PARTS] for kind in kinds]
@@ -79,6 +76,16 @@ def negative_rows(
     numbers = count(1)
     judged, learned = ([_row(next(numbers), text, label) for text in texts] for texts in made)
     return learned, judged
+
+
+def foreign_texts(others: Iterable[Sequence[TaskRow]], own: Sequence[TaskRow]) -> list[list[str]]:
+    """The different texts of each other task.
+
+    One that has a text in common with a task's `own` rows, but for case and punctuation, is left out: what it is asked
+    is in the scope of both.
+    """
+    known = _plain_texts(own)
+    return [[*dict.fromkeys(map(_text_of, rows))] for rows in others if known.isdisjoint(_plain_texts(rows))]
 
 
 def given(rows: Sequence[TaskRow]) -> list[TaskRow]:
@@ -93,6 +100,10 @@ def is_made(row: TaskRow) -> bool:
 
 def _row(number: int, text: str, label: str) -> TaskRow:
     return TaskRow(f"{MADE}:{number}", ({"role": "user", "content": text},), label, is_labelled=True)
+
+
+def _plain_texts(rows: Sequence[TaskRow]) -> set[str]:
+    return {plain(_text_of(row)) for row in rows}
 
 
 def _text_of(row: TaskRow) -> str:

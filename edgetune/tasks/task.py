@@ -23,7 +23,7 @@ from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows
 from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
-from .negatives import given, is_made, negative_rows
+from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
 from .splitting import split
@@ -132,20 +132,20 @@ def _augmented(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow
     """The task with changed copies of its training rows; UsageError for options that do not fit the rows."""
     options, output = task.spec.data.augment, task.spec.output
     assert options is not None
-    others = []
+    judged, foreign = [*task.validation, *task.confidence_rows, *apart], []
     if options.negatives is not None:
-        specs = recipe.others(task.name).values()
-        others = [row for spec in specs for row in read(spec.data.train, spec.data.columns)]
+        others = [read(spec.data.train, spec.data.columns) for spec in recipe.others(task.name).values()]
+        foreign = [text for texts in foreign_texts(others, [*task.train, *judged]) for text in texts]
     try:
         if options.negatives is not None:
-            _check_negatives(options.negatives, task.labels, others)
+            _check_negatives(options.negatives, task.labels, foreign)
         copies = copies_of(
             task.train,
             options,
             schema=None if output is None or output.spec is None else output.spec.schema,
             labels=task.labels,
-            validation=[*task.validation, *task.confidence_rows, *apart],
-            others=others,
+            validation=judged,
+            foreign=foreign,
             seed=task.training.seed,
         )
     except UsageError as error:
@@ -153,10 +153,10 @@ def _augmented(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow
     return replace(task, copies=copies)
 
 
-def _check_negatives(negatives: NegativesSpec, labels: Sequence[str], others: Sequence[TaskRow]) -> None:
+def _check_negatives(negatives: NegativesSpec, labels: Sequence[str], foreign: Sequence[str]) -> None:
     """UsageError without prompts, and for an answer that is not a label, which `classify` would never give."""
-    if not others and not negatives.prompts:
-        message = "data.augment.negatives has no prompts, and the recipe no other adapter"
+    if not foreign and not negatives.prompts:
+        message = "data.augment.negatives has no prompts, and the recipe no other adapter that is asked other things"
         raise UsageError(message, "give prompts that are not for this task as data.augment.negatives.prompts")
     if labels and negatives.completion not in labels:
         message = f"data.augment.negatives.completion is {negatives.completion!r}, which is not one of the labels"

@@ -13,7 +13,7 @@ from edgetune_runtime.text.chat import Message
 
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.plain_prompts import answered_prompts
+from edgetune.tasks.plain_prompts import answered_prompts, plain
 
 from .answers import Answer, prompt_of
 from .clauses import reordered
@@ -66,10 +66,10 @@ def copies_of(
     schema: dict[str, Any] | None,
     labels: Sequence[str],
     validation: Sequence[TaskRow],
-    others: Sequence[TaskRow],
+    foreign: Sequence[str],
     seed: int,
 ) -> list[ChangedRow]:
-    """Changed copies of training rows, and rows with prompts of `others`; no prompt is that of another row, and none,
+    """Changed copies of training rows, and rows with the prompts `foreign`; no prompt is that of another row, and none,
     also of an earlier turn, is one for `validation` but for case and punctuation.
 
     `schema` is that of the recipe's output, and `labels` are those of the task. Raises UsageError for values of fields
@@ -84,7 +84,7 @@ def copies_of(
     ]
     if spec.negatives is None:
         return copies
-    return copies + maker.negatives(spec.negatives, others, random.Random(f"{seed}/negatives"))
+    return copies + maker.negatives(spec.negatives, foreign, random.Random(f"{seed}/negatives"))
 
 
 class _Maker:
@@ -126,18 +126,19 @@ class _Maker:
                 return ChangedRow(replace(changed, where=f"{row.where}, copy {number}"), row, tuple(changes))
         return None
 
-    def negatives(self, spec: NegativesSpec, others: Sequence[TaskRow], rng: random.Random) -> list[ChangedRow]:
-        """Rows of the task with prompts of other tasks."""
+    def negatives(self, spec: NegativesSpec, foreign: Sequence[str], rng: random.Random) -> list[ChangedRow]:
+        """Rows of the task with prompts of other tasks, none of which this one has but for case and punctuation."""
         completion = spec.completion
         answer = completion if isinstance(completion, str) else json.dumps(completion, ensure_ascii=False)
-        prompts = [*spec.prompts, *(prompt for row in others if (prompt := prompt_of(row)))]
+        own = {plain(prompt_of(answer)) for row in self._rows for answer in row.answers}
+        prompts = [*spec.prompts, *filter(None, foreign)]
         rng.shuffle(prompts)
         negatives: list[ChangedRow] = []
         for prompt in prompts:
             source = rng.choice(self._rows)
             if len(negatives) >= spec.share * len(self._rows):
                 break
-            if not source.messages:
+            if not source.messages or plain(prompt) in own:
                 continue
             before = [turn for turn in source.messages[:1] if turn["role"] == "system"]
             messages = (*before, {"role": "user", "content": prompt})

@@ -446,13 +446,14 @@ def test_rows_of_labels_get_noise_alone() -> None:
     assert copied(rows, noise=0) == []
 
 
-def test_negatives_have_prompts_of_other_tasks_and_the_given_answer() -> None:
-    others = rows_from([{"text": f"other {number}", "label": "x"} for number in range(30)])
+def test_negatives_have_prompts_of_other_tasks_alone_and_the_given_answer() -> None:
+    foreign = [f"other {number}" for number in range(10)]
+    prompts = ["hello", *(f"{row['prompt'].upper()}!" for row in ORDERS)]
     made = copied(
-        ORDERS, others=others, negatives={"completion": {"service": "none"}, "prompts": ["hello"], "share": 0.5}
+        ORDERS, foreign=foreign, negatives={"completion": {"service": "none"}, "prompts": prompts, "share": 1}
     )
     negatives = [c for c in made if c.changes == ("negative",)]
-    assert len(negatives) == len(ORDERS) / 2
+    assert len(negatives) == 11
     assert {c.row.completion for c in negatives} == {'{"service": "none"}'}
     assert all(prompt.startswith(("other ", "hello")) for prompt, _ in pairs(negatives))
 
@@ -471,7 +472,10 @@ def test_negatives_of_a_task_with_labels_have_one_of_them(tmp_path: Path) -> Non
 
 
 def test_negatives_without_prompts_are_refused(task: Callable[..., Task]) -> None:
-    with pytest.raises(UsageError, match="negatives has no prompts, and the recipe no other adapter; give prompts"):
+    with pytest.raises(
+        UsageError,
+        match="negatives has no prompts, and the recipe no other adapter that is asked other things; give prompts",
+    ):
         task({"negatives": {"completion": "none"}})
 
 

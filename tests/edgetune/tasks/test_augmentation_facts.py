@@ -179,7 +179,7 @@ def test_no_copy_has_a_prompt_for_validation_in_another_case() -> None:
     rows = rows_from([asked(f"light the {room}", room=room) for room in rooms])
     judged = rows_from([asked(f"Light the {room}!", room=room) for room in (*rooms, "attic")])
     spec = AugmentSpec(copies=9, values={"room": ("attic", "porch")}, noise=0)
-    made = copies_of(rows, spec, schema=None, labels=[], validation=judged, others=[], seed=0)
+    made = copies_of(rows, spec, schema=None, labels=[], validation=judged, foreign=[], seed=0)
     assert {c.row.prompt for c in made} == {"light the porch"}
 
 

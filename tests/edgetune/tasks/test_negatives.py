@@ -92,6 +92,14 @@ def test_a_task_that_is_asked_the_same_is_no_example_of_what_is_out_of_scope(tmp
     task = task_with(tmp_path, songs=SHARED)
     texts = {row.messages[0]["content"] for row in (*task.train, *task.validation) if row.messages}
     assert not texts & {row["prompt"] for row in SHARED}
+    augment = {"copies": 1, "negatives": {"completion": "red", "prompts": ["hello"], "share": 1}}
+    adapters = {
+        "color": {"data": {"train": "color.jsonl", "augment": augment}},
+        "songs": adapter_of(train="songs.jsonl"),
+    }
+    files = {"color.jsonl": ROWS, "songs.jsonl": SHARED}
+    copies = read_task("color", make_recipe(tmp_path, "base.gguf", adapters, data=files)).copies
+    assert [copy.row.prompt for copy in copies if copy.changes == ("negative",)] == ["hello"]
 
 
 def test_rows_may_have_the_label_of_texts_out_of_scope(tmp_path: Path) -> None:
