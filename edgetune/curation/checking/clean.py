@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.recipe.data import DataSpec
-from edgetune.tasks.data import WEIGHT
+from edgetune.tasks.data import EARLIER_ANSWER, WEIGHT
 from edgetune.tasks.row_files import entries
 
 from .findings import REPEAT, SHARED, UNUSABLE, WRONG, TaskCheck
@@ -50,7 +50,7 @@ def _left_out(check: TaskCheck) -> dict[str, str]:
         if finding.kind in (UNUSABLE, WRONG):
             places |= dict.fromkeys(finding.where, finding.kind)
         elif finding.kind == SHARED:
-            places |= dict.fromkeys(finding.where, SHARED)
+            places |= {where.partition(EARLIER_ANSWER)[0]: SHARED for where in finding.where}
         elif finding.kind == REPEAT:
             places |= dict.fromkeys(finding.where[1:], REPEAT)
     return places

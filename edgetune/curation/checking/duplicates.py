@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgetune.tasks.plain_prompts import plain, plain_prompt
 
-from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, Finding, SplitRow
+from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TRAIN, Finding, SplitRow
 
 Ints = NDArray[np.int64]
 Key = TypeVar("Key", bound=Hashable)
@@ -30,10 +30,13 @@ _MOST_CHARACTERS = 2000
 
 def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
     """The problems with prompts of these rows; `has_one_answer`: a prompt has only one right answer."""
-    groups = _grouped(rows, prompt_key).values()
-    for same in groups:
-        yield from _of_one_prompt(same, has_one_answer=has_one_answer)
-    firsts = [group[0] for group in groups]
+    groups = _grouped(rows, prompt_key)
+    earlier = _grouped(
+        (SplitRow(TRAIN, turn) for item in rows if item.split == TRAIN for turn in item.row.answers[:-1]), prompt_key
+    )
+    for key, same in groups.items():
+        yield from _of_one_prompt(same, earlier.get(key, ()), has_one_answer=has_one_answer)
+    firsts = [group[0] for group in groups.values()]
     # With one right answer, another value in the prompt makes another answer, so only those with the same are alike.
     # What comes before the last turn is often the same in all rows, or longer than the turn.
     for alike in _grouped(firsts, lambda item: (_before(item), _answer_of(item) if has_one_answer else None)).values():
@@ -152,12 +155,15 @@ def _grouped(rows: Iterable[SplitRow], key: Callable[[SplitRow], Key]) -> dict[K
     return groups
 
 
-def _of_one_prompt(same: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
+def _of_one_prompt(
+    same: Sequence[SplitRow], earlier: Sequence[SplitRow] = (), *, has_one_answer: bool
+) -> Iterator[Finding]:
+    """The problems of rows with a prompt, which is also that of `earlier` turns of training conversations."""
     by_answer = _grouped(same, _answer_of)
     if len(by_answer) > 1 and has_one_answer:
         yield Finding.of(CONFLICT, same, f"{len(by_answer)} different answers")
-    if len({item.split for item in same}) > 1:
-        yield Finding.of(SHARED, same)
+    if len({item.split for item in (*earlier, *same)}) > 1:
+        yield Finding.of(SHARED, [*earlier, *same])
     for rows in by_answer.values():
         for repeated in _grouped(rows, lambda item: item.split).values():
             if len(repeated) > 1:

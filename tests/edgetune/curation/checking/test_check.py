@@ -321,6 +321,15 @@ def test_an_earlier_answer_of_a_conversation_conflicts_with_another_rows(tmp_pat
     assert conflict == ["train:1, message 2", "train:2, message 2", "validation:1, message 2"]
 
 
+def test_an_earlier_turn_that_is_learned_and_a_row_of_another_split_is_shared(tmp_path: Path) -> None:
+    turns = [("user", "lamp"), ("assistant", '{"do": "on"}'), ("user", "and now"), ("assistant", '{"do": "stop"}')]
+    talk = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    found = checked(tmp_path, [talk, *ORDERS], validation=[{"prompt": "Lamp!", "completion": {"do": "on"}}])
+    assert places(found, "shared") == [["train:1, message 2", "validation:1"]]
+    clean = tmp_path / "clean.jsonl"
+    assert write_clean(found, Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data, clean) == {"shared": 1}
+
+
 def test_composed_and_decomposed_letters_are_the_same(tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": {"do": "on"}} for text in ("Öffne die Tür", "O\u0308ffne die Tu\u0308r")]
     assert places(checked(tmp_path, [*rows, *ORDERS]), "repeat") == [["train:1", "train:2"]]
