@@ -31,7 +31,8 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     column = WEIGHT if data.columns is None else data.columns.weight
     counted: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
+    # Half a surrogate pair, which UTF-8 does not have, is then written as JSON escapes it.
+    with replacing(out) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for where, values in entries(data.train):
             if where in left_out:
                 counted[left_out[where]] += 1

@@ -187,7 +187,8 @@ def test_calls_whose_arguments_break_the_schema_are_named(tmp_path: Path) -> Non
 
 
 def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [*ORDERS, ORDERS[0], {"prompt": "<b>hello"}, {"prompt": "lamp!", "completion": {"do": "on", "area": "den"}}]
+    last = {"prompt": "lamp!", "completion": {"do": "on", "area": "den"}, "note": "half an emoji: \ud83d"}
+    rows = [*ORDERS, ORDERS[0], {"prompt": "<b>hello"}, last]
     write_rows(tmp_path / "rows-test.jsonl", [ORDERS[2]])
     recipe = str(write_recipe(tmp_path, NO_BASE, data={"rows.jsonl": rows}))
     clean, page = tmp_path / "new" / "clean.jsonl", tmp_path / "new" / "page.html"
@@ -196,8 +197,9 @@ def test_the_command_writes_clean_rows_and_a_page(tmp_path: Path, capsys: pytest
     assert "1 rows that cannot be used\n    rows.jsonl:22; has no 'completion'" in out
     assert out.endswith(f"{clean}: without 3 rows\n{page}\n")
     assert [row.completion for row in read_rows(str(clean))] == [
-        json.dumps(row["completion"]) for row in (*ORDERS[:2], *ORDERS[3:], rows[-1])
+        json.dumps(row["completion"]) for row in (*ORDERS[:2], *ORDERS[3:], last)
     ]
+    assert json.loads(clean.read_text(encoding="utf-8").splitlines()[-1]) == last
     tags = set[str]()
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, _: tags.add(tag)  # type: ignore[method-assign]
