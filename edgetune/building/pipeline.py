@@ -188,8 +188,8 @@ def _say_plan(plan: BuildPlan, progress: Progress) -> None:
     """Report what the build needs, what trains, and why it has the settings that it has."""
     if plan.needs is not None:
         progress.say(f"needs {plan.needs.summary}")
-        for warning in plan.needs.warnings:
-            progress.say(f"warning: {warning}")
+    for warning in plan.warnings:
+        progress.say(f"warning: {warning}")
     duration = None if plan.needs is None else plan.needs.training_time
     progress.say(f"trains on {plan.training_device}{'' if duration is None else f', {duration} in all'}")
     if plan.board is not None:

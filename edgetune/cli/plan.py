@@ -72,7 +72,7 @@ def _summary(build_plan: BuildPlan) -> Iterator[tuple[str, str]]:
     for name, adapter in build_plan.adapters.items():
         if adapter.training_reason:
             yield "training", f"{name}: {adapter.training_reason}"
-    for warning in () if build_plan.needs is None else build_plan.needs.warnings:
+    for warning in build_plan.warnings:
         yield "warning", warning
 
 

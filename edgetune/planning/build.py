@@ -68,6 +68,7 @@ def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, widt
         training=training,
         training_reason=reason,
         rows=plan_rows(task, training),
+        doubts=task.doubts,
     )
 
 

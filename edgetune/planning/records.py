@@ -27,8 +27,8 @@ from .quantization import Candidate
 
 # What the recipe has of an adapter, and what `BoardPlan` sums up.
 _LEFT_OUT = ("name", "spec", "trained", "training", "memory")
-# What the manifest has in the entry of an adapter.
-_IN_ENTRY = ("method", "shapes", "scale", "system", "metric", "labels", "output")
+# What the manifest has in the entry of an adapter, and what is only for whoever builds it.
+_NOT_IN_PLAN = ("doubts", "method", "shapes", "scale", "system", "metric", "labels", "output")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class AdapterPlan:
     `on_grid`: it is trained through the rounding to the base's grid, so that the merged model keeps the base's types.
 
     Without the base's header, `trained` and `trainable_parameters` are None and all sizes are missing. The rows decide
-    `metric`, `labels`, `output`, `rows` and what `training: auto` stands for, with `training_reason`.
+    `metric`, `labels`, `output`, `rows` and what `training: auto` stands for, with `training_reason`. `doubts` say what
+    is odd about them.
     """
 
     name: str
@@ -107,6 +108,7 @@ class AdapterPlan:
     training: TrainingSpec = field(default_factory=TrainingSpec)
     training_reason: str = ""
     rows: RowsPlan | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -269,6 +271,12 @@ class BuildPlan:
         shape = None if self.source is None else self.source.shape
         return None if shape is None else shape.hidden
 
+    @property
+    def warnings(self) -> list[str]:
+        """What may be wrong with the rows of each adapter, and where this machine has little for the build."""
+        doubts = [f"{name}: {doubt}" for name, adapter in self.adapters.items() for doubt in adapter.doubts]
+        return [*doubts, *(() if self.needs is None else self.needs.warnings)]
+
     def with_adapters(self, adapters: Mapping[str, AdapterPlan]) -> BuildPlan:
         """The plan with these adapters in place of its own, and with the options of their methods in the recipe."""
         adapters = {**self.adapters, **adapters}
@@ -297,7 +305,7 @@ class BuildPlan:
         """The decisions and predictions that the rest of the manifest lacks, without those about this machine."""
         values = self.to_json()
         adapters = {
-            name: {key: value for key, value in adapter.items() if key not in _IN_ENTRY}
+            name: {key: value for key, value in adapter.items() if key not in _NOT_IN_PLAN}
             for name, adapter in values["adapters"].items()
         }
         needs = None if self.needs is None else self.needs.needs.to_json()

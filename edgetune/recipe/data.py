@@ -156,6 +156,14 @@ class DataSpec(RecipePart):
     """Changed copies of the training rows: true, or a mapping of options."""
     _apart: Rows | None = PrivateAttr(default=None)
 
+    @field_validator("validation")
+    @classmethod
+    def _is_not_learned(cls, validation: str | Rows | None, info: ValidationInfo) -> str | Rows | None:
+        if isinstance(validation, str) and validation == info.data.get("train"):
+            remedy = "give rows that are not learned, or remove it to hold some out"
+            raise ValueError(f"{Path(validation).name} is also the data of train; {remedy}")
+        return validation
+
     @property
     def apart(self) -> Rows | None:
         """Rows that are compared later, whose prompts no row has that a build makes."""

@@ -43,7 +43,7 @@ class Task:
     """The task of one adapter, with its data; `copies` are changed copies of `train`, which are trained on too.
 
     Of the validation rows, those of `choosing` choose the checkpoint. The confidence of answers is fitted on
-    `confidence_rows`; there are none if the answers are to have no confidence.
+    `confidence_rows`; there are none if the answers are to have no confidence. `doubts` say what is odd about the rows.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Task:
     choosing: Sequence[TaskRow]
     confidence_rows: Sequence[TaskRow] = ()
     copies: Sequence[ChangedRow] = ()
+    doubts: tuple[str, ...] = ()
 
     @property
     def trained_rows(self) -> list[TaskRow]:
@@ -215,10 +216,14 @@ def _with_confidence(task: Task) -> Task:
     if both and spec.data.confidence is not None:
         message = f"adapter {task.name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
         raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
+    doubts = task.doubts
+    if both:
+        share = f"{len(both)} of {len(given(rows))} validation rows"
+        doubts += (f"{share} have the prompt of a training row, such as {both[0]}, and give no confidence",)
     rows = answers_to_score([row for row in rows if plain_prompt(row) not in learned], task.metric, task.train)
     if spec.min_confidence is not None:
         _check_enough(task.name, task.in_scope(rows), task.metric)
-    return replace(task, choosing=choosing, confidence_rows=rows)
+    return replace(task, choosing=choosing, confidence_rows=rows, doubts=doubts)
 
 
 def _halves(rows: Sequence[TaskRow], seed: int) -> tuple[list[TaskRow], list[TaskRow]]:

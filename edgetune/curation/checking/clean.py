@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import replacing
 
 from edgetune.recipe.data import DataSpec
@@ -21,7 +22,7 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
     Left out are rows that cannot be used, whose answers are probably wrong, that are in another file too, and all but
     the first of those that repeat, whatever part of the file a build holds out; returns how many, by the kind of the
     problem. If `weighted`, rows with an answer that is probably wrong stay, and their weight is multiplied by one
-    below 1.
+    below 1. UsageError if no row is left.
     """
     left_out = _left_out(check)
     weights: dict[str, float] = {}
@@ -41,6 +42,9 @@ def write_clean(check: TaskCheck, data: DataSpec, out: Path, *, weighted: bool =
                     own = values.get(column)
                     values[column] = round(weights[where] * (1.0 if own in (None, "") else float(own)), 3)
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        if file.tell() == 0:
+            message = f"no row of {data.train} is left for {out}, as all {counted.total()} rows have problems"
+            raise UsageError(message, "correct them: `edgetune data check` without --out says what they are")
     return counted
 
 

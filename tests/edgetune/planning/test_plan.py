@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.formats import gguf_file
-from recipes import adapter_of, lights, make_recipe
+from recipes import adapter_of, lights, make_recipe, write_rows
 
 from edgetune import bases, methods
 from edgetune.building.plan import plan_build, with_quantization
@@ -114,6 +114,14 @@ def test_the_rows_decide_metric_output_and_steps(tiny_gguf: Callable[[str], Path
     assert (adapter.metric, adapter.rows.train, adapter.rows.validation, adapter.rows.steps) == ("exact", 16, 4, 4)
     assert adapter.rows.longest_tokens >= adapter.rows.mean_tokens > adapter.rows.shared_tokens == 0
     assert [len(task.train) for task in planned.tasks] == [16]
+
+
+def test_what_is_odd_about_the_rows_is_a_warning_of_the_plan(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    write_rows(tmp_path / "copy.jsonl", lights(20))
+    data = {"train": "rows.jsonl", "validation": "copy.jsonl"}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), {"command": {"data": data}}, data={"rows.jsonl": lights(20)})
+    (warning,) = plan_build(recipe).plan.warnings
+    assert warning.startswith("command: 20 of 20 validation rows have the prompt of a training row, such as ")
 
 
 def test_a_base_that_is_not_downloaded_has_no_quantizations_to_measure_yet(tmp_path: Path) -> None:

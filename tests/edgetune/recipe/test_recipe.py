@@ -211,6 +211,7 @@ adapters:
         ("adapters.command.method", "{name: bottleneck, reduction_factor: 1e-300}", "1e-300 must be at least 1"),
         ("adapters.command.output", "{1: x, foo: y}", "there is no key 1 here"),
         ("adapters.intent.data.augment", "{copies: 1000000}", "1000000 must be at most 1000"),
+        ("adapters.command.data.validation", "./data/command.jsonl", "command.jsonl is also the data of train; give"),
         ("adapters.comand.scale", "2", "no adapter 'comand'; did you mean 'command'?"),
         ("quantization", "q4_9", "no quantization 'q4_9'"),
         ("quantization", "q5_0+q4", "no type of the output layer 'q4'"),

@@ -154,6 +154,8 @@ def test_validation_rows_that_are_trained_on_say_nothing_of_the_confidence(tmp_p
     )
     task = task_of(tmp_path, 30, data={"validation": "more.jsonl"})
     assert (len(task.choosing), len(task.confidence_rows)) == (39, 9)
+    (doubt,) = task.doubts
+    assert doubt.startswith("30 of 39 validation rows have the prompt of a training row, such as ")
 
 
 def test_training_rows_are_refused(tmp_path: Path) -> None:

@@ -332,6 +332,14 @@ def test_an_earlier_turn_that_is_learned_and_a_row_of_another_split_is_shared(tm
     assert write_clean(found, Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data, clean) == {"shared": 1}
 
 
+def test_a_file_of_which_no_row_is_left_is_not_written(tmp_path: Path) -> None:
+    found, clean = checked(tmp_path, ORDERS, validation=ORDERS), tmp_path / "clean.jsonl"
+    data = Recipe.from_file(tmp_path / "recipe.yaml").adapters["home"].data
+    with pytest.raises(UsageError, match=r"no row of .*home-train\.jsonl is left for .*, as all 20 rows have problems"):
+        write_clean(found, data, clean)
+    assert not clean.exists()
+
+
 def test_composed_and_decomposed_letters_are_the_same(tmp_path: Path) -> None:
     rows = [{"prompt": text, "completion": {"do": "on"}} for text in ("Öffne die Tür", "O\u0308ffne die Tu\u0308r")]
     assert places(checked(tmp_path, [*rows, *ORDERS]), "repeat") == [["train:1", "train:2"]]
