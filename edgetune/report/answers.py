@@ -48,7 +48,9 @@ def score_adapters(
             for task in tasks:
                 rows = spread(task.validation_answers, limit)
                 evaluation = score(runtime, task.name, rows, progress)
-                scores[task.name] = _score(evaluation, "its validation data, which also chose the checkpoint")
+                is_chosen = _training_of(manifest, task.name).get("checkpoint") != "last"
+                chosen = ", which also chose the checkpoint" if is_chosen else ""
+                scores[task.name] = _score(evaluation, f"its validation data{chosen}")
     for name, file in files.items():
         scores[name] = _score(evaluate(bundle, name, file, limit=limit, progress=progress), Path(file).name)
     return scores
@@ -62,10 +64,15 @@ def split_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
     recipe = manifest.recipe
     settings = {}
     for name in filter(recipe.get("adapters", {}).__contains__, names):
-        adapter = recipe["adapters"][name]
-        settings[f"adapters.{name}.training.seed"] = {**recipe["training"], **adapter["training"]}["seed"]
-        settings[f"adapters.{name}.data.held_out"] = adapter["data"]["held_out"]
+        settings[f"adapters.{name}.training.seed"] = _training_of(manifest, name)["seed"]
+        settings[f"adapters.{name}.data.held_out"] = recipe["adapters"][name]["data"]["held_out"]
     return settings
+
+
+def _training_of(manifest: Manifest, name: str) -> dict[str, Any]:
+    """The training options with which the adapter was built; none for one that was not built from a recipe."""
+    adapter = manifest.recipe.get("adapters", {}).get(name)
+    return {} if adapter is None else {**manifest.recipe["training"], **adapter["training"]}
 
 
 def _score(evaluation: Evaluation, source: str) -> Score:

@@ -172,7 +172,7 @@ def test_the_rows_are_those_that_the_build_held_out_or_the_recipe_if_there_was_n
     is_built: bool, bundle: Path, tmp_path: Path
 ) -> None:
     copied = shutil.copytree(bundle, tmp_path / "copied")
-    other = adapter_of(held_out=0.5, training={"seed": 3})
+    other = adapter_of(held_out=0.5, training={"seed": 3, "checkpoint": "last"})
     change_manifest(copied, lambda raw: raw["recipe"]["adapters"].update({"other": other} if is_built else {}))
     own = {"other": adapter_of() if is_built else other}
     adapters, rows = {**own, "more": adapter_of(train="none")}, lights(6)
@@ -182,6 +182,7 @@ def test_the_rows_are_those_that_the_build_held_out_or_the_recipe_if_there_was_n
     _, held_out = split(read_rows(str(tmp_path / "rows.jsonl")), 0.5, 3)
     text = Page(out.read_text(encoding="utf-8")).text
     assert f"A box per answer to {len(held_out)} rows of its validation data" in text
+    assert ("which also chose the checkpoint" in text) is not is_built
     shown = {row["prompt"] for row in rows if row["prompt"] in text}
     assert shown == {row.messages[-1]["content"] for row in held_out if row.messages}
 
