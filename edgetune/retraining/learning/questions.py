@@ -84,11 +84,11 @@ def _reply(entry: LoggedAnswer, question: str, read: Callable[[str], str], manif
 
 
 def _is_badly_corrected(manifest: Manifest, entry: LoggedAnswer) -> bool:
-    """Whether someone gave an answer that cannot be one."""
+    """Whether someone gave an answer that cannot be one, or an empty one, which is not learned."""
     text = entry.correction
     if text is None or text == entry.answer or REDACTED in text:
         return False
-    return _problem(manifest, entry, text) is not None
+    return not text or _problem(manifest, entry, text) is not None
 
 
 def _problem(manifest: Manifest, entry: LoggedAnswer, text: str) -> str | None:

@@ -315,7 +315,7 @@ def test_what_cannot_be_an_answer_is_asked_again(
     assert {entry.correction for entry in read_answer_log(log, read_manifest(home))} == {"warm", None}
 
 
-def test_an_answer_that_breaks_the_recipes_output_is_asked_again(home: Path) -> None:
+def test_an_answer_that_breaks_the_recipes_output_or_is_empty_is_asked_again(home: Path) -> None:
     manifest = read_manifest(home)
     given = {"choices": ["reply on", "reply off"]}
     light = replace(manifest.adapters["light"], output=given)
@@ -326,6 +326,8 @@ def test_an_answer_that_breaks_the_recipes_output_is_asked_again(home: Path) -> 
     # What was inferred from the rows changes with them.
     inferred = replace(about, recipe={"adapters": {"light": {"output": "auto"}}})
     assert most_informative(entries, 1, inferred) == []
+    empty = [replace(entry, correction="") for entry in entries]
+    assert most_informative(empty, 1, inferred) == empty
 
 
 def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
