@@ -107,6 +107,9 @@ def recipe_of(request: Request) -> Recipe:
         message = f"recipe {request.recipe} has a domain, and each trial would repeat its continued pretraining"
         remedy = "build it, then compare on that bundle's base: --set domain=null --set base=BUNDLE/base/FILE.gguf"
         raise UsageError(message, remedy)
+    if request.rows:
+        # The trials set it.
+        recipe = Recipe.from_file(request.recipe, {**common, f"adapters.{request.task}.data.rows": None})
     return _one_task(recipe, request.task)
 
 

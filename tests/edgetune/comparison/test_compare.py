@@ -181,6 +181,14 @@ def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
     assert "has no learning curve, as it has scores for one number of rows" in capsys.readouterr().err
 
 
+def test_numbers_of_rows_are_of_all_rows_whatever_the_recipe_trains_on(tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "held_out": 0.2, "rows": 4}
+    recipe = write_recipe(tmp_path, "base.gguf", {"lights": {"data": data}}, data={"rows.jsonl": lights(20)})
+    own = Request(recipe, "lights", ("lora",), tmp_path)
+    read = [read_task("lights", recipe_of(request)) for request in (own, replace(own, rows=(8, 16)))]
+    assert [len(task.train) for task in read] == [4, 16]
+
+
 def test_another_recipe_or_other_rows_are_run_anew(compared: Compared, request_of: Callable[..., Request]) -> None:
     same, *_ = trials(request_of())
     for keys in ({"limit": 2}, {"settings": {"training.seed": 1}}, {"targets": ("gguf",)}, {"data": "other.jsonl"}):
