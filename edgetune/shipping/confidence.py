@@ -21,6 +21,7 @@ from edgetune.common.spread import spread
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import score
+from edgetune.tasks.negatives import given, is_made
 
 from .exported import TrainedAdapter
 from .opened import opened
@@ -36,7 +37,7 @@ def with_confidence(
     rows = dict[str, Sequence[TaskRow]]()
     for adapter in adapters:
         metric = manifest.adapter(adapter.name).metric
-        rows[adapter.name] = spread([row for row in adapter.confidence_rows if _is_judged(row, metric)], MAX_ROWS)
+        rows[adapter.name] = _chosen([row for row in adapter.confidence_rows if _is_judged(row, metric)])
     for name, adapter_rows in list(rows.items()):
         if len(adapter_rows) < MIN_ROWS:
             del rows[name]
@@ -57,6 +58,13 @@ def with_confidence(
         progress.say(f"  {engine} {name}: {described(curves)}")
         entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
+
+
+def _chosen(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """At most MAX_ROWS rows, up to a third of them made by the build, as spread over all these would be too few."""
+    own, made = given(rows), [*filter(is_made, rows)]
+    made = [*spread(made, max(MAX_ROWS // 3, MAX_ROWS - len(own)))]
+    return [*spread(own, MAX_ROWS - len(made)), *made]
 
 
 def _is_judged(row: TaskRow, metric: str | None) -> bool:

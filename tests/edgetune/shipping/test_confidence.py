@@ -17,8 +17,11 @@ from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
+from edgetune.shipping.confidence import _chosen
 from edgetune.tasks.confidence import MIN_ROWS
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import score
+from edgetune.tasks.negatives import given
 from edgetune.tasks.task import read_task
 
 COLORS = ("red", "warm", "blue")
@@ -110,6 +113,15 @@ def test_the_build_says_what_has_no_confidence(built: tuple[Path, list[str]]) ->
 def test_the_rule_for_unsure_answers_is_in_the_manifest(manifest: Manifest) -> None:
     assert manifest.adapter("command").unsure == UnsureRule(0.7, "color")
     assert manifest.adapter("color").unsure is None
+
+
+@pytest.mark.parametrize(
+    ("own", "made", "chosen"), [(400, 30, (170, 30)), (400, 200, (134, 66)), (80, 150, (80, 120)), (90, 40, (90, 40))]
+)
+def test_few_texts_out_of_scope_all_remain_among_many_rows(own: int, made: int, chosen: tuple[int, int]) -> None:
+    rows = [TaskRow(f"{name}:{n}", text="hi") for name, count in (("rows", own), ("made", made)) for n in range(count)]
+    kept = _chosen(rows)
+    assert (len(given(kept)), len(kept) - len(given(kept))) == chosen
 
 
 def task_of(folder: Path, rows: int = 300, **adapter: Any) -> Any:  # noqa: ANN401 - a Task
