@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from edgetune_runtime.errors import EdgetuneError
+from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune import bases, methods
 from edgetune.bases import BaseSource
@@ -19,7 +19,7 @@ from edgetune.planning.records import PlannedBuild
 from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.targets import shapes_of
-from edgetune.tasks.task import Texts, read_task, read_texts
+from edgetune.tasks.task import Task, Texts, read_task, read_texts
 from edgetune.training.device import CPU, TrainingDevice, may_have_gpu
 from edgetune.training.precision import check_precision
 
@@ -56,6 +56,7 @@ def plan_build(
             _check_files(name, spec)
         with _collected(problems):
             tasks.append(read_task(name, recipe))
+            _check_labels(tasks[-1])
             outputs[name] = output_of_task(tasks[-1])
             if recipe.route is not None and name in (recipe.route.adapters or recipe.adapters):
                 prompts_of(tasks[-1])
@@ -74,6 +75,13 @@ def _check_files(name: str, spec: AdapterSpec) -> None:
             method.check_start(Path(spec.start_from), options)
     except EdgetuneError as error:
         raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error
+
+
+def _check_labels(task: Task) -> None:
+    """UsageError for labels of which there is no other to choose."""
+    if task.metric == "label" and len(task.labels) < 2:
+        message = f"adapter {task.name!r}: all rows have the label {task.labels[0]!r}"
+        raise UsageError(message, "add rows of another label, or set out_of_scope, which adds one")
 
 
 def with_download(planned: PlannedBuild, out: Path) -> PlannedBuild:

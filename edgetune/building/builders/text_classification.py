@@ -12,7 +12,6 @@ from edgetune_export.adapters.shapes import Folded, Head, LowRank
 from edgetune_export.backends.base import EncoderSource, Source
 from edgetune_runtime.bundle import CLASSIFICATION, BaseEntry, sha256_of
 from edgetune_runtime.engines.onnx.encoder import EncoderTokenizer
-from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of
 from transformers import PreTrainedModel
 
@@ -24,7 +23,7 @@ from edgetune.building.encoder.verify import verify
 from edgetune.common.digests import key_of
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
-from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
+from edgetune.planning.records import AdapterPlan, BuildPlan
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import (
     BundleSpec,
@@ -76,17 +75,6 @@ class TextClassification(Builder[EncoderBase]):
             probes = [row.tokens for row in spread(validation, PARITY_ROWS)]
             prepared.append(PreparedAdapter(planned, task, job, too_long, probes))
         return prepared
-
-    def base_to_train(
-        self, planned: PlannedBuild, work: Path, progress: Progress, converter: Path | None
-    ) -> EncoderBase:
-        """First raises UsageError for a task with fewer than two labels."""
-        for task in planned.tasks:
-            if len(task.labels) < 2:
-                labels = ", ".join(map(repr, task.labels)) or "none"
-                message = f"adapter {task.name!r} needs rows of at least 2 labels to tell apart, there is: {labels}"
-                raise UsageError(message, "give rows of text and label")
-        return super().base_to_train(planned, work, progress, converter)
 
     def load_torch(self, base: EncoderBase, dtype: torch.dtype) -> PreTrainedModel:
         """Load the weights of the base's folder."""

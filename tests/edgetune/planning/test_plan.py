@@ -124,6 +124,19 @@ def test_what_is_odd_about_the_rows_is_a_warning_of_the_plan(tiny_gguf: Callable
     assert warning.startswith("command: 20 of 20 validation rows have the prompt of a training row, such as ")
 
 
+def test_rows_of_one_label_are_refused_unless_out_of_scope_adds_another(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"text": f"light {number}", "label": "on"} for number in range(20)]
+    alone, scoped = (
+        make_recipe(tmp_path, tiny_gguf("llama"), {"a": adapter_of(out_of_scope=scope)}, data={"rows.jsonl": rows})
+        for scope in (None, True)
+    )
+    assert plan_build(scoped).plan.adapters["a"].labels == ("on", "out_of_scope")
+    with pytest.raises(UsageError, match="adapter 'a': all rows have the label 'on'; add rows of another label"):
+        plan_build(alone)
+
+
 def test_a_base_that_is_not_downloaded_has_no_quantizations_to_measure_yet(tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, "org/base", quantization="auto")
     base = choose_settings(recipe, {}, None).base

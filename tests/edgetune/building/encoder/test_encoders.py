@@ -332,8 +332,11 @@ def test_an_alias_stands_for_one_file_of_weights(built: Built, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "lamp", "label": "on"}, {"text": "hall", "label": "on"}], "at least 2 labels"),
-        ([{"text": "lamp"}, {"text": "hall"}], "at least 2 labels"),
+        ([{"text": "lamp", "label": "on"}, {"text": "hall", "label": "on"}], "all rows have the label 'on'"),
+        (
+            [{"text": "lamp"}, {"text": "hall"}],
+            "is plain text, but metric label compares answers; use rows of text and label",
+        ),
         (
             [
                 {"messages": [{"role": "system", "content": "x"}, *turns]}
