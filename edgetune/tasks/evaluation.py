@@ -255,10 +255,7 @@ def _metric(entry: AdapterEntry | None) -> Metric:
 
 
 def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
-    texts = [row.where for row in rows if row.completion is None]
-    if texts and metric != "perplexity":
-        message = f"{texts[0]}: is plain text, but metric {metric} compares answers"
-        raise UsageError(message, "use rows of prompt and completion, or of messages")
+    metrics.check_answered(rows, metric)
     if metric != "perplexity":
         # Check that the metric supports the references before spending time on answers.
         references = [row.completion or "" for row in rows]

@@ -62,6 +62,15 @@ def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[
     return scored
 
 
+def check_answered(rows: Sequence[TaskRow], metric: Metric) -> None:
+    """UsageError for a row of plain text, unless the metric is perplexity: all others compare answers."""
+    texts = [row.where for row in rows if row.completion is None]
+    if texts and metric != "perplexity":
+        message = f"{texts[0]}: is plain text, but metric {metric} compares answers"
+        forms = "text and label" if metric == "label" else "prompt and completion, or of messages"
+        raise UsageError(message, f"use rows of {forms}")
+
+
 def per_conversation(points: Iterable[tuple[str, float]]) -> list[float]:
     """The mean of the points of each conversation, as its answers are not independent; each with where its row is."""
     conversations: dict[str, list[float]] = {}

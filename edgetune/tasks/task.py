@@ -22,7 +22,7 @@ from edgetune.recipe.training import TrainingSpec
 from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows
-from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, labels_in, metric_for
+from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, check_answered, labels_in, metric_for
 from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
@@ -106,6 +106,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     train = read(spec.data.train, spec.data.columns, labels=labels or None)
     metric = recipe.task_type.metric or metric_for(spec.metric, train, labels)
     if metric == "label":
+        check_answered(train, metric)
         train = [replace(row, completion=(row.completion or "").strip()) for row in train]
         labels = labels or _with_scope(spec, labels_in(train))
     if spec.data.validation is None:
@@ -115,6 +116,8 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     train = _first(train, spec.data.rows, training.seed)
     own = spec.data.confidence if _has_confidence(spec, metric) else None
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
+    if spec.metric != "auto":
+        check_answered([*validation, *sure], metric)
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure)
     apart = [] if spec.data.apart is None else read(spec.data.apart)
     if spec.data.augment is not None:

@@ -31,3 +31,14 @@ def test_rows_that_all_have_weight_0_are_refused(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter_of()}, data={"rows.jsonl": rows})
     with pytest.raises(UsageError, match=r"all 8 rows, such as .*rows.jsonl:\d+, have weight 0, .*; give some of them"):
         read_task("command", recipe)
+
+
+@pytest.mark.parametrize(
+    ("metric", "forms"), [("label", "text and label"), ("exact", "prompt and completion"), ("json", "prompt")]
+)
+def test_plain_texts_are_refused_where_the_metric_compares_answers(metric: str, forms: str, tmp_path: Path) -> None:
+    rows = [{"text": f"light {number}"} for number in range(10)]
+    recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter_of(metric=metric)}, data={"rows.jsonl": rows})
+    told = rf"rows.jsonl:\d+: is plain text, but metric {metric} compares answers; use rows of {forms}"
+    with pytest.raises(UsageError, match=told):
+        read_task("command", recipe)
