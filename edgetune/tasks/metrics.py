@@ -90,6 +90,13 @@ def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:
     return tuple(sorted({row.completion for row in rows if row.completion is not None}))
 
 
+def without_label(rows: Sequence[TaskRow]) -> list[TaskRow]:
+    """The rows that keep the others, at least half of all, from having labels."""
+    labelled = [row for row in rows if row.is_labelled]
+    is_usual = 2 * len(labelled) >= len(rows) and _are_labelled(labelled)
+    return [row for row in rows if not row.is_labelled] if is_usual else []
+
+
 def _are_labelled(rows: Sequence[TaskRow]) -> bool:
     return all(row.is_labelled for row in rows) and len(labels_in(rows)) < len(rows)
 

@@ -22,7 +22,7 @@ from edgetune.recipe.training import TrainingSpec
 from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows
-from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, check_answered, labels_in, metric_for
+from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, check_answered, labels_in, metric_for, without_label
 from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
@@ -105,6 +105,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     labels = _with_scope(spec, spec.labels or ())
     train = read(spec.data.train, spec.data.columns, labels=labels or None)
     metric = recipe.task_type.metric or metric_for(spec.metric, train, labels)
+    doubts = _doubts(spec, train, metric)
     if metric == "label":
         check_answered(train, metric)
         train = [replace(row, completion=(row.completion or "").strip()) for row in train]
@@ -118,7 +119,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
-    task = Task(name, spec, training, train, validation, labels, metric, validation, sure)
+    task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
     apart = [] if spec.data.apart is None else read(spec.data.apart)
     if spec.data.augment is not None:
         task = _augmented(task, recipe, read, apart)
@@ -130,6 +131,13 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
             message = f"all {len(rows)} rows, such as {rows[0].where}, have weight 0, so nothing is learned or measured"
             raise UsageError(message, "give some of them a weight above 0")
     return task
+
+
+def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
+    """What is odd about the training rows, for which a metric was chosen."""
+    odd = without_label(rows) if spec.metric == "auto" and metric != "label" else []
+    share = f"{len(odd)} of {len(rows)} rows have no label"
+    return tuple(f"{share}, such as {row.where}, so the answers are free text, not labels" for row in odd[:1])
 
 
 def _augmented(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow]) -> Task:

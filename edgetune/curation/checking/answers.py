@@ -13,6 +13,7 @@ from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.building.outputs.infer import infer, rejected
 from edgetune.tasks.data import TaskRow, kind_of
+from edgetune.tasks.metrics import without_label
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
@@ -39,6 +40,9 @@ def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
             yield Finding.of(MISFIT, [answered[place]], f"breaks the {spec.kind} of the recipe")
     elif task.metric != "label":
         yield from _odd(answered)
+        odd = {row.where for row in without_label([item.row for item in rows])} if task.spec.metric == "auto" else set()
+        note = "has no label, so the answers are free text, not labels"
+        yield from (Finding.of(MISFIT, [item], note) for item in rows if item.row.where in odd)
 
 
 def balance(rows: Sequence[SplitRow]) -> dict[str, dict[str, int]]:

@@ -27,6 +27,7 @@ from edgetune.curation.checking.reading import Reader
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.data import TaskRow, read_rows
+from edgetune.tasks.task import read_task
 from edgetune.tasks.tokenization import tokenize_rows
 
 QUIET = Progress(quiet=True)
@@ -145,6 +146,15 @@ def test_labels_that_the_recipe_does_not_list_are_named(tmp_path: Path) -> None:
     assert "'tiem' is not one of the labels" in found.of_kind("unusable")[0].note
     assert found.balance == {"time": {"train": 4, "validation": 1}, "weather": {"train": 4, "validation": 1}}
     assert next(finding.note for finding in found.of_kind("rare")).startswith("time: 4 training rows")
+
+
+def test_a_row_without_a_label_among_labelled_ones_is_named(tmp_path: Path) -> None:
+    rows = [{"text": f"is it {word} now", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
+    found = checked(tmp_path, [*rows, {"text": "what is it"}])
+    assert places(found, "misfit") == [["train:11"]]
+    task = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml"))
+    (doubt,) = task.doubts
+    assert task.metric == "exact" and doubt.startswith("1 of 11 rows have no label, such as ")
 
 
 def test_answers_that_break_the_output_are_named(tmp_path: Path) -> None:
