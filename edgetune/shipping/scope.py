@@ -116,8 +116,10 @@ def _answers(
         messages = row.messages or ()
         with suppress(PromptTooLongError):
             found = runtime.classify(messages, adapter=adapter.name)
-            odds = _LOWEST if found.label == label else found.log_odds
-            if prompts is not None and found.label != label:
+            odds = found.log_odds
+            if found.label == label:
+                odds = _LOWEST
+            elif prompts is not None:
                 odds = prompts.similarities(logits_after(runtime, messages, adapter.name)).scope_log_odds(odds)
             yield ScopeAnswer(row.completion != label, odds)
 

@@ -226,15 +226,14 @@ class Runtime(AbstractContextManager["Runtime"]):
         scope = first.scope.get(self.engine) if first is not None and is_alone else None
         if scope is not None and scope.label not in labels:
             scope = None
-        curves = self._loaded.curves(scales)
-        if first is None or {*labels} != {*first.labels}:
-            curves = {}
+        is_own = first is not None and {*labels} == {*first.labels}
+        curves = self._loaded.curves(scales) if is_own else {}
         if route is None:
             require_curves(min_confidence, curves)
         if min_confidence is None and curves and first is not None and first.unsure is not None:
             min_confidence = first.unsure.min_confidence
 
-        compares = first is not None and is_alone and (scope is not None or bool(curves))
+        compares = is_alone and (is_own or scope is not None)
         prompts = self._loaded.files.training_prompts_of(first) if first is not None and compares else None
 
         def classified(scores: LabelScores, similarities: Similarities | None) -> Classification:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, UsageError
 from edgetune_runtime.bundle import Manifest, UnsureRule, read_manifest
+from edgetune_runtime.inference.measuring import logits_after
+from edgetune_runtime.inference.similarity import read_prompts
 from recipes import adapter_of, lights, make_recipe, write_rows
+from runtime.bundles import change_manifest
 from trainings import Listening
 
 from edgetune.building.pipeline import build
@@ -18,7 +22,7 @@ from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.confidence import _chosen
-from edgetune.tasks.confidence import MIN_ROWS
+from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import score
 from edgetune.tasks.negatives import given
@@ -77,6 +81,26 @@ def test_each_format_has_curves_of_its_own(manifest: Manifest) -> None:
 
 
 @pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_a_prompt_to_classify_is_compared_with_the_training_prompts(
+    engine: str, built: tuple[Path, list[str]], manifest: Manifest, tmp_path: Path
+) -> None:
+    files = {name: entry.similarity for name, entry in manifest.adapters.items() if entry.similarity is not None}
+    assert files == {"color": "adapters/color/similarity.bin"}
+    without = Path(shutil.copytree(built[0], tmp_path / "without"))
+    change_manifest(without, lambda raw: raw["adapters"]["color"].update(similarity=None))
+    text, options = "switch everything off now", {"engine": engine, "disk_mb": 0}
+    with Runtime.open(built[0], **options) as runtime, Runtime.open(without, **options) as other:
+        found, own = (each.classify(text, adapter="color") for each in (runtime, other))
+        # No confidence needs it among other labels.
+        among, own_among = (each.classify(text, COLORS[:2], adapter="color") for each in (runtime, other))
+        similarities = read_prompts(built[0] / files["color"]).similarities(logits_after(runtime, text, "color"))
+    assert found.label == own.label
+    assert found.log_odds == pytest.approx(similarities.label_log_odds(found.label, own.log_odds), rel=1e-3)
+    assert found.log_odds != pytest.approx(own.log_odds, rel=1e-3)
+    assert among == own_among
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
 def test_answers_of_a_build_have_a_confidence(engine: str, built: tuple[Path, list[str]]) -> None:
     with Runtime.open(built[0], engine=engine, disk_mb=0) as runtime:
         answer = runtime.generate("turn on the light 7", adapter="command", unsure="mark")
@@ -96,8 +120,11 @@ def test_the_share_of_right_answers_is_that_of_evaluate(name: str, built: tuple[
     for engine, curves in read_manifest(bundle).adapter(name).confidence.items():
         with Runtime.open(bundle, engine=engine, disk_mb=0) as runtime:
             result = score(runtime, name, rows, Progress(quiet=True))
-        curve = next(iter(curves.values()))
+        kind, curve = next(iter(curves.items()))
         assert curve.right == pytest.approx(result.score, abs=1e-4)
+        # Fitted on the log odds that answers have.
+        rated = [RatedAnswer(kind, row.log_odds or 0.0, row.score >= 1) for row in result.details]
+        assert fit_curves(rated)[kind].slope == pytest.approx(curve.slope, rel=1e-3)
         assert all(row.kind in curves and row.confidence is not None for row in result.details)
 
 
