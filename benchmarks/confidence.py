@@ -4,8 +4,8 @@
     python benchmarks/confidence.py --data DIR         # also DIR/snips, DIR/nlu_home and DIR/banking77
 
 A line has the calibration error of the confidence, what it would be if the confidence were exactly right, and
-that of the model's own probability (the mean per choice); then the share of wrong answers in all and in the surest
-90 %. The curves are fitted on other rows than the adapters and the test.
+what it would be without the curve; then the share of wrong answers in all and in the surest 90 %. The curves are
+fitted on other rows than the adapters and the test.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def figures(details: Sequence[ScoredRow]) -> Result:
     rated = [row for row in details if row.confidence is not None and row.log_odds is not None]
     right = [row.score >= 1 for row in rated]
     confidences = [row.confidence or 0.0 for row in rated]
-    own = [1 / (1 + float(np.exp(-(row.log_odds or 0.0)))) for row in rated]
+    plain = [1 / (1 + float(np.exp(-(row.log_odds or 0.0)))) for row in rated]
     surest = np.argsort(confidences, kind="stable")[len(rated) // 10 :]
     return {
         "rows": len(details),
@@ -124,7 +124,7 @@ def figures(details: Sequence[ScoredRow]) -> Result:
         "wrong_of_surest_90": 1 - float(np.mean(np.asarray(right)[surest])),
         "error": calibration_error(bins_of(confidences, right)),
         "error_if_exact": error_if_exact(confidences),
-        "own_error": calibration_error(bins_of(own, right)),
+        "error_without_curve": calibration_error(bins_of(plain, right)),
         "auroc": auroc(confidences, right),
         "kinds": sorted({str(row.kind) for row in rated}),
     }
@@ -153,7 +153,7 @@ def table(result: Result) -> str:
             "of surest 90 %": "{wrong_of_surest_90:.1%}",
             "calibration error": "{error:.3f}",
             "if exact": "{error_if_exact:.3f}",
-            "of own probability": "{own_error:.3f}",
+            "without the curve": "{error_without_curve:.3f}",
             "AUROC": "{auroc:.3f}",
             "time": "{cost:.2%}",
         },
