@@ -40,14 +40,14 @@ def home_bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempP
     method = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
     # Each learns and validates on all of its rows.
     adapters = {
-        name: {"data": {"train": f"{name}.jsonl", "validation": f"{name}.jsonl"}, "method": method, **own[name]}
+        name: {"data": {"train": f"{name}.jsonl", "validation": f"{name}-again.jsonl"}, "method": method, **own[name]}
         for name in data
     }
     recipe = make_recipe(
         folder,
         tiny_gguf("llama"),
         adapters,
-        data={f"{name}.jsonl": rows for name, rows in data.items()},
+        data={f"{name}{end}.jsonl": rows for name, rows in data.items() for end in ("", "-again")},
         training={"max_steps": 40, "epochs": 40, "learning_rate": 1e-2, "evals": 1},
         context_length=512,
     )

@@ -64,8 +64,8 @@ def bundles(
     """Both recipes on tiny bases. The encoder knows few words, so it learns the messages of TOPICS instead."""
     folder = tmp_path_factory.mktemp("triage")
     rows = [{"text": text, "label": label} for text, label in TOPICS.items()]
-    topics = write_rows(folder / "topics.jsonl", rows)
-    data = f"adapters.topic.data={{train: {topics}, validation: {topics}}}"
+    topics, again = (write_rows(folder / f"{name}.jsonl", rows) for name in ("topics", "again"))
+    data = f"adapters.topic.data={{train: {topics}, validation: {again}}}"
     learned = (
         "context_length=64",
         data,
