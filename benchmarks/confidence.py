@@ -1,11 +1,11 @@
-"""Measure how well confidence is calibrated: trains weak and good adapters, and asks each engine test rows.
+"""Measure how well confidence is calibrated: trains weak, good and few-row adapters, and asks each engine test rows.
 
     python benchmarks/confidence.py                    # the tasks of examples/smart-home
     python benchmarks/confidence.py --data DIR         # also DIR/snips, DIR/nlu_home and DIR/banking77
 
 A line has the calibration error of the confidence, what it would be if the confidence were exactly right, and
 what it would be without the curve; then the share of wrong answers in all and in the surest 90 %. The curves are
-fitted on other rows than the adapters and the test.
+fitted on other rows than the adapters and the test; with few rows on answers of adapters without a fold of these.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "banking77": {"train": "train", "test": "test", "system": "Name the intent.", "metric": "label"},
 }
 EXAMPLES = ("command", "intent")
-STRENGTHS = ("weak", "good")
+STRENGTHS = ("weak", "good", "few")
 ENGINES = ("gguf", "onnx")
 _REPEATS = 200
 
@@ -57,12 +57,16 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=300, help="at most (default: %(default)s)")
     parser.add_argument("--weak-epochs", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--epochs", type=float, default=3.0, help="default: %(default)s")
-    options = BENCHMARK.options(parser, train_rows=40, fit_rows=24, test_rows=10, epochs=0.3, weak_epochs=0.1)
+    parser.add_argument("--few-rows", type=int, default=50, help="with `training: auto` (default: %(default)s)")
+    parser.add_argument("--folds", type=int, default=5, help="of these (default: %(default)s)")
+    parser.add_argument("--training", nargs="+", choices=STRENGTHS, default=STRENGTHS, help="default: all")
+    small = {"few_rows": 24, "folds": 2, "training": ("weak", "few")}
+    options = BENCHMARK.options(parser, train_rows=40, fit_rows=24, test_rows=10, weak_epochs=0.1, **small)
     lines = []
     with work_folder(options) as work:
         for task in options.only:
             if task in EXAMPLES or options.data is not None:
-                for strength in STRENGTHS:
+                for strength in options.training:
                     lines += measured(task, strength, options, work / f"{task}-{strength}")
     BENCHMARK.report(options, {"tasks": lines})
 
@@ -72,7 +76,7 @@ def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Re
     from edgetune.building.pipeline import build  # after the options, as it takes seconds
 
     folder = EXAMPLE if task in EXAMPLES else options.data / task
-    recipe = recipe_of(task, folder, options, options.epochs if strength == "good" else options.weak_epochs, out)
+    recipe = recipe_of(task, folder, strength, options, out)
     if not out.exists():
         build(recipe, out, progress=Progress())
     spec, lines = recipe.adapters[task], []
@@ -86,24 +90,28 @@ def measured(task: str, strength: str, options: Namespace, out: Path) -> list[Re
     return lines
 
 
-def recipe_of(task: str, folder: Path, options: Namespace, epochs: float, out: Path) -> Recipe:
+def recipe_of(task: str, folder: Path, strength: str, options: Namespace, out: Path) -> Recipe:
     """The recipe of one adapter, with its rows beside the bundle."""
     values = {key: value for key, value in TASKS[task].items() if key not in ("train", "test", "columns")}
     lines = (folder / f"{TASKS[task]['train']}.jsonl").read_text(encoding="utf-8").splitlines()
     random.Random(0).shuffle(lines)
-    train = lines[: options.train_rows]
-    # Of the last rows, half choose the checkpoint, and half are for the curves.
-    others = lines[options.train_rows : options.train_rows + 2 * options.fit_rows]
-    choosing, fitting = others[::2], others[1::2]
-    out.parent.mkdir(parents=True, exist_ok=True)
     data: dict[str, Any] = {"columns": TASKS[task].get("columns")}
-    for name, part in (("train", train), ("validation", choosing), ("confidence", fitting)):
+    adapter = {**values, "data": data, "golden": False, "draft": False}
+    if strength == "few":
+        parts = {"train": lines[: options.few_rows]}
+        data["held_out"], adapter["confidence_folds"], training = 0.1, options.folds, {"auto": True}
+    else:
+        # Of the last rows, half choose the checkpoint, and half are for the curves.
+        others = lines[options.train_rows : options.train_rows + 2 * options.fit_rows]
+        parts = {"train": lines[: options.train_rows], "validation": others[::2], "confidence": others[1::2]}
+        epochs = options.epochs if strength == "good" else options.weak_epochs
+        training = {"epochs": epochs, "learning_rate": 2e-3, "evals": 3}
+    adapter["method"] = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
         file = out.with_name(f"{out.name}-{name}.jsonl")
         file.write_text("\n".join(part) + "\n", encoding="utf-8")
         data[name] = file.name
-    method = {"name": "lora", "r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-    adapter = {**values, "data": data, "method": method, "golden": False, "draft": False}
-    training = {"epochs": epochs, "learning_rate": 2e-3, "evals": 3}
     recipe = {"name": task, "base": options.base, "quantization": "q4_0", "targets": [*ENGINES], "context_length": 512}
     path = out.with_name(f"{out.name}.yaml")
     path.write_text(yaml.safe_dump({**recipe, "training": training, "adapters": {task: adapter}}), encoding="utf-8")

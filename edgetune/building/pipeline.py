@@ -36,6 +36,7 @@ from edgetune.training.jobs import train_all
 
 from . import builders
 from .builders import Builder
+from .cross_fitting import FOLDS, train_folds
 from .decoder.quantization import choose_quantization
 from .into import check_slots, others_of, router_change, with_settings
 from .on_cluster import train_on_cluster
@@ -95,7 +96,8 @@ def build(
         with state.main_process_first():
             if state.is_main_process and not resume:
                 # Another build of the bundle may resume the trainings of its other adapters.
-                for folder in [work] if existing is None else [work / "train" / name for name in recipe.adapters]:
+                trained = [work / FOLDS, *(work / "train" / name for name in recipe.adapters)]
+                for folder in [work] if existing is None else trained:
                     clear(folder)
             if planned.plan.base.candidates:
                 quantization = choose_quantization(planned.plan, planned.tasks, work / "base", progress, converter)
@@ -122,11 +124,12 @@ def _built(
         train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
+    folds = train_folds(builder, prepared, base, work / FOLDS, progress)
     if not processes().is_main_process:
         return Build(out)
     adapters = {name: item.trained(results[name], work / "train") for name, item in items.items()}
     spec = replace(_spec_of(prepared, builder, progress), existing=existing)
-    manifest = ship(builder, base, list(adapters.values()), work / "stage", out, spec=spec, progress=progress)
+    manifest = ship(builder, base, [*adapters.values(), *folds], work / "stage", out, spec=spec, progress=progress)
     figures = {
         name: {
             **item.figures(results[name]),

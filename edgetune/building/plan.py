@@ -19,6 +19,7 @@ from edgetune.planning.records import PlannedBuild
 from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.targets import shapes_of
+from edgetune.tasks.folds import fold_tasks
 from edgetune.tasks.task import Task, Texts, read_task, read_texts
 from edgetune.training.device import CPU, TrainingDevice, may_have_gpu
 from edgetune.training.precision import check_precision
@@ -57,6 +58,7 @@ def plan_build(
         with _collected(problems):
             tasks.append(read_task(name, recipe))
             _check_labels(tasks[-1])
+            fold_tasks(tasks[-1])
             outputs[name] = output_of_task(tasks[-1])
             if recipe.route is not None and name in (recipe.route.adapters or recipe.adapters):
                 prompts_of(tasks[-1])

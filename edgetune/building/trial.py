@@ -35,13 +35,16 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     work = work_folder(out)
     with locked(work):
         base = builder.make_base(plan, work, progress, None)
-    jobs = [item.job for item in builder.jobs(plan, planned.tasks, base, progress)]
+    items = builder.jobs(plan, planned.tasks, base, progress)
+    first = items[0].job
     with TemporaryDirectory() as folder:
         load = partial(builder.load_torch, base)
-        result = train_all([short_job(jobs[0])], base.name, load, Path(folder), progress, plots=False)[jobs[0].name]
-    left = sum(tokens_left(job.train, job.loss_rows, job.training) for job in jobs)
+        result = train_all([short_job(first)], base.name, load, Path(folder), progress, plots=False)[first.name]
+    left = sum(
+        item.plan.trainings * tokens_left(item.job.train, item.job.loss_rows, item.job.training) for item in items
+    )
     seconds = left / result.tokens_per_s
-    summary = f"training takes about {duration(seconds)} at the {result.tokens_per_s:.0f} tokens/s of {jobs[0].name}"
+    summary = f"training takes about {duration(seconds)} at the {result.tokens_per_s:.0f} tokens/s of {first.name}"
     more = ["continued pretraining"] if recipe.domain is not None else []
     if any(adapter.method.is_auto for adapter in recipe.adapters.values()):
         more.append("the choice of target_modules")

@@ -263,7 +263,7 @@ def _refusals(spec: MethodSpec, targets: Sequence[str]) -> dict[str, str]:
 
 def _one_task(recipe: Recipe, task: str) -> Recipe:
     # Nobody asks a trial how sure it is.
-    unrated = {"confidence": False, "min_confidence": None, "unsure": MARK, "ask": None}
+    unrated = {"confidence": False, "confidence_folds": None, "min_confidence": None, "unsure": MARK, "ask": None}
     adapter = recipe.adapters[task].model_copy(update=unrated)
     return recipe.only([task]).model_copy(update={"adapters": {task: adapter}, "route": None})
 

@@ -62,9 +62,12 @@ def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildN
     trained = [adapter.trainable_parameters or 0 for adapter in plan.adapters.values()]
     # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
     copies = bool(plan.base.quantization or plan.base.candidates) + (recipe.domain is not None)
-    work_mb = copies * base_mb + sum(trained) * _FLOAT_BYTES / 1e6
+    folds = [(adapter.spec.confidence_folds or 0, adapter) for adapter in plan.adapters.values()]
+    in_folds = sum(count * (adapter.trainable_parameters or 0) for count, adapter in folds)
+    folds_mb = sum(count * sum(adapter.bytes_by_format.values()) for count, adapter in folds) / 1e6
+    work_mb = copies * base_mb + (sum(trained) + in_folds) * _FLOAT_BYTES / 1e6
     bundle_mb = sum(by_target)
-    staged_mb = bundle_mb - base_mb * any(item.links_base for item in formats.values())
+    staged_mb = bundle_mb + 2 * folds_mb - base_mb * any(item.links_base for item in formats.values())
     # Not at the same time: training has ended before the bundle is staged.
     temporary_mb = max(saved_states_mb(max(trained, default=0)), staged_mb + bundle_mb, _measuring_mb(plan, weights_mb))
     min_mb, training_mb = _training_mb(plan, base, device)
@@ -120,7 +123,7 @@ def training_time(plan: BuildPlan, base: BaseShape, room: Room) -> TrainingTime 
     for adapter, rows in trained:
         own = rows.mean_tokens + _ROW_CORRECTION_TOKENS - rows.shared_tokens * (1 - SHARED_COST)
         tokens = rows.steps * (rows.shared_tokens + adapter.training.batch_size * own)
-        trainings.append((precision_on(cpu, adapter.training), weights * tokens))
+        trainings.append((precision_on(cpu, adapter.training), adapter.trainings * weights * tokens))
     return predicted_time(trainings, room.cores)
 
 

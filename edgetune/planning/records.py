@@ -121,6 +121,11 @@ class AdapterPlan:
         return self.spec.method.options
 
     @property
+    def trainings(self) -> int:
+        """How many trainings on all rows take as long as its own and those without a fold."""
+        return self.spec.confidence_folds or 1
+
+    @property
     def takes_grid(self) -> bool:
         """Whether it is to be merged and can be trained on a grid; what is trained has scale 1."""
         return self.spec.merged and self.spec.scale == 1.0 and methods.load(self.method).trains_on_grid

@@ -95,7 +95,8 @@ def _held_out_reason(rows: int, answers_per_row: float, share: float) -> str:
     shown = "the share for validation, which shows overfitting and how sure answers can be"
     answers = round(count * answers_per_row)
     counted = "" if answers == count else f" with {answers:,} answers"
-    too_few = "" if answers >= MIN_ROWS else f", too few for the second ({MIN_ROWS})"
+    remedy = "with `confidence_folds` training rows count too"
+    too_few = "" if answers >= MIN_ROWS else f", too few for the second ({MIN_ROWS}); {remedy}"
     return f"{shown}: about {count:,} of {rows:,} rows{counted}{too_few}"
 
 

@@ -5,6 +5,7 @@ So the curves of each format include its quantization and its engine.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,38 +34,60 @@ MAX_ROWS = 200
 def with_confidence(
     bundle: Path, manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress
 ) -> Manifest:
-    """The manifest of `bundle` with the curves of each adapter that has enough `confidence_rows`, in each format."""
-    rows = dict[str, Sequence[TaskRow]]()
-    for adapter in adapters:
-        metric = manifest.adapter(adapter.name).metric
-        rows[adapter.name] = _chosen([row for row in adapter.confidence_rows if _is_judged(row, metric)])
-    for name, adapter_rows in list(rows.items()):
-        if len(adapter_rows) < MIN_ROWS:
-            del rows[name]
-            if adapter_rows:
-                reason = f"{len(adapter_rows)} rows are too few ({MIN_ROWS} are needed)"
-                progress.say(f"  {name}: no confidence, as {reason}; give data.validation or data.confidence")
+    """The manifest of `bundle` with the curves of each adapter that has enough `confidence_rows`, in each format.
+
+    Those of its folds, which these answer, count too.
+    """
+    rows = _rows_of(manifest, adapters, progress)
     if not rows:
         return manifest
     progress.say("fitting the confidence of answers")
-    entries = dict(manifest.adapters)
+    whole = {adapter.name: adapter.whole for adapter in adapters}
+    answers = defaultdict[tuple[str, str], list[RatedAnswer]](list)
+    failed = set[tuple[str, str]]()
     for engine, name, runtime in opened(bundle, manifest, rows):
+        key = engine, whole[name]
         try:
-            curves = _curves(runtime, name, rows[name], progress)
+            answers[key] += _rated(runtime, name, rows[name], progress)
         except UsageError as error:
             # Not a reason to lose a trained adapter.
             progress.say(f"  {engine} {name}: no confidence, as {error}")
-            continue
-        progress.say(f"  {engine} {name}: {described(curves)}")
-        entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
+            failed.add(key)
+    entries = dict(manifest.adapters)
+    for (engine, name), rated in answers.items():
+        if (engine, name) not in failed:
+            curves = fit_curves(rated)
+            progress.say(f"  {engine} {name}: {described(curves)}")
+            entries[name] = replace(entries[name], confidence={**entries[name].confidence, engine: curves})
     return replace(manifest, adapters=entries)
 
 
-def _chosen(rows: Sequence[TaskRow]) -> list[TaskRow]:
-    """At most MAX_ROWS rows, up to a third of them made by the build, as spread over all these would be too few."""
+def _rows_of(
+    manifest: Manifest, adapters: Sequence[TrainedAdapter], progress: Progress
+) -> dict[str, Sequence[TaskRow]]:
+    """The rows that each adapter answers; none for those that have too few, with their folds."""
+    judged = defaultdict[str, dict[str, list[TaskRow]]](dict)
+    for adapter in adapters:
+        metric = manifest.adapter(adapter.name).metric
+        judged[adapter.whole][adapter.name] = [row for row in adapter.confidence_rows if _is_judged(row, metric)]
+    rows = dict[str, Sequence[TaskRow]]()
+    for name, parts in judged.items():
+        count = sum(map(len, parts.values()))
+        if count >= MIN_ROWS:
+            most = min(1, MAX_ROWS / count)
+            rows |= {part: _chosen(own, round(most * len(own))) for part, own in parts.items() if own}
+        elif count:
+            reason = f"{count} rows are too few ({MIN_ROWS} are needed)"
+            remedy = "give data.validation or data.confidence, or set confidence_folds: 5"
+            progress.say(f"  {name}: no confidence, as {reason}; {remedy}")
+    return rows
+
+
+def _chosen(rows: Sequence[TaskRow], most: int) -> list[TaskRow]:
+    """At most so many rows, up to a third of them made by the build, as spread over all these would be too few."""
     own, made = given(rows), [*filter(is_made, rows)]
-    made = [*spread(made, max(MAX_ROWS // 3, MAX_ROWS - len(own)))]
-    return [*spread(own, MAX_ROWS - len(made)), *made]
+    made = [*spread(made, max(most // 3, most - len(own)))]
+    return [*spread(own, most - len(made)), *made]
 
 
 def _is_judged(row: TaskRow, metric: str | None) -> bool:
@@ -73,21 +96,19 @@ def _is_judged(row: TaskRow, metric: str | None) -> bool:
     return metric != "json" or not is_result or json_or_none(row.completion or "") is not None
 
 
-def _curves(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> dict[str, ConfidenceCurve]:
-    """The curves of an adapter's answers to these rows; UsageError for rows that cannot be scored."""
+def _rated(runtime: Runtime, name: str, rows: Sequence[TaskRow], progress: Progress) -> list[RatedAnswer]:
+    """An adapter's answers to these rows; UsageError for rows that cannot be scored."""
     details = [*score(runtime, name, rows, progress).details]
     if runtime.manifest.adapter(name).metric == "label" and loaded_bundle(runtime).classifier is None:
         # In a chat, a label is written and not chosen. An empty text is not a label, and neither is one that is
         # out of scope.
         written = score(runtime, name, rows, progress, "exact").details
         details += [row for row in written if row.kind != NOTHING]
-    return fit_curves(
-        [
-            RatedAnswer(row.kind, row.log_odds, row.score >= 1)
-            for row in details
-            if row.kind is not None and row.log_odds is not None
-        ]
-    )
+    return [
+        RatedAnswer(row.kind, row.log_odds, row.score >= 1)
+        for row in details
+        if row.kind is not None and row.log_odds is not None
+    ]
 
 
 def described(curves: Mapping[str, ConfidenceCurve]) -> str:

@@ -138,6 +138,8 @@ class TrainedAdapter:
     `prompt_lengths`, are also answered. `texts` are texts of the task for comparing tokenizers. The golden answer is to
     one of `golden_rows`; `scope_rows` choose what is out of scope, and the confidence of answers is fitted on
     `confidence_rows`, both also by how similar they are to `compared_rows`. `training` are figures for the manifest.
+
+    With `fold_of`, it does not ship: its answers to the rows of a fold count as those of the adapter of this name.
     """
 
     plan: AdapterPlan
@@ -151,11 +153,17 @@ class TrainedAdapter:
     compared_rows: Sequence[TaskRow] = ()
     confidence_rows: Sequence[TaskRow] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    fold_of: str | None = None
 
     @property
     def name(self) -> str:
         """The adapter's name."""
         return self.plan.name
+
+    @property
+    def whole(self) -> str:
+        """The name of the adapter that ships and was trained on all rows: its own, or that of which it is a fold."""
+        return self.fold_of or self.name
 
     def checkpoint(self, base: PreTrainedModel) -> methods.Checkpoint:
         """The trained checkpoint with its base in float32."""

@@ -70,7 +70,7 @@ def adapter_entry(
         draft=None if draft is None else draft.relative_to(stage).as_posix(),
         quantization=next((item.quantization for item in written.values() if item.quantization), None),
         values_by_type={target: item.values_by_type for target, item in written.items()},
-        parity={target: figures[adapter.name] for target, figures in parity.adapters.items()},
+        parity={target: figures.get(adapter.name, {}) for target, figures in parity.adapters.items()},
         unsure=plan.spec.unsure_rule,
         training=adapter.training,
     )

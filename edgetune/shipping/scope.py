@@ -5,6 +5,7 @@ The runtime answers validation rows, so the threshold of each format fits its qu
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -59,6 +60,8 @@ def with_scopes(
 ) -> Manifest:
     """The manifest of `bundle` with the scope of each adapter whose recipe asks for it, in each format.
 
+    That of an adapter with folds is chosen by the answers of these too.
+
     Writes the training prompts to compare with of the adapters that have `compared_rows`, which are those of the first
     format for all. `basis` is that of `state_basis`, None for an encoder, which compares nothing.
     """
@@ -70,6 +73,7 @@ def with_scopes(
     if not compared:
         return manifest
     entries, prompts = dict(manifest.adapters), dict[str, TrainingPrompts]()
+    answers = defaultdict[tuple[str, str], list[ScopeAnswer]](list)
     for engine, name, runtime in opened(bundle, manifest, compared):
         adapter, entry = compared[name], entries[name]
         spec = adapter.plan.spec.out_of_scope
@@ -82,9 +86,16 @@ def with_scopes(
         if spec is None:
             continue
         progress.say(f"choosing what is out of scope of {name}")
-        scope = scope_of(spec, list(_answers(runtime, adapter, spec.label, prompts.get(name))))
-        progress.say(f"  {engine} {name}: {described(scope)}")
-        entries[name] = replace(entry, scope={**entry.scope, engine: scope})
+        answers[engine, adapter.whole] += _answers(runtime, adapter, spec.label, prompts.get(name))
+    for (engine, whole), rated in answers.items():
+        spec = compared[whole].plan.spec.out_of_scope
+        assert spec is not None
+        scope = scope_of(spec, rated)
+        progress.say(f"  {engine} {whole}: {described(scope)}")
+        for adapter in compared.values():
+            if adapter.whole == whole:
+                entry = entries[adapter.name]
+                entries[adapter.name] = replace(entry, scope={**entry.scope, engine: scope})
     return replace(manifest, adapters=entries)
 
 

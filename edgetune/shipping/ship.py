@@ -76,14 +76,15 @@ def ship(
         exports.append(stage.export(target))
         _give_back(base)
     progress.say("comparing the exported files with the trained model")
-    parity = builder.verify(base, model, adapters, exports, progress)
+    shipped = [adapter for adapter in adapters if adapter.fold_of is None]
+    parity = builder.verify(base, model, shipped, exports, progress)
     entry = builder.base_entry(base, source, {export.backend: stage.name_of(export.base) for export in exports})
     basis = _state_basis(model, adapters)
     # The next comparison loads two engines at a time.
     stage.source = replace(source, model=None)
     del model, source
     _give_back(base)
-    between = builder.compare_formats(adapters, exports, progress) if existing is None else {}
+    between = builder.compare_formats(shipped, exports, progress) if existing is None else {}
     types = {export.backend: export.values_by_type for export in exports}
     manifest = manifest_of(
         spec,
@@ -243,6 +244,7 @@ def _steps(
         partial(with_golden, adapters=adapters, progress=progress),
         partial(with_scopes, adapters=adapters, basis=basis, progress=progress),
         partial(with_confidence, adapters=adapters, progress=progress),
+        partial(_without_folds, adapters=adapters),
         partial(_with_states_and_card, spec=spec, progress=progress),
     ]
 
@@ -251,6 +253,16 @@ def _check_unchanged(_bundle: Path, manifest: Manifest, *, spec: BundleSpec) -> 
     if spec.existing is not None:
         spec.existing.check_unchanged(manifest)
     return manifest
+
+
+def _without_folds(bundle: Path, manifest: Manifest, *, adapters: Sequence[TrainedAdapter]) -> Manifest:
+    """The manifest without the adapters that do not ship, whose files this deletes."""
+    folds = {f"adapters/{adapter.name}": adapter.name for adapter in adapters if adapter.fold_of is not None}
+    for folder in folds:
+        shutil.rmtree(bundle / folder)
+    entries = {name: entry for name, entry in manifest.adapters.items() if name not in folds.values()}
+    files = {name: entry for name, entry in manifest.files.items() if not name.startswith((*(f"{f}/" for f in folds),))}
+    return replace(manifest, adapters=entries, files=files)
 
 
 def _with_states_and_card(bundle: Path, manifest: Manifest, *, spec: BundleSpec, progress: Progress) -> Manifest:

@@ -1,4 +1,4 @@
-"""Splits the rows of a task into those for training and those for validation."""
+"""Splits the rows of a task into those for training and those for validation, and into folds."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
     chosen = chosen or set(smallest)
     train = [row for index, row in enumerate(rows) if index not in chosen]
     return train, [rows[index] for index in sorted(chosen)]
+
+
+def folds_of(rows: Sequence[TaskRow], count: int, seed: int) -> list[list[TaskRow]]:
+    """The rows in `count` parts of about the same size. UsageError for too few.
+
+    Rows with the same prompt, and those that begin the same conversation, are in one.
+    """
+    groups = grouped(rows)
+    if len(groups) < 2 * count:
+        message = f"{len(groups)} different prompts are too few for {count} parts"
+        raise UsageError(message, f"give at least {2 * count}, better some hundred")
+    random.Random(seed).shuffle(groups)
+    folds: list[list[TaskRow]] = [[] for _ in range(count)]
+    for group in groups:
+        min(folds, key=len).extend(rows[place] for place in group)
+    return folds
 
 
 def grouped(rows: Sequence[TaskRow]) -> list[list[int]]:

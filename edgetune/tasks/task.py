@@ -78,9 +78,9 @@ class Task:
     @property
     def compared_rows(self) -> list[TaskRow]:
         """The training rows that a prompt to classify is compared with, if its label has a confidence or a scope."""
-        if self.metric != "label" or (self.spec.out_of_scope is None and len(self.confidence_rows) < MIN_ROWS):
-            return []
-        return self.in_scope(self.train)
+        has_confidence = self.spec.confidence_folds is not None or len(self.confidence_rows) >= MIN_ROWS
+        is_compared = self.metric == "label" and (has_confidence or self.spec.out_of_scope is not None)
+        return self.in_scope(self.train) if is_compared else []
 
     def in_scope(self, rows: Sequence[TaskRow]) -> list[TaskRow]:
         """The rows that have one of the task's own labels, or none."""
@@ -215,6 +215,10 @@ def _with_confidence(task: Task) -> Task:
     rows, and where no answer would have the confidence that `min_confidence` asks for.
     """
     spec, choosing, rows = task.spec, task.choosing, task.validation
+    for key in ("confidence_folds", "min_confidence"):
+        if getattr(spec, key) is not None and task.metric not in EITHER_RIGHT_OR_WRONG:
+            message = f"adapter {task.name!r} has {key}, but {task.metric} scores no answer as right or wrong"
+            raise UsageError(message, f"remove {key}, or set metric")
     if not _has_confidence(spec, task.metric):
         rows = []
     elif spec.data.confidence is not None:
@@ -232,8 +236,8 @@ def _with_confidence(task: Task) -> Task:
         share = f"{len(both)} of {len(given(rows))} validation rows"
         doubts += (f"{share} have the prompt of a training row, such as {both[0]}, and give no confidence",)
     rows = answers_to_score([row for row in rows if plain_prompt(row) not in learned], task.metric, task.train)
-    if spec.min_confidence is not None:
-        _check_enough(task.name, task.in_scope(rows), task.metric)
+    if spec.min_confidence is not None and spec.confidence_folds is None:
+        _check_enough(task.name, task.in_scope(rows))
     return replace(task, choosing=choosing, confidence_rows=rows, doubts=doubts)
 
 
@@ -246,15 +250,12 @@ def _halves(rows: Sequence[TaskRow], seed: int) -> tuple[list[TaskRow], list[Tas
     return one, other
 
 
-def _check_enough(name: str, rows: Sequence[TaskRow], metric: Metric) -> None:
+def _check_enough(name: str, rows: Sequence[TaskRow]) -> None:
     """UsageError where no answer would have the confidence that `min_confidence` asks for."""
-    if metric not in EITHER_RIGHT_OR_WRONG:
-        message = f"adapter {name!r} has min_confidence, but {metric} scores no answer as right or wrong"
-        raise UsageError(message, "remove min_confidence, or set metric")
     if len(rows) < MIN_ROWS:
         message = f"adapter {name!r} has min_confidence, but {len(rows)} validation rows give none"
         remedy = f"give {MIN_ROWS} or more, which are not training rows, as data.validation or data.confidence"
-        raise UsageError(message, remedy)
+        raise UsageError(message, f"{remedy}, or set confidence_folds: 5")
 
 
 def _first(rows: list[TaskRow], count: int | None, seed: int) -> list[TaskRow]:

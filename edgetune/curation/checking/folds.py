@@ -7,7 +7,6 @@ is in its place.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -36,7 +35,7 @@ from edgetune.recipe.targets import shapes_of
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.splitting import grouped
+from edgetune.tasks.splitting import folds_of
 from edgetune.tasks.task import Task
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
@@ -77,7 +76,7 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     rows = [*task.train, *task.validation]
     weighted = [row for row in rows if row.weight]
     whole = job_of(rows, weighted[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
-    folds = folds_of([row for row in rows if row.where not in whole.too_long], task.training.seed)
+    folds = folds_of([row for row in rows if row.where not in whole.too_long], FOLDS, task.training.seed)
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
@@ -95,22 +94,6 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         judged = list(_judged(folds, jobs, base, Path(folder), deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
     return LabelEstimate(ranked, sum(map(len, folds)) - len(ranked), options.epochs, time.monotonic() - started)
-
-
-def folds_of(rows: Sequence[TaskRow], seed: int) -> list[list[TaskRow]]:
-    """The rows in FOLDS parts of about the same size. UsageError for too few.
-
-    Rows with the same prompt, and those that begin the same conversation, are in one.
-    """
-    groups = grouped(rows)
-    if len(groups) < 2 * FOLDS:
-        message = f"{len(groups)} different prompts are too few to tell which answers are wrong"
-        raise UsageError(message, f"leave out --minutes, or give at least {2 * FOLDS}, better some hundred")
-    random.Random(seed).shuffle(groups)
-    folds: list[list[TaskRow]] = [[] for _ in range(FOLDS)]
-    for group in groups:
-        min(folds, key=len).extend(rows[place] for place in group)
-    return folds
 
 
 def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> TrainingSpec:

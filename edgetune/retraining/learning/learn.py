@@ -162,7 +162,8 @@ def _rows_of(
 def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
     """The section with the bundle's adapter as a start, if the adapter as it was trained is still there and fits."""
     method = spec.method
-    if isinstance(method.options, LoraOptions) and not method.is_auto:
+    # The bundle's adapter knows all old rows, so no fold of them would tell how sure it is.
+    if isinstance(method.options, LoraOptions) and not method.is_auto and spec.confidence_folds is None:
         for folder in adapter_folders(bundle, name):
             fits = not other_option(folder, method.options)
             return spec.model_copy(update={"start_from": str(folder)}) if fits else spec

@@ -242,6 +242,20 @@ def test_what_all_rows_begin_with_takes_its_time_once_per_step(
     assert once is not None and often is not None and once.max_s * 2 < often.max_s
 
 
+def test_folds_for_the_confidence_take_their_time_and_space(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    base, room = tiny_gguf("llama"), replace(PLENTY, instruction_sets=frozenset(["avx2"]))
+    found = []
+    for keys in ({}, {"confidence_folds": 4}):
+        plan = plan_build(make_recipe(tmp_path, base, {"command": adapter_of(**keys)})).plan
+        assert plan.source is not None and plan.source.shape is not None
+        time = build_needs.training_time(plan, plan.source.shape, room)
+        assert time is not None
+        found.append((time.max_s, build_needs.needs_of(plan, plan.source.shape, CPU).disk_mb))
+    (time_s, disk_mb), (folds_s, folds_mb) = found
+    assert folds_s == pytest.approx(4 * time_s)
+    assert folds_mb > disk_mb
+
+
 def test_a_build_reports_its_needs_before_any_work(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     first_line = Listening(stop_at="")
     with pytest.raises(KeyboardInterrupt):

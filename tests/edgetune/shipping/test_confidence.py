@@ -21,7 +21,7 @@ from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
-from edgetune.shipping.confidence import _chosen
+from edgetune.shipping.confidence import MAX_ROWS, _chosen
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, fit_curves
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import score
@@ -147,7 +147,7 @@ def test_the_rule_for_unsure_answers_is_in_the_manifest(manifest: Manifest) -> N
 )
 def test_few_texts_out_of_scope_all_remain_among_many_rows(own: int, made: int, chosen: tuple[int, int]) -> None:
     rows = [TaskRow(f"{name}:{n}", text="hi") for name, count in (("rows", own), ("made", made)) for n in range(count)]
-    kept = _chosen(rows)
+    kept = _chosen(rows, MAX_ROWS)
     assert (len(given(kept)), len(kept) - len(given(kept))) == chosen
 
 

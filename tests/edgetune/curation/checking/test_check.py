@@ -21,7 +21,6 @@ from edgetune.curation.checking import judging
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
 from edgetune.curation.checking.findings import TaskCheck
-from edgetune.curation.checking.folds import folds_of
 from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.reading import Reader
 from edgetune.objectives.example import Example
@@ -309,17 +308,6 @@ def test_an_answer_is_wrong_that_is_far_less_likely_than_most(right: list[float]
     with_wrong = judging._limit([*right, *([1e-5] * 12)])
     assert limit / 4 <= with_wrong <= limit
     assert judging._limit([0.0] * 5) > 0
-
-
-def test_a_row_is_judged_by_an_adapter_that_knows_no_other_beginning_of_its_conversation() -> None:
-    rows = []
-    for number in range(12):
-        asked = {"role": "user", "content": f"lamp {number}"}
-        answer, more = {"role": "assistant", "content": f"on {number}"}, {"role": "user", "content": "and off"}
-        rows += [TaskRow(f"{number}:1", (asked,), f"on {number}"), TaskRow(f"{number}:2", (asked, answer, more), "off")]
-    folds = [{row.where.partition(":")[0] for row in fold} for fold in folds_of(rows, seed=0)]
-    assert [len(fold) for fold in folds] == [3, 3, 3, 3]
-    assert len(set().union(*folds)) == 12
 
 
 def test_an_earlier_answer_of_a_conversation_conflicts_with_another_rows(tmp_path: Path) -> None:

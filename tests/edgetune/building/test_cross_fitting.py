@@ -1,0 +1,95 @@
+"""Builds whose confidence is fitted on the answers of adapters that do not ship."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from edgetune_runtime import Runtime
+from edgetune_runtime.bundle import Manifest, read_manifest
+from recipes import adapter_of, lights, make_recipe
+from trainings import QUIET
+
+from edgetune.building.pipeline import build, export_trained
+from edgetune.recipe.model import Recipe
+from edgetune.tasks.evaluation import score
+from edgetune.tasks.folds import fold_tasks
+from edgetune.tasks.task import read_task
+
+COLORS = ("red", "warm", "blue")
+METHOD = {"name": "lora", "r": 2, "lora_alpha": 32}
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "command": lights(30, COLORS),
+    "color": [{"text": f"turn on the light {n}", "label": COLORS[n % 3]} for n in range(30)],
+    "whole": lights(30, COLORS),
+}
+FOLDS = {"held_out": 0.1, "draft": False, "confidence_folds": 2}
+KEYS: dict[str, dict[str, Any]] = {
+    # Trained until some answers are right.
+    "command": {"training": {"max_steps": 40, "learning_rate": 1e-2}},
+    "color": {"out_of_scope": {"label": "other", "refused": 0.25}},
+    "whole": {"merged": True, "output": {"choices": list(COLORS)}},
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in both formats, of adapters with folds."""
+    folder = tmp_path_factory.mktemp("folds")
+    adapters = {name: adapter_of(METHOD, train=f"{name}.jsonl", **FOLDS, **KEYS[name]) for name in ROWS}
+    data = {f"{name}.jsonl": rows for name, rows in ROWS.items()}
+    keys: dict[str, Any] = {"targets": ["gguf", "onnx"], "quantization": "q8_0", "training": {"evals": 1}}
+    return build(
+        make_recipe(folder, tiny_gguf("llama"), adapters, data=data, **keys), folder / "home", progress=QUIET
+    ).bundle
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return read_manifest(bundle)
+
+
+def test_the_adapters_of_folds_do_not_ship(bundle: Path, manifest: Manifest) -> None:
+    assert list(manifest.adapters) == list(ROWS)
+    assert sorted(path.name for path in (bundle / "adapters").iterdir()) == sorted(ROWS)
+    assert all(entry.parity["gguf"] and entry.golden for entry in manifest.adapters.values())
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_all_rows_tell_how_sure_answers_are(engine: str, bundle: Path, manifest: Manifest) -> None:
+    for name, kind in (("command", "value"), ("whole", "choice")):
+        curve = manifest.adapters[name].confidence[engine][kind]
+        assert (curve.rows, curve.slope is not None) == (30, True)
+    recipe = Recipe.from_file(bundle.parent / "recipe.yaml")
+    task = read_task("color", recipe)
+    asked = [*task.confidence_rows, *(row for fold in fold_tasks(task) for row in fold.confidence_rows)]
+    curves = manifest.adapters["color"].confidence[engine]
+    assert sum(curve.rows for kind, curve in curves.items() if kind in ("label", "nothing")) == len(asked)
+    scope = manifest.adapters["color"].scope[engine]
+    assert (30 * scope.refused) == pytest.approx(round(30 * scope.refused), abs=0.01)
+
+
+def test_the_rows_of_a_fold_are_answered_by_the_adapter_without_them(
+    bundle: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    task = read_task("command", Recipe.from_file(bundle.parent / "recipe.yaml"))
+    parts = [task, *fold_tasks(task)]
+    folder = {part.name: f"{'train' if part is task else 'folds'}/{part.name}/adapter" for part in parts}
+    work = bundle.with_name("home.work")
+    base = str(bundle / manifest.base.files["gguf"])
+    again = export_trained(base, {n: work / path for n, path in folder.items()}, tmp_path / "again", progress=QUIET)
+    with Runtime.open(again.bundle, disk_mb=0) as runtime:
+        right = [
+            row.score for part in parts
+            for row in score(runtime, part.name, part.confidence_rows, QUIET, "exact").details
+        ]  # fmt: skip
+    assert 0 < sum(right) < 30
+    assert manifest.adapters["command"].confidence["gguf"]["value"].right == pytest.approx(sum(right) / 30, abs=1e-4)
+
+
+def test_a_confidence_is_given_though_three_rows_are_held_out(bundle: Path) -> None:
+    with Runtime.open(bundle, disk_mb=0) as runtime:
+        assert runtime.classify("turn on the light 7", adapter="color").confidence is not None
+        assert runtime.generate("turn on the light 7", adapter="whole").confidence is not None
