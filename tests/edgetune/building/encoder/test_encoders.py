@@ -59,6 +59,7 @@ ADAPTERS: dict[str, Any] = {
         "data": {"train": "power.csv"},
         "labels": ["off", "on"],
         "scale": 0.5,
+        "confidence_folds": 2,
         "method": {"name": "lora", "r": 2, "use_rslora": True, "target_modules": ["query", "value"]},
     },
 }
@@ -167,6 +168,15 @@ def test_the_golden_answer_is_the_label_of_a_validation_row(built: Built, capsys
         assert golden.margin == pytest.approx(math.log(shares[label] / second), abs=1e-3)
     assert cli.main(["check", str(built.bundle)]) == 0
     assert capsys.readouterr().out == "".join(f"{name}\tsame\n" for name in built.manifest.adapters)
+
+
+def test_few_rows_give_a_confidence_with_folds(built: Built) -> None:
+    assert list(built.manifest.adapters) == list(ADAPTERS)
+    assert not built.manifest.adapters["place"].confidence
+    curve = built.manifest.adapters["power"].confidence["onnx"]["label"]
+    assert (curve.rows, curve.slope is not None) == (len(TEXTS), True)
+    with Runtime.open(built.bundle) as runtime:
+        assert runtime.classify(TEXTS[0], adapter="power").confidence is not None
 
 
 def test_a_second_build_trains_nothing_and_int8_agrees(built: Built, tmp_path: Path) -> None:
