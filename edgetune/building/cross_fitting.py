@@ -1,38 +1,29 @@
-"""Trains the adapters of a build that do not ship: each without a fold of the rows, to which it then gives answers."""
+"""Adapters of a build that do not ship: each is trained without a fold of the rows, to which it then gives answers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from edgetune.common.progress import Progress
 from edgetune.shipping.builder import Builder
-from edgetune.shipping.exported import B, Prepared, TrainedAdapter
-from edgetune.tasks.folds import fold_tasks
-from edgetune.training.jobs import train_all
-
-FOLDS = "folds"
-"""Their folder in the work folder of a build."""
+from edgetune.shipping.exported import B, Prepared, PreparedAdapter
+from edgetune.tasks.folds import SEPARATOR, fold_tasks
 
 
-def train_folds(
-    builder: Builder[B], prepared: Prepared[B], base: B, work: Path, progress: Progress
-) -> list[TrainedAdapter]:
-    """Train an adapter in `work` without each fold of the adapters that have `confidence_folds`, with their options.
+def fold_adapters(builder: Builder[B], prepared: Prepared[B], base: B) -> list[PreparedAdapter]:
+    """The adapters to train without each fold of those that have `confidence_folds`, with their options.
 
-    Raises what `fold_tasks` and a training raise.
+    Raises what `fold_tasks` raises.
     """
-    parts = [(item, task) for item in prepared.adapters for task in fold_tasks(item.task)]
-    if not parts:
-        return []
-    plan = prepared.plan.with_adapters({task.name: replace(item.plan, name=task.name) for item, task in parts})
-    jobs = builder.jobs(plan, [task for _, task in parts], base, Progress(quiet=True))
-    progress.say(f"training {len(jobs)} adapters without a part of the rows each, for the confidence")
-    load = partial(builder.load_torch, base)
-    results = train_all([item.job for item in jobs], base.name, load, work, progress, plots=False)
-    trained = [item.trained(results[item.plan.name], work) for item in jobs]
-    return [
-        replace(adapter, golden_rows=(), fold_of=whole.plan.name)
-        for (whole, _), adapter in zip(parts, trained, strict=True)
-    ]
+    recipe = prepared.plan.recipe
+    parts = [(item.plan, task) for item in prepared.adapters for task in fold_tasks(item.task, recipe)]
+    plan = prepared.plan.with_adapters({task.name: replace(whole, name=task.name) for whole, task in parts})
+    items = builder.jobs(plan, [task for _, task in parts], base, Progress(quiet=True)) if parts else []
+    return [replace(item, fold_of=whole.name) for (whole, _), item in zip(parts, items, strict=True)]
+
+
+def trainings(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Where the adapters of these names, and those without their folds, are trained in `folder`."""
+    return [path for name in names for path in (folder / name, *folder.glob(f"{name}{SEPARATOR}*"))]

@@ -44,9 +44,13 @@ def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:
         remedy = f"{existing.base_remedy}leave out domain"
         problems.append(f"domain would train the base of {existing.folder} again; {remedy}")
     problems += _router_problems(recipe, existing)
+    is_shipped = _is_shipped(recipe, existing.manifest)
+    if recipe.imatrix is not None and not is_shipped:
+        remedy = f"{existing.base_remedy}remove it"
+        problems.append(f"imatrix of these rows would make another base than that of {existing.folder}; {remedy}")
     if problems:
         raise UsageError("\n".join(problems))
-    if _is_shipped(recipe, existing.manifest):
+    if is_shipped:
         settings["quantization"] = settings["imatrix"] = None
     specs = {}
     for name, spec in recipe.adapters.items():

@@ -36,7 +36,7 @@ from edgetune.training.jobs import train_all
 
 from . import builders
 from .builders import Builder
-from .cross_fitting import FOLDS, train_folds
+from .cross_fitting import fold_adapters, trainings
 from .decoder.quantization import choose_quantization
 from .into import check_slots, others_of, router_change, with_settings
 from .on_cluster import train_on_cluster
@@ -96,8 +96,7 @@ def build(
         with state.main_process_first():
             if state.is_main_process and not resume:
                 # Another build of the bundle may resume the trainings of its other adapters.
-                trained = [work / FOLDS, *(work / "train" / name for name in recipe.adapters)]
-                for folder in [work] if existing is None else trained:
+                for folder in [work] if existing is None else trainings(work / "train", recipe.adapters):
                     clear(folder)
             if planned.plan.base.candidates:
                 quantization = choose_quantization(planned.plan, planned.tasks, work / "base", progress, converter)
@@ -119,17 +118,18 @@ def _built(
     if existing is not None:
         existing.check_base(base.name, base.fingerprint)
     prepared = builder.prepare(planned, base, work, progress)
-    items = {item.plan.name: item for item in prepared.adapters}
+    items = {item.plan.name: item for item in (*prepared.adapters, *fold_adapters(builder, prepared, base))}
     if on_cluster:
         train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)
     results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
-    folds = train_folds(builder, prepared, base, work / FOLDS, progress)
     if not processes().is_main_process:
         return Build(out)
-    adapters = {name: item.trained(results[name], work / "train") for name, item in items.items()}
+    trained = {name: item.trained(results[name], work / "train") for name, item in items.items()}
     spec = replace(_spec_of(prepared, builder, progress), existing=existing)
-    manifest = ship(builder, base, [*adapters.values(), *folds], work / "stage", out, spec=spec, progress=progress)
+    manifest = ship(builder, base, list(trained.values()), work / "stage", out, spec=spec, progress=progress)
+    items = {item.plan.name: item for item in prepared.adapters}
+    adapters = {name: trained[name] for name in items}
     figures = {
         name: {
             **item.figures(results[name]),
@@ -139,7 +139,7 @@ def _built(
         }
         for name, item in items.items()
     }
-    losses = {name: result.history for name, result in results.items()}
+    losses = {name: results[name].history for name in items}
     # Calls of tools need more than a prompt.
     plain = [task for task in planned.tasks if not any(row.tools for row in task.validation)]
     prompts = {task.name: task.sample_prompt for task in plain}

@@ -58,7 +58,7 @@ def plan_build(
         with _collected(problems):
             tasks.append(read_task(name, recipe))
             _check_labels(tasks[-1])
-            fold_tasks(tasks[-1])
+            fold_tasks(tasks[-1], recipe)
             outputs[name] = output_of_task(tasks[-1])
             if recipe.route is not None and name in (recipe.route.adapters or recipe.adapters):
                 prompts_of(tasks[-1])

@@ -61,8 +61,7 @@ class PackedRows:
     """One forward pass: `tokens` and `positions` [1, n]; for each learned token, the index of the token before it
     (`predictors`), the token itself (`targets`), and the weight of its row (`weights`).
 
-    `place` [n] maps packed tokens to their rows in the concatenated outputs of the groups. `row_tokens` is the number
-    of tokens in all rows, with a shared prefix counted in each.
+    `place` [n] maps packed tokens to their rows in the concatenated outputs of the groups.
     """
 
     tokens: torch.Tensor
@@ -72,7 +71,6 @@ class PackedRows:
     weights: torch.Tensor
     place: torch.Tensor
     groups: tuple[Group, ...]
-    row_tokens: int
 
     def to(self, device: torch.device) -> Self:
         """Copy to `device`."""
@@ -129,7 +127,6 @@ def pack(examples: Sequence[Example], shared: int | None = None) -> PackedRows:
         torch.tensor(weights),
         _place(groups, own, shared),
         tuple(groups),
-        sum(len(example.tokens) for example in examples),
     )
 
 

@@ -59,13 +59,15 @@ def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildN
         + sum(adapter.bytes_by_format.get(target, 0) for adapter in plan.adapters.values()) / 1e6
         for target, file_format in formats.items()
     ]
-    trained = [adapter.trainable_parameters or 0 for adapter in plan.adapters.values()]
+    # Others are in the bundle already.
+    new = [adapter for adapter in plan.adapters.values() if adapter.rows is not None]
+    trained = [adapter.trainable_parameters or 0 for adapter in new]
     # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
     copies = bool(plan.base.quantization or plan.base.candidates) + (recipe.domain is not None)
-    folds = [(adapter.spec.confidence_folds or 0, adapter) for adapter in plan.adapters.values()]
-    in_folds = sum(count * (adapter.trainable_parameters or 0) for count, adapter in folds)
-    folds_mb = sum(count * sum(adapter.bytes_by_format.values()) for count, adapter in folds) / 1e6
-    work_mb = copies * base_mb + (sum(trained) + in_folds) * _FLOAT_BYTES / 1e6
+    folds = [adapter.spec.confidence_folds or 0 for adapter in new]
+    parameters = sum((1 + count) * each for count, each in zip(folds, trained, strict=True))
+    folds_mb = sum(count * sum(each.bytes_by_format.values()) for count, each in zip(folds, new, strict=True)) / 1e6
+    work_mb = copies * base_mb + parameters * _FLOAT_BYTES / 1e6
     bundle_mb = sum(by_target)
     staged_mb = bundle_mb + 2 * folds_mb - base_mb * any(item.links_base for item in formats.values())
     # Not at the same time: training has ended before the bundle is staged.

@@ -296,9 +296,13 @@ class Recipe(RecipePart):
         values = self.model_dump(mode="json")
         paths: list[Loc] = [("base",), *(loc for loc, _ in self.sources())]
         paths += [("adapters", name, "start_from") for name, spec in self.adapters.items() if spec.start_from]
+        sources: dict[Loc, str] = {}
         for *parents, key in paths:
             section = value_at(tuple(parents), values)
-            section[key] = self._portable(section[key])
+            path = self._portable(source := section[key])
+            # Files of the same name in two folders stay two.
+            is_other = sources.setdefault((*parents, path), source) != source
+            section[key] = f"{key}-{path}" if is_other else path
         return values
 
     def sources(self) -> Iterator[tuple[Loc, str | Rows]]:

@@ -74,8 +74,7 @@ def _rows_of(
     for name, parts in judged.items():
         count = sum(map(len, parts.values()))
         if count >= MIN_ROWS:
-            most = min(1, MAX_ROWS / count)
-            rows |= {part: _chosen(own, round(most * len(own))) for part, own in parts.items() if own}
+            rows |= shared_out(parts)
         elif count:
             reason = f"{count} rows are too few ({MIN_ROWS} are needed)"
             remedy = "give data.validation or data.confidence, or set confidence_folds: 5"
@@ -83,10 +82,17 @@ def _rows_of(
     return rows
 
 
+def shared_out(parts: Mapping[str, Sequence[TaskRow]]) -> dict[str, list[TaskRow]]:
+    """About MAX_ROWS rows of all parts, as large a share of each, and at least one of each that has any."""
+    share = min(1, MAX_ROWS / sum(map(len, parts.values())))
+    return {name: _chosen(rows, max(1, round(share * len(rows)))) for name, rows in parts.items() if rows}
+
+
 def _chosen(rows: Sequence[TaskRow], most: int) -> list[TaskRow]:
     """At most so many rows, up to a third of them made by the build, as spread over all these would be too few."""
     own, made = given(rows), [*filter(is_made, rows)]
-    made = [*spread(made, max(most // 3, most - len(own)))]
+    limit = max(most // 3, most - len(own))
+    made = [*spread(made, limit)] if limit else []
     return [*spread(own, most - len(made)), *made]
 
 

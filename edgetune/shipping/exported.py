@@ -85,8 +85,8 @@ class BundleSpec:
 class PreparedAdapter:
     """An adapter before its training: its plan and rows, its training job, and where the rows left out of it are.
 
-    For `probes`, `prompt_lengths` and `texts` see `TrainedAdapter`. `draft` is its draft table, `choices` are figures
-    of settings that the build has chosen.
+    For `probes`, `prompt_lengths`, `texts` and `fold_of` see `TrainedAdapter`. `draft` is its draft table, `choices`
+    are figures of settings that the build has chosen.
     """
 
     plan: AdapterPlan
@@ -98,6 +98,7 @@ class PreparedAdapter:
     texts: Sequence[str] = ()
     draft: DraftTable | None = None
     choices: Mapping[str, Any] = field(default_factory=dict)
+    fold_of: str | None = None
 
     def figures(self, result: TrainResult) -> dict[str, Any]:
         """The figures of the result and of the choices, as JSON values."""
@@ -112,11 +113,12 @@ class PreparedAdapter:
             prompt_lengths=self.prompt_lengths,
             texts=self.texts,
             draft=self.draft,
-            golden_rows=spread(self.task.validation, GOLDEN_ROWS) if self.plan.spec.golden else (),
+            golden_rows=spread(self.task.validation, GOLDEN_ROWS) if self.plan.spec.golden and not self.fold_of else (),
             scope_rows=self.task.validation if self.plan.spec.out_of_scope is not None else (),
             compared_rows=self.task.compared_rows,
             confidence_rows=self.task.confidence_rows,
             training={**self.figures(result), "history": result.curve()},
+            fold_of=self.fold_of,
         )
 
 

@@ -5,21 +5,29 @@ This is cross-fitting, for tasks of so few rows that too few are held out for va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from edgetune_runtime.errors import UsageError
 
+from edgetune.recipe.model import Recipe
+
+from .confidence import MIN_ROWS
+from .data import TaskRow
 from .metrics import answers_to_score
-from .negatives import given, is_made
+from .negatives import given, is_made, letters_of
 from .plain_prompts import answered_prompts, plain_prompt
 from .splitting import folds_of
-from .task import Task
+from .task import Task, rows_apart, with_copies
+
+SEPARATOR = "~"
+"""Between the name of a task and the number of a fold; no adapter of a recipe has it in its name."""
 
 
-def fold_tasks(task: Task) -> list[Task]:
-    """A task for each of its `confidence_folds`, whose rows it is not trained on; none without this option.
+def fold_tasks(task: Task, recipe: Recipe) -> list[Task]:
+    """A task for each of its `confidence_folds`, which learns nothing of its rows; none without this option.
 
-    Its validation rows are those of the fold and those that the build made, none of which chooses its checkpoint.
+    Its validation rows are those of the fold, and a part of those that the build made; none chooses its checkpoint.
     Raises UsageError for too few rows.
     """
     count = task.spec.confidence_folds
@@ -27,17 +35,31 @@ def fold_tasks(task: Task) -> list[Task]:
         return []
     try:
         folds = folds_of(given(task.train), count, task.training.seed)
+        tasks = [_without(fold, number, task, recipe) for number, fold in enumerate(folds, 1)]
+        _check_enough([task, *tasks])
     except UsageError as error:
         remedy = f"{error.remedy}, or remove it"
         raise UsageError(f"adapters.{task.name}.confidence_folds: {error.message}", remedy) from error
-    made = [*filter(is_made, task.validation)]
-    tasks = []
-    for number, fold in enumerate(folds, 1):
-        left_out = {row.where for row in fold}
-        train = [row for row in task.train if row.where not in left_out]
-        copies = [copy for copy in task.copies if copy.source.where not in left_out]
-        part = replace(task, name=f"{task.name}~{number}", train=train, copies=copies, validation=[*fold, *made])
-        learned = answered_prompts(part.trained_rows)
-        unseen = [row for row in part.validation if plain_prompt(row) not in learned]
-        tasks.append(replace(part, confidence_rows=answers_to_score(unseen, task.metric, train)))
     return tasks
+
+
+def _without(fold: Sequence[TaskRow], number: int, task: Task, recipe: Recipe) -> Task:
+    """The task that does not learn `fold`, neither as copies of other rows nor with its letters shuffled."""
+    left_out, letters = {row.where for row in fold}, {*map(letters_of, fold)}
+    own = [row for row in given(task.train) if row.where not in left_out]
+    judged = [*given(task.validation), *task.confidence_rows, *fold]
+    part = with_copies(replace(task, train=own, validation=judged, copies=()), recipe, rows_apart(task.spec))
+    made = [row for row in task.train if is_made(row) and letters_of(row) not in letters]
+    asked = [*filter(is_made, task.validation)][number - 1 :: task.spec.confidence_folds]
+    part = replace(part, name=f"{task.name}{SEPARATOR}{number}", train=[*own, *made], validation=[*fold, *asked])
+    learned, rated = answered_prompts(part.trained_rows), {row.where for row in task.confidence_rows}
+    unseen = [row for row in fold if plain_prompt(row) not in learned]
+    unseen += [row for row in asked if row.where in rated]
+    return replace(part, confidence_rows=answers_to_score(unseen, task.metric, part.train))
+
+
+def _check_enough(tasks: Sequence[Task]) -> None:
+    """UsageError where all answers of the task and its folds together are too few for a confidence."""
+    count = sum(len(task.in_scope(task.confidence_rows)) for task in tasks)
+    if count < MIN_ROWS:
+        raise UsageError(f"{count} rows are too few for a confidence", f"give {MIN_ROWS} or more")

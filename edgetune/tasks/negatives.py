@@ -98,6 +98,11 @@ def is_made(row: TaskRow) -> bool:
     return row.where.startswith(f"{MADE}:")
 
 
+def letters_of(row: TaskRow) -> str:
+    """The text of a row with the letters of each word in order: the same for one that is `scrambled`."""
+    return " ".join("".join(sorted(word)) for word in _text_of(row).split(" "))
+
+
 def _row(number: int, text: str, label: str) -> TaskRow:
     return TaskRow(f"{MADE}:{number}", ({"role": "user", "content": text},), label, is_labelled=True)
 

@@ -120,9 +120,8 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
-    apart = [] if spec.data.apart is None else read(spec.data.apart)
-    if spec.data.augment is not None:
-        task = _augmented(task, recipe, read, apart)
+    apart = rows_apart(spec, read)
+    task = with_copies(task, recipe, apart, read)
     if spec.out_of_scope is not None:
         task = _with_negatives(task, recipe, read, apart)
     task = _with_confidence(task)
@@ -140,10 +139,19 @@ def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple
     return tuple(f"{share}, such as {row.where}, so the answers are free text, not labels" for row in odd[:1])
 
 
-def _augmented(task: Task, recipe: Recipe, read: Reader, apart: Sequence[TaskRow]) -> Task:
-    """The task with changed copies of its training rows; UsageError for options that do not fit the rows."""
+def rows_apart(spec: AdapterSpec, read: Reader = read_rows) -> list[TaskRow]:
+    """The rows that the task keeps apart for a test, of which nothing is learned."""
+    return [] if spec.data.apart is None else read(spec.data.apart)
+
+
+def with_copies(task: Task, recipe: Recipe, apart: Sequence[TaskRow], read: Reader = read_rows) -> Task:
+    """The task with changed copies of its training rows, if the recipe asks for them.
+
+    Raises UsageError for options that do not fit the rows.
+    """
     options, output = task.spec.data.augment, task.spec.output
-    assert options is not None
+    if options is None:
+        return task
     judged, foreign = [*task.validation, *task.confidence_rows, *apart], []
     if options.negatives is not None:
         others = [read(spec.data.train, spec.data.columns) for spec in recipe.others(task.name).values()]

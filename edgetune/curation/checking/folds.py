@@ -76,7 +76,11 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     rows = [*task.train, *task.validation]
     weighted = [row for row in rows if row.weight]
     whole = job_of(rows, weighted[:1], choose_training(task.training, len(rows), plan.width, task.metric)[0])
-    folds = folds_of([row for row in rows if row.where not in whole.too_long], FOLDS, task.training.seed)
+    try:
+        folds = folds_of([row for row in rows if row.where not in whole.too_long], FOLDS, task.training.seed)
+    except UsageError as error:
+        message = f"{error.message} to tell which answers are wrong"
+        raise UsageError(message, f"leave out --minutes, or {error.remedy}") from error
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s

@@ -14,6 +14,7 @@ from trainings import QUIET
 
 from edgetune.building.pipeline import build, export_trained
 from edgetune.recipe.model import Recipe
+from edgetune.shipping.confidence import MAX_ROWS, shared_out
 from edgetune.tasks.evaluation import score
 from edgetune.tasks.folds import fold_tasks
 from edgetune.tasks.task import read_task
@@ -64,7 +65,7 @@ def test_all_rows_tell_how_sure_answers_are(engine: str, bundle: Path, manifest:
         assert (curve.rows, curve.slope is not None) == (30, True)
     recipe = Recipe.from_file(bundle.parent / "recipe.yaml")
     task = read_task("color", recipe)
-    asked = [*task.confidence_rows, *(row for fold in fold_tasks(task) for row in fold.confidence_rows)]
+    asked = [*task.confidence_rows, *(row for fold in fold_tasks(task, recipe) for row in fold.confidence_rows)]
     curves = manifest.adapters["color"].confidence[engine]
     assert sum(curve.rows for kind, curve in curves.items() if kind in ("label", "nothing")) == len(asked)
     scope = manifest.adapters["color"].scope[engine]
@@ -74,12 +75,12 @@ def test_all_rows_tell_how_sure_answers_are(engine: str, bundle: Path, manifest:
 def test_the_rows_of_a_fold_are_answered_by_the_adapter_without_them(
     bundle: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
-    task = read_task("command", Recipe.from_file(bundle.parent / "recipe.yaml"))
-    parts = [task, *fold_tasks(task)]
-    folder = {part.name: f"{'train' if part is task else 'folds'}/{part.name}/adapter" for part in parts}
-    work = bundle.with_name("home.work")
+    recipe = Recipe.from_file(bundle.parent / "recipe.yaml")
+    task = read_task("command", recipe)
+    parts = [task, *fold_tasks(task, recipe)]
+    folders = {part.name: bundle.with_name("home.work") / "train" / part.name / "adapter" for part in parts}
     base = str(bundle / manifest.base.files["gguf"])
-    again = export_trained(base, {n: work / path for n, path in folder.items()}, tmp_path / "again", progress=QUIET)
+    again = export_trained(base, folders, tmp_path / "again", progress=QUIET)
     with Runtime.open(again.bundle, disk_mb=0) as runtime:
         right = [
             row.score for part in parts
@@ -87,6 +88,18 @@ def test_the_rows_of_a_fold_are_answered_by_the_adapter_without_them(
         ]  # fmt: skip
     assert 0 < sum(right) < 30
     assert manifest.adapters["command"].confidence["gguf"]["value"].right == pytest.approx(sum(right) / 30, abs=1e-4)
+
+
+@pytest.mark.parametrize("held_out", [0.01, 0.1])
+def test_each_part_of_many_rows_is_asked(held_out: float, tmp_path: Path) -> None:
+    data = {"train": "rows.jsonl", "held_out": held_out}
+    adapter = {"data": data, "confidence_folds": 2, "metric": "label", "out_of_scope": True}
+    rows = [{"text": f"turn on the light {n}", "label": COLORS[n % 3]} for n in range(300)]
+    recipe = make_recipe(tmp_path, "base", {"color": adapter}, data={"rows.jsonl": rows})
+    task = read_task("color", recipe)
+    parts = [task, *fold_tasks(task, recipe)]
+    counts = [len(rows) for rows in shared_out({part.name: part.confidence_rows for part in parts}).values()]
+    assert len(counts) == 3 and min(counts) > 0 and sum(counts) <= MAX_ROWS + 3
 
 
 def test_a_confidence_is_given_though_three_rows_are_held_out(bundle: Path) -> None:

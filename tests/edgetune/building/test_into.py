@@ -155,6 +155,10 @@ def test_all_adapters_count_for_the_board(home: Path, tiny_gguf: Callable[[str],
         ),
         ({"base": "qwen3"}, "has sha256 "),
         (
+            {"imatrix": "auto", "quantization": "q4_0"},
+            "imatrix of these rows would make another base than that of {home}; set base: {home}/base/llama.q4_0.gguf",
+        ),
+        (
             {"adapter": {"method": {"name": "lora", "target_modules": ["o_proj"]}}},
             "no slot for model.layers.0.self_attn.o_proj",
         ),

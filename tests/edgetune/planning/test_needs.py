@@ -14,7 +14,7 @@ from edgetune_export.architectures import known
 from edgetune_export.base_file.convert import part_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
-from recipes import adapter_of, make_recipe
+from recipes import adapter_of, lights, make_recipe
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES
 from trainings import QUIET, Listening
@@ -244,9 +244,9 @@ def test_what_all_rows_begin_with_takes_its_time_once_per_step(
 
 def test_folds_for_the_confidence_take_their_time_and_space(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base, room = tiny_gguf("llama"), replace(PLENTY, instruction_sets=frozenset(["avx2"]))
-    found = []
+    found, data = [], {"rows.jsonl": lights(30)}
     for keys in ({}, {"confidence_folds": 4}):
-        plan = plan_build(make_recipe(tmp_path, base, {"command": adapter_of(**keys)})).plan
+        plan = plan_build(make_recipe(tmp_path, base, {"command": adapter_of(**keys)}, data=data)).plan
         assert plan.source is not None and plan.source.shape is not None
         time = build_needs.training_time(plan, plan.source.shape, room)
         assert time is not None

@@ -119,12 +119,16 @@ def test_the_resolved_recipe_makes_the_same_recipe_and_names_no_folder_of_this_m
 ) -> None:
     base = tmp_path.parent / "elsewhere" / "base.gguf"
     overrides = {"base": str(base), "adapters.command.start_from": str(tmp_path.parent / "before" / "adapter")}
+    folders = {"train": tmp_path.parent / "train", "validation": tmp_path.parent / "test"}
+    overrides |= {f"adapters.intent.data.{key}": str(folder / "rows.jsonl") for key, folder in folders.items()}
     resolved = Recipe.from_file(write(GOOD), overrides).resolved()
     text = json.dumps(resolved)
     assert str(tmp_path.parent) not in text
     assert (resolved["base"], resolved["adapters"]["command"]["start_from"]) == ("base.gguf", "adapter")
     assert resolved["adapters"]["command"]["data"]["train"] == "data/command.jsonl"
     assert resolved["adapters"]["intent"]["training"] == {"epochs": 5.0}
+    data = resolved["adapters"]["intent"]["data"]
+    assert (data["train"], data["validation"]) == ("rows.jsonl", "validation-rows.jsonl")
     assert Recipe.model_validate(json.loads(text)).resolved() == resolved
 
 

@@ -143,11 +143,21 @@ def test_the_rule_for_unsure_answers_is_in_the_manifest(manifest: Manifest) -> N
 
 
 @pytest.mark.parametrize(
-    ("own", "made", "chosen"), [(400, 30, (170, 30)), (400, 200, (134, 66)), (80, 150, (80, 120)), (90, 40, (90, 40))]
+    ("own", "made", "most", "chosen"),
+    [
+        (400, 30, MAX_ROWS, (170, 30)),
+        (400, 200, MAX_ROWS, (134, 66)),
+        (80, 150, MAX_ROWS, (80, 120)),
+        (90, 40, MAX_ROWS, (90, 40)),
+        # Of an adapter whose folds have nearly all rows.
+        (3, 2, 1, (1, 0)),
+    ],
 )
-def test_few_texts_out_of_scope_all_remain_among_many_rows(own: int, made: int, chosen: tuple[int, int]) -> None:
+def test_few_texts_out_of_scope_all_remain_among_many_rows(
+    own: int, made: int, most: int, chosen: tuple[int, int]
+) -> None:
     rows = [TaskRow(f"{name}:{n}", text="hi") for name, count in (("rows", own), ("made", made)) for n in range(count)]
-    kept = _chosen(rows, MAX_ROWS)
+    kept = _chosen(rows, most)
     assert (len(given(kept)), len(kept) - len(given(kept))) == chosen
 
 
