@@ -27,7 +27,7 @@ from .settings import settings_of
 
 DEFAULT_BASE = "smollm2-135m"
 _REASONS = {
-    DEFAULT_BASE: "135 million parameters in 92 MB, for any board; a larger base answers better and more slowly"
+    DEFAULT_BASE: "135 million parameters in 98 MB, for any board; a larger base gives better answers, but more slowly"
 }
 _USEFUL_ROWS = 100
 # Of the rows, those with the most characters are tokenized.
@@ -112,7 +112,7 @@ def _task(files: TaskFiles, folder: Path) -> _ProposedTask:
 
 
 def _about_file(files: TaskFiles, sample: Sample) -> str:
-    few = "; a useful task needs some hundred" if sample.rows < _USEFUL_ROWS else ""
+    few = "; a useful task needs a few hundred" if sample.rows < _USEFUL_ROWS else ""
     score = f"; {files.test.name} is for `edgetune evaluate`" if files.test is not None else ""
     return f"{sample}{few}{score}"
 

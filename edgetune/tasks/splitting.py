@@ -45,7 +45,7 @@ def folds_of(rows: Sequence[TaskRow], count: int, seed: int) -> list[list[TaskRo
     groups = grouped(rows)
     if len(groups) < 2 * count:
         message = f"{len(groups)} different prompts are too few for {count} parts"
-        raise UsageError(message, f"give at least {2 * count}, better some hundred")
+        raise UsageError(message, f"give at least {2 * count}, better a few hundred")
     random.Random(seed).shuffle(groups)
     folds: list[list[TaskRow]] = [[] for _ in range(count)]
     for group in groups:
