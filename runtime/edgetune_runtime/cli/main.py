@@ -154,8 +154,10 @@ def make_parser() -> argparse.ArgumentParser:
     add_form(chat)
     server.add_options(serve)
     wyoming.add_options(voice)
-    for command in (info, generate, classify, chat, bench, check, warm, serve, voice, doctor, adding):
-        add_opening(command)
+    for command in (generate, chat, serve, voice):
+        add_opening(command, is_answering=True)
+    for command in (info, classify, bench, check, warm, doctor, adding):
+        add_opening(command, is_answering=False)
     return parser
 
 

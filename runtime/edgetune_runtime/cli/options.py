@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from edgetune_runtime.inference.runtime import Runtime
 
 SAMPLING = {
-    "temperature": (float, "randomness; 0 always takes the most likely token (default)"),
-    "top_k": (int, "sample from this many most likely tokens; 0: all"),
-    "top_p": (float, "sample from the most likely tokens whose probabilities add up to this; 1: all"),
-    "min_p": (float, "drop tokens below this fraction of the top token's probability; 0: none"),
-    "repeat_penalty": (float, "penalize tokens that are among the last 64; 1: no penalty"),
+    "temperature": (
+        float,
+        "randomness; 0 always takes the most likely token (default: 0; the next three then have no effect)",
+    ),
+    "top_k": (int, "sample from this many most likely tokens; 0: all (default: 40)"),
+    "top_p": (float, "sample from the most likely tokens whose probabilities add up to this; 1: all (default: 0.95)"),
+    "min_p": (float, "drop tokens below this fraction of the top token's probability; 0: none (default: 0.05)"),
+    "repeat_penalty": (float, "penalize tokens that are among the last 64; 1: no penalty (default: 1)"),
     "seed": (int, "random seed, to get the same answer again"),
-    "max_tokens": (int, "maximum length of the answer in tokens"),
+    "max_tokens": (int, "maximum length of the answer in tokens (default: 256)"),
 }
+"""Types and help texts of the options. The defaults are those of `Sampling`, whose module needs numpy."""
 DEFER_KEY = "EDGETUNE_DEFER_KEY"
 _SIZES = ("adapters_mb", "cache_mb", "disk_mb_per_day")
 
@@ -84,8 +88,8 @@ def add_tools(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tool-choice", metavar="CHOICE", help=text)
 
 
-def add_opening(command: argparse.ArgumentParser) -> None:
-    """How the bundle is opened; see `open_runtime`."""
+def add_opening(command: argparse.ArgumentParser, *, is_answering: bool) -> None:
+    """How the bundle is opened; see `open_runtime`. Only commands that answer have the options of answers."""
     group = command.add_argument_group("opening the bundle")
     text = "engine: gguf or onnx (default: the bundle's first format)"
     group.add_argument("--engine", metavar="NAME", help=text)
@@ -109,6 +113,18 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--disk-mb-per-day", type=float, metavar="N", help=f"{text} (default: {DISK_MB_PER_DAY})")
     text = "decode token by token, without drafts from the adapter's draft table"
     group.add_argument("--no-drafts", action="store_true", help=text)
+    if is_answering:
+        _add_answering(group)
+    else:
+        command.set_defaults(learn_drafts=OFF, defer_to=None, defer_model=None, defer_timeout_s=None)
+    text = "do not open a new bundle in a child process first, which turns a crash into an error"
+    group.add_argument("--no-preflight", action="store_true", help=text)
+    group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
+    text = "refuse a bundle that is not signed by a key in this file, the trusted-keys.json of `edgetune keys init`"
+    group.add_argument("--trusted-keys", type=Path, metavar="FILE", help=text)
+
+
+def _add_answering(group: argparse._ActionsContainer) -> None:
     text = "keep the last answer to each prompt as a draft of the next one: off (default), in memory, or also on disk"
     group.add_argument("--learn-drafts", choices=LEARN_DRAFTS, default=OFF, help=text)
     text = "let a bigger model at this OpenAI-compatible address answer where a recipe or a request says defer"
@@ -116,11 +132,6 @@ def add_opening(command: argparse.ArgumentParser) -> None:
     group.add_argument("--defer-model", metavar="NAME", help="name of that model")
     text = f"seconds that its answer may take (default: {TIMEOUT_S:g})"
     group.add_argument("--defer-timeout-s", type=float, metavar="N", help=text)
-    text = "do not open a new bundle in a child process first, which turns a crash into an error"
-    group.add_argument("--no-preflight", action="store_true", help=text)
-    group.add_argument("--no-verify", action="store_true", help="do not compare the files with their digests")
-    text = "refuse a bundle that is not signed by a key in this file, the trusted-keys.json of `edgetune keys init`"
-    group.add_argument("--trusted-keys", type=Path, metavar="FILE", help=text)
 
 
 def open_runtime(options: argparse.Namespace, **more: Unpack[RuntimeOptions]) -> Runtime:

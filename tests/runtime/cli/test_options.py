@@ -53,3 +53,32 @@ def test_flags_are_options_of_opening_a_bundle(words: list[str], name: str, valu
     plain, changed = (opening_options(make_parser().parse_args([*GENERATE, *more])) for more in ([], words))
     assert plain[name] == default
     assert changed == {**plain, name: value}
+
+
+@pytest.mark.parametrize(
+    ("words", "is_answering"),
+    [
+        (GENERATE, True),
+        (["chat", "home"], True),
+        (["serve", "home"], True),
+        (["wyoming", "home"], True),
+        (["info", "home"], False),
+        (["classify", "home", "--prompt", "p"], False),
+        (["bench", "home"], False),
+        (["check", "home"], False),
+        (["warm", "home"], False),
+        (["doctor", "home"], False),
+        (["adapters", "add", "home", "other"], False),
+    ],
+)
+def test_only_commands_that_answer_have_the_options_of_answers(
+    words: list[str], is_answering: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert opening_options(make_parser().parse_args(words))["learn_drafts"] == "off"
+    learning = [*words, "--learn-drafts", "memory"]
+    if is_answering:
+        assert opening_options(make_parser().parse_args(learning))["learn_drafts"] == "memory"
+        return
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(learning)
+    assert "unrecognized arguments: --learn-drafts" in capsys.readouterr().err
