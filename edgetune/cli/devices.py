@@ -32,7 +32,10 @@ RamMib = Annotated[
 
 @app.command("list", cls=GroupedCommand)
 def list_boards(*, as_json: AsJson = False) -> None:
-    """List the boards. A board with several sizes of memory is also called like pi-4-2gb."""
+    """List the boards.
+
+    Boards sold with several memory sizes also have one name per size, such as pi-4-2gb.
+    """
     listed = [boards.load(name) for name in boards.names()]
     if as_json:
         print_json([_summary(board) for board in listed])

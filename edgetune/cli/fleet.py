@@ -13,7 +13,7 @@ from .arguments import AsJson, print_json
 from .grouped_help import GroupedCommand
 from .tables import print_table
 
-app = typer.Typer(help="See what devices run that update from a repository.", no_args_is_help=True)
+app = typer.Typer(help="Show which releases devices run.", no_args_is_help=True)
 _SHOWN = 20
 
 

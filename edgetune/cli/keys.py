@@ -82,9 +82,8 @@ def list_keys(keys: KeysPath, *, as_json: AsJson = False) -> None:
 def add(keys: KeysPath, role: Role, *, uri: Uri = None, public_key: PublicKey = None, as_json: AsJson = False) -> None:
     """Make another key for a role; publish again so that devices learn of it.
 
-    The first key for bundles/NAME makes this bundle one that only its own keys sign: who has no other key of bundles
-    can publish this bundle and no other. Who has a key for bundles/NAME/ADAPTER, and none for the bundle, can publish
-    this adapter and nothing else.
+    After the first key for bundles/NAME, only keys of that role sign this bundle. Someone with no other bundles key can
+    publish this bundle only; someone with just a key for bundles/NAME/ADAPTER can publish that adapter only.
     """
     folder = open_keys(keys)
     folder.add(role if role.startswith("bundles/") else _checked_role(role, folder), _external(role, uri, public_key))
@@ -111,7 +110,7 @@ def revoke(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trust a key no longer; publish again so that devices learn of it."""
+    """Stop trusting a key; publish again so that devices learn of it."""
     folder = open_keys(keys)
     folder.revoke(key, None if role is None else _checked_role(role, folder))
     _show(folder, as_json)

@@ -48,6 +48,8 @@ from .training import TrainingSpec
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _AUTO = "auto"
 """Of `quantization`: stands for a mapping with all defaults."""
+_GPUS = {"cuda", "gpu", "mps"}
+"""What is no board, but may be meant for `training.device`; `cuda:1` too."""
 
 
 class Recipe(RecipePart):
@@ -241,6 +243,9 @@ class Recipe(RecipePart):
             return None
         from edgetune_devices import boards  # noqa: PLC0415 - rarely needed
 
+        if device.partition(":")[0] in _GPUS:
+            gpu = device.replace("gpu", "cuda")
+            raise ValueError(f"no board {device!r}; to train on a GPU, use --set training.device={gpu}")
         return _one_of(device, boards.names_with_sizes(), "board")
 
     @field_validator("adapters")

@@ -227,6 +227,8 @@ adapters:
         ("imatrix", "auto", "it changes nothing with quantization: null; use q4_0, or remove it"),
         ("quantize", "q4_0", "unknown key; did you mean 'quantization'?"),
         ("device", "pi-55", "no board 'pi-55'; did you mean 'pi-5'?"),
+        ("device", "gpu", "no board 'gpu'; to train on a GPU, use --set training.device=cuda"),
+        ("device", "cuda:1", "no board 'cuda:1'; to train on a GPU, use --set training.device=cuda:1"),
     ],
 )
 def test_a_wrong_override_is_named_by_its_flag(write: Write, key: str, value: str, problem: str) -> None:
