@@ -24,10 +24,13 @@ board_option = partial(typer.Option, rich_help_panel="On the board")
 def deploy(
     bundle: BundlePath,
     host: Annotated[
-        str | None, typer.Argument(metavar="USER@HOST[:PORT]", help="The board, as ssh knows it.", show_default=False)
+        str | None,
+        typer.Argument(
+            metavar="HOST", help="The board as USER@HOST or USER@HOST:PORT, as ssh knows it.", show_default=False
+        ),
     ] = None,
     *,
-    goes_back: Annotated[bool, typer.Option("--rollback", help="Switch back to the version before.")] = False,
+    goes_back: Annotated[bool, typer.Option("--rollback", help="Switch back to the previous version.")] = False,
     lists: Annotated[bool, typer.Option("--list", help="List the versions on the board.")] = False,
     wait_healthy: Annotated[
         bool,
@@ -81,8 +84,8 @@ def deploy(
     """Install a bundle on boards over ssh.
 
     Sends only what a board lacks, resumes after a lost connection, and switches to the new version when its answers are
-    right; the version before stays for --rollback. Uses your ssh configuration, agent and known hosts; never asks for a
-    password.
+    right; the previous version stays for --rollback. Uses your ssh configuration, agent and known hosts; never asks for
+    a password.
     """
     from edgetune_devices import boards
     from edgetune_runtime.bundle import read_manifest

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--receive", metavar="VERSION", help=text)
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
     command.add_argument("--kit", type=Path, metavar="KIT", help="a kit's folder or its kit.json (default: this one)")
-    _command(commands, "rollback", _rollback, "switch back to the version before")
+    _command(commands, "rollback", _rollback, "switch back to the previous version")
     _command(commands, "list", _list, "list the installed versions")
     _command(commands, "uninstall", _uninstall, "remove all versions and the unit")
     return parser

@@ -164,8 +164,8 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
 
     Raises UnreachableError when the board cannot be reached or the connection is lost, IncompatibleError when the board
     cannot run the kit, BusyError while another deploy is at work, OutOfSpaceError when its disk is full, and
-    VerificationError when a file or an answer is wrong; and what `assemble` raises. The version before runs on, and the
-    next deploy resumes.
+    VerificationError when a file or an answer is wrong; and what `assemble` raises. The previous version runs on, and
+    the next deploy resumes.
     """
     with Connection(target) as connection:
         progress.say(f"{target}: checking the board")
@@ -192,7 +192,7 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
 
 
 def roll_back(target: Target, where: Where) -> RolledBack:
-    """Make the version before the current one on a board; NotFoundError if there is none."""
+    """Switch a board back to the previous version; NotFoundError if there is none."""
     with Connection(target) as connection:
         return RolledBack(target, _installed(connection, where).ask("rollback", parse=replies.version, limit_s=_LONG_S))
 

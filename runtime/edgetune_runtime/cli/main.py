@@ -128,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "predict with the figures in FILE (default: with the memory bandwidth measured here)"
     doctor.add_argument("--calibration", type=Path, metavar="FILE", help=text)
     _common(doctor, machine.doctor)
-    text = "install the newest bundle of a signed repository, or go back to the version before"
+    text = "install the newest bundle of a signed repository, or go back to the previous version"
     update = commands.add_parser("update", help=text, description=f"{text[0].upper()}{text[1:]}.")
     updating.add_options(_common(update, updating.run))
     _add_cache(commands)

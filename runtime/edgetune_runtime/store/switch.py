@@ -18,7 +18,7 @@ def activate(prefix: Path, kit: Kit, unit: Unit | None, say: Say) -> bool:
     """Make a placed version the current one when it answers as built, and sweep; whether anything changed.
 
     `unit` serves it, by default the one that is installed. The lock of the prefix must be held. Raises
-    VerificationError if the version, or its unit, does not answer as built: the version before still runs then.
+    VerificationError if the version, or its unit, does not answer as built: the previous version still runs then.
     """
     before, old_unit = versions.linked(prefix, versions.CURRENT), service.installed(prefix, say)
     unit = unit or old_unit
@@ -114,7 +114,7 @@ def _go_back(prefix: Path, links: Mapping[str, str | None], new: Unit | None, ol
 
 
 def roll_back(prefix: Path, *, say: Say) -> str:
-    """Switch back to the version before, which is not asked for golden answers again; its id.
+    """Switch back to the previous version, which is not asked for golden answers again; its id.
 
     Goes on with a rollback that was cut off. The lock of the prefix must be held. NotFoundError if there is no version
     before.
@@ -129,7 +129,7 @@ def roll_back(prefix: Path, *, say: Say) -> str:
 
 
 def roll_back_at_start(prefix: Path, *, say: Say) -> str:
-    """Like `roll_back`, in the command that the unit runs before it starts: it then starts the version before."""
+    """Like `roll_back`, in the command that the unit runs before it starts: it then starts the previous version."""
     kit, unit = _begin_rollback(prefix, say)
     say(f"going back to version {kit.version}")
     versions.switch(prefix, kit.version)
@@ -144,7 +144,7 @@ def _begin_rollback(prefix: Path, say: Say) -> tuple[Kit, Unit | None]:
     """The version to go back to, and the unit; what was counted of the current version is forgotten."""
     before = versions.before(prefix)
     if before is None:
-        raise NotFoundError(f"{prefix} has no version before the current one", "install another one")
+        raise NotFoundError(f"{prefix} has no previous version", "install another one")
     kit, unit = read_installed(versions.path_of(prefix, before)), service.installed(prefix, say)
     if unit is not None:
         unit.require_own(prefix)

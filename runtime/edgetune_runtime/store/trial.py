@@ -34,6 +34,6 @@ def golden_answers(prefix: Path, kit: Kit) -> dict[str, Any] | None:
     if ended.code:
         reason = ended.last_line or "no reason is given"
         problem = f"it {ended.how}: {reason}" if ended.code < 0 else reason
-        raise VerificationError(f"version {kit.version} fails its check: {problem}", "the version before still runs")
-    with parsing(f"version {kit.version} fails its check: it printed no answers", "the version before still runs"):
+        raise VerificationError(f"version {kit.version} fails its check: {problem}", "the previous version still runs")
+    with parsing(f"version {kit.version} fails its check: it printed no answers", "the previous version still runs"):
         return dict(json.loads(ended.output))

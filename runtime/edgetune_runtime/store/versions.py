@@ -95,7 +95,7 @@ def linked(prefix: Path, link: str) -> str | None:
 
 
 def previous(prefix: Path) -> str | None:
-    """The version before the current one, also if a switch was cut off between its two links; None if there is none."""
+    """The previous version, also if a switch was cut off between its two links; None if there is none."""
     version = linked(prefix, PREVIOUS)
     return linked(prefix, KEPT) if version == linked(prefix, CURRENT) else version
 
@@ -163,7 +163,7 @@ def switch(prefix: Path, version: str) -> None:
 
 def restore(prefix: Path, links: Mapping[str, str | None]) -> None:
     """Point `current` and `previous` to the versions that they pointed to before a switch."""
-    # In this order, so that `previous` returns the version before at any time.
+    # In this order, so that `previous` returns the previous version at any time.
     for link in (CURRENT, PREVIOUS):
         _point(prefix, link, links[link])
 

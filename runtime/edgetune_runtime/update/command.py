@@ -31,7 +31,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         ("--check", "look for a newer bundle"),
         ("--apply", "install the newest bundle, and switch to it when it answers as built"),
         ("--status", "show what is installed and remembered"),
-        ("--rollback", "switch back to the version before, and leave out the bundle of this one from then on"),
+        ("--rollback", "switch back to the previous version, and skip the current release in later updates"),
         ("--mark-good", "acknowledge the current version, so that it is kept however often it is started"),
         ("--mark-bad", "the same as --rollback, for a program that watches the device"),
         ("--starting", "count a start of the current version; at the third one without an acknowledgement, go back"),

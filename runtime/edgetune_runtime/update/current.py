@@ -49,9 +49,9 @@ def status(prefix: Path, say: Say) -> dict[str, Any]:
 
 
 def roll_back(prefix: Path, reason: str, say: Say) -> str:
-    """Go back to the version before, and refuse the bundle that runs now from then on, for this reason; its id.
+    """Go back to the previous version, and refuse the bundle that runs now from then on, for this reason; its id.
 
-    NotFoundError if there is no version before.
+    NotFoundError if there is no previous version.
     """
     with locked(prefix):
         _refuse_current(prefix, reason, say)
@@ -95,7 +95,7 @@ def _refuse_current(prefix: Path, reason: str, say: Say) -> None:
             refused.pop(kit.bundle, None)
             write_state(prefix, replace(state, refused=refused))
     except (NotFoundError, VerificationError) as error:
-        say(f"the bundle that runs now is not left out of later updates: {error}")
+        say(f"the bundle that runs now is not skipped in later updates: {error}")
 
 
 def _current_version(prefix: Path) -> str:

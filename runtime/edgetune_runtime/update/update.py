@@ -119,7 +119,7 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
     """Install the newest release and switch to it if it answers as built; whether anything changed.
 
     Raises what `check` does, OutOfSpaceError if the disk or the quota has too little room, IncompatibleError if the
-    release needs a newer runtime, VerificationError if it does not answer as built. The version before runs on then.
+    release needs a newer runtime, VerificationError if it does not answer as built. The previous version runs on then.
     """
     with installing(prefix), closing(_location_of(prefix, source)) as location:
         newest = _find(prefix, source, location)

@@ -124,7 +124,7 @@ def test_a_second_deploy_sends_nothing_and_a_changed_bundle_only_what_changed(ba
 
 def test_rollback_switches_to_the_version_before_and_back(board: Board, bundle: Path) -> None:
     first = board.deploy(bundle)
-    with pytest.raises(NotFoundError, match=f"{board.sshd.target}: .* no version before"):
+    with pytest.raises(NotFoundError, match=f"{board.sshd.target}: .* no previous version"):
         roll_back(board.target, board.where)
     second = board.deploy(write_bundle(bundle, "two"))
     assert roll_back(board.target, board.where).version == first.version

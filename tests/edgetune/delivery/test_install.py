@@ -127,7 +127,7 @@ def test_a_version_that_crashes_does_not_become_the_current_one(
     assert run("install", kit, "--prefix", prefix) == 4
     assert capfd.readouterr().err.splitlines()[-1] == (
         f"edgetune-board: version {read_kit(kit).version} fails its check: it was ended by SIGABRT: "
-        "x.cpp:7: GGML_ASSERT(n > 0) failed; the version before still runs"
+        "x.cpp:7: GGML_ASSERT(n > 0) failed; the previous version still runs"
     )
     assert ask(prefix) == "one"
 

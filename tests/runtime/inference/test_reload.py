@@ -107,7 +107,7 @@ def test_a_version_that_was_switched_to_is_taken_over_between_calls(
         assert mapped("/base/") == bases and versions_in_use(prefix) == [SECOND]
         kept = runtime.generate(PROMPT, adapter="task2", max_tokens=6)
         assert (kept.text, kept.timings.reused_tokens > 0) == (before["task2"], True)
-        # The version before may be swept.
+        # The previous version may be swept.
         shutil.rmtree(prefix / "versions" / FIRST)
         assert all(answer(runtime, name) for name in ("new", *NAMES[3:]))
         assert runtime.reload() == ([], [], [], {})

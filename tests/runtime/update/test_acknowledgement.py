@@ -64,7 +64,7 @@ def test_what_is_damaged_keeps_no_device_from_going_back(
         start(switched)
     (switched / damaged).write_text("{")
     assert main(["update", option, "--prefix", str(switched)]) == 0
-    assert "the bundle that runs now is not left out of later updates: " in capsys.readouterr().err
+    assert "the bundle that runs now is not skipped in later updates: " in capsys.readouterr().err
     assert ask(switched) == "zero"
 
 
