@@ -50,6 +50,8 @@ from the number of parameters. An ONNX base is larger: by about 10% in q8_0, by 
 that the publishers name; read yours before you ship it. "Gated" means
 that the hub asks you to accept the license first, and then needs your token (`hf auth login`).
 
+SmolLM2 knows English; for other languages begin with a multilingual base such as Qwen 3 or Gemma 3.
+
 {weights}
 Of multimodal checkpoints, such as those of Gemma 4 and Qwen 3.5, the text part is used. Google trained Gemma 4 for 4
 bits too: download the `.gguf` file of `google/gemma-4-E2B-it-qat-q4_0-gguf` (`hf download`) and give its path without a
