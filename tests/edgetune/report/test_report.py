@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import yaml
 from edgetune_devices import boards
+from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime.bundle import read_manifest
 from recipes import adapter_of, lights, write_recipe, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
+from runtime.encoders import write_encoder_bundle
 
+from edgetune.building.encoder.verify import Agreement
 from edgetune.cli.main import main
 from edgetune.report.facts import facts_of
 from edgetune.report.render import HEIGHT, WIDTH, card, curve
@@ -78,6 +82,18 @@ def test_the_page_shows_training_parity_and_boards_without_reaching_outside(bund
     assert "b" not in page.tags, "the texts of a bundle are escaped"
     assert page.links == []
     assert "http" not in text
+
+
+def test_the_page_of_an_encoder_shows_its_parity(
+    encoder_source: Callable[[str], EncoderSource], tmp_path: Path
+) -> None:
+    bundle = write_encoder_bundle(encoder_source("bert"), tmp_path)
+    parity = {"onnx": asdict(Agreement(kl=0.02, top1=0.975, difference=0.1, rows=8))}
+    change_manifest(bundle, lambda raw: raw["adapters"]["place"].update(parity=parity))
+    change_manifest(bundle, lambda raw: raw["base"].update(parity={"onnx": {"difference": 0.1, "cosine": 0.99}}))
+    assert main(["report", str(bundle), "--out", str(tmp_path / "page.html")]) == 0
+    text = " ".join(Page((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
+    assert "placeonnx 2.0e-02 97.5% -" in text
 
 
 def test_the_page_draws_how_well_the_confidence_is_calibrated(bundle: Path, tmp_path: Path) -> None:
