@@ -68,6 +68,9 @@ def learn(
     entries, manifest = read_logs(bundle, log, Progress().say), read_manifest(bundle)
     for written in filter(None, (page, questions)):
         check_not_read(written, [*log, *map(file_before, log), *files_read(bundle, manifest, recipe)], bundle)
+    # A user may have completed it.
+    if questions is not None and questions.exists():
+        raise UsageError(f"{questions} already exists", "give another file, or complete it and give it as --log")
     chosen = asking.most_informative(entries, ask, manifest)
     if questions is not None:
         asking.write_questions(chosen, questions)

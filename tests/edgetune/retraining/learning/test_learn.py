@@ -382,6 +382,10 @@ def test_wrong_answers_are_asked_first_and_each_prompt_once(home: Path) -> None:
         (["--page", "{recipe}", "--recipe", "{recipe}"], "recipe.yaml is a file that this command reads"),
         (["--page", "{home}/manifest.json"], "manifest.json is inside the bundle"),
         (["--ask", "2", "--questions", "{recipe}", "--recipe", "{recipe}"], "recipe.yaml is a file that this command"),
+        (
+            ["--ask", "2", "--questions", "{home}.yaml", "--recipe", "{recipe}"],
+            "home.yaml already exists; give another file, or complete it and give it as --log",
+        ),
         (["--questions", "q.jsonl"], "--questions is given without --ask; say how many with --ask N"),
         (["--into", "{home}/adapters/x"], "adapters/x is inside the bundle"),
     ],
