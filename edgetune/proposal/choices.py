@@ -52,7 +52,7 @@ def text_of(choices: Sequence[Choice], introduction: str) -> str:
         # A blank line before each key at the top, and between adapters.
         if not sections or same < min(len(open_sections) or 1, 2):
             lines.append("")
-        lines += [f"{'  ' * depth}{name}:" for depth, name in enumerate(sections) if depth >= same]
+        lines += [f"{'  ' * depth}{_in_yaml(name)}:" for depth, name in enumerate(sections) if depth >= same]
         open_sections = sections
         indent = "  " * len(sections)
         reason = textwrap.wrap(printable(choice.reason), _WIDTH - len(indent), break_long_words=False)

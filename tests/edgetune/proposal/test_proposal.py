@@ -277,6 +277,11 @@ def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) ->
     assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
 
 
+@pytest.mark.parametrize("name", ["2024", "1e5", "null", "true"])
+def test_a_file_may_be_named_like_a_number_or_null(name: str, write: Write, propose: Make) -> None:
+    assert list(propose(write(f"{name}.jsonl", KINDS)).adapters) == [name]
+
+
 def test_the_tutorial_shows_what_init_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[3] / "docs/tutorials/your-own-data.md").read_text(encoding="utf-8")
     rows, recipe = re.findall(r"```(?:json|yaml)\n(.*?)```", page, re.DOTALL)
