@@ -240,6 +240,13 @@ def test_the_model_card_has_metadata_and_a_row_per_adapter(bundle: Path) -> None
     assert "`edgetune-run adapters ls .` lists those that it has now" in body
 
 
+def test_the_model_card_classifies_with_adapters_that_have_labels(bundle: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(bundle, tmp_path / "copied")
+    assert "\nedgetune-run generate . --adapter task " in card(facts_of(copied, read_manifest(copied)))
+    change_manifest(copied, lambda raw: raw["adapters"]["task"].update(labels=["on", "off"]))
+    assert "\nedgetune-run classify . --adapter task " in card(facts_of(copied, read_manifest(copied)))
+
+
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) != 0
     assert "is not a bundle" in capsys.readouterr().err
