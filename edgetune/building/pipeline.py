@@ -20,7 +20,7 @@ from edgetune_runtime.tools.prompts import prompt_tokens
 from edgetune import bases, methods
 from edgetune.bases import Base, trained_context_length
 from edgetune.common.progress import Progress
-from edgetune.common.work_folder import clear, locked, work_folder
+from edgetune.common.work_folder import clear, locked, named, work_folder
 from edgetune.planning.adapters import plan_export
 from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.recipe.data import DataSpec
@@ -73,6 +73,7 @@ def build(
     launcher, all train and the first one does the rest. Raises EdgetuneError, also if another build uses `<out>.work`;
     `out` is then unchanged.
     """
+    out = named(out)
     use_device(recipe.training.device)
     state = processes()
     if not state.is_main_process:
@@ -160,6 +161,7 @@ def export_trained(
     converter: Path | None = None,
 ) -> Build:
     """Bundle PEFT folders trained elsewhere with their base; parity is checked on built-in prompts."""
+    out = named(out)
     check_destination(out)
     started = time.monotonic()
     defaults = Recipe.model_fields

@@ -104,9 +104,10 @@ def rebase(
     )
     if page is not None:
         from edgetune.common.files import write_file
+        from edgetune.common.work_folder import named
         from edgetune.retraining.rebasing.page import page_of
 
-        write_file(page, page_of(bundle.name, result))
+        write_file(page, page_of(named(bundle).name, result))
     if as_json:
         print_json(result.to_json())
     else:

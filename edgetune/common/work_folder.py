@@ -14,9 +14,20 @@ from filelock import FileLock, Timeout
 _LOCK = "lock"
 
 
+def named(folder: Path) -> Path:
+    """The folder by a path with its name, which `.` and `..` do not have."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """The path next to the folder that has its name and a suffix."""
+    folder = named(folder)
+    return folder.with_name(f"{folder.name}{suffix}")
+
+
 def work_folder(out: Path) -> Path:
     """The work folder of the bundle `out`."""
-    return out.with_name(f"{out.name}.work")
+    return beside(out, ".work")
 
 
 @contextmanager

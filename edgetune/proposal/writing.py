@@ -9,6 +9,7 @@ from edgetune_runtime.errors import UsageError
 
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
+from edgetune.common.work_folder import beside, named
 from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA, Recipe
 
 from .files import is_data, slug, tasks_of
@@ -26,8 +27,8 @@ def recipe_to_build(paths: Sequence[Path], out: Path | None, base: str | None, p
     other = next((path for path in paths if path not in files), None)
     if other is not None:
         raise UsageError(f"{other} is not a data file", "give one recipe, or data files only")
-    bundle = out or Path("build") / default_name(files)
-    recipe = bundle.with_name(f"{bundle.name}.yaml")
+    bundle = named(out or Path("build") / default_name(files))
+    recipe = beside(bundle, ".yaml")
     if recipe.exists():
         _check_same(recipe, files)
         progress.say(

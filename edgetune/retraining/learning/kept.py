@@ -13,7 +13,7 @@ from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
 
 from edgetune.common.files import write_file
-from edgetune.common.work_folder import work_folder
+from edgetune.common.work_folder import beside, work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.saved import RECIPE, save_recipe
@@ -30,7 +30,7 @@ _ADAPTERS = "adapters"
 
 def kept_folder(bundle: Path) -> Path:
     """The folder with what is kept for the bundle."""
-    return bundle.with_name(f"{bundle.name}.learn")
+    return beside(bundle, ".learn")
 
 
 def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, Any] | None = None) -> Recipe | None:
@@ -42,7 +42,7 @@ def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, A
     manifest, settings = read_manifest(bundle), settings or {}
     kept = {folder / RECIPE: own for folder, own in _kept(bundle, manifest)}
     whole = [path for path, own in kept.items() if own >= {*names}]
-    first = next((path for path in (*whole, bundle.with_name(f"{bundle.name}.yaml")) if path.is_file()), None)
+    first = next((path for path in (*whole, beside(bundle, ".yaml")) if path.is_file()), None)
     if first is None:
         return None
     sources = dict.fromkeys(manifest.adapters, first)

@@ -19,7 +19,7 @@ from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
 from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
-from edgetune.common.work_folder import locked
+from edgetune.common.work_folder import locked, named
 from edgetune.curation.checking.findings import VALIDATION
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
@@ -95,8 +95,8 @@ def learn(
     the place of `bundle`, or is `into`. Its recipe, which the next call takes by default, is in `OUT.learn`. Raises
     UsageError for too few corrections, and what `build` raises.
     """
-    manifest, out = read_manifest(bundle), _named(into or bundle)
-    bundle = _named(bundle)
+    manifest, out = read_manifest(bundle), named(into or bundle)
+    bundle = named(bundle)
     check_destination(out)
     if bundle.resolve() in out.resolve().parents:
         raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
@@ -133,11 +133,6 @@ def learn(
         }
         swap_in_and_keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), [*rows], staged, out)
         return learned
-
-
-def _named(folder: Path) -> Path:
-    """The folder by a path with its name, which `.` is not."""
-    return folder if folder.name not in ("", "..") else folder.resolve()
 
 
 def _rows_of(

@@ -17,7 +17,7 @@ from edgetune.building import builders
 from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build, with_download
 from edgetune.common.progress import Progress
-from edgetune.common.work_folder import locked, work_folder
+from edgetune.common.work_folder import beside, locked, named, work_folder
 from edgetune.curation.checking.findings import TEST, VALIDATION
 from edgetune.planning.records import BasePlan, BuildPlan
 from edgetune.recipe.rows import Rows
@@ -101,9 +101,9 @@ def rebase(
     """
     if not margin >= 0:
         raise UsageError(f"the margin is {margin} standard errors", "use a number of at least 0")
-    manifest = read_manifest(bundle)
+    manifest, bundle, out = read_manifest(bundle), named(bundle), named(out)
     check_destination(out)
-    work = out.with_name(f"{out.name}.rebase")
+    work = beside(out, ".rebase")
     staged = work / out.name
     recipe = recipe_for(bundle, manifest, source)
     tests = {name: rows_for(manifest, name, rows)[0] for name, rows in data.items()}

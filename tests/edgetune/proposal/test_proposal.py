@@ -10,11 +10,14 @@ from edgetune_runtime.errors import NotFoundError, UsageError
 from recipes import write_rows
 
 from edgetune.api import plan
+from edgetune.common.progress import Progress
 from edgetune.proposal import files as data_files
 from edgetune.proposal.recipe import recipe_for
+from edgetune.proposal.writing import recipe_to_build
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_task
 
+QUIET = Progress(quiet=True)
 THINGS = [
     f"the {thing} in the {room}" for thing in ("lamp", "fan") for room in ("hall", "attic", "study", "den", "loft")
 ]
@@ -275,6 +278,15 @@ def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) ->
     labels = ("yes", "no: maybe", "# 0", "é\u2028", "null", "😀", "1")
     rows = [{"a: #b": f"text {n}", "c\n- d": labels[n % 7]} for n in range(70)]
     assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
+
+
+def test_the_recipe_of_a_bundle_in_the_current_folder_is_beside_it(
+    write: Write, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    recipe = recipe_to_build([write("kinds.jsonl", KINDS)], Path(), base, QUIET)
+    assert (recipe, Recipe.from_file(recipe).name) == (tmp_path / "home.yaml", "home")
 
 
 @pytest.mark.parametrize("name", ["2024", "1e5", "null", "true"])

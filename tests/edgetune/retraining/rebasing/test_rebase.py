@@ -303,6 +303,22 @@ def test_what_cannot_be_rebased_is_refused_in_one_line_before_training(
     assert not home.with_name("home-rebased").exists()
 
 
+@pytest.mark.parametrize(("folder", "options"), [("home", ["."]), ("new", ["../home", "--out", "."])])
+def test_the_current_folder_is_rebased_and_rebased_into(
+    folder: str,
+    options: list[str],
+    home: Path,
+    tiny_gguf: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (home.parent / "new").mkdir()
+    monkeypatch.chdir(home.parent / folder)
+    base = ["--base", str(tiny_gguf("llama")), "--folder", str(home.parent)]
+    assert main(["rebase", *options, *base, "--quiet"]) == 2
+    assert "is the base that" in capsys.readouterr().err
+
+
 def test_a_bundle_that_is_damaged_is_found_before_training(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
     (file,) = (home / "adapters/light").glob("*.gguf")
     file.write_bytes(file.read_bytes()[:-1])
