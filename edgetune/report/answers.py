@@ -17,7 +17,7 @@ from edgetune.common.progress import Progress
 from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.evaluation import Evaluation, ScoredRow, evaluate, score
-from edgetune.tasks.task import read_task
+from edgetune.tasks.task import Task, read_task
 
 from .facts import Answer, Score
 
@@ -49,8 +49,11 @@ def score_adapters(
                 rows = spread(task.validation_answers, limit)
                 evaluation = score(runtime, task.name, rows, progress)
                 is_chosen = _training_of(manifest, task.name).get("checkpoint") != "last"
-                chosen = ", which also chose the checkpoint" if is_chosen else ""
-                scores[task.name] = _score(evaluation, f"its validation data{chosen}")
+                source = f"its validation data{', which also chose the checkpoint' if is_chosen else ''}"
+                if doubt := split_doubt(manifest, task):
+                    progress.say(f"warning: {task.name}: {doubt}: build again, or give test rows with --data")
+                    source += f"; {doubt}"
+                scores[task.name] = _score(evaluation, source)
     for name, file in files.items():
         scores[name] = _score(evaluate(bundle, name, file, limit=limit, progress=progress), Path(file).name)
     return scores
@@ -67,6 +70,18 @@ def split_of(manifest: Manifest, names: Sequence[str]) -> dict[str, Any]:
         settings[f"adapters.{name}.training.seed"] = _training_of(manifest, name)["seed"]
         settings[f"adapters.{name}.data.held_out"] = recipe["adapters"][name]["data"]["held_out"]
     return settings
+
+
+def split_doubt(manifest: Manifest, task: Task) -> str | None:
+    """That the validation rows of the task may be training rows of the bundle's adapter, if their numbers say so."""
+    recipe, plan = (part.get("adapters", {}).get(task.name, {}) for part in (manifest.recipe, manifest.plan))
+    rows = plan.get("rows")
+    # What has learned corrections has a split of its own.
+    if not (recipe and rows) or {task.spec.data.validation, recipe["data"].get("validation")} != {None}:
+        return None
+    if (rows["train"], rows["validation"]) == (len(task.trained_rows), len(task.validation)):
+        return None
+    return "the rows changed since the build, so some validation rows may have been trained on"
 
 
 def _training_of(manifest: Manifest, name: str) -> dict[str, Any]:

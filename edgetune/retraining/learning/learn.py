@@ -24,6 +24,7 @@ from edgetune.curation.checking.findings import VALIDATION
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
+from edgetune.report.answers import split_doubt
 from edgetune.shipping.existing import gguf_base_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import rows_that_fit
@@ -107,6 +108,9 @@ def learn(
         corrected = _by_adapter(entries, manifest, progress.say)
         loaded = _recipe_of(bundle, manifest, recipe, corrected)
         tasks = {name: read_task(name, loaded) for name in corrected}
+        for name, task in tasks.items():
+            if doubt := split_doubt(manifest, task):
+                progress.say(f"warning: {name}: {doubt}; its old score may be too high: build again first")
         rows = _rows_of(tasks, corrected, bundle, progress)
         for name, split in rows.items():
             for doubt in doubts(tasks[name], split):

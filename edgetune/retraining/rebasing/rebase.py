@@ -21,6 +21,7 @@ from edgetune.common.work_folder import beside, locked, named, work_folder
 from edgetune.curation.checking.findings import TEST, VALIDATION
 from edgetune.planning.records import BasePlan, BuildPlan
 from edgetune.recipe.rows import Rows
+from edgetune.report.answers import split_doubt
 from edgetune.report.facts import facts_of
 from edgetune.retraining.learning.change import Changes, changes_between, scored, worse_sets
 from edgetune.retraining.learning.kept import kept_folder, swap_in_and_keep
@@ -109,6 +110,11 @@ def rebase(
     tests = {name: rows_for(manifest, name, rows)[0] for name, rows in data.items()}
     with locked(work):
         planned = plan_build(recipe, staged)
+        for task in planned.tasks:
+            if doubt := split_doubt(manifest, task):
+                progress.say(
+                    f"warning: {task.name}: {doubt}; its old score may be too high: give test rows with --data"
+                )
         if planned.plan.source is None:
             planned = with_download(planned, staged)
         plan = planned.plan

@@ -203,6 +203,21 @@ def test_the_rows_are_those_that_the_build_held_out_or_the_recipe_if_there_was_n
     assert shown == {row.messages[-1]["content"] for row in held_out if row.messages}
 
 
+def test_the_report_doubts_a_split_of_other_rows_than_the_build_had(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied, out = shutil.copytree(bundle, tmp_path / "copied"), tmp_path / "page.html"
+    own, plan = adapter_of(training={"seed": 0}), {"adapters": {"other": {"rows": {"train": 5, "validation": 1}}}}
+    change_manifest(copied, lambda raw: raw["recipe"]["adapters"].update({"other": own}))
+    change_manifest(copied, lambda raw: raw.update(plan=plan))
+    doubt = "the rows changed since the build, so some validation rows may have been trained on"
+    for count, is_doubted in ((6, False), (7, True)):
+        recipe = write_recipe(tmp_path, "b", {"other": adapter_of()}, data={"rows.jsonl": lights(count)})
+        assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0
+        assert (f"warning: other: {doubt}: build again" in capsys.readouterr().err) is is_doubted
+        assert (doubt in Page(out.read_text(encoding="utf-8")).text) is is_doubted
+
+
 def test_a_curve_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) -> None:
     drawn = curve(facts_of(bundle, read_manifest(bundle)).adapters[0])
     assert drawn is not None

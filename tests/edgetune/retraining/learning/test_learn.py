@@ -21,7 +21,7 @@ from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, OutOfSpaceError, UsageError
 from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
 from ruamel.yaml import YAML
-from trainings import QUIET
+from trainings import QUIET, Listening
 
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
@@ -246,6 +246,16 @@ def test_corrections_that_do_not_fit_are_left_out_and_named(home: Path) -> None:
     log = logged(home, [*corrections(3), *({**each, "prompt": "please " * 400} for each in corrections(1))])
     with pytest.raises(UsageError, match=r"has 3 corrected .*; left out: log:\w+: it does not fit in the context"):
         run(home, log)
+
+
+def test_validation_rows_are_doubted_where_the_rows_are_not_those_of_the_build(home: Path) -> None:
+    listening, recipe = Listening(), home.with_name(NAME)
+    doubt = "warning: light: the rows changed since the build, so some validation rows may have been trained on"
+    for rows in (ROWS, lights(30)):
+        write_rows(home.with_name("light.jsonl"), rows)
+        with pytest.raises(UsageError, match="fewer than 4"):
+            learn(home, read_logs(home, [logged(home, corrections(1))], QUIET.say), recipe, None, listening)
+        assert any(line.startswith(doubt) for line in listening.lines) is (rows is not ROWS)
 
 
 def test_labels_are_corrected_to_labels(home: Path) -> None:

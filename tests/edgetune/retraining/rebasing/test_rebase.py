@@ -319,6 +319,17 @@ def test_the_current_folder_is_rebased_and_rebased_into(
     assert "is the base that" in capsys.readouterr().err
 
 
+def test_validation_rows_are_doubted_where_the_rows_are_not_those_of_the_build(
+    home: Path, tiny_gguf: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rows in (DATA["light.jsonl"], lights(30)):
+        write_rows(home.with_name("light.jsonl"), rows)
+        assert main(["rebase", str(home), "--base", str(tiny_gguf("llama"))]) == 2
+        error = capsys.readouterr().err
+        assert ("warning: light: the rows changed since the build" in error) is (rows is not DATA["light.jsonl"])
+        assert "warning: tone" not in error
+
+
 def test_a_bundle_that_is_damaged_is_found_before_training(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
     (file,) = (home / "adapters/light").glob("*.gguf")
     file.write_bytes(file.read_bytes()[:-1])
