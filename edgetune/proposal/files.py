@@ -96,6 +96,9 @@ def read_sample(path: Path) -> Sample:
         # A quoted field of a table may go on after the sample; the rows before it are whole.
         if is_whole or not sampled:
             raise
+    if not sampled and not is_whole:
+        message = f"no row of {path} ends within its first {SAMPLE_BYTES // 10**6} MB"
+        raise UsageError(message, "shorten its first row, or put another one first")
     if not sampled:
         raise UsageError(f"{path} has no rows", "add at least two rows")
     return Sample(sampled, len(sampled) if is_whole else round(len(sampled) * size / SAMPLE_BYTES), is_whole)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -41,6 +42,8 @@ def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple
             if text.lstrip().startswith("["):
                 remedy = f"write one object per line: jq -c '.[]' {source} > rows.jsonl"
                 raise UsageError(f"{source} is one JSON list", remedy)
+            if most_bytes is not None and "\n" not in text and path.stat().st_size > most_bytes:
+                return iter(())  # the first line is longer
             # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
             return _json_lines(f"{source}:", text.split("\n"))
         if suffix in DELIMITERS:
@@ -55,13 +58,18 @@ def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple
 
 
 def read_text(path: Path, most_bytes: int | None = None) -> str:
-    """The text of a UTF-8 file, of a larger one the lines within `most_bytes`; UsageError for one that is not UTF-8."""
+    """The text of a UTF-8 file, of a larger one the lines within `most_bytes`, or the start of the first one.
+
+    UsageError for a file that is not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(-1 if most_bytes is None else most_bytes)
-            if file.read(1):
-                data = data[: data.rfind(b"\n") + 1]
-        return data.decode("utf-8").removeprefix("\ufeff")
+            is_cut = bool(file.read(1))
+        if is_cut and b"\n" in data:
+            data = data[: data.rfind(b"\n") + 1]
+        # The start of a line may end within a character.
+        return getincrementaldecoder("utf-8")().decode(data, final=not is_cut).removeprefix("\ufeff")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
     except UnicodeDecodeError as error:

@@ -235,6 +235,23 @@ def test_only_the_start_of_a_large_file_is_read_and_the_recipe_says_so(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("t.json", '[{"text": "' + "é" * 300 + '"}]', "t.json is one JSON list; write one object per line: jq -c"),
+        ("t.jsonl", '{"text": "' + "é" * 300 + '"}\n', "no row of "),
+        ("t.csv", "text\n" + "é" * 300, "no row of "),
+    ],
+)
+def test_a_file_whose_first_row_is_longer_than_what_is_read_is_not_called_empty(
+    name: str, content: str, message: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_files, "SAMPLE_BYTES", 401)
+    with pytest.raises(UsageError) as caught:
+        recipe_for([write(name, content)])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
         ("t.csv", "", "t.csv has no rows; add at least two rows"),
         ("t.csv", "text,label\n", "t.csv has no rows; add at least two rows"),
         (
