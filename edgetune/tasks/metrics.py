@@ -97,6 +97,13 @@ def without_label(rows: Sequence[TaskRow]) -> list[TaskRow]:
     return [row for row in rows if not row.is_labelled] if is_usual else []
 
 
+def label_doubt(rows: Sequence[TaskRow]) -> str | None:
+    """A sentence about the rows that keep the others from having labels; None without any."""
+    odd = without_label(rows)
+    share = f"{len(odd)} of {len(rows)} rows have no label"
+    return f"{share}, such as {odd[0].where}, so the answers are free text, not labels" if odd else None
+
+
 def _are_labelled(rows: Sequence[TaskRow]) -> bool:
     return all(row.is_labelled for row in rows) and len(labels_in(rows)) < len(rows)
 

@@ -22,7 +22,7 @@ from edgetune.recipe.training import TrainingSpec
 from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows
-from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, check_answered, labels_in, metric_for, without_label
+from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, check_answered, label_doubt, labels_in, metric_for
 from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
@@ -134,9 +134,8 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
 
 def _doubts(spec: AdapterSpec, rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
     """What is odd about the training rows, for which a metric was chosen."""
-    odd = without_label(rows) if spec.metric == "auto" and metric != "label" else []
-    share = f"{len(odd)} of {len(rows)} rows have no label"
-    return tuple(f"{share}, such as {row.where}, so the answers are free text, not labels" for row in odd[:1])
+    doubt = label_doubt(rows) if spec.metric == "auto" and metric != "label" else None
+    return () if doubt is None else (doubt,)
 
 
 def rows_apart(spec: AdapterSpec, read: Reader = read_rows) -> list[TaskRow]:

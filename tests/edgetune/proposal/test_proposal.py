@@ -139,6 +139,14 @@ def test_columns_and_metric_are_found_by_names_and_values(
     assert read_task("task", recipe).metric == metric
 
 
+def test_a_row_without_a_label_among_labelled_ones_is_named(write: Write, propose: Make) -> None:
+    path = write("kind.jsonl", [*KINDS, {"text": "what is it"}])
+    assert propose(path).adapters["kind"].metric == "exact"
+    comments = path.with_name("recipe.yaml").read_text(encoding="utf-8").replace("#", " ")
+    doubt = f"; 1 of 21 rows have no label, such as {path}:21, so the answers are free text, not labels metric: exact"
+    assert "".join(doubt.split()) in "".join(comments.split())
+
+
 def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(write: Write, propose: Make) -> None:
     files = [
         write("talk.jsonl", [{"messages": talk(n)} for n in range(9)]),
