@@ -45,6 +45,7 @@ def augment(
     the variable OPENAI_API_KEY, if it is set.
     """
     from edgetune.common.progress import Progress
+    from edgetune.curation.checking.check import files_read
     from edgetune.curation.teaching.new_rows import Lesson
     from edgetune.curation.teaching.teacher import Teacher
     from edgetune.recipe.model import Recipe
@@ -55,7 +56,7 @@ def augment(
         raise UsageError("the recipe has several adapters", f"add --adapter {next(iter(loaded.adapters))}")
     name = adapter or next(iter(loaded.adapters))
     loaded.check_adapter(name)
-    check_rows_file(out, loaded.files())
+    check_rows_file(out, files_read(loaded, {}))
     most = requests or 6 * rows
     key = os.environ.get(KEY_VARIABLE)
     progress = Progress(quiet=quiet)

@@ -64,7 +64,7 @@ def check(
 
 def files_read(recipe: Recipe, tests: Mapping[str, str]) -> list[str]:
     """The files and hub ids that a check reads, or a build of the recipe."""
-    found = [test for spec in recipe.adapters.values() if (test := _test_beside(spec.data)) is not None]
+    found = [test for spec in recipe.adapters.values() if (test := test_beside(spec.data)) is not None]
     return [*recipe.files(), *tests.values(), *found]
 
 
@@ -74,7 +74,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     task = _read_leniently(name, recipe, reader)
     sources: dict[str, str | Rows] = {TRAIN: data.train}
     rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
-    test = test or _test_beside(data)
+    test = test or test_beside(data)
     for split, source in ((VALIDATION, data.validation), (CONFIDENCE, data.confidence), (TEST, test)):
         if source is not None:
             sources[split] = source
@@ -165,7 +165,8 @@ def _with_given_rows(name: str, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"adapters": {**recipe.adapters, name: spec.model_copy(update=changes)}})
 
 
-def _test_beside(data: DataSpec) -> str | None:
+def test_beside(data: DataSpec) -> str | None:
+    """The file with test rows beside that with the training rows; None if there is none."""
     path = Path(str(data.train))
     test_file = test_file_of(path) if isinstance(data.train, str) and path.is_file() else None
     return None if test_file is None or str(test_file) == str(data.validation) else str(test_file)

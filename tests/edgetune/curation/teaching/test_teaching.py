@@ -369,6 +369,20 @@ def test_new_rows_have_the_form_of_the_training_rows(
     assert len(after.train) + len(after.validation) == len(rows) + 3
 
 
+def test_test_rows_beside_the_training_rows_are_not_made_and_not_written_to(
+    teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"home-train.jsonl": ORDERS, "home-test.jsonl": [{"prompt": "new 1", "completion": {"do": "on"}}]}
+    recipe = str(write_recipe(tmp_path, "missing.gguf", {"home": adapter_of(train="home-train.jsonl")}, data=data))
+    numbers = iter(range(1, 9))
+    url = teacher(lambda body: said(f"new {next(numbers)}" if asking_for_requests(body) else '{"do": "on"}'))
+    assert command(recipe, url, tmp_path / "new.jsonl", "--yes", "--rows", "2") == 0
+    made = [json.loads(line)["prompt"] for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    assert made == ["new 2", "new 3"]
+    assert command(recipe, url, tmp_path / "home-test.jsonl", "--yes") == 2
+    assert "home-test.jsonl is a file that this command reads" in capsys.readouterr().err
+
+
 def test_new_conversations_have_the_system_prompt_of_a_row(teacher: Callable[[Reply], str], tmp_path: Path) -> None:
     bodies: list[Mapping[str, Any]] = []
 
