@@ -96,12 +96,15 @@ def _score(evaluation: Evaluation, source: str) -> Score:
     if evaluation.metric == "perplexity":
         return score
     rows = sorted(evaluation.details, key=lambda row: -row.score)
-    best = rows[: math.ceil(len(rows) / 2)] if score.is_graded else [row for row in rows if row.score >= 1]
-    worst = [row for row in reversed(rows) if row not in best and row.score < 1]
+    count = math.ceil(len(rows) / 2) if score.is_graded else sum(row.score >= 1 for row in rows)
+    best, worst = rows[:count], [row for row in reversed(rows[count:]) if row.score < 1]
     return replace(score, points=[row.score for row in rows], best=_shown(best), worst=_shown(worst))
 
 
 def _shown(rows: Sequence[ScoredRow]) -> list[Answer]:
     """The first answers to different prompts."""
-    first = list({row.prompt: row for row in reversed(rows)}.values())[::-1][:SHOWN_ANSWERS]
-    return [Answer(shortened(row.prompt), shortened(row.answer), shortened(row.reference)) for row in first]
+    first: dict[str, ScoredRow] = {}
+    for row in rows:
+        first.setdefault(row.prompt, row)
+    shown = [*first.values()][:SHOWN_ANSWERS]
+    return [Answer(shortened(row.prompt), shortened(row.answer), shortened(row.reference)) for row in shown]

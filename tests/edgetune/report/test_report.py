@@ -18,9 +18,11 @@ from runtime.encoders import write_encoder_bundle
 
 from edgetune.building.encoder.verify import Agreement
 from edgetune.cli.main import main
+from edgetune.report import answers
 from edgetune.report.facts import facts_of
 from edgetune.report.render import HEIGHT, WIDTH, card, curve
 from edgetune.tasks.data import read_rows
+from edgetune.tasks.evaluation import Evaluation, ScoredRow
 from edgetune.tasks.splitting import split
 
 HISTORY = [
@@ -216,6 +218,22 @@ def test_the_report_doubts_a_split_of_other_rows_than_the_build_had(
         assert main(["report", str(copied), "--recipe", str(recipe), "--out", str(out)]) == 0
         assert (f"warning: other: {doubt}: build again" in capsys.readouterr().err) is is_doubted
         assert (doubt in Page(out.read_text(encoding="utf-8")).text) is is_doubted
+
+
+@pytest.mark.parametrize(
+    ("metric", "points", "best", "worst"),
+    [
+        ("exact", (1, 1, 1, 1, 1, 1, 1), "abc", ""),
+        ("exact", (1, 0, 1, 0, 0, 0, 0), "a", "aed"),
+        ("rouge_l", (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), "abc", "aed"),
+    ],
+)
+def test_the_best_and_the_worst_answers_are_shown_where_prompts_repeat(
+    metric: str, points: tuple[float, ...], best: str, worst: str
+) -> None:
+    rows = [ScoredRow("", prompt, "", "", point) for prompt, point in zip("abacdea", points, strict=True)]
+    score = answers._score(Evaluation(0.5, metric, len(rows), 0, tuple(rows)), "rows")
+    assert ["".join(answer.prompt for answer in shown) for shown in (score.best, score.worst)] == [best, worst]
 
 
 def test_a_curve_marks_the_checkpoint_that_ships_and_what_follows(bundle: Path) -> None:
