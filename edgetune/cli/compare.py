@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.wording import printable
 
 import edgetune
 
@@ -105,6 +106,8 @@ def _print_tables(comparison: edgetune.Comparison, out: Path) -> None:
         _print_table(PLACEMENTS, placements)
     for note in busy_notes(comparison.outcomes):
         print(note)
+    if comparison.metric:
+        print(printable(f"scored by {comparison.metric} on {comparison.rows} rows of {comparison.source}"))
     chosen = comparison.recommended
     if chosen is not None:
         if chosen.undecided:

@@ -13,12 +13,16 @@ from .recommend import Recommendation
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outcomes of a task's trials, best score first, and the recommended one; `rows` is how many were scored."""
+    """The outcomes of a task's trials, best score first, and the recommended one.
+
+    `rows` is how many rows of `source` were scored.
+    """
 
     task: str
     base: str
     metric: str
     rows: int
+    source: str
     outcomes: Sequence[TrialResult]
     recommended: Recommendation | None
 
@@ -37,6 +41,7 @@ class Comparison:
             "base": self.base,
             "metric": self.metric,
             "rows": self.rows,
+            "source": self.source,
             "trials": [asdict(outcome) for outcome in self.outcomes],
             "recommended": self.recommended and self.recommended.name,
             "target": self.recommended and self.recommended.target,

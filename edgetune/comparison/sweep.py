@@ -56,7 +56,7 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
         for trial in trials
         if trial.is_refused
     }
-    comparison = _compared(request.task, recipe.base, [(outcomes | refused)[trial.name] for trial in trials])
+    comparison = _compared(request, recipe.base, [(outcomes | refused)[trial.name] for trial in trials])
     write(comparison, request.out)
     shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
     _check_any(comparison.outcomes)
@@ -119,14 +119,15 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
     return recipe, trials_of(request, recipe, base.fingerprint)
 
 
-def _compared(task: str, base: str, outcomes: Sequence[TrialResult]) -> Comparison:
+def _compared(request: Request, base: str, outcomes: Sequence[TrialResult]) -> Comparison:
     finished = [outcome for outcome in outcomes if outcome.status == "done"]
     first = finished[0] if finished else None
     ordered = [*sorted(finished, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
     metric, rows = (first.metric, first.rows) if first else ("", 0)
     most = max((outcome.trained_rows for outcome in finished), default=0)
     chosen = recommend([outcome for outcome in finished if outcome.trained_rows == most])
-    return Comparison(task, base, metric, rows, ordered, chosen)
+    source = "its validation data" if request.data is None else Path(request.data).name
+    return Comparison(request.task, base, metric, rows, source, ordered, chosen)
 
 
 def _best(outcome: TrialResult) -> float:

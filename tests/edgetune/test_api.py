@@ -42,7 +42,7 @@ FIELDS = {
         *("before", "after", "error", "rows", "conversations", "answers", "is_loss"),
         *("before_ms", "after_ms", "left_out"),
     ],
-    "Comparison": ["task", "base", "metric", "rows", "outcomes", "recommended"],
+    "Comparison": ["task", "base", "metric", "rows", "source", "outcomes", "recommended"],
     "Evaluation": ["score", "metric", "rows", "too_long", "details"],
     "Learned": ["bundle", "changes", "learned"],
     "Point": ["step", "epoch", "train_loss", "val_loss", "learning_rate"],

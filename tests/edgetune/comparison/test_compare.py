@@ -163,7 +163,9 @@ def test_more_rows_give_a_learning_curve_and_the_recommendation_is_of_the_most(
             rows = len(read_task(trial.task, trial.one_task).train)
             yield replace(compared.outcome("lora-r2"), name=trial.name, trained_rows=rows)
 
-    result = compare(request_of(rows=(12, 4), out=tmp_path / "out"), run, QUIET)
+    data = str(compared.request.recipe.with_name("rows.jsonl"))
+    result = compare(request_of(rows=(12, 4), out=tmp_path / "out", data=data), run, QUIET)
+    assert result.source == "rows.jsonl"
     trained = {outcome.name: outcome.trained_rows for outcome in result.outcomes}
     assert trained == {"lora-r2-4rows": 4, "lora-r2-12rows": 12}
     assert result.recommended is not None and result.recommended.name == "lora-r2-12rows"
@@ -256,6 +258,7 @@ def test_the_page_has_every_row_and_needs_nothing_else(compared: Compared) -> No
     assert page.count('src="data:image/png;base64,') == 3
     assert "http" not in page and "<script" not in page
     assert compared.result.recommended is not None
+    assert "on 3 rows of its validation data." in page
     assert f"take {compared.result.recommended.name}." in page.lower()
 
 
@@ -263,6 +266,7 @@ def test_files_hold_what_is_printed(compared: Compared) -> None:
     out = compared.request.out
     told = json.loads((out / "compare.json").read_text(encoding="utf-8"))
     assert (told["task"], told["metric"], told["rows"]) == ("lights", "exact", 3)
+    assert told["source"] == "its validation data"
     assert [trial["name"] for trial in told["trials"]] == [outcome.name for outcome in compared.result.outcomes]
     assert compared.result.recommended is not None
     assert told["recommended"] == compared.result.recommended.name

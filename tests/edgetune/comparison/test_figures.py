@@ -138,7 +138,7 @@ def test_a_single_trial_with_a_score_is_recommended_by_it() -> None:
 
 def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
     outcomes = [outcome("one", gguf=engine(0, 9, error=0)), outcome("two", gguf=engine(0, 2, error=0))]
-    compared = Comparison("lights", "tiny", "exact", 100, outcomes, recommend(outcomes))
+    compared = Comparison("lights", "tiny", "exact", 100, "its validation data", outcomes, recommend(outcomes))
     shown = page(compared, [])
     assert "<b>No trial can be recommended by score:</b> all 2 trials scored 0; " in shown
     assert "By size alone: take two." in shown
@@ -152,7 +152,7 @@ def test_the_page_and_the_json_say_that_the_score_decides_nothing() -> None:
 
 def test_the_page_escapes_what_a_recipe_and_errors_say() -> None:
     failed = TrialResult("lora", "lora", None, "failed", "no module <q> & 'k'")
-    shown = page(Comparison("<script>", "b&w", "exact", 100, [failed], None), [])
+    shown = page(Comparison("<script>", "b&w", "exact", 100, "its validation data", [failed], None), [])
     assert "<script" not in shown and "<q>" not in shown
     assert "Base b&amp;w." in shown
     assert '<td class="reason" colspan="10">failed: no module &lt;q&gt; &amp; &#39;k&#39;</td>' in shown
@@ -169,7 +169,7 @@ def test_times_taken_on_a_busy_machine_are_marked_and_change_no_recommendation()
         "* timed on a busy machine, so these times and speeds are not used: busy in gguf (load 3.1 on 2 cores), "
         "busy in onnx"
     )
-    shown = page(Comparison("lights", "tiny", "exact", 100, [calm, busy], None), [])
+    shown = page(Comparison("lights", "tiny", "exact", 100, "its validation data", [calm, busy], None), [])
     assert "busy in gguf (load 3.1 on 2 cores)" in shown and "88.0*" in shown
     quiet = replace(busy, engines={name: replace(of, slow=False, busy=None) for name, of in busy.engines.items()})
     assert recommended(calm, busy) == recommended(calm, quiet)
@@ -227,14 +227,16 @@ def test_placements_have_a_row_each_and_the_chosen_one_is_marked() -> None:
         ("lora", "q_proj, v_proj", "16", "8.1", "0.500", "yes"),
         ("lora", "all-linear", "16", "23.4", "-", ""),
     ]
-    shown = page(Comparison("lights", "tiny", "exact", 100, [placed], None), [])
+    shown = page(Comparison("lights", "tiny", "exact", 100, "its validation data", [placed], None), [])
     assert "Choosing the modules" in shown
     assert "q_proj, v_proj" in shown
     noisy = replace(placed, placement={**tried[0], "tried": tried, "busy": "costs varied by 34%"})
     assert busy_notes([placed, noisy]) == [
         "lora: modules chosen by speeds measured on a busy machine (costs varied by 34%)"
     ]
-    assert "Choosing the modules" not in page(Comparison("lights", "tiny", "exact", 100, [plain], None), [])
+    assert "Choosing the modules" not in page(
+        Comparison("lights", "tiny", "exact", 100, "its validation data", [plain], None), []
+    )
 
 
 @pytest.mark.parametrize("trials", [9, 15, 32])
