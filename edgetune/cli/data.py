@@ -52,7 +52,7 @@ def check(
     ] = None,
     minutes: Annotated[
         float | None,
-        data_option(metavar="N", min=0.1, help="Also train for N minutes per adapter to find wrong answers."),
+        data_option(metavar="N", min=1, help="Also train for N minutes per adapter to find wrong answers."),
     ] = None,
     out: Annotated[
         Path | None, output_option(metavar="FILE", help="Write the training rows without the bad ones, as .jsonl.")

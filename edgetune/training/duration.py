@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from edgetune.objectives.base import TrainingRow
+from edgetune.objectives.base import TrainingRow, row_length
 from edgetune.recipe.training import TrainingSpec
 
 from .schedule import Schedule
@@ -48,6 +48,11 @@ def predicted_time(trainings: Collection[tuple[str, float]], cores: int) -> Trai
     return TrainingTime(fast / share, slow / min(1.0, share))
 
 
+def validation_tokens(rows: Sequence[TrainingRow]) -> float:
+    """The tokens of a validation pass over the rows, at their lower cost."""
+    return sum(map(row_length, rows)) * _VALIDATION_COST
+
+
 def tokens_left(
     train: Sequence[TrainingRow], validation: Sequence[TrainingRow], training: TrainingSpec, step: int = 0
 ) -> float:
@@ -56,9 +61,9 @@ def tokens_left(
     `validation` are the rows of one validation pass. Early stopping is not considered.
     """
     schedule = Schedule(len(train), training)
-    rows = (schedule.steps - step) / schedule.steps_per_epoch * sum(len(row.tokens) for row in train)
+    rows = (schedule.steps - step) / schedule.steps_per_epoch * sum(map(row_length, train))
     passes = sum(eval_step > step for eval_step in schedule.evals)
-    return rows + passes * sum(len(row.tokens) for row in validation) * _VALIDATION_COST
+    return rows + passes * validation_tokens(validation)
 
 
 class TimeTrial:

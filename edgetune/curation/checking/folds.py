@@ -37,6 +37,7 @@ from edgetune.shipping.exported import PreparedAdapter
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.splitting import folds_of
 from edgetune.tasks.task import Task
+from edgetune.training.duration import validation_tokens
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
@@ -46,7 +47,9 @@ from .reading import Reader
 
 FOLDS = 4
 _TRAINING_SHARE = 0.75
-"""Share of the time for training; the rest is for validation, and for asking the adapters."""
+"""Share of the time for training and validation; the rest is for asking the adapters."""
+_PASSES = 2
+"""Validation passes of a training, which has at least one per epoch."""
 
 
 def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> LabelEstimate:
@@ -104,8 +107,13 @@ def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> Train
     """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
     tokens = max(seconds, 1) * _TRAINING_SHARE * tokens_per_s / FOLDS
     epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
+    validation = validation_tokens(job.train) / FOLDS
+    # At most two passes, or one more than there are epochs.
+    epochs = min((tokens - _PASSES * validation) / epoch, (tokens - validation) / (epoch + validation))
+    # At least one step.
+    epochs = max(epochs, 1 / len(job.train))
     # The last checkpoint knows more of the wrong answers by heart.
-    shorter = {"epochs": min(job.training.epochs, tokens / epoch), "evals": 2, "checkpoint": "best"}
+    shorter = {"epochs": min(job.training.epochs, epochs), "evals": _PASSES, "checkpoint": "best"}
     return job.training.model_copy(update=shorter)
 
 

@@ -14,10 +14,11 @@ from edgetune_runtime.engines.gguf.engine import GgufTokenizer
 from edgetune_runtime.errors import UsageError
 from recipes import adapter_of, write_recipe, write_rows
 
+from edgetune import methods
 from edgetune.bases import Base, load_torch
 from edgetune.cli.main import main
 from edgetune.common.progress import Progress, Step
-from edgetune.curation.checking import judging
+from edgetune.curation.checking import folds, judging
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
 from edgetune.curation.checking.findings import TaskCheck
@@ -25,9 +26,12 @@ from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.reading import Reader
 from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
+from edgetune.recipe.training import TrainingSpec
 from edgetune.tasks.data import TaskRow, read_rows
 from edgetune.tasks.task import read_task
 from edgetune.tasks.tokenization import tokenize_rows
+from edgetune.training.duration import tokens_left
+from edgetune.training.job import TrainingJob
 
 QUIET = Progress(quiet=True)
 ROOMS = ("hall", "attic", "study", "den", "loft", "cellar", "porch", "pantry", "garage", "nursery")
@@ -258,6 +262,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--adapter", "one", "--out", "o.jsonl", "--page", "o.jsonl"], "o.jsonl is given as --out and as --page"),
         (["--adapter", "one", "--out", "clean.csv"], "clean.csv is not a .jsonl file, and rows are written as JSON"),
         (["--adapter", "one", "--test", "one=gone.jsonl"], "no data file gone.jsonl"),
+        (["--minutes", "0.5"], "--minutes is '0.5', not a number of at least 1"),
     ):
         assert main(["data", "check", recipe, *options]) in (2, 3)
         assert message in capsys.readouterr().err
@@ -353,6 +358,17 @@ def test_ids_of_calls_make_no_prompts_different(tmp_path: Path) -> None:
     rows = [row("123456789"), row("abcdefghi")]
     more = [{"prompt": f"dim {room}", "completion": "which lamp do you mean"} for room in ROOMS]
     assert places(checked(tmp_path, [*rows, *more]), "repeat") == [["train:1", "train:2"]]
+
+
+@pytest.mark.parametrize("seconds", [20, 60, 600])
+def test_a_training_and_its_validation_end_in_the_planned_time(seconds: float) -> None:
+    rows = [Example((5,) * (5 + n % 8), (True,) * (5 + n % 8), 0) for n in range(96)]
+    method, training = methods.load("lora"), TrainingSpec(epochs=30, batch_size=1)
+    options = method.options()
+    job = TrainingJob("home", method, options, training, rows, rows[:1], "", method.objective(options))
+    shorter = folds._within(seconds, 100, job)
+    # Four trainings share three quarters of the time, and the last step is rounded up.
+    assert tokens_left(rows[24:], rows[:24], shorter) <= seconds * 100 * 0.75 / 4 + 12
 
 
 def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
