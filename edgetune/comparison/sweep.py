@@ -89,7 +89,6 @@ def summary(outcome: TrialResult) -> str:
 
 def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]]:
     """The recipe and the trials, after checking the request and its data; prepares the base once for all trials."""
-    check_folder(request.out)
     recipe = recipe_of(request)
     task = read_task(request.task, recipe)
     most, there_are = max(request.rows, default=0), len(given(task.train))

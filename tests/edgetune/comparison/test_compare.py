@@ -17,6 +17,7 @@ from recipes import adapter_of, lights, write_recipe, write_rows
 from trainings import QUIET
 from waiting import wait_for
 
+import edgetune
 from edgetune.cli.main import main
 from edgetune.common.module_process import write_request
 from edgetune.common.progress import Progress
@@ -371,7 +372,7 @@ def test_wrong_data_and_a_wrong_folder_are_refused_before_any_work(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="file is not a folder; choose another --out"):
-        compare(request_of(out=tmp_path / "file"), no_run, QUIET)
+        edgetune.compare(request_of().recipe, "lights", ["lora"], tmp_path / "file")
     with pytest.raises(EdgetuneError, match="no-such"):
         compare(request_of(out=tmp_path / "out", data="no-such.jsonl"), no_run, QUIET)
 
