@@ -7,6 +7,7 @@ mask is the filled length. Each set of active adapters has its own binding, and 
 
 from __future__ import annotations
 
+import threading
 from collections import ChainMap, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -107,6 +108,8 @@ class OnnxEngine:
         self._adapters: dict[str, Arrays] = {}
         self._prefixes: dict[str, Arrays] = {}
         self._loaded: Mapping[str, Any] = ChainMap(self._adapters, self._prefixes)
+        # Shared with forks: a switch must not come between the steps of unloading.
+        self._changed = threading.Lock()
         self._is_fork = False
         self._engines: WeakSet[OnnxEngine] = WeakSet()
         self._new_sequence()
@@ -171,10 +174,11 @@ class OnnxEngine:
 
     def unload_adapter(self, name: str) -> None:
         """See `Engine`."""
-        self._adapters.pop(name, None)
-        self._prefixes.pop(name, None)
-        for engine in list(self._engines):
-            engine._forget(name)
+        with self._changed:
+            self._adapters.pop(name, None)
+            self._prefixes.pop(name, None)
+            for engine in list(self._engines):
+                engine._forget(name)
 
     def _forget(self, name: str) -> None:
         """Drop the bindings of an adapter, and the sequence if the adapter is its prefix."""
@@ -187,12 +191,14 @@ class OnnxEngine:
 
     def activate(self, adapters: Mapping[str, float]) -> None:
         """See `Engine`."""
-        check_scales(adapters, self._loaded)
-        prefix = prefix_among(adapters, self._prefixes)
-        self._binding = self._binding_of({name: scale for name, scale in adapters.items() if name in self._adapters})
-        if prefix != self._prefix:
-            self._prefix = prefix
-            self._rewind()
+        with self._changed:
+            check_scales(adapters, self._loaded)
+            prefix = prefix_among(adapters, self._prefixes)
+            added = {name: scale for name, scale in adapters.items() if name in self._adapters}
+            self._binding = self._binding_of(added)
+            if prefix != self._prefix:
+                self._prefix = prefix
+                self._rewind()
 
     def capacity(self, adapters: Mapping[str, float]) -> int:
         """The number of tokens that fit in the context after the prefix among these adapters, if any."""

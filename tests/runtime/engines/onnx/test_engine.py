@@ -3,7 +3,9 @@ from __future__ import annotations
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,35 @@ def test_the_first_format_of_a_bundle_is_the_default(both_of: Callable[[str], Pa
     change_manifest(copy, lambda raw: raw["base"]["files"].pop("gguf"))
     with Runtime.open(copy) as runtime:
         assert isinstance(loaded_bundle(runtime).context()[0].engine, OnnxEngine)
+
+
+def test_a_switch_while_the_active_adapter_is_unloaded_stays(
+    files_of: Callable[[str, str], dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_of("onnx", "llama")
+    switches: list[Future[None]] = []
+    with (
+        closing(OnnxEngine(files["base"], context_length=64, threads=1)) as engine,
+        ThreadPoolExecutor(1) as other_thread,
+    ):
+        for name in ("first", "second"):
+            engine.load_adapter(name, files[name])
+        engine.activate({"second": 1.0})
+        expected = engine.decode([5, 6])
+        engine.truncate(0)
+        engine.activate({"first": 1.0})
+        binding_of = engine._binding_of
+
+        def switched_meanwhile(adapters: Mapping[str, float]) -> object:
+            if not adapters:
+                switches.append(other_thread.submit(engine.activate, {"second": 1.0}))
+                wait(switches, 0.2)
+            return binding_of(adapters)
+
+        monkeypatch.setattr(engine, "_binding_of", switched_meanwhile)
+        engine.unload_adapter("first")
+        switches[0].result()
+        assert np.array_equal(engine.decode([5, 6]), expected)
 
 
 # --- What is spoilt is refused in one line.
