@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from edgetune_runtime.decoding.drafts import EMPTY, Drafter
@@ -110,8 +111,10 @@ class _Answering:
             self._after_first += len(chosen)
         if self._drafter is not None and self._call.past is not None and self._reason in _WHOLE:
             self._call.past.keep(self._drafter.answer[: self._count])
-        # Tokens computed beyond the end are not part of the answer.
-        context.truncate(len(job.tokens) + self._count)
+        # Tokens computed beyond the end are not part of the answer. A cut may compute some again, which the limit that
+        # ended the answer stops.
+        with suppress(Stopped):
+            context.truncate(len(job.tokens) + self._count)
         yield from self._push(self._text.finish())
         if self._content is not None:
             yield from filter(None, [self._content.finish()])

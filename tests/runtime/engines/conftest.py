@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from edgetune_export.backends.base import Source
 from edgetune_export.backends.onnx.backend import write_base
+from edgetune_runtime.engines.base import Engine
+from edgetune_runtime.engines.gguf.engine import GgufEngine
 from runtime.bundles import concatenated, folded, low_rank, write_adapter, write_onnx_adapter
 
 MANY_MODULES = [
@@ -21,6 +23,18 @@ def log_p(logits: np.ndarray) -> np.ndarray:
     """The log-probabilities of all tokens, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def stop_next_step(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """Set the flag that another thread would set during the step, which the engine clears before it."""
+    if isinstance(engine, GgufEngine):
+        patch.setattr(engine._stop, "clear", lambda: None)
+        engine.stop_step()
+    else:
+        kind = type(engine._options)
+        stopped = type("Stopped", (kind,), {"terminate": property(lambda _: True, lambda *_: None)})()
+        kind.terminate.__set__(stopped, True)
+        patch.setattr(engine, "_options", stopped)
 
 
 @pytest.fixture(scope="session")

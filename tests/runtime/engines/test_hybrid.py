@@ -16,6 +16,7 @@ from edgetune_runtime.engines.gguf import needs
 from edgetune_runtime.engines.gguf.engine import GgufEngine
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from runtime.bundles import HYBRIDS
+from runtime.engines.conftest import stop_next_step
 
 Engine = GgufEngine | OnnxEngine
 ENGINES: dict[str, type[Engine]] = {"gguf": GgufEngine, "onnx": OnnxEngine}
@@ -134,18 +135,6 @@ def test_a_restored_state_is_a_place_to_cut_to(engine: Engine) -> None:
     engine.decode_all([5])
     assert engine.truncate(80) == 80
     assert np.array_equal(engine.decode(NEXT), expected)
-
-
-def stop_next_step(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    """Set the flag that another thread would set during the step, which the engine clears before it."""
-    if isinstance(engine, GgufEngine):
-        patch.setattr(engine._stop, "clear", lambda: None)
-        engine.stop_step()
-    else:
-        kind = type(engine._options)
-        stopped = type("Stopped", (kind,), {"terminate": property(lambda _: True, lambda *_: None)})()
-        kind.terminate.__set__(stopped, True)
-        patch.setattr(engine, "_options", stopped)
 
 
 def test_a_stopped_step_leaves_the_sequence_as_it_was(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from edgetune_runtime.engines.gguf import needs
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.states.batches import CHUNK
 from runtime.bundles import HYBRIDS
+from runtime.engines.conftest import stop_next_step
 
 LONG = "turn on the warm light in the hall and the kitchen " * 12
 
@@ -98,6 +100,28 @@ def test_drafts_are_accepted_and_rejected_and_change_no_answer(open_: Callable[.
         assert (sum(answer.timings.accepted for answer in answers) > 20) == undoes_steps
         stopped = [runtime.generate(prompt, stop=stop, **options) for prompt in prompts]
         assert [answer.text for answer in stopped] == [answer.text for answer in words]
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_an_answer_that_is_cancelled_within_a_draft_keeps_the_text_that_was_read(
+    open_: Callable[..., Runtime], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"adapter": "one", "max_tokens": 40}
+    with open_(learn_drafts="memory") as runtime:
+        call, cancel = loaded_bundle(runtime).call("play", "one"), threading.Event()
+        tokens = [one.token for one in runtime.generate("play", logprobs=0, **options).logprobs or ()]
+        assert call.past is not None
+        # A draft of which a part is rejected, so that the step cannot be cut once more.
+        call.past.keep([*tokens[:6], *(token ^ 1 for token in tokens[6:])])
+        stream = runtime.stream("play", cancel=cancel, **options)
+        text = "".join(next(stream) for _ in range(count))
+        cancel.set()
+        with monkeypatch.context() as patch:
+            stop_next_step(loaded_bundle(runtime).context()[0].engine, patch)
+            text += "".join(stream)
+        answer = stream.answer
+    assert answer is not None
+    assert (answer.stop_reason, answer.text) == ("cancelled", text)
 
 
 def test_info_says_what_the_states_take_and_that_large_ones_have_no_drafts(
