@@ -9,6 +9,9 @@ from edgetune_runtime.errors import UsageError
 
 MAX_DEPTH = 200
 """Levels of a schema, each reference followed once. llguidance overflows a stack of 8 MB at about 600."""
+_MAX_PARTS = 100_000
+"""Parts of a schema, those that each reference leads to included: references may lead to the same part by other ways.
+"""
 
 Schema = dict[str, Any]
 
@@ -31,13 +34,17 @@ def closed(schema: Schema) -> Schema:
 
 
 def check(schema: Schema) -> None:
-    """UsageError for a schema of too many levels, or one that only an endless JSON fits. Takes time as it has parts."""
+    """UsageError for a schema of too many levels or parts, or one that only an endless JSON fits."""
     seen: set[str] = set()
+    parts = 0
     pending: list[tuple[Any, int]] = [(schema, 1)]
     while pending:
         part, depth = pending.pop()
         if depth > MAX_DEPTH:
             raise UsageError(f"schema has more than {MAX_DEPTH} levels, references included", "simplify it")
+        parts += 1
+        if parts > _MAX_PARTS:
+            raise UsageError(f"schema has more than {_MAX_PARTS:,} parts, references included", "simplify it")
         _check_required(part)
         # The first child is looked at first, as in llguidance: a reference is followed where it occurs first.
         pending += [(child, depth + 1) for child in reversed(_children(part))]

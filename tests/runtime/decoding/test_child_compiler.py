@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import sys
@@ -95,3 +96,14 @@ def test_references_in_reverse_order_are_checked_in_linear_time() -> None:
     with pytest.raises(UsageError):
         spec_of(schema=schema)
     assert time.process_time() - begin < 2
+
+
+def test_many_references_to_one_large_part_are_refused() -> None:
+    part: dict[str, Any] = {"anyOf": [{}] * 4000}
+    for _ in range(8):
+        part = {"a": part}
+    references = ["#/x" + "".join(steps) for steps in itertools.product(["/a", "//a"], repeat=8)]
+    schema = {"x": part, "anyOf": [{"$ref": reference} for reference in references]}
+    assert len(json.dumps(schema)) < 262_144
+    with pytest.raises(UsageError, match="schema has more than 100,000 parts, references included; simplify it"):
+        spec_of(schema=schema)
