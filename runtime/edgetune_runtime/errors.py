@@ -7,7 +7,7 @@ EdgetuneError                1
 ├── VerificationError        4   a file is damaged, or the export does not match the trained model
 ├── IncompatibleError        5   valid parts that do not fit together, or that this machine cannot run
 ├── OutOfSpaceError          6   a disk is full
-├── BusyError                7   too many calls are already waiting
+├── BusyError                7   too many calls are already waiting, or the machine has no time for one
 ├── UnreachableError         8   another machine cannot be reached, or the connection was lost
 ├── UnsureError              9   the confidence of an answer is lower than asked for
 └── CancelledError         130   the user interrupted
@@ -75,7 +75,7 @@ class OutOfSpaceError(EdgetuneError):
 
 
 class BusyError(EdgetuneError):
-    """Too many calls are already waiting for a context."""
+    """Too many calls are already waiting for a context, or the machine is too busy to prepare one."""
 
     exit_code = 7
 

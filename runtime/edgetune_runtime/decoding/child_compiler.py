@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from edgetune_runtime.errors import BusyError
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.processes.child_process import has_python, run
 
@@ -39,7 +40,8 @@ def may_be_expensive(grammar: str) -> bool:
 def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
     """llguidance's error for a grammar, or why it is too expensive; '' if it can be compiled in this process.
 
-    What may be expensive is compiled in a child process first. Raises what `check` does, which is called meanwhile.
+    What may be expensive is compiled in a child process first. Raises what `check` does, which is called meanwhile, and
+    BusyError where other processes leave that one too little time.
     """
     if not may_be_expensive(grammar) or not has_python():
         return ""
@@ -52,5 +54,8 @@ def _compile_in_child(grammar: str, check: Callable[[], None]) -> str:
     ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MAX_S, stdin=request.encode(), check=check)
     if ended.code == 0 and ended.timeout_s is None:
         return ended.output.decode("utf-8", "replace")
+    if ended.timeout_s is not None and sys.platform != "win32":
+        # It had less than its CPU time, so this says nothing about the grammar; Windows limits the wall time alone.
+        raise BusyError(f"trying the output constraint took over {_MAX_S:.0f} s", "try again later")
     _LOG.info("an output constraint is refused: compiling it in a child process %s", ended.how)
     return f"it {TOO_EXPENSIVE}: more than {MAX_CPU_S} s or {MAX_MB} MB"

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import pytest
-from edgetune_runtime import UsageError
+from edgetune_runtime import BusyError, UsageError
 from edgetune_runtime.decoding import child_compiler
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.limits import Stopped
@@ -84,6 +84,16 @@ def test_a_call_that_must_stop_ends_its_trial_and_others_make_it_again() -> None
         child_compiler.reason_against(grammar, stop)
     other.join()
     assert child_compiler.TOO_EXPENSIVE in reasons[0]
+
+
+def test_a_constraint_whose_trial_took_too_long_on_a_busy_machine_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grammar = spec_of(schema={"type": "string", "pattern": "^ab+c$"}).grammar
+    with monkeypatch.context() as patch, pytest.raises(BusyError, match="try again later"):
+        patch.setattr(child_compiler, "_MAX_S", 0.0)
+        child_compiler.reason_against(grammar)
+    assert child_compiler.reason_against(grammar) == ""
 
 
 def test_references_in_reverse_order_are_checked_in_linear_time() -> None:
