@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -32,6 +34,17 @@ LABELS = ("red", "green", "warm red", "warm")
 TOOLS_CONTEXT = 2048
 VALUE_CURVE, LABEL_CURVE = ConfidenceCurve(50, 0.9, 0.5, -1.0, 0.02), ConfidenceCurve(50, 0.9, 0.25, 0.5, 0.02)
 Run = Callable[..., tuple[int, str, str]]
+
+
+@contextmanager
+def without_free_files() -> Iterator[None]:
+    """Let this process open no more files meanwhile, and so start no process."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.fixture

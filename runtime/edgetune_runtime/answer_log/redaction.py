@@ -38,7 +38,8 @@ class Redaction:
         self.patterns = list(patterns)
 
     def clean(self, text: str, values: Sequence[Any] = ()) -> tuple[str, list[Any]]:
-        """A text and JSON values with REDACTED in place of what was found; REDACTED alone if that takes over MAX_S.
+        """A text and JSON values with REDACTED in place of what was found; REDACTED alone if that takes over MAX_S
+        or no process can be started for it.
 
         Of values, the texts and numbers are searched, not keys of objects. So are the values of a text that is JSON,
         which stays JSON if what was found is within them; REDACTED is in place of one that is nested too deeply.
@@ -72,7 +73,11 @@ class Redaction:
         # Python's expressions may backtrack for years and hold the interpreter meanwhile, so that no thread could stop
         # them; a library with other expressions would be one more to install on each board.
         request = json.dumps({"patterns": self.patterns, "texts": list(texts), "replacement": REDACTED})
-        ended = run([sys.executable, "-I", "-S", "-B", str(_PROGRAM)], timeout_s=MAX_S, stdin=request.encode())
+        try:
+            ended = run([sys.executable, "-I", "-S", "-B", str(_PROGRAM)], timeout_s=MAX_S, stdin=request.encode())
+        except OSError as error:
+            _LOG.warning("redacted whole texts, as no process can be started to look for the expressions: %s", error)
+            return [REDACTED] * len(texts)
         try:
             cleaned: list[str] = json.loads(ended.output)
         except ValueError:

@@ -41,7 +41,7 @@ def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
     """llguidance's error for a grammar, or why it is too expensive; '' if it can be compiled in this process.
 
     What may be expensive is compiled in a child process first. Raises what `check` does, which is called meanwhile, and
-    BusyError where other processes leave that one too little time.
+    BusyError where other processes leave that one too little time, or it cannot be started.
     """
     if not may_be_expensive(grammar) or not has_python():
         return ""
@@ -51,7 +51,10 @@ def reason_against(grammar: str, check: Callable[[], None] = no_limits) -> str:
 
 def _compile_in_child(grammar: str, check: Callable[[], None]) -> str:
     request = json.dumps({"grammar": grammar, "cpu_s": MAX_CPU_S, "bytes": MAX_MB * 10**6, "path": sys.path})
-    ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MAX_S, stdin=request.encode(), check=check)
+    try:
+        ended = run([sys.executable, "-I", "-B", str(_PROGRAM)], timeout_s=_MAX_S, stdin=request.encode(), check=check)
+    except OSError as error:
+        raise BusyError(f"no process to try the constraint can be started: {error}", "try again later") from error
     if ended.code == 0 and ended.timeout_s is None:
         return ended.output.decode("utf-8", "replace")
     if ended.timeout_s is not None and sys.platform != "win32":

@@ -16,6 +16,7 @@ from edgetune_runtime.answer_log.redaction import REDACTED, Redaction
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.text.chat import messages_for
 from edgetune_runtime.tools.definitions import tool_set
+from runtime.conftest import without_free_files
 
 
 @pytest.fixture
@@ -284,6 +285,13 @@ def test_a_text_in_which_an_expression_never_ends_is_replaced(
     log.answered("a" * 60 + "!", "none", adapter="command")
     (entry,) = read_answer_log(path, manifest)
     assert (entry.messages[0]["content"], entry.answer) == (REDACTED, REDACTED)
+
+
+def test_texts_that_no_process_can_be_started_for_are_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    with without_free_files():
+        cleaned = Redaction(["lamp"]).clean("turn on the lamp", ["off"])
+    assert cleaned == (REDACTED, [REDACTED])
+    assert "Too many open files" in caplog.text
 
 
 def test_a_log_has_at_most_its_bytes_and_keeps_the_newest_answers(manifest: Manifest, tmp_path: Path) -> None:

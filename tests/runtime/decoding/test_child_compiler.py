@@ -15,6 +15,7 @@ from edgetune_runtime import BusyError, UsageError
 from edgetune_runtime.decoding import child_compiler
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.limits import Stopped
+from runtime.conftest import without_free_files
 
 DEAR: list[dict[str, Any]] = [
     {"type": "integer", "multipleOf": 999983},
@@ -92,6 +93,13 @@ def test_a_constraint_whose_trial_took_too_long_on_a_busy_machine_is_tried_again
     grammar = spec_of(schema={"type": "string", "pattern": "^ab+c$"}).grammar
     with monkeypatch.context() as patch, pytest.raises(BusyError, match="try again later"):
         patch.setattr(child_compiler, "_MAX_S", 0.0)
+        child_compiler.reason_against(grammar)
+    assert child_compiler.reason_against(grammar) == ""
+
+
+def test_a_constraint_that_no_process_can_be_started_for_is_tried_again() -> None:
+    grammar = spec_of(schema={"type": "string", "pattern": "^ab+d$"}).grammar
+    with without_free_files(), pytest.raises(BusyError, match=r"no process .* can be started: .* Too many open files"):
         child_compiler.reason_against(grammar)
     assert child_compiler.reason_against(grammar) == ""
 
