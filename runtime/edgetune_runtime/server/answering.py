@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,16 +83,29 @@ class Answering:
 
         Raises what `Runtime.generate` does, and BusyError for too long a queue and a server that stops.
         """
-        index = 0
-        async with self._place(request.arrived) as end_s:
-            if rewriter := self._rewriters.get(base_name(request.model)):
-                request = await rewriter.rewrite(request)
-            for prompt in request.prompts:
-                for number in range(request.count):
-                    async with aclosing(self._answer(request, prompt, number, index, end_s)) as pieces:
-                        async for piece in pieces:
-                            yield piece
-                    index += 1
+        index, logs, end = 0, list[Callable[[], object]](), None
+        try:
+            async with self._place(request.arrived) as end_s:
+                if rewriter := self._rewriters.get(base_name(request.model)):
+                    request = await rewriter.rewrite(request)
+                for prompt in request.prompts:
+                    for number in range(request.count):
+                        async with aclosing(
+                            self._answer(request, prompt, number, index, end_s=end_s, logs=logs)
+                        ) as pieces:
+                            async for piece in pieces:
+                                if end is not None:
+                                    yield end
+                                end = None if piece.answer is None else piece
+                                if end is None:
+                                    yield piece
+                        index += 1
+        finally:
+            # Without the place, as redaction may take seconds; before the reply ends, so that it can be corrected then.
+            for log in logs:
+                await asyncio.to_thread(log)
+        if end is not None:
+            yield end
 
     async def answers(self, request: AnswerRequest) -> list[Answer]:
         """The whole answers; the same errors as `pieces`."""
@@ -164,8 +177,16 @@ class Answering:
             yield max(end_s, time.monotonic() + more_s)
 
     async def _answer(
-        self, request: AnswerRequest, prompt: Prompt, number: int, index: int, end_s: float
+        self,
+        request: AnswerRequest,
+        prompt: Prompt,
+        number: int,
+        index: int,
+        *,
+        end_s: float,
+        logs: list[Callable[[], object]],
     ) -> AsyncGenerator[Piece, None]:
+        """The pieces of one answer; `logs` gets what is called to log it."""
         options = {
             **request.options,
             "cancel": self._end,
@@ -189,7 +210,7 @@ class Answering:
             except UnsureError as error:
                 if isinstance(error.answer, Answer):
                     self.metrics.count_answer(request.adapters, error.answer)
-                    await self._log(request, prompt, error.answer, index)
+                    logs += self._logs(request, prompt, error.answer, index)
                 raise
             answer = stream.answer
         assert answer is not None
@@ -197,7 +218,7 @@ class Answering:
             raise BusyError("the server is stopping", "try again later")
         self.metrics.count_answer(request.adapters, answer)
         await asyncio.to_thread(self.good_answers.add)
-        await self._log(request, prompt, answer, index)
+        logs += self._logs(request, prompt, answer, index)
         if request.finish is not None:
             if answer.instead != ASK:
                 answer = request.finish(answer)
@@ -205,11 +226,13 @@ class Answering:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))
 
-    async def _log(self, request: AnswerRequest, prompt: Prompt, answer: Answer, index: int) -> None:
-        """Log an adapter's own answer that a row can be made of: to a prompt that is rendered as rows are."""
+    def _logs(
+        self, request: AnswerRequest, prompt: Prompt, answer: Answer, index: int
+    ) -> Sequence[Callable[[], object]]:
+        """What logs an adapter's own answer that a row can be made of: to a prompt that is rendered as rows are."""
         name, options = adapter_name(request.adapters), request.options
         if self.log is None or name is None or options.get("raw") or options.get("tool_choice") == "none":
-            return
+            return ()
         own, shown = answer.replaced or answer, None
         if answer.replaced is not None:
             pairs = [(call.name, call.arguments) for call in answer.tool_calls[: request.max_calls]]
@@ -221,7 +244,7 @@ class Answering:
         about: dict[str, Any] = {"adapter": name, "confidence": own.confidence, "shown": shown}
         about |= {"tools": options.get("tools"), "answer_id": answer_id(request.id, index)}
         about |= {"is_cut_off": own.is_cut_off}
-        await asyncio.to_thread(log, **about)
+        return (partial(log, **about),)
 
     def _check(self, end_s: float, progress: str) -> None:
         if self._end.is_set():

@@ -58,6 +58,7 @@ def started(
     rewriters: Sequence[Rewriter] = (),
     send_buffer: int | None = None,
     log: Path | None = None,
+    redact: Sequence[str] = (),
     **opening: object,
 ) -> Iterator[Running]:
     """A server for a bundle, until the block ends."""
@@ -71,7 +72,7 @@ def started(
     with Runtime.open(bundle, **opening) as runtime, bind("127.0.0.1", 0) as listening:
         if send_buffer is not None:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-        answers = None if log is None else AnswerLog(log, runtime.manifest)
+        answers = None if log is None else AnswerLog(log, runtime.manifest, redact=redact)
         arguments = (runtime, listening, Serving(access, limits, warms, rewriters, answers), ready)
         thread = threading.Thread(target=serve, args=arguments)
         url = url_of(listening)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from edgetune_runtime.answer_log import redaction
 from edgetune_runtime.answer_log.reading import read_answer_log
+from edgetune_runtime.processes.child_process import ProcessResult, run
 from edgetune_runtime.server.settings import Access
 from httpx import Response
 from openai import OpenAI
@@ -47,6 +51,29 @@ def test_answers_without_a_row_are_not_logged(server: Running, client: OpenAI, l
     client.chat.completions.create(**{**CHAT, "model": client.models.list().data[0].id})
     client.completions.create(model="command", prompt="turn on", max_tokens=2)
     assert read_answer_log(log, server.runtime.manifest) == []
+
+
+def test_another_answer_has_the_place_of_one_that_is_being_redacted(
+    start: Start, log: Path, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_redacting = threading.Event()
+
+    def redact(command: list[str], *, timeout_s: float, stdin: bytes) -> ProcessResult:
+        is_redacting.set()
+        return run(command, timeout_s=timeout_s, stdin=stdin)
+
+    monkeypatch.setattr(redaction, "run", redact)
+    monkeypatch.setattr(redaction, "MAX_S", 2.0)
+    server = start(contexts=1, log=log, redact=[r"(\w+\s?)+@"])
+    base = server.client.get("/v1/models").json()["data"][0]["id"]
+    chat = {**CHAT, "messages": [{"role": "user", "content": "a" * 40 + " turn on"}]}
+    slow = threads.submit(server.client.post, "/api/chat", json=chat)
+    assert is_redacting.wait(30)
+    assert server.client.post("/v1/chat/completions", json={**CHAT, "model": base}).status_code == 200
+    assert not slow.done()
+    name = json.loads(slow.result().text.splitlines()[-1])["id"]
+    (entry,) = read_answer_log(log, server.runtime.manifest)
+    assert (entry.id, entry.answer) == (name, redaction.REDACTED)
 
 
 def test_calls_are_logged_with_their_tools(start: Start, tools_bundle: Path, log: Path) -> None:
