@@ -78,9 +78,13 @@ def _read_items(text: str, at: int, mark: str, depth: int) -> tuple[Any, int] | 
 def rules(name: str, schema: Mapping[str, Any], mark: str, literal: Callable[[str], str]) -> list[str]:
     """Rules of llguidance for values of a schema, of which the first is called `name`.
 
-    `literal` writes a text in a rule. UsageError for a keyword that these rules cannot express, such as `pattern`.
+    `literal` writes a text in a rule. UsageError for a keyword that these rules cannot express, such as `pattern`, and
+    for one of a wrong type.
     """
-    return list(_Rules(name, schema, mark, literal).of(name, schema))
+    try:
+        return list(_Rules(name, schema, mark, literal).of(name, schema))
+    except (TypeError, AttributeError) as error:
+        raise UsageError("a schema has a keyword of the wrong type", "correct the tool's parameters") from error
 
 
 class _Rules:

@@ -173,3 +173,12 @@ def test_a_schema_that_the_format_cannot_hold_is_refused(
     told = rf"the parameters of tool 'dial': a schema has '{named}', .*; leave it out"
     with pytest.raises(UsageError, match=told):
         letters.generate("dial", tools=[tool], tool_choice="dial", max_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": 5}, {"enum": 5}, {"anyOf": 3}, {"type": "array", "minItems": "1"}, {"$ref": 3}], ids=str
+)
+def test_a_schema_with_a_keyword_of_the_wrong_type_is_refused(schema: dict[str, Any], letters: Runtime) -> None:
+    tool = {"name": "dial", "parameters": {"properties": {"number": schema}}}
+    with pytest.raises(UsageError, match="the parameters of tool 'dial'"):
+        letters.generate("dial", tools=[tool], tool_choice="dial", max_tokens=5)
