@@ -101,7 +101,7 @@ class SharedResources:
 
     def forget_adapter(self, name: str) -> None:
         """Drop all cached states that an adapter computed, also on disk."""
-        self.cache.drop_adapter(name)
+        self.cache.drop_adapter(name, None if self.prompts is None else self.prompts.adapters.get(name))
         self.invocations.pop(name, None)
         if self.prompts is not None:
             self.prompts.forget_adapter(name)

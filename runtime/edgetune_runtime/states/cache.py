@@ -197,11 +197,12 @@ class StateCache:
             for slot in [slot for slot in self._states if slot[0] == owner]:
                 self._drop(slot)
 
-    def drop_adapter(self, name: str) -> None:
-        """Drop all states that an adapter computed."""
+    def drop_adapter(self, name: str, digest: str | None = None) -> None:
+        """Drop all states that an adapter computed; its file's digest is the base of those of a merged one."""
         with self._lock:
-            for slot in [slot for slot in self._states if any(name in dict(active) for active in slot[2])]:
-                self._drop(slot)
+            for slot in list(self._states):
+                if slot[1] == digest or any(name in dict(active) for active in slot[2]):
+                    self._drop(slot)
 
     def clear(self) -> None:
         """Drop all states."""

@@ -112,7 +112,8 @@ class StateStore:
         """Delete the states that an adapter computed whose file has this digest; see `PromptStates.identity`."""
         for path in self.folder.glob(f"*{SUFFIX}"):
             match read_about(path, KIND):
-                case {"identity": {"spans": list(spans)}} if digest in json.dumps(spans):
+                # A merged adapter is the base of its states.
+                case {"identity": {"base": base, "spans": list(spans)}} if digest in json.dumps([base, spans]):
                     with contextlib.suppress(OSError):
                         path.unlink(missing_ok=True)
 

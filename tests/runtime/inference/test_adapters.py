@@ -216,6 +216,20 @@ def test_a_name_that_is_added_again_has_nothing_of_the_adapter_before(
     assert first.text != expected[0]
 
 
+def test_a_removed_merged_adapter_leaves_no_states(merged_bundle: Path, engine: str, tmp_path: Path) -> None:
+    copy, states = Path(shutil.copytree(merged_bundle, tmp_path / "copy")), tmp_path / "states"
+    change_manifest(copy, lambda raw: raw["adapters"]["whole"].update(system=SYSTEM))
+    with Runtime.open(copy, engine=engine, contexts=1, cache_folder=states) as runtime:
+        cache = loaded_bundle(runtime).base.first.shared.cache
+        answer(runtime, "one")
+        before = cache.bytes, sorted(states.iterdir())
+        answer(runtime, "whole")
+        assert cache.bytes > before[0]
+        assert len([*states.iterdir()]) > len(before[1])
+        runtime.remove_adapter("whole")
+        assert (cache.bytes, sorted(states.iterdir())) == before
+
+
 def test_a_running_call_ends_normally_and_later_ones_do_not_find_its_adapter(
     open_: Callable[..., Runtime], expected: list[str]
 ) -> None:
