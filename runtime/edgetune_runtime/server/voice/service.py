@@ -96,9 +96,12 @@ async def run(service: WyomingService, listening: socket.socket, ready: Callable
                 connections.answer(connection)
                 await client.answer(event)
                 connections.wait(connection)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # The client left, is too slow, or sent no valid event, as the library does not check the fields of one.
             _LOG.info("a connection ended: %s", error)
+        except asyncio.CancelledError:
+            # Before 3.12, asyncio logs a traceback for a connection whose task was cancelled.
+            return
         finally:
             connections.wait(connection)
             writer.close()

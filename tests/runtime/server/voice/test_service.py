@@ -6,10 +6,11 @@ import asyncio
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,26 @@ def test_invalid_events_close_only_their_own_connection(runtime: Runtime, data: 
             await events(client, "handled-stop")
 
     asked(runtime, ask)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_neither_a_client_that_leaves_within_an_event_nor_the_end_of_the_service_logs_a_traceback(
+    runtime: Runtime, leaves: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as stack:
+
+        async def ask(uri: str) -> None:
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", int(uri.rpartition(":")[2]))))
+            if leaves:
+                client.sendall(b'{"type": "transcript", "data_length": 100}\n{"text"')
+                client.shutdown(socket.SHUT_WR)
+                assert await asyncio.to_thread(client.recv, 1) == b""
+            else:
+                client.sendall(b'{"type": "transcript", "data": {"text": "turn on the light"}}\n')
+                assert await asyncio.to_thread(client.recv, 1)
+
+        asked(runtime, ask)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_idle_clients_make_room_for_others(runtime: Runtime) -> None:
