@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pwd
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -206,6 +207,18 @@ def runtime(bundle: Path) -> Iterator[Runtime]:
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call gives up waiting for a stream of its own thread sooner."""
     monkeypatch.setattr(places, "PATIENCE_S", 0.5)
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An account that has no home folder, as in a container with a user id of its own."""
+
+    def no_entry(_uid: int) -> None:
+        raise KeyError
+
+    for name in ("HOME", "EDGETUNE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
 
 
 @pytest.fixture(scope="session")

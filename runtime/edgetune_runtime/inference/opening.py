@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -16,7 +17,7 @@ from edgetune_runtime import engines
 from edgetune_runtime.bundle import STATES_FOLDER, Manifest, files_beside, resolve, unchanged, verify_files
 from edgetune_runtime.decoding.past_answers import PastAnswers, path_of
 from edgetune_runtime.engines.base import Engine, EngineClass
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.serving.classifier import Classifier
 from edgetune_runtime.serving.context import Context
 from edgetune_runtime.serving.governor import Governor
@@ -32,6 +33,8 @@ from edgetune_runtime.threads.priority import ComputeThreads, compute_threads
 from .opening_options import DISK, OFF, OpeningOptions, context_mb
 
 T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
 
 _M_MMAP_THRESHOLD = -3
 
@@ -63,8 +66,11 @@ def _open_base(bundle: Path, manifest: Manifest, options: OpeningOptions) -> Poo
     running = _load(make, path, options, threads)
     store = None
     if options.disk_mb > 0:
-        folder = Path(options.cache_folder or default_folder())
-        store = StateStore(folder, options.disk_mb, options.disk_mb_per_day)
+        try:
+            folder = Path(options.cache_folder or default_folder())
+            store = StateStore(folder, options.disk_mb, options.disk_mb_per_day)
+        except UsageError as error:
+            _LOG.warning("states of prompts are not saved on disk: %s", error)
     shared = SharedResources(
         manifest.files[file].sha256,
         int(manifest.base.kv_values_per_token * running.kv_bytes),

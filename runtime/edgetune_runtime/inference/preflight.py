@@ -17,7 +17,7 @@ from typing import Any
 
 from edgetune_runtime import engines, errors
 from edgetune_runtime.bundle import AdapterEntry, Manifest, NewAdapter, files_beside, files_of
-from edgetune_runtime.errors import EdgetuneError, OutOfSpaceError, VerificationError
+from edgetune_runtime.errors import EdgetuneError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.atomic import replacing
 from edgetune_runtime.processes.child_process import ProcessResult, has_python, run
 from edgetune_runtime.processes.confinement import limits_of
@@ -54,7 +54,7 @@ def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions, add
         return
     digest = _digest_of(bundle, manifest, options, added)
     # An account without a home has no cache folder; the folder of another one cannot be read.
-    with suppress(RuntimeError, OSError):
+    with suppress(UsageError, OSError):
         if _marker_path(options.cache_folder, digest).exists():
             return
     begin = time.perf_counter()
@@ -75,7 +75,7 @@ def require_opens(bundle: Path, manifest: Manifest, options: OpeningOptions, add
     _LOG.info("checked %s in a child process in %.2f s", bundle, time.perf_counter() - begin)
     try:
         _remember(_marker_path(options.cache_folder, digest))
-    except (RuntimeError, OSError, OutOfSpaceError) as error:
+    except (UsageError, OSError, OutOfSpaceError) as error:
         _LOG.warning("cannot remember that a bundle was checked, so it is checked at each start: %s", error)
 
 

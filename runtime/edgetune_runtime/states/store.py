@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import OutOfSpaceError, VerificationError
+from edgetune_runtime.errors import OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 
 from .daily import DailyBudget
@@ -44,11 +44,25 @@ class StoredState:
 
 
 def default_folder() -> Path:
-    """The default folder for states: `$EDGETUNE_CACHE`, else edgetune/states in the user's cache folder."""
+    """The default folder for states: `$EDGETUNE_CACHE`, else edgetune/states in the user's cache folder.
+
+    UsageError for an account without a home folder.
+    """
     folder = os.environ.get(_VARIABLE)
     if folder:
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "states"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetune" / "states"
+    except RuntimeError as error:
+        raise UsageError("this account has no home folder", f"give --cache-folder, or set {_VARIABLE}") from error
+
+
+def _is_users(folder: Path) -> bool:
+    """Whether it is the default folder, in the user's cache folder."""
+    try:
+        return not os.environ.get(_VARIABLE) and folder == default_folder()
+    except UsageError:
+        return False
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
@@ -164,7 +178,7 @@ class StateStore:
         """Make the folder for this user only. One that was there keeps its rights, unless it is the default one."""
         self.folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
         rights = stat.S_IMODE(self.folder.stat().st_mode)
-        if rights & _OTHERS and not os.environ.get(_VARIABLE) and self.folder == default_folder():
+        if rights & _OTHERS and _is_users(self.folder):
             self.folder.chmod(_PRIVATE)
         elif rights & _WRITABLE:
             _LOG.warning("others can write to %s, and what they write is read as states: use chmod go-w", self.folder)

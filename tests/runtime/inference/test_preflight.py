@@ -206,6 +206,16 @@ def test_a_prompt_that_does_not_fit_is_an_error_of_calls_only(bundle: Path, tmp_
     assert len(remembered()) == 1
 
 
+@pytest.mark.usefixtures("no_home")
+def test_an_account_without_a_home_opens_bundles_and_keeps_nothing(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_and_close(bundle)
+    (warning,) = warnings(caplog)
+    assert "so it is checked at each start: this account has no home folder" in warning
+    assert "states of prompts are not saved on disk: this account has no home folder" in caplog.text
+
+
 def test_a_few_bundles_are_remembered(bundle: Path) -> None:
     folder = default_folder() / preflight.FOLDER
     folder.mkdir(parents=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from damage import flip
+from edgetune_runtime import UsageError
 from edgetune_runtime.formats.checked_file import read_about, read_checked, write_checked
 from edgetune_runtime.states.daily import COUNT_NAME
 from edgetune_runtime.states.store import KIND, StateStore, default_folder
@@ -181,6 +182,14 @@ def test_the_folder_is_the_users_cache_unless_said_otherwise(monkeypatch: pytest
     monkeypatch.delenv("EDGETUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_folder() == tmp_path / "edgetune/states"
+
+
+@pytest.mark.usefixtures("no_home")
+def test_an_account_without_a_home_gives_a_folder_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no home folder; give --cache-folder, or set EDGETUNE_CACHE"):
+        default_folder()
+    tmp_path.chmod(0o755)
+    assert StateStore(tmp_path, 1).save(identity("one"), STATE, "home", 7)
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[]\n", '{"edgetune_state": 2}\n', "\xff\n", "[" * 100_000 + "\n"])
