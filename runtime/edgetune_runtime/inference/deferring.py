@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from typing import Any
 
-from edgetune_runtime.decoding.output import OutputSpec, output_of
+from edgetune_runtime.decoding.output import OutputSpec, spec_of
 from edgetune_runtime.errors import EdgetuneError, UsageError
 from edgetune_runtime.text.chat import Message
 from edgetune_runtime.tools.calls import ToolCall
@@ -121,7 +121,7 @@ def _fitting(to: DeferTo, call: ToolCall, tools: ToolSet | None) -> ToolCall:
         raise _error(to, f"called {call.name!r}, which is not one of the tools")
     arguments = tool.ordered(call.arguments)
     text = json.dumps(arguments, ensure_ascii=False)
-    if not output_of(schema=tool.schema, spacing="any").accepts(text):
+    if not spec_of(schema=tool.schema, spacing="any").accepts(text):
         raise _error(to, f"called {call.name!r} with {shortened(text, 80)}, which its schema does not allow")
     return replace(call, arguments=arguments)
 

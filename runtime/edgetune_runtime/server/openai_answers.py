@@ -24,8 +24,6 @@ from .models import ModelInfo, Models
 from .openai_requests import OpenAIRequest
 from .streaming import EVENTS, event
 
-_FINISH = {"end": "stop", "stop": "stop"}
-"""Other reasons (the length, the deadline, a dead end of the output constraint) leave an incomplete answer."""
 CONFIDENCE, UNSURE = "X-Edgetune-Confidence", "X-Edgetune-Unsure"
 """The headers of `sureness_headers`."""
 
@@ -220,8 +218,8 @@ def embedding_list(model: str, vectors: Sequence[Sequence[float]], tokens: int, 
 
 
 def finish_reason(answer: Answer) -> str:
-    """Why an answer ended."""
-    return _FINISH.get(answer.stop_reason, "length")
+    """Why an answer ended: a deadline or a dead end of the output constraint cuts it off as the length does."""
+    return "length" if answer.is_cut_off else "stop"
 
 
 def arguments_of(call: ToolCall) -> str:
