@@ -119,17 +119,17 @@ def _built(
     if existing is not None:
         existing.check_base(base.name, base.fingerprint)
     prepared = builder.prepare(planned, base, work, progress)
-    items = {item.plan.name: item for item in (*prepared.adapters, *fold_adapters(builder, prepared, base))}
+    items = {item.plan.name: item for item in prepared.adapters}
+    with_folds = [*items.values(), *fold_adapters(builder, prepared, base)]
     if on_cluster:
         train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)
-    results = train_all([item.job for item in items.values()], base.name, load, work / "train", progress)
+    results = train_all([item.job for item in with_folds], base.name, load, work / "train", progress)
     if not processes().is_main_process:
         return Build(out)
-    trained = {name: item.trained(results[name], work / "train") for name, item in items.items()}
+    trained = {item.plan.name: item.trained(results[item.plan.name], work / "train") for item in with_folds}
     spec = replace(_spec_of(prepared, builder, progress), existing=existing)
     manifest = ship(builder, base, list(trained.values()), work / "stage", out, spec=spec, progress=progress)
-    items = {item.plan.name: item for item in prepared.adapters}
     adapters = {name: trained[name] for name in items}
     figures = {
         name: {

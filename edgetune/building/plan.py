@@ -56,9 +56,9 @@ def plan_build(
         with _collected(problems):
             _check_files(name, spec)
         with _collected(problems):
-            tasks.append(read_task(name, recipe))
-            _check_labels(tasks[-1])
-            fold_tasks(tasks[-1], recipe)
+            task = read_task(name, recipe)
+            _check_labels(task)
+            tasks.append(replace(task, folds=fold_tasks(task, recipe)))
             outputs[name] = output_of_task(tasks[-1])
             if recipe.route is not None and name in (recipe.route.adapters or recipe.adapters):
                 prompts_of(tasks[-1])

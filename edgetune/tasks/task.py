@@ -44,6 +44,7 @@ class Task:
 
     Of the validation rows, those of `choosing` choose the checkpoint. The confidence of answers is fitted on
     `confidence_rows`; there are none if the answers are to have no confidence. `doubts` say what is odd about the rows.
+    A plan adds the tasks of its `folds` (see `fold_tasks`).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Task:
     confidence_rows: Sequence[TaskRow] = ()
     copies: Sequence[ChangedRow] = ()
     doubts: tuple[str, ...] = ()
+    folds: Sequence[Task] = ()
 
     @property
     def trained_rows(self) -> list[TaskRow]:

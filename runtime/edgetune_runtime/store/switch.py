@@ -116,8 +116,8 @@ def _go_back(prefix: Path, links: Mapping[str, str | None], new: Unit | None, ol
 def roll_back(prefix: Path, *, say: Say) -> str:
     """Switch back to the previous version, which is not asked for golden answers again; its id.
 
-    Goes on with a rollback that was cut off. The lock of the prefix must be held. NotFoundError if there is no version
-    before.
+    Goes on with a rollback that was cut off. The lock of the prefix must be held. NotFoundError if there is no previous
+    version.
     """
     kit, unit = _begin_rollback(prefix, say)
     try:
