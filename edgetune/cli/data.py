@@ -169,8 +169,8 @@ def _print_check(check: TaskCheck) -> None:
     about = "about " * check.is_estimated
     lengths = f"{about}{tokens[0]} to {tokens[-1]} tokens, half of them at most {tokens[len(tokens) // 2]}"
     print(printable(f"{check.name}: {rows} rows of {lengths}"))
-    if check.estimate is not None and check.estimate.unjudged:
-        print(f"  judged {check.estimate.share:.0%} of the rows, the shortest: more need a larger --minutes")
+    if check.estimate is not None and check.estimate.shortage:
+        print(f"  {check.estimate.shortage}")
     for kind, count in check.counts.items():
         print(f"  {count} {KINDS[kind]}")
         for finding in check.of_kind(kind)[:SHOWN]:

@@ -97,18 +97,28 @@ class JudgedRow:
 class LabelEstimate:
     """The judged rows, the most doubtful answer first; for `unjudged` rows the time was too short.
 
-    `epochs` are those of each training, and `seconds` is the whole time.
+    `epochs` are those of each training, and `seconds` is the whole time. `needed_minutes` is the time limit with which
+    each training reads its rows once; None if it did.
     """
 
     rows: Sequence[JudgedRow]
     unjudged: int
     epochs: float
     seconds: float
+    needed_minutes: int | None = None
 
     @property
     def share(self) -> float:
         """The share of the rows that was judged."""
         return len(self.rows) / (len(self.rows) + self.unjudged)
+
+    @property
+    def shortage(self) -> str:
+        """What the time was too short for, as a sentence with the remedy; empty if it sufficed."""
+        if self.needed_minutes is not None:
+            read = f"each adapter was trained on {self.epochs:.0%} of its rows, which is too little to know the task"
+            return f"{read}: give --minutes {self.needed_minutes}"
+        return f"judged {self.share:.0%} of the rows, the shortest: more need a larger --minutes" * bool(self.unjudged)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ is in its place.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -87,7 +88,8 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
     with TemporaryDirectory() as folder:
         train = partial(train_all, base=base.name, load=partial(bases.load_torch, base), work=Path(folder), plots=False)
         speed = train([short_job(whole.job)], progress=progress)[task.name].tokens_per_s
-        options = _within(started + limit_s - time.monotonic(), speed, whole.job)
+        trial_s = time.monotonic() - started
+        options = _within(limit_s - trial_s, speed, whole.job)
         progress.say(
             f"{task.name}: {FOLDS} trainings of {options.epochs:.2g} epochs to estimate which answers are wrong"
         )
@@ -100,14 +102,16 @@ def estimate(task: Task, recipe: Recipe, minutes: float, progress: Progress) -> 
         deadline = max(started + limit_s, time.monotonic() + (1 - _TRAINING_SHARE) * limit_s)
         judged = list(_judged(folds, jobs, base, Path(folder), deadline=deadline, progress=progress))
     ranked = sorted(judged, key=lambda row: (row.relative, row.likelihood))
-    return LabelEstimate(ranked, sum(map(len, folds)) - len(ranked), options.epochs, time.monotonic() - started)
+    unjudged = sum(map(len, folds)) - len(ranked)
+    enough_s = trial_s + _epoch_seconds(speed, whole.job)
+    needed_minutes = math.ceil(enough_s / 60) if options.epochs < min(1, whole.job.training.epochs) else None
+    return LabelEstimate(ranked, unjudged, options.epochs, time.monotonic() - started, needed_minutes)
 
 
 def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> TrainingSpec:
     """The options of each training, with as many epochs as the time allows, and at most those of the recipe."""
     tokens = max(seconds, 1) * _TRAINING_SHARE * tokens_per_s / FOLDS
-    epoch = sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS
-    validation = validation_tokens(job.train) / FOLDS
+    epoch, validation = _pass_tokens(job)
     # At most two passes, or one more than there are epochs.
     epochs = min((tokens - _PASSES * validation) / epoch, (tokens - validation) / (epoch + validation))
     # At least one step.
@@ -115,6 +119,17 @@ def _within(seconds: float, tokens_per_s: float, job: TrainingJob[Any]) -> Train
     # The last checkpoint knows more of the wrong answers by heart.
     shorter = {"epochs": min(job.training.epochs, epochs), "evals": _PASSES, "checkpoint": "best"}
     return job.training.model_copy(update=shorter)
+
+
+def _epoch_seconds(tokens_per_s: float, job: TrainingJob[Any]) -> float:
+    """The time in which each training reads its rows once, with that for asking the adapters."""
+    epoch, validation = _pass_tokens(job)
+    return FOLDS * (epoch + _PASSES * validation) / tokens_per_s / _TRAINING_SHARE
+
+
+def _pass_tokens(job: TrainingJob[Any]) -> tuple[float, float]:
+    """The tokens of an epoch of each training, and of a validation pass at their lower cost."""
+    return sum(map(row_length, job.train)) * (FOLDS - 1) / FOLDS, validation_tokens(job.train) / FOLDS
 
 
 def _judged(

@@ -21,7 +21,7 @@ from edgetune.common.progress import Progress, Step
 from edgetune.curation.checking import folds, judging
 from edgetune.curation.checking.check import check
 from edgetune.curation.checking.clean import write_clean
-from edgetune.curation.checking.findings import TaskCheck
+from edgetune.curation.checking.findings import JudgedRow, LabelEstimate, TaskCheck
 from edgetune.curation.checking.judging import judge
 from edgetune.curation.checking.reading import Reader
 from edgetune.objectives.example import Example
@@ -369,6 +369,19 @@ def test_a_training_and_its_validation_end_in_the_planned_time(seconds: float) -
     shorter = folds._within(seconds, 100, job)
     # Four trainings share three quarters of the time, and the last step is rounded up.
     assert tokens_left(rows[24:], rows[:24], shorter) <= seconds * 100 * 0.75 / 4 + 12
+
+
+def test_the_time_in_which_each_training_reads_its_rows_is_named() -> None:
+    rows = [Example((5,) * (5 + n % 8), (True,) * (5 + n % 8), 0) for n in range(96)]
+    method = methods.load("lora")
+    options = method.options()
+    job = TrainingJob("home", method, options, TrainingSpec(epochs=30), rows, rows[:1], "", method.objective(options))
+    assert folds._within(folds._epoch_seconds(100, job), 100, job).epochs == pytest.approx(1)
+    judged = [JudgedRow("train:1", 0.1, 0.2)]
+    assert "2% of its rows, which is too little" in LabelEstimate(judged, 0, 0.02, 60, needed_minutes=9).shortage
+    assert "--minutes 9" in LabelEstimate(judged, 0, 0.02, 60, needed_minutes=9).shortage
+    assert LabelEstimate(judged, 1, 2.0, 60).shortage.startswith("judged 50% of the rows")
+    assert not LabelEstimate(judged, 0, 2.0, 60).shortage
 
 
 def test_too_few_rows_to_find_wrong_answers_are_refused(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
