@@ -89,7 +89,7 @@ def adapter_of(task: FewRowsTask, folder: Path, count: int, seed: int, work: Pat
     train = work / f"train-{count}-{seed}.jsonl"
     train.parent.mkdir(parents=True, exist_ok=True)
     train.write_text("\n".join(random.Random(seed).sample(lines, count)) + "\n", encoding="utf-8")
-    # As `edgetune init` writes it.
+    # A tenth of few rows shows little.
     data: dict[str, Any] = {"train": str(train.resolve()), "held_out": 0.2 if count < 200 else 0.1}
     if task.columns is not None:
         data["columns"] = dict(task.columns)

@@ -94,12 +94,13 @@ def _held_out(rows: int, answers_per_row: float) -> float:
 
 def _held_out_reason(rows: int, answers_per_row: float, share: float) -> str:
     count = max(1, round(rows * share))
-    shown = "the share for validation, which shows overfitting and how sure answers can be"
     answers = round(count * answers_per_row)
     counted = "" if answers == count else f" with {answers:,} answers"
-    remedy = "with `confidence_folds` training rows count too"
-    too_few = "" if answers >= MIN_ROWS else f", too few for the second ({MIN_ROWS}); {remedy}"
-    return f"{shown}: about {count:,} of {rows:,} rows{counted}{too_few}"
+    about = f"about {count:,} of {rows:,} rows{counted}"
+    if answers >= MIN_ROWS:
+        return f"{about} for validation, which shows overfitting and gives the confidence of answers"
+    folds = ", or `confidence_folds: 5`, which uses training rows too" * (rows * answers_per_row >= MIN_ROWS)
+    return f"{about} for validation, which shows overfitting; a confidence takes {MIN_ROWS}{folds}"
 
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:
