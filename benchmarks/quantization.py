@@ -23,6 +23,7 @@ from benchmarks.harness.tables import markdown, progress
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -37,6 +38,7 @@ from edgetune.tasks.evaluation import evaluate
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m")
 ENGINES = ("gguf", "onnx")
 WAYS = ("separate", "q8_0", "nearest", "on-grid")
+KEYS = ("base", "task", "type", "engine")
 TARGET = "adapter"
 Run = dict[str, Any]
 
@@ -52,7 +54,7 @@ def main() -> None:
     tasks = tuple(name for name in TASKS if name != DEVICES)
     parser = BENCHMARK.parser(only=tasks, works=True)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the tasks (default: %(default)s)")
-    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--base", nargs="+", default=["smollm2-135m"], help="names or .gguf files")
     parser.add_argument("--types", nargs="+", default=TYPES, help="quantizations of the base")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, metavar="WAY")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
@@ -71,22 +73,22 @@ def _runs(options: argparse.Namespace, work: Path) -> Iterator[Run]:
     work.mkdir(parents=True, exist_ok=True)
     file = work / "runs.jsonl"
     finished = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    for seed in range(options.seeds):
-        for task in options.only:
-            for quantization in options.types:
-                for way in options.ways:
-                    place = {"task": task, "type": quantization, "way": way, "seed": seed}
-                    place |= {key: getattr(options, key) for key in ("base", "rows", "epochs", "test_rows")}
-                    own = [run for run in finished if run.items() >= place.items()]
-                    if not own:
-                        progress(f"{task}, {quantization}, {way}, seed {seed}")
-                        own = [{**place, **run} for run in _measured(place, options, work)]
-                        with file.open("a", encoding="utf-8") as out:
-                            out.writelines(f"{json.dumps(run)}\n" for run in own)
-                    yield from own
+    for seed, base, task, quantization, way in product(
+        range(options.seeds), options.base, options.only, options.types, options.ways
+    ):
+        name = Path(base).stem if base.endswith(".gguf") else base
+        place = {"base": name, "task": task, "type": quantization, "way": way, "seed": seed}
+        place |= {key: getattr(options, key) for key in ("rows", "epochs", "test_rows")}
+        own = [run for run in finished if run.items() >= place.items()]
+        if not own:
+            progress(f"{name}, {task}, {quantization}, {way}, seed {seed}")
+            own = [{**place, **run} for run in _measured(place, base, options, work)]
+            with file.open("a", encoding="utf-8") as out:
+                out.writelines(f"{json.dumps(run)}\n" for run in own)
+        yield from own
 
 
-def _measured(place: Run, options: argparse.Namespace, work: Path) -> list[Run]:
+def _measured(place: Run, base: str, options: argparse.Namespace, work: Path) -> list[Run]:
     """Build a bundle in one way and score it in each engine; one run without a score if the build refuses it."""
     from edgetune.building.pipeline import build  # after the options, as it takes seconds
 
@@ -96,7 +98,7 @@ def _measured(place: Run, options: argparse.Namespace, work: Path) -> list[Run]:
     spec = adapter_of(task, folder, options.rows, place["seed"], work)
     values = {
         "name": "quantization",
-        "base": options.base,
+        "base": base,
         "quantization": place["type"],
         "context_length": 512,
         "targets": list(options.engines),
@@ -126,19 +128,16 @@ def _measured(place: Run, options: argparse.Namespace, work: Path) -> list[Run]:
 
 
 def _summary(runs: Sequence[Run]) -> list[Run]:
-    """The scores over the seeds in percent, by task, type, engine and way; the reason where a build was refused."""
-    groups: dict[tuple[str, str, str, str], list[Run]] = {}
+    """The scores over the seeds in percent, by base, task, type, engine and way; the reason of a refused build."""
+    groups: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        groups.setdefault((run["task"], run["type"], run["engine"], run["way"]), []).append(run)
+        groups.setdefault(tuple(run[key] for key in (*KEYS, "way")), []).append(run)
     lines = []
-    for (task, kind, engine, way), own in groups.items():
+    for place, own in groups.items():
         scores = [100 * run["score"] for run in own if "score" in run]
         lines.append(
             {
-                "task": task,
-                "type": kind,
-                "engine": engine,
-                "way": way,
+                **dict(zip((*KEYS, "way"), place, strict=True)),
                 "mean": round(fmean(scores), 2) if scores else None,
                 "sd": round(stdev(scores), 2) if len(scores) > 1 else None,
                 "seeds": len(scores),
@@ -149,37 +148,36 @@ def _summary(runs: Sequence[Run]) -> list[Run]:
 
 
 def table(result: Result) -> str:
-    """A line per task, type and engine, a column per way."""
-    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
+    """A line per base, task, type and engine, a column per way."""
+    lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for item in result["summary"]:
-        key = (item["task"], item["type"], item["engine"])
-        line = lines.setdefault(
-            key, {**dict(zip(("task", "type", "engine"), key, strict=True)), **dict.fromkeys(WAYS, "")}
-        )
+        key = tuple(item[name] for name in KEYS)
+        line = lines.setdefault(key, {**dict(zip(KEYS, key, strict=True)), **dict.fromkeys(WAYS, "")})
         spread = "" if item["sd"] is None else f" ± {item['sd']:.1f}"
         line[item["way"]] = "refused" if item["mean"] is None else f"{item['mean']:.1f}{spread} ({item['seeds']})"
     about = (
         "Score in percent of the test rows: mean ± standard deviation (seeds). A build refuses what parity refuses.\n\n"
     )
-    columns = ("task", "type", "engine", *WAYS)
+    columns = (*KEYS, *WAYS)
     return about + markdown(lines.values(), {name: f"{{{name}}}" for name in columns})
 
 
 def plot(result: Result, out: Path) -> None:
-    """Scores by type with error bars, a panel per task; the first engine."""
+    """Scores by type with error bars, a panel per base and task; the first engine."""
     first = [line for line in result["summary"] if line["engine"] == result["summary"][0]["engine"]]
-    tasks = list(dict.fromkeys(line["task"] for line in first))
-    with subplots(out, 1, len(tasks), dpi=120, figsize=(4.2 * len(tasks), 3.6), squeeze=False) as axes:
-        for task, axis in zip(tasks, axes.flat, strict=True):
-            kinds = list(dict.fromkeys(line["type"] for line in first if line["task"] == task))
+    panels = list(dict.fromkeys((line["base"], line["task"]) for line in first))
+    with subplots(out, 1, len(panels), dpi=120, figsize=(4.2 * len(panels), 3.6), squeeze=False) as axes:
+        for (base, task), axis in zip(panels, axes.flat, strict=True):
+            lines = [line for line in first if (line["base"], line["task"]) == (base, task)]
+            kinds = list(dict.fromkeys(line["type"] for line in lines))
             for number, way in enumerate(WAYS):
-                own = [line for line in first if (line["task"], line["way"]) == (task, way) and line["seeds"]]
+                own = [line for line in lines if line["way"] == way and line["seeds"]]
                 # Beside each other, since ways often have the same score.
                 places = [kinds.index(line["type"]) + 0.12 * (number - 1.5) for line in own]
                 spread = [line["sd"] or 0 for line in own]
                 axis.errorbar(places, [line["mean"] for line in own], spread, fmt="o", capsize=4, label=way)
             axis.set_xticks(range(len(kinds)), kinds)
-            axis.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(0, 105), ylabel="score, %", title=task)
+            axis.set(xlim=(-0.5, len(kinds) - 0.5), ylim=(0, 105), ylabel="score, %", title=f"{task}, {base}")
         axes.flat[0].legend(fontsize=8)
 
 
