@@ -18,7 +18,7 @@ from recipes import lights, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
-from edgetune.recipe.model import TEMPLATE, json_schema
+from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
 from edgetune.training.device import may_have_gpu
 
 EDGETUNE = [sys.executable, "-m", "edgetune"]
@@ -436,6 +436,9 @@ def test_build_prints_a_table_with_what_happened_to_each_adapter(built: Built, r
 
 def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
     bundle = built[0]
+    first = next(iter(Recipe.from_file(bundle.parent / "recipe.yaml").adapters.values()))
+    data = Path(str(first.data.train))
+    test = Path(shutil.copy(data, data.with_stem(f"{data.stem}-test")))
     code, out, err = run("build", bundle.parent / "recipe.yaml", "--out", bundle)
     commands = [shlex.split(line) for line in err.partition("fits on a board:\n")[2].splitlines()]
     assert (code, out.splitlines()[-1]) == (0, str(bundle))
@@ -445,10 +448,12 @@ def test_build_ends_with_commands_that_work(built: Built, run: Run) -> None:
         ["edgetune", "report"],
         ["edgetune", "devices"],
     ]
+    assert commands[1][-1] == str(test)
     modules = {"edgetune": "edgetune", "edgetune-run": "edgetune_runtime"}
     for program, *arguments in commands:
         done = subprocess.run([sys.executable, "-m", modules[program], *arguments], capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
+    test.unlink()
 
 
 def test_flags_override_the_recipe_for_all_adapters(
