@@ -16,6 +16,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.sizing.needs import needs_of_bundle
 
 from edgetune.recipe import task_types
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG
 
 MB = 10**6
 
@@ -68,6 +69,11 @@ class AdapterFacts:
     train_file: str
     points: Sequence[tuple[int, float, float]]
     score: Score | None
+
+    @property
+    def lacks_confidence(self) -> bool:
+        """Whether its answers are right or wrong, and no curve says how likely."""
+        return self.entry.metric in EITHER_RIGHT_OR_WRONG and not self.entry.confidence
 
     @property
     def golden(self) -> Answer | None:
