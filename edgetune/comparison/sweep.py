@@ -21,7 +21,8 @@ from edgetune.recipe.model import Recipe
 from edgetune.recipe.targets import shapes_of
 from edgetune.tasks.data import read_rows
 from edgetune.tasks.negatives import given
-from edgetune.tasks.task import read_task
+from edgetune.tasks.plain_prompts import answered_prompts, plain_prompt
+from edgetune.tasks.task import Task, read_task
 
 from .comparison import Comparison
 from .figures import TrialResult, goodness, read_outcome
@@ -39,7 +40,7 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
     in the request, before any training; CancelledError when the user interrupts, with finished trials kept;
     EdgetuneError, after everything is written, if no trial succeeded.
     """
-    recipe, trials = _prepared(request, progress)
+    recipe, trials, source = _prepared(request, progress)
     todo = [trial for trial in trials if not trial.is_refused]
     outcomes = {trial.name: outcome for trial in todo if (outcome := read_outcome(Path(trial.folder), trial.key))}
     for name in outcomes:
@@ -56,7 +57,8 @@ def compare(request: Request, run: Run, progress: Progress) -> Comparison:
         for trial in trials
         if trial.is_refused
     }
-    comparison = _compared(request, recipe.base, [(outcomes | refused)[trial.name] for trial in trials])
+    outcomes_in_order = [(outcomes | refused)[trial.name] for trial in trials]
+    comparison = _compared(request, recipe.base, source, outcomes_in_order)
     write(comparison, request.out)
     shutil.rmtree(request.out / "shared" / "structure", ignore_errors=True)
     _check_any(comparison.outcomes)
@@ -87,16 +89,18 @@ def summary(outcome: TrialResult) -> str:
     return f"{outcome.metric} {scores}, {outcome.torch_score:.4g} before export"
 
 
-def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]]:
-    """The recipe and the trials, after checking the request and its data; prepares the base once for all trials."""
+def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial], str]:
+    """The recipe, the trials, and what is said of the rows to score, after checking the request and its data.
+
+    Prepares the base once for all trials.
+    """
     recipe = recipe_of(request)
     task = read_task(request.task, recipe)
     most, there_are = max(request.rows, default=0), len(given(task.train))
     if most > there_are:
         message = f"--rows: {most} is more than the {there_are} training rows of {request.task}"
         raise UsageError(message, f"use at most {there_are}")
-    if request.data is not None:
-        read_rows(request.data, task.spec.data.columns, labels=task.labels or None)
+    scored = _source(request.data, task)
     source = bases.find(recipe, download=True)
     assert source is not None
     quantization = quantizations_of(recipe)[0]
@@ -115,17 +119,27 @@ def _prepared(request: Request, progress: Progress) -> tuple[Recipe, list[Trial]
         # The matrix of fewer rows would make another base.
         base_keys = {"base": str(base.path.absolute()), "quantization": None, "imatrix": None}
         request = replace(request, settings={**request.settings, **base_keys})
-    return recipe, trials_of(request, recipe, base.fingerprint)
+    return recipe, trials_of(request, recipe, base.fingerprint), scored
 
 
-def _compared(request: Request, base: str, outcomes: Sequence[TrialResult]) -> Comparison:
+def _source(data: str | None, task: Task) -> str:
+    """The rows to score, with how many of them say little."""
+    if data is None:
+        return "its validation data"
+    rows = read_rows(data, task.spec.data.columns, labels=task.labels or None)
+    learned = answered_prompts(task.trained_rows)
+    both = sum(plain_prompt(row) in learned for row in rows)
+    doubt = f" ({both} of its {len(rows)} have the prompt of a training row, so the scores say little)" if both else ""
+    return f"{Path(data).name}{doubt}"
+
+
+def _compared(request: Request, base: str, source: str, outcomes: Sequence[TrialResult]) -> Comparison:
     finished = [outcome for outcome in outcomes if outcome.status == "done"]
     first = finished[0] if finished else None
     ordered = [*sorted(finished, key=_best, reverse=True), *(o for o in outcomes if o.status != "done")]
     metric, rows = (first.metric, first.rows) if first else ("", 0)
     most = max((outcome.trained_rows for outcome in finished), default=0)
     chosen = recommend([outcome for outcome in finished if outcome.trained_rows == most])
-    source = "its validation data" if request.data is None else Path(request.data).name
     return Comparison(request.task, base, metric, rows, source, ordered, chosen)
 
 
