@@ -58,7 +58,7 @@ def plots(outcomes: Sequence[TrialResult], out: Path) -> list[Picture]:
         ("loss.png", _losses, "Validation loss during training; a ring marks the checkpoint that ships"),
     )
     if curves_of(finished):
-        drawn += (("rows.png", _rows, "Score on the device against the number of training rows"),)
+        drawn = (("rows.png", _rows, "Score on the device against the number of training rows"), *drawn)
     pictures = []
     for name, draw, caption in drawn:
         draw(finished).savefig(out / name)
@@ -70,8 +70,12 @@ def _sizes(finished: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure(finished[0].metric)
     points = [_Point(figures.bytes / 1e6, figures, target, color) for target, figures, color in _each(finished)]
     axes.set(xlabel="adapter on disk (MB)", xscale="log")
-    _plain_ticks(axes.xaxis, [point.x for point in points])
+    least, most = (choose(point.x for point in points) for choose in (min, max))
+    _plain_ticks(axes.xaxis, [least, most])
     _draw(axes, points)
+    if most < 2 * least:
+        # Sizes that are nearly equal are shown as such.
+        axes.set_xlim(least / 2, most * 2)
     _add_legend(axes, [outcome.name for outcome in finished])
     return figure
 
