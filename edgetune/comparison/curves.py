@@ -15,10 +15,14 @@ _MORE = 2
 
 @dataclass(frozen=True)
 class Curve:
-    """The figures of a method and rank on its first engine, by number of training rows, in ascending order."""
+    """The figures of a method and rank on its first engine, by number of training rows, in ascending order.
+
+    Each is a score on `scored_rows`.
+    """
 
     name: str
     metric: str
+    scored_rows: int
     rows: Sequence[int]
     figures: Sequence[EngineFigures]
 
@@ -41,7 +45,7 @@ class Curve:
     def estimate(self, rows: int) -> float:
         """The score with so many rows: the share of errors as a power of the rows, fitted to the measured ones."""
         # Half an error stands for none, which has no logarithm.
-        least = 0.5 / max(self.rows)
+        least = 0.5 / self.scored_rows
         errors = [math.log(max(1 - figures.score, least)) for figures in self.figures]
         line = statistics.linear_regression([math.log(count) for count in self.rows], errors)
         return 1 - math.exp(line.intercept + line.slope * math.log(rows))
@@ -59,5 +63,6 @@ def curves_of(outcomes: Sequence[TrialResult]) -> list[Curve]:
         if len(trials) > 1:
             name = method if rank is None else f"{method}-r{rank}"
             figures = [next(iter(trial.engines.values())) for trial in trials]
-            curves.append(Curve(name, trials[0].metric, [trial.trained_rows for trial in trials], figures))
+            counts = [trial.trained_rows for trial in trials]
+            curves.append(Curve(name, trials[0].metric, trials[0].rows, counts, figures))
     return curves

@@ -47,6 +47,8 @@ def score_adapters(
         with Runtime.open(bundle, disk_mb=0) as runtime:
             for task in tasks:
                 rows = spread(task.validation_answers, limit)
+                if not rows:
+                    continue
                 evaluation = score(runtime, task.name, rows, progress)
                 is_chosen = _training_of(manifest, task.name).get("checkpoint") != "last"
                 source = f"its validation data{', which also chose the checkpoint' if is_chosen else ''}"

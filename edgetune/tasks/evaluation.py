@@ -120,7 +120,7 @@ def score(
         labels = metrics.labels_in(rows)
     system = entry.system if entry is not None else None
     task = _Task(runtime, adapter, system, labels, metric)
-    _check_rows(rows, metric)
+    metrics.check_scorable(rows, metric)
     fitting, context = _fitting(task, rows), runtime.context_length
     if not fitting:
         message = f"none of {len(rows)} rows fits in the context of {context} tokens"
@@ -213,7 +213,7 @@ def rows_for(manifest: Manifest, adapter: str | None, data: str | Path | Rows) -
     rows = _read(source, columns, labels)
     metric = metrics.metric_for(_metric(entry), rows, labels)
     rows = metrics.answers_to_score(rows, metric)
-    _check_rows(rows, metric)
+    metrics.check_scorable(rows, metric)
     return rows, metric
 
 
@@ -252,14 +252,6 @@ def _metric(entry: AdapterEntry | None) -> Metric:
         message = f"adapter {entry.name!r} has unknown metric {entry.metric!r}"
         raise VerificationError(message, f"build the bundle again with one of: {', '.join(get_args(Metric))}")
     return cast("Metric", entry.metric)
-
-
-def _check_rows(rows: Sequence[TaskRow], metric: Metric) -> None:
-    metrics.check_answered(rows, metric)
-    if metric != "perplexity":
-        # Check that the metric supports the references before spending time on answers.
-        references = [row.completion or "" for row in rows]
-        metrics.score(metric, references, references, offers_tools=[row.tools is not None for row in rows])
 
 
 def _fitting(task: _Task, rows: Sequence[TaskRow]) -> list[Pair]:

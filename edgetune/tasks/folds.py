@@ -14,7 +14,6 @@ from edgetune.recipe.model import Recipe
 
 from .confidence import MIN_ROWS
 from .data import TaskRow
-from .metrics import answers_to_score
 from .negatives import given, is_made, letters_of
 from .plain_prompts import answered_prompts, plain_prompt
 from .splitting import folds_of
@@ -55,7 +54,7 @@ def _without(fold: Sequence[TaskRow], number: int, task: Task, recipe: Recipe) -
     learned, rated = answered_prompts(part.trained_rows), {row.where for row in task.confidence_rows}
     unseen = [row for row in fold if plain_prompt(row) not in learned]
     unseen += [row for row in asked if row.where in rated]
-    return replace(part, confidence_rows=answers_to_score(unseen, task.metric, part.train))
+    return replace(part, confidence_rows=task.scored(unseen, part.train))
 
 
 def _check_enough(tasks: Sequence[Task]) -> None:

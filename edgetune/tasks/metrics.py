@@ -62,6 +62,23 @@ def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[
     return scored
 
 
+def is_scorable(row: TaskRow, metric: Metric) -> bool:
+    """Whether the metric can compare an answer with that of the row: it has one, and with "json" it is JSON."""
+    if metric == "perplexity":
+        return True
+    if row.completion is None:
+        return False
+    return metric != "json" or row.tools is not None or not isinstance(_parsed(row.completion), ValueError)
+
+
+def check_scorable(rows: Sequence[TaskRow], metric: Metric) -> None:
+    """UsageError for a row with whose answer the metric can compare none."""
+    check_answered(rows, metric)
+    if metric != "perplexity":
+        references = [row.completion or "" for row in rows]
+        score(metric, references, references, offers_tools=[row.tools is not None for row in rows])
+
+
 def check_answered(rows: Sequence[TaskRow], metric: Metric) -> None:
     """UsageError for a row of plain text, unless the metric is perplexity: all others compare answers."""
     texts = [row.where for row in rows if row.completion is None]

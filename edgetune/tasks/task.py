@@ -22,7 +22,15 @@ from edgetune.recipe.training import TrainingSpec
 from .augmentation.copies import ChangedRow, copies_of
 from .confidence import MIN_ROWS
 from .data import TaskRow, read_rows
-from .metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, check_answered, label_doubt, labels_in, metric_for
+from .metrics import (
+    EITHER_RIGHT_OR_WRONG,
+    answers_to_score,
+    check_answered,
+    is_scorable,
+    label_doubt,
+    labels_in,
+    metric_for,
+)
 from .negatives import foreign_texts, given, is_made, negative_rows
 from .plain_prompts import answered_prompts, plain_prompt
 from .row_files import read_text
@@ -68,7 +76,11 @@ class Task:
     @property
     def validation_answers(self) -> list[TaskRow]:
         """The validation rows that people wrote, with the earlier answers of conversations that were not trained on."""
-        return answers_to_score(given(self.validation), self.metric, self.train)
+        return self.scored(given(self.validation), self.train)
+
+    def scored(self, rows: Sequence[TaskRow], trained: Sequence[TaskRow]) -> list[TaskRow]:
+        """Those of the rows that the metric can score, with earlier answers of conversations that are not `trained`."""
+        return answers_to_score([row for row in rows if is_scorable(row, self.metric)], self.metric, trained)
 
     @property
     def sample_prompt(self) -> str:
@@ -121,6 +133,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
+    doubts += _unscored(validation, metric)
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
     apart = rows_apart(spec, read)
     task = with_copies(task, recipe, apart, read)
@@ -184,6 +197,14 @@ def _check_negatives(negatives: NegativesSpec, labels: Sequence[str], foreign: S
         raise UsageError(message, "use out_of_scope instead, which adds a label, or give rows of this one")
 
 
+def _unscored(rows: Sequence[TaskRow], metric: Metric) -> tuple[str, ...]:
+    """What is odd about the validation rows."""
+    odd = [row.where for row in rows if not is_scorable(row, metric)]
+    if not odd:
+        return ()
+    return (f"{len(odd)} of {len(rows)} validation rows, such as {odd[0]}, cannot be scored by {metric}",)
+
+
 def _with_scope(spec: AdapterSpec, labels: tuple[str, ...]) -> tuple[str, ...]:
     """The labels with the one of texts that are out of scope, if the adapter has any labels and asks for it."""
     extra = () if spec.out_of_scope is None or not labels else (spec.out_of_scope.label,)
@@ -220,7 +241,8 @@ def _has_confidence(spec: AdapterSpec, metric: Metric) -> bool:
 def _with_confidence(task: Task) -> Task:
     """The task with the rows that the confidence of answers is fitted on, which are not training rows.
 
-    Those whose prompts differ in case and punctuation alone count as the same. UsageError if given ones are training
+    Those whose prompts differ in case and punctuation alone count as the same, which is doubted without a confidence
+    too. UsageError if given ones are training
     rows, and where no answer would have the confidence that `min_confidence` asks for.
     """
     spec, choosing, rows = task.spec, task.choosing, task.validation
@@ -228,23 +250,24 @@ def _with_confidence(task: Task) -> Task:
         if getattr(spec, key) is not None and task.metric not in EITHER_RIGHT_OR_WRONG:
             message = f"adapter {task.name!r} has {key}, but {task.metric} scores no answer as right or wrong"
             raise UsageError(message, f"remove {key}, or set metric")
-    if not _has_confidence(spec, task.metric):
+    has_confidence = _has_confidence(spec, task.metric)
+    if not has_confidence:
         rows = []
     elif spec.data.confidence is not None:
         rows = task.confidence_rows
     elif len(choosing) >= _APART_FROM:
         choosing, rows = _halves(choosing, task.training.seed)
         rows += filter(is_made, task.validation)
-    learned = answered_prompts(task.trained_rows) if rows else set()
-    both = [row.where for row in given(rows) if plain_prompt(row) in learned]
-    if both and spec.data.confidence is not None:
+    learned, shown = answered_prompts(task.trained_rows), given(rows if has_confidence else task.validation)
+    both = [row.where for row in shown if plain_prompt(row) in learned]
+    if both and has_confidence and spec.data.confidence is not None:
         message = f"adapter {task.name!r}: {len(both)} of {len(rows)} confidence rows have the prompt of a training row"
         raise UsageError(f"{message}: {both[0]}", "remove them: a model is surer of what it has learned")
     doubts = task.doubts
     if both:
-        share = f"{len(both)} of {len(given(rows))} validation rows"
-        doubts += (f"{share} have the prompt of a training row, such as {both[0]}, and give no confidence",)
-    rows = answers_to_score([row for row in rows if plain_prompt(row) not in learned], task.metric, task.train)
+        share = f"{len(both)} of {len(shown)} validation rows have the prompt of a training row, such as {both[0]}"
+        doubts += (share + ", and give no confidence" * has_confidence,)
+    rows = task.scored([row for row in rows if plain_prompt(row) not in learned], task.train)
     if spec.min_confidence is not None and spec.confidence_folds is None:
         _check_enough(task.name, task.in_scope(rows))
     return replace(task, choosing=choosing, confidence_rows=rows, doubts=doubts)

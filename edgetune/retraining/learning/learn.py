@@ -28,7 +28,6 @@ from edgetune.report.answers import split_doubt
 from edgetune.shipping.existing import gguf_base_of
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.evaluation import rows_that_fit
-from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
 
@@ -123,7 +122,7 @@ def learn(
         build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
         sets = {
             name: {
-                VALIDATION: answers_to_score([*split.validation, *split.made], tasks[name].metric, split.train),
+                VALIDATION: tasks[name].scored([*split.validation, *split.made], split.train),
                 **({CORRECTIONS: split.held_out} if split.held_out else {}),
             }
             for name, split in rows.items()

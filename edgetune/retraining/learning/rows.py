@@ -140,5 +140,7 @@ def _with_corrections(row: TaskRow, corrected: Mapping[str, TaskRow]) -> TaskRow
             begun = row.with_turns(row.turns[: place + 1])
             correction = corrected.get(begun.prompt_key)
             if correction is not None and correction.completion != begun.completion:
-                turns[place] = {**turn, WEIGHT: 0} if "tool_calls" in turn else correction.turns[-1]
+                # One that was not learned is not learned now, as its correction may be held out.
+                kept = {WEIGHT: turn[WEIGHT]} if WEIGHT in turn else {}
+                turns[place] = {**turn, WEIGHT: 0} if "tool_calls" in turn else {**correction.turns[-1], **kept}
     return row if turns == list(row.turns) else row.with_turns(turns)

@@ -42,3 +42,26 @@ def test_plain_texts_are_refused_where_the_metric_compares_answers(metric: str, 
     told = rf"rows.jsonl:\d+: is plain text, but metric {metric} compares answers; use rows of {forms}"
     with pytest.raises(UsageError, match=told):
         read_task("command", recipe)
+
+
+def test_rows_that_the_chosen_metric_cannot_score_are_doubted_and_not_scored(tmp_path: Path) -> None:
+    orders = [{"prompt": f"lamp {number}", "completion": {"level": number}} for number in range(10)]
+    held_out = [{"prompt": "what is this", "completion": "sorry"}, {"prompt": "lamp 50", "completion": {"level": 50}}]
+    adapter = {**adapter_of(), "data": {"train": "rows.jsonl", "validation": "more.jsonl"}}
+    task = read_task(
+        "command",
+        make_recipe(tmp_path, "base.gguf", {"command": adapter}, data={"rows.jsonl": orders, "more.jsonl": held_out}),
+    )
+    assert task.metric == "json"
+    assert [row.prompt for row in task.validation_answers] == ["lamp 50"]
+    (doubt,) = task.doubts
+    assert doubt.startswith("1 of 2 validation rows, such as ") and doubt.endswith("1, cannot be scored by json")
+
+
+@pytest.mark.parametrize("metric", ["exact", "rouge_l"])
+def test_validation_rows_that_are_training_rows_are_doubted_with_each_metric(metric: str, tmp_path: Path) -> None:
+    rows = lights(10)
+    adapter = {**adapter_of(metric=metric), "data": {"train": "rows.jsonl", "validation": "more.jsonl"}}
+    recipe = make_recipe(tmp_path, "base.gguf", {"command": adapter}, data={"rows.jsonl": rows, "more.jsonl": rows[:4]})
+    (doubt,) = read_task("command", recipe).doubts
+    assert doubt.startswith("4 of 4 validation rows have the prompt of a training row")

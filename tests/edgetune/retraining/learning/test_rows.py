@@ -139,6 +139,16 @@ def test_a_correction_takes_its_place_in_conversations_too(tmp_path: Path) -> No
     assert taught.turns == (asked, {**old, "content": FINE[0][1]}, more, talk.turns[-1])
 
 
+def test_a_correction_of_an_answer_that_was_not_learned_is_not_learned_in_its_conversation(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    asked, more = {"role": "user", "content": FINE[0][0]}, {"role": "user", "content": "and now off"}
+    old = {"role": "assistant", "content": '{"do": "off", "area": "hall"}', "weight": 0}
+    talk = TaskRow("x:1", (asked, old, more), '{"do": "off", "area": "hall"}')
+    rows = learned_rows(replace(task, train=[*task.train, talk]), corrected(*FINE))
+    (taught,) = [row for row in rows.train if row.where == "x:1"]
+    assert [answer.prompt for answer in taught.answers] == ["and now off"]
+
+
 def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Path) -> None:
     task = task_of(tmp_path, output={"schema": SCHEMA})
     bad = ("dim the den", '{"do": "dim", "area": "den"}')
