@@ -110,7 +110,7 @@ def test_the_page_draws_how_well_the_confidence_is_calibrated(bundle: Path, tmp_
 def test_the_page_says_where_answers_have_no_confidence(bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     change_manifest(copy, lambda raw: raw["adapters"]["other"].update(metric="rouge_l"))
-    said, page = "none, which takes answers to at least 20 rows", tmp_path / "page.html"
+    said, page = "none was fitted; it takes answers to at least 20 rows", tmp_path / "page.html"
     assert main(["report", str(copy), "--out", str(page)]) == 0
     assert said not in Page(page.read_text(encoding="utf-8")).text
     change_manifest(copy, lambda raw: raw["adapters"]["task"].update(confidence={}))
