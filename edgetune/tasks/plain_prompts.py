@@ -8,13 +8,18 @@ from collections.abc import Iterable
 
 from .data import TaskRow
 
-_ENDS = ".,;:!?\"'()…"
+_SIGNS = frozenset("#%&*@/\\§‰٪")
+"""Punctuation in Unicode that is read as a word or changes one, as in 50% and C#."""
 
 
 def plain(text: str) -> str:
-    """A text without case, with single spaces, composed letters, and without punctuation at the ends of words."""
-    composed = unicodedata.normalize("NFC", text)
-    return " ".join(word.strip(_ENDS) or word for word in composed.casefold().split())
+    """A text without case, with single spaces, composed letters, and without punctuation at the ends of words.
+
+    Signs such as $, % and # count, and the - of a negative number.
+    """
+    composed = unicodedata.normalize("NFC", text).casefold()
+    punctuation = "".join(filter(_is_punctuation, set(composed)))
+    return " ".join(_without_ends(word, punctuation) for word in composed.split())
 
 
 def plain_prompt(row: TaskRow) -> str:
@@ -28,3 +33,13 @@ def plain_prompt(row: TaskRow) -> str:
 def answered_prompts(rows: Iterable[TaskRow]) -> set[str]:
     """The plain prompts of all answers that are learned of the rows, or scored, also of earlier turns."""
     return {plain_prompt(answer) for row in rows for answer in row.answers}
+
+
+def _without_ends(word: str, punctuation: str) -> str:
+    """The word without punctuation at its ends; a word of punctuation alone as it is."""
+    bare = word.strip(punctuation) or word
+    return f"-{bare}" if bare[0].isdecimal() and f"-{bare}" in word else bare
+
+
+def _is_punctuation(sign: str) -> bool:
+    return unicodedata.category(sign).startswith("P") and sign not in _SIGNS

@@ -21,7 +21,7 @@ from edgetune.objectives.example import Example
 from edgetune.recipe.data import Columns
 from edgetune.tasks import row_files
 from edgetune.tasks.data import TaskRow, read_rows, rows_of
-from edgetune.tasks.plain_prompts import plain_prompt
+from edgetune.tasks.plain_prompts import plain, plain_prompt
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -365,6 +365,38 @@ def test_rows_with_the_same_prompt_but_for_case_and_punctuation_stay_on_one_side
     train, validation = split(rows, 0.2, seed)
     assert validation
     assert not {plain_prompt(r) for r in train} & {plain_prompt(r) for r in validation}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("¿Qué hora es?", "qué hora es"),
+        ("现在几点\uff1f", "现在几点。"),
+        ("「電気をつけて」\uff01", "電気をつけて"),
+        ("كم الساعة؟", "كم الساعة"),
+        ("“Включи” свет —", "включи свет —"),
+        ("[turn it on] — now…", "turn it on — now"),
+        ("मुझे बताओ।", "मुझे बताओ"),
+    ],
+)
+def test_punctuation_of_any_script_makes_no_other_prompt(one: str, other: str) -> None:
+    assert plain(one) == plain(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("to -5 degrees", "to 5 degrees"),
+        ("(-5)", "(5)"),
+        ("50%", "50"),
+        ("C#", "c"),
+        ("$5", "5"),
+        ("C++", "c"),
+        ("?", "!"),
+    ],
+)
+def test_signs_that_change_a_word_make_another_prompt(one: str, other: str) -> None:
+    assert plain(one) != plain(other)
 
 
 def test_results_of_other_calls_make_another_prompt(write: Write) -> None:
