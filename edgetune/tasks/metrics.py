@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
+import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
 from edgetune_runtime.errors import UsageError
@@ -14,6 +17,14 @@ from edgetune.recipe.parts import Metric
 from .data import EARLIER_ANSWER, TaskRow
 
 LONG_ANSWER_WORDS = 3
+_UNSPACED = "".join(
+    (
+        "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff",  # Han
+        "\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f",  # Kana
+        "\u0e01-\u0e30\u0e32\u0e33\u0e40-\u0e46",  # Thai
+    )
+)
+"""Ranges of the letters of scripts without spaces between words: each letter counts as a word."""
 EITHER_RIGHT_OR_WRONG: tuple[Metric, ...] = ("exact", "json", "label")
 """The metrics that score each answer 0 or 1."""
 
@@ -23,7 +34,8 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
 
     Label accuracy if there are labels, or if the rows have a label that occurs again; perplexity for rows of text; JSON
     equality if all completions are JSON objects, but for texts of rows with tools, of which at least half end in calls;
-    ROUGE-L for completions of more than three words on average; otherwise exact match.
+    ROUGE-L for completions of more than three words on average, or characters of scripts without spaces; otherwise
+    exact match.
     """
     if metric != "auto":
         return metric
@@ -36,7 +48,7 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
     are_objects = all(is_object or row.tools is not None for is_object, row in zip(objects, rows, strict=True))
     if are_objects and sum(objects) * 2 >= len(rows):
         return "json"
-    words = sum(len(text.split()) for text in completions) / len(completions)
+    words = sum(map(_words_in, completions)) / len(completions)
     return "rouge_l" if words > LONG_ANSWER_WORDS else "exact"
 
 
@@ -133,8 +145,9 @@ def score(
     "exact" and "label" ignore surrounding white space; "json" compares parsed values, so the order of keys does not
     matter, and scores invalid JSON 0; both compare calls by their names and arguments. With "json", a text is right
     where a text is expected and `offers_tools[i]`: nothing was to be called. "rouge_l" is the F-measure of ROUGE-L (Lin
-    2004) from the rouge-score library; "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for
-    other metrics, without rows, and if the numbers of predictions and references differ.
+    2004) from the rouge-score library, of words, and of characters in scripts without spaces (Han, Kana and Thai);
+    "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other metrics, without rows, and if
+    the numbers of predictions and references differ.
     """
     if len(predictions) != len(references) or not references:
         message = f"cannot score {len(predictions)} predictions against {len(references)} references"
@@ -201,11 +214,23 @@ def _same(one: object, other: object) -> bool:
     return one == other
 
 
+def _words_in(text: str) -> int:
+    """The number of words between white space; one with letters of `_UNSPACED` counts as so many."""
+    return len(re.findall(rf"[{_UNSPACED}]|(?<!\S)[^\s{_UNSPACED}]++(?!\S)", text))
+
+
 class _Words:
     """Tokenizer for words of any script: rouge-score's own drops everything except a-z and 0-9."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
+        return _word_pattern().findall(unicodedata.normalize("NFC", text.lower()))
+
+
+@functools.cache
+def _word_pattern() -> re.Pattern[str]:
+    r"""A letter of `_UNSPACED` or a word of others, with their combining marks, which \w leaves out."""
+    marks = "".join(sign for sign in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(sign) in ("Mn", "Mc"))
+    return re.compile(rf"[{_UNSPACED}][{marks}]*|(?:[^\W{_UNSPACED}][{marks}]*)+")
 
 
 def _rouge_l() -> Callable[[str, str], float]:

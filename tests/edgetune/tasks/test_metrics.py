@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,9 @@ def test_auto_finds_the_metric_that_fits_the_rows() -> None:
     assert metric_for("auto", rows("yes it is", "no"), None) == "exact"
     assert metric_for("auto", rows("yes it is so", "no it is not so"), None) == "rouge_l"
     assert metric_for("auto", [TaskRow("x:1", text="once upon a time")], None) == "perplexity"
+    assert metric_for("auto", rows("打开灯", "关"), None) == "exact"
+    assert metric_for("auto", rows("今天天气很好我们去公园散步", "客厅的灯已经打开了。"), None) == "rouge_l"
+    assert metric_for("auto", rows("ไฟ เปิด", "สวัสดี"), None) == "rouge_l"
 
 
 def test_rows_with_labels_that_occur_again_are_scored_as_such() -> None:
@@ -65,6 +70,45 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
 def test_rouge_l_counts_words_of_other_scripts() -> None:
     assert score("rouge_l", ["свет включён"], ["свет включён"])[0] == 1.0
     assert score("rouge_l", ["свет выключен"], ["свет включён"])[0] == 0.5
+
+
+def test_rouge_l_counts_the_characters_of_scripts_without_spaces() -> None:
+    park = score("rouge_l", ["今天天气很好我们去公园散步"], ["今天天气很好我们去公园玩"])[0]
+    assert park == pytest.approx(2 * 11 / (13 + 12))
+    # 7 and 6 letters, of which those with other vowel or tone marks are others.
+    assert score("rouge_l", ["สวัสดีครับ"], ["สวัสดีค่ะ"])[0] == pytest.approx(2 * 4 / (7 + 6))
+    assert score("rouge_l", ["iPhoneを買った"], ["iPadを買った"])[0] == pytest.approx(2 * 4 / (5 + 5))
+
+
+def test_rouge_l_keeps_words_with_combining_marks_whole() -> None:
+    assert score("rouge_l", ["नमस्ते दुनिया"], ["नमस्कार दोस्त"])[0] == 0.0
+    assert score("rouge_l", ["नमस्ते दुनिया"], ["नमस्ते दोस्त"])[0] == 0.5
+    assert score("rouge_l", ["cafe\u0301"], ["café"])[0] == 1.0
+
+
+def test_rouge_l_compares_words_of_spaced_scripts_as_it_did() -> None:
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - slow to import
+
+    class LettersAndDigits:
+        def tokenize(self, text: str) -> list[str]:
+            return re.findall(r"\w+", text.lower())
+
+    texts = [
+        "It's 21.5 °C in the kitchen_2 - turn on e-mail alerts!",
+        "It is 21 °C in the hall - turn off e-mail alerts.",
+        "Öffne das Fenster im Flur; ça va, señor?",
+        "Öffne die Tür im Flur, ça va?",
+        "Άνοιξε το φως στην κουζίνα",
+        "Άνοιξε το φως στο σαλόνι",
+        "Включи свет на кухне, пожалуйста: ещё ярче",
+        "Выключи свет на кухне",
+        "شغل الضوء في المطبخ؟ می‌خواهم",
+        "أطفئ الضوء في المطبخ",
+    ]
+    pairs = list(itertools.product(texts, texts))
+    scorer = RougeScorer(["rougeL"], tokenizer=LettersAndDigits())
+    before = [scorer.score(reference, prediction)["rougeL"].fmeasure for prediction, reference in pairs]
+    assert score("rouge_l", *zip(*pairs, strict=True))[1] == before
 
 
 def test_chrf_lies_between_0_and_1() -> None:
