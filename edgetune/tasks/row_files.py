@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple
             return _json_lines(f"{source}:", text.split("\n"))
         if suffix in DELIMITERS:
             text = read_text(path, most_bytes)
-            return _table_rows(source, text, _delimiter_of(text, suffix))
+            return _table_rows(source, text, _delimiter_of(source, text, suffix))
         raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
     if path.is_dir():
         raise UsageError(f"{source} is a folder", "use a .jsonl, .csv or .tsv file in it")
@@ -77,10 +78,22 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
         raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
 
 
-def _delimiter_of(text: str, suffix: str) -> str:
+def _delimiter_of(source: str, text: str, suffix: str) -> str:
     """The delimiter of a table: some programs write a .csv file with semicolons."""
-    header = text.lstrip().partition("\n")[0]
-    return ";" if suffix == ".csv" and ";" in header and "," not in header else DELIMITERS[suffix]
+    usual = DELIMITERS[suffix]
+    return max(usual, ";", key=lambda delimiter: _columns_by(delimiter, source, text)) if suffix == ".csv" else usual
+
+
+def _columns_by(delimiter: str, source: str, text: str) -> tuple[int, int]:
+    """How many whole names of columns the delimiter gives, and how many names in all.
+
+    A name after a space, as after a comma in a sentence, or with a quotation mark may be a part of another.
+    """
+    try:
+        _, names = next(_records(source, text, delimiter, skipinitialspace=False), (0, []))
+    except UsageError:
+        return 0, 0
+    return sum(re.fullmatch(r'[^\s"][^"]*', name) is not None for name in names), len(names)
 
 
 def _json_lines(place: str, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
@@ -126,11 +139,27 @@ def _with_keys_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    header: list[str] | None = None
+    for line, fields in _records(source, text, delimiter):
+        if header is None:
+            header = [name.strip() for name in fields]
+            twice = sorted({name for name in header if name and header.count(name) > 1})
+            if twice:
+                raise UsageError(f"{source}:{line}: there are two columns {twice[0]!r}", "rename one of them")
+        elif len(fields) != len(header):
+            yield f"{source}:{line}", BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
+        else:
+            yield f"{source}:{line}", _by_name(header, fields)
+
+
+def _records(
+    source: str, text: str, delimiter: str, *, skipinitialspace: bool = True
+) -> Iterator[tuple[int, list[str]]]:
+    """The line and the fields of the header and of each row that is not empty. UsageError for a wrong quotation."""
     # One limit for all of the process: put back afterwards, it would stop another thread in the middle of a table.
     csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
-    header: list[str] | None = None
-    line = 0
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=skipinitialspace)
     while True:
         line = reader.line_num + 1
         try:
@@ -140,17 +169,20 @@ def _table_rows(source: str, text: str, delimiter: str) -> Iterator[tuple[str, A
             raise UsageError(f"{source}:{line}: {error}", "check the quotation marks in this row") from error
         if fields is None:
             return
-        if not any(field.strip() for field in fields):
-            continue
-        if header is None:
-            header = [name.strip() for name in fields]
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise UsageError(f"{source}:{line}: there are two columns {twice[0]!r}", "rename one of them")
-        elif len(fields) != len(header):
-            yield f"{source}:{line}", BadRowError(f"has {len(fields)} fields, the header has {len(header)}")
-        else:
-            yield f"{source}:{line}", dict(zip(header, fields, strict=True))
+        if any(field.strip() for field in fields):
+            yield line, fields
+
+
+def _by_name(header: Sequence[str], fields: Sequence[str]) -> dict[str, str] | BadRowError:
+    """The fields by the names of their columns, without empty ones of columns without a name.
+
+    One column may have fields but no name, as that of row numbers in tables of pandas.
+    """
+    filled = [place for place, field in enumerate(fields) if header[place] or field.strip()]
+    unnamed = [place for place in filled if not header[place]]
+    if unnamed and header.count("") > 1:
+        return BadRowError(f"column {unnamed[0] + 1} has a value but no name; name it in the header, or clear it")
+    return {header[place]: fields[place] for place in filled}
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:

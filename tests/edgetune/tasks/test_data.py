@@ -224,11 +224,46 @@ def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) 
         ("text,label\na\n", "2: has 1 fields, the header has 2"),
         ("text,label\na,b,c\n", "2: has 3 fields, the header has 2"),
         ("text,text\na,b\n", "1: there are two columns 'text'; rename one of them"),
+        ("text,label,,\na,b,,\nc,d,,x\n", "3: column 4 has a value but no name; name it in the header, or clear it"),
         ('text,label\na,b\n"c,d\n', "3: unexpected end of data; check the quotation marks in this row"),
     ],
 )
 def test_a_broken_table_is_refused_with_its_line(write: Write, table: str, problem: str) -> None:
     assert problems_of(write(table, "rows.csv")) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ("text;label", ["text", "label"]),
+        ('"text, raw";label', ["text, raw", "label"]),
+        ('"text\nraw";label', ["text\nraw", "label"]),
+        ("comment (free, short);label", ["comment (free, short)", "label"]),
+        ("comment (free, short, or none);label", ["comment (free, short, or none)", "label"]),
+        (";;\ntext;label", ["text", "label"]),
+        ("text, label", ["text", "label"]),
+        ("text (short; free), label", ["text (short; free)", "label"]),
+        ('text, "label;kind"', ["text", "label;kind"]),
+        ('"text", "label;kind"', ["text", "label;kind"]),
+        ("text,label;kind", ["text", "label;kind"]),
+    ],
+)
+def test_a_table_is_split_at_the_sign_that_leaves_the_names_of_its_columns_whole(
+    write: Write, header: str, names: list[str]
+) -> None:
+    delimiter = ";" if header.endswith(";label") else ","
+    ((_, values),) = row_files.entries(write(f"{header}\nopen it{delimiter}on\n", "rows.csv"))
+    assert values == dict(zip(names, ["open it", "on"], strict=True))
+
+
+def test_columns_without_name_and_value_are_left_out(write: Write) -> None:
+    ((_, values),) = row_files.entries(write("text,label,,\nopen it,on,, \n", "rows.csv"))
+    assert values == {"text": "open it", "label": "on"}
+
+
+def test_one_column_may_have_values_but_no_name(write: Write) -> None:
+    ((_, values),) = row_files.entries(write(",text,label\n0,open it,on\n", "rows.csv"))
+    assert values == {"": "0", "text": "open it", "label": "on"}
 
 
 @pytest.mark.parametrize(("name", "delimiter"), [("rows.csv", ","), ("rows.tsv", "\t")])
