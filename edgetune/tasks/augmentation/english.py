@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _ENGLISH = frozenset((
     "the", "is", "to", "and", "of", "please", "what", "my", "it", "for", "in", "on", "turn", "set", "how", "can",
-    "you", "a", "an", "i", "me", "at", "off", "up", "down", "this", "that", "with", "all", "from", "are", "not",
+    "you", "a", "i", "me", "at", "off", "up", "down", "this", "that", "with", "all", "from", "are", "not",
     "your", "we", "when", "where", "there", "play", "call", "add", "open", "close", "light", "lights", "room",
     "kitchen", "bedroom", "bathroom", "living", "switch", "make", "get", "show", "tell", "give", "put", "start",
     "stop", "next", "song", "music", "minute", "minutes", "hour", "hours", "degrees", "percent", "weather",
@@ -17,10 +17,10 @@ _ENGLISH = frozenset((
     "want", "need", "like", "much", "many", "time", "day", "week", "about",
 ))  # fmt: skip
 _OTHERS = frozenset((
-    "der", "das", "und", "ist", "im", "auf", "bitte", "mit", "den", "dem", "ein", "eine", "einen", "nicht", "zu",
-    "für", "mach", "schalte", "stell", "wie", "von", "el", "los", "las", "por", "del", "una", "uno", "con", "para",
-    "que", "pon", "enciende", "apaga", "favor", "en", "luz", "le", "les", "des", "du", "et", "dans", "sur", "est",
-    "pour", "avec", "une", "mets", "allume", "il", "lo", "gli", "di", "che", "per", "accendi", "spegni", "nella",
+    "der", "das", "und", "ist", "im", "an", "auf", "aus", "bitte", "mit", "den", "dem", "ein", "eine", "einen", "nicht",
+    "zu", "für", "mach", "schalte", "stell", "wie", "von", "el", "los", "las", "por", "del", "una", "uno", "con",
+    "para", "que", "pon", "enciende", "apaga", "favor", "en", "luz", "le", "les", "des", "du", "et", "dans", "sur",
+    "est", "pour", "avec", "une", "mets", "allume", "il", "lo", "gli", "di", "che", "per", "accendi", "spegni", "nella",
     "della", "luce", "het", "een", "van", "de", "zet", "doe", "aan", "uit", "niet", "op", "naar", "voor", "met",
 ))  # fmt: skip
 """Frequent words of German, Spanish, French, Italian and Dutch."""

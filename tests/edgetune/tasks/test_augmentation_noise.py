@@ -16,6 +16,8 @@ from edgetune.tasks.augmentation.slots import Mention
         (["play some jazz", "kitchen lights off", "volume up", "timer ten minutes", "call mom", "stop"], True),
         (["turn on the lamp", "set the Wohnzimmer to 20 percent"], True),
         (["Licht in der Küche an", "Stell im Flur 75 Prozent ein", "Bad auf fünfzig Prozent"], False),
+        (["Licht an", "Licht aus", "Heizung an"], False),
+        (["set an alarm for ten", "is there an umbrella in the hall"], True),
         (["pon la luz de la cocina", "apaga todo", "play Despacito"], False),
         (["allume la lampe du salon", "mets la musique", "un minuteur de dix minutes"], False),
         (["accendi la luce in cucina", "spegni tutto"], False),
