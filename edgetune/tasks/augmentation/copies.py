@@ -18,7 +18,7 @@ from edgetune.tasks.plain_prompts import answered_prompts, plain
 from .answers import Answer, prompt_of
 from .clauses import reordered
 from .english import is_english
-from .noise import noisy
+from .noise import has_case, noisy
 from .numbers import NUMBERS, YEAR
 from .slots import Mention, mentions_of
 from .values import SlottedRow, Values
@@ -250,6 +250,14 @@ def _kept(text: str, turns: Sequence[Message], answer: Answer | None) -> list[Me
     answers = [turns[place]["content"] for place in texts if turns[place]["role"] == "assistant"]
     repeated = {word for answer in answers for word in _WORD.findall(answer)}
     return [
-        *(mention for value in values for mention in mentions_of(text, value)),
+        *(mention for value in values for mention in (*mentions_of(text, value), *_parts(text, value))),
         *(Mention(m.start(), m.end()) for m in _WORD.finditer(text) if m[0] in repeated),
     ]
+
+
+def _parts(text: str, value: str) -> list[Mention]:
+    """Where a text has the value as a part of a word, as compounds do, or without spaces around it, as in Chinese."""
+    is_letter = len(value) < 2 and has_case(value)
+    if not value or is_letter:
+        return []
+    return [Mention(m.start(), m.end()) for m in re.finditer(re.escape(value), text, re.IGNORECASE)]

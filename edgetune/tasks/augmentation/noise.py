@@ -45,7 +45,7 @@ _TOKEN = re.compile(
 _DIGITS = 0.5
 """How often a number word is written in digits."""
 _TYPED_LETTERS = 4
-"""Only words of at least so many letters get a typo."""
+"""Only words of at least so many letters get a typo, and these have case: others may be whole sentences."""
 
 
 def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: bool) -> tuple[str, str]:
@@ -63,6 +63,11 @@ def noisy(prompt: str, kept: Sequence[Mention], rng: random.Random, *, english: 
     return prompt, "mistyped"
 
 
+def has_case(word: str) -> bool:
+    """Whether a word has only letters with a small and a capital form, as those of Chinese and Thai have not."""
+    return all(letter.islower() or letter.isupper() for letter in word)
+
+
 def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str]) -> str:
     """The prompt with each word, number and punctuation mark changed, except those in `kept`."""
 
@@ -74,7 +79,7 @@ def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str])
 
 def _mistyped(prompt: str, kept: Sequence[Mention], rng: random.Random) -> str:
     """The prompt with a typo in one word."""
-    words = [m for m in _TOKEN.finditer(prompt) if m[0].isalpha() and len(m[0]) >= _TYPED_LETTERS]
+    words = [m for m in _TOKEN.finditer(prompt) if len(m[0]) >= _TYPED_LETTERS and has_case(m[0])]
     words = [match for match in words if not _is_kept(match, kept)]
     if not words:
         return prompt

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from made_copies import copied, pairs
 
 from edgetune.tasks.augmentation.english import is_english
 from edgetune.tasks.augmentation.noise import noisy
@@ -57,6 +58,22 @@ def test_numbers_are_spoken_in_words(written: str, said: str) -> None:
 @pytest.mark.parametrize("number", ["007", "07:30", "8812", "1.2.3", "7:00", "2024-05-01", "1,5"])
 def test_ids_and_dates_are_not_spoken_in_words(number: str) -> None:
     assert all(number in text for text in made(f"Find order {number}"))
+
+
+@pytest.mark.parametrize(
+    ("form", "rooms"),
+    [("把{}的灯打开, please", ("厨房", "卧室")), ("{}nlicht bitte an", ("Küche", "Treppe"))],
+)
+def test_noise_keeps_values_that_are_parts_of_words(form: str, rooms: tuple[str, ...]) -> None:
+    rows = [{"prompt": form.format(room), "completion": {"room": room}} for room in rooms]
+    copies = pairs(copied(rows, copies=30, noise=1))
+    assert copies and all(answer["room"].lower() in prompt.lower() for prompt, answer in copies)
+
+
+def test_words_of_letters_without_case_get_no_typo() -> None:
+    assert set(made("把客厅的灯打开", english=False)) == {"把客厅的灯打开"}
+    texts = set(made("把客厅的灯打开 please", english=False))
+    assert len(texts) > 1 and all(text.startswith("把客厅的灯打开 ") for text in texts)
 
 
 def test_articles_are_lost_or_repeated_and_compounds_split() -> None:
