@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 """How much longer than the longest prompt of the rows a new one may be; a longer text is not a request."""
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
+_INTRODUCED = re.compile(r"[^\n]*:\s*\n(.*)", re.DOTALL)
+_QUOTED = re.compile('["“”„]([^"“”„]*)["“”]')
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"
 
 
@@ -103,6 +106,12 @@ class Lesson:
     @cached_property
     def _most_characters(self) -> int:
         return _TIMES_AS_LONG * max(len(prompt_of(row)) for row in self._rows) + _MORE_CHARACTERS
+
+    @cached_property
+    def _long_prompts(self) -> Sequence[str]:
+        """The prompts of several lines."""
+        prompts = [prompt_of(row).strip() for row in self._rows]
+        return [prompt for prompt in prompts if len(prompt.splitlines()) > 1]
 
     def first_requests(self, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         """The request for a new prompt that is sent first, and the one for an answer to it; later ones have other rows.
@@ -197,8 +206,8 @@ class Lesson:
     def _made(self, number: int, prompts: set[str]) -> dict[str, Any] | _LeftOut:
         """The row that a question leads to, or why it is left out; adds its prompt to `prompts`."""
         wording = self._answer(self._questions.for_prompt(number), _WORDING, number)
-        prompt = _request_of(wording.text)
-        if wording.is_cut_off and not prompt:
+        prompt = _request_of(wording.text, self._long_prompts)
+        if wording.is_cut_off and (self._long_prompts or not prompt):
             return _LeftOut(_CUT_OFF, [prompt])
         system = self._questions.row_of(number).system
         own: list[Message] = [] if system is None else [{"role": "system", "content": system}]
@@ -249,8 +258,16 @@ def _is_text(text: str) -> bool:
     return True
 
 
-def _request_of(text: str) -> str:
-    """The first line of an answer that introduces no other, without the dash or the quotation marks around it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    lines = lines[1:] if len(lines) > 1 and lines[0].endswith(":") else lines
-    return lines[0].removeprefix("- ").strip('"“”').strip() if lines else ""
+def _request_of(text: str, long_prompts: Sequence[str]) -> str:
+    """The request in an answer, without the line that introduces it, and the dash or quotation marks around it.
+
+    It has several lines only if the task has such prompts, `long_prompts`, whose own first lines may introduce others.
+    """
+    text = text.strip()
+    introduced = _INTRODUCED.match(text)
+    if introduced and not any(map(_INTRODUCED.match, long_prompts)):
+        text = introduced[1].strip()
+    if not long_prompts:
+        text = next(iter(text.splitlines()), "").strip().removeprefix("- ")
+    quoted = _QUOTED.fullmatch(text.strip())
+    return (quoted[1] if quoted else text).strip()

@@ -544,6 +544,49 @@ def test_thoughts_and_introductions_are_no_prompts_and_half_characters_no_rows(
     assert [row.prompt for row in read_rows(str(out))] == ["request 4", "request 5"]
 
 
+@pytest.mark.parametrize(
+    ("own", "said_of", "expected"),
+    [
+        ("turn on the lamp", '- "light the {}"', "light the {}"),
+        ("turn on the lamp", "„Licht {}“", "Licht {}"),
+        ("turn on the lamp", 'Translate "{}" into "French"', 'Translate "{}" into "French"'),
+        ("turn on the lamp", '"{}" and "off"', '"{}" and "off"'),
+        ("turn on the lamp", "Here it is:\nlamp {}\n\nIt is short.", "lamp {}"),
+        ("Dear team,\nthe lamp", "Here it is:\n\nHello,\n\nlight {}\n- now", "Hello,\n\nlight {}\n- now"),
+        ("Dear team,\nthe lamp", '"Hello,\nlight {}"', "Hello,\nlight {}"),
+        ("Sum up:\nthe lamp", "Sum up:\nlight {}", "Sum up:\nlight {}"),
+    ],
+)
+def test_new_prompts_are_whole(
+    own: str, said_of: str, expected: str, teacher: Callable[[Reply], str], tmp_path: Path
+) -> None:
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        return said(
+            json.dumps({"do": "on"}) if "response_format" in body else said_of.replace("{}", f"r{body['seed']}")
+        )
+
+    rows = [{"prompt": f"{own} {number}", "completion": {"do": "on"}} for number in range(9)]
+    adapters = {"home": adapter_of(output={"schema": SCHEMA})}
+    path, out = write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows}), tmp_path / "new.jsonl"
+    assert command(str(path), teacher(reply), out, "--yes", "--rows", "1") == 0
+    assert [row.prompt for row in read_rows(str(out))] == [expected.replace("{}", "r1")]
+
+
+def test_new_prompts_of_several_lines_that_are_cut_off_are_left_out(
+    teacher: Callable[[Reply], str], tmp_path: Path
+) -> None:
+    def reply(body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        if "response_format" in body:
+            return said('{"do": "on"}')
+        return said(f"Hello,\nlight {body['seed']}", "length" if body["seed"] < 3 else "stop")
+
+    rows = [{"prompt": f"Dear team,\nthe lamp {number}", "completion": {"do": "on"}} for number in range(9)]
+    adapters = {"home": adapter_of(output={"schema": SCHEMA})}
+    path, out = write_recipe(tmp_path, "missing.gguf", adapters, data={"rows.jsonl": rows}), tmp_path / "new.jsonl"
+    assert command(str(path), teacher(reply), out, "--yes", "--rows", "1") == 0
+    assert [row.prompt for row in read_rows(str(out))] == ["Hello,\nlight 3"]
+
+
 def test_rows_with_tools_or_several_turns_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     rows = [{"messages": [*turns, {"role": "user", "content": str(n)}, turns[1]]} for n in range(9)]
