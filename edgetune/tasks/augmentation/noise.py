@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from .numbers import LARGE, NUMBERS, spoken_number
+from .numbers import LARGE, NUMBER_WORDS, NUMBERS, spoken_number
 from .slots import Mention
 
 _SOUNDS_ALIKE = (
@@ -26,7 +26,6 @@ _NEIGHBOURS = dict(
 )
 _WORD_RATE = 0.15
 """How often a word is replaced by one that sounds alike, an article is lost, or a filler is added."""
-_NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
 _NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+(?:\s?%|\w*)"
 """A number with its unit, if there is no space between, or a percent sign."""
 _SIGNS = re.compile(
@@ -36,10 +35,10 @@ _SIGNS = re.compile(
 )
 """Signs that a speech recognizer would not leave out: of money and of operators, faces, and marks on letters."""
 _UNITS = "|".join(LARGE)
-_LARGE = rf"(?:{_UNITS})(?:[ -](?:and[ -])?(?>one|{_NUMBER_WORDS}|{_UNITS}))*"
+_LARGE = rf"(?:{_UNITS})(?:[ -](?:and[ -])?(?>one|{NUMBER_WORDS}|{_UNITS}))*"
 """The words of a number above 99, which stay as they are, from the first that is too large."""
 _TOKEN = re.compile(
-    rf"(?<![\w'-])(?i:(?:(?:a|one|{_NUMBER_WORDS})[ -])?{_LARGE}|{_NUMBER_WORDS})(?![\w'-])"
+    rf"(?<![\w'-])(?i:(?:(?:a|one|{NUMBER_WORDS})[ -])?{_LARGE}|{NUMBER_WORDS})(?![\w'-])"
     rf"|{_NUMBER}|\w+(?:['\u2019-]+\w+)*|[^\w\s]"
 )
 _DIGITS = 0.5

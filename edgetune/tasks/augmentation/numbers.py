@@ -38,6 +38,11 @@ def digit_words(digits: str) -> str:
 NUMBERS = {(number_word(number) or "").replace("-", " "): number for number in range(2, _LIMIT)}
 """The numbers by their words, such as `twenty five`; "one" is more often no number."""
 
+NUMBER_WORDS = "|".join(words.replace(" ", "[ -]") for words in sorted(NUMBERS, key=len, reverse=True))
+_WRITTEN = re.compile(r"(?<!\w)(?:\d{4}-\d\d-\d\d|-?\d+(?:[.:,/]\d+)*)")
+_IN_WORDS = re.compile(rf"(?<![\w-])(?:{NUMBER_WORDS})(?![ -](?:{'|'.join(LARGE)})|[\w-])", re.IGNORECASE)
+_PART, _THOUSANDS = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)?"), re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
 
 def spoken_number(text: str) -> str | None:
     """A number below 1000, one with a point, a percentage or a time as people say it; None for others, such as 007."""
@@ -52,6 +57,25 @@ def spoken_number(text: str) -> str | None:
 
 def _said(digits: str) -> str:
     return (number_word(int(digits)) or "").replace("-", " ")
+
+
+def order(one: float | str, other: float | str) -> int:
+    """1 if the first number, time or date is larger, -1 if it is smaller, 0 if neither or they are of other kinds."""
+    first, second = _parts(one), _parts(other)
+    return (first > second) - (first < second) if len(first) == len(second) else 0
+
+
+def _parts(value: float | str) -> list[float]:
+    """The numbers that a text has, such as hour and minute, or the number."""
+    if not isinstance(value, str):
+        return [value]
+    return [float(part) for part in _PART.findall(_THOUSANDS.sub("", value).replace(",", "."))]
+
+
+def said_numbers(text: str) -> list[int | str]:
+    """The numbers, times and dates in a text: those in words as numbers, from 2 to 99."""
+    in_words = (NUMBERS[words.lower().replace("-", " ")] for words in _IN_WORDS.findall(text))
+    return [*_WRITTEN.findall(text), *in_words]
 
 
 def numbers_in(text: str) -> list[int]:

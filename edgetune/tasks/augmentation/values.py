@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from edgetune_runtime.decoding.output import spec_of
@@ -25,7 +26,7 @@ from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
 from .dependence import decided_keys, has_number, is_fixed, is_tied, selects
-from .numbers import YEAR, numbers_in
+from .numbers import YEAR, numbers_in, order, said_numbers
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
 
@@ -63,6 +64,14 @@ class SlottedRow:
             return None
         slots = slots_of(answer.said(row), answer)
         return cls(row, answer, [s for s in slots if answer.is_told(row, s.paths[0], s.mentions[0].start)])
+
+    @cached_property
+    def other_numbers(self) -> Sequence[Scalar]:
+        """The numbers, times and dates in the texts that are in no slot."""
+        said = self.answer.said(self.row)
+        for mention in (mention for slot in self.slots for mention in slot.mentions):
+            said = f"{said[: mention.start]}{' ' * (mention.end - mention.start)}{said[mention.end :]}"
+        return said_numbers(said)
 
 
 class Values:
@@ -136,7 +145,8 @@ class Values:
     def _fits(self, new: Scalar, item: SlottedRow, slot: Slot, values: Mapping[Slot, Scalar]) -> bool:
         """Whether a value can take the place of that of a slot, beside these `values` of all slots.
 
-        One that the texts have already would have two roles. Numbers keep their order, as a minimum and a maximum do.
+        One that the texts have already would have two roles. Numbers keep their order, as a minimum and a maximum do,
+        also among those that the answer does not have: it may be the lowest of several.
         """
         if new in values.values() or has_value(item.answer.said(item.row), new):
             return False
@@ -144,8 +154,10 @@ class Values:
             return False
         if not accepts(self._schemas_of(item, slot.paths[0]), new):
             return False
+        if any(order(slot.value, number) != order(new, number) for number in item.other_numbers):
+            return False
         return all(
-            other is slot or _order(slot.value, other.value) == _order(new, value) for other, value in values.items()
+            other is slot or order(slot.value, other.value) == order(new, value) for other, value in values.items()
         )
 
     def _contexts(self, item: SlottedRow, slot: Slot) -> tuple[object, object]:
@@ -262,16 +274,6 @@ def _is_followed(item: SlottedRow, slot: Slot) -> bool:
     said = {path for other in item.slots for path in other.paths}
     scalars = ((path, value) for path, value in item.answer.scalars() if path not in said)
     return any(item.answer.field(path) == slot.field and has_number(value) for path, value in scalars)
-
-
-def _order(one: Scalar, other: Scalar) -> int:
-    """1 if the first number, time or date is larger, -1 if it is smaller, 0 if neither or they are of other kinds."""
-    first, second = _numbers_of(one), _numbers_of(other)
-    return (first > second) - (first < second) if len(first) == len(second) else 0
-
-
-def _numbers_of(value: Scalar) -> list[float]:
-    return [float(part) for part in re.findall(r"\d+", value)] if isinstance(value, str) else [value]
 
 
 def _json_results(row: TaskRow) -> list[int]:

@@ -9,7 +9,7 @@ from made_copies import QUIET, copied, pairs, rows_from
 
 from edgetune.recipe.data import AugmentSpec
 from edgetune.tasks.augmentation.copies import copies_of
-from edgetune.tasks.augmentation.numbers import digit_words, number_word
+from edgetune.tasks.augmentation.numbers import digit_words, number_word, order, said_numbers
 
 
 def asked(prompt: str, **answer: object) -> dict[str, Any]:
@@ -72,6 +72,34 @@ def test_numbers_and_times_keep_their_order() -> None:
     hours = (("9:15", "10:30"), ("11:00", "12:15"), ("8:00", "20:30"))
     made = pairs(copied([asked(f"busy from {a} to {b}", start=a, end=b) for a, b in hours], copies=9, **QUIET))
     assert made and all(f"{answer['start']:0>5}" < f"{answer['end']:0>5}" for _, answer in made)
+
+
+def test_numbers_keep_their_order_among_those_that_the_answer_does_not_have() -> None:
+    fares = ((12, 30), (33, 20), (45, 50), (15, 11))
+    rows = [asked(f"Pick the cheapest: bus {a} euros, train {b} euros", price=min(a, b)) for a, b in fares]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert made and all(answer["price"] == min(map(int, re.findall(r"\d+", prompt))) for prompt, answer in made)
+    words = [asked(f"the higher of {a} and {number_word(b)}", most=max(a, b)) for a, b in ((12, 30), (33, 20), (51, 8))]
+    made = pairs(copied(words, copies=9, **QUIET))
+    assert made and all(answer["most"] == max(map(int, said_numbers(prompt))) for prompt, answer in made)
+    hours = (("16:45", "17:30"), ("12:00", "11:10"), ("09:30", "18:20"))
+    times = [asked(f"the later one: {a} or {b}", at=max(a, b)) for a, b in hours]
+    made = pairs(copied(times, copies=9, **QUIET))
+    assert made and all(answer["at"] == max(re.findall(r"\d\d:\d\d", prompt)) for prompt, answer in made)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1,500", "900"), ("12.5", "12.25"), (3, "-5"), ("9:30", "9:05"), ("2024-06-01", "2024-05-31"), ("9,5", "9")],
+)
+def test_numbers_of_all_forms_have_an_order(one: float | str, other: float | str) -> None:
+    assert (order(one, other), order(other, one), order(one, "1:2:3:4")) == (1, -1, 0)
+
+
+def test_the_numbers_of_a_text_are_found() -> None:
+    assert said_numbers("from 20-30 to -5, 2024-05-01, 9:30, B12, twenty-two, Two hundred and 3km") == [
+        "20", "30", "-5", "2024-05-01", "9:30", "3", 22,
+    ]  # fmt: skip
 
 
 def test_a_number_stays_where_a_later_call_may_be_computed_from_it() -> None:
