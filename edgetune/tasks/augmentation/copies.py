@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,15 @@ from .answers import Answer, prompt_of
 from .clauses import reordered
 from .english import is_english
 from .noise import has_case, noisy
-from .numbers import NUMBERS, YEAR
+from .numbers import NUMBERS, YEAR, has_result, has_same_order
 from .slots import Mention, mentions_of
 from .values import SlottedRow, Values
 
 _TRIES = 3
 """Attempts at a copy whose prompt no other row has."""
+_DRAWS = 8
+"""Attempts at other numbers in the same order."""
+_SPEAKERS = ("user", "assistant")
 _MACHINE_TEXT = re.compile(r"[{}\[\]<>=|\\]")
 """Characters that nobody says or types in haste."""
 _WORD = re.compile(r"\w+(?:[.:,]\d+)*")
@@ -178,21 +181,21 @@ class _Maker:
         return (row.with_turns(turns) if kinds else row), kinds
 
     def _with_numbers(self, row: TaskRow, rng: random.Random) -> tuple[TaskRow, list[str]]:
-        """The row with other numbers, of the same form, in the turns of the user and the answers in plain text."""
-        prompt = prompt_of(row)
-        others = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in self._shared_numbers(row)}
-        others = {number: other for number, other in others.items() if number != other}
-        if not others or len(set(others.values())) < len(others):
-            return row, []
+        """The row with other numbers, of the same form, in the turns of the user and the answers in plain text.
 
-        def changed(text: str) -> str:
-            return _NUMBER.sub(lambda match: others.get(match[0], match[0]), text)
-
-        turns = [
-            {**turn, "content": changed(turn["content"])} if turn["role"] in ("user", "assistant") else turn
-            for turn in row.turns
-        ]
-        return row.with_turns(turns), [f"{number} → {other}" for number, other in others.items()]
+        They keep their order among all that the user told: an answer may be the lowest of several.
+        """
+        prompt, shared, told = prompt_of(row), self._shared_numbers(row), _told(row)
+        for _ in range(_DRAWS):
+            drawn = {number: rng.choice(self._numbers[_kind(number, prompt)]) for number in shared}
+            others = {number: other for number, other in drawn.items() if number != other}
+            if others and has_same_order(told, _with_others(told, others)):
+                turns = [
+                    {**turn, "content": _with_others(turn["content"], others)} if turn["role"] in _SPEAKERS else turn
+                    for turn in row.turns
+                ]
+                return row.with_turns(turns), [f"{number} → {other}" for number, other in others.items()]
+        return row, []
 
     def _shared_numbers(self, row: TaskRow) -> list[str]:
         """The numbers such as 10:00 that the prompt and an answer in plain text have, if all answers only repeat some.
@@ -208,18 +211,19 @@ class _Maker:
         return [number for number in _NUMBER.findall(prompt_of(row)) if number in repeated]
 
     def _only_repeats(self, row: TaskRow) -> bool:
-        """Whether the user told all numbers of an answer, instead of asking what is so of them, and none is a year.
+        """Whether the user told all numbers of an answer, instead of asking what is so of them, and none is a year or
+        computed of two others.
 
         They also decide the answer if the same prompt with other numbers has another one.
         """
-        told = "\n".join(str(turn["content"]) for turn in row.messages or () if turn["role"] == "user")
-        told = "\n".join(part for part in _SENTENCE_END.split(told) if not _QUESTION.match(part))
+        told = "\n".join(part for part in _SENTENCE_END.split(_told(row)) if not _QUESTION.match(part))
         answer, words = row.completion or "", set(told.lower().split())
         numbers = set(_NUMBER.findall(answer))
         return (
             len(self._answers.get(_without_numbers(prompt_of(row)), ())) <= 1
             and numbers <= set(_NUMBER.findall(told))
             and not any(map(YEAR.fullmatch, numbers))
+            and not has_result(answer)
             and all(word in words for word in re.findall(r"\w+", answer.lower()) if word in NUMBERS)
         )
 
@@ -230,6 +234,15 @@ class _Maker:
             return False
         self._seen.add(key)
         return True
+
+
+def _told(row: TaskRow) -> str:
+    """What the user says before the answer."""
+    return "\n".join(str(turn["content"]) for turn in row.messages or () if turn["role"] == "user")
+
+
+def _with_others(text: str, others: Mapping[str, str]) -> str:
+    return _NUMBER.sub(lambda match: others.get(match[0], match[0]), text)
 
 
 def _without_numbers(text: str) -> str:

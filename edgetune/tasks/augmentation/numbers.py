@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from itertools import combinations, pairwise
 
 _BELOW_20 = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
@@ -63,6 +65,34 @@ def order(one: float | str, other: float | str) -> int:
     """1 if the first number, time or date is larger, -1 if it is smaller, 0 if neither or they are of other kinds."""
     first, second = _parts(one), _parts(other)
     return (first > second) - (first < second) if len(first) == len(second) else 0
+
+
+def has_same_order(text: str, changed: str) -> bool:
+    """Whether the numbers, times and dates of a text have the same order in one that has others in their places."""
+    found = ([_parts(number) for number in _WRITTEN.findall(each)] for each in (text, changed))
+    numbers = sorted(zip(*found, strict=True), key=lambda pair: (len(pair[0]), pair[0]))
+    return all(
+        (before < next_before) == (after < next_after) and (before == next_before) == (after == next_after)
+        for (before, after), (next_before, next_after) in pairwise(numbers)
+        if len(before) == len(next_before)
+    )
+
+
+def has_result(text: str) -> bool:
+    """Whether one of the numbers in a text is the sum, the difference or the product of two others."""
+    found = [parts for number in _WRITTEN.findall(text) if len(parts := _parts(number)) == 1]
+    numbers = [_rounded(number) for (number,) in found]
+    counts = Counter(numbers)
+    return any(
+        counts[result] > (one, other).count(result)
+        for one, other in combinations(numbers, 2)
+        for result in (_rounded(one + other), _rounded(one * other))
+    )
+
+
+def _rounded(number: float) -> float:
+    """A number without the error of its fraction."""
+    return round(number, 6)
 
 
 def _parts(value: float | str) -> list[float]:

@@ -17,7 +17,7 @@ from edgetune.cli.main import main
 from edgetune.planning.needs import plan_rows
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.augmentation.noise import noisy
-from edgetune.tasks.augmentation.numbers import number_word
+from edgetune.tasks.augmentation.numbers import has_result, number_word
 from edgetune.tasks.augmentation.slots import Mention, mentions_of
 from edgetune.tasks.plain_prompts import answered_prompts
 from edgetune.tasks.task import Task, read_task
@@ -119,6 +119,32 @@ def test_numbers_of_plain_answers_are_exchanged_for_others_of_their_form() -> No
     for prompt, answer in made:
         (hour,) = re.findall(r"\d+:00", prompt)
         assert f"the post came at {hour} today" in answer
+
+
+def test_numbers_of_plain_answers_keep_their_order() -> None:
+    hours = (("16:45", "17:30"), ("12:00", "11:10"), ("09:30", "18:20"))
+    rows = [{"prompt": f"Use the later time: {a} or {b}", "completion": max(a, b)} for a, b in hours]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert made and all(answer == max(re.findall(r"\d+:\d+", prompt)) for prompt, answer in made)
+    lists = ((90, 81, 40), (55, 12, 70))
+    rows = [
+        {"prompt": f"Sort {a}, {b}, {c}", "completion": "{}, {}, {}".format(*sorted((a, b, c)))} for a, b, c in lists
+    ]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert made
+    assert all(answer == ", ".join(sorted(re.findall(r"\d+", prompt), key=int)) for prompt, answer in made)
+
+
+def test_numbers_of_which_one_is_computed_of_two_others_stay() -> None:
+    def sold(tickets: int, price: int, form: str) -> dict[str, Any]:
+        prompt = f"We sold {tickets} tickets for {price} euros each, {tickets * price} in total"
+        return {"prompt": prompt, "completion": form.format(tickets, price, tickets * price)}
+
+    for form in ("{} x {} = {}", "{2} euros, as {0} times {1} is"):
+        rows = [sold(tickets, price, form) for tickets, price in ((3, 10), (5, 11), (7, 12))]
+        assert copied(rows, copies=9, **QUIET) == []
+    assert has_result("0.1 + 0.2 = 0.3") and has_result("10 - 7 = 3")
+    assert not has_result("1 for 5") and not has_result("12:00 to 9:30, 3, 8")
 
 
 def test_numbers_that_decide_a_plain_answer_stay() -> None:
