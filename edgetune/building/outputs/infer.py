@@ -1,7 +1,6 @@
 """Infers the output constraint that all training answers satisfy: a JSON schema, or a list of choices.
 
-Strings become an enum only where the rows suggest that they know all of its values: none of them occurs only once
-(the Good-Turing estimate of the probability of an unseen value is the share of values seen once).
+Strings become an enum only where the rows suggest that they know all of its values.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.tools.formats import SEPARATORS
 
-_MAX_CHOICES = 50
-_MIN_REPEATS = 5
-"""Occurrences per distinct value before a list of values counts as complete."""
+from edgetune.common.choices import is_complete
 
 
 def infer(answers: Sequence[str]) -> OutputSpec | None:
@@ -31,13 +28,7 @@ def infer(answers: Sequence[str]) -> OutputSpec | None:
             shape.add(value)
         return output_of(schema=shape.schema(), spacing=spacing_of(answers))
     values = Counter(answers)
-    return output_of(choices=sorted(values)) if _is_complete(values) else None
-
-
-def _is_complete(values: Counter[str]) -> bool:
-    """Whether these are probably all values that occur."""
-    is_few = 0 < len(values) <= _MAX_CHOICES and values.total() >= _MIN_REPEATS * len(values)
-    return is_few and "" not in values and min(values.values()) > 1
+    return output_of(choices=sorted(values)) if is_complete(values) else None
 
 
 def spacing_of(answers: Sequence[str]) -> str:
@@ -98,7 +89,7 @@ class _Shape:
             previous = {key: None}
 
     def _of_kind(self, kind: str) -> dict[str, Any]:
-        if kind == "string" and _is_complete(self.strings):
+        if kind == "string" and is_complete(self.strings):
             return {"enum": sorted(self.strings)}
         if kind == "array":
             assert self.items is not None

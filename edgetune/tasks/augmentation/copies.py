@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edgetune_runtime.text.chat import Message
 
+from edgetune.common.choices import is_complete
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
 from edgetune.tasks.plain_prompts import answered_prompts, plain
@@ -109,6 +111,7 @@ class _Maker:
         for answer in (answer for row in rows for answer in row.answers):
             texts = self._answers.setdefault(_without_numbers(prompt_of(answer)), set())
             texts.add(_without_numbers(answer.completion or ""))
+        self._is_rated = is_complete(Counter(answer.completion or "" for row in rows for answer in row.answers))
         for row in rows:
             for number in self._shared_numbers(row):
                 self._numbers.setdefault(_kind(number, prompt_of(row)), []).append(number)
@@ -200,10 +203,12 @@ class _Maker:
     def _shared_numbers(self, row: TaskRow) -> list[str]:
         """The numbers such as 10:00 that the prompt and an answer in plain text have, if all answers only repeat some.
 
-        Labels repeat none.
+        Labels repeat none, and neither do answers that are one of few numbers, such as ratings.
         """
         answer = row.completion or ""
         if row.is_labelled or answer in self._labels or id(row) in self._slotted:
+            return []
+        if self._is_rated and _NUMBER.fullmatch(answer):
             return []
         if not all(map(self._only_repeats, row.answers)):
             return []

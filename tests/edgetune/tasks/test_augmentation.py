@@ -159,6 +159,15 @@ def test_numbers_that_decide_a_plain_answer_stay() -> None:
     assert copied(rated, copies=3, **QUIET)
 
 
+def test_ratings_stay() -> None:
+    said = (("Broke after 2 days", "2"), ("Fine for 4 days", "4"), ("Bad", "1"))
+    rated = [{"prompt": f"{text}, says {name}", "completion": n} for text, n in said for name in "ABCDE"]
+    assert copied(rated, copies=3, **QUIET) == []
+    assert copied([*rated, {"prompt": "3 days", "completion": "3"}], copies=3, **QUIET), (
+        "a number that no other row has"
+    )
+
+
 @pytest.mark.parametrize("values", [(True, False), (None, "max"), (["light", "dim"], ["heat"])])
 def test_a_field_that_depends_on_an_unsaid_truth_value_or_list_stays(values: tuple[Any, Any]) -> None:
     kinds = dict(zip(("lamp", "kettle", "fan", "oven"), (values[0], values[1], values[0], values[1]), strict=True))
