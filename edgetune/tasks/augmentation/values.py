@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from edgetune_runtime.decoding.output import spec_of
@@ -94,7 +95,10 @@ class Values:
         # The user knows better.
         open_fields = mentioned.keys() - listed.keys()
         last = [record for own in by_row for record in _last_records(own)]
-        self._fixed = {field for field in open_fields if is_fixed(field, self._unmentioned, last)}
+        sorted_lists = {field for item in rows for field in _reordered_lists(item)}
+        self._fixed = {
+            field for field in open_fields if field in sorted_lists or is_fixed(field, self._unmentioned, last)
+        }
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {
             field: {other for other in self._unmentioned if is_tied(field, other, last)} for field in open_fields
@@ -237,6 +241,22 @@ class Values:
                 message = f"data.augment.values.{field} has {value!r}, which the schema does not allow there"
                 others = "other values" if allowed is None else f"one of {first_of(list(map(str, allowed)))}"
                 raise UsageError(message, f"change the schema, or give {others}")
+
+
+def _reordered_lists(item: SlottedRow) -> set[str]:
+    """The fields that are lists of texts in another order than in the prompt, such as that of the alphabet."""
+    lists: dict[FieldPath, list[tuple[int, Slot]]] = {}
+    for slot in item.slots:
+        for path in slot.paths:
+            if isinstance(slot.value, str) and isinstance(path[-1], int):
+                lists.setdefault(path[:-1], []).append((path[-1], slot))
+    in_order = [[slot for _, slot in sorted(each, key=lambda placed: placed[0])] for each in lists.values()]
+    return {
+        one.field
+        for slots in in_order
+        for one, other in pairwise(slots)
+        if one.mentions[0].start > other.mentions[0].start
+    }
 
 
 def _last_records(records: Sequence[dict[str, Scalar]]) -> list[dict[str, Scalar]]:

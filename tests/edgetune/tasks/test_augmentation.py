@@ -159,6 +159,18 @@ def test_numbers_that_decide_a_plain_answer_stay() -> None:
     assert copied(rated, copies=3, **QUIET)
 
 
+def test_lists_of_texts_in_an_order_of_their_own_stay() -> None:
+    texts = (["pear", "apple", "mango"], ["dog", "zebra", "cat"], ["ant", "fig", "owl"])
+    asked = {", ".join(each): each for each in texts}
+    lists = [{"prompt": f"alphabetical: {text}", "completion": sorted(each)} for text, each in asked.items()]
+    assert copied(lists, copies=9, **QUIET) == []
+    fields = [{"prompt": f"sort {text}", "completion": {"sorted": sorted(each)}} for text, each in asked.items()]
+    assert copied(fields, copies=9, **QUIET) == []
+    as_said = [{"prompt": f"add {text}", "completion": {"items": each}} for text, each in asked.items()]
+    made = pairs(copied(as_said, copies=9, **QUIET))
+    assert made and all(prompt == f"add {', '.join(answer['items'])}" for prompt, answer in made)
+
+
 def test_ratings_stay() -> None:
     said = (("Broke after 2 days", "2"), ("Fine for 4 days", "4"), ("Bad", "1"))
     rated = [{"prompt": f"{text}, says {name}", "completion": n} for text, n in said for name in "ABCDE"]
