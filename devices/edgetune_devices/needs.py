@@ -94,9 +94,11 @@ def _types_of(tensor: TensorInfo, header: GgufHeader, types: Quantization) -> tu
 def _body_types(name: str, header: GgufHeader, types: Quantization) -> tuple[str, ...]:
     """The types that llama.cpp may give a matrix that is not the head, as in llama-quant.cpp without a matrix.
 
-    Half of the value and down projections get `types.some`, unless the quantization has other rules.
+    Half of the down projections and of those with the values, which may have queries and keys too, get `types.some`,
+    unless the quantization has other rules.
     """
-    is_value, is_down = name.endswith("attn_v.weight"), name.endswith("ffn_down.weight")
+    is_value = name.endswith(("attn_v.weight", "attn_qkv.weight"))
+    is_down = name.endswith("ffn_down.weight")
     layers = number(header, "block_count")
     layer = int(name.split(".")[1]) if name.startswith("blk.") else layers
     if types.most == "q3_k":

@@ -118,22 +118,22 @@ def test_predicted_size_of_a_quantization_is_that_of_the_quantized_file(
     assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=0.03)
 
 
-@pytest.mark.parametrize("width", [96, 256])
+@pytest.mark.parametrize(("arch", "width"), [("llama", 96), ("llama", 256), ("phi3", 256)])
 def test_predicted_sizes_follow_the_layers_to_which_llama_cpp_gives_more_bits(
+    arch: str,
     width: int,
     tiny_folder: Callable[[str], Path],
     convert: Callable[[Path, Path], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, config, own = tiny.MODELS["llama"]
-    monkeypatch.setitem(
-        tiny.MODELS, "llama", (model, config, {**own, "num_hidden_layers": 8, "num_key_value_heads": 1})
-    )
+    # Before the sizes change, because other tests use this folder.
+    tokenizer = tiny_folder(arch) / "tokenizer.model"
+    model, config, own = tiny.MODELS[arch]
+    monkeypatch.setitem(tiny.MODELS, arch, (model, config, {**own, "num_hidden_layers": 8, "num_key_value_heads": 1}))
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
-    tokenizer = tiny_folder("llama") / "tokenizer.model"
-    convert(tiny.make_folder("llama", tmp_path / "base", tokenizer, hidden_size=width), base)
-    for quantization in ("iq4_nl", "iq4_xs", "q3_k_m", "q4_k_m"):
+    convert(tiny.make_folder(arch, tmp_path / "base", tokenizer, hidden_size=width), base)
+    for quantization in ("iq4_nl", "iq4_xs", "q3_k_m", "q4_k_m", "q5_k_m"):
         quantize_gguf(base, out, quantization)
         needs = needs_of_header(read_header(base), context_length=128, quantization=quantization)
         assert needs.base_bytes == pytest.approx(out.stat().st_size, rel=1e-3)
