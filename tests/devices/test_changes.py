@@ -43,7 +43,7 @@ def test_the_cheapest_change_that_suffices_is_the_only_one(header: GgufHeader) -
     short_by_a_little = _with_free_mb(kept_mb(needs, repacks=()) - 5)
     (change,) = changes.changes_for(needs, short_by_a_little)
     assert change.what == "limit saved states: --cache-mb 16"
-    assert change.fits and change.saves_mb == pytest.approx(needs.state_bytes / 1e6)
+    assert change.fits and change.saves_mb == pytest.approx(needs.state_bytes / 1e6 - 16)
     assert change.needed_mb == pytest.approx(kept_mb(needs, repacks=()) - change.saves_mb)
 
 
@@ -93,6 +93,18 @@ def test_the_context_proposed_is_the_longest_that_fits(header: GgufHeader) -> No
     assert 256 < tokens < 2048
     assert kept_mb(replace(needs, context_length=tokens), repacks=()) <= board.free_mb
     assert kept_mb(replace(needs, context_length=tokens + 1), repacks=()) > board.free_mb
+
+
+def test_every_context_up_to_the_longest_fits_and_none_beyond_it(header: GgufHeader) -> None:
+    adapters = {name: AdapterSize(1_000_000, 10) for name in "abcdef"}
+    needs = _needs(header, kv_values_per_token=49152, context_length=8192, cache_mb=256)
+    needs = replace(needs, adapters=adapters)
+    lengths = range(256, needs.context_length + 1, 64)
+    kept = {tokens: kept_mb(replace(needs, context_length=tokens), repacks=()) for tokens in lengths}
+    for free_mb in range(int(kept[512]), int(kept[8192]), 25):
+        board = _with_free_mb(free_mb)
+        tokens = changes.longest_context(needs, board)
+        assert [length for length in lengths if kept[length] <= board.free_mb] == [*range(256, tokens + 1, 64)]
 
 
 def test_a_smaller_quantization_is_proposed_where_the_header_is_known() -> None:

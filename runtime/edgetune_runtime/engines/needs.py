@@ -182,10 +182,13 @@ class Needs:
 
     @property
     def state_bytes(self) -> int:
-        """Saved states of the base and each adapter, half a context long, as many as the limit allows."""
+        """Saved states of the base and each adapter, half a context long, or the limit if they are larger.
+
+        An upper bound: whole states rarely use all of the limit. It does not shrink as the context grows.
+        """
         states = len(self.adapters) + 1 if self.adapters else 0
         size = self.kv_bytes_per_token * self.context_length // 2 + _FLOAT_BYTES * self.recurrent_values
-        return min(states, int(self.cache_mb * MB) // max(size, 1)) * size
+        return min(states * size, int(self.cache_mb * MB))
 
     @property
     def vocabulary_bytes(self) -> int:
