@@ -154,15 +154,21 @@ def _requantized(needs: Needs, header: GgufHeader) -> Iterator[tuple[Needs, str]
             yield replace(needs, **weights), name
 
 
-def _adapters(needs: Needs, _board: Board) -> Step:
+def _adapters(needs: Needs, board: Board) -> Step:
     for name in sorted(needs.merged, key=needs.merged.__getitem__, reverse=True):
         left = {other: size for other, size in needs.merged.items() if other != name}
         needs = replace(needs, merged=left)
         yield f"leave out the merged adapter {name}, or build it as a low-rank one", "that task, or some quality", needs
+    # Those left out since the last change: alone, one saves nothing if the others still fill `adapters_mb`.
+    names: list[str] = []
     for name in sorted(needs.adapters, key=lambda key: needs.adapters[key].file_bytes, reverse=True)[:-1]:
-        kept = {other: size for other, size in needs.adapters.items() if other != name}
-        needs = replace(needs, adapters=kept)
-        yield f"leave out adapter {name}", "that task", needs
+        names.append(name)
+        kept = {other: size for other, size in needs.adapters.items() if other not in names}
+        changed = replace(needs, adapters=kept)
+        if kept_mb(changed, repacks=board.repacks) < kept_mb(needs, repacks=board.repacks):
+            adapters, tasks = ("adapter", "that task") if len(names) == 1 else ("adapters", "those tasks")
+            yield f"leave out {adapters} {' and '.join(names)}", tasks, changed
+            needs, names = changed, []
 
 
 def _more_memory(

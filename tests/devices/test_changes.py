@@ -121,6 +121,18 @@ def test_a_smaller_quantization_is_proposed_where_the_header_is_known() -> None:
     assert (last.what, last.fits) == ("build with quantization: q5_k_m", True)
 
 
+def test_adapters_that_save_memory_only_together_are_left_out_together(header: GgufHeader) -> None:
+    adapters = {name: AdapterSize(mb * 1_000_000, 10) for name, mb in (("a", 200), ("b", 190), ("c", 180), ("d", 150))}
+    needs = replace(_needs(header, context_length=256, cache_mb=0), adapters=adapters)
+    found = changes.changes_for(replace(needs, kv="q8_0"), _with_free_mb(1))
+    left_out = {change.what: round(change.saves_mb) for change in found if "adapter" in change.what}
+    assert left_out == {"leave out adapters a and b and c": 256 - 150}
+    needs = replace(needs, adapters_mb=400)
+    found = changes.changes_for(needs, _with_free_mb(kept_mb(needs, repacks=()) - 220))
+    left_out = {change.what: round(change.saves_mb) for change in found if "adapter" in change.what}
+    assert left_out == {"leave out adapters a and b": 400 - 330, "leave out adapter c": 180}
+
+
 def test_a_larger_size_of_the_same_board_is_proposed_last(header: GgufHeader) -> None:
     huge = _needs(header, base_bytes=3_000_000_000)
     last = changes.changes_for(huge, boards.load("pi-4-1gb"))[-1]
