@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from edgetune_export import architectures
 from edgetune_export.base_file import llama_cpp_source, run_converter
 from edgetune_export.base_file.convert import SCRIPT, check_folder, convert_folder, find_converter
+from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from tiny import ARCHITECTURES
@@ -131,6 +133,21 @@ def test_modules_in_the_working_folder_are_not_run(
     monkeypatch.chdir(work)
     assert find_converter().is_file()
     assert [path.name for path in work.iterdir()] == ["pip.py"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_code_of_a_source_distribution_runs_only_if_its_digest_is_the_known_one(
+    is_known: bool, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    monkeypatch.setitem(SDIST, "backend.py", f"open({str(ran)!r}, 'w').close()\n{BACKEND}")
+    put_sdist(index)
+    (archive,) = index.iterdir()
+    monkeypatch.setitem(llama_cpp_source.SDIST_SHA256, VERSION, sha256_of(archive) if is_known else "00" * 32)
+    refused = pytest.raises(VerificationError, match="does not have the expected sha256 0000")
+    with nullcontext() if is_known else refused:
+        assert find_converter().is_file()
+    assert ran.exists() == is_known
 
 
 @pytest.mark.parametrize(
