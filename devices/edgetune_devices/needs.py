@@ -16,6 +16,7 @@ _UNCHANGED = "per_layer_model_proj.weight"
 """A matrix that llama.cpp does not quantize."""
 # A scale in f32 for each block of 32 weights.
 _ONNX_SCALE_BITS = 1
+_FLOAT_BITS = 32
 
 
 def engine_of(target: str) -> str:
@@ -34,6 +35,8 @@ def needs_of_header(
         main_type, head_type = (row_type(name, width).name for name in (types.most, types.head))
         needs = replace(needs, main_type=main_type, head_type=head_type, layer_types=_layer_types(header, types))
     angles = _angle_bytes(header, engine)
+    if _writes_head_twice(header, types, engine):
+        needs = replace(needs, base_bytes=needs.base_bytes + needs.head_bytes, head_bytes=0)
     return replace(needs, base_bytes=needs.base_bytes + angles, angle_bytes=angles)
 
 
@@ -65,14 +68,27 @@ def _angle_bytes(header: GgufHeader, engine: str) -> int:
     return number(header, "context_length") * 4 * sum(rotated_lengths(header))
 
 
+def _writes_head_twice(header: GgufHeader, types: Quantization | None, engine: str) -> bool:
+    """Whether the embedding is in the file a second time, as the output layer, because floats are transposed there."""
+    head = header.tensors.get("token_embd.weight")
+    if head is None or head.name != header.output_tensor or load_needs(engine).COST.has_tensor_types:
+        return False
+    return _onnx_bits(head, header, types) == _FLOAT_BITS
+
+
 def _onnx_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization | None) -> int:
     """Bytes of the matrix in ONNX Runtime: 4 or 8 bits and a scale per block, or float32."""
+    bits = _onnx_bits(tensor, header, types)
+    return math.ceil(math.prod(tensor.shape) * (bits if bits == _FLOAT_BITS else bits + _ONNX_SCALE_BITS) / 8)
+
+
+def _onnx_bits(tensor: TensorInfo, header: GgufHeader, types: Quantization | None) -> int:
+    """Bits per weight of the matrix in ONNX Runtime, without scales."""
     kind = tensor.type
     if types is not None and tensor.name != _UNCHANGED:
         is_head = tensor.name in (header.output_tensor, PER_LAYER_EMBEDDING)
         kind = row_type(types.head if is_head else types.most, tensor.shape[0])
-    bits = kind.onnx_bits or 8
-    return math.ceil(math.prod(tensor.shape) * (bits if bits == 32 else bits + _ONNX_SCALE_BITS) / 8)
+    return kind.onnx_bits or 8
 
 
 def _quantized_bytes(tensor: TensorInfo, header: GgufHeader, types: Quantization) -> int:

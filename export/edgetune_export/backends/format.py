@@ -52,7 +52,8 @@ class Format:
 
     def base_bytes(self, own_bytes: float, parameters: int, options: OptionsByFormat) -> float:
         """Approximate size of a base that has `own_bytes` bytes in this format with the types of its GGUF file."""
-        return parameters * _FLOAT if self.writes_floats(options) else own_bytes
+        # An embedding of floats is in an ONNX file a second time if it is the output layer too.
+        return max(parameters * _FLOAT, own_bytes) if self.writes_floats(options) else own_bytes
 
     def low_rank_bytes(self, sizes: Iterable[tuple[int, int, int]], dtype: str) -> float:
         """Approximate size in bytes of a low-rank adapter, of which `sizes` has each rank with a module's rows and

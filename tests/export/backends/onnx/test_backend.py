@@ -23,6 +23,7 @@ from edgetune_export.adapters.shapes import Delta, LowRank
 from edgetune_export.architectures import known
 from edgetune_export.architectures.shape import BaseShape
 from edgetune_export.backends.base import Source
+from edgetune_export.backends.onnx import FORMAT
 from edgetune_export.backends.onnx.backend import values_by_type, weight_type, write_adapter, write_base, write_merged
 from edgetune_export.backends.onnx.graph import load_structure
 from edgetune_export.backends.onnx.options import OnnxOptions
@@ -35,6 +36,7 @@ from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.engines.onnx.needs import angle_bytes, per_layer_embedding
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_sizes import data_start
 from edgetune_runtime.formats.onnx_file import read_onnx
 from genai import greedy, greedy_in_genai
 from onnx import numpy_helper
@@ -414,6 +416,19 @@ def test_an_embedding_of_which_only_rows_are_read_has_the_planned_size(
     shape = BaseShape.of_header(read_header(source_of("gemma4", held).path))
     found = per_layer_embedding(read_onnx(made("gemma4", "plain", held)))
     assert found == (planned.per_layer_bytes, shape.parameters_in_file)
+
+
+@pytest.mark.parametrize(
+    ("arch", "held", "weights"),
+    [("llama", "f16", "auto"), ("llama", "f16", "fp32"), ("qwen2", "f16", "auto"), ("llama", "q8_0", "auto")],
+)
+def test_weights_have_the_planned_size(arch: str, held: str, weights: str, made: Made, source_of: Sources) -> None:
+    header, options = read_header(source_of(arch, held).path), OnnxOptions(weights=weights)
+    needs = needs_of_header(header, context_length=128, engine="onnx")
+    planned = FORMAT.base_bytes(needs.base_bytes, header.parameters, {"onnx": options}) - data_start(header)
+    written = made(arch, None, held, options).with_suffix(".onnx.data").stat().st_size
+    # Space between the tensors adds to the file of a tiny base.
+    assert planned == pytest.approx(written, rel=0.1)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "lfm2", "qwen35"])
