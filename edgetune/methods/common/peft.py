@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,7 +133,7 @@ class WeightMethod(PeftMethod[O]):
 
     def fold(self, checkpoint: Checkpoint, shape: str) -> Folded:
         """The low-rank product of each layer, or the merged weights."""
-        with peft_model(checkpoint) as model:
+        with peft_model(checkpoint if shape == "merged" else replace(checkpoint, scale=1.0)) as model:
             layers = dict(tuned_layers(model))
             if shape == "merged":
                 return Merged(checkpoint.name, self.name, merged_weights(layers))

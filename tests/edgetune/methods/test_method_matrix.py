@@ -208,7 +208,7 @@ def engine_of(tuned: Tuned, shape: str, backend: str, source: Source, folder: Pa
     engine = ENGINES[backend](graph, context_length=64, threads=1)
     invocation = folded.invocation if isinstance(folded, LowRank) else ()
     engine.load_adapter("adapter", out, invocation=invocation)
-    engine.activate({"adapter": 1.0})
+    engine.activate({"adapter": tuned.checkpoint.scale})
     return engine
 
 
@@ -299,6 +299,20 @@ def test_a_product_can_be_merged_too(
     trained = tuned(name, **TABLE[name][1])
     with closing(engine_of(trained, "merged", backend, source, tmp_path)) as engine:
         assert compare(logits(trained), engine, ROWS).kl < CLOSE["merged"]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if methods.load(name).takes_scale])
+def test_a_scale_is_applied_once_whatever_the_shape(
+    name: str, tuned: Callable[..., Tuned], source: Source, tmp_path: Path
+) -> None:
+    trained = tuned(name, **TABLE[name][1])
+    scaled = replace(trained, checkpoint=replace(trained.checkpoint, scale=2.0))
+    backend = next(backend for backend, shape in TABLE[name][0].items() if shape != "merged")
+    for shape in trained.method.shapes(trained.checkpoint.options):
+        with closing(engine_of(scaled, shape, "gguf" if shape == "merged" else backend, source, tmp_path)) as engine:
+            assert compare(logits(scaled), engine, ROWS).kl < CLOSE[shape]
+            # So that a scale of 1 or 4 would not pass.
+            assert compare(logits(trained), engine, ROWS).kl > 5 * CLOSE[shape]
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
