@@ -65,9 +65,9 @@ def needs_of(plan: BuildPlan, base: BaseShape, device: TrainingDevice) -> BuildN
     # In the work folder: a requantized base, one after continued pretraining, and the trained parameters.
     copies = bool(plan.base.quantization or plan.base.candidates) + (recipe.domain is not None)
     folds = [adapter.spec.confidence_folds or 0 for adapter in new]
-    parameters = sum((1 + count) * each for count, each in zip(folds, trained, strict=True))
+    trained_parameters = sum((1 + count) * each for count, each in zip(folds, trained, strict=True))
     folds_mb = sum(count * sum(each.bytes_by_format.values()) for count, each in zip(folds, new, strict=True)) / 1e6
-    work_mb = copies * base_mb + parameters * _FLOAT_BYTES / 1e6
+    work_mb = copies * base_mb + trained_parameters * _FLOAT_BYTES / 1e6
     bundle_mb = sum(by_target)
     staged_mb = bundle_mb + 2 * folds_mb - base_mb * any(item.links_base for item in formats.values())
     # Not at the same time: training has ended before the bundle is staged.

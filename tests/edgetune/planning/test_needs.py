@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from edgetune_export.architectures import known
+from edgetune_export.backends.format import PROCESS_MB
 from edgetune_export.base_file.convert import part_of
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, OutOfSpaceError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
@@ -126,10 +127,12 @@ def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], P
     assert both.bundle_mb == pytest.approx(lora.bundle_mb + both.extra_formats_mb)
     assert both.disk_mb > both.min_disk_mb > both.bundle_mb > lora.bundle_mb
     assert both.export_mb > lora.export_mb
+    assert both.parameters == read_header(base).parameters
     floats, in_int8 = (
         needs_of(make_recipe(tmp_path, base, targets=["gguf", "onnx"], quantization="f16", onnx={"weights": weights}))
-        for weights in ("auto", "int8")
+        for weights in ("fp32", "int8")
     )
+    assert floats.min_export_mb == pytest.approx(PROCESS_MB + 2 * both.parameters * 4 / 1e6)
     assert floats.extra_formats_mb > 1.9 * (floats.bundle_mb - floats.extra_formats_mb) > in_int8.extra_formats_mb
     full, last = (needs_of(make_recipe(tmp_path, base, {"command": adapter_of(method)})) for method in TRAINS_BASE)
     assert full.training_mb > last.training_mb > lora.weights_mb
