@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_export.adapters.fold import CONFIG_NAME, find_weights, read_config
+from edgetune_export.adapters.fold import CONFIG_NAME, SAVE_CONVERTED, changes_base, find_weights, read_config
 from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import IncompatibleError, VerificationError
 
@@ -27,8 +27,9 @@ _REFUSED = (
 def check_peft_folder(folder: Path, base: PreTrainedModel) -> None:
     """Raise what `read_config` and `find_weights` raise.
 
-    Also IncompatibleError for options that make PEFT load something else, or that no method here has, and for regular
-    expressions that do not end on the names of the base; VerificationError for an invalid regular expression.
+    Also IncompatibleError for options that make PEFT load something else or change the base, or that no method here
+    has, and for regular expressions that do not end on the names of the base; VerificationError for an invalid regular
+    expression.
     """
     config = read_config(folder)
     find_weights(folder)
@@ -36,6 +37,9 @@ def check_peft_folder(folder: Path, base: PreTrainedModel) -> None:
         if config.get(key):
             message = f"{folder / CONFIG_NAME} has {key}, which is not supported"
             raise IncompatibleError(message, f"train without {key}")
+    if changes_base(config):
+        message = f"{folder / CONFIG_NAME} has init_lora_weights: {config['init_lora_weights']}, which changes the base"
+        raise IncompatibleError(message, SAVE_CONVERTED)
     names = [name for name, _ in (*base.named_modules(), *base.named_parameters())]
     for expressions, whole in ((_whole(config), True), (_beginnings(config), False)):
         matches = matching(expressions, names, str(folder / CONFIG_NAME), whole=whole)

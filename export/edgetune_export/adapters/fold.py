@@ -28,6 +28,9 @@ from .shapes import Delta, Floats, LowRank, Merged
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+SAVE_CONVERTED = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
+"""The remedy where `changes_base`."""
+
 _MERGE = "merge it with PEFT's merge_and_unload(), save the full model and use that folder as the base"
 _SAVE_AGAIN = "save or copy the adapter again"
 # Options whose effect is not a plain B·A on a linear layer, with the remedy for each.
@@ -131,6 +134,12 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter's initialization changed the base's weights, which PEFT repeats when it loads the adapter."""
+    initialization = config.get("init_lora_weights")
+    return isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING)
+
+
 def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
@@ -139,10 +148,9 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str) -> None:
     problems = [f"{key} ({remedy})" for key, remedy in _REFUSED_OPTIONS.items() if config.get(key)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias: {config['bias']} (train with bias: none)")
-    initialization = config.get("init_lora_weights")
-    if isinstance(initialization, str) and initialization.lower().startswith(_BASE_CHANGING):
-        remedy = "save it again with save_pretrained(path_initial_model_for_weight_conversion=…)"
-        problems.append(f"init_lora_weights: {initialization}, which changes the base ({remedy})")
+    if changes_base(config):
+        initialization = config["init_lora_weights"]
+        problems.append(f"init_lora_weights: {initialization}, which changes the base ({SAVE_CONVERTED})")
     summary = f"adapter {name!r} has options that a GGUF LoRA does not support"
     _raise_all(IncompatibleError, summary, problems, f"or {_MERGE}")
 

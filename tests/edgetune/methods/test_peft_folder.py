@@ -84,6 +84,13 @@ def test_options_that_load_something_else_are_refused(key: str, tmp_path: Path, 
     refused(saved(tmp_path, base, **{key: ["os"]}), IncompatibleError, f"has {key}, which is not supported")
 
 
+def test_an_initialization_that_changes_the_base_is_refused(tmp_path: Path, base: PreTrainedModel) -> None:
+    before = {name: values.clone() for name, values in base.state_dict().items()}
+    message = "has init_lora_weights: pissa, which changes the base; save it again with"
+    refused(saved(tmp_path, base, "dora", init_lora_weights="pissa"), IncompatibleError, message)
+    assert all(torch.equal(values, before[name]) for name, values in base.state_dict().items())
+
+
 def test_regular_expressions_that_end_are_those_of_peft(tmp_path: Path, base: PreTrainedModel) -> None:
     config = {"r": 8, "rank_pattern": {r".*q_proj": 4}, "target_modules": r"model\.layers\.\d+\.self_attn\.q_proj"}
     model = load_peft(saved(tmp_path, base, **config))
