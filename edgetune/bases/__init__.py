@@ -27,6 +27,7 @@ from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
+from edgetune_runtime.formats.gguf_sizes import number
 from edgetune_runtime.formats.quantization import DEFAULT, FLOATS
 from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.wording import first_line, first_of, nearest
@@ -231,8 +232,8 @@ def key_of_source(source: BaseSource) -> str:
 
 
 def trained_context_length(header: GgufHeader) -> int:
-    """The context length that the base was trained for, in tokens."""
-    return int(header.metadata[f"{header.architecture}.context_length"])
+    """The context length that the base was trained for, in tokens; IncompatibleError if the header does not say it."""
+    return number(header, "context_length")
 
 
 def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) -> PreTrainedModel:
@@ -343,10 +344,11 @@ def _no_encoder(name: str, why: str) -> IncompatibleError:
 def _encoder_length(config: Mapping[str, Any], folder: Path) -> int:
     """The number of tokens that an encoder has positions for; RoBERTa's positions start after the padding token."""
     positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id", 1)
-    is_roberta = str(config.get("model_type")).endswith("roberta")
-    length = positions - (padding + 1 if is_roberta else 0) if isinstance(positions, int) else 0
+    before = padding if str(config.get("model_type")).endswith("roberta") else -1
+    length = positions - before - 1 if isinstance(positions, int) and isinstance(before, int) else 0
     if length < 1:
-        raise VerificationError(f"{folder / CONFIG_NAME} has no valid max_position_embeddings", "get the model again")
+        message = f"{folder / CONFIG_NAME} has max_position_embeddings {positions!r} and pad_token_id {padding!r}"
+        raise VerificationError(message, "get the model again")
     return length
 
 

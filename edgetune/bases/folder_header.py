@@ -44,7 +44,7 @@ def predict_header(folder: Path) -> GgufHeader:
     metadata: dict[str, Any] = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": config[name] for name, key in ENTRIES.items() if config.get(name) is not None}
     metadata.setdefault(f"{architecture}.attention.head_count_kv", config.get("num_attention_heads"))
-    if "head_dim" in config:
+    if config.get("head_dim") is not None:
         metadata[f"{architecture}.attention.value_length"] = config["head_dim"]
     metadata |= {f"{architecture}.{key}": value for key, value in spec.header_entries(config).items()}
     names = name_map(GgufHeader(metadata, {}))

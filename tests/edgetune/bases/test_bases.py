@@ -241,6 +241,17 @@ def test_an_unsupported_architecture_is_refused_by_name_before_any_work(
     assert not (tmp_path / "work").exists()
 
 
+def test_a_folder_that_names_no_context_length_is_refused(
+    resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "base")) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["max_position_embeddings"]
+    for keys in ({}, {"max_position_embeddings": None}):
+        path.write_text(json.dumps({**config, **keys}), encoding="utf-8")
+        assert_refused(IncompatibleError, "has no llama.context_length", lambda: resolve("base"))
+
+
 @pytest.mark.parametrize("quantization", ["q8_0", "f16"])
 def test_a_folder_is_converted_once(
     quantization: str, resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path

@@ -118,6 +118,14 @@ def test_the_needs_of_a_folder_are_those_of_its_file(
     )
 
 
+def test_a_head_size_of_null_is_the_width_per_head(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps({**config, "head_dim": None}), encoding="utf-8")
+    assert needs_of(make_recipe(tmp_path, folder)) == needs_of(make_recipe(tmp_path, tiny_folder("llama")))
+
+
 def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     base = tiny_gguf("llama")
     lora = needs_of(make_recipe(tmp_path, base))

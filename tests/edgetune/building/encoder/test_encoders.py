@@ -374,6 +374,20 @@ def test_a_context_beyond_the_bases_positions_is_refused(built: Built, tmp_path:
         build(recipe, tmp_path / "home", progress=QUIET)
 
 
+@pytest.mark.parametrize(
+    ("arch", "key", "value"),
+    [("bert", "max_position_embeddings", None), ("roberta", "pad_token_id", None), ("roberta", "pad_token_id", 64)],
+)
+def test_an_encoder_without_positions_is_refused(
+    arch: str, key: str, value: int | None, tiny_encoder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_encoder(arch), tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, key: value}), encoding="utf-8")
+    with pytest.raises(VerificationError, match=f"config.json has .*{key} {value}.*; get the model again"):
+        encoder_of(Recipe.from_file(write_recipe(tmp_path, folder)))
+
+
 def test_sizes_have_one_name_for_all_architectures(tiny_encoder: Callable[[str], Path], tmp_path: Path) -> None:
     for arch, layers, length in (("bert", 2, 64), ("distilbert", 1, 64), ("electra", 1, 64), ("roberta", 1, 64)):
         base = encoder_of(Recipe.from_file(write_recipe(tmp_path, tiny_encoder(arch))))
