@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 
-from edgetune_export.adapters.shapes import Adapter, Merged
+from edgetune_export.adapters.shapes import Adapter, Floats, Merged
 
 from .format import OptionsByFormat
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"f32": np.float32, "f16": np.float16}
 """The NumPy types of the number formats that an adapter's file has as they are."""
+_F16_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,10 @@ class Backend(Protocol):
 
     def values_by_type(self, file: Path) -> dict[str, int]:
         """The number of values in each type of a base, adapter or merged model of this backend, for the manifest."""
+
+
+def check_f16_range(name: str, values: Floats, remedy: str) -> None:
+    """VerificationError, with this remedy, if f16 cannot hold one of the values of `name`."""
+    largest = float(np.abs(values).max())
+    if not largest <= _F16_MAX:
+        raise VerificationError(f"{name} reaches {largest:.3g}, f16 ends at {_F16_MAX:.0f}", remedy)

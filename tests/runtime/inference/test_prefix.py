@@ -298,7 +298,7 @@ def test_values_that_16_bits_cannot_hold_are_not_written(tiny_source: Sources, t
     source = tiny_source("llama")
     prefix = random_prefix(source.path, 4)
     prefix.values[1, 0, 2, 3] = 7e4
-    with pytest.raises(VerificationError, match="values up to 7e"):
+    with pytest.raises(VerificationError, match="'prefix' in its values reaches 7e"):
         BACKENDS["gguf"].write_adapter(prefix, source.path, tmp_path / "x", base_fingerprint="")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_adapter import INVOCATION_TOKENS
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
 from edgetune_runtime.wording import first_of
@@ -19,12 +19,12 @@ from edgetune_runtime.wording import first_of
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Adapter, Delta, Floats, LowRank, Merged, Prefix
 from edgetune_export.architectures.layout import base_columns, base_rows, name_map
-from edgetune_export.backends.base import Source
+from edgetune_export.backends.base import DTYPES, Source, check_f16_range
 from edgetune_export.base_file import merge
 from edgetune_export.base_file.quantize import quantize_rows
 
 from . import AUTO, factor_types, prefix_type, stored_rank
-from .prefix import F16_MAX, write_prefix
+from .prefix import write_prefix
 from .writer import adapter_file
 
 SHAPES = ("low_rank", "prefix", "merged")
@@ -127,18 +127,10 @@ def _filled(delta: Delta, rank: int) -> Delta:
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: Floats, tensor_type: str) -> None:
-    if tensor_type == "f32":
-        writer.add_tensor(name, np.ascontiguousarray(values))
-    elif tensor_type == "q8_0":
-        _require_f16_range(name, values)
+    if tensor_type != "f32":
+        check_f16_range(name, values, "write it with dtype: f32")
+    if tensor_type == "q8_0":
         packed = np.frombuffer(quantize_rows(values, gguf.GGMLQuantizationType.Q8_0), np.uint8)
         writer.add_tensor(name, packed.reshape(values.shape[0], -1), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     else:
-        _require_f16_range(name, values)
-        writer.add_tensor(name, np.ascontiguousarray(values, np.float16))
-
-
-def _require_f16_range(name: str, values: Floats) -> None:
-    largest = float(np.abs(values).max())
-    if not largest <= F16_MAX:
-        raise VerificationError(f"{name} reaches {largest:.3g}, f16 ends at {F16_MAX:.0f}", "write it with dtype: f32")
+        writer.add_tensor(name, np.ascontiguousarray(values, DTYPES[tensor_type]))

@@ -9,17 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from edgetune_runtime.errors import IncompatibleError, VerificationError
+from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_adapter import CacheShape, cache_shape, prefix_tensor
 from edgetune_runtime.formats.gguf_file import read_header
 
 from edgetune_export import architectures
 from edgetune_export.adapters.shapes import Floats, Prefix
-from edgetune_export.backends.base import DTYPES
+from edgetune_export.backends.base import DTYPES, check_f16_range
 
 from .writer import adapter_file
-
-F16_MAX = float(np.finfo(np.float16).max)
 
 
 def write_prefix(prefix: Prefix, base: Path, out: Path, *, dtype: str, base_fingerprint: str) -> None:
@@ -45,10 +43,8 @@ def check_prefix_fits(prefix: Prefix, shape: CacheShape) -> None:
         if array.shape != needed or not prefix.tokens:
             message = f"prefix {prefix.name!r} has {part} of shape {array.shape}, but the base needs {needed}"
             raise IncompatibleError(message, "use the base that the prefix was trained on")
-        largest = float(np.abs(array).max())
-        if not largest <= F16_MAX:
-            message = f"prefix {prefix.name!r} has {part} up to {largest:.3g}, above the f16 maximum of {F16_MAX:.0f}"
-            raise VerificationError(message, "train it again with a lower learning rate")
+        # Whatever the file has, the KV cache is in f16.
+        check_f16_range(f"prefix {prefix.name!r} in its {part}", array, "train it again with a lower learning rate")
 
 
 def _interleaved(keys: Floats) -> Floats:

@@ -60,8 +60,8 @@ def write_base(source: Source, folder: Path, adapters: Sequence[Adapter]) -> Pat
 def write_adapter(adapter: Adapter, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
     """Write the adapter as tensors for the slots of the graph `base`, or as its past keys and values.
 
-    `dtype` is f32 or f16. Raises IncompatibleError if the adapter does not fit the graph, OutOfSpaceError if the disk
-    is full.
+    `dtype` is f32 or f16. Raises IncompatibleError if the adapter does not fit the graph, and what `write_tensors`
+    raises.
     """
     header = read_onnx(base)
     if isinstance(adapter, LowRank):

@@ -88,7 +88,7 @@ def write_base(source: EncoderSource, folder: Path, adapters: Sequence[LowRank])
 def write_adapter(adapter: LowRank, base: Path, out: Path, *, dtype: str = "f32", base_fingerprint: str) -> None:
     """Write the adapter, with its head, as tensors for the slots of the graph `base`; `dtype` is f32 or f16.
 
-    Raises IncompatibleError when it does not fit the slots or has no head, OutOfSpaceError when the disk is full.
+    Raises IncompatibleError when it does not fit the slots or has no head, and what `write_tensors` raises.
     """
     if adapter.head is None:
         raise IncompatibleError(f"adapter {adapter.name!r} has no head for labels", "train it for text-classification")

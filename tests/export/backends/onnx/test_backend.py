@@ -34,7 +34,7 @@ from edgetune_export.parity import compare
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.onnx.engine import OnnxEngine
 from edgetune_runtime.engines.onnx.needs import angle_bytes, per_layer_embedding
-from edgetune_runtime.errors import IncompatibleError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from edgetune_runtime.formats.gguf_sizes import data_start
 from edgetune_runtime.formats.onnx_file import read_onnx
@@ -307,6 +307,14 @@ def test_an_adapter_in_f16_has_half_the_size_and_nearly_the_same_logits(
     small, large = ((tmp_path / dtype).stat().st_size for dtype in ("f16", "f32"))
     assert small < 0.6 * large
     assert compare(tuned.adapted, open_engine(base, tmp_path / "f16"), rows).kl < 1e-5
+
+
+def test_values_beyond_f16_need_f32(made: Made, tmp_path: Path) -> None:
+    large = Delta(np.ones((2, 64), np.float32), np.full((64, 2), 7e4, np.float32))
+    adapter = LowRank("command", "lora", {"model.layers.0.self_attn.q_proj": large})
+    with pytest.raises(VerificationError, match=r"qkv_proj.* reaches 7e\+04, .*; write it with onnx_dtype: f32"):
+        write_adapter(adapter, made("llama"), tmp_path / "out", dtype="f16", base_fingerprint="0" * 64)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
