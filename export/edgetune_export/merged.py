@@ -17,8 +17,10 @@ def source_of_merged(source: Source, requested: str | None, *, trains_on_grid: b
     """
     layer_types = source.header.layer_types
     quantization = quantization_of_merged(layer_types, requested, trains_on_grid=trains_on_grid)
+    if quantization is None or quantization == source.quantization:
+        return source
     # llama.cpp leaves some matrices in f32.
-    if quantization is None or {quantization} <= {*layer_types} <= {quantization, "f32"}:
+    if {quantization} <= {*layer_types} <= {quantization, "f32"}:
         return source
     path = source.work / f"merged-{source.fingerprint[:12]}-{quantization}.gguf"
     if not path.exists():

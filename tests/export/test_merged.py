@@ -50,6 +50,22 @@ def test_merged_models_have_8_bits_at_least_unless_others_are_requested(
     assert (found.path == source.path) == (merged == held)
 
 
+@pytest.mark.parametrize("on_grid", [False, True])
+def test_a_base_in_the_requested_mix_of_types_keeps_them(
+    on_grid: bool, source_in: Callable[[str], Source], tmp_path: Path
+) -> None:
+    source = replace(source_in("q4_k_m"), quantization="q4_k_m")
+    assert len(source.header.layer_types) > 1
+    assert source_of_merged(source, "q4_k_m", trains_on_grid=on_grid) is source
+    assert source_of_merged(source, "q8_0", trains_on_grid=on_grid).path != source.path
+    assert source.model is not None
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = dict(source.model.named_parameters())[name].detach().numpy()
+    gguf.write_merged(Merged("one", "lora", {name: lambda: weight}, on_grid=on_grid), source, tmp_path / "out.gguf")
+    types = {tensor.name: tensor.type for tensor in read_header(tmp_path / "out.gguf").tensors.values()}
+    assert types == {tensor.name: tensor.type for tensor in source.header.tensors.values()}
+
+
 def test_the_merged_file_of_another_base_is_not_used_again(source_in: Callable[[str], Source]) -> None:
     source = source_in("q4_0")
     other = replace(source, fingerprint="f" * 64)
