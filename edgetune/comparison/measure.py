@@ -141,11 +141,13 @@ class TorchMeasurement:
             return None
         measured.progress.say(f"timing a merged model in {target}")
         out = measured.bundle.with_name("merged") / backend.MODEL_FILE
+        base = self.base
         try:
             folded = self.method.fold(self.checkpoint, Merged.shape)
             assert isinstance(folded, Merged)
             options = self.recipe.format_options
-            source = Source(self.base.path, self.base.fingerprint, self.checkpoint.base, self.work, options)
+            model, quantization = self.checkpoint.base, base.quantization
+            source = Source(base.path, base.fingerprint, model, self.work, options, quantization=quantization)
             # Trials that run at the same time share the folder.
             self.work.mkdir(parents=True, exist_ok=True)
             with FileLock(self.work / "lock"):
