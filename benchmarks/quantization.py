@@ -22,6 +22,7 @@ from benchmarks.harness.tables import markdown, progress
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -40,6 +41,8 @@ ENGINES = ("gguf", "onnx")
 WAYS = ("separate", "q8_0", "nearest", "on-grid")
 KEYS = ("base", "task", "type", "engine")
 TARGET = "adapter"
+PANELS = 3
+"""Panels in a row of the plot."""
 Run = dict[str, Any]
 
 
@@ -166,8 +169,11 @@ def plot(result: Result, out: Path) -> None:
     """Scores by type with error bars, a panel per base and task; the first engine."""
     first = [line for line in result["summary"] if line["engine"] == result["summary"][0]["engine"]]
     panels = list(dict.fromkeys((line["base"], line["task"]) for line in first))
-    with subplots(out, 1, len(panels), dpi=120, figsize=(4.2 * len(panels), 3.6), squeeze=False) as axes:
-        for (base, task), axis in zip(panels, axes.flat, strict=True):
+    rows, columns = math.ceil(len(panels) / PANELS), min(len(panels), PANELS)
+    with subplots(out, rows, columns, dpi=120, figsize=(4.2 * columns, 3.6 * rows), squeeze=False) as axes:
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for (base, task), axis in zip(panels, axes.flat, strict=False):
             lines = [line for line in first if (line["base"], line["task"]) == (base, task)]
             kinds = list(dict.fromkeys(line["type"] for line in lines))
             for number, way in enumerate(WAYS):
