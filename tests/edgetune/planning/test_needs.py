@@ -140,7 +140,9 @@ def test_needs_follow_from_what_the_recipe_asks_for(tiny_gguf: Callable[[str], P
         needs_of(make_recipe(tmp_path, base, targets=["gguf", "onnx"], quantization="f16", onnx={"weights": weights}))
         for weights in ("fp32", "int8")
     )
-    assert floats.min_export_mb == pytest.approx(PROCESS_MB + 2 * both.parameters * 4 / 1e6)
+    # The weights once in the base's file and once in the other, in which a tied embedding is twice.
+    weights_mb = both.parameters * 4 / 1e6
+    assert 2 * weights_mb < floats.min_export_mb - PROCESS_MB < 3 * weights_mb
     assert floats.extra_formats_mb > 1.9 * (floats.bundle_mb - floats.extra_formats_mb) > in_int8.extra_formats_mb
     full, last = (needs_of(make_recipe(tmp_path, base, {"command": adapter_of(method)})) for method in TRAINS_BASE)
     assert full.training_mb > last.training_mb > lora.weights_mb

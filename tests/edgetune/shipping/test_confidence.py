@@ -132,7 +132,7 @@ def test_the_build_says_what_has_no_confidence(built: tuple[Path, list[str]]) ->
     said = "\n".join(built[1])
     assert f"few: no confidence, as 6 rows are too few ({MIN_ROWS} are needed)" in said
     assert " if exact)" in said.split("of 24 choice answers right, calibration error 0.")[1]
-    assert "gguf odd: no confidence, as the reference 'red' is not JSON; choose another metric" in said
+    assert "odd: 24 of 24 validation rows, such as " in said and "cannot be scored by json" in said
     assert "graded: no confidence" not in said
     assert "off: no confidence" not in said
 
