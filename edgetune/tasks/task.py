@@ -242,8 +242,8 @@ def _with_confidence(task: Task) -> Task:
     """The task with the rows that the confidence of answers is fitted on, which are not training rows.
 
     Those whose prompts differ in case and punctuation alone count as the same, which is doubted without a confidence
-    too. UsageError if given ones are training
-    rows, and where no answer would have the confidence that `min_confidence` asks for.
+    too. UsageError if given ones are training rows, and where no answer would have the confidence that `min_confidence`
+    asks for.
     """
     spec, choosing, rows = task.spec, task.choosing, task.validation
     for key in ("confidence_folds", "min_confidence"):

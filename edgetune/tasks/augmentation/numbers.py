@@ -63,8 +63,7 @@ def _said(digits: str) -> str:
 
 def order(one: float | str, other: float | str) -> int:
     """1 if the first number, time or date is larger, -1 if it is smaller, 0 if neither or they are of other kinds."""
-    first, second = _parts(one), _parts(other)
-    return (first > second) - (first < second) if len(first) == len(second) else 0
+    return _compared(_parts(one), _parts(other))
 
 
 def has_same_order(text: str, changed: str) -> bool:
@@ -72,7 +71,7 @@ def has_same_order(text: str, changed: str) -> bool:
     found = ([_parts(number) for number in _WRITTEN.findall(each)] for each in (text, changed))
     numbers = sorted(zip(*found, strict=True), key=lambda pair: (len(pair[0]), pair[0]))
     return all(
-        (before < next_before) == (after < next_after) and (before == next_before) == (after == next_after)
+        _compared(before, next_before) == _compared(after, next_after)
         for (before, after), (next_before, next_after) in pairwise(numbers)
         if len(before) == len(next_before)
     )
@@ -93,6 +92,10 @@ def has_result(text: str) -> bool:
 def _rounded(number: float) -> float:
     """A number without the error of its fraction."""
     return round(number, 6)
+
+
+def _compared(one: list[float], other: list[float]) -> int:
+    return (one > other) - (one < other) if len(one) == len(other) else 0
 
 
 def _parts(value: float | str) -> list[float]:
