@@ -84,11 +84,14 @@ def is_scorable(row: TaskRow, metric: Metric) -> bool:
 
 
 def check_scorable(rows: Sequence[TaskRow], metric: Metric) -> None:
-    """UsageError for a row with whose answer the metric can compare none."""
+    """UsageError for a row with whose answer the metric can compare none, and without rows."""
+    if not rows:
+        raise UsageError("there are no rows to score", "give at least one")
     check_answered(rows, metric)
-    if metric != "perplexity":
-        references = [row.completion or "" for row in rows]
-        score(metric, references, references, offers_tools=[row.tools is not None for row in rows])
+    for row in rows:
+        if not is_scorable(row, metric):
+            message = f"{row.where}: the answer {(row.completion or '')[:60]!r} is not JSON, but the metric is {metric}"
+            raise UsageError(message, "correct it, or choose another metric, such as exact")
 
 
 def check_answered(rows: Sequence[TaskRow], metric: Metric) -> None:

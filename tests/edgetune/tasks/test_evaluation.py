@@ -185,7 +185,7 @@ def test_rows_that_do_not_fit_are_counted_and_not_scored(
     ("metric", "row", "error", "message"),
     [
         ("label", {"text": "play", "label": "read"}, UsageError, "rows.jsonl:1: 'read' is not one of the labels"),
-        ("json", {"prompt": "play", "completion": "{on"}, UsageError, "'{on' is not JSON"),
+        ("json", {"prompt": "play", "completion": "{on"}, UsageError, "rows.jsonl:1: the answer '{on' is not JSON"),
         ("exact", {"text": "play"}, UsageError, "rows.jsonl:1: is plain text, but metric exact compares answers"),
         ("perplexity", {"text": "play"}, UsageError, "rows.jsonl:1: has 1 token, so there is nothing to predict"),
         ("exact", {"prompt": "play " * 200, "completion": "on"}, UsageError, "none of 1 rows fits in the context"),
