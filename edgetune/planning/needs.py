@@ -20,7 +20,7 @@ from edgetune import methods
 from edgetune.common.work_folder import work_folder
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.training import TrainingSpec
-from edgetune.tasks.data import estimated_tokens
+from edgetune.tasks.data import TEMPLATE_TOKENS, estimated_tokens
 from edgetune.tasks.task import Task
 from edgetune.training.device import CPU, TrainingDevice
 from edgetune.training.duration import TrainingTime, predicted_time
@@ -95,7 +95,8 @@ def plan_rows(task: Task, training: TrainingSpec) -> RowsPlan:
     mean = sum(lengths) / max(1, len(lengths))
     beginnings = {row.beginning(task.spec.system) for row in task.trained_rows}
     shared = estimated_tokens(len(beginnings.pop())) if len(beginnings) == 1 else 0
-    return RowsPlan(len(lengths), len(task.validation), max(lengths, default=0), mean, shared, steps)
+    longest = TEMPLATE_TOKENS + max(lengths) if lengths else 0
+    return RowsPlan(len(lengths), len(task.validation), longest, mean, shared, steps)
 
 
 def room_for(out: Path, device: TrainingDevice = CPU) -> Room:

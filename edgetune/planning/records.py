@@ -64,8 +64,8 @@ class BasePlan:
 class RowsPlan:
     """The data of an adapter: numbers of rows, and optimizer steps.
 
-    `longest_tokens` and `mean_tokens` are high estimates of the tokens of a training row. Of these, all rows begin with
-    about `shared_tokens`, which a step computes once.
+    `longest_tokens` and `mean_tokens` are high estimates of the tokens of a training row, the mean without those of the
+    chat template. Of these, all rows begin with about `shared_tokens`, which a step computes once.
     """
 
     train: int

@@ -16,7 +16,7 @@ from edgetune_runtime.wording import printable
 from edgetune import bases
 from edgetune.recipe.data import Columns
 from edgetune.recipe.model import Recipe
-from edgetune.tasks.data import TaskRow, rows_of
+from edgetune.tasks.data import TEMPLATE_TOKENS, TaskRow, rows_of
 from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -32,8 +32,6 @@ _REASONS = {
 _USEFUL_ROWS = 100
 # Of the rows, those with the most characters are tokenized.
 _LONGEST_ROWS = 100
-# What chat templates add to a row, where the tokenizer is not at hand.
-_TEMPLATE_TOKENS = 32
 _CONTEXT_STEP, _LEAST_CONTEXT = 128, 256
 """Context lengths are multiples of the step."""
 _ROOM = 1.25
@@ -141,7 +139,7 @@ def _by_length(rows: Sequence[TaskRow]) -> list[TaskRow]:
 def _longest(rows: Sequence[TaskRow], system: str | None, file: Path | None) -> int:
     """The tokens of the longest row: counted with the base's GGUF file, if there is one, otherwise estimated."""
     if file is None:
-        return rows[0].estimated_tokens(system) + _TEMPLATE_TOKENS
+        return rows[0].estimated_tokens(system) + TEMPLATE_TOKENS
     with closing(GgufTokenizer(file)) as tokenizer:
         examples, _ = tokenize_rows(rows, tokenizer, system=system, loss_on="all", max_tokens=sys.maxsize)
     return max(len(example.tokens) for example in examples)

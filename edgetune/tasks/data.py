@@ -33,6 +33,8 @@ LABEL = "label"
 FORMS = "messages, prompt and completion, text and label, or text"
 
 
+TEMPLATE_TOKENS = 32
+"""A high estimate of what a chat template adds to a row."""
 _CHARACTERS_PER_TOKEN = 3
 """A low estimate."""
 
