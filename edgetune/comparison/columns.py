@@ -70,7 +70,7 @@ def training_rows(outcomes: Sequence[TrialResult]) -> Iterator[tuple[str, ...]]:
             outcome.name,
             f"{outcome.trained_rows:,}",
             f"{training.trainable_parameters:,}",
-            f"{training.trainable_share:.2%}".removesuffix("%"),
+            f"{training.trainable_parameters / training.total_parameters:.2%}".removesuffix("%"),
             f"{training.seconds:.0f}" if training.seconds >= 10 else f"{training.seconds:.1f}",
             f"{training.tokens_per_s:.0f}",
             f"{training.peak_memory_mb:.0f}",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from edgetune.common.files import write_file
+from edgetune.training.job import TrainResult
 
 LOWER_IS_BETTER = ("perplexity",)
 """Metrics for which lower is better."""
@@ -48,28 +49,6 @@ class EngineFigures:
 
 
 @dataclass(frozen=True)
-class TrainingFigures:
-    """Cost and losses of training; losses in nats per token, `history` of (epoch, training loss, validation loss)."""
-
-    trainable_parameters: int
-    total_parameters: int
-    seconds: float
-    tokens_per_s: float
-    peak_memory_mb: float
-    train_loss: float
-    val_loss: float
-    shipped_step: int
-    steps: int
-    overfit_step: int | None
-    history: tuple[tuple[float, float, float], ...] = ()
-
-    @property
-    def trainable_share(self) -> float:
-        """Trainable parameters as a share of the base's."""
-        return self.trainable_parameters / self.total_parameters
-
-
-@dataclass(frozen=True)
 class BoardFit:
     """Whether the trial's bundle is predicted to fit on the recipe's board."""
 
@@ -93,7 +72,7 @@ class TrialResult:
     rank: int | None
     status: Status
     reason: str = ""
-    training: TrainingFigures | None = None
+    training: TrainResult | None = None
     metric: str = ""
     rows: int = 0
     torch_score: float | None = None

@@ -99,10 +99,10 @@ def _losses(finished: Sequence[TrialResult]) -> Figure:
     figure, axes = _figure("")
     for outcome, color in zip(finished, _colors(len(finished)), strict=True):
         assert outcome.training is not None
-        epochs, _, losses = zip(*outcome.training.history, strict=True)
-        axes.plot(epochs, losses, "o-", color=color, markersize=3.5)
-        shipped = outcome.training.val_loss
-        axes.plot([epochs[losses.index(shipped)]], [shipped], "o", color=color, markersize=9, fillstyle="none")
+        points = outcome.training.history
+        axes.plot([p.epoch for p in points], [p.val_loss for p in points], "o-", color=color, markersize=3.5)
+        shipped = next(p for p in points if p.step == outcome.training.shipped_step)
+        axes.plot([shipped.epoch], [shipped.val_loss], "o", color=color, markersize=9, fillstyle="none")
     axes.set(xlabel="epoch", ylabel="validation loss (nats per token)")
     low, high = axes.get_ylim()
     if low > 0 and high > 10 * max(low, 1e-9):

@@ -18,13 +18,20 @@ from edgetune.shipping.verify import logits_of
 
 
 class TorchEngine:
-    """A tuned model as an engine; `guesses` are guessed answers to the following prompts, in order."""
+    """A tuned model as an engine; `guesses` are guessed answers to the following prompts, in order.
+
+    It has no KV cache, torch manages its threads, and its states are never saved to disk.
+    """
 
     BATCH_COST: ClassVar[Mapping[int, float]] = {2: 2.0}
     EVEN_ROWS: ClassVar[int] = 1
     LOGITS_COST: ClassVar[Mapping[int, float]] = {}
     logits_excess = 0.0
     max_rollback = None
+    threads = 1
+    adjusts_threads = False
+    kv_bytes = 0.0
+    signatures = ("torch",)
 
     def __init__(
         self,
@@ -45,26 +52,6 @@ class TorchEngine:
         self._is_new = True
         self._known: list[int] = []
         self._rows: Logits = np.empty((0, tokenizer.vocab_size), np.float32)
-
-    @property
-    def threads(self) -> int:
-        """Always 1: torch manages its own threads."""
-        return 1
-
-    @property
-    def adjusts_threads(self) -> bool:
-        """False: torch manages its own threads."""
-        return False
-
-    @property
-    def kv_bytes(self) -> float:
-        """0: there is no KV cache."""
-        return 0.0
-
-    @property
-    def signatures(self) -> tuple[str, ...]:
-        """A fixed name: states of this engine are never saved to disk."""
-        return ("torch",)
 
     def fork(self) -> TorchEngine:
         """A new engine on the same model, without guesses."""

@@ -25,9 +25,9 @@ from edgetune.tasks.data import read_rows
 from edgetune.tasks.metrics import answers_to_score
 from edgetune.tasks.negatives import given
 from edgetune.tasks.task import read_task
-from edgetune.training.job import Point
+from edgetune.training.job import Point, TrainResult
 
-from .figures import BoardFit, TrainingFigures, TrialResult, write_outcome
+from .figures import BoardFit, TrialResult, write_outcome
 from .grid import Trial
 from .measure import BundleMeasurement, TorchMeasurement
 
@@ -78,10 +78,9 @@ def _share_base(work: Path, shared: Path) -> None:
         base.symlink_to(shared / "base", target_is_directory=True)
 
 
-def _training(figures: Mapping[str, Any], losses: Iterable[Point]) -> TrainingFigures:
-    history = tuple((point.epoch, point.train_loss, point.val_loss) for point in losses)
-    costs = {key: figures[key] for key in TrainingFigures.__dataclass_fields__ if key != "history"}
-    return TrainingFigures(**costs, history=history)
+def _training(figures: Mapping[str, Any], losses: Iterable[Point]) -> TrainResult:
+    keys = TrainResult.__dataclass_fields__.keys() - {"history"}
+    return TrainResult(**{key: figures[key] for key in keys}, history=[*losses])
 
 
 def _board(recipe: Recipe, bundle: Path) -> BoardFit | None:

@@ -108,7 +108,7 @@ def test_a_row_is_filled_for_each_engine(compared: Compared) -> None:
     lora = compared.outcome("lora-r2")
     assert (lora.rows, lora.metric, lora.rank) == (3, "exact", 2)
     assert lora.training is not None and lora.torch_score is not None
-    assert 0 < lora.training.trainable_share < 0.1
+    assert 0 < lora.training.trainable_parameters < 0.1 * lora.training.total_parameters
     assert lora.training.peak_memory_mb > 100 and lora.training.tokens_per_s > 0
     assert len(lora.training.history) == 2
     assert list(lora.engines) == ["gguf", "onnx"]

@@ -17,14 +17,30 @@ from matplotlib.figure import Figure
 from edgetune.bases import Base, load_torch
 from edgetune.comparison import figures, plots
 from edgetune.comparison.columns import busy_notes, engine_rows, placement_rows
-from edgetune.comparison.figures import BoardFit, EngineFigures, TrainingFigures, TrialResult, standard_error
+from edgetune.comparison.figures import BoardFit, EngineFigures, TrialResult, standard_error
 from edgetune.comparison.page import page
 from edgetune.comparison.recommend import Recommendation, recommend
 from edgetune.comparison.sweep import Comparison
 from edgetune.comparison.torch_engine import TorchEngine
 from edgetune.shipping.verify import logits_of
+from edgetune.training.job import Point, TrainResult
 
-TRAINED = TrainingFigures(1000, 100_000, 10.0, 500.0, 900.0, 0.2, 0.3, 5, 10, None, ((0.5, 1.0, 0.9), (1.0, 0.2, 0.3)))
+TRAINED = TrainResult(
+    train_loss=0.2,
+    val_loss=0.3,
+    shipped_step=10,
+    steps=10,
+    overfit_step=None,
+    trainable_parameters=1000,
+    total_parameters=100_000,
+    tokens=5000,
+    tokens_per_s=500.0,
+    peak_memory_mb=900.0,
+    seconds=10.0,
+    precision="fp32",
+    device="cpu",
+    history=[Point(5, 0.5, 1.0, 0.9, 1e-3), Point(10, 1.0, 0.2, 0.3, 1e-3)],
+)
 
 
 def engine(score: float, size: int, *, error: float = 0.02, speed: float = 50.0) -> EngineFigures:
@@ -185,7 +201,9 @@ def test_the_plot_of_speeds_marks_what_was_timed_on_a_busy_machine(tmp_path: Pat
 
 
 def test_the_plot_of_losses_rings_the_checkpoint_that_ships() -> None:
-    trained = replace(TRAINED, val_loss=0.5, shipped_step=15, history=(*TRAINED.history, (1.5, 0.1, 0.5)))
+    trained = replace(
+        TRAINED, val_loss=0.5, shipped_step=15, history=[*TRAINED.history, Point(15, 1.5, 0.1, 0.5, 1e-3)]
+    )
     ring = plots._losses([replace(outcome("lora"), training=trained)]).axes[0].lines[1]
     assert (list(ring.get_xdata()), list(ring.get_ydata())) == ([1.5], [0.5])
 
