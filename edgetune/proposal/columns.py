@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,8 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of
+
+from edgetune.tasks.data import standard_columns
 
 # Names that data sets use, the most specific first.
 _PROMPTS = (
@@ -121,7 +123,8 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
     reason = f"{prompt.name} is the prompt by {why}, and {' and '.join(names)} the answer{how}"
     left = [column.name for column in unused if column is not system]
     reason += f"; not used: {first_of(left, 8, ', ')}" if left else ""
-    is_standard = (prompt.name, answer) == _standard_of({str(name) for row in values for name in row})
+    standard = standard_columns({str(name) for row in values for name in row})
+    is_standard = standard is not None and (prompt.name, answer) == (standard.prompt, standard.completion)
     mapped = None if is_standard else {"prompt": prompt.name, "completion": answer}
     return RowForm(
         mapped,
@@ -200,13 +203,6 @@ def _answers_of(columns: Sequence[_Column]) -> tuple[list[_Column], str]:
         how = " as one JSON object, because no column is named like an answer; remove those that are not part of it"
         return left, how
     return [max(left, key=lambda column: column.mean_length)], ", because its values are the longest"
-
-
-def _standard_of(names: Set[str]) -> tuple[str, str] | None:
-    """The prompt and the answer that `data` reads from rows with these columns if a recipe names none."""
-    if "messages" in names:
-        return None
-    return ("prompt", "completion") if names & {"prompt", "completion"} else ("text", "label")
 
 
 def _noun(answers: Sequence[_Column]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,12 @@ EARLIER_ANSWER = ", message "
 _MORE_KEYS = {"assistant": ("tool_calls", WEIGHT), "tool": ("tool_call_id", "name")}
 LABEL = "label"
 """The column whose values are labels; elsewhere a few short answers may be texts to write."""
+_STANDARD = (
+    (("messages",), Columns(messages="messages")),
+    (("prompt", "completion"), Columns(prompt="prompt", completion="completion")),
+    ((LABEL,), Columns(prompt="text", completion=LABEL)),
+    (("text",), Columns(text="text")),
+)
 FORMS = "messages, prompt and completion, text and label, or text"
 
 
@@ -192,6 +198,11 @@ def _text_of_turn(turn: Message) -> str:
     return answer_text(turn["content"], calls)
 
 
+def standard_columns(names: Collection[str]) -> Columns | None:
+    """The columns of rows with these keys, where a recipe names none; None if they have no form."""
+    return next((columns for keys, columns in _STANDARD if any(key in names for key in keys)), None)
+
+
 def labelled_text(row: TaskRow) -> str:
     """The row's text; UsageError if it has no label or is a conversation."""
     if row.messages is None:
@@ -205,30 +216,21 @@ def labelled_text(row: TaskRow) -> str:
 def _row(where: str, values: object, columns: Columns | None, labels: Sequence[str] | None) -> TaskRow:
     if not isinstance(values, dict):
         raise BadRowError(f"is {kind_of(values)}, not an object; write one object per line")
-    if columns is not None:
-        row = _mapped_row(where, values, columns)
-    elif "messages" in values:
-        row = _conversation(where, values["messages"], values.get("tools"))
-    elif "prompt" in values or "completion" in values:
-        row = _prompt_row(where, values, "prompt", "completion")
-    elif LABEL in values:
-        row = _prompt_row(where, values, "text", LABEL)
-    elif "text" in values:
-        row = TaskRow(where, text=_text(values["text"], "text"))
-    else:
+    columns = columns or standard_columns(values)
+    if columns is None:
         keys = ", ".join(map(str, values)) or "none"
         raise BadRowError(f"has none of {FORMS}; its keys are {keys}; set `columns` to the keys to use")
+    row = _mapped_row(where, values, columns)
     for answer in row.answers:
         _check_levels(answer.completion or "")
     if labels is not None:
         row = _with_label(row, labels)
-    name = WEIGHT if columns is None else columns.weight
-    value = values.get(name)
-    return row if value in (None, "") else replace(row, weight=_weight(value, name))
+    value = values.get(columns.weight)
+    return row if value in (None, "") else replace(row, weight=_weight(value, columns.weight))
 
 
 def _mapped_row(where: str, values: Mapping[str, Any], columns: Columns) -> TaskRow:
-    """The row in the columns that a recipe names."""
+    """The row in these columns."""
     if columns.text is not None:
         _check_keys(values, [columns.text])
         return TaskRow(where, text=_text(values[columns.text], columns.text))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from edgetune.recipe.data import Columns, DataSpec
+from edgetune.tasks.data import standard_columns
 from edgetune.tasks.row_files import entries
 
 
@@ -14,11 +15,9 @@ def columns_of(data: DataSpec) -> Columns:
     if data.columns is not None:
         return data.columns
     _, first = next(entries(data.train))
-    if "messages" in first:
-        return Columns(messages="messages")
-    if "prompt" in first or "completion" in first:
-        return Columns(prompt="prompt", completion="completion")
-    return Columns(prompt="text", completion="label")
+    columns = standard_columns(first)
+    assert columns is not None
+    return columns
 
 
 def row_of(columns: Columns, system: str | None, prompt: str, answer: str) -> dict[str, Any] | None:
