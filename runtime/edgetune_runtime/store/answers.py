@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import GoldenAnswer, Manifest, read_manifest
+from edgetune_runtime.bundle import MARK, GoldenAnswer, Manifest, read_manifest
 from edgetune_runtime.errors import EdgetuneError, VerificationError
 
 _READY_S = 5.0
@@ -102,7 +102,7 @@ def _question(manifest: Manifest, name: str, golden: GoldenAnswer) -> Question:
     expected = None if manifest.adapter(name).labels else golden.answer
     if isinstance(golden.prompt, str):
         return Question(name, "/v1/completions", {**options, "prompt": golden.prompt}, expected)
-    options["messages"] = golden.prompt
+    options |= {"messages": golden.prompt, "unsure": MARK}
     if golden.tools is not None:
         # The API splits the text into content and calls.
         return Question(name, "/v1/chat/completions", {**options, "tools": golden.tools})

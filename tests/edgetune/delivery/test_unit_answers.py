@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import GoldenAnswer
+from edgetune_runtime.bundle import ASK, ConfidenceCurve, GoldenAnswer, UnsureRule
 from edgetune_runtime.errors import VerificationError
 from edgetune_runtime.inference.golden import ask
 from edgetune_runtime.store import answers
@@ -54,11 +54,16 @@ def add_golden(bundle: Path, engine: str, prompts: dict[str, GoldenAnswer]) -> P
 
 @pytest.fixture(scope="module")
 def home(tiny_source: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a golden answer to a chat, a text, a chat with tools, and with labels."""
+    """A bundle with a golden answer to a chat, with a rule for unsure ones, a text, a chat with tools, and labels."""
     base = tiny_source("llama").path
     adapters = {name: Adapter(low_rank(base, seed=seed)) for seed, name in enumerate(("chat", "text", "tools", "none"))}
     adapters["label"] = Adapter(low_rank(base, seed=9), labels=("on", "off"))
     bundle = write_bundle(tmp_path_factory.mktemp("bundle") / "home", base, adapters, context_length=512)
+    rule = {
+        "confidence": {"gguf": {"value": asdict(ConfidenceCurve(3, 1.0))}},
+        "unsure": asdict(UnsureRule(1.0, ASK, "Which room do you mean?")),
+    }
+    change_manifest(bundle, lambda manifest: manifest["adapters"]["chat"].update(rule))
     prompts = {
         "chat": GoldenAnswer(CHAT, "", 8),
         "text": GoldenAnswer("turn on", "", 8),
