@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, __version__
+from edgetune_runtime.bundle import ERROR, ConfidenceCurve, UnsureRule
 from edgetune_runtime.cli import machine
 from edgetune_runtime.inference.measuring import loaded_bundle
 from runtime.bundles import change_manifest
@@ -206,7 +208,14 @@ def test_chat_with_adapters_that_cannot_be_used_reads_no_line(
     assert (code, out, "cannot be scaled" in err) == (5, "", True)
 
 
-def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(run: Run, bundle: Path) -> None:
+def test_bench_measures_everything_that_it_promises_and_each_figure_is_a_line(
+    run: Run, bundle: Path, tmp_path: Path
+) -> None:
+    # A rule that would end the measurement, if it applied.
+    curves = {"gguf": {"value": asdict(ConfidenceCurve(3, 1.0))}}
+    rule = {"confidence": curves, "unsure": asdict(UnsureRule(1.0, ERROR))}
+    bundle = shutil.copytree(bundle, tmp_path / "home")
+    change_manifest(bundle, lambda raw: raw["adapters"]["command"].update(rule))
     code, out, err = run("bench", bundle, "--json")
     told = json.loads(out)
     assert (code, set(told)) == (

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgetune_runtime.bundle import Manifest, read_manifest, verify_files
+from edgetune_runtime.bundle import MARK, Manifest, read_manifest, verify_files
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.quantization import repacked_types
 from edgetune_runtime.wording import printable
@@ -67,7 +67,8 @@ def bench(options: argparse.Namespace) -> None:
                 figures["ttft_ms"]["restored"] = restored_ms(runtime)
                 name, engine = runtime.adapters[0], runtime.engine
             command = [sys.executable, "-m", "edgetune_runtime", "generate", str(options.bundle), "--no-preflight"]
-            flags = {"prompt": "?", "adapter": name, "engine": engine, "max-tokens": 1, "cache-folder": folder}
+            flags = {"prompt": "?", "adapter": name, "engine": engine, "max-tokens": 1}
+            flags |= {"unsure": MARK, "cache-folder": folder}
             flags |= {name: value for name in ("threads", "kv") if (value := getattr(options, name)) is not None}
             command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
             command += [] if options.repack is None else ["--repack" if options.repack else "--no-repack"]

@@ -11,7 +11,7 @@ from itertools import cycle, islice, pairwise
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from edgetune_runtime.bundle import AdapterEntry
+from edgetune_runtime.bundle import MARK, AdapterEntry
 from edgetune_runtime.engines.base import Engine
 from edgetune_runtime.errors import EdgetuneError
 from edgetune_runtime.inference.measuring import loaded_bundle
@@ -101,7 +101,7 @@ def _answers(runtime: Runtime, name: str) -> _AnswerFigures:
     times_ms, steps = [], []
     for message in MESSAGES * ROUNDS:
         begin = time.perf_counter()
-        answer = runtime.generate(message, adapter=name, max_tokens=ANSWER_TOKENS)
+        answer = runtime.generate(message, adapter=name, max_tokens=ANSWER_TOKENS, unsure=MARK)
         times_ms.append((time.perf_counter() - begin) * 1e3)
         steps.append(answer.timings.tokens_per_step)
     return _AnswerFigures(statistics.median(times_ms), statistics.fmean(steps))
@@ -128,7 +128,7 @@ def _median_ttft_ms(runtime: Runtime, names: list[str]) -> float:
 
 
 def _ttft_ms(runtime: Runtime, name: str | None, message: str) -> float:
-    return runtime.generate(message, adapter=name, max_tokens=1).timings.ttft_ms
+    return runtime.generate(message, adapter=name, max_tokens=1, unsure=MARK).timings.ttft_ms
 
 
 def start_ms(command: Sequence[str]) -> float:
