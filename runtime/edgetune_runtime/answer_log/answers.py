@@ -111,10 +111,13 @@ def answer_of(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
 def merged(entries: dict[str, LoggedAnswer], entry: LoggedAnswer) -> None:
     """Put an answer, by its id, in place of an earlier line about it, but for one that says more.
 
-    A judged one comes last, so that the order is that of the judgements.
+    A judged one comes last, so that the order is that of the judgements. One without a correction, such as a question
+    that nobody completed, keeps the right answer of the earlier line.
     """
     if entry.is_judged:
-        entries.pop(entry.id, None)
+        earlier = entries.pop(entry.id, None)
+        if not entry.correction and earlier is not None and earlier.correction not in (None, earlier.answer):
+            entry = replace(entry, correction=earlier.correction)
     entries.setdefault(entry.id, entry)
 
 

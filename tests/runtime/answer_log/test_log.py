@@ -170,6 +170,17 @@ def test_a_judgement_stays_where_a_later_line_says_nothing(manifest: Manifest, t
     assert [entry.correction for entry in read_answer_log(log.path, manifest)] == ["2"]
 
 
+def test_a_correction_stays_where_a_later_line_has_none(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    line = log.answered("one", "1", adapter="command")
+    log.wrong(line)
+    question = log.path.read_text().splitlines(keepends=True)[-1]
+    log.corrected(line, "2")
+    for correction in ("null", '""'):
+        append_lines(log.path, question.replace('"correction": null', f'"correction": {correction}'))
+        assert [entry.correction for entry in read_answer_log(log.path, manifest)] == ["2"]
+
+
 def test_a_wrong_answer_waits_for_its_correction(manifest: Manifest, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "answers.jsonl", manifest)
 
