@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import cast
@@ -114,7 +115,8 @@ def _given_output(manifest: Manifest, about: AdapterEntry) -> OutputSpec | None:
 
 @cache
 def _output(stored: str) -> OutputSpec:
-    return OutputSpec.from_json(json.loads(stored))
+    # Corrections are learned with the spacing of the rows, whatever their own is.
+    return replace(OutputSpec.from_json(json.loads(stored)), spacing="any")
 
 
 def _asked(entry: LoggedAnswer) -> str:

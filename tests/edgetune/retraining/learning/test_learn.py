@@ -338,6 +338,12 @@ def test_an_answer_that_breaks_the_recipes_output_or_is_empty_is_asked_again(hom
     assert most_informative(entries, 1, inferred) == []
     empty = [replace(entry, correction="") for entry in entries]
     assert most_informative(empty, 1, inferred) == empty
+    # Spaces are no mistake: learning writes JSON as the rows have it.
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    compact = replace(about, adapters={"light": replace(light, output={"schema": schema, "spacing": "compact"})})
+    for text, is_asked in (('{"on": true}', False), ('{"on": 1}', True)):
+        spaced = [replace(entry, correction=text) for entry in entries]
+        assert most_informative(spaced, 1, compact) == (spaced if is_asked else [])
 
 
 def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
