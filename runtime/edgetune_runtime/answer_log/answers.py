@@ -50,11 +50,13 @@ class LoggedAnswer:
     def with_correction(self, text: str | None) -> LoggedAnswer:
         """The answer with what it should have been; None: it is right.
 
-        UsageError as of `message_of`, and if it is right although it was cut off.
+        UsageError as of `message_of`, for an empty text, and if it is right although it was cut off.
         """
         if text is None and self.is_cut_off:
             raise UsageError("the answer was cut off, which is not to be learned", "give the right answer")
         right = self.answer if text is None else text
+        if not right:
+            raise UsageError("the right answer is empty, which is not to be learned", "give a text")
         self.message_of(right)
         return replace(self, correction=right, is_wrong=right != self.answer)
 

@@ -52,8 +52,9 @@ class AnswerLog:
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, *, max_bytes: int = MAX_BYTES, redact: Sequence[str] = ()
+        self, path: str | Path, manifest: Manifest, *, max_bytes: int = MAX_BYTES, redact: Sequence[str] = ()
     ) -> None:
+        path = Path(path)
         if max_bytes < _MIN_BYTES:
             raise UsageError(f"a log of {max_bytes} bytes is too small", f"give at least {_MIN_BYTES}")
         self.path, self._manifest, self._max_bytes = path, manifest, max_bytes
@@ -121,10 +122,10 @@ class AnswerLog:
         correction that cannot be one, OutOfSpaceError if it cannot be written.
         """
         shown = self._recent_answer(answer_id).shown
-        right = shown if correction is None else correction
-        if right == "":
+        if correction is None and shown == "":
             message = "the answer was cut off or a clarifying question, which is not to be learned"
             raise UsageError(message, "give the right answer")
+        right = shown if correction is None else correction
         text = None if right is None else self._redaction.clean(right)[0]
         with self._lock:
             self._write(self._recent_answer(answer_id).entry.with_correction(text), shown)

@@ -26,6 +26,8 @@ class Redaction:
     """Replaces what `patterns`, Python's regular expressions, find; UsageError for an invalid one."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise UsageError(f"redact is {patterns!r}", "give a list of regular expressions")
         for pattern in patterns:
             try:
                 re.compile(pattern)

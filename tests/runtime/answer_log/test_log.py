@@ -145,6 +145,13 @@ def test_an_answer_that_was_cut_off_is_corrected_but_not_confirmed(manifest: Man
     assert (entry.is_cut_off, entry.correction) == (True, "12")
 
 
+def test_nothing_empty_is_confirmed_or_a_correction(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest)
+    for answer, correction in (("", None), ("1", "")):
+        with pytest.raises(UsageError, match="the right answer is empty, which is not to be learned; give a text"):
+            log.corrected(log.answered("one", answer, adapter="command"), correction)
+
+
 def test_answers_are_in_the_order_of_their_corrections(manifest: Manifest, tmp_path: Path) -> None:
     log = AnswerLog(tmp_path / "answers.jsonl", manifest)
     first, second = (log.answered("one", "1", adapter="command") for _ in range(2))
@@ -451,5 +458,9 @@ def test_invalid_options_are_refused(manifest: Manifest, tmp_path: Path) -> None
         AnswerLog(tmp_path / "none" / "answers.jsonl", manifest)
     with pytest.raises(UsageError, match=r"'\(' is not a regular expression"):
         AnswerLog(tmp_path / "answers.jsonl", manifest, redact=["("])
+    for redact in ("abc", [3]):
+        with pytest.raises(UsageError, match=r"redact is .*; give a list of regular expressions"):
+            AnswerLog(tmp_path / "answers.jsonl", manifest, redact=redact)  # type: ignore[arg-type]
+    assert AnswerLog(str(other), manifest).path == other
     with pytest.raises(UsageError, match="at least 100000"):
         AnswerLog(tmp_path / "answers.jsonl", manifest, max_bytes=10)
