@@ -15,9 +15,12 @@ from starlette.routing import Route
 from .answering import Answering, answer_id
 from .connection import BodyReader
 from .fields import Fields
+from .openai_answers import ChatShape, CompletionShape
 from .problems import RequestError, json_response
+from .responses_answers import MESSAGE_PREFIX, RESPONSE_PREFIX
 
 PATH = "/edgetune/corrections"
+_PREFIXES = (ChatShape.prefix, CompletionShape.prefix, RESPONSE_PREFIX, MESSAGE_PREFIX)
 _MEMBERS = ("id", "index", "correction", "is_wrong")
 
 
@@ -38,15 +41,15 @@ def routes(answering: Answering, bodies: BodyReader) -> list[Route]:
 def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
     """The name of an answer in the log, whether no more is known than that it is wrong, and else what is right.
 
-    The body has the `id` of a reply and the `index` of an answer in it; and `is_wrong`, or the `correction`, a text,
-    an object or a list, which is null for a right answer.
+    The body has the `id` of a reply and the `index` of an answer in it, or the `id` of an answer in the log; and
+    `is_wrong`, or the `correction`, a text, an object or a list, which is null for a right answer.
     """
     fields = Fields(body)
     for name in body.keys() - {*_MEMBERS}:
         # A misspelled correction would say that the answer is right.
         raise RequestError(f"{name} is not a member of a correction", f"give {', '.join(_MEMBERS)}", param=name)
-    # OpenAI's ids have the kind of the reply before them.
-    name = fields.needed_text("id").rpartition("-")[2].rpartition("_")[2]
+    name = fields.needed_text("id")
+    name = name.removeprefix(next(filter(name.startswith, _PREFIXES), ""))
     given = body.get("correction")
     text = json.dumps(given, ensure_ascii=False) if isinstance(given, dict | list) else given
     if text is not None and not (isinstance(text, str) and text.strip()):

@@ -19,6 +19,9 @@ from .streaming import EVENTS
 
 Item = dict[str, Any]
 
+RESPONSE_PREFIX, MESSAGE_PREFIX = "resp_", "msg_"
+"""What ids have before that of the request."""
+
 
 @dataclass(frozen=True)
 class ResponsesReply:
@@ -119,7 +122,7 @@ class ResponsesReply:
 
     def _head(self, status: str) -> dict[str, Any]:
         return {
-            "id": f"resp_{self.request.id}",
+            "id": f"{RESPONSE_PREFIX}{self.request.id}",
             "object": "response",
             "created_at": self.created,
             "status": status,
@@ -133,7 +136,7 @@ class ResponsesReply:
 
     @property
     def _message_id(self) -> str:
-        return f"msg_{self.request.id}"
+        return f"{MESSAGE_PREFIX}{self.request.id}"
 
     def _message(self, text: str, status: str) -> Item:
         message = {"id": self._message_id, "type": "message", "role": "assistant"}

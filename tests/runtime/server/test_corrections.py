@@ -116,6 +116,8 @@ def test_an_answer_is_confirmed_or_corrected(server: Running, client: OpenAI, lo
     assert server.client.post(PATH, json=corrected).status_code == 200
     first, second = read_answer_log(log, server.runtime.manifest)
     assert (first.correction, second.correction) == (first.answer, "light.on")
+    assert server.client.post(PATH, json={"id": second.id, "correction": "light.off"}).status_code == 200
+    assert read_answer_log(log, server.runtime.manifest)[-1].correction == "light.off"
     for right in (["light.on", "é"], {"service": "light.on"}, []):
         assert server.client.post(PATH, json={**corrected, "correction": right}).status_code == 200
         *_, second = read_answer_log(log, server.runtime.manifest)
@@ -162,6 +164,7 @@ def test_what_calls_no_tool_is_no_correction_of_a_call(start: Start, tools_bundl
     ("body", "status", "message"),
     [
         ({"id": "chatcmpl-unknown"}, 404, "no answer 'unknown'"),
+        ({"id": "msg_unknown-1"}, 404, "no answer 'unknown-1'"),
         ({"correction": "on"}, 400, "id"),
         ({"id": "a", "correction": " "}, 400, "a text that is not empty"),
         ({"id": "a", "correction": 1}, 400, "correction is 1; give a text that is not empty, an object or a list"),
