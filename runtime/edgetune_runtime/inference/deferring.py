@@ -70,8 +70,10 @@ def ask(
     tools: ToolSet | None,
     output: OutputSpec | None,
     check: Callable[[], None],
+    *,
+    stop: Sequence[str] = (),
 ) -> tuple[str, tuple[ToolCall, ...]]:
-    """The text of the bigger model's answer and its calls.
+    """The text of the bigger model's answer, up to the first of the `stop` texts, and its calls.
 
     Choices are named in the system prompt, as the API has no other way.
 
@@ -90,6 +92,8 @@ def ask(
     text, calls = _read(to, _post(to, body, check))
     if schema is not None:
         text = unfenced(text)
+    # Not sent: some models refuse them, and in what a model thinks before it answers they would end the answer.
+    text = min((text.partition(end)[0] for end in stop), key=len, default=text).strip()
     if calls:
         return text, tuple(_fitting(to, call, tools) for call in calls)
     if not text:

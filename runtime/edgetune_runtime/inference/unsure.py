@@ -12,12 +12,14 @@ from edgetune_runtime.decoding.output import spec_of
 from edgetune_runtime.errors import EdgetuneError, UnsureError, UsageError
 from edgetune_runtime.limits import CallLimits, Stopped
 from edgetune_runtime.text.chat import Prompt, messages_for
+from edgetune_runtime.text.sampling import sampling_of
+from edgetune_runtime.tools.calls import answer_text
 from edgetune_runtime.wording import suggestion
 
 from .answer import Answer, Outcome
 from .call import Call
 from .confidence import QUESTION, Curves
-from .deferring import ask
+from .deferring import DeferError, DeferTo, ask
 from .generation import generate
 from .loaded import LoadedBundle
 from .options import AnswerForm
@@ -201,20 +203,31 @@ class _Settling:
         answer_call, to = self.answer_call, self.loaded.options.defer_to
         if to is None:
             return
-        call, form = answer_call.call, answer_call.form
+        call, form, options = answer_call.call, answer_call.form, answer_call.options
         labels = [label for entry in call.entries.values() for label in entry.labels]
         # An adapter with labels writes them without a constraint; another model has not learned to.
         output = spec_of(choices=labels) if labels and form.uses_adapter_output else call.output
+        bounds = {name: options[name] for name in ("stop", "max_tokens") if name in options}
+        sampling = sampling_of(options.get("sampling"), bounds)
         try:
             with self.loaded.deferring():
                 messages = messages_for(answer_call.prompt, call.system)
-                text, calls = ask(to, messages, form.tools, output, answer_call.limits.check)
+                text, calls = ask(to, messages, form.tools, output, answer_call.limits.check, stop=sampling.stop)
+            whole = answer_text(text, [(each.name, each.arguments) for each in calls])
+            self._check_length(to, whole, sampling.max_tokens)
         except EdgetuneError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:
             self._keep(answer, stopped.reason)
         else:
             self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=call.output)
+
+    def _check_length(self, to: DeferTo, text: str, max_tokens: int) -> None:
+        """DeferError for a text of more tokens. It is not sent: a model that thinks needs more before it answers."""
+        with self.loaded.base.tokenizer() as tokenizer:
+            if len(text) > max_tokens * tokenizer.longest or len(tokenizer.tokenize(text, continues=True)) > max_tokens:
+                message = f"{to.model!r} answered with more than {max_tokens} tokens"
+                raise DeferError(message, "give a larger max_tokens")
 
     def _keep(self, answer: Answer, reason: str) -> None:
         """Keep an unsure answer where another one had to stop for this reason."""

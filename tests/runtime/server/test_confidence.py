@@ -162,7 +162,7 @@ def answering(status: int, body: bytes, refused: str | None = None) -> Iterator[
         yield f"{address}/v1", got
 
 
-def unsure_answer(bundle: Path, stop: str, to: DeferTo, **options: Any) -> Any:  # noqa: ANN401 - an Answer
+def unsure_answer(bundle: Path, stop: str | list[str], to: DeferTo, **options: Any) -> Any:  # noqa: ANN401 - an Answer
     with Runtime.open(bundle, disk_mb=0, defer_to=to) as runtime:
         own = {"adapter": "command", "stop": stop, "max_tokens": 24, "min_confidence": UNSURE, "unsure": "defer"}
         return runtime.generate(PROMPT, **{**own, **options})
@@ -183,6 +183,20 @@ def test_a_model_that_refuses_a_temperature_is_asked_without(sure_bundle: Path, 
         answer = unsure_answer(sure_bundle, stop, DeferTo(url, "thinking"))
     assert (answer.text, answer.instead) == ("the lamp is on", "defer")
     assert [request.get("temperature") for request in got] == [0, None]
+
+
+def test_its_answer_ends_at_a_stop_text_and_has_no_more_tokens_than_asked_for(
+    sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    to_say = "the lamp is on, as it was" + " before" * 50
+    with answering(200, json.dumps({"choices": [{"message": {"content": to_say}}]}).encode()) as (url, got):
+        long = unsure_answer(sure_bundle, [stop], DeferTo(url, "big"))
+        short = unsure_answer(sure_bundle, [stop, "was", ","], DeferTo(url, "big"))
+    assert (long.is_unsure, long.instead) == (True, None)
+    assert "'big' answered with more than 24 tokens; give a larger max_tokens" in caplog.text
+    assert (short.text, short.instead) == ("the lamp is on", "defer")
+    # A model that thinks would stop within its thought.
+    assert not {"stop", "max_tokens"} & got[0].keys()
 
 
 def test_the_reason_of_another_refusal_is_logged(
