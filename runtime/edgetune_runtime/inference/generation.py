@@ -274,8 +274,10 @@ class _Answering:
             yield from self._push(self._text.push(piece))
             self._reason = self._reason_to_stop()
             if self._reason:
-                return
-        if self._constraint is not None and self._constraint.is_complete and not self._held:
+                break
+        # None is chosen beyond `length`, so the constraint has accepted the tokens up to here and no more.
+        is_at_end = self._reason in ("", "length") and not self._held
+        if is_at_end and self._constraint is not None and self._constraint.is_complete:
             self._reason = "end"
         self._reason = self._reason or self._reason_at_end
 

@@ -88,6 +88,17 @@ def test_choices_and_patterns_and_grammars_hold(opened: Runtime) -> None:
         assert opened.generate("play", grammar='start: "a" | "b" "c"', seed=seed, **HOT).text in {"a", "bc"}
 
 
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_an_answer_that_is_complete_at_its_last_token_is_not_cut_off(opened: Runtime, logprobs: int | None) -> None:
+    for form in ({"choices": ["on", "offline"]}, {"regex": "abc|lamp on"}, {"grammar": 'start: "ab" /[0-9]/'}):
+        whole = opened.generate("play", adapter="one", **form)
+        answer = opened.generate("play", adapter="one", **form, max_tokens=whole.tokens, logprobs=logprobs)
+        assert (answer.text, answer.stop_reason, answer.log_odds) == (whole.text, "end", whole.log_odds)
+        assert opened.generate("play", adapter="one", **form, max_tokens=whole.tokens - 1).stop_reason == "length"
+    # It may go on, as the model may want to.
+    assert opened.generate("play", adapter="one", regex="a+", max_tokens=2).stop_reason == "length"
+
+
 def test_an_answer_that_is_too_long_for_its_form_does_not_parse(opened: Runtime) -> None:
     answer = opened.generate("play", adapter="one", schema=SCHEMA, max_tokens=3)
     assert answer.stop_reason == "length"
