@@ -88,6 +88,17 @@ def test_generate_writes_the_answer_and_nothing_else(run: Run, bundle: Path, run
     assert told["reused_tokens"] == loaded_bundle(runtime).call(PROMPT, "command").job.fixed > 0
 
 
+def test_an_unsure_answer_is_named_on_standard_error(run: Run, sure_bundle: Path) -> None:
+    rule = ("--prompt", PROMPT, "--min-confidence", 1)
+    options = ("generate", sure_bundle, "--adapter", "command", "--max-tokens", 2, *rule)
+    assert run(*options)[2] == "unsure: confidence unknown\n"
+    assert run(*options, "--unsure", "base")[2] == "unsure: confidence unknown, instead: base\n"
+    assert run(*options, "--json")[2] == ""
+    label = ("classify", sure_bundle, "--adapter", "tone", *rule)
+    confidence = json.loads(run(*label, "--json")[1])["confidence"]
+    assert run(*label)[2] == f"unsure: confidence {confidence:.2f}\n"
+
+
 def test_states_are_made_listed_and_deleted(run: Run, bundle: Path, tmp_path: Path) -> None:
     folder = ("--cache-folder", tmp_path / "kept")
     code, out, _ = run("warm", bundle, *folder, "--json")

@@ -17,7 +17,7 @@ from edgetune_runtime.processes.confinement import confine, limits_of
 from edgetune_runtime.sizing.needs import needs_of_bundle
 from edgetune_runtime.wording import printable
 
-from .conversation import Conversation, adapter_choice, show
+from .conversation import Conversation, adapter_choice, say_unsure, show
 from .options import answer_options, open_runtime, opening_options, prompt_of
 
 _REPORT_BYTES = 1 << 20
@@ -115,6 +115,8 @@ def classify(options: argparse.Namespace) -> None:
     rows = {label: 0.0, **probabilities}
     for name in sorted(rows, key=lambda name: (name == label, rows[name]), reverse=True):
         print(f"{printable(name)}\t{rows[name]:.4f}")
+    if classification.is_unsure:
+        say_unsure(classification.confidence)
 
 
 def chat(options: argparse.Namespace) -> None:

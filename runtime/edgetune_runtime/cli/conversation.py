@@ -106,6 +106,14 @@ def show(stream: Stream, *, as_json: bool) -> None:
         return
     calls = [json.dumps(_call_fields(call), ensure_ascii=False) for call in answer.tool_calls]
     print("\n".join(["", *calls] if answer.content and calls else calls), flush=True)
+    if answer.is_unsure:
+        say_unsure(answer.confidence, answer.instead)
+
+
+def say_unsure(confidence: float | None, instead: str | None = None) -> None:
+    """Say on standard error that an answer is unsure, and what answered in its place, if anything."""
+    sureness = "unknown" if confidence is None else f"{confidence:.2f}"
+    print(f"unsure: confidence {sureness}{'' if instead is None else f', instead: {instead}'}", file=sys.stderr)
 
 
 def _call_fields(call: ToolCall) -> dict[str, Any]:
