@@ -71,7 +71,12 @@ def rule_of(loaded: LoadedBundle, call: Call, options: Mapping[str, Any]) -> Uns
         _check_counts(then, name, rule, call.curves)
     elif then == name:
         then = MARK
-    return rule and replace(rule, then=then or rule.then, question=question or rule.question)
+    if rule is None:
+        return None
+    rule = replace(rule, then=then or rule.then, question=question or rule.question)
+    if then == ASK and not rule.question:
+        raise UsageError("unsure is 'ask', but there is no question", "give its text as ask")
+    return rule
 
 
 def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | None:
@@ -82,10 +87,8 @@ def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | No
         if not isinstance(question, str) or not question:
             raise UsageError(f"ask is {question!r}", "give the text of a question")
         return ASK
-    if unsure is None or unsure in (MARK, BASE, ERROR):
+    if unsure is None or unsure in (MARK, ASK, BASE, ERROR):
         return None if unsure is None else str(unsure)
-    if unsure == ASK:
-        raise UsageError("unsure is 'ask', but there is no question", "give its text as ask")
     if unsure == DEFER:
         if loaded.options.defer_to is None:
             message = "unsure is 'defer', but there is no address to defer to"

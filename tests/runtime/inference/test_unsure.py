@@ -151,6 +151,7 @@ def test_the_rule_of_the_bundle_applies_where_a_call_has_none(
     bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="ask", question=QUESTION)
     with Runtime.open(bundle, disk_mb=0) as runtime:
         assert runtime.generate(PROMPT, adapter="command", **ends).text == QUESTION
+        assert runtime.generate(PROMPT, adapter="command", unsure="ask", **ends).text == QUESTION
         other = runtime.generate(PROMPT, adapter="command", unsure="tone", **ends)
         assert (other.instead, other.is_unsure) == ("tone", True)
         assert not runtime.generate(PROMPT, adapter="command", min_confidence=SURE, **ends).is_unsure
