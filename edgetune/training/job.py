@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from edgetune_runtime.formats.atomic import TEMPORARY, flush_to_disk, swap_in
+
+from edgetune.common.files import write_file
 from edgetune.common.spread import spread
 from edgetune.methods import Method, MethodOptions
 from edgetune.objectives.base import Objective, TrainingRow
@@ -102,3 +107,23 @@ def finished(folder: Path, key: str) -> TrainResult | None:
         return TrainResult(**{**raw, "history": [Point(**point) for point in raw["history"]]})
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None
+
+
+def write_result(folder: Path, key: str, result: TrainResult, save: Callable[[Path], None]) -> None:
+    """Write the adapter, by `save`, the log and the result to the folder of a training, in place of an older result.
+
+    `finished` never finds a result beside the adapter of another training.
+    """
+    temporary = folder / f".adapter{TEMPORARY}{os.getpid()}"
+    try:
+        save(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            flush_to_disk(path)
+        for name in ("result.json", "training.png"):
+            (folder / name).unlink(missing_ok=True)
+        swap_in(temporary, folder / "adapter")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    lines = [json.dumps(asdict(point)) for point in result.history]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(folder / "result.json", json.dumps({"key": key, **asdict(result)}))

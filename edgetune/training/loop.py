@@ -6,7 +6,6 @@ interrupted run resumes. Multiple processes or GPUs are set up by accelerate's l
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,6 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from edgetune.common.files import write_file
 from edgetune.common.progress import Progress, Step
 from edgetune.methods.common.base import trainable
 from edgetune.objectives.base import Batch, TrainingRow, row_length, total_weight
@@ -35,7 +33,7 @@ from .device_memory import peak_mb
 from .duration import TimeTrial, tokens_left
 from .fused import fused
 from .hardware import over_processes, precision_of, processes
-from .job import Point, TrainingJob, TrainResult
+from .job import Point, TrainingJob, TrainResult, write_result
 from .memory import PassPlan
 from .on_device import on_device
 from .pass_sizes import pass_cost, passes_within
@@ -228,14 +226,14 @@ class _Run:
             self._load_weights(self.best)
         self.tuned.to("cpu")
         if self.accelerator.is_main_process:
-            self.method.save(self.tuned, self.folder / "adapter")
-            self.objective.save(self.tuned, self.folder / "adapter")
-            lines = [json.dumps(asdict(point)) for point in history]
-            (self.folder / "log.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-            write_file(self.folder / "result.json", json.dumps({"key": self.key, **asdict(result)}))
+            write_result(self.folder, self.key, result, self._save_adapter)
             self._state_path.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return result
+
+    def _save_adapter(self, folder: Path) -> None:
+        self.method.save(self.tuned, folder)
+        self.objective.save(self.tuned, folder)
 
     def save(self) -> None:
         """Write the state from which a later run resumes."""
@@ -369,11 +367,13 @@ class _Run:
             val_loss=val_sum / (val_weight or 1.0),
             learning_rate=self.optimizer.param_groups[0]["lr"],
         )
-        self.state.history.append(point)
-        if self.training.checkpoint == "best" and min(self._settled(), key=lambda p: p.val_loss, default=None) is point:
-            self.best = self._weights()
-        self.state.loss_sum, self.state.loss_weight = 0.0, 0.0
         self.model.train()
+        with interrupts_held():
+            self.state.history.append(point)
+            best = min(self._settled(), key=lambda p: p.val_loss, default=None)
+            if self.training.checkpoint == "best" and best is point:
+                self.best = self._weights()
+            self.state.loss_sum, self.state.loss_weight = 0.0, 0.0
         return point
 
     def _require_finite(self, loss: float, step: int) -> None:

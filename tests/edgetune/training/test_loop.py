@@ -4,7 +4,8 @@ import io
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trainings import QUIET, SHORT, VOCABULARY, Stopping, job_of, short_answer
 from transformers import PreTrainedModel
 
 from edgetune import methods
+from edgetune.methods.lora import Lora
 from edgetune.objectives.example import Example
 from edgetune.training import memory
 from edgetune.training.job import TrainingJob, finished
@@ -221,6 +223,16 @@ def test_a_run_interrupted_while_weights_change_goes_on_from_the_state_before(
     assert_as_in_one_go(tmp_path / "run", whole)
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    # Jobs that a shell starts in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("at", [1, 2, 7])
 def test_a_run_interrupted_while_it_saves_finishes_the_file(
     at: int, run: Callable[..., Any], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,13 +253,8 @@ def test_a_run_interrupted_while_it_saves_finishes_the_file(
         saved.append(state)
 
     monkeypatch.setattr(torch, "save", interrupting)
-    # Jobs that a shell starts in the background ignore the signal.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(CancelledError, match="stopped at step 3"):
-            run(RESUMED)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with interruptible(), pytest.raises(CancelledError, match="stopped at step 3"):
+        run(RESUMED)
     assert len(saved) == 2  # torch ends the process if it is left with half an archive
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
@@ -267,6 +274,26 @@ def test_a_training_state_with_another_key_is_ignored(run: Callable[..., Any], t
     other = job(learning_rate=5e-2)
     with pytest.raises(CancelledError):
         run(TrainingJob(**{**vars(other), "key": "other"}), progress=Stopping(5, KeyboardInterrupt))
+    run(RESUMED)
+    assert_as_in_one_go(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(("call", "step"), [(4, 3), (16, 12)])
+def test_a_run_interrupted_after_a_validation_keeps_all_of_it(
+    call: int, step: int, run: Callable[..., Any], tmp_path: Path, whole: Path
+) -> None:
+    calls = []
+
+    class Interrupting(Lora):
+        def settled_step(self, options: Any, steps: int) -> int:  # noqa: ANN401 - as Lora's
+            # Asked before every step, and in each validation.
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().settled_step(options, steps)
+
+    with interruptible(), pytest.raises(CancelledError, match=f"stopped at step {step}"):
+        run(replace(RESUMED, method=Interrupting()))
     run(RESUMED)
     assert_as_in_one_go(tmp_path / "run", whole)
 
@@ -324,6 +351,25 @@ def test_a_result_counts_only_for_its_key(run: Callable[..., Any], tmp_path: Pat
     assert finished(tmp_path / "none", "abc") is None
     (folder / "result.json").write_text('{"key": "abc", "history"', encoding="utf-8")
     assert finished(folder, "abc") is None
+
+
+def test_a_result_never_counts_for_the_adapter_of_another_training(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(job(max_steps=2))
+    # The second training cannot write this file, and ends before it has a result.
+    (tmp_path / "run/log.jsonl").unlink()
+    (tmp_path / "run/log.jsonl").mkdir()
+    with pytest.raises(OSError, match=r"log\.jsonl"):
+        run(replace(job(max_steps=2, seed=1), key="other"))
+    assert finished(tmp_path / "run", "abc") is None
+
+
+def test_another_training_leaves_no_file_of_the_former_result(run: Callable[..., Any], tmp_path: Path) -> None:
+    run(job(max_steps=2))
+    (tmp_path / "run/training.png").touch()
+    full = methods.load("full")
+    train(make_model("llama", VOCABULARY), job_of(full, full.options(), SHORT, max_steps=1), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run/adapter/adapter_config.json").exists()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "log.jsonl", "result.json"]
 
 
 @pytest.mark.parametrize(("steps", "evals"), [(3, 1), (1, 1), (4, 4)])
