@@ -248,7 +248,8 @@ def peft_config(
         if options.target_modules != ALL_LINEAR:
             # PEFT would read any other string as a regular expression.
             values["target_modules"] = list(as_names(options.target_modules))
-        elif _fixed_modules(base):
+        else:
+            # PEFT's own all-linear adapts fixed modules too, and saves names with which it cannot load (IA)3.
             linear = {name for name, module in base.named_modules() if type(module).__name__ == "Linear"}
             adapted = linear - _fixed_modules(base) - {OUTPUT_LAYER}
             values["target_modules"] = sorted({name.rpartition(".")[2] for name in adapted})

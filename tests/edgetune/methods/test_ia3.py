@@ -49,7 +49,7 @@ def scaled(base: PreTrainedModel, folded: Tensors, scale: float) -> torch.Tensor
 
 
 @pytest.mark.parametrize("arch", FEW)
-@pytest.mark.parametrize("options", [{}, BOTH_SIDES])
+@pytest.mark.parametrize("options", [{}, BOTH_SIDES, {"target_modules": "all-linear"}])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_both_shapes_compute_what_was_trained(arch: str, options: dict[str, Any], scale: float, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(arch, tmp_path, options, scale)
