@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from edgetune import bases, methods
 from edgetune.bases import BaseSource
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.building.routing.prompts import prompts_of
+from edgetune.common.work_folder import work_folder
 from edgetune.planning.build import plan_bundle, plan_data
 from edgetune.planning.needs import room_for
 from edgetune.planning.records import PlannedBuild
@@ -51,10 +52,11 @@ def plan_build(
         check_precision(recipe, device)
     with _collected(problems):
         texts = read_texts(recipe)
+    trained = [work_folder(out or recipe.default_out) / "train" / name for name in recipe.adapters]
     tasks, outputs = [], {}
     for name, spec in recipe.adapters.items():
         with _collected(problems):
-            _check_files(name, spec)
+            _check_files(name, spec, trained)
         with _collected(problems):
             task = read_task(name, recipe)
             _check_labels(task)
@@ -68,13 +70,20 @@ def plan_build(
     return PlannedBuild(plan_data(plan, tasks, outputs, texts, room), tasks, texts)
 
 
-def _check_files(name: str, spec: AdapterSpec) -> None:
-    """Raise if a file that the method reads is missing, or if training cannot start from the adapter that it names."""
+def _check_files(name: str, spec: AdapterSpec, trained: Sequence[Path]) -> None:
+    """Raise if a file that the method reads is missing, or if training cannot start from the adapter that it names.
+
+    `trained` are the folders in which the build trains.
+    """
     method, options = methods.load(spec.method.name), spec.method.options
     try:
         method.check_files(options)
         if spec.start_from is not None:
-            method.check_start(Path(spec.start_from), options)
+            start = Path(spec.start_from)
+            if any(start.resolve().is_relative_to(folder.resolve()) for folder in trained):
+                message = f"start_from is {start}, which this build replaces"
+                raise UsageError(message, "choose another --out, or start from a copy of that folder")
+            method.check_start(start, options)
     except EdgetuneError as error:
         raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error
 

@@ -162,8 +162,9 @@ class AdapterSpec(RecipePart):
     method: MethodSpec = Field(default_factory=lambda: MethodSpec.model_validate("lora"))
     """The tuning method: its name, or a mapping of `name` and options."""
     start_from: Folder | None = None
-    """The folder of an adapter that training starts from, saved by PEFT or by a build (`OUT.work/train/NAME/adapter`),
-    with lora, rslora and loraplus. The method must have the options of that adapter."""
+    """The folder of an adapter that training starts from, saved by PEFT or by another build
+    (`OTHER.work/train/NAME/adapter`), with lora, rslora and loraplus. The method must have the options of that
+    adapter."""
     scale: float = 1.0
     """Scale of the adapter if the caller gives none."""
     merged: bool = False

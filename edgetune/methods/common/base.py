@@ -214,7 +214,7 @@ class Method(ABC, Generic[O]):
 
     def check_start(self, folder: Path, options: O) -> None:
         """Raise IncompatibleError if the adapter in a folder saved by PEFT has other options, NotFoundError if there is
-        none."""
+        none, and VerificationError if its file is damaged."""
         raise NotImplementedError
 
     def start_from(self, model: torch.nn.Module, folder: Path, options: O) -> None:

@@ -160,22 +160,28 @@ def test_files_that_the_training_reads_are_checked_by_the_plan(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "blank.txt").write_text(" \n", encoding="utf-8")
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half/adapter_config.json").write_text('{"r": 16, "lora_alpha": 32}', encoding="utf-8")
+    for name in ("half", "cut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text('{"r": 16, "lora_alpha": 32}', encoding="utf-8")
+    (tmp_path / "cut/adapter_model.safetensors").write_bytes(bytes(7))
     adapters = {
         "a": adapter_of({"name": "cartridge", "document": "none.txt"}),
         "b": adapter_of({"name": "cartridge", "document": "blank.txt"}),
         "c": adapter_of(start_from="nowhere"),
         "d": adapter_of(start_from="half"),
+        "e": adapter_of(start_from="cut"),
+        "f": adapter_of(start_from="home.work/train/e/adapter"),
     }
     data = {"rows.jsonl": lights(20, ("reply 0", "reply 1"))}
     with pytest.raises(NotFoundError) as caught:
-        plan_build(make_recipe(tmp_path, tiny_gguf("llama"), adapters, data=data))
-    missing, blank, nowhere, half = str(caught.value).splitlines()
+        plan_build(make_recipe(tmp_path, tiny_gguf("llama"), adapters, data=data), tmp_path / "home")
+    missing, blank, nowhere, half, cut, own = str(caught.value).splitlines()
     assert f"no document {tmp_path / 'none.txt'}" in missing
     assert f"the document {tmp_path / 'blank.txt'} is empty; give a file with the text to learn" in blank
     assert f"{tmp_path / 'nowhere'} is not a PEFT adapter" in nowhere
     assert f"{tmp_path / 'half'} has no adapter_model.safetensors" in half
+    assert f"{tmp_path / 'cut/adapter_model.safetensors'} is not a safetensors file" in cut
+    assert f"start_from is {tmp_path / 'home.work/train/e/adapter'}, which this build replaces" in own
 
 
 def test_the_manifest_stores_no_path_and_nothing_of_this_machine(
