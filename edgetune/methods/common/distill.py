@@ -12,16 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from edgetune.objectives.chunks import summed_loss
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import PackedObjective, packed_logits
 from edgetune.objectives.packing import PackedRows, pack
 
-from .prompt_model import States, after_states, states_of
+from .prompt_model import States, after_states, states_in
 
 # The teacher's top tokens are kept, and the total probability of the others: full distributions need too much memory.
 _TOP = 256
+# Tokens of a document that are read in one pass.
+_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Distill(PackedObjective):
         self._states: States | None = None
         self._lessons: dict[Example, Lesson] = {}
 
+    def prepare(self, base: Any) -> None:  # noqa: ANN401 - transformers' model
+        """The base takes packed rows, and has read as much of the document as fits in its context."""
+        super().prepare(base)
+        self._states = _read(base, self.document[: base.config.max_position_embeddings - 1])
+
     def batch(self, rows: Sequence[Example]) -> Distilled:
         """The rows packed one after another."""
         return Distilled(pack(rows), tuple(rows))
@@ -82,25 +90,40 @@ class Distill(PackedObjective):
 
         return summed_loss(partial(packed_logits, forward, batch.packed), model, loss_of)
 
-    @torch.no_grad()
-    def _lesson(self, base: Any, row: Example) -> Lesson:  # noqa: ANN401 - transformers' model
+    def _lesson(self, base: Any, row: Example) -> Lesson:  # noqa: ANN401 - as above
         if row not in self._lessons:
-            most = base.config.max_position_embeddings
-            if self._states is None:
-                self._states = _read(base, self.document[: most - 1])
-            keys, values = (state[:, :, : most - len(row.tokens)] for state in self._states)
-            logits = packed_logits(
-                lambda **inputs: after_states(base, (keys, values), **inputs), pack([row]).to(base.device)
-            ).float()
-            tokens = logits.topk(min(_TOP, logits.shape[1] - 1)).indices
-            self._lessons[row] = Lesson(tokens.int().cpu(), _log_probabilities(logits, tokens).cpu())
+            is_training = base.training
+            # Layers in training mode may compute in int8.
+            base.eval()
+            try:
+                self._lessons[row] = self._taught(base, row)
+            finally:
+                base.train(is_training)
         return self._lessons[row]
 
+    @torch.no_grad()
+    def _taught(self, base: Any, row: Example) -> Lesson:  # noqa: ANN401 - as above
+        assert self._states is not None
+        room = base.config.max_position_embeddings - len(row.tokens)
+        keys, values = (state[:, :, :room] for state in self._states)
+        logits = packed_logits(
+            lambda **inputs: after_states(base, (keys, values), **inputs), pack([row]).to(base.device)
+        ).float()
+        tokens = logits.topk(min(_TOP, logits.shape[1] - 1)).indices
+        return Lesson(tokens.int().cpu(), _log_probabilities(logits, tokens).cpu())
 
+
+@torch.no_grad()
 def _read(base: Any, document: Sequence[int]) -> States:  # noqa: ANN401 - as above
-    """The base's keys and values of the document."""
-    packed = pack([Example(tuple(document), (False,) * len(document), len(document))]).to(base.device)
-    return states_of(base, input_ids=packed.tokens, position_ids=packed.positions, packed=packed)
+    """The base's keys and values of the document, read in chunks: the memory for attention to all of it at once grows
+    with the square of its length."""
+    cache = DynamicCache()
+    for start in range(0, len(document), _CHUNK):
+        part = tuple(document[start : start + _CHUNK])
+        packed = pack([Example(part, (False,) * len(part), len(part))]).to(base.device).after_cache(start)
+        inputs = {"input_ids": packed.tokens, "position_ids": packed.positions, "packed": packed}
+        base(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+    return states_in(cache)
 
 
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

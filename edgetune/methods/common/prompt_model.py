@@ -119,6 +119,11 @@ def states_of(base: PreTrainedModel, **inputs: Any) -> States:  # noqa: ANN401 -
     cache = DynamicCache()
     with torch.no_grad():
         base(**inputs, cache=cache, use_cache=True, logits_to_keep=1)
+    return states_in(cache)
+
+
+def states_in(cache: DynamicCache) -> States:
+    """The keys and values of the one sequence in a cache."""
     keys, values = zip(*((layer.keys[0], layer.values[0]) for layer in cache.layers), strict=True)
     return torch.stack(keys), torch.stack(values)
 

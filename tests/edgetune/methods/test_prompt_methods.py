@@ -22,11 +22,12 @@ from transformers import DynamicCache, PreTrainedModel
 from edgetune import methods
 from edgetune.methods import Checkpoint
 from edgetune.methods.common.base import trainable
-from edgetune.methods.common.distill import Distill
+from edgetune.methods.common.distill import Distill, Lesson
 from edgetune.methods.common.prompt_model import GivenTokensModel, split_states
 from edgetune.objectives.example import Example
 from edgetune.objectives.next_token import NEXT_TOKEN
 from edgetune.objectives.packing import take_packed_rows
+from edgetune.training.int8 import in_int8
 from edgetune.training.job import TrainingJob
 from edgetune.training.loop import train
 
@@ -226,18 +227,50 @@ def test_a_cartridge_keeps_its_frozen_tokens(document: str, base_of: BaseOf, tmp
     assert not torch.isclose(after[3:], first[3:]).all(1).any()
 
 
-def test_a_document_longer_than_the_context_is_read_as_far_as_it_fits(base_of: BaseOf) -> None:
-    base, row = base_of("llama"), SHORT[3]
-    take_packed_rows(base)
-    text = [60 + number * number % 97 for number in range(700)]
-    long, cut = Distill(text)._lesson(base, row), Distill(text[: 512 - len(row.tokens)])._lesson(base, row)
+def lesson_of(base: PreTrainedModel, document: Sequence[int], row: Example) -> Lesson:
+    """What the teacher says after the document, which it has read in an objective of its own."""
+    objective = Distill(document)
+    objective.prepare(base)
+    lesson = objective._lesson(base, row)
     base.set_attn_implementation("sdpa")
+    return lesson
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_document_longer_than_the_context_is_read_as_far_as_it_fits(arch: str, base_of: BaseOf) -> None:
+    base, row = base_of(arch), SHORT[3]
+    text = [60 + number * number % 97 for number in range(700)]
+    long, cut = (lesson_of(base, document, row) for document in (text, text[: 512 - len(row.tokens)]))
     torch.testing.assert_close(long.log_probabilities, cut.log_probabilities)
     with torch.no_grad():
         logits = base(torch.tensor([[*text[: 512 - len(row.tokens)], *row.tokens]])).logits[0, -4:-1]
     likeliest = logits.log_softmax(1).gather(1, cut.tokens.long())
     torch.testing.assert_close(cut.log_probabilities[:, :-1], likeliest, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(cut.log_probabilities.exp().sum(1), torch.ones(3))
+
+
+def test_a_document_is_read_in_chunks(base_of: BaseOf) -> None:
+    base, lengths = base_of("llama"), list[int]()
+
+    def note(_model: object, _arguments: object, inputs: dict[str, torch.Tensor]) -> None:
+        lengths.append(inputs["input_ids"].shape[1])
+
+    with base.register_forward_pre_hook(note, with_kwargs=True):
+        lesson_of(base, range(60, 360), SHORT[3])
+    assert lengths == [256, 44, len(SHORT[3].tokens)]
+
+
+def test_the_teacher_of_a_cartridge_is_exact_while_int8_trains(document: str, base_of: BaseOf) -> None:
+    base = base_of("llama")
+    expected = lesson_of(base, range(60, 120), SHORT[3])
+    objective = Distill(range(60, 120))
+    with attached("cartridge", base, document=document) as model:
+        objective.prepare(base)
+        with in_int8(model):
+            found = objective._lesson(base.train(), SHORT[3])
+    assert base.training
+    base.eval().set_attn_implementation("sdpa")
+    torch.testing.assert_close(found.log_probabilities, expected.log_probabilities)
 
 
 def test_a_prefix_begins_as_the_states_of_its_text(base_of: BaseOf) -> None:
