@@ -11,7 +11,7 @@ from edgetune_runtime.errors import NotFoundError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from .common.base import rate_factor
-from .common.prompt import CacheMethod, InitializedOptions
+from .common.prompt import CacheMethod, InitializedOptions, check_tokens
 
 if TYPE_CHECKING:
     from edgetune_runtime.engines.base import Tokenizer
@@ -89,9 +89,11 @@ class Cartridge(CacheMethod[CartridgeOptions]):
             _text(options.document)
 
     def prepared(self, options: CartridgeOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> CartridgeOptions:
-        """The options with the document's tokens. Raises what `check_files` raises, UsageError if it is short."""
+        """The options with the document's tokens. Raises what `check_files` raises, and UsageError if it is short or
+        the base lacks a token."""
         if options.document is None:
             return super().prepared(options, tokenizer, rows)
+        check_tokens(options.init_tokens, tokenizer)
         text = _text(options.document)
         tokens = tokenizer.tokenize(text)
         if len(tokens) < options.num_virtual_tokens:
