@@ -46,7 +46,8 @@ class PassCost:
     """Bytes that a forward pass keeps: `per_token` in all `layers` together, `constant` for any number of tokens.
 
     `input_per_token` is the size of one layer's input, `loss` the temporary memory of the loss, and `lost` the share
-    lost to fragmentation.
+    lost to fragmentation. `before` is the number of tokens that the method puts before the rows of a pass, which are in
+    no count of tokens here.
     """
 
     layers: int
@@ -55,20 +56,21 @@ class PassCost:
     constant: float
     loss: float
     lost: float = _LOST
+    before: int = 0
 
     def pass_mb(self, tokens: int, checkpointed: int = 0) -> float:
         """Peak memory of a pass, forward and backward, with that many layers checkpointed."""
-        return (self.constant + self.loss + tokens * self._per_token(checkpointed)) / _MB
+        return (self.constant + self.loss + (self.before + tokens) * self._per_token(checkpointed)) / _MB
 
     def tokens(self, room_mb: float, checkpointed: int = 0) -> int:
         """Tokens of the longest pass that fits in `room_mb`."""
         left = room_mb * _MB - self.constant - self.loss
-        return max(0, int(left / self._per_token(checkpointed)))
+        return max(0, int(left / self._per_token(checkpointed)) - self.before)
 
     def validation_tokens(self, room_mb: float) -> int:
         """Tokens of the longest pass without gradients that fits in `room_mb`."""
         left = room_mb * _MB - self.constant - self.loss
-        return max(0, int(left / (self.per_token / self.layers * (1 + self.lost))))
+        return max(0, int(left / (self.per_token / self.layers * (1 + self.lost))) - self.before)
 
     def _per_token(self, checkpointed: int) -> float:
         layer = self.per_token / self.layers
@@ -133,9 +135,8 @@ def training_need(
     rounded = 2 * _FLOAT_BYTES * sum(module.rows * module.columns for module in trained.modules) if on_grid else 0
     weights = shape.loaded_parameters * _width(method, precision) + packed + rounded
     fixed = process_mb + (weights + added) / _MB + state_mb(parameters)
-    longest = longest_row + method.prefix_tokens(options)
-    least = cost.pass_mb(longest, cost.most_checkpointed)
-    whole = max(longest, min(batch_tokens, MOST_TOKENS))
+    least = cost.pass_mb(longest_row, cost.most_checkpointed)
+    whole = max(longest_row, min(batch_tokens, MOST_TOKENS))
     return TrainingNeed(fixed + least, fixed + replace(cost, lost=_LOST_KEEPING).pass_mb(whole))
 
 
@@ -151,7 +152,8 @@ def predicted(method: Method[Any], options: MethodOptions, trained: TrainedModul
     norms = 4 * shape.norms * (1 if method.adds_parameters else 2)
     layers = method.trained_layers(shape, options)
     per_token = layers * (width * (attention + gated) + norms) + width * (inputs + ranks)
-    return PassCost(layers, per_token, width * shape.hidden, 0.0, loss_bytes(shape.vocabulary))
+    loss, before = loss_bytes(shape.vocabulary), method.prefix_tokens(options)
+    return PassCost(layers, per_token, width * shape.hidden, 0.0, loss, before=before)
 
 
 def loss_bytes(vocabulary: int) -> float:

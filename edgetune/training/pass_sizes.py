@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -39,7 +40,8 @@ def pass_cost(
     measurable = (row for row in rows if row_length(row) <= _MEASURED_TOKENS)
     large = max(measurable, key=row_length, default=shortest)
     costs = [(row_length(row) + before, layer_cost(partial(loss_of, row), layers[-2:])) for row in (shortest, large)]
-    return measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
+    cost = measured(*costs, layers=trained_layers(layers), vocabulary=vocabulary)
+    return replace(cost, before=before)
 
 
 def passes_within(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from edgetune.training.memory import (
     saved_states_mb,
     training_need,
 )
+from edgetune.training.pass_sizes import pass_cost
 
 # 10 layers that keep 0.1 MB per token together, of which their inputs are 0.01 MB; the loss takes 50 MB.
 COST = PassCost(10, 1e5, 1e3, 0.0, 5e7)
@@ -90,6 +92,16 @@ def test_a_limit_that_nothing_fits_names_the_least_that_would_do() -> None:
     assert plan(room_mb=20_000, limit_mb=least).checkpointed == 9
     with pytest.raises(UsageError):
         plan(room_mb=20_000, limit_mb=least - 2)
+
+
+def test_tokens_before_the_rows_take_their_part_of_a_pass() -> None:
+    after = replace(COST, before=300)
+    assert after.pass_mb(500) == COST.pass_mb(800)
+    assert after.tokens(120) == COST.tokens(120) - 300
+    assert after.validation_tokens(120) == COST.validation_tokens(120) - 300
+    base, rows = make_model("llama", 384), job("lora").train
+    cost = pass_cost(rows, base, lambda row: base(torch.tensor([row.tokens])).logits, before=300, vocabulary=384)
+    assert cost is not None and cost.before == 300
 
 
 def test_without_a_limit_the_smallest_passes_are_tried_where_memory_is_short() -> None:
