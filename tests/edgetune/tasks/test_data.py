@@ -616,6 +616,9 @@ def test_rows_that_are_all_too_long_are_refused_with_the_length_needed(tokenizer
         tokenize_rows(
             [row("play " * 90), row("stop")], tokenizer, system=None, loss_on="completion", max_tokens=short - 1
         )
+    rows = [replace(row("stop"), weight=0.0), row("play " * 90)]
+    with pytest.raises(UsageError, match=f"all 1 rows of a weight above 0 are longer than {short} tokens"):
+        tokenize_rows(rows, tokenizer, system=None, loss_on="completion", max_tokens=short)
 
 
 def test_a_row_that_the_template_refuses_is_named(tiny_gguf: Callable[[str], Path]) -> None:
