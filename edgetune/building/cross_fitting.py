@@ -7,14 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgetune.common.progress import Progress
+from edgetune.planning.records import BuildPlan
 from edgetune.shipping.builder import Builder
 from edgetune.shipping.exported import B, Prepared, PreparedAdapter
 from edgetune.tasks.folds import SEPARATOR
 
 
-def fold_adapters(builder: Builder[B], prepared: Prepared[B], base: B) -> list[PreparedAdapter]:
-    """The adapters to train without each fold of those that have `confidence_folds`, with their options."""
-    parts = [(item.plan, task) for item in prepared.adapters for task in item.task.folds]
+def fold_adapters(builder: Builder[B], planned: BuildPlan, prepared: Prepared[B], base: B) -> list[PreparedAdapter]:
+    """The adapters to train without each fold of those that have `confidence_folds`, with their options.
+
+    Options with tokens are as in `planned`: the prepared ones may have those of a row that a fold is without.
+    """
+    parts = [
+        (planned.adapters[item.plan.name] if item.plan.options.token_options else item.plan, task)
+        for item in prepared.adapters
+        for task in item.task.folds
+    ]
     plan = prepared.plan.with_adapters({task.name: replace(whole, name=task.name) for whole, task in parts})
     items = builder.jobs(plan, [task for _, task in parts], base, Progress(quiet=True)) if parts else []
     return [replace(item, fold_of=whole.name) for (whole, _), item in zip(parts, items, strict=True)]

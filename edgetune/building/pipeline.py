@@ -120,7 +120,7 @@ def _built(
         existing.check_base(base.name, base.fingerprint)
     prepared = builder.prepare(planned, base, work, progress)
     items = {item.plan.name: item for item in prepared.adapters}
-    with_folds = [*items.values(), *fold_adapters(builder, prepared, base)]
+    with_folds = [*items.values(), *fold_adapters(builder, planned.plan, prepared, base)]
     if on_cluster:
         train_on_cluster(prepared, work, progress)
     load = partial(builder.load_torch, base)

@@ -12,7 +12,10 @@ from edgetune_runtime.bundle import Manifest, read_manifest
 from recipes import adapter_of, lights, make_recipe
 from trainings import QUIET
 
+from edgetune.building import builders
+from edgetune.building.cross_fitting import fold_adapters
 from edgetune.building.pipeline import build, export_trained
+from edgetune.building.plan import plan_build
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.confidence import MAX_ROWS, shared_out
 from edgetune.tasks.evaluation import score
@@ -88,6 +91,20 @@ def test_the_rows_of_a_fold_are_answered_by_the_adapter_without_them(
         ]  # fmt: skip
     assert 0 < sum(right) < 30
     assert manifest.adapters["command"].confidence["gguf"]["value"].right == pytest.approx(sum(right) / 30, abs=1e-4)
+
+
+def test_the_prefix_of_a_fold_begins_with_its_own_rows(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    method = {"name": "prefix", "num_virtual_tokens": 60}
+    adapters = {"command": adapter_of(method, train="command.jsonl", **FOLDS)}
+    recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"command.jsonl": ROWS["command"]})
+    planned, builder = plan_build(recipe), builders.load(recipe.task)
+    base = builder.base_to_train(planned, tmp_path / "work", QUIET, None)
+    prepared = builder.prepare(planned, base, tmp_path / "work", QUIET)
+    folds = fold_adapters(builder, planned.plan, prepared, base)
+    assert [item.plan.name for item in folds] == ["command~1", "command~2"]
+    for item in (*prepared.adapters, *folds):
+        tokens = [token for row in item.job.train for token in row.tokens]
+        assert item.job.options.init_tokens == tuple(tokens[:60])
 
 
 @pytest.mark.parametrize("held_out", [0.01, 0.1])
