@@ -23,8 +23,11 @@ class TaskPrompts:
 
 
 def prompts_of(task: Task) -> TaskPrompts:
-    """The prompts of a task's rows; UsageError for a row without one."""
+    """The prompts of a task's rows; UsageError for a row without one, and for no validation row that is in scope."""
     train, validation = (_texts(task, task.in_scope(rows)) for rows in (task.train, task.validation))
+    if not validation:
+        message = f"adapter {task.name!r}: all validation rows are out of scope, so the router cannot be measured"
+        raise UsageError(message, "give others as data.validation, or raise data.held_out")
     return TaskPrompts(task.name, bool(task.labels), train, validation)
 
 

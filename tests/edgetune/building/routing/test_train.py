@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.routing.classifier import probabilities
-from recipes import adapter_of, make_recipe
+from recipes import adapter_of, lights, make_recipe, values_of
 
 from edgetune.building.routing.train import train_router
 from edgetune.common.progress import Progress
@@ -99,6 +99,16 @@ def test_the_recipe_sets_threshold_fallback_and_adapters(tmp_path: Path) -> None
 def test_rows_without_a_prompt_are_refused(tmp_path: Path) -> None:
     recipe = small(tmp_path, texts=[{"text": f"Plain text number {number}."} for number in range(10)])
     with pytest.raises(UsageError, match=r"texts\.jsonl:\d+: has no message of the user.*route\.adapters"):
+        trained(recipe)
+
+
+def test_a_task_whose_validation_rows_are_all_out_of_scope_is_refused() -> None:
+    moods = [{"text": f"I feel {'great' if n % 2 else 'sad'} on day {n}", "label": str(n % 2)} for n in range(20)]
+    others = [{"text": f"what is {n} times two", "label": "out_of_scope"} for n in range(5)]
+    data = {"train": moods, "validation": others}
+    adapters = {"moods": {"data": data, "out_of_scope": True}, "songs": adapter_of(train=lights())}
+    recipe = Recipe.from_dict(values_of("base.gguf", adapters, route=True))
+    with pytest.raises(UsageError, match=r"'moods': all validation rows are out of scope.*data\.validation"):
         trained(recipe)
 
 
