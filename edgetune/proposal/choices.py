@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
 from edgetune_runtime.wording import printable
 from ruamel.yaml import YAML
 
+from edgetune.recipe.problems import json_in_yaml
+
 _WIDTH = 100
+_WORDS = re.compile(r"[^\W\d_][\w./-]*(?: [\w./-]+)*")
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ def text_of(choices: Sequence[Choice], introduction: str) -> str:
 
 
 def _in_yaml(value: object) -> str:
-    """A value in one line."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.width = True, sys.maxsize
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    out = StringIO()
-    # In a mapping, because a scalar alone ends with a line of dots.
-    yaml.dump({"_": value}, out)
-    return out.getvalue().strip().removeprefix("{_: ").removesuffix("}")
+    """A value in one line. Texts are quoted as in JSON, which YAML reads, unless they are words alone."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_in_yaml(key)}: {_in_yaml(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_yaml, value))}]"
+    if isinstance(value, str) and _WORDS.fullmatch(value) and YAML(typ="safe", pure=True).load(value) == value:
+        return value
+    return json_in_yaml(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,13 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
     if isinstance(value, str) and _has_comment(value):
         return f"{shown(value)} has a # that begins a comment; put it in quotes"
     return None
+
+
+def json_in_yaml(value: Plain, indent: int | None = None) -> str:
+    """A value as JSON from which YAML reads the same."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    # Of the others, YAML takes some for the end of a line and refuses some; and it joins no surrogates of JSON.
+    return "".join(each if each.isprintable() or each == "\n" else f"\\U{ord(each):08x}" for each in text)
 
 
 def check_set_once(settings: Iterable[str], flags: Mapping[str, Iterable[str]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from edgetune.common.files import write_file
 
 from .model import Recipe
-from .problems import value_at
+from .problems import json_in_yaml, value_at
 from .rows import Rows
 
 RECIPE = "recipe.json"
@@ -38,7 +37,7 @@ def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Collection[Path] =
         is_own = Path(saved).parent == folder.absolute() and not Path(saved).name.startswith("~")
         value_at(loc[:-1], values)[loc[-1]] = Path(saved).name if is_own else saved
     path = folder / RECIPE
-    write_file(path, json.dumps(values, indent=2))
+    write_file(path, json_in_yaml(values, indent=2))
     return path
 
 

@@ -169,3 +169,9 @@ def test_a_saved_recipe_has_its_rows_in_files(tmp_path: Path) -> None:
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     saved = Recipe.from_file(moved / RECIPE).adapters["intent"].data.train
     assert [row.completion for row in read_rows(saved)] == ["media", "lock"]
+
+
+def test_a_saved_recipe_has_the_same_characters(tmp_path: Path) -> None:
+    system = "😀 of élan\u2028 and\x85\ufeff, \\U0001f600"
+    recipe = recipe_of(ROWS, adapters={"intent": adapter_of(train=ROWS, system=system)})
+    assert Recipe.from_file(save_recipe(recipe, tmp_path)).adapters["intent"].system == system
