@@ -117,30 +117,27 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
         return RowForm(None if prompt.name == "text" else {"text": prompt.name}, reason)
     names = [column.name for column in answers]
     answer = names[0] if len(names) == 1 else names
-    unused = [column for column in columns if column not in (prompt, *answers)]
-    system = next((column for column in unused if column.is_constant and column.rank(_SYSTEM) is not None), None)
+    system, left = _system_and_left([column for column in columns if column not in (prompt, *answers)])
     why = "its name" if prompt.rank(_PROMPTS) is not None else "its texts, which differ most"
-    reason = f"{prompt.name} is the prompt by {why}, and {' and '.join(names)} the answer{how}"
-    left = [column.name for column in unused if column is not system]
-    reason += f"; not used: {first_of(left, 8, ', ')}" if left else ""
+    reason = f"{prompt.name} is the prompt by {why}, and {' and '.join(names)} the answer{how}{left}"
     standard = standard_columns({str(name) for row in values for name in row})
     is_standard = standard is not None and (prompt.name, answer) == (standard.prompt, standard.completion)
     mapped = None if is_standard else {"prompt": prompt.name, "completion": answer}
     return RowForm(
         mapped,
         reason,
-        system.texts[0] if system else None,
+        system,
         _noun(answers),
         len(answers) == 1 and answers[0].rank(_LABELS) is not None,
     )
 
 
 def _columns_of(values: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """The columns that at least half of the rows fill, in their order."""
+    """The columns with a name that at least half of the rows fill, in their order."""
     filled: dict[str, list[Any]] = {}
     for row in values:
         for name, value in row.items():
-            if value not in (None, "") and not (isinstance(value, str) and not value.strip()):
+            if name and value not in (None, "") and not (isinstance(value, str) and not value.strip()):
                 filled.setdefault(str(name), []).append(value)
     return [_Column(name, cells, len(values)) for name, cells in filled.items() if len(cells) * 2 >= len(values)]
 
@@ -161,11 +158,19 @@ def _holds_messages(path: Path, column: _Column) -> bool:
 
 def _conversation(column: _Column, columns: Sequence[_Column]) -> RowForm:
     tools = next((other.name for other in columns if other.name.lower() in _TOOLS), None)
+    system, left = _system_and_left([other for other in columns if other.name not in (column.name, tools)])
     reason = f"{column.name} has conversations, whose last message is the answer"
-    reason += f", and {tools} their tools" if tools else ""
+    reason += (f", and {tools} their tools" if tools else "") + left
     if column.name == "messages" and tools in (None, "tools"):
-        return RowForm(None, reason)
-    return RowForm({"messages": column.name, **({"tools": tools} if tools else {})}, reason)
+        return RowForm(None, reason, system)
+    return RowForm({"messages": column.name, **({"tools": tools} if tools else {})}, reason, system)
+
+
+def _system_and_left(columns: Sequence[_Column]) -> tuple[str | None, str]:
+    """The system prompt in columns that are neither prompt nor answer, and the end of a reason, on the others."""
+    system = next((column for column in columns if column.is_constant and column.rank(_SYSTEM) is not None), None)
+    left = [column.name for column in columns if column is not system]
+    return system.texts[0] if system else None, f"; not used: {first_of(left, 8, ', ')}" if left else ""
 
 
 def _is_other(column: _Column) -> bool:

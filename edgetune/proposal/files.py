@@ -11,6 +11,7 @@ from typing import Any
 
 from edgetune_runtime.errors import NotFoundError, UsageError
 
+from edgetune.recipe.parts import NAME_LENGTH
 from edgetune.tasks.row_files import DELIMITERS, JSONL_SUFFIXES, entries
 
 SUFFIXES = (*JSONL_SUFFIXES, *DELIMITERS)
@@ -122,4 +123,4 @@ def _name_and_role(path: Path) -> tuple[str, str]:
 def slug(text: str) -> str:
     """A name that recipes allow."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "task"
+    return re.sub(r"[^a-z0-9]+", "-", plain).lstrip("-")[:NAME_LENGTH].rstrip("-") or "task"

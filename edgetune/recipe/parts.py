@@ -34,12 +34,15 @@ from .problems import FileMapping, other_names, shown
 from .task_types import TaskType
 from .training import OwnTraining, TrainingSpec
 
-NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9_-]{0,99}")
+NAME_LENGTH = 100
+"""Most characters of a name."""
+NAME_PATTERN = re.compile(rf"[a-z0-9][a-z0-9_-]{{0,{NAME_LENGTH - 1}}}")
 
 
 def _check_name(name: str) -> str:
     if not NAME_PATTERN.fullmatch(name):
-        raise ValueError(f"{name!r} is not a valid name; use up to 100 of a-z, 0-9, _ and -, the first a-z or 0-9")
+        remedy = f"use up to {NAME_LENGTH} of a-z, 0-9, _ and -, the first a-z or 0-9"
+        raise ValueError(f"{name!r} is not a valid name; {remedy}")
     return name
 
 

@@ -147,13 +147,17 @@ def test_a_row_without_a_label_among_labelled_ones_is_named(write: Write, propos
     assert "".join(doubt.split()) in "".join(comments.split())
 
 
-def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(write: Write, propose: Make) -> None:
+def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(
+    write: Write, propose: Make, tmp_path: Path
+) -> None:
     files = [
         write("talk.jsonl", [{"messages": talk(n)} for n in range(9)]),
         write("sum.jsonl", numbered({"instruction": "Sum up.", "input": "text {}", "output": "n{}"})),
+        write("chat.jsonl", [{"system": "Be kind.", "chat": talk(n)[1:], "mood": f"m{n}"} for n in range(9)]),
     ]
     recipe = propose(*files)
-    assert [spec.system for spec in recipe.adapters.values()] == ["Be: short", "Sum up."]
+    assert [spec.system for spec in recipe.adapters.values()] == ["Be: short", "Sum up.", "Be kind."]
+    assert "not used: mood" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_conversations_with_tools_under_other_names_are_read(write: Write, propose: Make) -> None:
@@ -267,6 +271,7 @@ def test_a_file_whose_first_row_is_longer_than_what_is_read_is_not_called_empty(
             "id,score\n1,2\n2,3\n",
             "t.csv has no usable columns; there are: id (2 values), score (2 values); give a",
         ),
+        ("t.csv", ",answer\na,b\nc,d\n", "t.csv has no usable columns; there are: answer (2 values); give a"),
         ("t.csv", "text,label\nKüche,a\n".encode("latin-1"), "t.csv:2: not UTF-8 text at byte"),
         ("t.txt", "text", "has an unknown file type; use a .jsonl, .csv or .tsv file"),
         ("t.json", '[\n{"text": "a"}\n]', "t.json is one JSON list; write one object per line: jq -c"),
@@ -300,8 +305,8 @@ def test_semicolons_of_a_spreadsheet_are_read(write: Write, propose: Make) -> No
 
 
 def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) -> None:
-    labels = ("yes", "no: maybe", "# 0", "é\u2028", "null", "😀", "1")
-    rows = [{"a: #b": f"text {n}", "c\n- d": labels[n % 7]} for n in range(70)]
+    labels = ("yes", "no: maybe", "# 0", "é\u2028", "null", "😀", "1", "? unknown", "a\x85b", "élan", "\x07b", "1e5")
+    rows = [{"a: #b": f"text {n}", "c\n- d": labels[n % 12]} for n in range(120)]
     assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
 
 
@@ -314,9 +319,9 @@ def test_the_recipe_of_a_bundle_in_the_current_folder_is_beside_it(
     assert (recipe, Recipe.from_file(recipe).name) == (tmp_path / "home.yaml", "home")
 
 
-@pytest.mark.parametrize("name", ["2024", "1e5", "null", "true"])
-def test_a_file_may_be_named_like_a_number_or_null(name: str, write: Write, propose: Make) -> None:
-    assert list(propose(write(f"{name}.jsonl", KINDS)).adapters) == [name]
+@pytest.mark.parametrize("name", ["2024", "1e5", "null", "true", 105 * "n"])
+def test_a_file_may_be_named_like_a_number_or_null_or_at_length(name: str, write: Write, propose: Make) -> None:
+    assert list(propose(write(f"{name}.jsonl", KINDS)).adapters) == [name[:100]]
 
 
 def test_the_tutorial_shows_what_init_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
