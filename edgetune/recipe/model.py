@@ -38,7 +38,7 @@ from edgetune import methods
 from . import task_types
 from .part import OrSwitch, RecipePart, Text
 from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, QuantizationSpec, Target, TaskName
-from .problems import Document, Loc, explain, override, read_document, value_at
+from .problems import AUTO, Document, Loc, explain, override, read_document, value_at
 from .routing import RouteSpec
 from .rows import Rows, plain_recipe
 from .task_files import FROM, with_task_files
@@ -46,8 +46,6 @@ from .task_types import TaskType
 from .training import TrainingSpec
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_AUTO = "auto"
-"""Of `quantization`: stands for a mapping with all defaults."""
 _GPUS = {"cuda", "gpu", "mps"}
 """What is no board, but may be meant for `training.device`; `cuda:1` too."""
 
@@ -193,7 +191,7 @@ class Recipe(RecipePart):
             raise ValueError(
                 f"{quantization!r} is not a quantization; use q4_0, auto, or a mapping such as {{budget_mb: 90}}"
             )
-        return QuantizationSpec() if quantization == _AUTO else quantization
+        return QuantizationSpec() if quantization == AUTO else quantization
 
     @field_validator("quantization", "merged_quantization")
     @classmethod
@@ -370,7 +368,7 @@ def json_schema() -> dict[str, Any]:
     schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
     quantizations = schema["properties"]["quantization"]["anyOf"]
     quantizations[0]["enum"] = sorted(QUANTIZATIONS)
-    quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": _AUTO}]
+    quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": AUTO}]
     schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
     adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
     ((name, adapter),) = adapters["patternProperties"].items()

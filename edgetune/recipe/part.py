@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
 from edgetune.common.section import Section
 
 Text = Annotated[str, StringConstraints(min_length=1)]
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""A label without the spaces around it, as it is read from rows."""
 
 
 def _section_of(value: object) -> object:

@@ -29,7 +29,7 @@ from edgetune.methods.lora import LoraOptions
 from . import task_types
 from .data import DataSpec, Folder, TextSpec
 from .output import OutputOption
-from .part import OrSwitch, RecipePart, Text
+from .part import Label, OrSwitch, RecipePart, Text
 from .problems import FileMapping, other_names, shown
 from .task_types import TaskType
 from .training import OwnTraining, TrainingSpec
@@ -117,7 +117,7 @@ class MethodSpec(RecipePart):
 class OutOfScopeSpec(RecipePart):
     """How a classification task learns texts that none of its labels fits. `out_of_scope: true` has all defaults."""
 
-    label: Text = "out_of_scope"
+    label: Label = "out_of_scope"
     """The label of such texts. Training rows may have it too, where you know what people ask."""
     refused: float = Field(default=0.1, gt=0, lt=1)
     """Share of the validation rows that may get this label wrongly: a text gets it if the likeliest of the other labels
@@ -131,7 +131,7 @@ class AdapterSpec(RecipePart):
     """The task's rows."""
     system: Text | None = None
     """System prompt, added to each conversation that has none, in training and on the device."""
-    labels: tuple[Text, ...] | None = None
+    labels: tuple[Label, ...] | None = None
     """The possible answers of a classification task. null: those of the training rows, if these have a `label` or the
     metric is label."""
     out_of_scope: OrSwitch[OutOfScopeSpec] = None
@@ -168,7 +168,7 @@ class AdapterSpec(RecipePart):
     """The folder of an adapter that training starts from, saved by PEFT or by another build
     (`OTHER.work/train/NAME/adapter`), with lora, rslora and loraplus. The method must have the options of that
     adapter."""
-    scale: float = 1.0
+    scale: float = Field(default=1.0, gt=0, le=100)
     """Scale of the adapter if the caller gives none."""
     merged: bool = False
     """Ship a full model with the adapter merged in, as large as the base, instead of an adapter file."""

@@ -30,13 +30,16 @@ ModelAt = Callable[[Loc, dict[str, Any]], type[BaseModel] | None]
 MAX_SHOWN = 60
 MOST_BYTES, MOST_DEPTH, MOST_ALIASES, MOST_VALUES = 250_000, 50, 100, 100_000
 """Limits of a recipe file: bytes, levels of nesting, YAML aliases and values."""
+AUTO = "auto"
+"""Of `quantization`: stands for a mapping with all defaults."""
 NAME = "name"
 """The key of an adapter's name in a file of its own."""
-_SHORT_FORMS: Mapping[str, Callable[[str], dict[str, Plain]]] = {
+_SHORT_FORMS: Mapping[str, Callable[[str], Plain]] = {
     "method": lambda name: {"name": name},
     "training": lambda word: {word: True},
+    "quantization": lambda name: {} if name == AUTO else name,
 }
-"""The mapping that a text stands for, by its key."""
+"""The mapping that a text stands for, by its key, or the text if it stands for none."""
 PLAIN = {
     "missing": "is missing",
     "float_type": "{value} is not a number",
@@ -146,7 +149,8 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
             return f"no adapter {part!r}; {suggestion(part, list(node))}"
         if part in _SHORT_FORMS and isinstance(node.get(part), str):
             node[part] = _SHORT_FORMS[part](node[part])
-        if node.get(part) is None:
+        is_switch = isinstance(node.get(part), bool) and model_at(tuple(parents[: depth + 1]), values) is not None
+        if node.get(part) is None or is_switch:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):

@@ -13,8 +13,9 @@ from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from pydantic import ValidationError
 
 from edgetune import methods
-from edgetune.recipe.data import is_hub_id
+from edgetune.recipe.data import AugmentSpec, is_hub_id
 from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
+from edgetune.recipe.parts import QuantizationSpec
 from edgetune.recipe.reference import reference
 from edgetune.recipe.routing import RouteSpec
 from edgetune.tasks.data import read_rows
@@ -200,7 +201,10 @@ adapters:
     [
         ("adapters", "{}", "--set adapters: has too few entries; give at least 1"),
         ("adapters.command.labels", "[a]", "['a'] has fewer than 2 labels"),
-        ("adapters.command.labels", "[a, b, a]", "'a' appears twice"),
+        ("adapters.command.labels", "[a, b, ' a ']", "'a' appears twice"),
+        ("adapters.command.labels", "[a, ' ']", "is empty"),
+        ("adapters.command.scale", "0", "0 must be greater than 0"),
+        ("adapters.command.scale", "1e6", "1000000.0 must be at most 100"),
         ("adapters.command.method", "[lora]", "['lora'] is not a method"),
         ("adapters.command.system", "''", "is empty"),
         ("adapters.intent.method.r.x", "1", "adapters.intent.method.r is not a mapping"),
@@ -316,6 +320,18 @@ def test_overrides_replace_the_files_values(write: Write) -> None:
     columns = recipe.adapters["command"].data.columns
     assert columns is not None
     assert columns.completion == ("a", "b")
+
+
+def test_keys_can_be_set_below_a_short_form(write: Write) -> None:
+    path = write(GOOD.replace("train: data/command.jsonl", "{train: a.jsonl, augment: true}") + "quantization: auto\n")
+    recipe = Recipe.from_file(path, {"adapters.command.data.augment.copies": 5, "quantization.budget_mb": 90})
+    assert recipe.adapters["command"].data.augment == AugmentSpec(copies=5)
+    assert recipe.quantization == QuantizationSpec(budget_mb=90)
+    keys = {"quantization": "q4_0", "quantization.budget_mb": 90, "adapters.command.merged": True}
+    assert problems_of(path, {**keys, "adapters.command.merged.x": 1}) == [
+        "--set quantization.budget_mb: quantization is not a mapping in this recipe",
+        "--set adapters.command.merged.x: adapters.command.merged is not a mapping in this recipe",
+    ]
 
 
 @pytest.mark.parametrize(
