@@ -33,6 +33,7 @@ from edgetune_runtime.formats.tokenizer_json import TOKENIZER_NAME
 from edgetune_runtime.wording import first_line, first_of, nearest
 
 from edgetune.common.digests import key_of
+from edgetune.common.files import expanded
 from edgetune.common.progress import Progress
 from edgetune.recipe.data import is_hub_id
 from edgetune.recipe.model import Recipe
@@ -353,7 +354,7 @@ def _encoder_length(config: Mapping[str, Any], folder: Path) -> int:
 
 
 def _as_path(name: str, folder: Path) -> Path:
-    path = Path(name).expanduser()
+    path = expanded(name)
     beside = folder / path
     return beside if beside.exists() else path
 

@@ -1,4 +1,4 @@
-"""Writes files that appear when they are complete, and links files where the file system can."""
+"""Writes files that appear when they are complete, links files where the file system can, and expands `~`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import shutil
 from pathlib import Path
 
 from edgetune_runtime.formats.atomic import replacing
+
+
+def expanded(path: str) -> Path:
+    """The path with the home folder for `~` or `~user` at its beginning; as it is if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_file(path: Path, data: str | bytes, *, is_private: bool = False) -> None:

@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from edgetune.common.files import expanded
+
 from .part import OrSwitch, RecipePart, Text
 from .rows import Rows
 
@@ -41,13 +43,13 @@ def _beside_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: 
     folder: Path | None = (info.context or {}).get("folder")
     if folder is None:
         return source
-    path = folder / Path(source).expanduser()
+    path = folder / expanded(source)
     return source if is_hub_id(source) and not path.exists() else str(path)
 
 
 def _from_the_recipe(value: object, text: ValidatorFunctionWrapHandler, info: ValidationInfo) -> str:
     folder: Path = (info.context or {}).get("folder", Path())
-    return str(folder / Path(text(value)).expanduser())
+    return str(folder / expanded(text(value)))
 
 
 def _without_rows(source: str | Rows) -> str:

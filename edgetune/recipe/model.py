@@ -34,6 +34,7 @@ from pydantic import (
 )
 
 from edgetune import methods
+from edgetune.common.files import expanded
 
 from . import task_types
 from .part import OrSwitch, RecipePart, Text
@@ -322,7 +323,7 @@ class Recipe(RecipePart):
 
     def files(self) -> list[str]:
         """What is read for it: its file and those of its adapters, the base, and data files; also hub ids and rows."""
-        base = self._folder / Path(self.base).expanduser()
+        base = self._folder / expanded(self.base)
         return [*map(str, (*self._files, base)), *(str(source) for _, source in self.sources())]
 
     def _portable(self, source: str) -> str:

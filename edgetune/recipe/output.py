@@ -10,6 +10,8 @@ from edgetune_runtime.decoding.output import KINDS, SPACINGS, OutputSpec, output
 from edgetune_runtime.errors import EdgetuneError
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_serializer, model_validator
 
+from edgetune.common.files import expanded
+
 AUTO = "auto"
 
 _REMEDY = f"write auto, or a mapping with one of {', '.join(KINDS)}"
@@ -76,7 +78,7 @@ def _read(key: str, content: object, folder: Path) -> object:
     )
     if not is_file:
         return content
-    path = folder / Path(str(content).strip()).expanduser()
+    path = folder / expanded(str(content).strip())
     try:
         text = path.read_text(encoding="utf-8")
         return json.loads(text) if key == "schema" else text

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from edgetune.common.files import write_file
+from edgetune.common.files import expanded, write_file
 
 from .model import Recipe
 from .problems import json_in_yaml, value_at
@@ -22,7 +22,7 @@ def save_recipe(recipe: Recipe, folder: Path, *, copied_from: Collection[Path] =
     Data files in the folders `copied_from` are copied. OutOfSpaceError if the disk is full.
     """
     values = recipe.model_dump(exclude_unset=True)
-    base = recipe.folder / Path(recipe.base).expanduser()
+    base = recipe.folder / expanded(recipe.base)
     if base.exists():
         values["base"] = str(base.absolute())
     for name, spec in recipe.adapters.items():

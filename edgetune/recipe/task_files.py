@@ -9,6 +9,8 @@ from typing import Any
 
 from edgetune_runtime.errors import UsageError
 
+from edgetune.common.files import expanded
+
 from .problems import NAME, Document, FileMapping, Loc, Plain, read_document, shown
 
 FROM = "from"
@@ -68,7 +70,7 @@ def _matching(patterns: Plain, folder: Path, recipe: Document) -> tuple[list[Pat
 
 
 def _files(pattern: str, folder: Path) -> Iterator[Path]:
-    path = Path(pattern).expanduser()
+    path = expanded(pattern)
     root, relative = (Path(path.anchor), path.relative_to(path.anchor)) if path.is_absolute() else (folder, path)
     try:
         yield from sorted(file for file in root.glob(str(relative)) if file.is_file())

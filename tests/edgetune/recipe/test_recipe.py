@@ -13,6 +13,7 @@ from edgetune_runtime.formats.quantization import QUANTIZATIONS
 from pydantic import ValidationError
 
 from edgetune import methods
+from edgetune.bases import find
 from edgetune.recipe.data import AugmentSpec, is_hub_id
 from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
 from edgetune.recipe.parts import QuantizationSpec
@@ -84,6 +85,17 @@ def test_data_paths_start_from_the_recipe_and_hub_ids_stay(write: Write, tmp_pat
     assert recipe.adapters["command"].data.train == str(tmp_path / "data/command.jsonl")
     assert recipe.adapters["intent"].data.train == "owner/intents"
     assert recipe.adapters["intent"].data.validation == str(tmp_path / "check.csv")
+
+
+def test_a_path_may_begin_like_the_home_of_a_user_that_does_not_exist(write: Write, tmp_path: Path) -> None:
+    text = GOOD.replace("data/command", "~no one/rows").replace("base: smollm2-135m", "base: ~base.gguf")
+    path = write(text.replace("method: lora\n", "output: {schema: ~schema.json}\n    start_from: ~old\n"))
+    (tmp_path / "~schema.json").write_text("{}", encoding="utf-8")
+    recipe = Recipe.from_file(path)
+    command = recipe.adapters["command"]
+    assert (command.data.train, command.start_from) == (str(tmp_path / "~no one/rows.jsonl"), str(tmp_path / "~old"))
+    with pytest.raises(NotFoundError, match=r"no base '~base\.gguf'"):
+        find(recipe)
 
 
 def test_a_file_without_suffix_beside_the_recipe_is_no_hub_id(write: Write, tmp_path: Path) -> None:
