@@ -74,7 +74,8 @@ def _of_bundle(bundle: Path, context_length: int | None, engine: str | None) -> 
 
 
 def _of_recipe(path: Path, context_length: int | None, engine: str | None) -> FitTarget:
-    recipe = Recipe.from_file(path, {"context_length": context_length} if context_length else {})
+    settings = {} if context_length is None else {"context_length": context_length}
+    recipe = Recipe.from_file(path, settings, dict.fromkeys(settings, "--context-length"))
     recipe.task_type.check_offers("fit", path)
     # The settings for the recipe's own board may be others.
     plan = plan_bundle(recipe.model_copy(update={"device": None}), bases.find(recipe), shapes_of(recipe))

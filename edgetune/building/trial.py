@@ -14,15 +14,16 @@ from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, work_folder
 from edgetune.methods.common.peft import ALL_LINEAR
 from edgetune.methods.lora import LoraOptions
-from edgetune.planning.records import PlannedBuild
+from edgetune.planning.records import BuildPlan, PlannedBuild
 from edgetune.recipe.model import Recipe
 from edgetune.training.duration import TRIAL_STEPS, duration, tokens_left
 from edgetune.training.job import TrainingJob
 from edgetune.training.jobs import train_all
 
 
-def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> dict[str, Any]:
-    """Train ten steps; returns `tokens_per_s`, `training_s` (seconds, all adapters at this speed) and a `summary`.
+def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) -> tuple[BuildPlan, dict[str, Any]]:
+    """Train ten steps; returns the plan, which knows a base that was downloaded, and what was measured:
+    `tokens_per_s`, `training_s` (seconds, all adapters at this speed) and a `summary`.
 
     Continued pretraining and the choice of target modules come on top, which the summary says. A converted or quantized
     base stays in `<out>.work` for the build of `out`; nothing else is left. Raises what a build raises, and UsageError
@@ -49,7 +50,8 @@ def run(recipe: Recipe, planned: PlannedBuild, out: Path, progress: Progress) ->
     if any(adapter.method.is_auto for adapter in recipe.adapters.values()):
         more.append("the choice of target_modules")
     summary += f", without {' and '.join(more)}" if more else ""
-    return {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
+    measured = {"summary": summary, "tokens_per_s": round(result.tokens_per_s, 1), "training_s": round(seconds)}
+    return plan, measured
 
 
 def short_job(job: TrainingJob[Any]) -> TrainingJob[Any]:

@@ -42,7 +42,7 @@ def plan(
         from edgetune.building import trial as time_trial
         from edgetune.common.progress import Progress
 
-        trained = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=as_json))
+        build_plan, trained = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=as_json))
     if as_json:
         print_json(build_plan.to_json() | ({"trial": trained} if trial else {}))
         return

@@ -15,8 +15,11 @@ _LOCK = "lock"
 
 
 def named(folder: Path) -> Path:
-    """The folder by a path with its name, which `.` and `..` do not have."""
-    return folder if folder.name not in ("", "..") else folder.resolve()
+    """The folder by a path with its name, which `.` and `..` do not have; UsageError for the root, which has none."""
+    path = folder if folder.name not in ("", "..") else folder.resolve()
+    if not path.name:
+        raise UsageError(f"{path} is the root of the file system, not a folder for a bundle", "choose a folder in it")
+    return path
 
 
 def beside(folder: Path, suffix: str) -> Path:

@@ -183,6 +183,11 @@ def test_a_wrong_value_of_a_recipe_is_named_by_the_option_that_gave_it(
     assert (code, out, err.startswith(f"edgetune: {message}"), err.count("\n")) == (2, "", True, 1), err
 
 
+def test_fit_names_its_own_option_for_the_context_length(run: Run, recipe: Path) -> None:
+    code, _, err = run("devices", "fit", recipe, "--device", "pi-4", "--context-length", "8")
+    assert (code, err) == (2, "edgetune: --context-length: 8 must be at least 16\n")
+
+
 def test_help_and_plan_need_no_torch(recipe: Path) -> None:
     slow = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
     # Where there may be a GPU, torch is asked for it.

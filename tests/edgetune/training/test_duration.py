@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,10 @@ def test_a_training_reports_its_time_left(tiny_base: Callable[[str], Base], tmp_
 
 def test_a_trial_reports_speed_and_time_and_leaves_no_files(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, tiny_gguf("llama"))
-    found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
+    planned = plan_build(recipe)
+    unknown = replace(planned, plan=replace(planned.plan, source=None))
+    plan, found = trial.run(recipe, unknown, tmp_path / "home", Listening())
+    assert plan.source == planned.plan.source
     assert found["tokens_per_s"] > 0 and found["training_s"] >= 0
     assert re.fullmatch(r"training takes about .+ at the \d+ tokens/s of command", found["summary"])
     assert {path.name for path in tmp_path.iterdir()} == {"recipe.yaml", "rows.jsonl"}
@@ -116,7 +120,7 @@ def test_a_trial_reports_speed_and_time_and_leaves_no_files(tiny_gguf: Callable[
 def test_a_trial_says_which_trainings_it_leaves_out(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     domain = {"data": {"train": str(write_rows(tmp_path / "texts.jsonl", [{"text": "a light " * 40}] * 9))}}
     recipe = recipe_of(tmp_path, tiny_gguf("llama"), domain=domain)
-    found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
+    _, found = trial.run(recipe, plan_build(recipe), tmp_path / "home", Listening())
     assert found["summary"].endswith(" tokens/s of command, without continued pretraining")
 
 
