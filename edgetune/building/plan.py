@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, MARK
 from edgetune_runtime.errors import EdgetuneError, UsageError
+from edgetune_runtime.wording import suggestion
 
 from edgetune import bases, methods
 from edgetune.bases import BaseSource
@@ -58,6 +60,8 @@ def plan_build(
         with _collected(problems):
             _check_files(name, spec, trained)
         with _collected(problems):
+            _check_unsure(name, spec, whole.others(name))
+        with _collected(problems):
             task = read_task(name, recipe)
             _check_labels(task)
             tasks.append(replace(task, folds=fold_tasks(task, recipe)))
@@ -86,6 +90,13 @@ def _check_files(name: str, spec: AdapterSpec, trained: Sequence[Path]) -> None:
             method.check_start(start, options)
     except EdgetuneError as error:
         raise type(error)(f"adapter {name!r}: {error.message}", error.remedy) from error
+
+
+def _check_unsure(name: str, spec: AdapterSpec, others: Iterable[str]) -> None:
+    """UsageError if an adapter that is to answer in place of unsure answers is not among `others`."""
+    answers = (MARK, ASK, BASE, ERROR, DEFER, *others)
+    if spec.unsure not in answers:
+        raise UsageError(f"adapter {name!r}: unsure is {spec.unsure!r}", suggestion(spec.unsure, answers))
 
 
 def _check_labels(task: Task) -> None:

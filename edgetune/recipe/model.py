@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from edgetune_export import backends
 from edgetune_export.backends.format import OptionsByFormat
 from edgetune_export.backends.onnx.options import OnnxOptions
-from edgetune_runtime.bundle import ASK, BASE, DEFER, ERROR, GENERATION, MARK
+from edgetune_runtime.bundle import GENERATION
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.quantization import (
     DEFAULT,
@@ -252,10 +252,6 @@ class Recipe(RecipePart):
     def _adapters_of_task(cls, adapters: dict[str, AdapterSpec], info: ValidationInfo) -> dict[str, AdapterSpec]:
         task_type = task_types.load(_task_of(info))
         problems = [f"{name}: {problem}" for name, spec in adapters.items() for problem in spec.unfit_for(task_type)]
-        for name, spec in adapters.items():
-            answers = (MARK, ASK, BASE, ERROR, DEFER, *(other for other in adapters if other != name))
-            if spec.unsure not in answers:
-                problems.append(f"{name}: unsure is {spec.unsure!r}; {suggestion(spec.unsure, answers)}")
         if problems:
             raise ValueError("; ".join(problems))
         return adapters
