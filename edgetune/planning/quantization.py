@@ -86,7 +86,7 @@ def candidates_of(recipe: Recipe, header: GgufHeader) -> list[Candidate]:
 
     `header` is the base's before quantization; sizes are those in GGUF, if that is a target. Left out
     are those that llama.cpp stores as another one, because its blocks do not divide the base's rows, and those that a
-    format of the recipe would requantize. Raises UsageError if none is within the budget.
+    format of the recipe would requantize, but for the file as it is. Raises UsageError if none is within the budget.
     """
     if recipe.quantization_spec is None:
         return []

@@ -46,7 +46,7 @@ class OutputOption(BaseModel):
 
     @property
     def is_auto(self) -> bool:
-        """Whether the constraint is inferred from the training rows."""
+        """Whether the constraint is inferred from the training and validation rows."""
         return self.stored is None
 
     @property

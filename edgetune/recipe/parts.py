@@ -139,9 +139,9 @@ class AdapterSpec(RecipePart):
     metric: Metric = "auto"
     """How answers are scored. auto: chosen by the form of the rows."""
     output: OutputOption | None = None
-    """Output constraint of the answers: auto (inferred from the training rows), or a mapping with `schema` (a JSON
-    schema or a file), `choices` (a list of texts), `regex`, or `grammar` (Lark or a .lark file), and for a schema
-    `spacing` (spaced, compact or any)."""
+    """Output constraint of the answers: auto (inferred from the training and validation rows), or a mapping with
+    `schema` (a JSON schema or a file), `choices` (a list of texts), `regex`, or `grammar` (Lark or a .lark file), and
+    for a schema `spacing` (spaced, compact or any)."""
     draft: bool = True
     """Ship a draft table, made from the training rows, with which several tokens are decoded per step."""
     golden: bool = True

@@ -1,1 +1,1 @@
-"""Output constraints of tasks: given by the recipe, or inferred from the training rows."""
+"""Output constraints of tasks: given by the recipe, or inferred from the rows."""
