@@ -18,6 +18,7 @@ from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 from edgetune_runtime.store import files
 from edgetune_runtime.store.kit import KIT_NAME, PROGRAM_NAME, SUMS_NAME, KitFile
 from edgetune_runtime.store.versions import CURRENT
+from edgetune_runtime.update.state import ROOT_NAME
 
 from edgetune.common.progress import Progress
 from edgetune.delivery.board.transfer import LACKING
@@ -35,7 +36,6 @@ T = TypeVar("T")
 Assemble = Callable[[str, str], AssembledKit]
 """Makes the kit of a bundle for a board and a Python version, such as 3.13."""
 
-_ROOT_NAME = "root.json"
 _MB = 10**6
 _CHUNK_BYTES = 1 << 18
 _LONG_S = 14_400.0
@@ -181,7 +181,7 @@ def deploy(target: Target, where: Where, assemble: Assemble, options: DeployOpti
         sent = sum(_put(connection, assembled.contents[name], f"{incoming}/{name}") for name in (KIT_NAME, SUMS_NAME))
         words = ["--receive", assembled.kit.version, *([] if options.unit is None else options.unit.words()), "--json"]
         if options.repository is not None:
-            root = f"{incoming}/{_ROOT_NAME}"
+            root = f"{incoming}/{ROOT_NAME}"
             sent += _put(connection, options.repository.root, root)
             words += ["--updates", options.repository.url, "--root", root]
         command = program.command("install", incoming, *words)

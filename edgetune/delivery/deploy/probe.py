@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from edgetune_devices import boards
 from edgetune_runtime.errors import IncompatibleError, UsageError
 from edgetune_runtime.store import versions
-from edgetune_runtime.store.kit import ID_LENGTH
+from edgetune_runtime.store.kit import ID
 from edgetune_runtime.store.service import SETTINGS_NAME
 
 from edgetune.delivery.kit.target_python import target_python
@@ -40,7 +40,7 @@ _FORMS = {
     "memory": r"MemTotal:\s{1,40}\d{1,12} kB",
     "model": r".{0,200}",
     "python": r"(\d{1,2}\.\d{1,3})?",
-    "current": rf"({versions.FOLDER}/[0-9a-f]{{{ID_LENGTH}}})?",
+    "current": rf"({versions.FOLDER}/{ID.pattern})?",
     "unit": r"(yes)?",
 }
 """The forms of a board's answers; a hostile one may print anything."""

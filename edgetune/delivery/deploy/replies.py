@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from edgetune_runtime.store.kit import ID_LENGTH
+from edgetune_runtime.store.kit import ID
 from edgetune_runtime.wording import printable
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -15,7 +15,7 @@ _MOST_WARNINGS, _MOST_CHARACTERS = 5, 300
 class _Version(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    version: Annotated[str, Field(pattern=f"^[0-9a-f]{{{ID_LENGTH}}}$")]
+    version: Annotated[str, Field(pattern=f"^{ID.pattern}$")]
 
 
 class _Installed(_Version):

@@ -12,6 +12,7 @@ from pathlib import Path
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.errors import NotFoundError, UnreachableError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
+from edgetune_runtime.type_checks import DIGEST
 
 from .kit import COPY_AGAIN, KitFile
 
@@ -35,7 +36,7 @@ class Store:
     @property
     def total_bytes(self) -> int:
         """The size of all files, also of those that are still being received."""
-        return sum(path.lstat().st_size for path in self.folder.glob("*"))
+        return sum(path.lstat().st_size for path in self._own())
 
     def has(self, file: KitFile) -> bool:
         """Whether the store has a file of this digest and size; the contents are not read."""
@@ -51,8 +52,8 @@ class Store:
 
         Deletes damaged files, and the parts of other files: nobody will continue these.
         """
-        for path in self.folder.glob(f"*{_PART}"):
-            if path.stem not in sizes:
+        for path in self._own():
+            if path.suffix == _PART and path.stem not in sizes:
                 path.unlink()
         counts = {sha256: self.bytes_of(sha256, size) for sha256, size in sizes.items()}
         return {sha256: count for sha256, count in counts.items() if count is not None}
@@ -124,7 +125,7 @@ class Store:
     def sweep(self, kept: Iterable[str]) -> None:
         """Delete all files but those with the digests in `kept`, whole or in part."""
         keep = set(kept)
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        for path in self._own():
             if path.name.removesuffix(_PART) not in keep:
                 path.unlink()
 
@@ -142,6 +143,10 @@ class Store:
         if whole.exists():
             return size
         return part.stat().st_size if part.exists() else None
+
+    def _own(self) -> list[Path]:
+        """The store's files, whole or in part: a prefix may be a folder in which a user has others."""
+        return [path for path in self.folder.glob("*") if DIGEST.fullmatch(path.name.partition(".")[0])]
 
     def _part(self, sha256: str) -> Path:
         return self.folder / f"{sha256}{_PART}"

@@ -26,9 +26,9 @@ WHEELS_FOLDER = "wheels"
 BUNDLE_FOLDER = "bundle"
 ID_LENGTH = 16
 """Hex digits of a version id and of a wheels id."""
+ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 COPY_AGAIN = "copy the kit again"
 
-_ID = re.compile(f"[0-9a-f]{{{ID_LENGTH}}}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
 # Without control characters, of which a terminal or a unit's file would make something else.
@@ -160,7 +160,7 @@ def parse_kit(text: str) -> Kit:
             python=_text_of(raw, "python", _VERSION),
             engines=_words(raw, "engines"),
             needs=_needs(_field(raw, "needs", dict)),
-            wheels=_text_of(raw, "wheels", _ID),
+            wheels=_text_of(raw, "wheels", ID),
             bundle=_text_of(raw, "bundle", DIGEST),
             service=_service(_field(raw, "service", dict)),
             opening=parse_opening(raw.get("opening", {})),

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import NotFoundError, VerificationError
+from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
 
-from .durable import flush_tree, replace_link, write_text
+from .durable import INSTALLING_NAME, flush_tree, replace_link, write_text
 from .files import Store
 from .in_use import is_in_use
-from .kit import ID_LENGTH, KIT_NAME, Kit, read_installed
+from .kit import ID, KIT_NAME, Kit, read_installed
 
 ROOT_FOLDER, USER_FOLDER = "/opt/edgetune", ".local/share"
 """Where the bundles of root are installed, and, in their home, those of others without XDG_DATA_HOME."""
@@ -89,9 +89,19 @@ def has_environment(prefix: Path, wheels: str) -> bool:
 
 
 def linked(prefix: Path, link: str) -> str | None:
-    """The version that one of the links points to; None if there is none."""
+    """The version that one of the links points to; None if there is none. UsageError for what no install has made."""
     path = prefix / link
-    return path.readlink().name if path.is_symlink() and path.exists() else None
+    if not is_free(path):
+        raise UsageError(f"{path} is not a link to a version", "choose another --prefix, or move it away")
+    return path.readlink().name if path.exists() else None
+
+
+def is_free(link: Path) -> bool:
+    """Whether a path can become a link to a version: it is one, or is not there."""
+    if not link.is_symlink():
+        return not link.exists()
+    folder, name = link.readlink().parent, link.readlink().name
+    return folder == Path(FOLDER) and ID.fullmatch(name) is not None
 
 
 def previous(prefix: Path) -> str | None:
@@ -204,6 +214,21 @@ def sweep(prefix: Path, say: Say, expected: Iterable[str] = ()) -> None:
     Store(prefix).sweep({file.sha256 for kit in kits for file in kit.version_files} | {*expected})
 
 
+def is_installed(prefix: Path) -> bool:
+    """Whether an install or an update has begun in this folder."""
+    return (prefix / INSTALLING_NAME).is_file() or bool(_folders(prefix))
+
+
+def discard_all(prefix: Path) -> None:
+    """Delete all versions and what they used; the links to them too."""
+    for link in LINKS:
+        if is_free(prefix / link):
+            (prefix / link).unlink(missing_ok=True)
+    Store(prefix).sweep(())
+    for folder in (ENVIRONMENTS, FOLDER):
+        _discard_others(prefix / folder)
+
+
 def _readable(folder: Path, say: Say) -> Kit | None:
     """The kit of an installed version; None, with a warning, if its kit.json is damaged."""
     try:
@@ -224,15 +249,13 @@ def _point(prefix: Path, link: str, version: str | None) -> None:
         flush_to_disk(prefix)
 
 
-def _discard_others(root: Path, kept: set[str]) -> None:
+def _discard_others(root: Path, kept: Collection[str] = ()) -> None:
+    # By their names: a prefix may be a folder in which a user has others.
+    own = (path for path in root.glob("*") if ID.fullmatch(path.name.removeprefix(".")))
     # Sorted: hidden ones come first, which a deletion that was cut off has left where others are to be renamed to.
-    for folder in sorted(path for path in root.glob("*") if path.name not in kept):
+    for folder in sorted(path for path in own if path.name not in kept):
         # Renamed first: an interrupted deletion must not leave what looks like a whole folder.
-        hidden = folder if folder.name.startswith(".") else folder.rename(_hidden(folder))
-        if hidden.is_dir():
-            shutil.rmtree(hidden)
-        else:
-            hidden.unlink()
+        shutil.rmtree(folder if folder.name.startswith(".") else folder.rename(_hidden(folder)))
 
 
 def _hidden(folder: Path) -> Path:
@@ -251,9 +274,8 @@ def _relink(source: Path, target: Path) -> bool:
 
 
 def _folders(prefix: Path) -> list[Path]:
-    root = prefix / FOLDER
-    folders = root.iterdir() if root.is_dir() else ()
-    return sorted(path for path in folders if len(path.name) == ID_LENGTH and (path / KIT_NAME).is_file())
+    folders = (prefix / FOLDER).glob("*")
+    return sorted(path for path in folders if ID.fullmatch(path.name) and (path / KIT_NAME).is_file())
 
 
 def _write_script(prefix: Path) -> None:

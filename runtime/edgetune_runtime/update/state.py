@@ -18,7 +18,7 @@ FOLDER = "update"
 TRUSTED_FOLDER = "metadata"
 """Folder in FOLDER with the repository's metadata that this device trusts."""
 DEFAULT_CHANNEL = "stable"
-_STATE_NAME, _ROOT_NAME = "state.json", "root.json"
+STATE_NAME, ROOT_NAME = "state.json", "root.json"
 _TRIES = 2
 """How often a version may fail before it is not tried again."""
 
@@ -63,7 +63,7 @@ class UpdateState:
 
 def read_state(prefix: Path) -> UpdateState:
     """The state of a prefix, a new one if there is none; VerificationError if it is damaged."""
-    path = prefix / FOLDER / _STATE_NAME
+    path = prefix / FOLDER / STATE_NAME
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -81,7 +81,7 @@ def read_state(prefix: Path) -> UpdateState:
 
 def write_state(prefix: Path, state: UpdateState) -> None:
     """Write the state, whole or not at all."""
-    path = prefix / FOLDER / _STATE_NAME
+    path = prefix / FOLDER / STATE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text_of_state(asdict(state)))
 
@@ -97,7 +97,7 @@ def _crc32(values: Mapping[str, Any]) -> int:
 
 def read_trusted_root(prefix: Path) -> bytes | None:
     """The root that updates of a prefix begin with; None if there is none."""
-    path = prefix / FOLDER / _ROOT_NAME
+    path = prefix / FOLDER / ROOT_NAME
     return path.read_bytes() if path.is_file() else None
 
 
@@ -122,7 +122,7 @@ def read_root_file(path: Path) -> bytes:
 def write_trusted_root(prefix: Path, data: bytes) -> None:
     """Trust another root from now on."""
     (prefix / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_text(prefix / FOLDER / _ROOT_NAME, data.decode())
+    write_text(prefix / FOLDER / ROOT_NAME, data.decode())
 
 
 def refuse_login(option: str, address: str) -> None:

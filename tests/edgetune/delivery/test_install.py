@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from damage import flip
-from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError
+from edgetune_runtime.errors import BusyError, IncompatibleError, NotFoundError, UsageError
 from edgetune_runtime.store import versions
-from edgetune_runtime.store.durable import LOCK_NAME, installing
+from edgetune_runtime.store.durable import INSTALLING_NAME, installing
 from edgetune_runtime.store.kit import KIT_NAME, SUMS_NAME, KitFile, read_kit, wheels_id
 from kits import PYTHON, KitMaker, ask, install_sh, run
 
@@ -333,17 +333,32 @@ def test_uninstall_removes_what_a_deploy_that_was_cut_left(tmp_path: Path) -> No
         (tmp_path / "home" / folder).mkdir(parents=True)
     # Those of another program.
     assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code
-    (tmp_path / "home" / LOCK_NAME).touch()
+    (tmp_path / "home" / INSTALLING_NAME).touch()
     assert run("uninstall", "--prefix", tmp_path / "home") == 0
     assert not (tmp_path / "home").exists()
     assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code
 
 
-def test_a_file_among_the_versions_keeps_no_install_from_its_end(prefix: Path, kits: tuple[Path, Path, Path]) -> None:
-    for folder in ("versions", "venvs"):
-        (prefix / folder / "notes.txt").touch()
+def test_the_files_of_others_stay_in_a_folder_that_has_what_an_install_writes(
+    installed: Path, kits: tuple[Path, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prefix = tmp_path / "home"
+    folders = ("versions/old", "venvs/work", "files", "files/pictures", "update", "incoming")
+    mine = [prefix / folder / name for folder in folders for name in ("notes.txt", "film.part")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert run("uninstall", "--prefix", prefix) == NotFoundError.exit_code
+    subprocess.run(["cp", "-a", f"{installed}/.", str(prefix)], check=True)
     assert run("install", kits[1], "--prefix", prefix) == 0
-    assert "notes.txt" not in names(prefix, "versions") | names(prefix, "venvs")
+    assert ask(prefix) == "two"
+    assert run("uninstall", "--prefix", prefix) == 0
+    assert {path for path in prefix.rglob("*") if path.is_file()} == {*mine}
+    (prefix / "current").symlink_to("versions/old")
+    assert run("install", kits[1], "--prefix", prefix) == UsageError.exit_code
+    assert "is not a link to a version; choose another --prefix" in capfd.readouterr().err
+    assert run("uninstall", "--prefix", prefix) == 0
+    assert (prefix / "current").readlink() == Path("versions/old")
 
 
 def test_settings_of_pip_do_not_disturb(make: KitMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
