@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 from edgetune_runtime.errors import BusyError, CancelledError, EdgetuneError, UsageError
 from edgetune_runtime.processes.interrupts import end_in_order, end_on_interrupt
-from edgetune_runtime.store import service, switch, systemd, versions
-from edgetune_runtime.store.durable import locked
+from edgetune_runtime.store import service, systemd, versions
 from edgetune_runtime.store.kit import KIT_NAME, Kit, parse_kit, read_kit
+from edgetune_runtime.update import current
 from edgetune_runtime.wording import printable
 
 from . import check, install, uninstall
@@ -78,7 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--receive", metavar="VERSION", help=text)
     command = _command(commands, "check", _check, "show what this board has, and what keeps a kit from running on it")
     command.add_argument("--kit", type=Path, metavar="KIT", help="a kit's folder or its kit.json (default: this one)")
-    _command(commands, "rollback", _rollback, "switch back to the previous version")
+    _command(
+        commands,
+        "rollback",
+        _rollback,
+        "switch back to the previous version, and skip the current release in later updates",
+    )
     _command(commands, "list", _list, "list the installed versions")
     _command(commands, "uninstall", _uninstall, "remove all versions and the unit")
     return parser
@@ -157,8 +162,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _rollback(options: argparse.Namespace) -> None:
     prefix = _prefix(options)
-    with locked(prefix):
-        version = switch.roll_back(prefix, say=_say)
+    version = current.roll_back(prefix, current.WENT_BACK, _say)
     if options.json:
         _print({"version": version})
     else:

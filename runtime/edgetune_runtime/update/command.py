@@ -87,7 +87,7 @@ def _act(prefix: Path, options: argparse.Namespace) -> None:
     elif options.mark_good:
         _show({"version": current.mark_good(prefix), **_where(prefix)}, options.json)
     else:
-        reason = "it was marked as bad" if options.mark_bad else "this device went back from it"
+        reason = "it was marked as bad" if options.mark_bad else current.WENT_BACK
         version = current.roll_back(prefix, reason, _say)
         _show({"version": version, **_where(prefix)}, options.json)
 

@@ -17,6 +17,7 @@ from edgetune_runtime.store.versions import Say
 
 from .state import UpdateState, read_state, write_state
 
+WENT_BACK = "this device went back from it"
 _STARTED_OFTEN = f"it was started {acknowledgement.MOST_STARTS} times without a clean exit, and not acknowledged"
 
 

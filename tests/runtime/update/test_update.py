@@ -236,11 +236,14 @@ def test_a_kit_and_updates_follow_each_other(
     apply(prefix, source_of(publisher, server))
     assert board.main(["rollback", "--prefix", str(prefix)]) == 0
     assert ask(prefix) == "zero"
+    assert not apply(prefix)
+    assert update.check(prefix, NOTHING).reason == "this device went back from it"
+    publisher("two")
     (tmp_path / "kits").mkdir()
     assert board.main(["install", str(KitMaker(tmp_path / "kits")("kit")), "--prefix", str(prefix)]) == 0
     assert ask(prefix) == "kit"
     assert apply(prefix)
-    assert ask(prefix) == "one"
+    assert ask(prefix) == "two"
 
 
 @pytest.mark.parametrize("ignores_ranges", [False, True])
