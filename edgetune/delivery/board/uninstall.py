@@ -44,8 +44,8 @@ def uninstall(prefix: Path, say: Say) -> None:
             _delete_own(path)
         versions.discard_all(prefix)
         run_folder = Path(versions.RUN_SCRIPT).parent
-        for name in (*_FOLDERS, files.FOLDER, versions.ENVIRONMENTS, versions.FOLDER, run_folder):
-            _delete_empty(prefix / name)
+        for folder in (*_FOLDERS, files.FOLDER, versions.ENVIRONMENTS, versions.FOLDER, run_folder):
+            _delete_empty(prefix / folder)
         # Last: until they are gone, uninstall can be run again.
         for name in LOCK_NAMES:
             (prefix / name).unlink(missing_ok=True)
