@@ -146,7 +146,9 @@ def _put(repository: Repository, release: Release, before: Release | None) -> No
     kept: list[Release] = []
     for candidate in filter(None, older):
         path = path_of(name, channel, candidate.version)
-        if len(kept) == MOST_OLDER or any(_is_in_place_of(newer, candidate) for newer in (release, *kept)):
+        # The last place is for one that all devices can take.
+        room = MOST_OLDER - (candidate.share < 1 and all(each.share < 1 for each in kept))
+        if len(kept) == room or any(_is_in_place_of(newer, candidate) for newer in (release, *kept)):
             repository.drop_release(name, path)
         else:
             kept.append(candidate)

@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     source.add_argument("--repo", metavar="URL", help=text)
     source.add_argument("--bundle", metavar="NAME", help="the bundle to follow (default: the only one)")
     source.add_argument("--channel", metavar="NAME", help="the channel to follow (default: stable)")
-    text = "what to download, such as gguf or gguf,onnx (default: those of the version that is installed, or else all)"
+    text = "what to download, such as gguf or gguf,onnx (default, also if empty: as the installed version, or else all)"
     source.add_argument("--formats", metavar="A,B", help=text)
     text = "trust the repository with this root, the 1.root.json of `edgetune keys init`; needed once"
     source.add_argument("--root", type=Path, metavar="FILE", help=text)
@@ -95,7 +95,9 @@ def _act(prefix: Path, options: argparse.Namespace) -> None:
 def _update(prefix: Path, options: argparse.Namespace) -> None:
     from . import report, update  # noqa: PLC0415 - they import libraries of an extra, and of networks
 
-    formats = None if options.formats is None else tuple(dict.fromkeys(options.formats.split(",")))
+    formats = None
+    if options.formats is not None:
+        formats = tuple(dict.fromkeys(name for word in options.formats.split(",") if (name := word.strip())))
     report_to = None if options.report is None else report.checked_address(options.report)
     if options.quota_mb is not None and not 0 <= options.quota_mb < math.inf:
         raise UsageError(f"--quota-mb is {options.quota_mb:g}", "give 0 or more")

@@ -6,7 +6,7 @@ Of a large text, such as the manifest, only the pieces are downloaded that the c
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,10 +61,7 @@ def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quot
     IncompatibleError if the release lacks one of the formats, OutOfSpaceError as `download`.
     """
     release = blobs.release
-    lacking = [name for name in formats if name not in release.formats]
-    if lacking:
-        message = f"release {release.version} of {release.name} has no files for {lacking[0]}"
-        raise IncompatibleError(message, f"use --formats {','.join(release.formats)}, or deploy a kit for one of these")
+    require_formats(release, formats)
     store, texts = Store(prefix), dict[str, bytes]()
     parts = parts_among(release.files)
     if {*formats} == {*release.formats} and not parts:
@@ -79,6 +76,14 @@ def of_wanted_formats(prefix: Path, blobs: Blobs, formats: tuple[str, ...], quot
     names = {*of_formats(with_parts(manifest, texts.get, require_author), formats).files, *unlisted(release.files)}
     files = {name: file for name, file in release.files.items() if name in names}
     return replace(release, files=files, formats=formats)
+
+
+def require_formats(release: Release, formats: Sequence[str]) -> None:
+    """IncompatibleError if the release lacks one of the formats."""
+    lacking = [name for name in formats if name not in release.formats]
+    if lacking:
+        message = f"release {release.version} of {release.name} has no files for {lacking[0]}"
+        raise IncompatibleError(message, f"use --formats {','.join(release.formats)}, or deploy a kit for one of these")
 
 
 def download(prefix: Path, kit: Kit, blobs: Blobs, quota_mb: float, say: Say) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_runtime.bundle import read_manifest
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.store import switch, versions
 from edgetune_runtime.store.durable import changing, installing
 from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
@@ -18,7 +18,7 @@ from edgetune_runtime.store.versions import Say
 
 from .current import current_kit
 from .description import describe, make_environment, text_of_release
-from .download import Blobs, download, of_wanted_formats
+from .download import Blobs, download, of_wanted_formats, require_formats
 from .fetch import Location
 from .release import NAME, Release, newest_parts, path_of_part, with_parts
 from .rollout import Choice, choose, device_id, why_not_run
@@ -39,8 +39,9 @@ from .trust import TrustedRepository
 class UpdateSource:
     """Where updates come from; None is what the prefix remembers, or for `bundle` the only one that there is.
 
-    `root` is a file with root metadata to trust from now on, `formats` are those to download, `report_to` is where to
-    report what runs, and `quota_mb` the most that the files of all versions may take, 0 for any.
+    `root` is a file with root metadata to trust from now on, `formats` are those to download, none for the default,
+    `report_to` is where to report what runs, and `quota_mb` the most that the files of all versions may take, 0 for
+    any.
     """
 
     repo: str | None = None
@@ -130,6 +131,8 @@ def apply(prefix: Path, source: UpdateSource, say: Say) -> tuple[DeviceRelease, 
         if unfit is not None:
             raise IncompatibleError(unfit, "update edgetune-runtime")
         if newest.reason is not None:
+            if newest.current is None:
+                raise NotFoundError(f"nothing is installed: {newest.reason}", "wait for another release")
             return newest, False
         bundle = None if newest.current is None else prefix / versions.CURRENT / BUNDLE_FOLDER
         quota_mb = newest.state.quota_mb
@@ -169,6 +172,9 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
     trusted.refresh()
     name = source.bundle or state.bundle or _name_among(trusted.names(), current)
     release = trusted.release(name, source.channel or state.channel)
+    if source.formats:
+        # Before they are remembered.
+        require_formats(release, source.formats)
     parts, floor = trusted.parts(name, release.channel), state.floors.get(name, 0)
     versions_found = [(f"release {release.version} of {name}", release.version, floor)]
     for each in parts:
@@ -176,8 +182,9 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
         versions_found.append((title, each.part.version, state.floors.get(path_of_part(each.role, release.channel), 0)))
     for title, version, least in versions_found:
         if version < least:
-            message = f"{title} is older than {least}, which this device had"
-            raise VerificationError(message, "ask who publishes it: somebody may be replaying an old one")
+            message = f"{title} is older than {least}, which this device had, and the newest in {release.channel}"
+            remedy = f"if it had another channel before, wait for a newer one in {release.channel}; if not, ask who"
+            raise VerificationError(message, f"{remedy} publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
     device = device_id(name, state.device)
     with changing(prefix):
@@ -188,7 +195,7 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
             repo=location.text,
             bundle=name,
             channel=release.channel,
-            formats=source.formats or state.formats,
+            formats=state.formats if source.formats is None else source.formats,
             not_before=not_before,
             device=device,
             report_to=state.report_to if source.report_to is None else source.report_to,

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.bundle import FileEntry
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import NotFoundError, VerificationError
 from edgetune_runtime.update import rollout
 from edgetune_runtime.update.fetch import Location
-from edgetune_runtime.update.release import Release, parse_release, path_of
+from edgetune_runtime.update.release import MOST_OLDER, Release, parse_release, path_of
 from edgetune_runtime.update.rollout import choose, device_id
 from edgetune_runtime.update.state import read_state
 from edgetune_runtime.update.trust import TrustedRepository
+from edgetune_runtime.update.update import UpdateSource, check
 from kits import ask
 from repositories import START, Publisher, apply
 
@@ -113,6 +114,18 @@ def test_a_device_that_no_release_is_for_yet_has_none(prefix: Path, publisher: P
     publisher("one", share=0.0)
     assert apply(prefix, publisher)[0].to_json()["refused"].startswith("release 1 of home is for 0%")
     assert ask(prefix) == "zero"
+    with pytest.raises(NotFoundError, match="nothing is installed: release 1 of home is for 0%"):
+        apply(prefix.parent / "new", publisher)
+
+
+def test_a_new_device_gets_the_last_release_for_all_however_many_follow_it_for_none(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher("one")
+    for number in range(MOST_OLDER + 1):
+        publisher(f"halted {number}", share=0.0)
+    source = UpdateSource(repo=str(publisher.repo), root=publisher.root)
+    assert check(tmp_path / "new", source).release.version == 1
 
 
 def test_a_release_for_a_newer_runtime_is_skipped_for_the_newest_that_this_one_can_run(

@@ -141,9 +141,26 @@ def test_a_device_downloads_the_format_that_it_opens(prefix: Path, publisher: Pu
     assert current.status(prefix, silent)["versions"][0]["engines"] == ["gguf", "onnx"]
     with pytest.raises(IncompatibleError, match=r"opens gguf, and the formats to download are onnx; add gguf"):
         apply(prefix, UpdateSource(formats=("onnx",)))
+    publisher("four")
     with pytest.raises(IncompatibleError, match=r"release 4 of home has no files for ggml; use --formats onnx,gguf"):
-        publisher("four")
         apply(prefix, UpdateSource(formats=("ggml",)))
+    assert read_state(prefix).formats == ("onnx",)
+    assert main(["update", "--check", "--prefix", str(prefix), "--formats", "gguf, onnx,"]) == 0
+    assert read_state(prefix).formats == ("gguf", "onnx")
+    assert main(["update", "--apply", "--prefix", str(prefix), "--formats", ""]) == 0
+    assert (ask(prefix), read_state(prefix).formats) == ("four", ())
+
+
+def test_a_device_that_tried_another_channel_gets_the_next_release_of_the_one_before(
+    prefix: Path, publisher: Publisher
+) -> None:
+    publisher("one")
+    publisher("two", channel="beta")
+    assert apply(prefix, replace(source_of(publisher, publisher.repo), channel="beta"))
+    with pytest.raises(VerificationError, match="and the newest in stable; if it had another channel before, wait"):
+        apply(prefix, UpdateSource(channel="stable"))
+    publisher("three")
+    assert apply(prefix, UpdateSource(channel="stable"))
     assert ask(prefix) == "three"
 
 
