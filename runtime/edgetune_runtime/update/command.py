@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.errors import EdgetuneError, IncompatibleError, UsageError
+from edgetune_runtime.errors import BusyError, EdgetuneError, IncompatibleError, UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.processes.interrupts import end_in_order
 from edgetune_runtime.store import versions
@@ -106,10 +106,13 @@ def _update(prefix: Path, options: argparse.Namespace) -> None:
     )
     try:
         newest, changed = (update.check(prefix, source), False) if options.check else update.apply(prefix, source, _say)
+    except BusyError:
+        # Whoever is at work reports how that ended.
+        raise
     except EdgetuneError as error:
         report.report(prefix, _say, error=error)
         raise
-    report.report(prefix, _say, held_back=newest.choice.held_back)
+    report.report(prefix, _say, newest)
     result = {} if options.check else {"available": False, "changed": changed, **_where(prefix)}
     _show({**newest.to_json(), **result}, options.json)
 

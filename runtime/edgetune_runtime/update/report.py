@@ -8,10 +8,11 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from edgetune_runtime import __version__
-from edgetune_runtime.errors import EdgetuneError, UsageError, parsing
+from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError, parsing
 from edgetune_runtime.store import acknowledgement
 from edgetune_runtime.store.durable import write_text
 from edgetune_runtime.store.versions import Say
@@ -22,6 +23,11 @@ from .current import current_kit
 from .http_client import HttpClient
 from .release import NAME
 from .state import read_state, refuse_login
+
+if TYPE_CHECKING:
+    from edgetune_runtime.store.kit import Kit
+
+    from .update import DeviceRelease
 
 NOBODY = "off"
 """Instead of an address: reports end."""
@@ -87,8 +93,11 @@ def _is_address(where: str) -> bool:
     return bool(host) and _ADDRESS.fullmatch(where) is not None
 
 
-def report(prefix: Path, say: Say, *, held_back: str | None = None, error: EdgetuneError | None = None) -> None:
-    """Report what a prefix runs after an update, or why that failed, if its user wants that; warns if that fails."""
+def report(prefix: Path, say: Say, newest: DeviceRelease | None = None, *, error: EdgetuneError | None = None) -> None:
+    """Report what a prefix runs after an update, or why that failed, if its user wants that; warns if that fails.
+
+    `newest` is what the update found.
+    """
     try:
         state, kit = read_state(prefix), current_kit(prefix)
         if state.report_to in {"", NOBODY}:
@@ -97,13 +106,13 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
             device=state.device,
             name=state.bundle,
             channel=state.channel,
-            release=0 if kit is None else kit.release,
+            release=_release_of(kit, newest),
             bundle="" if kit is None else kit.bundle,
             runtime=__version__,
             time=max(datetime.now(UTC), state.time).isoformat(timespec="seconds"),
             acknowledged=acknowledgement.read(prefix) is None,
             refused=len(state.refused),
-            held_back=shortened(held_back or ""),
+            held_back=shortened((newest and newest.choice.held_back) or ""),
             error="" if error is None else shortened(str(error)),
         )
         _send(state.report_to, about)
@@ -111,9 +120,19 @@ def report(prefix: Path, say: Say, *, held_back: str | None = None, error: Edget
         say(f"the report was not sent: {problem}")
 
 
+def _release_of(kit: Kit | None, newest: DeviceRelease | None) -> int:
+    """The release that runs: the newest one if it has the same bundle, which was released again for more devices."""
+    if kit is None:
+        return 0
+    return newest.release.version if newest is not None and newest.release.bundle == kit.bundle else kit.release
+
+
 def _send(where: str, about: DeviceReport) -> None:
     text = json.dumps(asdict(about), indent=1) + "\n"
     if not where.startswith(("http://", "https://")):
+        # A stick or a share that is not mounted: a folder in its place would be found by nobody.
+        if not Path(where).is_dir():
+            raise NotFoundError(f"there is no folder {where}", f"mount it, or end the reports: --report {NOBODY}")
         write_text(Path(where, f"{about.device}.json"), text)
         return
     headers = {"Content-Type": "application/json"}

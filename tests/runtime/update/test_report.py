@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from edgetune_runtime.cli import main
-from edgetune_runtime.errors import UnreachableError, UsageError, VerificationError
+from edgetune_runtime.errors import BusyError, UnreachableError, UsageError, VerificationError
+from edgetune_runtime.store.durable import installing
 from edgetune_runtime.update import slow_replies
 from edgetune_runtime.update.report import LONGEST_REPORT, DeviceReport, checked_address, parse_report
 from edgetune_runtime.update.state import read_state, write_state
@@ -61,6 +62,12 @@ def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
     (path,) = folder.iterdir()
     found = parse_report(path.read_bytes())
     assert (path.stem, found.name, found.release, found.acknowledged) == (found.device, "home", 1, False)
+    publisher("one", min_runtime="0.0.1")
+    assert update(prefix) == 0
+    assert parse_report(path.read_bytes()).release == 2
+    with installing(prefix):
+        assert update(prefix) == BusyError.exit_code
+    assert parse_report(path.read_bytes()).error == ""
     publisher("wrong")
     for _ in range(3):
         update(prefix)
@@ -77,6 +84,10 @@ def test_a_device_reports_to_a_folder_only_if_its_user_says_so(
     out = capsys.readouterr().out
     assert f"{found.device} has release 1: " in out
     assert path.stat().st_size < LONGEST_REPORT
+    folder.rename(publisher.repo / "away")
+    update(prefix)
+    assert f"the report was not sent: there is no folder {folder}; mount it" in capsys.readouterr().err
+    assert not folder.exists()
 
 
 def test_a_report_is_posted_and_a_server_that_refuses_it_changes_nothing(
