@@ -46,12 +46,12 @@ PublicKey = Annotated[
 ]
 
 
-def open_keys(folder: Path, *, is_new: bool = False) -> KeyFolder:
+def open_keys(folder: Path) -> KeyFolder:
     """The folder of keys, whose passphrase is asked for when it is needed."""
     from edgetune.delivery.publish.key_files import passphrase_of_user
     from edgetune.delivery.publish.key_folder import KeyFolder
 
-    return KeyFolder(folder, passphrase_of_user(is_new=is_new))
+    return KeyFolder(folder, passphrase_of_user(folder))
 
 
 @app.command(cls=GroupedCommand)
@@ -67,7 +67,7 @@ def init(
     Give devices `1.root.json`. Keep the files root-*.pem in different places, none of them online: they only sign
     changes of keys. The others sign when you publish.
     """
-    folder = open_keys(keys, is_new=True)
+    folder = open_keys(keys)
     folder.create(root_keys, threshold)
     _show(folder, as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -28,6 +29,8 @@ from .external_keys import ExternalKey, open_external
 PASSPHRASE = "EDGETUNE_KEYS_PASSPHRASE"
 _MIN_CHARACTERS = 8
 _EXTERNAL = ".uri"
+_PRIVATE = re.compile(r".+-[0-9a-f]{8}\.pem")
+_CANNOT_OPEN = (ValueError, TypeError, UnsupportedAlgorithm)
 _OTHERS = 0o077
 """The rights that nobody but the owner may have."""
 
@@ -35,8 +38,12 @@ Passphrase = Callable[[], str]
 """Gives the passphrase of the key files when it is needed."""
 
 
-def passphrase_of_user(*, is_new: bool) -> Passphrase:
-    """The passphrase in the environment, or else asked for once, and twice if it is new; UsageError without either."""
+def passphrase_of_user(folder: Path) -> Passphrase:
+    """The passphrase in the environment, or else asked for once, and twice if it is new; UsageError without either.
+
+    It is new where `folder` has no private key yet.
+    """
+    is_new = not _private_keys(folder)
 
     @cache
     def ask() -> str:
@@ -55,7 +62,13 @@ def passphrase_of_user(*, is_new: bool) -> Passphrase:
 
 
 def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
-    """Make an Ed25519 key and write its private half into `folder`; the public half."""
+    """Make an Ed25519 key and write its private half into `folder`; the public half.
+
+    UsageError if the passphrase opens none of the private keys that are there: one opens all.
+    """
+    before = _private_keys(folder)
+    if before and not any(_opens(path, passphrase()) for path in before):
+        raise UsageError(f"the passphrase opens no private key in {folder}", f"correct {PASSPHRASE}, or type it again")
     signer = CryptoSigner.generate_ed25519()
     private = load_pem_private_key(signer.private_bytes, None)
     encryption = BestAvailableEncryption(passphrase().encode())
@@ -65,6 +78,19 @@ def write_new_key(folder: Path, role: str, passphrase: Passphrase) -> Key:
         temporary.touch(mode=0o600)
         temporary.write_bytes(data)
     return signer.public_key
+
+
+def _private_keys(folder: Path) -> list[Path]:
+    """The files of private keys, by their names: those of `path_of`."""
+    return [path for path in folder.glob("*.pem") if _PRIVATE.fullmatch(path.name)]
+
+
+def _opens(path: Path, passphrase: str) -> bool:
+    try:
+        load_pem_private_key(path.read_bytes(), passphrase.encode())
+    except (*_CANNOT_OPEN, OSError):
+        return False
+    return True
 
 
 def write_external_key(folder: Path, role: str, external: ExternalKey) -> Key:
@@ -101,7 +127,7 @@ def load_signer(folder: Path, role: str, key: Key, passphrase: Passphrase) -> Si
         raise UsageError(f"others may read the private key {path} (mode {mode:04o})", f"run: chmod 600 {path}")
     try:
         private = load_pem_private_key(data, passphrase().encode())
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except _CANNOT_OPEN as error:
         message = f"the passphrase does not open {path}, or the file is damaged"
         raise UsageError(message, f"correct {PASSPHRASE}, or restore the file from a backup") from error
     assert isinstance(key, SSlibKey)

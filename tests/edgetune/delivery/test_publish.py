@@ -517,6 +517,15 @@ def test_the_commands_make_list_and_replace_keys(
     assert main(["keys", "rotate", keys, "bundle"]) == 2
     assert "did you mean 'bundles'?" in capsys.readouterr().err
     assert main(["keys", "init", keys]) == 2
+    for passphrase in ("corect horse", ""):
+        monkeypatch.setenv(VARIABLE, passphrase)
+        for command in ("add", "rotate"):
+            assert main(["keys", command, keys, "bundles"]) == 2
+            assert f"the passphrase opens no private key in {keys}; correct" in capsys.readouterr().err
+    copy = tmp_path / "copy"
+    shutil.copytree(keys, copy, ignore=shutil.ignore_patterns("*.pem"))
+    assert main(["keys", "add", str(copy), "bundles/home"]) == 2
+    assert "the passphrase has 0 characters; use 8 or more" in capsys.readouterr().err
     monkeypatch.delenv(VARIABLE)
     bundle = str(write_bundle(tmp_path / "home", "one"))
     assert main(["publish", bundle, "--repo", str(tmp_path / "repo"), "--keys", keys]) == 2
