@@ -78,10 +78,11 @@ class BoardFacts:
             message = f"the board is {self.machine}, and --board {board.name} is {machine}"
             raise IncompatibleError(message, "choose another --board, or leave it out")
         is_file = board.name != named
-        if is_file or not board.ram_sizes_mib:
+        # A laptop is taken for any PC, whatever its memory.
+        if is_file or not (board.ram_sizes_mib or board.model_pattern):
             return named
         sizes = [board.ram_mib]
-        if board.name == board.family:
+        if board.ram_sizes_mib and board.name == board.family:
             sizes = [size for size in board.ram_sizes_mib if requested is None or size <= board.ram_mib]
         ram_mib = max((size for size in sizes if self.ram_mib >= size * _KEPT_SHARE), default=None)
         if ram_mib is None:

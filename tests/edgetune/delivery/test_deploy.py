@@ -298,13 +298,14 @@ def test_a_board_file_is_taken_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "problem"),
     [
-        ("pi-4-2gb", "the board has 909 MiB of memory, and pi-4-2gb has 2048 MiB or more"),
-        ("pi-5", "the board has 909 MiB of memory, and pi-5 has 2048 MiB or more; give a similar board of this size"),
+        ("pi-3b-plus", "the board has 417 MiB of memory, and pi-3b-plus has 1024 MiB or more"),
+        ("pi-4-2gb", "the board has 417 MiB of memory, and pi-4-2gb has 2048 MiB or more"),
+        ("pi-5", "the board has 417 MiB of memory, and pi-5 has 2048 MiB or more; give a similar board of this size"),
     ],
 )
 def test_a_board_with_less_memory_than_the_one_that_is_named_is_refused(wanted: str, problem: str) -> None:
     with pytest.raises(IncompatibleError, match=problem):
-        _facts("aarch64", PI_4, 909).board_name(wanted)
+        _facts("aarch64", PI_4, 417).board_name(wanted)
 
 
 def test_the_kit_is_that_of_the_memory_which_the_board_reports(
