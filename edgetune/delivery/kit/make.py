@@ -112,7 +112,7 @@ def assemble(bundle: Path, board: str, options: KitOptions, progress: Progress) 
     manifest, opening = read_manifest(bundle), options.opening
     engine = _engine(manifest, options.engine)
     needed_mb, kept_mb = _memory_mb(bundle, manifest, engine, facts, opening=opening, device=board)
-    limit_mb = min(math.ceil((needed_mb + SERVER_MB) * _HEADROOM), int(facts.free_mb))
+    limit_mb = min(math.ceil(needed_mb * _HEADROOM), int(facts.free_mb))
     progress.say(f"checking the files of {manifest.name}")
     verify_files(bundle, manifest)
     rehearsal.require_golden(bundle, engine, opening, progress)
@@ -203,7 +203,7 @@ def with_description(
 def _memory_mb(
     bundle: Path, manifest: Manifest, engine: str, board: boards.Board, *, opening: Opening, device: str
 ) -> tuple[float, float]:
-    """The memory that the bundle needs in MB, and what of it the system cannot drop.
+    """The memory that the bundle needs in MB when it is served, and what of it the system cannot drop.
 
     IncompatibleError if the board, which the user calls `device`, leaves less than the latter.
     """
@@ -211,15 +211,15 @@ def _memory_mb(
     if needs is None:
         # There is no prediction: twice the files leaves room for activations and caches.
         runtime_mb = engines.load_needs(engine).COST.runtime_mb
-        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + runtime_mb
+        guessed_mb = 2 * sum(file.bytes for file in manifest.files.values()) / 1e6 + runtime_mb + SERVER_MB
         return guessed_mb, guessed_mb
-    words = " ".join([str(bundle), "--device", device, "--engine", engine, *opening.words()])
+    words = " ".join([str(bundle), "--device", device, "--engine", engine, "--serve", *opening.words()])
     fitting = fit.require_fit(needs, board, f"see what to change: edgetune devices fit {words}")
     return fitting.needed_mb, fitting.kept_mb
 
 
 def needs_with(bundle: Path, engine: str | None, opening: Opening) -> Needs | None:
-    """The needs of a bundle that is opened so; None for a task of which they are not predicted.
+    """The needs of a bundle that is opened and served so; None for a task of which they are not predicted.
 
     `engine` is the bundle's first format if None. Raises what `with_options` raises; UsageError for keys and values
     of a bundle that has none.
@@ -231,7 +231,7 @@ def needs_with(bundle: Path, engine: str | None, opening: Opening) -> Needs | No
             raise UsageError(message, "leave --kv out")
         return None
     needs = needs_of_bundle(bundle, context_length=opening.context_length, engine=_engine(manifest, engine))
-    return with_options(needs, kv=opening.kv, cache_mb=opening.cache_mb)
+    return with_options(needs, kv=opening.kv, cache_mb=opening.cache_mb, serves=True)
 
 
 def _engine(manifest: Manifest, engine: str | None) -> str:

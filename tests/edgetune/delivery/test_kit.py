@@ -28,6 +28,7 @@ from edgetune_export.backends.base import EncoderSource
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import GoldenAnswer, read_manifest
 from edgetune_runtime.bundle.signatures import read_signed_manifest
+from edgetune_runtime.engines.needs import Needs
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.golden import ask
@@ -342,9 +343,13 @@ def board_file(folder: Path, free_mb: float) -> Path:
     return path
 
 
+def served(bundle: Path) -> Needs:
+    return with_options(needs_of_bundle(bundle, engine="gguf"), serves=True)
+
+
 @pytest.mark.usefixtures("_offline")
 def test_a_board_file_is_a_board_and_the_unit_gets_what_it_leaves(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
-    found = fit.fit(needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
+    found = fit.fit(served(home), boards.load(BOARD))
     path = board_file(tmp_path, found.kept_mb)
     free_mb = boards.read(path).free_mb
     assert found.kept_mb <= free_mb < found.needed_mb
@@ -356,9 +361,9 @@ def test_a_board_file_is_a_board_and_the_unit_gets_what_it_leaves(home: Path, wh
 
 @pytest.mark.usefixtures("_offline")
 def test_a_bundle_that_devices_fit_refuses_gets_no_kit(home: Path, wheelhouse: Path, tmp_path: Path) -> None:
-    found = fit.fit(needs_of_bundle(home, engine="gguf"), boards.load(BOARD))
+    found = fit.fit(served(home), boards.load(BOARD))
     path = board_file(tmp_path, found.kept_mb - 2)
-    assert not fit.fit(needs_of_bundle(home, engine="gguf"), boards.read(path)).fits
+    assert not fit.fit(served(home), boards.read(path)).fits
     assert make(home, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
 
 
@@ -368,9 +373,9 @@ def test_a_bundle_that_fits_with_other_options_is_opened_with_them(
 ) -> None:
     board = boards.load(BOARD)
     needs = needs_of_bundle(wide, context_length=64, engine="gguf")
-    kept_mb = fit.fit(with_options(needs, kv="q8_0", cache_mb=0.5), board).kept_mb
+    kept_mb = fit.fit(with_options(needs, kv="q8_0", cache_mb=0.5, serves=True), board).kept_mb
     path = board_file(tmp_path, kept_mb)
-    assert fit.fit(needs_of_bundle(wide, engine="gguf"), board).kept_mb > boards.read(path).free_mb
+    assert fit.fit(served(wide), board).kept_mb > boards.read(path).free_mb
     assert make(wide, tmp_path / "kit", wheelhouse, "--board", str(path)) == IncompatibleError.exit_code
     assert f"edgetune devices fit {wide} --device {path}" in capfd.readouterr().err
     assert make(wide, tmp_path / "kit", wheelhouse, "--kv", "q3") == UsageError.exit_code
