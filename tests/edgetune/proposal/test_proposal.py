@@ -305,7 +305,7 @@ def test_semicolons_of_a_spreadsheet_are_read(write: Write, propose: Make) -> No
 
 
 def test_texts_of_users_are_quoted_as_yaml_needs(write: Write, propose: Make) -> None:
-    labels = ("yes", "no: maybe", "# 0", "é\u2028", "null", "😀", "1", "? unknown", "a\x85b", "élan", "\x07b", "1e5")
+    labels = ("yes", "no: maybe", "# 0", "é\u2028b", "null", "😀", "1", "? unknown", "a\x85b", "élan", "\x07b", "1e5")
     rows = [{"a: #b": f"text {n}", "c\n- d": labels[n % 12]} for n in range(120)]
     assert propose(write("t.jsonl", rows)).adapters["t"].labels == tuple(sorted(labels))
 
