@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from edgetune_runtime.errors import NotFoundError, UsageError
 from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, ValidationInfo, field_validator, model_validator
 
+from edgetune.common.files import expanded
+
 from .common.base import rate_factor
 from .common.prompt import CacheMethod, InitializedOptions, check_tokens
 
@@ -57,7 +59,7 @@ class CartridgeOptions(InitializedOptions):
     @classmethod
     def _beside_the_recipe(cls, value: str | None, info: ValidationInfo) -> str | None:
         folder: Path | None = (info.context or {}).get("folder")
-        return value if value is None or folder is None else str(folder / Path(value).expanduser())
+        return value if value is None or folder is None else str(folder / expanded(value))
 
     @model_validator(mode="after")
     def _some_learn(self) -> CartridgeOptions:

@@ -13,6 +13,7 @@ from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.wording import first_of
 
 from edgetune import bases
+from edgetune.common.files import expanded
 from edgetune.recipe.data import is_hub_id
 from edgetune.recipe.model import Recipe, gains_from_matrix
 from edgetune.recipe.parts import AdapterSpec
@@ -77,7 +78,7 @@ def _changes(source: RecipeSource) -> dict[str, Any]:
     """The base and its quantization as settings. A .gguf file ships as it is, unless a quantization is given."""
     changes: dict[str, Any] = {}
     if source.base is not None:
-        path = Path(source.base).expanduser()
+        path = expanded(source.base)
         # Quoted, because texts are parsed as YAML.
         changes["base"] = json.dumps(str(path.absolute()) if path.exists() else source.base)
     if source.quantization is not None or (source.base and bases.is_gguf(source.base, Path())):
