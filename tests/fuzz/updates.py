@@ -175,7 +175,7 @@ def start(file: str, folder: Path) -> Open:
     prefix, valid = folder / DEVICE, {name: (folder / name).read_bytes() for name in (NOTE, RUN)}
     noted = json.loads(valid[NOTE])[0]["version"]
     versions.path_of(prefix, noted).mkdir(parents=True)
-    (prefix / versions.CURRENT).symlink_to(versions.path_of(prefix, noted))
+    (prefix / versions.CURRENT).symlink_to(f"{versions.FOLDER}/{noted}")
     os.environ[acknowledgement.REPORT_VARIABLE] = str(folder / RUN)
 
     def open_changed(data: bytes) -> None:
