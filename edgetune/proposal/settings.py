@@ -10,7 +10,7 @@ from edgetune_runtime.text.json_text import json_or_none
 from edgetune.tasks.augmentation.values import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import answers_to_score, label_doubt, metric_for
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, label_doubt, metric_for
 
 from .choices import Choice
 from .columns import RowForm
@@ -41,8 +41,7 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
     choices = []
     if held_out:
         answers_per_row = len(answers_to_score(rows, metric)) / len(rows)
-        share = _held_out(sample.rows, answers_per_row)
-        choices.append(Choice("data.held_out", share, _held_out_reason(sample.rows, answers_per_row, share)))
+        choices.append(_held_out(sample.rows, answers_per_row, has_confidence=metric in EITHER_RIGHT_OR_WRONG))
     if sample.rows < _MANY_ROWS and _has_values(rows):
         choices.append(Choice("data.augment", True, _AUGMENT))
     system = form.system or _common_system(rows)
@@ -84,23 +83,22 @@ def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
     return [Choice("metric", "label", reason), *listed]
 
 
-def _held_out(rows: int, answers_per_row: float) -> float:
+def _held_out(rows: int, answers_per_row: float, *, has_confidence: bool) -> Choice:
     """The share of the rows for validation."""
+    share = 0.1 if rows * 0.1 <= _MOST_VALIDATION else round(_MOST_VALIDATION / rows, 5)
     # Too few for a confidence choose nothing, and each row that is trained on gives more right answers.
-    if 0.1 * rows * answers_per_row < MIN_ROWS <= 0.2 * rows * answers_per_row:
-        return 0.2
-    return 0.1 if rows * 0.1 <= _MOST_VALIDATION else round(_MOST_VALIDATION / rows, 5)
-
-
-def _held_out_reason(rows: int, answers_per_row: float, share: float) -> str:
+    if has_confidence and 0.1 * rows * answers_per_row < MIN_ROWS <= 0.2 * rows * answers_per_row:
+        share = 0.2
     count = max(1, round(rows * share))
     answers = round(count * answers_per_row)
     counted = "" if answers == count else f" with {answers:,} answers"
-    about = f"about {count:,} of {rows:,} rows{counted}"
-    if answers >= MIN_ROWS:
-        return f"{about} for validation, which shows overfitting and gives the confidence of answers"
-    folds = ", or `confidence_folds: 5`, which uses training rows too" * (rows * answers_per_row >= MIN_ROWS)
-    return f"{about} for validation, which shows overfitting; a confidence takes {MIN_ROWS}{folds}"
+    reason = f"about {count:,} of {rows:,} rows{counted} for validation, which shows overfitting"
+    if has_confidence and answers >= MIN_ROWS:
+        reason += " and gives the confidence of answers"
+    elif has_confidence:
+        folds = ", or `confidence_folds: 5`, which uses training rows too" * (rows * answers_per_row >= MIN_ROWS)
+        reason += f"; a confidence takes {MIN_ROWS}{folds}"
+    return Choice("data.held_out", share, reason)
 
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:

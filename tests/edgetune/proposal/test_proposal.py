@@ -181,8 +181,15 @@ def test_few_rows_get_more_epochs_smaller_steps_and_enough_validation_for_a_conf
     ]  # fmt: skip
 
 
+def test_rows_that_get_no_confidence_hold_out_none_for_it(write: Write, propose: Make) -> None:
+    path = write("t.jsonl", numbered({"prompt": "p {}", "completion": "an answer of several words {}"}, 150))
+    assert propose(path).adapters["t"].data.held_out == 0.1
+    assert "confidence" not in path.with_name("recipe.yaml").read_text(encoding="utf-8")
+
+
 def test_each_answer_of_a_conversation_counts_for_its_confidence(write: Write, propose: Make) -> None:
-    rows = [{"messages": [message for turn in range(4) for message in talk(9 * n + turn)[1:]]} for n in range(30)]
+    answer = {"role": "assistant", "content": "Hello"}
+    rows = [{"messages": [m for turn in range(4) for m in (talk(9 * n + turn)[1], answer)]} for n in range(30)]
     path = write("talk.jsonl", rows)
     assert propose(path).adapters["talk"].data.held_out == 0.2
     comments = path.with_name("recipe.yaml").read_text(encoding="utf-8").replace("#", " ")
