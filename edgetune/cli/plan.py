@@ -29,7 +29,7 @@ def plan(
     Reads the base's header and all rows of the data, and checks that the rows keep to their output constraints, that
     the bundle fits on the board, and that this machine has enough memory and disk to build it. Shows the base, adapters
     and files, the memory and disk that the build needs, the time of training at speeds that were measured
-    elsewhere, and the speed on the board. Without --trial it downloads nothing and trains nothing. A build follows this
+    elsewhere, and the speed on the board. Without --trial it downloads no base and trains nothing. A build follows this
     plan and stores it in the bundle's manifest.
     """
     from edgetune.building.plan import plan_build
