@@ -30,7 +30,7 @@ def main() -> int:
     tasks = [json.loads(line) for line in given.tasks.read_text(encoding="utf-8").splitlines() if line.strip()]
     right = 0
     seconds: list[float] = []
-    answers: dict[str, Reply] = {}
+    answers: dict[str, str] = {}
     try:
         with Runtime.open(given.bundle) as runtime, given.out.open("w", encoding="utf-8") as out:
             for task in tasks:
@@ -48,17 +48,17 @@ def main() -> int:
     return 0
 
 
-def answer(runtime: Runtime, adapter: str, task: Task, replies: dict[str, Reply], seconds: list[float]) -> Reply:
-    """The reply to a task, computed once per prompt and set of tools."""
+def answer(runtime: Runtime, adapter: str, task: Task, answers: dict[str, str], seconds: list[float]) -> Reply:
+    """The reply to a task; the model answers once per prompt and schema."""
     messages = [{"role": "system", "content": task["system"]}, {"role": "user", "content": task["text"]}]
     request = rewrite(messages, task["tools"])
     key = json.dumps([request.prompt, request.schema])
-    if key not in replies:
+    if key not in answers:
         start = time.perf_counter()
         made = runtime.generate(request.prompt, adapter=adapter, schema=request.schema, max_tokens=MAX_TOKENS)
         seconds.append(time.perf_counter() - start)
-        replies[key] = request.reply(made.text)
-    return replies[key]
+        answers[key] = made.text
+    return request.reply(answers[key])
 
 
 def is_accepted(calls: Iterable[Mapping[str, Any]], accepted: Iterable[Iterable[Mapping[str, Any]]]) -> bool:

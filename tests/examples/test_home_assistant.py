@@ -211,8 +211,12 @@ def test_a_script_that_home_assistant_offers_as_a_tool_is_a_device_and_called_as
     request = ask(Home(LAMPS), "run good night", tools=tools)
     assert "script Good Night" in request.prompt
     answer = '[{"call": "TurnOn", "domain": "script", "name": "Good Night"}]'
-    assert output_of(schema=request.schema).accepts(answer)
+    fits = output_of(schema=request.schema).accepts
+    assert fits(answer)
     assert request.reply(answer).calls == ({"name": "good_night", "arguments": {}},)
+    for other in (answer.replace("TurnOn", "TurnOff"), answer.replace("TurnOn", "GetLiveContext")):
+        assert not fits(other)
+        assert request.reply(other).calls[0]["name"] != "good_night"
 
 
 def test_only_offered_tools_and_existing_devices_fit_the_schema() -> None:
@@ -247,6 +251,16 @@ def test_results_go_to_the_reply_adapter_with_the_states_that_are_asked_for() ->
     assert request.adapter == "reply"
     assert request.schema is None
     assert "light Desk Lamp (Study): on, brightness 50" in request.prompt
+
+
+def test_each_result_is_paired_with_its_own_call_also_after_a_script() -> None:
+    calls = [{"function": {"name": "good_night", "arguments": {}}}, *CALLS]
+    results = [{"role": "tool", "content": json.dumps(result)} for result in ({"success": True}, FAILED)]
+    request = ask(Home(LAMPS), "good night, and desk lamp on", {"role": "assistant", "tool_calls": calls}, *results)
+    assert request.prompt.split("\n")[:2] == [
+        '{"call": "?"} = done',
+        '{"call": "TurnOn", "domain": "light", "name": "Desk Lamp"} = error: the lamp does not answer',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -305,6 +319,20 @@ def test_numbers_are_said_in_words() -> None:
     assert [in_words(number) for number in (0, 15, 40, 73, 100, 2700)] == [
         "zero", "fifteen", "forty", "seventy three", "one hundred", "2700",
     ]  # fmt: skip
+
+
+def test_tasks_with_one_prompt_get_calls_with_the_arguments_of_their_own_tools() -> None:
+    reply_to = runpy.run_path(str(EXAMPLE / "score.py"))["answer"]
+    request = ask(Home(LAMPS), "desk lamp on")
+    answered = '[{"call": "TurnOn", "domain": "light", "name": "Desk Lamp"}]'
+    answers = {json.dumps([request.prompt, request.schema]): answered}
+    for listed in ({"name"}, {"name", "domain"}):
+        parameters = {"properties": {key: {} for key in listed}}
+        tools = [{**tool["function"], "parameters": parameters} for tool in ALL_TOOLS]
+        task = {"text": "desk lamp on", "system": system_of(Home(LAMPS)), "tools": tools}
+        # Nothing is computed, as the answer to this prompt is known.
+        (call,) = reply_to(None, "calls", task, answers, []).calls
+        assert call["arguments"].keys() == listed
 
 
 def test_a_bundle_from_generated_rows_answers_tasks(

@@ -118,7 +118,7 @@ def offered(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     return {tool["name"]: tool for tool in plain}
 
 
-def script_devices(tools: Mapping[str, Mapping[str, Any]]) -> tuple[Device, ...]:
+def script_devices(tools: Iterable[str]) -> tuple[Device, ...]:
     """Tools that are a user's scripts, as devices: Home Assistant offers each script as a tool of its own."""
     own = (name for name in tools if re.fullmatch(r"[a-z0-9_]+", name) and name not in _NO_SCRIPTS)
     return tuple(Device((name.replace("_", " ").strip().title(),), "script") for name in own)
@@ -129,14 +129,17 @@ def schema(
 ) -> Json:
     """The schema of answers about these devices with these tools (names at Home Assistant; None: all).
 
-    Names and areas are those of the devices, `here` and `floors`, so an answer cannot name another device.
+    Names and areas are those of the devices, `here` and `floors`, so an answer cannot name another device. Scripts that
+    are tools can be run, and nothing else.
     """
     names = {tool.name for tool in TOOLS.values()} if tools is None else set(tools)
+    scripts = script_devices(names)
+    entities = [device for device in devices if device not in scripts]
     groups: dict[str, tuple[Json, list[str]]] = {}
     for short, tool in TOOLS.items():
         if tool.name not in names:
             continue
-        for shape in _shapes(short, tool, devices, floors, here):
+        for shape in _shapes(short, tool, devices if short == "TurnOn" else entities, floors, here):
             _, calls = groups.setdefault(json.dumps(shape), (shape, []))
             calls.append(short)
     calls = [_object({"call": {"enum": of}, **shape["properties"]}, shape["required"]) for shape, of in groups.values()]
@@ -171,7 +174,7 @@ def expand(call: Call, home: Home, tools: Mapping[str, Mapping[str, Any]]) -> Js
     tool = TOOLS[call["call"]]
     arguments = {key: value for key, value in call.items() if key not in {"call", "domain"}}
     domain = call.get("domain")
-    if domain == "script" and (script := _script_tool(str(call.get("name")), home, tools)):
+    if call["call"] == "TurnOn" and domain == "script" and (script := _script_tool(str(call.get("name")), home, tools)):
         return {"name": script, "arguments": {}}
     if domain is None and tool.sends_domain and tool.domains:
         domain = min(tool.domains)

@@ -77,7 +77,8 @@ def rewrite(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     turns = _turns(messages)
     sentence, after = turns[-1] if turns else ("", [])
     if any(message["role"] == "tool" for message in after):
-        prompt = reply_prompt(sentence, [call for call in _calls_of(after) if call], _results_of(after))
+        calls = [call or {"call": "?"} for call in _calls_of(after)]
+        prompt = reply_prompt(sentence, calls, _results_of(after))
         return Request(REPLY, prompt, None, home, (), definitions)
     before = _before(turns[-2]) if len(turns) > 1 else None
     heard = f"{before[0]} {sentence}" if before else sentence
