@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgetune_runtime.text.json_text import FINITE
 from edgetune_runtime.text.stream import TextStream
 
 from . import escaped
 from .formats import CallFormat, Placeholder
 
 _WORD = re.compile(r"[A-Za-z0-9_.:/-]+")
-_DECODER = json.JSONDecoder()
 
 
 def random_id() -> str:
@@ -162,11 +162,11 @@ def _value(text: str, at: int, placeholder: Placeholder, spacing: str) -> tuple[
     if placeholder is not Placeholder.ARGUMENTS:
         match = _WORD.match(text, at)
         return (match[0], match.end()) if match else (None, None)
-    if spacing in escaped.MARKS:
-        value, end = escaped.read(text, at, escaped.MARKS[spacing]) or (None, at)
-        return value, end if isinstance(value, dict) else None
     try:
-        value, end = _DECODER.raw_decode(text, at)
+        if spacing in escaped.MARKS:
+            value, end = escaped.read(text, at, escaped.MARKS[spacing]) or (None, at)
+        else:
+            value, end = FINITE.raw_decode(text, at)
     except (ValueError, RecursionError):
         return None, None
     return value, end if isinstance(value, dict) else None

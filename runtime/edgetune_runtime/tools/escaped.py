@@ -13,6 +13,7 @@ from typing import Any
 
 from edgetune_runtime.decoding.output import SPACINGS
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.json_text import FINITE
 
 MARKS = {"escaped": "<escape>", "quoted": '<|"|>'}
 """What is before and after a text: FunctionGemma's mark and that of Gemma 4, by the `spacing` of their formats."""
@@ -40,7 +41,10 @@ def write(value: object, mark: str) -> str:
 
 
 def read(text: str, at: int, mark: str, depth: int = 0) -> tuple[Any, int] | None:
-    """The value at this place, and where it ends; None if there is none, or one that is too deep."""
+    """The value at this place, and where it ends; None if there is none, or one that is too deep.
+
+    ValueError for a number that is too large.
+    """
     if depth > _DEPTH:
         return None
     if text.startswith(mark, at):
@@ -49,7 +53,7 @@ def read(text: str, at: int, mark: str, depth: int = 0) -> tuple[Any, int] | Non
     if text[at : at + 1] in ("{", "["):
         return _read_items(text, at, mark, depth)
     match = _SCALAR.match(text, at)
-    return (json.loads(match[0]), match.end()) if match else None
+    return (FINITE.decode(match[0]), match.end()) if match else None
 
 
 def _read_items(text: str, at: int, mark: str, depth: int) -> tuple[Any, int] | None:
