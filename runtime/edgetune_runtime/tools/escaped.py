@@ -170,6 +170,12 @@ class _Rules:
     def _object(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         """Its properties in order; `rest` are those from one on, `FIRST` if none was written before."""
         properties, required = schema.get("properties", {}), schema.get("required", ())
+        if unlisted := [key for key in required if key not in properties]:
+            raise _not_held(unlisted[0])
+        values = schema.get("additionalProperties", True)
+        if not properties and values is not False:
+            yield from self._map(name, {} if values is True else values)
+            return
         rest = [(self._new(), self._new()) for _ in range(len(properties) + 1)]
         yield f'{name}: "{{" {rest[0][0]} "}}"'
         for number, key in enumerate(sorted(properties, key=str.lower)):
@@ -183,6 +189,14 @@ class _Rules:
             yield from self.of(value_name, properties[key])
         for rule in rest[-1]:
             yield f'{rule}: ""'
+
+    def _map(self, name: str, schema: object) -> Iterator[str]:
+        """An object with any names, whose values have a schema."""
+        pair, value = self._new(), self._new()
+        yield f'{name}: "{{" ({pair} ("," {pair})*)? "}}"'
+        yield f'{pair}: {pair.upper()} ":" {value}'
+        yield f"{pair.upper()}: /{_NAME.pattern}/"
+        yield from self.of(value, schema)
 
     def _new(self) -> str:
         self._count += 1

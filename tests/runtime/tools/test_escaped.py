@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from edgetune_runtime import Runtime, UsageError
 from edgetune_runtime.inference.measuring import loaded_bundle
+from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.tools.escaped import MARKS, read, write
-from edgetune_runtime.tools.formats import template_tools
-from edgetune_runtime.tools.grammar import control_tokens
+from edgetune_runtime.tools.formats import CallFormat, Placeholder, template_tools
+from edgetune_runtime.tools.grammar import control_tokens, grammar_of
 from jsonschema import validate
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from runtime.tools.templates import FAMILIES
@@ -158,12 +159,25 @@ def test_a_session_continues_after_a_call(gemma: Runtime) -> None:
         assert session.send([result], tools=[HEAT], max_tokens=5).stop_reason
 
 
+def test_objects_that_list_no_properties_have_any_names() -> None:
+    texts = {"type": "object", "additionalProperties": {"type": "string"}}
+    tools = tool_set([{"name": "t", "parameters": {"properties": {"a": texts, "b": {"type": "object"}}}}], "required")
+    form = CallFormat("call:", (Placeholder.NAME, Placeholder.ARGUMENTS), None, "", "escaped")
+    assert tools is not None
+    fits = grammar_of(tools, form, {}, None).accepts
+    for value in ({"a": {}, "b": {}}, {"a": {"x": "1", "y": ""}}, {"b": {"x": 1, "y": "z", "z": None}}):
+        assert fits(f"call:t{write(value, MARK)}")
+    for value in ({"a": {"x": 1}}, {"c": {}}):
+        assert not fits(f"call:t{write(value, MARK)}")
+
+
 @pytest.mark.parametrize(
     ("properties", "named"),
     [
         ({"number": {"type": "string", "pattern": "[0-9]+"}}, "pattern"),
         ({"a:b": {"type": "integer"}}, "a:b"),
         ({"never": False}, "False"),
+        ({"place": {"type": "object", "required": ["floor"]}}, "floor"),
     ],
 )
 def test_a_schema_that_the_format_cannot_hold_is_refused(
