@@ -64,7 +64,7 @@ class ChatShape:
                 logprob(token) | {"top_logprobs": [logprob(other) for other in token.top]} for token in answer.logprobs
             ]
             logprobs = {"content": content, "refusal": None}
-        reason = "tool_calls" if answer.tool_calls else finish_reason(answer)
+        reason = "tool_calls" if answer.tool_calls and not answer.is_cut_off else finish_reason(answer)
         return {"logprobs": logprobs, "finish_reason": reason, **sureness_of(answer)}
 
 

@@ -116,6 +116,16 @@ def test_one_call_at_most_is_returned_if_the_client_wants_no_more(client: OpenAI
     assert max(counts) > 1
 
 
+def test_an_answer_that_is_cut_off_after_a_call_says_so(server: Running, client: OpenAI) -> None:
+    options: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required"}
+    answers = (server.runtime.generate(ASK, adapter="one", **options, **{**HOT, "seed": n}) for n in range(8))
+    seed, answer = next((n, answer) for n, answer in enumerate(answers) if len(answer.tool_calls) > 1)
+    hot = {**HOT, "seed": seed, "max_tokens": answer.tokens - 20}
+    choice = client.chat.completions.create(model="one", messages=ASK, **options, **hot).choices[0]
+    assert len(choice.message.tool_calls or []) == len(answer.tool_calls) - 1
+    assert choice.finish_reason == "length"
+
+
 def test_with_a_format_an_answer_is_calls_or_json(server: Running, client: OpenAI) -> None:
     area = {"type": "object", "properties": {"area": {"enum": ["hall", "kitchen"]}}, "required": ["area"]}
     form: Any = {"type": "json_schema", "json_schema": {"name": "area", "schema": area}}
