@@ -69,6 +69,8 @@ def _add(messages: list[dict[str, Any]], item: Fields) -> None:
     """Add an item of the input; calls become part of the assistant's message before them."""
     kind = item.choice("type", _ITEMS) or "message"
     if kind == "message":
+        # Calls are items of their own here.
+        item.forbid({"tool_calls": []})
         messages.append(message_of(item))
     elif kind == "function_call_output":
         call_id = item.needed_text("call_id")

@@ -205,6 +205,7 @@ def test_a_client_that_leaves_frees_the_context(start: Start) -> None:
         ({"input": 3}, "input is 3; give a list of JSON objects"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, r"input\[0\].type is"),
         ({"input": [{"role": "king", "content": "x"}]}, r"input\[0\].role is"),
+        ({"input": [{"role": "assistant", "tool_calls": "x"}]}, r"input\[0\].tool_calls is not supported"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, r"input\[0\].content\[0\].type is"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, r"input\[0\].call_id is missing"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": 5}]}, r"input\[0\].output is 5"),
