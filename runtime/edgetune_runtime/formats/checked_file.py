@@ -40,7 +40,8 @@ def write_checked(path: Path, kind: str, about: Mapping[str, Any], data: memoryv
     """Write a file atomically that only this user can read; OutOfSpaceError if the disk is full, or OSError."""
     head = {kind: VERSION, "bytes": len(data), "crc32": zlib.crc32(data), "about": about}
     with replacing(path) as temporary, open(temporary, "wb", opener=_open_private) as file:
-        file.write(json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
+        # As ASCII, because a text of the caller may have half a surrogate pair, which UTF-8 does not have.
+        file.write(json.dumps(head, separators=(",", ":")).encode() + b"\n")
         file.write(data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -21,6 +22,8 @@ Message = Mapping[str, Any]
 """A message as in OpenAI's API: `role` and `content`, and where they apply `tool_calls`, `tool_call_id` and `name`."""
 Prompt = str | Sequence[Message]
 """A text of the user, or chat messages."""
+_OPTIONAL_TEXTS = ("tool_call_id", "name")
+_TEXTS = ("role", "content", *_OPTIONAL_TEXTS)
 
 
 def messages_for(prompt: Prompt, system: str | None) -> list[Message]:
@@ -116,7 +119,7 @@ def _message(number: int, message: object) -> dict[str, Any]:
     if not isinstance(result.get("role"), str) or not isinstance(content, str):
         raise UsageError(f"message {number} is {message!r}", 'give {"role": TEXT, "content": TEXT}')
     result["content"] = content
-    for name in ("tool_call_id", "name"):
+    for name in _OPTIONAL_TEXTS:
         if not isinstance(result.get(name), str | None):
             raise UsageError(f"message {number} has {name} {result[name]!r}", "give a text")
     if calls:
@@ -127,6 +130,10 @@ def _message(number: int, message: object) -> dict[str, Any]:
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
             raise UsageError(f"message {number} has tool_calls of type {type(calls).__name__}", "give a list")
         result["tool_calls"] = [_call(number, call) for call in calls]
+    try:
+        json.dumps({name: value for name, value in result.items() if name not in _TEXTS})
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"message {number} is not JSON: {error}", "give texts, numbers, lists and objects") from error
     return result
 
 

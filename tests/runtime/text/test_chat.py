@@ -152,6 +152,8 @@ def test_thousands_of_calls_and_results_take_no_time(result: dict[str, str]) -> 
             {"role": "user", "content": "a", "tool_calls": [call({})]},
             "message 2 has tool_calls, but its role is 'user'",
         ),
+        ({"role": "user", "content": "a", "at": {1, 2}}, "message 2 is not JSON: Object of type set"),
+        ({"role": "assistant", "tool_calls": [call({"a": {1}})]}, "message 2 is not JSON: Object of type set"),
         ({"role": "assistant", "tool_calls": {"a": 1}}, "message 2 has tool_calls of type dict; give a list"),
         ({"role": "tool", "content": "a", "tool_call_id": ["b"]}, r"message 2 has tool_call_id \['b'\]; give a text"),
         ({"role": "assistant", "tool_calls": ["f"]}, "message 2 has a tool call without a function's name: 'f'"),
