@@ -105,6 +105,9 @@ class _Rules:
             raise _not_held(str(schema))
         if unknown := sorted(set(schema) - _KEYWORDS):
             raise _not_held(unknown[0])
+        # A choice is written instead of the object, so both together would lose the properties.
+        if "properties" in schema and (combined := sorted({"anyOf", "oneOf", "$ref"}.intersection(schema))):
+            raise _not_held(combined[0])
         if "$ref" in schema:
             yield from self._reference(name, schema["$ref"])
         elif "enum" in schema or "const" in schema:

@@ -177,6 +177,7 @@ def test_objects_that_list_no_properties_have_any_names() -> None:
         ({"number": {"type": "string", "pattern": "[0-9]+"}}, "pattern"),
         ({"a:b": {"type": "integer"}}, "a:b"),
         ({"never": False}, "False"),
+        ({"either": {"properties": {"a": {"type": "integer"}}, "anyOf": [{"required": ["a"]}]}}, "anyOf"),
         ({"place": {"type": "object", "required": ["floor"]}}, "floor"),
     ],
 )
