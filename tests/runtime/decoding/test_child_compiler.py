@@ -58,6 +58,13 @@ def test_a_schema_that_may_be_expensive_is_compiled_after_its_trial(schema: dict
     assert spec.accepts(text)
 
 
+def test_a_plain_schema_is_compiled_without_a_trial() -> None:
+    schema = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
+    assert not child_compiler.may_be_expensive(spec_of(schema=schema).grammar)
+    rule = f"start: %json {json.dumps({**schema, 'patternProperties': {'^a': {}}})}"
+    assert child_compiler.may_be_expensive(spec_of(grammar=rule).grammar)
+
+
 def test_an_error_of_the_trial_is_that_of_the_compiler() -> None:
     with pytest.raises(UsageError, match=r"repetition operator missing expression"):
         output_of(schema={"type": "string", "pattern": "a(+b"})
