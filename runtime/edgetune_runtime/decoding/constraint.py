@@ -10,6 +10,7 @@ import numpy as np
 
 from edgetune_runtime.engines.base import Logits
 from edgetune_runtime.errors import UsageError
+from edgetune_runtime.text.sampling import likeliest
 
 from .library import DEAD_END, one_line
 from .vocabulary import GrammarVocabulary
@@ -72,15 +73,16 @@ class Constraint:
         """The likeliest token of those that may come next, as `mask(logits).argmax()`; None at a dead end.
 
         The mask is computed only where the likeliest of all may not come next, which a tuned adapter seldom asks for.
+        Raises what `likeliest` does.
         """
         forced = self.forced()
         if forced:
             return forced[0]
-        likeliest = int(logits.argmax())
-        if self.valid_prefix([likeliest]):
-            return likeliest
+        first = likeliest(logits)
+        if self.valid_prefix([first]):
+            return first
         masked = self.mask(logits)
-        return None if masked is None else int(masked.argmax())
+        return None if masked is None else likeliest(masked)
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as the base's tokenizer cuts their text; [] where there is a choice."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgetune_runtime.errors import IncompatibleError, NotFoundError, PromptTooLongError, UsageError
 from edgetune_runtime.text.chat import Prompt
 from edgetune_runtime.text.controls import ControlTokens
+from edgetune_runtime.text.sampling import likeliest
 
 Logits = NDArray[np.float32]
 
@@ -385,8 +386,8 @@ def check_prefix_fits(name: str, tokens: int, context_length: int) -> None:
 
 
 def log_total(row: Logits) -> float:
-    """Log-sum-exp of one row of logits."""
-    top = float(row.max())
+    """Log-sum-exp of one row of logits; raises what `likeliest` does."""
+    top = float(row[likeliest(row)])
     return top + math.log(float(np.exp(row - top).sum(dtype=np.float64)))
 
 

@@ -85,15 +85,12 @@ class Sampler:
     def next(self, logits: NDArray[np.float32], recent: Sequence[int]) -> int:
         """Sample the next token from logits of shape [vocab]; repeat_penalty applies to the `recent` tokens.
 
-        IncompatibleError if no token is the most likely one.
+        Raises what `likeliest` does.
         """
         sampling = self._sampling
         if sampling.repeat_penalty != 1.0 and recent:
             logits = _penalize(logits, recent[-REPEAT_WINDOW:], sampling.repeat_penalty)
-        best = int(logits.argmax())
-        if not np.isfinite(logits[best]):
-            message = f"the model computed {logits[best]} in place of a number"
-            raise IncompatibleError(message, "use smaller scales, or check the bundle: edgetune-run check BUNDLE")
+        best = likeliest(logits)
         if sampling.temperature == 0.0:
             return best
         order = top_tokens(logits, sampling.top_k)
@@ -105,6 +102,16 @@ class Sampler:
             order, chosen, probabilities = order[:kept], chosen[:kept], probabilities[:kept]
         kept = int((probabilities >= sampling.min_p * probabilities[0]).sum())
         return int(self._random.choice(order[:kept], p=softmax(chosen[:kept], float(sampling.temperature))))
+
+
+def likeliest(logits: NDArray[np.float32]) -> int:
+    """The token with the highest of the logits [vocab]; IncompatibleError if one is not a number, or it is infinite."""
+    # NumPy takes a NaN for the highest.
+    token = int(logits.argmax())
+    if not np.isfinite(logits[token]):
+        message = f"the model computed {logits[token]} in place of a number"
+        raise IncompatibleError(message, "use smaller scales, or check the bundle: edgetune-run check BUNDLE")
+    return token
 
 
 def top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgetune_export.backends.base import Source
-from edgetune_runtime import Classification, PromptTooLongError, Runtime
+from edgetune_runtime import Classification, IncompatibleError, PromptTooLongError, Runtime
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.label_search import LabelTree, score_labels
@@ -24,32 +24,43 @@ from tiny import WORDS
 PROMPT = "turn on the warm light in the kitchen"
 TOKENS = st.lists(st.integers(5, 12), min_size=1, max_size=4).map(tuple)
 TEXTS = st.lists(st.sampled_from(WORDS.split()), min_size=1, max_size=4).map(" ".join)
-SHARP, FLAT = 12.0, 1.0
+SHARP, FLAT, NOT_A_NUMBER = 12.0, 1.0, math.nan
 
 
 @pytest.fixture(scope="module")
-def sharp_bundle(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of both formats whose base is sure of its next token, as a trained one: its logits are much larger."""
+def sharpened(tiny_gguf: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """`sharpened(sharpness)`: a bundle of both formats whose base has logits that many times as large.
+
+    One with much larger logits is sure of its next token, as a trained one.
+    """
     import torch  # noqa: PLC0415 - only where a test needs a base
 
     from edgetune.bases import Base, load_torch  # noqa: PLC0415
 
-    root, plain = tmp_path_factory.mktemp("sharp"), tiny_gguf("llama")
-    (width,) = read_header(plain).tensors["output_norm.weight"].shape
-    norm = {"output_norm.weight": np.full(width, SHARP, np.float32)}
-    path = rewritten(plain, root / "sharp.gguf", tensors=norm)
-    base = Base("llama", path, sha256_of(path), read_header(path))
-    bundle = write_bundle(root / "home", path, adapters_of(path))
-    add_onnx(bundle, Source(path, base.fingerprint, load_torch(base, torch.float32), root), adapters_of(path))
-    return bundle
+    def make(sharpness: float) -> Path:
+        root, plain = tmp_path_factory.mktemp("sharp"), tiny_gguf("llama")
+        (width,) = read_header(plain).tensors["output_norm.weight"].shape
+        norm = {"output_norm.weight": np.full(width, sharpness, np.float32)}
+        path = rewritten(plain, root / "sharp.gguf", tensors=norm)
+        base = Base("llama", path, sha256_of(path), read_header(path))
+        bundle = write_bundle(root / "home", path, adapters_of(path))
+        add_onnx(bundle, Source(path, base.fingerprint, load_torch(base, torch.float32), root), adapters_of(path))
+        return bundle
+
+    return cache(make)
 
 
 @pytest.fixture(scope="module")
-def open_(sharp_bundle: Path, both_of: Callable[[str], Path]) -> Iterator[Callable[[str, float], Runtime]]:
+def open_(
+    sharpened: Callable[[float], Path], both_of: Callable[[str], Path]
+) -> Iterator[Callable[[str, float], Runtime]]:
     """`open_(engine, sharpness)`: a runtime, opened once."""
-    bundles = {SHARP: sharp_bundle, FLAT: both_of("llama")}
-    with opening(sharp_bundle, "gguf", contexts=1, exact=False) as make:
-        yield cache(lambda engine, sharpness: make(bundles[sharpness], engine=engine))
+
+    def bundle(sharpness: float) -> Path:
+        return both_of("llama") if sharpness == FLAT else sharpened(sharpness)
+
+    with opening(both_of("llama"), "gguf", contexts=1, exact=False) as make:
+        yield cache(lambda engine, sharpness: make(bundle(sharpness), engine=engine))
 
 
 @pytest.mark.parametrize("sharpness", [SHARP, FLAT])
@@ -65,6 +76,23 @@ def test_the_search_finds_the_label_that_scoring_all_labels_finds(
     assert list(everything.probabilities) == labels
     assert everything.unseen == pytest.approx(0, abs=1e-9)
     check_bounds(found, everything)
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_a_base_that_computes_no_numbers_is_one_clear_error(
+    open_: Callable[[str, float], Runtime], engine: str
+) -> None:
+    runtime = open_(engine, NOT_A_NUMBER)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: runtime.generate(PROMPT),
+        lambda: runtime.generate(PROMPT, choices=["yes", "no"]),
+        lambda: runtime.classify(PROMPT, ["yes", "no"]),
+        lambda: runtime.classify(PROMPT, ["yes", "no"], exact=True),
+        lambda: runtime.perplexity(PROMPT),
+    )
+    for call in calls:
+        with pytest.raises(IncompatibleError, match="the model computed nan in place of a number; use smaller scales"):
+            call()
 
 
 def check_bounds(found: Classification, everything: Classification) -> None:
