@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from edgetune_runtime.bundle import Manifest
 from edgetune_runtime.engines.base import prefix_among
@@ -13,6 +13,13 @@ Adapters = str | Mapping[str, float] | None
 
 _LARGEST_SCALE = 1000
 """Engines compute in float32, and far larger scales would give no numbers."""
+
+
+def names_of(adapter: Adapters) -> Collection[str]:
+    """The names of the chosen adapters; none of an invalid choice, which `scales_of` refuses."""
+    if isinstance(adapter, str):
+        return (adapter,)
+    return adapter if isinstance(adapter, Mapping) else ()
 
 
 def scales_of(adapter: Adapters, manifest: Manifest, engine: str) -> dict[str, float]:

@@ -25,7 +25,7 @@ from edgetune_runtime.states.cache import CALLS, common_prefix
 from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt, messages_for
 
-from .adapter_choice import Adapters, prefix_of, require_one_prefix, scales_of
+from .adapter_choice import Adapters, names_of, prefix_of, require_one_prefix, scales_of
 from .adapter_files import AdapterFiles
 from .adapter_loading import BundleAdapterLoader
 from .call import Call, CarriedState
@@ -241,8 +241,7 @@ class LoadedBundle:
         Calls with adapters begin here, so it also raises what `Lifetime.check` does, and what `check` does.
         """
         self.lifetime.check()
-        names = [adapter] if isinstance(adapter, str) else adapter if isinstance(adapter, Mapping) else ()
-        self.replaced.wait(names, check)
+        self.replaced.wait(names_of(adapter), check)
         return scales_of(adapter, self.manifest, self.options.engine)
 
     def curves(self, scales: Mapping[str, float]) -> Curves:

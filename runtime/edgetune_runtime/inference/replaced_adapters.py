@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -38,6 +38,10 @@ class ReplacedAdapters:
         finally:
             del self._ended[name]
             ended.set()
+
+    def any_of(self, names: Collection[str]) -> bool:
+        """Whether one of these adapters is being replaced."""
+        return any(name in self._ended for name in names)
 
     def wait(self, names: Iterable[str], check: Callable[[], None] = no_limits) -> None:
         """Wait until none of these adapters is being replaced, or `check` raises; BusyError if that takes too long."""

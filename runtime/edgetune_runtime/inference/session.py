@@ -17,7 +17,7 @@ from edgetune_runtime.states.cache import Key, SavedState
 from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 
-from .adapter_choice import Adapters
+from .adapter_choice import Adapters, names_of
 from .answer import Answer, Outcome, Stream
 from .call import Call, CarriedState
 from .loaded import LoadedBundle
@@ -48,8 +48,9 @@ class Session(AbstractContextManager["Session"]):
         self.history: list[Message] = [dict(message) for message in history]
         self._loaded = loaded
         self._answering = self._until_routed(adapter)
-        # Adapters that cannot answer are refused now.
-        self._pool_of(self._answering)
+        # Adapters that cannot answer are refused now; `AsyncRuntime.session` must not wait for one that is replaced.
+        if not loaded.replaced.any_of(names_of(self._answering)):
+            self._pool_of(self._answering)
         self._owner = uuid.uuid4().hex
         self._last: CarriedState | None = None
         self._carries = False

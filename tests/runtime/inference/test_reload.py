@@ -18,6 +18,7 @@ from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.store.durable import replace_link
 from edgetune_runtime.store.in_use import is_in_use
 from runtime.bundles import Adapter, add_router, change_manifest, low_rank, room_for, write_both
+from runtime.serving.waiting import is_waiting
 from runtime.stores import switch_to
 
 PROMPT = "turn on the warm light in the kitchen"
@@ -124,6 +125,17 @@ def test_a_call_that_waits_for_a_replaced_adapter_stops_in_time(reason: str, pre
         stopped = runtime.generate(PROMPT, adapter="task0", max_tokens=6, **limits)
         assert (stopped.stop_reason, stopped.text) == (reason, "")
         assert time.monotonic() - begin_s < 5
+
+
+def test_a_session_whose_adapter_is_being_replaced_begins_at_once_and_its_first_call_waits(
+    prefix: Path, engine: str
+) -> None:
+    with open_(prefix, engine) as runtime, ThreadPoolExecutor(1) as threads:
+        with loaded_bundle(runtime).replaced.replacing("task0"):
+            session = threads.submit(runtime.session, "task0").result(timeout=5)
+            answering = threads.submit(session.send, PROMPT, max_tokens=6)
+            assert is_waiting(answering)
+        assert answering.result(timeout=60).text == answer(runtime, "task0")
 
 
 def test_calls_of_many_threads_get_the_old_or_the_new_adapter(
