@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,13 +17,15 @@ from typing import TYPE_CHECKING
 from edgetune_runtime.answer_log.log import MAX_BYTES, AnswerLog
 from edgetune_runtime.errors import NotFoundError, UsageError, importing
 
-from .settings import Access, ServerLimits
+from .settings import Access, ServerLimits, host_of
 
 if TYPE_CHECKING:
     from edgetune_runtime.bundle import Manifest
     from edgetune_runtime.inference.runtime import Runtime
 
 _SHORTEST_KEY = 16
+_ORIGIN = re.compile(r"[A-Za-z][\w+.-]*://[^\s/?#@*]+", re.ASCII)
+"""Apps have schemes of their own, such as app://obsidian.md."""
 _LIMITS = {
     "body_bytes": "largest request body in bytes",
     "answer_tokens": "most tokens of an answer",
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
     if options.log_requests:
         LOG.setLevel(logging.INFO)
     limits = _limits(options)
-    access = Access(_keys(options.api_key_file), tuple(options.allow_host), tuple(_origins(options.allow_origin)))
+    access = Access(_keys(options.api_key_file), _hosts(options.allow_host), _origins(options.allow_origin))
     if not access.keys and not options.no_api_key and can_be_reached(options.host):
         message = f"others can reach {options.host}, and no key is set"
         raise UsageError(message, "give --api-key-file FILE, or --no-api-key to let everyone use the server")
@@ -142,8 +145,16 @@ def _keys(path: Path | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _origins(origins: list[str]) -> list[str]:
+def _hosts(hosts: list[str]) -> tuple[str, ...]:
+    for host in hosts:
+        if not host or host_of(host) != host.lower():
+            raise UsageError(f"host {host!r} is not a name", "give one without scheme and port, such as board.lan")
+    return tuple(hosts)
+
+
+def _origins(origins: list[str]) -> tuple[str, ...]:
     for origin in origins:
-        if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+        if not _ORIGIN.fullmatch(origin):
             raise UsageError(f"origin {origin!r} is not a scheme and host", "give one such as https://example.org")
-    return origins
+    # As browsers send it.
+    return tuple(origin.lower() for origin in origins)

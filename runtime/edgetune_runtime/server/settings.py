@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass
 from functools import cached_property
 
-_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[\w.~%-]+)?)\]|(?P<name>[^:\[\]]*))(?::[0-9]*)?", re.ASCII)
+_HOST = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+(?:%[\w.~%-]+)?)\]|(?P<name>[\w.-]*))(?::[0-9]*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,13 @@ class Access:
     @cached_property
     def _names(self) -> frozenset[str]:
         hostname = socket.gethostname().lower()
-        return frozenset(("localhost", hostname, f"{hostname}.local", *(host.lower() for host in self.hosts)))
+        own = (hostname, hostname.partition(".")[0])
+        hosts = (host.lower() for host in self.hosts)
+        return frozenset(("localhost", *own, *(f"{name}.local" for name in own), *hosts))
 
     def allows_host(self, header: str) -> bool:
         """Whether a request with this Host header may be answered."""
-        name = _host_of(header)
+        name = host_of(header)
         return name in self._names or _is_address(name)
 
 
@@ -63,7 +65,7 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _host_of(header: str) -> str:
+def host_of(header: str) -> str:
     """A Host header without its port and the brackets of an IPv6 address; empty for an invalid one."""
     match = _HOST.fullmatch(header)
     return "" if match is None else (match["ipv6"] or match["name"]).lower()

@@ -29,6 +29,13 @@ def test_a_name_can_be_allowed(start: Start) -> None:
     assert server.client.get("/v1/models", headers={"Host": "board.example:80"}).status_code == 200
 
 
+def test_a_machine_whose_name_has_a_domain_also_has_the_name_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "Pi.home.arpa")
+    for host in ("pi.home.arpa", "pi", "pi.local:8080"):
+        assert Access().allows_host(host)
+    assert not Access().allows_host("home.arpa")
+
+
 def test_pages_of_other_origins_are_refused_and_get_no_cors_headers(server: Running) -> None:
     for path, method in (("/v1/chat/completions", "POST"), ("/api/tags", "GET"), ("/v1/models", "OPTIONS")):
         response = server.client.request(method, path, headers={"Origin": ORIGIN})

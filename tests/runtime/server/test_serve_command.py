@@ -86,6 +86,13 @@ def test_a_host_that_others_can_reach_needs_a_key_or_a_second_word(
             assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
 
 
+def test_origins_of_any_scheme_are_allowed_as_browsers_send_them(bundle: Path) -> None:
+    with serving(bundle, "--allow-origin", "app://Obsidian.md", "--allow-origin", "https://Example.org") as (_, url):
+        for origin in ("app://obsidian.md", "https://example.org"):
+            reply = httpx.get(f"{url}/v1/models", headers={"Origin": origin})
+            assert reply.headers["access-control-allow-origin"] == origin
+
+
 @pytest.mark.parametrize(
     ("says", "options", "warms"), [(True, (), True), (True, ("--no-warm",), False), (False, (), False)]
 )
@@ -106,7 +113,11 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
         (["--api-key-file", "short"], "short has no key, or one of fewer than 16 characters; make one: openssl"),
         (["--host", "no.such.host.invalid"], "host 'no.such.host.invalid' is unknown"),
         (["--port", "70000"], "port is 70000; give 0 to 65535"),
+        (["--allow-host", "board.lan:8080"], "host 'board.lan:8080' is not a name; give one without scheme and port"),
+        (["--allow-host", "http://board.lan"], "host 'http://board.lan' is not a name"),
+        (["--allow-host", ""], "host '' is not a name"),
         (["--allow-origin", "example.org"], "origin 'example.org' is not a scheme and host"),
+        (["--allow-origin", "http://"], "origin 'http://' is not a scheme and host"),
         (["--max-answers", "0"], "--max-answers 0"),
         (["--engine", "onnx"], "onnx"),
     ],
