@@ -221,7 +221,7 @@ class Answering:
         logs += self._logs(request, prompt, answer, index)
         if request.finish is not None:
             if answer.instead != ASK:
-                answer = request.finish(answer)
+                answer = await asyncio.to_thread(request.finish, answer)
             if answer.content:
                 yield Piece(index, answer.content)
         yield Piece(index, "", replace(answer, tool_calls=answer.tool_calls[: request.max_calls]))

@@ -99,8 +99,9 @@ class Rewriter:
         messages: Any = request.prompts[0]
         with self._errors("read this chat"):
             rewritten = await asyncio.to_thread(self.function, messages, tools)
-        if rewritten.schema is not None:
-            options["schema"] = rewritten.schema
+            adapter, prompt, schema = rewritten.adapter, rewritten.prompt, rewritten.schema
+        if schema is not None:
+            options["schema"] = schema
 
         def finish(answer: Answer) -> Answer:
             with self._errors("make a reply of the answer"):
@@ -108,7 +109,7 @@ class Rewriter:
                 calls = [ToolCall(call["name"], dict(call["arguments"])) for call in reply.calls]
                 return replace(answer, content=reply.text, tool_calls=tuple(calls))
 
-        return replace(request, adapters=rewritten.adapter, prompts=[rewritten.prompt], options=options, finish=finish)
+        return replace(request, adapters=adapter, prompts=[prompt], options=options, finish=finish)
 
     @contextmanager
     def _errors(self, action: str) -> Iterator[None]:

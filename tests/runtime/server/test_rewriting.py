@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from runtime.stores import switch_to
 from waiting import wait_for
 
 MODULE = """
+import threading
 from dataclasses import dataclass
 
 @dataclass
@@ -44,10 +46,22 @@ class Short:
         call = {"name": "lamp", "arguments": {"answer": answer}}
         return Reply(calls=(call,)) if self.has_calls else Reply("said: " + answer)
 
+class Slow(Short):
+    began, released = threading.Event(), threading.Event()
+
+    def reply(self, answer):
+        self.began.set()
+        assert self.released.wait(20)
+        return Reply("at last")
+
 def rewrite(messages, tools):
     said = messages[-1]["content"]
     if said == "fail":
         raise ValueError("no such room")
+    if said == "nothing":
+        return None
+    if said == "slow":
+        return Slow(said)
     if tools:
         return Short("light", schema={"enum": ["on", "off"]}, has_calls=True)
     return Short(said + " in the hall")
@@ -125,6 +139,7 @@ def test_the_model_is_listed_with_the_base_as_its_parent(server: Running, bundle
     ("path", "body", "status", "text"),
     [
         ("/api/chat", {"messages": said("fail")}, 400, "model 'short' cannot read this chat: ValueError: no such room"),
+        ("/api/chat", {"messages": said("nothing")}, 400, "model 'short' cannot read this chat: AttributeError"),
         ("/api/chat", {"messages": said("worse")}, 400, "model 'short' cannot make a reply of the answer: KeyError"),
         ("/v1/completions", {"prompt": "light"}, 400, "model 'short' answers chats without a prompt of their own"),
         ("/api/chat", {"messages": said("a"), "format": "json"}, 400, "chats without a format of their own"),
@@ -137,6 +152,18 @@ def test_a_chat_or_an_answer_that_cannot_be_rewritten_is_refused(
     assert reply.status_code == status
     assert text in reply.text
     assert server.client.post("/api/chat", json={"model": "short", "messages": said("on")}).status_code == 200
+
+
+def test_the_server_answers_others_while_a_reply_is_made(server: Running, threads: ThreadPoolExecutor) -> None:
+    slow = sys.modules["shortened"].Slow
+    body = {"model": "short", "messages": said("slow"), "stream": False}
+    sent = threads.submit(server.client.post, "/api/chat", json=body)
+    try:
+        assert slow.began.wait(20)
+        assert server.client.get("/healthz", timeout=5).status_code == 200
+    finally:
+        slow.released.set()
+    assert sent.result(timeout=20).json()["message"]["content"] == "at last"
 
 
 def test_the_command_serves_it(bundle: Path, folder: Path) -> None:
