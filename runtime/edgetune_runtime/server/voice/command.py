@@ -39,7 +39,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextManager[Runtime]]) -> None:
     """Answer voice assistants until the process is told to stop.
 
-    Raises UsageError for a wrong URI or limit, a host that others can reach without --no-api-key, or a port in use.
+    Raises UsageError for a wrong URI, languages or limit, a host that others can reach without --no-api-key, or a port
+    in use.
     """
     with importing("the Wyoming service needs", '"edgetune-runtime[wyoming]"'):
         from .service import WyomingService, serve  # noqa: PLC0415 - only `wyoming` needs the extra
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace, open_bundle: Callable[..., AbstractContextM
         message = f"others can reach {host}, and the protocol has no keys"
         raise UsageError(message, "give --no-api-key to let everyone use the service")
     languages = tuple(name.strip() for name in options.languages.split(","))
+    if not all(languages):
+        raise UsageError(f"--languages {options.languages!r} has an empty name", "give names such as en,de")
 
     with bind(host, port) as listening, open_bundle() as runtime:
         service = WyomingService(AsyncRuntime(runtime), adapter, languages, options.max_tokens, options.deadline_s)

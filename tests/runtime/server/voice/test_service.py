@@ -237,6 +237,7 @@ def test_a_client_that_does_not_read_is_dropped(runtime: Runtime) -> None:
         (["--adapter", "plain", "--uri", "tcp://0.0.0.0:0"], "others can reach 0.0.0.0"),
         (["--adapter", "plain", "--uri", "127.0.0.1:5"], "is not an address"),
         (["--adapter", "plain", "--uri", "tcp://127.0.0.1:70000"], "is not an address"),
+        (["--adapter", "plain", "--languages", "en,,de,"], "--languages 'en,,de,' has an empty name"),
         (["--adapter", "plain", "--max-tokens", "0"], "max_tokens 0 is not an integer of at least 1"),
         (["--adapter", "plain", "--deadline-s", "0"], "deadline_s is 0.0; give a number of seconds above 0"),
     ],
