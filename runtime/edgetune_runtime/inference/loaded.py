@@ -145,6 +145,9 @@ class LoadedBundle:
             scales = self.scales(adapter, check)
             # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
             entries = self._entries(scales)
+            if entries:
+                # Adapters answer as they were trained, without the option.
+                form = replace(form, think=None)
             pool, active = self._pool_of(scales)
             first = next(iter(entries.values()), None)
             own_system = None if first is None else first.system

@@ -195,9 +195,6 @@ class Answering:
         if number and options.get("seed") is not None:
             # Answers with one seed would be the same.
             options["seed"] += number
-        if request.adapters:
-            # Adapters answer as they were trained, without the option.
-            options.pop("think", None)
         async with self.runtime.stream(prompt, adapter=request.route or request.adapters, **options) as stream:
             is_first = index == 0
             try:

@@ -168,6 +168,8 @@ def test_think_false_is_for_the_base_and_adapters_answer_as_they_were_trained(se
     assert silent is not None
     assert silent > plain
     assert prompt_tokens("one", think=False) == prompt_tokens("one")
+    own = [server.runtime.generate("light", adapter="one", max_tokens=1, think=think) for think in (None, False)]
+    assert own[0].timings.prompt_tokens == own[1].timings.prompt_tokens
     chat = client.chat.completions.create(model="home", messages=ASK, max_tokens=2, reasoning_effort="none")
     assert chat.usage is not None
     assert chat.usage.prompt_tokens == silent
