@@ -21,10 +21,10 @@ TOO_EXPENSIVE = "takes too long or too much memory"
 _MAX_S = 20.0
 """Where other processes have the cores, CPU time takes longer."""
 _CHEAP_CHARACTERS = 8192
-_MAY_BE_EXPENSIVE = ("multipleOf", "allOf", '"pattern')
+_MAY_BE_EXPENSIVE = ("multipleOf", "allOf", '"pattern', r"\\u")
 """llguidance limits its automata by states, but not what it does to see whether parts that must all hold exclude each
 other, or to count in numbers: the integers of `multipleOf: 999983` take 7 s and 400 MB. The quote leaves out the
-`whitespace_pattern` that every schema gets."""
+`whitespace_pattern` that every schema gets, and an escape in the `%json` of a grammar may hide such a word."""
 _PROGRAM = Path(__file__).with_name("child_compiler_main.py")
 
 _LOG = logging.getLogger(__name__)
