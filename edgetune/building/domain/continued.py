@@ -27,7 +27,7 @@ from edgetune_runtime import engines
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.engines.base import log_total
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.errors import VerificationError
+from edgetune_runtime.errors import IncompatibleError, VerificationError
 from edgetune_runtime.formats.atomic import TEMPORARY
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from transformers import PreTrainedModel
@@ -224,12 +224,16 @@ def why_worse(before: float, trained: float, main_type: str) -> str:
 
 
 def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
-    """Perplexity of the learned tokens of all windows, from the logits after each token; infinite on overflow."""
-    nats = math.fsum(
-        log_total(row) - float(row[target])
-        for window in windows
-        for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
-    )
+    """Perplexity of the learned tokens of all windows, from the logits after each token; infinite on overflow, also of
+    the logits."""
+    try:
+        nats = math.fsum(
+            log_total(row) - float(row[target])
+            for window in windows
+            for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
+        )
+    except IncompatibleError:
+        return math.inf
     mean = nats / sum(len(window.tokens) - 1 for window in windows)
     return math.exp(mean) if mean < _MAX_NATS else math.inf
 
