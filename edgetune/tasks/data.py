@@ -37,8 +37,6 @@ _STANDARD = (
     (("text",), Columns(text="text")),
 )
 FORMS = "messages, prompt and completion, text and label, or text"
-
-
 TEMPLATE_TOKENS = 32
 """A high estimate of what a chat template adds to a row."""
 _CHARACTERS_PER_TOKEN = 3
