@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from edgetune_runtime.formats.atomic import TEMPORARY, flush_to_disk, swap_in
+from edgetune_runtime.formats.atomic import TEMPORARY, swap_in
+from edgetune_runtime.store.durable import flush_tree
 
 from edgetune.common.files import write_file
 from edgetune.common.spread import spread
@@ -117,8 +118,7 @@ def write_result(folder: Path, key: str, result: TrainResult, save: Callable[[Pa
     temporary = folder / f".adapter{TEMPORARY}{os.getpid()}"
     try:
         save(temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            flush_to_disk(path)
+        flush_tree(temporary)
         for name in ("result.json", "training.png"):
             (folder / name).unlink(missing_ok=True)
         swap_in(temporary, folder / "adapter")
