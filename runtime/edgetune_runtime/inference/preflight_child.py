@@ -60,7 +60,8 @@ def _open(bundle: str, options: Mapping[str, Any], added: tuple[str, str] | None
                 # The bundle may have one of this name, which it replaces.
                 if added[1] in runtime.adapters:
                     runtime.remove_adapter(added[1])
-                entries = [runtime.manifest.adapter(runtime.add_adapter(*added))]
+                name = runtime.add_adapter(*added)
+                entries = [runtime.manifest.adapter(name)]
             for entry in entries:
                 if added is not None or not entry.is_merged(runtime.engine):
                     _compute(runtime, entry.name, write)

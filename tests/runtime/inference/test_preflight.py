@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from edgetune_runtime import EdgetuneError, Runtime, VerificationError, engines
 from edgetune_runtime.inference import preflight
+from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from edgetune_runtime.processes import child_process, confinement
 from edgetune_runtime.states.store import default_folder
 from runtime.bundles import change_manifest
@@ -191,6 +192,18 @@ def test_a_file_that_changed_is_checked_again_although_digests_are_not_compared(
     model.write_bytes(model.read_bytes())
     open_and_close(home, verify=False)
     assert "cannot check" in caplog.text
+
+
+@pytest.mark.parametrize("engine", ["gguf", "onnx"])
+def test_adapters_that_are_added_and_replaced_pass(both_of: Callable[[str], Path], engine: str, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(both_of("llama"), tmp_path / "home"))
+    remove_from_bundle(home, "command")
+    with Runtime.open(home, engine=engine, contexts=1) as runtime:
+        assert runtime.add_adapter(both_of("llama"), "command") == "command"
+        change_manifest(home, lambda raw: [raw["adapters"][name].update(system="play") for name in ("tone", "whole")])
+        changes = runtime.reload()
+        assert (sorted(changes.replaced), changes.refused) == (["tone", "whole"], {})
+    assert len(remembered()) == 4
 
 
 def test_an_encoder_passes(encoder_bundle: Path) -> None:
