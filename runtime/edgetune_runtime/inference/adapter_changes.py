@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -85,9 +86,7 @@ def reload(loaded: LoadedBundle, folder: Path) -> AdapterChanges:
             try:
                 _require_sound(loaded, new, replaces=is_there)
                 if is_there:
-                    with loaded.replaced.replacing(name):
-                        loaded.drop(name)
-                        _add(loaded, new)
+                    _replace(loaded, new)
                 else:
                     _add(loaded, new)
             except EdgetuneError as error:
@@ -111,9 +110,9 @@ def _changed(loaded: LoadedBundle, folder: Path, now: Manifest) -> Iterator[NewA
     """The adapters of the bundle in `folder` that differ from those that there are."""
     before = loaded.manifest
     for name, entry in now.adapters.items():
-        files = files_of(now, entry)
-        if before.adapters.get(name) != entry or any(before.files.get(file) != now.files[file] for file in files):
-            yield NewAdapter(entry, {file: now.files[file] for file in files}, folder)
+        new = chosen_adapter(now, folder, name)
+        if before.adapters.get(name) != entry or any(before.files.get(file) != new.files[file] for file in new.files):
+            yield new
 
 
 def _require_sound(loaded: LoadedBundle, new: NewAdapter, *, replaces: bool = False) -> None:
@@ -121,10 +120,26 @@ def _require_sound(loaded: LoadedBundle, new: NewAdapter, *, replaces: bool = Fa
     manifest, options = loaded.manifest, loaded.options
     require_fits(new, without_adapter(manifest, new.entry.name) if replaces else manifest)
     file_of(new.entry.files, options.engine, f"adapter {new.entry.name!r}")
+    loaded.require_room(new)
     if options.verify:
         verify_files(new.folder, replace(manifest, files=new.files))
     if options.preflight:
         require_opens(loaded.folder, manifest, options, added=new)
+
+
+def _replace(loaded: LoadedBundle, new: NewAdapter) -> None:
+    """Put an adapter in the place of the one of its name, which stays if the new one cannot be loaded."""
+    name = new.entry.name
+    before = chosen_adapter(loaded.manifest, loaded.files.folder_of(name), name)
+    with loaded.replaced.replacing(name):
+        loaded.drop(name)
+        try:
+            _add(loaded, new)
+        except BaseException:
+            loaded.add(before)
+            with suppress(EdgetuneError):
+                loaded.load(before.entry)
+            raise
 
 
 def _add(loaded: LoadedBundle, new: NewAdapter) -> None:

@@ -54,16 +54,20 @@ class BundleAdapterLoader:
         self._files.drop(name)
         _LOG.debug("dropped adapter %r from memory", name)
 
-    def bytes_of(self, entry: AdapterEntry) -> int:
-        """The memory that an adapter takes with what is read beside it; none where its model is one of its own."""
+    def bytes_of(self, entry: AdapterEntry, manifest: Manifest | None = None) -> int:
+        """The memory that an adapter takes with what is read beside it; none where its model is one of its own.
+
+        One that is not there yet needs a `manifest` with its files.
+        """
+        manifest = self._manifest() if manifest is None else manifest
         engine = self._options.engine
         if self._is_merged(entry) or engine not in entry.files:
             return 0
-        files = self._manifest().files
+        files = manifest.files
         shared = sum(files[file].bytes for file in entry.shared_files)
         if engine not in engines.names_with_needs():
             return files[entry.files[engine]].bytes + shared
-        size = adapter_size(self._manifest(), entry, engine)
+        size = adapter_size(manifest, entry, engine)
         return size.file_bytes + shared + self._contexts() * size.modules * engines.load_needs(engine).COST.module_bytes
 
     def open_merged(self, name: str, make_room: MakeRoom) -> Pool:

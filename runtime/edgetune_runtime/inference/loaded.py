@@ -59,9 +59,9 @@ class LoadedBundle:
         never_free_in_forks(self)
         self._changing = threading.Lock()
         self._running = running
-        loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, lambda: self.contexts)
-        self.adapters = LoadedAdapters(loader, lambda: self.manifest.adapters, options.adapters_mb)
-        self._merged = MergedModels(loader.open_merged, options.merged_mb)
+        self._loader = BundleAdapterLoader(running, self.files, lambda: self.manifest, options, lambda: self.contexts)
+        self.adapters = LoadedAdapters(self._loader, lambda: self.manifest.adapters, options.adapters_mb)
+        self._merged = MergedModels(self._loader.open_merged, options.merged_mb)
         self._merged_pools: dict[str, MergedPool] = {}
         self._constraints = Constraints()
         self.router = Router(folder, manifest, verify=options.verify)
@@ -269,6 +269,11 @@ class LoadedBundle:
         with self._changing:
             self.lifetime.check()
             yield
+
+    def require_room(self, new: NewAdapter) -> None:
+        """Raise IncompatibleError for an adapter that exceeds `adapters_mb` beside those that are preloaded."""
+        manifest = replace(self.manifest, files=new.files)
+        self.adapters.require_room({new.entry.name: self._loader.bytes_of(new.entry, manifest)})
 
     def add(self, new: NewAdapter) -> None:
         """Add an adapter, in a block of `changing`."""

@@ -101,6 +101,17 @@ class LoadedAdapters:
             for name in entries:
                 self._loaded[name].is_pinned = True
 
+    def require_room(self, sizes: Mapping[str, int]) -> None:
+        """Raise IncompatibleError for adapters of these bytes that exceed the limit beside those that are pinned."""
+        with self._changed:
+            pinned = {name: loaded.bytes for name, loaded in self._loaded.items() if loaded.is_pinned}
+        total_mb = sum((pinned | dict(sizes)).values()) / 1e6
+        if total_mb > self._limit_mb:
+            beside = " beside those that are preloaded" if pinned.keys() - sizes.keys() else ""
+            names = " and ".join(map(repr, sizes))
+            message = f"adapters_mb is {self._limit_mb:g}, and {names}{beside} need {total_mb:.1f} MB"
+            raise IncompatibleError(message, "open the bundle with a larger adapters_mb")
+
     def remove(self, name: str) -> None:
         """Unload an adapter that `current` has no more, once running calls do not use it.
 
@@ -136,7 +147,7 @@ class LoadedAdapters:
                         self._loaded.move_to_end(name)
                         self._loaded[name].users.append(holder)
                     return
-                self._check_size(entries)
+                self.require_room({name: self._loader.bytes_of(entry) for name, entry in entries.items()})
                 victims = None if self._is_changing else self._victims(missing, entries)
                 if victims is None:
                     if not self._is_changing:
@@ -186,13 +197,3 @@ class LoadedAdapters:
         for name, entry in entries.items():
             if current.get(name) is not entry:
                 raise RemovedAdapterError(f"adapter {name!r} was removed before the call began", "call again")
-
-    def _check_size(self, entries: Entries) -> None:
-        pinned = {name: loaded.bytes for name, loaded in self._loaded.items() if loaded.is_pinned}
-        sizes = pinned | {name: self._loader.bytes_of(entry) for name, entry in entries.items()}
-        total_mb = sum(sizes.values()) / 1e6
-        if total_mb > self._limit_mb:
-            beside = " beside those that are preloaded" if pinned.keys() - entries.keys() else ""
-            names = " and ".join(map(repr, entries))
-            message = f"adapters_mb is {self._limit_mb:g}, and {names}{beside} need {total_mb:.1f} MB"
-            raise IncompatibleError(message, "open the bundle with a larger adapters_mb")

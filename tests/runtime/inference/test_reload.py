@@ -17,7 +17,7 @@ from edgetune_runtime.inference.bundle_files import add_to_bundle, remove_from_b
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.store.durable import replace_link
 from edgetune_runtime.store.in_use import is_in_use
-from runtime.bundles import Adapter, add_router, change_manifest, low_rank, room_for, write_both
+from runtime.bundles import Adapter, add_router, change_manifest, low_rank, room_for, write_both, write_bundle
 from runtime.serving.waiting import is_waiting
 from runtime.stores import switch_to
 
@@ -160,12 +160,13 @@ def test_calls_of_many_threads_get_the_old_or_the_new_adapter(
         assert len(choosing.result(timeout=60)) == 15
 
 
+@pytest.mark.parametrize("verify", [True, False])
 def test_an_adapter_that_is_refused_keeps_the_files_of_the_version_before(
-    prefix: Path, following: Path, engine: str
+    verify: bool, prefix: Path, following: Path, engine: str
 ) -> None:
     damaged = next((following / "adapters").glob(f"task0/*.{engine}*"))
     damaged.write_bytes(b"damaged")
-    with open_(prefix, engine) as runtime:
+    with open_(prefix, engine, verify=verify) as runtime:
         before = answer(runtime, "task0")
         switch_to(prefix, SECOND, following)
         changes = runtime.reload()
@@ -173,8 +174,22 @@ def test_an_adapter_that_is_refused_keeps_the_files_of_the_version_before(
         runtime.clear_cache()
         assert answer(runtime, "task0") == before
         assert versions_in_use(prefix) == [FIRST, SECOND]
-    with open_(prefix, engine) as runtime, pytest.raises(VerificationError):
+    with open_(prefix, engine, verify=verify) as runtime, pytest.raises(VerificationError):
         answer(runtime, "task0")
+
+
+def test_an_adapter_that_is_too_large_leaves_the_one_before_although_its_file_is_gone(
+    bundle: Path, tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    home, base = Path(shutil.copytree(bundle, tmp_path / "home")), tiny_gguf("llama")
+    larger = write_bundle(tmp_path / "larger", base, {"task0": Adapter(low_rank(base, 50, rank=64))})
+    with Runtime.open(home, engine="gguf", disk_mb=0, adapters_mb=room_for(home, "gguf", 1), contexts=1) as runtime:
+        before = answer(runtime, "task0")
+        remove_from_bundle(home, "task0")
+        add_to_bundle(home, larger, "task0", lambda _: None)
+        changes = runtime.reload()
+        assert "and 'task0' need" in changes.refused["task0"]
+        assert answer(runtime, "task0") == before
 
 
 def test_a_switch_is_not_noticed_before_it_is_taken_over(prefix: Path, following: Path, engine: str) -> None:
