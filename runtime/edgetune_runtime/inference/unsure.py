@@ -94,10 +94,11 @@ def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | No
             message = "unsure is 'defer', but there is no address to defer to"
             raise UsageError(message, "open the bundle with defer_to (--defer-to)")
         return DEFER
-    if not isinstance(unsure, str) or unsure not in loaded.manifest.adapters:
+    is_there = isinstance(unsure, str) and (unsure in loaded.manifest.adapters or loaded.replaced.any_of((unsure,)))
+    if not is_there:
         names = (MARK, ASK, BASE, ERROR, DEFER, *loaded.manifest.adapters)
         raise UsageError(f"unsure is {unsure!r}", suggestion(str(unsure), names))
-    return unsure
+    return str(unsure)
 
 
 def _check_counts(then: str | None, adapter: str | None, rule: UnsureRule | None, curves: Curves) -> None:
@@ -164,21 +165,23 @@ class _Settling:
             self._replace(answer, ASK, rule.question)
         elif then == DEFER:
             self._defer(answer)
-        elif then == BASE or then in self.loaded.manifest.adapters:
+        else:
+            # If its adapter was removed, or is in another bundle, from which this one was added, the answer stays.
             yield from self._other(answer, None if then == BASE else then)
             return
-        else:
-            # It was removed, or its bundle is another one from which this adapter was added.
-            _LOG.warning("kept an unsure answer: there is no adapter %r to answer in its place", then)
         yield from _content(self.outcome.answer)
 
     def _other(self, answer: Answer, adapter: str | None) -> Generator[str, None, None]:
         """Let the base or another adapter answer."""
         answer_call, outcome = self.answer_call, Outcome()
-        try:
+
+        def begin() -> tuple[str, Generator[str, None, None]]:
             call = self.loaded.call(answer_call.prompt, adapter, form=answer_call.form, check=answer_call.limits.check)
             pieces = replace(answer_call, call=call).generate(outcome)
-            begun = next(pieces, "")
+            return next(pieces, ""), pieces
+
+        try:
+            begun, pieces = self.loaded.replaced.prepared(begin)
         except EdgetuneError as error:
             _LOG.warning("kept an unsure answer: %s", error)
             yield from _content(answer)

@@ -3,16 +3,19 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime, UnsureError, UsageError
 from edgetune_runtime.bundle import CLASSIFY, GENERATE
+from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.call import Call
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import CallLimits
 from runtime.bundles import add_router, change_manifest
+from runtime.serving.waiting import is_waiting
 
 PROMPT = "set heat to warm"
 SURE, UNSURE = 1e-9, 1 - 1e-9
@@ -180,7 +183,22 @@ def test_a_rule_whose_adapter_was_removed_marks_with_a_warning(
         pieces = list(runtime.stream(PROMPT, adapter="command", **ends))
         answer = runtime.generate(PROMPT, adapter="command", **ends)
     assert (answer.is_unsure, answer.instead, answer.text) == (True, None, "".join(pieces))
-    assert "there is no adapter 'tone' to answer in its place" in caplog.text
+    assert "kept an unsure answer: no adapter 'tone'" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"unsure": "tone"}])
+def test_an_adapter_that_is_being_replaced_is_waited_for(
+    options: dict[str, Any], sure_bundle: Path, ends: dict[str, Any], tmp_path: Path
+) -> None:
+    bundle = ruled(sure_bundle, tmp_path / "home", min_confidence=UNSURE, then="tone")
+    with Runtime.open(bundle, disk_mb=0) as runtime, ThreadPoolExecutor(1) as threads:
+        loaded, new = loaded_bundle(runtime), chosen_adapter(runtime.manifest, bundle, "tone")
+        with loaded.replaced.replacing("tone"):
+            loaded.drop("tone")
+            answering = threads.submit(runtime.generate, PROMPT, adapter="command", **options, **ends)
+            assert is_waiting(answering)
+            loaded.add(new)
+        assert answering.result(timeout=60).instead == "tone"
 
 
 def test_one_that_cannot_answer_in_its_place_leaves_the_marked_answer(
