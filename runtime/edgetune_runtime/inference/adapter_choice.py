@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from edgetune_runtime.bundle import Manifest
-from edgetune_runtime.engines.base import prefix_among
+from edgetune_runtime.engines.base import check_prefix_fits, prefix_among
 from edgetune_runtime.errors import IncompatibleError, UsageError
 
 Adapters = str | Mapping[str, float] | None
@@ -40,15 +40,26 @@ def scales_of(adapter: Adapters, manifest: Manifest, engine: str) -> dict[str, f
     return {name: float(scale) for name, scale in adapter.items()}
 
 
-def prefix_of(adapters: Mapping[str, float], manifest: Manifest, engine: str) -> str | None:
-    """The prefix among the adapters; None if there is none. UsageError for two prefixes, or a scaled one."""
+def capacity_of(context_length: int, adapters: Mapping[str, float], manifest: Manifest, engine: str) -> int:
+    """The tokens that fit in a context beside a prefix among the adapters.
+
+    UsageError for two prefixes, or a scaled one, IncompatibleError for one that leaves too little room.
+    """
+    prefix = _prefix_of(adapters, manifest, engine)
+    tokens = 0 if prefix is None else manifest.adapter(prefix).prefix_tokens
+    if prefix is not None:
+        check_prefix_fits(prefix, tokens, context_length)
+    return context_length - tokens
+
+
+def _prefix_of(adapters: Mapping[str, float], manifest: Manifest, engine: str) -> str | None:
     prefixes = [name for name in adapters if manifest.adapter(name).shapes.get(engine) == "prefix"]
     return prefix_among(adapters, prefixes)
 
 
 def require_one_prefix(spans: Iterable[Mapping[str, float]], manifest: Manifest, engine: str) -> None:
     """Raise IncompatibleError if not all adapters of a sequence's spans have the same prefix, or none."""
-    names = {prefix_of(adapters, manifest, engine) for adapters in spans}
+    names = {_prefix_of(adapters, manifest, engine) for adapters in spans}
     if len(names) > 1:
         prefixes = " and ".join(sorted("none" if name is None else repr(name) for name in names))
         message = f"a state cannot be carried over between adapters with different prefixes ({prefixes})"

@@ -60,3 +60,8 @@ class CarriedState:
     tokens: Sequence[int]
     spans: Spans
     system: str | None
+
+    @property
+    def adapters(self) -> set[str]:
+        """The names of all these adapters."""
+        return {name for _, names in self.spans for name in names}

@@ -25,7 +25,7 @@ from edgetune_runtime.states.cache import CALLS, common_prefix
 from edgetune_runtime.store.in_use import VersionsInUse
 from edgetune_runtime.text.chat import Prompt, messages_for
 
-from .adapter_choice import Adapters, names_of, prefix_of, require_one_prefix, scales_of
+from .adapter_choice import Adapters, capacity_of, names_of, require_one_prefix, scales_of
 from .adapter_files import AdapterFiles
 from .adapter_loading import BundleAdapterLoader
 from .call import Call, CarriedState
@@ -143,6 +143,7 @@ class LoadedBundle:
         call = Call(self.base, PromptJob((), ()), None, 0.0, self.adapters, {}, output=form.output, route=route)
         try:
             scales = self.scales(adapter, check)
+            carried = self.still_there(carried, check)
             # First: where an adapter is replaced meanwhile, its entry is not the current one, and the call is refused.
             entries = self._entries(scales)
             if entries:
@@ -180,8 +181,7 @@ class LoadedBundle:
             kept = min(common_prefix(tokens, carried.tokens), len(tokens) - 1)
             spans = join_spans(carried.spans, kept, own)
             self.require_one_prefix(names for _, names in spans)
-            others = {name for _, names in carried.spans for name in names} - entries.keys()
-            entries = entries | self._entries(others)
+            entries = entries | self._entries(carried.adapters - entries.keys())
         has_own_state = system == own_system and all(names in dict(own).values() for _, names in spans)
         return replace(
             call,
@@ -209,10 +209,15 @@ class LoadedBundle:
     def capacity(self, adapters: Mapping[str, float]) -> int:
         """The number of tokens that fit in a context with these adapters, prompt and answer together.
 
-        Loads none of them. UsageError for two prefixes, or a scaled one.
+        Loads none of them; errors as those of `capacity_of`.
         """
-        prefix = prefix_of(adapters, self.manifest, self.options.engine)
-        return self.options.context_length - (self.manifest.adapter(prefix).prefix_tokens if prefix else 0)
+        return capacity_of(self.options.context_length, adapters, self.manifest, self.options.engine)
+
+    def still_there(self, carried: CarriedState | None, check: Callable[[], None] = no_limits) -> CarriedState | None:
+        """A state to carry over, when none of its adapters is being replaced; None if one of them was removed."""
+        names = set() if carried is None else carried.adapters
+        self.replaced.wait(names, check)
+        return carried if names <= self.manifest.adapters.keys() else None
 
     def require_one_prefix(self, spans: Iterable[Mapping[str, float]]) -> None:
         """Raise IncompatibleError if not all adapters of a sequence's spans have the same prefix, or none."""

@@ -86,8 +86,9 @@ class Session(AbstractContextManager["Session"]):
         With `carry="recompute"` the history is recomputed with the new adapters, except for what is cached. This is
         exact. With "reuse" the new adapters continue from the state that the previous adapters computed, with their
         system prompt. This is immediate, but the answers are not those that the new adapters alone would give.
-        `Answer.timings.carried_tokens` counts the tokens carried over. Not for `auto`, and not to another prefix: a
-        prefix comes before all tokens. IncompatibleError where it is not possible.
+        `Answer.timings.carried_tokens` counts the tokens carried over; there are none after one of the previous
+        adapters was removed. Not for `auto`, and not to another prefix: a prefix comes before all tokens.
+        IncompatibleError where it is not possible.
         """
         if carry not in ("recompute", "reuse"):
             raise UsageError(f"carry is {carry!r}", "give recompute or reuse")
@@ -99,8 +100,9 @@ class Session(AbstractContextManager["Session"]):
         if carry == "reuse" and pool is not self._pool():
             message = "the state of one model cannot be reused by another, and a merged adapter is a full model"
             raise IncompatibleError(message, 'use carry="recompute"')
-        if carry == "reuse" and self._last is not None:
-            self._loaded.require_one_prefix([active, *(names for _, names in self._last.spans)])
+        carried = self._loaded.still_there(self._last) if carry == "reuse" else None
+        if carried is not None:
+            self._loaded.require_one_prefix([active, *(names for _, names in carried.spans)])
         self.adapter, self._answering = adapter, answering
         self._carries = carry == "reuse"
 

@@ -270,6 +270,18 @@ def test_prompts_answers_and_texts_fill_what_the_prefix_leaves(backend: str, bun
         assert np.isfinite(nats)
 
 
+@pytest.mark.parametrize("backend", ENGINES)
+def test_every_call_says_that_a_prefix_leaves_too_little_of_the_context(
+    backend: str, bundle_of: Callable[[str], Path]
+) -> None:
+    with Runtime.open(bundle_of("llama"), engine=backend, context_length=31) as runtime:
+        for call in (runtime.generate, runtime.perplexity):
+            with pytest.raises(IncompatibleError, match=r"for a context of 31; open .* at least 32"):
+                call("play music", adapter="long")
+        with pytest.raises(IncompatibleError, match="too long for a context of 31"):
+            runtime.session("long")
+
+
 def file_of(bundle: Path, backend: str) -> Path:
     return bundle / "adapters/prefix" / str(BACKENDS[backend].ADAPTER_FILE)
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from edgetune_runtime import IncompatibleError, NotFoundError, Runtime, UsageError, VerificationError
 from edgetune_runtime.events import Event
+from edgetune_runtime.inference.adapter_changes import chosen_adapter
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.serving.jobs import PromptJob
+from runtime.serving.waiting import is_waiting
 
 ENGINES = ("gguf", "onnx")
 MESSAGES = ("turn on the light", "play music", "and in the hall")
@@ -79,6 +81,26 @@ def test_carrying_a_state_over_computes_the_message_alone_and_says_so(runtime: R
         assert call.job.tokens != tokens
         session.use("two")
         assert session.send(MESSAGES[2], max_tokens=2).timings.carried_tokens == 0
+
+
+def test_a_carried_state_waits_for_an_adapter_that_is_replaced_and_is_dropped_with_one_that_is_removed(
+    runtime: Runtime,
+) -> None:
+    loaded, new = loaded_bundle(runtime), chosen_adapter(runtime.manifest, runtime.bundle, "one")
+    with runtime.session("one") as session, ThreadPoolExecutor(1) as threads:
+        session.send(MESSAGES[0], max_tokens=4)
+        session.use("two", carry="reuse")
+        with loaded.replaced.replacing("one"):
+            loaded.drop("one")
+            answering = threads.submit(session.send, MESSAGES[1], max_tokens=4)
+            assert is_waiting(answering)
+            loaded.add(new)
+        assert answering.result(timeout=60).timings.carried_tokens > 0
+        runtime.remove_adapter("one")
+        session.use("two", carry="reuse")
+        asked = [*session.history, {"role": "user", "content": MESSAGES[2]}]
+        answer = session.send(MESSAGES[2], max_tokens=4)
+        assert (answer.timings.carried_tokens, answer.text) == (0, fresh_answer(runtime, asked, "two"))
 
 
 def test_two_sessions_share_nothing_but_the_fixed_prompt(runtime: Runtime) -> None:
