@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any
 
 from edgetune_runtime.decoding.logprobs import TokenLogprob
@@ -17,6 +19,8 @@ from .routing.router import Route
 
 CLOSED_EARLY = ("the stream was closed before its end", "read it to its end first")
 """Message and remedy of the UsageError for a stream that has no answer."""
+STILL_OPEN = ("a stream of this session is still open", "read it to its end or close it first")
+"""The same for a session that is used while it has a stream."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +131,20 @@ class Outcome:
 class Stream(Iterator[str], AbstractContextManager["Stream"]):
     """Iterator over the pieces of an answer without its tool calls; afterwards `answer` has all of it.
 
-    `close`, and leaving its `with` block, end the answer early. A process that was forked meanwhile cannot read on.
+    `close`, and leaving its `with` block, end the answer early. While a thread reads it, that of another thread is a
+    UsageError, and so is reading. A process that was forked meanwhile cannot read on.
     """
 
     def __init__(self, pieces: Generator[str, None, None], outcome: Outcome) -> None:
         self._pieces = pieces
         self._outcome = outcome
         self._lifetime = Lifetime()
+        self._lock = threading.Lock()
 
     def __next__(self) -> str:
         self._lifetime.check()
-        return next(self._pieces)
+        with self._alone():
+            return next(self._pieces)
 
     @property
     def answer(self) -> Answer | None:
@@ -154,7 +161,22 @@ class Stream(Iterator[str], AbstractContextManager["Stream"]):
 
     def close(self) -> None:
         """Stop generating and let other calls run."""
-        self._pieces.close()
+        with self._alone():
+            self._pieces.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has neither ended nor been closed."""
+        return getgeneratorstate(self._pieces) != GEN_CLOSED
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise UsageError("another thread is reading this stream", "set its `cancel` to end it from other threads")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def __exit__(self, *_error: object) -> None:
         self.close()

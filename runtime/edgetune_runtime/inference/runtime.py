@@ -141,9 +141,9 @@ class Runtime(AbstractContextManager["Runtime"]):
     ) -> Stream:
         """Like `generate`, but yields the text piece by piece, without tool calls.
 
-        Keeps a context until it ends or is closed. Any thread may read from it, one at a time. A call waits for a free
-        context, but not for streams that its own thread read last: if for 2 s no other thread reads them, it raises
-        UsageError.
+        Keeps a context until it ends or is closed. Any thread may read from it, one at a time, and close it; while one
+        reads, another one sets `cancel`. A call waits for a free context, but not for streams that its own thread, or
+        one that has ended, read last: if for 2 s no other thread reads them, it raises UsageError.
         """
         limits, form, others = split_options(options, ("adapter", "raw"))
         outcome = Outcome()
@@ -359,8 +359,8 @@ class Runtime(AbstractContextManager["Runtime"]):
     def close(self) -> None:
         """Free the base and adapters after the calls of other threads end; a second call does nothing.
 
-        Calls that wait for a context, and all later ones, raise UsageError; so does a stream that this thread went on
-        with last. A process that was forked meanwhile frees nothing.
+        Calls that wait for a context, and all later ones, raise UsageError; so does a stream that this thread, or one
+        that has ended, went on with last. A process that was forked meanwhile frees nothing.
         """
         self._loaded.close()
 

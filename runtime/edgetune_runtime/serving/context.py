@@ -97,7 +97,7 @@ class Context:
         with self.shared.places.gate:
             self.check_open()
             assert self.holder is not None
-            self.holder.thread, self.holder.is_suspended = threading.get_ident(), False
+            self.holder.thread, self.holder.is_suspended = threading.current_thread(), False
 
     def spans(self, adapters: Mapping[str, float], tokens: Sequence[int]) -> Spans:
         """The adapters that are active in each span of these tokens."""

@@ -27,13 +27,13 @@ class Holder:
     """
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread()
         self.is_suspended = False
 
     @property
     def is_of_this_thread(self) -> bool:
-        """Whether this thread used it last."""
-        return self.thread == threading.get_ident()
+        """Whether this thread used it last, or a thread that has ended did, so that nobody may ever read the stream."""
+        return self.thread is threading.current_thread() or (self.is_suspended and not self.thread.is_alive())
 
 
 class Fork(Protocol):
@@ -52,12 +52,13 @@ class Patience:
         self._since_s = time.monotonic()
 
     def check(self, holders: Iterable[Holder]) -> None:
-        """Raise UsageError if for `PATIENCE_S` all holders have been streams that this thread read last."""
+        """Raise UsageError if for `PATIENCE_S` all holders have been streams of this thread, or of ended ones."""
         now_s = time.monotonic()
         if not all(holder.is_of_this_thread for holder in list(holders)):
             self._since_s = now_s
         elif now_s - self._since_s >= PATIENCE_S:
-            raise UsageError("a stream of this thread is still open", "read it to its end or close it first")
+            message = "a stream is still open that no other thread reads"
+            raise UsageError(message, "read it to its end or close it first")
 
 
 class Places:

@@ -128,15 +128,16 @@ class Pool:
 
         A second call does nothing.
 
-        Calls that wait for a context and later ones raise UsageError. A stream that this thread read last ends
-        with an error.
+        Calls that wait for a context and later ones raise UsageError. A stream that this thread read last, or one that
+        has ended, ends with an error.
         """
         gate = self.places.gate
         with gate:
             self._is_closed = True
             gate.notify_all()
             while self._uses or any(_is_in_use(context) for context in self.contexts):
-                gate.wait()
+                # A thread whose stream is suspended may end.
+                gate.wait(POLL_S)
             contexts, self._contexts = self.contexts, [self.first]
             for context in contexts:
                 context.closed = True

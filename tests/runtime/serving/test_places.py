@@ -162,11 +162,45 @@ def test_a_call_that_would_wait_for_its_own_threads_stream_is_an_error(open_: Ca
     stream = _begun(runtime, None)
     begin = time.monotonic()
     for call in (lambda: runtime.generate(PROMPT, adapter="whole"), runtime.clear_cache):
-        with pytest.raises(UsageError, match="a stream of this thread is still open"):
+        with pytest.raises(UsageError, match="a stream is still open that no other thread reads"):
             call()
     assert time.monotonic() - begin < 4 * PATIENCE_S
     assert list(stream)
     assert runtime.generate(PROMPT, max_tokens=1).tokens
+
+
+@pytest.mark.usefixtures("short_patience")
+def test_a_stream_whose_thread_has_ended_holds_up_neither_calls_nor_closing(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor
+) -> None:
+    runtime = open_(contexts=1)
+    with ThreadPoolExecutor(1) as ending:
+        stream = ending.submit(_begun, runtime, None).result(MOST_S)
+    with pytest.raises(UsageError, match="a stream is still open"):
+        runtime.generate(PROMPT)
+    threads.submit(runtime.close).result(MOST_S)
+    with pytest.raises(UsageError, match="closed"):
+        stream.read()
+
+
+def test_a_stream_is_not_closed_while_another_thread_reads_it(
+    open_: Callable[..., Runtime], threads: ThreadPoolExecutor
+) -> None:
+    computing, looked = threading.Event(), threading.Event()
+
+    def on_event(event: Event) -> None:
+        if event.kind == "switched":
+            computing.set()
+            looked.wait(MOST_S)
+
+    stream = open_(contexts=1, on_event=on_event).stream(PROMPT, adapter="one", max_tokens=4)
+    reading = threads.submit(stream.read)
+    assert computing.wait(MOST_S)
+    for call in (stream.close, stream.read):
+        with pytest.raises(UsageError, match="another thread is reading this stream; set its `cancel`"):
+            call()
+    looked.set()
+    assert reading.result(MOST_S).tokens == 4
 
 
 def test_a_stream_that_is_open_when_its_thread_closes_the_runtime_ends_with_an_error(
