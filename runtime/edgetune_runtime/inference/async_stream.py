@@ -11,7 +11,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import check_cancel
 from edgetune_runtime.wording import CLOSED
 
-from .answer import CLOSED_EARLY, Answer, Stream
+from .answer import CLOSED_EARLY, STILL_OPEN, Answer, Stream
 
 _AHEAD = 16
 """Pieces that are computed before they are read, so that decoding does not wait for a reader that keeps up."""
@@ -32,12 +32,13 @@ class StreamThreads:
         self._closed = False
 
     def start(self, open_stream: OpenStream, cancel: threading.Event | None) -> _StreamThread:
-        """Start reading a stream; UsageError after `close`."""
+        """Start reading a stream; UsageError after `close`, and while another one of the session is open."""
         if self._closed:
             raise UsageError(*CLOSED)
         if self._runtime is None:
             thread = _StreamThread(open_stream, cancel)
         else:
+            self.require_none_open()
             thread = self._runtime.start(open_stream, cancel)
         self.running.add(thread)
         thread.ended.add_done_callback(lambda _: self.running.discard(thread))
@@ -46,7 +47,7 @@ class StreamThreads:
     def require_none_open(self) -> None:
         """Raise UsageError if a stream is open that somebody may still read."""
         if any(thread.is_open for thread in self.running):
-            raise UsageError("a stream of this session is still open", "read it to its end or close it first")
+            raise UsageError(*STILL_OPEN)
 
     async def end_all(self) -> None:
         """End the streams, which then raise UsageError; returns once their contexts are free."""

@@ -182,7 +182,7 @@ class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):
 
     def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> AsyncStream:
         """Like `send`, but yields the text piece by piece; see `Session.stream`."""
-        return _stream(self._threads, lambda answer_options: self._session.stream(message, **answer_options), options)
+        return _stream(self._threads, lambda answer_options: self._session._begin(message, **answer_options), options)
 
     async def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; see `Session.use`."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import uuid
+import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
@@ -18,7 +19,7 @@ from edgetune_runtime.states.store import KIND
 from edgetune_runtime.text.chat import Message, Prompt, messages_for
 
 from .adapter_choice import Adapters, names_of
-from .answer import Answer, Outcome, Stream
+from .answer import STILL_OPEN, Answer, Outcome, Stream
 from .call import Call, CarriedState
 from .loaded import LoadedBundle
 from .options import AnswerOptions, split_options
@@ -54,6 +55,7 @@ class Session(AbstractContextManager["Session"]):
         self._owner = uuid.uuid4().hex
         self._last: CarriedState | None = None
         self._carries = False
+        self._stream: weakref.ref[Stream] | None = None
 
     def send(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Answer:
         """Answer a message of the user, or chat messages such as the results of tools.
@@ -63,7 +65,18 @@ class Session(AbstractContextManager["Session"]):
         return self.stream(message, **options).read()
 
     def stream(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Stream:
-        """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history."""
+        """Like `send`, but yields the text piece by piece. Only an answer read to its end is added to the history.
+
+        UsageError while another stream of the session is open.
+        """
+        if self._opened() is not None:
+            raise UsageError(*STILL_OPEN)
+        stream = self._begin(message, **options)
+        self._stream = weakref.ref(stream)
+        return stream
+
+    def _begin(self, message: Prompt, **options: Unpack[AnswerOptions]) -> Stream:
+        """Open a stream, of which the caller knows that it is the only one."""
         messages = [*self.history, *messages_for(message, None)]
         adapter, carried = self.adapter, self._last if self._carries else None
         limits, form, others = split_options(options)
@@ -157,12 +170,22 @@ class Session(AbstractContextManager["Session"]):
         return session
 
     def close(self) -> None:
-        """Drop the session's state; a second call does nothing."""
+        """Close an open stream and drop the session's state; a second call does nothing."""
+        stream = self._opened()
+        if stream is not None and not self._loaded.lifetime.is_of_parent:
+            # One that another thread reads is waited for.
+            with suppress(UsageError):
+                stream.close()
         self._loaded.drop_states(self._owner)
         self._last = None
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+    def _opened(self) -> Stream | None:
+        """The stream of the session that is open."""
+        stream = None if self._stream is None else self._stream()
+        return stream if stream is not None and stream.is_open else None
 
     def _recorded(
         self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Outcome

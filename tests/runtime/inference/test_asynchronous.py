@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from edgetune_runtime import AsyncRuntime, NotFoundError, Runtime, UsageError
+from edgetune_runtime import Answer, AsyncRuntime, NotFoundError, Runtime, UsageError
 from edgetune_runtime.inference.async_stream import AsyncStream
 from edgetune_runtime.inference.measuring import loaded_bundle
 
@@ -217,6 +217,18 @@ def test_leaving_a_session_ends_its_open_streams_and_no_others(bundle: Path) -> 
             with pytest.raises(UsageError, match="closed before its end"):
                 await stream.read()
             assert (await other.read()).tokens == 60
+
+    asyncio.run(main())
+
+
+def test_a_session_answers_one_message_at_a_time(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=2) as runtime, runtime.session("command") as session:
+            sending = [session.send(text, max_tokens=4) for text in ("play", "stop")]
+            answer, error = await asyncio.gather(*sending, return_exceptions=True)
+            assert isinstance(answer, Answer)
+            assert isinstance(error, UsageError)
+            assert [message["content"] for message in session.history] == ["play", answer.text]
 
     asyncio.run(main())
 

@@ -252,6 +252,25 @@ def test_an_answer_cut_short_is_not_in_the_history(runtime: Runtime) -> None:
         assert len(session.history) == 2
 
 
+def test_a_session_answers_one_message_at_a_time(runtime: Runtime) -> None:
+    with runtime.session("one") as session:
+        stream = session.stream(MESSAGES[0], max_tokens=2)
+        with pytest.raises(UsageError, match="a stream of this session is still open; read it to its end"):
+            session.send(MESSAGES[1], max_tokens=2)
+        stream.read()
+        session.send(MESSAGES[1], max_tokens=2)
+        assert [message["content"] for message in session.history[::2]] == [*MESSAGES[:2]]
+
+
+def test_closing_a_session_ends_its_stream_and_hides_no_error_of_the_app(runtime: Runtime) -> None:
+    with pytest.raises(KeyError), runtime.session("one") as session:
+        stream = session.stream(MESSAGES[0], max_tokens=8)
+        next(stream)
+        raise KeyError
+    with pytest.raises(UsageError, match="the stream was closed before its end"):
+        stream.read()
+
+
 def test_a_refused_switch_leaves_the_session_unchanged(runtime: Runtime) -> None:
     with runtime.session("one") as session:
         with pytest.raises(NotFoundError, match="three"):
