@@ -72,6 +72,8 @@ class AnswerLog:
         for file in filter(Path.is_file, (path, file_before(path))):
             # Another user's file, or one on a file system without modes, stays as it is.
             with suppress(OSError):
+                _cut(file, max_bytes // 2)
+            with suppress(OSError):
                 file.chmod(0o600)
 
     def answered(
@@ -214,6 +216,18 @@ def _is_log(path: Path) -> bool:
     with path.open("rb") as file:
         lines = [line for line in file.read(1 << 16).splitlines() if line.strip(b"\0 ")]
     return any(line.startswith(_BEGINNING) for line in lines) or all(map(_BEGINNING.startswith, lines))
+
+
+def _cut(path: Path, size: int) -> None:
+    """Drop the oldest lines of a log that was allowed more than these bytes; needs no space on the disk."""
+    with path.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) <= size:
+            return
+        file.seek(-size - 1, os.SEEK_END)
+        kept = file.read().partition(b"\n")[2]
+        file.seek(0)
+        file.write(kept)
+        file.truncate()
 
 
 def _ends_with_a_line(path: Path) -> bool:

@@ -325,6 +325,17 @@ def test_a_log_has_at_most_its_bytes_and_keeps_the_newest_answers(manifest: Mani
     assert read_answer_log(path, manifest)[-1].correction == "in time"
 
 
+def test_a_log_that_was_allowed_more_bytes_loses_its_oldest_answers(manifest: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    log = AnswerLog(path, manifest, max_bytes=400_000)
+    names = [log.answered(f"question {number} " * 20, "answer", adapter="command") for number in range(600)]
+    log = AnswerLog(path, manifest, max_bytes=100_000)
+    names.append(log.answered("play", "answer", adapter="command"))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 100_000
+    kept = [entry.id for entry in read_answer_log(path, manifest)]
+    assert kept[-1] == names[-1] and 50 < len(kept) < 300
+
+
 def test_an_answer_that_is_too_long_is_left_out_with_a_warning(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
