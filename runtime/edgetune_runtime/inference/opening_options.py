@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeGuard, Unpack
 
 from edgetune_runtime import engines
 from edgetune_runtime.bundle import Manifest
@@ -218,7 +218,7 @@ def file_of(files: Mapping[str, str], engine: str, owner: str) -> str:
 def _check_preload(manifest: Manifest, preload: Sequence[str]) -> None:
     if preload == ALL:
         return
-    if isinstance(preload, str):
+    if isinstance(preload, str) or not isinstance(preload, Collection):
         raise UsageError(f"preload is {preload!r}", f"give a list of adapters, or {ALL!r}")
     for name in preload:
         manifest.adapter(name)
@@ -226,9 +226,13 @@ def _check_preload(manifest: Manifest, preload: Sequence[str]) -> None:
 
 def check_context_length(length: int | None, trained: int) -> None:
     """UsageError for a context that no runtime opens a base with; `trained` is the longest one, None the default."""
-    if length is not None and not 2 <= length <= trained:
+    if length is not None and not (_is_whole(length) and 2 <= length <= trained):
         remedy = f"give 2 to {trained}, the context length that the base was trained for"
-        raise UsageError(f"context_length is {length}", remedy)
+        raise UsageError(f"context_length is {length!r}", remedy)
+
+
+def _is_whole(number: object) -> TypeGuard[int]:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
@@ -245,7 +249,17 @@ def _check_values(manifest: Manifest, options: RuntimeOptions) -> None:
     for name, size_mb in sizes.items():
         if not (isinstance(size_mb, Real) and float(size_mb) >= 0):
             raise UsageError(f"{name} is {size_mb!r}", "give a number of at least 0")
-    contexts, max_waiting = options.get("contexts"), options.get("max_waiting", MAX_WAITING)
-    if (contexts is not None and contexts < 1) or max_waiting < 0:
-        message = f"contexts is {contexts} and max_waiting is {max_waiting}"
-        raise UsageError(message, "give contexts of at least 1 and max_waiting of at least 0")
+    contexts, threads = options.get("contexts"), options.get("threads")
+    _check_number("contexts", 1 if contexts is None else contexts, 1)
+    _check_number("threads", 1 if threads is None else threads, 1)
+    _check_number("max_waiting", options.get("max_waiting", MAX_WAITING), 0)
+    on_event, defer_to = options.get("on_event"), options.get("defer_to")
+    if on_event is not None and not callable(on_event):
+        raise UsageError(f"on_event is {on_event!r}", "give a function that takes an Event")
+    if defer_to is not None and not isinstance(defer_to, DeferTo):
+        raise UsageError(f"defer_to is {defer_to!r}", "give a DeferTo")
+
+
+def _check_number(name: str, number: object, least: int) -> None:
+    if not (_is_whole(number) and number >= least):
+        raise UsageError(f"{name} is {number!r}", f"give a whole number of at least {least}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -148,6 +149,15 @@ def test_what_is_larger_than_the_limit_is_refused(
     [
         ({"preload": ["task9"]}, NotFoundError, "no adapter 'task9'"),
         ({"preload": "task1"}, UsageError, "preload is 'task1'; give a list of adapters, or 'all'"),
+        ({"preload": 5}, UsageError, "preload is 5; give a list of adapters"),
+        ({"contexts": "2"}, UsageError, "contexts is '2'; give a whole number of at least 1"),
+        ({"contexts": 0}, UsageError, "contexts is 0; give a whole number of at least 1"),
+        ({"threads": 1.5}, UsageError, "threads is 1.5; give a whole number of at least 1"),
+        ({"max_waiting": math.nan}, UsageError, "max_waiting is nan; give a whole number of at least 0"),
+        ({"context_length": "256"}, UsageError, "context_length is '256'; give 2 to 512"),
+        ({"context_length": 2.5}, UsageError, r"context_length is 2\.5; give 2 to 512"),
+        ({"on_event": 5}, UsageError, "on_event is 5; give a function that takes an Event"),
+        ({"defer_to": "http://x/v1"}, UsageError, "defer_to is 'http://x/v1'; give a DeferTo"),
     ],
 )
 def test_options_that_cannot_be_are_refused(
