@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager
 
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.limits import check_cancel
+from edgetune_runtime.serving.places import READER, Reader
 from edgetune_runtime.wording import CLOSED
 
 from .answer import CLOSED_EARLY, STILL_OPEN, Answer, Stream
@@ -120,6 +121,7 @@ class _StreamThread:
         self.answer: Answer | None = None
         self._open, self._cancel = open_stream, _EitherEvent(cancel)
         self._abandoned = False
+        self._reader = Reader(asyncio.current_task())
         self._error: BaseException | None = None
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._room = threading.Semaphore(_AHEAD)
@@ -133,6 +135,7 @@ class _StreamThread:
 
     async def next_piece(self) -> str | None:
         """The next piece, None after the last one; raises what the stream raised."""
+        self._reader.task = asyncio.current_task()
         piece = await self._pieces.get()
         self._room.release()
         if piece is None and self._error is not None:
@@ -151,6 +154,7 @@ class _StreamThread:
         self._room.release()
 
     def _run(self) -> None:
+        READER.set(self._reader)
         try:
             with self._open(self._cancel) as stream:
                 for piece in stream:

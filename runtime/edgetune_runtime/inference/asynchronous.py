@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 from edgetune_runtime.bundle import GENERATE, Manifest
 from edgetune_runtime.serving.classifier import Embedding
+from edgetune_runtime.serving.places import READER, Reader
 from edgetune_runtime.text.chat import Message, Prompt
 from edgetune_runtime.tools.definitions import Tools
 
@@ -26,6 +27,8 @@ from .runtime import Runtime
 from .scoring import Classification, NegativeLogLikelihood
 from .session import Carry, Session
 
+T = TypeVar("T")
+
 
 class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
     """A `Runtime` whose calls are awaited: the same names, options, answers and errors.
@@ -35,8 +38,9 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
             print(piece, end="")
 
     Each answer is computed on a thread of its own, so the event loop never waits for the engine. Cancelling the task
-    that awaits an answer or reads a stream ends the answer and frees its context. `runtime` is the runtime underneath,
-    which may be used too, from any thread.
+    that awaits an answer or reads a stream ends the answer and frees its context. A call waits for a free context, but
+    not for streams that its own task read last: if for 2 s nobody else reads them, it raises UsageError. `runtime` is
+    the runtime underneath, which may be used too, from any thread.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -96,7 +100,7 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
 
     async def route(self, prompt: Prompt, call: str = GENERATE) -> Route:
         """The adapter that `auto` means for a prompt; see `Runtime.route`."""
-        return await asyncio.to_thread(self.runtime.route, prompt, call)
+        return await _in_thread(self.runtime.route, prompt, call)
 
     def session(self, adapter: Adapters = None) -> AsyncSession:
         """Start a conversation with these adapters; see `Runtime.session`."""
@@ -104,7 +108,7 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
 
     async def load_session(self, path: str | Path) -> AsyncSession:
         """Resume a conversation saved by `AsyncSession.save`; see `Runtime.load_session`."""
-        return AsyncSession(await asyncio.to_thread(self.runtime.load_session, path), self._threads)
+        return AsyncSession(await _in_thread(self.runtime.load_session, path), self._threads)
 
     async def classify(
         self,
@@ -117,11 +121,11 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
     ) -> Classification:
         """The most likely label, and probabilities; see `Runtime.classify`. It is not ended early."""
         classify = partial(self.runtime.classify, adapter=adapter, exact=exact, min_confidence=min_confidence)
-        return await asyncio.to_thread(classify, prompt, labels)
+        return await _in_thread(classify, prompt, labels)
 
     async def embed(self, text: str) -> Embedding:
         """The pooled last layer for a text, and its number of tokens; see `Runtime.embed`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.embed, text)
+        return await _in_thread(self.runtime.embed, text)
 
     async def perplexity(self, text: str, *, adapter: Adapters = None) -> float:
         """The perplexity of a text; see `Runtime.perplexity`. It is not ended early."""
@@ -129,32 +133,32 @@ class AsyncRuntime(AbstractAsyncContextManager["AsyncRuntime"]):
 
     async def negative_log_likelihood(self, text: str, *, adapter: Adapters = None) -> NegativeLogLikelihood:
         """The negative log-likelihood of a text; see `Runtime.negative_log_likelihood`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.negative_log_likelihood, text, adapter=adapter)
+        return await _in_thread(self.runtime.negative_log_likelihood, text, adapter=adapter)
 
     async def warm(self, adapters: Sequence[Adapters] | None = None, *, tools: Tools | None = None) -> dict[str, int]:
         """Compute the missing states of fixed prompts; see `Runtime.warm`. It is not ended early."""
-        return await asyncio.to_thread(self.runtime.warm, adapters, tools=tools)
+        return await _in_thread(self.runtime.warm, adapters, tools=tools)
 
     async def add_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Add an adapter of another bundle on the same base; see `Runtime.add_adapter`."""
-        return await asyncio.to_thread(self.runtime.add_adapter, path, name)
+        return await _in_thread(self.runtime.add_adapter, path, name)
 
     async def remove_adapter(self, name: str) -> None:
         """Remove an adapter, after running calls; see `Runtime.remove_adapter`."""
-        await asyncio.to_thread(self.runtime.remove_adapter, name)
+        await _in_thread(self.runtime.remove_adapter, name)
 
     async def reload(self) -> AdapterChanges:
         """Take over the bundle on disk; see `Runtime.reload`."""
-        return await asyncio.to_thread(self.runtime.reload)
+        return await _in_thread(self.runtime.reload)
 
     async def clear_cache(self) -> None:
         """Drop all sequences and cached states, except those on disk, after running calls."""
-        await asyncio.to_thread(self.runtime.clear_cache)
+        await _in_thread(self.runtime.clear_cache)
 
     async def close(self) -> None:
         """End unfinished streams, which then raise UsageError, and free base and adapters."""
         await self._threads.close()
-        await asyncio.to_thread(self.runtime.close)
+        await _in_thread(self.runtime.close)
 
     async def __aexit__(self, *_error: object) -> None:
         await self.close()
@@ -186,12 +190,12 @@ class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):
 
     async def use(self, adapter: Adapters, *, carry: Carry = "recompute") -> None:
         """Use other adapters from now on; see `Session.use`."""
-        await asyncio.to_thread(self._session.use, adapter, carry=carry)
+        await _in_thread(self._session.use, adapter, carry=carry)
 
     async def save(self, path: str | Path) -> None:
         """Write the conversation and its state to a file; see `Session.save`. UsageError while a stream is open."""
         self._threads.require_none_open()
-        await asyncio.to_thread(self._session.save, path)
+        await _in_thread(self._session.save, path)
 
     async def close(self) -> None:
         """End unfinished streams, which then raise UsageError, and drop the session's state.
@@ -199,7 +203,7 @@ class AsyncSession(AbstractAsyncContextManager["AsyncSession"]):
         A second call does nothing.
         """
         await self._threads.end_all()
-        await asyncio.to_thread(self._session.close)
+        await _in_thread(self._session.close)
 
     async def __aexit__(self, *_error: object) -> None:
         await self.close()
@@ -212,6 +216,17 @@ def _stream(
         return open_stream(cast("AnswerOptions", {**options, "cancel": event}))
 
     return AsyncStream(threads, with_cancel, options.get("cancel"))
+
+
+async def _in_thread(function: Callable[..., T], *arguments: object, **options: object) -> T:
+    """What a function returns on another thread, where its calls wait for no stream that this task alone reads."""
+    reader = Reader(asyncio.current_task())
+
+    def call() -> T:
+        READER.set(reader)
+        return function(*arguments, **options)
+
+    return await asyncio.to_thread(call)
 
 
 def _close_opened(opening: asyncio.Task[Runtime]) -> None:

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol
 
 from edgetune_runtime.errors import BusyError, UsageError
@@ -20,6 +22,17 @@ PATIENCE_S = 2.0
 _LOG = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Reader:
+    """The asyncio task that awaits the call of a thread, or that read its stream last."""
+
+    task: object
+
+
+READER: ContextVar[Reader | None] = ContextVar("READER", default=None)
+"""The one of this thread, if the call was made by asyncio."""
+
+
 class Holder:
     """A call or a measurement that has a place or a context, and the thread that used it last.
 
@@ -28,12 +41,20 @@ class Holder:
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
+        self.reader = READER.get()
         self.is_suspended = False
 
     @property
     def is_of_this_thread(self) -> bool:
-        """Whether this thread used it last, or a thread that has ended did, so that nobody may ever read the stream."""
-        return self.thread is threading.current_thread() or (self.is_suspended and not self.thread.is_alive())
+        """Whether this thread used it last, or it is suspended and nobody else reads it.
+
+        A thread that has ended may have left it, or the task that reads it awaits this thread.
+        """
+        if self.thread is threading.current_thread():
+            return True
+        reader, mine = self.reader, READER.get()
+        is_of_task = reader is not None and mine is not None and reader.task is mine.task
+        return self.is_suspended and (is_of_task or not self.thread.is_alive())
 
 
 class Fork(Protocol):
@@ -52,13 +73,12 @@ class Patience:
         self._since_s = time.monotonic()
 
     def check(self, holders: Iterable[Holder]) -> None:
-        """Raise UsageError if for `PATIENCE_S` all holders have been streams of this thread, or of ended ones."""
+        """Raise UsageError if for `PATIENCE_S` all holders have been `is_of_this_thread`."""
         now_s = time.monotonic()
         if not all(holder.is_of_this_thread for holder in list(holders)):
             self._since_s = now_s
         elif now_s - self._since_s >= PATIENCE_S:
-            message = "a stream is still open that no other thread reads"
-            raise UsageError(message, "read it to its end or close it first")
+            raise UsageError("a stream is still open that nobody else reads", "read it to its end or close it first")
 
 
 class Places:

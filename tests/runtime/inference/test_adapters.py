@@ -185,7 +185,7 @@ def test_a_stream_keeps_its_adapter_and_a_call_of_its_own_thread_does_not_wait_f
     runtime = open_(adapters_mb=room_for(many, engine, 1, 2), contexts=2)
     with runtime.stream(PROMPT, adapter="task0", max_tokens=6) as stream:
         first = next(stream)
-        with pytest.raises(UsageError, match="a stream is still open that no other thread reads"):
+        with pytest.raises(UsageError, match="a stream is still open that nobody else reads"):
             answer(runtime, "task1")
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(answer, runtime, "task1")
@@ -270,7 +270,7 @@ def test_removing_what_only_an_open_stream_of_the_thread_uses_changes_nothing(
     runtime = open_()
     with runtime.stream(PROMPT, adapter="task0", max_tokens=6) as stream:
         text = next(stream)
-        with pytest.raises(UsageError, match="a stream is still open that no other thread reads"):
+        with pytest.raises(UsageError, match="a stream is still open that nobody else reads"):
             runtime.remove_adapter("task0")
         assert text + "".join(stream) == expected[0]
     assert answer(runtime, "task0") == expected[0]

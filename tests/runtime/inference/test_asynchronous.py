@@ -205,6 +205,25 @@ async def in_10_s(call: Awaitable[object], stream: AsyncStream) -> None:
         await stream.aclose()
 
 
+@pytest.mark.usefixtures("short_patience")
+def test_a_call_that_would_wait_for_the_stream_of_its_own_task_is_an_error(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle, contexts=1) as runtime:
+            stream = runtime.stream(PROMPT, max_tokens=60)
+            await anext(stream)
+            for call in (runtime.generate(PROMPT), runtime.classify(PROMPT, ["on", "off"])):
+                with pytest.raises(UsageError, match="a stream is still open that nobody else reads"):
+                    await call
+            # That of another task waits.
+            asking = asyncio.create_task(runtime.generate(PROMPT, max_tokens=4))
+            await asyncio.sleep(1)
+            assert not asking.done()
+            assert (await stream.read()).tokens == 60
+            assert (await asking).tokens == 4
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_leaving_a_session_ends_its_open_streams_and_no_others(bundle: Path) -> None:
     async def main() -> None:
         async with opened(bundle, contexts=2) as runtime:

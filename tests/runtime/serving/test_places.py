@@ -162,7 +162,7 @@ def test_a_call_that_would_wait_for_its_own_threads_stream_is_an_error(open_: Ca
     stream = _begun(runtime, None)
     begin = time.monotonic()
     for call in (lambda: runtime.generate(PROMPT, adapter="whole"), runtime.clear_cache):
-        with pytest.raises(UsageError, match="a stream is still open that no other thread reads"):
+        with pytest.raises(UsageError, match="a stream is still open that nobody else reads"):
             call()
     assert time.monotonic() - begin < 4 * PATIENCE_S
     assert list(stream)

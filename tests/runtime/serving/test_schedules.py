@@ -126,7 +126,7 @@ class Run:
             yield
         except UsageError as error:
             is_closing = is_closing or self.is_closing
-            if "a stream is still open that no other thread reads" not in str(error) and not (
+            if "a stream is still open that nobody else reads" not in str(error) and not (
                 is_closing and "closed" in str(error)
             ):
                 raise
