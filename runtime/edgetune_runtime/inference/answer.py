@@ -165,7 +165,7 @@ class Stream(Iterator[str], AbstractContextManager["Stream"]):
             self._pieces.close()
 
     @property
-    def is_open(self) -> bool:
+    def _is_open(self) -> bool:
         """Whether it has neither ended nor been closed."""
         return getgeneratorstate(self._pieces) != GEN_CLOSED
 

@@ -185,7 +185,7 @@ class Session(AbstractContextManager["Session"]):
     def _opened(self) -> Stream | None:
         """The stream of the session that is open."""
         stream = None if self._stream is None else self._stream()
-        return stream if stream is not None and stream.is_open else None
+        return stream if stream is not None and stream._is_open else None
 
     def _recorded(
         self, messages: list[Message], call: Call, pieces: Iterator[str], outcome: Outcome
