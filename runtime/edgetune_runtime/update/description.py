@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,9 @@ def describe(release: Release, current: Kit | None) -> Kit:
 
     It is opened, and served, as the current version is. IncompatibleError if the release is without its engine.
     """
+    require_engine(release.formats, current)
     raw = _of_this_python(release) if current is None else json.loads(current.text)
     engine = raw["engines"][0]
-    if engine not in release.formats:
-        message = f"this device opens {engine}, and the formats to download are {', '.join(release.formats)}"
-        raise IncompatibleError(message, f"add {engine} to --formats, or deploy a kit for another engine")
     kept = [file for file in raw["files"] if not file["path"].startswith(f"{BUNDLE_FOLDER}/")]
     files = [
         *kept,
@@ -50,6 +49,14 @@ def describe(release: Release, current: Kit | None) -> Kit:
         "release": release.version,
     }
     return parse_kit(json.dumps(raw, indent=1, sort_keys=True) + "\n")
+
+
+def require_engine(formats: Sequence[str], current: Kit | None) -> None:
+    """IncompatibleError if the formats to download lack the engine of the current version."""
+    if current is not None and current.engines[0] not in formats:
+        engine = current.engines[0]
+        message = f"this device opens {engine}, and the formats to download are {', '.join(formats)}"
+        raise IncompatibleError(message, f"add {engine} to --formats, or deploy a kit for another engine")
 
 
 def text_of_release(kit: Kit, channel: str) -> str:

@@ -17,7 +17,7 @@ from edgetune_runtime.store.kit import BUNDLE_FOLDER, Kit
 from edgetune_runtime.store.versions import Say
 
 from .current import current_kit
-from .description import describe, make_environment, text_of_release
+from .description import describe, make_environment, require_engine, text_of_release
 from .download import Blobs, download, of_wanted_formats, require_formats
 from .fetch import Location
 from .release import NAME, Release, newest_parts, path_of_part, with_parts
@@ -172,9 +172,6 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
     trusted.refresh()
     name = source.bundle or state.bundle or _name_among(trusted.names(), current)
     release = trusted.release(name, source.channel or state.channel)
-    if source.formats:
-        # Before they are remembered.
-        require_formats(release, source.formats)
     parts, floor = trusted.parts(name, release.channel), state.floors.get(name, 0)
     versions_found = [(f"release {release.version} of {name}", release.version, floor)]
     for each in parts:
@@ -187,6 +184,11 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
             raise VerificationError(message, f"{remedy} publishes it: somebody may be replaying an old one")
     not_before = max(trusted.issued, state.time).isoformat()
     device = device_id(name, state.device)
+    choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
+    if source.formats:
+        # Before they are remembered.
+        require_formats(choice.release, source.formats)
+        require_engine(source.formats, current)
     with changing(prefix):
         # While metadata was read, the user may have gone back.
         state, current = read_state(prefix), current_kit(prefix)
@@ -204,7 +206,6 @@ def _find(prefix: Path, source: UpdateSource, location: Location) -> DeviceRelea
         if source.root is not None:
             write_trusted_root(prefix, root)
         write_state(prefix, state)
-    choice = choose(release, partial(trusted.release, name, release.channel), device, floor)
     parts = newest_parts(choice.release, parts)
     choice = replace(choice, release=with_parts(choice.release, parts))
     floors = {path_of_part(each.role, release.channel): each.part.version for each in parts}

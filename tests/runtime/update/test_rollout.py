@@ -121,10 +121,12 @@ def test_a_device_that_no_release_is_for_yet_has_none(prefix: Path, publisher: P
 def test_a_new_device_gets_the_last_release_for_all_however_many_follow_it_for_none(
     publisher: Publisher, tmp_path: Path
 ) -> None:
+    publisher.formats = ["gguf", "onnx"]
     publisher("one")
+    publisher.formats = ["gguf"]
     for number in range(MOST_OLDER + 1):
         publisher(f"halted {number}", share=0.0)
-    source = UpdateSource(repo=str(publisher.repo), root=publisher.root)
+    source = UpdateSource(repo=str(publisher.repo), root=publisher.root, formats=("onnx",))
     assert check(tmp_path / "new", source).release.version == 1
 
 
