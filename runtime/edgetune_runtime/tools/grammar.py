@@ -172,7 +172,7 @@ class _Writer:
 
 def _json(name: str, schema: Mapping[str, Any], spacing: str) -> str:
     """A rule of JSON that fits a schema."""
-    return f"{name}: %json {json.dumps({**schema, 'x-guidance': SPACINGS[spacing]})}"
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': SPACINGS[spacing]}, ensure_ascii=False)}"
 
 
 def _escaped(text: str) -> str:

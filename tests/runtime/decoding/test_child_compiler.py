@@ -15,6 +15,9 @@ from edgetune_runtime import BusyError, UsageError
 from edgetune_runtime.decoding import child_compiler
 from edgetune_runtime.decoding.output import output_of, spec_of
 from edgetune_runtime.limits import Stopped
+from edgetune_runtime.tools.definitions import tool_set
+from edgetune_runtime.tools.formats import CallFormat, Placeholder
+from edgetune_runtime.tools.grammar import grammar_of
 from runtime.conftest import without_free_files
 
 DEAR: list[dict[str, Any]] = [
@@ -61,6 +64,10 @@ def test_a_schema_that_may_be_expensive_is_compiled_after_its_trial(schema: dict
 def test_a_plain_schema_is_compiled_without_a_trial() -> None:
     schema = {"type": "object", "properties": {"an": {"enum": ["ä"]}}, "required": ["an"]}
     assert not child_compiler.may_be_expensive(spec_of(schema=schema).grammar)
+    tools = tool_set([{"name": "light", "parameters": schema}], "required")
+    form = CallFormat("", (Placeholder.NAME, Placeholder.ARGUMENTS), None, "", "compact")
+    assert tools is not None
+    assert not child_compiler.may_be_expensive(grammar_of(tools, form, {}, None).grammar)
     rule = f"start: %json {json.dumps({**schema, 'patternProperties': {'^a': {}}})}"
     for hidden in (rule, rule.replace("pattern", r"\u0070attern")):
         assert child_compiler.may_be_expensive(spec_of(grammar=hidden).grammar)
