@@ -21,6 +21,8 @@ _DEPTH = 32
 _NAME = re.compile(r"[^\s:,{}\[\]<>]+")
 _SCALAR = re.compile(r"true|false|null|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _TYPES_OF_ANY = ("string", "number", "boolean", "null")
+_OBJECT = frozenset(("properties", "additionalProperties"))
+"""A schema with one of these describes an object, also without `type`."""
 _NUMERIC = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _ANNOTATIONS = frozenset(("title", "description", "default", "examples", "$schema", "$defs", "definitions"))
 _KEYWORDS = _ANNOTATIONS.union(
@@ -106,7 +108,8 @@ class _Rules:
         if unknown := sorted(set(schema) - _KEYWORDS):
             raise _not_held(unknown[0])
         # A choice is written instead of the object, so both together would lose the properties.
-        if "properties" in schema and (combined := sorted({"anyOf", "oneOf", "$ref"}.intersection(schema))):
+        is_object = not _OBJECT.isdisjoint(schema)
+        if is_object and (combined := sorted({"anyOf", "oneOf", "$ref"}.intersection(schema))):
             raise _not_held(combined[0])
         if "$ref" in schema:
             yield from self._reference(name, schema["$ref"])
@@ -116,7 +119,7 @@ class _Rules:
         elif choices := schema.get("anyOf", schema.get("oneOf")):
             yield from self._one_of(name, choices)
         else:
-            types = schema.get("type", _TYPES_OF_ANY)
+            types = schema.get("type", "object" if is_object else "array" if "items" in schema else _TYPES_OF_ANY)
             if isinstance(types, str):
                 yield from self._of_type(name, types, schema)
             else:

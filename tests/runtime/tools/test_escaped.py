@@ -159,16 +159,29 @@ def test_a_session_continues_after_a_call(gemma: Runtime) -> None:
         assert session.send([result], tools=[HEAT], max_tokens=5).stop_reason
 
 
-def test_objects_that_list_no_properties_have_any_names() -> None:
-    texts = {"type": "object", "additionalProperties": {"type": "string"}}
-    tools = tool_set([{"name": "t", "parameters": {"properties": {"a": texts, "b": {"type": "object"}}}}], "required")
+def fitting(properties: dict[str, Any]) -> Callable[[str], bool]:
+    """Whether a text is a call of a tool `t` with these properties."""
+    tools = tool_set([{"name": "t", "parameters": {"properties": properties}}], "required")
     form = CallFormat("call:", (Placeholder.NAME, Placeholder.ARGUMENTS), None, "", "escaped")
     assert tools is not None
-    fits = grammar_of(tools, form, {}, None).accepts
+    return grammar_of(tools, form, {}, None).accepts
+
+
+def test_objects_that_list_no_properties_have_any_names() -> None:
+    texts = {"type": "object", "additionalProperties": {"type": "string"}}
+    fits = fitting({"a": texts, "b": {"type": "object"}})
     for value in ({"a": {}, "b": {}}, {"a": {"x": "1", "y": ""}}, {"b": {"x": 1, "y": "z", "z": None}}):
         assert fits(f"call:t{write(value, MARK)}")
     for value in ({"a": {"x": 1}}, {"c": {}}):
         assert not fits(f"call:t{write(value, MARK)}")
+
+
+def test_objects_and_lists_are_known_without_their_type() -> None:
+    number = {"type": "integer"}
+    fits = fitting({"a": {"properties": {"x": number}}, "b": {"additionalProperties": number}, "c": {"items": number}})
+    assert fits(f"call:t{write({'a': {'x': 1}, 'b': {'y': 2}, 'c': [3]}, MARK)}")
+    for name in "abc":
+        assert not fits(f"call:t{write({name: 1}, MARK)}")
 
 
 @pytest.mark.parametrize(
@@ -178,6 +191,7 @@ def test_objects_that_list_no_properties_have_any_names() -> None:
         ({"a:b": {"type": "integer"}}, "a:b"),
         ({"never": False}, "False"),
         ({"either": {"properties": {"a": {"type": "integer"}}, "anyOf": [{"required": ["a"]}]}}, "anyOf"),
+        ({"either": {"additionalProperties": {"type": "integer"}, "oneOf": [{"type": "string"}]}}, "oneOf"),
         ({"place": {"type": "object", "required": ["floor"]}}, "floor"),
     ],
 )
