@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +16,6 @@ from edgetune_runtime.update import state
 
 INCOMING = "incoming"
 """Folder in the prefix where a deploy puts the description of a kit."""
-_FOLDERS = (state.FOLDER, INCOMING)
-_NAMES = "|".join(map(re.escape, (state.STATE_NAME, state.ROOT_NAME, state.TRUSTED_FOLDER, KIT_NAME, SUMS_NAME)))
-_OWN = re.compile(rf"({_NAMES})(\.\d+\.part)?|\.({_NAMES}){TEMPORARY}.*")
-"""What is written into _FOLDERS, also unfinished."""
 
 
 def uninstall(prefix: Path, say: Say) -> None:
@@ -37,28 +32,32 @@ def uninstall(prefix: Path, say: Say) -> None:
         updating = timer.installed(prefix, say)
         if updating is not None:
             updating.remove(prefix)
-        settings = (service.SETTINGS_NAME, service.KEYS_NAME, timer.SETTINGS_NAME, acknowledgement.NAME)
-        for name in (versions.RUN_SCRIPT, *settings):
-            (prefix / name).unlink(missing_ok=True)
-        for path in (path for name in _FOLDERS for path in (prefix / name).glob("*")):
-            _delete_own(path)
+        if (prefix / service.SETTINGS_NAME).is_file():
+            # Before the settings: without them, a file of this name is that of others.
+            _delete_files(prefix, service.KEYS_NAME)
+        _delete_files(prefix, service.SETTINGS_NAME, timer.SETTINGS_NAME, acknowledgement.NAME)
+        script = prefix / versions.RUN_SCRIPT
+        _delete_files(script.parent, script.name)
+        _delete_files(prefix / INCOMING, KIT_NAME, SUMS_NAME, state.ROOT_NAME)
+        _delete_files(prefix / state.FOLDER, state.STATE_NAME, state.ROOT_NAME)
+        trusted = prefix / state.FOLDER / state.TRUSTED_FOLDER
+        if trusted.is_dir():
+            shutil.rmtree(trusted)
         versions.discard_all(prefix)
-        run_folder = Path(versions.RUN_SCRIPT).parent
-        for folder in (*_FOLDERS, files.FOLDER, versions.ENVIRONMENTS, versions.FOLDER, run_folder):
-            _delete_empty(prefix / folder)
+        for name in (INCOMING, state.FOLDER, files.FOLDER, versions.ENVIRONMENTS, versions.FOLDER, script.parent.name):
+            _delete_empty(prefix / name)
         # Last: until they are gone, uninstall can be run again.
         for name in LOCK_NAMES:
             (prefix / name).unlink(missing_ok=True)
     _delete_empty(prefix)
 
 
-def _delete_own(path: Path) -> None:
-    if _OWN.fullmatch(path.name) is None:
-        return
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _delete_files(folder: Path, *names: str) -> None:
+    """Delete files with these names, also unfinished ones."""
+    patterns = (pattern for name in names for pattern in (name, f"{name}.[0-9]*.part", f".{name}{TEMPORARY}*"))
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if path.is_file() or path.is_symlink():
+            path.unlink()
 
 
 def _delete_empty(folder: Path) -> None:

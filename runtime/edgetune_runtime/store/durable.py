@@ -32,12 +32,17 @@ def write_text(path: Path, text: str, *, mode: int = 0o644) -> bool:
 
 def replace_link(link: Path, target: str) -> None:
     """Make `link` a symbolic link to `target` by an atomic rename, on disk when this returns."""
-    temporary = link.with_name(f".{link.name}.new")
+    temporary = unfinished(link)
     temporary.unlink(missing_ok=True)
     with raising_out_of_space(link):
         temporary.symlink_to(target)
     temporary.replace(link)
     flush_to_disk(link.parent)
+
+
+def unfinished(link: Path) -> Path:
+    """The name of a link that `replace_link` has not renamed yet."""
+    return link.with_name(f".{link.name}.new")
 
 
 def flush_tree(root: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from edgetune_runtime.errors import NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.atomic import flush_to_disk, raising_out_of_space
 
-from .durable import INSTALLING_NAME, flush_tree, replace_link, write_text
+from .durable import INSTALLING_NAME, flush_tree, replace_link, unfinished, write_text
 from .files import Store
 from .in_use import is_in_use
 from .kit import ID, KIT_NAME, Kit, read_installed
@@ -221,9 +221,10 @@ def is_installed(prefix: Path) -> bool:
 
 def discard_all(prefix: Path) -> None:
     """Delete all versions and what they used; the links to them too."""
-    for link in LINKS:
-        if is_free(prefix / link):
-            (prefix / link).unlink(missing_ok=True)
+    for link in (prefix / name for name in LINKS):
+        for path in (link, unfinished(link)):
+            if is_free(path):
+                path.unlink(missing_ok=True)
     Store(prefix).sweep(())
     for folder in (ENVIRONMENTS, FOLDER):
         _discard_others(prefix / folder)
@@ -251,7 +252,7 @@ def _point(prefix: Path, link: str, version: str | None) -> None:
 
 def _discard_others(root: Path, kept: Collection[str] = ()) -> None:
     # By their names: a prefix may be a folder in which a user has others.
-    own = (path for path in root.glob("*") if ID.fullmatch(path.name.removeprefix(".")))
+    own = (path for path in root.glob("*") if ID.fullmatch(path.name.removeprefix(".")) and path.is_dir())
     # Sorted: hidden ones come first, which a deletion that was cut off has left where others are to be renamed to.
     for folder in sorted(path for path in own if path.name not in kept):
         # Renamed first: an interrupted deletion must not leave what looks like a whole folder.

@@ -339,6 +339,19 @@ def test_uninstall_removes_what_a_deploy_that_was_cut_left(tmp_path: Path) -> No
     assert run("uninstall", "--prefix", tmp_path / "home") == NotFoundError.exit_code
 
 
+@pytest.mark.parametrize("keys", ["keys", "keys/root.pem"])
+def test_uninstall_leaves_what_others_have_under_the_names_of_its_own(keys: str, tmp_path: Path) -> None:
+    mine = {tmp_path / name for name in (keys, "incoming/metadata/notes.txt", f"versions/{'a' * 16}")}
+    for path in (tmp_path / INSTALLING_NAME, *mine):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / ".current.new").symlink_to(f"versions/{'b' * 16}")
+    if keys != "keys":
+        (tmp_path / "service.json").touch()
+    assert run("uninstall", "--prefix", tmp_path) == 0
+    assert {path for path in tmp_path.rglob("*") if not path.is_dir()} == mine
+
+
 def test_the_files_of_others_stay_in_a_folder_that_has_what_an_install_writes(
     installed: Path, kits: tuple[Path, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
