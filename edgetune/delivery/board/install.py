@@ -19,13 +19,17 @@ def install(folder: Path, prefix: Path, *, unit: service.Unit | None, say: Say, 
 
     Files that the folder lacks are taken from the store; with `receives`, those that are missing there are read from
     standard input first. Nothing is used before its digest was compared, and the version that runs is not touched
-    before the new one has answered. UsageError for a unit of another install, and for a port of another program.
+    before the new one has answered. UsageError for a unit of another install, for a port of another program, and for
+    what others have in the place of a link.
     """
     kit = read_kit(folder)
     if unit is not None:
         unit.require_own(prefix)
         unit.require_port(service.installed(prefix, say))
     with installing(prefix):
+        for link in versions.LINKS:
+            # Those of others are refused before anything is received.
+            versions.linked(prefix, link)
         store = Store(prefix)
         check.require_fit(kit, prefix, disk_mb=mb_to_write(kit, prefix))
         if receives:

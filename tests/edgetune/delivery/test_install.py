@@ -370,6 +370,7 @@ def test_the_files_of_others_stay_in_a_folder_that_has_what_an_install_writes(
     (prefix / "current").symlink_to("versions/old")
     assert run("install", kits[1], "--prefix", prefix) == UsageError.exit_code
     assert "is not a link to a version; choose another --prefix" in capfd.readouterr().err
+    assert {path for path in prefix.rglob("*") if path.is_file()} == {*mine, prefix / INSTALLING_NAME}
     assert run("uninstall", "--prefix", prefix) == 0
     assert (prefix / "current").readlink() == Path("versions/old")
 
