@@ -75,7 +75,8 @@ def add_unsure(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("confidence")
     add_min_confidence(group)
     rules = group.add_mutually_exclusive_group()
-    text = "in place of an unsure answer: mark (none), base, another adapter, error, or defer (the model of --defer-to)"
+    text = "in place of an unsure answer: mark (none), ask (the recipe's question), base, another adapter, error, or "
+    text += "defer (the model of --defer-to)"
     rules.add_argument("--unsure", metavar="NAME", help=text)
     rules.add_argument("--ask", metavar="TEXT", help="ask this in place of an unsure answer")
 

@@ -54,8 +54,9 @@ class AnswerOptions(SamplingOptions, total=False):
     `min_confidence` (0 to 1) marks answers with a lower confidence as `is_unsure`, and those whose confidence is not
     known; a call whose answers cannot have one is refused unless it is routed, and answers to a routed prompt of no
     task are not marked. `unsure` says what answers in their place, instead of what the recipe says: "mark" (nothing),
-    "base", the name of another adapter, "defer" (the bigger model of `Runtime.open`), or "error" (UnsureError); `ask`
-    is a question. `Answer.instead` then says so, and a stream gives its first piece when the answer has been judged.
+    "ask" (the question in `ask`, or the recipe's), "base", the name of another adapter, "defer" (the bigger model of
+    `Runtime.open`), or "error" (UnsureError); `ask` alone means "ask" too. `Answer.instead` then says so, and a stream
+    gives its first piece when the answer has been judged.
 
     `think` is the `enable_thinking` of chat templates that know it; others ignore it. Adapters answer as they were
     trained, without it.
