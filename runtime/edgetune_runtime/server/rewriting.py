@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,7 +107,10 @@ class Rewriter:
         def finish(answer: Answer) -> Answer:
             with self._errors("make a reply of the answer"):
                 reply = rewritten.reply(answer.text)
-                calls = [ToolCall(call["name"], dict(call["arguments"])) for call in reply.calls]
+                calls = [ToolCall(call["name"], _plain(dict(call["arguments"]))) for call in reply.calls]
+                for text in (reply.text, *(call.name for call in calls)):
+                    if not isinstance(text, str):
+                        raise TypeError(f"{text!r} is not text")
                 return replace(answer, content=reply.text, tool_calls=tuple(calls))
 
         return replace(request, adapters=adapter, prompts=[prompt], options=options, finish=finish)
@@ -122,3 +126,9 @@ class Rewriter:
             _LOG.exception("the rewriter %s failed", self.name)
             message = f"model {self.name!r} cannot {action}: {type(error).__name__}: {error}"
             raise RequestError(message, "see the server's log") from error
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as a client gets them; an error for what JSON does not have."""
+    plain: dict[str, Any] = json.loads(json.dumps(arguments, allow_nan=False))
+    return plain

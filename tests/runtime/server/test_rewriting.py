@@ -43,6 +43,10 @@ class Short:
     def reply(self, answer):
         if self.prompt.startswith("worse"):
             raise KeyError("no such lamp")
+        if self.prompt.startswith("number"):
+            return Reply(5)
+        if self.prompt.startswith("set"):
+            return Reply(calls=({"name": "lamp", "arguments": {"colors": {1}}},))
         call = {"name": "lamp", "arguments": {"answer": answer}}
         return Reply(calls=(call,)) if self.has_calls else Reply("said: " + answer)
 
@@ -141,6 +145,8 @@ def test_the_model_is_listed_with_the_base_as_its_parent(server: Running, bundle
         ("/api/chat", {"messages": said("fail")}, 400, "model 'short' cannot read this chat: ValueError: no such room"),
         ("/api/chat", {"messages": said("nothing")}, 400, "model 'short' cannot read this chat: AttributeError"),
         ("/api/chat", {"messages": said("worse")}, 400, "model 'short' cannot make a reply of the answer: KeyError"),
+        ("/api/chat", {"messages": said("number")}, 400, "cannot make a reply of the answer: TypeError: 5 is not text"),
+        ("/v1/chat/completions", {"messages": said("set")}, 400, "Object of type set is not JSON serializable"),
         ("/v1/completions", {"prompt": "light"}, 400, "model 'short' answers chats without a prompt of their own"),
         ("/api/chat", {"messages": said("a"), "format": "json"}, 400, "chats without a format of their own"),
     ],
