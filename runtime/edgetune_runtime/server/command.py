@@ -154,7 +154,16 @@ def _hosts(hosts: list[str]) -> tuple[str, ...]:
 
 def _origins(origins: list[str]) -> tuple[str, ...]:
     for origin in origins:
-        if not _ORIGIN.fullmatch(origin):
-            raise UsageError(f"origin {origin!r} is not a scheme and host", "give one such as https://example.org")
-    # As browsers send it.
-    return tuple(origin.lower() for origin in origins)
+        if not (origin.isascii() and _ORIGIN.fullmatch(origin)):
+            remedy = "give one as browsers send it, such as https://example.org or https://xn--mnchen-3ya.de"
+            raise UsageError(f"origin {origin!r} is not a scheme and host", remedy)
+    return tuple(map(_as_sent, origins))
+
+
+def _as_sent(origin: str) -> str:
+    """An origin as browsers send it: in small letters, without the port that its scheme has by default."""
+    origin = origin.lower()
+    for scheme, port in (("http://", ":80"), ("https://", ":443")):
+        if origin.startswith(scheme):
+            origin = origin.removesuffix(port)
+    return origin

@@ -87,7 +87,10 @@ def test_a_host_that_others_can_reach_needs_a_key_or_a_second_word(
 
 
 def test_origins_of_any_scheme_are_allowed_as_browsers_send_them(bundle: Path) -> None:
-    with serving(bundle, "--allow-origin", "app://Obsidian.md", "--allow-origin", "https://Example.org") as (_, url):
+    with serving(bundle, "--allow-origin", "app://Obsidian.md", "--allow-origin", "https://Example.org:443") as (
+        _,
+        url,
+    ):
         for origin in ("app://obsidian.md", "https://example.org"):
             reply = httpx.get(f"{url}/v1/models", headers={"Origin": origin})
             assert reply.headers["access-control-allow-origin"] == origin
@@ -117,6 +120,7 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
         (["--allow-host", "http://board.lan"], "host 'http://board.lan' is not a name"),
         (["--allow-host", ""], "host '' is not a name"),
         (["--allow-origin", "example.org"], "origin 'example.org' is not a scheme and host"),
+        (["--allow-origin", "https://münchen.de"], "such as https://example.org or https://xn--mnchen-3ya.de"),
         (["--allow-origin", "http://"], "origin 'http://' is not a scheme and host"),
         (["--max-answers", "0"], "--max-answers 0"),
         (["--engine", "onnx"], "onnx"),
