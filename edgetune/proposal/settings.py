@@ -67,7 +67,7 @@ def settings_of(task: str, sample: Sample, form: RowForm, rows: Sequence[TaskRow
 
 def _labels(rows: Sequence[TaskRow], repeats: int) -> list[str] | None:
     """The labels if the answers are few, short and repeat; None for other answers."""
-    answers = Counter(row.completion for row in rows if row.completion is not None and row.tools is None)
+    answers = Counter(row.completion.strip() for row in rows if row.completion is not None and row.tools is None)
     is_few = 2 <= len(answers) <= _MOST_LABELS and len(rows) >= repeats * len(answers)
     if answers.total() < len(rows) or not is_few or any(map(_is_json, answers)):
         return None

@@ -98,6 +98,12 @@ def test_a_table_of_two_kinds_becomes_a_recipe_that_validates(write: Write, prop
     assert (planned.metric, planned.rows.train, planned.rows.validation, len(planned.labels)) == ("label", 18, 2, 2)
 
 
+@pytest.mark.parametrize("name", ["kind.csv", "kind.jsonl"])
+def test_white_space_around_a_label_makes_no_other_label(write: Write, propose: Make, name: str) -> None:
+    rows = [{"Sentence": row["text"], "Kind": row["label"] + " " * (n % 2)} for n, row in enumerate(KINDS)]
+    assert propose(write(name, rows)).adapters["kind"].labels == ("order", "question")
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "metric"),
     [
