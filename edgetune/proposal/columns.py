@@ -15,6 +15,7 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of
 
 from edgetune.tasks.data import standard_columns
+from edgetune.tasks.row_files import DELIMITERS
 
 # Names that data sets use, the most specific first.
 _PROMPTS = (
@@ -30,9 +31,9 @@ _GENERIC = ("completion", "label", "answer", "output", "response", "target", "as
 _TOOLS = ("tools", "functions")
 _SYSTEM = ("system", "system_prompt", "instruction")
 # Columns about the rows, which are neither prompt nor answer.
-_OTHERS = (
-    "id", "index", "idx", "uuid", "key", "no", "number", "split", "fold", "date", "time", "timestamp", "created", "url",
-)  # fmt: skip
+_OTHERS = ("id", "index", "idx", "uuid", "key", "no", "number", "split", "fold", "timestamp", "created", "url")
+# Columns that may be about the rows too, but are the answer if there is no other.
+_TIMES = ("date", "time")
 _SHORT_CHARACTERS = 40
 """Mean length of values that may be parts of one answer."""
 
@@ -54,11 +55,12 @@ class RowForm:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column with its values that are not empty."""
+    """A column with its values that are not empty; `is_in_all` if each row has it, also with an empty value."""
 
     name: str
     values: Sequence[Any]
     rows: int
+    is_in_all: bool
 
     @property
     def parts(self) -> list[str]:
@@ -87,6 +89,17 @@ class _Column:
     def is_constant(self) -> bool:
         return self.distinct == 1 and len(self.values) > 1
 
+    @property
+    def is_key(self) -> bool:
+        """Whether its name or a sequence of whole numbers says that it identifies the rows."""
+        first = self.texts[0]
+        is_sequence = first.isdecimal() and self.texts == [str(int(first) + n) for n in range(len(self.texts))]
+        return is_sequence or self.is_named(_OTHERS) or self.name.lower().endswith("id")
+
+    def is_named(self, names: Sequence[str]) -> bool:
+        """Whether its name ends with one of these words."""
+        return bool(self.parts) and self.parts[-1] in names
+
     def rank(self, names: Sequence[str]) -> int | None:
         """Its place among these names: those of the whole name first, then those of its last word."""
         whole, last = self.name.strip().lower(), (self.parts or [""])[-1]
@@ -100,7 +113,7 @@ class _Column:
 
 def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
     """The form of the rows with these values; UsageError with the columns there are if none fits."""
-    columns = _columns_of(values)
+    columns = _columns_of(path, values)
     conversation = next((column for column in columns if _holds_messages(path, column)), None)
     if conversation is not None:
         return _conversation(conversation, columns)
@@ -111,13 +124,17 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
             f"{path} has no usable columns; there are: {first_of(list(map(str, columns)), 20, ', ')}",
             "give a column of different texts, called text, or prompt with a column completion",
         )
-    answers, how = _answers_of([column for column in candidates if column is not prompt])
+    others = [column for column in columns if column is not prompt]
+    answers, how = _answers_of([column for column in candidates if column is not prompt] or _last_resort(others))
+    system, left = _system_and_left([column for column in others if column not in answers])
     if not answers:
-        reason = f"{prompt.name} is the only column of text, so all of it is learned"
-        return RowForm(None if prompt.name == "text" else {"text": prompt.name}, reason)
+        reason = f"{prompt.name} is the only column of text, so all of it is learned{left}"
+        # Only the reason for columns in the recipe says which are not used.
+        return RowForm(None if prompt.name == "text" and not left else {"text": prompt.name}, reason)
+    if path.suffix.lower() in DELIMITERS:
+        _check_header(path, prompt, answers)
     names = [column.name for column in answers]
     answer = names[0] if len(names) == 1 else names
-    system, left = _system_and_left([column for column in columns if column not in (prompt, *answers)])
     why = "its name" if prompt.rank(_PROMPTS) is not None else "its texts, which differ most"
     reason = f"{prompt.name} is the prompt by {why}, and {' and '.join(names)} the answer{how}{left}"
     standard = standard_columns({str(name) for row in values for name in row})
@@ -132,14 +149,32 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
     )
 
 
-def _columns_of(values: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """The columns with a name that at least half of the rows fill, in their order."""
+def _check_header(path: Path, prompt: _Column, answers: Sequence[_Column]) -> None:
+    """UsageError for a table whose header seems to be a row: an answer's column is called like one of its values."""
+    found = next((column.name for column in answers if column.name in column.texts), None)
+    # Known names are a header: a column `spam` beside `text` may have the values spam and ham.
+    if found is not None and prompt.name.lower() not in _PROMPTS and found.lower() not in _ANSWERS:
+        message = f"the first line of {path} looks like a row, because {found!r} is also an answer in other rows"
+        raise UsageError(message, "add a header such as text,label, or rename that column")
+
+
+def _columns_of(path: Path, values: Sequence[Mapping[str, Any]]) -> list[_Column]:
+    """The columns with a name that at least half of the rows fill, in their order; UsageError if there are none."""
     filled: dict[str, list[Any]] = {}
     for row in values:
         for name, value in row.items():
             if name and value not in (None, "") and not (isinstance(value, str) and not value.strip()):
                 filled.setdefault(str(name), []).append(value)
-    return [_Column(name, cells, len(values)) for name, cells in filled.items() if len(cells) * 2 >= len(values)]
+    columns = [
+        _Column(name, cells, len(values), all(name in row for row in values))
+        for name, cells in filled.items()
+        if len(cells) * 2 >= len(values)
+    ]
+    if not columns:
+        names = first_of(list(filled), 20, ", ") or "none"
+        message = f"{path} has no column that half of its rows fill; there are: {names}"
+        raise UsageError(message, "write all rows in one form, such as text and label")
+    return columns
 
 
 def _holds_messages(path: Path, column: _Column) -> bool:
@@ -177,9 +212,14 @@ def _is_other(column: _Column) -> bool:
     """Whether a column numbers or dates the rows, or says the same in all of them."""
     if column.rank(_ANSWERS) is not None:
         return False
-    is_named = bool(column.parts) and column.parts[-1] in _OTHERS
     counts = not column.is_text and column.distinct == column.rows
-    return is_named or column.is_constant or counts
+    return column.is_named((*_OTHERS, *_TIMES)) or column.is_constant or counts
+
+
+def _last_resort(columns: Sequence[_Column]) -> list[_Column]:
+    """The only column of times or of numbers that are not those of the rows; none if there are several."""
+    left = [column for column in columns if not (column.is_constant or column.is_key)]
+    return left if len(left) == 1 else []
 
 
 def _prompt_of(columns: Sequence[_Column]) -> _Column | None:
@@ -205,8 +245,12 @@ def _answers_of(columns: Sequence[_Column]) -> tuple[list[_Column], str]:
     if len(left) < 2:
         return left, ", as the only column left"
     if all(column.mean_length <= _SHORT_CHARACTERS for column in left):
+        # A row without a part of its answer could not be used.
+        parts = [column for column in left if column.is_in_all] or left
+        if len(parts) == 1:
+            return parts, ", as the only column left that all rows have"
         how = " as one JSON object, because no column is named like an answer; remove those that are not part of it"
-        return left, how
+        return parts, how
     return [max(left, key=lambda column: column.mean_length)], ", because its values are the longest"
 
 

@@ -131,6 +131,17 @@ def test_white_space_around_a_label_makes_no_other_label(write: Write, propose: 
             "json",
         ),
         (numbered({"prompt": "a {}", "label": "b{}"}), {"prompt": "prompt", "completion": "label"}, "exact"),
+        (
+            numbered({"row": "{}", "tweetid": "{}7", "text": "wake me at {}", "time": "07:{}"}),
+            {"prompt": "text", "completion": "time"},
+            "exact",
+        ),
+        (numbered({"text": "film {}", "score": "3.{}"}), {"prompt": "text", "completion": "score"}, "exact"),
+        (
+            [{"said": f"lamp {n}", "do": f"x{n}", **({"area": f"hall {n}"} if n % 3 else {})} for n in range(20)],
+            {"prompt": "said", "completion": "do"},
+            "exact",
+        ),
         ([{"messages": talk(n)} for n in range(9)], None, "rouge_l"),
         ([{"chat": talk(n), "x": 1} for n in range(9)], {"messages": "chat"}, "rouge_l"),
     ],
@@ -143,6 +154,19 @@ def test_columns_and_metric_are_found_by_names_and_values(
     assert (found, spec.metric) == (columns, metric)
     assert (spec.output is not None) == (metric == "json")
     assert read_task("task", recipe).metric == metric
+
+
+def test_columns_of_which_none_is_surely_the_answer_are_named(write: Write, propose: Make) -> None:
+    path = write("t.csv", numbered({"text": "film {} ended", "time": "07:{}", "score": "3.{}"}))
+    assert propose(path).adapters["t"].metric == "perplexity"
+    assert "not used: time, score" in path.with_name("recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_a_header_is_told_from_a_row(write: Write, propose: Make) -> None:
+    rows = "".join(f"{row['text']},{row['label']}\n" for row in KINDS)
+    with pytest.raises(UsageError, match=r"kind\.csv looks like a row, because 'order' is also an answer"):
+        propose(write("kind.csv", rows))
+    assert propose(write("kind.csv", f"text,order\n{rows}")).adapters["kind"].labels == ("order", "question")
 
 
 def test_a_row_without_a_label_among_labelled_ones_is_named(write: Write, propose: Make) -> None:
@@ -283,6 +307,11 @@ def test_a_file_whose_first_row_is_longer_than_what_is_read_is_not_called_empty(
             "t.csv",
             "id,score\n1,2\n2,3\n",
             "t.csv has no usable columns; there are: id (2 values), score (2 values); give a",
+        ),
+        (
+            "t.jsonl",
+            '{"text": "a"}\n{"prompt": "b", "completion": "c"}\n{"q": "d"}',
+            "t.jsonl has no column that half of its rows fill; there are: text, prompt, completion, q; write",
         ),
         ("t.csv", ",answer\na,b\nc,d\n", "t.csv has no usable columns; there are: answer (2 values); give a"),
         ("t.csv", "text,label\nKüche,a\n".encode("latin-1"), "t.csv:2: not UTF-8 text at byte"),
