@@ -20,6 +20,9 @@ from edgetune.recipe.rows import Rows, with_label_names
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_OTHER_DELIMITERS = ";\t|"
+_DELIMITER_LINE = re.compile(r'"?sep=([,;\t|])"?(?=[\r\n])', re.IGNORECASE)
+_QUOTING = 'check the quotation marks in this row: "a ""b"" c" is the text a "b" c'
 _LONGEST_CELL = 2**31 - 1
 """The most characters that csv takes as a limit on all systems."""
 
@@ -48,8 +51,7 @@ def entries(source: str | Rows, most_bytes: int | None = None) -> Iterator[tuple
             # Not splitlines(): it also splits at U+2028, which JSON strings may contain.
             return _json_lines(f"{source}:", text.split("\n"))
         if suffix in DELIMITERS:
-            text = read_text(path, most_bytes)
-            return _table_rows(source, text, _delimiter_of(source, text, suffix))
+            return _table_rows(source, *_table(source, read_text(path, most_bytes), suffix))
         raise UsageError(f"{source} has an unknown file type", "use a .jsonl, .csv or .tsv file, or a hub id")
     if path.is_dir():
         raise UsageError(f"{source} is a folder", "use a .jsonl, .csv or .tsv file in it")
@@ -78,10 +80,15 @@ def read_text(path: Path, most_bytes: int | None = None) -> str:
         raise UsageError(f"{path}:{line}: not UTF-8 text at byte {error.start}", "save the file as UTF-8") from error
 
 
-def _delimiter_of(source: str, text: str, suffix: str) -> str:
-    """The delimiter of a table: some programs write a .csv file with semicolons."""
+def _table(source: str, text: str, suffix: str) -> tuple[str, str]:
+    """The text of a table and its delimiter: some programs write a .csv file with other ones, or a first line sep=;."""
     usual = DELIMITERS[suffix]
-    return max(usual, ";", key=lambda delimiter: _columns_by(delimiter, source, text)) if suffix == ".csv" else usual
+    if suffix != ".csv":
+        return text, usual
+    if stated := _DELIMITER_LINE.match(text):
+        # The end of the line stays, so that the numbers of the others do.
+        return text[stated.end() :], stated[1]
+    return text, max(usual, *_OTHER_DELIMITERS, key=lambda delimiter: _columns_by(delimiter, source, text))
 
 
 def _columns_by(delimiter: str, source: str, text: str) -> tuple[int, int]:
@@ -166,9 +173,13 @@ def _records(
             fields = next(reader, None)
         except csv.Error as error:
             # After a missing quotation mark the following rows cannot be separated.
-            raise UsageError(f"{source}:{line}: {error}", "check the quotation marks in this row") from error
+            raise UsageError(f"{source}:{line}: {error}", _QUOTING) from error
         if fields is None:
             return
+        # Many programs write such tables without quotation marks, so that one in a text may join rows.
+        if delimiter == "\t" and any("\t" in field and "\n" in field for field in fields):
+            message = f"{source}:{line}: a cell in quotation marks has a tab and a line break"
+            raise UsageError(message, _QUOTING)
         if any(field.strip() for field in fields):
             yield line, fields
 

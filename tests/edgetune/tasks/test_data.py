@@ -26,6 +26,7 @@ from edgetune.tasks.splitting import split
 from edgetune.tasks.tokenization import tokenize_rows
 
 Write = Callable[..., str]
+QUOTING = 'check the quotation marks in this row: "a ""b"" c" is the text a "b" c'
 
 
 @pytest.fixture
@@ -225,11 +226,15 @@ def test_a_column_that_is_not_there_is_named_with_the_closest_one(write: Write) 
         ("text,label\na,b,c\n", "2: has 3 fields, the header has 2"),
         ("text,text\na,b\n", "1: there are two columns 'text'; rename one of them"),
         ("text,label,,\na,b,,\nc,d,,x\n", "3: column 4 has a value but no name; name it in the header, or clear it"),
-        ('text,label\na,b\n"c,d\n', "3: unexpected end of data; check the quotation marks in this row"),
+        ('text,label\na,b\n"c,d\n', f"3: unexpected end of data; {QUOTING}"),
+        (
+            'text\tlabel\na\tb\n"c\td\ne"\tf\n',
+            f"3: a cell in quotation marks has a tab and a line break; {QUOTING}",
+        ),
     ],
 )
 def test_a_broken_table_is_refused_with_its_line(write: Write, table: str, problem: str) -> None:
-    assert problems_of(write(table, "rows.csv")) == [problem]
+    assert problems_of(write(table, "rows.tsv" if "\t" in table else "rows.csv")) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -246,13 +251,18 @@ def test_a_broken_table_is_refused_with_its_line(write: Write, table: str, probl
         ('text, "label;kind"', ["text", "label;kind"]),
         ('"text", "label;kind"', ["text", "label;kind"]),
         ("text,label;kind", ["text", "label;kind"]),
+        ("text\tlabel", ["text", "label"]),
+        ("text|label", ["text", "label"]),
+        ("sep=;\ntext;label", ["text", "label"]),
+        ('"sep=|"\r\ntext, raw|label', ["text, raw", "label"]),
     ],
 )
 def test_a_table_is_split_at_the_sign_that_leaves_the_names_of_its_columns_whole(
     write: Write, header: str, names: list[str]
 ) -> None:
-    delimiter = ";" if header.endswith(";label") else ","
-    ((_, values),) = row_files.entries(write(f"{header}\nopen it{delimiter}on\n", "rows.csv"))
+    delimiter = next((sign for sign in ";\t|" if header.endswith(f"{sign}label")), ",")
+    ((where, values),) = row_files.entries(write(f"{header}\nopen it{delimiter}on\n", "rows.csv"))
+    assert where.endswith(f":{len(header.splitlines()) + 1}")
     assert values == dict(zip(names, ["open it", "on"], strict=True))
 
 
