@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,15 +71,20 @@ def files_read(recipe: Recipe, tests: Mapping[str, str]) -> list[str]:
 def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None, progress: Progress) -> TaskCheck:
     reader = _LenientReader()
     data = recipe.adapters[name].data
-    task = _read_leniently(name, recipe, reader)
+    with reader.naming_problems():
+        task = read_task(name, _with_given_rows(name, recipe), reader)
     sources: dict[str, str | Rows] = {TRAIN: data.train}
     rows = [SplitRow(TRAIN, row) for row in task.train] + [SplitRow(VALIDATION, row) for row in task.validation]
-    test = test or test_beside(data)
+    beside = None if test else test_beside(data)
+    test = test or beside
     for split, source in ((VALIDATION, data.validation), (CONFIDENCE, data.confidence), (TEST, test)):
         if source is not None:
             sources[split] = source
             if split != VALIDATION:
-                rows += [SplitRow(split, row) for row in reader(source, data.columns, labels=task.labels or None)]
+                # Nobody asked for the test file beside the training rows, which often has no answers.
+                read = reader.usable if split == TEST and beside is not None else reader
+                with reader.naming_problems():
+                    rows += [SplitRow(split, row) for row in read(source, data.columns, labels=task.labels or None)]
     tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
     kinds = answers.balance(answered)
@@ -104,17 +109,6 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
         kinds,
     )
     return check if minutes is None else _with_estimate(check, task, recipe, minutes, progress)
-
-
-def _read_leniently(name: str, recipe: Recipe, reader: _LenientReader) -> Task:
-    """The task with the rows that can be used; an error also names the first row that cannot."""
-    try:
-        return read_task(name, _with_given_rows(name, recipe), reader)
-    except UsageError as error:
-        if not reader.problems:
-            raise
-        (where, reason), count = reader.problems[0], len(reader.problems)
-        raise UsageError(f"{error.message}; {count} cannot be used, as {where}: {reason}", error.remedy) from error
 
 
 def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float, progress: Progress) -> TaskCheck:
@@ -142,15 +136,36 @@ class _LenientReader:
         self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
     ) -> list[TaskRow]:
         """The rows that can be used; UsageError if there are none."""
+        rows = self.usable(source, columns, labels=labels)
+        if not rows:
+            raise UsageError(f"{source} has no rows that can be used", "correct them, or set data.columns")
+        return rows
+
+    def usable(
+        self, source: str | Rows, columns: Columns | None = None, *, labels: Sequence[str] | None = None
+    ) -> list[TaskRow]:
+        """The rows that can be used, if there are any."""
         rows: list[TaskRow] = []
         for where, values in entries(source):
             try:
                 rows += rows_of(source, [(where, values)], columns, labels=labels)
             except UsageError as error:
                 self.problems.append((where, error.message.removeprefix(f"{where}: ")))
-        if not rows:
-            raise UsageError(f"{source} has no rows that can be used", "correct them, or set data.columns")
         return rows
+
+    @contextmanager
+    def naming_problems(self) -> Iterator[None]:
+        """An error also names the first row read here that cannot be used."""
+        before = len(self.problems)
+        try:
+            yield
+        except UsageError as error:
+            problems = self.problems[before:]
+            if not problems:
+                raise
+            where, reason = problems[0]
+            message = f"{error.message}; {len(problems)} cannot be used, as {where}: {reason}"
+            raise UsageError(message, error.remedy) from error
 
 
 def _with_given_rows(name: str, recipe: Recipe) -> Recipe:

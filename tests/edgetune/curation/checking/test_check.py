@@ -125,6 +125,19 @@ def test_rows_of_a_test_file_beside_the_training_rows_are_found_in_them(tmp_path
     assert places(found, "near_shared") == [["train:4", "test:2"]]
 
 
+def test_a_test_file_without_answers_does_not_stop_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = tmp_path / "home-test.jsonl"
+    write_rows(test, [{"prompt": "lamp on"}, {"prompt": "lamp off"}])
+    found = checked(tmp_path, [*ORDERS, ORDERS[0], {"prompt": "hello"}])
+    assert places(found, "unusable") == [["train:22"], ["test:1"], ["test:2"]]
+    assert places(found, "repeat") == [["train:1", "train:21"]] and found.rows["test"] == 0
+    assert main(["data", "check", str(tmp_path / "recipe.yaml"), "--test", f"home={test}"]) == 2
+    problem = "has no rows that can be used; 2 cannot be used, as home-test.jsonl:1: has no 'completion'"
+    assert problem in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+
+
 def test_texts_that_a_build_makes_are_no_rows(tmp_path: Path) -> None:
     rows = [{"text": f"is it {word} now", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
     rows.append({"text": "who are you", "label": "none"})
