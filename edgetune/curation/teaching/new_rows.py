@@ -41,7 +41,8 @@ _TIMES_AS_LONG, _MORE_CHARACTERS = 3, 200
 _MOST_IN_VAIN = 20
 """Prompts in a row without a row that is kept, after which asking more is a waste."""
 _INTRODUCED = re.compile(r"[^\n]*:\s*\n(.*)", re.DOTALL)
-_QUOTED = re.compile('["“”„]([^"“”„]*)["“”]')
+_FIRST_ITEM = re.compile(r"^(?:[-*•]|1[.)])\s+")
+_MARKED = re.compile('[*"“”„«»「]+([^*"“”„«»「」]*)[*"“”«»」]+')
 _CUT_OFF = "answers that are cut off (--max-tokens allows more)"
 
 
@@ -259,7 +260,7 @@ def _is_text(text: str) -> bool:
 
 
 def _request_of(text: str, long_prompts: Sequence[str]) -> str:
-    """The request in an answer, without the line that introduces it, and the dash or quotation marks around it.
+    """The request in an answer, without the line that introduces it, the mark of a list and those around it.
 
     It has several lines only if the task has such prompts, `long_prompts`, whose own first lines may introduce others.
     """
@@ -268,6 +269,6 @@ def _request_of(text: str, long_prompts: Sequence[str]) -> str:
     if introduced and not any(map(_INTRODUCED.match, long_prompts)):
         text = introduced[1].strip()
     if not long_prompts:
-        text = next(iter(text.splitlines()), "").strip().removeprefix("- ")
-    quoted = _QUOTED.fullmatch(text.strip())
-    return (quoted[1] if quoted else text).strip()
+        text = _FIRST_ITEM.sub("", next(iter(text.splitlines()), "").strip())
+    marked = _MARKED.fullmatch(text.strip())
+    return (marked[1] if marked else text).strip()

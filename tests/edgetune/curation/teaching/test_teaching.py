@@ -549,6 +549,10 @@ def test_thoughts_and_introductions_are_no_prompts_and_half_characters_no_rows(
     [
         ("turn on the lamp", '- "light the {}"', "light the {}"),
         ("turn on the lamp", "„Licht {}“", "Licht {}"),
+        ("turn on the lamp", "1. « allume {} »", "allume {}"),
+        ("turn on the lamp", "**「電気{}」**", "電気{}"),
+        ("turn on the lamp", "24. {} 1. {}", "24. {} 1. {}"),
+        ("turn on the lamp", "**light** {} *now*", "**light** {} *now*"),
         ("turn on the lamp", 'Translate "{}" into "French"', 'Translate "{}" into "French"'),
         ("turn on the lamp", '"{}" and "off"', '"{}" and "off"'),
         ("turn on the lamp", "Here it is:\nlamp {}\n\nIt is short.", "lamp {}"),
