@@ -10,14 +10,20 @@ from .data import TaskRow
 
 _SIGNS = frozenset("#%&*@/\\§‰٪")
 """Punctuation in Unicode that is read as a word or changes one, as in 50% and C#."""
+_AS_TYPED = dict.fromkeys("\u2018\u2019\u02bc\u00b4", "'") | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
+"""Apostrophes and dashes, as the keyboard has them."""
+_EMOJI_STYLE = "\ufe0e\ufe0f"
+"""What says whether an emoji is in color."""
 
 
 def plain(text: str) -> str:
-    """A text without case, with single spaces, composed letters, and without punctuation at the ends of words.
+    """A text without case, with single spaces, and without punctuation at the ends of words.
 
-    Signs such as $, % and # count, and the - of a negative number.
+    Letters, apostrophes and dashes have one form each, and invisible characters are left out. Signs such as $, % and #
+    count, and the - of a negative number.
     """
-    composed = unicodedata.normalize("NFC", text).casefold()
+    folded = text if text.isascii() else text.translate({ord(sign): _folded(sign) for sign in set(text)})
+    composed = unicodedata.normalize("NFC", folded).casefold()
     punctuation = "".join(filter(_is_punctuation, set(composed)))
     return " ".join(_without_ends(word, punctuation) for word in composed.split())
 
@@ -39,6 +45,15 @@ def _without_ends(word: str, punctuation: str) -> str:
     """The word without punctuation at its ends; a word of punctuation alone as it is."""
     bare = word.strip(punctuation) or word
     return f"-{bare}" if bare[0].isdecimal() and f"-{bare}" in word else bare
+
+
+def _folded(sign: str) -> str:
+    """The form that a character has in common with those that are read in the same way."""
+    if sign in _EMOJI_STYLE or unicodedata.category(sign) == "Cf":
+        return ""
+    # Powers are other numbers: 10² is not 102.
+    is_power = unicodedata.decomposition(sign).startswith("<super>")
+    return _AS_TYPED.get(sign) or (sign if is_power else unicodedata.normalize("NFKC", sign))
 
 
 def _is_punctuation(sign: str) -> bool:

@@ -431,6 +431,22 @@ def test_punctuation_of_any_script_makes_no_other_prompt(one: str, other: str) -
 @pytest.mark.parametrize(
     ("one", "other"),
     [
+        ("what\u2019s the time", "What's the time?"),
+        ("wi\u2011fi on", "wi-fi on"),
+        ("set it to \u22125", "set it to -5"),
+        ("hello\u200b there", "hello there"),
+        ("I love it \u2764\ufe0f", "I love it \u2764"),
+        ("\uff34\uff36\u3092\uff15\uff10\uff05", "TV\u309250%"),
+    ],
+)
+def test_forms_of_a_character_make_no_other_prompt(one: str, other: str) -> None:
+    assert plain(one) == plain(other)
+    assert plain("10\u00b2") != plain("102")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
         ("to -5 degrees", "to 5 degrees"),
         ("(-5)", "(5)"),
         ("50%", "50"),
