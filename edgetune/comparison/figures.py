@@ -113,13 +113,11 @@ def standard_error(metric: str, score: float, points: Sequence[float]) -> float:
     The share of a binomial one is that with two right and two wrong answers more, as it would be 0 for a perfect score
     (Agresti and Coull 1998, "Approximate is better than 'exact' for interval estimation of binomial proportions").
     For perplexity, the points are each row's nats per token, and the error is that of their mean times the perplexity.
+    One point alone shows no deviation; with one of 1 it tells no trials apart.
     """
-    n = len(points)
-    if n < 2:
-        return 0.0
-    if metric in LOWER_IS_BETTER:
-        return score * statistics.stdev(points) / math.sqrt(n)
-    if set(points) <= {0.0, 1.0}:
+    n, is_lower_better = len(points), metric in LOWER_IS_BETTER
+    if not is_lower_better and set(points) <= {0.0, 1.0}:
         mean = (sum(points) + 2) / (n + 4)
         return math.sqrt(mean * (1 - mean) / n)
-    return statistics.stdev(points) / math.sqrt(n)
+    error = (statistics.stdev(points) if n > 1 else 1.0) / math.sqrt(n)
+    return score * error if is_lower_better else error

@@ -220,10 +220,22 @@ def test_figures_of_an_earlier_version_are_read_as_of_a_quiet_machine(tmp_path: 
 
 def test_the_standard_error_is_binomial_where_answers_are_right_or_wrong() -> None:
     assert standard_error("exact", 0.75, [1.0, 1.0, 1.0, 0.0]) == pytest.approx(math.sqrt(5 / 8 * 3 / 8 / 4))
+    assert standard_error("exact", 1.0, [1.0]) == pytest.approx(math.sqrt(3 / 5 * 2 / 5))
     points = [0.2, 0.4, 0.9]
     assert standard_error("rouge_l", 0.5, points) == pytest.approx(np.std(points, ddof=1) / math.sqrt(3))
     assert standard_error("perplexity", 8.0, points) == pytest.approx(8 * np.std(points, ddof=1) / math.sqrt(3))
-    assert standard_error("exact", 1.0, [1.0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "points"),
+    [("rouge_l", (0.9, 0.2), [0.9]), ("perplexity", (8.0, 12.0), [2.08])],
+)
+def test_one_row_with_a_graded_score_tells_no_trials_apart(
+    metric: str, scores: tuple[float, float], points: list[float]
+) -> None:
+    error = standard_error(metric, scores[0], points)
+    close = [outcome(str(n), metric=metric, gguf=engine(score, n, error=error)) for n, score in enumerate(scores)]
+    assert "within one standard error" in recommended(*close).undecided
 
 
 def test_an_outcome_is_read_as_it_was_written(tmp_path: Path) -> None:
