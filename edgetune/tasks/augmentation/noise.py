@@ -10,13 +10,14 @@ from .numbers import LARGE, NUMBER_WORDS, NUMBERS, spoken_number
 from .slots import Mention
 
 _SOUNDS_ALIKE = (
-    ("to", "two", "too"), ("for", "four"), ("there", "their"), ("by", "buy"), ("right", "write"), ("hear", "here"),
-    ("know", "no"), ("one", "won"), ("our", "hour"), ("week", "weak"), ("weather", "whether"), ("son", "sun"),
-    ("blue", "blew"), ("whole", "hole"), ("mail", "male"), ("road", "rode"), ("sea", "see"), ("your", "you're"),
+    ("to", "too"), ("there", "their"), ("by", "buy"), ("right", "write"), ("hear", "here"), ("know", "no"),
+    ("our", "hour"), ("week", "weak"), ("weather", "whether"), ("son", "sun"), ("blue", "blew"), ("whole", "hole"),
+    ("mail", "male"), ("road", "rode"), ("sea", "see"), ("your", "you're"),
     ("bedroom", "bed room"), ("bathroom", "bath room"), ("hallway", "hall way"), ("playlist", "play list"),
     ("weekend", "week end"), ("headphones", "head phones"), ("bookshelf", "book shelf"), ("driveway", "drive way"),
 )  # fmt: skip
 _ALIKE = {word: [other for other in group if other != word] for group in _SOUNDS_ALIKE for word in group}
+"""No number is among them, since an answer may have it."""
 _FILLERS, _ARTICLES = ("um", "uh", "okay", "so"), ("the", "a", "an")
 _NEIGHBOURS = dict(
     pair
@@ -79,7 +80,7 @@ def _changed(prompt: str, kept: Sequence[Mention], change: Callable[[str], str])
 def _mistyped(prompt: str, kept: Sequence[Mention], rng: random.Random) -> str:
     """The prompt with a typo in one word."""
     words = [m for m in _TOKEN.finditer(prompt) if len(m[0]) >= _TYPED_LETTERS and has_case(m[0])]
-    words = [match for match in words if not _is_kept(match, kept)]
+    words = [match for match in words if match[0].lower() not in NUMBERS and not _is_kept(match, kept)]
     if not words:
         return prompt
     match = rng.choice(words)

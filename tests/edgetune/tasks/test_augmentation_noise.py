@@ -79,3 +79,9 @@ def test_words_of_letters_without_case_get_no_typo() -> None:
 def test_articles_are_lost_or_repeated_and_compounds_split() -> None:
     texts = set(made("Go to the bedroom"))
     assert any("the the" in text for text in texts) and any("bed room" in text for text in texts)
+
+
+def test_numbers_stay_numbers_and_other_words_become_none() -> None:
+    assert all("four" in text.lower() or "4" in text for text in made("Order four"))
+    assert all("one" in text.lower() for text in made("Add one"))
+    assert not any(word in text for text in made("Go to it for now") for word in ("two", "2", "four", "4"))
