@@ -47,6 +47,9 @@ _COUNTED = (re.compile(r"([01]\d|2[0-3])[0-5]\d"), re.compile(r"(0[1-9]|1[0-2])(
 """Times and dates in digits alone."""
 _DRAWS = 8
 """Attempts at another value that fits."""
+Unsaid = tuple[tuple[str, str], ...]
+Context = tuple[str, tuple[str, ...], Unsaid]
+"""Which unsaid fields are in it, the fields that a value decides on, and the unsaid fields with their values."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,17 @@ class Values:
         self._is_said = {
             (item.answer.field(path), value): False for item in rows for path, value in item.answer.scalars()
         } | {(slot.field, slot.value): True for item in rows for slot in item.slots}
-        self._seen: dict[tuple[str, object], dict[Scalar, None]] = {}
-        self._pools: dict[tuple[str, object, bool], Sequence[Scalar]] = {}
+        self._seen: dict[tuple[str, Context], dict[Scalar, None]] = {}
+        self._pools: dict[tuple[str, Context, bool], Sequence[Scalar]] = {}
+        # The numbers of each field, with the tied fields of the rows that have them.
+        self._numbers: dict[str, dict[float, set[Unsaid]]] = {}
         for item in rows:
             for slot in item.slots:
-                for context in self._contexts(item, slot):
+                near, wide = self._contexts(item, slot)
+                for context in (near, wide):
                     self._seen.setdefault((slot.field, context), {})[slot.value] = None
+                if not isinstance(slot.value, str):
+                    self._numbers.setdefault(slot.field, {}).setdefault(slot.value, set()).add(wide[-1])
 
     def exchanged(self, item: SlottedRow, rng: random.Random) -> tuple[SlottedRow, list[str]] | None:
         """The row with some other values, and what was exchanged; None if there are none that fit."""
@@ -164,7 +172,7 @@ class Values:
             other is slot or order(slot.value, other.value) == order(new, value) for other, value in values.items()
         )
 
-    def _contexts(self, item: SlottedRow, slot: Slot) -> tuple[object, object]:
+    def _contexts(self, item: SlottedRow, slot: Slot) -> tuple[Context, Context]:
         """What the value of a slot may depend on: the fields that it decides on, and the unsaid ones, all or the tied.
 
         The fields are those of the same part of the answer. Of an hour, it is also the half of the day.
@@ -202,7 +210,7 @@ class Values:
         unsaid = {value for value in allowed if str(value).lower() in _UNSAID}
         return [value for value in allowed if self._is_said.get((slot.field, value), value not in unsaid)]
 
-    def _pool(self, field: str, contexts: tuple[object, object], *, is_text: bool) -> Sequence[Scalar]:
+    def _pool(self, field: str, contexts: tuple[Context, Context], *, is_text: bool) -> Sequence[Scalar]:
         """The values of a field in rows with the same unsaid fields, and the given; few texts with those of more rows.
 
         Of codes of digits there are others too. Numbers are not those of more rows, since what is little for one
@@ -216,8 +224,21 @@ class Values:
                 values |= self._seen.get((field, wide), {})
             fitting = [value for value in values if isinstance(value, str) == is_text]
             more = _codes_like(fitting) if field in self._free else []
-            self._pools[key] = [*fitting, *more] if is_text else _between(fitting)
+            self._pools[key] = [*fitting, *more] if is_text else self._between(field, wide[-1], fitting)
         return self._pools[key]
+
+    def _between(self, field: str, tied: Unsaid, numbers: Sequence[Scalar]) -> Sequence[Scalar]:
+        """Those in the range of these numbers; these alone if a row with other tied fields has one in between.
+
+        Such as where an alarm goes off below one number and above another.
+        """
+        found = _range(numbers)
+        if isinstance(found, range) and any(
+            found[0] < number < found[-1] and tied not in having
+            for number, having in self._numbers.get(field, {}).items()
+        ):
+            return numbers
+        return found
 
     def _schemas_of(self, item: SlottedRow, path: FieldPath) -> Sequence[Mapping[str, Any]]:
         """The schemas of a field in that of the output, or of a function: one, several of which one holds, or none."""
@@ -343,7 +364,7 @@ def _codes_like(texts: Sequence[Scalar]) -> list[Scalar]:
     return [f"{code:0{len(codes[0])}}" for code in random.Random(most).sample(range(least, most), _CODES)]
 
 
-def _between(numbers: Sequence[Scalar]) -> Sequence[Scalar]:
+def _range(numbers: Sequence[Scalar]) -> Sequence[Scalar]:
     """Whole numbers between the smallest and the largest, in steps that all have in common; others as they are."""
     whole = [number for number in numbers if isinstance(number, int)]
     # A longer range has no length.

@@ -57,6 +57,14 @@ def test_a_number_that_an_unsaid_text_may_be_computed_from_stays() -> None:
     assert {answer["level"] for _, answer in pairs(copied(rows, copies=9, **QUIET))} == {40}
 
 
+def test_a_number_in_a_range_of_another_class_is_not_used() -> None:
+    places = {-4: "den", 1: "hall", 4: "den", 6: "hall", 7: "hall", 9: "den", 15: "attic"}
+    rows = [asked(f"{place}: {n} degrees", value=n, alarm=not 2 <= n <= 8) for n, place in places.items()]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    assert {answer["value"] for _, answer in made if not answer["alarm"]} == {4, 5, 6, 7}
+    assert {answer["value"] for _, answer in made if answer["alarm"]} == {-4, 1, 9, 15}
+
+
 def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
     negated = (("kitchen", "study"), ("study", "porch"))
     rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in negated]
