@@ -103,8 +103,9 @@ def _held_out(rows: int, answers_per_row: float, *, has_confidence: bool) -> Cho
 
 def _has_values(rows: Sequence[TaskRow]) -> bool:
     """Whether the prompts have enough of the values of their answers, which changed copies can exchange."""
-    slotted = [SlottedRow.of(row) for row in rows]
-    return sum(item is not None and bool(item.slots) for item in slotted) >= _SHARE_OF_VALUES * len(rows)
+    slotted = [item for row in rows if (item := SlottedRow.of(row)) is not None and item.slots]
+    changed = [item for item in slotted if not item.answer.has_offsets(item.row.prompt)]
+    return len(changed) >= _SHARE_OF_VALUES * len(rows)
 
 
 def _common_system(rows: Sequence[TaskRow]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,21 @@ class Answer:
                 by_field.setdefault(self.field(path), []).append(value)
         function = {"": self.value[place]["name"]} if self.has_calls else {}
         return {**{name: _of_field(values) for name, values in by_field.items()}, **function}
+
+    def has_offsets(self, prompt: str) -> bool:
+        """Whether a number is where a text of the answer begins in the prompt, and another one its end or its length.
+
+        Most changes of the prompt make them wrong.
+        """
+        values, said = [value for _, value in self.scalars()], prompt.lower()
+        texts = {value.lower() for value in values if isinstance(value, str) and value}
+        numbers = Counter(value for value in values if isinstance(value, int) and value >= 0)
+        return any(
+            any(numbers[other] > (other == start) for other in (start + len(text), start + len(text) - 1, len(text)))
+            for text in texts
+            for start in numbers
+            if said.startswith(text, start)
+        )
 
     def with_scalars(self, changes: Mapping[FieldPath, Scalar]) -> Any:  # noqa: ANN401 - any JSON value
         """The value with other texts and numbers at these paths."""

@@ -122,7 +122,8 @@ class _Maker:
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
         """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
-        if not prompt_of(row) and id(row) not in self._slotted:
+        prompt, item = prompt_of(row), self._slotted.get(id(row))
+        if not prompt if item is None else item.answer.has_offsets(prompt):
             return None
         for attempt in range(_TRIES):
             changed, changes = self._changed(row, random.Random(f"{seed}/{attempt}"))

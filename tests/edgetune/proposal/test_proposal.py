@@ -235,6 +235,7 @@ def test_changed_copies_are_for_few_rows_whose_prompts_have_values_of_the_answer
     assert not augments(lambda n: {"page": n}, 600)
     assert not augments(lambda n: {"is_open": n % 2 == 0}, 30)
     assert not augments(lambda n: f"page {n}", 30)
+    assert not augments(lambda n: {"text": str(n), "start": 5, "length": len(str(n))}, 30)
     assert not augments(lambda _: '{"page": NaN}', 30)
 
 

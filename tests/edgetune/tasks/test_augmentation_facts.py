@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,6 +64,16 @@ def test_a_number_in_a_range_of_another_class_is_not_used() -> None:
     made = pairs(copied(rows, copies=9, **QUIET))
     assert {answer["value"] for _, answer in made if not answer["alarm"]} == {4, 5, 6, 7}
     assert {answer["value"] for _, answer in made if answer["alarm"]} == {-4, 1, 9, 15}
+
+
+@pytest.mark.parametrize(
+    "place", [lambda a, n: (a, a + n), lambda a, n: (a, a + n - 1), lambda a, n: (a, n), lambda a, n: (a + n, a)]
+)
+def test_answers_with_the_places_of_characters_have_no_copies(place: Callable[[int, int], tuple[int, int]]) -> None:
+    said = [(f"{verb} {name}", name) for verb in ("call", "by") for name in ("Bob", "Anna", "Christopher")]
+    rows = [asked(prompt, found=[{"name": name, "at": place(prompt.index(name), len(name))}]) for prompt, name in said]
+    assert copied(rows, copies=9, noise=1) == []
+    assert copied([*rows, asked("call Tom", found=[{"name": "Tom", "at": [3, 9]}])], copies=9, noise=1)
 
 
 def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
