@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from edgetune_runtime.errors import UsageError
 
@@ -15,17 +16,18 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
     """Split into training and validation rows, each in the order of `rows`.
 
     Rows with the same prompt but for case and punctuation stay together, as do rows that are beginnings of the same
-    conversation. About `held_out` of the rows, and at least one, are for validation; the same seed gives the same
-    split. Raises UsageError if all rows have to stay together.
+    conversation, and rows that differ in the system prompt alone, if there are no more of them than are held out. About
+    `held_out` of the rows, and at least one, are for validation; the same seed gives the same split. Raises UsageError
+    if all rows have to stay together.
     """
-    groups = grouped(rows)
+    most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
+    groups = _grouped(rows, most)
     if len(groups) < 2:
         alike = "with the same prompt" if len(set(map(plain_prompt, rows))) == 1 else "of one conversation"
         problem = f"{len(rows)} rows {alike}" if len(rows) > 1 else f"only {len(rows)} row"
         raise UsageError(
             f"{problem} cannot be split for validation", "add rows, or set `validation` to a separate file"
         )
-    most = min(max(1, round(held_out * len(rows))), len(rows) - 1)
     random.Random(seed).shuffle(groups)
     chosen: set[int] = set()
     for group in groups:
@@ -40,9 +42,10 @@ def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[Tas
 def folds_of(rows: Sequence[TaskRow], count: int, seed: int) -> list[list[TaskRow]]:
     """The rows in `count` parts of about the same size. UsageError for too few.
 
-    Rows with the same prompt, and those that begin the same conversation, are in one.
+    Rows with the same prompt are in one, and so are those that begin the same conversation, and a few that differ in
+    the system prompt alone.
     """
-    groups = grouped(rows)
+    groups = _grouped(rows, len(rows) // (2 * count))
     if len(groups) < 2 * count:
         message = f"{len(groups)} different prompts are too few for {count} parts"
         raise UsageError(message, f"give at least {2 * count}, better a few hundred")
@@ -53,12 +56,23 @@ def folds_of(rows: Sequence[TaskRow], count: int, seed: int) -> list[list[TaskRo
     return folds
 
 
-def grouped(rows: Sequence[TaskRow]) -> list[list[int]]:
-    """The positions of the rows, together where the plain prompt is the same or they begin the same conversation."""
-    prompts = set(map(plain_prompt, rows))
+def _grouped(rows: Sequence[TaskRow], most: int) -> list[list[int]]:
+    """The positions of the rows, together where the plain prompt is the same or they begin the same conversation.
+
+    System prompts, which may differ in the date alone, count only among more than `most` rows that are otherwise the
+    same: there they may be what the prompt is about.
+    """
+    without_system = [row if row.system is None else replace(row, messages=(row.messages or ())[1:]) for row in rows]
+    groups = _alike(without_system, range(len(rows)))
+    return [part for group in groups for part in ([group] if len(group) <= most else _alike(rows, group))]
+
+
+def _alike(rows: Sequence[TaskRow], places: Sequence[int]) -> list[list[int]]:
+    """The positions `places` in groups of rows with the same prompt or beginning."""
+    prompts = {plain_prompt(rows[place]) for place in places}
     groups: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
+    for place in places:
         # The shortest beginning that is a row.
-        first = next(prompt for begun in row.beginnings if (prompt := plain_prompt(begun)) in prompts)
+        first = next(prompt for begun in rows[place].beginnings if (prompt := plain_prompt(begun)) in prompts)
         groups.setdefault(first, []).append(place)
     return list(groups.values())

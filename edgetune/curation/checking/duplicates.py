@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ Key = TypeVar("Key", bound=Hashable)
 NEAR = 0.75
 """Share of their trigrams, if they are long of their words, that nearly the same prompts have in common."""
 _ROUNDING = 1e-6
+_NUMBER = re.compile(r"\d+")
 _LONG_WORDS = 48
 """Texts of more words are compared by these."""
 _MOST_CHARACTERS = 2000
@@ -82,8 +84,12 @@ def _answer_of(item: SplitRow) -> str:
 
 def _before(item: SplitRow) -> str:
     """What is before the last turn of a prompt: tools, the system prompt and earlier turns."""
-    row = item.row
-    return plain_prompt(replace(row, messages=row.messages[:-1])) if row.messages else ""
+    # The numbers of a system prompt may be the date.
+    turns = [
+        {**turn, "content": _NUMBER.sub("0", turn["content"])} if turn["role"] == "system" else turn
+        for turn in (item.row.messages or ())[:-1]
+    ]
+    return plain_prompt(replace(item.row, messages=tuple(turns))) if item.row.messages else ""
 
 
 def near(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ from edgetune.recipe.data import Columns
 from edgetune.tasks import row_files
 from edgetune.tasks.data import TaskRow, read_rows, rows_of
 from edgetune.tasks.plain_prompts import plain, plain_prompt
-from edgetune.tasks.splitting import split
+from edgetune.tasks.splitting import folds_of, split
 from edgetune.tasks.tokenization import tokenize_rows
 
 Write = Callable[..., str]
@@ -410,6 +410,20 @@ def test_rows_with_the_same_prompt_but_for_case_and_punctuation_stay_on_one_side
     train, validation = split(rows, 0.2, seed)
     assert validation
     assert not {plain_prompt(r) for r in train} & {plain_prompt(r) for r in validation}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_few_rows_that_differ_in_the_system_prompt_alone_stay_on_one_side(seed: int) -> None:
+    def told(n: int, prompt: str) -> TaskRow:
+        said = ({"role": "system", "content": f"It is {n} May."}, {"role": "user", "content": prompt})
+        return TaskRow(f"rows.jsonl:{n}", said, "ok")
+
+    rows = [told(n, f"ask {n // 2}") for n in range(40)]
+    train, validation = split(rows, 0.2, seed)
+    assert len(validation) == 8 and len({r.prompt for r in validation} - {r.prompt for r in train}) == 4
+    assert sum(len({r.prompt for r in fold}) for fold in folds_of(rows, 4, seed)) == 20
+    # Where all rows ask the same, the system prompt is what they ask about.
+    assert len(split([told(n, "what is it") for n in range(40)], 0.2, seed)[1]) == 8
 
 
 @pytest.mark.parametrize(

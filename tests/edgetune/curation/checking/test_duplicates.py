@@ -81,3 +81,8 @@ def test_a_long_system_prompt_makes_no_prompts_alike_or_different() -> None:
         ("near_shared", ("train:0", "test:0"))
     ]
     assert not found(*rows(TRAIN, asked(alike[0], lights)), *rows(TEST, asked(alike[1], "You control no light.")))
+
+
+def test_another_date_in_the_system_prompt_makes_no_prompts_different() -> None:
+    days = [asked("switch everything off please", f"Today is 2024-{date}.") for date in ("01-07", "01-28", "11-03")]
+    assert found(*rows(TRAIN, *days[:2]), *rows(TEST, days[2])) == [("near_shared", ("train:0", "train:1", "test:0"))]
