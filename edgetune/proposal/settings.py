@@ -10,7 +10,7 @@ from edgetune_runtime.text.json_text import json_or_none
 from edgetune.tasks.augmentation.values import SlottedRow
 from edgetune.tasks.confidence import MIN_ROWS
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, label_doubt, metric_for
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, answers_to_score, case_doubts, label_doubt, metric_for
 
 from .choices import Choice
 from .columns import RowForm
@@ -77,7 +77,9 @@ def _labels(rows: Sequence[TaskRow], repeats: int) -> list[str] | None:
 
 def _label_choices(labels: Sequence[str], sample: Sample) -> list[Choice]:
     reason = f"{len(labels)} short answers repeat in {sample}, so the task is to choose one: {_METRICS['label']}"
-    reason += "; `out_of_scope: true` adds a label for texts that none of them fits"
+    reason = "; ".join(
+        (reason, "`out_of_scope: true` adds a label for texts that none of them fits", *case_doubts(labels))
+    )
     # Rows behind the sample may have other labels; without the key, the build takes those of all rows.
     listed = [Choice("labels", list(labels))] if sample.is_whole else []
     return [Choice("metric", "label", reason), *listed]

@@ -122,6 +122,22 @@ def labels_in(rows: Sequence[TaskRow]) -> tuple[str, ...]:
     return tuple(sorted({row.completion for row in rows if row.completion is not None}))
 
 
+def same_but_for_case(labels: Iterable[str]) -> list[list[str]]:
+    """The labels that differ in case alone, those of each word together."""
+    by_word: dict[str, list[str]] = {}
+    for label in labels:
+        by_word.setdefault(label.casefold(), []).append(label)
+    return [same for same in by_word.values() if len(same) > 1]
+
+
+def case_doubts(labels: Iterable[str]) -> tuple[str, ...]:
+    """A sentence about each of the `same_but_for_case` labels."""
+    return tuple(
+        f"the labels {' and '.join(map(repr, same))} differ only in case, so a right answer may count as wrong"
+        for same in same_but_for_case(labels)
+    )
+
+
 def without_label(rows: Sequence[TaskRow]) -> list[TaskRow]:
     """The rows that keep the others, at least half of all, from having labels."""
     labelled = [row for row in rows if row.is_labelled]

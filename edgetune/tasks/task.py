@@ -25,6 +25,7 @@ from .data import TaskRow, read_rows
 from .metrics import (
     EITHER_RIGHT_OR_WRONG,
     answers_to_score,
+    case_doubts,
     check_answered,
     is_scorable,
     label_doubt,
@@ -133,7 +134,7 @@ def read_task(name: str, recipe: Recipe, read: Reader = read_rows) -> Task:
     sure = [] if own is None else read(own, spec.data.columns, labels=labels or None)
     if spec.metric != "auto":
         check_answered([*validation, *sure], metric)
-    doubts += _unscored(validation, metric)
+    doubts += (*case_doubts(labels), *_unscored(validation, metric))
     task = Task(name, spec, training, train, validation, labels, metric, validation, sure, doubts=doubts)
     apart = rows_apart(spec, read)
     task = with_copies(task, recipe, apart, read)

@@ -13,7 +13,7 @@ from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.building.outputs.infer import infer, rejected
 from edgetune.tasks.data import TaskRow, kind_of
-from edgetune.tasks.metrics import without_label
+from edgetune.tasks.metrics import same_but_for_case, without_label
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
@@ -38,11 +38,24 @@ def misfits(task: Task, rows: Sequence[SplitRow]) -> Iterator[Finding]:
     if spec is not None:
         for place in rejected(spec, (item.row.completion or "" for item in answered)):
             yield Finding.of(MISFIT, [answered[place]], f"breaks the {spec.kind} of the recipe")
-    elif task.metric != "label":
+    elif task.metric == "label":
+        yield from _other_case(task.labels, answered)
+    else:
         yield from _odd(answered)
         odd = {row.where for row in without_label([item.row for item in rows])} if task.spec.metric == "auto" else set()
         note = "has no label, so the answers are free text, not labels"
         yield from (Finding.of(MISFIT, [item], note) for item in rows if item.row.where in odd)
+
+
+def _other_case(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[Finding]:
+    """The rows with a label that differs only in case from one of more rows."""
+    by_label: dict[str, list[SplitRow]] = {label: [] for label in labels}
+    for item in rows:
+        by_label.setdefault(item.row.completion or "", []).append(item)
+    for same in same_but_for_case(labels):
+        *odd, usual = sorted(same, key=lambda label: len(by_label[label]))
+        for label in odd:
+            yield Finding.of(MISFIT, by_label[label], f"the label {label!r} differs only in case from {usual!r}")
 
 
 def balance(rows: Sequence[SplitRow]) -> dict[str, dict[str, int]]:

@@ -177,6 +177,13 @@ def test_a_row_without_a_label_among_labelled_ones_is_named(write: Write, propos
     assert "".join(doubt.split()) in "".join(comments.split())
 
 
+def test_labels_that_differ_only_in_case_are_doubted(write: Write, propose: Make) -> None:
+    path = write("kind.jsonl", [*KINDS, *({"text": f"please {n}", "label": "Order"} for n in range(2))])
+    propose(path)
+    comments = path.with_name("recipe.yaml").read_text(encoding="utf-8").replace("#", " ")
+    assert "the labels 'Order' and 'order' differ only in case" in " ".join(comments.split())
+
+
 def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(
     write: Write, propose: Make, tmp_path: Path
 ) -> None:

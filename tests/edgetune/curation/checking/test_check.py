@@ -173,6 +173,15 @@ def test_a_row_without_a_label_among_labelled_ones_is_named(tmp_path: Path) -> N
     assert task.metric == "exact" and doubt.startswith("1 of 11 rows have no label, such as ")
 
 
+def test_labels_that_differ_only_in_case_are_named(tmp_path: Path) -> None:
+    rows = [{"text": f"{room} lights", "label": ("on", "off")[n % 2]} for n, room in enumerate(ROOMS)]
+    found = checked(tmp_path, [*rows, {"text": "light", "label": "On"}], validation=[{"text": "dark", "label": "On"}])
+    assert places(found, "misfit") == [["train:11", "validation:1"]]
+    assert found.of_kind("misfit")[0].note == "the label 'On' differs only in case from 'on'"
+    task = read_task("home", Recipe.from_file(tmp_path / "recipe.yaml"))
+    assert task.doubts == ("the labels 'On' and 'on' differ only in case, so a right answer may count as wrong",)
+
+
 def test_answers_that_break_the_output_are_named(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"do": {"enum": ["on", "off"]}, "area": {"type": "string"}}}
     bad = {"prompt": "dim the hall", "completion": {"do": "dim", "area": "hall"}}
