@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable
 
@@ -12,6 +13,8 @@ _SIGNS = frozenset("#%&*@/\\§‰٪")
 """Punctuation in Unicode that is read as a word or changes one, as in 50% and C#."""
 _AS_TYPED = dict.fromkeys("\u2018\u2019\u02bc\u00b4", "'") | dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-")
 """Apostrophes and dashes, as the keyboard has them."""
+_BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_])[,;!?]+(?=[^\W\d_])")
+"""Punctuation without the space after it."""
 _EMOJI_STYLE = "\ufe0e\ufe0f"
 """What says whether an emoji is in color."""
 
@@ -25,7 +28,8 @@ def plain(text: str) -> str:
     folded = text if text.isascii() else text.translate({ord(sign): _folded(sign) for sign in set(text)})
     composed = unicodedata.normalize("NFC", folded).casefold()
     punctuation = "".join(filter(_is_punctuation, set(composed)))
-    return " ".join(_without_ends(word, punctuation) for word in composed.split())
+    words = _BETWEEN_WORDS.sub(" ", composed).split()
+    return " ".join(_without_ends(word, punctuation) for word in words)
 
 
 def plain_prompt(row: TaskRow) -> str:

@@ -434,6 +434,7 @@ def test_few_rows_that_differ_in_the_system_prompt_alone_stay_on_one_side(seed: 
         ("「電気をつけて」\uff01", "電気をつけて"),
         ("كم الساعة؟", "كم الساعة"),
         ("“Включи” свет —", "включи свет —"),
+        ("lamp on,please", "lamp on, please"),
         ("[turn it on] — now…", "turn it on — now"),
         ("मुझे बताओ।", "मुझे बताओ"),
     ],
