@@ -46,7 +46,8 @@ class Objective(Protocol[R_contra]):
     """What is learned from rows."""
 
     def prepare(self, base: PreTrainedModel) -> None:
-        """Make `base` take the batches of this objective; the attention that it sets is undone after the training."""
+        """Make `base`, on the training device, take the batches of this objective; the attention that it sets is undone
+        after the training."""
 
     def extend(self, model: PeftModel) -> None:
         """Add the weights that are trained besides the method's own to `model`."""

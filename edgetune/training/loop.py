@@ -76,6 +76,7 @@ def train(
 
 def _trained(run: _Run, progress: Progress, later: float) -> TrainResult:
     try:
+        run.objective.prepare(run.base)
         with run.layers():
             run.plan_passes()
             if message := run.passes_message():
@@ -118,7 +119,6 @@ class _Run:
             except EdgetuneError:
                 method.detach(self.tuned)
                 raise
-        self.objective.prepare(base)
         self.objective.extend(self.tuned)
         self.tuned.to(self.accelerator.device)
         named = trainable(self.tuned)

@@ -262,6 +262,21 @@ def test_a_document_is_read_in_chunks(base_of: BaseOf) -> None:
     assert lengths == [256, 44, len(SHORT[3].tokens)]
 
 
+def test_reading_a_document_can_be_interrupted_as_training_can(document: str, base_of: BaseOf, tmp_path: Path) -> None:
+    base = base_of("llama")
+
+    def interrupt(_model: object, _arguments: object, inputs: dict[str, object]) -> None:
+        if "packed" in inputs:
+            raise KeyboardInterrupt
+
+    with (
+        base.register_forward_pre_hook(interrupt, with_kwargs=True),
+        pytest.raises(CancelledError, match="training reply stopped at step 0"),
+    ):
+        train(base, job("cartridge", {"document": document}), tmp_path, QUIET)
+    assert base.config._attn_implementation == "sdpa"
+
+
 def test_the_teacher_of_a_cartridge_is_exact_while_int8_trains(document: str, base_of: BaseOf) -> None:
     base = base_of("llama")
     expected = lesson_of(base, range(60, 120), SHORT[3])
