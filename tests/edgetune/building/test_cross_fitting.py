@@ -16,6 +16,7 @@ from edgetune.building import builders
 from edgetune.building.cross_fitting import fold_adapters
 from edgetune.building.pipeline import build, export_trained
 from edgetune.building.plan import plan_build
+from edgetune.planning.records import PlannedBuild
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.confidence import MAX_ROWS, shared_out
 from edgetune.tasks.evaluation import score
@@ -105,6 +106,22 @@ def test_the_prefix_of_a_fold_begins_with_its_own_rows(tiny_gguf: Callable[[str]
     for item in (*prepared.adapters, *folds):
         tokens = [token for row in item.job.train for token in row.tokens]
         assert item.job.options.init_tokens == tuple(tokens[:60])
+
+
+def test_folds_have_the_modules_that_a_build_chose_for_an_activated_lora(
+    tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def planned_with(target_modules: object) -> PlannedBuild:
+        method = {"name": "alora", "target_modules": target_modules, "r": 2}
+        adapters = {"command": adapter_of(method, train="command.jsonl", **FOLDS)}
+        return plan_build(make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"command.jsonl": ROWS["command"]}))
+
+    planned, chosen = planned_with("auto"), planned_with(["q_proj"])
+    builder = builders.load(planned.plan.recipe.task)
+    base = builder.base_to_train(planned, tmp_path / "work", QUIET, None)
+    prepared = builder.prepare(chosen, base, tmp_path / "work", QUIET)
+    folds = fold_adapters(builder, planned.plan, prepared, base)
+    assert [item.job.options for item in folds] == [prepared.adapters[0].job.options] * 2
 
 
 @pytest.mark.parametrize("held_out", [0.01, 0.1])
