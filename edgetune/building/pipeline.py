@@ -83,7 +83,7 @@ def build(
         existing = ExistingBundle.read(out, recipe.adapters, replaces_router=recipe.route is not None)
         recipe, others = with_settings(recipe, existing), others_of(existing)
     check_destination(out)
-    planned = plan_build(recipe, out, others)
+    planned = plan_build(recipe, out, others, () if existing is None else existing.manifest.adapters)
     if planned.plan.source is None:
         with state.main_process_first():
             planned = with_download(planned, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +29,16 @@ from edgetune.training.precision import check_precision
 
 
 def plan_build(
-    recipe: Recipe, out: Path | None = None, others: Mapping[str, AdapterSpec] | None = None
+    recipe: Recipe,
+    out: Path | None = None,
+    others: Mapping[str, AdapterSpec] | None = None,
+    in_bundle: Collection[str] = (),
 ) -> PlannedBuild:
     """Read the header of the recipe's base and all rows of its data, and plan the build of the bundle `out`.
 
-    `out` is by default `recipe.default_out`; `others` are adapters that are in it already. A base that
-    must be downloaded first is planned as far as it is known without it. Raises one error for all problems, with the
-    exit code of the first.
+    `out` is by default `recipe.default_out`; `others` are adapters that are in it already, and `in_bundle` the names of
+    all that are, also of those without a recipe. A base that must be downloaded first is planned as far as it is known
+    without it. Raises one error for all problems, with the exit code of the first.
     """
     problems: list[EdgetuneError] = []
     whole = recipe.model_copy(update={"adapters": {**(others or {}), **recipe.adapters}})
@@ -60,7 +63,7 @@ def plan_build(
         with _collected(problems):
             _check_files(name, spec, trained)
         with _collected(problems):
-            _check_unsure(name, spec, whole.others(name))
+            _check_unsure(name, spec, {*whole.others(name), *in_bundle} - {name})
         with _collected(problems):
             task = read_task(name, recipe)
             _check_labels(task)
@@ -94,7 +97,7 @@ def _check_files(name: str, spec: AdapterSpec, trained: Sequence[Path]) -> None:
 
 def _check_unsure(name: str, spec: AdapterSpec, others: Iterable[str]) -> None:
     """UsageError if an adapter that is to answer in place of unsure answers is not among `others`."""
-    answers = (MARK, ASK, BASE, ERROR, DEFER, *others)
+    answers = (MARK, ASK, BASE, ERROR, DEFER, *sorted(others))
     if spec.unsure not in answers:
         raise UsageError(f"adapter {name!r}: unsure is {spec.unsure!r}", suggestion(spec.unsure, answers))
 

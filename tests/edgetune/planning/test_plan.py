@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pytest
@@ -159,16 +159,18 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
 def test_what_answers_unsure_answers_is_in_the_recipe_or_in_the_bundle(
     tiny_gguf: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    def planned(unsure: str, others: Mapping[str, AdapterSpec] | None = None) -> str:
+    def planned(unsure: str, others: Mapping[str, AdapterSpec] | None = None, in_bundle: Collection[str] = ()) -> str:
         adapters = {"a": adapter_of(held_out=0.5, min_confidence=0.8, unsure=unsure)}
         recipe = make_recipe(tmp_path, tiny_gguf("llama"), adapters, data={"rows.jsonl": lights(60)})
-        return plan_build(recipe, None, others).plan.recipe.adapters["a"].unsure
+        return plan_build(recipe, None, others, in_bundle).plan.recipe.adapters["a"].unsure
 
     other = make_recipe(tmp_path, tiny_gguf("llama"), {"b": adapter_of()}).adapters
     assert planned("b", other) == "b"
+    # An adapter that was trained elsewhere has no recipe.
+    assert planned("c", other, {"a", "b", "c"}) == "c"
     for name, remedy in (("bass", "did you mean 'base'"), ("a", "choose one of"), ("b", "choose one of")):
         with pytest.raises(UsageError, match=f"adapter 'a': unsure is '{name}'; {remedy}"):
-            planned(name)
+            planned(name, in_bundle={"a"})
 
 
 def test_files_that_the_training_reads_are_checked_by_the_plan(
