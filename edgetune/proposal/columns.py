@@ -14,7 +14,7 @@ from typing import Any
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of
 
-from edgetune.tasks.data import standard_columns
+from edgetune.tasks.data import WEIGHT, standard_columns
 from edgetune.tasks.row_files import DELIMITERS
 
 # Names that data sets use, the most specific first.
@@ -159,11 +159,15 @@ def _check_header(path: Path, prompt: _Column, answers: Sequence[_Column]) -> No
 
 
 def _columns_of(path: Path, values: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """The columns with a name that at least half of the rows fill, in their order; UsageError if there are none."""
+    """The columns with a name that at least half of the rows fill, in their order; UsageError if there are none.
+
+    Without the rows' weights, which training reads by their name.
+    """
     filled: dict[str, list[Any]] = {}
     for row in values:
         for name, value in row.items():
-            if name and value not in (None, "") and not (isinstance(value, str) and not value.strip()):
+            is_empty = value is None or (isinstance(value, str) and not value.strip())
+            if name not in ("", WEIGHT) and not is_empty:
                 filled.setdefault(str(name), []).append(value)
     columns = [
         _Column(name, cells, len(values), all(name in row for row in values))

@@ -144,6 +144,7 @@ def test_white_space_around_a_label_makes_no_other_label(write: Write, propose: 
         ),
         ([{"messages": talk(n)} for n in range(9)], None, "rouge_l"),
         ([{"chat": talk(n), "x": 1} for n in range(9)], {"messages": "chat"}, "rouge_l"),
+        ([{"text": f"text {n}", "weight": 0.5} for n in range(9)], None, "perplexity"),
     ],
 )
 def test_columns_and_metric_are_found_by_names_and_values(
@@ -190,11 +191,14 @@ def test_a_system_prompt_that_all_rows_have_becomes_that_of_the_task(
     files = [
         write("talk.jsonl", [{"messages": talk(n)} for n in range(9)]),
         write("sum.jsonl", numbered({"instruction": "Sum up.", "input": "text {}", "output": "n{}"})),
-        write("chat.jsonl", [{"system": "Be kind.", "chat": talk(n)[1:], "mood": f"m{n}"} for n in range(9)]),
+        write(
+            "chat.jsonl",
+            [{"system": "Be kind.", "chat": talk(n)[1:], "mood": f"m{n}", "weight": n % 2} for n in range(9)],
+        ),
     ]
     recipe = propose(*files)
     assert [spec.system for spec in recipe.adapters.values()] == ["Be: short", "Sum up.", "Be kind."]
-    assert "not used: mood" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+    assert "not used: mood\n" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_conversations_with_tools_under_other_names_are_read(write: Write, propose: Make) -> None:
