@@ -226,16 +226,20 @@ def why_worse(before: float, trained: float, main_type: str) -> str:
 def _perplexity(rows_of: Rows, windows: Sequence[Example]) -> float:
     """Perplexity of the learned tokens of all windows, from the logits after each token; infinite on overflow, also of
     the logits."""
-    try:
-        nats = math.fsum(
-            log_total(row) - float(row[target])
-            for window in windows
-            for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
-        )
-    except IncompatibleError:
-        return math.inf
+    nats = math.fsum(
+        _nats(row, target)
+        for window in windows
+        for row, target in zip(rows_of(list(window.tokens)), window.tokens[1:], strict=False)
+    )
     mean = nats / sum(len(window.tokens) - 1 for window in windows)
     return math.exp(mean) if mean < _MAX_NATS else math.inf
+
+
+def _nats(row: Floats, target: int) -> float:
+    try:
+        return log_total(row) - float(row[target])
+    except IncompatibleError:
+        return math.inf
 
 
 def _rows_of(engine: GovernedEngine) -> Rows:

@@ -16,18 +16,19 @@ from edgetune_export.parity import TOLERANCE_KL
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
-from edgetune_runtime.errors import CancelledError, NotFoundError, UsageError, VerificationError
+from edgetune_runtime.errors import CancelledError, IncompatibleError, NotFoundError, UsageError, VerificationError
 from recipes import LIGHTS, NAME, adapter_of, make_recipe, write_recipe
 from tiny import WORDS
 from trainings import QUIET, Listening, Stopping, build_in_two_processes, modified
 
 from edgetune.bases import Base
-from edgetune.building.domain.continued import continued, why_worse
+from edgetune.building.domain.continued import _perplexity, continued, why_worse
 from edgetune.building.domain.texts import Texts, split_windows, windows_of
 from edgetune.building.pipeline import build
 from edgetune.building.plan import plan_build
 from edgetune.building.result import Build
 from edgetune.cli.main import main
+from edgetune.objectives.example import Example
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.task import read_texts
 from edgetune.training.job import TrainingJob
@@ -264,6 +265,14 @@ def test_a_warning_names_the_format_in_which_continued_training_did_not_help(
 def test_the_remedy_for_a_worse_base_depends_on_what_made_it_worse() -> None:
     assert "use more bits" in why_worse(before=20.0, trained=19.0, main_type="q4_0")
     assert "lower domain.training.learning_rate" in why_worse(before=20.0, trained=21.0, main_type="q4_0")
+
+
+def test_an_error_of_an_engine_is_no_perplexity() -> None:
+    def full(_tokens: list[int]) -> NoReturn:
+        raise IncompatibleError("no free context", "use shorter rows")
+
+    with pytest.raises(IncompatibleError, match="no free context"):
+        _perplexity(full, [Example((1, 2), (False, True), 1)])
 
 
 def test_weights_that_are_beyond_the_bases_type_are_refused(tmp_path: Path, tiny_gguf: Callable[[str], Path]) -> None:
