@@ -169,8 +169,11 @@ def override(values: dict[str, Any], key: str, value: Plain, model_at: ModelAt) 
 def json_in_yaml(value: Plain, indent: int | None = None) -> str:
     """A value as JSON from which YAML reads the same."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
-    # Of the others, YAML takes some for the end of a line and refuses some; and it joins no surrogates of JSON.
-    return "".join(each if each.isprintable() or each == "\n" else f"\\U{ord(each):08x}" for each in text)
+    # Of the others, YAML takes some for the end of a line and refuses some. It takes all above U+FFFF as they are, but
+    # does not join the two surrogates that JSON escapes them as.
+    return "".join(
+        each if each.isprintable() or each == "\n" or each > "\uffff" else f"\\u{ord(each):04x}" for each in text
+    )
 
 
 def check_set_once(settings: Iterable[str], flags: Mapping[str, Iterable[str]]) -> None:

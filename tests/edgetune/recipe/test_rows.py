@@ -172,6 +172,8 @@ def test_a_saved_recipe_has_its_rows_in_files(tmp_path: Path) -> None:
 
 
 def test_a_saved_recipe_has_the_same_characters(tmp_path: Path) -> None:
-    system = "😀 of élan\u2028 and\x85\ufeff, \\U0001f600"
+    system = "😀 of élan\u2028 and\x85\ufeff, \\U0001f600, 👩\u200d🚀 and \xad\U000e0041"
     recipe = recipe_of(ROWS, adapters={"intent": adapter_of(train=ROWS, system=system)})
-    assert Recipe.from_file(save_recipe(recipe, tmp_path)).adapters["intent"].system == system
+    path = save_recipe(recipe, tmp_path)
+    assert Recipe.from_file(path).adapters["intent"].system == system
+    assert json.loads(path.read_text(encoding="utf-8"))["adapters"]["intent"]["system"] == system
