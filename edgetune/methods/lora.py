@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from .common.base import TrainedModules, trainable, with_defaults
 from .common.lora_checkpoint import LoraCheckpoint
 from .common.peft import ALL_LINEAR, AUTO, LowRankOptions, targets_among
-from .common.peft_folder import check_peft_folder, check_weights
+from .common.peft_folder import check_peft_folder
 
 if TYPE_CHECKING:
     import torch
@@ -127,10 +127,10 @@ class Lora(LoraCheckpoint[L]):
         return trained.low_rank_values
 
     def check_start(self, folder: Path, options: L) -> None:
-        """Raise IncompatibleError if the adapter has other ranks or scales, and what `check_weights` raises."""
+        """Raise IncompatibleError if the adapter has other ranks or scales, and what `find_weights` raises."""
         if difference := other_option(folder, options):
             raise _no_start(folder, difference)
-        check_weights(folder)
+        find_weights(folder)
 
     def start_from(self, model: Any, folder: Path, options: L) -> None:  # noqa: ANN401 - PEFT's, which wraps its base
         """Load the factors of an adapter with the same ranks, scales and modules."""

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export.adapters.fold import CONFIG_NAME, SAVE_CONVERTED, changes_base, find_weights, read_config
 from edgetune_export.adapters.patterns import matching, of_key
 from edgetune_runtime.errors import IncompatibleError, VerificationError
-from edgetune_runtime.wording import first_line
-from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,14 +26,14 @@ _REFUSED = (
 
 
 def check_peft_folder(folder: Path, base: PreTrainedModel) -> None:
-    """Raise what `read_config` and `check_weights` raise.
+    """Raise what `read_config` and `find_weights` raise.
 
     Also IncompatibleError for options that make PEFT load something else or change the base, or that no method here
     has, and for regular expressions that do not end on the names of the base; VerificationError for an invalid regular
     expression.
     """
     config = read_config(folder)
-    check_weights(folder)
+    find_weights(folder)
     for key in _REFUSED:
         if config.get(key):
             message = f"{folder / CONFIG_NAME} has {key}, which is not supported"
@@ -50,16 +48,6 @@ def check_peft_folder(folder: Path, base: PreTrainedModel) -> None:
             if matched is None:
                 message = f"{folder / CONFIG_NAME}: {expression[:80]!r} is not a regular expression"
                 raise VerificationError(message, _SAVE_AGAIN)
-
-
-def check_weights(folder: Path) -> None:
-    """Raise what `find_weights` raises, and VerificationError if the file of the weights is damaged."""
-    path = find_weights(folder)
-    try:
-        with safe_open(path, "np"):
-            pass
-    except SafetensorError as error:
-        raise VerificationError(f"{path} is not a safetensors file: {first_line(error)}", _SAVE_AGAIN) from error
 
 
 def _whole(config: Mapping[str, Any]) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any, cast
 
 import numpy as np
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, VerificationError, parsing
-from edgetune_runtime.wording import first_of
-from safetensors import SafetensorError, deserialize
+from edgetune_runtime.wording import first_line, first_of
+from safetensors import SafetensorError, deserialize, safe_open
 
 from .patterns import matching, of_key
 from .shapes import Delta, Floats, LowRank, Merged
@@ -193,10 +193,15 @@ def _read_invocation(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
 
 
 def find_weights(folder: Path) -> Path:
-    """The file of the adapter's weights. NotFoundError if there is none, IncompatibleError if it is a pickle."""
+    """The file of the adapter's weights. NotFoundError if there is none, IncompatibleError if it is a pickle,
+    VerificationError if it is damaged."""
     path = folder / WEIGHTS_NAME
     if path.is_file():
-        return path
+        try:
+            with safe_open(path, "np"):
+                return path
+        except SafetensorError as error:
+            raise VerificationError(f"{path} is not a safetensors file: {first_line(error)}", _SAVE_AGAIN) from error
     if (folder / "adapter_model.bin").exists():
         message = f"{folder} has adapter_model.bin, a pickle, which can run code when it is loaded"
         raise IncompatibleError(message, "save it as safetensors: save_pretrained(…, safe_serialization=True)")
@@ -205,12 +210,7 @@ def find_weights(folder: Path) -> Path:
 
 def _read_tensors(folder: Path) -> dict[str, Floats]:
     path = find_weights(folder)
-    try:
-        raw = cast(Any, deserialize)(path.read_bytes())
-    except SafetensorError as error:
-        reason = " ".join(str(error).split())
-        raise VerificationError(f"{path} is not a safetensors file: {reason}", _SAVE_AGAIN) from error
-    return {key: _decode(key, value, path) for key, value in raw}
+    return {key: _decode(key, value, path) for key, value in cast(Any, deserialize)(path.read_bytes())}
 
 
 def _decode(key: str, value: Mapping[str, Any], path: Path) -> Floats:
