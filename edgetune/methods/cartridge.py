@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, PrivateAttr, Validation
 from edgetune.common.files import expanded
 
 from .common.base import rate_factor
-from .common.prompt import CacheMethod, InitializedOptions, check_tokens
+from .common.prompt import CacheMethod, InitializedOptions
 
 if TYPE_CHECKING:
     from edgetune_runtime.engines.base import Tokenizer
@@ -91,11 +91,9 @@ class Cartridge(CacheMethod[CartridgeOptions]):
             _text(options.document)
 
     def prepared(self, options: CartridgeOptions, tokenizer: Tokenizer, rows: Sequence[Example]) -> CartridgeOptions:
-        """The options with the document's tokens. Raises what `check_files` raises, and UsageError if it is short or
-        the base lacks a token."""
+        """The options with the document's tokens. Raises what `check_files` raises, and UsageError if it is short."""
         if options.document is None:
             return super().prepared(options, tokenizer, rows)
-        check_tokens(options.init_tokens, tokenizer)
         text = _text(options.document)
         tokens = tokenizer.tokenize(text)
         if len(tokens) < options.num_virtual_tokens:

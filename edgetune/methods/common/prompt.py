@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgetune_export.adapters.shapes import Folded, Prefix
-from edgetune_runtime.errors import IncompatibleError, UsageError
+from edgetune_runtime.errors import IncompatibleError
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from .base import Checkpoint, Method, MethodOptions, TrainedModules
@@ -77,11 +77,8 @@ class PromptMethod(Method[P]):
         """Keys and values [layers, key/value heads, tokens, head size] from what PEFT saved [tokens, width]."""
 
     def prepared(self, options: P, tokenizer: Tokenizer, rows: Sequence[Example]) -> P:
-        """The options with the tokens for the initialization; UsageError if the base lacks one."""
-        if not isinstance(options, InitializedOptions):
-            return options
-        if options.init_tokens:
-            check_tokens(options.init_tokens, tokenizer)
+        """The options with the tokens for the initialization."""
+        if not isinstance(options, InitializedOptions) or options.init_tokens:
             return options
         of_rows = chain.from_iterable(row.tokens for row in rows)
         tokens = tokenizer.tokenize(options.init_text) if options.init_text else of_rows
@@ -167,13 +164,6 @@ class TokenMethod(PromptMethod[P]):
         from .prompt_model import states_of
 
         return states_of(base, inputs_embeds=saved[None].to(base.dtype))
-
-
-def check_tokens(init_tokens: Sequence[int], tokenizer: Tokenizer) -> None:
-    """UsageError for a token id that the base does not have."""
-    if (largest := max(init_tokens, default=0)) >= tokenizer.vocab_size:
-        message = f"init_tokens has {largest}, but the ids of the base end at {tokenizer.vocab_size - 1}"
-        raise UsageError(message, "give ids of its tokenizer, or init_text")
 
 
 def _unscaled(checkpoint: Checkpoint) -> PeftModel:

@@ -57,8 +57,6 @@ ROWS = {
 class Letters:
     """A token a letter."""
 
-    vocab_size = VOCABULARY
-
     def tokenize(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
@@ -328,9 +326,6 @@ def test_impossible_options_of_prompt_methods_are_one_line_errors(
     refusal = "has 150 tokens, but num_virtual_tokens is 151; set num_virtual_tokens to 150 or less"
     with pytest.raises(UsageError, match=refusal):
         method_of("cartridge", document=document, num_virtual_tokens=151)
-    for options in ({}, {"document": document}):
-        with pytest.raises(UsageError, match="init_tokens has 384, but the ids of the base end at 383; give ids"):
-            method_of("cartridge", init_tokens=[5, 384], **options)
     with pytest.raises(NotFoundError, match=r"no document .*none\.txt"):
         method_of("cartridge", document=str(tmp_path / "none.txt"))
     with pytest.raises(ValidationError, match="num_frozen_tokens is 4; give at most 3"):

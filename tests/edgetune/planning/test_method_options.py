@@ -52,6 +52,10 @@ def refused(recipe: Recipe) -> str:
         ({"name": "rslora", "alpha_pattern": {"(": 4}}, "alpha_pattern '(' matches no adapted module"),
         ({"name": "alora", "target_modules": ["q_proj", "lm_head"]}, "alora cannot adapt lm_head"),
         ({"name": "prefix", "init_tokens": [3, 99999]}, "init_tokens has 99999, and the base has"),
+        (
+            {"name": "cartridge", "document": "a.txt", "init_tokens": [99999]},
+            "init_tokens has 99999, and the base has",
+        ),
         ({"name": "alora", "invocation_tokens": [99999]}, "invocation_tokens has 99999, and the base has"),
         (
             {"name": "ia3", "feedforward_modules": ["down_porj"]},
