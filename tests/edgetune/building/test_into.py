@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from edgetune_runtime import Runtime
-from edgetune_runtime.bundle import read_manifest, sha256_of, verify_files
+from edgetune_runtime.bundle import UnsureRule, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
 from edgetune_runtime.inference import golden
 from recipes import adapter_of, lights, make_recipe
@@ -258,8 +258,11 @@ def test_an_adapter_joins_those_that_were_trained_elsewhere(
 ) -> None:
     folder, out = home.with_name("home.work") / "train" / "plain" / "adapter", tmp_path / "exported"
     export_trained(str(tiny_gguf("llama")), {"theirs": folder}, out, progress=QUIET)
-    recipe = recipe_of(tmp_path / "more", tiny_gguf("llama"), "blinds", threads=None)
+    adapter = adapter_of(LORA, train="rows.jsonl", confidence_folds=2, min_confidence=0.5, unsure="theirs")
+    data = {"rows.jsonl": lights(20, (COMPLETIONS["blinds"],))}
+    recipe = make_recipe(tmp_path / "more", tiny_gguf("llama"), {"blinds": adapter}, data=data, threads=None)
     build(recipe, out, progress=QUIET, into=True)
     manifest = read_manifest(out)
     verify_files(out, manifest)
+    assert manifest.adapters["blinds"].unsure == UnsureRule(0.5, "theirs", "")
     assert (list(manifest.adapters), list(manifest.recipe["adapters"])) == (["theirs", "blinds"], ["blinds"])
