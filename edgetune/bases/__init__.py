@@ -311,9 +311,10 @@ def _source(name: str, folder: Path, targets: Sequence[str] = ()) -> BaseSource:
     _refuse_encoder(name, folder)
     path = locate(name, folder)
     header = predict_header(path) if path.is_dir() else read_header(path)
-    architectures.of(header, name).check_formats(targets)
+    architecture = architectures.of(header, name)
     if not path.is_dir():
         check_base(header, path)
+    architecture.check_header(header, targets)
     length, shape = trained_context_length(header), BaseShape.of_header(header)
     return BaseSource(name, path, header.architecture, length, path.is_dir(), header, shape, shape.linear_modules)
 

@@ -19,6 +19,7 @@ from edgetune_export.adapters.shapes import Floats
 from edgetune_export.architectures.layout import as_parameter, base_columns, base_rows, name_map, tensor_name
 from edgetune_export.base_file.grid import Bytes, Grid, dither_of, grid_of
 from edgetune_export.base_file.quantize import dequantize_rows
+from edgetune_export.base_file.rotation import frequency_divisors
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.atomic import raising_out_of_space
 from edgetune_runtime.formats.gguf_file import GgufHeader, TensorInfo, read_header
@@ -31,6 +32,8 @@ _ALIGNMENT = 64
 # The writer adds general.architecture itself. From general.name transformers recognizes Mistral, and adds a sliding
 # window that llama.cpp does not use.
 _LEFT_OUT = ("general.architecture", "general.name")
+# The ends of names of buffers with frequencies of the rotary embedding, but for layers with a sliding window.
+_FREQUENCIES = (".inv_freq", ".full_attention_inv_freq")
 
 
 def config_of(header: GgufHeader) -> PreTrainedConfig:
@@ -84,10 +87,14 @@ def model_of(
     meta device.
 
     Raises ValueError for an unknown architecture, RuntimeError if a tensor has another shape, IncompatibleError if one
-    has an unknown type or an embedding is missing.
+    has an unknown type, an embedding is missing, or the rotary embedding is scaled in an unsupported way.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (divisors := frequency_divisors(path, header)) is not None:
+        for name, frequencies in model.named_buffers():
+            if name.endswith(_FREQUENCIES):
+                frequencies.div_(torch.from_numpy(divisors))
     file = GgufWeights(path, header)
     for name in architectures.of(header).embeddings_in_file:
         model.set_submodule(name, FileEmbedding(file, name, model.get_submodule(name), dtype))

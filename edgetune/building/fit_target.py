@@ -50,7 +50,7 @@ def read_target(path: Path, context_length: int | None, engine: str | None) -> F
         return _of_bundle(path if path.is_dir() else path.parent, context_length, engine)
     if path.suffix.lower() == ".gguf":
         header = read_base(path)
-        architectures.of(header).check_formats([engine or gguf.NAME])
+        architectures.of(header).check_header(header, [engine or gguf.NAME])
         trained = bases.trained_context_length(header)
         check_context_length(context_length, trained)
         length = context_length or min(fit.CONTEXT_LENGTHS[0], trained)

@@ -175,7 +175,7 @@ def export_trained(
             progress=progress,
             converter=converter,
         )
-        architectures.of(resolved.header).check_formats(targets)
+        architectures.of(resolved.header).check_header(resolved.header, targets)
         prompts = systems or {}
         adapters = [
             _from_peft_folder(_plan_peft(name, folder, targets, prompts.get(name), merged=merged), folder, resolved)

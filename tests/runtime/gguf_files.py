@@ -52,6 +52,15 @@ def rewritten(
     return out
 
 
+def scaled(base: Path, out: Path, factors: np.ndarray | None = None) -> Path:
+    """A copy of a base whose rotary embedding is scaled for longer contexts: linearly, or by a factor per frequency."""
+    own = f"{gguf.GGUFReader(base).fields['general.architecture'].contents()}.rope.scaling"
+    if factors is not None:
+        return rewritten(base, out, tensors={"rope_freqs.weight": factors})
+    entries: Fields = {f"{own}.type": ("linear", STRING, None), f"{own}.factor": (4.0, FLOAT32, None)}
+    return rewritten(base, out, lambda fields: fields.update(entries))
+
+
 def with_first_tokens(base: Path, out: Path, count: int) -> Path:
     """A copy of a base with only its first tokens, and the merges that make them; all, if it has no more."""
     file = parts_of(base.read_bytes())

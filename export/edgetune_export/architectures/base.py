@@ -8,6 +8,7 @@ from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
+from edgetune_runtime.formats.gguf_sizes import head_lengths
 
 ENTRIES = {
     "num_hidden_layers": "block_count",
@@ -56,6 +57,8 @@ LINEAR_MODULES = (
 )
 """Those of LLaMA; `shape.py` reads their sizes from a header."""
 _KEYS_AND_VALUES = ("self_attn.k_proj", "self_attn.v_proj")
+_HEAD_MULTIPLES = {"onnx": 8}
+"""Formats whose engine needs heads of a multiple of so many values."""
 OUTPUT_LAYER = "lm_head"
 """The name of the linear module after the layers."""
 
@@ -101,6 +104,8 @@ class Architecture:
     """Options of llama.cpp's converter."""
     unchanged_logits: Mapping[str, Any] = field(default_factory=dict)
     """Entries of transformers' config with which `logits_of` changes nothing."""
+    frequency_tensor: str = ""
+    """The tensor by whose values llama.cpp divides the frequencies of the rotary embedding, where a file has it."""
     transformers_reads_gguf: bool = True
     """Whether transformers can read the config from a GGUF file's metadata."""
     refusals: Mapping[str, str] = field(default_factory=dict)
@@ -139,12 +144,34 @@ class Architecture:
             if module.name.partition(".")[0] != absent and not (shares_keys and module.name in _KEYS_AND_VALUES):
                 yield module
 
-    def check_formats(self, formats: Sequence[str]) -> None:
-        """IncompatibleError if one of the formats does not support such a base."""
+    def frequency_factor(self, header: GgufHeader) -> float:
+        """The number by which llama.cpp divides all frequencies of the rotary embedding.
+
+        IncompatibleError if they are scaled in another way than linearly.
+        """
+        metadata, own = header.metadata, f"{self.gguf}.rope."
+        kind = metadata.get(f"{own}scaling.type", "linear")
+        if kind == "none":
+            return 1.0
+        if kind != "linear":
+            message = f"the base scales its rotary embedding ({kind}), which is not supported"
+            raise IncompatibleError(message, "use a base without scaled rotary embeddings")
+        # A factor of 0 stands for none.
+        return float(metadata.get(f"{own}scaling.factor", metadata.get(f"{own}scale_linear", 0.0))) or 1.0
+
+    def check_header(self, header: GgufHeader, formats: Sequence[str]) -> None:
+        """IncompatibleError if the rotary embedding is scaled in an unsupported way, or if one of the formats does not
+        support such a base."""
+        self.frequency_factor(header)
         for name in formats:
             if name in self.refusals:
                 message = f"{name} does not support bases of architecture {self.gguf!r}: {self.refusals[name]}"
                 raise IncompatibleError(message, f"leave out {name}")
+            multiple = _HEAD_MULTIPLES.get(name, 1)
+            for size in (*head_lengths(header), *head_lengths(header, sliding=True)):
+                if size % multiple:
+                    message = f"{name} does not support bases with heads of {size} values, only multiples of {multiple}"
+                    raise IncompatibleError(message, f"leave out {name}")
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """IncompatibleError if a model with this config.json would compute something else as a GGUF file."""
@@ -155,15 +182,8 @@ class Architecture:
         return {"head_dim": head_dim} if isinstance(head_dim, int) else {}
 
     def whole_config(self, header: GgufHeader) -> Mapping[str, Any]:
-        """All entries of transformers' config, for architectures that it cannot read from a GGUF file.
-
-        IncompatibleError for rotary embeddings that are scaled for long contexts.
-        """
+        """All entries of transformers' config, for architectures that it cannot read from a GGUF file."""
         metadata, own = header.metadata, f"{self.gguf}."
-        scaling = metadata.get(f"{own}rope.scaling.type", "none")
-        if scaling != "none":
-            message = f"the base scales its rotary embedding ({scaling}), which is not supported for {self.gguf}"
-            raise IncompatibleError(message, "use a base without scaled rotary embeddings")
         entries = {name: metadata[own + key] for name, key in ENTRIES.items() if own + key in metadata}
         tokens = {f"{which}_token_id": metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "eos")}
         return {

@@ -37,6 +37,7 @@ ARCHITECTURE = _Granite(
     ("granite",),
     "Granite",
     interleaves_rows=True,
+    frequency_tensor="rope_freqs.weight",
     transformers_reads_gguf=False,
     unchanged_logits={"logits_scaling": 1.0},
 )

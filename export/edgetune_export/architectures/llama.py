@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from .base import Architecture
 
-ARCHITECTURE = Architecture("llama", ("llama",), "Llama", interleaves_rows=True)
+ARCHITECTURE = Architecture("llama", ("llama",), "Llama", interleaves_rows=True, frequency_tensor="rope_freqs.weight")

@@ -28,7 +28,7 @@ from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundEr
 from edgetune_runtime.formats.gguf_base import check_base
 from edgetune_runtime.formats.gguf_file import read_header
 from ports import http_server
-from runtime.gguf_files import rewritten
+from runtime.gguf_files import STRING, rewritten, scaled
 from tiny import ARCHITECTURES, MODELS, make_folder
 from transformers import (
     AutoConfig,
@@ -283,6 +283,40 @@ def test_the_weights_in_torch_are_those_that_llama_cpp_runs(arch: str, tiny_base
     assert parity.top1 > 0.95
     # Answers that hardly differ from token to token would make any two models agree.
     assert len(set(logits(rows[0]).argmax(-1))) > 10
+
+
+# In a Gemma, only layers with full attention are scaled.
+@pytest.mark.parametrize(
+    ("arch", "factors"), [("llama", np.geomspace(1, 8, 8, dtype=np.float32)), ("llama", None), ("gemma3", None)]
+)
+def test_a_scaled_rotary_embedding_in_torch_is_that_of_llama_cpp(
+    arch: str,
+    factors: np.ndarray | None,
+    tiny_gguf: Callable[[str], Path],
+    resolve: Callable[..., Base],
+    tmp_path: Path,
+) -> None:
+    base = resolve(str(scaled(tiny_gguf(arch), tmp_path / "scaled.gguf", factors)))
+    rows = [np.random.default_rng(0).integers(5, 380, 40).tolist()]
+    with closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:
+        kl = [
+            compare(logits_of(load_torch(each, torch.float32)), engine, rows).kl
+            for each in (base, resolve(str(tiny_gguf(arch))))
+        ]
+    # The second, which is not scaled, differs.
+    assert kl[0] < 1e-6
+    assert kl[1] > 1e-4
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
+def test_a_rotary_embedding_that_is_scaled_in_another_way_is_refused_before_any_work(
+    arch: str, resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kind = {f"{arch}.rope.scaling.type": ("yarn", STRING, None)}
+    rewritten(tiny_gguf(arch), tmp_path / "yarn.gguf", lambda fields: fields.update(kind))
+    message = "the base scales its rotary embedding (yarn), which is not supported; use a base without"
+    assert_refused(IncompatibleError, message, lambda: resolve("yarn.gguf", quantization="q8_0"))
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -39,10 +39,16 @@ def test_the_error_about_another_architecture_lists_the_supported_ones(name: str
         architectures.of_model_type("gpt2")
 
 
-def test_a_format_that_cannot_hold_an_architecture_is_refused() -> None:
-    architectures.of(header_of("olmo2")).check_formats(["gguf"])
-    with pytest.raises(IncompatibleError, match="onnx does not support bases of architecture 'olmo2'"):
-        architectures.of(header_of("olmo2")).check_formats(["gguf", "onnx"])
+@pytest.mark.parametrize(
+    ("name", "size", "told"),
+    [("olmo2", 16, "bases of architecture 'olmo2': "), ("llama", 20, "bases with heads of 20 values, only multiples")],
+)
+def test_a_format_that_cannot_hold_a_base_is_refused(name: str, size: int, told: str) -> None:
+    sizes = {"embedding_length": 32, "attention.head_count": 2, "attention.key_length": size}
+    header = GgufHeader({"general.architecture": name, **{f"{name}.{key}": value for key, value in sizes.items()}}, {})
+    architectures.of(header).check_header(header, ["gguf"])
+    with pytest.raises(IncompatibleError, match=f"onnx does not support {told}.*; leave out onnx"):
+        architectures.of(header).check_header(header, ["gguf", "onnx"])
 
 
 def test_gemma3_attends_to_windows_in_torch_where_the_runtime_says_so() -> None:

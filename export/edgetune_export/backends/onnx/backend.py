@@ -25,11 +25,21 @@ from edgetune_export.adapters.shapes import Adapter, Floats, LowRank, Merged, Pr
 from edgetune_export.architectures import Architecture
 from edgetune_export.backends.base import Source
 from edgetune_export.base_file import merge
+from edgetune_export.base_file.rotation import frequency_divisors
 
 from . import slots as onnx_slots
 from . import value_types
 from .adapter import write_tensors
-from .graph import GRAPH, add_conv_inputs, add_logits_start, load_structure, put_vectors, put_weights, save_model
+from .graph import (
+    GRAPH,
+    add_conv_inputs,
+    add_logits_start,
+    divide_frequencies,
+    load_structure,
+    put_vectors,
+    put_weights,
+    save_model,
+)
 from .options import OnnxOptions
 from .structure import run_builder
 from .tensors import add_tensor_slots, fill_tensors
@@ -122,6 +132,8 @@ def _write_model(
     structure, base = _structure(source), source.header
     config = json.loads((structure / CONFIG_NAME).read_text(encoding="utf-8"))
     model = load_structure(structure, base)
+    if (divisors := frequency_divisors(source.path, base)) is not None:
+        divide_frequencies(model.graph, divisors)
     if merged is not None:
         vectors = {name: parameter.numpy(force=True) for name, parameter in _vectors(source).items()}
         changed = {name: compute() for name, compute in merged.parameters.items() if name in vectors}

@@ -37,6 +37,8 @@ _ALIGNMENT = 4096
 _RMS_NORM_OPSET = 23
 _PROJECTION = re.compile(r"/model/(?P<layer>layers\.\d+)/(?P<path>((attn|mlp|conv|linear_attn)/)?\w+)/MatMul")
 _ATTENTION = re.compile(r"/model/layers\.(?P<layer>\d+)/attn/GroupQueryAttention")
+# The builder's names of these tables, but for layers with a sliding window.
+_COSINES, _SINES = (re.compile(rf"{name}_cache(_global)?") for name in ("cos", "sin"))
 # The inputs of GroupQueryAttention for cosines and sines.
 _ROTARY_TABLES = (7, 8)
 _POSITIONS = "position_ids"
@@ -184,6 +186,20 @@ def put_vectors(graph: ir.Graph, base: GgufHeader, vectors: Mapping[str, Floats]
         unplaced.difference_update(parts)
     if unplaced:
         raise IncompatibleError(f"the ONNX graph has no place for {min(unplaced)}", "build for gguf")
+
+
+def divide_frequencies(graph: ir.Graph, divisors: Floats) -> None:
+    """Divide the frequencies of the tables of the rotary embedding, all of them or each by its own divisor."""
+    cosines, sines = (
+        next(value for name, value in graph.initializers.items() if pattern.fullmatch(name))
+        for pattern in (_COSINES, _SINES)
+    )
+    assert cosines.const_value is not None and sines.const_value is not None
+    table = cosines.const_value.numpy()
+    angles = np.arctan2(sines.const_value.numpy()[1], table[1]) / divisors
+    angles = np.outer(np.arange(len(table), dtype=np.float32), angles)
+    for value, function in ((cosines, np.cos), (sines, np.sin)):
+        value.const_value = ir.Tensor(function(angles), name=value.name)
 
 
 def add_logits_start(graph: ir.Graph) -> None:

@@ -41,6 +41,7 @@ from edgetune_runtime.formats.onnx_file import read_onnx
 from genai import greedy, greedy_in_genai
 from onnx import numpy_helper
 from pydantic import ValidationError
+from runtime.gguf_files import scaled
 from tiny import ARCHITECTURES, FEW
 from transformers import AutoModelForCausalLM
 from weights import weights_in
@@ -180,6 +181,23 @@ def test_a_float_graph_of_a_quantized_base_computes_what_torch_computes(
     assert not matrices(made("llama", "plain", "q4_0", FP32))
     expected = logits_of(source_of("llama", "q4_0").model)(rows[0])
     np.testing.assert_allclose(decoded(engine, rows[0]), expected, atol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("arch", "factors"), [("llama", np.geomspace(1, 8, 8, dtype=np.float32)), ("mistral", None), ("gemma3", None)]
+)
+def test_a_graph_rotates_as_torch_where_the_base_scales_it(
+    arch: str,
+    factors: np.ndarray | None,
+    source_of: Sources,
+    open_engine: Callable[..., Any],
+    rows: list[list[int]],
+    tmp_path: Path,
+) -> None:
+    path = scaled(source_of(arch).path, tmp_path / "scaled.gguf", factors)
+    model = load_torch(Base(arch, path, "", read_header(path)), torch.float32)
+    graph = write_base(Source(path, sha256_of(path), model, tmp_path), tmp_path, ())
+    np.testing.assert_allclose(decoded(open_engine(graph), rows[0]), logits_of(model)(rows[0]), atol=CLOSE)
 
 
 @pytest.mark.parametrize(("arch", "kept"), [("gemma3", 128**0.5), ("llama", 11.31)])
