@@ -244,7 +244,7 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
     """
     from transformers.utils import logging  # noqa: PLC0415 - torch only when training
 
-    from .weights import config_of, model_of  # noqa: PLC0415
+    from .weights import config_of, model_of, unread_tensors  # noqa: PLC0415
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -262,6 +262,9 @@ def load_torch(base: Base, dtype: torch.dtype, *, mapped: Path | None = None) ->
     if missing:
         message = f"base {base.name!r} has no weights for {first_of(missing, 1)}"
         raise IncompatibleError(message, "convert the base again with llama.cpp's converter")
+    if unread := unread_tensors(model, base.header):
+        message = f"base {base.name!r} has {first_of(unread, 1)}, which its model in transformers lacks"
+        raise IncompatibleError(message, "use another base of this architecture")
     model.config.use_cache = False
     return model
 

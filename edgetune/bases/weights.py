@@ -106,6 +106,14 @@ def model_of(
     return model.eval()
 
 
+def unread_tensors(model: PreTrainedModel, header: GgufHeader) -> list[str]:
+    """Tensors of the file that `model_of` has no parameter for, though llama.cpp computes with them."""
+    architecture, names = architectures.of(header), name_map(header)
+    parameters = [*model.state_dict(), *(f"{name}.weight" for name in architecture.embeddings_in_file)]
+    read = {tensor_name(parameter, names) for parameter in parameters}
+    return sorted(header.tensors.keys() - read - {*architecture.unused_tensors(header)})
+
+
 class FileEmbedding(torch.nn.Module):
     """A frozen embedding of which only the rows of the tokens that occur are read from a GGUF file, and dequantized."""
 

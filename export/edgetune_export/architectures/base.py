@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,14 @@ _HEAD_MULTIPLES = {"onnx": 8}
 """Formats whose engine needs heads of a multiple of so many values."""
 OUTPUT_LAYER = "lm_head"
 """The name of the linear module after the layers."""
+
+
+def biases(header: GgufHeader) -> Mapping[str, bool]:
+    """The entries of transformers' config for biases, which a file has as tensors."""
+    return {
+        "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+    }
 
 
 @dataclass(frozen=True)
@@ -194,9 +202,12 @@ class Architecture:
             "rms_norm_eps": metadata[f"{own}attention.layer_norm_rms_epsilon"],
             "rope_parameters": {"rope_type": "default", "rope_theta": metadata[f"{own}rope.freq_base"]},
             "tie_word_embeddings": "output.weight" not in header.tensors,
-            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+            **biases(header),
         }
+
+    def unused_tensors(self, header: GgufHeader) -> Collection[str]:
+        """Tensors that a file may have and that transformers' model does without."""
+        return {self.frequency_tensor}
 
     def logits_of(self, output: Any, _config: Any) -> Any:  # noqa: ANN401 - a tensor, and transformers' configuration
         """The logits that a model of this config computes from those that its output layer returns."""

@@ -3,7 +3,7 @@ multimodal checkpoints, the text part."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from edgetune_runtime.errors import IncompatibleError
@@ -85,6 +85,15 @@ class _Gemma4(Architecture):
                 _SLIDING: {"rope_type": "default", "rope_theta": theta},
                 _WHOLE: {**_ROPE, "rope_theta": header.metadata[f"{own}rope.freq_base"]},
             },
+        }
+
+    def unused_tensors(self, header: GgufHeader) -> Collection[str]:
+        """The frequencies, which `whole_config` knows, and keys and values that published checkpoints have for layers
+        which share those of others."""
+        kinds = ("attn_k", "attn_k_norm", "attn_v")
+        return {
+            "rope_freqs.weight",
+            *(f"blk.{layer}.{kind}.weight" for layer in sharing_layers(header) for kind in kinds),
         }
 
     def logits_of(self, output: Any, config: Any) -> Any:  # noqa: ANN401 - a tensor, and transformers' configuration

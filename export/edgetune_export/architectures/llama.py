@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from .base import Architecture
+from collections.abc import Mapping
+from typing import Any
 
-ARCHITECTURE = Architecture("llama", ("llama",), "Llama", interleaves_rows=True, frequency_tensor="rope_freqs.weight")
+from edgetune_runtime.formats.gguf_file import GgufHeader
+
+from .base import Architecture, biases
+
+
+class _Llama(Architecture):
+    def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
+        """Those of all, and the biases."""
+        return {**super().config_entries(header), **biases(header)}
+
+
+ARCHITECTURE = _Llama("llama", ("llama",), "Llama", interleaves_rows=True, frequency_tensor="rope_freqs.weight")

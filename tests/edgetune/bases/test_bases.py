@@ -308,6 +308,31 @@ def test_a_scaled_rotary_embedding_in_torch_is_that_of_llama_cpp(
     assert kl[1] > 1e-4
 
 
+@pytest.mark.parametrize("setting", ["attention_bias", "mlp_bias"])
+@pytest.mark.usefixtures("forked_converter")
+def test_biases_of_a_llama_in_torch_are_those_of_llama_cpp(
+    setting: str,
+    tiny_folder: Callable[[str], Path],
+    resolve: Callable[..., Base],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(MODELS, "llama", (*MODELS["llama"][:2], {**MODELS["llama"][2], setting: True}))
+    make_folder("llama", tmp_path / "biased", tiny_folder("llama") / "tokenizer.model")
+    base, rows = resolve("biased", quantization="f16", converter=None), [[*range(5, 45)]]
+    with closing(GgufEngine(base.path, context_length=64, threads=1)) as engine:
+        assert compare(logits_of(load_torch(base, torch.float32)), engine, rows).kl < 1e-4
+
+
+def test_a_base_with_tensors_that_torch_would_leave_out_is_refused(
+    tiny_gguf: Callable[[str], Path], resolve: Callable[..., Base], tmp_path: Path
+) -> None:
+    biases = {f"blk.{layer}.attn_output.bias": np.ones(64, np.float32) for layer in (0, 1)}
+    rewritten(tiny_gguf("qwen3"), tmp_path / "biased.gguf", tensors=biases)
+    message = "base 'biased.gguf' has blk.0.attn_output.bias and 1 more, which its model in transformers lacks"
+    assert_refused(IncompatibleError, message, lambda: load_torch(resolve("biased.gguf"), torch.float32))
+
+
 @pytest.mark.parametrize("arch", ["qwen3", "smollm3"])
 def test_a_rotary_embedding_that_is_scaled_in_another_way_is_refused_before_any_work(
     arch: str, resolve: Callable[..., Base], tiny_gguf: Callable[[str], Path], tmp_path: Path
