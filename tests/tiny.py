@@ -85,8 +85,8 @@ GRANITE: dict[str, Any] = {
 }
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
-    # llama.cpp ignores this attention window; it is longer than the sequences in the tests.
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 256}),
+    # llama.cpp ignores this attention window, which is as long as the context.
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 512}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
     # llama.cpp uses full attention in every sixth layer of a Gemma 3, so one of six layers has it.
@@ -235,6 +235,8 @@ def make_model(arch: str, vocab_size: int, hidden_size: int = 64) -> PreTrainedM
     model_class, config_class, own = MODELS[arch]
     if arch == "gemma4":
         own = {**own, "vocab_size_per_layer_input": vocab_size}
+    if arch == "gemma3":
+        own = {"query_pre_attn_scalar": common["head_dim"], **own}
     torch.manual_seed(0)
     model: PreTrainedModel = model_class(config_class(**common | own))
     with torch.no_grad():

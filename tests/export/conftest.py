@@ -64,9 +64,6 @@ def _save_random_adapter(model: Path, folder: Path, options: dict[str, Any], see
     from edgetune.shipping.verify import logits_of  # noqa: PLC0415
 
     config = AutoConfig.from_pretrained(model)
-    if config.model_type == "gemma3_text":
-        # GGUF does not carry this number; llama.cpp takes the head's size, which all but the largest Gemma 3 have.
-        config.query_pre_attn_scalar = config.head_dim
     base = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
     if config.vocab_size > FIRST_TOKENS:
         base.resize_token_embeddings(FIRST_TOKENS)

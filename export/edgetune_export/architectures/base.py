@@ -63,6 +63,14 @@ OUTPUT_LAYER = "lm_head"
 """The name of the linear module after the layers."""
 
 
+def check_settings(config: Mapping[str, Any], expected: Mapping[str, Any], gguf: str, remedy: str = "") -> None:
+    """IncompatibleError if config.json has a setting with another value than llama.cpp takes for all such bases."""
+    wrong = next((key for key, value in expected.items() if config.get(key, value) != value), None)
+    if wrong:
+        message = f"the base has {wrong} {str(config.get(wrong))[:80]!r}, which is not supported for {gguf}"
+        raise IncompatibleError(message, remedy or f"use a base with {str(expected[wrong])[:80]!r}")
+
+
 def biases(header: GgufHeader) -> Mapping[str, bool]:
     """The entries of transformers' config for biases, which a file has as tensors."""
     return {
@@ -183,6 +191,7 @@ class Architecture:
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """IncompatibleError if a model with this config.json would compute something else as a GGUF file."""
+        check_settings(config, {"hidden_act": "silu", "use_sliding_window": False}, self.gguf)
 
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
         """Config entries that transformers does not read from a GGUF file in the way that llama.cpp does."""

@@ -13,6 +13,7 @@ from .base import Architecture
 class _Ernie(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """llama.cpp does not add biases."""
+        super().check_config(config)
         if config.get("use_bias"):
             message = "the base is an ERNIE with biases (use_bias), which llama.cpp does not support"
             raise IncompatibleError(message, "use one without, such as ERNIE-4.5-0.3B-PT")

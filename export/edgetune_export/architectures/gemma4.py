@@ -10,7 +10,7 @@ from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader
 from edgetune_runtime.formats.gguf_sizes import head_lengths, number, sharing_layers, sliding_layers
 
-from .base import LINEAR_MODULES, Architecture, LinearModule
+from .base import LINEAR_MODULES, Architecture, LinearModule, check_settings
 
 _SLIDING, _WHOLE = "sliding_attention", "full_attention"
 # Its share of a head that layers with full attention rotate is in no metadata, but in the tensor rope_freqs.
@@ -37,10 +37,7 @@ class _Gemma4(Architecture):
                 f"of each before the {shared} that share keys and values"
             )
             raise IncompatibleError(message, _REMEDY)
-        wrong = next((key for key, value in _expected(config).items() if config.get(key, value) != value), None)
-        if wrong:
-            message = f"the base has {wrong} {str(config.get(wrong))[:80]!r}, which is not supported for gemma4"
-            raise IncompatibleError(message, _REMEDY)
+        check_settings(config, _expected(config), self.gguf, _REMEDY)
 
     def header_entries(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """As llama.cpp's converter computes them."""

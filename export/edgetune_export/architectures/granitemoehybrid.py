@@ -16,6 +16,7 @@ _ATTENTION = ("attention", "full_attention")
 class _GraniteMoeHybrid(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """A Granite file stores neither Mamba layers nor experts, and llama.cpp rotates keys in all of its layers."""
+        super().check_config(config)
         attends = [kind in _ATTENTION for kind in config.get("layer_types") or ()]
         dense = not config.get("num_local_experts", 1) and all(attends) and len(attends) == config["num_hidden_layers"]
         rotates = config.get("position_embedding_type") == "rope"

@@ -13,6 +13,7 @@ from .base import Architecture
 class _Hunyuan(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """transformers and llama.cpp's converter scale a rotary embedding in the same way only by alpha."""
+        super().check_config(config)
         rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" and not (kind == "dynamic" and rope.get("alpha")):

@@ -17,6 +17,7 @@ _CONVOLUTION, _ATTENTION = "conv", "full_attention"
 class _Lfm2(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """llama.cpp's graph has no biases, and attends to all positions."""
+        super().check_config(config)
         kinds = config.get("layer_types") or ()
         if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {_CONVOLUTION, _ATTENTION}:
             message = f"the base has layer_types {str(kinds)[:80]!r}, not {_CONVOLUTION} or {_ATTENTION} for each layer"

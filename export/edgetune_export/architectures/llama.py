@@ -10,10 +10,12 @@ from edgetune_runtime.formats.gguf_file import GgufHeader
 from .base import Architecture, biases
 
 
-class _Llama(Architecture):
+class Llama(Architecture):
+    """An architecture with LLaMA's tensors."""
+
     def config_entries(self, header: GgufHeader) -> Mapping[str, Any]:
         """Those of all, and the biases."""
         return {**super().config_entries(header), **biases(header)}
 
 
-ARCHITECTURE = _Llama("llama", ("llama",), "Llama", interleaves_rows=True, frequency_tensor="rope_freqs.weight")
+ARCHITECTURE = Llama("llama", ("llama",), "Llama", interleaves_rows=True, frequency_tensor="rope_freqs.weight")

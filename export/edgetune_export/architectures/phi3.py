@@ -21,6 +21,7 @@ _LINEAR_MODULES = (
 class _Phi3(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """transformers reads neither scaled nor partial rotary embeddings from a GGUF file."""
+        super().check_config(config)
         rope = {**config, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
         if rope.get("long_factor") or rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise self._unsupported()

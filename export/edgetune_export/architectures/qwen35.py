@@ -21,6 +21,7 @@ _READS_VALUES = "ssm_out.weight"
 class _Qwen35(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """IncompatibleError for layers of other kinds, and for value heads that are not a multiple of the key heads."""
+        super().check_config(config)
         kinds = config.get("layer_types") or ()
         if len(kinds) != config["num_hidden_layers"] or not {*kinds} <= {_RECURRENT, _ATTENTION}:
             message = f"the base has layer_types {str(kinds)[:80]!r}, not {_RECURRENT} or {_ATTENTION} for each layer"

@@ -15,6 +15,7 @@ _WITHOUT_ROTATION = 4
 class _SmolLM3(Architecture):
     def check_config(self, config: Mapping[str, Any]) -> None:
         """GGUF files store neither layers without rotary embedding nor sliding windows; llama.cpp assumes defaults."""
+        super().check_config(config)
         layers = int(config.get("num_hidden_layers") or 0)
         usual = [int(self.rotates(layer)) for layer in range(layers)]
         no_rope = config.get("no_rope_layers")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +11,13 @@ import pytest
 from edgetune_export import architectures
 from edgetune_export.architectures.layout import name_map
 from edgetune_export.architectures.shape import linear_modules
+from edgetune_export.base_file.convert import convert_folder
+from edgetune_export.hf_folder import CONFIG_NAME, read_config
 from edgetune_runtime.errors import IncompatibleError
 from edgetune_runtime.formats.gguf_file import GgufHeader, read_header
 from tiny import ARCHITECTURES
+
+from edgetune.bases.folder_header import predict_header
 
 
 def header_of(name: str) -> GgufHeader:
@@ -99,6 +105,44 @@ def test_a_gemma4_that_llama_cpp_would_compute_in_another_way_is_refused(changes
     architectures.known()["gemma4"].check_config(config)
     with pytest.raises(IncompatibleError, match=f"{told}.*; use the text part of a Gemma 4 E2B or E4B"):
         architectures.known()["gemma4"].check_config(config | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("llama", "hidden_act", "gelu"),
+        ("mistral", "hidden_act", "gelu"),
+        ("qwen2", "use_sliding_window", True),
+        ("phi3", "hidden_act", "relu"),
+        ("gemma3", "hidden_activation", "silu"),
+        ("gemma3", "query_pre_attn_scalar", 256),
+        ("gemma3", "layer_types", ["sliding_attention"] * 6),
+    ],
+)
+def test_a_setting_that_llama_cpp_does_not_read_is_refused(
+    name: str, setting: str, value: object, tiny_folder: Callable[[str], Path]
+) -> None:
+    config, known = read_config(tiny_folder(name)), architectures.known()[name]
+    known.check_config(config)
+    with pytest.raises(IncompatibleError, match=f"the base has {setting} .* is not supported for .*; use a base with"):
+        known.check_config({**config, setting: value})
+
+
+@pytest.mark.parametrize(("layers", "width", "scalar"), [(26, 1152, 256), (62, 5376, 168)])
+def test_the_scale_of_queries_of_a_gemma3_of_27b_is_another(layers: int, width: int, scalar: int) -> None:
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": 32, "sliding_window": 512}
+    architectures.known()["gemma3"].check_config({**sizes, "query_pre_attn_scalar": scalar})
+
+
+def test_the_context_of_a_mistral_ends_with_its_window(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, forked_converter: None
+) -> None:
+    folder = shutil.copytree(tiny_folder("mistral"), tmp_path / "windowed")
+    config = {**read_config(folder), "sliding_window": 128}
+    (folder / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
+    convert_folder(folder, tmp_path / "windowed.gguf")
+    for header in (predict_header(folder), read_header(tmp_path / "windowed.gguf")):
+        assert header.metadata["llama.context_length"] == 128
 
 
 @pytest.mark.parametrize("name", architectures.names())
