@@ -60,6 +60,9 @@ training and on a board, only the rows of the tokens that occur are in memory. A
 without layers that predict drafts (MTP): llama.cpp's converter leaves them out with `--no-mtp`, as a build does with a
 folder or a hub id.
 
+Rotary embeddings may be scaled linearly or as in Llama 3; YaRN and LongRoPE are refused. llama.cpp does not use the
+sliding window of a Mistral, so the context of a folder that has one ends with the window.
+
 What was tried was trained, exported, compared and run with the real weights. The rest was tested only as tiny models
 with random weights, through the same converter, libraries and engines.
 
