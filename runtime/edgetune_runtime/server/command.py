@@ -125,7 +125,8 @@ def _log(options: argparse.Namespace, manifest: Manifest) -> AnswerLog | None:
 
 def _limits(options: argparse.Namespace) -> ServerLimits:
     values = {field.name: getattr(options, field.name) for field in fields(ServerLimits)}
-    wrong = [name for name, value in values.items() if value < (0 if name in ("waiting", "grace_s") else 1)]
+    # Nothing is smaller than NaN.
+    wrong = [name for name, value in values.items() if not value >= (0 if name in ("waiting", "grace_s") else 1)]
     if wrong:
         flags = ", ".join(f"--max-{name.replace('_', '-')} {values[name]}" for name in wrong)
         raise UsageError(f"too small: {flags}", "give a larger number")

@@ -123,6 +123,7 @@ def test_states_are_computed_at_the_start_if_the_bundle_or_an_option_says_so(
         (["--allow-origin", "https://münchen.de"], "such as https://example.org or https://xn--mnchen-3ya.de"),
         (["--allow-origin", "http://"], "origin 'http://' is not a scheme and host"),
         (["--max-answers", "0"], "--max-answers 0"),
+        (["--max-request-s", "nan", "--max-grace-s", "nan"], "too small: --max-request-s nan, --max-grace-s nan"),
         (["--engine", "onnx"], "onnx"),
     ],
 )
