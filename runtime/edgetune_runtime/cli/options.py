@@ -165,7 +165,7 @@ def opening_options(options: argparse.Namespace) -> RuntimeOptions:
         "learn_drafts": options.learn_drafts,
         "preflight": not options.no_preflight,
         "trusted_keys": options.trusted_keys,
-        "preload": ALL if options.preload == [ALL] else options.preload,
+        "preload": ALL if ALL in options.preload else options.preload,
         "defer_to": _defer_to(options),
     }
     return cast("RuntimeOptions", opening | sizes)

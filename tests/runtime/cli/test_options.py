@@ -42,6 +42,7 @@ def test_a_grammar_is_read_from_its_file(tmp_path: Path) -> None:
         (["--learn-drafts", "memory"], "learn_drafts", "memory", "off"),
         (["--preload", "a", "--preload", "b"], "preload", ["a", "b"], []),
         (["--preload", "all"], "preload", ALL, []),
+        (["--preload", "all", "--preload", "one"], "preload", ALL, []),
         (["--priority", "low"], "priority", "low", "normal"),
         (["--no-repack"], "repack", False, None),
         (["--repack"], "repack", True, None),
