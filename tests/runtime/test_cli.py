@@ -170,6 +170,16 @@ def test_chat_answers_with_the_adapter_in_use(
     assert (code, [json.loads(line)["text"] for line in out.splitlines()]) == (0, expected)
 
 
+def test_chat_answers_all_lines_where_one_is_not_utf_8(
+    run: Run, bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = PROMPT.encode(), b"stop\xff", PROMPT.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n/new\n".join(lines)), encoding="utf-8"))
+    code, out, _ = run("chat", bundle, "--max-tokens", 4, "--json")
+    expected = [runtime.generate(text, max_tokens=4).text for text in (PROMPT, "stop\ufffd", PROMPT)]
+    assert (code, [json.loads(line)["text"] for line in out.splitlines()]) == (0, expected)
+
+
 def test_chat_keeps_a_history_for_each_adapter(run: Run, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [PROMPT, "/use tone", PROMPT, PROMPT, "/base", PROMPT, "/new", PROMPT]
     _, out, _ = chat(run, monkeypatch, "\n".join(lines), bundle, "--max-tokens", 4, "--json")

@@ -49,8 +49,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0 or the exit code of the error, which is printed to standard error in one line."""
     end_on_interrupt()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     options = make_parser().parse_args(arguments)
     try:
         with _logging(debug=options.debug):
