@@ -276,6 +276,7 @@ def test_each_error_is_one_line_with_its_exit_code(run: Run, bundle: Path, tmp_p
         (2, ("generate", bundle, *prompt, "--max-tokens", "many")),
         (2, ("generate", bundle, *prompt, "--max-tokens", "0")),
         (2, ("generate", bundle, *prompt, "--adapter", "tone=loud")),
+        (2, ("generate", bundle, *prompt, "--adapter", "tone", "--adapter", "tone=0.2")),
         (2, ("classify", bundle, *prompt)),
         (2, ("generate", bundle, *prompt, "--engine", "onxx")),
         (2, ()),

@@ -150,6 +150,8 @@ def adapter_choice(runtime: Runtime, choices: Sequence[str]) -> str | dict[str, 
     scales: dict[str, float] = {}
     for choice in choices:
         name, equals, scale = choice.partition("=")
+        if name in scales:
+            raise UsageError(f"adapter {name!r} is given twice", "leave one out")
         try:
             scales[name] = float(scale) if equals else runtime.manifest.adapter(name).scale
         except ValueError as error:
