@@ -174,5 +174,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         problem = RequestError(f"no route {path}", "see the API's documentation", status=404)
     else:
-        problem = RequestError(f"{method} {path} is not possible", "use another method", status=error.status_code)
-    return error_response(problem, path)
+        allowed = (error.headers or {}).get("Allow", "another method")
+        problem = RequestError(f"{method} {path} is not possible", f"use {allowed}", status=error.status_code)
+    response = error_response(problem, path)
+    response.headers.update(error.headers or {})
+    return response

@@ -85,7 +85,9 @@ def test_unknown_paths_and_methods_are_refused_in_the_shape_of_the_api(server: R
     assert server.client.post("/api/create", json={}).json() == {
         "error": "no route /api/create; see the API's documentation"
     }
-    assert server.client.get("/api/chat").status_code == 405
+    wrong = server.client.get("/api/chat")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"] == "GET /api/chat is not possible; use POST"
     for path in ("/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/../../etc/passwd", "/v1/models/..%5c..%5cx"):
         assert server.client.get(path).status_code == 404
     counted = server.client.get("/metrics").text
