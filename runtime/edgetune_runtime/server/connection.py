@@ -43,7 +43,7 @@ class BodyReader:
 
 async def _read(request: Request, limits: ServerLimits) -> bytes:
     encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    if encoding.lower() != "identity":
         raise RequestError(f"Content-Encoding {encoding!r} is not supported", "send plain JSON", status=415)
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limits.body_bytes:

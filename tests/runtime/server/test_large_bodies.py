@@ -94,9 +94,11 @@ def test_the_time_of_a_request_begins_with_its_first_byte(start: Start) -> None:
 
 
 def test_a_compressed_body_is_refused(start: Start) -> None:
-    headers = {"Content-Encoding": "gzip"}
-    response = httpx.post(f"{start().url}/v1/chat/completions", content=gzip.compress(b"{}"), headers=headers)
+    server, headers = start(), {"Content-Encoding": "gzip"}
+    response = httpx.post(f"{server.url}/v1/chat/completions", content=gzip.compress(b"{}"), headers=headers)
     assert (response.status_code, response.json()["error"]["type"]) == (415, "invalid_request_error")
+    plain = httpx.post(f"{server.url}/v1/chat/completions", content=b"{}", headers={"Content-Encoding": "Identity"})
+    assert plain.status_code == 400
 
 
 def test_few_large_bodies_are_there_at_once(start: Start) -> None:
