@@ -138,8 +138,11 @@ class _StreamThread:
         self._reader.task = asyncio.current_task()
         piece = await self._pieces.get()
         self._room.release()
-        if piece is None and self._error is not None:
-            raise self._error
+        if piece is None:
+            # Other tasks may read the stream too.
+            self._pieces.put_nowait(None)
+            if self._error is not None:
+                raise self._error
         return piece
 
     async def stop(self) -> None:

@@ -46,6 +46,21 @@ def test_an_awaited_answer_and_a_stream_are_those_of_the_runtime(bundle: Path) -
     asyncio.run(main())
 
 
+def test_tasks_that_share_a_stream_all_come_to_its_end(bundle: Path) -> None:
+    async def main() -> None:
+        async with opened(bundle) as runtime:
+            stream = runtime.stream(PROMPT, max_tokens=8)
+            async with asyncio.timeout(10):
+                answers = await asyncio.gather(*(stream.read() for _ in range(3)))
+            assert answers == [stream.answer] * 3
+            failing = runtime.stream(PROMPT, adapter="tome")
+            async with asyncio.timeout(10):
+                errors = await asyncio.gather(failing.read(), failing.read(), return_exceptions=True)
+            assert all(isinstance(error, NotFoundError) for error in errors)
+
+    asyncio.run(main())
+
+
 def test_answers_of_several_tasks_are_those_of_each_alone(bundle: Path) -> None:
     async def main() -> None:
         async with opened(bundle, contexts=2) as runtime:
