@@ -294,10 +294,30 @@ def test_the_page_asks_for_the_key_and_says_when_it_is_wrong(start: Start, visit
     key.fill("wrong")
     key.press("Enter")
     expect(page.get_by_role("alert")).to_have_text("That key is wrong.")
+    key.fill("\u201c" + KEY)
+    key.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("non ISO-8859-1 code point")
+    page.reload()
+    expect(page.get_by_role("alert")).to_contain_text("non ISO-8859-1 code point")
     key.fill(KEY)
     key.press("Enter")
     expect(page.get_by_role("textbox", name="Prompt")).to_be_visible()
     expect(key).to_be_hidden()
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [(503, '{"error":"busy; try again"}', "busy; try again"), (502, "<h1>", "The server answers with status 502.")],
+)
+def test_a_bundle_that_does_not_come_is_explained(
+    status: int, body: str, told: str, start: Start, visit: Visit
+) -> None:
+    page = visit(start())
+    page.route("**/edgetune/bundle", lambda route: route.fulfill(status=status, body=body))
+    page.reload()
+    expect(page.locator("#about")).to_have_text(told)
+    expect(page.locator("h1")).to_have_text("edgetune")
 
 
 @needs_browser
