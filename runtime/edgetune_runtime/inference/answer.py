@@ -17,6 +17,8 @@ from edgetune_runtime.tools.calls import ToolCall
 from .lifetime import Lifetime
 from .routing.router import Route
 
+COMPLETE = ("end", "stop")
+"""Reasons to stop of an answer that is complete: the end of the turn, or a stop text."""
 CLOSED_EARLY = ("the stream was closed before its end", "read it to its end first")
 """Message and remedy of the UsageError for a stream that has no answer."""
 STILL_OPEN = ("a stream of this session is still open", "read it to its end or close it first")
@@ -92,8 +94,8 @@ class Answer:
 
     @property
     def is_cut_off(self) -> bool:
-        """Whether the text is incomplete: it ended neither with the turn nor with a stop text."""
-        return self.stop_reason not in ("end", "stop")
+        """Whether the text is incomplete."""
+        return self.stop_reason not in COMPLETE
 
     @property
     def was_stopped(self) -> bool:

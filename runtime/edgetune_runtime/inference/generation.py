@@ -16,7 +16,7 @@ from edgetune_runtime.serving.jobs import PromptJob
 from edgetune_runtime.text.sampling import REPEAT_WINDOW, Sampler, Sampling, sampling_of
 from edgetune_runtime.text.stream import TextStream
 
-from .answer import Answer, Outcome, Timings
+from .answer import COMPLETE, Answer, Outcome, Timings
 from .call import Call
 from .confidence import confidence, kind_of, log_chance, log_odds
 
@@ -117,7 +117,7 @@ class _Answering:
             context.truncate(len(job.tokens) + self._count)
         yield from self._push(self._text.finish())
         if self._content is not None:
-            yield from filter(None, [self._content.finish()])
+            yield from filter(None, [self._content.finish(is_cut_off=self._reason not in COMPLETE)])
 
     def answer(self) -> Answer:
         """The whole answer, after the last piece."""
@@ -136,7 +136,8 @@ class _Answering:
             drafted=self._drafted,
         )
         text = "".join(self._pieces)
-        content, calls = (text, ()) if self._reader is None else self._reader.read(text)
+        is_cut_off = self._reason not in COMPLETE
+        content, calls = (text, ()) if self._reader is None else self._reader.read(text, is_cut_off=is_cut_off)
         logprobs = None if self._record is None else tuple(self._record.tokens[: self._count])
         output = self._call.output
         answer = Answer(text, self._count, timings, self._reason, output, logprobs, calls, content, self._call.route)

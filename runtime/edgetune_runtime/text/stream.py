@@ -30,14 +30,15 @@ class TextStream:
             self.stopped = True
             self._held = ""
             return held[: min(positions)]
-        keep = 0 if final else self._partial_stop(held)
+        keep = 0 if final else partial_length(held, self._stop)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]
 
-    def _partial_stop(self, text: str) -> int:
-        """Length of the longest suffix of `text` that is the start of a stop text."""
-        longest = max(map(len, self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+
+def partial_length(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest suffix of `text` that is the start of a stop text."""
+    longest = max(map(len, stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0

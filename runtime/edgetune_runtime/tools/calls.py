@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgetune_runtime.text.json_text import FINITE
-from edgetune_runtime.text.stream import TextStream
+from edgetune_runtime.text.stream import TextStream, partial_length
 
 from . import escaped
 from .formats import CallFormat, Placeholder
@@ -58,9 +58,9 @@ class CallReader:
     marks: Mapping[int, bytes] = field(default_factory=dict)
     names: frozenset[str] | None = None
 
-    def read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    def read(self, text: str, *, is_cut_off: bool = False) -> tuple[str, tuple[ToolCall, ...]]:
         """What an answer says beside its calls, and the calls; one that was cut off is not among them."""
-        begin = self._begin(text)
+        begin = self._begin(text, is_cut_off=is_cut_off)
         if begin is None:
             return text, ()
         calls: list[ToolCall] = []
@@ -80,14 +80,17 @@ class CallReader:
         """A new stream of what an answer says beside its calls."""
         return ContentStream(self.form) if self.names is None else CallsOrJson(self)
 
-    def _begin(self, text: str) -> int | None:
-        """Where the calls begin; None if there are none."""
-        if self.form.marker and self.names is not None:
-            return len(text) - len(text.lstrip()) if text.lstrip().startswith(self.form.marker) else None
-        if self.form.marker:
-            place = text.find(self.form.marker)
-            return place if place >= 0 else None
-        return 0 if text.startswith(self.form.begin[:1]) else None
+    def _begin(self, text: str, *, is_cut_off: bool) -> int | None:
+        """Where the calls begin, in an answer that is cut off maybe with a part of the marker; None if nowhere."""
+        marker = self.form.marker
+        if not marker:
+            return 0 if text.startswith(self.form.begin[:1]) else None
+        part = partial_length(text, (marker,)) if is_cut_off else 0
+        if self.names is not None:
+            first = len(text) - len(text.lstrip())
+            return first if text.startswith(marker, first) or first + part == len(text) > first else None
+        place = text.find(marker)
+        return place if place >= 0 else len(text) - part if part else None
 
     def _call(self, text: str, at: int) -> tuple[ToolCall, int] | None:
         """The call at this place, and where it ends."""
@@ -126,9 +129,10 @@ class ContentStream:
         self._spaces = "" if self._text.stopped else text[len(shown) :]
         return shown
 
-    def finish(self) -> str:
-        """The text that was held back, after the last piece."""
-        return self._spaces + self._text.finish()
+    def finish(self, *, is_cut_off: bool = False) -> str:
+        """The text that was held back, after the last piece; nothing of a marker that is cut off."""
+        part = self._text.finish()
+        return "" if part and is_cut_off else self._spaces + part
 
 
 class CallsOrJson:
@@ -149,9 +153,9 @@ class CallsOrJson:
         self._is_json = bool(marker and begun) and not begun.startswith(marker[: len(begun)])
         return self._held if self._is_json else ""
 
-    def finish(self) -> str:
-        """The text that was held back, after the last piece."""
-        return "" if self._is_json else self._reader.read(self._held)[0]
+    def finish(self, *, is_cut_off: bool = False) -> str:
+        """The text that was held back, after the last piece; nothing of a marker that is cut off."""
+        return "" if self._is_json else self._reader.read(self._held, is_cut_off=is_cut_off)[0]
 
 
 def _after(text: str, at: int, literal: str) -> int | None:

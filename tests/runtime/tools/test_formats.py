@@ -129,15 +129,19 @@ def test_a_call_that_is_cut_off_is_left_out(family: str) -> None:
 def test_a_stream_shows_the_text_before_the_calls(family: str, size: int) -> None:
     form = template_tools(FAMILIES[family], "<s>", "</s>").format
 
-    def shown(text: str) -> str:
+    def shown(text: str, *, is_cut_off: bool = False) -> str:
         stream = ContentStream(form)
         pieces = [stream.push(text[at : at + size]) for at in range(0, len(text), size)]
-        return "".join([*pieces, stream.finish()])
+        return "".join([*pieces, stream.finish(is_cut_off=is_cut_off)])
 
     texts = ["é < [TOOL <tool_", "One\n\ntwo \n", " \n", "", WRITTEN[family]]
     if form.marker:
         calls = WRITTEN[family]
         texts += [f"Well: {calls} more", f"\n{calls}", f"One \n two\n\n{calls}", f"Well \n {form.marker}"]
+        texts += [f"Well \n {form.marker[:3]}"]
     for text in texts:
-        assert shown(text) == CallReader(form).read(text)[0]
+        for is_cut_off in (False, True):
+            assert shown(text, is_cut_off=is_cut_off) == CallReader(form).read(text, is_cut_off=is_cut_off)[0]
     assert shown(texts[1]) == texts[1]
+    if form.marker:
+        assert (shown(texts[-1]), shown(texts[-1], is_cut_off=True)) == (texts[-1], "Well")

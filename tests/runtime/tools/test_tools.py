@@ -153,6 +153,11 @@ def test_a_call_that_is_cut_off_is_no_call_and_no_error(opened: Runtime) -> None
     assert answer.stop_reason == "length"
     assert (answer.tool_calls, answer.content) == ((), "")
     assert answer.text.startswith("<tool_call>")
+    for more in ({}, {"schema": AREA}):
+        stream = opened.stream("light", tools=TOOLS, tool_choice="set_light", max_tokens=4, **more)
+        shown = "".join(stream)
+        assert stream.answer is not None
+        assert (stream.answer.text, stream.answer.content, shown) == ("<too", "", "")
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -297,7 +302,7 @@ def test_schemas_with_references_can_be_combined(family: str, templated: Callabl
 def test_json_with_the_mark_of_calls_in_it_is_no_call() -> None:
     reader = CallReader(HERMES, names=frozenset(SCHEMAS))
     for text in ('{"area": "<tool_call>"}', '[{"a": 1}]', ""):
-        assert reader.read(text) == (text, ())
+        assert reader.read(text) == reader.read(text, is_cut_off=True) == (text, ())
         assert shown(reader, text) == text
     assert shown(reader, '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>') == ""
     # Without marks, an object is a call only if it names a tool.
