@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune_export import architectures, backends
+from edgetune_export.adapters.fold import find_weights
 from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import GENERATION, Manifest
 from edgetune_runtime.engines.gguf.engine import GgufTokenizer
@@ -165,6 +166,8 @@ def export_trained(
     check_destination(out)
     started = time.monotonic()
     defaults = Recipe.model_fields
+    prompts = systems or {}
+    plans = [_plan_peft(name, folder, targets, prompts.get(name), merged=merged) for name, folder in folders.items()]
     work = work_folder(out)
     with locked(work):
         resolved = bases.resolve(
@@ -176,11 +179,7 @@ def export_trained(
             converter=converter,
         )
         architectures.of(resolved.header).check_header(resolved.header, targets)
-        prompts = systems or {}
-        adapters = [
-            _from_peft_folder(_plan_peft(name, folder, targets, prompts.get(name), merged=merged), folder, resolved)
-            for name, folder in folders.items()
-        ]
+        adapters = [_from_peft_folder(plan, folders[plan.name], resolved) for plan in plans]
         context_length = min(defaults["context_length"].default, trained_context_length(resolved.header))
         spec = BundleSpec(out.name, context_length, targets=targets)
         builder = builders.load(GENERATION)
@@ -222,8 +221,9 @@ def _spec_of(prepared: Prepared[Any], builder: Builder[Any], progress: Progress)
 
 
 def _plan_peft(name: str, folder: Path, targets: tuple[str, ...], system: str | None, *, merged: bool) -> AdapterPlan:
-    """The plan of an adapter that was trained elsewhere."""
+    """The plan of an adapter that was trained elsewhere. Raises what `of_folder` and `find_weights` raise."""
     method, data = MethodSpec.model_validate(methods.of_folder(folder).name), DataSpec(train=BUILT_IN)
+    find_weights(folder)
     spec = AdapterSpec(data=data, method=method, system=system or None, merged=merged)
     return plan_export(name, spec, shapes_in(targets, method.name, method.options, merged=merged))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,20 +50,15 @@ def load(name: str) -> Method[Any]:
 
 
 def of_folder(folder: Path) -> Method[Any]:
-    """The method whose checkpoint is in `folder`, which may come from another PEFT training.
+    """The method whose checkpoint is in `folder`, which may come from another PEFT training, by its config.
 
-    If no method recognizes the folder, this is LoRA, which reports what is wrong with it.
+    If no method recognizes the config, this is LoRA, which reports what is wrong with it. Raises what `read_config`
+    raises.
     """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if isinstance(config, dict):
-        for name in names():
-            method = load(name)
-            if method.wrote(config):
-                return method
-    return load("lora")
+    from edgetune_export.adapters.fold import read_config
+
+    config = read_config(folder)
+    return next((method for method in map(load, names()) if method.wrote(config)), load("lora"))
 
 
 def shape_for(

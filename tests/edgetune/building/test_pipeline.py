@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from edgetune_export import parity
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import Manifest, read_manifest, sha256_of, verify_files
-from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
+from edgetune_runtime.errors import IncompatibleError, NotFoundError, UsageError, VerificationError
 from edgetune_runtime.formats.gguf_file import read_header
 from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.sizing.needs import needs_of_bundle
@@ -468,6 +469,14 @@ def test_an_adapter_of_another_base_is_refused(tiny_gguf: Callable[[str], Path],
         export_trained(str(tiny_gguf("llama")), {"other": adapter}, tmp_path / "home", progress=QUIET)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "home").exists()
+
+
+def test_a_folder_without_weights_ends_an_export_before_its_base_is_read(peft_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(peft_folder, tmp_path / "copy")
+    (copy / "adapter_model.safetensors").unlink()
+    with pytest.raises(NotFoundError, match=f"^{copy} has no adapter_model.safetensors; "):
+        export_trained("nowhere", {"other": copy}, tmp_path / "home", progress=QUIET)
+    assert [*tmp_path.iterdir()] == [copy]
 
 
 def test_an_export_maps_the_base_where_memory_is_short(
