@@ -122,6 +122,9 @@ def _records(name: str, rows: object) -> Iterable[object]:
         raise UsageError(f"{name} is {shown(rows)}, not rows", _REMEDY)
     pandas = sys.modules.get("pandas")
     if pandas is not None and isinstance(rows, pandas.DataFrame):
+        if not rows.columns.is_unique:
+            twice = rows.columns[rows.columns.duplicated()][0]
+            raise UsageError(f"{name} has two columns {shown(twice)}", "rename or drop one")
         records: list[object] = rows.astype(object).where(rows.notna(), None).to_dict("records")
         return records
     return with_label_names(rows) if hasattr(rows, "features") else rows

@@ -102,6 +102,7 @@ def failing() -> Iterator[dict[str, str]]:
         ([], r"adapters.intent.data.train has no rows"),
         ([ROWS[0], {"text": "stop"}, {"text": "", "label": "media"}], r"train row 3: text is empty"),
         ([{"text": "play", "label": float("nan")}], r"train row 1: not JSON: NaN is not a JSON number"),
+        (pd.DataFrame([["a", "b", "c"]], columns=["text", "label", "label"]), r"train has two columns 'label'; rename"),
         ([{"x": 1}], r"train row 1: has none of messages, prompt and completion"),
     ],
 )
