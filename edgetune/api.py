@@ -113,6 +113,11 @@ def export(
 
     Raises EdgetuneError if an adapter does not belong to the base or its exported file does not match it.
     """
+    if not adapters:
+        raise UsageError("adapters is empty", "give at least one folder saved by PEFT, by its adapter's name")
+    targets = _names(targets)
+    if not targets:
+        raise UsageError("targets is empty", f"give at least one format, of: {', '.join(backends.names())}")
     for name in adapters:
         if not NAME_PATTERN.fullmatch(name):
             message = f"adapters: the name {name!r} may contain only a-z, 0-9, _ and -, up to 100"
@@ -281,10 +286,10 @@ def compare(
     request = Request(
         recipe=Path(recipe) if isinstance(recipe, str | os.PathLike) else save_recipe(_recipe(recipe), saved),
         task=task,
-        methods=methods,
+        methods=_names(methods),
         out=folder,
         ranks=ranks,
-        targets=targets,
+        targets=None if targets is None else _names(targets),
         settings=settings or {},
         data=None if data is None else save_source(_source("data", data), saved),
         limit=limit,
@@ -302,6 +307,11 @@ def _recipe(recipe: AnyRecipe) -> Recipe:
 
 def _source(name: str, data: AnyRows) -> str | Rows:
     return os.fspath(data) if isinstance(data, str | os.PathLike) else Rows.of(name, data)
+
+
+def _names(names: Sequence[str]) -> Sequence[str]:
+    """Several names, or one, which Python takes for a sequence of letters."""
+    return (names,) if isinstance(names, str) else names
 
 
 def _check_engine(engine: str) -> None:

@@ -250,7 +250,7 @@ def test_the_lock_of_a_process_that_was_killed_is_free_and_its_temporary_files_g
 def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
     events, recipe = Recorder(), recipe_of(tiny_gguf("llama"), max_steps=2, evals=1)
     result = edgetune.compare(
-        recipe, "reply", ["lora"], tmp_path / "out", ranks=[2], data=LIGHTS[:2], on_progress=events
+        recipe, "reply", "lora", tmp_path / "out", targets="gguf", ranks=[2], data=LIGHTS[:2], on_progress=events
     )
     assert [(outcome.name, outcome.status) for outcome in result.outcomes] == [("lora-r2", "done")]
     assert result.rows == 2
@@ -266,6 +266,10 @@ def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path
         ),
         ({"systems": {"b": "x"}}, "systems: no adapter 'b'; choose one of: a"),
         ({"targets": ["ggfu"]}, "no format 'ggfu'; did you mean 'gguf'?"),
+        ({"targets": "ggfu"}, "no format 'ggfu'; did you mean 'gguf'?"),
+        ({"targets": ()}, "targets is empty; give at least one format, of: gguf, onnx"),
+        ({"adapters": {}}, "adapters is empty; give at least one folder saved by PEFT"),
+        ({}, "x is not a PEFT adapter: it has no adapter_config.json; use a folder"),
     ],
 )
 def test_a_wrong_request_of_an_export_is_one_error(changes: Mapping[str, Any], message: str) -> None:
