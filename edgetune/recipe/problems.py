@@ -210,7 +210,9 @@ def explain(
     options = {tuple(key.split(".")): flag for key, flag in flags.items()}
     lines = []
     for loc, problem in problems.items():
-        option = next((key for key in options if loc[: len(key)] == key), None)
+        # What the file does not have, the option of a value in it has added.
+        added = loc and value_at(loc, document.values) is None
+        option = next((key for key in options if loc[: len(key)] == key or (added and key[: len(loc)] == loc)), None)
         if option is not None:
             name = "" if loc == option else f"{'.'.join(map(str, loc))}: "
             lines.append((0, 0, f"{options[option]}: {name}{problem}"))
@@ -233,7 +235,7 @@ def _suggested_key(name: str, keys: Sequence[str]) -> str:
 
 def shown(value: object) -> str:
     """`value` for an error message: one line, shortened if long."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else " ".join(repr(value).split())
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 

@@ -305,10 +305,12 @@ def test_a_size_is_not_chosen_among_quantizations_that_onnx_stores_alike(
 
 def test_problems_of_overrides_and_of_the_file_come_together(write: Write) -> None:
     path = write(GOOD.replace("epochs: 2", "epochs: two"))
-    lines = problems_of(path, {"threads": "many", "adapters.x.scale": 1})
-    assert lines == [
+    settings = {"threads": "many", "adapters.x.scale": 1, "trainig.epochs": 3, "adapters.command.methodd.r": 3}
+    assert problems_of(path, settings) == [
         "--set adapters.x.scale: no adapter 'x'; choose one of: command, intent",
         "--set threads: 'many' is not an integer",
+        "--set adapters.command.methodd.r: adapters.command.methodd: unknown key; did you mean 'method'?",
+        "--set trainig.epochs: trainig: unknown key; did you mean 'training'?",
         "3: training.epochs: 'two' is not a number",
     ]
 
