@@ -118,6 +118,8 @@ def _mappings(name: str, rows: object) -> Iterator[dict[str, Any]]:
 
 
 def _records(name: str, rows: object) -> Iterable[object]:
+    if isinstance(rows, Mapping) and any(hasattr(split, "features") for split in rows.values()):
+        raise UsageError(f"{name} is a dataset with splits, not rows", f"give one of them: {', '.join(map(str, rows))}")
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise UsageError(f"{name} is {shown(rows)}, not rows", _REMEDY)
     pandas = sys.modules.get("pandas")
