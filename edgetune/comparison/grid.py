@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from edgetune import methods
 from edgetune.common.digests import key_of
+from edgetune.common.spread import check_limit
 from edgetune.methods.lora import alpha_at
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import MethodSpec
@@ -138,6 +139,7 @@ def _check_lists(request: Request) -> None:
     for rows in request.rows:
         if rows < 1:
             raise UsageError(f"--rows: {rows} is not a number of training rows", "use whole numbers of at least 1")
+    check_limit(request.limit)
     check_set_once(request.settings, _keys_of_flags(request))
 
 

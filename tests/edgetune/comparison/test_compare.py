@@ -345,6 +345,7 @@ def test_a_method_that_no_format_holds_is_refused_without_training(request_of: C
         ({"task": "light"}, "--task: no task 'light'; did you mean 'lights'?"),
         ({"task": "zzz"}, "--task: no task 'zzz'; choose one of: lights, other"),
         ({"ranks": (4, 0)}, "--ranks: 0 is not a rank; use whole numbers of at least 1"),
+        ({"limit": 0}, "a limit of 0 rows leaves nothing to score; use at least 1"),
         ({"settings": {"lora.r": "4"}}, "--ranks and --set lora.r are both given, and set the same; keep one"),
         ({"settings": {"lora.rank": "4"}}, "--ranks and --set lora.rank are both given, and set the same; keep one"),
         (
