@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,12 @@ ENGINES = ("local", "ray")
 """Where the trainings of a build and the trials of a comparison can run."""
 AnyRows = Any
 """A file, a hub id, or rows: a list or iterator of mappings, a pandas DataFrame or a datasets.Dataset."""
+# Of transformers and PEFT, about what edgetune does on purpose or cannot change; pyproject.toml gives the reasons.
+_UNHELPFUL_WARNINGS = {
+    "`is_gradient_checkpointing` is deprecated": FutureWarning,
+    "Could not find a config file in": UserWarning,
+    "OLoRA changes the base weights": UserWarning,
+}
 
 
 def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
@@ -74,20 +81,19 @@ def build(
     cannot be built, if another build uses `<out>.work`, and if an exported file does not match the trained model. `out`
     is then unchanged.
     """
+    check_engine(engine)
+    if into is not None and out is not None:
+        raise UsageError("--into and --out are both given, and name the bundle", "keep one")
+    loaded = _recipe(recipe)
     from .building import pipeline  # noqa: PLC0415 - torch
 
-    loaded = _recipe(recipe)
-    _check_engine(engine)
-    if into is not None and out is not None:
-        raise UsageError("into and out are two bundles", "give one of them")
     folder = Path(into or out or loaded.default_out)
     with _interruptible():
-        progress, checkout = Progress(on_progress), None if converter is None else Path(converter)
         return pipeline.build(
             loaded,
             folder,
-            progress=progress,
-            converter=checkout,
+            progress=Progress(on_progress),
+            converter=_script_of(converter),
             resume=resume,
             into=into is not None,
             on_cluster=engine == "ray",
@@ -140,7 +146,7 @@ def export(
             merged=merged,
             targets=tuple(targets),
             progress=Progress(on_progress),
-            converter=None if converter is None else Path(converter),
+            converter=_script_of(converter),
         )
 
 
@@ -245,7 +251,7 @@ def rebase(
             progress=Progress(on_progress),
             margin=margin,
             without_worse=without_worse,
-            converter=None if converter is None else Path(converter),
+            converter=_script_of(converter),
         )
 
 
@@ -279,7 +285,7 @@ def compare(
     from .comparison.sweep import check_folder  # noqa: PLC0415
     from .comparison.sweep import compare as run  # noqa: PLC0415
 
-    folder = Path(out)
+    runner, folder = _runner(engine), Path(out)
     check_folder(folder)
     # Each trial is a process, which reads files.
     saved = folder / "recipe"
@@ -296,7 +302,7 @@ def compare(
         rows=rows,
     )
     with _interruptible():
-        return run(request, _runner(engine), Progress(on_progress))
+        return run(request, runner, Progress(on_progress))
 
 
 def _recipe(recipe: AnyRecipe) -> Recipe:
@@ -314,7 +320,15 @@ def _names(names: Sequence[str]) -> Sequence[str]:
     return (names,) if isinstance(names, str) else names
 
 
-def _check_engine(engine: str) -> None:
+def _script_of(converter: str | Path | None) -> Path | None:
+    """The script of the given converter; NotFoundError if it has none, also where the base needs no conversion."""
+    from edgetune_export.base_file.convert import find_converter  # noqa: PLC0415 - numpy
+
+    return None if converter is None else find_converter(Path(converter))
+
+
+def check_engine(engine: str) -> None:
+    """UsageError for a place where nothing can run, IncompatibleError if what it needs is missing."""
     if engine not in ENGINES:
         raise UsageError(f"--engine: no engine {engine!r}", f"choose one of: {', '.join(ENGINES)}")
     if engine == "ray":
@@ -322,7 +336,7 @@ def _check_engine(engine: str) -> None:
 
 
 def _runner(engine: str) -> Run:
-    _check_engine(engine)
+    check_engine(engine)
     from .comparison import engines  # noqa: PLC0415 - numpy
 
     return engines.run_on_ray if engine == "ray" else engines.run_here
@@ -330,8 +344,14 @@ def _runner(engine: str) -> Run:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt, with the same message, for work that the user stopped and that was saved."""
+    """Raise KeyboardInterrupt, with the same message, for work that the user stopped and that was saved.
+
+    Warnings of libraries that no user can act on are ignored.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            for message, category in _UNHELPFUL_WARNINGS.items():
+                warnings.filterwarnings("ignore", message, category)
+            yield
     except CancelledError as error:
         raise KeyboardInterrupt(str(error)) from error

@@ -87,6 +87,7 @@ def build(
     With --into, the base and the other adapters of the bundle stay as they are, and so does its router if the recipe
     has no route.
     """
+    from edgetune.api import check_engine
     from edgetune.common.progress import Progress
     from edgetune.proposal.files import is_data
     from edgetune.proposal.writing import recipe_to_build
@@ -103,6 +104,7 @@ def build(
     given |= {f"training.{key}": value for key, value in training.items()}
     changes, flags = settings_of(settings), {key: f"--{key.rpartition('.')[2]}" for key in given}
     check_set_once(changes, {flag: [key] for key, flag in flags.items()})
+    check_engine(engine)
     path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
     loaded = _load(path, changes | given, flags, training)
     result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -141,6 +142,15 @@ def test_a_build_of_rows_in_memory_has_a_bundle_figures_and_losses(built: tuple[
         assert runtime.generate(LIGHTS[0]["prompt"], adapter="reply", max_tokens=3).text
 
 
+def test_a_build_warns_of_nothing_that_its_user_cannot_change(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_gguf("llama"), max_steps=1, evals=1)
+    recipe["adapters"]["reply"]["method"] = "olora"
+    with warnings.catch_warnings():
+        for category in (FutureWarning, UserWarning):
+            warnings.simplefilter("error", category)
+        edgetune.build(recipe, tmp_path / "home", on_progress=Recorder())
+
+
 def test_events_have_steps_messages_and_losses(built: tuple[edgetune.Build, Recorder]) -> None:
     _, recorder = built
     assert any(event.message.startswith("needs memory about ") and not event.step for event in recorder.events)
@@ -269,6 +279,7 @@ def test_compare_takes_rows_in_memory(tiny_gguf: Callable[[str], Path], tmp_path
         ({"targets": "ggfu"}, "no format 'ggfu'; did you mean 'gguf'?"),
         ({"targets": ()}, "targets is empty; give at least one format, of: gguf, onnx"),
         ({"adapters": {}}, "adapters is empty; give at least one folder saved by PEFT"),
+        ({"converter": "/nowhere"}, "/nowhere has no convert_hf_to_gguf.py; use a llama.cpp checkout"),
         ({}, "x is not a PEFT adapter: it has no adapter_config.json; use a folder"),
     ],
 )

@@ -244,6 +244,8 @@ def test_build_makes_the_recipe_of_a_data_file_and_keeps_it_for_the_next_build(
 ) -> None:
     data, out, kept = recipe.parent / "tone.jsonl", recipe.parent / "build/Home", recipe.parent / "build/Home.yaml"
     flags = ("--out", out, "--base", tiny_gguf("llama"), "--set", "training.precision=fp32")
+    assert_is_one_error(run("build", data, *flags, "--engine", "spark"), 2, "--engine: no engine 'spark'")
+    assert not kept.exists()
     code, _, err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1", "--json")
     assert code == 0, err
     assert f"made the recipe {kept}" in err
@@ -490,7 +492,9 @@ def test_into_adds_an_adapter_to_a_bundle(built: Built, run: Run, recipe: Path, 
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("  tone:", "  mood:"), encoding="utf-8")
     code, out, _ = run("build", recipe, "--into", home, "--quiet", "--json")
     assert (code, json.loads(out)["bundle"], list(json.loads(out)["adapters"])) == (0, str(home), ["reply", "mood"])
-    assert run("build", recipe, "--into", home, "--out", tmp_path / "other")[0] == 2
+    assert_is_one_error(
+        run("build", recipe, "--into", home, "--out", tmp_path / "other"), 2, "--into and --out are both given"
+    )
     assert_is_one_error(
         run("build", tmp_path / "tone.jsonl", "--into", home), 2, "--into needs a recipe; write one for"
     )
