@@ -48,7 +48,7 @@ def plan_data(
     `outputs` are the output constraints of the tasks, `texts` those of continued pretraining. Raises the errors of
     `needs.check`.
     """
-    adapters = {task.name: _with_data(plan.adapters[task.name], task, outputs[task.name], plan.width) for task in tasks}
+    adapters = {task.name: _with_data(plan, task, outputs[task.name]) for task in tasks}
     plan = replace(
         plan.with_adapters(adapters), domain=None if texts is None else str(texts), training_device=room.device
     )
@@ -56,9 +56,14 @@ def plan_data(
     return plan if base is None else replace(plan, needs=report(plan, base, room))
 
 
-def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, width: int | None) -> AdapterPlan:
-    training, reason = choose_training(task.training, len(task.trained_rows), width, task.metric)
+def _with_data(plan: BuildPlan, task: Task, output: OutputSpec | None) -> AdapterPlan:
+    adapter, length = plan.adapters[task.name], plan.recipe.context_length
+    training, reason = choose_training(task.training, len(task.trained_rows), plan.width, task.metric)
     changes = {"training": training} if reason else {}
+    rows, doubts = plan_rows(task, training), list(task.doubts)
+    if rows.longest_tokens > length:
+        message = f"rows have up to about {rows.longest_tokens} tokens, and those of more than {length} are left out"
+        doubts.append(f"{message}; see them with `edgetune data check`, or set a larger context_length")
     return replace(
         adapter,
         spec=adapter.spec.model_copy(update=changes),
@@ -67,8 +72,8 @@ def _with_data(adapter: AdapterPlan, task: Task, output: OutputSpec | None, widt
         output=output,
         training=training,
         training_reason=reason,
-        rows=plan_rows(task, training),
-        doubts=task.doubts,
+        rows=rows,
+        doubts=tuple(doubts),
     )
 
 
