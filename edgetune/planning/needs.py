@@ -153,14 +153,14 @@ def check(recipe: Recipe, needs: BuildNeeds, room: Room) -> list[str]:
             f"base {recipe.base!r} of {needs.parameters / 1e6:,.0f}M parameters takes at least {mb(needs.weights_mb)} "
             f"of memory in float32, and {mb(room.memory_mb)} are free"
         )
-        raise IncompatibleError(message, _memory_remedy(room.memory_mb))
+        raise IncompatibleError(message, _memory_remedy(needs, room.memory_mb))
     stages = {"export": needs.min_export_mb}
     if not room.device.has_memory:
         stages["training"] = needs.min_training_mb
     part = max(stages, key=lambda stage: stages[stage])
     if room.memory_mb < stages[part]:
         message = f"{part} takes about {mb(stages[part])} of memory, and {mb(room.memory_mb)} are free"
-        warnings.append(f"{message}; {_memory_remedy(room.memory_mb)}")
+        warnings.append(f"{message}; {_memory_remedy(needs, room.memory_mb)}")
     return warnings
 
 
@@ -206,10 +206,13 @@ def _disk_remedy(recipe: Recipe, needs: BuildNeeds, missing_mb: float) -> str:
     return f"{remedy}, or build targets: [{recipe.targets[0]}] alone, {smaller}"
 
 
-def _memory_remedy(free_mb: float) -> str:
+def _memory_remedy(needs: BuildNeeds, free_mb: float) -> str:
     max_millions = (free_mb - PROCESS_MB) / _FLOAT_BYTES
-    smaller = f", or choose a base of at most {max_millions:,.0f}M parameters" if max_millions >= 1 else ""
-    return f"close other programs{smaller}"
+    if max_millions < 1:
+        return "close other programs"
+    if needs.parameters < max_millions * 1e6:
+        return "close other programs, or use a smaller base, a lower r or fewer target_modules"
+    return f"close other programs, or choose a base of at most {max_millions:,.0f}M parameters"
 
 
 def _measuring_mb(plan: BuildPlan, weights_mb: float) -> float:

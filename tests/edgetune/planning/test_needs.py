@@ -206,11 +206,16 @@ def test_a_build_that_may_not_fit_is_a_warning(tiny_gguf: Callable[[str], Path],
     assert disk == (
         "building takes up to 26,800 MB of disk, and /data has 5,000 MB free; free 21,800 MB or choose another --out"
     )
-    assert memory.startswith("export takes about 8,200 MB of memory, and 8,100 MB are free; close other programs")
+    # 1,700M parameters would fit.
+    assert memory == (
+        "export takes about 8,200 MB of memory, and 8,100 MB are free; close other programs, or use a smaller base, a "
+        "lower r or fewer target_modules"
+    )
     (disk,) = build_needs.check(recipe, NEEDS, Room(Path("/data"), 16000.0, 5000.0))
     assert disk.startswith("building takes up to 20,000 MB of disk")
     (memory,) = build_needs.check(recipe, NEEDS, Room(Path("/data"), 7000.0, 50000.0))
     assert memory.startswith("export takes about 8,200 MB")
+    assert memory.endswith(", or choose a base of at most 1,575M parameters")
     assert build_needs.check(recipe, NEEDS, Room(Path("/data"), 9000.0, 50000.0)) == []
 
 
