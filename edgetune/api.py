@@ -47,10 +47,15 @@ def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
     """Plan a build: its base, adapters and sizes, the memory, disk and time that it needs, and what the board will do.
 
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
-    by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows.
+    by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows, and one for
+    an `out` that is something else than a bundle.
     """
+    from edgetune_export.pack import check_destination  # noqa: PLC0415 - numpy
+
     from .building.plan import plan_build  # noqa: PLC0415 - numpy and the formats
 
+    if out is not None:
+        check_destination(Path(out))
     return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
 
 

@@ -32,9 +32,13 @@ def plan(
     elsewhere, and the speed on the board. Without --trial it downloads no base and trains nothing. A build follows this
     plan and stores it in the bundle's manifest.
     """
+    from edgetune_export.pack import check_destination
+
     from edgetune.building.plan import plan_build
     from edgetune.recipe.model import Recipe
 
+    if out is not None:
+        check_destination(out)
     loaded = Recipe.from_file(recipe, settings_of(settings))
     planned = plan_build(loaded, out)
     build_plan, trained = planned.plan, dict[str, Any]()

@@ -119,6 +119,9 @@ def test_plan_takes_rows_in_memory_and_leaves_nothing(tiny_gguf: Callable[[str],
     assert rows is not None and (rows.train, rows.validation) == (8, 2)
     assert plan.needs is not None and plan.base.steps == ()
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(edgetune.EdgetuneError, match="exists and is not a bundle of this version; choose"):
+        edgetune.plan(recipe_of(tiny_gguf("llama")), tmp_path)
 
 
 @pytest.fixture(scope="module")
