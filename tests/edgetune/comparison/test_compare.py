@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import CancelledError, EdgetuneError, IncompatibleError, UsageError
 from recipes import adapter_of, lights, write_recipe, write_rows
+from safetensors.numpy import save_file
 from trainings import QUIET
 from waiting import wait_for
 
@@ -237,7 +239,7 @@ def test_a_trial_with_another_document_or_other_weights_to_start_from_is_run_ane
     document, weights = tmp_path / "text.txt", tmp_path / "start/adapter_model.safetensors"
     weights.parent.mkdir()
     document.write_text("turn on the light in the hall")
-    weights.write_bytes(b"some")
+    save_file({"some": np.zeros(1)}, weights)
     adapters = {
         "cartridge": adapter_of({"name": "cartridge", "document": "text.txt"}),
         "lora": adapter_of(start_from="start"),
@@ -245,7 +247,7 @@ def test_a_trial_with_another_document_or_other_weights_to_start_from_is_run_ane
     recipe = write_recipe(tmp_path, tiny_gguf("llama"), adapters)
     for name, change in (
         ("cartridge", lambda: document.write_text("close the blind")),
-        ("lora", lambda: weights.write_bytes(b"others")),
+        ("lora", lambda: save_file({"others": np.zeros(1)}, weights)),
     ):
         before, after = keys_before_and_after(change, Request(recipe, name, (name,), tmp_path / "out"))
         assert before != after
