@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
 
 from edgetune.common.files import write_file
@@ -82,6 +83,12 @@ def adapter_folders(bundle: Path, name: str) -> list[Path]:
     """Where the adapter may be as it was trained: of the last training that was kept, or of the build."""
     kept = [folder / _ADAPTERS / name for folder, names in _kept(bundle, read_manifest(bundle)) if name in names]
     return [folder for folder in (*kept, _trained(bundle, name)) if folder.is_dir()]
+
+
+def check_unchanged(bundle: Path, manifest: Manifest, out: Path) -> None:
+    """UsageError if `out` is the bundle, and another command changed it since its manifest was read."""
+    if out.resolve() == bundle.resolve() and read_manifest(bundle) != manifest:
+        raise UsageError(f"{bundle} was changed while its adapters were trained again", "run the same command again")
 
 
 def swap_in_and_keep(recipe: Recipe, names: Collection[str], staged: Path, out: Path) -> None:

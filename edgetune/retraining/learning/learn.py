@@ -32,7 +32,7 @@ from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
-from .kept import adapter_folders, kept_folder, load_recipe, recipe_beside, swap_in_and_keep
+from .kept import adapter_folders, check_unchanged, kept_folder, load_recipe, recipe_beside, swap_in_and_keep
 from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
 CORRECTIONS = "corrections"
@@ -134,6 +134,7 @@ def learn(
         specs = {
             name: _spec(tasks[name], split.train, [*split.validation, *split.held_out]) for name, split in rows.items()
         }
+        check_unchanged(bundle, manifest, out)
         swap_in_and_keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), [*rows], staged, out)
         return learned
 

@@ -19,12 +19,14 @@ from edgetune_runtime.answer_log.log import AnswerLog
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import read_manifest
 from edgetune_runtime.errors import NotFoundError, OutOfSpaceError, UsageError
+from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
 from ruamel.yaml import YAML
 from trainings import QUIET, Listening
 
 from edgetune.building.pipeline import build
 from edgetune.cli.main import main
+from edgetune.common.progress import Progress
 from edgetune.recipe.model import Recipe
 from edgetune.retraining.learning.kept import adapter_folders, recipe_beside
 from edgetune.retraining.learning.learn import Learned, learn, read_logs
@@ -240,6 +242,20 @@ def test_a_bundle_stays_as_it_was_if_an_adapter_gets_worse(home: Path, capsys: p
     assert "the new adapters are worse: light on validation" in err
     assert "nothing packed" in out and "100.0%" in out
     assert read_manifest(home) == before
+
+
+def test_a_bundle_that_changed_meanwhile_stays(home: Path) -> None:
+    class Removing(Progress):
+        """Removes an adapter of the bundle while it is scored."""
+
+        def say(self, text: str) -> None:
+            if text == f"scoring {home}":
+                remove_from_bundle(home, "color")
+
+    entries = read_logs(home, [logged(home, corrections())], QUIET.say)
+    with pytest.raises(UsageError, match="home was changed while its adapters were trained again; run the same"):
+        learn(home, entries, home.with_name(NAME), None, Removing(quiet=True))
+    assert [*read_manifest(home).adapters] == ["light"]
 
 
 def test_corrections_that_do_not_fit_are_left_out_and_named(home: Path) -> None:
