@@ -14,7 +14,6 @@ from edgetune_runtime.errors import UsageError
 from edgetune_runtime.wording import first_of, shortened
 
 from edgetune.common.progress import Progress
-from edgetune.common.spread import spread
 from edgetune.recipe.model import Recipe
 from edgetune.tasks.evaluation import Evaluation, ScoredRow, evaluate, score
 from edgetune.tasks.task import Task, read_task
@@ -46,10 +45,10 @@ def score_adapters(
     if tasks:
         with Runtime.open(bundle, disk_mb=0) as runtime:
             for task in tasks:
-                rows = spread(task.validation_answers, limit)
+                rows = task.validation_answers
                 if not rows:
                     continue
-                evaluation = score(runtime, task.name, rows, progress)
+                evaluation = score(runtime, task.name, rows, progress, limit=limit)
                 is_chosen = _training_of(manifest, task.name).get("checkpoint") != "last"
                 source = f"its validation data{', which also chose the checkpoint' if is_chosen else ''}"
                 if doubt := split_doubt(manifest, task):

@@ -96,20 +96,26 @@ def evaluate(
 
     The columns are those from the adapter's training; a file with prompt and completion, or text and label, works too.
     At most `limit` rows are scored, spread evenly over the file, which may be sorted. Answers are greedy. With labels,
-    the answer is what `classify` chooses among the adapter's labels, or for the base among those of the rows. `kv` is
+    the answer is what `classify` chooses among the adapter's labels, or for the base among those of all rows. `kv` is
     the type of the KV cache (see `Runtime.open`).
 
     Raises what `Runtime.open` and `read_rows` raise, and UsageError for rows that the metric cannot score.
     """
     with Runtime.open(bundle, engine=engine, kv=kv, disk_mb=0) as runtime:
         rows, metric = rows_for(runtime.manifest, adapter, data)
-        return score(runtime, adapter, spread(rows, limit), progress, metric)
+        return score(runtime, adapter, rows, progress, metric, limit=limit)
 
 
 def score(
-    runtime: Runtime, adapter: str | None, rows: Sequence[TaskRow], progress: Progress, metric: Metric | None = None
+    runtime: Runtime,
+    adapter: str | None,
+    rows: Sequence[TaskRow],
+    progress: Progress,
+    metric: Metric | None = None,
+    *,
+    limit: int | None = None,
 ) -> Evaluation:
-    """Score `adapter` (None: the plain base) of an open runtime on all `rows`, like `evaluate`.
+    """Score `adapter` (None: the plain base) of an open runtime on `rows`, like `evaluate`.
 
     `metric` is by default the adapter's, or for the base the one that suits the rows.
     """
@@ -118,6 +124,7 @@ def score(
     metric = metrics.metric_for(metric or _metric(entry), rows, labels)
     if metric == "label" and not labels:
         labels = metrics.labels_in(rows)
+    rows = spread(rows, limit)
     system = entry.system if entry is not None else None
     task = _Task(runtime, adapter, system, labels, metric)
     metrics.check_scorable(rows, metric)

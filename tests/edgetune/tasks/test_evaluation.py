@@ -126,6 +126,10 @@ def test_the_base_alone_is_scored_by_the_metric_that_fits_the_rows(
     assert score(plain_bundle, data, adapter=None).metric == "json"
     labelled = score(plain_bundle, write(*({"text": text, "label": "on"} for text in PROMPTS)), adapter=None)
     assert (labelled.metric, labelled.score) == ("label", 1.0)
+    several = write(*({"text": text, "label": label} for label in ("red", "warm") for text in PROMPTS))
+    # The labels to choose from are those of all rows.
+    (limited,) = score(plain_bundle, several, adapter=None, limit=1).details
+    assert limited in score(plain_bundle, several, adapter=None).details
 
 
 def test_the_trainings_columns_hold_for_the_data(bundle_with: Callable[..., Path], write: Callable[..., Path]) -> None:
