@@ -48,13 +48,16 @@ def corrected_rows(task: Task, entries: Sequence[LoggedAnswer]) -> tuple[list[Ta
         is_redacted = REDACTED in (entry.correction, last_user_text(list(entry.messages)))
         if is_redacted:
             problem = "was redacted as a whole, or what was asked"
+        has_redacted = REDACTED in (entry.correction or "")
+        if problem is None and has_redacted and REDACTED not in json.dumps(entry.messages):
+            problem = "has a redacted value that no message has"
         if problem is None:
             rows.append(row)
             continue
         asked, answer = shortened(str(entry.messages[-1]["content"]), 60), shortened(entry.correction or "", 80)
         problem = f"answer {entry.id} to {asked!r}: the correction {answer!r} {problem}"
         is_mere_confirmation = entry.correction == entry.answer
-        is_nobodys_mistake = is_redacted or is_mere_confirmation or REDACTED in (entry.correction or "")
+        is_nobodys_mistake = is_redacted or is_mere_confirmation or has_redacted
         (left_out if is_nobodys_mistake else problems).append(problem)
     if problems:
         raise UsageError("\n".join(problems), "answer them again: --ask N asks about them too")

@@ -205,9 +205,11 @@ def test_the_tasks_own_system_prompt_makes_no_other_prompt(tmp_path: Path) -> No
 
 def test_answers_that_are_not_right_without_what_was_redacted_are_left_out(tmp_path: Path) -> None:
     entry = logged(1, [asked("lamp")], call_text("[redacted]"), TOOLS)
-    rows, (left_out,) = corrected_rows(task_of(tmp_path), [entry])
-    assert rows == []
-    assert left_out.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
+    code = [logged(n, [asked(text)], '"[redacted]"', None) for n, text in enumerate(("which code", "[redacted] is it"))]
+    (row,), (call, answer) = corrected_rows(task_of(tmp_path), [entry, *code])
+    assert row.prompt == "[redacted] is it"
+    assert call.endswith("cannot be an answer: the arguments of lamp break its schema, or come in another order")
+    assert answer.endswith("has a redacted value that no message has")
 
 
 def test_calls_are_learned_from_a_log(tiny_gguf: Callable[[str], Path], tmp_path: Path) -> None:
