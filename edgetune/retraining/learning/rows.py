@@ -68,7 +68,7 @@ def learned_rows(
     fit = [row for row in fit if row.where in short]
     train, validation = given(task.train), given(task.validation)
     apart = [*validation, *given(task.confidence_rows)]
-    kept_apart = {*map(plain_prompt, apart)}
+    kept_apart = answered_prompts(apart)
     answers: dict[str, set[str | None]] = {}
     for row in (*train, *apart):
         answers.setdefault(row.prompt_key, set()).add(row.completion)

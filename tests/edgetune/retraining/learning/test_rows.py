@@ -68,6 +68,16 @@ def test_corrections_of_rows_that_are_kept_apart_are_left_out_and_counted(tmp_pa
     assert said == "left out 2 corrections of prompts for validation or the confidence: correct those rows"
 
 
+def test_earlier_answers_of_conversations_are_kept_apart_too(tmp_path: Path) -> None:
+    task = task_of(tmp_path)
+    asked, more = ({"role": "user", "content": text} for text in ("dim the den", "more"))
+    answer = {"role": "assistant", "content": '{"do": "on", "area": "den"}'}
+    talk = replace(task.validation[0], messages=(asked, answer, more))
+    again = ("Dim the den!", '{"do": "off", "area": "den"}')
+    rows = learned_rows(replace(task, validation=[talk]), corrected(*FINE, again))
+    assert (rows.learned, rows.left_out) == (3, 1)
+
+
 def test_no_correction_is_held_out_whose_prompt_is_learned_in_another_case(tmp_path: Path) -> None:
     task = task_of(tmp_path)
     old = [(f"{row['prompt']}!", '{"do": "on", "area": "cellar"}') for row in ORDERS[:8]]
