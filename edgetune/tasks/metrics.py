@@ -55,9 +55,9 @@ def metric_for(metric: Metric, rows: Sequence[TaskRow], labels: Sequence[str] | 
 def answers_to_score(rows: Sequence[TaskRow], metric: Metric, trained: Sequence[TaskRow] = ()) -> list[TaskRow]:
     """The rows, and before each one a row per earlier answer of its conversation that the metric compares.
 
-    With "json" these are calls and objects, and a text after them is left out; with "label" there are none, and other
-    metrics compare no calls with words. Of earlier answers to the same prompt the first counts, none of those that are
-    also in the `trained` rows.
+    With "json" these are calls, objects and lists, and a text after them is left out; with "label" there are none, and
+    other metrics compare no calls with words. Of earlier answers to the same prompt the first counts, none of those
+    that are also in the `trained` rows.
     """
     if metric == "label":
         return list(rows)
@@ -113,7 +113,7 @@ def per_conversation(points: Iterable[tuple[str, float]]) -> list[float]:
 
 def _compares(metric: Metric, answer: TaskRow) -> bool:
     if metric == "json":
-        return isinstance(_parsed(answer.completion or ""), dict)
+        return isinstance(_parsed(answer.completion or ""), dict | list)
     return metric in ("exact", "perplexity") or answer.turn is None
 
 
@@ -162,11 +162,11 @@ def score(
     """The mean score and the score of each row, between 0 and 1; compares `predictions[i]` with `references[i]`.
 
     "exact" and "label" ignore surrounding white space; "json" compares parsed values, so the order of keys does not
-    matter, and scores invalid JSON 0; both compare calls by their names and arguments. With "json", a text is right
-    where a text is expected and `offers_tools[i]`: nothing was to be called. "rouge_l" is the F-measure of ROUGE-L (Lin
-    2004) from the rouge-score library, of words, and of characters in scripts without spaces (Han, Kana and Thai);
-    "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other metrics, without rows, and if
-    the numbers of predictions and references differ.
+    matter, and scores invalid JSON 0; both compare texts in Unicode's form NFC, and calls by their names and arguments.
+    With "json", a text is right where a text is expected and `offers_tools[i]`: nothing was to be called. "rouge_l" is
+    the F-measure of ROUGE-L (Lin 2004) from the rouge-score library, of words, and of characters in scripts without
+    spaces (Han, Kana and Thai); "chrf" is chrF (Popović 2015) of each row from sacrebleu. Raises UsageError for other
+    metrics, without rows, and if the numbers of predictions and references differ.
     """
     if len(predictions) != len(references) or not references:
         message = f"cannot score {len(predictions)} predictions against {len(references)} references"
@@ -197,7 +197,7 @@ def _comparison(metric: str) -> Callable[[str, str], float]:
 
 def _exact_match(prediction: str, reference: str) -> float:
     calls = _calls(reference)
-    return float(prediction.strip() == reference.strip() if calls is None else _same(_calls(prediction), calls))
+    return float(_same(prediction.strip(), reference.strip()) if calls is None else _same(_calls(prediction), calls))
 
 
 def _json_equality(prediction: str, reference: str) -> float:
@@ -226,6 +226,8 @@ def _same(one: object, other: object) -> bool:
     # True == 1 in Python, but not in JSON.
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
+    if isinstance(one, str) and isinstance(other, str):
+        return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -256,7 +258,14 @@ def _rouge_l() -> Callable[[str, str], float]:
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - slow to import
 
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    return lambda prediction, reference: float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+
+    def compare(prediction: str, reference: str) -> float:
+        # An emoji is no word.
+        if prediction.strip() == reference.strip():
+            return 1.0
+        return float(scorer.score(reference, prediction)["rougeL"].fmeasure)
+
+    return compare
 
 
 def _chrf() -> Callable[[str, str], float]:

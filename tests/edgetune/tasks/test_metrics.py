@@ -50,6 +50,7 @@ def test_a_metric_that_is_named_is_kept() -> None:
         ('{"a": 1', '{"a": 1}', 0.0),
         ('{"a": 1}', '{"a": 1, "b": 2}', 0.0),
         ("[" * 100_000, "[]", 0.0),
+        ('["cafe\u0301"]', '["caf\u00e9"]', 1.0),
     ],
 )
 def test_json_compares_values(prediction: str, reference: str, equal: float) -> None:
@@ -61,6 +62,10 @@ def test_exact_and_label_ignore_surrounding_space() -> None:
         assert score(metric, [" on\n", "of"], ["on", "off"]) == (0.5, [1.0, 0.0])
 
 
+def test_exact_ignores_the_form_of_unicode() -> None:
+    assert score("exact", ["cafe\u0301", "cafe"], ["caf\u00e9", "caf\u00e9"])[1] == [1.0, 0.0]
+
+
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
     # 3 common words in order of 4 and of 5: 2 * 3 / (4 + 5).
     mean, each = score("rouge_l", ["the lamp is on"], ["The lamp in hall is."])
@@ -70,6 +75,7 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
 def test_rouge_l_counts_words_of_other_scripts() -> None:
     assert score("rouge_l", ["свет включён"], ["свет включён"])[0] == 1.0
     assert score("rouge_l", ["свет выключен"], ["свет включён"])[0] == 0.5
+    assert score("rouge_l", ["👍", "…"], [" 👍", "!"])[1] == [1.0, 0.0]
 
 
 def test_rouge_l_counts_the_characters_of_scripts_without_spaces() -> None:
@@ -170,6 +176,8 @@ def test_conversations_are_scored_by_each_answer_that_the_metric_compares() -> N
     ]
     assert [each.completion for each in answers_to_score([row], "json")] == [called, row.completion]
     assert [each.completion for each in answers_to_score([replace(row, completion="e")], "json")] == [called]
+    listed = replace(row, messages=(turns[0], {"role": "assistant", "content": "[1]"}, turns[2]))
+    assert [each.completion for each in answers_to_score([listed], "json")] == ["[1]", row.completion]
     assert [each.completion for each in answers_to_score([row], "rouge_l")] == ["c", row.completion]
     trained = replace(row, where="x:3", messages=tuple(turns[:3]))
     assert [each.completion for each in answers_to_score([row], "exact", [trained])] == [row.completion]
