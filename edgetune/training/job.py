@@ -99,11 +99,11 @@ TrainAll = Callable[[Sequence[TrainingJob[Any]]], Mapping[str, TrainResult]]
 """Trains all jobs and skips finished ones, like `training.jobs.train_all`."""
 
 
-def finished(folder: Path, key: str) -> TrainResult | None:
-    """The result in `folder` if its key is `key`, else None."""
+def finished(folder: Path, key: str | None = None) -> TrainResult | None:
+    """The result in `folder` if its key is `key`, or with None of any key, else None."""
     try:
         raw = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if raw.pop("key") != key:
+        if raw.pop("key") != key and key is not None:
             return None
         return TrainResult(**{**raw, "history": [Point(**point) for point in raw["history"]]})
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):

@@ -20,6 +20,7 @@ from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.saved import RECIPE, save_recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.report.answers import split_of
+from edgetune.training.job import finished
 
 _KEPT = "kept-"
 """Beginning of the name of a folder with what was kept for one bundle; several are there after a kill."""
@@ -80,9 +81,13 @@ def load_recipe(path: Path, manifest: Manifest, settings: Mapping[str, Any]) -> 
 
 
 def adapter_folders(bundle: Path, name: str) -> list[Path]:
-    """Where the adapter may be as it was trained: of the last training that was kept, or of the build."""
-    kept = [folder / _ADAPTERS / name for folder, names in _kept(bundle, read_manifest(bundle)) if name in names]
-    return [folder for folder in (*kept, _trained(bundle, name)) if folder.is_dir()]
+    """Where the bundle's adapter is as it was trained: of the last training that was kept, or of the build."""
+    manifest, trained = read_manifest(bundle), _trained(bundle, name)
+    kept = [folder / _ADAPTERS / name for folder, names in _kept(bundle, manifest) if name in names]
+    # A later build may have trained another one, and packed none.
+    result = finished(trained.parent)
+    is_packed = result is not None and manifest.adapters[name].training.items() >= result.figures().items()
+    return [folder for folder in (*kept, *([trained] if is_packed else [])) if folder.is_dir()]
 
 
 def check_unchanged(bundle: Path, manifest: Manifest, out: Path) -> None:

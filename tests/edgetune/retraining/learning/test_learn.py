@@ -114,6 +114,14 @@ def test_training_starts_from_the_adapters_where_they_were_kept(built: Path, hom
         shutil.rmtree(home.with_name("home.work"), ignore_errors=True)
 
 
+def test_training_starts_from_no_adapter_of_a_build_that_packed_none(built: Path, home: Path) -> None:
+    trained = Path(shutil.copytree(built / "home.work", home.with_name("home.work"))) / "train"
+    assert adapter_folders(home, "light") == [trained / "light/adapter"]
+    shutil.rmtree(trained / "light")
+    (trained / "color").rename(trained / "light")
+    assert adapter_folders(home, "light") == adapter_folders(home, "color") == []
+
+
 def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
     recipe_file = home.with_name(NAME)
     recipe_file.write_text(recipe_file.read_text().replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1))
