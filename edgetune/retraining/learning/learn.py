@@ -13,6 +13,7 @@ from typing import Any
 from edgetune_export.pack import check_destination
 from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
+from edgetune_runtime.answer_log.log import file_before
 from edgetune_runtime.answer_log.reading import read_answer_log
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
@@ -67,7 +68,9 @@ def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) ->
     `say` gets a sentence about each line that is left out.
     """
     manifest, entries = read_manifest(bundle), dict[str, LoggedAnswer]()
-    for log in logs:
+    # A log is read after the file before it, whose corrections are older.
+    read = {file_before(log).resolve() for log in logs}
+    for log in [log for log in logs if log.resolve() not in read]:
         for entry in read_answer_log(log, manifest, say):
             merged(entries, entry)
     return list(entries.values())

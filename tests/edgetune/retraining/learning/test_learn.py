@@ -122,6 +122,18 @@ def test_training_starts_from_no_adapter_of_a_build_that_packed_none(built: Path
     assert adapter_folders(home, "light") == adapter_folders(home, "color") == []
 
 
+def test_a_log_is_read_once_with_the_file_before_it(home: Path) -> None:
+    log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
+    answer = log.answered("switch the lamp on", "reply off", adapter="light")
+    log.corrected(answer, "lamp on")
+    before = log.path.rename(log.path.with_name("answers.jsonl.1"))
+    log.corrected(answer, "reply on")
+    for logs in ([log.path], [before, log.path], [log.path, before]):
+        (entry,) = read_logs(home, logs, QUIET.say)
+        assert entry.correction == "reply on"
+    assert read_logs(home, [before], QUIET.say)[0].correction == "lamp on"
+
+
 def test_the_next_log_is_learned_beside_the_rows_of_the_first(home: Path) -> None:
     recipe_file = home.with_name(NAME)
     recipe_file.write_text(recipe_file.read_text().replace('"held_out": 0.2', '"held_out": 0.2, "rows": 19', 1))
