@@ -15,7 +15,7 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.answer_log.answers import LoggedAnswer, merged
 from edgetune_runtime.answer_log.log import file_before
 from edgetune_runtime.answer_log.reading import read_answer_log
-from edgetune_runtime.bundle import Manifest, read_manifest
+from edgetune_runtime.bundle import MANIFEST_NAME, Manifest, read_manifest
 from edgetune_runtime.errors import EdgetuneError, NotFoundError, UsageError
 
 from edgetune.building.pipeline import build
@@ -100,9 +100,7 @@ def learn(
     """
     manifest, out = read_manifest(bundle), named(into or bundle)
     bundle = named(bundle)
-    check_destination(out)
-    if bundle.resolve() in out.resolve().parents:
-        raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
+    _check_out(out, bundle, manifest)
     work = kept_folder(out)
     with locked(work):
         # Users' words are in it.
@@ -140,6 +138,16 @@ def learn(
         check_unchanged(bundle, manifest, out)
         swap_in_and_keep(loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}}), [*rows], staged, out)
         return learned
+
+
+def _check_out(out: Path, bundle: Path, manifest: Manifest) -> None:
+    """UsageError for a folder that cannot be the new bundle, and for another bundle."""
+    check_destination(out)
+    if bundle.resolve() in out.resolve().parents:
+        raise UsageError(f"{out} is inside the bundle {bundle}", "give a folder beside it")
+    if (out / MANIFEST_NAME).exists() and (name := read_manifest(out).name) != manifest.name:
+        message = f"{out} is another bundle, {name!r}, not {manifest.name!r}"
+        raise UsageError(message, "give another --into, or delete that folder first")
 
 
 def _rows_of(

@@ -22,6 +22,7 @@ from edgetune_runtime.errors import NotFoundError, OutOfSpaceError, UsageError
 from edgetune_runtime.inference.bundle_files import remove_from_bundle
 from recipes import NAME, adapter_of, lights, make_recipe, write_recipe, write_rows
 from ruamel.yaml import YAML
+from runtime.bundles import change_manifest
 from trainings import QUIET, Listening
 
 from edgetune.building.pipeline import build
@@ -453,6 +454,13 @@ def test_outputs_that_cannot_be_are_refused(
     assert main(["learn", str(home), "--log", str(log), *(each.format(**files) for each in options)]) == 2
     assert message in capsys.readouterr().err.replace(log.name, "log.jsonl")
     assert recipe.read_bytes() == home.with_name(NAME).read_bytes()
+
+
+def test_another_bundle_is_not_replaced(home: Path) -> None:
+    other = Path(shutil.copytree(home, home.with_name("other")))
+    change_manifest(other, lambda raw: raw.update(name="other"))
+    with pytest.raises(UsageError, match="other is another bundle, 'other', not 'home'; give another --into"):
+        run(home, logged(home, corrections()), other)
 
 
 def test_questions_are_completed_in_a_file(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
