@@ -22,6 +22,7 @@ from edgetune.building.pipeline import build
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import locked, named
 from edgetune.curation.checking.findings import VALIDATION
+from edgetune.methods.common.peft import as_names
 from edgetune.methods.lora import LoraOptions, other_option
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
@@ -118,7 +119,9 @@ def learn(
         staged = work / out.name
         shutil.rmtree(staged, ignore_errors=True)
         shutil.copytree(bundle, staged)
-        specs = {name: _started(_spec_to_compare(tasks[name], split), bundle, name) for name, split in rows.items()}
+        specs = {
+            name: _started(_spec_to_compare(tasks[name], split), bundle, manifest, name) for name, split in rows.items()
+        }
         again = loaded.model_copy(update={"adapters": {**loaded.adapters, **specs}, "route": None})
         build(_of_base(again, bundle, manifest).only(specs), staged, progress=progress, into=True)
         sets = {
@@ -169,13 +172,14 @@ def _rows_of(
     return rows
 
 
-def _started(spec: AdapterSpec, bundle: Path, name: str) -> AdapterSpec:
+def _started(spec: AdapterSpec, bundle: Path, manifest: Manifest, name: str) -> AdapterSpec:
     """The section with the bundle's adapter as a start, if the adapter as it was trained is still there and fits."""
-    method = spec.method
+    method, plan = spec.method, manifest.plan.get("adapters", {}).get(name, {})
     # The bundle's adapter knows all old rows, so no fold of them would tell how sure it is.
     if isinstance(method.options, LoraOptions) and not method.is_auto and spec.confidence_folds is None:
         for folder in adapter_folders(bundle, name):
-            fits = not other_option(folder, method.options)
+            modules = {*as_names(plan.get("target_modules") or ())}
+            fits = not other_option(folder, method.options) and modules == {*as_names(method.options.target_modules)}
             return spec.model_copy(update={"start_from": str(folder)}) if fits else spec
     return spec
 

@@ -123,6 +123,14 @@ def test_training_starts_from_no_adapter_of_a_build_that_packed_none(built: Path
     assert adapter_folders(home, "light") == adapter_folders(home, "color") == []
 
 
+def test_training_with_other_modules_starts_from_the_beginning(built: Path, home: Path) -> None:
+    shutil.copytree(built / "home.work", home.with_name("home.work"))
+    text = home.with_name(NAME).read_text(encoding="utf-8")
+    method = '"method": {"name": "lora", "target_modules": ["q_proj", "v_proj"]}'
+    home.with_name(NAME).write_text(text.replace('"method": "lora"', method, 1), encoding="utf-8")
+    assert run(home, logged(home, corrections())).learned == {"light": 6}
+
+
 def test_a_log_is_read_once_with_the_file_before_it(home: Path) -> None:
     log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
     answer = log.answered("switch the lamp on", "reply off", adapter="light")
