@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgetune_runtime.bundle import Manifest
+from edgetune_runtime.bundle import MARK, Manifest
 from edgetune_runtime.errors import NotFoundError, UsageError
 from edgetune_runtime.wording import first_of
 
@@ -48,7 +48,8 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
     if lacking:
         message = f"the recipe of {bundle} does not have its adapter {first_of([*map(repr, lacking)])}"
         raise NotFoundError(message, "give the recipe that trained all of them: --recipe RECIPE")
-    specs = {name: _without_old_base(loaded.adapters[name]) for name in manifest.adapters}
+    removed = loaded.adapters.keys() - manifest.adapters.keys()
+    specs = {name: _for_bundle(loaded.adapters[name], removed) for name in manifest.adapters}
     # A bundle from which an adapter was removed may have lost its router too.
     route = None if manifest.router is None else loaded.route
     recipe = loaded.model_copy(update={"adapters": specs, "route": route})
@@ -88,10 +89,14 @@ def _changes(source: RecipeSource) -> dict[str, Any]:
     return changes
 
 
-def _without_old_base(spec: AdapterSpec) -> AdapterSpec:
-    """The adapter's section without a start and without token ids, which are of the old base."""
+def _for_bundle(spec: AdapterSpec, removed: Collection[str]) -> AdapterSpec:
+    """The adapter's section without a start and without token ids, which are of the old base.
+
+    Unsure answers that a `removed` adapter was to replace are marked, as in the bundle.
+    """
     method = spec.method.model_copy(update={"options": spec.method.options.without_tokens()})
-    return spec.model_copy(update={"method": method, "start_from": None})
+    unsure = MARK if spec.unsure in removed else spec.unsure
+    return spec.model_copy(update={"method": method, "start_from": None, "unsure": unsure})
 
 
 def _missing(recipe: Recipe) -> Iterator[str]:

@@ -204,9 +204,13 @@ def test_paths_in_the_bundle_start_in_the_folder(
 def test_a_recipe_trains_what_the_bundle_has(home: Path, tiny_gguf: Callable[[str], Path]) -> None:
     manifest = read_manifest(home)
     manifest.recipe["route"] = {}
+    manifest.recipe["adapters"]["light"].update(confidence=True, min_confidence=0.8, unsure="tone")
     without_tone = replace(manifest, adapters={"light": manifest.adapters["light"]})
     recipe = recipe_for(home, without_tone, RecipeSource(str(tiny_gguf("qwen2"))))
     assert list(recipe.adapters) == ["light"] and recipe.route is None
+    # As in the bundle, where no adapter answers in place of an unsure answer.
+    assert recipe.adapters["light"].unsure == "mark"
+    assert recipe_for(home, manifest, RecipeSource(str(tiny_gguf("qwen2")))).adapters["light"].unsure == "tone"
 
 
 Bases = Callable[[str], Path]
