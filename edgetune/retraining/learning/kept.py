@@ -12,6 +12,7 @@ from typing import Any
 from edgetune_runtime.bundle import Manifest, read_manifest
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.formats.atomic import raising_out_of_space, swap_in
+from edgetune_runtime.wording import shortened
 
 from edgetune.common.files import write_file
 from edgetune.common.work_folder import beside, work_folder
@@ -20,6 +21,7 @@ from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.saved import RECIPE, save_recipe
 from edgetune.recipe.training import TrainingSpec
 from edgetune.report.answers import split_of
+from edgetune.tasks.task import Task
 from edgetune.training.job import finished
 
 _KEPT = "kept-"
@@ -78,6 +80,15 @@ def load_recipe(path: Path, manifest: Manifest, settings: Mapping[str, Any]) -> 
     """
     names = [name for name in Recipe.from_file(path).adapters if name in manifest.adapters]
     return Recipe.from_file(path, {**split_of(manifest, names), **settings})
+
+
+def system_doubt(manifest: Manifest, task: Task) -> str | None:
+    """That the recipe has another system prompt than the bundle's adapter, as after a build with --set."""
+    own, other = manifest.adapters[task.name].system or "", task.spec.system or ""
+    if own == other:
+        return None
+    prompts = f"the recipe's system prompt is {shortened(other, 60)!r}, not the bundle's, {shortened(own, 60)!r}"
+    return f"{prompts}; to keep that, write it as adapters.{task.name}.system"
 
 
 def adapter_folders(bundle: Path, name: str) -> list[Path]:

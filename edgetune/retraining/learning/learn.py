@@ -34,7 +34,15 @@ from edgetune.tasks.negatives import given
 from edgetune.tasks.task import Task, read_task
 
 from .change import Changes, changes_between, scored, worse_sets
-from .kept import adapter_folders, check_unchanged, kept_folder, load_recipe, recipe_beside, swap_in_and_keep
+from .kept import (
+    adapter_folders,
+    check_unchanged,
+    kept_folder,
+    load_recipe,
+    recipe_beside,
+    swap_in_and_keep,
+    system_doubt,
+)
 from .rows import LearnedRows, TooFewCorrectionsError, doubts, learned_rows, values_of
 
 CORRECTIONS = "corrections"
@@ -112,6 +120,8 @@ def learn(
         for name, task in tasks.items():
             if doubt := split_doubt(manifest, task):
                 progress.say(f"warning: {name}: {doubt}; its old score may be too high: build again first")
+            if doubt := system_doubt(manifest, task):
+                progress.say(f"warning: {name}: {doubt}")
         rows = _rows_of(tasks, corrected, bundle, progress)
         for name, split in rows.items():
             for doubt in doubts(tasks[name], split):

@@ -24,7 +24,7 @@ from edgetune.recipe.rows import Rows
 from edgetune.report.answers import split_doubt
 from edgetune.report.facts import facts_of
 from edgetune.retraining.learning.change import Changes, changes_between, scored, worse_sets
-from edgetune.retraining.learning.kept import check_unchanged, kept_folder, swap_in_and_keep
+from edgetune.retraining.learning.kept import check_unchanged, kept_folder, swap_in_and_keep, system_doubt
 from edgetune.shipping.exported import BuildBase
 from edgetune.tasks.evaluation import rows_for
 
@@ -115,6 +115,8 @@ def rebase(
                 progress.say(
                     f"warning: {task.name}: {doubt}; its old score may be too high: give test rows with --data"
                 )
+            if doubt := system_doubt(manifest, task):
+                progress.say(f"warning: {task.name}: {doubt}")
         if planned.plan.source is None:
             planned = with_download(planned, staged)
         plan = planned.plan

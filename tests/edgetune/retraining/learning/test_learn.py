@@ -303,6 +303,17 @@ def test_validation_rows_are_doubted_where_the_rows_are_not_those_of_the_build(h
         assert any(line.startswith(doubt) for line in listening.lines) is (rows is not ROWS)
 
 
+def test_a_system_prompt_that_only_the_build_was_given_is_said(home: Path) -> None:
+    change_manifest(home, lambda raw: raw["adapters"]["light"].update(system="Lamp to word."))
+    listening = Listening()
+    with pytest.raises(UsageError, match="fewer than 4"):
+        learn(home, read_logs(home, [logged(home, corrections(1))], QUIET.say), home.with_name(NAME), None, listening)
+    assert listening.lines == [
+        "warning: light: the recipe's system prompt is '', not the bundle's, 'Lamp to word.'; to keep that, write it "
+        "as adapters.light.system"
+    ]
+
+
 def test_labels_are_corrected_to_labels(home: Path) -> None:
     answers = [
         {"prompt": f"color {n}", "answer": "red", "adapter": "color", "correction": text}
