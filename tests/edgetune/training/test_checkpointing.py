@@ -69,6 +69,7 @@ def gradients(run: Any, passes: PassPlan, batch: Sequence[Example]) -> dict[str,
 def test_split_and_checkpointed_passes_have_the_gradient_of_one_whole_pass(name: str, tmp_path: Path) -> None:
     base, batch = make_model("llama", VOCABULARY), rows([20, 9, 30, 14])
     run = training._Run(base, job(name, OPTIONS.get(name), max_grad_norm=1e9), tmp_path)
+    run.objective.prepare(base)
     try:
         whole = gradients(run, WHOLE, batch)
         assert any(gradient.abs().max() > 0 for gradient in whole.values())

@@ -100,8 +100,9 @@ def test_losses_and_gradients_are_near_those_of_float32(arch: str, method: str) 
     assert found.keys() == expected.keys()
     assert found["loss"] != expected["loss"]
     assert found["loss"] == pytest.approx(float(expected["loss"]), rel=0.005)
-    # The norm after the inputs of its layers makes small products large, with their errors.
-    least = 0.95 if arch == "gemma4" else 0.99
+    # The norm after the inputs of the layers of a Gemma 4 makes small products large, with their errors; a Gemma 3 with
+    # random weights has sharp attention, which does the same.
+    least = 0.95 if arch in ("gemma3", "gemma4") else 0.99
     assert all(_cosine(found[name], gradient) > least for name, gradient in expected.items())
 
 
