@@ -94,11 +94,10 @@ def _checked(loaded: LoadedBundle, unsure: object, question: object) -> str | No
             message = "unsure is 'defer', but there is no address to defer to"
             raise UsageError(message, "open the bundle with defer_to (--defer-to)")
         return DEFER
-    is_there = isinstance(unsure, str) and (unsure in loaded.manifest.adapters or loaded.replaced.any_of((unsure,)))
-    if not is_there:
-        names = (MARK, ASK, BASE, ERROR, DEFER, *loaded.manifest.adapters)
-        raise UsageError(f"unsure is {unsure!r}", suggestion(str(unsure), names))
-    return str(unsure)
+    if isinstance(unsure, str) and (unsure in loaded.manifest.adapters or loaded.replaced.any_of((unsure,))):
+        return unsure
+    names = (MARK, ASK, BASE, ERROR, DEFER, *loaded.manifest.adapters)
+    raise UsageError(f"unsure is {unsure!r}", suggestion(str(unsure), names))
 
 
 def _check_counts(then: str | None, adapter: str | None, rule: UnsureRule | None, curves: Curves) -> None:
