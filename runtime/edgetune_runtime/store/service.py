@@ -314,8 +314,11 @@ def installed(prefix: Path, say: Say) -> Unit | None:
         return None
 
 
-def remember(prefix: Path, unit: Unit) -> None:
-    """Store the settings of the unit."""
+def remember(prefix: Path, unit: Unit | None) -> None:
+    """Store the settings of the unit; None if there is none any more."""
+    if unit is None:
+        (prefix / SETTINGS_NAME).unlink(missing_ok=True)
+        return
     write_text(prefix / SETTINGS_NAME, json.dumps(asdict(unit), sort_keys=True) + "\n")
 
 

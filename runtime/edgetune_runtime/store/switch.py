@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from edgetune_runtime.errors import EdgetuneError, NotFoundError
@@ -80,6 +81,9 @@ def _switch(prefix: Path, kit: Kit, unit: Unit | None, old_unit: Unit | None, sa
             say(f"starting unit {unit.name}")
             if old_unit is not None and is_new:
                 old_unit.remove(prefix)
+            if is_new:
+                # Before its files are there: an install that is cut off leaves what `uninstall` finds.
+                service.remember(prefix, replace(unit, version=old_unit.version if old_unit is not None else ""))
             unit.start(prefix, kit)
         if asks:
             count = unit.check(prefix, kit)
@@ -107,6 +111,7 @@ def _go_back(prefix: Path, links: Mapping[str, str | None], new: Unit | None, ol
     try:
         if new is not None:
             new.remove(prefix)
+            service.remember(prefix, old_unit)
         if before is not None and old_unit is not None:
             old_unit.start(prefix, read_installed(versions.path_of(prefix, before)))
     except EdgetuneError as error:

@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from edgetune_runtime import cli
 from edgetune_runtime.store import acknowledgement, service, sockets, switch, trial, versions
 from edgetune_runtime.store.files import Store
 from edgetune_runtime.store.kit import Kit, read_kit
+from kills import KILLED, killed_at
 from kits import KitMaker, ask, copied, run, with_fields
 from ports import http_server
 from repositories import Publisher
@@ -286,6 +288,23 @@ def test_a_unit_with_another_name_takes_the_port_of_the_one_before(
     assert run("install", make("two"), "--prefix", prefix, "--service", "other", "--port", port) == 0
     assert (served(port), ask(prefix)) == ("two", "two")
     assert [path.stem for path in (systemd / "units/systemd/user").iterdir()] == ["other"]
+
+
+def test_what_an_install_that_was_killed_has_written_is_removed(
+    make: KitMaker, systemd: Path, port: int, prepare: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    kit, prefix, units = make("one"), tmp_path / "home", systemd / "units/systemd/user"
+    words = ("install", kit, "--prefix", prefix, "--service", "--host", "0.0.0.0", "--port", port)
+    left = set[str]()
+    for write in count(1):
+        prepare(prefix)
+        code = killed_at(write, lambda: run(*words), within="service.json")
+        left |= {path.name for path in units.glob("*.service")}
+        assert run("uninstall", "--prefix", prefix) == 0
+        assert (prefix.exists(), list(units.glob("*.service"))) == (False, [])
+        if code != KILLED:
+            break
+    assert code == 0 and left
 
 
 def test_an_answer_of_another_program_does_not_make_the_unit_healthy(
