@@ -72,7 +72,7 @@ class Learned:
 
 
 def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) -> list[LoggedAnswer]:
-    """The answers in several logs of a bundle; a later log has the last word on an answer.
+    """The answers in several logs of a bundle; the last log with a correction of an answer has the last word on it.
 
     `say` gets a sentence about each line that is left out.
     """
@@ -81,7 +81,10 @@ def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) ->
     read = {file_before(log).resolve() for log in logs}
     for log in [log for log in logs if log.resolve() not in read]:
         for entry in read_answer_log(log, manifest, say):
-            merged(entries, entry)
+            known = entries.get(entry.id)
+            # A question that nobody completed says nothing new, and the answer may have been confirmed since.
+            if entry.correction or known is None or not known.correction:
+                merged(entries, entry)
     return list(entries.values())
 
 

@@ -411,6 +411,17 @@ def test_a_bundle_learns_from_within_its_folder(home: Path, monkeypatch: pytest.
     assert result.bundle == home and recipe_beside(home, ["light"])
 
 
+def test_a_question_that_nobody_completed_undoes_no_confirmation(home: Path) -> None:
+    log = AnswerLog(home.with_name("answers.jsonl"), read_manifest(home))
+    answer = log.answered("switch the lamp on", "reply on", adapter="light")
+    log.wrong(answer)
+    questions = home.with_name("questions.jsonl")
+    assert main(["learn", str(home), "--log", str(log.path), "--ask", "1", "--questions", str(questions)]) == 0
+    log.corrected(answer)
+    (entry,) = read_logs(home, [log.path, questions], QUIET.say)
+    assert (entry.correction, entry.is_wrong) == ("reply on", False)
+
+
 def test_no_input_ends_the_questions(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
