@@ -263,6 +263,18 @@ def test_each_result_is_paired_with_its_own_call_also_after_a_script() -> None:
     ]
 
 
+def test_results_in_another_order_are_paired_with_their_calls_by_id() -> None:
+    calls = [{**call, "id": f"call-{number}"} for number, call in enumerate([*CALLS, *CALLS])]
+    done, failed = (
+        {"role": "tool", "tool_call_id": f"call-{number}", "content": json.dumps(result)}
+        for number, result in enumerate(({"success": True}, FAILED))
+    )
+    called = {"role": "assistant", "tool_calls": calls}
+    in_order = ask(Home(LAMPS), "desk lamp on, twice", called, done, failed)
+    assert ask(Home(LAMPS), "desk lamp on, twice", called, failed, done).prompt == in_order.prompt
+    assert in_order.prompt.split("\n")[1].endswith("= error: the lamp does not answer")
+
+
 @pytest.mark.parametrize(
     "answer", ["", '[{"call": "Turn', '{"missing": "light"}', '{"talk": true}', '{"missing": "timer"}']
 )

@@ -77,8 +77,9 @@ def rewrite(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
     turns = _turns(messages)
     sentence, after = turns[-1] if turns else ("", [])
     if any(message["role"] == "tool" for message in after):
-        calls = [call or {"call": "?"} for call in _calls_of(after)]
-        prompt = reply_prompt(sentence, calls, _results_of(after))
+        calls, results = dict(enumerate(_calls_of(after))), _results_of(after)
+        called = [calls.get(number) or {"call": "?"} for number in results]
+        prompt = reply_prompt(sentence, called, [*results.values()])
         return Request(REPLY, prompt, None, home, (), definitions)
     before = _before(turns[-2]) if len(turns) > 1 else None
     heard = f"{before[0]} {sentence}" if before else sentence
@@ -174,8 +175,17 @@ def _calls_of(messages: Sequence[Message]) -> list[Call | None]:
     return [shorten(call["name"], _object(call.get("arguments"))) for call in calls]
 
 
-def _results_of(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
-    return [_result(_object(message.get("content"))) for message in messages if message["role"] == "tool"]
+def _results_of(messages: Sequence[Message]) -> dict[int, Mapping[str, Any]]:
+    """The results of a turn by the numbers of their calls, in the order of these.
+
+    These are found by their ids, which Ollama's API does not have: there the results are in the order of the calls.
+    """
+    ids = [call.get("id") for message in messages for call in message.get("tool_calls") or []]
+    results = dict[int, Mapping[str, Any]]()
+    for place, message in enumerate(message for message in messages if message["role"] == "tool"):
+        own = message.get("tool_call_id")
+        results[ids.index(own) if own and own in ids else place] = _result(_object(message.get("content")))
+    return dict(sorted(results.items()))
 
 
 def _result(returned: Mapping[str, Any]) -> Mapping[str, Any]:
