@@ -156,5 +156,6 @@ def _calls(tokenizer: Tokenizer, tools: ToolSet, output: OutputSpec | None) -> t
     form = written_form(template, controls, tokenizer)
     marks = {token: name.encode() for name, token in controls.items()}
     names = None if output is None else frozenset(tool.name for tool in tools.offered)
-    reader = None if tools.choice == "none" else CallReader(form, marks, names)
+    is_one_token = bool(form.marker) and len(tokenizer.tokenize(form.marker, continues=True)) == 1
+    reader = None if tools.choice == "none" else CallReader(form, marks, names, is_one_token)
     return reader, grammar_of(tools, form, controls, output)

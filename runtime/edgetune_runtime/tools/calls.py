@@ -51,12 +51,14 @@ class ToolCall:
 class CallReader:
     """Reads the calls of answers in one format. `marks` are the texts of the control tokens in it, by token.
 
-    With the `names` of tools, an answer is either calls of these, from its beginning, or JSON.
+    With the `names` of tools, an answer is either calls of these, from its beginning, or JSON. A marker that
+    `is_one_token` is never cut off.
     """
 
     form: CallFormat
     marks: Mapping[int, bytes] = field(default_factory=dict)
     names: frozenset[str] | None = None
+    is_one_token: bool = False
 
     def read(self, text: str, *, is_cut_off: bool = False) -> tuple[str, tuple[ToolCall, ...]]:
         """What an answer says beside its calls, and the calls; one that was cut off is not among them."""
@@ -78,14 +80,19 @@ class CallReader:
 
     def stream(self) -> ContentStream | CallsOrJson:
         """A new stream of what an answer says beside its calls."""
-        return ContentStream(self.form) if self.names is None else CallsOrJson(self)
+        return ContentStream(self) if self.names is None else CallsOrJson(self)
+
+    def begun_marker(self, text: str) -> int:
+        """How many characters at the end of an answer that is cut off may be a part of the marker."""
+        marker = self.form.marker
+        return 0 if self.is_one_token or not marker else partial_length(text, (marker,))
 
     def _begin(self, text: str, *, is_cut_off: bool) -> int | None:
         """Where the calls begin, in an answer that is cut off maybe with a part of the marker; None if nowhere."""
         marker = self.form.marker
         if not marker:
             return 0 if text.startswith(self.form.begin[:1]) else None
-        part = partial_length(text, (marker,)) if is_cut_off else 0
+        part = self.begun_marker(text) if is_cut_off else 0
         if self.names is not None:
             first = len(text) - len(text.lstrip())
             return first if text.startswith(marker, first) or first + part == len(text) > first else None
@@ -111,7 +118,8 @@ class CallReader:
 class ContentStream:
     """The pieces of an answer up to its calls, without the whitespace before them, as `CallReader` reads it."""
 
-    def __init__(self, form: CallFormat) -> None:
+    def __init__(self, reader: CallReader) -> None:
+        form, self._reader = reader.form, reader
         self._first = "" if form.marker else form.begin[:1]
         self._text = TextStream((form.marker,) if form.marker else ())
         self._spaces = ""
@@ -132,7 +140,7 @@ class ContentStream:
     def finish(self, *, is_cut_off: bool = False) -> str:
         """The text that was held back, after the last piece; nothing of a marker that is cut off."""
         part = self._text.finish()
-        return "" if part and is_cut_off else self._spaces + part
+        return "" if is_cut_off and part and self._reader.begun_marker(part) else self._spaces + part
 
 
 class CallsOrJson:

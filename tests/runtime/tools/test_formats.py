@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from edgetune_runtime.text.chat import messages_for
 from edgetune_runtime.text.controls import ControlTokens
-from edgetune_runtime.tools.calls import CallReader, ContentStream
+from edgetune_runtime.tools.calls import CallReader
 from edgetune_runtime.tools.definitions import tool_set
 from edgetune_runtime.tools.formats import HERMES, template_tools
 from edgetune_runtime.tools.prompts import prompt_text
@@ -130,7 +130,7 @@ def test_a_stream_shows_the_text_before_the_calls(family: str, size: int) -> Non
     form = template_tools(FAMILIES[family], "<s>", "</s>").format
 
     def shown(text: str, *, is_cut_off: bool = False) -> str:
-        stream = ContentStream(form)
+        stream = CallReader(form).stream()
         pieces = [stream.push(text[at : at + size]) for at in range(0, len(text), size)]
         return "".join([*pieces, stream.finish(is_cut_off=is_cut_off)])
 
@@ -145,3 +145,11 @@ def test_a_stream_shows_the_text_before_the_calls(family: str, size: int) -> Non
     assert shown(texts[1]) == texts[1]
     if form.marker:
         assert (shown(texts[-1]), shown(texts[-1], is_cut_off=True)) == (texts[-1], "Well")
+
+
+def test_an_answer_that_is_cut_off_keeps_its_end_where_a_marker_is_one_token() -> None:
+    form, text = template_tools(FAMILIES["qwen"], "<s>", "</s>").format, "Well, 1 <"
+    reader = CallReader(form, is_one_token=True)
+    stream = reader.stream()
+    assert reader.read(text, is_cut_off=True) == (text, ())
+    assert stream.push(text) + stream.finish(is_cut_off=True) == text
