@@ -134,7 +134,9 @@ def test_generate_adds_several_adapters_with_their_scales(run: Run, bundle: Path
 def test_a_prompt_may_come_from_standard_input(
     run: Run, bundle: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n"))
+    stdin = io.TextIOWrapper(io.BytesIO(f"read by the app\n{PROMPT}\n".encode()), encoding="utf-8")
+    stdin.readline()
+    monkeypatch.setattr(sys, "stdin", stdin)
     answer = runtime.generate(PROMPT, max_tokens=4)
     assert run("generate", bundle, "--prompt", "-", "--max-tokens", 4)[1] == f"{answer.text}\n"
 

@@ -8,8 +8,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from io import UnsupportedOperation
 from pathlib import Path
 from typing import NoReturn
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_on_interrupt()
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            # What was read from before, as by an earlier call in this process, can no longer be changed.
+            with suppress(UnsupportedOperation):
+                stream.reconfigure(errors="replace")
     options = make_parser().parse_args(arguments)
     try:
         with _logging(debug=options.debug):
