@@ -342,6 +342,16 @@ def test_an_answer_that_is_stopped_leaves_the_server(start: Start, visit: Visit)
 
 
 @needs_browser
+def test_a_server_that_cannot_be_reached_after_an_answer_is_said(start: Start, visit: Visit) -> None:
+    page = visit(start())
+    page.get_by_label("most tokens").fill("4")
+    page.route("**/edgetune/bundle", lambda route: route.abort())
+    page.get_by_role("textbox", name="Prompt").fill("turn on the light")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#about")).to_have_text("Failed to fetch")
+
+
+@needs_browser
 def test_what_the_server_refuses_is_shown_in_place_of_the_answer(start: Start, visit: Visit) -> None:
     page = visit(start())
     page.get_by_role("textbox", name="Prompt").fill("light " * 2000)
