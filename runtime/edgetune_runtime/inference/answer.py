@@ -54,7 +54,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text of `tokens` tokens.
+    """A generated text of `tokens` tokens, which are those of the bundle's tokenizer whatever answered.
 
     With `tools`, `text` is all that the model wrote, `tool_calls` are the calls in it, and `content` is the text before
     them. A call that was cut off is in `text` only.

@@ -161,7 +161,7 @@ class _Settling:
             message = f"the confidence of the answer is {sureness}, and {rule.min_confidence:g} is asked for"
             raise UnsureError(message, "ask in other words, or with a lower min_confidence", answer)
         if then == ASK:
-            self._replace(answer, ASK, rule.question)
+            self._replace(answer, ASK, rule.question, tokens=self._tokens_of(rule.question))
         elif then == DEFER:
             self._defer(answer)
         else:
@@ -219,20 +219,26 @@ class _Settling:
                 messages = messages_for(answer_call.prompt, call.system)
                 text, calls = ask(to, messages, form.tools, output, answer_call.limits.check, stop=sampling.stop)
             whole = answer_text(text, [(each.name, each.arguments) for each in calls])
-            self._check_length(to, whole, sampling.max_tokens)
+            tokens = self._checked_length(to, whole, sampling.max_tokens)
         except EdgetuneError as error:
             _LOG.warning("kept an unsure answer: %s", error)
         except Stopped as stopped:
             self._keep(answer, stopped.reason)
         else:
-            self._replace(answer, DEFER, text, tool_calls=calls, kind=answer.kind, output=call.output)
+            self._replace(answer, DEFER, text, tokens=tokens, tool_calls=calls, kind=answer.kind, output=call.output)
 
-    def _check_length(self, to: DeferTo, text: str, max_tokens: int) -> None:
-        """DeferError for a text of more tokens. It is not sent: a model that thinks needs more before it answers."""
+    def _checked_length(self, to: DeferTo, text: str, max_tokens: int) -> int:
+        """The tokens of a text; DeferError for more. The limit is not sent: a model may think before it answers."""
         with self.loaded.base.tokenizer() as tokenizer:
-            if len(text) > max_tokens * tokenizer.longest or len(tokenizer.tokenize(text, continues=True)) > max_tokens:
-                message = f"{to.model!r} answered with more than {max_tokens} tokens"
-                raise DeferError(message, "give a larger max_tokens")
+            is_too_long = len(text) > max_tokens * tokenizer.longest
+        if is_too_long or (tokens := self._tokens_of(text)) > max_tokens:
+            message = f"{to.model!r} answered with more than {max_tokens} tokens"
+            raise DeferError(message, "give a larger max_tokens")
+        return tokens
+
+    def _tokens_of(self, text: str) -> int:
+        with self.loaded.base.tokenizer() as tokenizer:
+            return len(tokenizer.tokenize(text, continues=True))
 
     def _keep(self, answer: Answer, reason: str) -> None:
         """Keep an unsure answer where another one had to stop for this reason."""

@@ -61,7 +61,11 @@ def test_a_question_comes_back_in_its_place(opened: Runtime, ends: dict[str, Any
     assert answer is not None
     assert (answer.text, answer.content, answer.parsed) == (QUESTION, QUESTION, QUESTION)
     assert (answer.kind, answer.is_unsure, answer.instead) == ("question", True, "ask")
+    with loaded_bundle(opened).base.tokenizer() as tokenizer:
+        assert answer.tokens == len(tokenizer.tokenize(QUESTION, continues=True)) != own.tokens
     assert answer.confidence == own.confidence
+    assert answer.replaced is not None
+    assert (answer.replaced.text, answer.replaced.tokens) == (own.text, own.tokens)
     sure = opened.generate(PROMPT, adapter="command", min_confidence=SURE, ask=QUESTION, **ends)
     assert (sure.text, sure.is_unsure) == (own.text, False)
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from edgetune_runtime import DeferTo, Runtime, ToolCall, UsageError
 from edgetune_runtime.inference.deferring import DeferError, ask
+from edgetune_runtime.inference.measuring import loaded_bundle
 from edgetune_runtime.limits import no_limits
 from edgetune_runtime.tools.definitions import tool_set
 from openai import OpenAI, UnprocessableEntityError
@@ -186,7 +187,7 @@ def test_a_model_that_refuses_a_temperature_is_asked_without(sure_bundle: Path, 
 
 
 def test_its_answer_ends_at_a_stop_text_and_has_no_more_tokens_than_asked_for(
-    sure_bundle: Path, stop: str, caplog: pytest.LogCaptureFixture
+    sure_bundle: Path, sure: Running, stop: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     to_say = "the lamp is on, as it was" + " before" * 50
     with answering(200, json.dumps({"choices": [{"message": {"content": to_say}}]}).encode()) as (url, got):
@@ -195,6 +196,8 @@ def test_its_answer_ends_at_a_stop_text_and_has_no_more_tokens_than_asked_for(
     assert (long.is_unsure, long.instead) == (True, None)
     assert "'big' answered with more than 24 tokens; give a larger max_tokens" in caplog.text
     assert (short.text, short.instead) == ("the lamp is on", "defer")
+    with loaded_bundle(sure.runtime).base.tokenizer() as tokenizer:
+        assert short.tokens == len(tokenizer.tokenize(short.text, continues=True))
     # A model that thinks would stop within its thought.
     assert not {"stop", "max_tokens"} & got[0].keys()
 
