@@ -36,6 +36,8 @@ NAMES = ("blinds", "lamps")
 # Of a training, but not of its result.
 MEASURED = ("seconds", "tokens_per_s", "peak_memory_mb")
 STORE_BYTES = 80 * 2**20
+# A thread that gives up would let the build run to its end.
+SAVED_WITHIN_S = 600
 
 
 class LocalCluster:
@@ -153,7 +155,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(
     saved = tmp_path / "home.work/train/lamps/state.pt"
 
     def kill_when_saved() -> None:
-        wait_for(saved.exists)
+        wait_for(saved.exists, SAVED_WITHIN_S)
         cluster.kill(first)
         with FileLock(tmp_path / "home.work/cluster/lamps/lock", timeout=60):
             state = torch.load(saved, weights_only=True)
@@ -182,7 +184,7 @@ def test_an_interrupted_training_is_saved_and_its_process_ends(
     state = tmp_path / "home.work/train/lamps/state.pt"
 
     def interrupt_when_saved() -> None:
-        wait_for(state.exists)
+        wait_for(state.exists, SAVED_WITHIN_S)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt_when_saved, daemon=True).start()
