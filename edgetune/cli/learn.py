@@ -58,7 +58,7 @@ def learn(
     from edgetune.common.files import write_file
     from edgetune.common.progress import Progress
     from edgetune.retraining.learning import questions as asking
-    from edgetune.retraining.learning.learn import files_read, read_logs
+    from edgetune.retraining.learning.learn import current_logs, files_read, read_logs
     from edgetune.retraining.learning.learn import learn as run
     from edgetune.retraining.learning.page import page_of
 
@@ -78,7 +78,8 @@ def learn(
         return
     if chosen:
         print(asking.HELP, file=sys.stderr)
-        replies = {entry.id: entry for entry in asking.logged(asking.ask(chosen, _reply_to, manifest), log[-1])}
+        answers = asking.ask(chosen, _reply_to, manifest)
+        replies = {entry.id: entry for entry in asking.logged(answers, current_logs(log)[-1])}
         entries = [*(entry for entry in entries if entry.id not in replies), *replies.values()]
     result = run(bundle, entries, recipe, into, Progress(quiet=quiet))
     if page is not None:

@@ -77,15 +77,19 @@ def read_logs(bundle: Path, logs: Sequence[Path], say: Callable[[str], None]) ->
     `say` gets a sentence about each line that is left out.
     """
     manifest, entries = read_manifest(bundle), dict[str, LoggedAnswer]()
-    # A log is read after the file before it, whose corrections are older.
-    read = {file_before(log).resolve() for log in logs}
-    for log in [log for log in logs if log.resolve() not in read]:
+    for log in current_logs(logs):
         for entry in read_answer_log(log, manifest, say):
             known = entries.get(entry.id)
             # A question that nobody completed says nothing new, and the answer may have been confirmed since.
             if entry.correction or known is None or not known.correction:
                 merged(entries, entry)
     return list(entries.values())
+
+
+def current_logs(logs: Sequence[Path]) -> list[Path]:
+    """The logs without the files before them, which are read with them, as their corrections are older."""
+    before = {file_before(log).resolve() for log in logs}
+    return [log for log in logs if log.resolve() not in before]
 
 
 def files_read(bundle: Path, manifest: Manifest, recipe: Path | None) -> list[str]:

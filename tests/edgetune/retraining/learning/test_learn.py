@@ -366,6 +366,19 @@ def test_unsure_answers_are_asked_in_the_terminal_the_least_sure_first(
     assert found["lamp 1"] == "reply off" and found["lamp 2"] is None and found["lamp 5"] == "reply on"
 
 
+def test_replies_are_added_to_the_current_log_also_if_the_file_before_it_is_given_last(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = logged(home, [{"prompt": "lamp 1"}]).rename(home.with_name("answers.jsonl.1"))
+    log = logged(home, [{"prompt": "lamp 2"}])
+    old = before.read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("reply on\n"))
+    options = ["--log", str(log), "--log", str(before), "--ask", "1", "--recipe", str(home.with_name(NAME))]
+    assert main(["learn", str(home), *options]) == 2
+    assert before.read_bytes() == old
+    assert [entry.correction for entry in read_answer_log(log, read_manifest(home))] == [None, "reply on"]
+
+
 def test_what_cannot_be_an_answer_is_asked_again(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
