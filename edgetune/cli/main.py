@@ -95,7 +95,7 @@ def _root(
 
 def schema() -> None:
     """Print the JSON schema of recipes for editors."""
-    from edgetune.recipe.model import json_schema
+    from edgetune.recipe.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 

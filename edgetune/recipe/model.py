@@ -42,11 +42,10 @@ from .parts import AdapterSpec, DomainSpec, MethodSpec, Name, QuantizationSpec, 
 from .problems import AUTO, Document, Loc, explain, override, read_document, value_at
 from .routing import RouteSpec
 from .rows import Rows, plain_recipe
-from .task_files import FROM, with_task_files
+from .task_files import with_task_files
 from .task_types import TaskType
 from .training import TrainingSpec
 
-SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _GPUS = {"cuda", "gpu", "mps"}
 """What is no board, but may be meant for `training.device`; `cuda:1` too."""
 
@@ -356,22 +355,6 @@ def _validated(document: Document, folder: Path, settings: Mapping[str, Any], fl
     if problems:
         raise UsageError("\n".join(problems))
     return recipe
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a recipe, for editors; it lists all boards and quantizations."""
-    from edgetune_devices import boards  # noqa: PLC0415 - as in the validators
-
-    schema = {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
-    quantizations = schema["properties"]["quantization"]["anyOf"]
-    quantizations[0]["enum"] = sorted(QUANTIZATIONS)
-    quantizations += [{"type": "string", "pattern": r"^[a-z0-9_]+\+[a-z0-9_]+$"}, {"const": AUTO}]
-    schema["properties"]["device"]["anyOf"][0]["enum"] = boards.names_with_sizes()
-    adapters, pattern = schema["properties"]["adapters"], {"type": "string", "minLength": 1}
-    ((name, adapter),) = adapters["patternProperties"].items()
-    adapters["patternProperties"] = {name.replace("^", f"^(?!{FROM}$)", 1): adapter}
-    adapters["properties"] = {FROM: {"anyOf": [pattern, {"type": "array", "items": pattern}, adapter]}}
-    return schema
 
 
 TEMPLATE = Path(__file__).with_name("template_recipe.yaml").read_text(encoding="utf-8")

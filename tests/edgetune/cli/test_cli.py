@@ -18,7 +18,8 @@ from recipes import lights, write_rows
 from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 
 from edgetune.cli.main import main
-from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
+from edgetune.recipe.json_schema import json_schema
+from edgetune.recipe.model import TEMPLATE, Recipe
 from edgetune.training.device import may_have_gpu
 
 EDGETUNE = [sys.executable, "-m", "edgetune"]

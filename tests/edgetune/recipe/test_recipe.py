@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from edgetune import methods
 from edgetune.bases import find
 from edgetune.recipe.data import AugmentSpec, is_hub_id
-from edgetune.recipe.model import TEMPLATE, Recipe, json_schema
+from edgetune.recipe.json_schema import json_schema
+from edgetune.recipe.model import TEMPLATE, Recipe
 from edgetune.recipe.parts import QuantizationSpec
 from edgetune.recipe.reference import reference
 from edgetune.recipe.routing import RouteSpec

@@ -12,7 +12,8 @@ from recipes import LIGHTS, adapter_of, lights, values_of, write_rows
 from trainings import QUIET, modified
 
 from edgetune.building.pipeline import build
-from edgetune.recipe.model import Recipe, json_schema
+from edgetune.recipe.json_schema import json_schema
+from edgetune.recipe.model import Recipe
 from edgetune.recipe.saved import save_recipe
 
 TASKS: dict[str, Any] = {"from": "tasks/*.yaml"}
