@@ -119,17 +119,21 @@ class Recipe(RecipePart):
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], folder: str | Path = "", settings: Mapping[str, Any] | None = None
+        cls,
+        values: Mapping[str, Any],
+        folder: str | Path = "",
+        settings: Mapping[str, Any] | None = None,
+        flags: Mapping[str, str] | None = None,
     ) -> Recipe:
         """Validate a recipe that is written in Python, with the keys of a recipe file; paths are relative to `folder`.
-        `settings` are those of `from_file`.
+        `settings` and `flags` are those of `from_file`.
 
         `train` and `validation` can also be rows: a list or iterator of mappings, a pandas DataFrame or a
         datasets.Dataset. They are read once, here.
 
         Raises UsageError with all problems, one per line, or with the number of a row that cannot be read.
         """
-        return _validated(Document(plain_recipe(values)), Path(folder), settings or {}, {})
+        return _validated(Document(plain_recipe(values)), Path(folder), settings or {}, flags or {})
 
     @property
     def folder(self) -> Path:

@@ -37,11 +37,16 @@ def kept_folder(bundle: Path) -> Path:
     return beside(bundle, ".learn")
 
 
-def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, Any] | None = None) -> Recipe | None:
+def recipe_beside(
+    bundle: Path,
+    names: Collection[str],
+    settings: Mapping[str, Any] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> Recipe | None:
     """The recipe with the rows of these adapters of the bundle: the kept one, or the one that a build of data made.
 
     All adapters have the rows that were kept for them, in whichever recipe that is. What was kept for an adapter that
-    was replaced since, as by another build, counts no more. `settings` are those of `load_recipe`.
+    was replaced since, as by another build, counts no more. `settings` and `flags` are those of `load_recipe`.
     """
     manifest, settings = read_manifest(bundle), settings or {}
     kept = {folder / RECIPE: own for folder, own in _kept(bundle, manifest)}
@@ -55,9 +60,8 @@ def recipe_beside(bundle: Path, names: Collection[str], settings: Mapping[str, A
 
     def loaded(path: Path) -> Recipe:
         others = tuple(f"adapters.{name}." for name, source in sources.items() if source != path)
-        return load_recipe(
-            path, manifest, {key: value for key, value in settings.items() if not key.startswith(others)}
-        )
+        own = {key: value for key, value in settings.items() if not key.startswith(others)}
+        return load_recipe(path, manifest, own, flags)
 
     recipe, specs = loaded(first), dict[str, AdapterSpec]()
     for path in {*sources.values()} - {first}:
@@ -73,13 +77,15 @@ def _alone(recipe: Recipe, name: str) -> AdapterSpec:
     return recipe.adapters[name].model_copy(update={"training": own})
 
 
-def load_recipe(path: Path, manifest: Manifest, settings: Mapping[str, Any]) -> Recipe:
+def load_recipe(
+    path: Path, manifest: Manifest, settings: Mapping[str, Any], flags: Mapping[str, str] | None = None
+) -> Recipe:
     """The recipe of a file, whose adapters hold out the rows that the build of the bundle did.
 
-    `settings` are those of `Recipe.from_file`.
+    `settings` and `flags` are those of `Recipe.from_file`.
     """
     names = [name for name in Recipe.from_file(path).adapters if name in manifest.adapters]
-    return Recipe.from_file(path, {**split_of(manifest, names), **settings})
+    return Recipe.from_file(path, {**split_of(manifest, names), **settings}, flags)
 
 
 def system_doubt(manifest: Manifest, task: Task) -> str | None:

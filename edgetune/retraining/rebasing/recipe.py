@@ -63,16 +63,17 @@ def recipe_for(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe
 
 
 def _loaded(bundle: Path, manifest: Manifest, source: RecipeSource) -> Recipe:
-    changes = {**_changes(source), **(source.settings or {})}
+    own, settings = _changes(source), source.settings or {}
+    changes, flags = {**own, **settings}, {key: f"--{key}" for key in own.keys() - settings.keys()}
     if source.recipe is not None:
-        return load_recipe(source.recipe, manifest, changes)
-    beside = recipe_beside(bundle, manifest.adapters, changes)
+        return load_recipe(source.recipe, manifest, changes, flags)
+    beside = recipe_beside(bundle, manifest.adapters, changes, flags)
     if beside is not None:
         return beside
     if not manifest.recipe:
         message = f"{bundle} has no recipe, because its adapters were trained elsewhere"
         raise NotFoundError(message, "write one with their rows and give it: --recipe RECIPE")
-    return Recipe.from_dict(manifest.recipe, source.folder, changes)
+    return Recipe.from_dict(manifest.recipe, source.folder, changes, flags)
 
 
 def _changes(source: RecipeSource) -> dict[str, Any]:
