@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,8 @@ _SYSTEM = ("system", "system_prompt", "instruction")
 _OTHERS = ("id", "index", "idx", "uuid", "key", "no", "number", "split", "fold", "timestamp", "created", "url")
 # Columns that may be about the rows too, but are the answer if there is no other.
 _TIMES = ("date", "time")
+ADD_HEADER = "add a header such as text,label, or rename that column"
+"""What to do about a table whose first line is a row."""
 _SHORT_CHARACTERS = 40
 """Mean length of values that may be parts of one answer."""
 
@@ -150,12 +152,17 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
 
 
 def _check_header(path: Path, prompt: _Column, answers: Sequence[_Column]) -> None:
-    """UsageError for a table whose header seems to be a row: an answer's column is called like one of its values."""
-    found = next((column.name for column in answers if column.name in column.texts), None)
-    # Known names are a header: a column `spam` beside `text` may have the values spam and ham.
-    if found is not None and prompt.name.lower() not in _PROMPTS and found.lower() not in _ANSWERS:
+    """UsageError for a table whose header seems to be a row."""
+    found = next((column.name for column in answers if seems_a_row(prompt.name, column.name, column.texts)), None)
+    if found is not None:
         message = f"the first line of {path} looks like a row, because {found!r} is also an answer in other rows"
-        raise UsageError(message, "add a header such as text,label, or rename that column")
+        raise UsageError(message, ADD_HEADER)
+
+
+def seems_a_row(prompt: str, answer: str, answers: Collection[str]) -> bool:
+    """Whether a table's header with these columns seems to be a row: that of the answer is called like one of them."""
+    # Known names are a header: a column `spam` beside `text` may have the values spam and ham.
+    return answer in answers and prompt.lower() not in _PROMPTS and answer.lower() not in _ANSWERS
 
 
 def _columns_of(path: Path, values: Sequence[Mapping[str, Any]]) -> list[_Column]:

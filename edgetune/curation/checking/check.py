@@ -13,13 +13,14 @@ from edgetune_runtime.errors import EdgetuneError, UsageError
 
 from edgetune import bases
 from edgetune.common.progress import Progress
+from edgetune.proposal.columns import ADD_HEADER, seems_a_row
 from edgetune.proposal.files import test_file_of
 from edgetune.recipe.data import Columns, DataSpec
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.rows import Rows
 from edgetune.tasks.data import TaskRow, rows_of
 from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG
-from edgetune.tasks.row_files import entries
+from edgetune.tasks.row_files import DELIMITERS, entries
 from edgetune.tasks.task import Task, read_task
 from edgetune.tasks.tokenization import tokenize_rows
 
@@ -91,6 +92,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
     has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),
+        *_rows_as_headers(data, task.train),
         *answers.misfits(task, answered),
         *_too_long(rows, tokens, recipe.context_length),
         *duplicates(rows, has_one_answer=has_one_answer),
@@ -124,6 +126,16 @@ def _with_estimate(check: TaskCheck, task: Task, recipe: Recipe, minutes: float,
         if row.own is not None
     ]
     return replace(check, findings=[*wrong, *check.findings], estimate=judged)
+
+
+def _rows_as_headers(data: DataSpec, rows: Sequence[TaskRow]) -> Iterator[Finding]:
+    """The first line of a training table if it is a row, whose cells the recipe names as columns."""
+    prompt, answer = (None, None) if data.columns is None else (data.columns.prompt, data.columns.completion)
+    if Path(str(data.train)).suffix.lower() not in DELIMITERS or prompt is None or not isinstance(answer, str):
+        return
+    if seems_a_row(prompt, answer, {row.completion or "" for row in rows}):
+        note = f"looks like a row, because {answer!r} is also an answer in other rows; {ADD_HEADER}"
+        yield Finding(UNUSABLE, (f"{data.train}:1",), (TRAIN,), (prompt,), (answer,), note)
 
 
 class _LenientReader:

@@ -138,6 +138,16 @@ def test_a_test_file_without_answers_does_not_stop_the_check(
     assert problem in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
+def test_a_table_whose_first_line_is_a_row_is_named(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("lamp on,light\n" + "".join(f"lamp {n},light\nmusic {n},sound\n" for n in range(6)))
+    data = {"train": "rows.csv", "columns": {"prompt": "lamp on", "completion": "light"}}
+    (found,) = check(Recipe.from_file(write_recipe(tmp_path, NO_BASE, {"home": {"data": data}})), progress=QUIET)
+    (finding,) = found.of_kind("unusable")
+    assert finding.where == (f"{table}:1",)
+    assert finding.note.startswith("looks like a row, because 'light' is also an answer in other rows; add a header")
+
+
 def test_texts_that_a_build_makes_are_no_rows(tmp_path: Path) -> None:
     rows = [{"text": f"is it {word} now", "label": "weather" if n % 2 else "time"} for n, word in enumerate(ROOMS)]
     rows.append({"text": "who are you", "label": "none"})
