@@ -196,11 +196,14 @@ def _print_next(path: Path, recipe: edgetune.Recipe, result: edgetune.Build) -> 
 
     On standard error, so that the bundle's path stays the last line of standard output.
     """
-    from edgetune.curation.checking.check import test_beside
+    from edgetune.curation.checking.check import test_beside, test_rows_beside
 
     name, spec = next(iter(recipe.adapters.items()))
-    command = "classify" if result.trained[name].plan.labels else "generate"
-    data = test_beside(spec.data) or spec.data.validation or spec.data.train
+    labels = result.trained[name].plan.labels
+    command = "classify" if labels else "generate"
+    # A test file often has no answers.
+    test = test_beside(spec.data) if test_rows_beside(spec.data, labels) else None
+    data = test or spec.data.validation or spec.data.train
     prompt = result.prompts.get(name)
     commands: list[list[object]] = [
         *([["edgetune-run", command, result.bundle, "--adapter", name, "--prompt", prompt]] if prompt else []),

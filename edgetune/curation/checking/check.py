@@ -199,6 +199,12 @@ def test_beside(data: DataSpec) -> str | None:
     return None if test_file is None or str(test_file) == str(data.validation) else str(test_file)
 
 
+def test_rows_beside(data: DataSpec, labels: Sequence[str]) -> list[TaskRow]:
+    """The rows in that file which can be used; `labels` are those of the task."""
+    file = test_beside(data)
+    return [] if file is None else _LenientReader().usable(file, data.columns, labels=labels or None)
+
+
 def _lengths(task: Task, recipe: Recipe, rows: Sequence[TaskRow]) -> tuple[list[int], bool]:
     """The tokens of each row, and whether they are estimated because the base's file is not at hand."""
     system, base = task.spec.system, None

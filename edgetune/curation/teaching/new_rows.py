@@ -22,7 +22,7 @@ from edgetune_runtime.wording import shortened
 from edgetune.building.outputs.infer import infer
 from edgetune.building.outputs.resolve import output_of_task
 from edgetune.common.progress import Progress
-from edgetune.curation.checking.check import test_beside
+from edgetune.curation.checking.check import test_rows_beside
 from edgetune.curation.checking.duplicates import answer_key, prompt_key
 from edgetune.curation.checking.findings import TRAIN, SplitRow
 from edgetune.recipe.data import Columns
@@ -132,7 +132,9 @@ class Lesson:
         """
         first = _first_number(out)
         made = self._made_before(out) if first > 1 else []
-        existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *self._test_rows(), *made]
+        # Those that `edgetune data check` compares with the training rows.
+        tests = test_rows_beside(self.task.spec.data, self.task.labels)
+        existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *tests, *made]
         prompts = {prompt_key(SplitRow(TRAIN, row)) for row in existing}
         written = len(made)
         left_out: Counter[str] = Counter()
@@ -152,11 +154,6 @@ class Lesson:
                 f"{written} of {rows} rows are made with {self.teacher.sent} requests; allow more with --requests"
             )
         return left_out
-
-    def _test_rows(self) -> list[TaskRow]:
-        """The rows that `edgetune data check` compares with the training rows."""
-        file = test_beside(self.task.spec.data)
-        return [] if file is None else read_rows(file, self.task.spec.data.columns)
 
     def _made_before(self, out: Path) -> list[TaskRow]:
         """The rows of earlier runs."""

@@ -252,8 +252,10 @@ def test_build_makes_the_recipe_of_a_data_file_and_keeps_it_for_the_next_build(
     assert f"made the recipe {kept}" in err
     assert json.loads(run("plan", kept, "--json")[1])["adapters"]["tone"]["metric"] == "label"
     kept.write_text(kept.read_text(encoding="utf-8").replace("Name the tone.", "Which tone?"), encoding="utf-8")
+    write_rows(recipe.parent / "tone-test.jsonl", [{"text": "a row without an answer"}])
     err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1")[2]
     assert f"using the recipe {kept}" in err
+    assert "--adapter tone --data" in err and "tone-test.jsonl" not in err
     with Runtime.open(out) as runtime:
         assert (runtime.manifest.name, runtime.manifest.adapters["tone"].system) == ("home", "Which tone?")
     assert_is_one_error(run("build", recipe.parent / "reply.jsonl", *flags), 2, "Home.yaml is a recipe for other data")

@@ -372,7 +372,9 @@ def test_new_rows_have_the_form_of_the_training_rows(
 def test_test_rows_beside_the_training_rows_are_not_made_and_not_written_to(
     teacher: Callable[[Reply], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = {"home-train.jsonl": ORDERS, "home-test.jsonl": [{"prompt": "new 1", "completion": {"do": "on"}}]}
+    # Test rows may lack answers.
+    tests = [{"prompt": "lamp on"}, {"prompt": "new 1", "completion": {"do": "on"}}]
+    data = {"home-train.jsonl": ORDERS, "home-test.jsonl": tests}
     recipe = str(write_recipe(tmp_path, "missing.gguf", {"home": adapter_of(train="home-train.jsonl")}, data=data))
     numbers = iter(range(1, 9))
     url = teacher(lambda body: said(f"new {next(numbers)}" if asking_for_requests(body) else '{"do": "on"}'))
