@@ -43,20 +43,16 @@ _UNHELPFUL_WARNINGS = {
 }
 
 
-def plan(recipe: AnyRecipe, out: str | Path | None = None) -> BuildPlan:
+def plan(recipe: AnyRecipe, out: str | Path | None = None, *, into: str | Path | None = None) -> BuildPlan:
     """Plan a build: its base, adapters and sizes, the memory, disk and time that it needs, and what the board will do.
 
     Reads the header of the base and all rows, downloads and trains nothing. `out` is where the bundle would be built,
-    by default `build/NAME`. Raises one EdgetuneError for all problems of the recipe, its base and its rows, and one for
-    an `out` that is something else than a bundle.
+    by default `build/NAME`, and `into` that of `build`. Raises one EdgetuneError for all problems of the recipe, its
+    base and its rows, and one for an `out` that is something else than a bundle.
     """
-    from edgetune_export.pack import check_destination  # noqa: PLC0415 - numpy
+    from .building.into import plan_for  # noqa: PLC0415 - numpy and the formats
 
-    from .building.plan import plan_build  # noqa: PLC0415 - numpy and the formats
-
-    if out is not None:
-        check_destination(Path(out))
-    return plan_build(_recipe(recipe), None if out is None else Path(out)).plan
+    return plan_for(_recipe(recipe), None if out is None else Path(out), None if into is None else Path(into)).plan
 
 
 def build(
@@ -87,8 +83,9 @@ def build(
     is then unchanged.
     """
     check_engine(engine)
-    if into is not None and out is not None:
-        raise UsageError("--into and --out are both given, and name the bundle", "keep one")
+    from .building.into import check_one_bundle  # noqa: PLC0415 - numpy and the formats
+
+    check_one_bundle(out, into)
     loaded = _recipe(recipe)
     from .building import pipeline  # noqa: PLC0415 - torch
 

@@ -9,20 +9,54 @@ from typing import Any
 import numpy as np
 from edgetune_export import backends
 from edgetune_export.adapters.shapes import Delta, LowRank
+from edgetune_export.pack import check_destination
 from edgetune_runtime.bundle import ROUTER_WORDS, Manifest, sha256_of
 from edgetune_runtime.errors import IncompatibleError, UsageError, VerificationError
 from edgetune_runtime.wording import first_of
 from pydantic import ValidationError
 
 from edgetune import bases
-from edgetune.planning.records import AdapterPlan, BuildPlan
+from edgetune.planning.records import AdapterPlan, BuildPlan, PlannedBuild
 from edgetune.recipe.model import Recipe
 from edgetune.recipe.parts import AdapterSpec
 from edgetune.recipe.training import TrainingSpec
 from edgetune.shipping.existing import ExistingBundle
 
+from .plan import plan_build
+
 # Settings of a recipe that a bundle has once for all its adapters, besides those that its manifest has elsewhere.
 _SETTINGS = ("merged_quantization", "states", "onnx", "device")
+
+
+def check_one_bundle(out: str | Path | None, into: str | Path | None) -> None:
+    """UsageError if both name the bundle."""
+    if into is not None and out is not None:
+        raise UsageError("--into and --out are both given, and name the bundle", "keep one")
+
+
+def plan_for(recipe: Recipe, out: Path | None, into: Path | None) -> PlannedBuild:
+    """The plan of a build of the bundle `out`, by default `recipe.default_out`, or one into the bundle `into`.
+
+    Raises what `check_one_bundle`, `check_destination`, `plan_build` and `plan_into` raise.
+    """
+    check_one_bundle(out, into)
+    if into is not None:
+        return plan_into(recipe, into)[0]
+    if out is not None:
+        check_destination(out)
+    return plan_build(recipe, out)
+
+
+def plan_into(recipe: Recipe, folder: Path) -> tuple[PlannedBuild, ExistingBundle]:
+    """The plan of a build that adds the recipe's adapters to the bundle `folder`, and that bundle.
+
+    Raises what `ExistingBundle.read`, `with_settings`, `plan_build` and `check_slots` raise.
+    """
+    existing = ExistingBundle.read(folder, recipe.adapters, replaces_router=recipe.route is not None)
+    fitted = with_settings(recipe, existing)
+    planned = plan_build(fitted, folder, others_of(existing), existing.manifest.adapters)
+    check_slots(planned.plan, existing)
+    return planned, existing
 
 
 def with_settings(recipe: Recipe, existing: ExistingBundle) -> Recipe:

@@ -39,7 +39,7 @@ from . import builders
 from .builders import Builder
 from .cross_fitting import fold_adapters, trainings
 from .decoder.quantization import choose_quantization
-from .into import check_slots, others_of, router_change, with_settings
+from .into import check_slots, plan_into, router_change
 from .on_cluster import train_on_cluster
 from .plan import plan_build, with_download, with_quantization
 from .result import Build
@@ -79,17 +79,17 @@ def build(
     state = processes()
     if not state.is_main_process:
         progress = Progress(quiet=True)
-    existing, others = None, None
+    existing = None
     if into:
-        existing = ExistingBundle.read(out, recipe.adapters, replaces_router=recipe.route is not None)
-        recipe, others = with_settings(recipe, existing), others_of(existing)
-    check_destination(out)
-    planned = plan_build(recipe, out, others, () if existing is None else existing.manifest.adapters)
+        planned, existing = plan_into(recipe, out)
+    else:
+        check_destination(out)
+        planned = plan_build(recipe, out)
     if planned.plan.source is None:
         with state.main_process_first():
             planned = with_download(planned, out)
-    if existing is not None:
-        check_slots(planned.plan, existing)
+        if existing is not None:
+            check_slots(planned.plan, existing)
     _say_plan(planned.plan, progress)
     if existing is not None and (change := router_change(recipe, existing)) is not None:
         progress.say(change)

@@ -34,6 +34,10 @@ Settings = Annotated[
 AsJson = Annotated[bool, output_option("--json", help="Print JSON as the last line of standard output.")]
 Quiet = Annotated[bool, output_option("--quiet", help="Print no progress.")]
 Out = Annotated[Path | None, output_option(metavar="OUT", help="The bundle's folder (default: build/NAME).")]
+Into = Annotated[
+    Path | None,
+    output_option(metavar="BUNDLE", help="Add the adapters to this bundle, or replace those of the same names."),
+]
 Engine = Annotated[str | None, engine_option(metavar="NAME", help="gguf or onnx (default: the bundle's first format).")]
 RunsOn = Annotated[
     str, engine_option("--engine", metavar="NAME", help="Where to train: local, or ray for a Ray cluster.")

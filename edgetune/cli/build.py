@@ -17,6 +17,7 @@ import edgetune
 
 from .arguments import (
     AsJson,
+    Into,
     Out,
     Quiet,
     RunsOn,
@@ -63,10 +64,7 @@ def build(
     ],
     *,
     out: Out = None,
-    into: Annotated[
-        Path | None,
-        output_option(metavar="BUNDLE", help="Add the adapters to this bundle, or replace those of the same names."),
-    ] = None,
+    into: Into = None,
     as_json: AsJson = False,
     settings: Settings = None,
     base: Annotated[str | None, base_option(metavar="BASE", help="Override the recipe's base.")] = None,

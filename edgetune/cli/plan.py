@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from edgetune_runtime.wording import printable
 
-from .arguments import AsJson, Out, RecipePath, Settings, print_json, settings_of
+from .arguments import AsJson, Into, Out, RecipePath, Settings, print_json, settings_of
 from .tables import print_table
 
 if TYPE_CHECKING:
@@ -22,7 +22,13 @@ TITLES = (*TEXTS[:5], "trained", "rows", "longest", "steps", *TEXTS[5:])
 
 
 def plan(
-    recipe: RecipePath, *, out: Out = None, trial: TrialFlag = False, settings: Settings = None, as_json: AsJson = False
+    recipe: RecipePath,
+    *,
+    out: Out = None,
+    into: Into = None,
+    trial: TrialFlag = False,
+    settings: Settings = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check a recipe, its base and its data, and show what a build will do.
 
@@ -32,21 +38,18 @@ def plan(
     elsewhere, and the speed on the board. Without --trial it downloads no base and trains nothing. A build follows this
     plan and stores it in the bundle's manifest.
     """
-    from edgetune_export.pack import check_destination
-
-    from edgetune.building.plan import plan_build
+    from edgetune.building.into import plan_for
     from edgetune.recipe.model import Recipe
 
-    if out is not None:
-        check_destination(out)
-    loaded = Recipe.from_file(recipe, settings_of(settings))
-    planned = plan_build(loaded, out)
+    planned = plan_for(Recipe.from_file(recipe, settings_of(settings)), out, into)
     build_plan, trained = planned.plan, dict[str, Any]()
     if trial:
         from edgetune.building import trial as time_trial
         from edgetune.common.progress import Progress
 
-        build_plan, trained = time_trial.run(loaded, planned, out or loaded.default_out, Progress(quiet=as_json))
+        loaded = build_plan.recipe
+        folder = into or out or loaded.default_out
+        build_plan, trained = time_trial.run(loaded, planned, folder, Progress(quiet=as_json))
     if as_json:
         print_json(build_plan.to_json() | ({"trial": trained} if trial else {}))
         return

@@ -11,12 +11,13 @@ from edgetune_runtime import Runtime
 from edgetune_runtime.bundle import UnsureRule, read_manifest, sha256_of, verify_files
 from edgetune_runtime.errors import EdgetuneError, UsageError, VerificationError
 from edgetune_runtime.inference import golden
-from recipes import adapter_of, lights, make_recipe
+from recipes import NAME, adapter_of, lights, make_recipe
 from runtime.bundles import add_router
 from trainings import QUIET, Listening, modified
 
 from edgetune.building.into import router_change
 from edgetune.building.pipeline import build, export_trained
+from edgetune.cli.main import main
 from edgetune.recipe.model import Recipe
 from edgetune.shipping.existing import ExistingBundle
 
@@ -261,6 +262,9 @@ def test_an_adapter_joins_those_that_were_trained_elsewhere(
     adapter = adapter_of(LORA, train="rows.jsonl", confidence_folds=2, min_confidence=0.5, unsure="theirs")
     data = {"rows.jsonl": lights(20, (COMPLETIONS["blinds"],))}
     recipe = make_recipe(tmp_path / "more", tiny_gguf("llama"), {"blinds": adapter}, data=data, threads=None)
+    plan = ["plan", str(tmp_path / "more" / NAME)]
+    # Only the bundle has the adapter that answers in place of unsure answers.
+    assert [main(plan), main([*plan, "--into", str(out)])] == [2, 0]
     build(recipe, out, progress=QUIET, into=True)
     manifest = read_manifest(out)
     verify_files(out, manifest)
