@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from edgetune_export import architectures
 from edgetune_export.adapters.fold import CONFIG_NAME as ADAPTER_CONFIG
 from edgetune_export.architectures.shape import BaseShape, SizedModule
-from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, part_of
+from edgetune_export.base_file.convert import WEIGHT_FILES, convert_folder, llama_cpp_version, part_of
 from edgetune_export.base_file.importance import Importance
 from edgetune_export.base_file.quantize import quantize_gguf
 from edgetune_export.hf_folder import CONFIG_NAME, read_config
+from edgetune_runtime import __version__
 from edgetune_runtime.bundle import sha256_of
 from edgetune_runtime.bundle.files import bundle_path
 from edgetune_runtime.errors import EdgetuneError, IncompatibleError, NotFoundError, UsageError, VerificationError
@@ -228,7 +229,7 @@ def before_quantization(
 
 
 def key_of_source(source: BaseSource) -> str:
-    """A digest that changes if the base's file or folder does."""
+    """A digest that changes if the base's file does, or its folder or what converts it."""
     return _key_of_folder(source.path) if source.is_folder else sha256_of(source.path)
 
 
@@ -392,7 +393,7 @@ def _downloaded(hub_id: str) -> Path:
 
 
 def _key_of_folder(folder: Path) -> str:
-    """A short digest of the folder's file names, sizes and modification times."""
+    """A short digest of the folder's file names, sizes and modification times, and of the versions that convert it."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     state = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return key_of(state)[:12]
+    return key_of([state, __version__, llama_cpp_version()])[:12]

@@ -169,6 +169,11 @@ def _changed(folder: Path, changes: Mapping[str, Any], work: Path) -> Iterator[P
         yield source
 
 
+def llama_cpp_version() -> str:
+    """The version of llama-cpp-python, of which the converter is a part unless another one is given."""
+    return importlib.metadata.version("llama-cpp-python")
+
+
 def find_converter(converter: Path | None = None) -> Path:
     """The path of convert_hf_to_gguf.py: the given one, the cached one, or a new download with pip."""
     if converter is not None:
@@ -176,7 +181,7 @@ def find_converter(converter: Path | None = None) -> Path:
         if not script.is_file():
             raise NotFoundError(f"{converter} has no {SCRIPT}", "use a llama.cpp checkout")
         return script
-    version = importlib.metadata.version("llama-cpp-python")
+    version = llama_cpp_version()
     cached = Path(platformdirs.user_cache_dir("edgetune")) / f"llama-cpp-python-{version}"
     if not (cached / SCRIPT).is_file():
         _fetch(version, cached)

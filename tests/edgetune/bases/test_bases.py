@@ -254,7 +254,11 @@ def test_a_folder_that_names_no_context_length_is_refused(
 
 @pytest.mark.parametrize("quantization", ["q8_0", "f16"])
 def test_a_folder_is_converted_once(
-    quantization: str, resolve: Callable[..., Base], tiny_folder: Callable[[str], Path], tmp_path: Path
+    quantization: str,
+    resolve: Callable[..., Base],
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")
     base = resolve("tiny", quantization=quantization, converter=None)
@@ -265,6 +269,10 @@ def test_a_folder_is_converted_once(
     assert resolve("tiny", quantization=quantization) == base
     assert base.path.stat().st_mtime_ns == written
     assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization="q4_0"))
+    for name, version in (("__version__", "99"), ("llama_cpp_version", lambda: "99")):
+        with monkeypatch.context() as upgrade:
+            upgrade.setattr(bases, name, version)
+            assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization=quantization))
     (folder / "config.json").touch()
     assert_refused(NotFoundError, "no converter", lambda: resolve("tiny", quantization=quantization))
     assert [path.name for path in (tmp_path / "work").iterdir()] == [base.path.name]
