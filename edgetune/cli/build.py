@@ -81,14 +81,15 @@ def build(
 
     Exports the adapters with their base and checks that the exported files match the trained model. An interrupted
     build resumes where it stopped. For data files (.jsonl, .csv, .tsv), the recipe that `edgetune init --data` would
-    write is made and kept beside the bundle, as OUT.yaml; the next build of these files uses it, with your changes.
-    With --into, the base and the other adapters of the bundle stay as they are, and so does its router if the recipe
-    has no route.
+    write is made and kept beside the bundle, as OUT.yaml, with the overrides that you give; the next build of these
+    files uses it, with your changes. With --into, the base and the other adapters of the bundle stay as they are, and
+    so does its router if the recipe has no route.
     """
     from edgetune.api import check_engine
     from edgetune.common.progress import Progress
     from edgetune.proposal.files import is_data
-    from edgetune.proposal.writing import recipe_to_build
+    from edgetune.proposal.recipe import written_base
+    from edgetune.proposal.writing import recipe_to_build, write_settings
     from edgetune.recipe.problems import check_set_once
 
     if into is not None and any(map(is_data, recipe)):
@@ -104,9 +105,13 @@ def build(
     check_set_once(changes, {flag: [key] for key, flag in flags.items()})
     check_engine(engine)
     path = recipe_to_build(recipe, out, base, Progress(quiet=quiet))
-    loaded = _load(path, changes | given, flags, training)
+    own = changes | given
+    loaded, by_adapter = _load(path, own, flags, training)
     result = edgetune.build(loaded, out, shown_unless(quiet), into=into, engine=engine, converter=converter)
     if result.figures:
+        if own and path not in recipe:
+            named = {} if base is None else {"base": json.dumps(written_base(base, path.parent))}
+            write_settings(path, {**by_adapter, **own, **named})
         _print_build(result.to_json(), as_json=as_json)
         if not (as_json or quiet):
             _print_next(path, loaded, result)
@@ -153,8 +158,9 @@ def export(
 
 def _load(
     path: Path, changes: Mapping[str, Any], flags: Mapping[str, str], training: Mapping[str, Any]
-) -> edgetune.Recipe:
-    """The recipe with the changes; `training` overrides all adapters, also those that set their own values."""
+) -> tuple[edgetune.Recipe, dict[str, Any]]:
+    """The recipe with the changes, and those of single adapters: `training` overrides all adapters, also those that set
+    their own values."""
     recipe = edgetune.Recipe.from_file(path, changes, flags)
     adapter_changes = {
         f"adapters.{name}.training.{key}": value
@@ -162,7 +168,9 @@ def _load(
         for key, value in training.items()
         if key in spec.training.model_fields_set
     }
-    return edgetune.Recipe.from_file(path, {**adapter_changes, **changes}, flags) if adapter_changes else recipe
+    if adapter_changes:
+        recipe = edgetune.Recipe.from_file(path, {**adapter_changes, **changes}, flags)
+    return recipe, adapter_changes
 
 
 def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:

@@ -75,10 +75,9 @@ def recipe_for(
     """
     folder = path.parent
     tasks = [_task(task_files, folder) for task_files in tasks_of([Path(file) for file in files])]
-    is_path = base not in bases.ALIASES and Path(base).exists()
     choices = [
         Choice("name", name or default_name(files)),
-        Choice("base", _as_written(Path(base), folder) if is_path else base, _REASONS.get(base, "")),
+        Choice("base", written_base(base, folder), _REASONS.get(base, "")),
         *(choice for task in tasks for choice in task.choices),
     ]
     draft = Recipe.model_validate(values_of(choices), context={"folder": folder})
@@ -157,6 +156,12 @@ def _introduction(recipe: Recipe, tasks: Sequence[_ProposedTask], path: Path) ->
     if all(spec.metric == "label" for spec in recipe.adapters.values()):
         lines.append("All tasks choose a label, which a small encoder does faster: docs/encoders.md.")
     return "\n".join(map(printable, lines))
+
+
+def written_base(base: str, folder: Path) -> str:
+    """A base as the recipe in `folder` names it."""
+    is_path = base not in bases.ALIASES and Path(base).exists()
+    return _as_written(Path(base), folder) if is_path else base
 
 
 def _as_written(path: Path, folder: Path) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from edgetune_runtime.errors import UsageError
+from ruamel.yaml import YAML
 
 from edgetune.common.files import write_file
 from edgetune.common.progress import Progress
 from edgetune.common.work_folder import beside, named
-from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA, Recipe
+from edgetune.recipe.model import TEMPLATE, TEMPLATE_DATA, Recipe, model_at
+from edgetune.recipe.problems import override
 
 from .files import is_data, slug, tasks_of
 from .recipe import DEFAULT_BASE, default_name, recipe_for
@@ -49,6 +54,21 @@ def write_recipe(target: Path, files: Sequence[Path], base: str | None, *, name:
         example = target.parent / "data" / source.name
         if not example.exists():
             write_file(example, source.read_bytes())
+
+
+def write_settings(recipe: Path, settings: Mapping[str, Any]) -> None:
+    """Set dotted keys of a recipe file, as `Recipe.from_file` takes them; its comments stay.
+
+    `edgetune learn` and `rebase` read the recipe beside a bundle, and train as its build did.
+    """
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = sys.maxsize, True
+    values = yaml.load(recipe.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        override(values, key, value, model_at)
+    text = StringIO()
+    yaml.dump(values, text)
+    write_file(recipe, text.getvalue())
 
 
 def _check_same(recipe: Path, files: Sequence[Path]) -> None:

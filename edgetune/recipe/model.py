@@ -350,12 +350,12 @@ def _validated(document: Document, folder: Path, settings: Mapping[str, Any], fl
     document = with_task_files(document, folder)
     values = copy.deepcopy(document.values)
     named = {key: flags.get(key, f"--set {key}") for key in settings}
-    found = ((key, override(values, key, value, _model_at)) for key, value in settings.items())
+    found = ((key, override(values, key, value, model_at)) for key, value in settings.items())
     problems = [f"{named[key]}: {problem}" for key, problem in found if problem]
     try:
         recipe = Recipe.model_validate(values, context={"folder": folder, "files": document.files})
     except ValidationError as error:
-        problems += explain(error, values, document, named, _model_at)
+        problems += explain(error, values, document, named, model_at)
     if problems:
         raise UsageError("\n".join(problems))
     return recipe
@@ -373,13 +373,13 @@ def _one_of(value: str, choices: list[str], kind: str) -> str:
     return value
 
 
-def _model_at(loc: Loc, values: dict[str, Any]) -> type[BaseModel] | None:
+def model_at(loc: Loc, values: dict[str, Any]) -> type[BaseModel] | None:
     """The model that validates the mapping at `loc`; None if its keys are not fixed."""
     if not loc:
         return Recipe
     if loc[0] == "adapters" and len(loc) <= 2:
         return AdapterSpec if len(loc) == 2 else None
-    parent = _model_at(loc[:-1], values)
+    parent = model_at(loc[:-1], values)
     field = parent.model_fields.get(str(loc[-1])) if parent is not None else None
     choices = () if field is None else (field.annotation, *get_args(field.annotation))
     model = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), None)

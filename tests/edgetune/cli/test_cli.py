@@ -20,6 +20,7 @@ from runtime.bundles import Adapter, change_manifest, low_rank, write_bundle
 from edgetune.cli.main import main
 from edgetune.recipe.json_schema import json_schema
 from edgetune.recipe.model import TEMPLATE, Recipe
+from edgetune.retraining.learning.kept import recipe_beside
 from edgetune.training.device import may_have_gpu
 
 EDGETUNE = [sys.executable, "-m", "edgetune"]
@@ -253,8 +254,12 @@ def test_build_makes_the_recipe_of_a_data_file_and_keeps_it_for_the_next_build(
     assert json.loads(run("plan", kept, "--json")[1])["adapters"]["tone"]["metric"] == "label"
     kept.write_text(kept.read_text(encoding="utf-8").replace("Name the tone.", "Which tone?"), encoding="utf-8")
     write_rows(recipe.parent / "tone-test.jsonl", [{"text": "a row without an answer"}])
-    err = run("build", data, *flags, "--set", "adapters.tone.training.max_steps=1")[2]
-    assert f"using the recipe {kept}" in err
+    # What `learn` and `rebase` read has the settings of the build.
+    beside = recipe_beside(out, ["tone"])
+    assert beside is not None and beside.adapters["tone"].training.max_steps == 1
+    assert beside.training.precision == "fp32" and "# " in kept.read_text(encoding="utf-8")
+    code, _, err = run("build", data, "--out", out)
+    assert code == 0 and f"using the recipe {kept}" in err
     assert "--adapter tone --data" in err and "tone-test.jsonl" not in err
     with Runtime.open(out) as runtime:
         assert (runtime.manifest.name, runtime.manifest.adapters["tone"].system) == ("home", "Which tone?")
