@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from edgetune_runtime.text.chat import Message
 from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.tasks.data import TaskRow
+
+from .numbers import said_numbers
 
 FieldPath = tuple[str | int, ...]
 """Keys and positions that lead to a value."""
@@ -22,8 +25,7 @@ _STYLES: tuple[dict[str, Any], ...] = tuple(
     for separators in (None, (",", ":"))
     for ascii_only in (False, True)
 )
-
-
+_TOKEN = re.compile(r"\w+|[^\w\s]")
 NO_VALUE = "[null]"
 """What a record has for null."""
 BETWEEN_TEXTS = "\0"
@@ -116,16 +118,15 @@ class Answer:
     def has_offsets(self, prompt: str) -> bool:
         """Whether a number is where a text of the answer begins in the prompt, and another one its end or its length.
 
-        Most changes of the prompt make them wrong.
+        They count characters, or words if the prompt does not say them. Most changes of the prompt make them wrong.
         """
         values, said = [value for _, value in self.scalars()], prompt.lower()
         texts = {value.lower() for value in values if isinstance(value, str) and value}
         numbers = Counter(value for value in values if isinstance(value, int) and value >= 0)
-        return any(
-            any(numbers[other] > (other == start) for other in (start + len(text), start + len(text) - 1, len(text)))
-            for text in texts
-            for start in numbers
-            if said.startswith(text, start)
+        told = {str(number) for number in said_numbers(said)}
+        untold = Counter({number: count for number, count in numbers.items() if str(number) not in told})
+        return _has_places(said, texts, numbers) or any(
+            _has_places(split(said), map(split, texts), untold) for split in (str.split, _TOKEN.findall)
         )
 
     def with_scalars(self, changes: Mapping[FieldPath, Scalar]) -> Any:  # noqa: ANN401 - any JSON value
@@ -147,6 +148,16 @@ class Answer:
         for place, style, answer in zip(self.places, self.styles, values, strict=True):
             turns[place]["content"] = json.dumps(answer, **style)
         return row.with_turns(turns)
+
+
+def _has_places(said: Sequence[str], texts: Iterable[Sequence[str]], numbers: Counter[int]) -> bool:
+    """Whether one of the numbers is the place of a text in `said`, and another one its end or its length."""
+    return any(
+        any(numbers[other] > (other == start) for other in (start + len(text), start + len(text) - 1, len(text)))
+        for text in texts
+        for start in numbers
+        if text and said[start : start + len(text)] == text
+    )
 
 
 def prompt_of(row: TaskRow) -> str:

@@ -76,6 +76,17 @@ def test_answers_with_the_places_of_characters_have_no_copies(place: Callable[[i
     assert copied([*rows, asked("call Tom", found=[{"name": "Tom", "at": [3, 9]}])], copies=9, noise=1)
 
 
+@pytest.mark.parametrize("end", [lambda a, n: a + n, lambda a, n: a + n - 1, lambda a, n: n])
+@pytest.mark.parametrize("comma", [" ,", ","])
+def test_answers_with_the_places_of_words_have_no_copies(end: Callable[[int, int], int], comma: str) -> None:
+    names = ("Bob Lee", "Anna May Park", "Tom Fox")
+    said = [(f"hey you{comma} {verb} to {name}", name) for verb in ("talk", "write") for name in names]
+    rows = [asked(prompt, name=name, start=5, end=end(5, len(name.split()))) for prompt, name in said]
+    assert copied(rows, copies=9, noise=1) == []
+    # A number that the prompt says is no place.
+    assert copied([*rows, asked("2 of beer for 3", what="beer", count=2, hours=3)], copies=9, noise=1)
+
+
 def test_a_value_that_the_prompt_has_already_is_not_used() -> None:
     negated = (("kitchen", "study"), ("study", "porch"))
     rows = [asked(f"light the {room}, not the {other}", room=room) for room, other in negated]
