@@ -28,11 +28,11 @@ SIGNATURES = {
     "export": "(base, adapters, out, *, quantization=None, systems=None, merged=False, targets=('gguf',), "
     "converter=None, on_progress=None)",
     "learn": "(bundle, log, *, recipe=None, into=None, on_progress=None)",
-    "plan": "(recipe, out=None)",
+    "plan": "(recipe, out=None, *, into=None)",
     "rebase": "(bundle, base=None, out=None, *, quantization=None, recipe=None, folder='', settings=None, data=None, "
     "margin=1.0, without_worse=False, converter=None, on_progress=None)",
     "Recipe.from_file": "(path, settings=None, flags=None)",
-    "Recipe.from_dict": "(values, folder='', settings=None)",
+    "Recipe.from_dict": "(values, folder='', settings=None, flags=None)",
     "Build.open": "(self, **options)",
 }
 FIELDS = {
