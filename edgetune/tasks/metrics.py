@@ -229,7 +229,8 @@ def _same(one: object, other: object) -> bool:
     if isinstance(one, str) and isinstance(other, str):
         return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        left, right = ({unicodedata.normalize("NFC", key): each[key] for key in each} for each in (one, other))
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_same, one, other))
     return one == other
@@ -271,4 +272,10 @@ def _rouge_l() -> Callable[[str, str], float]:
 def _chrf() -> Callable[[str, str], float]:
     import sacrebleu  # noqa: PLC0415 - slow to import
 
-    return lambda prediction, reference: float(sacrebleu.sentence_chrf(prediction, [reference]).score) / 100
+    def compare(prediction: str, reference: str) -> float:
+        # Its chrF of two empty texts is 0.
+        if prediction.strip() == reference.strip():
+            return 1.0
+        return float(sacrebleu.sentence_chrf(prediction, [reference]).score) / 100
+
+    return compare

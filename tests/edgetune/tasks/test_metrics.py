@@ -51,6 +51,7 @@ def test_a_metric_that_is_named_is_kept() -> None:
         ('{"a": 1}', '{"a": 1, "b": 2}', 0.0),
         ("[" * 100_000, "[]", 0.0),
         ('["cafe\u0301"]', '["caf\u00e9"]', 1.0),
+        ('{"cafe\u0301": 1}', '{"caf\u00e9": 1}', 1.0),
     ],
 )
 def test_json_compares_values(prediction: str, reference: str, equal: float) -> None:
@@ -118,8 +119,8 @@ def test_rouge_l_compares_words_of_spaced_scripts_as_it_did() -> None:
 
 
 def test_chrf_lies_between_0_and_1() -> None:
-    mean, each = score("chrf", ["the lamp is on", "xyz"], ["the lamp is on", "the lamp"])
-    assert each == [1.0, 0.0]
+    mean, each = score("chrf", ["the lamp is on", "xyz", "", ""], ["the lamp is on", "the lamp", "", "on"])
+    assert each == [1.0, 0.0, 1.0, 0.0]
     assert mean == 0.5
 
 
