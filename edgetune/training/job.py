@@ -66,7 +66,8 @@ class Point:
 class TrainResult:
     """The result of a training run; the losses are those of the checkpoint that ships, after `shipped_step` steps.
 
-    `overfit_step` is the step after which validation loss rose, None if it did not.
+    `overfit_step` is the step after which validation loss rose, None if it did not. `total_parameters` are those of the
+    base, without what the method adds.
 
     `device` is torch's name of the kind of device that the run ended on: cpu, cuda or mps.
     """

@@ -111,7 +111,8 @@ class _Run:
         self.schedule = Schedule(len(self.train_rows), training)
         self.state = _State()
         torch.manual_seed(training.seed)
-        self.base, self.attention = base, base.config._attn_implementation
+        # Before the method adds its own parameters to the base.
+        self.base, self.attention, total = base, base.config._attn_implementation, base.num_parameters()
         self.tuned: Any = method.attach(base, job.options, self.schedule.steps)
         if job.start is not None:
             try:
@@ -121,11 +122,10 @@ class _Run:
                 raise
         self.objective.extend(self.tuned)
         self.tuned.to(self.accelerator.device)
-        named = trainable(self.tuned)
         groups = method.parameter_groups(self.tuned, job.options, training.learning_rate)
         optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.counts = (sum(p.numel() for _, p in named), sum(p.numel() for p in base.parameters()))
+        self.counts = (sum(p.numel() for _, p in trainable(self.tuned)), total)
         self.model, self.optimizer = self.accelerator.prepare(self.tuned, optimizer)
         self.best: dict[str, torch.Tensor] = {}
         self.is_changing = False

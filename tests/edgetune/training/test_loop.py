@@ -79,14 +79,16 @@ def loss_of(model: Any, rows: Sequence[Example]) -> float:  # noqa: ANN401 - wit
     return cross_entropy(logits, torch.tensor([row.tokens[5:] for row in rows]).flatten()).item()
 
 
-def test_a_training_learns_its_task_and_returns_its_figures(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_training_learns_its_task_and_returns_its_figures(
+    base: PreTrainedModel, run: Callable[..., Any], tmp_path: Path
+) -> None:
     result = run(job(max_steps=40))
     losses = [point.val_loss for point in result.history]
     assert losses[-1] == result.val_loss < 0.7 * losses[0]
     assert [point.step for point in result.history] == [2, 5, 8, 11, 14, 17, 20, 22, 25, 28, 31, 34, 37, 40]
     assert (result.steps, result.shipped_step, result.overfit_step, result.precision) == (40, 40, None, "fp32")
     assert result.tokens == 40 * 8 * 8
-    assert 0 < result.trainable_parameters < result.total_parameters
+    assert 0 < result.trainable_parameters < result.total_parameters == base.num_parameters()
     assert min(result.seconds, result.tokens_per_s, result.peak_memory_mb) > 0
     lines = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["val_loss"] for line in lines] == losses
