@@ -175,7 +175,7 @@ class Values:
     def _contexts(self, item: SlottedRow, slot: Slot) -> tuple[Context, Context]:
         """What the value of a slot may depend on: the fields that it decides on, and the unsaid ones, all or the tied.
 
-        The fields are those of the same part of the answer. Of an hour, it is also the half of the day.
+        The fields are those of the same part of the answer. Of an hour, it is also the word after it, such as pm.
         """
         clock = _clock_after(item, slot) if has_number(slot.value) else []
         place = slot.paths[0][0] if isinstance(item.answer.value, list) else 0
