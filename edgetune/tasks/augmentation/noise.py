@@ -32,9 +32,10 @@ _NUMBER = r"(?<!\w)-?\d++(?:[.:,]\d++)*+(?:\s?%|\w*)"
 _SIGNS = re.compile(
     r"(?!(?<=\d)%|(?<=\d )%)"
     r"[^\w\s.,;:!?\"'()\u2026\u00bf\u00a1\u3001\u3002\uff0c\uff01\uff1f\u00ab\u00bb\u2010-\u201f-]"
-    r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d"
+    r"|(?<!\w)[:;=]['-]?[()DP/|](?!\w)|\d\s*[-\u2013]\s*\d|(?<!\d)\.\d|\d['\"\u2019\u201d]|\d\s\d{3}(?!\d)"
 )
-"""Signs that a speech recognizer would not leave out: of money and of operators, faces, and marks on letters."""
+"""Signs that a speech recognizer would not leave out: of money and of operators, faces, marks on letters, points of
+fractions such as .5, feet and inches, and spaces between thousands."""
 _UNITS = "|".join(LARGE)
 _LARGE = rf"(?:{_UNITS})(?:[ -](?:and[ -])?(?>one|{NUMBER_WORDS}|{_UNITS}))*"
 """The words of a number above 99, which stay as they are, from the first that is too large."""

@@ -131,8 +131,8 @@ def _number_pattern(value: float, *, in_words: bool) -> re.Pattern[str]:
     return re.compile(rf"{_NOT_INSIDE}{number}{_NOT_BEFORE}(?P<plural>)", re.IGNORECASE)
 
 
-# Not a part of another word, or of a time, a fraction or a decimal number.
-_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])", r"(?!\w)(?![.:,/]\d)"
+# Not a part of another word, or of a time, a fraction, a negative or a decimal number, also one such as .5.
+_NOT_INSIDE, _NOT_BEFORE = r"(?<!\w)(?<!\d[.:,/])(?!(?<=(?<!\w)[-\u2212.])\d)", r"(?!\w)(?![.:,/]\d)"
 # Nor of another number in words, such as "two" of "twenty two", of "two hundred", of "one hundred and two" and of
 # "four oh two".
 _HUNDRED, _ZERO = 100, "(?:zero|oh|o)"

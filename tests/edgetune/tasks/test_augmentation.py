@@ -211,6 +211,11 @@ def test_numbers_in_longer_numbers_are_no_values() -> None:
     assert mentions_of("twenty two minutes", 22) == [Mention(0, 10)]
     for text in ("set point 22", "channel 22 two times", "point 22"):
         assert len(mentions_of(text, 22)) == 1, text
+    for text in ("add .2 cups", "add -.2 cups", "set it to -2", "set it to \u22122"):
+        assert mentions_of(text, 2) == mentions_of(text, "2") == [], text
+    assert mentions_of("between -2 and 2", -2) == [Mention(8, 10)]
+    for text in ("no.2", "from 1-2", "stop. 2"):
+        assert len(mentions_of(text, 2)) == 1, text
     assert mentions_of("two songs and 2 lamps", 2) == [Mention(0, 3), Mention(14, 15)]
     for text in ("two hundred and one", "two hundred one", "one thousand two hundred", "two hundred thousand"):
         assert mentions_of(text, 200) == [], text
@@ -472,6 +477,11 @@ def test_noise_keeps_negative_numbers_and_words_in_quotes() -> None:
         "what is 12 + 7",
         "what is 12 - 7",
         "from 20-30 to 40",
+        "run .5 miles",
+        "add -.5 to it",
+        "he is 5' 10\" tall",
+        "cut 3\u2019 of rope",
+        "walk 10 000 steps",
         "sort a list in C++",
         "that was great 😀",
         "I love it :)",
