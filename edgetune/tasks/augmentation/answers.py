@@ -94,6 +94,10 @@ class Answer:
         """The independent parts: each call, each item of a list, or the whole answer."""
         return self.value if isinstance(self.value, list) else [self.value]
 
+    def part_of(self, path: FieldPath) -> int:
+        """The place of the part that has this path."""
+        return int(path[0]) if isinstance(self.value, list) else 0
+
     def scalars(self) -> Iterator[tuple[FieldPath, Scalar]]:
         """The texts and numbers, with their paths; of calls, those in the arguments."""
         for path, value in _leaves(self.value, ()):

@@ -20,6 +20,11 @@ def is_fixed(field: str, unsaid: Collection[str], records: Sequence[Record]) -> 
     return any(_depends(field, other, records) for other in unsaid) or _is_computed(field, unsaid, records)
 
 
+def may_need(field: str, others: Collection[str], records: Sequence[Record]) -> bool:
+    """Whether another value of the field would need others in these fields, or nothing shows that it would not."""
+    return is_fixed(field, others, records) or any(is_tied(field, other, records) for other in others)
+
+
 def _depends(field: str, other: str, records: Sequence[Record]) -> bool:
     """Whether the values of two fields determine one another."""
     both = [(record[field], record[other]) for record in records if field in record and other in record]

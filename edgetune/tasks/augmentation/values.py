@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ from edgetune_runtime.wording import first_of, suggestion
 from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
-from .dependence import decided_keys, has_number, is_fixed, is_tied, selects
+from .dependence import decided_keys, has_number, is_fixed, is_tied, may_need, selects
 from .numbers import YEAR, numbers_in, order, said_numbers
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
@@ -102,6 +102,7 @@ class Values:
         self._fixed = {
             field for field in open_fields if field in sorted_lists or is_fixed(field, self._unmentioned, last)
         }
+        self._may_need = cache(partial(may_need, records=last))
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {
             field: {other for other in self._unmentioned if is_tied(field, other, last)} for field in open_fields
@@ -178,8 +179,7 @@ class Values:
         The fields are those of the same part of the answer. Of an hour, it is also the word after it, such as pm.
         """
         clock = _clock_after(item, slot) if has_number(slot.value) else []
-        place = slot.paths[0][0] if isinstance(item.answer.value, list) else 0
-        record = item.answer.record(int(place))
+        record = item.answer.record(item.answer.part_of(slot.paths[0]))
         own, tied = self._decided.get(slot.field, frozenset()), self._tied.get(slot.field, set())
         decided = (*clock, *sorted(field for field in own & record.keys() if record[field] != NO_VALUE))
         unsaid = tuple(sorted((field, str(record[field])) for field in self._unmentioned & record.keys()))
@@ -187,7 +187,7 @@ class Values:
 
     def _options(self, item: SlottedRow, slot: Slot) -> Sequence[Scalar]:
         """The values that can take the place of that of a slot, and its own."""
-        if slot.field in self._fixed or _is_followed(item, slot):
+        if slot.field in self._fixed or _is_followed(item, slot) or self._needs_unsaid(item, slot):
             return []
         allowed = self._listed_by_schema(item, slot)
         pool = self._pool(slot.field, self._contexts(item, slot), is_text=isinstance(slot.value, str))
@@ -201,6 +201,19 @@ class Values:
                 pool = [number for number in numbers_in(grounds) if number in pool]
             pool = [value for value in pool if mentions_of(grounds, value)]
         return pool
+
+    def _needs_unsaid(self, item: SlottedRow, slot: Slot) -> bool:
+        """Whether another value may need others in fields that most prompts say, but not this one."""
+        if slot.field in self._listed:
+            return False
+        answer = item.answer
+        said = {(answer.part_of(path), other.field) for other in item.slots for path in other.paths}
+        for part in map(answer.part_of, slot.paths):
+            having = {field for field, value in answer.record(part).items() if value != NO_VALUE}
+            unsaid = {field for field in having - self._unmentioned if (part, field) not in said}
+            if self._may_need(slot.field, frozenset(unsaid)):
+                return True
+        return False
 
     def _listed_by_schema(self, item: SlottedRow, slot: Slot) -> list[Scalar] | None:
         """The values that the schemas of a slot list, as far as people say them; None if they list none."""

@@ -49,6 +49,22 @@ def test_values_of_rows_with_other_unsaid_fields_are_not_used_unless_rows_show_t
     assert all(18 <= answer["value"] <= 24 for prompt, answer in made if "heat" in prompt)
 
 
+def test_a_field_that_depends_on_one_stays_where_the_prompt_does_not_say_that_one() -> None:
+    cities = {"Paris": "France", "Lyon": "France", "Rome": "Italy", "Milan": "Italy", "Oslo": "Norway"}
+    rows = [
+        asked(f"{what} in {city}{place}", what=what, city=city, country=land)
+        for city, land in cities.items()
+        for what, place in (("rain", ""), ("wind", f", {land}"), ("snow", f", {land}"))
+    ]
+    made = pairs(copied(rows, copies=9, **QUIET))
+    unsaid = [(prompt, answer) for prompt, answer in made if answer["country"] not in prompt]
+    assert {prompt for prompt, _ in unsaid} == {f"{what} in {city}" for what in ("wind", "snow") for city in cities}
+    assert all(cities[answer["city"]] == answer["country"] for _, answer in unsaid)
+    assert any(cities[answer["city"]] != answer["country"] for _, answer in made)
+    named = pairs(copied(rows, copies=9, values={"city": ["Nice"]}, **QUIET))
+    assert {"rain in Nice", "wind in Nice, Norway"} <= {prompt for prompt, _ in named}
+
+
 def test_a_number_that_an_unsaid_text_may_be_computed_from_stays() -> None:
     times = (("14:00", 5, "14:05"), ("13:55", 10, "14:05"), ("16:00", 20, "16:20"), ("16:10", 10, "16:20"))
     rows = [asked(f"it is {now}, so ring in {n} minutes", now=now, minutes=n, end=end) for now, n, end in times]
