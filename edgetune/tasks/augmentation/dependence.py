@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from .answers import NO_VALUE, Scalar
+from .answers import NO_VALUE, Answer, Scalar
 
 Record = Mapping[str, Scalar]
 _EVIDENCE, _MOSTLY_UNIQUE = 3, 0.8
@@ -40,6 +41,26 @@ def _determines(both: Sequence[tuple[Hashable, Hashable]], chance: float) -> boo
     own, determined = Counter(a for a, _ in both), Counter(b for _, b in both)
     alike = _pairs(determined.values()) / max(1, _pairs([len(both)]))
     return _pairs(Counter(both).values()) == _pairs(own.values()) and alike ** (len(both) - len(own)) < chance
+
+
+def counting_fields(answers: Iterable[Answer]) -> set[str]:
+    """The fields of numbers that are the length of a list in the same part, wherever there is a list."""
+    is_length: dict[str, bool] = {}
+    for answer in answers:
+        lengths = [set(_lengths(part)) for part in answer.parts]
+        for path, value in answer.scalars():
+            own, field = lengths[answer.part_of(path)], answer.field(path)
+            if own and not isinstance(value, str):
+                is_length[field] = value in own and is_length.get(field, True)
+    return {field for field, is_always in is_length.items() if is_always}
+
+
+def _lengths(value: Any) -> Iterator[int]:  # noqa: ANN401 - any JSON value
+    if isinstance(value, list):
+        yield len(value)
+    if isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _lengths(inner)
 
 
 def decided_keys(field: str, records: Sequence[Record]) -> frozenset[str]:

@@ -26,7 +26,7 @@ from edgetune_runtime.wording import first_of, suggestion
 from edgetune.tasks.data import TaskRow
 
 from .answers import NO_VALUE, Answer, FieldPath, Scalar
-from .dependence import decided_keys, has_number, is_fixed, is_tied, may_need, selects
+from .dependence import counting_fields, decided_keys, has_number, is_fixed, is_tied, may_need, selects
 from .numbers import YEAR, numbers_in, order, said_numbers
 from .schemas import accepts, fields_of, listed_in
 from .slots import Slot, has_value, mentions_of, slots_of, with_values
@@ -98,10 +98,9 @@ class Values:
         # The user knows better.
         open_fields = mentioned.keys() - listed.keys()
         last = [record for own in by_row for record in _last_records(own)]
-        sorted_lists = {field for item in rows for field in _reordered_lists(item)}
-        self._fixed = {
-            field for field in open_fields if field in sorted_lists or is_fixed(field, self._unmentioned, last)
-        }
+        by_lists = {field for item in rows for field in _reordered_lists(item)}
+        by_lists |= counting_fields(item.answer for item in rows)
+        self._fixed = {field for field in open_fields if field in by_lists or is_fixed(field, self._unmentioned, last)}
         self._may_need = cache(partial(may_need, records=last))
         self._decided = {field: decided_keys(field, records) for field in open_fields}
         self._tied = {

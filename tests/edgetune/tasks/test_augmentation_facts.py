@@ -74,6 +74,17 @@ def test_a_number_that_an_unsaid_text_may_be_computed_from_stays() -> None:
     assert {answer["level"] for _, answer in pairs(copied(rows, copies=9, **QUIET))} == {40}
 
 
+def test_the_length_of_a_list_stays() -> None:
+    orders = (("two", ["tea", "milk"]), ("3", ["cola", "soup", "tea"]), ("four", ["bread", "milk", "cola", "rice"]))
+    rows = [
+        asked(f"order {n} things for {day}: {', '.join(items)}", items=items, count=len(items), day=day)
+        for (n, items), day in zip(orders, (7, 9, 15), strict=True)
+    ]
+    made = pairs(copied([*rows, asked("nothing for 12", items=[], count=0, day=12)], copies=9, **QUIET))
+    assert all(answer["count"] == len(answer["items"]) for _, answer in made)
+    assert {answer["day"] for _, answer in made} > {8, 11}
+
+
 def test_a_number_in_a_range_of_another_class_is_not_used() -> None:
     places = {-4: "den", 1: "hall", 4: "den", 6: "hall", 7: "hall", 9: "den", 15: "attic"}
     rows = [asked(f"{place}: {n} degrees", value=n, alarm=not 2 <= n <= 8) for n, place in places.items()]
