@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ VALUE, CHOICE, LABEL, NOTHING, QUESTION = "value", "choice", "label", "nothing",
 """The kinds of answers: data or text, one of the given texts, the label of `classify`, nothing to do, a question.
 """
 MAX_LOG_ODDS = 30.0
+# With the question marks of Chinese, Japanese and Arabic. What a bracket of JSON follows may be within a text.
+_QUESTION = re.compile(r"[?\uff1f\u061f][^\w\]}?\uff1f\u061f]*$")
 
 Curves = Mapping[str, ConfidenceCurve]
 """A curve per kind of answer."""
@@ -59,7 +62,7 @@ def kind_of(text: str, output: OutputSpec | None, *, calls: int, expects_calls: 
         return CHOICE
     if _is_empty(text):
         return NOTHING
-    if text.endswith("?"):
+    if _QUESTION.search(text):
         return QUESTION
     return NOTHING if expects_calls else VALUE
 
