@@ -102,12 +102,15 @@ def answer_of(raw: Any) -> LoggedAnswer:  # noqa: ANN401 - any JSON value
         raise TypeError(f"it does not have the keys {', '.join(needed)}")
     if more := raw.keys() - names:
         raise TypeError(f"it has a key {min(more)!r}; its keys are {', '.join(names)}")
-    correction = raw.get("correction")
-    if isinstance(correction, dict | list | int | float):
-        # As people write it into a file of questions, and into rows.
-        raw = {**raw, "correction": json.dumps(correction, ensure_ascii=False)}
-    entry = dataclass_of(LoggedAnswer, raw)
+    # People write other JSON into a file of questions.
+    entry = dataclass_of(LoggedAnswer, {**raw, "correction": text_of(raw.get("correction"))})
     return replace(entry, messages=tuple(messages_for(entry.messages, None)))
+
+
+def text_of(correction: Any) -> str | None:  # noqa: ANN401 - any JSON value
+    """A correction as the log has it, the JSON of one that is not a text; TypeError or ValueError if it has none."""
+    is_text = correction is None or isinstance(correction, str)
+    return correction if is_text else json.dumps(correction, ensure_ascii=False)
 
 
 def merged(entries: dict[str, LoggedAnswer], entry: LoggedAnswer) -> None:

@@ -21,7 +21,7 @@ from edgetune_runtime.text.chat import Message, Prompt, messages_for
 from edgetune_runtime.tools.calls import ToolCall, answer_text
 from edgetune_runtime.tools.definitions import Tools, tool_set
 
-from .answers import LoggedAnswer, line_of
+from .answers import LoggedAnswer, line_of, text_of
 from .redaction import Redaction
 
 MAX_BYTES = 64_000_000
@@ -117,8 +117,8 @@ class AnswerLog:
             _LOG.warning("%s", error)
         return entry.id
 
-    def corrected(self, answer_id: str, correction: str | None = None) -> None:
-        """Log what a recent answer should have been; None: what the user got is right.
+    def corrected(self, answer_id: str, correction: str | dict[str, Any] | list[Any] | None = None) -> None:
+        """Log what a recent answer should have been, a text or JSON; None: what the user got is right.
 
         A correction that calls tools is JSON as in `LoggedAnswer`. NotFoundError for an unknown id, UsageError for a
         correction that cannot be one, OutOfSpaceError if it cannot be written.
@@ -127,7 +127,11 @@ class AnswerLog:
         if correction is None and shown == "":
             message = "the answer was cut off or a clarifying question, which is not to be learned"
             raise UsageError(message, "give the right answer")
-        right = shown if correction is None else correction
+        try:
+            right = shown if correction is None else text_of(correction)
+        except (TypeError, ValueError) as error:
+            message = f"the correction is neither a text nor JSON: {error}"
+            raise UsageError(message, "give a text, an object or a list") from error
         text = None if right is None else self._redaction.clean(right)[0]
         with self._lock:
             self._write(self._recent_answer(answer_id).entry.with_correction(text), shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -38,7 +37,7 @@ def routes(answering: Answering, bodies: BodyReader) -> list[Route]:
     return [Route(PATH, correct, methods=["POST"])]
 
 
-def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
+def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | dict[str, Any] | list[Any] | None]:
     """The name of an answer in the log, whether no more is known than that it is wrong, and else what is right.
 
     The body has the `id` of a reply and the `index` of an answer in it, or the `id` of an answer in the log; and
@@ -50,11 +49,10 @@ def _correction(body: Mapping[str, Any]) -> tuple[str, bool, str | None]:
         raise RequestError(f"{name} is not a member of a correction", f"give {', '.join(_MEMBERS)}", param=name)
     name = fields.needed_text("id")
     name = name.removeprefix(next(filter(name.startswith, _PREFIXES), ""))
-    given = body.get("correction")
-    text = json.dumps(given, ensure_ascii=False) if isinstance(given, dict | list) else given
-    if text is not None and not (isinstance(text, str) and text.strip()):
+    right = body.get("correction")
+    if not (right is None or isinstance(right, dict | list) or (isinstance(right, str) and right.strip())):
         fields.refuse("correction", "a text that is not empty, an object or a list, or null if the answer is right")
     is_wrong = fields.flag("is_wrong")
-    if is_wrong and text is not None:
+    if is_wrong and right is not None:
         fields.refuse("is_wrong", "left out beside a correction")
-    return answer_id(name, fields.integer("index") or 0), is_wrong, text
+    return answer_id(name, fields.integer("index") or 0), is_wrong, right

@@ -387,6 +387,16 @@ def test_a_correction_can_be_any_json(correction: object, text: str | None, mani
     assert [entry.correction for entry in read_answer_log(path, manifest)] == [text]
 
 
+def test_a_correction_is_logged_as_its_json(manifest: Manifest, tmp_path: Path) -> None:
+    log = AnswerLog(tmp_path / "answers.jsonl", manifest, redact=["Anna"])
+    answer = log.answered("call Anna", "{}", adapter="command")
+    log.corrected(answer, {"name": "Anna", "to": ["dömö"]})
+    (entry,) = read_answer_log(log.path, manifest)
+    assert entry.correction == f'{{"name": "{REDACTED}", "to": ["dömö"]}}'
+    with pytest.raises(UsageError, match=r"neither a text nor JSON: .*set.*; give a text, an object or a list"):
+        log.corrected(answer, {"name"})  # type: ignore[arg-type]
+
+
 def test_the_log_of_another_bundle_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     AnswerLog(path, manifest).answered("one", "1", adapter="command")
