@@ -1,12 +1,13 @@
 """Fits the curves of answers' confidence: how likely they are right, by the model's own log odds (Platt scaling).
 
-Platt 1999, with Gaussian priors in place of his smoothed targets: they say the same of few rows, and a curve rises
-with the log odds even if no answer was wrong.
+Platt 1999, with Gaussian priors in place of his smoothed targets, so that a curve rises with the log odds even if no
+answer was wrong. His target of right answers bounds the confidence (`edgetune_runtime/inference/confidence.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -71,44 +72,42 @@ def error_if_exact(confidences: Sequence[float]) -> float:
 
 def _curve(answers: Sequence[RatedAnswer]) -> ConfidenceCurve:
     right = [answer.is_right for answer in answers]
-    share = round(sum(right) / len(right), 4)
     if len(answers) < MIN_ROWS:
-        return ConfidenceCurve(len(answers), share)
-    slope, offset = _fitted(answers)
+        return ConfidenceCurve(len(answers), _share(answers))
     left_out = _left_out(answers)
     bins = bins_of(left_out, right)
-    return ConfidenceCurve(
-        len(answers),
-        share,
-        round(slope, 4),
-        round(offset, 4),
-        round(calibration_error(bins), 4),
-        round(error_if_exact(left_out), 4),
-        tuple((round(each.confidence, 4), round(each.right, 4), each.rows) for each in bins),
+    return replace(
+        _fitted(answers),
+        error=round(calibration_error(bins), 4),
+        error_if_exact=round(error_if_exact(left_out), 4),
+        bins=tuple((round(each.confidence, 4), round(each.right, 4), each.rows) for each in bins),
     )
+
+
+def _share(answers: Sequence[RatedAnswer]) -> float:
+    return round(sum(answer.is_right for answer in answers) / len(answers), 4)
 
 
 def _left_out(answers: Sequence[RatedAnswer]) -> list[float]:
     """The confidence of each answer by a curve that was fitted without it."""
     confidences = [0.0] * len(answers)
     for fold in range(_FOLDS):
-        slope, offset = _fitted([answer for number, answer in enumerate(answers) if number % _FOLDS != fold])
-        curve = ConfidenceCurve(1, 1.0, slope, offset)
+        curve = _fitted([answer for number, answer in enumerate(answers) if number % _FOLDS != fold])
         for number in range(fold, len(answers), _FOLDS):
             answer = answers[number]
             confidences[number] = confidence({answer.kind: curve}, answer.kind, answer.log_odds) or 0.0
     return confidences
 
 
-def _fitted(answers: Sequence[RatedAnswer]) -> tuple[float, float]:
-    """Slope (at least 0) and offset with the highest posterior probability, by Newton's method."""
+def _fitted(answers: Sequence[RatedAnswer]) -> ConfidenceCurve:
+    """The curve with the slope (at least 0) and offset of the highest posterior probability, by Newton's method."""
     odds = np.array([[answer.log_odds, 1.0] for answer in answers])
     right = np.array([float(answer.is_right) for answer in answers])
-    values = _maximum(odds, right)
-    if values[0] < 0:
+    slope, offset = _maximum(odds, right).tolist()
+    if slope < 0:
         # Surer answers were not right more often.
-        values = np.array([0.0, _maximum(odds * [0.0, 1.0], right)[1]])
-    return float(values[0]), float(values[1])
+        slope, offset = 0.0, float(_maximum(odds * [0.0, 1.0], right)[1])
+    return ConfidenceCurve(len(answers), _share(answers), round(slope, 4), round(offset, 4))
 
 
 def _maximum(odds: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:

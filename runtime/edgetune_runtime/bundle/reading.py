@@ -126,14 +126,18 @@ def _check_references(manifest: Manifest, path: Path) -> None:
         if unknown or adapter.shapes.keys() != adapter.files.keys():
             message = f"adapter {adapter.name!r} has unknown shapes {unknown}, or a file without a shape"
             raise VerificationError(message, "update edgetune-runtime")
-        curves = [curve for kinds in adapter.confidence.values() for curve in kinds.values()]
-        if not all(math.isfinite(value) for curve in curves for value in (curve.slope or 0, curve.offset)):
-            raise VerificationError(f"adapter {name!r} has a confidence curve without numbers", COPY_BUNDLE_AGAIN)
+        if not all(_is_possible(curve) for kinds in adapter.confidence.values() for curve in kinds.values()):
+            raise VerificationError(f"adapter {name!r} has an impossible confidence curve", COPY_BUNDLE_AGAIN)
         if adapter.base_fingerprint != manifest.base.fingerprint:
             message = f"adapter {adapter.name!r} was made for another base than the one in bundle {manifest.name!r}"
             raise IncompatibleError(message, "build the bundle again")
     if manifest.router is not None:
         _check_router(manifest.router, manifest.adapters, path)
+
+
+def _is_possible(curve: ConfidenceCurve) -> bool:
+    is_finite = math.isfinite(curve.slope or 0) and math.isfinite(curve.offset)
+    return is_finite and 0 <= curve.rows < 1 << 31 and 0 <= curve.right <= 1
 
 
 def _check_router(router: RouterEntry, adapters: Mapping[str, AdapterEntry], path: Path) -> None:

@@ -118,7 +118,8 @@ class Scope:
 
 @dataclass(frozen=True)
 class ConfidenceCurve:
-    """The probability that answers of one kind are right: the logistic function of `slope` x log odds + `offset`.
+    """The probability that answers of one kind are right: the logistic function of `slope` x log odds + `offset`, but
+    at most (n + 1) / (n + 2) after n right ones.
 
     Fitted on `rows` validation rows, of whose answers the share `right` was right; `slope` is None if they were too
     few. `error` is the expected calibration error of rows that were left out of the fit in turn, `error_if_exact` what

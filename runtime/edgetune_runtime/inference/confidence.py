@@ -72,7 +72,10 @@ def confidence(curves: Curves, kind: str, log_odds: float) -> float | None:
     curve = curves.get(kind)
     if curve is None or curve.slope is None:
         return None
-    return 1 / (1 + math.exp(-_bounded(curve.slope * log_odds + curve.offset)))
+    right = curve.rows * curve.right
+    # Platt's target of right answers: a curve of few rows rises beyond what they show, above all if none was wrong.
+    most = (right + 1) / (right + 2)
+    return min(most, 1 / (1 + math.exp(-_bounded(curve.slope * log_odds + curve.offset))))
 
 
 def _bounded(log_odds: float) -> float:

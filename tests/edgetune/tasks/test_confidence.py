@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from edgetune_runtime.inference.confidence import confidence
 
 from edgetune.tasks.confidence import MIN_ROWS, RatedAnswer, bins_of, calibration_error, fit_curves
 
@@ -41,6 +42,14 @@ def test_rows_that_are_all_right_give_a_curve_that_rises() -> None:
     assert curve.slope is not None
     assert 0.2 < curve.slope < 0.6
     assert 2 < curve.offset < 5
+
+
+def test_few_rows_that_are_all_right_do_not_make_sure_of_more() -> None:
+    (curve,) = fit_curves([RatedAnswer("value", 10.0, is_right=True)] * MIN_ROWS).values()
+    sure = [confidence({"value": curve}, "value", odds) for odds in (-5.0, 10.0, 130.0)]
+    assert sure[1:] == [(MIN_ROWS + 1) / (MIN_ROWS + 2)] * 2
+    assert sure[0] is not None and sure[0] < 0.5
+    assert curve.bins == ((round(17 / 18, 4), 1.0, MIN_ROWS),)
 
 
 def test_rows_that_are_all_wrong_give_a_low_confidence_whatever_the_log_odds() -> None:

@@ -34,7 +34,8 @@ def opened(request: pytest.FixtureRequest, sure_bundle: Path) -> Iterator[Runtim
 def logistic(curve: ConfidenceCurve, odds: float | None) -> float:
     assert curve.slope is not None
     assert odds is not None
-    return 1 / (1 + math.exp(-curve.slope * odds - curve.offset))
+    right = curve.rows * curve.right
+    return min((right + 1) / (right + 2), 1 / (1 + math.exp(-curve.slope * odds - curve.offset)))
 
 
 def ended(runtime: Runtime, **options: Any) -> Answer:  # noqa: ANN401 - those of `generate`
@@ -190,11 +191,12 @@ def test_the_commands_print_it(sure_bundle: Path, opened: Runtime, capsys: pytes
     )
 
 
-def test_a_curve_without_numbers_is_refused(sure_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [{"slope": math.inf}, {"rows": -2, "right": 1.0}, {"rows": 10**400}, {"right": 1.5}])
+def test_an_impossible_curve_is_refused(values: dict[str, float], sure_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(sure_bundle, tmp_path / "home")
     assert read_manifest(bundle).adapter("tone").confidence["onnx"]["label"] == LABEL_CURVE
-    change_manifest(bundle, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(slope=math.inf))
-    with pytest.raises(VerificationError, match="'tone' has a confidence curve without numbers"):
+    change_manifest(bundle, lambda raw: raw["adapters"]["tone"]["confidence"]["gguf"]["value"].update(values))
+    with pytest.raises(VerificationError, match="'tone' has an impossible confidence curve"):
         read_manifest(bundle)
 
 
