@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune_devices import boards
 from edgetune_devices.fit import Fit, fit
-from edgetune_runtime.bundle import AdapterEntry, Manifest
+from edgetune_runtime.bundle import AdapterEntry, ConfidenceCurve, Manifest
 from edgetune_runtime.engines import gguf
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.sizing.needs import needs_of_bundle
@@ -74,6 +74,16 @@ class AdapterFacts:
     def lacks_confidence(self) -> bool:
         """Whether its answers are right or wrong, and no curve says how likely."""
         return self.entry.metric in EITHER_RIGHT_OR_WRONG and not self.entry.confidence
+
+    @property
+    def sure(self) -> Mapping[str, ConfidenceCurve]:
+        """The curves of its confidence by format and kind of answer, of those that have enough answers."""
+        return {
+            f"{format_}, {kind}": curve
+            for format_, kinds in self.entry.confidence.items()
+            for kind, curve in kinds.items()
+            if curve.slope is not None
+        }
 
     @property
     def golden(self) -> Answer | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from edgetune_devices.fit import Fit
 
 from edgetune.common.templates import template_of
-from edgetune.tasks.confidence import MIN_ROWS
+from edgetune.tasks.confidence import MIN_ROWS, THRESHOLDS, sure_from
 
 from .facts import AdapterFacts, Facts
 from .learning_curve import LearningCurve
@@ -40,8 +40,8 @@ class Curve:
 def page(facts: Facts, fits: Sequence[Fit], learning: Sequence[LearningCurve] = ()) -> str:
     """The report: one page that needs neither a network nor a script. `learning` are curves of its adapters."""
     curves = {item.entry.name: curve(item) for item in facts.adapters}
-    shown = {"facts": facts, "fits": fits, "curves": curves, "learning": learning}
-    return template_of(PAGE).render(shown, width=WIDTH, height=HEIGHT, least_rows=MIN_ROWS)
+    shown = {"facts": facts, "fits": fits, "curves": curves, "learning": learning, "least_rows": MIN_ROWS}
+    return template_of(PAGE).render(shown, width=WIDTH, height=HEIGHT, thresholds=THRESHOLDS, sure_from=sure_from)
 
 
 def card(facts: Facts) -> str:

@@ -24,6 +24,8 @@ _PRIOR_PRECISION = np.diag([1.0, 0.25])
 """Gaussian prior of slope and offset: before any row is seen, a model is as sure as it should be."""
 _STEPS, _PRECISION = 50, 1e-6
 _DRAWS = 200
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Values of `min_confidence` at which bins begin, of which a curve knows the answers."""
 
 
 class RatedAnswer(NamedTuple):
@@ -40,6 +42,13 @@ class Bin(NamedTuple):
     confidence: float
     right: float
     rows: int
+
+
+class Sure(NamedTuple):
+    """The share of answers that reach a `min_confidence`, and the share of these that was wrong; None of none."""
+
+    answers: float
+    wrong: float | None
 
 
 def fit_curves(answers: Sequence[RatedAnswer]) -> dict[str, ConfidenceCurve]:
@@ -59,6 +68,13 @@ def bins_of(confidences: Sequence[float], right: Sequence[bool] | NDArray[np.boo
 def calibration_error(bins: Sequence[Bin]) -> float:
     """The expected calibration error: the mean distance of confidence and share of right answers."""
     return sum(abs(each.confidence - each.right) * each.rows for each in bins) / sum(each.rows for each in bins)
+
+
+def sure_from(curve: ConfidenceCurve, threshold: float) -> Sure:
+    """What remains of a curve's answers with one of the THRESHOLDS as `min_confidence`."""
+    bins = [Bin(confidence, right, int(rows)) for confidence, right, rows in curve.bins if confidence >= threshold]
+    rows = sum(each.rows for each in bins)
+    return Sure(rows / curve.rows, sum(each.rows * (1 - each.right) for each in bins) / rows if rows else None)
 
 
 def error_if_exact(confidences: Sequence[float]) -> float:
