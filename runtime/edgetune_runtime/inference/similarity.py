@@ -34,6 +34,8 @@ _DISTANCE, _LEAD = 3.0, 1.5
 """Weights of the distance to training prompts and of the lead of those of a label, in log odds per spread. More of the
 distance finds more texts out of scope, more of the lead orders right and wrong labels of texts of the task better and
 of others worse (measured on CLINC150, BANKING77 and a home assistant)."""
+_MAX_LEAD = 10.0
+"""In spreads; those of BANKING77's 77 labels are below 5. Few labels can be 100 apart, and no distance would count."""
 
 Matrix = npt.NDArray[np.float32]
 
@@ -51,8 +53,9 @@ class Similarities(NamedTuple):
     def label_log_odds(self, label: str, log_odds: float) -> float:
         """How sure it is that the label is right, in log odds, from the model's own."""
         own = self.nearest.get(label, max(self.nearest.values()))
-        lead = own - max((value for name, value in self.nearest.items() if name != label), default=own)
-        return log_odds + (_LEAD * lead - _DISTANCE * (1 - own)) / self.spread
+        other = max((value for name, value in self.nearest.items() if name != label), default=own)
+        lead = min((own - other) / self.spread, _MAX_LEAD)
+        return log_odds + _LEAD * lead - _DISTANCE * (1 - own) / self.spread
 
 
 @dataclass(frozen=True)

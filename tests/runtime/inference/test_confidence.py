@@ -206,6 +206,8 @@ def test_an_impossible_curve_is_refused(values: dict[str, float], sure_bundle: P
         (0.9, {"red": 1.0}, LABEL, math.log(9)),
         # Nearer its own label's training prompts than those of the others.
         (0.9, {"red": 1.0, "warm": 0.2, "cold": 0.1}, LABEL, math.log(9) + 12.0),
+        # 18 spreads nearer, of which 10 count.
+        (0.9, {"red": 0.95, "warm": -0.9}, LABEL, math.log(9) + 15.0 - 1.5),
         # Far from its own label's training prompts, but near those of another one: in scope, and less sure.
         (0.9, {"red": 0.95, "warm": 1.0}, LABEL, math.log(9) - 1.5 - 0.75),
         # Its label has no training prompts.
