@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .data import TaskRow
 
@@ -43,6 +44,26 @@ def plain_prompt(row: TaskRow) -> str:
 def answered_prompts(rows: Iterable[TaskRow]) -> set[str]:
     """The plain prompts of all answers that are learned of the rows, or scored, also of earlier turns."""
     return {plain_prompt(answer) for row in rows for answer in row.answers}
+
+
+def without_system(row: TaskRow) -> TaskRow:
+    """The row without the system prompt of its own."""
+    return row if row.system is None else replace(row, messages=(row.messages or ())[1:])
+
+
+def shared_prompt(apart: Iterable[TaskRow], trained: Iterable[TaskRow]) -> Callable[[TaskRow], str]:
+    """What gives the plain prompt of a row, for comparison across rows kept `apart` and `trained` ones.
+
+    System prompts, which may differ in the date alone, count only in prompts that both have without them: such rows
+    were split by their system prompts, which may be what the prompt is about.
+    """
+    split = answered_prompts(map(without_system, apart)) & answered_prompts(map(without_system, trained))
+
+    def prompt_of(row: TaskRow) -> str:
+        prompt = plain_prompt(without_system(row))
+        return plain_prompt(row) if prompt in split else prompt
+
+    return prompt_of
 
 
 def _without_ends(word: str, punctuation: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 from edgetune_runtime.errors import UsageError
 
 from .data import TaskRow
-from .plain_prompts import plain_prompt
+from .plain_prompts import plain_prompt, without_system
 
 
 def split(rows: Sequence[TaskRow], held_out: float, seed: int) -> tuple[list[TaskRow], list[TaskRow]]:
@@ -62,8 +61,7 @@ def _grouped(rows: Sequence[TaskRow], most: int) -> list[list[int]]:
     System prompts, which may differ in the date alone, count only among more than `most` rows that are otherwise the
     same: there they may be what the prompt is about.
     """
-    without_system = [row if row.system is None else replace(row, messages=(row.messages or ())[1:]) for row in rows]
-    groups = _alike(without_system, range(len(rows)))
+    groups = _alike([*map(without_system, rows)], range(len(rows)))
     return [part for group in groups for part in ([group] if len(group) <= most else _alike(rows, group))]
 
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from edgetune_runtime.decoding.output import OutputSpec
 from edgetune_runtime.errors import UsageError
 from edgetune_runtime.inference.chat_client import unfenced, without_thought
-from edgetune_runtime.text.chat import Message
 from edgetune_runtime.text.json_text import json_or_none
 from edgetune_runtime.wording import shortened
 
@@ -28,6 +27,7 @@ from edgetune.curation.checking.findings import TRAIN, SplitRow
 from edgetune.recipe.data import Columns
 from edgetune.tasks.augmentation.answers import Answer, prompt_of
 from edgetune.tasks.data import TaskRow, read_rows
+from edgetune.tasks.plain_prompts import without_system
 from edgetune.tasks.task import Task
 
 from .questions import Questions
@@ -135,7 +135,7 @@ class Lesson:
         # Those that `edgetune data check` compares with the training rows.
         tests = test_rows_beside(self.task.spec.data, self.task.labels)
         existing = [*self.task.train, *self.task.validation, *self.task.confidence_rows, *tests, *made]
-        prompts = {prompt_key(SplitRow(TRAIN, row)) for row in existing}
+        prompts = {prompt_key(SplitRow(TRAIN, without_system(row))) for row in existing}
         written = len(made)
         left_out: Counter[str] = Counter()
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +208,7 @@ class Lesson:
         if wording.is_cut_off and (self._long_prompts or not prompt):
             return _LeftOut(_CUT_OFF, [prompt])
         system = self._questions.row_of(number).system
-        own: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        key = prompt_key(SplitRow(TRAIN, TaskRow("", (*own, {"role": "user", "content": prompt}))))
+        key = prompt_key(SplitRow(TRAIN, TaskRow("", ({"role": "user", "content": prompt},))))
         if not 0 < len(prompt) <= self._most_characters or key in prompts or not _is_text(prompt):
             return _LeftOut("prompts that are there already, or cannot be used", [prompt])
         prompts.add(key)

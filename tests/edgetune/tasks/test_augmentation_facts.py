@@ -11,6 +11,7 @@ from made_copies import QUIET, copied, pairs, rows_from
 from edgetune.recipe.data import AugmentSpec
 from edgetune.tasks.augmentation.copies import copies_of
 from edgetune.tasks.augmentation.numbers import digit_words, number_word, order, said_numbers
+from edgetune.tasks.data import TaskRow
 
 
 def asked(prompt: str, **answer: object) -> dict[str, Any]:
@@ -266,6 +267,20 @@ def test_no_copy_has_a_prompt_for_validation_in_another_case() -> None:
     spec = AugmentSpec(copies=9, values={"room": ("attic", "porch")}, noise=0)
     made = copies_of(rows, spec, schema=None, labels=[], validation=judged, foreign=[], seed=0)
     assert {c.row.prompt for c in made} == {"light the porch"}
+
+
+def test_no_copy_has_a_prompt_for_validation_under_another_system_prompt() -> None:
+    def under(day: int, *rooms: str) -> list[TaskRow]:
+        system = {"role": "system", "content": f"Today is day {day}."}
+        told = [(f"light the {room}", json.dumps({"room": room})) for room in rooms]
+        talks = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in told]
+        return rows_from([{"messages": [system, *talk]} for talk in talks])
+
+    spec = AugmentSpec(copies=9, values={"room": ("attic", "porch")}, noise=0)
+    for rows, is_split in ((under(1, "hall"), False), ([*under(1, "hall"), *under(3, "attic")], True)):
+        made = copies_of(rows, spec, schema=None, labels=[], validation=under(2, "attic"), foreign=[], seed=0)
+        prompts = {copy.row.prompt for copy in made if copy.row.system == "Today is day 1."}
+        assert "light the porch" in prompts and ("light the attic" in prompts) == is_split
 
 
 def test_a_call_that_waits_for_its_other_arguments_shows_no_dependence() -> None:
