@@ -41,9 +41,9 @@ def plain_prompt(row: TaskRow) -> str:
     return plain("\n".join([*turns, row.tools.text if row.tools else ""]))
 
 
-def answered_prompts(rows: Iterable[TaskRow]) -> set[str]:
+def answered_prompts(rows: Iterable[TaskRow], prompt_of: Callable[[TaskRow], str] = plain_prompt) -> set[str]:
     """The plain prompts of all answers that are learned of the rows, or scored, also of earlier turns."""
-    return {plain_prompt(answer) for row in rows for answer in row.answers}
+    return {prompt_of(answer) for row in rows for answer in row.answers}
 
 
 def without_system(row: TaskRow) -> TaskRow:

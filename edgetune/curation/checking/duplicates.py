@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetune.tasks.data import TaskRow
 from edgetune.tasks.plain_prompts import plain, plain_prompt
 
 from .findings import CONFLICT, NEAR_REPEAT, NEAR_SHARED, REPEAT, SHARED, TRAIN, Finding, SplitRow
@@ -49,9 +50,11 @@ def duplicates(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Fi
                 yield Finding.of(NEAR_REPEAT, cluster)
 
 
-def same_prompts(rows: Sequence[SplitRow], *, has_one_answer: bool) -> Iterator[Finding]:
-    """The problems with prompts that are the same but for case, white space and punctuation at the ends of words."""
-    for same in _grouped(rows, prompt_key).values():
+def same_prompts(
+    rows: Sequence[SplitRow], *, has_one_answer: bool, prompt_of: Callable[[TaskRow], str] = plain_prompt
+) -> Iterator[Finding]:
+    """The problems with prompts that are the same by `prompt_of`."""
+    for same in _grouped(rows, lambda item: prompt_of(item.row)).values():
         yield from _of_one_prompt(same, has_one_answer=has_one_answer)
 
 

@@ -17,7 +17,7 @@ from edgetune.recipe.rows import Rows
 from edgetune.tasks import metrics
 from edgetune.tasks.data import WEIGHT, TaskRow
 from edgetune.tasks.negatives import given, is_made
-from edgetune.tasks.plain_prompts import answered_prompts, plain_prompt
+from edgetune.tasks.plain_prompts import answered_prompts, shared_prompt
 from edgetune.tasks.task import Task
 
 from .corrections import LOG, corrected_rows
@@ -58,9 +58,9 @@ def learned_rows(
 
     A correction takes the place of training rows with its prompt, of such answers in training conversations, and of
     earlier corrections of it. Left out are those that rows have already, as after an earlier call with the same log,
-    and those whose prompt, but for case and punctuation, is that of a row for validation or for the confidence. None is
-    held out whose prompt is learned too. Raises one UsageError for all corrections that cannot be answers of the task,
-    and TooFewCorrectionsError.
+    and those whose prompt is that of a row for validation or for the confidence: case and punctuation do not count, and
+    neither does the system prompt (see `shared_prompt`). None is held out whose prompt is learned too. Raises one
+    UsageError for all corrections that cannot be answers of the task, and TooFewCorrectionsError.
     """
     fit, unfit = corrected_rows(task, entries)
     short = {row.where for row in fitting(fit)}
@@ -68,7 +68,8 @@ def learned_rows(
     fit = [row for row in fit if row.where in short]
     train, validation = given(task.train), given(task.validation)
     apart = [*validation, *given(task.confidence_rows)]
-    kept_apart = answered_prompts(apart)
+    prompt_of = shared_prompt(apart, train)
+    kept_apart = answered_prompts(apart, prompt_of)
     answers: dict[str, set[str | None]] = {}
     for row in (*train, *apart):
         answers.setdefault(row.prompt_key, set()).add(row.completion)
@@ -79,14 +80,14 @@ def learned_rows(
         same[row.completion] = row
     rows = {prompt: [*same.values()][-1] for prompt, same in corrections.items()}
     rows = {prompt: row for prompt, row in rows.items() if answers.get(prompt) != {row.completion}}
-    corrected = {prompt: row for prompt, row in rows.items() if plain_prompt(row) not in kept_apart}
+    corrected = {prompt: row for prompt, row in rows.items() if prompt_of(row) not in kept_apart}
     if len(corrected) < MIN_CORRECTIONS:
         message = f"the log has {len(corrected)} corrected answers of adapter {task.name!r} to new prompts"
         message += f", fewer than {MIN_CORRECTIONS}" + (f"; left out: {first_of(unfit)}" if unfit else "")
         raise TooFewCorrectionsError(message, "correct more answers, or label some with --ask N")
-    plain = {prompt: plain_prompt(row) for prompt, row in corrected.items()}
+    plain = {prompt: prompt_of(row) for prompt, row in corrected.items()}
     # What other rows and conversations have, also in another case, is learned with them.
-    known = answered_prompts(row for row in train if row.prompt_key not in corrected)
+    known = answered_prompts((row for row in train if row.prompt_key not in corrected), prompt_of)
     held = {*[text for text in dict.fromkeys(plain.values()) if text not in known][::_HELD_OUT_PARTS]}
     held_out = [row for prompt, row in corrected.items() if plain[prompt] in held]
     learned = [row for prompt, row in corrected.items() if plain[prompt] not in held]
@@ -101,7 +102,7 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     """What is doubtful about the corrections, a line each.
 
     That is an answer of another form than the old ones, and a prompt that another row answers otherwise, where only
-    case or punctuation differ.
+    case, punctuation or the system prompt differ.
     """
     if rows.left_out:
         yield f"left out {rows.left_out} corrections of prompts for validation or the confidence: correct those rows"
@@ -109,7 +110,8 @@ def doubts(task: Task, rows: LearnedRows) -> Iterator[str]:
     yield from (f"corrected in several ways, of which the last counts: {text!r}" for text in rows.contradicted)
     known = [SplitRow(TRAIN, row) for row in (*rows.train, *rows.held_out)]
     known += [SplitRow(VALIDATION, row) for row in rows.validation]
-    repeated = same_prompts(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG)
+    prompt_of = shared_prompt(rows.validation, rows.train)
+    repeated = same_prompts(known, has_one_answer=task.metric in metrics.EITHER_RIGHT_OR_WRONG, prompt_of=prompt_of)
     for finding in (*misfits(task, known), *(each for each in repeated if each.kind == CONFLICT)):
         if any(where.startswith(LOG) for where in finding.where):
             answers = " | ".join(dict.fromkeys(finding.answers))

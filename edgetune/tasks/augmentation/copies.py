@@ -15,7 +15,7 @@ from edgetune_runtime.text.chat import Message
 from edgetune.common.choices import is_complete
 from edgetune.recipe.data import AugmentSpec, NegativesSpec
 from edgetune.tasks.data import TaskRow
-from edgetune.tasks.plain_prompts import plain, shared_prompt
+from edgetune.tasks.plain_prompts import answered_prompts, plain, shared_prompt
 
 from .answers import Answer, prompt_of
 from .clauses import reordered
@@ -118,8 +118,8 @@ class _Maker:
         self._english = is_english([turn["content"] for row in rows for turn in row.turns if turn["role"] == "user"])
         self._seen = {row.prompt_key for row in rows}
         # What the rows have is learned anyway, such as a greeting.
-        self._shared = shared_prompt(validation, rows)
-        self._judged = self._prompts(validation) - self._prompts(rows)
+        self._prompt_of = shared_prompt(validation, rows)
+        self._judged = answered_prompts(validation, self._prompt_of) - answered_prompts(rows, self._prompt_of)
 
     def copy(self, row: TaskRow, number: int, seed: str) -> ChangedRow | None:
         """A copy of the row; None if nothing can be changed, or every try gives a prompt that another row has."""
@@ -237,13 +237,10 @@ class _Maker:
     def _is_new(self, row: TaskRow) -> bool:
         """Whether no other row has its prompt, and none for validation nearly one of its prompts; remembers it."""
         key = row.prompt_key
-        if key in self._seen or not self._judged.isdisjoint(self._prompts([row])):
+        if key in self._seen or not self._judged.isdisjoint(answered_prompts([row], self._prompt_of)):
             return False
         self._seen.add(key)
         return True
-
-    def _prompts(self, rows: Sequence[TaskRow]) -> set[str]:
-        return {self._shared(answer) for row in rows for answer in row.answers}
 
 
 def _told(row: TaskRow) -> str:

@@ -168,3 +168,16 @@ def test_a_correction_that_breaks_the_output_is_named_by_its_answer(tmp_path: Pa
         learned_rows(task, corrected(*FINE, bad))
     with pytest.raises(UsageError, match="the correction 'lamp on' is not an answer that the metric json can score"):
         learned_rows(task_of(tmp_path), corrected(*FINE, ("dim the den", "lamp on")))
+
+
+def test_corrections_under_another_system_prompt_are_kept_apart_or_doubted(tmp_path: Path) -> None:
+    task, day = task_of(tmp_path), {"role": "system", "content": "Today is day 99."}
+    wrong = '{"do": "on", "area": "den"}'
+    said = [(ORDERS[place]["prompt"], wrong) for place in (0, 8, 10)]
+    entries = [replace(entry, messages=(day, *entry.messages)) for entry in corrected(*FINE, *said)]
+    rows = learned_rows(task, entries)
+    assert (rows.learned, len(rows.held_out), rows.left_out) == (4, 1, 2)
+    assert ORDERS[0]["prompt"] in {row.prompt for row in rows.train if row.system}
+    left_out, contradicted = doubts(task, rows)
+    assert left_out.startswith("left out 2 corrections of prompts for validation or the confidence")
+    assert "log:a4: 2 different answers: 'turn on the lamp in the hall' → " in contradicted
