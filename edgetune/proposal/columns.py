@@ -28,6 +28,8 @@ _ANSWERS = (
     "command", "call", "summary", "translation", "expected", "result",
 )  # fmt: skip
 _GENERIC = ("completion", "label", "answer", "output", "response", "target", "assistant", "expected", "result", "class")
+# Columns that are parts of one prompt.
+_BOTH = {"instruction", "input"}
 _TOOLS = ("tools", "functions")
 _SYSTEM = ("system", "system_prompt", "instruction")
 # Columns about the rows, which are neither prompt nor answer.
@@ -73,6 +75,11 @@ class _Column:
     def texts(self) -> list[str]:
         return [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in self.values]
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether fewer than half of the rows fill it."""
+        return len(self.values) * 2 < self.rows
+
     @cached_property
     def distinct(self) -> int:
         return len(set(self.texts))
@@ -116,10 +123,10 @@ class _Column:
 def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
     """The form of the rows with these values; UsageError with the columns there are if none fits."""
     columns = _columns_of(path, values)
-    conversation = next((column for column in columns if _holds_messages(path, column)), None)
+    conversation = next((column for column in columns if not column.is_sparse and _holds_messages(path, column)), None)
     if conversation is not None:
         return _conversation(conversation, columns)
-    candidates = [column for column in columns if not _is_other(column)]
+    candidates = [column for column in columns if not (column.is_sparse or _is_other(column))]
     prompt = _prompt_of(candidates)
     if prompt is None:
         raise UsageError(
@@ -127,6 +134,7 @@ def form_of(path: Path, values: Sequence[Mapping[str, Any]]) -> RowForm:
             "give a column of different texts, called text, or prompt with a column completion",
         )
     others = [column for column in columns if column is not prompt]
+    _check_parts(path, prompt, others)
     answers, how = _answers_of([column for column in candidates if column is not prompt] or _last_resort(others))
     system, left = _system_and_left([column for column in others if column not in answers])
     if not answers:
@@ -165,8 +173,17 @@ def seems_a_row(prompt: str, answer: str, answers: Collection[str]) -> bool:
     return answer in answers and prompt.lower() not in _PROMPTS and answer.lower() not in _ANSWERS
 
 
+def _check_parts(path: Path, prompt: _Column, others: Sequence[_Column]) -> None:
+    """UsageError if rows have different inputs beside their instructions, or the reverse."""
+    part = next((column for column in others if {prompt.name.lower(), column.name.lower()} == _BOTH), None)
+    if part is not None and (part.is_sparse or part.distinct > 1):
+        message = f"{len(part.values)} of {part.rows} rows of {path} have {part.name!r} beside {prompt.name!r}"
+        remedy = "write both into one column, prompt, or remove the one on which no answer depends"
+        raise UsageError(message, remedy)
+
+
 def _columns_of(path: Path, values: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    """The columns with a name that at least half of the rows fill, in their order; UsageError if there are none.
+    """The columns with a name, in their order; UsageError if there are none that half of the rows fill.
 
     Without the rows' weights, which training reads by their name.
     """
@@ -176,12 +193,8 @@ def _columns_of(path: Path, values: Sequence[Mapping[str, Any]]) -> list[_Column
             is_empty = value is None or (isinstance(value, str) and not value.strip())
             if name not in ("", WEIGHT) and not is_empty:
                 filled.setdefault(str(name), []).append(value)
-    columns = [
-        _Column(name, cells, len(values), all(name in row for row in values))
-        for name, cells in filled.items()
-        if len(cells) * 2 >= len(values)
-    ]
-    if not columns:
+    columns = [_Column(name, cells, len(values), all(name in row for row in values)) for name, cells in filled.items()]
+    if all(column.is_sparse for column in columns):
         names = first_of(list(filled), 20, ", ") or "none"
         message = f"{path} has no column that half of its rows fill; there are: {names}"
         raise UsageError(message, "write all rows in one form, such as text and label")
@@ -214,8 +227,13 @@ def _conversation(column: _Column, columns: Sequence[_Column]) -> RowForm:
 
 def _system_and_left(columns: Sequence[_Column]) -> tuple[str | None, str]:
     """The system prompt in columns that are neither prompt nor answer, and the end of a reason, on the others."""
-    system = next((column for column in columns if column.is_constant and column.rank(_SYSTEM) is not None), None)
-    left = [column.name for column in columns if column is not system]
+    full = [column for column in columns if not column.is_sparse]
+    system = next((column for column in full if column.is_constant and column.rank(_SYSTEM) is not None), None)
+    left = [
+        column.name + f" ({len(column.values)} of {column.rows} rows)" * column.is_sparse
+        for column in columns
+        if column is not system
+    ]
     return system.texts[0] if system else None, f"; not used: {first_of(left, 8, ', ')}" if left else ""
 
 
@@ -229,7 +247,7 @@ def _is_other(column: _Column) -> bool:
 
 def _last_resort(columns: Sequence[_Column]) -> list[_Column]:
     """The only column of times or of numbers that are not those of the rows; none if there are several."""
-    left = [column for column in columns if not (column.is_constant or column.is_key)]
+    left = [column for column in columns if not (column.is_sparse or column.is_constant or column.is_key)]
     return left if len(left) == 1 else []
 
 

@@ -163,6 +163,17 @@ def test_columns_of_which_none_is_surely_the_answer_are_named(write: Write, prop
     assert "not used: time, score" in path.with_name("recipe.yaml").read_text(encoding="utf-8")
 
 
+def test_columns_that_few_rows_fill_are_named(write: Write, propose: Make) -> None:
+    rows = numbered({"question": "call {} at home", "answer": "calls {} of them now"})
+    propose(path := write("t.jsonl", [{**row, "system": "Be kind." * (n < 3)} for n, row in enumerate(rows)]))
+    comments = path.with_name("recipe.yaml").read_text(encoding="utf-8").replace("#", " ")
+    assert "not used: system (3 of 20 rows)" in " ".join(comments.split())
+    rows = numbered({"instruction": "sum up {}", "output": "sum {} of it"})
+    path = write("t.jsonl", [{**row, "input": "a text" * (n < 3)} for n, row in enumerate(rows)])
+    with pytest.raises(UsageError, match=r"3 of 20 rows of .*t\.jsonl have 'input' beside 'instruction'"):
+        propose(path)
+
+
 def test_a_header_is_told_from_a_row(write: Write, propose: Make) -> None:
     rows = "".join(f"{row['text']},{row['label']}\n" for row in KINDS)
     with pytest.raises(UsageError, match=r"kind\.csv looks like a row, because 'order' is also an answer"):
