@@ -12,8 +12,9 @@ from edgetune_runtime.decoding.output import OutputSpec, output_of
 from edgetune_runtime.text.json_text import json_or_none
 
 from edgetune.building.outputs.infer import infer, rejected
+from edgetune.recipe.parts import Metric
 from edgetune.tasks.data import TaskRow, kind_of
-from edgetune.tasks.metrics import same_but_for_case, without_label
+from edgetune.tasks.metrics import EITHER_RIGHT_OR_WRONG, same_but_for_case, without_label
 from edgetune.tasks.task import Task
 
 from .findings import MISFIT, RARE, TRAIN, Finding, SplitRow
@@ -58,16 +59,17 @@ def _other_case(labels: Sequence[str], rows: Sequence[SplitRow]) -> Iterator[Fin
             yield Finding.of(MISFIT, by_label[label], f"the label {label!r} differs only in case from {usual!r}")
 
 
-def balance(rows: Sequence[SplitRow]) -> dict[str, dict[str, int]]:
+def balance(rows: Sequence[SplitRow], metric: Metric) -> dict[str, dict[str, int]]:
     """The rows of each kind of answer, by split; the most frequent kind first. Empty for answers without kinds.
 
-    The kind of an answer is its label, the functions that it calls, or the value of a field that has few values.
+    The kind of an answer is its label, the functions that it calls, or the value of a field that has few values. Texts
+    are kinds only if no other answer is right by the `metric`: of free texts, some repeat by chance.
     """
     parsed = [json_or_none(item.row.completion or "") for item in rows]
     field = _kind_field(parsed)
     counted: dict[str, Counter[str]] = {}
     for item, value in zip(rows, parsed, strict=True):
-        kind = _kind(item.row, value, field)
+        kind = _kind(item.row, value, field, is_text_kind=metric in EITHER_RIGHT_OR_WRONG)
         if kind is not None:
             counted.setdefault(kind, Counter())[item.split] += 1
     if not 1 < len(counted) <= _MOST_KINDS or len(counted) * 2 > len(rows):
@@ -193,7 +195,7 @@ def _kind_field(parsed: Sequence[object]) -> str | None:
     return min(fitting, key=lambda key: (-len(fitting[key]), len(set(fitting[key]))), default=None)
 
 
-def _kind(row: TaskRow, value: object, field: str | None) -> str | None:
+def _kind(row: TaskRow, value: object, field: str | None, *, is_text_kind: bool) -> str | None:
     if row.tools is not None:
         called = [call["function"]["name"] for call in row.turn["tool_calls"]] if row.turn is not None else []
         return " + ".join(called) or "no call"
@@ -201,4 +203,4 @@ def _kind(row: TaskRow, value: object, field: str | None) -> str | None:
         return None if field is None else str(value.get(field, f"without {field}"))
     if isinstance(value, list):
         return f"list of {len(value)}"
-    return row.completion
+    return row.completion if is_text_kind else None

@@ -88,7 +88,7 @@ def _checked(name: str, recipe: Recipe, test: str | None, minutes: float | None,
                     rows += [SplitRow(split, row) for row in read(source, data.columns, labels=task.labels or None)]
     tokens, is_estimated = _lengths(task, recipe, [item.row for item in rows])
     answered = [SplitRow(item.split, answer) for item in rows for answer in item.row.answers]
-    kinds = answers.balance(answered)
+    kinds = answers.balance(answered, task.metric)
     has_one_answer = task.metric in EITHER_RIGHT_OR_WRONG
     findings = [
         *(Finding(UNUSABLE, (where,), note=reason) for where, reason in reader.problems),

@@ -110,6 +110,13 @@ def test_different_answers_to_a_prompt_conflict_only_where_one_is_right(tmp_path
     assert places(found, "near_shared") == [["train:1", "train:11", "validation:1"]], "whatever the answers"
 
 
+def test_free_texts_that_repeat_are_no_kinds_of_answers(tmp_path: Path) -> None:
+    rows = [{**row, "completion": "At once." if n % 3 else f"It is done, {n}."} for n, row in enumerate(ORDERS)]
+    for metric, is_kind in (("rouge_l", False), ("exact", True)):
+        found = checked(tmp_path / metric, rows, metric=metric)
+        assert (bool(found.balance), "rare" in found.counts) == (is_kind, is_kind)
+
+
 def test_rows_of_a_test_file_beside_the_training_rows_are_found_in_them(tmp_path: Path) -> None:
     write_rows(
         tmp_path / "home-test.jsonl",
