@@ -103,12 +103,12 @@ def problem_with(row: TaskRow, metric: Metric, labels: Sequence[str], output: Ou
     try:
         metrics.score(metric, [answer], [answer], offers_tools=[row.tools is not None])
     except UsageError:
-        return f"is not an answer that the metric {metric} can score; correct it"
+        return f"is not an answer that the metric {metric} can score"
     if row.turn is not None:
         broken = bad_call(row)
         return None if broken is None else f"cannot be an answer: {broken}"
     if metric == "label" and answer.strip() not in labels:
         return f"is not one of the labels; {suggestion(answer, labels)}"
     if output is not None and not output.accepts(answer):
-        return f"breaks the {output.kind} of the recipe; correct it"
+        return f"breaks the {output.kind} of the recipe"
     return None

@@ -173,15 +173,23 @@ def _check_out(out: Path, bundle: Path, manifest: Manifest) -> None:
 def _rows_of(
     tasks: Mapping[str, Task], corrected: Mapping[str, Sequence[LoggedAnswer]], bundle: Path, progress: Progress
 ) -> dict[str, LearnedRows]:
-    """The rows of the adapters with enough new corrections; the error of the first one if there is none."""
+    """The rows of the adapters with enough new corrections; the error of the first one if there is none.
+
+    Raises one UsageError for the corrections of all adapters that cannot be answers.
+    """
     rows: dict[str, LearnedRows] = {}
     few: list[TooFewCorrectionsError] = []
+    refused: list[UsageError] = []
     with Runtime.open(bundle, disk_mb=0) as runtime:
         for name, task in tasks.items():
             try:
                 rows[name] = learned_rows(task, corrected[name], partial(rows_that_fit, runtime, name))
             except TooFewCorrectionsError as error:
                 few.append(error)
+            except UsageError as error:
+                refused.append(error)
+    if refused:
+        raise UsageError("\n".join(error.message for error in refused), refused[0].remedy)
     if not rows:
         raise few[0]
     for left_out in few:

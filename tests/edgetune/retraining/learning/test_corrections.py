@@ -109,7 +109,7 @@ def test_a_correction_that_calls_what_there_is_not_is_refused(tmp_path: Path) ->
     # That there is nothing to call is said in words.
     plain = [logged(1, [asked("light")], "no idea", tools) for tools in (TOOLS, None)]
     assert [row.completion for row in corrected_rows(task_of(tmp_path), plain[:1])[0]] == ["no idea"]
-    with pytest.raises(UsageError, match="'no idea' is not an answer that the metric json can score; correct it"):
+    with pytest.raises(UsageError, match="'no idea' is not an answer that the metric json can score; answer"):
         corrected_rows(task_of(tmp_path), plain[1:])
 
 

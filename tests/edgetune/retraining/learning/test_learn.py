@@ -314,17 +314,21 @@ def test_a_system_prompt_that_only_the_build_was_given_is_said(home: Path) -> No
     ]
 
 
-def test_labels_are_corrected_to_labels(home: Path) -> None:
+def test_corrections_of_all_adapters_that_cannot_be_answers_are_refused_at_once(home: Path) -> None:
     answers = [
         {"prompt": f"color {n}", "answer": "red", "adapter": "color", "correction": text}
         for n, text in enumerate(["warm", "wram", None, "red", "blue"])
     ]
+    answers.append({"prompt": "turn on lamp 1", "correction": "reply dim"})
+    text = home.with_name(NAME).read_text(encoding="utf-8")
+    limited = text.replace('{"light": {', '{"light": {"output": {"regex": "reply o[nf]+"}, ')
+    home.with_name(NAME).write_text(limited, encoding="utf-8")
     with pytest.raises(UsageError) as refused:
         run(home, logged(home, answers))
     lines = str(refused.value).splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert "the correction 'wram' is not one of the labels; did you mean 'warm'?" in lines[0]
-    assert lines[1].endswith("answer them again: --ask N asks about them too")
+    assert "the correction 'reply dim' breaks the regex of the recipe; answer them again: --ask N" in lines[2]
 
 
 @pytest.mark.parametrize(
